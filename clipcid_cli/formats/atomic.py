@@ -139,8 +139,3 @@ def write_parquet(path: Path, table: pa.Table) -> None:
 def pack_csv(frame: pd.DataFrame, header: bool = True) -> bytes:
     """Return a frame as comma-separated text without its index, UTF-8."""
     return frame.to_csv(index=False, header=header, lineterminator="\n").encode("utf-8")
-
-
-def write_csv(path: Path, frame: pd.DataFrame) -> None:
-    """Write a frame to `path` as comma-separated text, whole or not at all."""
-    write_bytes(path, pack_csv(frame))

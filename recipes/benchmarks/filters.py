@@ -28,8 +28,7 @@ from balance import describe_machine, unit
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import open_output
 from clipcid_cli.formats.sidecar import ClusterSidecar
-from clipcid_cli.steps.balance import report, run, sets
-from clipcid_cli.steps.balance.filters import select
+from clipcid_cli.steps.balance import balance_run, report, run, sets, tables
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -81,17 +80,16 @@ def watch_parts() -> dict[str, tuple[float, float]]:
     """Take the time of the functions that are the parts; returns where it is added up."""
     taken: dict[str, tuple[float, float]] = {}
     parts: list[tuple[Any, str, str]] = [
-        (run, "find_rows", "read rows, find copies"),
-        (select, "find_near", "--against"),
-        (select, "measure_captions", "caption window"),
+        (balance_run, "find_rows", "read rows, find copies"),
+        (balance_run, "find_near", "--against"),
+        (balance_run, "find_captions", "caption window"),
         (sets, "distances_to", "distances to the kept images"),
         (run, "make_sets", "search and sets"),
         (run, "audit_kept", "audit"),
         (run, "cap_clusters", "--max-per-cluster"),
-        (run, "measure_sets", "diameters, farthest images"),
+        (tables, "measure_sets", "diameters, farthest images"),
         (report, "find_chains", "chains of the report"),
-        (run, "list_rows", "rows of the keep list"),
-        (run, "_write_tables", "keep list, sets, curve"),
+        (run, "write_tables", "keep list, sets, curve"),
         (run, "write_report", "report, chains included"),
     ]
     for module, name, label in parts:

@@ -162,7 +162,7 @@ def test_two_and_three_processes_write_the_same_bytes(
             )
 
 
-@pytest.mark.parametrize("after", [".balance-*/.forest-parts/*/*.npz", "forest.json"])
+@pytest.mark.parametrize("after", [".balance-*/.search/*/*.npz", "forest.json"])
 def test_killed_and_given_again_writes_the_same_bytes(
     clipcid: Callable[..., Run], embeddings: Path, tmp_path: Path, after: str
 ) -> None:

@@ -34,9 +34,7 @@ def test_one_two_and_killed_processes_write_the_bytes_of_a_search_from_nothing(
     assert grown in " ".join(clipcid(*call, "--work", "one").stderr.split())
     torchrun(2, *call, "--work", "two")
     process = start_clipcid(*call, "--work", "killed", cwd=tmp_path)
-    while process.poll() is None and not list(
-        (tmp_path / "killed" / "balance").glob(".balance-*/.forest-parts/*-grown-*/*.npz")
-    ):
+    while process.poll() is None and not list((tmp_path / "killed" / "balance").glob(".balance-*/.search/*/*.npz")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it was killed"

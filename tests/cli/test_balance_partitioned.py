@@ -39,9 +39,7 @@ def test_any_number_of_processes_and_a_killed_run_write_the_same_bytes(
         assert read_outputs(tmp_path / str(processes)) == expected
 
     process = start_clipcid(*arguments, "--work", "killed", cwd=tmp_path)
-    while process.poll() is None and not list(
-        (tmp_path / "killed" / "balance").glob(".balance-*/.forest-parts/*/*.npz")
-    ):
+    while process.poll() is None and not list((tmp_path / "killed" / "balance").glob(".balance-*/.search/*/*.npz")):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()

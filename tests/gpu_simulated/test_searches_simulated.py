@@ -103,8 +103,8 @@ def test_crowded_searches(kind: str, tmp_path: Path) -> None:
 TILE = {"operators": 44.8, "waits": 1.9}
 # 23 operators and 3 waits of these prepare the part of the centroids, once for all blocks of rows.
 CHUNK = {"operators": 70, "waits": 5}
-# Of the waits eight are for a block of 16,384 rows: two for its candidates, and for either of the two rounds that decide them
-# three. It was 276 operators and 11 waits with a search of GPUs' own.
+# Of the waits eight are for a block of 16,384 rows: two for its candidates, three for either of the two rounds that decide
+# them. It was 276 operators and 11 waits with a search of GPUs' own.
 ITERATION = {"operators": 338, "waits": 20}
 # What is counted, and how often it is in the larger of two runs beyond the smaller. Tiles of 2,048 rows a side without near
 # pairs, nearly all of a large search: loading the two panels more is a part of them. Of k-means, all rows are in one chunk.

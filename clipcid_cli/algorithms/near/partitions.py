@@ -21,7 +21,7 @@ Schmid 2011; the margin to the plane is that of spill trees (Liu, Moore, Gray, Y
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -174,3 +174,30 @@ def assign_rows(
                 visited.cpu().numpy().astype(np.int32),
                 numbers[row.cpu().numpy()],
             )
+
+
+def group_rows(
+    entries: Callable[[], Iterable[tuple[IntArray, IntArray]]], num_lists: int, allocate: Callable[[int], IntArray]
+) -> tuple[IntArray, IntArray]:
+    """Make lists of rows, one after another in one array, from entries that come part by part, in the memory of a part.
+
+    Args:
+        entries: Gives the parts, of E entries each a list's number and a row; called twice. A list keeps their order.
+        allocate: Makes the array of all lists, of a length.
+
+    Returns:
+        The rows of all lists, integers [E], and where each ends, int64 [num_lists].
+    """
+    sizes = np.zeros(num_lists, np.int64)
+    for lists, _ in entries():
+        sizes += np.bincount(lists, minlength=num_lists)
+    ends = np.cumsum(sizes)
+    found, free = allocate(int(ends[-1])), ends - sizes
+    for lists, rows in entries():
+        counts = np.bincount(lists, minlength=num_lists)
+        order = np.argsort(lists, kind="stable")
+        # An entry's place among those of its list in this part, behind those of the parts before.
+        within = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        found[np.repeat(free, counts) + within] = rows[order]
+        free += counts
+    return found, ends

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -114,33 +115,26 @@ def hash_arrays(*arrays: npt.NDArray[Any]) -> str:
 
 
 def triangle(rows: IntArray, in_memory: int, num_first: int | None = None) -> Plan:
-    """Compare all pairs of rows; or those that have one of the first rows, and others that share its panel.
+    """Compare all pairs of rows; or those that have one of the first rows.
 
     Args:
         rows: Row numbers, integers [N], each once.
         in_memory: How many rows fit into the memory for panels.
         num_first: Number of the first rows.
     """
-    filled = len(rows) // _FEWEST_PANELS if num_first is None else min(num_first, len(rows) // _FEWEST_PANELS)
-    panel_rows = min(_LARGEST_PANEL, max(1, -(-filled // _SMALLEST_PANEL)) * _SMALLEST_PANEL)
-    starts, stops = _cut(len(rows), panel_rows)
+    panel_rows = min(_LARGEST_PANEL, -(-(len(rows) // _FEWEST_PANELS + 1) // _SMALLEST_PANEL) * _SMALLEST_PANEL)
+    starts, stops, ahead = _cut([len(rows) if num_first is None else num_first, len(rows)], panel_rows)
     first = np.arange(len(starts))
-    ahead = starts < (len(rows) if num_first is None else num_first)
-    return Plan(rows, starts, stops, first, np.where(ahead, len(starts), first), _strip_width(in_memory // panel_rows))
+    last = np.where(first < ahead, len(starts), first)
+    return Plan(rows, starts, stops, first, last, _strip_width(in_memory // panel_rows))
 
 
 def rectangle(rows: IntArray, others: IntArray, in_memory: int) -> Plan:
     """Compare each of some rows, integers [N], with each of some others, integers [M]."""
-    (starts, stops), (start_others, stop_others) = _cut(len(rows), _PANEL), _cut(len(others), _PANEL)
-    number = len(starts) + len(start_others)
-    return Plan(
-        np.concatenate([rows, others]),
-        np.append(starts, start_others + len(rows)),
-        np.append(stops, stop_others + len(rows)),
-        np.full(number, len(starts)),
-        np.repeat([number, len(starts)], [len(starts), len(start_others)]),
-        _strip_width(in_memory // _PANEL),
-    )
+    starts, stops, ahead = _cut([len(rows), len(rows) + len(others)], _PANEL)
+    first = np.full(len(starts), ahead)
+    last = np.where(np.arange(len(starts)) < ahead, len(starts), first)
+    return Plan(np.concatenate([rows, others]), starts, stops, first, last, _strip_width(in_memory // _PANEL))
 
 
 def components(members: IntArray, labels: IntArray, in_memory: int) -> Plan:
@@ -150,7 +144,7 @@ def components(members: IntArray, labels: IntArray, in_memory: int) -> Plan:
         members: Row numbers by component, integers [M].
         labels: Component of each of them, integers [M], ascending.
     """
-    starts, stops = _cut(len(members), _SMALLEST_PANEL)
+    starts, stops, _ = _cut([len(members)], _SMALLEST_PANEL)
     # A panel shares a component with those that begin with what it ends with.
     last = np.searchsorted(labels[starts], labels[stops - 1], side="right")
     first = np.arange(len(starts))
@@ -164,19 +158,24 @@ def pieces(rows: IntArray, ends: IntArray, in_memory: int) -> Plan:
         rows: Row numbers, integers [E]: those at home in the first partition, its visitors, those at home in the second, ….
         ends: Where each of these lists ends, int64 [2K].
     """
+    starts, stops, _ = _cut(ends, _PANEL)
+    first = np.arange(len(starts))
+    owner = np.searchsorted(ends, starts, side="right")
+    last = np.where(owner % 2 == 0, np.searchsorted(starts, ends[owner | 1]), first)
+    return Plan(rows, starts, stops, first, last, _strip_width(in_memory // _PANEL))
+
+
+def _cut(ends: Sequence[int] | IntArray, panel_rows: int) -> tuple[IntArray, IntArray, int]:
+    """Cut lists of rows, given where each ends, into panels that are each of one list.
+
+    Returns:
+        Where each panel starts, where it stops, and how many panels the first list has.
+    """
     lengths = np.diff(ends, prepend=0)
-    counts = -(-lengths // _PANEL)
-    owner, end_panel = np.repeat(np.arange(len(ends)), counts), np.cumsum(counts)
-    first = np.arange(len(owner))
-    starts = (ends - lengths)[owner] + (first - (end_panel - counts)[owner]) * _PANEL
-    last = np.where(owner % 2 == 0, end_panel[owner | 1], first)
-    return Plan(rows, starts, np.minimum(starts + _PANEL, ends[owner]), first, last, _strip_width(in_memory // _PANEL))
-
-
-def _cut(length: int, panel_rows: int) -> tuple[IntArray, IntArray]:
-    """Cut a length into panels; return where they start, and where they stop."""
-    starts = np.arange(0, length, panel_rows)
-    return starts, np.minimum(starts + panel_rows, length)
+    counts = -(-lengths // panel_rows)
+    place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(ends - lengths, counts) + place * panel_rows
+    return starts, np.minimum(starts + panel_rows, np.repeat(ends, counts)), int(counts[0])
 
 
 def _strip_width(panels_in_memory: int) -> int:

@@ -12,17 +12,10 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.near.block import read_stored
-from clipcid_cli.algorithms.near.exact import (
-    DoubleArray,
-    FloatArray,
-    IntArray,
-    ReadRows,
-    round_distances,
-    squared_lengths,
-)
+from clipcid_cli.algorithms.near.block import load_block, multiply, rounded_error
+from clipcid_cli.algorithms.near.exact import DoubleArray, FloatArray, IntArray, ReadRows, exact_dots, round_distances
 
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,23 +70,27 @@ def find_neighbours(
         share: The first place to look at, and the one after the last; by default all.
     """
     start, stop = share or (0, len(rows))
-    sampled_SD = read_stored(read, rows[sample], device)
-    squared_S, wide_SD = squared_lengths(sampled_SD), sampled_SD.double()
-    farthest_S = torch.full((len(sample),), math.inf, dtype=torch.float64, device=device)
+    # In float32: rows are compared once, and to prepare them for int8 would take longer than their product.
+    sampled = load_block(read, rows[sample], device, torch.float32)
+    # The value of a pair a, b is a·b − |b|²/2 = (|a|² − d²)/2; here the least that matters.
+    least_S = torch.full((len(sample),), -math.inf, dtype=torch.float64, device=device)
     found = Neighbours(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
     for at in range(start, stop, _ROWS_AT_ONCE):
-        part_ND = read_stored(read, rows[at : min(at + _ROWS_AT_ONCE, stop)], device)
-        # Exact at once, which takes less time than bounds by a product of lower precision and what they leave open.
-        squared_SN = torch.addmm(squared_lengths(part_ND), wide_SD, part_ND.double().T, alpha=-2.0)
-        squared_SN += squared_S[:, None]
-        met = np.flatnonzero((sample >= at) & (sample < at + len(part_ND)))
-        squared_SN[torch.from_numpy(met), torch.from_numpy(sample[met] - at)] = math.inf
+        part = load_block(read, rows[at : min(at + _ROWS_AT_ONCE, stop)], device, torch.float32)
+        value_SN = multiply(sampled.scan, part.scan) - (part.squared / 2.0).float()
+        error = rounded_error(sampled, part)
+        met = np.flatnonzero((sample >= at) & (sample < at + len(part)))
+        value_SN[torch.from_numpy(met), torch.from_numpy(sample[met] - at)] = -math.inf
         if at == start:
-            farthest_S = squared_SN.topk(min(count, len(part_ND)), largest=False).values.amax(dim=1)
-        row_P, other_P = ((squared_SN <= farthest_S[:, None]) & (squared_SN < math.inf)).nonzero(as_tuple=True)
+            least_S = value_SN.topk(min(count, len(part))).values.amin(dim=1).double() - error
+        proposed_SN = (value_SN >= (least_S - error).float()[:, None]) & (value_SN > -math.inf)
+        row_P, other_P = proposed_SN.nonzero(as_tuple=True)
         if len(row_P):
-            new = (row_P, other_P + at, squared_SN[row_P, other_P])
-            found = Neighbours.nearest([found, Neighbours(*(each.cpu().numpy() for each in new))], count)
+            dots_P = exact_dots(sampled.stored, part.stored, row_P, other_P)
+            squared_P = sampled.squared[row_P] + part.squared[other_P] - 2.0 * dots_P
+            new = Neighbours(*(each.cpu().numpy() for each in (row_P, other_P + at, squared_P)))
+            found = Neighbours.nearest([found, new], count)
             full = np.flatnonzero(np.arange(len(found.row)) - np.searchsorted(found.row, found.row) == count - 1)
-            farthest_S[torch.from_numpy(found.row[full])] = torch.from_numpy(found.squared[full]).to(device)
+            row, farthest = (torch.from_numpy(each[full]).to(device) for each in (found.row, found.squared))
+            least_S[row] = (sampled.squared[row] - farthest) / 2.0
     return found

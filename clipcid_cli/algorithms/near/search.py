@@ -41,9 +41,6 @@ Wants = Callable[[IntArray, IntArray, FloatArray], npt.NDArray[np.bool_]]
 CACHE_BYTES = 2**30
 # Rows a side of one product: its scores stay near the cores' caches.
 _PRODUCT_ROWS = 2048
-_LARGEST_PANEL = 8 * _PRODUCT_ROWS
-# Enough panels that a handful of processes get equal shares and a killed run loses little.
-_SMALLEST_NUM_PANELS = 8
 # Scores whose maximum is taken at once. Most stretches have no candidate: their maxima take a twelfth of the time of a
 # comparison of every score, which takes as long as their product (4 ms, int8, 2,048 rows a side, two cores).
 _STRETCH = 128
@@ -53,12 +50,6 @@ _STRETCHES_AT_ONCE = 2**11
 _MANY_PAIRS = 2**16
 # Pairs that are computed for two blocks on a GPU, and stretches that are looked into.
 _MOST_QUEUED = 16_384
-
-
-def default_panel_rows(num_rows: int) -> int:
-    """Choose the rows of a panel: some panels of whole products."""
-    even = -(-num_rows // _SMALLEST_NUM_PANELS)
-    return min(_LARGEST_PANEL, max(1, -(-even // _PRODUCT_ROWS)) * _PRODUCT_ROWS)
 
 
 class Panels:
@@ -78,23 +69,19 @@ class Panels:
         scan_dtype: torch.dtype,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self.rows_of = rows_of
-        self._read, self._device, self._scan_dtype, self._cache_bytes = read, device, scan_dtype, cache_bytes
+        self._load: Callable[[int], Block] = lambda index: load_block(read, rows_of(index), device, scan_dtype)
+        self._cache_bytes = cache_bytes
         self._panels: OrderedDict[int, Block] = OrderedDict()
 
     def __getitem__(self, index: int) -> Block:
         if index in self._panels:
             self._panels.move_to_end(index)
             return self._panels[index]
-        panel = self._panels[index] = self.load(self.rows_of(index))
+        panel = self._panels[index] = self._load(index)
         room = max(2, self._cache_bytes // (panel.stored.nbytes + panel.scan.nbytes))
         while len(self._panels) > room:
             self._panels.popitem(last=False)
         return panel
-
-    def load(self, rows: IntArray) -> Block:
-        """Read any rows as a block, which is not kept."""
-        return load_block(self._read, rows, self._device, self._scan_dtype)
 
 
 def near_pairs_of(blocks: Iterable[tuple[Block, Block]], cutoff: float, wants: Wants) -> Iterator[Iterator[Edges]]:

@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from clipcid_cli.algorithms.near.block import read_stored
 from clipcid_cli.algorithms.near.exact import (
     FloatArray,
     IntArray,
     ReadRows,
     distance_matrix,
-    round_distances,
+    edge_weights,
     row_type,
     squared_lengths,
 )
@@ -53,33 +54,29 @@ def find_diameters(read: ReadRows, rows: IntArray, labels: IntArray, device: tor
         labels: Set of each row, integers [N]; sets of one row are omitted.
     """
     order = np.argsort(labels, kind="stable").astype(row_type(len(rows)))
-    ordered = labels[order]
-    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])) if len(order) else np.empty(0, np.int64)
-    sizes = np.diff(np.append(starts, len(order)))
-    starts, sizes = starts[sizes > 1], sizes[sizes > 1]
+    label, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    several = sizes > 1
+    label, starts, sizes = label[several], starts[several], sizes[several]
     diameter = np.zeros(len(starts), np.float32)
     for size in np.unique(sizes).tolist():
         sets_S = np.flatnonzero(sizes == size)
-        if size > MOST_COMPARED:
-            for each in sets_S.tolist():
-                diameter[each] = _sweep(read, rows[order[starts[each] : starts[each] + size]], device)
-            continue
         at_once = max(1, _ROWS_AT_ONCE // size)
-        for at in range(0, len(sets_S), at_once):
-            part = sets_S[at : at + at_once]
-            members_SM = order[starts[part][:, None] + np.arange(size)]
-            diameter[part] = _compare(read, rows[members_SM], device)
-    return Diameters(ordered[starts], diameter, sizes <= MOST_COMPARED)
+        for part in (sets_S[at : at + at_once] for at in range(0, len(sets_S), at_once)):
+            members_SM = rows[order[starts[part][:, None] + np.arange(size)]]
+            if size <= MOST_COMPARED:
+                diameter[part] = _compare(read, members_SM, device)
+            else:
+                diameter[part] = [_sweep(read, members_M, device) for members_M in members_SM]
+    return Diameters(label, diameter, sizes <= MOST_COMPARED)
 
 
 def _compare(read: ReadRows, members_SM: IntArray, device: torch.device) -> FloatArray:
     """Return the largest distance within each of S sets of one size, float32 [S]."""
-    stored = torch.from_numpy(read(members_SM.reshape(-1))).to(device)
+    stored = read_stored(read, members_SM.reshape(-1), device)
     squared_SM = squared_lengths(stored).view(members_SM.shape)
-    wide_SMD = stored.to(torch.float64).view(*members_SM.shape, -1)
-    dots_SMM = torch.bmm(wide_SMD, wide_SMD.transpose(1, 2))
-    squared_SMM = squared_SM[:, :, None] + squared_SM[:, None, :] - 2.0 * dots_SMM
-    found: FloatArray = round_distances(squared_SMM.amax(dim=(1, 2))).cpu().numpy()
+    wide_SMD = stored.double().view(*members_SM.shape, -1)
+    weight_SMM = edge_weights(squared_SM[:, :, None], squared_SM[:, None, :], torch.bmm(wide_SMD, wide_SMD.mT))
+    found: FloatArray = weight_SMM.amax(dim=(1, 2)).cpu().numpy()
     return found
 
 
@@ -87,14 +84,12 @@ def _sweep(read: ReadRows, members: IntArray, device: torch.device) -> float:
     """Return the largest distance found by going to the farthest row again and again."""
     here, largest = members[:1], 0.0
     for _ in range(_SWEEPS):
-        one = torch.from_numpy(read(here)).to(device)
-        parts = []
-        for at in range(0, len(members), _ROWS_AT_ONCE):
-            part = torch.from_numpy(read(members[at : at + _ROWS_AT_ONCE])).to(device)
-            parts.append(distance_matrix(one, part)[0].cpu().numpy())
-        distances = np.concatenate(parts)
-        farthest = int(distances.argmax())
-        if float(distances[farthest]) <= largest:
+        one = read_stored(read, here, device)
+        starts = range(0, len(members), _ROWS_AT_ONCE)
+        parts = (read_stored(read, members[at : at + _ROWS_AT_ONCE], device) for at in starts)
+        distance = torch.cat([distance_matrix(one, part)[0] for part in parts])
+        farthest = int(distance.argmax())
+        if float(distance[farthest]) <= largest:
             break
-        here, largest = members[farthest : farthest + 1], float(distances[farthest])
+        here, largest = members[farthest : farthest + 1], float(distance[farthest])
     return largest

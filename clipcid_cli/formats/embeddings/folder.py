@@ -136,7 +136,8 @@ class Embeddings:
 
     def keys_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
         """Read the keys of one file's rows: column ``key``, else ``image_path``, else ``uid``, else file and row."""
-        keys = _read_column(file, ("key", "image_path", "uid"), lambda row: f"{file.name}/{row}")
+        name = file.name
+        keys = _read_column(file, ("key", "image_path", "uid"), lambda row: f"{name}/{row}")
         if not self._prefix_keys:
             return keys
         shards, slash = self.shards_of(file).combine_chunks(), pa.scalar("/", _TEXT)
@@ -144,7 +145,8 @@ class Embeddings:
 
     def shards_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
         """Read the names of the shards of one file's rows; the file's name where another tool did not record them."""
-        return _read_column(file, ("shard",), lambda row: file.name)
+        name = file.name
+        return _read_column(file, ("shard",), lambda row: name)
 
     def captions_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
         """Read the captions of one file's rows: column ``caption``, else DataComp's ``text``; empty where there is none."""

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipcid_cli.formats.atomic import atomic_file, write_csv
+from clipcid_cli.formats.atomic import atomic_file, write_text
 
 SET_TABLE = "sets.parquet"
 CURVE = "curve.csv"
@@ -55,11 +54,6 @@ class SetTable:
     def __len__(self) -> int:
         return len(self.label)
 
-    def renumbered(self, numbers: npt.NDArray[np.signedinteger]) -> SetTable:
-        """Return the table with each row replaced by its number, integers [N]; numbers keep the order of rows."""
-        rows = {name: numbers[getattr(self, name)] for name in ("label", "representative", "farthest")}
-        return dataclasses.replace(self, **rows)
-
 
 def write_set_table(path: Path, table: SetTable, keys: pa.Array) -> None:
     """Write the table, whole or not at all; `keys` are those of all rows, strings."""
@@ -93,10 +87,6 @@ def write_curve(
         kept: Images kept at each, int64 [C].
         largest: Images in the largest set at each, int64 [C].
     """
-    columns = {
-        "distance": [str(distance) for distance in distances],
-        "kept": kept,
-        "keep_ratio": [f"{count / num_images:.6f}" for count in kept.tolist()],
-        "largest_component": largest,
-    }
-    write_csv(path, pd.DataFrame(columns))
+    rows = zip(distances, kept.tolist(), largest.tolist(), strict=True)
+    lines = [f"{distance!s},{count},{count / num_images:.6f},{size}" for distance, count, size in rows]
+    write_text(path, "\n".join(["distance,kept,keep_ratio,largest_component", *lines, ""]))

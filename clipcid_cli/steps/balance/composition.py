@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipcid_cli.algorithms.near.exact import IntArray
-from clipcid_cli.algorithms.sets.composition import CaptionWords, Change, Composition, compose_classes, compose_words
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
-from clipcid_cli.formats.data.caption_words import split_words
 from clipcid_cli.formats.data.class_files import read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.steps.balance.rows import BalanceRows
+from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray, take_column
 from clipcid_cli.steps.balance.samples import SampleFinder
 
 # Classes are stored with the images, so reading them reads the headers of every shard: some seconds for this many images.
@@ -28,8 +25,15 @@ _MOST_LABELS = 2**17
 _MOST_CAPTIONS = 2**19
 _CAPTIONS_AT_ONCE = 2**16
 _SHOWN = 15
-
-BoolArray = npt.NDArray[np.bool_]
+_SHORTEST_WORD = 3
+# English words of three letters and more that do not describe an image.
+_ENGLISH = (
+    "about above after again all also and any are because been before being below between both but can could did does "
+    "doing down during each few for from further had has have having her here hers him his how into its itself just may "
+    "might more most much must nor not now off once only other our out over own per same she should some such than that "
+    "the their them then there these they this those through too under until upon very via was were what when where which "
+    "while who whom why will with within without would you your"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +43,15 @@ class ShareChanges:
     Attributes:
         kind: ``class``, ``word``, or empty where there are neither classes nor captions.
         note: What was counted, and what was not.
-        risen: Those with a larger share of the kept images than of all, the largest change first.
+        risen: Those with a larger share of the kept images than of all, the largest change first: ``name``, the images
+            ``before`` and ``after``, ``share_before`` and ``share_after``.
         fallen: Those with a smaller share.
     """
 
     kind: str
     note: str
-    risen: list[Change]
-    fallen: list[Change]
+    risen: list[dict[Any, Any]]
+    fallen: list[dict[Any, Any]]
 
 
 def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> ShareChanges:
@@ -62,59 +67,80 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
         try:
             if any(sample.label is not None for sample in data.shards[0].samples()):
                 if len(rows) <= _MOST_LABELS:
-                    return _by_class(data, embeddings, rows, kept)
+                    return _compare_labels(data, embeddings, rows, kept)
                 unread = f" The classes of more than {_MOST_LABELS:,} images are not read for a report."
         except (ClipcidError, OSError) as error:
             unread = f" The classes cannot be read: {error}"
-    step = -(-len(rows) // _MOST_CAPTIONS)
-    composition = compose_words(_split_captions(embeddings, rows, kept, step))
-    if not composition.num_before:
+    step = max(1, -(-len(rows) // _MOST_CAPTIONS))
+    pieces = take_column(embeddings, embeddings.captions_of, rows.numbers[::step])
+    captions, kept = pa.chunked_array(pieces, pa.large_string()).combine_chunks(), kept[::step]
+    has_caption = pc.not_equal(captions, "").to_numpy(zero_copy_only=False)
+    before, after = (int(np.count_nonzero(each)) for each in (has_caption, has_caption & kept))
+    if not before:
         return ShareChanges("", f"There are neither classes nor captions to compare.{unread}", [], [])
     sample = f" (a sample of one image in {step})" if step > 1 else ""
     note = (
-        f"Share of images whose caption has the word, among {_of(composition)} that have a caption{sample}. Words of "
-        f"fewer than three letters and common English words are omitted.{unread}"
+        f"Share of images whose caption has the word, among the {before:,} images and the {after:,} kept ones that have a "
+        f"caption{sample}. Words of fewer than three letters and common English words are omitted.{unread}"
     )
-    return ShareChanges("word", note, *composition.largest_changes(_SHOWN))
+    return ShareChanges("word", note, *_find_changes(count_words(captions, kept), before, after))
 
 
-def _by_class(data: Dataset, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> ShareChanges:
+def _compare_labels(data: Dataset, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> ShareChanges:
     # The index does not hold classes.
     samples = SampleFinder(dataclasses.replace(data, index=None)).find_rows(embeddings, rows.numbers)
-    labels = np.array([-1 if sample is None or sample.label is None else sample.label for sample in samples], np.int64)
-    classes, position = np.unique(labels[labels >= 0], return_inverse=True)
-    composition = compose_classes(position, kept[labels >= 0], _class_names(data, classes))
-    note = f"Share of each of {len(classes):,} classes, among {_of(composition)} that have one."
-    return ShareChanges("class", note, *composition.largest_changes(_SHOWN))
+    labels = pd.Series([None if sample is None else sample.label for sample in samples], dtype="Int64")
+    grouped = pd.DataFrame({"label": labels, "kept": kept}).groupby("label")["kept"]
+    counts = pd.DataFrame({"before": grouped.size(), "after": grouped.sum()})
+    counts["name"] = _name_classes(data, counts.index.tolist())
+    before, after = (int(counts[each].sum()) for each in ("before", "after"))
+    note = (
+        f"Share of each of {len(counts):,} classes, among the {before:,} images and the {after:,} kept ones that have "
+    )
+    return ShareChanges("class", f"{note}one.", *_find_changes(counts, before, after))
 
 
-def _class_names(data: Dataset, classes: IntArray) -> list[str]:
+def _name_classes(data: Dataset, labels: list[int]) -> list[str]:
     """Name the classes by their folders, by the data set's list of names, or else by number."""
     path = find_benchmark_folder(data.spec).class_names if data.kind == "benchmark" else None
     names = data.classes if data.classes is not None else () if path is None else read_class_names(path)
-    return [names[number] if number < len(names) else f"class {number}" for number in classes.tolist()]
+    return [names[label] if label < len(names) else f"class {label}" for label in labels]
 
 
-def _split_captions(embeddings: Embeddings, rows: BalanceRows, kept: BoolArray, step: int) -> Iterator[CaptionWords]:
-    """Yield the words in the captions of every `step`-th row."""
-    sampled = np.arange(0, len(rows), step)
-    numbers = rows.numbers[sampled]
-    firsts = np.array([*(file.first for file in embeddings.files), embeddings.num_rows], numbers.dtype)
-    bounds = np.searchsorted(numbers, firsts).tolist()
-    held, first = list[pa.Array](), 0  # captions not yet split, of rows `first` and after it
-    for file, start, stop in zip(embeddings.files, bounds, bounds[1:], strict=False):
-        if start == stop:
-            continue
-        captions = embeddings.captions_of(file)
-        for at in range(start, stop, _CAPTIONS_AT_ONCE):
-            end = min(at + _CAPTIONS_AT_ONCE, stop)
-            held.extend(captions.take(pa.array(numbers[at:end] - file.first)).chunks)
-            if end - first >= _CAPTIONS_AT_ONCE or end == len(numbers):
-                chosen = pa.concat_arrays(held)
-                has_caption = np.asarray(pc.not_equal(chosen, "").to_numpy(zero_copy_only=False), np.bool_)
-                yield CaptionWords(*split_words(chosen), has_caption, kept[sampled[first:end]])
-                held, first = [], end
+def count_words(captions: pa.LargeStringArray, kept: BoolArray) -> pd.DataFrame:
+    """Count the images whose caption has a word, runs of letters of any script in lower case; the omitted ones left out.
+
+    Args:
+        captions: N strings.
+        kept: Which of the images are kept, bool [N].
+
+    Returns:
+        For each word, in the order of their characters, its ``name``, and the images ``before`` and ``after``.
+    """
+    counts = list[pd.DataFrame]()
+    for at in range(0, len(captions), _CAPTIONS_AT_ONCE):
+        lists = pc.split_pattern_regex(pc.utf8_lower(captions.slice(at, _CAPTIONS_AT_ONCE)), r"[^\p{L}\p{M}]+")
+        words = pc.list_flatten(lists).dictionary_encode()
+        names = np.array(words.dictionary.to_pylist(), object)
+        # Each pair of a caption and a word once, however often the word occurs in it.
+        pairs = pd.unique(pc.list_parent_indices(lists).to_numpy() * len(names) + words.indices.to_numpy())
+        caption, word = np.divmod(pairs, len(names))
+        before, after = (np.bincount(each, minlength=len(names)) for each in (word, word[kept[at + caption]]))
+        counts.append(pd.DataFrame({"before": before, "after": after}, names))
+    found = pd.concat(counts).groupby(level=0).sum().rename_axis("name").reset_index()
+    is_counted = (found["name"].str.len() >= _SHORTEST_WORD) & ~found["name"].isin(_ENGLISH.split())
+    return found.loc[is_counted]
 
 
-def _of(composition: Composition) -> str:
-    return f"the {composition.num_before:,} images and the {composition.num_after:,} kept ones"
+def _find_changes(counts: pd.DataFrame, before: int, after: int) -> list[list[dict[Any, Any]]]:
+    """Return what rose most and what fell most in its share of the images, ties in order.
+
+    Args:
+        before: Images that have a class or a caption.
+        after: Those of them that are kept.
+    """
+    shares = counts.assign(share_before=counts["before"] / before, share_after=counts["after"] / max(1, after))
+    rise = shares["share_after"] - shares["share_before"]
+    risen = rise[rise > 0].sort_values(ascending=False, kind="stable")
+    fallen = rise[rise < 0].sort_values(kind="stable")
+    return [shares.loc[each.index[:_SHOWN]].to_dict("records") for each in (risen, fallen)]

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
+from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
+from clipcid_cli.algorithms.kmeans.seeding import rows_as_centroids
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
-from clipcid_cli.algorithms.near.partition_training import train_partitions
-from clipcid_cli.algorithms.near.partitions import NEIGHBOURS, SAMPLE_ROWS, Partitions, assign_rows, measure_margin
+from clipcid_cli.algorithms.near.partitions import (
+    NEIGHBOURS,
+    SAMPLE_ROWS,
+    Partitions,
+    assign_rows,
+    default_num_partitions,
+    group_rows,
+    measure_margin,
+)
 from clipcid_cli.algorithms.near.plan import Plan, pieces
 from clipcid_cli.algorithms.near.sample import Neighbours, draw_sample, find_neighbours
 from clipcid_cli.formats.arrays import Arrays, create_unnamed, spool_arrays
@@ -21,6 +31,9 @@ from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
 # Where this share of all pairs would be compared, all of them may as well be.
 _LARGEST_SHARE = 0.5
 _ROWS_AT_ONCE = 16_384
+_ENTRIES_AT_ONCE = 2**20
+# Partitions need no fine centroids, only few rows near their borders.
+ROWS_PER_PARTITION, ITERATIONS = 64, 4
 
 
 @contextmanager
@@ -42,16 +55,7 @@ def partitioned(run: SearchRun, rows: BalanceRows, reach: float) -> Iterator[tup
 
 def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, ReadRows] | None:
     machine, read, unique, reporter = run.machine, rows.read, rows.unique, run.reporter
-    with reporter.progress("partitions", None, "iterations") as progress:
-        partitions = train_partitions(
-            read,
-            unique,
-            machine.device,
-            share=machine.share,
-            sum_over_processes=machine.sum_,
-            gather=machine.gather,
-            advance=progress.advance,
-        )
+    partitions = _find_partitions(run, rows)
     number = len(unique)
     sample, share = draw_sample(number, SAMPLE_ROWS, seed=1), machine.share(number)
     found = machine.gather(find_neighbours(read, unique, sample, NEIGHBOURS, machine.device, share))
@@ -66,25 +70,32 @@ def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, R
     with reporter.progress("assign", share[1] - share[0], "images") as progress:
 
         def assign() -> Iterator[Arrays]:
-            for home, *visits in assign_rows(partitions, read, unique, margin, share):
+            """Yield homes of rows, and entries of rows in lists: of each partition, those at home and its visitors."""
+            at = share[0]
+            for home, visited, visitor in assign_rows(partitions, read, unique, margin, share):
+                numbers = unique[at : at + len(home)]
+                yield home, np.concatenate([2 * home, 2 * visited + 1]), np.concatenate([numbers, visitor])
+                at += len(home)
                 progress.advance(len(home))
-                yield home, *visits
 
         assigned = machine.on_all(lambda: spool_arrays(run.work, (np.int32, np.int32, unique.dtype), assign()))
     places = machine.on_all(lambda: _copy(run, rows, assigned[0], partitions))
-    parts = collect_arrays(machine, run.work, (*assigned, places))
+    parts = collect_arrays(machine, run.work, (*assigned[1:], places))
 
     def allocate(length: int) -> IntArray:
         return create_unnamed(run.work, np.dtype(unique.dtype), (length,))
 
+    def entries() -> Iterator[tuple[IntArray, IntArray]]:
+        for lists, listed, _ in parts:
+            for at in range(0, len(lists), _ENTRIES_AT_ONCE):
+                yield lists[at : at + _ENTRIES_AT_ONCE], listed[at : at + _ENTRIES_AT_ONCE]
+
     def group() -> Arrays:
-        homes, visited, visitors, places = zip(*parts, strict=True)
-        # Of each partition, the rows at home and its visitors.
-        lists = np.concatenate([*(2 * home for home in homes), *(2 * partition + 1 for partition in visited)])
-        listed, place_of = allocate(len(lists)), allocate(len(rows))
-        listed[:] = np.concatenate([unique, *visitors])[np.argsort(lists, kind="stable")]
-        place_of[unique] = np.concatenate(places)
-        return listed, np.cumsum(np.bincount(lists, minlength=2 * len(partitions))), place_of
+        place_of, first = allocate(len(rows)), 0
+        for *_, part in parts:
+            place_of[unique[first : first + len(part)]] = part
+            first += len(part)
+        return *group_rows(entries, 2 * len(partitions), allocate), place_of
 
     listed, ends, place_of = share_arrays(machine, run.work, group)
     sizes = machine.gather(share[1] - share[0])
@@ -94,6 +105,46 @@ def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, R
         return copies.take(place_of[numbers].astype(np.int64))
 
     return pieces(listed, ends, run.rows_in_memory), read_copies
+
+
+def _find_partitions(run: SearchRun, rows: BalanceRows) -> Partitions:
+    """Find centroids by k-means on a sample of the unique rows; the same on every process."""
+    machine, number = run.machine, default_num_partitions(len(rows.unique))
+    sample = draw_sample(len(rows.unique), ROWS_PER_PARTITION * number, seed=0)
+    reader = _Sample(rows.read, rows.unique[sample], run.width)
+    # Drawn evenly, so that a crowd is cut into as many as its size asks for.
+    centroids_KD = rows_as_centroids(reader, draw_sample(len(sample), number, seed=0))
+    states = run_lloyd(
+        reader,
+        LloydState(centroids_KD),
+        iterations=ITERATIONS,
+        dtype=run.scan.dtype,
+        device=machine.device,
+        processes=Processes(machine.share, machine.sum_, machine.gather),
+    )
+    with run.reporter.progress("partitions", ITERATIONS, "iterations") as progress:
+        for state in states:
+            centroids_KD = state.centroids_KD
+            progress.advance()
+    return Partitions(centroids_KD.to(machine.device))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """Some rows, as k-means reads them."""
+
+    read: ReadRows
+    rows: IntArray
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def features(self, start: int, stop: int) -> HalfArray:
+        return self.read(self.rows[start:stop])
+
+    def features_at(self, positions: IntArray) -> HalfArray:
+        return self.read(self.rows[positions])
 
 
 def _copy(run: SearchRun, rows: BalanceRows, home: IntArray, partitions: Partitions) -> IntArray:

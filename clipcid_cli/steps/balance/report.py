@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,149 +10,112 @@ from markupsafe import Markup
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import command_line
 from clipcid_cli.formats.atomic import write_text
-from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg
 from clipcid_cli.formats.results.sets import SetTable
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import REASONS
-from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.chains import find_chains
 from clipcid_cli.steps.balance.composition import compare_classes
-from clipcid_cli.steps.balance.context import Context
-from clipcid_cli.steps.balance.filters.captions import draw_window
-from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
-from clipcid_cli.steps.balance.filters.keep_rows import KeepRows
+from clipcid_cli.steps.balance.filters.against import NearReferences
+from clipcid_cli.steps.balance.gallery import Gallery, Picture
 from clipcid_cli.steps.balance.pairs import NotComputed
-from clipcid_cli.steps.balance.result import describe_rule, explain_unread
-from clipcid_cli.steps.balance.rows import take_texts
-from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_thumbnails
-from clipcid_cli.steps.balance.sections.chains import find_chains
-from clipcid_cli.steps.balance.sections.reference_pairs import show_near
-from clipcid_cli.steps.balance.sections.sizes import compare_sizes, count_sizes
-from clipcid_cli.steps.balance.sets import Sets
+from clipcid_cli.steps.balance.plan import Plan
+from clipcid_cli.steps.balance.result import BalanceResult, Outcome
+from clipcid_cli.steps.balance.samples import open_data, open_recorded
+from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
+
+REPORT = "report.html"
 
 _SETS_SHOWN = 12
 _IMAGES_SHOWN = 9
 _PAIRS_SHOWN = 8
-_THUMBNAIL = 96
-_UNKNOWN = "it is not recorded which data the embeddings were made from."
+_REFERENCES_SHOWN = 12
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """One image of the gallery.
-
-    Attributes:
-        source: Its thumbnail as a ``data:`` URL; empty where it cannot be shown.
-        kept: Whether it is kept.
-        distance: Its distance to the representative.
-    """
-
-    key: str
-    source: str
-    kept: bool
-    distance: float
+def has_new_pictures(plan: Plan, finished: BalanceSidecar) -> bool:
+    """Tell whether a picture can be read now that the report of a finished output could not show."""
+    if not finished.pictures.unread:
+        return False
+    shards, keys = map(list, zip(*finished.pictures.unread, strict=True))
+    return any(Gallery(plan.settings, plan.embeddings, open_data).read(shards, keys))
 
 
 def write_report(
-    path: Path,
-    context: Context,
-    forest: Edges,
-    sets: Sets,
-    listed: KeepRows,
-    measured: SetTable,
-    cap: ClusterCap | None,
-    other: OtherLinkage | NotComputed,
-    result: dict[str, Any],
-    warnings: list[str],
+    run: BalanceRun, found: Outcome, measured: SetTable, result: BalanceResult, warnings: list[str]
 ) -> dict[str, Any]:
     """Write the report as one page.
 
     Args:
-        forest: The forest, ascending.
-        listed: The rows of the keep list.
         measured: How wide the sets are.
-        cap: What was dropped of crowded clusters.
-        other: What the other linkage would keep.
-        result: The JSON object.
         warnings: What the user was warned of.
 
     Returns:
         For the sidecar, which pictures are in it: ``{"shown": number, "unread": [[shard, key], …], "why": reason}``.
     """
-    settings, embeddings = context.settings, context.embeddings
-    near, captions = context.filters.near, context.filters.captions
-    sizes = np.bincount(sets.labels)
-    largest = _largest(sizes)
-    shown = [_choose_members(sets, label) for label in largest]
-    inside, outside = _around(forest, sets.threshold)
-    chains = find_chains(context, sets, measured)
-    chained = [[chain.representative, chain.farthest, *chain.stars] for chain in chains]
-    rows = np.unique(
-        np.concatenate([np.empty(0, np.int64), *shown, *chained, inside.a, inside.b, outside.a, outside.b])
-    )
-    data, closed = _open_data(settings, embeddings)
-    pictures, unread = _load_pictures(data, closed, context, sets, listed, rows)
-    read = 0 if data is None else len(pictures) - len(unread)
-    gallery = {"shown": read, "unread": list(unread), "why": next(iter(unread.values()), "")}
+    sets, other = found.sets, found.other
+    largest = np.argsort(-measured.size, kind="stable")[:_SETS_SHOWN]
+    shown = [_choose_members(sets, label) for label in measured.label[largest].tolist()]
+    alone = np.ones(run.rows.num_searched - measured.size.sum(), np.int64)
+    inside, outside = _around(found.forest, sets.threshold)
+    chains = find_chains(run, sets, measured)
+    chained = [np.array(chain.shown) for chain in chains]
+    wanted = np.unique(np.concatenate([*shown, *chained, inside.a, inside.b, outside.a, outside.b]))
+    gallery = Gallery(run.settings, run.embeddings, open_data)
+    loaded = gallery.load(run.rows.numbers[wanted.astype(sets.labels.dtype)])
+    pictures = dict(zip(wanted.tolist(), loaded, strict=True))
+    for row, picture in pictures.items():
+        picture.kept = bool(found.is_kept[row])
+        picture.distance = float(sets.distances[row])
+    recorded = {"shown": gallery.shown, "unread": list(gallery.unread), "why": next(iter(gallery.unread.values()), "")}
+    missing = len(gallery.unread)
+    if missing:
+        warning = (
+            f"The report shows {gallery.shown:,} of {gallery.shown + missing:,} pictures: {recorded['why']} Once they can "
+            "be read, the same command writes it with them."
+        )
+        run.reporter.warn(warning)
+        warnings = [*warnings, warning]
     write_text(
-        path,
+        run.work / REPORT,
         render_report(
             "balance.html",
-            result=result,
-            rule=describe_rule(settings),
-            linkage=settings.linkage,
-            warnings=[*warnings, *explain_unread(gallery)],
-            num_sets=int(np.count_nonzero(sizes > 1)),
+            result=dataclasses.asdict(result),
+            command=_name_command(run.settings),
+            linkage=run.settings.linkage,
+            warnings=warnings,
+            num_sets=len(measured),
             why_no_other=other.reason if isinstance(other, NotComputed) else "",
-            curve_figure=_draw_curves(sets, settings.linkage, other),
-            sizes=count_sizes(sizes[sizes > 0]),
+            curve_figure=_draw_curves(run, sets, other),
+            sizes=_count_sizes(np.concatenate([measured.size, alone])),
             sets=[
-                {"size": int(sizes[label]), "images": [pictures[row] for row in members.tolist()]}
-                for label, members in zip(largest, shown, strict=True)
+                {"size": size, "images": [pictures[row] for row in members.tolist()]}
+                for size, members in zip(measured.size[largest].tolist(), shown, strict=True)
             ],
-            chains=[
-                {
-                    "set": chain,
-                    "ends": [pictures[chain.representative], pictures[chain.farthest]],
-                    "stars": [pictures[row] for row in chain.stars],
-                }
-                for chain in chains
-            ],
+            chains=[{"set": chain, "images": [pictures[row] for row in chain.shown]} for chain in chains],
             inside=_pair_up(inside, pictures),
             outside=_pair_up(outside, pictures),
-            why_no_images=closed or (_UNKNOWN if data is None else ""),
-            classes=compare_classes(data, embeddings, context.filters.everything, listed.kept),
-            cluster_sizes=[] if cap is None else compare_sizes(cap),
-            near=[] if near is None else show_near(near, context, data, _THUMBNAIL),
-            window_figure=None if captions is None else draw_window(captions),
+            why_no_images=gallery.closed,
+            classes=compare_classes(gallery.data, run.embeddings, run.rows, found.is_kept),
+            cluster_sizes=[] if found.cap is None else _count_sizes(found.cap.before, found.cap.most),
+            near=[] if run.near is None else _show_near(run, run.near, gallery),
+            window_figure=None if run.captions is None else run.captions.draw(),
             reasons=REASONS,
-            embeddings=str(embeddings.folder),
+            embeddings=str(run.embeddings.folder),
         ),
     )
-    return gallery
+    return recorded
 
 
-def has_new_pictures(settings: BalanceSettings, embeddings: Embeddings, finished: BalanceSidecar | None) -> bool:
-    """Tell whether a picture can be read now that the report of a finished output could not show."""
-    unread = [] if finished is None else finished.pictures.unread
-    data = _open_data(settings, embeddings)[0] if unread else None
-    if data is None:
-        return False
-    shards, keys = ([entry[column] for entry in unread] for column in (0, 1))
-    return any(source for source, _ in read_thumbnails(SampleFinder(data), shards, keys, _THUMBNAIL))
-
-
-def _largest(sizes: IntArray) -> list[int]:
-    """Return the labels of the largest sets of two or more images, the largest first, ties by row."""
-    labels = np.flatnonzero(sizes > 1)
-    if len(labels) > _SETS_SHOWN:
-        labels = labels[sizes[labels] >= np.partition(sizes[labels], -_SETS_SHOWN)[-_SETS_SHOWN]]
-    order = np.lexsort((labels, -sizes[labels]))[:_SETS_SHOWN]
-    return [int(label) for label in labels[order]]
+def _name_command(settings: BalanceSettings) -> str:
+    """Return the command with the flags that decide what is kept."""
+    amount = ("keep", "threshold", "cosine_distance")
+    first = ("against", "against_threshold", "min_caption_similarity", "max_caption_similarity")
+    flags = {name: getattr(settings, name) for name in (*amount, *first, "linkage", "select", "max_per_cluster")}
+    return command_line("balance", **flags, neighbors=None if settings.neighbors == "exact" else settings.neighbors)
 
 
 def _choose_members(sets: Sets, label: int) -> IntArray:
@@ -169,9 +131,7 @@ def _choose_members(sets: Sets, label: int) -> IntArray:
 
 def _around(forest: Edges, threshold: float | None) -> tuple[Edges, Edges]:
     """Return the last forest edges within the cut-off and the first beyond it."""
-    if threshold is None:
-        return Edges.empty(), forest[:_PAIRS_SHOWN]
-    end = len(forest.up_to(threshold))
+    end = 0 if threshold is None else len(forest.up_to(threshold))
     return forest[max(0, end - _PAIRS_SHOWN) : end], forest[end : end + _PAIRS_SHOWN]
 
 
@@ -183,42 +143,50 @@ def _pair_up(edges: Edges, pictures: dict[int, Picture]) -> list[dict[str, Any]]
     ]
 
 
-def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> tuple[Dataset | None, str]:
-    """Open the data the embeddings were made from, or return why it cannot be; "" where it is not known which it is."""
-    try:
-        return open_data(settings, embeddings), ""
-    except ClipcidError as error:
-        return None, error.message
+def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[dict[str, Any]]:
+    """Choose some pairs of each reference, from the nearest to the farthest, and load their images."""
+    shown = []
+    for number, reference in enumerate(near.references):
+        rows = np.flatnonzero(near.owner == number)
+        rows = rows[np.argsort(near.distance[rows], kind="stable")]
+        chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _REFERENCES_SHOWN)).round().astype(np.int64)]
+        theirs = Gallery(run.settings, reference.embeddings, open_recorded)
+        images = zip(gallery.load(run.rows.numbers[chosen]), theirs.load(near.row[chosen]), strict=True)
+        pairs = [
+            {"image": image, "reference": other, "distance": distance}
+            for (image, other), distance in zip(images, near.distance[chosen].tolist(), strict=True)
+        ]
+        shown.append({"name": reference.name, "number": len(rows), "pairs": pairs})
+    return shown
 
 
-def _load_pictures(
-    data: Dataset | None, closed: str, context: Context, sets: Sets, listed: KeepRows, rows: IntArray
-) -> tuple[dict[int, Picture], dict[tuple[str, str], str]]:
-    """Load the thumbnails of some rows; without the data there are keys only.
+def _count_sizes(sizes: IntArray, most: int | None = None) -> list[dict[str, Any]]:
+    """Count sets and the images in them by size, int64 [S], sizes by powers of two, those that occur.
 
-    Returns:
-        The pictures by row; and why they could not be read, by shard and key.
+    Args:
+        most: How many images of each stay.
     """
-    embeddings, numbers = context.embeddings, context.rows.numbers[rows]
-    keys, shards = (take_texts(embeddings, read, numbers) for read in (embeddings.keys_of, embeddings.shards_of))
-    place = rows if context.rows.positions is None else context.rows.positions[rows]
-    is_kept = (listed.representatives[place] == place).tolist()
-    thumbnails = [("", closed)] * len(keys)
-    if data is not None:
-        thumbnails = read_thumbnails(SampleFinder(data), shards, keys, _THUMBNAIL)
-    pictures, unread = {}, {}
-    for row, key, shard, kept, (source, why) in zip(rows.tolist(), keys, shards, is_kept, thumbnails, strict=True):
-        if why:
-            unread[shard, key] = why
-        pictures[row] = Picture(key, source, kept, float(sets.distances[row]))
-    return pictures, unread
+    sizes = sizes[sizes > 0]
+    power = np.ceil(np.log2(sizes)).astype(np.int64)
+    left = sizes if most is None else np.minimum(sizes, most)
+    num_sets, images, after = (np.bincount(power, weights=each).astype(np.int64) for each in (None, sizes, left))
+    return [
+        {
+            "name": f"{2**p}" if p < 2 else f"{2 ** (p - 1) + 1:,}–{2**p:,}",
+            "sets": int(num_sets[p]),
+            "images": int(images[p]),
+            "share": images[p] / images.max(),
+            "after": int(after[p]),
+        }
+        for p in np.flatnonzero(num_sets).tolist()
+    ]
 
 
-def _draw_curves(sets: Sets, linkage: str, other: OtherLinkage | NotComputed) -> Markup:
+def _draw_curves(run: BalanceRun, sets: Sets, other: OtherLinkage | NotComputed) -> Markup:
     """Draw the share kept over the cut-off, by both linkages where both are known, and the points at the cut-off."""
-    num_images = len(sets.labels)
+    num_images, linkage = run.rows.num_searched, run.settings.linkage
     lines = [(linkage, sets.curve, sets.num_kept)]
-    if not isinstance(other, NotComputed):
+    if isinstance(other, OtherLinkage):
         lines.append((other.linkage, other.curve, other.kept))
     most_kept = max(num_kept for _, _, num_kept in lines)
     figure = make_figure()

@@ -1,90 +1,128 @@
-"""What `balance` reports of its sets: the JSON object, warnings, and which files hold what."""
+"""What `balance` reports: the JSON object, and what may surprise in it."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.results.forest import forest_path
-from clipcid_cli.formats.results.sets import CURVE, SET_TABLE
-from clipcid_cli.formats.skips import Skips
-from clipcid_cli.formats.work_directory import KEEP_LIST
+from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.steps.balance.audit import Audit
-from clipcid_cli.steps.balance.compare_linkage import OtherLinkage
+from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
-from clipcid_cli.steps.balance.filters.select import Filters
 from clipcid_cli.steps.balance.pairs import NotComputed
-from clipcid_cli.steps.balance.sets import Sets
-from clipcid_cli.steps.settings.balance import BalanceSettings
-
-REPORT = "report.html"
+from clipcid_cli.steps.balance.rows import BoolArray
+from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
 
 # A set that holds this share of all images is a chain or a placeholder more often than many copies of one picture.
 _LARGE_SET = 0.01
 
 
-def summarise(
-    settings: BalanceSettings,
-    sets: Sets,
-    other: OtherLinkage | NotComputed,
-    audit: Audit | None,
-    filters: Filters,
-    cap: ClusterCap | None,
-    embeddings: Embeddings,
-    skips: Skips,
-) -> dict[str, Any]:
-    """Return the fields of the JSON object, without ``seconds`` and ``files``."""
-    images, searched, capped = len(filters.everything), len(sets.labels), None if cap is None else cap.summarise()
-    too_many = 0 if capped is None else capped["dropped"]
-    kept = sets.num_kept - too_many
-    near = 0 if filters.near is None else int(np.count_nonzero(~filters.near.is_far))
-    embedded = {} if embeddings.sidecar is None else embeddings.sidecar.counts["skipped"]
-    return {
-        "images": images,
-        "searched": searched,
-        "kept": kept,
-        "keep_ratio": kept / images,
-        "threshold": sets.threshold,
-        "components": sets.num_kept,
-        "largest_component": sets.largest,
-        "uncovered_ratio": sets.uncovered_ratio,
-        "other_linkage": None
-        if isinstance(other, NotComputed)
-        else {"linkage": other.linkage, "kept": other.kept, "uncovered_ratio": other.uncovered_ratio},
-        "neighbors": settings.neighbors,
-        "audit": None if audit is None else dataclasses.asdict(audit) | {"rate": audit.rate},
-        "dropped_by": {
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What is to be written.
+
+    Attributes:
+        forest: The forest that the sets were made from, ascending.
+        is_kept: Which rows are kept in the end, bool [N].
+    """
+
+    sets: Sets
+    forest: Edges
+    other: OtherLinkage | NotComputed
+    cap: ClusterCap | None
+    is_kept: BoolArray
+    audit: Audit | None
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceResult:
+    """The JSON object, but for ``files``. What was not asked for, or is not computed, is null.
+
+    Attributes:
+        searched: The images that references and caption window have left.
+        components: The sets of these, and the images kept before clusters are capped.
+        uncovered_ratio: Share of the dropped repeats that are farther than the threshold from their representative.
+        other_linkage: What the other linkage gives at the same threshold: ``linkage, kept, uncovered_ratio``.
+        audit: Of partitioned neighbours: how many of the ``sampled`` kept images have another of all ``kept`` ones within
+            the threshold (``near``), the ``rate``, and the ends of its 95 % interval (``low``, ``high``).
+        dropped_by: Images by ``reference, caption, repeat, cluster``, each once.
+        against: ``threshold, dropped, references[{name, rows, near, nearest}]``: of each reference its rows, the images near
+            one of them, and those for which it is the nearest reference.
+        caption_window: ``min, max``, and the images ``inside, below, above, without`` (a usable caption).
+        cluster_cap: ``most, clusters, capped, dropped, largest``: the clusters of the images that repeats have left, how
+            many had more images than `most`, and the size of the largest before.
+        skipped: Samples by reason.
+        seconds: ``embed, search, write`` and, of partitioned neighbours, ``audit``.
+    """
+
+    images: int
+    searched: int
+    kept: int
+    keep_ratio: float
+    threshold: float | None
+    components: int
+    largest_component: int
+    uncovered_ratio: float
+    other_linkage: dict[str, Any] | None
+    neighbors: str
+    audit: dict[str, Any] | None
+    dropped_by: dict[str, int]
+    against: dict[str, Any] | None
+    caption_window: dict[str, Any] | None
+    cluster_cap: dict[str, Any] | None
+    skipped: dict[str, int]
+    seconds: dict[str, float]
+
+
+def summarise(run: BalanceRun, found: Outcome) -> BalanceResult:
+    """Count what is kept, and what was dropped by what."""
+    sets, other, rows = found.sets, found.other, run.rows
+    kept = int(np.count_nonzero(found.is_kept))
+    near = 0 if run.near is None else int(np.count_nonzero(run.near.is_dropped))
+    embedded = {} if run.embeddings.sidecar is None else run.embeddings.sidecar.counts["skipped"]
+    compared = None
+    if isinstance(other, OtherLinkage):
+        compared = {"linkage": other.linkage, "kept": other.kept, "uncovered_ratio": other.uncovered_ratio}
+    return BalanceResult(
+        images=len(rows),
+        searched=rows.num_searched,
+        kept=kept,
+        keep_ratio=kept / len(rows),
+        threshold=sets.threshold,
+        components=sets.num_kept,
+        largest_component=sets.largest,
+        uncovered_ratio=sets.uncovered_ratio,
+        other_linkage=compared,
+        neighbors=run.settings.neighbors,
+        audit=None if found.audit is None else dataclasses.asdict(found.audit) | {"rate": found.audit.rate},
+        dropped_by={
             "reference": near,
-            "caption": images - searched - near,
-            "repeat": searched - sets.num_kept,
-            "cluster": too_many,
+            "caption": len(rows) - rows.num_searched - near,
+            "repeat": rows.num_searched - sets.num_kept,
+            "cluster": sets.num_kept - kept,
         },
-        **filters.summarise(),
-        "cluster_cap": capped,
-        "skipped": {**embedded, **skips.counts},
-    }
+        against=None if run.near is None else run.near.summarise(),
+        caption_window=None if run.captions is None else run.captions.summarise(),
+        cluster_cap=None if found.cap is None else found.cap.summarise(),
+        skipped={**embedded, **run.skips.counts},
+        seconds=run.phases(),
+    )
 
 
-def find_warnings(settings: BalanceSettings, sets: Sets) -> list[str]:
+def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
     """Explain what may surprise: ties at the cut-off, copies beyond the target, one very large group."""
     warnings = []
-    images, kept = len(sets.labels), sets.num_kept
-    if settings.keep is not None:
-        missed = max(1, round(settings.keep * images)) - kept
-        if missed > 0 and sets.threshold == 0.0:
-            warnings.append(
-                f"There are more exact copies than --keep {settings.keep:g} drops images, and all of them are dropped: "
-                f"{kept:,} images are kept, {missed:,} fewer than requested."
-            )
-        elif missed > 0:
-            warnings.append(
-                f"Pairs tie at the cut-off {sets.threshold:.6g}, and all of them merge: {kept:,} images are kept, "
-                f"{missed:,} fewer than requested."
-            )
+    settings, images, kept = run.settings, run.rows.num_searched, sets.num_kept
+    missed = 0 if settings.keep is None else max(1, round(settings.keep * images)) - kept
+    if missed > 0:
+        cause = (
+            f"There are more exact copies than --keep {settings.keep:g} drops images, and all of them are dropped"
+            if sets.threshold == 0.0
+            else f"Pairs tie at the cut-off {sets.threshold:.6g}, and all of them merge"
+        )
+        warnings.append(f"{cause}: {kept:,} images are kept, {missed:,} fewer than requested.")
     largest = sets.largest
     if largest > 1 and largest > _LARGE_SET * images:
         advice = "; --linkage star keeps groups compact" if settings.linkage == "single" else ""
@@ -93,54 +131,3 @@ def find_warnings(settings: BalanceSettings, sets: Sets) -> list[str]:
             f"images, or a placeholder: see the report{advice}."
         )
     return warnings
-
-
-def describe_rule(settings: BalanceSettings) -> str:
-    """Return the flags that decide what is kept."""
-    if settings.keep is not None:
-        amount = f"--keep {settings.keep:g}"
-    elif settings.threshold is not None:
-        amount = f"--threshold {settings.threshold:g}"
-    else:
-        amount = f"--cosine-distance {settings.cosine_distance:g}"
-    neighbors = "" if settings.neighbors == "exact" else f" --neighbors {settings.neighbors}"
-    against = "".join(f" --against {name}" for name in settings.against)
-    if settings.against_threshold is not None:
-        against += f" --against-threshold {settings.against_threshold:g}"
-    ends = {"min": settings.min_caption_similarity, "max": settings.max_caption_similarity}
-    window = "".join(f" --{name}-caption-similarity {end:g}" for name, end in ends.items() if end is not None)
-    cap = "" if settings.max_per_cluster is None else f" --max-per-cluster {settings.max_per_cluster}"
-    return f"{amount}{against}{window} --linkage {settings.linkage} --select {settings.select}{neighbors}{cap}"
-
-
-def explain_unread(pictures: dict[str, Any]) -> list[str]:
-    """Warn of pictures that the report does not show.
-
-    Args:
-        pictures: What `write_report` returned.
-    """
-    missing = len(pictures["unread"])
-    if not missing:
-        return []
-    return [
-        f"The report shows {pictures['shown']:,} of {pictures['shown'] + missing:,} pictures: {pictures['why']} Once they "
-        "can be read, the same command writes it with them."
-    ]
-
-
-def name_files(folder: Path, forest_kind: str) -> dict[str, str]:
-    """Return the path of each file by its name in the JSON object.
-
-    Args:
-        forest_kind: Which forest was made, see `forest_path`.
-    """
-    forest = forest_path(folder, forest_kind).name
-    names = {
-        "keep_list": KEEP_LIST,
-        "forest": forest,
-        "sets": SET_TABLE,
-        "curve": CURVE,
-        "report": REPORT,
-        "sidecar": "balance.json",
-    }
-    return {name: str(folder / file) for name, file in names.items()}

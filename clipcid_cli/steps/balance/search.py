@@ -37,7 +37,7 @@ def find_forest(
     started, rows, note = time.perf_counter(), store.rows, run.reporter.note
 
     def is_enough(forest: Forest) -> bool:
-        if len(forest.edges) == len(rows) - 1:
+        if len(forest.edges) == rows.num_searched - 1:
             return True
         return len(forest.edges) >= num_edges if cutoff is None else forest.cutoff >= float(np.float32(cutoff))
 
@@ -78,7 +78,6 @@ def _search_new(run: SearchRun, rows: BalanceRows, earlier: EarlierForest) -> Fo
     run.reporter.note(f"A forest of {number:,} of the {len(rows):,} images exists: only the others are compared.")
     is_new = earlier.is_new[rows.unique]
     new, old = rows.unique[is_new], rows.unique[~is_new]
-    # Old rows that share a panel with new ones are compared with all, too.
     plan = triangle(np.concatenate([new, old]), run.rows_in_memory, len(new))
     # As far as it is known, so that nothing of it is lost.
     return _search(run, rows, plan, rows.read, earlier.edges, earlier.cutoff)

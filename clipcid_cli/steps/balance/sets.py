@@ -1,4 +1,4 @@
-"""From the forest to sets of near images, each with the one image that is kept."""
+"""From the forest to sets of near images, each with the one image that is kept; and what the other linkage would keep."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import DoubleArray, FloatArray, IntArray, row_type
+from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,
     central_rows,
     distances_to,
     medoid_rows,
-    random_scores,
     share_beyond,
 )
 from clipcid_cli.algorithms.sets.star import (
@@ -29,9 +27,10 @@ from clipcid_cli.algorithms.sets.star import (
     star_curve,
 )
 from clipcid_cli.formats.arrays import Arrays
-from clipcid_cli.steps.balance.context import Context
-from clipcid_cli.steps.balance.rows import caption_similarities
-from clipcid_cli.steps.balance.samples import count_pixels
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs
+from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray
+from clipcid_cli.steps.balance.scores import SCORES
 from clipcid_cli.steps.balance.stored_forest import Forest
 from clipcid_cli.steps.shared_arrays import share_arrays
 
@@ -39,6 +38,9 @@ from clipcid_cli.steps.shared_arrays import share_arrays
 _STAR_STEP = 1.05
 # No two unit rows are farther apart.
 _FARTHEST = 2.0
+# Pairs that all covers of the other linkage's curve process together: some seconds.
+_MOST_COVERED = 2**25
+_CURVE_POINTS = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +48,14 @@ class Sets:
     """Which images are near each other, and which one of each set is kept.
 
     Attributes:
-        labels: The smallest row of each row's set, integers [N].
-        representatives: The representative of each row, itself where it is kept, integers [N].
+        labels: The smallest row of each row's set, integers [N]; a row that filters dropped is a set of its own.
+        representatives: The representative of each row, itself where it is kept, integers [N]; −1 for what filters dropped.
         distances: Distance to it, float32 [N].
         threshold: The cut-off; None when nothing was to be merged.
         curve: Images kept over the cut-off.
         num_kept: Number of images kept.
         largest: Size of the largest set.
-        uncovered_ratio: Share of the dropped images that are farther than the cut-off from their representative.
+        uncovered_ratio: Share of the dropped repeats that are farther than the cut-off from their representative.
     """
 
     labels: IntArray
@@ -66,42 +68,46 @@ class Sets:
     uncovered_ratio: float
 
     @property
-    def kept(self) -> npt.NDArray[np.bool_]:
+    def kept(self) -> BoolArray:
         """Which rows are kept, bool [N]."""
         return is_kept(self.representatives)
 
 
-def make_sets(context: Context) -> tuple[Sets, Edges, bool]:
+def make_sets(run: BalanceRun) -> tuple[Sets, Edges, bool]:
     """Make the sets that the settings ask for; the same on every process.
 
     Returns:
         The sets, the forest they were made from, and whether it was there already.
     """
-    num_rows, settings = len(context.rows), context.settings
+    num_rows, settings = run.rows.num_searched, run.settings
     num_kept = num_rows if settings.keep is None else max(1, round(settings.keep * num_rows))
-    if settings.keep is not None and num_kept == num_rows:
-        # Nothing to merge, not even copies: there is no cut-off, and a forest up to 0 to draw the curve from.
-        forest, was_there = context.find_forest(num_edges=0)
-        return _each_alone(context, forest.edges), forest.edges, was_there
-    forest, was_there = context.find_forest(cutoff=settings.distance, num_edges=num_rows - num_kept)
+    forest, reused = run.find_forest(cutoff=settings.distance, num_edges=num_rows - num_kept)
+    if settings.keep is not None and num_kept == num_rows:  # nothing is to be merged, not even copies
+        return _make_components(run, forest.edges, None), forest.edges, reused
     threshold = settings.distance
     if threshold is None:
         threshold = float(forest.edges.weight[num_rows - num_kept - 1])
-    threshold = shortest_decimal(threshold)
+    threshold = _shortest_decimal(threshold)
     if settings.linkage == "star":
         searched = forest.cutoff
-        sets, forest = _make_stars(context, forest, threshold, num_kept)
-        return sets, forest.edges, was_there and forest.cutoff == searched
-    return _make_components(context, forest.edges, threshold), forest.edges, was_there
+        sets, forest = _make_stars(run, forest, threshold, num_kept)
+        return sets, forest.edges, reused and forest.cutoff == searched
+    return _make_components(run, forest.edges, threshold), forest.edges, reused
 
 
-def shortest_decimal(distance: float) -> float:
+def _shortest_decimal(distance: float) -> float:
     """Return the number with the fewest digits that is the same float32: 0.447 rather than 0.44699999690055847."""
     return float(str(np.float32(distance)))
 
 
+def _single_curve(rows: BalanceRows, forest: Edges, threshold: float | None) -> Curve:
+    """Return what single linkage keeps of the searched rows over the cut-off, as far as the forest reaches."""
+    curve = forest_curve(len(rows), forest, threshold)
+    return dataclasses.replace(curve, kept=curve.kept - (len(rows) - rows.num_searched))
+
+
 def _share_sets(
-    context: Context,
+    run: BalanceRun,
     threshold: float | None,
     make: Callable[[], tuple[IntArray, IntArray]],
     make_curve: Callable[[], Curve],
@@ -109,58 +115,52 @@ def _share_sets(
     """Make sets on the first process and share them with the others.
 
     Args:
-        make: Makes labels and representatives.
-        make_curve: Makes the curve.
+        make: Makes labels and representatives; rows that filters dropped represent themselves.
     """
-    num_rows = len(context.rows)
-    kind = row_type(num_rows)
+    rows = run.rows
+    kind = row_type(len(rows))
 
     def write() -> Arrays:
         labels, representatives = (each.astype(kind, copy=False) for each in make())
-        distances = distances_to(context.rows.read, np.arange(num_rows, dtype=kind), representatives)
+        distances = distances_to(rows.read, np.arange(len(rows), dtype=kind), representatives)
+        if rows.is_searched is not None:
+            representatives = np.where(rows.is_searched, representatives, kind(-1))
         return labels, representatives, distances
 
-    labels, representatives, distances = share_arrays(context.machine, context.output.work, write)
+    labels, representatives, distances = share_arrays(run.machine, run.work, write)
 
     def measure() -> tuple[Curve, int, int, float]:
         num_kept = count_kept(representatives)
-        beyond = 0.0 if threshold is None else share_beyond(distances, threshold, num_rows - num_kept)
+        beyond = 0.0 if threshold is None else share_beyond(distances, threshold, rows.num_searched - num_kept)
         return make_curve(), num_kept, int(np.bincount(labels).max()), beyond
 
-    return Sets(labels, representatives, distances, threshold, *context.machine.on_main(measure))
+    return Sets(labels, representatives, distances, threshold, *run.machine.on_main(measure))
 
 
-def _each_alone(context: Context, forest: Edges) -> Sets:
-    num_rows = len(context.rows)
-    rows = np.arange(num_rows, dtype=row_type(num_rows))
-    return _share_sets(context, None, lambda: (rows, rows), lambda: forest_curve(num_rows, forest, None))
-
-
-def _make_components(context: Context, forest: Edges, threshold: float) -> Sets:
-    """Single linkage: the components of the forest up to the threshold."""
-    num_rows = len(context.rows)
+def _make_components(run: BalanceRun, forest: Edges, threshold: float | None) -> Sets:
+    """Single linkage: the components of the forest up to the threshold; without one each row is a set of its own."""
 
     def make() -> tuple[IntArray, IntArray]:
-        part = forest.up_to(threshold)
-        labels = connected_components(num_rows, part.a, part.b)
-        return labels, _SELECT[context.settings.select](context, labels)
+        part = forest[:0] if threshold is None else forest.up_to(threshold)
+        labels = connected_components(len(run.rows), part.a, part.b)
+        return labels, labels if threshold is None else _SELECT[run.settings.select](run, labels)
 
-    return _share_sets(context, threshold, make, lambda: forest_curve(num_rows, forest, threshold))
+    return _share_sets(run, threshold, make, lambda: _single_curve(run.rows, forest, threshold))
 
 
-def _make_stars(context: Context, forest: Forest, threshold: float, num_kept: int) -> tuple[Sets, Forest]:
+def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int) -> tuple[Sets, Forest]:
     """Cover the rows by stars, at the threshold given, or from the single-linkage one up to where few enough are kept."""
-    rows, num_rows, num_unique = context.rows, len(context.rows), len(context.rows.unique)
+    rows, num_unique = run.rows, len(run.rows.unique)
     positions = rows.unique_positions()
-    copies = np.bincount(positions)
+    copies = rows.count_copies()
 
     def pairs_up_to(cutoff: float) -> Edges:
         part = forest.edges.up_to(cutoff)
-        labels = connected_components(num_rows, part.a, part.b)
-        return context.collect_pairs(labels, cutoff).renumbered(positions)
+        labels = connected_components(len(rows), part.a, part.b)
+        return run.collect_pairs(labels, cutoff).renumbered(positions)
 
     cover: StarCover | None = None
-    if context.settings.keep is None:
+    if run.settings.keep is None:
         pairs = pairs_up_to(threshold)
         cover = StarCover(threshold, star_cover(num_unique, pairs, copies))
     elif num_kept >= num_unique:
@@ -172,7 +172,7 @@ def _make_stars(context: Context, forest: Forest, threshold: float, num_kept: in
     while cover is None:
         reach = min(_STAR_STEP * reach + 1e-6, _FARTHEST)
         if reach > forest.cutoff:
-            forest, _ = context.find_forest(cutoff=reach)
+            forest, _ = run.find_forest(cutoff=reach)
         pairs = pairs_up_to(reach)
         cover = find_star_cutoff(num_unique, pairs, num_kept, copies, below)
         below = reach
@@ -182,58 +182,87 @@ def _make_stars(context: Context, forest: Forest, threshold: float, num_kept: in
 
     def make() -> tuple[IntArray, IntArray]:
         representatives = rows.unique[chosen.representatives][positions]
+        if rows.is_searched is not None:
+            representatives = np.where(rows.is_searched, representatives, np.arange(len(rows)))
         return label_by_smallest(representatives), representatives
 
     def make_curve() -> Curve:
         return star_curve(num_unique, pairs, copies, chosen.cutoff)
 
-    return _share_sets(context, shortest_decimal(chosen.cutoff), make, make_curve), forest
+    return _share_sets(run, _shortest_decimal(chosen.cutoff), make, make_curve), forest
 
 
-def _central(context: Context, labels: IntArray) -> IntArray:
-    return central_rows(context.rows.read, np.arange(len(labels), dtype=labels.dtype), labels)
+@dataclasses.dataclass(frozen=True)
+class OtherLinkage:
+    """The other linkage at the cut-off of the sets.
+
+    Attributes:
+        linkage: ``single`` or ``star``.
+        kept: Number of images it keeps.
+        uncovered_ratio: Share of the images it drops that are farther than the cut-off from their representative.
+        curve: Images it keeps over the cut-off: single linkage as far as the forest reaches, stars up to the cut-off.
+    """
+
+    linkage: str
+    kept: int
+    uncovered_ratio: float
+    curve: Curve
 
 
-def _medoid(context: Context, labels: IntArray) -> IntArray:
-    return medoid_rows(context.rows.read, np.arange(len(labels), dtype=labels.dtype), labels, context.machine.device)
+def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage | NotComputed:
+    """Apply the other linkage to the same images at the same cut-off; the same on every process.
+
+    Single linkage follows from the forest, with the central image kept of each component. Stars need all pairs within the
+    cut-off, which are within the components of single linkage and are collected when they are few.
+    """
+    threshold = sets.threshold
+    if threshold is None:
+        return NotComputed("nothing was to be merged")
+    if run.settings.linkage == "star":
+        return run.machine.on_main(lambda: _single(run.rows, forest, threshold))
+    pairs = collect_few_pairs(run, run.rows, sets.labels, threshold)
+    if isinstance(pairs, NotComputed):
+        run.reporter.note(f"What --linkage star would keep at this cut-off is not computed: {pairs.reason}.")
+        return pairs
+    return run.machine.on_main(lambda: _star(run.rows, pairs, threshold))
 
 
-def _first(context: Context, labels: IntArray) -> IntArray:
-    return labels
+def _single(rows: BalanceRows, forest: Edges, threshold: float) -> OtherLinkage:
+    part = forest.up_to(threshold)
+    labels = connected_components(len(rows), part.a, part.b)
+    numbers = np.arange(len(rows), dtype=labels.dtype)
+    distances = distances_to(rows.read, numbers, central_rows(rows.read, numbers, labels))
+    beyond = share_beyond(distances, threshold, len(part))
+    return OtherLinkage("single", rows.num_searched - len(part), beyond, _single_curve(rows, forest, threshold))
 
 
-def _random(context: Context, labels: IntArray) -> IntArray:
-    return best_rows(random_scores(np.arange(len(labels)), context.settings.seed), labels)
+def _star(rows: BalanceRows, pairs: Edges, threshold: float) -> OtherLinkage:
+    pairs = pairs.renumbered(rows.unique_positions())
+    num_points = min(_CURVE_POINTS, _MOST_COVERED // max(1, len(pairs)))
+    curve = star_curve(len(rows.unique), pairs, rows.count_copies(), threshold, num_points)
+    # The cut-off is the last point, and all members of a star are within it of their representative.
+    return OtherLinkage("star", int(curve.kept[-1]), 0.0, curve)
 
 
-def _similarity(context: Context, labels: IntArray) -> IntArray:
-    """Keep the image most similar to its caption; images without one, or without a usable text embedding, come last."""
-    scores: DoubleArray = np.full(len(labels), -np.inf)
-    members = _rows_of_several(labels)
-    scores[members] = caption_similarities(context.embeddings, context.rows, members, context.reporter)
-    return best_rows(scores, labels)
+def _central(run: BalanceRun, labels: IntArray) -> IntArray:
+    return central_rows(run.rows.read, np.arange(len(labels), dtype=labels.dtype), labels)
 
 
-def _resolution(context: Context, labels: IntArray) -> IntArray:
-    members = _rows_of_several(labels)
+def _medoid(run: BalanceRun, labels: IntArray) -> IntArray:
+    return medoid_rows(run.rows.read, np.arange(len(labels), dtype=labels.dtype), labels, run.machine.device)
+
+
+def _best(run: BalanceRun, labels: IntArray) -> IntArray:
     scores = np.zeros(len(labels))
-    assert context.data is not None  # it was opened before the search
-    numbers = context.rows.numbers[members]
-    scores[members] = count_pixels(context.data, context.embeddings, numbers, context.reporter)
+    # The rows of sets of two or more: the others need no score.
+    members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
+    scores[members] = SCORES[run.settings.select](run, members)
     return best_rows(scores, labels)
-
-
-def _rows_of_several(labels: IntArray) -> IntArray:
-    """Return the rows of sets of two or more: the others need no score."""
-    return np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
 
 
 # Each rule of ``--select`` chooses the representative of each row from the sets, integers [N] both.
-_SELECT: dict[str, Callable[[Context, IntArray], IntArray]] = {
+_SELECT: dict[str, Callable[[BalanceRun, IntArray], IntArray]] = {
     "central": _central,
     "medoid": _medoid,
-    "first": _first,
-    "random": _random,
-    "similarity": _similarity,
-    "resolution": _resolution,
+    **dict.fromkeys(SCORES, _best),
 }

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
+from clipcid_cli.algorithms.near.edges import Edges, merge_edges
 from clipcid_cli.algorithms.near.exact import row_type
 from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.embeddings.manifest import find_lost
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.forest import StoredForest, find_earlier, read_forest, row_files_path, write_forest
 from clipcid_cli.formats.results.row_files import ROW_FILES, RowFile, read_row_files
@@ -22,8 +23,6 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.shared_arrays import share_arrays
-
-_NAMED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ class ForestStore:
 
     @property
     def _kind(self) -> str:
-        return self.neighbors if self.rows.positions is None else f"{self.neighbors}-filtered"
+        return self.neighbors if self.rows.is_searched is None else f"{self.neighbors}-filtered"
 
     def read(self, machine: Machine) -> Forest | None:
         """Read the forest, if one of these rows is stored; the same on every process."""
@@ -81,10 +80,7 @@ class ForestStore:
             stored = read_forest(self.folder, self.inputs, self._kind, overwrite=self.overwrite)
             if stored is None:
                 return ()
-            ends = [stored.a, stored.b]
-            if (positions := self.rows.positions) is not None:
-                ends = [np.searchsorted(positions, end).astype(positions.dtype) for end in ends]
-            return (*ends, stored.distance, np.array([stored.cutoff]))
+            return stored.a, stored.b, stored.distance, np.array([stored.cutoff])
 
         found = share_arrays(machine, self.work, read)
         return Forest(Edges(*found[:3]), float(found[3][0])) if found else None
@@ -98,41 +94,39 @@ class ForestStore:
             sidecar = find_earlier(self.folder, self.inputs, overwrite=self.overwrite)
             if sidecar is None or not sidecar.cutoff:
                 return ()
-            files = _read_images(self.work / ROW_FILES)
-            earlier = _read_images(row_files_path(self.folder, "exact"))
-            is_new, why_not = self._find_new(files, earlier), _why_not(earlier, files)
+            files, earlier = map(_read_images, (self.work / ROW_FILES, row_files_path(self.folder, "exact")))
+            is_new, lost = self._find_new(files, earlier), find_lost(earlier, files)
             stored = read_forest(self.folder, sidecar.inputs, overwrite=self.overwrite)
-            if is_new is not None and (stored is None or stored.num_rows != np.count_nonzero(~is_new)):
-                is_new, why_not = None, "its rows are not those of its files."
-            if is_new is None or stored is None:
-                reporter.note(f"The forest that is there cannot be extended: {why_not}")
+            if lost or stored is None or stored.num_rows != np.count_nonzero(~is_new):
+                reporter.note(
+                    "The forest that is there cannot be extended, since its files are not all there as they were and in "
+                    f"that order{lost and f' ({lost})'}: all pairs are compared."
+                )
                 return ()
             rows = np.flatnonzero(~is_new).astype(row_type(len(is_new)))
             edges = Edges(rows[stored.a], rows[stored.b], stored.distance)
-            edges, _ = merge_edges(edges, sort_edges(self.rows.copies))
+            edges, _ = merge_edges(edges, self.rows.copies)
             return edges.a, edges.b, edges.weight, np.array([stored.cutoff]), is_new
 
         found = share_arrays(machine, self.work, read)
         return EarlierForest(Edges(*found[:3]), float(found[3][0]), found[4]) if found else None
 
-    def _find_new(self, files: list[RowFile], earlier: list[RowFile]) -> npt.NDArray[np.bool_] | None:
-        """Return which rows are of none of the earlier files, bool [N]; None where those are not all there, in order."""
-        is_new, left, end = np.ones(len(self.rows), np.bool_), [each.content for each in earlier], 0
+    def _find_new(self, files: list[RowFile], earlier: list[RowFile]) -> npt.NDArray[np.bool_]:
+        """Return which rows are of none of the earlier files, bool [N]."""
+        is_new, left, end = np.ones(len(self.rows), np.bool_), iter(earlier), 0
+        known = next(left, None)
         for file in files:
-            assert file.rows is not None
-            start, end = end, end + file.rows
-            if left and file.content == left[0]:
+            start, end = end, end + (file.rows or 0)
+            if known is not None and file.content == known.content:
                 bounds = np.array([start, end], self.rows.numbers.dtype)
                 is_new[slice(*np.searchsorted(self.rows.numbers, bounds))] = False
-                del left[0]
-        return None if left else is_new
+                known = next(left, None)
+        return is_new
 
     def write(self, forest: Forest, seconds: float) -> None:
         """Write a forest that took so long to search."""
-        a, b, num_rows = forest.edges.a, forest.edges.b, len(self.rows)
-        if (positions := self.rows.positions) is not None:
-            a, b, num_rows = positions[a], positions[b], self.rows.num_finite
-        stored = StoredForest(a, b, forest.edges.weight, forest.cutoff, num_rows, self._kind)
+        edges = forest.edges
+        stored = StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, len(self.rows), self._kind)
         took, row_files = {"search": seconds}, self.work / ROW_FILES
         write_forest(self.folder, stored, row_files, inputs=self.inputs, seconds=took, overwrite=self.overwrite)
 
@@ -141,16 +135,3 @@ def _read_images(path: Path) -> list[RowFile]:
     """Read which files of image embeddings rows are numbered through."""
     files = read_row_files(path, "Add --overwrite to search the forest again.")
     return [file for file in files if file.rows is not None]
-
-
-def _why_not(earlier: list[RowFile], files: list[RowFile]) -> str:
-    """Name the files that are gone, have changed or are in another order."""
-    there = {file.content for file in files}
-    gone = [Path(each.path).name for each in earlier if each.content not in there]
-    if not gone:
-        return "the files are in another order, and of equal distances the earlier row goes first."
-    more = f" and {len(gone) - _NAMED:,} more" if len(gone) > _NAMED else ""
-    return (
-        f"{', '.join(gone[:_NAMED])}{more} of {len(earlier):,} files have changed or are gone, and what joined "
-        "other images through theirs is not in the forest. All pairs are compared."
-    )

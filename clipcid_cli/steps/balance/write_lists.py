@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import refuse_unwritable
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
 from clipcid_cli.formats.join import join, parquet_listing
 from clipcid_cli.formats.results.keep_list import read_dropped, read_keep_list
@@ -27,41 +28,27 @@ def check_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
     """Check that the first sample has an identifier, so that no search is wasted."""
     if settings.write_uids is not None:
         first = next(file for file in embeddings.files if file.rows)
-        _UidFinder(settings, embeddings).find(first, pa.array(np.arange(first.rows) == 0))
-
-
-def check_targets(settings: BalanceSettings) -> None:
-    """Check that the lists that the settings name can be written, before the search."""
-    for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
-        if path is not None:
-            refuse_unwritable(path)
+        _UidFinder(settings, embeddings).find(first, np.array([0]))
 
 
 def write_kept(
     settings: BalanceSettings, embeddings: Embeddings, keep_list: Path, reporter: Reporter
-) -> dict[str, str]:
-    """Write the lists that the settings name; no search is needed for them.
-
-    Args:
-        keep_list: The keep list.
-
-    Returns:
-        Path of each file by its name in the JSON object.
-    """
-    files: dict[str, str] = {}
+) -> dict[str, Path]:
+    """Write the lists that the settings name, by their names in the JSON object; no search is needed for them."""
+    overwrite, files = settings.overwrite, dict[str, Path]()
     if settings.write_keys is not None:
-        write_keys(settings.write_keys, read_keep_list(keep_list).kept_keys(), overwrite=settings.overwrite)
-        files["keys"] = str(settings.write_keys)
+        write_keys(settings.write_keys, read_keep_list(keep_list).kept_keys(), overwrite=overwrite)
+        files["keys"] = settings.write_keys
     if settings.write_pairs is not None:
-        write_pairs(settings.write_pairs, read_dropped(keep_list), overwrite=settings.overwrite)
-        files["pairs"] = str(settings.write_pairs)
+        write_pairs(settings.write_pairs, read_dropped(keep_list), overwrite=overwrite)
+        files["pairs"] = settings.write_pairs
     if settings.write_uids is not None:
         num_kept = read_keep_list(keep_list).num_kept
         uids = _kept_uids(settings, embeddings, keep_list, num_kept)
-        written = write_uids(settings.write_uids, uids, num_kept, overwrite=settings.overwrite)
+        written = write_uids(settings.write_uids, uids, num_kept, overwrite=overwrite)
         if written < num_kept:
             reporter.warn(f"{num_kept:,} kept images have {written:,} different uids: each is written once.")
-        files["uids"] = str(settings.write_uids)
+        files["uids"] = settings.write_uids
     return files
 
 
@@ -78,7 +65,7 @@ def _kept_uids(
         )
     finder = _UidFinder(settings, embeddings)
     for file in embeddings.files:
-        yield finder.find(file, pa.array(kept[file.first : file.first + file.rows]))
+        yield finder.find(file, np.flatnonzero(kept[file.first : file.first + file.rows]))
 
 
 class _UidFinder:
@@ -92,31 +79,29 @@ class _UidFinder:
         data = open_data(self._settings, self._embeddings)
         return None if data is None else SampleFinder(data)
 
-    def find(self, file: EmbeddingFile, chosen: pa.BooleanArray) -> pa.ChunkedArray:
-        """Return those of some of a file's rows, n strings of 32 hexadecimal digits."""
-        uids = keys = self._embeddings.keys_of(file).filter(chosen)
+    def find(self, file: EmbeddingFile, places: IntArray) -> pa.ChunkedArray:
+        """Return those of the rows at some places in a file, n strings of 32 hexadecimal digits."""
+        keys = self._embeddings.keys_of(file).take(pa.array(places))
+        uids = keys
         if self._embeddings.has_uids:
-            stored = self._embeddings.uids_of(file).filter(chosen)
+            stored = self._embeddings.uids_of(file).take(pa.array(places))
             uids = pc.if_else(pa.array(are_uids(stored)), stored, keys.cast(stored.type))
         missing = np.flatnonzero(~are_uids(uids))
         if not len(missing):
             return uids
-        if self._samples is None:
-            raise _no_uid(keys[int(missing[0])].as_py())
-        numbers, found = file.first + np.flatnonzero(chosen), uids.to_pylist()
+        found = uids.to_pylist()
         for start in range(0, len(missing), _ROWS_AT_ONCE):
-            rows = missing[start : start + _ROWS_AT_ONCE]
-            samples = self._samples.find_rows(self._embeddings, numbers[rows])
-            for row, sample in zip(rows.tolist(), samples, strict=True):
+            some = missing[start : start + _ROWS_AT_ONCE]
+            samples: list[Sample | None] = [None] * len(some)
+            if self._samples is not None:
+                samples = self._samples.find_rows(self._embeddings, file.first + places[some])
+            for row, sample in zip(some.tolist(), samples, strict=True):
                 found[row] = read_uid(sample)
                 if found[row] is None:
-                    raise _no_uid(keys[row].as_py())
+                    raise ClipcidError(
+                        f"Sample {keys[row].as_py()!r} has no uid of DataComp's: its key is not 32 hexadecimal digits, and "
+                        "neither the embeddings' metadata nor the .json files of the data have one under `uid`.",
+                        "Name data whose .json files have it (clipcid balance DATA …), or write the keys: --write-keys "
+                        "FILE.txt.",
+                    )
         return pa.chunked_array([found], type=pa.large_string())
-
-
-def _no_uid(key: str) -> ClipcidError:
-    return ClipcidError(
-        f"Sample {key!r} has no uid of DataComp's: its key is not 32 hexadecimal digits, and neither the embeddings' "
-        "metadata nor the .json files of the data have one under `uid`.",
-        "Name data whose .json files have it (clipcid balance DATA …), or write the keys: --write-keys FILE.txt.",
-    )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,13 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import find_repeat, join, parquet_listing
-from clipcid_cli.formats.output import Output, is_claimed
+from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.reading import read_regular
-from clipcid_cli.formats.results.keep_list import KeepList
+from clipcid_cli.formats.results.keep_list import KeepList, read_keep_list
 from clipcid_cli.formats.results.kept_lists import is_uid
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.steps.balance.plan import Plan
 from clipcid_cli.steps.balance.samples import read_uid
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter
@@ -36,80 +37,60 @@ _STATS = "_stats.json"
 _STEP = "write-shards"
 
 
-def tar_shards(data: Dataset, target: Path) -> list[Shard]:
-    """Return the shards of the data, which must be tars."""
-    shards = [shard for shard in data.shards if shard.rows is None]
-    if len(shards) < len(data.shards):
-        raise ClipcidError(
-            f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
-            "Omit it: the keep list names what is kept.",
-        )
-    for shard in shards:
-        if "://" not in shard.source and _target_of(target, shard).resolve() == Path(shard.source).resolve():
-            raise ClipcidError(f"--write-shards {target} would overwrite the data itself.", "Give another folder.")
-    return shards
-
-
-def write_shards(
-    machine: Machine,
-    data: Dataset,
-    shards: list[Shard],
-    keep: KeepList,
-    keep_record: FileRecord,
-    target: Path,
-    *,
-    overwrite: bool,
-    reporter: Reporter,
-) -> None:
+def write_shards(plan: Plan, target: Path, keep_list: Path, machine: Machine, reporter: Reporter) -> None:
     """Write the new shards, divided among the processes; a run that was killed continues with those not written yet.
 
     A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and
     ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
-
-    Args:
-        data: The data.
-        shards: Its shards, see :func:`tar_shards`.
-        overwrite: Replace shards made from another keep list.
     """
+    data, overwrite = plan.data, plan.settings.overwrite
+    assert data is not None  # the plan has opened it
     machine.on_main(lambda: _refuse_foreign(target))
-    with claim_output(
-        machine,
-        target,
-        _STEP,
-        Sidecar,
-        settings={},
-        inputs=[keep_record],
-        overwrite=overwrite,
-    ) as output:
+    inputs = [record(keep_list)]
+    with claim_output(machine, target, _STEP, Sidecar, settings={}, inputs=inputs, overwrite=overwrite) as output:
         if output.finished is not None:
             reporter.note(f"{target} already holds these shards.")
             return
         machine.on_main(output.start)
-        mine = shards[machine.rank :: machine.size]
-        choice = machine.on_all(lambda: ShardChoice(keep, data, mine, target))
-        sizes, files = dict[str, int](), list[FileRecord]()
-        error: ClipcidError | None = None
-        with reporter.progress("shards", len(mine), "shards") as progress:
-            try:
+        keep = read_keep_list(keep_list)
+        mine = data.shards[machine.rank :: machine.size]
+
+        def write() -> tuple[dict[str, int], list[FileRecord]]:
+            sizes, files = dict[str, int](), list[FileRecord]()
+            choice = ShardChoice(keep, data, mine, target)
+            with reporter.progress("shards", len(mine), "shards") as progress:
                 for shard in mine:
                     sizes[shard.name] = _write_shard(shard, choice, output.work, output.resumed)
-                    written = [_stats_of(output.work, shard)]
-                    written += [_target_of(output.work, shard)] if sizes[shard.name] else []
-                    files += [record(path, output.work) for path in written]
+                    written = [_STATS, *([".tar"] if sizes[shard.name] else [])]
+                    files += [record(output.work / f"{shard.name}{each}", output.work) for each in written]
                     progress.advance()
-            except ClipcidError as found:
-                error = found
-        machine.agree(error)
-        together, outputs = dict[str, int](), list[FileRecord]()
-        for part, records in machine.gather((sizes, files)):
-            together |= part
-            outputs += records
-        machine.on_main(lambda: _finish(output, shards, together, outputs, keep, reporter))
+            return sizes, files
+
+        parts = machine.gather(machine.on_all(write))
+
+        def finish() -> None:
+            sizes = {name: size for part, _ in parts for name, size in part.items()}
+            by_file = {f"{shard.name}.tar": sizes[shard.name] for shard in data.shards if sizes[shard.name]}
+            written = sum(by_file.values())
+            missing = keep.num_kept - written
+            if not written or missing < 0:
+                found = "none" if not written else f"{written:,} samples, more than one for some,"
+                raise ClipcidError(
+                    f"Of the {keep.num_kept:,} images kept, {found} are in the {len(data.shards):,} shards to copy from.",
+                    "Give the data that the embeddings were made from as the first argument: clipcid balance DATA …",
+                )
+            if missing:
+                reporter.warn(f"{missing:,} of the {keep.num_kept:,} images kept are not in the shards.")
+            write_json(output.work / _SIZES, by_file)
+            files = [*(file for _, part in parts for file in part), record(output.work / _SIZES, output.work)]
+            output.commit(counts={"samples": written, "missing": missing, "shards": by_file}, seconds={}, outputs=files)
+
+        machine.on_main(finish)
 
 
 def _write_shard(shard: Shard, choice: ShardChoice, target: Path, resumed: bool) -> int:
     """Write one shard, unless this run wrote it before it was killed: its statistics are written after it."""
-    path, stats_path = _target_of(target, shard), _stats_of(target, shard)
+    path, stats_path = target / f"{shard.name}.tar", target / f"{shard.name}{_STATS}"
     if resumed:
         with suppress(OSError, ValueError, TypeError, LookupError):  # missing or damaged: it is written again
             written = int(json.loads(read_regular(stats_path))["successes"])
@@ -129,49 +110,23 @@ def _write_shard(shard: Shard, choice: ShardChoice, target: Path, resumed: bool)
             f"samples in total, where the keep list has {len(keys) + num_dropped:,}.",
             "It has changed since it was embedded: run clipcid embed and balance again.",
         )
-    write_json(stats_path, _describe(copied, num_dropped, choice.keep.has_reasons))
-    return copied.samples
-
-
-def _describe(copied: Copied, num_dropped: int, has_reasons: bool) -> dict[str, Any]:
-    """Return what became of a shard's samples in img2dataset's fields, without those that hold times."""
-    reasons = {
+    became = {
         "success": copied.samples,
-        "dropped" if has_reasons else "repeat": num_dropped,
+        "dropped" if choice.keep.has_reasons else "repeat": num_dropped,
         # No image or caption, unreadable, or a repeated key: the sidecar of `embed` counts them by reason.
         "not_in_keep_list": copied.read - copied.samples - num_dropped,
     }
-    return {
+    # img2dataset's fields, without those that hold times.
+    stats = {
         "count": copied.read,
         "successes": copied.samples,
         "dropped": copied.read - copied.samples,
         "failed_to_download": 0,
         "failed_to_resize": 0,
-        "status_dict": {reason: number for reason, number in reasons.items() if number},
+        "status_dict": {reason: number for reason, number in became.items() if number},
     }
-
-
-def _finish(
-    output: Output[Sidecar],
-    shards: list[Shard],
-    sizes: dict[str, int],
-    outputs: list[FileRecord],
-    keep: KeepList,
-    reporter: Reporter,
-) -> None:
-    by_file = {f"{shard.name}.tar": sizes[shard.name] for shard in shards if sizes[shard.name]}
-    written = sum(by_file.values())
-    if not written or written > keep.num_kept:
-        found = "none" if not written else f"{written:,} samples, more than one for some,"
-        raise ClipcidError(
-            f"Of the {keep.num_kept:,} images kept, {found} are in the {len(shards):,} shards to copy from.",
-            "Give the data that the embeddings were made from as the first argument: clipcid balance DATA …",
-        )
-    if written < keep.num_kept:
-        reporter.warn(f"{keep.num_kept - written:,} of the {keep.num_kept:,} images kept are not in the shards.")
-    write_json(output.work / _SIZES, by_file)
-    counts = {"samples": written, "missing": keep.num_kept - written, "shards": by_file}
-    output.commit(counts=counts, seconds={}, outputs=[*outputs, record(output.work / _SIZES, output.work)])
+    write_json(stats_path, stats)
+    return copied.samples
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -185,14 +140,6 @@ def _refuse_foreign(target: Path) -> None:
         )
 
 
-def _target_of(target: Path, shard: Shard) -> Path:
-    return target / f"{shard.name}.tar"
-
-
-def _stats_of(target: Path, shard: Shard) -> Path:
-    return target / f"{shard.name}{_STATS}"
-
-
 class ShardChoice:
     """Finds the kept samples of each shard.
 
@@ -201,7 +148,7 @@ class ShardChoice:
     not, by the uid in its ``.json``.
     """
 
-    def __init__(self, keep: KeepList, data: Dataset, shards: list[Shard], folder: Path) -> None:
+    def __init__(self, keep: KeepList, data: Dataset, shards: Sequence[Shard], folder: Path) -> None:
         """Look up the samples where the keep list does not have their shards.
 
         Args:
@@ -215,7 +162,7 @@ class ShardChoice:
         if self._num_rows.keys().isdisjoint(self._numbers):
             self._found = self._look_up(shards, folder)
 
-    def _look_up(self, shards: list[Shard], folder: Path) -> dict[str, tuple[pa.Array, npt.NDArray[np.int64]]]:
+    def _look_up(self, shards: Sequence[Shard], folder: Path) -> dict[str, tuple[pa.Array, npt.NDArray[np.int64]]]:
         """Return the keys of each shard's n samples, and 1 for those kept, 0 for dropped and −1 for others, int64 [n]."""
         keys, names = list[pa.Array](), list[pa.ChunkedArray]()
         by_uid = is_uid(self.keep.first_key)

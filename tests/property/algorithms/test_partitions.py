@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from clipcid_cli.algorithms.near.block import load_block
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray
-from clipcid_cli.algorithms.near.partition_training import split_counts
 from clipcid_cli.algorithms.near.partitions import Partitions, assign_rows, choose_margin, default_num_partitions
 from clipcid_cli.algorithms.near.plan import pieces
 from clipcid_cli.algorithms.near.sample import Neighbours, find_neighbours
@@ -126,10 +125,7 @@ def test_neighbours_are_the_nearest_however_rows_are_shared(seed: int, count: in
     np.testing.assert_array_equal(found.distance, exact[sample[found.row], found.other])
 
 
-def test_partitions_that_hold_too_much_are_split_and_others_are_not() -> None:
-    sizes = np.array([400, 10, 40, 50, 0])
-    assert split_counts(sizes, 5).tolist() == [1, 1, 1, 1, 1]  # 4 times the even share of 100
-    assert split_counts(sizes, 10).tolist() == [8, 1, 1, 1, 1]
+def test_there_are_as_many_partitions_as_rows_in_one() -> None:
     assert [default_num_partitions(number) for number in (1, 100, 10**6, 10**8)] == [1, 10, 1000, 10_000]
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import FloatArray, HalfArray, IntArray, row_type
 from clipcid_cli.algorithms.near.plan import rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
-from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.arrays import Arrays, map_strings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.steps.balance.filters.references import Reference
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.chunks import SearchRun, run_chunks
@@ -40,6 +41,7 @@ class NearReferences:
         near: How many rows lie near each reference, whatever other references they are near.
     """
 
+    reason: ClassVar = "reference"
     references: list[Reference]
     threshold: float
     owner: npt.NDArray[np.int16]
@@ -48,9 +50,9 @@ class NearReferences:
     near: list[int]
 
     @property
-    def is_far(self) -> npt.NDArray[np.bool_]:
-        """Which rows are near no reference, bool [N]."""
-        return np.asarray(self.owner < 0)
+    def is_dropped(self) -> npt.NDArray[np.bool_]:
+        """Which rows are near a reference, bool [N]."""
+        return np.asarray(self.owner >= 0)
 
     def summarise(self) -> dict[str, Any]:
         """Return what the JSON object says."""
@@ -64,6 +66,36 @@ class NearReferences:
             ],
         }
 
+    def columns(self, folder: Path) -> list[Column]:
+        """Return the columns of the keep list, which name the nearest reference row of each row that is near one.
+
+        Args:
+            folder: Where keys are mapped, which may be more than memory holds.
+        """
+        keys: dict[int, pa.Array] = {}
+
+        def read_names(part: slice) -> pa.Array:
+            owner = self.owner[part]
+            return pa.array([each.name for each in self.references]).take(pa.array(owner, mask=owner < 0))
+
+        def read_keys(part: slice) -> pa.Array:
+            owner, found = self.owner[part], pa.nulls(part.stop - part.start, pa.string())
+            for number in np.unique(owner[owner >= 0]).tolist():
+                if number not in keys:
+                    embeddings = self.references[number].embeddings
+                    chunks = (chunk for file in embeddings.files for chunk in embeddings.keys_of(file).chunks)
+                    keys[number] = map_strings(folder, chunks)
+                is_its = owner == number
+                named = keys[number].take(pa.array(self.row[part][is_its])).cast(pa.string())
+                found = pc.replace_with_mask(found, pa.array(is_its), named)
+            return found
+
+        return [
+            Column("reference", pa.string(), read_names),
+            Column("reference_key", pa.string(), read_keys),
+            float_column("reference_distance", self.distance),
+        ]
+
 
 def find_near(
     run: SearchRun, folder: Path, rows: BalanceRows, references: list[Reference], threshold: float
@@ -75,22 +107,8 @@ def find_near(
         rows: All finite rows.
         threshold: The distance, inclusive.
     """
-    found, compared, num_rows = list[Edges](), set[str](), len(rows)
-    for reference in references:
-        images = reference.embeddings.rows(Kind.IMAGES)
-
-        def read(numbers: IntArray, images: Rows = images, reference: Reference = reference) -> HalfArray:
-            """Read rows: some to balance, or some of the reference, which are numbered after them."""
-            return rows.read(numbers) if numbers[0] < num_rows else images.take(reference.numbers[numbers - num_rows])
-
-        kind = row_type(num_rows + len(reference.numbers))
-        others = np.arange(num_rows, num_rows + len(reference.numbers), dtype=kind)
-        plan = rectangle(rows.unique.astype(kind, copy=False), others, run.rows_in_memory)
-        nearest = partial(NearestOf, rows.unique)
-        label, identity = f"comparison with {reference.name}", reference.identity
-        found.append(run_chunks(run, plan, read, threshold, nearest, label, of=identity, folder=folder / _FOLDER))
-        compared.add(run.identify(plan, threshold, identity))
-    run.machine.on_main(lambda: forget_others(folder, compared))
+    found = [_compare(run, folder, rows, reference, threshold) for reference in references]
+    run.machine.on_main(lambda: forget_others(folder, {name for _, name in found}))
 
     def merge() -> Arrays:
         owner, near = np.full(len(rows), -1, np.int16), np.zeros(len(references), np.int64)
@@ -98,7 +116,7 @@ def find_near(
         row, distance = np.zeros(len(rows), kind), np.full(len(rows), np.inf, np.float32)
         copies = np.ones(len(rows), np.int32)
         np.add.at(copies, rows.copies.a, 1)
-        for number, (reference, pairs) in enumerate(zip(references, found, strict=True)):
+        for number, (reference, (pairs, _)) in enumerate(zip(references, found, strict=True)):
             near[number] = copies[pairs.a].sum()
             nearer = pairs[pairs.weight < distance[pairs.a]]
             owner[nearer.a], distance[nearer.a] = number, nearer.weight
@@ -110,6 +128,34 @@ def find_near(
 
     owner, row, distance, near = share_arrays(run.machine, run.work, merge)
     return NearReferences(references, threshold, owner, row, distance, near.tolist())
+
+
+def _compare(
+    run: SearchRun, folder: Path, rows: BalanceRows, reference: Reference, threshold: float
+) -> tuple[Edges, str]:
+    """Find the nearest row of a reference of each unique row; return the pairs, and the name that they are saved under.
+
+    Rows of the reference are numbered after those to balance.
+    """
+    images, num_rows = reference.embeddings.rows(Kind.IMAGES), len(rows)
+
+    def read(numbers: IntArray) -> HalfArray:
+        return rows.read(numbers) if numbers[0] < num_rows else images.take(reference.numbers[numbers - num_rows])
+
+    kind = row_type(num_rows + len(reference.numbers))
+    others = np.arange(num_rows, num_rows + len(reference.numbers), dtype=kind)
+    plan = rectangle(rows.unique.astype(kind, copy=False), others, run.rows_in_memory)
+    found = run_chunks(
+        run,
+        plan,
+        read,
+        threshold,
+        lambda: NearestOf(rows.unique),
+        "comparison",
+        of=reference.identity,
+        folder=folder / _FOLDER,
+    )
+    return found, run.identify(plan, threshold, reference.identity)
 
 
 def forget_others(folder: Path, compared: Collection[str] = ()) -> None:

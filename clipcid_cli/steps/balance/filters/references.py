@@ -25,6 +25,7 @@ from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
+from clipcid_cli.steps.settings.shared import ReadingSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,35 +51,12 @@ class PlannedReference:
     Attributes:
         name: As given by the user.
         num_rows: Its images.
-        embeddings: Its embeddings; None where they are yet to be made.
-        embedding: What making them would cost: the JSON object of ``embed --dry-run``; None where they are there.
+        embedding: What making its embeddings would cost: the JSON object of ``embed --dry-run``; None where they are there.
     """
 
     name: str
     num_rows: int
-    embeddings: Embeddings | None
     embedding: dict[str, Any] | None
-
-
-def plan_references(
-    settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
-) -> list[PlannedReference]:
-    """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made or written."""
-    found: list[PlannedReference] = []
-    for name in settings.against:
-        folder, cost = Path(name), None
-        if not _holds_embeddings(folder):
-            folder, made = _embed(settings, machine, embeddings, name, reporter)
-            cost = made if made.get("dry_run") else None
-        if cost is not None:
-            found.append(PlannedReference(name, cost["images"], None, cost))
-            continue
-        reference = open_embeddings(folder, settings.keys, settings.npz_array)
-        _refuse_other_model(embeddings, reference, name)
-        if not machine.on_main(partial(has_usable_row, reference.rows(Kind.IMAGES))):
-            raise _no_usable_row(reference, name)
-        found.append(PlannedReference(name, reference.num_rows, reference, None))
-    return found
 
 
 def refuse_missing(settings: BalanceSettings) -> None:
@@ -92,6 +70,20 @@ def refuse_missing(settings: BalanceSettings) -> None:
                 raise ClipcidError(f"--against {name}: {error.message}", error.fix) from error
 
 
+def plan_references(
+    settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
+) -> list[PlannedReference]:
+    """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made or written."""
+    found: list[PlannedReference] = []
+    for name in settings.against:
+        reference = _open(settings, machine, embeddings, name, reporter)
+        if isinstance(reference, Embeddings):
+            found.append(PlannedReference(name, reference.num_rows, None))
+        else:
+            found.append(PlannedReference(name, reference["images"], reference))
+    return found
+
+
 def open_references(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
 ) -> list[Reference]:
@@ -102,25 +94,31 @@ def open_references(
     """
     found: list[Reference] = []
     for name in settings.against:
-        folder = Path(name)
-        if not _holds_embeddings(folder):
-            folder, _ = _embed(settings, machine, embeddings, name, reporter)
-        cache = WorkDirectory(settings.work).fingerprints
-        reference = open_embeddings(folder, settings.keys, settings.npz_array, cache)
-        _refuse_other_model(embeddings, reference, name)
-        bad = machine.on_main(lambda opened=reference: opened.find_bad_rows(texts=False))  # type: ignore[misc]
+        reference = _open(settings, machine, embeddings, name, reporter)
+        assert isinstance(reference, Embeddings)  # this is no dry run
+        bad = machine.on_main(partial(reference.find_bad_rows, texts=False))
         if len(bad):
             reporter.warn(f"{len(bad):,} rows of {name} are zero or not finite, and nothing is compared with them.")
         identity = identity_of({}, machine.on_main(reference.fingerprints))
-        numbers = np.delete(np.arange(reference.num_rows), bad)
-        if not len(numbers):
-            raise _no_usable_row(reference, name)
-        found.append(Reference(name, identity, reference, numbers))
+        found.append(Reference(name, identity, reference, np.delete(np.arange(reference.num_rows), bad)))
     return found
 
 
-def _no_usable_row(reference: Embeddings, name: str) -> ClipcidError:
-    return ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Make them again.")
+def _open(
+    settings: BalanceSettings, machine: Machine, embeddings: Embeddings, name: str, reporter: Reporter
+) -> Embeddings | dict[str, Any]:
+    """Open the embeddings of a reference; where there are none make them, or in a dry run return what that would cost."""
+    folder = Path(name)
+    if not _holds_embeddings(folder):
+        folder, made = _embed(settings, machine, embeddings, name, reporter)
+        if made.get("dry_run"):
+            return made
+    cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
+    reference = open_embeddings(folder, settings.keys, settings.npz_array, cache)
+    _refuse_other_model(embeddings, reference, name)
+    if not machine.on_main(partial(has_usable_row, reference.rows(Kind.IMAGES))):
+        raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Make them again.")
+    return reference
 
 
 def _holds_embeddings(folder: Path) -> bool:
@@ -145,9 +143,8 @@ def _embed(
     name = with_default_tag(parse_model(model))
     digest = hashlib.blake2b(str(data).encode(), digest_size=4).hexdigest()
     folder = WorkDirectory(settings.work).references / f"{name.slug}-{digest}"
-    shared = ("work", "config", "device", "workers", "seed", "overwrite", "dry_run", "quiet", "debug", "keys")
-    reading = ("max_bad_fraction", "image_column", "caption_column", "key_column")
-    given = {each: getattr(settings, each) for each in shared + reading}
+    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ReadingSettings)}
+    given |= {"batch_size": None, "precision": "auto"}
     if embeddings.sidecar is not None:
         made_so = embeddings.sidecar.made
         given |= {"fast_decode": made_so.fast_decode, "precision": made_so.precision}

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from balance_data import balance, distance_matrix, make_rows, read_keep, write_embeddings
 
-from clipcid_cli.steps.balance.sections import chains
+from clipcid_cli.steps.balance import chains
 
 NUM_ROWS = 500
 
@@ -57,7 +57,6 @@ def test_the_report_lists_chains_and_what_stars_keep_of_them(tmp_path: Path, mon
         return seen[-1]
 
     monkeypatch.setattr("clipcid_cli.steps.balance.report.find_chains", listen)
-    monkeypatch.setattr(chains, "ROWS_IN_CACHE", 7)  # pairs of a set in several parts
     rows = make_chains()
     folder = write_embeddings(tmp_path / "e", rows)
     balance(tmp_path / "single", folder, threshold=0.2)
@@ -71,12 +70,12 @@ def test_the_report_lists_chains_and_what_stars_keep_of_them(tmp_path: Path, mon
     for chain in found:
         inside = keep["component"] == chain.label
         kept = np.flatnonzero(inside & stars["kept"])
-        assert chain.num_stars == len(kept)
+        assert len(chain.stars) == len(kept)
         assert set(chain.stars) <= set(kept)
         represented = stars[inside].groupby("representative").size()
         numbers = [represented[f"{row:06d}"] for row in chain.stars]
         assert numbers == sorted(represented, reverse=True)[: len(numbers)]
     monkeypatch.setattr(chains, "_MOST_STARRED", 10)
     balance(tmp_path / "few", folder, threshold=0.2)
-    assert seen[-1][0].num_stars is None
+    assert seen[-1][0].stars is None
     assert "is not computed for so large a group" in (tmp_path / "few" / "balance" / "report.html").read_text()

@@ -12,7 +12,7 @@ from conftest import shard_members, write_tar
 from sidecars import leave_work
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps.balance.filters import cost
+from clipcid_cli.steps.balance import cost
 from clipcid_cli.steps.cluster.run import run as run_cluster
 from clipcid_cli.steps.embed.run import run as run_embed
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -95,8 +95,7 @@ def test_each_filter_says_what_it_takes(tmp_path: Path, embeddings: Path, is_unt
 def test_of_large_files_some_stretches_are_measured_and_a_rare_window_has_an_upper_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cost, "_PANEL_ROWS", 40)
-    monkeypatch.setattr(cost, "_STRETCH", 8)
+    monkeypatch.setattr(cost, "_SAMPLED", 40)
     rows = make_rows(NUM_ROWS)
     texts = -rows
     texts[250] = rows[250]
@@ -107,19 +106,6 @@ def test_of_large_files_some_stretches_are_measured_and_a_rare_window_has_an_upp
     assert balanced["pairs"] == 22 * 21 // 2
     assert "Cost of a new search of at most 22 of them" in told
     assert "none of 40 sampled images is inside the window, so at most 7.5% of all images are" in told
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "most"), [(5, 8), (8, 8), (9, 8), (700, 512), (10**7, 8192), (1000, 600), (50, 1)]
-)
-def test_stretches_are_spread_over_all_rows(num_rows: int, most: int) -> None:
-    places = cost._spread(num_rows, most)
-    assert len(places) == len(np.unique(places)) <= most
-    assert (len(places) == num_rows) == (num_rows <= most)
-    assert places.min() == 0
-    assert places.max() < num_rows
-    if most >= 1024:
-        assert places.max() == num_rows - 1
 
 
 def test_images_to_embed_are_counted_and_not_embedded(

@@ -64,11 +64,6 @@ def test_threshold_and_cosine_distance_are_the_same_cutoff(embeddings: Path, row
     check_keep_list(read_keep(tmp_path / "c"), rows)
 
 
-def test_a_dry_run_writes_nothing(embeddings: Path, tmp_path: Path) -> None:
-    balance(tmp_path / "work", embeddings, keep=0.5, dry_run=True)
-    assert not (tmp_path / "work").exists()
-
-
 def test_keeping_everything_merges_nothing(embeddings: Path, tmp_path: Path) -> None:
     result, _ = balance(tmp_path, embeddings, keep=1.0)
     assert (result["kept"], result["threshold"], result["largest_component"], result["uncovered_ratio"]) == (

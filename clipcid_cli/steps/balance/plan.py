@@ -1,0 +1,167 @@
+"""What `balance` starts from: everything that can be wrong is looked at here, before anything is searched."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import refuse_unwritable
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
+from clipcid_cli.formats.embeddings.manifest import find_lost
+from clipcid_cli.formats.output import WORK_OR_OUT
+from clipcid_cli.formats.results.row_files import ROW_FILES, RowFile, read_row_files
+from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_clusters
+from clipcid_cli.steps.balance.filters.references import Reference, refuse_missing
+from clipcid_cli.steps.balance.samples import require_data
+from clipcid_cli.steps.balance.write_lists import check_uids
+from clipcid_cli.steps.embed.ensure import ensure_embeddings
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one `balance` works on.
+
+    Attributes:
+        data: The data that ``--write-shards`` copies from, all tars; None without it.
+        clusters: Those of ``--max-per-cluster``.
+    """
+
+    settings: BalanceSettings
+    embeddings: Embeddings
+    data: Dataset | None
+    clusters: FoundClusters | None
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the output."""
+        return WorkDirectory(self.settings.work).balance
+
+
+def check_named(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
+    """Check what the settings name, before hours of embedding; return the clusters of ``--max-per-cluster``."""
+    for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
+        if path is not None:
+            refuse_unwritable(path)
+    refuse_missing(settings)
+    return find_clusters(settings, reporter)
+
+
+def find_embeddings(settings: BalanceSettings, machine: Machine, reporter: Reporter) -> Embeddings:
+    """Open the embeddings to balance, and make them where there are none."""
+    work, folder = WorkDirectory(settings.work), settings.embeddings
+    if folder is None and settings.data is None and settings.model is None:
+        folder = machine.on_main(work.find_embeddings)
+        reporter.note(f"Embeddings: {folder}.")
+    elif folder is None:
+        model = settings.model or machine.on_main(lambda: _model_of(work)) or DEFAULT_MODEL
+        folder = ensure_embeddings(settings, machine, reporter, data=settings.data, model=model)
+    cache = None if settings.dry_run else work.fingerprints
+    return open_embeddings(folder, settings.keys, settings.npz_array, cache)
+
+
+def _model_of(work: WorkDirectory) -> str | None:
+    """Return the model of the work directory's embeddings, when there are those of one model."""
+    try:
+        sidecar = read_sidecar(sidecar_path(work.find_embeddings(), "embed"), EmbedSidecar)
+    except ClipcidError:
+        return None
+    return None if sidecar is None else sidecar.model.spec
+
+
+def make_plan(settings: BalanceSettings, embeddings: Embeddings, clusters: FoundClusters | None) -> Plan:
+    """Open what the settings need beside the embeddings, and refuse what they do not have."""
+    data = None
+    if settings.write_shards is not None:
+        data = require_data(settings, embeddings, "--write-shards")
+        _check_tars(data, settings.write_shards)
+    check_uids(settings, embeddings)
+    if _needs_texts(settings):
+        embeddings.rows(Kind.TEXTS)  # refuses those without
+    return Plan(settings, embeddings, data, clusters)
+
+
+def _check_tars(data: Dataset, target: Path) -> None:
+    """Check that the shards of the data are tars, and not those to write."""
+    if any(shard.rows is not None for shard in data.shards):
+        raise ClipcidError(
+            f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
+            "Omit it: the keep list names what is kept.",
+        )
+    for shard in data.shards:
+        if "://" not in shard.source and (target / f"{shard.name}.tar").resolve() == Path(shard.source).resolve():
+            raise ClipcidError(f"--write-shards {target} would overwrite the data itself.", "Give another folder.")
+
+
+def check_sizes(plan: Plan) -> None:
+    """Check that the data is there where ``--select resolution`` reads it; what is finished needs none."""
+    settings = plan.settings
+    if settings.select == "resolution" and (settings.keep != 1.0 or settings.max_per_cluster is not None):
+        require_data(settings, plan.embeddings, "--select resolution")
+
+
+def _needs_texts(settings: BalanceSettings) -> bool:
+    """Tell whether images are compared with their captions."""
+    return settings.has_window or settings.select == "similarity"
+
+
+def identify(plan: Plan, references: list[Reference]) -> dict[str, Any]:
+    """Return by what the output is known again: arguments of `find_output`.
+
+    All settings may change on an existing forest; of the inputs, there may be more.
+    """
+    settings, embeddings, clusters = plan.settings, plan.embeddings, plan.clusters
+    names = ("keep", "threshold", "cosine_distance", "linkage", "select", "neighbors", "max_per_cluster")
+    window = ("min_caption_similarity", "max_caption_similarity")
+    opened = [embeddings, *(each.embeddings for each in references)]
+    needs_texts = _needs_texts(settings)
+    inputs = embeddings.fingerprints([Kind.TEXTS] if needs_texts else [])
+    texts = inputs.pop() if needs_texts else None
+    identity = {name: getattr(settings, name) for name in (*names, *window)} | {
+        "seed": settings.seed if settings.select == "random" else None,
+        "texts": None if texts is None else texts.hash,
+        # `embed` has made the keys of its own folders.
+        "keys": settings.keys if any(each.sidecar is None for each in opened) else None,
+        "clusters": None if clusters is None else clusters.identity,
+        "against": [[each.name, each.identity] for each in references] or None,
+        "against_threshold": settings.reference_distance if references else None,
+    }
+    if not settings.overwrite:
+        _refuse_lost(plan.folder, embeddings)
+    return {
+        "settings": identity,
+        "inputs": inputs,
+        "overwrite": settings.overwrite,
+        "may_differ": {*identity} if settings.overwrite else {*identity, "inputs"},
+    }
+
+
+def _refuse_lost(folder: Path, embeddings: Embeddings) -> None:
+    """Refuse embeddings that lack files of an output of `balance`, finished or not."""
+    now, fix = list_row_files(embeddings), f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT})."
+    for path in (folder / ROW_FILES, *folder.glob(f".balance-*/{ROW_FILES}")):
+        if path.exists() and (lost := find_lost(read_row_files(path, fix), now)):
+            raise ClipcidError(
+                f"{folder} holds balance output made with other settings or inputs:\n  inputs: {lost}", fix
+            )
+
+
+def list_row_files(embeddings: Embeddings) -> list[RowFile]:
+    """List the files through which rows are numbered, each with the metadata beside it."""
+    metadata = iter(embeddings.contents(METADATA))
+    found: list[RowFile] = []
+    for images, file in zip(embeddings.contents(Kind.IMAGES), embeddings.files, strict=True):
+        found.append(RowFile(images.path, images.size, images.hash, rows=file.rows))
+        if file.metadata is not None:
+            beside = next(metadata)
+            found.append(RowFile(beside.path, beside.size, beside.hash))
+    return found

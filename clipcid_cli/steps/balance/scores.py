@@ -1,0 +1,92 @@
+"""What images are chosen by, one of a set or several of a cluster: a draw, their captions, or their pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from clipcid_cli.algorithms.near.exact import DoubleArray, IntArray
+from clipcid_cli.algorithms.sets.representatives import random_scores
+from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime.models.decode import SkippedImage, read_size
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.filters.captions import have_captions
+from clipcid_cli.steps.balance.rows import take_texts
+from clipcid_cli.steps.balance.samples import SampleFinder, require_data
+
+_ROWS_AT_ONCE = 4096
+_THREADS = 16
+
+
+def _random(run: BalanceRun, rows: IntArray) -> DoubleArray:
+    is_searched = run.rows.is_searched
+    # By the place among the rows that filters have left.
+    return random_scores(rows if is_searched is None else np.cumsum(is_searched)[rows] - 1, run.settings.seed)
+
+
+def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
+    """Return the similarity of images to their captions.
+
+    It is −inf where there is no caption, or its embedding is zero or not finite; the latter are counted in a warning.
+    Folders of other tools may have text embeddings without captions: all their images then count as captioned.
+    """
+    embeddings = run.embeddings
+    texts = embeddings.rows(Kind.TEXTS)
+    numbers = run.rows.numbers[rows]
+    captioned = have_captions(embeddings, numbers)
+    if not captioned.any() and not any(
+        have_captions(embeddings, np.arange(file.first, file.first + file.rows)).any() for file in embeddings.files
+    ):
+        captioned[:] = True
+    scores = np.empty(len(rows))
+    is_usable = np.empty(len(rows), np.bool_)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        text = texts.take(numbers[part]).astype(np.float64)
+        is_usable[part] = np.isfinite(text).all(axis=1) & text.any(axis=1)
+        text[~is_usable[part]] = 0.0
+        scores[part] = (run.rows.read(rows[part]).astype(np.float64) * text).sum(axis=1)
+    scores[~(captioned & is_usable)] = -np.inf
+    unusable = take_texts(embeddings, embeddings.keys_of, numbers[captioned & ~is_usable])
+    skips = Skips.of(dict.fromkeys(unusable, "nan_row"))
+    if skips.total:
+        run.reporter.warn(
+            f"{skips.total:,} text embeddings of images in groups are zero or not finite: such an image is kept only where "
+            f"no other image of its group has a usable one.\n{skips.describe()}"
+        )
+    return scores
+
+
+def _resolution(run: BalanceRun, rows: IntArray) -> DoubleArray:
+    """Return width × height of images; 0 where one cannot be found or read."""
+    finder = SampleFinder(require_data(run.settings, run.embeddings, "--select resolution"))
+    numbers = run.rows.numbers[rows]
+    pixels = np.zeros(len(rows))
+    with ThreadPoolExecutor(_THREADS) as pool, run.reporter.progress("image sizes", len(rows), "images") as progress:
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            samples = finder.find_rows(run.embeddings, numbers[start : start + _ROWS_AT_ONCE])
+            pixels[start : start + len(samples)] = list(pool.map(_pixels, samples))
+            progress.advance(len(samples))
+    missing = int(np.count_nonzero(pixels == 0))
+    if missing:
+        run.reporter.warn(f"The size of {missing:,} of {len(rows):,} images is unknown; they are kept last.")
+    return pixels
+
+
+def _pixels(sample: Sample | None) -> int:
+    size = None if sample is None else read_size(sample.image)
+    return 0 if size is None or isinstance(size, SkippedImage) else size[0] * size[1]
+
+
+SCORES: dict[str, Callable[[BalanceRun, IntArray], DoubleArray]] = {
+    "first": lambda run, rows: np.zeros(len(rows)),
+    "random": _random,
+    "similarity": _similarity,
+    "resolution": _resolution,
+}
+"""Rules of ``--select`` that score each image, float64 [n], given rows in ascending order: the highest is kept, of equal
+ones the first."""

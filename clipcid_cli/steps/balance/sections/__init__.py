@@ -1,1 +1,0 @@
-"""Parts of the report, and what is computed for them."""
