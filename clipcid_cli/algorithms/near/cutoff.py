@@ -102,7 +102,7 @@ class CutoffEstimator:
 
     @cached_property
     def _nearest(self) -> tuple[FloatArray, DoubleArray]:
-        sample = draw_sample(len(self._rows), _SAMPLE_ROWS, seed=0)
+        sample = draw_sample(len(self._rows), SAMPLE_ROWS, seed=0)
         nearest = find_neighbours(self._read, self._rows, sample, 1, self._device)
         order = np.argsort(nearest.squared, kind="stable")
         if self._for_stars:
