@@ -186,7 +186,7 @@ class NearestCentroid:
 
         The likeliest of a row is decided first: of the others few can be nearer than that.
         """
-        stored_BD, best_B = stored_BD.float(), found.cosine_B
+        best_B = found.cosine_B
         first_P = highest_P == torch.full_like(best_B, -torch.inf).scatter_reduce(0, row_P, highest_P, "amax")[row_P]
         for turn_P in (first_P, ~first_P):
             at_P = (turn_P & (highest_P >= best_B[row_P])).nonzero()[:, 0]
