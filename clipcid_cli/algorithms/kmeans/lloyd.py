@@ -129,7 +129,7 @@ class _Share:
         self._runs = range(start, self._stop, _RUN_ROWS[device.type])
         size = self._stop - start
         # What is known of the nearest centroids, in as few bytes as serve.
-        self._label_N = torch.full((size,), -1, dtype=torch.int32, device=device)
+        self._label_N = torch.empty(size, dtype=torch.int32, device=device)
         self._cosine_N = torch.empty(size, dtype=torch.float64, device=device)
         self._others_N = torch.empty(size, dtype=torch.float32, device=device)
         self._changing = threading.Lock()  # of sums, which runs share
@@ -152,8 +152,8 @@ class _Share:
 
     def _assign_all(self, nearest: NearestCentroid, first: int) -> None:
         block, size = self._load(first), PRODUCT_ROWS[self._device.type]
-        pieces = [nearest.of(chosen_rows(block, slice(at, at + size))) for at in range(0, len(block), size)]
-        found = Found.join(pieces)
+        starts = range(0, len(block), size)
+        found = Found.join([nearest.of(chosen_rows(block, slice(start, start + size))) for start in starts])
         with self._changing:
             self.sums.move(block.stored, None, found.number_B)
         self._keep(first, found)

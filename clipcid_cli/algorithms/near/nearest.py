@@ -6,7 +6,7 @@ Rows and those they are compared with are float16, or float32 multiples of 2⁻�
 
 **One**: with |s − x·c| ≤ e for the score s of row x and centroid c (:mod:`clipcid_cli.algorithms.near.block`), and r the
 largest score so far less e, some centroid has x·c ≥ r. The nearest has as much, so its score is at least r − e. Centroids
-that reach that are candidates; where a row has several, float64 tells them apart.
+that reach that are candidates, which float64 tells apart; the others have at most their score plus e.
 
 **Many**: float32 products propose k > m in descending order of s. With |s − x·c| ≤ e,
 
@@ -186,7 +186,7 @@ class NearestCentroid:
 
         The likeliest of a row is decided first: of the others few can be nearer than that.
         """
-        stored_BD, best_B = stored_BD.float(), found.cosine_B
+        best_B = found.cosine_B
         first_P = highest_P == torch.full_like(best_B, -torch.inf).scatter_reduce(0, row_P, highest_P, "amax")[row_P]
         for turn_P in (first_P, ~first_P):
             at_P = (turn_P & (highest_P >= best_B[row_P])).nonzero()[:, 0]
