@@ -28,7 +28,7 @@ FARTHEST = 2.0 * LONGEST_ROW
 # Reaching a little further costs little; a forest with too few edges costs another search: two standard deviations of the
 # sample are added. With fifteen kinds of rows (photographs, copies of them, pairs, triples, clusters, power laws, chains, …)
 # 5 of 1,200 searches for 5 to 44 % of the rows fell short, against 56 where F reached twice the share or half way to 1.
-SAMPLE_ROWS = 512
+_SAMPLE_ROWS = 512
 _DEVIATIONS = 2.0
 # Stars drop fewer rows than there are edges: F must be 1.40 to 1.76 times the share up to 0.44, and 0.90 to 0.94 of all rows
 # at 0.7 (measured).
@@ -102,7 +102,7 @@ class CutoffEstimator:
 
     @cached_property
     def _nearest(self) -> tuple[FloatArray, DoubleArray]:
-        sample = draw_sample(len(self._rows), SAMPLE_ROWS, seed=0)
+        sample = draw_sample(len(self._rows), _SAMPLE_ROWS, seed=0)
         nearest = find_neighbours(self._read, self._rows, sample, 1, self._device)
         order = np.argsort(nearest.squared, kind="stable")
         if self._for_stars:

@@ -34,29 +34,27 @@ _ROWS_AT_ONCE = 1024
 _ROWS_READ = 2**15
 
 
-def central_rows(read: ReadRows, rows: IntArray, labels: IntArray) -> IntArray:
+def central_rows(read: ReadRows, labels: IntArray) -> IntArray:
     """Choose the row nearest to the mean of each set.
 
     Args:
-        rows: Row numbers, integers [N].
-        labels: Set of each row, the smallest position in it, integers [N].
+        labels: Set of each row, the smallest row in it, integers [N].
 
     Returns:
-        The position in `rows` of each row's representative, integers [N]. Means are float64 means of the stored rows, whose
-        sums are exact; of equal distances the smaller position wins.
+        Each row's representative, integers [N]. Means are float64 means of the stored rows, whose sums are exact; of equal
+        distances the smaller row wins.
     """
     # Of few sets at once: their means are float64.
-    return _choose(read, rows, labels, _ROWS_AT_ONCE, _from_means)
+    return _choose(read, labels, _ROWS_AT_ONCE, _from_means)
 
 
-def medoid_rows(read: ReadRows, rows: IntArray, labels: IntArray, device: torch.device) -> IntArray:
+def medoid_rows(read: ReadRows, labels: IntArray, device: torch.device) -> IntArray:
     """Choose the row of each set with the smallest sum of distances to the others; as :func:`central_rows` otherwise."""
-    return _choose(read, rows, labels, 1, partial(_from_members, device=device))
+    return _choose(read, labels, 1, partial(_from_members, device=device))
 
 
 def _choose(
     read: ReadRows,
-    rows: IntArray,
     labels: IntArray,
     at_once: int,
     score: Callable[[ReadRows, IntArray, int], DoubleArray],
@@ -69,7 +67,7 @@ def _choose(
     """
     chosen_N = labels.copy()
     for members_M, starts_S in _batches(labels):
-        read_M = _read_ahead(read, rows[members_M])
+        read_M = _read_ahead(read, members_M)
         parts = _spans(starts_S, len(members_M), at_once)
         scores_M = np.concatenate([score(read_M, starts_S[some], end) for some, end in parts])
         sizes_S = np.diff(starts_S, append=len(members_M))
@@ -116,21 +114,13 @@ def random_scores(rows: IntArray, seed: int) -> DoubleArray:
     return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
-def distances_to(read: ReadRows, rows: IntArray, representatives: IntArray) -> FloatArray:
-    """Return the exact distance of each row to its representative.
-
-    Args:
-        rows: Row numbers, integers [N].
-        representatives: Positions in `rows`, integers [N].
-
-    Returns:
-        float32 [N], 0 for rows that represent themselves.
-    """
-    distances = np.zeros(len(rows), np.float32)
+def distances_to(read: ReadRows, representatives: IntArray) -> FloatArray:
+    """Return the exact distance of each row to its representative, integers [N]: float32 [N], 0 for its own."""
+    distances = np.zeros(len(representatives), np.float32)
     others = np.flatnonzero(~is_kept(representatives)).astype(representatives.dtype)
     for at in range(0, len(others), _ROWS_READ):
         part = others[at : at + _ROWS_READ]
-        a, b = (torch.from_numpy(read(each)) for each in (rows[part], rows[representatives[part]]))
+        a, b = (torch.from_numpy(read(each)) for each in (part, representatives[part]))
         distances[part] = edge_weights(squared_lengths(a), squared_lengths(b), paired_dots(a, b)).numpy()
     return distances
 

@@ -122,7 +122,7 @@ def _share_sets(
 
     def write() -> Arrays:
         labels, representatives = (each.astype(kind, copy=False) for each in make())
-        distances = distances_to(rows.read, np.arange(len(rows), dtype=kind), representatives)
+        distances = distances_to(rows.read, representatives)
         if rows.is_searched is not None:
             representatives = np.where(rows.is_searched, representatives, kind(-1))
         return labels, representatives, distances
@@ -230,8 +230,7 @@ def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage
 def _single(rows: BalanceRows, forest: Edges, threshold: float) -> OtherLinkage:
     part = forest.up_to(threshold)
     labels = connected_components(len(rows), part.a, part.b)
-    numbers = np.arange(len(rows), dtype=labels.dtype)
-    distances = distances_to(rows.read, numbers, central_rows(rows.read, numbers, labels))
+    distances = distances_to(rows.read, central_rows(rows.read, labels))
     beyond = share_beyond(distances, threshold, len(part))
     return OtherLinkage("single", rows.num_searched - len(part), beyond, _single_curve(rows, forest, threshold))
 
@@ -245,11 +244,11 @@ def _star(rows: BalanceRows, pairs: Edges, threshold: float) -> OtherLinkage:
 
 
 def _central(run: BalanceRun, labels: IntArray) -> IntArray:
-    return central_rows(run.rows.read, np.arange(len(labels), dtype=labels.dtype), labels)
+    return central_rows(run.rows.read, labels)
 
 
 def _medoid(run: BalanceRun, labels: IntArray) -> IntArray:
-    return medoid_rows(run.rows.read, np.arange(len(labels), dtype=labels.dtype), labels, run.machine.device)
+    return medoid_rows(run.rows.read, labels, run.machine.device)
 
 
 def _best(run: BalanceRun, labels: IntArray) -> IntArray:

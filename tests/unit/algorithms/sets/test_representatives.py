@@ -42,8 +42,7 @@ def test_central_row_is_nearest_to_the_mean(
         members = np.flatnonzero(labels == label)
         wide = rows[members].astype(np.float64)
         expected[members] = members[np.argmin(((wide - wide.mean(axis=0)) ** 2).sum(axis=1))]
-    numbers = np.arange(len(rows))
-    np.testing.assert_array_equal(central_rows(rows.__getitem__, numbers, labels), expected)
+    np.testing.assert_array_equal(central_rows(rows.__getitem__, labels), expected)
     monkeypatch.setattr(representatives, "_ROWS_AT_ONCE", 37)
     # All are read at once; some are read ahead and others as they are needed.
     for at_once, reads in ((2**15, 1), (100, 45)):
@@ -54,17 +53,15 @@ def test_central_row_is_nearest_to_the_mean(
             asked.append(len(wanted))
             return rows[wanted]
 
-        np.testing.assert_array_equal(central_rows(read, numbers, labels), expected)
+        np.testing.assert_array_equal(central_rows(read, labels), expected)
         assert len(asked) <= reads
         assert max(asked) <= 2 * at_once
-    # Row numbers are what is read, positions are what is answered.
-    np.testing.assert_array_equal(central_rows(rows[::-1].__getitem__, numbers[::-1], labels), expected)
 
 
 def test_medoid_has_the_smallest_sum(rows: np.ndarray, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(representatives, "_ROWS_AT_ONCE", 100)
     monkeypatch.setattr(representatives, "_ROWS_READ", 200)
-    chosen = medoid_rows(rows.__getitem__, np.arange(len(rows)), labels, CPU)
+    chosen = medoid_rows(rows.__getitem__, labels, CPU)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         wide = rows[members].astype(np.float64)
@@ -76,7 +73,7 @@ def test_ties_keep_the_smaller_row() -> None:
     rows = np.array([[0, 1], [1, 0], [1, 0], [0, 1], [0.6, 0.8]], np.float16)
     labels = np.array([0, 0, 0, 0, 4])
     for choose in (central_rows, lambda *given: medoid_rows(*given, CPU)):
-        assert choose(rows.__getitem__, np.arange(5), labels).tolist() == [0, 0, 0, 0, 4]
+        assert choose(rows.__getitem__, labels).tolist() == [0, 0, 0, 0, 4]
     assert best_rows(np.array([1.0, 3.0, 3.0, 2.0, 0.0]), labels).tolist() == [1, 1, 1, 1, 4]
 
 
@@ -101,12 +98,11 @@ def test_random_scores_depend_on_seed_and_row_only() -> None:
 def test_distances_are_exact_and_zero_for_the_kept(
     rows: np.ndarray, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    numbers = np.arange(len(rows))
-    chosen = central_rows(rows.__getitem__, numbers, labels)
+    chosen = central_rows(rows.__getitem__, labels)
     wide = rows.astype(np.float64)
     expected = np.sqrt(((wide - wide[chosen]) ** 2).sum(axis=1)).astype(np.float32)
-    np.testing.assert_array_equal(distances_to(rows.__getitem__, numbers, chosen), expected)
+    np.testing.assert_array_equal(distances_to(rows.__getitem__, chosen), expected)
     monkeypatch.setattr(representatives, "_ROWS_READ", 333)
     monkeypatch.setattr(representatives, "_ROWS_AT_ONCE", 100)
-    np.testing.assert_array_equal(distances_to(rows.__getitem__, numbers, chosen), expected)
+    np.testing.assert_array_equal(distances_to(rows.__getitem__, chosen), expected)
     assert (expected[chosen] == 0).all()
