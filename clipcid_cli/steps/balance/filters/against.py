@@ -151,7 +151,7 @@ def _compare(
         read,
         threshold,
         lambda: NearestOf(rows.unique),
-        "comparison",
+        "against",
         of=reference.identity,
         folder=folder / _FOLDER,
     )
