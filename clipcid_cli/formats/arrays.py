@@ -37,6 +37,8 @@ def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
     try:
         with np.load(io.BytesIO(read_regular(path)), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
+    except MemoryError:
+        raise
     except Exception:  # NumPy and zipfile raise what they like for a damaged archive
         return None
 

@@ -32,6 +32,12 @@ from clipcid_cli.steps.shared_arrays import share_arrays
 # Each process has so many stretches of what is left: near rows, which take longer, are often beside each other, so everyone
 # should have jobs of a panel with itself. More stretches read more panels twice.
 _STRETCHES = 4
+# Another number wherever the same plan would have other chunks, or a part would hold something else.
+_VERSION = 1
+# Memory that plans rely on for panels, as stored in float16 and as copies of at most float32. It is a property of the device
+# alone: what is free differs from run to run, and plans must not.
+_PLANNED_BYTES = {"cpu": CACHE_BYTES, "cuda": 2**32}
+_BYTES_AN_ENTRY = 2 + 4
 # What the first save is expected to take, mostly to merge a forest: measured at 1 and 4 million rows, 1.8 and 9.9 s.
 _SECONDS_TO_SAVE_A_ROW = 2.5e-6
 
@@ -59,9 +65,7 @@ class SearchRun:
     @property
     def rows_in_memory(self) -> int:
         """How many rows plans can rely on to fit into the memory for panels."""
-        if self.machine.device.type == "cuda":
-            return 2**31  # more than any strip needs; what is free differs from run to run, and plans must not
-        return CACHE_BYTES // (self.width * (2 + self.scan.dtype.itemsize))
+        return _PLANNED_BYTES[self.machine.device.type] // (self.width * _BYTES_AN_ENTRY)
 
     def identify(self, plan: Plan, cutoff: float, of: str = "") -> str:
         """Hash what decides what the chunks of a plan find.
@@ -71,8 +75,8 @@ class SearchRun:
         """
 
         def identify() -> str:
-            content = "\n".join([self.inputs, plan.identity, str(np.float32(cutoff).view(np.uint32)), of])
-            return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+            decisive = [_VERSION, self.inputs, plan.identity, plan.num_chunks, np.float32(cutoff).view(np.uint32), of]
+            return hashlib.blake2b("\n".join(map(str, decisive)).encode(), digest_size=8).hexdigest()
 
         return self.machine.on_main(identify)
 
@@ -99,7 +103,7 @@ def run_chunks(
     """
     machine, number = run.machine, plan.num_chunks
     place = (run.work / ".search" if folder is None else folder) / run.identify(plan, cutoff, of)
-    done = set(machine.on_main(lambda: _load(place)))
+    done = machine.on_main(lambda: _load(place))
     if done:
         run.reporter.note(f"Resuming the search: {len(done):,} of {number:,} parts are done.")
     left = [chunk for chunk in range(number) if chunk not in done]
@@ -109,7 +113,7 @@ def run_chunks(
 
     def finish() -> Arrays:
         sink = new_sink()
-        if lost := number - len(set(_load(place, sink))):
+        if lost := number - len(_load(place, sink)):
             raise ClipcidError(
                 f"{place}: the results of {lost:,} of {number:,} parts cannot be read.", "Run the same command again."
             )
@@ -147,16 +151,20 @@ def _search(
                 with pace.saving():
                     edges = sink.drain()
                     arrays = {"chunks": since, "a": edges.a, "b": edges.b, "weight": edges.weight}
-                    save_arrays(place / f"{since[0]}.npz", arrays)  # a name of its own: no chunk is done twice
+                    save_arrays(place / f"{since[0]}.npz", arrays)
                 since = []
 
 
-def _load(place: Path, sink: Sink | None = None) -> list[int]:
-    """Return the numbers of the chunks that are saved, and add what they found to a sink."""
-    done = list[int]()
+def _load(place: Path, sink: Sink | None = None) -> set[int]:
+    """Return the numbers of the chunks that are saved, and add what they found to a sink, that of each chunk once.
+
+    Two files can hold one chunk where a file could not be read for a while. Only one of them counts.
+    """
+    done = set[int]()
     for path in sorted(place.glob("*.npz")):
-        if (saved := load_arrays(path)) is not None:
-            done += saved["chunks"].tolist()
+        saved = load_arrays(path)
+        if saved is not None and done.isdisjoint(chunks := saved["chunks"].tolist()):
+            done.update(chunks)
             if sink is not None:
                 sink.add(Edges(saved["a"], saved["b"], saved["weight"]))
     return done

@@ -78,7 +78,8 @@ class Panels:
             self._panels.move_to_end(index)
             return self._panels[index]
         panel = self._panels[index] = self._load(index)
-        room = max(2, self._cache_bytes // (panel.stored.nbytes + panel.scan.nbytes))
+        copy = 0 if panel.scan is panel.stored else panel.scan.nbytes
+        room = max(2, self._cache_bytes // (panel.stored.nbytes + copy))
         while len(self._panels) > room:
             self._panels.popitem(last=False)
         return panel

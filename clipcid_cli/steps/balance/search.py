@@ -10,7 +10,7 @@ import numpy as np
 from clipcid_cli.algorithms.near.cutoff import FARTHEST, CutoffEstimator
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import ReadRows
-from clipcid_cli.algorithms.near.plan import Plan, triangle
+from clipcid_cli.algorithms.near.plan import Plan, hash_arrays, triangle
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.steps.balance.partition import partitioned
 from clipcid_cli.steps.balance.rows import BalanceRows
@@ -67,8 +67,9 @@ def find_forest(
         choose = partial(estimator.choose, forest.cutoff, found, needed)
         reach = run.machine.on_main(choose) if cutoff is None else float(np.float32(cutoff))
         forest = _search_all(run, store, forest.edges, reach)
-    seconds = time.perf_counter() - started
-    run.machine.on_main(lambda: store.write(forest, seconds))
+    if earlier is None or forest.cutoff >= earlier.cutoff:  # the earlier one stays where it may be extended later
+        seconds = time.perf_counter() - started
+        run.machine.on_main(lambda: store.write(forest, seconds))
     return forest, False
 
 
@@ -97,4 +98,7 @@ def _search_all(run: SearchRun, store: ForestStore, known: Edges, reach: float) 
 
 
 def _search(run: SearchRun, rows: BalanceRows, plan: Plan, read: ReadRows, known: Edges, reach: float) -> Forest:
-    return Forest(run_chunks(run, plan, read, reach, lambda: ForestSink(len(rows), known), "search"), reach)
+    # What is saved leaves out what is known, and what that rules out.
+    beside = run.machine.on_main(lambda: hash_arrays(known.a, known.b, known.weight))
+    edges = run_chunks(run, plan, read, reach, lambda: ForestSink(len(rows), known), "search", of=beside)
+    return Forest(edges, reach)

@@ -144,13 +144,14 @@ def _compare(
 
     kind = row_type(num_rows + len(reference.numbers))
     others = np.arange(num_rows, num_rows + len(reference.numbers), dtype=kind)
-    plan = rectangle(rows.unique.astype(kind, copy=False), others, run.rows_in_memory)
+    unique = rows.unique.astype(kind, copy=False)
+    plan = rectangle(unique, others, run.rows_in_memory)
     found = run_chunks(
         run,
         plan,
         read,
         threshold,
-        lambda: NearestOf(rows.unique),
+        lambda: NearestOf(unique),
         "against",
         of=reference.identity,
         folder=folder / _FOLDER,

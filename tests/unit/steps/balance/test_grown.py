@@ -63,6 +63,19 @@ def test_the_bytes_are_those_of_a_search_from_nothing(
     assert "The forest of these embeddings exists" in told
 
 
+@pytest.mark.parametrize("call", [{"keep": 1.0}, {"threshold": 0.0}], ids=str)
+def test_a_result_that_needs_no_search_leaves_the_forest_of_fewer_files(
+    tmp_path: Path, rows: np.ndarray, call: dict
+) -> None:
+    shards = {1: range(500), 2: range(500, 900)}
+    part = write_shards(tmp_path / "part", rows, {1: shards[1]})
+    balance(tmp_path / "work", part, threshold=0.5)
+    write_shards(part, rows, shards)
+    balance(tmp_path / "work", part, **call)
+    _, told = balance(tmp_path / "work", part, threshold=0.5)
+    assert "only the others are compared" in told
+
+
 @pytest.mark.parametrize(("keep", "later"), [(0.6, 0.6), (0.6, 0.9), (0.9, 0.2)])
 def test_a_share_to_keep_gives_the_same_list_however_far_the_forest_reaches(
     tmp_path: Path, rows: np.ndarray, keep: float, later: float

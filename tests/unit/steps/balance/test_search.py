@@ -11,7 +11,10 @@ import pytest
 from balance_data import balance, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 from PIL import Image
 
+from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import save_arrays
+from clipcid_cli.steps import chunks
 from clipcid_cli.steps.balance import pairs as set_pairs
 
 NUM_ROWS = 300
@@ -53,6 +56,32 @@ def test_another_keep_ratio_reuses_the_forest_and_a_smaller_one_extends_it(embed
     again, said = balance(work, embeddings, keep=0.05)
     assert "already holds this result" in said
     assert again == smaller
+
+
+def test_a_killed_search_does_not_rely_on_a_forest_that_has_been_lost(
+    embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves = list[Path]()
+
+    def save_some(path: Path, arrays: dict[str, Any]) -> None:
+        if len(saves) == 20:
+            raise KeyboardInterrupt
+        saves.append(path)
+        save_arrays(path, arrays)
+
+    for name in ("_LARGEST_PANEL", "_SMALLEST_PANEL"):
+        monkeypatch.setattr(planning, name, 30)
+    monkeypatch.setattr(chunks.SavePace, "is_due", lambda pace: True)
+    balance(tmp_path / "killed", embeddings, threshold=0.3)
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(chunks, "save_arrays", save_some)
+        balance(tmp_path / "killed", embeddings, threshold=0.5)
+    for path in (tmp_path / "killed/balance").glob("forest*"):
+        path.unlink()
+    balance(tmp_path / "killed", embeddings, threshold=0.5)
+    balance(tmp_path / "new", embeddings, threshold=0.5)
+    for name in ("keep.parquet", "forest.parquet"):
+        assert read_bytes(tmp_path / "killed", name) == read_bytes(tmp_path / "new", name)
 
 
 def test_threshold_and_cosine_distance_are_the_same_cutoff(embeddings: Path, rows: np.ndarray, tmp_path: Path) -> None:
