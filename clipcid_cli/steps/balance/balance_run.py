@@ -23,7 +23,6 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.filters.against import NearReferences, find_near
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, find_captions
-from clipcid_cli.steps.balance.filters.references import Reference
 from clipcid_cli.steps.balance.pairs import collect_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows, count_skipped, find_rows
 from clipcid_cli.steps.balance.search import find_forest
@@ -86,14 +85,7 @@ class BalanceRun(SearchRun):
         return {phase: round(value, 3) for phase, value in phases.items()}
 
 
-def begin(
-    plan: Plan,
-    references: list[Reference],
-    machine: Machine,
-    output: Output[BalanceSidecar],
-    seconds: dict[str, float],
-    reporter: Reporter,
-) -> BalanceRun:
+def begin(plan: Plan, machine: Machine, output: Output[BalanceSidecar], reporter: Reporter) -> BalanceRun:
     """Read all rows once, and drop what filters drop: each is a mask over the rows of the keep list.
 
     Args:
@@ -102,31 +94,26 @@ def begin(
     began = time.perf_counter()
     settings, embeddings = plan.settings, plan.embeddings
     rows = find_rows(machine, output.work, embeddings.rows(Kind.IMAGES), reporter)
-    seconds["search"] = time.perf_counter() - began
+    seconds = {"embed": plan.embed_seconds, "search": time.perf_counter() - began}
     skips = count_skipped(embeddings, rows, settings.max_bad_fraction, reporter)
     scan = choose_scan(settings.precision, machine.device)
-    identity = identity_of({}, output.run.inputs)
-    search = SearchRun(machine, output.work, identity, embeddings.width, scan, reporter)
+    search = SearchRun(machine, output.work, identity_of({}, output.run.inputs), embeddings.width, scan, reporter)
     near = captions = None
-    passes = np.ones(len(rows), np.bool_)
-    if references:
+    is_left = np.ones(len(rows), np.bool_)
+    if plan.references:
         assert settings.reference_distance is not None  # the settings have checked it
-        near = find_near(search, output.folder, rows, references, settings.reference_distance)
-        passes &= ~near.is_dropped
-        number = np.count_nonzero(near.is_dropped)
-        reporter.note(f"{number:,} of {len(rows):,} images are within {near.threshold:g} of a reference.")
+        near = find_near(search, output.folder, rows, plan.references, settings.reference_distance)
+        is_left &= ~near.is_dropped
     if settings.has_window:
-        captions = find_captions(settings, machine, output.work, embeddings, rows, reporter)
-        passes &= ~captions.is_dropped
-        number = np.count_nonzero(~captions.is_dropped)
-        reporter.note(f"{number:,} of {len(rows):,} images have a caption similarity {captions.describe()}.")
-    if not passes.any():
+        captions = find_captions(search, settings, embeddings, rows)
+        is_left &= ~captions.is_dropped
+    if not is_left.any():
         raise ClipcidError(
             f"All {len(rows):,} images are dropped before repeats are searched.",
             "Give a smaller --against-threshold, or a wider window of caption similarity.",
         )
     if settings.has_filters:
-        rows = rows.restrict(machine, output.work, passes)
+        rows = rows.restrict(machine, output.work, is_left)
     if plan.clusters is not None:
         plan.clusters.warn_of_few(settings, rows.num_searched, reporter)
     return BalanceRun(

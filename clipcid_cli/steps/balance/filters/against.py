@@ -127,6 +127,8 @@ def find_near(
         return owner, row, distance, near
 
     owner, row, distance, near = share_arrays(run.machine, run.work, merge)
+    number = np.count_nonzero(owner >= 0)
+    run.reporter.note(f"{number:,} of {len(rows):,} images are within {threshold:g} of a reference.")
     return NearReferences(references, threshold, owner, row, distance, near.tolist())
 
 

@@ -16,9 +16,9 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.formats.results.keep_list import Column, float_column
-from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray, take_column
-from clipcid_cli.steps.reporting import Progress, Reporter
+from clipcid_cli.steps.chunks import SearchRun
+from clipcid_cli.steps.reporting import Progress
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
 
@@ -42,12 +42,12 @@ class CaptionWindow:
     similarity: FloatArray
 
     @classmethod
-    def of(cls, settings: BalanceSettings, similarity: FloatArray, captioned: BoolArray) -> CaptionWindow:
+    def of(cls, settings: BalanceSettings, similarity: FloatArray, captioned: BoolArray | None = None) -> CaptionWindow:
         """Judge images by their similarities, float32 [N], of which those count that have a caption, bool [N].
 
         Folders of other tools may have text embeddings without captions: all their images then count.
         """
-        if captioned.any():
+        if captioned is not None and captioned.any():
             similarity[~captioned] = np.nan
         return cls(settings.min_caption_similarity, settings.max_caption_similarity, similarity)
 
@@ -120,24 +120,14 @@ class CaptionWindow:
 
 
 def find_captions(
-    settings: BalanceSettings,
-    machine: Machine,
-    folder: Path,
-    embeddings: Embeddings,
-    rows: BalanceRows,
-    reporter: Reporter,
+    run: SearchRun, settings: BalanceSettings, embeddings: Embeddings, rows: BalanceRows
 ) -> CaptionWindow:
-    """Compare every image with its caption, each process a share of them; the same on every process.
-
-    Args:
-        folder: Where processes share what they find.
-        rows: All finite rows.
-    """
-    start, stop = machine.share(len(rows))
+    """Compare every image with its caption, each process a share of them; the same on every process."""
+    start, stop = run.machine.share(len(rows))
     mine = rows.numbers[start:stop]
-    with reporter.progress("captions", len(mine), "images") as progress:
+    with run.reporter.progress("captions", len(mine), "images") as progress:
         found = compare_captions(embeddings, mine, progress), have_captions(embeddings, mine)
-    parts = collect_arrays(machine, folder, found)
+    parts = collect_arrays(run.machine, run.work, found)
 
     def merge() -> tuple[FloatArray]:
         similarity, captioned = map(np.concatenate, zip(*parts, strict=True))
@@ -145,8 +135,10 @@ def find_captions(
         window.refuse_empty()
         return (window.similarity,)
 
-    (similarity,) = share_arrays(machine, folder, merge)
-    return CaptionWindow(settings.min_caption_similarity, settings.max_caption_similarity, similarity)
+    window = CaptionWindow.of(settings, *share_arrays(run.machine, run.work, merge))
+    number = np.count_nonzero(~window.is_dropped)
+    run.reporter.note(f"{number:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
+    return window
 
 
 def compare_captions(embeddings: Embeddings, numbers: IntArray, progress: Progress) -> FloatArray:

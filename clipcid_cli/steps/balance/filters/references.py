@@ -44,21 +44,6 @@ class Reference:
     numbers: IntArray
 
 
-@dataclasses.dataclass(frozen=True)
-class PlannedReference:
-    """One reference before anything is made of it.
-
-    Attributes:
-        name: As given by the user.
-        num_rows: Its images.
-        embedding: What making its embeddings would cost: the JSON object of ``embed --dry-run``; None where they are there.
-    """
-
-    name: str
-    num_rows: int
-    embedding: dict[str, Any] | None
-
-
 def refuse_missing(settings: BalanceSettings) -> None:
     """Refuse references that are neither embeddings nor data, before anything is embedded."""
     for name in settings.against:
@@ -72,27 +57,25 @@ def refuse_missing(settings: BalanceSettings) -> None:
 
 def plan_references(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
-) -> list[PlannedReference]:
-    """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made or written."""
-    found: list[PlannedReference] = []
-    for name in settings.against:
-        reference = _open(settings, machine, embeddings, name, reporter)
-        if isinstance(reference, Embeddings):
-            found.append(PlannedReference(name, reference.num_rows, None))
-        else:
-            found.append(PlannedReference(name, reference["images"], reference))
-    return found
+) -> list[tuple[str, int, dict[str, Any] | None]]:
+    """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made or written.
+
+    Returns:
+        Of each its name, its images, and what embedding them would cost: the JSON object of ``embed --dry-run``; None where
+        the embeddings are there.
+    """
+    opened = [(name, _open(settings, machine, embeddings, name, reporter)) for name in settings.against]
+    return [
+        (name, each.num_rows, None) if isinstance(each, Embeddings) else (name, each["images"], each)
+        for name, each in opened
+    ]
 
 
 def open_references(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
 ) -> list[Reference]:
-    """Open what ``--against`` names; images are embedded first.
-
-    Args:
-        embeddings: The embeddings to balance.
-    """
-    found: list[Reference] = []
+    """Open what ``--against`` names; images are embedded first, as the embeddings to balance were."""
+    found = list[Reference]()
     for name in settings.against:
         reference = _open(settings, machine, embeddings, name, reporter)
         assert isinstance(reference, Embeddings)  # this is no dry run
