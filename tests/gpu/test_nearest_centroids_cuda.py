@@ -25,8 +25,8 @@ def test_answers_and_sums_equal_the_cpus(dtype: torch.dtype, offset: float) -> N
     block, there = (
         make_block(np.arange(3000), each, kind) for each, kind in ((rows, torch.float32), (rows.cuda(), dtype))
     )
-    labels = NearestCentroid(centroids, torch.float32).of(block)
-    assert torch.equal(NearestCentroid(on_gpu, dtype).of(there).cpu(), labels)
+    labels = NearestCentroid(centroids, torch.float32).of(block).number_B
+    assert torch.equal(NearestCentroid(on_gpu, dtype).of(there).number_B.cpu(), labels)
     for mine, theirs in zip(top_nearest(rows, centroids, 16), top_nearest(rows.cuda(), on_gpu, 16), strict=True):
         assert torch.equal(theirs.half().cpu(), mine.half())
     cpu, cuda = (ClusterSums(9000, 256, torch.device(device)) for device in ("cpu", "cuda"))

@@ -2,8 +2,9 @@
 
 Each process assigns its share of the rows; the sums of all make the next centroids. An iteration is a function of the rows
 and the centroids alone (:mod:`clipcid_cli.algorithms.kmeans.kmeans`), so the centroids are all that a checkpoint needs: a
-resumed run finds its labels and sums again by assigning, and ends with the same bytes. Only rows that changed their cluster
-change the sums.
+resumed run finds its labels and sums again by assigning, and ends with the same bytes. After the first iteration rows are
+compared only with centroids that may have become nearer than their own (:mod:`clipcid_cli.algorithms.kmeans.bounds`), and
+only rows that changed their cluster change the sums.
 
 Shape letters: N rows of this process, B rows of a run, K centroids, C centroids of a part, D width.
 """
@@ -13,23 +14,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from clipcid_cli.algorithms.kmeans.bounds import CentroidDrift, distances_moved
 from clipcid_cli.algorithms.kmeans.kmeans import RowReader, sums_of_similarities
 from clipcid_cli.algorithms.kmeans.seeding import choose_seeds, rows_as_centroids
 from clipcid_cli.algorithms.near.block import Block, make_block
 from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums, fold_sum
 from clipcid_cli.algorithms.near.exact import DoubleArray, IntArray, exact_dots
-from clipcid_cli.algorithms.near.nearest import NearestCentroid
+from clipcid_cli.algorithms.near.nearest import PRODUCT_ROWS, Found, NearestCentroid, chosen_rows
 
 # Rows read and prepared at once. On a CPU a run is computed by a thread, which is 1.3 times as fast as all threads on each
 # of its operations (60,000 rows, 2,048 centroids, 2 threads).
 _RUN_ROWS = {"cpu": 8192, "cuda": 131_072}
 _CENTROIDS_AT_ONCE = 16_384
+# With fewer centroids to compare with, more than a block of rows is multiplied at once.
+_FEW_CENTROIDS = 1024
+_MOST_BLOCKS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +85,7 @@ def run_lloyd(
 ) -> Iterator[LloydState]:
     """Iterate until no centroid moves, or `iterations` are done.
 
-    Memory: 12·K·D bytes for centroids and sums, those of the centroids' copy while rows are assigned, 4 a row, and kept
+    Memory: 12·K·D bytes for centroids and sums, those of the centroids' copy while rows are assigned, 16 a row, and kept
     rows.
 
     Args:
@@ -93,14 +99,15 @@ def run_lloyd(
         The state after each iteration, the same on every process. The next iteration may overwrite its centroids.
     """
     share = _Share(rows, len(state.centroids_KD), dtype, device, processes, kept_bytes)
-    centroids_KD = state.centroids_KD.to(device, copy=True)
+    centroids_KD, drift = state.centroids_KD.to(device, copy=True), None
     while state.iterations < iterations and not state.converged:
-        share.assign(centroids_KD)
+        share.assign(centroids_KD, drift)
         empty_E = (processes.sum_(share.sums.counts_K.clone()) == 0).nonzero()[:, 0]
-        seeds_SD = share.farthest_rows(centroids_KD, len(empty_E)) if len(empty_E) else centroids_KD[:0]
-        similarity, any_moved = _move(centroids_KD, share.sums.sums_KD, empty_E[: len(seeds_SD)], seeds_SD, processes)
-        done = state.iterations + 1
-        state = LloydState(centroids_KD.cpu(), done, not any_moved, similarity / len(rows), len(empty_E))
+        seeds_SD = share.farthest_rows(len(empty_E)) if len(empty_E) else centroids_KD[:0]
+        similarity, moved_K = _move(centroids_KD, share.sums.sums_KD, empty_E[: len(seeds_SD)], seeds_SD, processes)
+        done, drift = state.iterations + 1, CentroidDrift.of(moved_K)
+        converged = not bool(drift.moved_K.any())
+        state = LloydState(centroids_KD.cpu(), done, converged, similarity / len(rows), len(empty_E))
         yield state
 
 
@@ -120,49 +127,87 @@ class _Share:
         self._rows, self._dtype, self._device, self._processes = rows, dtype, device, processes
         start, self._stop = processes.share(len(rows))
         self._runs = range(start, self._stop, _RUN_ROWS[device.type])
-        self._label_N = torch.full((len(range(start, self._stop)),), -1, dtype=torch.int32, device=device)
+        size = self._stop - start
+        # What is known of the nearest centroids, in as few bytes as serve.
+        self._label_N = torch.full((size,), -1, dtype=torch.int32, device=device)
+        self._cosine_N = torch.empty(size, dtype=torch.float64, device=device)
+        self._others_N = torch.empty(size, dtype=torch.float32, device=device)
         self._changing = threading.Lock()  # of sums, which runs share
         self._kept: dict[int, Block] = {}
         self._num_kept = kept_bytes // ((2 + dtype.itemsize) * rows.width * self._runs.step)
 
-    def assign(self, centroids_KD: torch.Tensor) -> None:
-        """Find the nearest centroids of all rows."""
-        nearest = NearestCentroid(centroids_KD, self._dtype)
+    def assign(self, centroids_KD: torch.Tensor, drift: CentroidDrift | None) -> None:
+        """Find the nearest centroids of all rows.
 
-        def assign_run(first: int) -> None:
-            block, before_B = self._load(first), self._labels(first)
-            label_B = nearest.of(block)
-            changed_B = (label_B != before_B).nonzero()[:, 0]
-            if len(changed_B):
-                old_B = None if bool(before_B[0] < 0) else before_B[changed_B].long()
-                with self._changing:
-                    self.sums.move(block.stored[changed_B], old_B, label_B[changed_B])
-                before_B[:] = label_B
+        Args:
+            drift: How the centroids have moved since the last call; None at the first.
+        """
+        if drift is None:
+            assign_run = partial(self._assign_all, NearestCentroid(centroids_KD, self._dtype))
+        else:
+            nearest = NearestCentroid(centroids_KD, self._dtype, drift.order_K)
+            assign_run = partial(self._assign_again, nearest, centroids_KD, drift)
+        for _ in self._processes.map_runs(assign_run, self._runs):
+            pass
 
-        self._map(assign_run)
+    def _assign_all(self, nearest: NearestCentroid, first: int) -> None:
+        block, size = self._load(first), PRODUCT_ROWS[self._device.type]
+        pieces = [nearest.of(chosen_rows(block, slice(at, at + size))) for at in range(0, len(block), size)]
+        found = Found.join(pieces)
+        with self._changing:
+            self.sums.move(block.stored, None, found.number_B)
+        self._keep(first, found)
 
-    def farthest_rows(self, centroids_KD: torch.Tensor, count: int) -> torch.Tensor:
+    def _assign_again(
+        self, nearest: NearestCentroid, centroids_KD: torch.Tensor, drift: CentroidDrift, first: int
+    ) -> None:
+        """Compare rows of a run with the centroids that may have become nearer than their own."""
+        place = self._places(first)
+        before_B, similar_B = self._label_N[place].long(), self._cosine_N[place]
+        others_B = torch.minimum(self._others_N[place].double(), similar_B)  # the nearest was at least as near
+        cosine_B, block = similar_B.clone(), None
+        moved_B = drift.moved_K[before_B].nonzero()[:, 0]
+        if len(moved_B):
+            block = self._load(first)
+            cosine_B[moved_B] = exact_dots(block.stored, centroids_KD, moved_B, before_B[moved_B])
+        count_B = drift.leading(similar_B, cosine_B, others_B)
+        found = Found(before_B.clone(), cosine_B, others_B + drift.reach_K[0])
+        for row_R, leading in _pieces(count_B, PRODUCT_ROWS[self._device.type]):
+            block = block or self._load(first)
+            now = nearest.of(chosen_rows(block, row_R), found.at(row_R), leading)
+            found.number_B[row_R], found.cosine_B[row_R] = now.number_B, now.cosine_B
+            found.others_B[row_R] = torch.maximum(now.others_B, others_B[row_R] + drift.reach_K[leading])
+        changed_B = (found.number_B != before_B).nonzero()[:, 0]
+        if block is not None and len(changed_B):
+            changed_BD = block.stored.index_select(0, changed_B)
+            with self._changing:
+                self.sums.move(changed_BD, before_B[changed_B], found.number_B[changed_B])
+        self._keep(first, found)
+
+    def _keep(self, first: int, found: Found) -> None:
+        place = self._places(first)
+        self._label_N[place], self._cosine_N[place] = found.number_B.int(), found.cosine_B
+        # A bound below 4 remains one: rounding takes at most 2⁻²³ off.
+        self._others_N[place] = (found.others_B + 2.0**-22).float()
+
+    def farthest_rows(self, count: int) -> torch.Tensor:
         """Find rows to re-seed empty clusters with; the same on every process. Float32 [≤ count, D], unit rows."""
 
-        def look(first: int) -> tuple[DoubleArray, IntArray]:
-            block, label_B = self._load(first), self._labels(first)
-            dots_B = exact_dots(block.stored, centroids_KD, torch.arange(len(block), device=label_B.device), label_B)
-            return choose([(dots_B.cpu().numpy(), block.rows)])
-
-        def choose(parts: Sequence[tuple[DoubleArray, IntArray]]) -> tuple[DoubleArray, IntArray]:
+        def choose(parts: Iterable[tuple[DoubleArray, IntArray]]) -> tuple[DoubleArray, IntArray]:
             similarity_P, number_P = (np.concatenate(found) for found in zip(*parts, strict=True))
             chosen = choose_seeds(similarity_P, number_P, self._rows.features_at, count)
             return similarity_P[chosen], number_P[chosen]
 
-        mine = choose(self._map(look))
+        def of_run(first: int) -> tuple[DoubleArray, IntArray]:
+            cosine_B = self._cosine_N[self._places(first)].cpu().numpy()
+            return choose([(cosine_B, np.arange(first, first + len(cosine_B)))])
+
+        mine = choose([of_run(first) for first in self._runs] or [(np.empty(0), np.empty(0, np.int64))])
         return rows_as_centroids(self._rows, choose(self._processes.gather(mine))[1]).to(self._device)
 
-    def _map(self, compute: Callable[[int], Any]) -> list[Any]:
-        return list(self._processes.map_runs(compute, self._runs))
-
-    def _labels(self, first: int) -> torch.Tensor:
-        """Return the clusters of a run, −1 at first; a view, int32 [B]."""
-        return self._label_N[first - self._runs.start :][: self._runs.step]
+    def _places(self, first: int) -> slice:
+        """Return where a run is among the rows of this process."""
+        return slice(first - self._runs.start, first - self._runs.start + self._runs.step)
 
     def _load(self, first: int) -> Block:
         """Read and prepare a run of rows, or return it as it was kept."""
@@ -176,20 +221,42 @@ class _Share:
         return block
 
 
+def _pieces(count_B: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Group rows that must be compared with about equally many centroids.
+
+    Args:
+        count_B: Leading centroids that each row must be compared with; those of 0 are left out.
+        size: Rows compared with many centroids at once.
+
+    Yields:
+        Positions of rows, and how many leading centroids to compare them with.
+    """
+    sorted_B, order_B = torch.sort(count_B, descending=True)
+    sorted_B = sorted_B.cpu()  # a GPU is waited for once
+    at, end = 0, int((sorted_B > 0).sum())
+    while at < end:
+        leading = int(sorted_B[at])
+        # Fewer centroids, more rows: not as many as there is room for, since each row may need fewer still.
+        stop = min(end, at + size * max(1, min(_MOST_BLOCKS, _FEW_CENTROIDS // leading)))
+        yield order_B[at:stop], leading
+        at = stop
+
+
 def _move(
     centroids_KD: torch.Tensor,
     sums_KD: torch.Tensor,
     seeded_S: torch.Tensor,
     seeds_SD: torch.Tensor,
     processes: Processes,
-) -> tuple[float, bool]:
+) -> tuple[float, torch.Tensor]:
     """Turn the sums of all processes into centroids, in place and some at a time; give some clusters a seed.
 
     Returns:
-        The sum of the similarities of all rows to the centroids of their clusters now, and whether any centroid moved.
+        The sum of the similarities of all rows to the centroids of their clusters now, and how far each centroid moved,
+        float64 [K].
     """
     similarity_K = torch.empty(len(centroids_KD), dtype=torch.float64, device=centroids_KD.device)
-    any_moved = False
+    moved_K = torch.empty_like(similarity_K)
     for first in range(0, len(centroids_KD), _CENTROIDS_AT_ONCE):
         part = slice(first, first + _CENTROIDS_AT_ONCE)
         sums_CD, old_CD = processes.sum_(sums_KD[part].clone()), centroids_KD[part]
@@ -198,6 +265,6 @@ def _move(
             here_S = (seeded_S >= first) & (seeded_S < first + len(new_CD))
             new_CD[seeded_S[here_S] - first] = seeds_SD[here_S]
         similarity_K[part] = sums_of_similarities(sums_CD, new_CD)
-        any_moved |= not torch.equal(new_CD, old_CD)
+        moved_K[part] = distances_moved(old_CD, new_CD)
         centroids_KD[part] = new_CD
-    return float(fold_sum(similarity_K[None])[0]), any_moved
+    return float(fold_sum(similarity_K[None])[0]), moved_K

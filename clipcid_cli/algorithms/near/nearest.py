@@ -25,6 +25,7 @@ import dataclasses
 import math
 import os
 import threading
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -42,7 +43,7 @@ from clipcid_cli.algorithms.near.block import (
 from clipcid_cli.algorithms.near.exact import exact_dots
 
 # Rows and centroids of one product: on a CPU its scores stay near the caches, a GPU needs more work at a time.
-_PRODUCT_ROWS = {"cpu": 1024, "cuda": 16_384}
+PRODUCT_ROWS = {"cpu": 1024, "cuda": 16_384}
 _PRODUCT_CENTROIDS = {"cpu": 4096, "cuda": 16_384}
 # Groups of those centroids. Of most the largest score tells that there is no candidate.
 _GROUPS = {"cpu": 64, "cuda": 256}
@@ -52,6 +53,8 @@ _CROWDED = 10
 # Groups that are looked into and pairs that wait to be decided at once; where many centroids are equal there are more.
 _MOST_GROUPS = 2**18
 _MOST_PAIRS = 2**22
+# No centroid yet: above every number.
+_NONE = torch.iinfo(torch.int64).max
 
 # More centroids than asked for, so that the m-th is told from the first that is not proposed: each makes the search slower.
 _SPARE = 3
@@ -61,91 +64,150 @@ _LONGEST = 1.01
 _SLACK = 2.0**-23
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The nearest centroids of some rows, of those that were looked at.
+
+    Attributes:
+        number_B: Numbers of the centroids, int64 [B].
+        cosine_B: Exact similarities to them, float64 [B].
+        others_B: No other one is more similar than this, float64 [B].
+    """
+
+    number_B: torch.Tensor
+    cosine_B: torch.Tensor
+    others_B: torch.Tensor
+
+    def at(self, which: torch.Tensor | slice) -> Found:
+        """Return some of the rows, by positions int64 [n] or a slice."""
+        return Found(self.number_B[which], self.cosine_B[which], self.others_B[which])
+
+    @staticmethod
+    def join(parts: Sequence[Found]) -> Found:
+        """Return those of some rows after those of others."""
+        names = [field.name for field in dataclasses.fields(Found)]
+        return Found(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
 class NearestCentroid:
     """Finds the nearest of fixed centroids; several threads may ask at once.
 
     Args:
         centroids_KD: float32 [K, D], on the device of the search.
         dtype: Format of the product that proposes; it changes the speed, never the answer.
+        order_K: Numbers of the centroids in the order in which they are looked at, int64 [K]; by default as they come.
     """
 
-    def __init__(self, centroids_KD: torch.Tensor, dtype: torch.dtype) -> None:
-        device = centroids_KD.device.type
-        self._centroids_KD, self._last = centroids_KD, len(centroids_KD) - 1
-        self._product_rows, self._groups = _PRODUCT_ROWS[device], _GROUPS[device]
-        self._parts = []
-        for first, part_CD in enumerate(torch.split(centroids_KD, _PRODUCT_CENTROIDS[device])):
+    def __init__(self, centroids_KD: torch.Tensor, dtype: torch.dtype, order_K: torch.Tensor | None = None) -> None:
+        device = centroids_KD.device
+        self._centroids_KD, self._buffer = centroids_KD, _Buffer()
+        self._groups = _GROUPS[device.type]
+        self._order_K = torch.arange(len(centroids_KD), device=device) if order_K is None else order_K
+        self._parts: list[tuple[torch.Tensor, Block]] = []
+        for number_C in torch.split(self._order_K, _PRODUCT_CENTROIDS[device.type]):
             # The last one more than once to fill the groups.
-            padded_CD = torch.cat([part_CD, part_CD[-1:].expand(-len(part_CD) % self._groups, -1)])
-            numbers = np.arange(len(padded_CD)) + first * _PRODUCT_CENTROIDS[device]
-            self._parts.append(make_block(numbers.clip(max=self._last), padded_CD, dtype))
-        self._buffer = _Buffer()
+            number_C = torch.cat([number_C, number_C[-1:].expand(-len(number_C) % self._groups)])
+            part = make_block(np.arange(len(number_C)), centroids_KD[number_C], dtype)
+            self._parts.append((number_C, dataclasses.replace(part, stored=part.stored[:0])))
 
     @cached_property
     def _in_float32(self) -> NearestCentroid:
-        return NearestCentroid(self._centroids_KD, torch.float32)
+        return NearestCentroid(self._centroids_KD, torch.float32, self._order_K)
 
-    def of(self, rows: Block) -> torch.Tensor:
-        """Return the number of the nearest centroid of each row, int64 [B].
+    def of(self, rows: Block, known: Found | None = None, leading: int | None = None) -> Found:
+        """Find the nearest centroid of each row.
 
         Args:
             rows: Their copies are in the format of the search.
+            known: A centroid of each row that takes part whether it is looked at or not, with its exact similarity; the
+                nearer it is, the more is discarded. ``others_B`` is not used.
+            leading: How many centroids to look at, the first of the order, rounded up; by default all.
         """
-        starts = range(0, len(rows), self._product_rows)
-        return torch.cat([self._find(rows, slice(start, start + self._product_rows)) for start in starts])
-
-    def _find(self, rows: Block, which: slice) -> torch.Tensor:
-        stored_BD, scan_BD = rows.stored[which], rows.scan[which]
-        reach_B = torch.full((len(stored_BD),), -torch.inf, dtype=torch.float64, device=stored_BD.device)
-        row_P, number_P = (torch.empty(0, dtype=torch.int64, device=stored_BD.device) for _ in range(2))
-        highest_P = reach_B[:0]
-        for part in self._parts:
+        size, device = len(rows.stored), rows.stored.device
+        nobody_B = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
+        if known is None:
+            known = Found(torch.full((size,), _NONE, device=device), nobody_B, nobody_B)
+        found, looked_at = dataclasses.replace(known, others_B=nobody_B), 0
+        row_P, number_P = (torch.empty(0, dtype=torch.int64, device=device) for _ in range(2))
+        highest_P, reach_B = nobody_B[:0], known.cosine_B
+        for number_C, part in self._parts:
+            if leading is not None:
+                number_C = number_C[: -(-(leading - looked_at) // self._groups) * self._groups]
+            looked_at += len(number_C)
             unit, error = rows.step * part.step, rounded_error(rows, part)
-            score_BC = multiply(scan_BD, part.scan, self._buffer.take(scan_BD, part.scan))
+            score_BC = multiply(
+                rows.scan, part.scan[: len(number_C)], self._buffer.take(size * len(number_C), rows.scan)
+            )
             # A group is of every G-th column: of these the maximum is fast in any format.
-            grouped_BgG = score_BC.view(len(scan_BD), -1, self._groups)
+            grouped_BgG = score_BC.view(size, -1, self._groups)
             largest_BG = grouped_BgG.amax(dim=1)
             reach_B = torch.maximum(reach_B, largest_BG.amax(dim=1).double() * unit - error)
             least_B1 = ((reach_B - error) / unit)[:, None]
             # Rounding to a float format is covered by the error, which is a full unit in the last place instead of a half.
             least_B1 = (least_B1.floor() if score_BC.dtype == torch.int32 else least_B1).to(score_BC.dtype)
-            row_Q, group_Q = (largest_BG >= least_B1).nonzero(as_tuple=True)
-            if scan_BD.dtype != torch.float32 and len(row_Q) > _CROWDED * len(stored_BD):
-                wide = dataclasses.replace(rows, stored=stored_BD, scan=stored_BD.float(), residual=0.0, step=1.0)
-                return self._in_float32._find(wide, slice(0, len(stored_BD)))
-            if len(row_Q) > _MOST_GROUPS and len(stored_BD) > 1:
-                middle = which.start + len(stored_BD) // 2
-                halves = slice(which.start, middle), slice(middle, which.stop)
-                return torch.cat([self._find(rows, half) for half in halves])
+            near_BG = largest_BG >= least_B1
+            row_Q, group_Q = near_BG.nonzero(as_tuple=True)
+            if rows.scan.dtype != torch.float32 and len(row_Q) > _CROWDED * size:
+                wide = dataclasses.replace(rows, scan=rows.stored.float(), residual=0.0, step=1.0)
+                return self._in_float32.of(wide, known, leading)
+            if len(row_Q) > _MOST_GROUPS and size > 1:
+                halves = (slice(0, size // 2), slice(size // 2, size))
+                parts = [self.of(chosen_rows(rows, half), known.at(half), leading) for half in halves]
+                return Found.join(parts)
+
             score_Qg = grouped_BgG[row_Q, :, group_Q]
-            pair_P, member_P = (score_Qg >= least_B1[row_Q]).nonzero(as_tuple=True)
-            place_P = member_P * self._groups + group_Q[pair_P]
+            near_Qg = score_Qg >= least_B1[row_Q]
+            pair_P, member_P = near_Qg.nonzero(as_tuple=True)
             row_P = torch.cat([row_P, row_Q[pair_P]])
-            number_P = torch.cat([number_P, (place_P + int(part.rows[0])).clamp(max=self._last)])
+            number_P = torch.cat([number_P, number_C[member_P * self._groups + group_Q[pair_P]]])
             highest_P = torch.cat([highest_P, score_Qg[pair_P, member_P].double() * unit + error])
+            # The largest of the other scores bounds the others.
+            lowest = torch.iinfo(torch.int32).min if score_BC.dtype == torch.int32 else -torch.inf
+            rest_B = largest_BG.masked_fill_(near_BG, lowest).amax(dim=1)
+            rest_B.scatter_reduce_(0, row_Q, score_Qg.masked_fill_(near_Qg, lowest).amax(dim=1), "amax")
+            found = dataclasses.replace(found, others_B=torch.maximum(found.others_B, rest_B.double() * unit + error))
             if len(row_P) > _MOST_PAIRS:
-                row_P, number_P, highest_P = self._decide(stored_BD, row_P, number_P, highest_P)
-        return self._decide(stored_BD, row_P, number_P, highest_P)[1]
+                found = self._decide(rows.stored, row_P, number_P, highest_P, found)
+                row_P, number_P, highest_P = row_P[:0], number_P[:0], highest_P[:0]
+                reach_B = torch.maximum(reach_B, found.cosine_B)
+            if leading is not None and looked_at >= leading:
+                break
+        return self._decide(rows.stored, row_P, number_P, highest_P, found)
 
     def _decide(
-        self, stored_BD: torch.Tensor, row_P: torch.Tensor, number_P: torch.Tensor, highest_P: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Leave each row the nearest of its candidates, with a bound of its cosine from above.
+        self,
+        stored_BD: torch.Tensor,
+        row_P: torch.Tensor,
+        number_P: torch.Tensor,
+        highest_P: torch.Tensor,
+        found: Found,
+    ) -> Found:
+        """Take candidates into account, whose similarities are at most ``highest_P``.
 
-        The likeliest candidate of a row is decided first: of the others few can be nearer than that.
+        The likeliest of a row is decided first: of the others few can be nearer than that.
         """
-        stored_BD = stored_BD.float()
-        several_P = row_P.new_zeros(len(stored_BD)).index_add_(0, row_P, torch.ones_like(row_P))[row_P] > 1
-        lowest_B = highest_P.new_full((len(stored_BD),), -torch.inf)
-        first_P = several_P & (highest_P == lowest_B.scatter_reduce(0, row_P, highest_P, "amax")[row_P])
-        for decided_P in (first_P, several_P & ~first_P):
-            at_P = (decided_P & (highest_P >= lowest_B[row_P])).nonzero()[:, 0]
+        stored_BD, best_B = stored_BD.float(), found.cosine_B
+        first_P = highest_P == torch.full_like(best_B, -torch.inf).scatter_reduce(0, row_P, highest_P, "amax")[row_P]
+        for turn_P in (first_P, ~first_P):
+            at_P = (turn_P & (highest_P >= best_B[row_P])).nonzero()[:, 0]
             highest_P[at_P] = exact_dots(stored_BD, self._centroids_KD, row_P[at_P], number_P[at_P])
-            lowest_B = lowest_B.scatter_reduce(0, row_P[at_P], highest_P[at_P], "amax")
-        best_B = lowest_B.scatter_reduce(0, row_P, highest_P.masked_fill(several_P, -torch.inf), "amax")
-        number_P = torch.where(highest_P == best_B[row_P], number_P, self._last + 1)
-        number_B = number_P.new_full((len(stored_BD),), self._last + 1).scatter_reduce(0, row_P, number_P, "amin")
-        return torch.arange(len(stored_BD), device=row_P.device), number_B, best_B
+            best_B = best_B.scatter_reduce(0, row_P[at_P], highest_P[at_P], "amax")
+        winner_P = torch.where(highest_P == best_B[row_P], number_P, _NONE)
+        number_B = torch.where(found.cosine_B == best_B, found.number_B, _NONE).scatter_reduce(
+            0, row_P, winner_P, "amin"
+        )
+        before_B = found.cosine_B.masked_fill(found.number_B == number_B, -torch.inf)
+        other_P = highest_P.masked_fill(number_P == number_B[row_P], -torch.inf)
+        others_B = torch.maximum(found.others_B, before_B).scatter_reduce(0, row_P, other_P, "amax")
+        return Found(number_B, best_B, others_B)
+
+
+def chosen_rows(rows: Block, which: torch.Tensor | slice) -> Block:
+    """Return some rows of a block, by positions int64 [n] or a slice; only ``stored`` and ``scan`` are theirs alone."""
+    if isinstance(which, slice):
+        return dataclasses.replace(rows, stored=rows.stored[which], scan=rows.scan[which])
+    # Copies whole rows, which indexing does entry by entry.
+    return dataclasses.replace(rows, stored=rows.stored.index_select(0, which), scan=rows.scan.index_select(0, which))
 
 
 class _Buffer(threading.local):
@@ -154,9 +216,8 @@ class _Buffer(threading.local):
     def __init__(self) -> None:
         self._memory = torch.empty(0)
 
-    def take(self, scan_BD: torch.Tensor, scan_CD: torch.Tensor) -> torch.Tensor:
-        """Return memory for the scores of one product at a time."""
-        number = len(scan_BD) * len(scan_CD)
+    def take(self, number: int, scan_BD: torch.Tensor) -> torch.Tensor:
+        """Return memory for so many scores of a product at a time."""
         if len(self._memory) < number:
             self._memory = torch.empty(number, dtype=score_dtype(scan_BD.dtype), device=scan_BD.device)
         return self._memory
@@ -202,7 +263,8 @@ def top_nearest(
     found_Bk[mixed_R], cosine_Bk[mixed_R] = _in_order(found_Bk[mixed_R], cosine_Bk[mixed_R])
 
     for open_R in torch.split(open_B.nonzero()[:, 0], max(1, 2**24 // num_centroids)):
-        cosine_RK = wide_BD[open_R].double() @ centroids_KD.double().T
+        parts = torch.split(centroids_KD, _PRODUCT_CENTROIDS[wide_BD.device.type])
+        cosine_RK = torch.cat([wide_BD[open_R].double() @ part_CD.double().T for part_CD in parts], dim=1)
         least_R1 = cosine_RK.topk(m, dim=1).values[:, -1:]
         number_RK = torch.arange(num_centroids, device=open_R.device).expand(cosine_RK.shape)
         found_RK, cosine_RK = _in_order(number_RK, cosine_RK.masked_fill(cosine_RK < least_R1, -math.inf))

@@ -15,7 +15,7 @@ import torch
 from clipcid_cli.algorithms.near.block import load_block, multiply, rounded_error
 from clipcid_cli.algorithms.near.exact import DoubleArray, FloatArray, IntArray, ReadRows, exact_dots, round_distances
 
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 2048
 
 
 @dataclasses.dataclass(frozen=True)

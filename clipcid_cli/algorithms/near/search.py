@@ -69,23 +69,19 @@ class Panels:
         scan_dtype: torch.dtype,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self.rows_of = rows_of
-        self._read, self._device, self._scan_dtype, self._cache_bytes = read, device, scan_dtype, cache_bytes
+        self._load: Callable[[int], Block] = lambda index: load_block(read, rows_of(index), device, scan_dtype)
+        self._cache_bytes = cache_bytes
         self._panels: OrderedDict[int, Block] = OrderedDict()
 
     def __getitem__(self, index: int) -> Block:
         if index in self._panels:
             self._panels.move_to_end(index)
             return self._panels[index]
-        panel = self._panels[index] = self.load(self.rows_of(index))
+        panel = self._panels[index] = self._load(index)
         room = max(2, self._cache_bytes // (panel.stored.nbytes + panel.scan.nbytes))
         while len(self._panels) > room:
             self._panels.popitem(last=False)
         return panel
-
-    def load(self, rows: IntArray) -> Block:
-        """Read any rows as a block, which is not kept."""
-        return load_block(self._read, rows, self._device, self._scan_dtype)
 
 
 def near_pairs_of(blocks: Iterable[tuple[Block, Block]], cutoff: float, wants: Wants) -> Iterator[Iterator[Edges]]:

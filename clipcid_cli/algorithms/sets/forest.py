@@ -48,19 +48,6 @@ def connected_components(num_nodes: int, a: IntArray, b: IntArray) -> IntArray:
             labels = shorter
 
 
-def minimum_forest(num_rows: int, edges: Edges) -> Edges:
-    """Return the minimum spanning forest of a graph, in ascending order.
-
-    Args:
-        edges: The graph's edges in any order; pairs may repeat.
-
-    Returns:
-        At most num_rows − 1 of the edges; the same ones whatever the order they came in.
-    """
-    edges = sort_edges(edges)
-    return edges[_contract(num_rows, edges)[0]]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Round:
     """A round of Borůvka's algorithm among the M nodes that earlier rounds have left.

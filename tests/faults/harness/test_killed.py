@@ -65,7 +65,7 @@ def test_cluster_continues_after_its_last_iteration(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_balance_continues_after_the_tiles_that_it_searched(tmp_path: Path) -> None:
+def test_balance_continues_after_the_parts_that_it_searched(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     centers = generator.normal(size=(10_000, 64))
     write_embeddings(

@@ -20,7 +20,7 @@ from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_row
 from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.near.exact import LONGEST_ROW, IntArray, distance_matrix
 from clipcid_cli.algorithms.near.search import near_pairs, near_pairs_of
-from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components, forest_curve, minimum_forest
+from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components, forest_curve
 
 CPU = torch.device("cpu")
 SCAN_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -99,7 +99,7 @@ def build(
             for edges in found:
                 builder.add(edges)
         forests.append(builder.result())
-    return minimum_forest(len(rows), Edges.concatenate(forests))
+    return ForestSink(len(rows), Edges.concatenate(forests)).result()
 
 
 def partition(labels: IntArray) -> list[int]:
@@ -147,7 +147,7 @@ def test_minimum_forest_of_any_graph_with_many_ties(data: st.DataObject) -> None
         np.array([ends[1] for ends, _ in pairs], np.int64),
         np.array([weight for _, weight in pairs], np.float32),
     )
-    assert as_list(minimum_forest(num_rows, edges)) == kruskal(num_rows, edges)
+    assert as_list(ForestSink(num_rows, edges).result()) == kruskal(num_rows, edges)
     ascending = sort_edges(edges)
     assert as_list(ascending) == sorted(as_list(edges))
     assert sort_edges(ascending) is ascending

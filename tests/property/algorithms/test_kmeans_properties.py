@@ -27,7 +27,7 @@ def iterate(
 ) -> tuple[torch.Tensor, float]:
     search, sums = NearestCentroid(centroids, dtype), ClusterSums(len(centroids), rows.shape[1], torch.device("cpu"))
     for block in blocks:
-        sums.move(rows[block], None, search.of(make_block(block.numpy(), rows[block], dtype)))
+        sums.move(rows[block], None, search.of(make_block(block.numpy(), rows[block], dtype)).number_B)
     return centroids_of_sums(sums.sums_KD, centroids), float(sums_of_similarities(sums.sums_KD, centroids).sum()) / len(
         rows
     )

@@ -13,7 +13,7 @@ from balance_data import Listener, distance_matrix, make_rows
 from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.plan import triangle
-from clipcid_cli.algorithms.sets.forest import ForestSink, minimum_forest
+from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.precision import choose_scan
@@ -67,7 +67,7 @@ def expect(rows: np.ndarray) -> Edges:
     distances = distance_matrix(rows)
     a, b = np.triu_indices(NUM_ROWS, 1)
     near = distances[a, b] <= np.float32(CUTOFF)
-    return minimum_forest(NUM_ROWS, Edges(a[near], b[near], distances[a, b][near]))
+    return ForestSink(NUM_ROWS, Edges(a[near], b[near], distances[a, b][near])).result()
 
 
 def assert_same(found: Edges, expected: Edges) -> None:

@@ -9,7 +9,7 @@ import torch
 from clipcid_cli.algorithms.near import nearest
 from clipcid_cli.algorithms.near.block import make_block
 from clipcid_cli.algorithms.near.centroids import centroids_of_sums
-from clipcid_cli.algorithms.near.nearest import NearestCentroid, top_nearest
+from clipcid_cli.algorithms.near.nearest import Found, NearestCentroid, top_nearest
 
 DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32]
 
@@ -53,7 +53,7 @@ def make_case(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 CASES = ["spread", "cone", "copies", "opposite", "several parts", "one centroid", "one column", "axes"]
 
 
-def find(rows: torch.Tensor, centroids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def find(rows: torch.Tensor, centroids: torch.Tensor, dtype: torch.dtype) -> Found:
     return NearestCentroid(centroids, dtype).of(make_block(np.arange(len(rows)), rows, dtype))
 
 
@@ -70,12 +70,15 @@ def test_the_nearest_is_that_of_a_float64_product(
 ) -> None:
     rows, centroids = make_case(case)
     if limits == "small":  # many products, crowded ones cut, and pairs decided before the last part
-        monkeypatch.setattr(nearest, "_PRODUCT_ROWS", {"cpu": 70})
         monkeypatch.setattr(nearest, "_PRODUCT_CENTROIDS", {"cpu": 256})
         monkeypatch.setattr(nearest, "_CROWDED", 10**9)
         monkeypatch.setattr(nearest, "_MOST_GROUPS", 100)
         monkeypatch.setattr(nearest, "_MOST_PAIRS", 100)
-    assert torch.equal(find(rows, centroids, dtype), rank(rows, centroids)[1][:, 0])
+    found, (cosines, numbers) = find(rows, centroids, dtype), rank(rows, centroids)
+    assert torch.equal(found.number_B, numbers[:, 0])
+    assert torch.equal(found.cosine_B, cosines[:, 0])
+    if len(centroids) > 1:
+        assert bool((found.others_B >= cosines[:, 1]).all())
 
 
 @pytest.mark.parametrize("all_exact", [False, True])
@@ -103,7 +106,7 @@ def test_near_ties_that_the_product_cannot_tell_are_decided_exactly(dtype: torch
     cosines, numbers = rank(row, centroids)
     assert len(cosines.unique()) > 50
     assert float(cosines.max() - cosines.min()) < 2.0**-24
-    assert find(row, centroids, dtype).tolist() == numbers[:, 0].tolist()
+    assert find(row, centroids, dtype).number_B.tolist() == numbers[:, 0].tolist()
     for m in (1, 5, 60, 96):
         assert torch.equal(top_nearest(row, centroids, m)[0], numbers[:, :m])
 

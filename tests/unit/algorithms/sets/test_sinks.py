@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
-from clipcid_cli.algorithms.sets.forest import ForestSink, minimum_forest
+from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 
 NUM_ROWS = 60
@@ -57,7 +57,7 @@ def test_what_is_drained_comes_to_the_result(make: Callable[[], Any]) -> None:
 
 def test_a_forest_drains_what_is_new_in_it() -> None:
     pairs = some_pairs(3)
-    forest = minimum_forest(NUM_ROWS, pairs)
+    forest = ForestSink(NUM_ROWS, pairs).result()
     drained = list[Edges]()
     sink = feed(ForestSink(NUM_ROWS, forest[:30]), pairs, 20, drained)
     assert tell(sink.result()) == tell(forest)
