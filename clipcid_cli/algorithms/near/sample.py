@@ -41,7 +41,8 @@ class Neighbours:
     @staticmethod
     def nearest(parts: Iterable[Neighbours], count: int) -> Neighbours:
         """Choose the nearest `count` neighbours of each row; of equally near ones the smaller."""
-        row, other, squared = (np.concatenate(each) for each in zip(*map(dataclasses.astuple, parts), strict=True))
+        columns = zip(*((part.row, part.other, part.squared) for part in parts), strict=True)
+        row, other, squared = map(np.concatenate, columns)
         order = np.lexsort((other, squared, row))
         row, other, squared = row[order], other[order], squared[order]
         near = np.arange(len(row)) - np.searchsorted(row, row) < count
