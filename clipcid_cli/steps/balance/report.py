@@ -62,7 +62,7 @@ def write_report(
     alone = np.ones(run.rows.num_searched - measured.size.sum(), np.int64)
     inside, outside = _around(found.forest, sets.threshold)
     chains = find_chains(run, sets, measured)
-    chained = [np.array(chain.shown) for chain in chains]
+    chained = [np.array(chain["shown"]) for chain in chains]
     wanted = np.unique(np.concatenate([*shown, *chained, inside.a, inside.b, outside.a, outside.b]))
     gallery = Gallery(run.settings, run.embeddings, open_data)
     loaded = gallery.load(run.rows.numbers[wanted.astype(sets.labels.dtype)])
@@ -95,7 +95,7 @@ def write_report(
                 {"size": size, "images": [pictures[row] for row in members.tolist()]}
                 for size, members in zip(measured.size[largest].tolist(), shown, strict=True)
             ],
-            chains=[{"set": chain, "images": [pictures[row] for row in chain.shown]} for chain in chains],
+            chains=[{"set": chain, "images": [pictures[row] for row in chain["shown"]]} for chain in chains],
             inside=_pair_up(inside, pictures),
             outside=_pair_up(outside, pictures),
             why_no_images=gallery.closed,

@@ -143,7 +143,7 @@ def _make_components(run: BalanceRun, forest: Edges, threshold: float | None) ->
     def make() -> tuple[IntArray, IntArray]:
         part = forest[:0] if threshold is None else forest.up_to(threshold)
         labels = connected_components(len(run.rows), part.a, part.b)
-        return labels, labels if threshold is None else _SELECT[run.settings.select](run, labels)
+        return labels, labels if threshold is None else _choose_representatives(run, labels)
 
     return _share_sets(run, threshold, make, lambda: _single_curve(run.rows, forest, threshold))
 
@@ -243,25 +243,15 @@ def _star(rows: BalanceRows, pairs: Edges, threshold: float) -> OtherLinkage:
     return OtherLinkage("star", int(curve.kept[-1]), 0.0, curve)
 
 
-def _central(run: BalanceRun, labels: IntArray) -> IntArray:
-    return central_rows(run.rows.read, labels)
-
-
-def _medoid(run: BalanceRun, labels: IntArray) -> IntArray:
-    return medoid_rows(run.rows.read, labels, run.machine.device)
-
-
-def _best(run: BalanceRun, labels: IntArray) -> IntArray:
+def _choose_representatives(run: BalanceRun, labels: IntArray) -> IntArray:
+    """Choose the representative of each row from the sets, integers [N] both."""
+    select, read = run.settings.select, run.rows.read
+    if select == "central":
+        return central_rows(read, labels)
+    if select == "medoid":
+        return medoid_rows(read, labels, run.machine.device)
     scores = np.zeros(len(labels))
     # The rows of sets of two or more: the others need no score.
     members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
-    scores[members] = SCORES[run.settings.select](run, members)
+    scores[members] = SCORES[select](run, members)
     return best_rows(scores, labels)
-
-
-# Each rule of ``--select`` chooses the representative of each row from the sets, integers [N] both.
-_SELECT: dict[str, Callable[[BalanceRun, IntArray], IntArray]] = {
-    "central": _central,
-    "medoid": _medoid,
-    **dict.fromkeys(SCORES, _best),
-}
