@@ -86,11 +86,7 @@ class BalanceRun(SearchRun):
 
 
 def begin(plan: Plan, machine: Machine, output: Output[BalanceSidecar], reporter: Reporter) -> BalanceRun:
-    """Read all rows once, and drop what filters drop: each is a mask over the rows of the keep list.
-
-    Args:
-        output: The output, begun.
-    """
+    """Read all rows once, and drop what filters drop: each is a mask over the rows of the keep list."""
     began = time.perf_counter()
     settings, embeddings = plan.settings, plan.embeddings
     rows = find_rows(machine, output.work, embeddings.rows(Kind.IMAGES), reporter)

@@ -70,11 +70,7 @@ def find_chains(run: BalanceRun, sets: Sets, table: SetTable) -> list[dict[str, 
 
 
 def _find_stars(run: BalanceRun, sets: Sets, label: int, cutoff: float, copies: IntArray) -> list[int] | None:
-    """Cover a set by stars; a star never leaves it.
-
-    Args:
-        copies: How many rows equal each unique row, int64 [U].
-    """
+    """Cover a set by stars, which never leave it, given how many rows equal each unique row, int64 [U]."""
     rows = run.rows
     place = np.flatnonzero(sets.labels[rows.unique] == label)
     if len(place) > _MOST_STARRED:

@@ -25,12 +25,7 @@ _UNKNOWN = "it is not recorded which data the embeddings were made from."
 
 @dataclasses.dataclass
 class Picture:
-    """One image.
-
-    Attributes:
-        source: Its thumbnail as a ``data:`` URL; empty where it cannot be shown.
-        distance: Its distance to the representative.
-    """
+    """One image: its thumbnail as a ``data:`` URL, empty where it cannot be shown; its distance to the representative."""
 
     key: str
     source: str

@@ -47,11 +47,7 @@ def has_new_pictures(plan: Plan, finished: BalanceSidecar) -> bool:
 def write_report(
     run: BalanceRun, found: Outcome, measured: SetTable, result: BalanceResult, warnings: list[str]
 ) -> dict[str, Any]:
-    """Write the report as one page.
-
-    Args:
-        measured: How wide the sets are.
-        warnings: What the user was warned of.
+    """Write the report as one page, with what the user was warned of.
 
     Returns:
         For the sidecar, which pictures are in it: ``{"shown": number, "unread": [[shard, key], …], "why": reason}``.
@@ -71,8 +67,7 @@ def write_report(
         picture.kept = bool(found.is_kept[row])
         picture.distance = float(sets.distances[row])
     recorded = {"shown": gallery.shown, "unread": list(gallery.unread), "why": next(iter(gallery.unread.values()), "")}
-    missing = len(gallery.unread)
-    if missing:
+    if missing := len(gallery.unread):
         warning = (
             f"The report shows {gallery.shown:,} of {gallery.shown + missing:,} pictures: {recorded['why']} Once they can "
             "be read, the same command writes it with them."

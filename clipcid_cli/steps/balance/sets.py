@@ -194,13 +194,11 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
 
 @dataclasses.dataclass(frozen=True)
 class OtherLinkage:
-    """The other linkage at the cut-off of the sets.
+    """What the other linkage keeps at the cut-off of the sets; the fields are as those of `Sets`.
 
     Attributes:
         linkage: ``single`` or ``star``.
-        kept: Number of images it keeps.
-        uncovered_ratio: Share of the images it drops that are farther than the cut-off from their representative.
-        curve: Images it keeps over the cut-off: single linkage as far as the forest reaches, stars up to the cut-off.
+        curve: Single linkage as far as the forest reaches, stars up to the cut-off.
     """
 
     linkage: str

@@ -77,9 +77,7 @@ def _measure(rows: ClusterRows, num_clusters: int, scan: torch.dtype, machine: M
         return time_trial(work, device, at_least=_SHORTEST).seconds / len(batch_BD) / machine.size
 
     prepare = seconds_a_row(lambda: make_block(block.rows, batch_BD, scan))
-    iterate, assign = (
-        seconds_a_row(lambda: nearest.of(block)),
-        seconds_a_row(lambda: top_nearest(batch_BD, centroids_CD, m)),
-    )
+    iterate = seconds_a_row(lambda: nearest.of(block))
+    assign = seconds_a_row(lambda: top_nearest(batch_BD, centroids_CD, m))
     scale = num_clusters / len(centroids_CD)
     return prepare + iterate * scale, assign * scale

@@ -69,15 +69,13 @@ def _write(
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Write centroids and table, and finish the output; return its result."""
-    rows, num_clusters = plan.rows, plan.num_clusters
+    rows, embeddings, num_clusters = plan.rows, plan.rows.embeddings, plan.num_clusters
     with _timed(seconds, "write"):
         write_npy(output.work / CENTROIDS, state.centroids_KD.numpy())
         join_parts(output.work, part_bounds(len(rows)), rows.keys)
         result, temperatures = summarise(rows, num_clusters, output.work)
-    result |= {
-        "iterations": state.iterations,
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-    }
+    result["iterations"] = state.iterations
+    result["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
     if result["empty_clusters"]:
         reporter.warn(
             f"{result['empty_clusters']:,} of {num_clusters:,} clusters are empty: the data has hardly more "
@@ -85,13 +83,13 @@ def _write(
         )
     arrays = [path.name for tower in towers_of(rows) for path in top_paths(output.work, tower)]
     output.commit(
-        counts={"read": rows.embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
+        counts={"read": embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
         seconds=seconds,
         outputs=[record(output.work / name, output.work) for name in (CENTROIDS, TABLE, *arrays)],
-        embeddings=WorkDirectory(settings.work).name_of(rows.embeddings.folder),
+        embeddings=WorkDirectory(settings.work).name_of(embeddings.folder),
         keep_list=None if rows.keep_list is None else record(rows.keep_list),
         flags=given_flags(settings),
-        model=None if rows.embeddings.sidecar is None else rows.embeddings.sidecar.model,
+        model=None if embeddings.sidecar is None else embeddings.sidecar.model,
         num_nearest=search_width(num_clusters),
         temperatures=temperatures,
         result=result,

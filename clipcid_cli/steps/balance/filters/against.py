@@ -69,8 +69,7 @@ class NearReferences:
     def columns(self, folder: Path) -> list[Column]:
         """Return the columns of the keep list, which name the nearest reference row of each row that is near one.
 
-        Args:
-            folder: Where keys are mapped, which may be more than memory holds.
+        Keys, which may be more than memory holds, are mapped in a folder.
         """
         keys: dict[int, pa.Array] = {}
 
@@ -102,10 +101,7 @@ def find_near(
 ) -> NearReferences:
     """Compare all rows with all references; the same on every process.
 
-    Args:
-        folder: The folder of `balance`, where what was compared stays for later runs.
-        rows: All finite rows.
-        threshold: The distance, inclusive.
+    What was compared stays for later runs in the folder of `balance`.
     """
     found = [_compare(run, folder, rows, reference, threshold) for reference in references]
     run.machine.on_main(lambda: forget_others(folder, {name for _, name in found}))
@@ -147,16 +143,8 @@ def _compare(
     kind = row_type(num_rows + len(reference.numbers))
     others = np.arange(num_rows, num_rows + len(reference.numbers), dtype=kind)
     plan = rectangle(rows.unique.astype(kind, copy=False), others, run.rows_in_memory)
-    found = run_chunks(
-        run,
-        plan,
-        read,
-        threshold,
-        lambda: NearestOf(rows.unique),
-        "comparison",
-        of=reference.identity,
-        folder=folder / _FOLDER,
-    )
+    saved: dict[str, Any] = {"of": reference.identity, "folder": folder / _FOLDER}
+    found = run_chunks(run, plan, read, threshold, lambda: NearestOf(rows.unique), "comparison", **saved)
     return found, run.identify(plan, threshold, reference.identity)
 
 

@@ -94,9 +94,7 @@ def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundCluster
     """Find the clusters of ``--max-per-cluster``, and say which they are; None without it."""
     if settings.max_per_cluster is None:
         return None
-    folder = settings.clusters
-    if folder is None:
-        folder = WorkDirectory(settings.work).find_clusters(**_flags_for_all(settings))
+    folder = settings.clusters or WorkDirectory(settings.work).find_clusters(**_flags_for_all(settings))
     path = sidecar_path(folder, "cluster")
     sidecar = read_sidecar(path, ClusterSidecar)
     if sidecar is None or not (folder / TABLE).exists():
@@ -122,11 +120,7 @@ def _cluster_all(settings: BalanceSettings, **more: Any) -> str:
 
 
 def cap_clusters(run: BalanceRun, clusters: FoundClusters, is_kept: BoolArray) -> ClusterCap:
-    """Choose which images stay; the same on every process.
-
-    Args:
-        is_kept: What repeats have left, bool [N].
-    """
+    """Choose which of the images that repeats have left, bool [N], stay; the same on every process."""
     settings, most = run.settings, run.settings.max_per_cluster
     assert most is not None  # clusters were looked for
 
