@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
@@ -23,7 +21,6 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.filters.against import NearReferences, find_near
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, find_captions
-from clipcid_cli.steps.balance.pairs import collect_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows, count_skipped, find_rows
 from clipcid_cli.steps.balance.search import find_forest
 from clipcid_cli.steps.balance.stored_forest import Forest, ForestStore
@@ -65,11 +62,6 @@ class BalanceRun(SearchRun):
         store = ForestStore(self.output.folder, self.work, self.rows, inputs, settings.neighbors, settings.overwrite)
         with self.timing("search"):
             return find_forest(self, store, cutoff=cutoff, num_edges=num_edges, for_stars=for_stars)
-
-    def collect_pairs(self, labels: IntArray, cutoff: float) -> Edges:
-        """Call :func:`collect_pairs` for these rows."""
-        with self.timing("search"):
-            return collect_pairs(self, self.rows, labels, cutoff)
 
     @contextmanager
     def timing(self, phase: str) -> Iterator[None]:

@@ -142,13 +142,13 @@ def _identify(
 
     All settings may change on an existing forest; of the inputs, there may be more.
     """
-    names = ("keep", "threshold", "cosine_distance", "linkage", "select", "neighbors", "max_per_cluster")
-    window = ("min_caption_similarity", "max_caption_similarity")
+    names = ["keep", "threshold", "cosine_distance", "linkage", "select", "neighbors", "max_per_cluster"]
+    names += ["min_caption_similarity", "max_caption_similarity"]
     opened = [embeddings, *(each.embeddings for each in references)]
     kinds = _kinds_read(settings)
     inputs = embeddings.fingerprints(kinds)
     texts = inputs.pop() if kinds else None
-    identity = {name: getattr(settings, name) for name in (*names, *window)} | {
+    identity = {name: getattr(settings, name) for name in names} | {
         "seed": settings.seed if settings.select == "random" else None,
         "texts": None if texts is None else texts.hash,
         # `embed` has made the keys of its own folders.

@@ -28,7 +28,7 @@ from clipcid_cli.algorithms.sets.star import (
 )
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs
+from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs, collect_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray
 from clipcid_cli.steps.balance.scores import SCORES
 from clipcid_cli.steps.balance.stored_forest import Forest
@@ -157,7 +157,8 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
     def pairs_up_to(cutoff: float) -> Edges:
         part = forest.edges.up_to(cutoff)
         labels = connected_components(len(rows), part.a, part.b)
-        return run.collect_pairs(labels, cutoff).renumbered(positions)
+        with run.timing("search"):
+            return collect_pairs(run, rows, labels, cutoff).renumbered(positions)
 
     cover: StarCover | None = None
     if run.settings.keep is None:

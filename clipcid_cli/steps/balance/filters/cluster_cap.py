@@ -72,7 +72,7 @@ class FoundClusters:
     Attributes:
         identity: Hash of their table.
         images: Number of images in them.
-        skipped: Number of images that were left out when they were made, since their rows are not usable.
+        skipped: Number of those left out, since their rows are not usable.
     """
 
     folder: Path
@@ -155,7 +155,4 @@ def _look_up(run: BalanceRun, table: Path) -> tuple[npt.NDArray[np.int32], Float
     place = join(keys, len(run.rows), parquet_listing(table), run.settings.work)[:, 0]
     labels, similarities = read_labels(table)
     is_there = place >= 0
-    cluster, similarity = np.full(len(place), -1, np.int32), np.zeros(len(place), np.float32)
-    cluster[is_there] = labels[place[is_there]]
-    similarity[is_there] = similarities[place[is_there]]
-    return cluster, similarity
+    return np.where(is_there, labels[place], np.int32(-1)), np.where(is_there, similarities[place], np.float32(0.0))

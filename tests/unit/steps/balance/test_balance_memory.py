@@ -13,8 +13,7 @@ from balance_data import balance, make_rows, write_embeddings
 from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.sets.forest import ForestSink
-from clipcid_cli.formats import arrays
-from clipcid_cli.formats.results import keep_list
+from clipcid_cli.formats import arrays, parquet
 
 FEW, MANY = 20_000, 60_000
 
@@ -38,7 +37,7 @@ def test_the_first_process_holds_at_most_128_bytes_a_row(
 ) -> None:
     call: dict[str, Any] = {"neighbors": neighbors}
     # Of larger data these are buffers of fixed size.
-    monkeypatch.setattr(keep_list, "ROWS_AT_ONCE", 2**11)
+    monkeypatch.setattr(parquet, "ROWS_AT_ONCE", 2**11)
     monkeypatch.setattr(arrays, "_STRINGS_AT_ONCE", 2**11)
     if neighbors == "exact":  # with all that is dropped first, which holds more
         near = str(write_embeddings(tmp_path / "r", make_rows(500, 8, seed=2)))
