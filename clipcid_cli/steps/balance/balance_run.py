@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +17,7 @@ from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.filters.against import NearReferences, find_near
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, find_captions
 from clipcid_cli.steps.balance.rows import BalanceRows, count_skipped, find_rows
@@ -60,15 +59,8 @@ class BalanceRun(SearchRun):
         settings, for_stars = self.settings, self.settings.linkage == "star"
         inputs = [*self.output.run.inputs, *self.rows.describe_choice()]
         store = ForestStore(self.output.folder, self.work, self.rows, inputs, settings.neighbors, settings.overwrite)
-        with self.timing("search"):
+        with timed(self.seconds, "search"):
             return find_forest(self, store, cutoff=cutoff, num_edges=num_edges, for_stars=for_stars)
-
-    @contextmanager
-    def timing(self, phase: str) -> Iterator[None]:
-        """Add the time of what is done meanwhile to that of a phase."""
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
     def phases(self) -> dict[str, float]:
         """Return the time by phase until now: what is neither searched nor audited is written."""
@@ -81,8 +73,8 @@ def begin(plan: Plan, machine: Machine, output: Output[BalanceSidecar], reporter
     """Read all rows once, and drop what filters drop: each is a mask over the rows of the keep list."""
     began = time.perf_counter()
     settings, embeddings = plan.settings, plan.embeddings
-    rows = find_rows(machine, output.work, embeddings.rows(Kind.IMAGES), reporter)
-    seconds = {"embed": plan.embed_seconds, "search": time.perf_counter() - began}
+    with timed(plan.seconds, "search"):
+        rows = find_rows(machine, output.work, embeddings.rows(Kind.IMAGES), reporter)
     skips = count_skipped(embeddings, rows, settings.max_bad_fraction, reporter)
     scan = choose_scan(settings.precision, machine.device)
     search = SearchRun(machine, output.work, identity_of({}, output.run.inputs), embeddings.width, scan, reporter)
@@ -114,5 +106,5 @@ def begin(plan: Plan, machine: Machine, output: Output[BalanceSidecar], reporter
         near=near,
         captions=captions,
         began=began,
-        seconds=seconds,
+        seconds=plan.seconds,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from clipcid_cli.formats.results.row_files import ROW_FILES, RowFile, read_row_f
 from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_clusters
 from clipcid_cli.steps.balance.filters.references import Reference, open_references, refuse_missing
 from clipcid_cli.steps.balance.samples import require_data
@@ -33,20 +33,20 @@ class Plan:
     """What one `balance` works on.
 
     Attributes:
-        embed_seconds: How long it took to find, or make, the embeddings.
         data: The data that ``--write-shards`` copies from, all tars; None without it.
         clusters: Those of ``--max-per-cluster``.
         references: Those of ``--against``; none in a dry run, which makes no embeddings of them.
         wanted: Arguments of `claim_output`; none in a dry run.
+        seconds: Time by phase; those that follow add theirs.
     """
 
     settings: BalanceSettings
     embeddings: Embeddings
-    embed_seconds: float
     data: Dataset | None
     clusters: FoundClusters | None
     references: list[Reference]
     wanted: dict[str, Any]
+    seconds: dict[str, float]
 
     @property
     def folder(self) -> Path:
@@ -67,16 +67,16 @@ class Plan:
 
 def make_plan(settings: BalanceSettings, machine: Machine, reporter: Reporter) -> Plan:
     """Look at what the settings name, before hours of embedding; then make what embeddings there are none of."""
-    started = time.perf_counter()
-    clusters = machine.on_main(lambda: _check_named(settings, reporter))
-    embeddings = _find_embeddings(settings, machine, reporter)
-    embed_seconds = time.perf_counter() - started
+    seconds = dict[str, float]()
+    with timed(seconds, "embed"):
+        clusters = machine.on_main(lambda: _check_named(settings, reporter))
+        embeddings = _find_embeddings(settings, machine, reporter)
     data = machine.on_main(lambda: _open_data(settings, embeddings))
     references, wanted = list[Reference](), dict[str, Any]()
     if not settings.dry_run:
         references = open_references(settings, machine, embeddings, reporter)
         wanted = machine.on_main(lambda: _identify(settings, embeddings, clusters, references))
-    return Plan(settings, embeddings, embed_seconds, data, clusters, references, wanted)
+    return Plan(settings, embeddings, data, clusters, references, wanted, seconds)
 
 
 def _check_named(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:

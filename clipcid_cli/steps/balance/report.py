@@ -56,7 +56,8 @@ def write_report(
     largest = np.argsort(-measured.size, kind="stable")[:_SETS_SHOWN]
     shown = [_choose_members(sets, label) for label in measured.label[largest].tolist()]
     alone = np.ones(run.rows.num_searched - measured.size.sum(), np.int64)
-    inside, outside = _around(found.forest, sets.threshold)
+    end = 0 if sets.threshold is None else len(found.forest.up_to(sets.threshold))
+    inside, outside = found.forest[max(0, end - _PAIRS_SHOWN) : end], found.forest[end : end + _PAIRS_SHOWN]
     chains = find_chains(run, sets, measured)
     chained = [np.array(chain["shown"]) for chain in chains]
     wanted = np.unique(np.concatenate([*shown, *chained, inside.a, inside.b, outside.a, outside.b]))
@@ -124,12 +125,6 @@ def _choose_members(sets: Sets, label: int) -> IntArray:
     return members
 
 
-def _around(forest: Edges, threshold: float | None) -> tuple[Edges, Edges]:
-    """Return the last forest edges within the cut-off and the first beyond it."""
-    end = 0 if threshold is None else len(forest.up_to(threshold))
-    return forest[max(0, end - _PAIRS_SHOWN) : end], forest[end : end + _PAIRS_SHOWN]
-
-
 def _pair_up(edges: Edges, pictures: dict[int, Picture]) -> list[dict[str, Any]]:
     """Pair the pictures of the two ends of each edge."""
     return [
@@ -156,11 +151,7 @@ def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[
 
 
 def _count_sizes(sizes: IntArray, most: int | None = None) -> list[dict[str, Any]]:
-    """Count sets and the images in them by size, int64 [S], sizes by powers of two, those that occur.
-
-    Args:
-        most: How many images of each stay.
-    """
+    """Count sets and the images in them by size, int64 [S], in powers of two; of each, `most` images stay."""
     sizes = sizes[sizes > 0]
     power = np.ceil(np.log2(sizes)).astype(np.int64)
     left = sizes if most is None else np.minimum(sizes, most)

@@ -13,6 +13,7 @@ from clipcid_cli.formats.results.sets import CURVE, SET_TABLE
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.memory import keep_few_kernels
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.audit import audit_kept
 from clipcid_cli.steps.balance.balance_run import BalanceRun, begin
 from clipcid_cli.steps.balance.cost import estimate_cost
@@ -89,6 +90,6 @@ def _compute(run: BalanceRun, clusters: FoundClusters | None) -> Outcome:
     audit = None
     if run.settings.neighbors == "partitioned" and sets.threshold is not None:
         kept = np.flatnonzero(is_kept).astype(sets.labels.dtype)
-        with run.timing("audit"):
+        with timed(run.seconds, "audit"):
             audit = audit_kept(run, run.rows, kept, sets.threshold)
     return Outcome(sets, forest, other, cap, is_kept, audit)

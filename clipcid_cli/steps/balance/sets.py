@@ -27,6 +27,7 @@ from clipcid_cli.algorithms.sets.star import (
     star_curve,
 )
 from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs, collect_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray
@@ -157,7 +158,7 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
     def pairs_up_to(cutoff: float) -> Edges:
         part = forest.edges.up_to(cutoff)
         labels = connected_components(len(rows), part.a, part.b)
-        with run.timing("search"):
+        with timed(run.seconds, "search"):
             return collect_pairs(run, rows, labels, cutoff).renumbered(positions)
 
     cover: StarCover | None = None

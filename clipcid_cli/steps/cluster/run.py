@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState
@@ -15,6 +12,7 @@ from clipcid_cli.formats.results.clusters import CENTROIDS, PROGRESS, TABLE, joi
 from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.cluster.assign import assign_clusters, search_width, summarise, towers_of
 from clipcid_cli.steps.cluster.cost import estimate_cost
@@ -34,7 +32,7 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
     """
     folder, seconds = WorkDirectory(settings.work).clusters, dict[str, float]()
     with open_machine(settings.device) as machine:
-        with _timed(seconds, "read"):
+        with timed(seconds, "read"):
             plan = machine.on_main(lambda: make_plan(settings, folder, reporter))
         if settings.dry_run:
             return estimate_cost(settings, plan, machine, reporter)
@@ -44,20 +42,13 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
                 result = output.finished.result
             else:
                 machine.on_main(output.start)
-                with _timed(seconds, "kmeans"):
+                with timed(seconds, "kmeans"):
                     state = train_centroids(settings, plan, machine, output.work / PROGRESS, reporter)
-                with _timed(seconds, "assign"):
+                with timed(seconds, "assign"):
                     assign_clusters(machine, plan.rows, state.centroids_KD, output.work, reporter)
                 result = machine.on_main(lambda: _write(settings, plan, state, output, seconds, reporter))
         names = {"centroids": CENTROIDS, "clusters": TABLE, "sidecar": "cluster.json"}
         return result | {"files": {name: str(folder / file) for name, file in names.items()}}
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - started
 
 
 def _write(
@@ -70,7 +61,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write centroids and table, and finish the output; return its result."""
     rows, embeddings, num_clusters = plan.rows, plan.rows.embeddings, plan.num_clusters
-    with _timed(seconds, "write"):
+    with timed(seconds, "write"):
         write_npy(output.work / CENTROIDS, state.centroids_KD.numpy())
         join_parts(output.work, part_bounds(len(rows)), rows.keys)
         result, temperatures = summarise(rows, num_clusters, output.work)
