@@ -24,7 +24,6 @@ from clipcid_cli.steps.balance.gallery import Gallery, Picture
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.plan import Plan
 from clipcid_cli.steps.balance.result import BalanceResult, Outcome
-from clipcid_cli.steps.balance.samples import open_data, open_recorded
 from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
 
@@ -41,7 +40,7 @@ def has_new_pictures(plan: Plan, finished: BalanceSidecar) -> bool:
     if not finished.pictures.unread:
         return False
     shards, keys = map(list, zip(*finished.pictures.unread, strict=True))
-    return any(Gallery(plan.settings, plan.embeddings, open_data).read(shards, keys))
+    return any(Gallery(plan.settings, plan.embeddings).read(shards, keys))
 
 
 def write_report(
@@ -61,7 +60,7 @@ def write_report(
     chains = find_chains(run, sets, measured)
     chained = [np.array(chain["shown"]) for chain in chains]
     wanted = np.unique(np.concatenate([*shown, *chained, inside.a, inside.b, outside.a, outside.b]))
-    gallery = Gallery(run.settings, run.embeddings, open_data)
+    gallery = Gallery(run.settings, run.embeddings)
     loaded = gallery.load(run.rows.numbers[wanted.astype(sets.labels.dtype)])
     pictures = dict(zip(wanted.tolist(), loaded, strict=True))
     for row, picture in pictures.items():
@@ -140,7 +139,7 @@ def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[
         rows = np.flatnonzero(near.owner == number)
         rows = rows[np.argsort(near.distance[rows], kind="stable")]
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _REFERENCES_SHOWN)).round().astype(np.int64)]
-        theirs = Gallery(run.settings, reference.embeddings, open_recorded)
+        theirs = Gallery(run.settings, reference.embeddings, recorded=True)
         images = zip(gallery.load(run.rows.numbers[chosen]), theirs.load(near.row[chosen]), strict=True)
         pairs = [
             {"image": image, "reference": other, "distance": distance}

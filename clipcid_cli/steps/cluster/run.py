@@ -30,34 +30,29 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
         The JSON object: ``images, clusters, objective, iterations, empty_clusters, largest_cluster, skipped{}, seconds{read,
         kmeans, assign, write}, files{}``. ``objective`` is the images' mean similarity to their own centroid.
     """
-    folder, seconds = WorkDirectory(settings.work).clusters, dict[str, float]()
+    seconds = dict[str, float]()
     with open_machine(settings.device) as machine:
         with timed(seconds, "read"):
-            plan = machine.on_main(lambda: make_plan(settings, folder, reporter))
+            plan = machine.on_main(lambda: make_plan(settings, reporter))
         if settings.dry_run:
-            return estimate_cost(settings, plan, machine, reporter)
-        with claim_output(machine, folder, "cluster", ClusterSidecar, **plan.wanted) as output:
+            return estimate_cost(plan, machine, reporter)
+        with claim_output(machine, plan.folder, "cluster", ClusterSidecar, **plan.wanted) as output:
             if output.finished is not None:
-                reporter.note(f"These clusters are in {folder} already.")
+                reporter.note(f"These clusters are in {plan.folder} already.")
                 result = output.finished.result
             else:
                 machine.on_main(output.start)
                 with timed(seconds, "kmeans"):
-                    state = train_centroids(settings, plan, machine, output.work / PROGRESS, reporter)
+                    state = train_centroids(plan, machine, output.work / PROGRESS, reporter)
                 with timed(seconds, "assign"):
                     assign_clusters(machine, plan.rows, state.centroids_KD, output.work, reporter)
-                result = machine.on_main(lambda: _write(settings, plan, state, output, seconds, reporter))
+                result = machine.on_main(lambda: _write(plan, state, output, seconds, reporter))
         names = {"centroids": CENTROIDS, "clusters": TABLE, "sidecar": "cluster.json"}
-        return result | {"files": {name: str(folder / file) for name, file in names.items()}}
+        return result | {"files": {name: str(plan.folder / file) for name, file in names.items()}}
 
 
 def _write(
-    settings: ClusterSettings,
-    plan: ClusterPlan,
-    state: LloydState,
-    output: Output[ClusterSidecar],
-    seconds: dict[str, float],
-    reporter: Reporter,
+    plan: ClusterPlan, state: LloydState, output: Output[ClusterSidecar], seconds: dict[str, float], reporter: Reporter
 ) -> dict[str, Any]:
     """Write centroids and table, and finish the output; return its result."""
     rows, embeddings, num_clusters = plan.rows, plan.rows.embeddings, plan.num_clusters
@@ -77,9 +72,9 @@ def _write(
         counts={"read": embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
         seconds=seconds,
         outputs=[record(output.work / name, output.work) for name in (CENTROIDS, TABLE, *arrays)],
-        embeddings=WorkDirectory(settings.work).name_of(embeddings.folder),
+        embeddings=WorkDirectory(plan.settings.work).name_of(embeddings.folder),
         keep_list=None if rows.keep_list is None else record(rows.keep_list),
-        flags=given_flags(settings),
+        flags=given_flags(plan.settings),
         model=None if embeddings.sidecar is None else embeddings.sidecar.model,
         num_nearest=search_width(num_clusters),
         temperatures=temperatures,

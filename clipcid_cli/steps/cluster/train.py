@@ -15,14 +15,11 @@ from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.steps.cluster.plan import ClusterPlan
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 
-def train_centroids(
-    settings: ClusterSettings, plan: ClusterPlan, machine: Machine, progress: Path, reporter: Reporter
-) -> LloydState:
+def train_centroids(plan: ClusterPlan, machine: Machine, progress: Path, reporter: Reporter) -> LloydState:
     """Run k-means until no centroid moves, or all iterations are done; every process takes its even share of the rows."""
-    trained, num_rows = plan.trained, len(plan.rows)
+    settings, trained, num_rows = plan.settings, plan.trained, len(plan.rows)
 
     def begin() -> LloydState:
         found = load_arrays(progress)
