@@ -101,7 +101,7 @@ def run_chunks(
     place = (run.work / ".search" if folder is None else folder) / run.identify(plan, cutoff, of)
     done = set(machine.on_main(lambda: _load(place)))
     if done:
-        run.reporter.note(f"Resuming the {label}: {len(done):,} of {number:,} parts are done.")
+        run.reporter.note(f"Resuming the search: {len(done):,} of {number:,} parts are done.")
     left = [chunk for chunk in range(number) if chunk not in done]
     if left:
         _search(run, plan, left, read, cutoff, new_sink(), label, place)

@@ -58,7 +58,7 @@ def test_planted_evaluation_images_are_found_and_no_other_near_one_is_missed(
     assert gallery.count("data:image/webp;base64,") == 24
     # The embeddings are there; another amount compares nothing again.
     again = clipcid("balance", "--keep", 0.7, *amounts[4:])
-    assert re.search(r"Resuming the comparison: (\d+) of \1 parts are done", " ".join(again.stderr.split()))
+    assert re.search(r"Resuming the search: (\d+) of \1 parts are done", " ".join(again.stderr.split()))
     assert "images dropped, within 0.05" in " ".join(again.stderr.split())
 
     clipcid("cluster", "--keep-list", "none", "--num-clusters", 12)
@@ -91,5 +91,5 @@ def test_killed_while_references_are_compared_the_same_command_goes_on(
     process.send_signal(signal.SIGKILL)
     process.wait()
     again = clipcid(*call, "--work", "killed")
-    assert "Resuming the comparison:" in " ".join(again.stderr.split())
+    assert "Resuming the search:" in " ".join(again.stderr.split())
     assert read_outputs(tmp_path / "killed") == read_outputs(tmp_path / "whole")

@@ -186,14 +186,11 @@ def score_error(a: Block, b: Block) -> float:
 
 
 @contextmanager
-def exact_accumulation(device: torch.device, *, small_integers: bool = False) -> Iterator[None]:
+def exact_accumulation(device: torch.device) -> Iterator[None]:
     """Keep GPUs from adding up partial products in less than float32, and from rounding their factors to TF32.
 
     Every bound on a product's error relies on it, whatever the process was started with
     (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1`` is set in common containers).
-
-    Args:
-        small_integers: All factors are integers of at most 2,048 in float32, which TF32 holds exactly; it is allowed then.
     """
     if device.type != "cuda":
         yield
@@ -206,7 +203,7 @@ def exact_accumulation(device: torch.device, *, small_integers: bool = False) ->
     before = {name: getattr(matmul, name) for name in names}
     try:
         for name in names:
-            setattr(matmul, name, small_integers and name == "allow_tf32")
+            setattr(matmul, name, False)
         yield
     finally:
         for name, value in before.items():

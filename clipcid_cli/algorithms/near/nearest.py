@@ -6,7 +6,7 @@ Rows and those they are compared with are float16, or float32 multiples of 2⁻�
 
 **One**: with |s − x·c| ≤ e for the score s of row x and centroid c (:mod:`clipcid_cli.algorithms.near.block`), and r the
 largest score so far less e, some centroid has x·c ≥ r. The nearest has as much, so its score is at least r − e. Centroids
-that reach that are candidates; where a row has several, float64 tells them apart.
+that reach that are candidates, which float64 tells apart; the others have at most their score plus e.
 
 **Many**: float32 products propose k > m in descending order of s. With |s − x·c| ≤ e,
 
@@ -114,16 +114,22 @@ class NearestCentroid:
     def _in_float32(self) -> NearestCentroid:
         return NearestCentroid(self._centroids_KD, torch.float32, self._order_K)
 
-    def of(self, rows: Block, known: Found | None = None, leading: int | None = None) -> Found:
+    def of(
+        self, rows: Block, which_B: torch.Tensor | None = None, known: Found | None = None, leading: int | None = None
+    ) -> Found:
         """Find the nearest centroid of each row.
 
         Args:
             rows: Their copies are in the format of the search.
+            which_B: Positions of some of them, int64 [B]; by default all.
             known: A centroid of each row that takes part whether it is looked at or not, with its exact similarity; the
                 nearer it is, the more is discarded. ``others_B`` is not used.
             leading: How many centroids to look at, the first of the order, rounded up; by default all.
         """
-        size, device = len(rows.stored), rows.stored.device
+        device = rows.stored.device
+        which_B = torch.arange(len(rows.stored), device=device) if which_B is None else which_B
+        # Unlike indexing, this copies whole rows.
+        size, scan_BD = len(which_B), rows.scan.index_select(0, which_B)
         nobody_B = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
         if known is None:
             known = Found(torch.full((size,), _NONE, device=device), nobody_B, nobody_B)
@@ -135,9 +141,7 @@ class NearestCentroid:
                 number_C = number_C[: -(-(leading - looked_at) // self._groups) * self._groups]
             looked_at += len(number_C)
             unit, error = rows.step * part.step, rounded_error(rows, part)
-            score_BC = multiply(
-                rows.scan, part.scan[: len(number_C)], self._buffer.take(size * len(number_C), rows.scan)
-            )
+            score_BC = multiply(scan_BD, part.scan[: len(number_C)], self._buffer.take(size * len(number_C), scan_BD))
             # A group is of every G-th column: of these the maximum is fast in any format.
             grouped_BgG = score_BC.view(size, -1, self._groups)
             largest_BG = grouped_BgG.amax(dim=1)
@@ -147,13 +151,13 @@ class NearestCentroid:
             least_B1 = (least_B1.floor() if score_BC.dtype == torch.int32 else least_B1).to(score_BC.dtype)
             near_BG = largest_BG >= least_B1
             row_Q, group_Q = near_BG.nonzero(as_tuple=True)
-            if rows.scan.dtype != torch.float32 and len(row_Q) > _CROWDED * size:
-                wide = dataclasses.replace(rows, scan=rows.stored.float(), residual=0.0, step=1.0)
-                return self._in_float32.of(wide, known, leading)
+            if scan_BD.dtype != torch.float32 and len(row_Q) > _CROWDED * size:
+                stored = rows.stored.index_select(0, which_B)
+                wide = dataclasses.replace(rows, stored=stored, scan=stored.float(), residual=0.0, step=1.0)
+                return self._in_float32.of(wide, None, known, leading)
             if len(row_Q) > _MOST_GROUPS and size > 1:
                 halves = (slice(0, size // 2), slice(size // 2, size))
-                parts = [self.of(chosen_rows(rows, half), known.at(half), leading) for half in halves]
-                return Found.join(parts)
+                return Found.join([self.of(rows, which_B[half], known.at(half), leading) for half in halves])
 
             score_Qg = grouped_BgG[row_Q, :, group_Q]
             near_Qg = score_Qg >= least_B1[row_Q]
@@ -167,16 +171,17 @@ class NearestCentroid:
             rest_B.scatter_reduce_(0, row_Q, score_Qg.masked_fill_(near_Qg, lowest).amax(dim=1), "amax")
             found = dataclasses.replace(found, others_B=torch.maximum(found.others_B, rest_B.double() * unit + error))
             if len(row_P) > _MOST_PAIRS:
-                found = self._decide(rows.stored, row_P, number_P, highest_P, found)
+                found = self._decide(rows.stored, which_B, row_P, number_P, highest_P, found)
                 row_P, number_P, highest_P = row_P[:0], number_P[:0], highest_P[:0]
                 reach_B = torch.maximum(reach_B, found.cosine_B)
             if leading is not None and looked_at >= leading:
                 break
-        return self._decide(rows.stored, row_P, number_P, highest_P, found)
+        return self._decide(rows.stored, which_B, row_P, number_P, highest_P, found)
 
     def _decide(
         self,
-        stored_BD: torch.Tensor,
+        stored_ND: torch.Tensor,
+        which_B: torch.Tensor,
         row_P: torch.Tensor,
         number_P: torch.Tensor,
         highest_P: torch.Tensor,
@@ -186,11 +191,11 @@ class NearestCentroid:
 
         The likeliest of a row is decided first: of the others few can be nearer than that.
         """
-        stored_BD, best_B = stored_BD.float(), found.cosine_B
+        best_B = found.cosine_B
         first_P = highest_P == torch.full_like(best_B, -torch.inf).scatter_reduce(0, row_P, highest_P, "amax")[row_P]
         for turn_P in (first_P, ~first_P):
             at_P = (turn_P & (highest_P >= best_B[row_P])).nonzero()[:, 0]
-            highest_P[at_P] = exact_dots(stored_BD, self._centroids_KD, row_P[at_P], number_P[at_P])
+            highest_P[at_P] = exact_dots(stored_ND, self._centroids_KD, which_B[row_P[at_P]], number_P[at_P])
             best_B = best_B.scatter_reduce(0, row_P[at_P], highest_P[at_P], "amax")
         winner_P = torch.where(highest_P == best_B[row_P], number_P, _NONE)
         number_B = torch.where(found.cosine_B == best_B, found.number_B, _NONE).scatter_reduce(
@@ -200,14 +205,6 @@ class NearestCentroid:
         other_P = highest_P.masked_fill(number_P == number_B[row_P], -torch.inf)
         others_B = torch.maximum(found.others_B, before_B).scatter_reduce(0, row_P, other_P, "amax")
         return Found(number_B, best_B, others_B)
-
-
-def chosen_rows(rows: Block, which: torch.Tensor | slice) -> Block:
-    """Return some rows of a block, by positions int64 [n] or a slice; only ``stored`` and ``scan`` are theirs alone."""
-    if isinstance(which, slice):
-        return dataclasses.replace(rows, stored=rows.stored[which], scan=rows.scan[which])
-    # Copies whole rows, which indexing does entry by entry.
-    return dataclasses.replace(rows, stored=rows.stored.index_select(0, which), scan=rows.scan.index_select(0, which))
 
 
 class _Buffer(threading.local):

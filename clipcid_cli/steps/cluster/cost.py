@@ -32,9 +32,9 @@ def estimate_cost(plan: ClusterPlan, machine: Machine, reporter: Reporter) -> di
 
     Returns:
         The JSON object: ``images, clusters, flop, memory_bytes, seconds{kmeans_least, kmeans_most, assign}``. ``flop`` and
-        ``kmeans_most`` are those of all iterations, ``kmeans_least`` of one, after which no centroid may move. Memory is
-        that of a process above the mapped files, most of it a float32 and a low-precision copy of the centroids and their
-        float64 sums.
+        ``kmeans_most`` are those of products of all rows (of ``--train-rows``) with all centroids in each iteration;
+        ``kmeans_least`` is one iteration, after which fewer and fewer rows are compared. Memory is that of a process above
+        the mapped files, most of it a float32 and a low-precision copy of the centroids and their float64 sums.
     """
     settings, rows, num_trained, num_clusters = plan.settings, plan.rows, len(plan.trained), plan.num_clusters
     width = rows.width
@@ -47,8 +47,9 @@ def estimate_cost(plan: ClusterPlan, machine: Machine, reporter: Reporter) -> di
     memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
     reporter.note(
         f"{num_trained:,} images × {num_clusters:,} clusters × width {width}: {format_duration(iteration)} for an "
-        f"iteration, at most {format_duration(iteration * settings.iterations)} for {settings.iterations}, "
-        f"{format_duration(assign)} to assign {len(rows):,}; {memory / 2**30:.3g} GiB a process above the mapped files."
+        f"iteration, at most {format_duration(iteration * settings.iterations)} for {settings.iterations} (fewer and fewer "
+        f"images are compared again), {format_duration(assign)} to assign {len(rows):,}; {memory / 2**30:.3g} GiB a process "
+        "above the mapped files."
     )
     seconds = {"kmeans_least": iteration, "kmeans_most": iteration * settings.iterations, "assign": assign}
     return {

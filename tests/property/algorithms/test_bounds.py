@@ -13,7 +13,7 @@ from clipcid_cli.algorithms.kmeans.bounds import CentroidDrift, distances_moved
 from clipcid_cli.algorithms.near.block import make_block
 from clipcid_cli.algorithms.near.centroids import centroids_of_sums
 from clipcid_cli.algorithms.near.exact import exact_dots
-from clipcid_cli.algorithms.near.nearest import Found, NearestCentroid, chosen_rows
+from clipcid_cli.algorithms.near.nearest import Found, NearestCentroid
 
 
 def on_grid(values: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,7 @@ def follow(rows: torch.Tensor, steps: list[torch.Tensor], dtype: torch.dtype) ->
         known = Found(found.number_B.clone(), now, others + drift.reach_K[count])
         for row in count.nonzero()[:, 0].tolist():
             one = slice(row, row + 1)
-            looked = search.of(chosen_rows(block, one), known.at(one), int(count[row]))
+            looked = search.of(block, torch.tensor([row]), known.at(one), int(count[row]))
             known.number_B[one], known.cosine_B[one] = looked.number_B, looked.cosine_B
             known.others_B[one] = torch.maximum(known.others_B[one], looked.others_B)
         found = known

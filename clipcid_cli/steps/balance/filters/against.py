@@ -144,7 +144,7 @@ def _compare(
     others = np.arange(num_rows, num_rows + len(reference.numbers), dtype=kind)
     plan = rectangle(rows.unique.astype(kind, copy=False), others, run.rows_in_memory)
     saved: dict[str, Any] = {"of": reference.identity, "folder": folder / _FOLDER}
-    found = run_chunks(run, plan, read, threshold, lambda: NearestOf(rows.unique), "comparison", **saved)
+    found = run_chunks(run, plan, read, threshold, lambda: NearestOf(rows.unique), "against", **saved)
     return found, run.identify(plan, threshold, reference.identity)
 
 

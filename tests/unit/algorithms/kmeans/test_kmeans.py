@@ -44,15 +44,6 @@ def test_sums_do_not_depend_on_the_order_rows_come_and_go_in() -> None:
     assert torch.equal(detour.counts_K, direct.counts_K)
 
 
-def test_sums_of_float64_rows_leave_the_rows_as_they_are() -> None:
-    rows, labels = unit_rows(20, 8).double(), torch.arange(20) % 3
-    before, sums = rows.clone(), ClusterSums(3, 8, torch.device("cpu"))
-    sums.move(rows, None, labels)
-    sums.move(rows, labels, (labels + 1) % 3)
-    assert torch.equal(rows, before)
-    assert torch.equal(sums.sums_KD, torch.zeros(3, 8, dtype=torch.float64).index_add_(0, (labels + 1) % 3, before))
-
-
 def test_centroids_are_normalised_means_and_empty_clusters_keep_theirs() -> None:
     rows, previous = unit_rows(60, 24), torch.eye(24)[:2]
     sums = torch.stack([rows.double().sum(dim=0), torch.zeros(24, dtype=torch.float64)])

@@ -111,7 +111,7 @@ def test_what_is_saved_is_not_compared_again_unless_it_is_damaged(
     monkeypatch.setattr(chunks, "save_arrays", count_and_save)
     _, told = balance(tmp_path / "w", folder, keep=0.7, **call)
     assert not written
-    assert "Resuming the comparison:" in told
+    assert "Resuming the search:" in told
     parts = sorted((tmp_path / "w" / "balance" / ".references").glob("*/*.npz"))
     assert len(parts) > 4
     parts[0].unlink()
