@@ -20,7 +20,7 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.balance.audit import SAMPLE as AUDIT_SAMPLE
-from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions, keep_captioned
+from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions, have_captions, keep_captioned
 from clipcid_cli.steps.balance.filters.references import plan_references
 from clipcid_cli.steps.balance.partition import ITERATIONS, ROWS_PER_PARTITION
 from clipcid_cli.steps.balance.plan import Plan
@@ -189,7 +189,7 @@ def _measure(plan: Plan, scan: torch.dtype, machine: Machine) -> tuple[float, fl
     captions = None
     if settings.has_window:
         compared = time_trial(lambda: compare_captions(embeddings, rows, Progress()), warm_up=0)
-        window = CaptionWindow.of(settings, keep_captioned(*compared.result))
+        window = CaptionWindow.of(settings, keep_captioned(compared.result, have_captions(embeddings, rows)))
         if len(numbers) == num_rows:
             window.refuse_empty()
         inside = int(np.count_nonzero(~window.is_dropped)) / len(rows)

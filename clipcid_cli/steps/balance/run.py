@@ -43,9 +43,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             result = machine.on_main(lambda: _take_or_start(plan, output, reporter))
             if result is None:
                 balance = begin(plan, machine, output, reporter)
-                found = _compute(balance, plan.clusters)
-                machine.barrier()  # until here another process may read what it has mapped
-                result = machine.on_main(lambda: write(balance, found))
+                result = write(balance, _compute(balance, plan.clusters))
             machine.on_main(lambda: write_kept(settings, plan.embeddings, plan.keep_list, reporter))
             if settings.write_shards is not None:
                 write_shards(plan, settings.write_shards, machine, reporter)

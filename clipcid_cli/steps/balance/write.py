@@ -1,4 +1,4 @@
-"""Writing what is kept, on the first process: the keep list, the sets, the curve, the report, and the sidecar last."""
+"""Writing what is kept: the keep list, the sets, the curve, the report, and the sidecar last."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ from clipcid_cli.steps.settings.shared import given_flags
 
 
 def write(run: BalanceRun, found: Outcome) -> dict[str, Any]:
-    """Write the output; return its result."""
+    """Write the output on the first process; return its result on all."""
+    run.machine.barrier()  # until here another process may read what it has mapped
+    return run.machine.on_main(lambda: _write(run, found))
+
+
+def _write(run: BalanceRun, found: Outcome) -> dict[str, Any]:
     warnings = find_warnings(run, found.sets)
     for warning in warnings:
         run.reporter.warn(warning)

@@ -111,7 +111,7 @@ def find_captions(
     start, stop = run.machine.share(len(rows))
     mine = rows.numbers[start:stop]
     with run.reporter.progress("captions", len(mine), "images") as progress:
-        found = compare_captions(embeddings, mine, progress)
+        found = compare_captions(embeddings, mine, progress), have_captions(embeddings, mine)
     parts = collect_arrays(run.machine, run.work, found)
 
     def merge() -> tuple[FloatArray]:
@@ -125,14 +125,11 @@ def find_captions(
     return window
 
 
-def compare_captions(embeddings: Embeddings, numbers: IntArray, progress: Progress) -> tuple[FloatArray, BoolArray]:
-    """Compare some images with their captions.
+def compare_captions(embeddings: Embeddings, numbers: IntArray, progress: Progress) -> FloatArray:
+    """Return the cosine of some images and their captions, float32 [n]; NaN where one is zero or not finite.
 
     Args:
         numbers: Numbers of rows of the embeddings, integers [n], ascending.
-
-    Returns:
-        Their cosines, float32 [n], NaN where one is zero or not finite; and which images have a caption, bool [n].
     """
     images, texts = embeddings.rows(Kind.IMAGES), embeddings.rows(Kind.TEXTS)
     similarity = np.empty(len(numbers), np.float32)
@@ -140,7 +137,7 @@ def compare_captions(embeddings: Embeddings, numbers: IntArray, progress: Progre
         some = numbers[at : at + _ROWS_AT_ONCE]
         similarity[at : at + len(some)] = cosine_similarities(images.take(some), texts.take(some))
         progress.advance(len(some))
-    return similarity, have_captions(embeddings, numbers)
+    return similarity
 
 
 def keep_captioned(similarity: FloatArray, captioned: BoolArray) -> FloatArray:
