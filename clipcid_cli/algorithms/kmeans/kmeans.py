@@ -3,7 +3,7 @@
 Shape letters: N rows, B rows of a block, K centroids, D width, m nearest centroids.
 
 Sums of rows and centroids are exact (:mod:`clipcid_cli.algorithms.near.centroids`), nearest centroids are
-(:mod:`clipcid_cli.algorithms.kmeans.nearest`), and seeds are chosen by element-wise float64 operations and comparisons only,
+(:mod:`clipcid_cli.algorithms.near.nearest`), and seeds are chosen by element-wise float64 operations and comparisons only,
 which IEEE 754 fixes to the bit. So one Lloyd iteration is a function of the rows and the centroids alone, not of blocks,
 processes, threads or devices.
 

@@ -20,7 +20,7 @@ from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.reporting import Reporter
 
-_NUM_NEAREST = 16
+NUM_NEAREST = 16
 # Rows that a thread looks up together.
 _ROWS_AT_ONCE = {"cpu": 2048, "cuda": 8192}
 # The temperature's median is taken over about this many rows, evenly spaced: more would not change its digits.
@@ -29,7 +29,7 @@ _TEMPERATURE_ROWS = 65_536
 
 def search_width(num_clusters: int) -> int:
     """Return m, the number of nearest centroids stored of each image and caption: docs/method.md#soft-labels."""
-    return min(_NUM_NEAREST, num_clusters)
+    return min(NUM_NEAREST, num_clusters)
 
 
 def towers_of(rows: ClusterRows) -> tuple[str, ...]:
