@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.reading import reading
+
+ROWS_AT_ONCE = 2**20
+"""Rows of a row group, of files that are written part by part."""
 
 _EXPECTED = "a parquet file"
 # To read so few with threads takes longer.
@@ -45,6 +49,24 @@ def read_columns(path: Path, columns: Mapping[str, pa.DataType], fix: str) -> pa
         if missing:
             raise ValueError(f"it has no column {', '.join(missing)}; its columns: {', '.join(present)}")
         return _read(file, columns)
+
+
+def write_row_groups(
+    path: Path, schema: pa.Schema, num_rows: int, read: Callable[[slice], list[Any]], *, store_schema: bool = True
+) -> None:
+    """Write a table whole or not at all, though no more than a row group of it is in memory.
+
+    Args:
+        read: Makes the columns of some rows.
+        store_schema: Whether the types are stored as Arrow has them; else all readers see large strings as strings.
+    """
+    with (
+        atomic_file(path) as file,
+        pq.ParquetWriter(file, schema, compression="zstd", store_schema=store_schema) as writer,
+    ):
+        for start in range(0, num_rows, ROWS_AT_ONCE) or [0]:
+            part = slice(start, min(start + ROWS_AT_ONCE, num_rows))
+            writer.write_table(pa.table(read(part), schema=schema), row_group_size=ROWS_AT_ONCE)
 
 
 def read_rows(path: Path, fix: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:

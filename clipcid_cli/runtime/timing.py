@@ -1,10 +1,11 @@
-"""How long a piece of work takes on this machine: for ``--dry-run``, and for choices between ways of equal results."""
+"""How long a piece of work takes: of a run, for ``--dry-run``, and for choices between ways of equal results."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -12,6 +13,14 @@ import torch
 Result = TypeVar("Result")
 
 _CPU = torch.device("cpu")
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the time of what is done meanwhile to that of a phase."""
+    began = time.perf_counter()
+    yield
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - began
 
 
 class Trial(NamedTuple, Generic[Result]):

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file, write_bytes
+from clipcid_cli.formats.atomic import write_bytes
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, open_output
-from clipcid_cli.formats.parquet import read_columns
+from clipcid_cli.formats.parquet import read_columns, write_row_groups
 from clipcid_cli.formats.sidecar import ForestSidecar
 
 # All pairs are compared, or only those in and near partitions, where some edges may be missed; of all rows, or of those that
@@ -29,8 +28,6 @@ _STEPS = {
     "partitioned-filtered": "forest-partitioned-filtered",
 }
 _SCHEMA = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("distance", pa.float32())])
-# Rows of a row group.
-_ROWS_AT_ONCE = 2**20
 
 # Row numbers: int32 below 2³¹ rows, else int64.
 IntArray = npt.NDArray[np.signedinteger[Any]]
@@ -93,11 +90,8 @@ def write_forest(
     with open_forest(folder, inputs, forest.neighbors, overwrite=overwrite) as output:
         output.start()
         path = forest_path(output.work, forest.neighbors)
-        with atomic_file(path) as file, pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
-            for start in range(0, len(forest.a), _ROWS_AT_ONCE) or [0]:
-                part = slice(start, start + _ROWS_AT_ONCE)
-                columns = [forest.a[part], forest.b[part], forest.distance[part]]
-                writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=_ROWS_AT_ONCE)
+        columns = forest.a, forest.b, forest.distance
+        write_row_groups(path, _SCHEMA, len(forest.a), lambda part: [column[part] for column in columns])
         own = row_files_path(output.work, forest.neighbors)
         write_bytes(own, row_files.read_bytes())
         output.commit(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.parquet import is_text
+from clipcid_cli.formats.parquet import ROWS_AT_ONCE, is_text, write_row_groups
 from clipcid_cli.formats.reading import reading
-
-ROWS_AT_ONCE = 2**20
-"""Rows of a row group."""
 
 _SCHEMA = pa.schema(
     {
@@ -150,25 +147,23 @@ def write_keep_list(
         distances: Distance to it, float32 [N].
     """
     sizes = np.bincount(labels, minlength=len(labels))
+
+    def read(part: slice) -> list[Any]:
+        chosen = representatives[part]
+        is_none = chosen < 0
+        return [
+            keys[part],
+            shards[part],
+            labels[part],
+            sizes[labels[part]],
+            chosen == np.arange(part.start, part.stop),
+            keys.take(pa.array(chosen, mask=is_none)),
+            pa.array(distances[part], mask=is_none),
+            *(column.read(part) for column in more),
+        ]
+
     schema = pa.schema([*_SCHEMA, *((column.name, column.kind) for column in more)])
-    # Without Arrow's schema, which would make the texts large_string for every reader.
-    writing = {"compression": "zstd", "store_schema": False}
-    with atomic_file(path) as file, pq.ParquetWriter(file, schema, **writing) as writer:
-        for start in range(0, len(labels), ROWS_AT_ONCE) or [0]:
-            part = slice(start, min(start + ROWS_AT_ONCE, len(labels)))
-            chosen = representatives[part]
-            is_none = chosen < 0
-            columns = [
-                keys[part],
-                shards[part],
-                labels[part],
-                sizes[labels[part]],
-                chosen == np.arange(part.start, part.stop),
-                keys.take(pa.array(chosen, mask=is_none)),
-                pa.array(distances[part], mask=is_none),
-                *(column.read(part) for column in more),
-            ]
-            writer.write_table(pa.table(columns, schema=schema), row_group_size=ROWS_AT_ONCE)
+    write_row_groups(path, schema, len(labels), read, store_schema=False)
 
 
 def read_keep_list(path: Path) -> KeepList:

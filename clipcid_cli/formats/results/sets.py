@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from clipcid_cli.formats.atomic import atomic_file, write_text
+from clipcid_cli.formats.atomic import write_text
+from clipcid_cli.formats.parquet import write_row_groups
 
 SET_TABLE = "sets.parquet"
 CURVE = "curve.csv"
 
-_ROWS_AT_ONCE = 2**20
 _SCHEMA = pa.schema(
     {
         "component": pa.int64(),
@@ -57,19 +57,19 @@ class SetTable:
 
 def write_set_table(path: Path, table: SetTable, keys: pa.Array) -> None:
     """Write the table, whole or not at all; `keys` are those of all rows, strings."""
-    with atomic_file(path) as file, pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer:
-        for start in range(0, len(table), _ROWS_AT_ONCE) or [0]:
-            part = slice(start, start + _ROWS_AT_ONCE)
-            columns = [
-                table.label[part],
-                table.size[part],
-                keys.take(pa.array(table.representative[part])),
-                keys.take(pa.array(table.farthest[part])),
-                table.distance[part],
-                table.diameter[part],
-                table.is_exact[part],
-            ]
-            writer.write_table(pa.table(columns, schema=_SCHEMA), row_group_size=_ROWS_AT_ONCE)
+
+    def read(part: slice) -> list[Any]:
+        return [
+            table.label[part],
+            table.size[part],
+            keys.take(pa.array(table.representative[part])),
+            keys.take(pa.array(table.farthest[part])),
+            table.distance[part],
+            table.diameter[part],
+            table.is_exact[part],
+        ]
+
+    write_row_groups(path, _SCHEMA, len(table), read)
 
 
 def write_curve(

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
@@ -21,10 +17,9 @@ from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.filters.against import NearReferences, find_near
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, find_captions
-from clipcid_cli.steps.balance.filters.references import Reference
-from clipcid_cli.steps.balance.pairs import collect_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows, count_skipped, find_rows
 from clipcid_cli.steps.balance.search import find_forest
 from clipcid_cli.steps.balance.stored_forest import Forest, ForestStore
@@ -64,20 +59,8 @@ class BalanceRun(SearchRun):
         settings, for_stars = self.settings, self.settings.linkage == "star"
         inputs = [*self.output.run.inputs, *self.rows.describe_choice()]
         store = ForestStore(self.output.folder, self.work, self.rows, inputs, settings.neighbors, settings.overwrite)
-        with self.timing("search"):
+        with timed(self.seconds, "search"):
             return find_forest(self, store, cutoff=cutoff, num_edges=num_edges, for_stars=for_stars)
-
-    def collect_pairs(self, labels: IntArray, cutoff: float) -> Edges:
-        """Call :func:`collect_pairs` for these rows."""
-        with self.timing("search"):
-            return collect_pairs(self, self.rows, labels, cutoff)
-
-    @contextmanager
-    def timing(self, phase: str) -> Iterator[None]:
-        """Add the time of what is done meanwhile to that of a phase."""
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
     def phases(self) -> dict[str, float]:
         """Return the time by phase until now: what is neither searched nor audited is written."""
@@ -86,47 +69,31 @@ class BalanceRun(SearchRun):
         return {phase: round(value, 3) for phase, value in phases.items()}
 
 
-def begin(
-    plan: Plan,
-    references: list[Reference],
-    machine: Machine,
-    output: Output[BalanceSidecar],
-    seconds: dict[str, float],
-    reporter: Reporter,
-) -> BalanceRun:
-    """Read all rows once, and drop what filters drop: each is a mask over the rows of the keep list.
-
-    Args:
-        output: The output, begun.
-    """
+def begin(plan: Plan, machine: Machine, output: Output[BalanceSidecar], reporter: Reporter) -> BalanceRun:
+    """Read all rows once, and drop what filters drop: each is a mask over the rows of the keep list."""
     began = time.perf_counter()
     settings, embeddings = plan.settings, plan.embeddings
-    rows = find_rows(machine, output.work, embeddings.rows(Kind.IMAGES), reporter)
-    seconds["search"] = time.perf_counter() - began
+    with timed(plan.seconds, "search"):
+        rows = find_rows(machine, output.work, embeddings.rows(Kind.IMAGES), reporter)
     skips = count_skipped(embeddings, rows, settings.max_bad_fraction, reporter)
     scan = choose_scan(settings.precision, machine.device)
-    identity = identity_of({}, output.run.inputs)
-    search = SearchRun(machine, output.work, identity, embeddings.width, scan, reporter)
+    search = SearchRun(machine, output.work, identity_of({}, output.run.inputs), embeddings.width, scan, reporter)
     near = captions = None
-    passes = np.ones(len(rows), np.bool_)
-    if references:
+    is_left = np.ones(len(rows), np.bool_)
+    if plan.references:
         assert settings.reference_distance is not None  # the settings have checked it
-        near = find_near(search, output.folder, rows, references, settings.reference_distance)
-        passes &= ~near.is_dropped
-        number = np.count_nonzero(near.is_dropped)
-        reporter.note(f"{number:,} of {len(rows):,} images are within {near.threshold:g} of a reference.")
+        near = find_near(search, output.folder, rows, plan.references, settings.reference_distance)
+        is_left &= ~near.is_dropped
     if settings.has_window:
-        captions = find_captions(settings, machine, output.work, embeddings, rows, reporter)
-        passes &= ~captions.is_dropped
-        number = np.count_nonzero(~captions.is_dropped)
-        reporter.note(f"{number:,} of {len(rows):,} images have a caption similarity {captions.describe()}.")
-    if not passes.any():
+        captions = find_captions(search, settings, embeddings, rows)
+        is_left &= ~captions.is_dropped
+    if not is_left.any():
         raise ClipcidError(
             f"All {len(rows):,} images are dropped before repeats are searched.",
             "Give a smaller --against-threshold, or a wider window of caption similarity.",
         )
     if settings.has_filters:
-        rows = rows.restrict(machine, output.work, passes)
+        rows = rows.restrict(machine, output.work, is_left)
     if plan.clusters is not None:
         plan.clusters.warn_of_few(settings, rows.num_searched, reporter)
     return BalanceRun(
@@ -139,5 +106,5 @@ def begin(
         near=near,
         captions=captions,
         began=began,
-        seconds=seconds,
+        seconds=plan.seconds,
     )

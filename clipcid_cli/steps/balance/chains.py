@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.algorithms.sets.diameters import find_diameters
 from clipcid_cli.algorithms.sets.star import count_kept, star_cover
 from clipcid_cli.formats.results.sets import SetTable
-from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.sets import Sets
 
@@ -47,33 +46,14 @@ def measure_sets(run: BalanceRun, sets: Sets) -> SetTable:
     return SetTable(label, size, sets.representatives[label], farthest, reach, diameter, is_exact)
 
 
-@dataclasses.dataclass(frozen=True)
-class Chain:
-    """A set that single linkage chained: what the table of sets has of it, and more.
+def find_chains(run: BalanceRun, sets: Sets, table: SetTable) -> list[dict[str, Any]]:
+    """Return the sets with most images beyond the cut-off, the widest of equals first; none for stars.
 
-    Attributes:
-        beyond: How many of its images are farther than the cut-off from the one kept.
-        stars: Images that stars would keep of it, those that represent most first; None where it has too many to compare.
+    Returns:
+        What the table has of each, and: ``beyond``, how many of its images are farther than the cut-off from the one kept;
+        ``stars``, the images that stars would keep of it, those that represent most first, None where it has too many to
+        compare; ``shown``, those of its images that the report shows.
     """
-
-    label: int
-    size: int
-    representative: int
-    farthest: int
-    distance: float
-    diameter: float
-    is_exact: bool
-    beyond: int
-    stars: list[int] | None
-
-    @property
-    def shown(self) -> list[int]:
-        """The images that the report shows."""
-        return [self.representative, self.farthest, *(self.stars or ())[:_STARS_SHOWN]]
-
-
-def find_chains(run: BalanceRun, sets: Sets, table: SetTable) -> list[Chain]:
-    """Return the sets with most images beyond the cut-off, the widest of equals first; none for stars."""
     if sets.threshold is None or run.settings.linkage == "star":
         return []
     is_beyond = sets.distances > np.float32(sets.threshold)
@@ -82,25 +62,21 @@ def find_chains(run: BalanceRun, sets: Sets, table: SetTable) -> list[Chain]:
     copies = run.rows.count_copies()
     chains = []
     for place in order[beyond[order] > 0].tolist():
-        values = {name: column[place].item() for name, column in vars(table).items()}
-        stars = _find_stars(run, sets, values["label"], sets.threshold, copies)
-        chains.append(Chain(**values, beyond=int(beyond[place]), stars=stars))
+        chain = {name: column[place].item() for name, column in vars(table).items()}
+        stars = _find_stars(run, sets, chain["label"], sets.threshold, copies)
+        shown = [chain["representative"], chain["farthest"], *(stars or ())[:_STARS_SHOWN]]
+        chains.append(chain | {"beyond": int(beyond[place]), "stars": stars, "shown": shown})
     return chains
 
 
 def _find_stars(run: BalanceRun, sets: Sets, label: int, cutoff: float, copies: IntArray) -> list[int] | None:
-    """Cover a set by stars; a star never leaves it.
-
-    Args:
-        copies: How many rows equal each unique row, int64 [U].
-    """
+    """Cover a set by stars, which never leave it, given how many rows equal each unique row, int64 [U]."""
     rows = run.rows
     place = np.flatnonzero(sets.labels[rows.unique] == label)
     if len(place) > _MOST_STARRED:
         return None
-    scan = choose_scan(run.settings.precision, run.machine.device).dtype
     numbers = np.arange(len(place), dtype=rows.unique.dtype)
-    block = load_block(lambda some: rows.read(rows.unique[place[some]]), numbers, run.machine.device, scan)
+    block = load_block(lambda some: rows.read(rows.unique[place[some]]), numbers, run.machine.device, run.scan.dtype)
     pairs = sort_edges(Edges.concatenate(near_pairs(block, block, cutoff, lambda a, b, _: np.ones(len(a), np.bool_))))
     representatives = star_cover(len(place), pairs, copies[place])
     represented = np.bincount(representatives, weights=copies[place], minlength=len(place))

@@ -55,12 +55,9 @@ class ShareChanges:
 
 
 def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> ShareChanges:
-    """Compare the kept images with all, by class where the data has classes, else by the words of the captions.
+    """Compare the kept images, bool [N], with all: by class where the data has classes, else by the words of captions.
 
-    Args:
-        data: The data, where it can be opened. Its classes are read when it is local and has at most `_MOST_LABELS` images;
-            captions come from the embeddings' metadata.
-        kept: Which of the rows are kept, bool [N].
+    Classes are read where the data is local and has at most `_MOST_LABELS` images; captions are in the metadata.
     """
     unread = ""
     if data is not None and not any(is_remote(shard.file) for shard in data.shards):
@@ -110,12 +107,8 @@ def _name_classes(data: Dataset, labels: list[int]) -> list[str]:
 def count_words(captions: pa.LargeStringArray, kept: BoolArray) -> pd.DataFrame:
     """Count the images whose caption has a word, runs of letters of any script in lower case; the omitted ones left out.
 
-    Args:
-        captions: N strings.
-        kept: Which of the images are kept, bool [N].
-
     Returns:
-        For each word, in the order of their characters, its ``name``, and the images ``before`` and ``after``.
+        For each word, in the order of their characters, its ``name``, and the images ``before`` and, of the kept, ``after``.
     """
     counts = list[pd.DataFrame]()
     for at in range(0, len(captions), _CAPTIONS_AT_ONCE):
@@ -133,12 +126,7 @@ def count_words(captions: pa.LargeStringArray, kept: BoolArray) -> pd.DataFrame:
 
 
 def _find_changes(counts: pd.DataFrame, before: int, after: int) -> list[list[dict[Any, Any]]]:
-    """Return what rose most and what fell most in its share of the images, ties in order.
-
-    Args:
-        before: Images that have a class or a caption.
-        after: Those of them that are kept.
-    """
+    """Return what rose most and what fell most in its share of the images with a class or caption, ties in order."""
     shares = counts.assign(share_before=counts["before"] / before, share_after=counts["after"] / max(1, after))
     rise = shares["share_after"] - shares["share_before"]
     risen = rise[rise > 0].sort_values(ascending=False, kind="stable")

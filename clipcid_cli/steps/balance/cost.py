@@ -20,10 +20,10 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.balance.audit import SAMPLE as AUDIT_SAMPLE
-from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions, have_captions
-from clipcid_cli.steps.balance.filters.references import PlannedReference
+from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions, have_captions, keep_captioned
+from clipcid_cli.steps.balance.filters.references import plan_references
 from clipcid_cli.steps.balance.partition import ITERATIONS, ROWS_PER_PARTITION
-from clipcid_cli.steps.balance.plan import Plan, check_sizes
+from clipcid_cli.steps.balance.plan import Plan
 from clipcid_cli.steps.reporting import Progress, Reporter, format_duration
 
 # Rows that are looked at, in stretches: captions are read file by file, whole.
@@ -47,10 +47,8 @@ _BYTES_OF_NUMBER = 4
 _BYTES_OF_PLACES = 16
 
 
-def estimate_cost(
-    plan: Plan, references: list[PlannedReference], machine: Machine, reporter: Reporter
-) -> dict[str, Any]:
-    """Estimate a new search, on the first process; with an existing forest, `balance` takes seconds.
+def estimate_cost(plan: Plan, machine: Machine, reporter: Reporter) -> dict[str, Any]:
+    """Estimate a new search; with an existing forest, `balance` takes seconds.
 
     Returns:
         The JSON object: ``images, searched, width, neighbors, pairs, flop, seconds, exact{pairs, flop, seconds},
@@ -60,7 +58,14 @@ def estimate_cost(
         the most they may be where it drops all that were sampled. What is not asked for is null. Memory and disk are in
         bytes, resident without the mapped files.
     """
-    check_sizes(plan)
+    references = plan_references(plan.settings, machine, plan.embeddings, reporter)
+    return machine.on_main(lambda: _estimate(plan, references, machine, reporter))
+
+
+def _estimate(
+    plan: Plan, references: list[tuple[str, int, dict[str, Any] | None]], machine: Machine, reporter: Reporter
+) -> dict[str, Any]:
+    plan.check_sizes()
     settings, images, width, clusters = plan.settings, plan.embeddings.num_rows, plan.embeddings.width, plan.clusters
     scan = choose_scan(settings.precision, machine.device).dtype
     a_row, a_pair, captions = _measure(plan, scan, machine)
@@ -84,18 +89,24 @@ def estimate_cost(
         "partitioned": cost(some_pairs, some_pairs, searched * (2.0 + _VISITS) + for_cutoff + kept),
     }
     against = []
-    for each in references:
-        made, pairs = each.embedding, images * each.num_rows
-        entry = {"name": each.name, "rows": each.num_rows, "to_embed": made is not None}
-        entry["embed_seconds"] = 0.0 if made is None else float(made["seconds"]["encode"])
-        compared = cost(pairs, pairs, images + each.num_rows)
-        against.append(entry | {"pairs": pairs, "seconds": compared["seconds"]})
+    for name, rows, made in references:
+        compared = cost(images * rows, images * rows, images + rows)
+        against.append(
+            {
+                "name": name,
+                "rows": rows,
+                "to_embed": made is not None,
+                "embed_seconds": 0.0 if made is None else float(made["seconds"]["encode"]),
+                "pairs": compared["pairs"],
+                "seconds": compared["seconds"],
+            }
+        )
 
-    other_rows = sum(each.num_rows for each in references)
+    other_rows = sum(rows for _, rows, _ in references)
     cached = min(_MOST_CACHED, (2 + scan.itemsize) * width * max(searched, other_rows))
     an_image = _BYTES_OF_LISTS + _BYTES_OF_NUMBER * ((captions is not None) + (clusters is not None))
     an_image += _BYTES_OF_REFERENCE * (len(references) + 1 if references else 0)
-    disk = images * an_image + sum(each.embedding["bytes"] for each in references if each.embedding is not None)
+    disk = images * an_image + sum(made["bytes"] for _, _, made in references if made is not None)
     if settings.neighbors == "partitioned":  # the rows are copied, and their places and visits listed
         disk += (2 * width + _BYTES_OF_PLACES) * searched
     result = {
@@ -178,7 +189,7 @@ def _measure(plan: Plan, scan: torch.dtype, machine: Machine) -> tuple[float, fl
     captions = None
     if settings.has_window:
         compared = time_trial(lambda: compare_captions(embeddings, rows, Progress()), warm_up=0)
-        window = CaptionWindow.of(settings, compared.result, have_captions(embeddings, rows))
+        window = CaptionWindow.of(settings, keep_captioned(compared.result, have_captions(embeddings, rows)))
         if len(numbers) == num_rows:
             window.refuse_empty()
         inside = int(np.count_nonzero(~window.is_dropped)) / len(rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from contextlib import suppress
 
 from clipcid_cli.algorithms.near.exact import IntArray
@@ -16,7 +15,7 @@ from clipcid_cli.formats.report import thumbnail
 from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
 from clipcid_cli.steps.balance.rows import take_texts
-from clipcid_cli.steps.balance.samples import SampleFinder
+from clipcid_cli.steps.balance.samples import SampleFinder, open_data, open_recorded
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 _SIDE = 96
@@ -25,12 +24,7 @@ _UNKNOWN = "it is not recorded which data the embeddings were made from."
 
 @dataclasses.dataclass
 class Picture:
-    """One image.
-
-    Attributes:
-        source: Its thumbnail as a ``data:`` URL; empty where it cannot be shown.
-        distance: Its distance to the representative.
-    """
+    """One image: its thumbnail as a ``data:`` URL, empty where it cannot be shown; its distance to the representative."""
 
     key: str
     source: str
@@ -48,18 +42,14 @@ class Gallery:
         unread: Why others could not be, by shard and key.
     """
 
-    def __init__(
-        self,
-        settings: BalanceSettings,
-        embeddings: Embeddings,
-        opens: Callable[[BalanceSettings, Embeddings], Dataset | None],
-    ) -> None:
+    def __init__(self, settings: BalanceSettings, embeddings: Embeddings, *, recorded: bool = False) -> None:
+        """Open the data, or that alone which the embeddings record."""
         self._embeddings = embeddings
         self.data: Dataset | None = None
         self.shown = 0
         self.unread = dict[tuple[str, str], str]()
         try:
-            self.data = opens(settings, embeddings)
+            self.data = open_recorded(settings, embeddings) if recorded else open_data(settings, embeddings)
             self.closed = _UNKNOWN if self.data is None else ""
         except ClipcidError as error:
             self.closed = error.message

@@ -44,7 +44,6 @@ def partitioned(run: SearchRun, rows: BalanceRows, reach: float) -> Iterator[tup
         What to compare, and how to read its rows; None where it would be half of all pairs or more.
     """
     machine = run.machine
-    machine.on_main(lambda: remove_copies(run.work))  # of a run that was killed
     try:
         yield _partition(run, rows, reach)
         machine.barrier()

@@ -15,10 +15,11 @@ from clipcid_cli.formats.embeddings.manifest import find_lost
 from clipcid_cli.formats.output import WORK_OR_OUT
 from clipcid_cli.formats.results.row_files import ROW_FILES, RowFile, read_row_files
 from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
-from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_clusters
-from clipcid_cli.steps.balance.filters.references import Reference, refuse_missing
+from clipcid_cli.steps.balance.filters.references import Reference, open_references, refuse_missing
 from clipcid_cli.steps.balance.samples import require_data
 from clipcid_cli.steps.balance.write_lists import check_uids
 from clipcid_cli.steps.embed.ensure import ensure_embeddings
@@ -34,21 +35,51 @@ class Plan:
     Attributes:
         data: The data that ``--write-shards`` copies from, all tars; None without it.
         clusters: Those of ``--max-per-cluster``.
+        references: Those of ``--against``; none in a dry run, which makes no embeddings of them.
+        wanted: Arguments of `claim_output`; none in a dry run.
+        seconds: Time by phase; those that follow add theirs.
     """
 
     settings: BalanceSettings
     embeddings: Embeddings
     data: Dataset | None
     clusters: FoundClusters | None
+    references: list[Reference]
+    wanted: dict[str, Any]
+    seconds: dict[str, float]
 
     @property
     def folder(self) -> Path:
         """The folder of the output."""
         return WorkDirectory(self.settings.work).balance
 
+    @property
+    def keep_list(self) -> Path:
+        """Where the keep list is once it is finished."""
+        return self.folder / KEEP_LIST
 
-def check_named(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
-    """Check what the settings name, before hours of embedding; return the clusters of ``--max-per-cluster``."""
+    def check_sizes(self) -> None:
+        """Check that the data is there where ``--select resolution`` reads it; what is finished needs none."""
+        settings = self.settings
+        if settings.select == "resolution" and (settings.keep != 1.0 or settings.max_per_cluster is not None):
+            require_data(settings, self.embeddings, "--select resolution")
+
+
+def make_plan(settings: BalanceSettings, machine: Machine, reporter: Reporter) -> Plan:
+    """Look at what the settings name, before hours of embedding; then make what embeddings there are none of."""
+    seconds = dict[str, float]()
+    with timed(seconds, "embed"):
+        clusters = machine.on_main(lambda: _check_named(settings, reporter))
+        embeddings = _find_embeddings(settings, machine, reporter)
+    data = machine.on_main(lambda: _open_data(settings, embeddings))
+    references, wanted = list[Reference](), dict[str, Any]()
+    if not settings.dry_run:
+        references = open_references(settings, machine, embeddings, reporter)
+        wanted = machine.on_main(lambda: _identify(settings, embeddings, clusters, references))
+    return Plan(settings, embeddings, data, clusters, references, wanted, seconds)
+
+
+def _check_named(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
     for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
         if path is not None:
             refuse_unwritable(path)
@@ -56,8 +87,7 @@ def check_named(settings: BalanceSettings, reporter: Reporter) -> FoundClusters 
     return find_clusters(settings, reporter)
 
 
-def find_embeddings(settings: BalanceSettings, machine: Machine, reporter: Reporter) -> Embeddings:
-    """Open the embeddings to balance, and make them where there are none."""
+def _find_embeddings(settings: BalanceSettings, machine: Machine, reporter: Reporter) -> Embeddings:
     work, folder = WorkDirectory(settings.work), settings.embeddings
     if folder is None and settings.data is None and settings.model is None:
         folder = machine.on_main(work.find_embeddings)
@@ -78,55 +108,47 @@ def _model_of(work: WorkDirectory) -> str | None:
     return None if sidecar is None else sidecar.model.spec
 
 
-def make_plan(settings: BalanceSettings, embeddings: Embeddings, clusters: FoundClusters | None) -> Plan:
-    """Open what the settings need beside the embeddings, and refuse what they do not have."""
+def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
+    """Open the data that ``--write-shards`` copies from, and check that embeddings have what other settings need."""
     data = None
     if settings.write_shards is not None:
         data = require_data(settings, embeddings, "--write-shards")
-        _check_tars(data, settings.write_shards)
+        if any(shard.slices is not None for shard in data.shards):
+            raise ClipcidError(
+                f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
+                "Omit it: the keep list names what is kept.",
+            )
+        for shard in data.shards:
+            target = settings.write_shards / f"{shard.name}.tar"
+            if "://" not in shard.source and target.resolve() == Path(shard.source).resolve():
+                raise ClipcidError(
+                    f"--write-shards {settings.write_shards} would overwrite the data itself.", "Give another folder."
+                )
     check_uids(settings, embeddings)
-    if _needs_texts(settings):
-        embeddings.rows(Kind.TEXTS)  # refuses those without
-    return Plan(settings, embeddings, data, clusters)
+    for kind in _kinds_read(settings):
+        embeddings.rows(kind)  # refuses those without
+    return data
 
 
-def _check_tars(data: Dataset, target: Path) -> None:
-    """Check that the shards of the data are tars, and not those to write."""
-    if any(shard.slices is not None for shard in data.shards):
-        raise ClipcidError(
-            f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
-            "Omit it: the keep list names what is kept.",
-        )
-    for shard in data.shards:
-        if "://" not in shard.source and (target / f"{shard.name}.tar").resolve() == Path(shard.source).resolve():
-            raise ClipcidError(f"--write-shards {target} would overwrite the data itself.", "Give another folder.")
+def _kinds_read(settings: BalanceSettings) -> list[Kind]:
+    """Name what is read beside images: texts where these are compared with their captions."""
+    return [Kind.TEXTS] if settings.has_window or settings.select == "similarity" else []
 
 
-def check_sizes(plan: Plan) -> None:
-    """Check that the data is there where ``--select resolution`` reads it; what is finished needs none."""
-    settings = plan.settings
-    if settings.select == "resolution" and (settings.keep != 1.0 or settings.max_per_cluster is not None):
-        require_data(settings, plan.embeddings, "--select resolution")
-
-
-def _needs_texts(settings: BalanceSettings) -> bool:
-    """Tell whether images are compared with their captions."""
-    return settings.has_window or settings.select == "similarity"
-
-
-def identify(plan: Plan, references: list[Reference]) -> dict[str, Any]:
-    """Return by what the output is known again: arguments of `find_output`.
+def _identify(
+    settings: BalanceSettings, embeddings: Embeddings, clusters: FoundClusters | None, references: list[Reference]
+) -> dict[str, Any]:
+    """Return by what the output is known again: arguments of `claim_output`.
 
     All settings may change on an existing forest; of the inputs, there may be more.
     """
-    settings, embeddings, clusters = plan.settings, plan.embeddings, plan.clusters
-    names = ("keep", "threshold", "cosine_distance", "linkage", "select", "neighbors", "max_per_cluster")
-    window = ("min_caption_similarity", "max_caption_similarity")
+    names = ["keep", "threshold", "cosine_distance", "linkage", "select", "neighbors", "max_per_cluster"]
+    names += ["min_caption_similarity", "max_caption_similarity"]
     opened = [embeddings, *(each.embeddings for each in references)]
-    needs_texts = _needs_texts(settings)
-    inputs = embeddings.fingerprints([Kind.TEXTS] if needs_texts else [])
-    texts = inputs.pop() if needs_texts else None
-    identity = {name: getattr(settings, name) for name in (*names, *window)} | {
+    kinds = _kinds_read(settings)
+    inputs = embeddings.fingerprints(kinds)
+    texts = inputs.pop() if kinds else None
+    identity = {name: getattr(settings, name) for name in names} | {
         "seed": settings.seed if settings.select == "random" else None,
         "texts": None if texts is None else texts.hash,
         # `embed` has made the keys of its own folders.
@@ -136,7 +158,7 @@ def identify(plan: Plan, references: list[Reference]) -> dict[str, Any]:
         "against_threshold": settings.reference_distance if references else None,
     }
     if not settings.overwrite:
-        _refuse_lost(plan.folder, embeddings)
+        _refuse_lost(WorkDirectory(settings.work).balance, embeddings)
     return {
         "settings": identity,
         "inputs": inputs,

@@ -24,7 +24,6 @@ from clipcid_cli.steps.balance.gallery import Gallery, Picture
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.plan import Plan
 from clipcid_cli.steps.balance.result import BalanceResult, Outcome
-from clipcid_cli.steps.balance.samples import open_data, open_recorded
 from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
 
@@ -41,17 +40,13 @@ def has_new_pictures(plan: Plan, finished: BalanceSidecar) -> bool:
     if not finished.pictures.unread:
         return False
     shards, keys = map(list, zip(*finished.pictures.unread, strict=True))
-    return any(Gallery(plan.settings, plan.embeddings, open_data).read(shards, keys))
+    return any(Gallery(plan.settings, plan.embeddings).read(shards, keys))
 
 
 def write_report(
     run: BalanceRun, found: Outcome, measured: SetTable, result: BalanceResult, warnings: list[str]
 ) -> dict[str, Any]:
-    """Write the report as one page.
-
-    Args:
-        measured: How wide the sets are.
-        warnings: What the user was warned of.
+    """Write the report as one page, with what the user was warned of.
 
     Returns:
         For the sidecar, which pictures are in it: ``{"shown": number, "unread": [[shard, key], …], "why": reason}``.
@@ -60,19 +55,19 @@ def write_report(
     largest = np.argsort(-measured.size, kind="stable")[:_SETS_SHOWN]
     shown = [_choose_members(sets, label) for label in measured.label[largest].tolist()]
     alone = np.ones(run.rows.num_searched - measured.size.sum(), np.int64)
-    inside, outside = _around(found.forest, sets.threshold)
+    end = 0 if sets.threshold is None else len(found.forest.up_to(sets.threshold))
+    inside, outside = found.forest[max(0, end - _PAIRS_SHOWN) : end], found.forest[end : end + _PAIRS_SHOWN]
     chains = find_chains(run, sets, measured)
-    chained = [np.array(chain.shown) for chain in chains]
+    chained = [np.array(chain["shown"]) for chain in chains]
     wanted = np.unique(np.concatenate([*shown, *chained, inside.a, inside.b, outside.a, outside.b]))
-    gallery = Gallery(run.settings, run.embeddings, open_data)
+    gallery = Gallery(run.settings, run.embeddings)
     loaded = gallery.load(run.rows.numbers[wanted.astype(sets.labels.dtype)])
     pictures = dict(zip(wanted.tolist(), loaded, strict=True))
     for row, picture in pictures.items():
         picture.kept = bool(found.is_kept[row])
         picture.distance = float(sets.distances[row])
     recorded = {"shown": gallery.shown, "unread": list(gallery.unread), "why": next(iter(gallery.unread.values()), "")}
-    missing = len(gallery.unread)
-    if missing:
+    if missing := len(gallery.unread):
         warning = (
             f"The report shows {gallery.shown:,} of {gallery.shown + missing:,} pictures: {recorded['why']} Once they can "
             "be read, the same command writes it with them."
@@ -95,7 +90,7 @@ def write_report(
                 {"size": size, "images": [pictures[row] for row in members.tolist()]}
                 for size, members in zip(measured.size[largest].tolist(), shown, strict=True)
             ],
-            chains=[{"set": chain, "images": [pictures[row] for row in chain.shown]} for chain in chains],
+            chains=[{"set": chain, "images": [pictures[row] for row in chain["shown"]]} for chain in chains],
             inside=_pair_up(inside, pictures),
             outside=_pair_up(outside, pictures),
             why_no_images=gallery.closed,
@@ -129,12 +124,6 @@ def _choose_members(sets: Sets, label: int) -> IntArray:
     return members
 
 
-def _around(forest: Edges, threshold: float | None) -> tuple[Edges, Edges]:
-    """Return the last forest edges within the cut-off and the first beyond it."""
-    end = 0 if threshold is None else len(forest.up_to(threshold))
-    return forest[max(0, end - _PAIRS_SHOWN) : end], forest[end : end + _PAIRS_SHOWN]
-
-
 def _pair_up(edges: Edges, pictures: dict[int, Picture]) -> list[dict[str, Any]]:
     """Pair the pictures of the two ends of each edge."""
     return [
@@ -150,7 +139,7 @@ def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[
         rows = np.flatnonzero(near.owner == number)
         rows = rows[np.argsort(near.distance[rows], kind="stable")]
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _REFERENCES_SHOWN)).round().astype(np.int64)]
-        theirs = Gallery(run.settings, reference.embeddings, open_recorded)
+        theirs = Gallery(run.settings, reference.embeddings, recorded=True)
         images = zip(gallery.load(run.rows.numbers[chosen]), theirs.load(near.row[chosen]), strict=True)
         pairs = [
             {"image": image, "reference": other, "distance": distance}
@@ -161,11 +150,7 @@ def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[
 
 
 def _count_sizes(sizes: IntArray, most: int | None = None) -> list[dict[str, Any]]:
-    """Count sets and the images in them by size, int64 [S], sizes by powers of two, those that occur.
-
-    Args:
-        most: How many images of each stay.
-    """
+    """Count sets and the images in them by size, int64 [S], in powers of two; of each, `most` images stay."""
     sizes = sizes[sizes > 0]
     power = np.ceil(np.log2(sizes)).astype(np.int64)
     left = sizes if most is None else np.minimum(sizes, most)

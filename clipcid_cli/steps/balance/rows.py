@@ -76,11 +76,7 @@ class BalanceRows:
         return 1 + np.bincount(np.searchsorted(self.unique, self.copies.a), minlength=len(self.unique))
 
     def restrict(self, machine: Machine, folder: Path, is_searched: BoolArray) -> BalanceRows:
-        """Return the rows with those alone to be searched that are true, bool [N]; the same on every process.
-
-        Args:
-            folder: Where processes share them.
-        """
+        """Return the rows with those alone to be searched that are true, bool [N]; the same on every process."""
 
         def choose() -> Arrays:
             kind = self.numbers.dtype
@@ -105,11 +101,7 @@ def _join(a: IntArray, b: IntArray) -> Edges:
 
 
 def find_rows(machine: Machine, folder: Path, images: Rows, reporter: Reporter) -> BalanceRows:
-    """Read every row once, each process its share, to find rows that are not finite and rows that are equal.
-
-    Args:
-        folder: Where processes share what they find.
-    """
+    """Read every row once, each process its share, to find rows that are not finite and rows that are equal."""
     start, stop = machine.share(len(images))
     hashes = np.empty(stop - start, np.uint64)
     finite = np.empty(stop - start, np.bool_)
@@ -128,7 +120,7 @@ def find_rows(machine: Machine, folder: Path, images: Rows, reporter: Reporter) 
         if len(numbers) < len(hash_N):
             hash_N = hash_N[numbers]
         rows = np.arange(len(numbers), dtype=kind)
-        unique, copies = collapse_duplicates(lambda rows: images.take(numbers[rows]), rows, hash_N)
+        unique, copies = collapse_duplicates(lambda some: images.take(numbers[some]), rows, hash_N)
         copies = sort_edges(copies)
         return numbers, unique, copies.a, copies.b
 
@@ -140,14 +132,14 @@ def find_rows(machine: Machine, folder: Path, images: Rows, reporter: Reporter) 
 
 def count_skipped(embeddings: Embeddings, rows: BalanceRows, max_bad_fraction: float, reporter: Reporter) -> Skips:
     """Count and name the rows that are not finite."""
-    is_bad = np.ones(embeddings.num_rows, np.bool_)
-    is_bad[rows.numbers] = False
-    keys = take_texts(embeddings, embeddings.keys_of, np.flatnonzero(is_bad))
-    skips = Skips.of(dict.fromkeys(keys, "nan_row"))
     if not len(rows):
         raise ClipcidError(
             f"None of the {embeddings.num_rows:,} rows of {embeddings.folder} is finite.", "Make the embeddings again."
         )
+    is_bad = np.ones(embeddings.num_rows, np.bool_)
+    is_bad[rows.numbers] = False
+    keys = take_texts(embeddings, embeddings.keys_of, np.flatnonzero(is_bad))
+    skips = Skips.of(dict.fromkeys(keys, "nan_row"))
     skips.check(embeddings.num_rows, max_bad_fraction, str(embeddings.folder))
     if skips.total:
         reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
@@ -163,9 +155,8 @@ def take_column(
         read: Reads the column of one file.
         numbers: Numbers of the rows, integers [n], ascending.
     """
-    firsts = np.array(
-        [file.first for file in embeddings.files], numbers.dtype
-    )  # of another type, all would be converted
+    # Of another type, all would be converted.
+    firsts = np.array([file.first for file in embeddings.files], numbers.dtype)
     bounds = np.searchsorted(numbers, firsts).tolist()
     for file, start, stop in zip(embeddings.files, bounds, [*bounds[1:], len(numbers)], strict=True):
         if start < stop:
@@ -181,5 +172,4 @@ def take_texts(
     order = np.argsort(numbers, kind="stable")
     found = np.empty(len(numbers), object)
     found[order] = [text for piece in take_column(embeddings, read, numbers[order]) for text in piece.to_pylist()]
-    texts: list[str] = found.tolist()
-    return texts
+    return list(found)

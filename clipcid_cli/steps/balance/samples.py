@@ -27,13 +27,15 @@ from clipcid_cli.steps.balance.rows import take_texts
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
+def open_named(settings: BalanceSettings, data: str) -> Dataset:
+    """Open the data that a setting names, with its index where there is one."""
+    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
+    return open_dataset(data, settings.keys, columns, WorkDirectory(settings.work).indexes)
+
+
 def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
-    """Open the data that was named, or else what :func:`open_recorded` opens, with its index where there is one."""
-    if settings.data is not None:
-        columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-        indexes = WorkDirectory(settings.work).indexes
-        return open_dataset(settings.data, keys=settings.keys, columns=columns, index_root=indexes)
-    return open_recorded(settings, embeddings)
+    """Open the data that was named, or else what :func:`open_recorded` opens."""
+    return open_recorded(settings, embeddings) if settings.data is None else open_named(settings, settings.data)
 
 
 def open_recorded(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
@@ -93,9 +95,8 @@ class SampleFinder:
         if self._index is None or not self.searches_all(shards):
             return self.find(shards, keys)
         if self._places is None:
-            self._places = _find_places(
-                self._index, partial(map, embeddings.keys_of, embeddings.files), embeddings.num_rows
-            )
+            all_keys = partial(map, embeddings.keys_of, embeddings.files)
+            self._places = _find_places(self._index, all_keys, embeddings.num_rows)
         return _samples_at(self._index, self._places[numbers])
 
     def find(self, shards: list[str], keys: list[str]) -> list[Sample | None]:
@@ -113,9 +114,8 @@ class SampleFinder:
             elif number is None:
                 found.extend([None] * len(wanted))
             else:
-                rows = pc.index_in(
-                    pa.array(wanted, pa.string()), value_set=self._index.part(number).keys.combine_chunks()
-                )
+                there = self._index.part(number).keys.combine_chunks()
+                rows = pc.index_in(pa.array(wanted, pa.string()), value_set=there)
                 places = np.stack([np.full(len(wanted), number), rows.fill_null(-1).to_numpy()], axis=1)
                 found.extend(_samples_at(self._index, places))
         return found

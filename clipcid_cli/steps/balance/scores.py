@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,7 @@ from clipcid_cli.algorithms.sets.representatives import random_scores
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.models.decode import SkippedImage, read_size
+from clipcid_cli.runtime.models.decode import read_size
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.filters.captions import have_captions
 from clipcid_cli.steps.balance.rows import take_texts
@@ -23,9 +24,9 @@ _THREADS = 16
 
 
 def _random(run: BalanceRun, rows: IntArray) -> DoubleArray:
-    is_searched = run.rows.is_searched
-    # By the place among the rows that filters have left.
-    return random_scores(rows if is_searched is None else np.cumsum(is_searched)[rows] - 1, run.settings.seed)
+    if run.rows.is_searched is not None:  # by the place among the rows that filters have left
+        rows = np.cumsum(run.rows.is_searched)[rows] - 1
+    return random_scores(rows, run.settings.seed)
 
 
 def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
@@ -79,7 +80,7 @@ def _resolution(run: BalanceRun, rows: IntArray) -> DoubleArray:
 
 def _pixels(sample: Sample | None) -> int:
     size = None if sample is None else read_size(sample.image)
-    return 0 if size is None or isinstance(size, SkippedImage) else size[0] * size[1]
+    return math.prod(size) if isinstance(size, tuple) else 0
 
 
 SCORES: dict[str, Callable[[BalanceRun, IntArray], DoubleArray]] = {

@@ -27,8 +27,9 @@ from clipcid_cli.algorithms.sets.star import (
     star_curve,
 )
 from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs
+from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs, collect_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray
 from clipcid_cli.steps.balance.scores import SCORES
 from clipcid_cli.steps.balance.stored_forest import Forest
@@ -143,7 +144,7 @@ def _make_components(run: BalanceRun, forest: Edges, threshold: float | None) ->
     def make() -> tuple[IntArray, IntArray]:
         part = forest[:0] if threshold is None else forest.up_to(threshold)
         labels = connected_components(len(run.rows), part.a, part.b)
-        return labels, labels if threshold is None else _SELECT[run.settings.select](run, labels)
+        return labels, labels if threshold is None else _choose_representatives(run, labels)
 
     return _share_sets(run, threshold, make, lambda: _single_curve(run.rows, forest, threshold))
 
@@ -157,7 +158,8 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
     def pairs_up_to(cutoff: float) -> Edges:
         part = forest.edges.up_to(cutoff)
         labels = connected_components(len(rows), part.a, part.b)
-        return run.collect_pairs(labels, cutoff).renumbered(positions)
+        with timed(run.seconds, "search"):
+            return collect_pairs(run, rows, labels, cutoff).renumbered(positions)
 
     cover: StarCover | None = None
     if run.settings.keep is None:
@@ -194,13 +196,11 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
 
 @dataclasses.dataclass(frozen=True)
 class OtherLinkage:
-    """The other linkage at the cut-off of the sets.
+    """What the other linkage keeps at the cut-off of the sets; the fields are as those of `Sets`.
 
     Attributes:
         linkage: ``single`` or ``star``.
-        kept: Number of images it keeps.
-        uncovered_ratio: Share of the images it drops that are farther than the cut-off from their representative.
-        curve: Images it keeps over the cut-off: single linkage as far as the forest reaches, stars up to the cut-off.
+        curve: Single linkage as far as the forest reaches, stars up to the cut-off.
     """
 
     linkage: str
@@ -243,25 +243,15 @@ def _star(rows: BalanceRows, pairs: Edges, threshold: float) -> OtherLinkage:
     return OtherLinkage("star", int(curve.kept[-1]), 0.0, curve)
 
 
-def _central(run: BalanceRun, labels: IntArray) -> IntArray:
-    return central_rows(run.rows.read, labels)
-
-
-def _medoid(run: BalanceRun, labels: IntArray) -> IntArray:
-    return medoid_rows(run.rows.read, labels, run.machine.device)
-
-
-def _best(run: BalanceRun, labels: IntArray) -> IntArray:
+def _choose_representatives(run: BalanceRun, labels: IntArray) -> IntArray:
+    """Choose the representative of each row from the sets, integers [N] both."""
+    select, read = run.settings.select, run.rows.read
+    if select == "central":
+        return central_rows(read, labels)
+    if select == "medoid":
+        return medoid_rows(read, labels, run.machine.device)
     scores = np.zeros(len(labels))
     # The rows of sets of two or more: the others need no score.
     members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
-    scores[members] = SCORES[run.settings.select](run, members)
+    scores[members] = SCORES[select](run, members)
     return best_rows(scores, labels)
-
-
-# Each rule of ``--select`` chooses the representative of each row from the sets, integers [N] both.
-_SELECT: dict[str, Callable[[BalanceRun, IntArray], IntArray]] = {
-    "central": _central,
-    "medoid": _medoid,
-    **dict.fromkeys(SCORES, _best),
-}

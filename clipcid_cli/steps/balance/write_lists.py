@@ -31,25 +31,19 @@ def check_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
         _UidFinder(settings, embeddings).find(first, np.array([0]))
 
 
-def write_kept(
-    settings: BalanceSettings, embeddings: Embeddings, keep_list: Path, reporter: Reporter
-) -> dict[str, Path]:
-    """Write the lists that the settings name, by their names in the JSON object; no search is needed for them."""
-    overwrite, files = settings.overwrite, dict[str, Path]()
+def write_kept(settings: BalanceSettings, embeddings: Embeddings, keep_list: Path, reporter: Reporter) -> None:
+    """Write the lists that the settings name; no search is needed for them."""
+    overwrite = settings.overwrite
     if settings.write_keys is not None:
         write_keys(settings.write_keys, read_keep_list(keep_list).kept_keys(), overwrite=overwrite)
-        files["keys"] = settings.write_keys
     if settings.write_pairs is not None:
         write_pairs(settings.write_pairs, read_dropped(keep_list), overwrite=overwrite)
-        files["pairs"] = settings.write_pairs
     if settings.write_uids is not None:
         num_kept = read_keep_list(keep_list).num_kept
         uids = _kept_uids(settings, embeddings, keep_list, num_kept)
         written = write_uids(settings.write_uids, uids, num_kept, overwrite=overwrite)
         if written < num_kept:
             reporter.warn(f"{num_kept:,} kept images have {written:,} different uids: each is written once.")
-        files["uids"] = settings.write_uids
-    return files
 
 
 def _kept_uids(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.dataset import Dataset, Shard
 from clipcid_cli.formats.data.remote import local_file
-from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import find_repeat, join, parquet_listing
@@ -37,27 +36,27 @@ _STATS = "_stats.json"
 _STEP = "write-shards"
 
 
-def write_shards(plan: Plan, target: Path, keep_list: Path, machine: Machine, reporter: Reporter) -> None:
+def write_shards(plan: Plan, target: Path, machine: Machine, reporter: Reporter) -> None:
     """Write the new shards, divided among the processes; a run that was killed continues with those not written yet.
 
     A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and
     ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
     """
-    data, overwrite = plan.data, plan.settings.overwrite
+    data, inputs = plan.data, [record(plan.keep_list)]
     assert data is not None  # the plan has opened it
     machine.on_main(lambda: _refuse_foreign(target))
-    inputs = [record(keep_list)]
-    with claim_output(machine, target, _STEP, Sidecar, settings={}, inputs=inputs, overwrite=overwrite) as output:
+    wanted = {"settings": {}, "inputs": inputs, "overwrite": plan.settings.overwrite}
+    with claim_output(machine, target, _STEP, Sidecar, **wanted) as output:
         if output.finished is not None:
             reporter.note(f"{target} already holds these shards.")
             return
         machine.on_main(output.start)
-        keep = read_keep_list(keep_list)
+        keep = read_keep_list(plan.keep_list)
         mine = data.shards[machine.rank :: machine.size]
 
         def write() -> tuple[dict[str, int], list[FileRecord]]:
             sizes, files = dict[str, int](), list[FileRecord]()
-            choice = ShardChoice(keep, data, mine, target)
+            choice = _Choice(keep, data, mine, target)
             with reporter.progress("shards", len(mine), "shards") as progress:
                 for shard in mine:
                     sizes[shard.name] = _write_shard(shard, choice, output.work, output.resumed)
@@ -88,7 +87,7 @@ def write_shards(plan: Plan, target: Path, keep_list: Path, machine: Machine, re
         machine.on_main(finish)
 
 
-def _write_shard(shard: Shard, choice: ShardChoice, target: Path, resumed: bool) -> int:
+def _write_shard(shard: Shard, choice: _Choice, target: Path, resumed: bool) -> int:
     """Write one shard, unless this run wrote it before it was killed: its statistics are written after it."""
     path, stats_path = target / f"{shard.name}.tar", target / f"{shard.name}{_STATS}"
     if resumed:
@@ -140,47 +139,21 @@ def _refuse_foreign(target: Path) -> None:
         )
 
 
-class ShardChoice:
+class _Choice:
     """Finds the kept samples of each shard.
 
     `embed` records the shard of each row. Other tools do not; the keep list then holds the names of their files, which match
-    no shard. All samples are then looked up by their keys or, where the rows' keys are DataComp's uids and a sample's key is
-    not, by the uid in its ``.json``.
+    no shard. All samples of the process's shards are then looked up by their keys or, where the rows' keys are DataComp's
+    uids and a sample's key is not, by the uid in its ``.json``.
     """
 
     def __init__(self, keep: KeepList, data: Dataset, shards: Sequence[Shard], folder: Path) -> None:
-        """Look up the samples where the keep list does not have their shards.
-
-        Args:
-            shards: Those that will be asked for.
-            folder: Where keys are joined.
-        """
-        self.keep, self._data = keep, data
-        self._numbers = {shard.name: number for number, shard in enumerate(data.shards)}
+        self.keep = keep
         self._num_rows = keep.count_by_shard()
+        # The keys of each shard's n samples, and 1 for those kept, 0 for dropped and −1 for others, int64 [n].
         self._found: dict[str, tuple[pa.Array, npt.NDArray[np.int64]]] | None = None
-        if self._num_rows.keys().isdisjoint(self._numbers):
-            self._found = self._look_up(shards, folder)
-
-    def _look_up(self, shards: Sequence[Shard], folder: Path) -> dict[str, tuple[pa.Array, npt.NDArray[np.int64]]]:
-        """Return the keys of each shard's n samples, and 1 for those kept, 0 for dropped and −1 for others, int64 [n]."""
-        keys, names = list[pa.Array](), list[pa.ChunkedArray]()
-        by_uid = is_uid(self.keep.first_key)
-        for shard in shards:
-            samples = self._list(shard)
-            keys.append(pa.array([sample.key for sample in samples], pa.large_string()))
-            called = [_name(sample, by_uid) for sample in samples]
-            names.append(pa.chunked_array([called], pa.large_string()))
-        ends = np.cumsum([len(each) for each in keys], dtype=np.int64)
-        if (repeat := find_repeat(lambda: names, folder)) is not None:
-            one, other = (shards[int(np.searchsorted(ends, row, side="right"))].name for row in repeat[1:])
-            raise ClipcidError(
-                f"Sample {repeat.key!r} is in shard {one} and again in shard {other}: which of them to copy is not known.",
-                "Give the data that the embeddings were made from, or its shards without repeats.",
-            )
-        kept = join(lambda: names, sum(map(len, keys)), parquet_listing(self.keep.path, "kept"), folder)[:, 0]
-        parts = np.split(kept, ends[:-1])
-        return {shard.name: (own, found) for shard, own, found in zip(shards, keys, parts, strict=False)}
+        if self._num_rows.keys().isdisjoint(shard.name for shard in data.shards):
+            self._found = dict(zip((shard.name for shard in shards), _look_up(keep, data, shards, folder), strict=True))
 
     def of(self, shard: Shard) -> tuple[set[str], int]:
         """Return the keys, as stored in the tar, of a shard's samples to keep, and how many of its samples to drop."""
@@ -194,14 +167,26 @@ class ShardChoice:
         prefix = f"{shard.name}/" if shard.prefix_keys else ""
         return {key.removeprefix(prefix) for key in keys}, num_dropped
 
-    def _list(self, shard: Shard) -> list[Sample]:
-        index = self._data.index
-        if index is None:
-            return shard.samples()
-        part = index.part(self._numbers[shard.name])
-        return list(map(part.sample, range(len(part))))
 
-
-def _name(sample: Sample, by_uid: bool) -> str:
-    """Return what a sample may be called in the keep list of another tool's embeddings."""
-    return (read_uid(sample) if by_uid and not is_uid(sample.key) else None) or sample.key
+def _look_up(
+    keep: KeepList, data: Dataset, shards: Sequence[Shard], folder: Path
+) -> Iterator[tuple[pa.Array, npt.NDArray[np.int64]]]:
+    """Return the keys of each shard's samples, and what the keep list has of them; they are joined in a folder."""
+    keys, names = list[pa.Array](), list[pa.ChunkedArray]()
+    numbers = {shard.name: number for number, shard in enumerate(data.shards)}
+    by_uid = is_uid(keep.first_key)
+    for shard in shards:
+        part = None if data.index is None else data.index.part(numbers[shard.name])
+        samples = shard.samples() if part is None else list(map(part.sample, range(len(part))))
+        keys.append(pa.array([sample.key for sample in samples], pa.large_string()))
+        called = [(by_uid and not is_uid(each.key) and read_uid(each)) or each.key for each in samples]
+        names.append(pa.chunked_array([called], pa.large_string()))
+    ends = np.cumsum([len(each) for each in keys], dtype=np.int64)
+    if (repeat := find_repeat(lambda: names, folder)) is not None:
+        one, other = (shards[int(np.searchsorted(ends, row, side="right"))].name for row in repeat[1:])
+        raise ClipcidError(
+            f"Sample {repeat.key!r} is in shard {one} and again in shard {other}: which of them to copy is not known.",
+            "Give the data that the embeddings were made from, or its shards without repeats.",
+        )
+    kept = join(lambda: names, sum(map(len, keys)), parquet_listing(keep.path, "kept"), folder)[:, 0]
+    return zip(keys, np.split(kept, ends[:-1]), strict=False)  # without shards, one empty part

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.reporting import Reporter
 
-# Nearest centroids stored of each image and caption: docs/method.md#soft-labels.
 NUM_NEAREST = 16
 # Rows that a thread looks up together.
 _ROWS_AT_ONCE = {"cpu": 2048, "cuda": 8192}
@@ -30,7 +28,7 @@ _TEMPERATURE_ROWS = 65_536
 
 
 def search_width(num_clusters: int) -> int:
-    """Return m, the number of nearest centroids stored for each image."""
+    """Return m, the number of nearest centroids stored of each image and caption: docs/method.md#soft-labels."""
     return min(NUM_NEAREST, num_clusters)
 
 
@@ -47,13 +45,10 @@ def assign_clusters(
     mine = range(machine.rank, len(bounds), machine.size)
     left = [part for part in mine if not part_path(folder, part).exists()]
     centroids_KD = centroids_KD.to(machine.device)
-    readers = {"image": rows.features, "caption": rows.captions}
-
-    def blocks() -> Iterator[tuple[int, int, int]]:
-        for part in left:
-            start, stop = bounds[part]
-            for first in range(start, stop, _ROWS_AT_ONCE[machine.device.type]):
-                yield part, first, min(stop, first + _ROWS_AT_ONCE[machine.device.type])
+    readers, size = {"image": rows.features, "caption": rows.captions}, _ROWS_AT_ONCE[machine.device.type]
+    blocks = (
+        (part, first, min(first + size, bounds[part][1])) for part in left for first in range(*bounds[part], size)
+    )
 
     def look_up(block: tuple[int, int, int]) -> tuple[int, dict[str, npt.NDArray[Any]]]:
         part, start, stop = block
@@ -68,7 +63,7 @@ def assign_clusters(
     with reporter.progress("assign", own, "images") as progress:
         progress.advance(own - open_)
         # One set of threads for all parts: new ones for each would share a core until the system has spread them.
-        found = map_threads(blocks(), look_up, threads_for_batches(machine.device))
+        found = map_threads(blocks, look_up, threads_for_batches(machine.device))
         for part, blocks_of_part in itertools.groupby(found, key=lambda each: each[0]):
             pieces = [arrays for _, arrays in blocks_of_part]
             arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}

@@ -19,7 +19,6 @@ from clipcid_cli.steps.cluster.assign import search_width
 from clipcid_cli.steps.cluster.plan import ClusterPlan
 from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.reporting import Reporter, format_duration
-from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 _BATCH, _CENTROIDS = 1024, 4096
 _SHORTEST = 0.1
@@ -28,7 +27,7 @@ _BYTES_OF_LIBRARIES = 450 * 2**20
 _BYTES_A_ROW = 20
 
 
-def estimate_cost(settings: ClusterSettings, plan: ClusterPlan, machine: Machine, reporter: Reporter) -> dict[str, Any]:
+def estimate_cost(plan: ClusterPlan, machine: Machine, reporter: Reporter) -> dict[str, Any]:
     """Say what the run takes, without writing anything.
 
     Returns:
@@ -37,7 +36,8 @@ def estimate_cost(settings: ClusterSettings, plan: ClusterPlan, machine: Machine
         ``kmeans_least`` is one iteration, after which fewer and fewer rows are compared. Memory is that of a process above
         the mapped files, most of it a float32 and a low-precision copy of the centroids and their float64 sums.
     """
-    rows, num_trained, num_clusters, width = plan.rows, len(plan.trained), plan.num_clusters, plan.rows.width
+    settings, rows, num_trained, num_clusters = plan.settings, plan.rows, len(plan.trained), plan.num_clusters
+    width = rows.width
     scan = choose_scan(settings.precision, machine.device).dtype
     iteration, assign = machine.on_main(lambda: _measure(rows, num_clusters, scan, machine))
     iteration *= num_trained
@@ -78,9 +78,7 @@ def _measure(rows: ClusterRows, num_clusters: int, scan: torch.dtype, machine: M
         return time_trial(work, device, at_least=_SHORTEST).seconds / len(batch_BD) / machine.size
 
     prepare = seconds_a_row(lambda: make_block(block.rows, batch_BD, scan))
-    iterate, assign = (
-        seconds_a_row(lambda: nearest.of(block)),
-        seconds_a_row(lambda: top_nearest(batch_BD, centroids_CD, m)),
-    )
+    iterate = seconds_a_row(lambda: nearest.of(block))
+    assign = seconds_a_row(lambda: top_nearest(batch_BD, centroids_CD, m))
     scale = num_clusters / len(centroids_CD)
     return prepare + iterate * scale, assign * scale

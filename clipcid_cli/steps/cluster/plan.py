@@ -10,6 +10,7 @@ from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.output import find_output, is_claimed
 from clipcid_cli.formats.sidecar import ClusterSidecar
+from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps.cluster.rows import ClusterRows, find_rows
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -23,19 +24,22 @@ class ClusterPlan:
     """What is clustered, and into how many clusters.
 
     Attributes:
+        folder: Where the clusters are to lie.
         trained: The rows that centroids are computed from: all, or some drawn ones (--train-rows).
         wanted: Arguments of `claim_output`.
     """
 
+    settings: ClusterSettings
+    folder: Path
     rows: ClusterRows
     trained: ClusterRows
     num_clusters: int
     wanted: dict[str, Any]
 
 
-def make_plan(settings: ClusterSettings, folder: Path, reporter: Reporter) -> ClusterPlan:
+def make_plan(settings: ClusterSettings, reporter: Reporter) -> ClusterPlan:
     """Look at everything that can be wrong, and say what was taken."""
-    rows = find_rows(settings, reporter)
+    folder, rows = WorkDirectory(settings.work).clusters, find_rows(settings, reporter)
     num_clusters = _choose_num_clusters(settings, rows, reporter)
     trained = rows
     if settings.train_rows is not None and settings.train_rows < len(rows):
@@ -62,7 +66,7 @@ def make_plan(settings: ClusterSettings, folder: Path, reporter: Reporter) -> Cl
         wanted |= {"settings": identity, "inputs": rows.fingerprint()}
         if settings.dry_run:
             find_output(folder, "cluster", ClusterSidecar, **wanted)
-    return ClusterPlan(rows, trained, num_clusters, wanted)
+    return ClusterPlan(settings, folder, rows, trained, num_clusters, wanted)
 
 
 def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter: Reporter) -> int:

@@ -47,20 +47,19 @@ class Sources:
         return self.embeddings.rows(Kind.TEXTS)
 
     @cached_property
-    def keys(self) -> Callable[[int], pa.ChunkedArray]:
+    def _keys(self) -> Callable[[int], pa.ChunkedArray]:
         """Reads the keys of a file, by its place among the files; those of the last one are kept."""
         return lru_cache(maxsize=1)(lambda place: self.embeddings.keys_of(self.embeddings.files[place]))
 
-    @cached_property
-    def firsts(self) -> npt.NDArray[np.int64]:
-        """Number of the first row of each file, and of all rows at the end."""
-        return np.array([*(file.first for file in self.embeddings.files), self.embeddings.num_rows])
-
-    def key(self, number: int) -> str:
-        """Read the key of a row."""
-        file = int(np.searchsorted(self.firsts, number, side="right")) - 1
-        key: str = self.keys(file)[number - int(self.firsts[file])].as_py()
-        return key
+    def keys(self, numbers: npt.NDArray[np.int64]) -> pa.ChunkedArray:
+        """Read the keys of some rows, int64 [n], ascending."""
+        firsts = np.array([*(file.first for file in self.embeddings.files), self.embeddings.num_rows])
+        bounds = np.searchsorted(numbers, firsts)
+        parts = [
+            self._keys(file).take(pa.array(numbers[bounds[file] : bounds[file + 1]] - firsts[file]))
+            for file in np.flatnonzero(np.diff(bounds)).tolist()
+        ]
+        return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.large_string())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +103,7 @@ class ClusterRows:
         """Read what is clustered of single rows: unit rows, float16 [n, D]."""
         numbers = self.chosen.at(positions)
         images = self.sources.images.take(numbers)
-        if not self.joint:
-            return images
-        return joint_features(images, self.sources.texts.take(numbers))
+        return joint_features(images, self.sources.texts.take(numbers)) if self.joint else images
 
     def captions(self, start: int, stop: int) -> Float16:
         """Read the captions' embeddings: unit rows, float16 [n, D]."""
@@ -114,14 +111,7 @@ class ClusterRows:
 
     def keys(self, start: int, stop: int) -> pa.ChunkedArray:
         """Read the keys of rows start … stop − 1, strings."""
-        numbers, firsts = self.chosen.between(start, stop), self.sources.firsts
-        files = np.unique(np.searchsorted(firsts, numbers, side="right") - 1)
-        bounds = np.searchsorted(numbers, firsts)
-        parts = [
-            self.sources.keys(file).take(pa.array(numbers[bounds[file] : bounds[file + 1]] - firsts[file]))
-            for file in files.tolist()
-        ]
-        return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.large_string())
+        return self.sources.keys(self.chosen.between(start, stop))
 
     def fingerprint(self) -> list[FileRecord]:
         """Describe every input file."""
@@ -138,7 +128,7 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     """Find the embeddings and the keep list, join them by key and say which were taken."""
     work = WorkDirectory(settings.work)
     folder = settings.embeddings if settings.embeddings is not None else work.find_embeddings()
-    cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
+    cache = None if settings.dry_run else work.fingerprints
     embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     if settings.features == "joint" and not embeddings.has_texts:
@@ -147,11 +137,10 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
             f"Use --features image, or embed the captions too: {data_command(folder, embeddings.sidecar, text=True)}",
         )
     embeddings.refuse_repeated_keys()
-    sources, usable = Sources(embeddings), np.ones(embeddings.num_rows, dtype=np.bool_)
-    skips = Skips()
-    for row in embeddings.find_bad_rows(texts=True).tolist():
-        usable[row] = False
-        skips.add("nan_row", sources.key(row))
+    usable = np.ones(embeddings.num_rows, dtype=np.bool_)
+    bad = embeddings.find_bad_rows(texts=True)
+    usable[bad] = False
+    skips = Skips.of(dict.fromkeys(Sources(embeddings).keys(bad).to_pylist(), "nan_row"))
     skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))
     if skips.total:
         reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
@@ -171,5 +160,4 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
     path = None if keep_list is None else keep_list.path
-    # Sources of their own, without what was read so far: each process reads that itself.
     return ClusterRows(embeddings, path, Selection(usable), settings.features == "joint", skips, Sources(embeddings))

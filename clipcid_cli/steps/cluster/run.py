@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState
@@ -15,6 +12,7 @@ from clipcid_cli.formats.results.clusters import CENTROIDS, PROGRESS, TABLE, joi
 from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.cluster.assign import assign_clusters, search_width, summarise, towers_of
 from clipcid_cli.steps.cluster.cost import estimate_cost
@@ -32,52 +30,38 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
         The JSON object: ``images, clusters, objective, iterations, empty_clusters, largest_cluster, skipped{}, seconds{read,
         kmeans, assign, write}, files{}``. ``objective`` is the images' mean similarity to their own centroid.
     """
-    folder, seconds = WorkDirectory(settings.work).clusters, dict[str, float]()
+    seconds = dict[str, float]()
     with open_machine(settings.device) as machine:
-        with _timed(seconds, "read"):
-            plan = machine.on_main(lambda: make_plan(settings, folder, reporter))
+        with timed(seconds, "read"):
+            plan = machine.on_main(lambda: make_plan(settings, reporter))
         if settings.dry_run:
-            return estimate_cost(settings, plan, machine, reporter)
-        with claim_output(machine, folder, "cluster", ClusterSidecar, **plan.wanted) as output:
+            return estimate_cost(plan, machine, reporter)
+        with claim_output(machine, plan.folder, "cluster", ClusterSidecar, **plan.wanted) as output:
             if output.finished is not None:
-                reporter.note(f"These clusters are in {folder} already.")
+                reporter.note(f"These clusters are in {plan.folder} already.")
                 result = output.finished.result
             else:
                 machine.on_main(output.start)
-                with _timed(seconds, "kmeans"):
-                    state = train_centroids(settings, plan, machine, output.work / PROGRESS, reporter)
-                with _timed(seconds, "assign"):
+                with timed(seconds, "kmeans"):
+                    state = train_centroids(plan, machine, output.work / PROGRESS, reporter)
+                with timed(seconds, "assign"):
                     assign_clusters(machine, plan.rows, state.centroids_KD, output.work, reporter)
-                result = machine.on_main(lambda: _write(settings, plan, state, output, seconds, reporter))
+                result = machine.on_main(lambda: _write(plan, state, output, seconds, reporter))
         names = {"centroids": CENTROIDS, "clusters": TABLE, "sidecar": "cluster.json"}
-        return result | {"files": {name: str(folder / file) for name, file in names.items()}}
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - started
+        return result | {"files": {name: str(plan.folder / file) for name, file in names.items()}}
 
 
 def _write(
-    settings: ClusterSettings,
-    plan: ClusterPlan,
-    state: LloydState,
-    output: Output[ClusterSidecar],
-    seconds: dict[str, float],
-    reporter: Reporter,
+    plan: ClusterPlan, state: LloydState, output: Output[ClusterSidecar], seconds: dict[str, float], reporter: Reporter
 ) -> dict[str, Any]:
     """Write centroids and table, and finish the output; return its result."""
-    rows, num_clusters = plan.rows, plan.num_clusters
-    with _timed(seconds, "write"):
+    rows, embeddings, num_clusters = plan.rows, plan.rows.embeddings, plan.num_clusters
+    with timed(seconds, "write"):
         write_npy(output.work / CENTROIDS, state.centroids_KD.numpy())
         join_parts(output.work, part_bounds(len(rows)), rows.keys)
         result, temperatures = summarise(rows, num_clusters, output.work)
-    result |= {
-        "iterations": state.iterations,
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-    }
+    result["iterations"] = state.iterations
+    result["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
     if result["empty_clusters"]:
         reporter.warn(
             f"{result['empty_clusters']:,} of {num_clusters:,} clusters are empty: the data has hardly more "
@@ -85,13 +69,13 @@ def _write(
         )
     arrays = [path.name for tower in towers_of(rows) for path in top_paths(output.work, tower)]
     output.commit(
-        counts={"read": rows.embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
+        counts={"read": embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
         seconds=seconds,
         outputs=[record(output.work / name, output.work) for name in (CENTROIDS, TABLE, *arrays)],
-        embeddings=WorkDirectory(settings.work).name_of(rows.embeddings.folder),
+        embeddings=WorkDirectory(plan.settings.work).name_of(embeddings.folder),
         keep_list=None if rows.keep_list is None else record(rows.keep_list),
-        flags=given_flags(settings),
-        model=None if rows.embeddings.sidecar is None else rows.embeddings.sidecar.model,
+        flags=given_flags(plan.settings),
+        model=None if embeddings.sidecar is None else embeddings.sidecar.model,
         num_nearest=search_width(num_clusters),
         temperatures=temperatures,
         result=result,

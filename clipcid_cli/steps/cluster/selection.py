@@ -27,9 +27,8 @@ class Selection:
     def between(self, start: int, stop: int) -> Numbers:
         """Return the numbers, among all rows, of the chosen ones from start to stop − 1: int64, ascending."""
         first = int(np.searchsorted(self._before, start, side="right")) - 1
-        last = int(np.searchsorted(self._before, stop))
         begin = int(self._before[first])
-        return self._numbers(first, last)[start - begin : stop - begin]
+        return self._numbers(first, int(np.searchsorted(self._before, stop)))[start - begin : stop - begin]
 
     def at(self, positions: Numbers) -> Numbers:
         """Return the numbers, among all rows, of the chosen ones at some positions, int64 [n] in any order."""

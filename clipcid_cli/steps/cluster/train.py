@@ -15,18 +15,11 @@ from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.steps.cluster.plan import ClusterPlan
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 
-def train_centroids(
-    settings: ClusterSettings, plan: ClusterPlan, machine: Machine, progress: Path, reporter: Reporter
-) -> LloydState:
-    """Run k-means until no centroid moves, or all iterations are done; every process takes its even share of the rows.
-
-    Args:
-        progress: Where the centroids so far are saved.
-    """
-    trained, num_rows = plan.trained, len(plan.rows)
+def train_centroids(plan: ClusterPlan, machine: Machine, progress: Path, reporter: Reporter) -> LloydState:
+    """Run k-means until no centroid moves, or all iterations are done; every process takes its even share of the rows."""
+    settings, trained, num_rows = plan.settings, plan.trained, len(plan.rows)
 
     def begin() -> LloydState:
         found = load_arrays(progress)
@@ -56,10 +49,8 @@ def train_centroids(
     with reporter.progress("k-means", settings.iterations - state.iterations, "iterations") as bar:
         for state in states:
             if machine.is_main:
-                centroids = state.centroids_KD.numpy()
-                save_arrays(
-                    progress, {"centroids": centroids, "iterations": state.iterations, "converged": state.converged}
-                )
+                so_far = {"iterations": state.iterations, "converged": state.converged}
+                save_arrays(progress, {"centroids": state.centroids_KD.numpy(), **so_far})
             bar.advance()
             bar.show(similarity=state.similarity, **({"empty": state.num_empty} if state.num_empty else {}))
     return state

@@ -69,8 +69,7 @@ class NearReferences:
     def columns(self, folder: Path) -> list[Column]:
         """Return the columns of the keep list, which name the nearest reference row of each row that is near one.
 
-        Args:
-            folder: Where keys are mapped, which may be more than memory holds.
+        Keys, which may be more than memory holds, are mapped in a folder.
         """
         keys: dict[int, pa.Array] = {}
 
@@ -102,10 +101,7 @@ def find_near(
 ) -> NearReferences:
     """Compare all rows with all references; the same on every process.
 
-    Args:
-        folder: The folder of `balance`, where what was compared stays for later runs.
-        rows: All finite rows.
-        threshold: The distance, inclusive.
+    What was compared stays for later runs in the folder of `balance`.
     """
     found = [_compare(run, folder, rows, reference, threshold) for reference in references]
     run.machine.on_main(lambda: forget_others(folder, {name for _, name in found}))
@@ -127,6 +123,8 @@ def find_near(
         return owner, row, distance, near
 
     owner, row, distance, near = share_arrays(run.machine, run.work, merge)
+    number = np.count_nonzero(owner >= 0)
+    run.reporter.note(f"{number:,} of {len(rows):,} images are within {threshold:g} of a reference.")
     return NearReferences(references, threshold, owner, row, distance, near.tolist())
 
 

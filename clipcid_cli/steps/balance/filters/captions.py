@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,9 +17,9 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.formats.results.keep_list import Column, float_column
-from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray, take_column
-from clipcid_cli.steps.reporting import Progress, Reporter
+from clipcid_cli.steps.chunks import SearchRun
+from clipcid_cli.steps.reporting import Progress
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
 
@@ -31,49 +32,36 @@ class CaptionWindow:
     """The similarity of images to their captions, and the window that it must be in.
 
     Attributes:
-        low: Lower end, inclusive; None for none.
-        high: Upper end, inclusive; None for none.
+        low: Lower end, inclusive; −∞ for none.
+        high: Upper end, inclusive; ∞ for none.
         similarity: Cosine of each image and its caption, float32 [N]; NaN where there is no usable caption.
     """
 
     reason: ClassVar = "caption"
-    low: float | None
-    high: float | None
+    low: float
+    high: float
     similarity: FloatArray
 
     @classmethod
-    def of(cls, settings: BalanceSettings, similarity: FloatArray, captioned: BoolArray) -> CaptionWindow:
-        """Judge images by their similarities, float32 [N], of which those count that have a caption, bool [N].
-
-        Folders of other tools may have text embeddings without captions: all their images then count.
-        """
-        if captioned.any():
-            similarity[~captioned] = np.nan
-        return cls(settings.min_caption_similarity, settings.max_caption_similarity, similarity)
-
-    @property
-    def is_below(self) -> BoolArray:
-        """Which images lie below the window, bool [N]."""
-        return np.asarray(self.similarity < np.float32(-np.inf if self.low is None else self.low))
-
-    @property
-    def is_above(self) -> BoolArray:
-        """Which images lie above the window, bool [N]."""
-        return np.asarray(self.similarity > np.float32(np.inf if self.high is None else self.high))
+    def of(cls, settings: BalanceSettings, similarity: FloatArray) -> CaptionWindow:
+        """Take the window of the settings."""
+        low, high = settings.min_caption_similarity, settings.max_caption_similarity
+        return cls(-math.inf if low is None else low, math.inf if high is None else high, similarity)
 
     @property
     def is_dropped(self) -> BoolArray:
         """Which images lie outside, or have no usable caption, bool [N]."""
-        return np.isnan(self.similarity) | self.is_below | self.is_above
+        return ~((self.similarity >= np.float32(self.low)) & (self.similarity <= np.float32(self.high)))
 
     def summarise(self) -> dict[str, Any]:
         """Return what the JSON object says: the ends of the window, and how many images lie where."""
+        low, high = (end if math.isfinite(end) else None for end in (self.low, self.high))
         return {
-            "min": self.low,
-            "max": self.high,
+            "min": low,
+            "max": high,
             "inside": int(np.count_nonzero(~self.is_dropped)),
-            "below": int(np.count_nonzero(self.is_below)),
-            "above": int(np.count_nonzero(self.is_above)),
+            "below": int(np.count_nonzero(self.similarity < np.float32(self.low))),
+            "above": int(np.count_nonzero(self.similarity > np.float32(self.high))),
             "without": int(np.count_nonzero(np.isnan(self.similarity))),
         }
 
@@ -98,7 +86,7 @@ class CaptionWindow:
     def describe(self) -> str:
         """Name the window: ``from 0.2 to 0.4``."""
         ends = [("from", self.low), ("to", self.high)]
-        return " ".join(f"{word} {end:g}" for word, end in ends if end is not None)
+        return " ".join(f"{word} {end:g}" for word, end in ends if math.isfinite(end))
 
     def draw(self) -> Markup:
         """Draw the histogram of the similarities, the part inside the window in colour."""
@@ -106,47 +94,35 @@ class CaptionWindow:
         low, high = float(usable.min()), float(usable.max())
         counts, edges = np.histogram(usable, bins=_BARS, range=(low, high) if low < high else (low - 0.01, low + 0.01))
         middles = (edges[:-1] + edges[1:]) / 2.0
-        is_inside = (middles >= (-2.0 if self.low is None else self.low)) & (
-            middles <= (2.0 if self.high is None else self.high)
-        )
+        is_inside = (middles >= self.low) & (middles <= self.high)
         figure = make_figure()
         axes = figure.add_subplot()
         axes.bar(middles, counts, width=np.diff(edges), color=np.where(is_inside, PALETTE[0], PALETTE[4]))
-        for end in (self.low, self.high):
-            if end is not None:
-                axes.axvline(end, color=PALETTE[1], linewidth=0.8, linestyle=":")
+        for end in filter(math.isfinite, (self.low, self.high)):
+            axes.axvline(end, color=PALETTE[1], linewidth=0.8, linestyle=":")
         axes.set(xlabel="cosine of image and caption", ylabel="images")
         return svg(figure, "Histogram of the similarity of images to their captions")
 
 
 def find_captions(
-    settings: BalanceSettings,
-    machine: Machine,
-    folder: Path,
-    embeddings: Embeddings,
-    rows: BalanceRows,
-    reporter: Reporter,
+    run: SearchRun, settings: BalanceSettings, embeddings: Embeddings, rows: BalanceRows
 ) -> CaptionWindow:
-    """Compare every image with its caption, each process a share of them; the same on every process.
-
-    Args:
-        folder: Where processes share what they find.
-        rows: All finite rows.
-    """
-    start, stop = machine.share(len(rows))
+    """Compare every image with its caption, each process a share of them; the same on every process."""
+    start, stop = run.machine.share(len(rows))
     mine = rows.numbers[start:stop]
-    with reporter.progress("captions", len(mine), "images") as progress:
+    with run.reporter.progress("captions", len(mine), "images") as progress:
         found = compare_captions(embeddings, mine, progress), have_captions(embeddings, mine)
-    parts = collect_arrays(machine, folder, found)
+    parts = collect_arrays(run.machine, run.work, found)
 
     def merge() -> tuple[FloatArray]:
-        similarity, captioned = map(np.concatenate, zip(*parts, strict=True))
-        window = CaptionWindow.of(settings, similarity, captioned)
-        window.refuse_empty()
-        return (window.similarity,)
+        similarity = keep_captioned(*map(np.concatenate, zip(*parts, strict=True)))
+        CaptionWindow.of(settings, similarity).refuse_empty()
+        return (similarity,)
 
-    (similarity,) = share_arrays(machine, folder, merge)
-    return CaptionWindow(settings.min_caption_similarity, settings.max_caption_similarity, similarity)
+    window = CaptionWindow.of(settings, *share_arrays(run.machine, run.work, merge))
+    number = np.count_nonzero(~window.is_dropped)
+    run.reporter.note(f"{number:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
+    return window
 
 
 def compare_captions(embeddings: Embeddings, numbers: IntArray, progress: Progress) -> FloatArray:
@@ -162,6 +138,14 @@ def compare_captions(embeddings: Embeddings, numbers: IntArray, progress: Progre
         similarity[at : at + len(some)] = cosine_similarities(images.take(some), texts.take(some))
         progress.advance(len(some))
     return similarity
+
+
+def keep_captioned(similarity: FloatArray, captioned: BoolArray) -> FloatArray:
+    """Void the similarities of images without a caption.
+
+    Folders of other tools may have text embeddings without captions: all their images then count.
+    """
+    return np.where(captioned, similarity, np.float32(np.nan)) if captioned.any() else similarity
 
 
 def have_captions(embeddings: Embeddings, numbers: IntArray) -> BoolArray:

@@ -72,7 +72,7 @@ class FoundClusters:
     Attributes:
         identity: Hash of their table.
         images: Number of images in them.
-        skipped: Number of images that were left out when they were made, since their rows are not usable.
+        skipped: Number of those left out, since their rows are not usable.
     """
 
     folder: Path
@@ -94,9 +94,7 @@ def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundCluster
     """Find the clusters of ``--max-per-cluster``, and say which they are; None without it."""
     if settings.max_per_cluster is None:
         return None
-    folder = settings.clusters
-    if folder is None:
-        folder = WorkDirectory(settings.work).find_clusters(**_flags_for_all(settings))
+    folder = settings.clusters or WorkDirectory(settings.work).find_clusters(**_flags_for_all(settings))
     path = sidecar_path(folder, "cluster")
     sidecar = read_sidecar(path, ClusterSidecar)
     if sidecar is None or not (folder / TABLE).exists():
@@ -122,11 +120,7 @@ def _cluster_all(settings: BalanceSettings, **more: Any) -> str:
 
 
 def cap_clusters(run: BalanceRun, clusters: FoundClusters, is_kept: BoolArray) -> ClusterCap:
-    """Choose which images stay; the same on every process.
-
-    Args:
-        is_kept: What repeats have left, bool [N].
-    """
+    """Choose which of the images that repeats have left, bool [N], stay; the same on every process."""
     settings, most = run.settings, run.settings.max_per_cluster
     assert most is not None  # clusters were looked for
 
@@ -161,7 +155,4 @@ def _look_up(run: BalanceRun, table: Path) -> tuple[npt.NDArray[np.int32], Float
     place = join(keys, len(run.rows), parquet_listing(table), run.settings.work)[:, 0]
     labels, similarities = read_labels(table)
     is_there = place >= 0
-    cluster, similarity = np.full(len(place), -1, np.int32), np.zeros(len(place), np.float32)
-    cluster[is_there] = labels[place[is_there]]
-    similarity[is_there] = similarities[place[is_there]]
-    return cluster, similarity
+    return np.where(is_there, labels[place], np.int32(-1)), np.where(is_there, similarities[place], np.float32(0.0))

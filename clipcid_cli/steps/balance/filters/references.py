@@ -12,7 +12,6 @@ import numpy as np
 
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Columns, open_dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.layouts import find_rows
@@ -21,6 +20,7 @@ from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
+from clipcid_cli.steps.balance.samples import open_named
 from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -44,55 +44,37 @@ class Reference:
     numbers: IntArray
 
 
-@dataclasses.dataclass(frozen=True)
-class PlannedReference:
-    """One reference before anything is made of it.
-
-    Attributes:
-        name: As given by the user.
-        num_rows: Its images.
-        embedding: What making its embeddings would cost: the JSON object of ``embed --dry-run``; None where they are there.
-    """
-
-    name: str
-    num_rows: int
-    embedding: dict[str, Any] | None
-
-
 def refuse_missing(settings: BalanceSettings) -> None:
     """Refuse references that are neither embeddings nor data, before anything is embedded."""
     for name in settings.against:
         if not _holds_embeddings(Path(name)):
-            columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
             try:
-                open_dataset(name, settings.keys, columns, WorkDirectory(settings.work).indexes)
+                open_named(settings, name)
             except ClipcidError as error:
                 raise ClipcidError(f"--against {name}: {error.message}", error.fix) from error
 
 
 def plan_references(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
-) -> list[PlannedReference]:
-    """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made or written."""
-    found: list[PlannedReference] = []
-    for name in settings.against:
-        reference = _open(settings, machine, embeddings, name, reporter)
-        if isinstance(reference, Embeddings):
-            found.append(PlannedReference(name, reference.num_rows, None))
-        else:
-            found.append(PlannedReference(name, reference["images"], reference))
-    return found
+) -> list[tuple[str, int, dict[str, Any] | None]]:
+    """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made or written.
+
+    Returns:
+        Of each its name, its images, and what embedding them would cost: the JSON object of ``embed --dry-run``; None where
+        the embeddings are there.
+    """
+    opened = [(name, _open(settings, machine, embeddings, name, reporter)) for name in settings.against]
+    return [
+        (name, each.num_rows, None) if isinstance(each, Embeddings) else (name, each["images"], each)
+        for name, each in opened
+    ]
 
 
 def open_references(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
 ) -> list[Reference]:
-    """Open what ``--against`` names; images are embedded first.
-
-    Args:
-        embeddings: The embeddings to balance.
-    """
-    found: list[Reference] = []
+    """Open what ``--against`` names; images are embedded first, as the embeddings to balance were."""
+    found = list[Reference]()
     for name in settings.against:
         reference = _open(settings, machine, embeddings, name, reporter)
         assert isinstance(reference, Embeddings)  # this is no dry run
@@ -141,10 +123,10 @@ def _embed(
             "Name the model (--model M), or give a folder of embeddings: --against EMB",
         )
     name = with_default_tag(parse_model(model))
-    digest = hashlib.blake2b(str(data).encode(), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(data.encode(), digest_size=4).hexdigest()
     folder = WorkDirectory(settings.work).references / f"{name.slug}-{digest}"
     given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ReadingSettings)}
-    given |= {"batch_size": None, "precision": "auto"}
+    given |= {"batch_size": None, "precision": "auto", "data": data, "model": model, "text": False, "out": folder}
     if embeddings.sidecar is not None:
         made_so = embeddings.sidecar.made
         given |= {"fast_decode": made_so.fast_decode, "precision": made_so.precision}
@@ -152,9 +134,7 @@ def _embed(
             given["precision"] = "fp32"
             reporter.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
     try:
-        made = make_embeddings(
-            EmbedSettings(**given, data=data, model=model, text=False, out=folder), machine, reporter
-        )
+        made = make_embeddings(EmbedSettings(**given), machine, reporter)
     except ClipcidError as error:
         raise ClipcidError(f"--against {data}: {error.message}", error.fix) from error
     return folder, made

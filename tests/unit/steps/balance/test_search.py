@@ -73,9 +73,10 @@ def test_a_killed_search_does_not_rely_on_a_forest_that_has_been_lost(
         monkeypatch.setattr(planning, name, 30)
     monkeypatch.setattr(chunks.SavePace, "is_due", lambda pace: True)
     balance(tmp_path / "killed", embeddings, threshold=0.3)
-    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as stopped:
         stopped.setattr(chunks, "save_arrays", save_some)
-        balance(tmp_path / "killed", embeddings, threshold=0.5)
+        with pytest.raises(KeyboardInterrupt):
+            balance(tmp_path / "killed", embeddings, threshold=0.5)
     for path in (tmp_path / "killed/balance").glob("forest*"):
         path.unlink()
     balance(tmp_path / "killed", embeddings, threshold=0.5)

@@ -1,27 +1,62 @@
-"""Writing what is kept: the keep list, the sets, the curve."""
+"""Writing what is kept: the keep list, the sets, the curve, the report, and the sidecar last."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile
+from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.results.keep_list import Column, write_keep_list
+from clipcid_cli.formats.results.row_files import ROW_FILES
 from clipcid_cli.formats.results.sets import CURVE, SET_TABLE, SetTable, write_curve, write_set_table
-from clipcid_cli.formats.work_directory import KEEP_LIST
+from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chains import measure_sets
-from clipcid_cli.steps.balance.filters.against import NearReferences
+from clipcid_cli.steps.balance.filters.against import NearReferences, forget_others
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow
 from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
-from clipcid_cli.steps.balance.result import Outcome
+from clipcid_cli.steps.balance.report import write_report
+from clipcid_cli.steps.balance.result import Outcome, find_warnings, summarise
 from clipcid_cli.steps.balance.rows import BoolArray, take_column
+from clipcid_cli.steps.settings.shared import given_flags
 
 
-def write_tables(run: BalanceRun, found: Outcome) -> SetTable:
+def write(run: BalanceRun, found: Outcome) -> dict[str, Any]:
+    """Write the output on the first process; return its result on all."""
+    run.machine.barrier()  # until here another process may read what it has mapped
+    return run.machine.on_main(lambda: _write(run, found))
+
+
+def _write(run: BalanceRun, found: Outcome) -> dict[str, Any]:
+    warnings = find_warnings(run, found.sets)
+    for warning in warnings:
+        run.reporter.warn(warning)
+    measured = _write_tables(run, found)
+    result = summarise(run, found)
+    pictures = write_report(run, found, measured, result, warnings)
+    result = dataclasses.replace(result, seconds=run.phases())
+    output = run.output
+    output.commit(
+        counts={"read": run.embeddings.num_rows, "used": len(run.rows), "skipped": result.skipped},
+        seconds=result.seconds,
+        outputs=[record(run.work / name, run.work) for name in (KEEP_LIST, ROW_FILES)],
+        embeddings=WorkDirectory(run.settings.work).name_of(run.embeddings.folder),
+        flags=given_flags(run.settings),
+        pictures=pictures,
+        result=dataclasses.asdict(result),
+    )
+    if run.near is None:
+        forget_others(output.folder)
+    return dataclasses.asdict(result)
+
+
+def _write_tables(run: BalanceRun, found: Outcome) -> SetTable:
     """Write the tables; return that of the sets."""
     folder, sets = run.work, found.sets
 
@@ -43,11 +78,12 @@ def write_tables(run: BalanceRun, found: Outcome) -> SetTable:
     )
     measured = measure_sets(run, sets)
     write_set_table(folder / SET_TABLE, measured, keys)
+    curve = sets.curve
     write_curve(
         folder / CURVE,
-        distances=sets.curve.distance,
-        kept=sets.curve.kept,
-        largest=sets.curve.largest,
+        distances=curve.distance,
+        kept=curve.kept,
+        largest=curve.largest,
         num_images=run.rows.num_searched,
     )
     return measured
