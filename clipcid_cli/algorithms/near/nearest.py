@@ -4,9 +4,9 @@ Rows and those they are compared with are float16, or float32 multiples of 2⁻�
 :mod:`clipcid_cli.algorithms.near.centroids`): float64 holds all sums of their products exactly
 (:mod:`clipcid_cli.algorithms.near.exact`), so what is found depends on neither blocks, threads, formats nor devices.
 
-**One**: with |s − x·c| ≤ e for the score s of row x and centroid c (:mod:`clipcid_cli.algorithms.near.block`), and r the
-largest score so far less e, some centroid has x·c ≥ r. The nearest has as much, so its score is at least r − e. Centroids
-that reach that are candidates, which float64 tells apart; the others have at most their score plus e.
+**One**: with |s − x·c| ≤ e for the score s of row x and centroid c (:mod:`clipcid_cli.algorithms.near.block`), and r the exact
+similarity of some centroid, that of the largest score: the nearest has at least as much, so its score is at least r − e.
+Centroids that reach that are candidates, which float64 tells apart; the others have at most their score plus e.
 
 **Many**: float32 products propose k > m in descending order of s. With |s − x·c| ≤ e,
 
@@ -26,7 +26,7 @@ import math
 import os
 import threading
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -50,9 +50,8 @@ _GROUPS = {"cpu": 64, "cuda": 256}
 # Where rows have candidates in more groups than this on average, all centroids are about equally near and a product in
 # float32 is cheaper: rows with cosines of 0.9 took 11 s without that and 2.6 with it (2.2 in float32 from the start).
 _CROWDED = 10
-# Groups that are looked into and pairs that wait to be decided at once; where many centroids are equal there are more.
+# Groups that are looked into at once; where many centroids are equal there are more.
 _MOST_GROUPS = 2**18
-_MOST_PAIRS = 2**22
 # No centroid yet: above every number.
 _NONE = torch.iinfo(torch.int64).max
 
@@ -134,8 +133,7 @@ class NearestCentroid:
         if known is None:
             known = Found(torch.full((size,), _NONE, device=device), nobody_B, nobody_B)
         found, looked_at = dataclasses.replace(known, others_B=nobody_B), 0
-        row_P, number_P = (torch.empty(0, dtype=torch.int64, device=device) for _ in range(2))
-        highest_P, reach_B = nobody_B[:0], known.cosine_B
+        decide = partial(self._decide, rows.stored, which_B)
         for number_C, part in self._parts:
             if leading is not None:
                 number_C = number_C[: -(-(leading - looked_at) // self._groups) * self._groups]
@@ -145,10 +143,18 @@ class NearestCentroid:
             # A group is of every G-th column: of these the maximum is fast in any format.
             grouped_BgG = score_BC.view(size, -1, self._groups)
             largest_BG = grouped_BgG.amax(dim=1)
-            reach_B = torch.maximum(reach_B, largest_BG.amax(dim=1).double() * unit - error)
-            least_B1 = ((reach_B - error) / unit)[:, None]
             # Rounding to a float format is covered by the error, which is a full unit in the last place instead of a half.
-            least_B1 = (least_B1.floor() if score_BC.dtype == torch.int32 else least_B1).to(score_BC.dtype)
+            is_int = score_BC.dtype == torch.int32
+            lowest = torch.iinfo(torch.int32).min if is_int else -torch.inf
+
+            # The likeliest is decided first: few others can be nearer than that, half as many as by its score less the error.
+            largest_B, group_B = largest_BG.max(dim=1)
+            row_R = (largest_B.double() * unit + error >= found.cosine_B).nonzero()[:, 0]
+            group_R = group_B[row_R]
+            found = decide(row_R, number_C[grouped_BgG[row_R, :, group_R].argmax(dim=1) * self._groups + group_R], found)
+
+            least_B1 = ((found.cosine_B - error) / unit)[:, None]
+            least_B1 = (least_B1.floor() if is_int else least_B1).to(score_BC.dtype)
             near_BG = largest_BG >= least_B1
             row_Q, group_Q = near_BG.nonzero(as_tuple=True)
             if scan_BD.dtype != torch.float32 and len(row_Q) > _CROWDED * size:
@@ -162,21 +168,14 @@ class NearestCentroid:
             score_Qg = grouped_BgG[row_Q, :, group_Q]
             near_Qg = score_Qg >= least_B1[row_Q]
             pair_P, member_P = near_Qg.nonzero(as_tuple=True)
-            row_P = torch.cat([row_P, row_Q[pair_P]])
-            number_P = torch.cat([number_P, number_C[member_P * self._groups + group_Q[pair_P]]])
-            highest_P = torch.cat([highest_P, score_Qg[pair_P, member_P].double() * unit + error])
             # The largest of the other scores bounds the others.
-            lowest = torch.iinfo(torch.int32).min if score_BC.dtype == torch.int32 else -torch.inf
             rest_B = largest_BG.masked_fill_(near_BG, lowest).amax(dim=1)
             rest_B.scatter_reduce_(0, row_Q, score_Qg.masked_fill_(near_Qg, lowest).amax(dim=1), "amax")
             found = dataclasses.replace(found, others_B=torch.maximum(found.others_B, rest_B.double() * unit + error))
-            if len(row_P) > _MOST_PAIRS:
-                found = self._decide(rows.stored, which_B, row_P, number_P, highest_P, found)
-                row_P, number_P, highest_P = row_P[:0], number_P[:0], highest_P[:0]
-                reach_B = torch.maximum(reach_B, found.cosine_B)
+            found = decide(row_Q[pair_P], number_C[member_P * self._groups + group_Q[pair_P]], found)
             if leading is not None and looked_at >= leading:
                 break
-        return self._decide(rows.stored, which_B, row_P, number_P, highest_P, found)
+        return found
 
     def _decide(
         self,
@@ -184,25 +183,19 @@ class NearestCentroid:
         which_B: torch.Tensor,
         row_P: torch.Tensor,
         number_P: torch.Tensor,
-        highest_P: torch.Tensor,
         found: Found,
     ) -> Found:
-        """Take candidates into account, whose similarities are at most ``highest_P``.
-
-        The likeliest of a row is decided first: of the others few can be nearer than that.
-        """
-        best_B = found.cosine_B
-        first_P = highest_P == torch.full_like(best_B, -torch.inf).scatter_reduce(0, row_P, highest_P, "amax")[row_P]
-        for turn_P in (first_P, ~first_P):
-            at_P = (turn_P & (highest_P >= best_B[row_P])).nonzero()[:, 0]
-            highest_P[at_P] = exact_dots(stored_ND, self._centroids_KD, which_B[row_P[at_P]], number_P[at_P])
-            best_B = best_B.scatter_reduce(0, row_P[at_P], highest_P[at_P], "amax")
-        winner_P = torch.where(highest_P == best_B[row_P], number_P, _NONE)
+        """Take candidates into account."""
+        new_P = (number_P != found.number_B[row_P]).nonzero()[:, 0]
+        row_P, number_P = row_P[new_P], number_P[new_P]
+        cosine_P = exact_dots(stored_ND, self._centroids_KD, which_B[row_P], number_P)
+        best_B = found.cosine_B.scatter_reduce(0, row_P, cosine_P, "amax")
+        winner_P = torch.where(cosine_P == best_B[row_P], number_P, _NONE)
         number_B = torch.where(found.cosine_B == best_B, found.number_B, _NONE).scatter_reduce(
             0, row_P, winner_P, "amin"
         )
         before_B = found.cosine_B.masked_fill(found.number_B == number_B, -torch.inf)
-        other_P = highest_P.masked_fill(number_P == number_B[row_P], -torch.inf)
+        other_P = cosine_P.masked_fill(number_P == number_B[row_P], -torch.inf)
         others_B = torch.maximum(found.others_B, before_B).scatter_reduce(0, row_P, other_P, "amax")
         return Found(number_B, best_B, others_B)
 

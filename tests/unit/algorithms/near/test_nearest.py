@@ -69,11 +69,10 @@ def test_the_nearest_is_that_of_a_float64_product(
     case: str, dtype: torch.dtype, limits: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, centroids = make_case(case)
-    if limits == "small":  # many products, crowded ones cut, and pairs decided before the last part
+    if limits == "small":  # many products, and crowded ones cut
         monkeypatch.setattr(nearest, "_PRODUCT_CENTROIDS", {"cpu": 256})
         monkeypatch.setattr(nearest, "_CROWDED", 10**9)
         monkeypatch.setattr(nearest, "_MOST_GROUPS", 100)
-        monkeypatch.setattr(nearest, "_MOST_PAIRS", 100)
     found, (cosines, numbers) = find(rows, centroids, dtype), rank(rows, centroids)
     assert torch.equal(found.number_B, numbers[:, 0])
     assert torch.equal(found.cosine_B, cosines[:, 0])
