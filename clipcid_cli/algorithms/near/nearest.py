@@ -4,8 +4,8 @@ Rows and those they are compared with are float16, or float32 multiples of 2⁻�
 :mod:`clipcid_cli.algorithms.near.centroids`): float64 holds all sums of their products exactly
 (:mod:`clipcid_cli.algorithms.near.exact`), so what is found depends on neither blocks, threads, formats nor devices.
 
-**One**: with |s − x·c| ≤ e for the score s of row x and centroid c (:mod:`clipcid_cli.algorithms.near.block`), and r the exact
-similarity of some centroid, that of the largest score: the nearest has at least as much, so its score is at least r − e.
+**One**: with |s − x·c| ≤ e for the score s of row x and centroid c (:mod:`clipcid_cli.algorithms.near.block`), and r the
+exact similarity of the centroid with the largest score: the nearest has at least as much, so its score is at least r − e.
 Centroids that reach that are candidates, which float64 tells apart; the others have at most their score plus e.
 
 **Many**: float32 products propose k > m in descending order of s. With |s − x·c| ≤ e,
@@ -102,6 +102,7 @@ class NearestCentroid:
         self._centroids_KD, self._buffer = centroids_KD, _Buffer()
         self._groups = _GROUPS[device.type]
         self._order_K = torch.arange(len(centroids_KD), device=device) if order_K is None else order_K
+        self._place_K = torch.argsort(self._order_K)
         self._parts: list[tuple[torch.Tensor, Block]] = []
         for number_C in torch.split(self._order_K, _PRODUCT_CENTROIDS[device.type]):
             # The last one more than once to fill the groups.
@@ -121,8 +122,8 @@ class NearestCentroid:
         Args:
             rows: Their copies are in the format of the search.
             which_B: Positions of some of them, int64 [B]; by default all.
-            known: A centroid of each row that takes part whether it is looked at or not, with its exact similarity; the
-                nearer it is, the more is discarded. ``others_B`` is not used.
+            known: A centroid of each row that takes part with the similarity given, its exact one or less, whether it is
+                looked at or not; the nearer it is, the more is discarded. ``others_B`` is not used.
             leading: How many centroids to look at, the first of the order, rounded up; by default all.
         """
         device = rows.stored.device
@@ -130,6 +131,7 @@ class NearestCentroid:
         # Unlike indexing, this copies whole rows.
         size, scan_BD = len(which_B), rows.scan.index_select(0, which_B)
         nobody_B = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
+        place_B = torch.full_like(which_B, -1) if known is None else self._place_K[known.number_B]
         if known is None:
             known = Found(torch.full((size,), _NONE, device=device), nobody_B, nobody_B)
         found, looked_at = dataclasses.replace(known, others_B=nobody_B), 0
@@ -137,24 +139,28 @@ class NearestCentroid:
         for number_C, part in self._parts:
             if leading is not None:
                 number_C = number_C[: -(-(leading - looked_at) // self._groups) * self._groups]
-            looked_at += len(number_C)
             unit, error = rows.step * part.step, rounded_error(rows, part)
             score_BC = multiply(scan_BD, part.scan[: len(number_C)], self._buffer.take(size * len(number_C), scan_BD))
+            # Neither what fills the groups nor the known one is compared.
+            lowest = torch.iinfo(score_BC.dtype).min if score_BC.dtype == torch.int32 else -torch.inf
+            score_BC[:, len(self._order_K) - looked_at :] = lowest
+            here_B = ((place_B >= looked_at) & (place_B < looked_at + len(number_C))).nonzero()[:, 0]
+            score_BC[here_B, place_B[here_B] - looked_at] = lowest
+            looked_at += len(number_C)
             # A group is of every G-th column: of these the maximum is fast in any format.
             grouped_BgG = score_BC.view(size, -1, self._groups)
             largest_BG = grouped_BgG.amax(dim=1)
-            # Rounding to a float format is covered by the error, which is a full unit in the last place instead of a half.
-            is_int = score_BC.dtype == torch.int32
-            lowest = torch.iinfo(torch.int32).min if is_int else -torch.inf
-
-            # The likeliest is decided first: few others can be nearer than that, half as many as by its score less the error.
+            # The likeliest is decided first: few others can be nearer than that.
             largest_B, group_B = largest_BG.max(dim=1)
             row_R = (largest_B.double() * unit + error >= found.cosine_B).nonzero()[:, 0]
             group_R = group_B[row_R]
-            found = decide(row_R, number_C[grouped_BgG[row_R, :, group_R].argmax(dim=1) * self._groups + group_R], found)
+            found = decide(
+                row_R, number_C[grouped_BgG[row_R, :, group_R].argmax(dim=1) * self._groups + group_R], found
+            )
 
+            # Rounding to a float format is covered by the error, which is a full unit in the last place instead of a half.
             least_B1 = ((found.cosine_B - error) / unit)[:, None]
-            least_B1 = (least_B1.floor() if is_int else least_B1).to(score_BC.dtype)
+            least_B1 = (least_B1.floor() if score_BC.dtype == torch.int32 else least_B1).to(score_BC.dtype)
             near_BG = largest_BG >= least_B1
             row_Q, group_Q = near_BG.nonzero(as_tuple=True)
             if scan_BD.dtype != torch.float32 and len(row_Q) > _CROWDED * size:

@@ -1,4 +1,4 @@
-"""From rows to centroids: k-means on all processes, with a checkpoint after each iteration."""
+"""From rows to centroids: k-means on all processes, with a checkpoint after each iteration that can be resumed from."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def train_centroids(
     )
     with reporter.progress("k-means", settings.iterations - state.iterations, "iterations") as bar:
         for state in states:
-            if machine.is_main:
+            if machine.is_main and state.resumable:
                 centroids = state.centroids_KD.numpy()
                 save_arrays(
                     progress, {"centroids": centroids, "iterations": state.iterations, "converged": state.converged}
