@@ -8,10 +8,10 @@ only rows that changed their cluster change the sums.
 
 **Loose iterations.** A row x holds itself in its cluster: with S the sum of the cluster's rows and s = x·c it is, to first
 order, (1 − s²)/(|S| − s) more similar to their mean than to that of the others. Where clusters have few rows this keeps them
-as they began. So for many clusters, whose first centroids are single rows, in the first iterations the similarity of each row
-to the centroid of its own is lowered by some times that, less and less. Of 60,000 rows and 2,048 clusters the mean similarity
-became 1.7 % (clothing features), 1.5, 0.2 and 2.5 % larger (rows of recipes/benchmarks: mixture, spectrum, random). They need
-the clusters of the iteration before, so no run is resumed between them.
+as they began. So for many clusters, whose first centroids are single rows, in the first iterations the similarity of each
+row to the centroid of its own is lowered by some times that, less and less. Of 60,000 rows and 2,048 clusters the mean
+similarity became 1.7 % (clothing features), 1.5, 0.2 and 2.5 % larger (rows of recipes/benchmarks: mixture, spectrum,
+random). They need the clusters of the iteration before, so no run is resumed between them.
 
 Shape letters: N rows of this process, B rows of a run, K centroids, C centroids of a part, D width.
 """

@@ -132,9 +132,8 @@ class NearestCentroid:
         size, scan_BD = len(which_B), rows.scan.index_select(0, which_B)
         nobody_B = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
         place_B = torch.full_like(which_B, -1) if known is None else self._place_K[known.number_B]
-        if known is None:
-            known = Found(torch.full((size,), _NONE, device=device), nobody_B, nobody_B)
-        found, looked_at = dataclasses.replace(known, others_B=nobody_B), 0
+        found = known or Found(torch.full((size,), _NONE, device=device), nobody_B, nobody_B)
+        found, looked_at = dataclasses.replace(found, others_B=nobody_B), 0
         decide = partial(self._decide, rows.stored, which_B)
         for number_C, part in self._parts:
             if leading is not None:
@@ -169,7 +168,7 @@ class NearestCentroid:
                 return self._in_float32.of(wide, None, known, leading)
             if len(row_Q) > _MOST_GROUPS and size > 1:
                 halves = (slice(0, size // 2), slice(size // 2, size))
-                return Found.join([self.of(rows, which_B[half], known.at(half), leading) for half in halves])
+                return Found.join([self.of(rows, which_B[half], known and known.at(half), leading) for half in halves])
 
             score_Qg = grouped_BgG[row_Q, :, group_Q]
             near_Qg = score_Qg >= least_B1[row_Q]
