@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -82,11 +83,7 @@ def run(
             ),
             kept_bytes=kept_bytes,
         ):
-            states[rank].append(
-                LloydState(
-                    after.centroids_KD.clone(), after.iterations, after.converged, after.similarity, after.num_empty
-                )
-            )
+            states[rank].append(dataclasses.replace(after, centroids_KD=after.centroids_KD.clone()))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(processes)]
     for thread in threads:

@@ -103,18 +103,17 @@ def make_block(rows: IntArray, stored: torch.Tensor, scan_dtype: torch.dtype) ->
         raise ValueError(f"rows must be finite and no longer than {LONGEST_ROW}, not {longest:.3g}")
     if scan_dtype in (stored.dtype, torch.float32):
         return Block(rows, stored, stored.to(scan_dtype), squared, shortest, longest, 0.0, 1.0)
-    parts, step = torch.split(stored, ROWS_IN_CACHE), 1.0
+    parts, step, width = torch.split(stored, ROWS_IN_CACHE), 1.0, stored.shape[1]
     if scan_dtype == torch.int8:
-        wide = [rotate(part) for part in parts]
-        step = choose_step(max(float(part.abs().max()) for part in wide))
-        copies = [round_to_int8(part, step) for part in wide]
-    else:
-        wide = [part.float() for part in parts]
-        copies = [part.to(scan_dtype) for part in wide]
-    width = stored.shape[1]
-    # An integer of 8 bits times a step of 8 bits is exact in float32.
-    apart = [part - copy[:, :width].float() * step for part, copy in zip(wide, copies, strict=True)]
-    residual = float(torch.stack([torch.linalg.vector_norm(part, dim=1).max() for part in apart]).max()) * _ROUNDED_UP
+        parts = tuple(rotate(part) for part in parts)
+        step = choose_step(max(float(part.abs().max()) for part in parts))
+    copies, apart = list[torch.Tensor](), list[torch.Tensor]()
+    for part in parts:
+        copy = round_to_int8(part, step) if scan_dtype == torch.int8 else part.to(scan_dtype)
+        copies.append(copy)
+        # An integer of 8 bits times a step of 8 bits is exact in float32.
+        apart.append(torch.linalg.vector_norm(part.float() - copy[:, :width].float() * step, dim=1).max())
+    residual = float(torch.stack(apart).max()) * _ROUNDED_UP
     if scan_dtype == torch.int8:
         residual += rotation_error(width) * longest
     return Block(rows, stored, torch.cat(copies), squared, shortest, longest, residual, step)

@@ -5,8 +5,8 @@ Rows and those they are compared with are float16, or float32 multiples of 2⁻�
 (:mod:`clipcid_cli.algorithms.near.exact`), so what is found depends on neither blocks, threads, formats nor devices.
 
 **One**: with |s − x·c| ≤ e for the score s of row x and centroid c (:mod:`clipcid_cli.algorithms.near.block`), and r the
-largest score so far less e, some centroid has x·c ≥ r. The nearest has as much, so its score is at least r − e. Centroids
-that reach that are candidates, which float64 tells apart; the others have at most their score plus e.
+exact similarity of the centroid with the largest score: the nearest has at least as much, so its score is at least r − e.
+Centroids that reach that are candidates, which float64 tells apart; the others have at most their score plus e.
 
 **Many**: float32 products propose k > m in descending order of s. With |s − x·c| ≤ e,
 
@@ -26,7 +26,7 @@ import math
 import os
 import threading
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -50,9 +50,8 @@ _GROUPS = {"cpu": 64, "cuda": 256}
 # Where rows have candidates in more groups than this on average, all centroids are about equally near and a product in
 # float32 is cheaper: rows with cosines of 0.9 took 11 s without that and 2.6 with it (2.2 in float32 from the start).
 _CROWDED = 10
-# Groups that are looked into and pairs that wait to be decided at once; where many centroids are equal there are more.
+# Groups that are looked into at once; where many centroids are equal there are more.
 _MOST_GROUPS = 2**18
-_MOST_PAIRS = 2**22
 # No centroid yet: above every number.
 _NONE = torch.iinfo(torch.int64).max
 
@@ -103,12 +102,13 @@ class NearestCentroid:
         self._centroids_KD, self._buffer = centroids_KD, _Buffer()
         self._groups = _GROUPS[device.type]
         self._order_K = torch.arange(len(centroids_KD), device=device) if order_K is None else order_K
+        self._place_K = torch.argsort(self._order_K)
         self._parts: list[tuple[torch.Tensor, Block]] = []
         for number_C in torch.split(self._order_K, _PRODUCT_CENTROIDS[device.type]):
             # The last one more than once to fill the groups.
             number_C = torch.cat([number_C, number_C[-1:].expand(-len(number_C) % self._groups)])
             part = make_block(np.arange(len(number_C)), centroids_KD[number_C], dtype)
-            self._parts.append((number_C, dataclasses.replace(part, stored=part.stored[:0])))
+            self._parts.append((number_C, dataclasses.replace(part, stored=part.stored[:0].clone())))
 
     @cached_property
     def _in_float32(self) -> NearestCentroid:
@@ -122,8 +122,8 @@ class NearestCentroid:
         Args:
             rows: Their copies are in the format of the search.
             which_B: Positions of some of them, int64 [B]; by default all.
-            known: A centroid of each row that takes part whether it is looked at or not, with its exact similarity; the
-                nearer it is, the more is discarded. ``others_B`` is not used.
+            known: A centroid of each row that takes part with the similarity given, its exact one or less, whether it is
+                looked at or not; the nearer it is, the more is discarded. ``others_B`` is not used.
             leading: How many centroids to look at, the first of the order, rounded up; by default all.
         """
         device = rows.stored.device
@@ -131,23 +131,42 @@ class NearestCentroid:
         # Unlike indexing, this copies whole rows.
         size, scan_BD = len(which_B), rows.scan.index_select(0, which_B)
         nobody_B = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
-        if known is None:
-            known = Found(torch.full((size,), _NONE, device=device), nobody_B, nobody_B)
-        found, looked_at = dataclasses.replace(known, others_B=nobody_B), 0
-        row_P, number_P = (torch.empty(0, dtype=torch.int64, device=device) for _ in range(2))
-        highest_P, reach_B = nobody_B[:0], known.cosine_B
+        place_B = None if known is None else self._place_K[known.number_B]
+        found = known or Found(torch.full((size,), _NONE, device=device), nobody_B, nobody_B)
+        found, looked_at = dataclasses.replace(found, others_B=nobody_B), 0
+        # Some centroid is at least as similar as this.
+        nearest_B, candidates = found.cosine_B, list[tuple[torch.Tensor, torch.Tensor]]()
+        decide = partial(self._decide, rows.stored, which_B)
         for number_C, part in self._parts:
             if leading is not None:
                 number_C = number_C[: -(-(leading - looked_at) // self._groups) * self._groups]
-            looked_at += len(number_C)
             unit, error = rows.step * part.step, rounded_error(rows, part)
             score_BC = multiply(scan_BD, part.scan[: len(number_C)], self._buffer.take(size * len(number_C), scan_BD))
+            # Neither what fills the groups nor the known one is compared.
+            lowest = torch.iinfo(score_BC.dtype).min if score_BC.dtype == torch.int32 else -torch.inf
+            score_BC[:, len(self._order_K) - looked_at :] = lowest
+            if place_B is not None:
+                # Without the positions of the rows whose own is among these, for which a GPU would be waited.
+                here_B1 = (place_B[:, None] - looked_at).clamp(0, len(number_C) - 1)
+                is_own_B1 = here_B1 + looked_at == place_B[:, None]
+                score_BC.scatter_(1, here_B1, score_BC.gather(1, here_B1).masked_fill_(is_own_B1, lowest))
             # A group is of every G-th column: of these the maximum is fast in any format.
             grouped_BgG = score_BC.view(size, -1, self._groups)
             largest_BG = grouped_BgG.amax(dim=1)
-            reach_B = torch.maximum(reach_B, largest_BG.amax(dim=1).double() * unit - error)
-            least_B1 = ((reach_B - error) / unit)[:, None]
+            largest_B, group_B = largest_BG.max(dim=1)
+            highest_B = largest_B.double() * unit
+            if looked_at == 0:  # the likeliest is decided first: few others can be nearer than that
+                row_R = (highest_B + error >= nearest_B).nonzero()[:, 0]
+                group_R = group_B[row_R]
+                place_R = grouped_BgG[row_R, :, group_R].argmax(dim=1) * self._groups + group_R
+                found = decide(row_R, number_C[place_R], found)
+                nearest_B = found.cosine_B
+            else:
+                nearest_B = torch.maximum(nearest_B, highest_B - error)
+            looked_at += len(number_C)
+
             # Rounding to a float format is covered by the error, which is a full unit in the last place instead of a half.
+            least_B1 = ((nearest_B - error) / unit)[:, None]
             least_B1 = (least_B1.floor() if score_BC.dtype == torch.int32 else least_B1).to(score_BC.dtype)
             near_BG = largest_BG >= least_B1
             row_Q, group_Q = near_BG.nonzero(as_tuple=True)
@@ -157,26 +176,20 @@ class NearestCentroid:
                 return self._in_float32.of(wide, None, known, leading)
             if len(row_Q) > _MOST_GROUPS and size > 1:
                 halves = (slice(0, size // 2), slice(size // 2, size))
-                return Found.join([self.of(rows, which_B[half], known.at(half), leading) for half in halves])
+                return Found.join([self.of(rows, which_B[half], known and known.at(half), leading) for half in halves])
 
             score_Qg = grouped_BgG[row_Q, :, group_Q]
             near_Qg = score_Qg >= least_B1[row_Q]
             pair_P, member_P = near_Qg.nonzero(as_tuple=True)
-            row_P = torch.cat([row_P, row_Q[pair_P]])
-            number_P = torch.cat([number_P, number_C[member_P * self._groups + group_Q[pair_P]]])
-            highest_P = torch.cat([highest_P, score_Qg[pair_P, member_P].double() * unit + error])
             # The largest of the other scores bounds the others.
-            lowest = torch.iinfo(torch.int32).min if score_BC.dtype == torch.int32 else -torch.inf
             rest_B = largest_BG.masked_fill_(near_BG, lowest).amax(dim=1)
             rest_B.scatter_reduce_(0, row_Q, score_Qg.masked_fill_(near_Qg, lowest).amax(dim=1), "amax")
             found = dataclasses.replace(found, others_B=torch.maximum(found.others_B, rest_B.double() * unit + error))
-            if len(row_P) > _MOST_PAIRS:
-                found = self._decide(rows.stored, which_B, row_P, number_P, highest_P, found)
-                row_P, number_P, highest_P = row_P[:0], number_P[:0], highest_P[:0]
-                reach_B = torch.maximum(reach_B, found.cosine_B)
+            candidates.append((row_Q[pair_P], number_C[member_P * self._groups + group_Q[pair_P]]))
             if leading is not None and looked_at >= leading:
                 break
-        return self._decide(rows.stored, which_B, row_P, number_P, highest_P, found)
+        row_P, number_P = (torch.cat(parts) for parts in zip(*candidates, strict=True))
+        return decide(row_P, number_P, found)
 
     def _decide(
         self,
@@ -184,25 +197,19 @@ class NearestCentroid:
         which_B: torch.Tensor,
         row_P: torch.Tensor,
         number_P: torch.Tensor,
-        highest_P: torch.Tensor,
         found: Found,
     ) -> Found:
-        """Take candidates into account, whose similarities are at most ``highest_P``.
-
-        The likeliest of a row is decided first: of the others few can be nearer than that.
-        """
-        best_B = found.cosine_B
-        first_P = highest_P == torch.full_like(best_B, -torch.inf).scatter_reduce(0, row_P, highest_P, "amax")[row_P]
-        for turn_P in (first_P, ~first_P):
-            at_P = (turn_P & (highest_P >= best_B[row_P])).nonzero()[:, 0]
-            highest_P[at_P] = exact_dots(stored_ND, self._centroids_KD, which_B[row_P[at_P]], number_P[at_P])
-            best_B = best_B.scatter_reduce(0, row_P[at_P], highest_P[at_P], "amax")
-        winner_P = torch.where(highest_P == best_B[row_P], number_P, _NONE)
+        """Take candidates into account."""
+        new_P = (number_P != found.number_B[row_P]).nonzero()[:, 0]
+        row_P, number_P = row_P[new_P], number_P[new_P]
+        cosine_P = exact_dots(stored_ND, self._centroids_KD, which_B[row_P], number_P)
+        best_B = found.cosine_B.scatter_reduce(0, row_P, cosine_P, "amax")
+        winner_P = torch.where(cosine_P == best_B[row_P], number_P, _NONE)
         number_B = torch.where(found.cosine_B == best_B, found.number_B, _NONE).scatter_reduce(
             0, row_P, winner_P, "amin"
         )
         before_B = found.cosine_B.masked_fill(found.number_B == number_B, -torch.inf)
-        other_P = highest_P.masked_fill(number_P == number_B[row_P], -torch.inf)
+        other_P = cosine_P.masked_fill(number_P == number_B[row_P], -torch.inf)
         others_B = torch.maximum(found.others_B, before_B).scatter_reduce(0, row_P, other_P, "amax")
         return Found(number_B, best_B, others_B)
 

@@ -1,4 +1,4 @@
-"""From rows to centroids: k-means on all processes, with a checkpoint after each iteration."""
+"""From rows to centroids: k-means on all processes, with a checkpoint after each iteration that can be resumed from."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def train_centroids(plan: ClusterPlan, machine: Machine, progress: Path, reporte
     )
     with reporter.progress("k-means", settings.iterations - state.iterations, "iterations") as bar:
         for state in states:
-            if machine.is_main:
+            if machine.is_main and state.resumable:
                 so_far = {"iterations": state.iterations, "converged": state.converged}
                 save_arrays(progress, {"centroids": state.centroids_KD.numpy(), **so_far})
             bar.advance()

@@ -69,16 +69,30 @@ def test_the_nearest_is_that_of_a_float64_product(
     case: str, dtype: torch.dtype, limits: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, centroids = make_case(case)
-    if limits == "small":  # many products, crowded ones cut, and pairs decided before the last part
+    if limits == "small":  # many products, and crowded ones cut
         monkeypatch.setattr(nearest, "_PRODUCT_CENTROIDS", {"cpu": 256})
         monkeypatch.setattr(nearest, "_CROWDED", 10**9)
         monkeypatch.setattr(nearest, "_MOST_GROUPS", 100)
-        monkeypatch.setattr(nearest, "_MOST_PAIRS", 100)
     found, (cosines, numbers) = find(rows, centroids, dtype), rank(rows, centroids)
     assert torch.equal(found.number_B, numbers[:, 0])
     assert torch.equal(found.cosine_B, cosines[:, 0])
     if len(centroids) > 1:
         assert bool((found.others_B >= cosines[:, 1]).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["spread", "cone", "copies", "several parts"])
+def test_a_known_one_takes_part_with_the_similarity_given(case: str, dtype: torch.dtype) -> None:
+    rows, centroids = make_case(case)
+    exact = rows.double() @ centroids.double().T
+    known = exact.argmax(dim=1)
+    given = exact.gather(1, known[:, None]) - torch.linspace(0, 0.5, len(rows), dtype=torch.float64)[:, None]
+    expected = exact.scatter(1, known[:, None], given)
+    order = torch.arange(len(centroids)).flip(0)
+    block = make_block(np.arange(len(rows)), rows, dtype)
+    found = NearestCentroid(centroids, dtype, order).of(block, known=Found(known, given[:, 0], given[:, 0]))
+    assert torch.equal(found.number_B, expected.argmax(dim=1))
+    assert torch.equal(found.cosine_B, expected.amax(dim=1))
 
 
 @pytest.mark.parametrize("all_exact", [False, True])
