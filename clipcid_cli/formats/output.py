@@ -83,7 +83,7 @@ class Output(Generic[AnySidecar]):
                 removed before. Called where there is nothing to resume.
         """
         try:
-            for work in _find_works(self.folder, self.step):
+            for work in find_works(self.folder, self.step):
                 if work not in (self.begun, self.root):
                     shutil.rmtree(work, ignore_errors=True)
             if self.begun is not None and not self.root.exists():
@@ -159,7 +159,7 @@ def open_output(
     except OSError as error:
         raise write_error(folder, error) from error
     with _lock_output(folder, step):
-        works = _find_works(folder, step)
+        works = find_works(folder, step)
         for root in works:
             killed = Output(folder, top or folder, root, step, kind, Run(settings={}, inputs=[]))
             if sidecar_path(killed.work, step).exists():
@@ -201,7 +201,7 @@ def find_output(
     run = Run(settings=json.loads(json.dumps(settings)), inputs=[*inputs])
     root = folder / f".{step}-{identity_of(settings, inputs)}"
     output = Output(folder, top or folder, root, step, kind, run)
-    works = _find_works(folder, step) if resumes else []
+    works = find_works(folder, step) if resumes else []
     begun = root in works
     lenient = suppress(ClipcidError) if overwrite else nullcontext()  # what is replaced need not be readable
 
@@ -247,15 +247,16 @@ def _find_changed(sidecar: Sidecar, folder: Path, path: Path, resumes: bool) -> 
 
 def unfinished(folder: Path, step: str) -> Run | None:
     """Return settings and inputs of an unfinished run; None when there is none."""
-    return next((run for work in _find_works(folder, step) if (run := _read_run(work)) is not None), None)
+    return next((run for work in find_works(folder, step) if (run := _read_run(work)) is not None), None)
 
 
 def is_claimed(folder: Path, step: str) -> bool:
     """Tell whether a folder holds a step's output, finished or begun."""
-    return sidecar_path(folder, step).exists() or bool(_find_works(folder, step))
+    return sidecar_path(folder, step).exists() or bool(find_works(folder, step))
 
 
-def _find_works(folder: Path, step: str) -> list[Path]:
+def find_works(folder: Path, step: str) -> list[Path]:
+    """Return the work folders of a step's output: of unfinished runs, or left by one that was killed at its end."""
     return sorted(folder.glob(f".{glob.escape(step)}-" + "[0-9a-f]" * 16))
 
 

@@ -16,7 +16,7 @@ from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, merge
 from clipcid_cli.formats.embeddings.text_folder import TEXTS_FILE, write_texts
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.output import Output, find_output, open_output, unfinished
+from clipcid_cli.formats.output import Output, find_output, find_works, open_output
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.runtime.loading import default_workers, start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
@@ -94,7 +94,7 @@ def make_embeddings(
 def _remove_leftovers(plan: EmbedPlan) -> None:
     """Remove what a run left that was killed right after its sidecar, but not what one works with that goes on."""
     made = plan.finished
-    if made is not None and unfinished(plan.folder, plan.step) is not None:
+    if made is not None and find_works(plan.folder, plan.step):
         wanted: dict[str, Any] = {"settings": made.settings, "inputs": made.inputs, "overwrite": False}
         with suppress(ClipcidError), open_output(plan.folder, plan.step, plan.sidecar_type, **wanted):
             pass
