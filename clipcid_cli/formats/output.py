@@ -165,10 +165,9 @@ def open_output(
             if sidecar_path(killed.work, step).exists():
                 killed.place()
         output = find_output(folder, step, kind, top=top, resumes=resumes, **wanted)
-        if output.finished is not None:
-            output.discard()
-        for root in works if not resumes else []:
-            shutil.rmtree(root, ignore_errors=True)
+        for root in works:  # nothing to resume, or left by a run that was killed while it removed its folder
+            if not resumes or (output.finished is not None and (root == output.root or not (root / _RUN).exists())):
+                shutil.rmtree(root, ignore_errors=True)
         try:
             yield output
         except BaseException:

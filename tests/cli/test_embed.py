@@ -109,7 +109,10 @@ def test_a_finished_output_is_kept_and_a_different_one_refused(
 ) -> None:
     work = embedded.cwd / "clipcid-work"
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*.*") if path.suffix != ".lock"}
+    (emptied,) = (path / ".embed-0123456789abcdef" for path in (work / "embeddings").iterdir() if path.is_dir())
+    emptied.mkdir()  # what a run leaves that is killed while it removes its work folder
     again = clipcid("embed", "--model", tiny_model, "--work", work, "--json")
+    assert not emptied.exists()
     assert again.json == embedded.json | {"files": again.json["files"]}
     assert f"Taking the data of the embeddings in {work}" in " ".join(again.stderr.split())
     for dry in ((), ("--dry-run",)):
