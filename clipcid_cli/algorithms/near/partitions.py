@@ -34,7 +34,7 @@ from clipcid_cli.algorithms.near.exact import IntArray, ReadRows, exact_dots, ro
 from clipcid_cli.algorithms.near.nearest import top_nearest
 from clipcid_cli.algorithms.near.sample import Neighbours
 
-# Rows that are looked at together, and how many of their nearest centroids. Of 150,000 synthetic rows of width 512 in 1,200
+# Rows that are looked at together, and how many of their nearest centroids. Of 20,000 synthetic rows of width 512 in 1,200
 # partitions, 173 have more that they may visit. These are multiplied with all, so many values at once.
 _ROWS_AT_ONCE = {"cpu": 2048, "cuda": 16_384}
 _NEAREST = 16
