@@ -15,13 +15,13 @@ Source: docs/method.md#first-cut-off.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
-import torch
 
-from clipcid_cli.algorithms.near.exact import LONGEST_ROW, DoubleArray, FloatArray, IntArray, ReadRows
-from clipcid_cli.algorithms.near.sample import draw_sample, find_neighbours
+from clipcid_cli.algorithms.near.exact import LONGEST_ROW, DoubleArray, FloatArray, IntArray
+from clipcid_cli.algorithms.near.sample import Neighbours, draw_sample
 
 # No two rows are farther apart.
 FARTHEST = 2.0 * LONGEST_ROW
@@ -80,12 +80,13 @@ class CutoffEstimator:
     Nothing is computed before the first estimate.
 
     Args:
-        rows: Rows to search, integers [N], N ≥ 2, no two of them equal.
+        num_rows: N, the rows to search, at least 2, no two of them equal.
+        find_nearest: Finds the nearest neighbour of each sampled row, given their places among the rows, ascending.
         for_stars: Whether a star cover is to drop as many rows, which takes a larger distance.
     """
 
-    def __init__(self, read: ReadRows, rows: IntArray, device: torch.device, for_stars: bool) -> None:
-        self._read, self._rows, self._device, self._for_stars = read, rows, device, for_stars
+    def __init__(self, num_rows: int, find_nearest: Callable[[IntArray], Neighbours], for_stars: bool) -> None:
+        self._num_rows, self._find_nearest, self._for_stars = num_rows, find_nearest, for_stars
 
     def choose(self, searched: float, found: int, needed: int) -> float:
         """Return the distance of the next search.
@@ -97,19 +98,19 @@ class CutoffEstimator:
         """
         nearest_S, edges_S = self._nearest
         if searched == 0.0:
-            return first_cutoff(nearest_S, edges_S, needed / len(self._rows))
+            return first_cutoff(nearest_S, edges_S, needed / self._num_rows)
         return wider_cutoff(nearest_S, searched, found, needed)
 
     @cached_property
     def _nearest(self) -> tuple[FloatArray, DoubleArray]:
-        sample = draw_sample(len(self._rows), _SAMPLE_ROWS, seed=0)
-        nearest = find_neighbours(self._read, self._rows, sample, 1, self._device)
+        sample = draw_sample(self._num_rows, _SAMPLE_ROWS, seed=0)
+        nearest = self._find_nearest(sample)
         order = np.argsort(nearest.squared, kind="stable")
         if self._for_stars:
             return nearest.distance[order], np.full(len(sample), 1.0 / _FACTOR_OF_STARS)
         # Of every second row by distance: it stands for the next one, too.
         seconds = order[::2]
         others, which = np.unique(nearest.other[seconds], return_inverse=True)
-        in_turn = find_neighbours(self._read, self._rows, others, 1, self._device).other[which]
+        in_turn = self._find_nearest(others).other[which]
         edges_S = np.repeat(np.where(in_turn == sample[seconds], 0.5, 1.0), 2)[: len(sample)]
         return nearest.distance[order], edges_S

@@ -60,7 +60,7 @@ def find_neighbours(
     sample: IntArray,
     count: int,
     device: torch.device,
-    share: tuple[int, int] | None = None,
+    share: tuple[int, int],
 ) -> Neighbours:
     """Find the nearest neighbours of sampled rows.
 
@@ -68,9 +68,9 @@ def find_neighbours(
         rows: Row numbers, integers [N].
         sample: Places in `rows` of the sampled rows, int64 [S], ascending.
         count: Neighbours of each.
-        share: The first place to look at, and the one after the last; by default all.
+        share: The first place to look at, and the one after the last.
     """
-    start, stop = share or (0, len(rows))
+    start, stop = share
     # In float32: rows are compared once, and to prepare them for int8 would take longer than their product.
     sampled = load_block(read, rows[sample], device, torch.float32)
     # The value of a pair a, b is a·b − |b|²/2 = (|a|² − d²)/2; here the least that matters.

@@ -57,8 +57,7 @@ def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, R
     partitions = _find_partitions(run, rows)
     number = len(unique)
     sample, share = draw_sample(number, SAMPLE_ROWS, seed=1), machine.share(number)
-    found = machine.gather(find_neighbours(read, unique, sample, NEIGHBOURS, machine.device, share))
-    neighbours = Neighbours.nearest(found, NEIGHBOURS)
+    neighbours = find_sampled(run, rows, NEIGHBOURS, sample)
     margin, visits = machine.on_main(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
     if number * number / len(partitions) * (0.5 + visits) > _LARGEST_SHARE * number * (number - 1) / 2:
         return None
@@ -104,6 +103,19 @@ def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, R
         return copies.take(place_of[numbers].astype(np.int64))
 
     return pieces(listed, ends, run.rows_in_memory), read_copies
+
+
+def find_sampled(run: SearchRun, rows: BalanceRows, count: int, sample: IntArray) -> Neighbours:
+    """Find the nearest neighbours of sampled rows, of which each process looks at its share of all unique rows.
+
+    Args:
+        count: Neighbours of each.
+        sample: Places of the sampled rows among the unique ones, int64 [S], ascending.
+    """
+    machine, unique = run.machine, rows.unique
+    share = machine.share(len(unique))
+    found = machine.on_all(lambda: find_neighbours(rows.read, unique, sample, count, machine.device, share))
+    return Neighbours.nearest(machine.gather(found), count)
 
 
 def _find_partitions(run: SearchRun, rows: BalanceRows) -> Partitions:

@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import ReadRows
 from clipcid_cli.algorithms.near.plan import Plan, hash_arrays, triangle
 from clipcid_cli.algorithms.sets.forest import ForestSink
-from clipcid_cli.steps.balance.partition import partitioned
+from clipcid_cli.steps.balance.partition import find_sampled, partitioned
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.balance.stored_forest import EarlierForest, Forest, ForestStore
 from clipcid_cli.steps.chunks import SearchRun, run_chunks
@@ -58,14 +58,13 @@ def find_forest(
         say_it_is_short(earlier)
     elif earlier is not None and not is_enough(forest):
         forest = _search_new(run, rows, earlier)
-    estimator = CutoffEstimator(rows.read, rows.unique, run.machine.device, for_stars)
+    estimator = CutoffEstimator(len(rows.unique), partial(find_sampled, run, rows, 1), for_stars)
     while not is_enough(forest):
         if forest.cutoff:
             say_it_is_short(forest)
         # The sample holds unique rows, so edges of copies are not counted.
         found, needed = (number - len(rows.copies) for number in (len(forest.edges), num_edges))
-        choose = partial(estimator.choose, forest.cutoff, found, needed)
-        reach = run.machine.on_main(choose) if cutoff is None else float(np.float32(cutoff))
+        reach = estimator.choose(forest.cutoff, found, needed) if cutoff is None else float(np.float32(cutoff))
         forest = _search_all(run, store, forest.edges, reach)
     if earlier is None or forest.cutoff >= earlier.cutoff:  # the earlier one stays where it may be extended later
         seconds = time.perf_counter() - started

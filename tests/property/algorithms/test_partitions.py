@@ -9,10 +9,11 @@ from balance_data import distance_matrix, make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipcid_cli.algorithms.near import partitions as partitioning
 from clipcid_cli.algorithms.near.block import load_block
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray
-from clipcid_cli.algorithms.near.partitions import Partitions, assign_rows, choose_margin, default_num_partitions
+from clipcid_cli.algorithms.near.partitions import Partitions, assign_rows, default_num_partitions, measure_margin
 from clipcid_cli.algorithms.near.plan import pieces
 from clipcid_cli.algorithms.near.sample import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.search import near_pairs
@@ -36,7 +37,7 @@ def scenes(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, float]:
 def exact_gaps(rows: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The definition in float64: homes [N], and gaps to every partition [N, K]."""
     wide, middle = rows.astype(np.float64), centroids.astype(np.float64)
-    value = wide @ middle.T - (middle * middle).sum(axis=1) / 2.0
+    value = wide @ middle.T
     home = value.argmax(axis=1)
     apart = np.sqrt(((middle[home][:, None] - middle) ** 2).sum(axis=2))
     ahead = value[np.arange(len(rows)), home][:, None] - value
@@ -48,7 +49,7 @@ def all_of_them(a: IntArray, b: IntArray, at_least: np.ndarray) -> np.ndarray:
 
 
 def assign(rows: np.ndarray, centroids: np.ndarray, margin: float) -> list[np.ndarray]:
-    partitions, numbers = Partitions(torch.from_numpy(centroids)), np.arange(len(rows))
+    partitions, numbers = Partitions(torch.from_numpy(centroids).float()), np.arange(len(rows))
     parts = assign_rows(partitions, rows.__getitem__, numbers, margin, (0, len(rows)))
     return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
@@ -68,20 +69,23 @@ def search(rows: np.ndarray, centroids: np.ndarray, margin: float, cutoff: float
     return Edges.concatenate(edges for pair in blocks for edges in near_pairs(pair[0], pair[-1], cutoff, all_of_them))
 
 
-@given(scenes())
+@given(scenes(), st.integers(1, 20))
 @settings(max_examples=60, deadline=None)
-def test_homes_visits_and_gaps_are_those_of_float64(case: tuple[np.ndarray, np.ndarray, float]) -> None:
+def test_homes_visits_and_gaps_are_those_of_float64(case: tuple[np.ndarray, np.ndarray, float], nearest: int) -> None:
+    """However few of the nearest centroids are looked at first."""
     rows, centroids, margin = case
     home, gaps = exact_gaps(rows, centroids)
     gaps[np.arange(len(rows)), home] = np.inf
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Partitions, "rows_at_once", 7)
-        parts = zip(*Partitions(torch.from_numpy(centroids)).gaps(torch.from_numpy(rows)), strict=True)
+        patch.setattr(partitioning, "_NEAREST", nearest)
+        patch.setattr(partitioning, "_VALUES_AT_ONCE", 50)
+        patch.setattr(partitioning, "_ROWS_AT_ONCE", {"cpu": 17})
         homes, visited, visitors = assign(rows, centroids, margin)
-    for found, expected in zip(map(torch.cat, parts), (home, gaps), strict=True):
-        np.testing.assert_array_equal(found, expected)
+        partitions = Partitions(torch.from_numpy(centroids).float())
+        _, row, other, gap = partitions.visits(torch.from_numpy(rows), margin)
     np.testing.assert_array_equal(homes, home)
     np.testing.assert_array_equal(np.stack([visitors, visited], axis=1), np.argwhere(gaps <= margin))
+    np.testing.assert_array_equal(gap, gaps[row, other])
 
 
 @given(scenes())
@@ -129,10 +133,25 @@ def test_there_are_as_many_partitions_as_rows_in_one() -> None:
     assert [default_num_partitions(number) for number in (1, 100, 10**6, 10**8)] == [1, 10, 1000, 10_000]
 
 
-def test_the_margin_lies_within_the_reach_and_visits_stay_bounded() -> None:
-    spread = np.linspace(0.0, 2.0, 400).reshape(20, 20)
-    assert choose_margin(np.array([0.01, 0.1]), spread, 0.5, most_visits=20) == 0.2
-    assert choose_margin(np.array([0.4]), spread, 0.5, most_visits=20) == 0.5
-    assert choose_margin(np.empty(0), spread, 0.5, most_visits=20) == 0.025
-    bounded = choose_margin(np.array([1.0]), spread, 2.0, most_visits=3)
-    assert np.count_nonzero(spread <= bounded) == 61
+@given(scenes(), st.sampled_from([1, 64]))
+@settings(max_examples=40, deadline=None)
+def test_the_margin_is_twice_what_sampled_pairs_need_and_visits_stay_bounded(
+    case: tuple[np.ndarray, np.ndarray, float], most: int
+) -> None:
+    rows, centroids, reach = case
+    numbers, sample = np.arange(len(rows)), np.arange(0, len(rows), 3)
+    neighbours = find_neighbours(rows.__getitem__, numbers, sample, 2, CPU, (0, len(rows)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partitioning, "_MOST_VISITS", most)
+        partitions = Partitions(torch.from_numpy(centroids).float())
+        margin, visits = measure_margin(partitions, rows.__getitem__, numbers, sample, neighbours, reach)
+    home, gaps = exact_gaps(rows, centroids)
+    near = neighbours.distance <= np.float32(reach)
+    a, b = sample[neighbours.row[near]], neighbours.other[near]
+    needed = np.where(home[a] == home[b], 0.0, np.minimum(gaps[a, home[b]], gaps[b, home[a]])).max(initial=0.0)
+    gaps[np.arange(len(rows)), home] = np.inf
+    expected = min(reach, max(0.05 * reach, 2.0 * needed))
+    spread = np.sort(gaps[sample], axis=None)
+    spread = spread[spread <= expected]
+    assert margin == (expected if len(spread) <= most * len(sample) else spread[most * len(sample)])
+    assert visits == np.count_nonzero(spread <= margin) / len(sample)

@@ -9,7 +9,8 @@ from balance_data import distance_matrix, make_rows
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from clipcid_cli.algorithms.near.cutoff import FARTHEST, CutoffEstimator, first_cutoff, wider_cutoff
-from clipcid_cli.algorithms.near.sample import find_neighbours
+from clipcid_cli.algorithms.near.exact import IntArray
+from clipcid_cli.algorithms.near.sample import Neighbours, find_neighbours
 
 CPU = torch.device("cpu")
 ROWS = make_rows(900, width=24)
@@ -38,14 +39,19 @@ def test_the_first_search_finds_enough_edges(kind: str, keep: float) -> None:
     stored = np.unique((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16), axis=0)
     forest = minimum_spanning_tree(distance_matrix(stored).astype(np.float64)).data
     needed = round((1 - keep) * len(stored))
-    cutoff = CutoffEstimator(stored.__getitem__, np.arange(len(stored)), CPU, False).choose(0.0, 0, needed)
+    numbers = np.arange(len(stored))
+
+    def find_nearest(sample: IntArray) -> Neighbours:
+        return find_neighbours(stored.__getitem__, numbers, sample, 1, CPU, (0, len(stored)))
+
+    cutoff = CutoffEstimator(len(stored), find_nearest, False).choose(0.0, 0, needed)
     assert needed <= np.count_nonzero(forest <= cutoff) < 2 * needed + 50
-    assert CutoffEstimator(stored.__getitem__, np.arange(len(stored)), CPU, True).choose(0.0, 0, needed) >= 0.9 * cutoff
+    assert CutoffEstimator(len(stored), find_nearest, True).choose(0.0, 0, needed) >= 0.9 * cutoff
 
 
 def test_cutoffs_grow_until_everything_is_within_reach() -> None:
     numbers = np.arange(len(ROWS))
-    nearest = np.sort(find_neighbours(ROWS.__getitem__, numbers, numbers[::4], 1, CPU).distance)
+    nearest = np.sort(find_neighbours(ROWS.__getitem__, numbers, numbers[::4], 1, CPU, (0, len(ROWS))).distance)
     steps = [first_cutoff(nearest, np.ones(len(nearest)), 0.2)]
     reached = np.count_nonzero(nearest <= steps[0])
     assert wider_cutoff(nearest, steps[0], found=100, needed=150) == nearest[int(np.ceil(1.05 * 1.5 * reached))]
