@@ -28,7 +28,7 @@ from balance import describe_machine, unit
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import open_output
 from clipcid_cli.formats.sidecar import ClusterSidecar
-from clipcid_cli.steps.balance import balance_run, report, run, sets, tables
+from clipcid_cli.steps.balance import balance_run, report, run, sets, write
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -87,9 +87,9 @@ def watch_parts() -> dict[str, tuple[float, float]]:
         (run, "make_sets", "search and sets"),
         (run, "audit_kept", "audit"),
         (run, "cap_clusters", "--max-per-cluster"),
-        (tables, "measure_sets", "diameters, farthest images"),
+        (write, "measure_sets", "diameters, farthest images"),
         (report, "find_chains", "chains of the report"),
-        (run, "write_tables", "keep list, sets, curve"),
+        (write, "_write_tables", "keep list, sets, curve"),
         (run, "write_report", "report, chains included"),
     ]
     for module, name, label in parts:
