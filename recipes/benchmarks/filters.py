@@ -90,7 +90,7 @@ def watch_parts() -> dict[str, tuple[float, float]]:
         (write, "measure_sets", "diameters, farthest images"),
         (report, "find_chains", "chains of the report"),
         (write, "_write_tables", "keep list, sets, curve"),
-        (run, "write_report", "report, chains included"),
+        (write, "write_report", "report, chains included"),
     ]
     for module, name, label in parts:
         setattr(module, name, timed(getattr(module, name), label, taken))
