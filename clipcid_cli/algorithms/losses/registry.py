@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 
+# Where CLIP's logit scale starts.
+CLIP_SCALE = 1 / 0.07
+
+
 @dataclasses.dataclass(frozen=True)
 class LossEntry:
     """One loss of the registry.
@@ -19,10 +23,11 @@ class LossEntry:
     Attributes:
         name: Spelling on the command line and in logs.
         summary: What it compares, for docs/distill.md.
-        function: ``module:function`` of its implementation, called as ``f(batch)``, or ``f(batch, scale)`` when it owns a
-            logit scale.
-        own_scale: Whether it learns a logit scale of its own (starting at 1/0.07, kept at or below 100).
-        fuses: Whether it learns layers that join student and teacher.
+        function: ``module:function`` of its implementation, called as ``f(batch)`` with what it learns: ``scale=``, ``bias=``,
+            ``fusion=``.
+        scale: Where a logit scale of its own starts, which is kept in 1 … 100; None for a loss without one.
+        bias: Where a bias of its own starts; None for a loss without one.
+        fuses: Whether it learns layers that join student and teacher, one for images and one for captions.
         masked_patches: Share of an image's patches that are hidden in a further pass of the student's image tower, whose
             features the loss reads; 0 for a loss that has none.
         reads_tokens: Whether it reads the student's features of patches and of caption tokens.
@@ -40,7 +45,8 @@ class LossEntry:
     name: str
     summary: str
     function: str
-    own_scale: bool = False
+    scale: float | None = None
+    bias: float | None = None
     fuses: bool = False
     masked_patches: float = 0.0
     reads_tokens: bool = False
@@ -68,7 +74,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "instance",
             "student image against teacher caption and student caption against teacher image, both ways",
             f"{_PACKAGE}.contrastive:instance",
-            own_scale=True,
+            scale=CLIP_SCALE,
             teacher_towers="any",
             space="teacher",
         ),
@@ -76,7 +82,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "instance-intra",
             "student image against teacher image and student caption against teacher caption, both ways",
             f"{_PACKAGE}.contrastive:instance_intra",
-            own_scale=True,
+            scale=CLIP_SCALE,
             teacher_towers="any",
             space="teacher",
         ),
@@ -84,7 +90,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "cluster",
             "student image against the teacher's clusters: label and soft assignment",
             f"{_PACKAGE}.cluster:cluster",
-            own_scale=True,
+            scale=CLIP_SCALE,
             needs_clusters=True,
             teacher_towers="any",
             space="teacher",
@@ -112,7 +118,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "icl",
             "student image to teacher caption and student caption to teacher image, one way",
             f"{_PACKAGE}.contrastive:interactive",
-            own_scale=True,
+            scale=CLIP_SCALE,
             teacher_towers="any",
             space="teacher",
         ),
@@ -133,7 +139,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "afd",
             "contrastive loss of student and teacher features joined by a learned layer for images and one for captions",
             f"{_PACKAGE}.contrastive:fused",
-            own_scale=True,
+            scale=CLIP_SCALE,
             fuses=True,
         ),
         LossEntry(
@@ -148,7 +154,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "vrd",
             "teacher-student similarities of images follow those of captions; each tower contrasted with the teacher's",
             f"{_PACKAGE}.relations:vertical_relation",
-            own_scale=True,
+            scale=CLIP_SCALE,
             space="teacher",
         ),
         LossEntry(

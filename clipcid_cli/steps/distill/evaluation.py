@@ -21,7 +21,7 @@ from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.models.used_tokens import whole_table
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.runtime.training.trainer import Trainer
+from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.measure import measure
@@ -29,6 +29,7 @@ from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+from clipcid_cli.training.train_state import TrainState
 
 # Held-out samples beyond this many are left to eval-zeroshot: evaluation during training should take seconds.
 _MAX_HELD_OUT = 5_000
@@ -70,21 +71,20 @@ class Evaluation:
     settings: EvalZeroshotSettings
     has_data: bool
 
-    def measure(self, student: ClipModel, machine: Machine, trainer: Trainer) -> dict[str, float]:
+    def measure(self, student: ClipModel, state: TrainState, machine: Machine) -> dict[str, float]:
         """Measure the student as it is, and with its averaged weights, in full precision; call it on every process.
 
         Returns:
             Metrics of the held-out part by name, those of a named data set as ``NAME/METRIC``, without those it has no value
             for (acc5 of four classes), those of the average as ``ema/…``; whole on the first process.
         """
-        average, step = trainer.average, trainer.step
-        metrics = self._measure(student, machine, trainer.plan.decay_after(step))
-        if average is None:
+        metrics = self._measure(student, machine, state.recipe.decay_after(state.step))
+        if state.ema is None:
             return metrics
         averaged = metrics  # before the first step
-        if step:
-            with average.in_place():
-                averaged = self._measure(student, machine, average.unused)
+        if state.step:
+            with state.ema.swapped_in():
+                averaged = self._measure(student, machine, state.ema.unused)
         return metrics | {f"{EMA}{name}": value for name, value in averaged.items()}
 
     def _measure(self, student: ClipModel, machine: Machine, decay: float) -> dict[str, float]:

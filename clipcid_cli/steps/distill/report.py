@@ -14,13 +14,12 @@ from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
-from clipcid_cli.formats.results.run_folder import RunFolder, read_lines
-from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.formats.results.run_folder import read_lines
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.steps.distill.evaluation import EMA, HeldOut, embed_held_out
-from clipcid_cli.steps.distill.inputs import TrainingInputs
-from clipcid_cli.steps.distill.loop import Loop
-from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.distill.inputs import Inputs
+from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher
+from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.settings.fields import output_settings
 
 if TYPE_CHECKING:
@@ -33,70 +32,59 @@ _POINTS = 1_000
 _NAMED = {"acc1": "acc1", "image_retrieval_recall@1": "image R@1"}
 
 
-def write_report(
-    folder: RunFolder, settings: DistillSettings, student: ClipModel, inputs: TrainingInputs, loop: Loop
-) -> str:
-    """Render the report of a finished run.
-
-    Returns:
-        The HTML page.
-    """
-    log, results = read_lines(folder.train_log), read_lines(folder.results_log)
+def write_report(trainer: Trainer) -> str:
+    """Render the report of a finished run, an HTML page."""
+    plan, metrics, held_out = trainer.plan, trainer.metrics, trainer.evaluation.held_out
+    log, results = read_lines(plan.folder.train_log), read_lines(plan.folder.results_log)
     examples: list[dict[str, Any]] = []
     compared: list[dict[str, Any]] = []
-    if loop.evaluation.held_out is not None:
-        images, texts = embed_held_out(student, loop.evaluation.held_out)
-        examples = _find_examples(loop.evaluation.held_out, images, texts)
-        students = {"student": (images, texts)}
-        if loop.trainer.average is not None:
-            with loop.trainer.average.in_place():
-                students["average (EMA)"] = embed_held_out(student, loop.evaluation.held_out)
-        compared = _compare(loop.evaluation.held_out, students, inputs)
+    recalls: dict[str, str] = {}
+    if held_out is not None:
+        recalls = {f"{side}_retrieval_recall@1": f"{side} recall at 1, held out" for side in ("image", "text")}
+        students = {"student": embed_held_out(trainer.student.model, held_out)}
+        examples = _find_examples(held_out, *students["student"])
+        if trainer.state.ema is not None:
+            with trainer.state.ema.swapped_in():
+                students["average (EMA)"] = embed_held_out(trainer.student.model, held_out)
+        compared = _compare(held_out, students, plan.inputs)
     return render_report(
         "distill.html",
-        name=folder.path.name,
-        student=student.info,
-        losses=" + ".join(f"{weight:g} · {name}" for name, weight in loop.objective.weights.items()),
-        steps=loop.schedule.steps,
-        batch_size=loop.order.batch_size,
-        training=inputs.training.total,
-        held_out=inputs.held_out.total,
-        headline=[
-            (f"{side} recall at 1, held out", loop.metrics[name])
-            for side in ("image", "text")
-            if loop.evaluation.held_out is not None and (name := f"{side}_retrieval_recall@1") in loop.metrics
-        ],
-        loss_figure=_draw_losses(log, list(loop.objective.weights)),
-        recall_figure=_draw_recalls(results) if loop.evaluation.held_out is not None and len(results) > 1 else None,
+        name=plan.folder.path.name,
+        student=trainer.student.model.info,
+        losses=" + ".join(f"{weight:g} · {name}" for name, weight in trainer.objective.weights.items()),
+        steps=plan.steps,
+        batch_size=plan.batch_size,
+        training=plan.inputs.training.total,
+        held_out=plan.inputs.held_out.total,
+        headline=[(title, metrics[name]) for name, title in recalls.items() if name in metrics],
+        loss_figure=_draw_losses(log, list(trainer.objective.weights)),
+        recall_figure=_draw_recalls(results) if held_out is not None and len(results) > 1 else None,
         named_figure=_draw_named(results) if len(results) > 1 else None,
         rate_figure=_draw("Learning rate", log, [Curve("lr", "")], ylabel="learning rate"),
         scale_figure=_draw_scales(log),
         compared=compared,
-        compared_on=0 if loop.evaluation.held_out is None else len(loop.evaluation.held_out.samples),
+        compared_on=0 if held_out is None else len(held_out.samples),
         examples=examples,
-        inputs=_list_inputs(inputs),
-        settings=output_settings(settings),
+        inputs=_list_inputs(plan.inputs),
+        settings=output_settings(trainer.settings),
     )
 
 
-def _compare(
-    held_out: HeldOut, students: dict[str, tuple[Tensor, Tensor]], inputs: TrainingInputs
-) -> list[dict[str, Any]]:
+def _compare(held_out: HeldOut, students: dict[str, tuple[Tensor, Tensor]], inputs: Inputs) -> list[dict[str, Any]]:
     """Measure students and teacher on the held-out samples with a stored embedding; of a student alone, nothing.
 
     Args:
         students: Image and text rows by name.
     """
-    stored, known, rows = inputs.teacher_inputs, np.arange(len(held_out.samples)), dict(students)
-    if stored is not None and stored.embeddings is not None and stored.embeddings.has_texts:
+    stored, known, rows = inputs.embeddings, np.arange(len(held_out.samples)), dict(students)
+    if stored is not None and stored.has_texts:
         places = inputs.held_out.column("embeddings")[held_out.rows].astype(np.int64)
         known = np.flatnonzero(places >= 0)
-        of_teacher = [
-            side.take(places[known])
-            for side in (stored.embeddings.rows(Kind.IMAGES), stored.embeddings.rows(Kind.TEXTS))
-        ]
         rows = {name: (images[known], texts[known]) for name, (images, texts) in students.items()}
-        rows["teacher"] = (torch.from_numpy(of_teacher[0]).float(), torch.from_numpy(of_teacher[1]).float())
+        images, texts = (
+            torch.from_numpy(stored.rows(kind).take(places[known])).float() for kind in (Kind.IMAGES, Kind.TEXTS)
+        )
+        rows["teacher"] = images, texts
     if len(known) < 2 or len(rows) < 2:
         return []
     own = torch.arange(len(known))
@@ -207,14 +195,13 @@ def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def _list_inputs(inputs: TrainingInputs) -> list[tuple[str, str]]:
-    keep_list = "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)
-    found = [("data", inputs.dataset.spec), ("keep list", keep_list)]
-    if inputs.teacher_inputs is not None:
-        if inputs.teacher_inputs.online is not None:
-            found.append(("teacher", f"{inputs.teacher_inputs.online.spec}, run alongside the student"))
-        if inputs.teacher_inputs.embeddings is not None:
-            found.append(("embeddings", str(inputs.teacher_inputs.embeddings.folder)))
-        if inputs.teacher_inputs.clusters is not None:
-            found.append(("clusters", str(inputs.teacher_inputs.clusters.folder)))
+def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
+    found = [("data", inputs.dataset.spec)]
+    found.append(("keep list", "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)))
+    if isinstance(inputs.teacher, OnlineTeacher):
+        found.append(("teacher", f"{inputs.teacher.name.spec}, run alongside the student"))
+    if inputs.embeddings is not None:
+        found.append(("embeddings", str(inputs.embeddings.folder)))
+    if inputs.clusters is not None:
+        found.append(("clusters", str(inputs.clusters.files.folder)))
     return found
