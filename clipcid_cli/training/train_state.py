@@ -32,7 +32,6 @@ class TrainState:
         self,
         module: nn.Module,
         of_losses: nn.Module,
-        log_scales: Mapping[str, nn.Parameter],
         recipe: Recipe,
         dtype: torch.dtype = torch.float32,
         *,
@@ -42,14 +41,14 @@ class TrainState:
 
         Args:
             module: The student.
-            of_losses: What the losses themselves learn.
-            log_scales: Those of it that are logarithms of logit scales, by the name of their loss.
+            of_losses: What the losses themselves learn; its ``log_scales`` are logarithms of logit scales, by loss.
             dtype: Number format of the step's matrix products. With float16 the loss is scaled up before the backward pass.
             ema: Decay of the average of the weights.
         """
         self.module, self.of_losses, self.recipe = module, of_losses, recipe
         student_scale: Any = module.logit_scale
-        self.log_scales = {"student": student_scale, **log_scales}
+        of_each_loss: Any = of_losses.log_scales
+        self.log_scales: dict[str, nn.Parameter] = {"student": student_scale, **of_each_loss}
         self.optimizer = recipe.make_optimizer(module, of_losses.parameters(), dtype)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self._scaler = torch.amp.GradScaler(student_scale.device.type, enabled=dtype == torch.float16)

@@ -77,9 +77,8 @@ class Trainer:
         if student.trains_text and not settings.caption_dropout:
             set_unused_tokens_aside(model, inputs, reporter)
         reporter.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
-        parameters = self.objective.parameters
         self.state = TrainState(
-            model.module, parameters, parameters.log_scales, plan.recipe, student.precision.dtype, ema=settings.ema
+            model.module, self.objective.parameters, plan.recipe, student.precision.dtype, ema=settings.ema
         )
         self.bad: dict[str, str] = {}
         if output is not None:
