@@ -161,7 +161,7 @@ def formula_rows(  # one branch a loss
     """
     f = n if fixed is None else fixed
     s, v, t, u = (n[key] for key in "svtu")
-    scale, bias, student_scale = float(n["scale"]), float(n["bias"]), float(n["student_scale"])
+    scale, student_scale = float(n["scale"]), float(n["student_scale"])
     across = [pair for pair, tower in (((s, u), "u"), ((v, t), "t")) if tower in towers]
     beside = [pair for pair, tower in (((s, t), "t"), ((v, u), "u")) if tower in towers]
 
@@ -238,7 +238,7 @@ def formula(name: str, n: Numbers, own: slice = slice(None), **options: object) 
 
 
 def slopes(name: str, n: Numbers, own: slice) -> list[np.ndarray]:
-    """Derivatives of `formula` by s, v, scale, bias and the student's scale, as central differences with fixed targets held."""
+    """Derivatives of `formula` by s, v, scale, bias and the student's scale, as central differences; fixed targets held."""
     step, found = 1e-6, []
     for key in ("s", "v", "scale", "bias", "student_scale"):
         slope = np.zeros(n[key].shape)

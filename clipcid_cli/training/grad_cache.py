@@ -10,7 +10,7 @@ Source: Gao et al. 2021 (GradCache, arXiv 2101.06983); open_clip's ``--accum-fre
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,16 +42,18 @@ class GradCache:
         features: Those of all parts, detached from the towers; the losses' backward pass sets their gradients.
     """
 
-    def __init__(self, encode: Callable[[int], Features], num_parts: int) -> None:
+    def __init__(self, encode: Callable[[int], Features], seeds: Sequence[int]) -> None:
         """Encode the batch.
 
         Args:
-            encode: Encodes a part by its number; called twice, it must return the same.
+            encode: Encodes a part by its number.
+            seeds: Seed of dropout and the like for each part, the same both times that it is encoded.
         """
-        self._encode = encode
+        self._encode_part, self._seeds = encode, seeds
+        last = len(seeds) - 1
         with torch.no_grad():
-            parts = [encode(number) for number in range(num_parts - 1)]
-        self._last = encode(num_parts - 1)
+            parts = [self._encode(number) for number in range(last)]
+        self._last = self._encode(last)
         parts.append(self._last)
         self._sizes = [[0 if rows is None else len(rows) for rows in part] for part in parts]
         self.features = Features(*(_join(kind) for kind in zip(*parts, strict=True)))
@@ -80,6 +82,10 @@ class GradCache:
             ]
             if pairs:
                 torch.autograd.backward(*zip(*pairs, strict=True))
+
+    def _encode(self, number: int) -> Features:
+        torch.manual_seed(self._seeds[number])  # nothing to save, nothing to restore
+        return self._encode_part(number)
 
 
 def _join(parts: tuple[Tensor | None, ...]) -> Tensor | None:

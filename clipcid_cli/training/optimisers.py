@@ -51,7 +51,7 @@ class Recipe:
     def make_optimizer(
         self, module: nn.Module, of_losses: Iterable[nn.Parameter], dtype: torch.dtype
     ) -> torch.optim.AdamW:
-        """Make AdamW or Muon, whose products are in `dtype`; vectors, scalars and the losses' own parameters are not decayed.
+        """Make AdamW, or Muon whose products are in `dtype`; vectors, scalars and the losses' parameters are not decayed.
 
         Norms, biases, class tokens' vectors and logit scales all have fewer than two dimensions.
 

@@ -11,7 +11,6 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-
 # Where CLIP's logit scale starts.
 CLIP_SCALE = 1 / 0.07
 

@@ -125,9 +125,7 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
         try:
             teacher = load_model(with_default_tag(parse_model(spec)), machine.device)
         except ClipcidError as error:
-            trainer.reporter.note(
-                f"The time that the teacher would take in the loop is not measured: {error.message}"
-            )
+            trainer.reporter.note(f"The time that the teacher would take in the loop is not measured: {error.message}")
             return None
     images, texts = _time_teacher(teacher, trainer.plan.batch_size // machine.size, settings.precision)
     seconds = images + texts

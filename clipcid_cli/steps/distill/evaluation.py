@@ -21,7 +21,6 @@ from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.models.used_tokens import whole_table
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.measure import measure

@@ -110,7 +110,7 @@ def plan_run(
         scratch: Folder for what a run keeps in the work directory, which a dry run leaves as it is.
     """
     inputs = find_inputs(settings, embeddings, scratch, reporter)
-    batch_size = _choose_batch_size(settings, inputs.training.total, machine)
+    batch_size = choose_batch_size(settings, inputs.training.total, machine)
     extra_texts = inputs.num_extra_texts(batch_size)
     if extra_texts % machine.size:
         raise UsageError(
@@ -123,7 +123,9 @@ def plan_run(
     steps = recipe.steps
     plan = Plan(
         inputs=inputs,
-        folder=RunFolder(WorkDirectory(settings.work).distill(settings.name or default_name(settings, student, inputs))),
+        folder=RunFolder(
+            WorkDirectory(settings.work).distill(settings.name or default_name(settings, student, inputs))
+        ),
         tasks=tasks,
         recipe=recipe,
         batch_size=batch_size,
@@ -141,25 +143,23 @@ def plan_run(
     return plan
 
 
-def default_batch_size(settings: DistillSettings, samples: int, machine: Machine) -> int:
-    """Choose a batch size: the largest power of two that leaves enough steps, within the bounds; it divides evenly.
+def choose_batch_size(settings: DistillSettings, samples: int, machine: Machine) -> int:
+    """Return the size of a global batch, which all processes and parts divide; refuse one that is larger than the data.
+
+    By default it is the largest power of two that leaves enough steps, within the bounds.
 
     Args:
         samples: Number of samples to train on.
     """
-    size = _SMALLEST_BATCH
-    if machine.device.type == "cuda" and settings.steps is None:
-        shown = (settings.epochs or DEFAULT_EPOCHS) * samples
-        while 2 * size <= min(_LARGEST_BATCH_PER_GPU * machine.size, shown // _ENOUGH_STEPS):
-            size *= 2
     divisor = machine.size * settings.accum_freq
-    return max(divisor, min(size, samples) // divisor * divisor)
-
-
-def _choose_batch_size(settings: DistillSettings, samples: int, machine: Machine) -> int:
-    """Return the size of a global batch, which all processes and parts divide; refuse one that is larger than the data."""
-    divisor = machine.size * settings.accum_freq
-    batch_size = settings.batch_size or default_batch_size(settings, samples, machine)
+    batch_size = settings.batch_size
+    if batch_size is None:
+        batch_size = _SMALLEST_BATCH
+        if machine.device.type == "cuda" and settings.steps is None:
+            shown = (settings.epochs or DEFAULT_EPOCHS) * samples
+            while 2 * batch_size <= min(_LARGEST_BATCH_PER_GPU * machine.size, shown // _ENOUGH_STEPS):
+                batch_size *= 2
+        batch_size = max(divisor, min(batch_size, samples) // divisor * divisor)
     if batch_size % divisor:
         raise UsageError(
             f"--batch-size {batch_size} does not divide into {machine.size} x {settings.accum_freq} equal parts "

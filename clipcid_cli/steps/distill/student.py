@@ -80,13 +80,7 @@ class Student:
             [None] * len(seeds) if rows is None else rows.tensor_split(len(seeds))
             for rows in (batch.pixels, batch.colors, batch.tokens, batch.kept_patches)
         ]
-
-        def encode_part(number: int) -> Features:
-            # A part draws from a seed of its own, the same when it is encoded again: nothing to save, nothing to restore.
-            torch.manual_seed(seeds[number])
-            return self._encode(*(parts[number] for parts in cut))
-
-        return GradCache(encode_part, len(seeds))
+        return GradCache(lambda number: self._encode(*(parts[number] for parts in cut)), seeds)
 
     def _encode(self, pixels: Any, colors: Tensor | None, tokens: Any, kept_patches: Tensor | None) -> Features:
         if colors is not None:

@@ -112,7 +112,7 @@ class Trainer:
         with (
             closing(self.batches.load(steps, plan.workers)) as batches,
             self.reporter.progress("distill", len(steps) * plan.batch_size, "samples") as progress,
-            ):
+        ):
             for step in range(first + 1, plan.steps + 1):
                 before = time.monotonic()
                 batch = next(batches)

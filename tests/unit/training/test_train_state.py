@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -38,7 +39,10 @@ def step_once(model: nn.Module, state: TrainState, tokens: torch.Tensor, seed: i
 
 
 def test_only_matrices_of_the_student_are_decayed() -> None:
-    model, parameters = make_model(), LossParameters(["instance", "cluster"], 32, SharedSpace(64, is_learned=True), seed=0)
+    model, parameters = (
+        make_model(),
+        LossParameters(["instance", "cluster"], 32, SharedSpace(64, is_learned=True), seed=0),
+    )
     state = TrainState(model, parameters, RECIPE)
     decayed, plain = state.optimizer.param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -72,7 +76,9 @@ def test_gradients_arrive_in_the_order_in_which_they_are_sent(grad_checkpointing
     tokens = torch.randint(1, 49407, (4, 12))
     image, text = model.encode_image(torch.randn(4, 3, 32, 32)), model.encode_text(tokens)  # type: ignore[operator]
     torch.autograd.backward([image, text], [torch.ones_like(image), torch.ones_like(text)])
-    sent = [id(parameter) for tower in backward_order(model) for parameter in tower if parameter is not model.logit_scale]
+    sent = [
+        id(parameter) for tower in backward_order(model) for parameter in tower if parameter is not model.logit_scale
+    ]
     assert sorted(arrived) == sorted(sent)
     place = {parameter: number for number, parameter in enumerate(arrived)}
     # Until any number of them can be sent, at most a layer's further ones arrive.
@@ -150,3 +156,28 @@ def test_state_goes_back_to_a_checkpoint_exactly(tmp_path: Path) -> None:
         step_once(other, resumed, tokens, step)
     for name, tensor in expected.items():
         assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_float16_gradients_are_scaled_and_an_overflow_is_left_out() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 2))
+            self.logit_scale = nn.Parameter(torch.tensor(1.0))
+
+    model = Model()
+    recipe = dataclasses.replace(RECIPE, lr=0.1, weight_decay=0.0, warmup=0)
+    state = TrainState(model, LossParameters([], 2, SharedSpace(2), seed=0), recipe, torch.float16)
+    state.backward(3 * model.weight.sum())
+    assert model.weight.grad is not None
+    assert float(model.weight.grad.max()) > 1000  # scaled up
+    assert float(state.clip_grad_norm()) == pytest.approx(6.0)  # and down again before it is clipped
+    state.update()
+    assert not torch.equal(model.weight.detach(), torch.ones(2, 2))
+    before, scale = model.weight.detach().clone(), state.state_dict()["scaler"]["scale"]
+    state.backward(torch.inf * model.weight.sum())
+    assert state.may_overflow
+    state.clip_grad_norm()
+    state.update()
+    assert torch.equal(model.weight.detach(), before)
+    assert state.state_dict()["scaler"]["scale"] == scale / 2

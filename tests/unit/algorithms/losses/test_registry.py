@@ -20,7 +20,10 @@ def test_entry_is_complete(name: str) -> None:
     function = load_loss(name)
     assert "Source: " in (inspect.getdoc(function) or "")
     learned = {"scale": entry.scale is not None, "bias": entry.bias is not None, "fusion": entry.fuses}
-    assert list(inspect.signature(function).parameters) == ["batch", *(part for part, is_own in learned.items() if is_own)]
+    assert list(inspect.signature(function).parameters) == [
+        "batch",
+        *(part for part, is_own in learned.items() if is_own),
+    ]
     assert entry.needs_teacher or (entry.space == "own" and not entry.needs_clusters)
 
 
