@@ -56,7 +56,7 @@ class GradCache:
         self._last = self._encode(last)
         parts.append(self._last)
         self._sizes = [[0 if rows is None else len(rows) for rows in part] for part in parts]
-        self.features = Features(*(_join(kind) for kind in zip(*parts, strict=True)))
+        self.features = Features._make(_join(kind) for kind in zip(*parts, strict=True))
 
     def backward(self, before_last: Callable[[], None]) -> None:
         """Propagate the gradients of the features through the towers.
@@ -66,7 +66,7 @@ class GradCache:
         """
         # For each kind of feature its gradients by part, and None for a kind that no loss reads.
         gradients = [
-            None if rows is None or rows.grad is None else torch.split(rows.grad, sizes)
+            None if rows is None or rows.grad is None else rows.grad.split(list(sizes))
             for rows, sizes in zip(self.features, zip(*self._sizes, strict=True), strict=True)
         ]
         # The last part's activations exist already; freed first, they leave room for the others'.
@@ -81,7 +81,7 @@ class GradCache:
                 if rows is not None and rows.requires_grad and gradient is not None
             ]
             if pairs:
-                torch.autograd.backward(*zip(*pairs, strict=True))
+                torch.autograd.backward([rows for rows, _ in pairs], [gradient for _, gradient in pairs])
 
     def _encode(self, number: int) -> Features:
         torch.manual_seed(self._seeds[number])  # nothing to save, nothing to restore

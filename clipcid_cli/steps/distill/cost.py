@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import msgspec
 import torch
@@ -14,11 +14,12 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
-from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.distill.teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.embed.cost import TYPICAL_CAPTION
+from clipcid_cli.steps.evaluate.results import Preview
 
 _MEASURED = 3
 # The first step also allocates, and compiles with --torchcompile.
@@ -62,7 +63,7 @@ class DistillCost(msgspec.Struct):
     seconds: dict[str, float]
     teacher: TeacherCost | None
     files: dict[str, str] = {}
-    evaluations: list[Any] = []
+    evaluations: list[Preview] = []
 
 
 def estimate_cost(trainer: Trainer) -> DistillCost:
@@ -104,7 +105,7 @@ def _measure_steps(trainer: Trainer) -> tuple[float, float, int]:
     device = trainer.machine.device
     prepared, trained = list[float](), list[float]()
     for dealt in trainer.batches.deal(range(_WARM_UP + _MEASURED)):
-        made = time_trial(lambda: [trainer.maker(work) for work in dealt.work], warm_up=0)
+        made = time_trial(partial(lambda items: [trainer.maker(item) for item in items], dealt.work), warm_up=0)
         prepared.append(made.seconds)
         batch = trainer.batches.finish(dealt, made.result)
         step = time_trial(partial(trainer.step, batch), device, warm_up=0)
@@ -160,13 +161,12 @@ def _time_teacher(teacher: ClipModel, count: int, requested: str) -> tuple[float
     height, width = teacher.info.image_size
     pixels = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
     tokens = teacher.tokenizer([TYPICAL_CAPTION] * count)
-    images, texts = (
-        time_trial(
-            lambda: [encode(part, precision) for part in torch.split(inputs, SAMPLES_AT_ONCE)],
-            teacher.device,
-            warm_up=_WARM_UP,
-            repeats=_MEASURED,
-        ).seconds
-        for encode, inputs in ((teacher.encode_images, pixels), (teacher.encode_texts, tokens))
-    )
-    return images, texts
+
+    def measure(encode: Callable[[torch.Tensor, Precision], object], inputs: torch.Tensor) -> float:
+        def encode_all() -> None:
+            for part in torch.split(inputs, SAMPLES_AT_ONCE):
+                encode(part, precision)
+
+        return time_trial(encode_all, teacher.device, warm_up=_WARM_UP, repeats=_MEASURED).seconds
+
+    return measure(teacher.encode_images, pixels), measure(teacher.encode_texts, tokens)

@@ -127,7 +127,7 @@ class Objective:
         return {name: F.normalize(found, dim=1) for name, found in rows.items()}
 
     def _project_tokens(self, tokens_bLd: Tensor | None, learned: nn.Module | None, count: int) -> Tensor | None:
-        """Return unit rows of patches or tokens in the shared space, and zeros where there is none, without further texts'."""
+        """Return unit rows of patches or tokens in the shared space, zeros where there is none; none of further texts."""
         if tokens_bLd is None:
             return None
         found = tokens_bLd[:count].float()

@@ -24,7 +24,7 @@ from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_setti
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
-from clipcid_cli.steps.evaluate.zeroshot import refuse_clashes, refuse_measured
+from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
 from clipcid_cli.steps.keep_list import NO_KEEP_LIST
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -48,7 +48,7 @@ class Plan:
 
     Attributes:
         folder: Where it is written.
-        tasks: The data sets of ``--eval-data``.
+        evaluations: What `eval-zeroshot` measures in the end: the students on the data sets of ``--eval-data``.
         recipe: How parameters are updated, for how many steps.
         batch_size: Samples of a global batch.
         extra_texts: Further texts of a step, over all processes.
@@ -58,7 +58,7 @@ class Plan:
 
     inputs: Inputs
     folder: RunFolder
-    tasks: list[ZeroshotTask]
+    evaluations: ZeroshotPlan
     recipe: Recipe
     batch_size: int
     extra_texts: int
@@ -120,13 +120,17 @@ def plan_run(
     recipe = _choose_recipe(settings, inputs, batch_size, student.model.info.embed_dim, reporter)
     if extra_texts:
         reporter.note(f"Each step the text tower sees {extra_texts:,} further texts.")
+    folder = RunFolder(WorkDirectory(settings.work).distill(settings.name or _default_name(settings, student, inputs)))
+    students = [ModelName(str(path), "folder", path=path) for path in folder.students(ema=settings.ema is not None)]
+    evaluations = ZeroshotPlan(students, tasks, zeroshot_settings(settings))
+    # Before the start, which removes what an unfinished run left.
+    if not sidecar_path(folder.path, "distill").exists():
+        evaluations.validate_unmeasured()
     steps = recipe.steps
-    plan = Plan(
+    return Plan(
         inputs=inputs,
-        folder=RunFolder(
-            WorkDirectory(settings.work).distill(settings.name or default_name(settings, student, inputs))
-        ),
-        tasks=tasks,
+        folder=folder,
+        evaluations=evaluations,
         recipe=recipe,
         batch_size=batch_size,
         extra_texts=extra_texts,
@@ -135,12 +139,6 @@ def plan_run(
         eval_every=settings.eval_every or max(1, steps // 10),
         checkpoint_every=settings.checkpoint_every or max(1, min(1_000, steps // 10)),
     )
-    students = trained_models(plan.folder, settings)
-    refuse_clashes(students, tasks)
-    # Before the start, which removes what an unfinished run left.
-    if not sidecar_path(plan.folder.path, "distill").exists():
-        refuse_measured(students, tasks, zeroshot_settings(settings))
-    return plan
 
 
 def choose_batch_size(settings: DistillSettings, samples: int, machine: Machine) -> int:
@@ -217,15 +215,10 @@ def _describe_shuffle(shards: int) -> str:
     )
 
 
-def default_name(settings: DistillSettings, student: Student, inputs: Inputs) -> str:
+def _default_name(settings: DistillSettings, student: Student, inputs: Inputs) -> str:
     """Name a run after its student, preset and seed, with `all` where there is no keep list."""
     parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
     return "-".join(parts if inputs.keep_list is not None else [*parts, "all"])
-
-
-def trained_models(folder: RunFolder, settings: DistillSettings) -> list[ModelName]:
-    """Name the models that a run ends with, as `eval-zeroshot` takes them."""
-    return [ModelName(str(path), "folder", path=path) for path in folder.students(ema=settings.ema is not None)]
 
 
 def identity(settings: DistillSettings, student: Student, plan: Plan) -> dict[str, Any]:

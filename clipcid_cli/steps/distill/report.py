@@ -16,7 +16,7 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.results.run_folder import read_lines
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
-from clipcid_cli.steps.distill.evaluation import EMA, HeldOut, embed_held_out
+from clipcid_cli.steps.distill.evaluation import EMA, HeldOut
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher
 from clipcid_cli.steps.distill.trainer import Trainer
@@ -41,11 +41,11 @@ def write_report(trainer: Trainer) -> str:
     recalls: dict[str, str] = {}
     if held_out is not None:
         recalls = {f"{side}_retrieval_recall@1": f"{side} recall at 1, held out" for side in ("image", "text")}
-        students = {"student": embed_held_out(trainer.student.model, held_out)}
+        students = {"student": held_out.encode(trainer.student.model)}
         examples = _find_examples(held_out, *students["student"])
         if trainer.state.ema is not None:
             with trainer.state.ema.swapped_in():
-                students["average (EMA)"] = embed_held_out(trainer.student.model, held_out)
+                students["average (EMA)"] = held_out.encode(trainer.student.model)
         compared = _compare(held_out, students, plan.inputs)
     return render_report(
         "distill.html",

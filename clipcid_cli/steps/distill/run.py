@@ -19,14 +19,14 @@ from clipcid_cli.runtime.loading import start_worker_server
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.distill.cost import DistillCost, estimate_cost
-from clipcid_cli.steps.distill.evaluation import zeroshot_settings
 from clipcid_cli.steps.distill.inputs import find_embeddings
-from clipcid_cli.steps.distill.plan import check_named, identity, plan_run, trained_models
+from clipcid_cli.steps.distill.plan import check_named, identity, plan_run
 from clipcid_cli.steps.distill.report import write_report
 from clipcid_cli.steps.distill.student import load_student, write_students
 from clipcid_cli.steps.distill.teacher import describe_weights, load_online_model
 from clipcid_cli.steps.distill.trainer import Trainer
-from clipcid_cli.steps.evaluate.zeroshot import evaluate_models, plan_results
+from clipcid_cli.steps.evaluate.results import ZeroshotResult, ZeroshotResults
+from clipcid_cli.steps.evaluate.zeroshot import evaluate
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.scratch import scratch_folder
@@ -49,7 +49,7 @@ class Distilled(msgspec.Struct):
     samples_per_second: float
     losses: dict[str, float]
     metrics: dict[str, float]
-    evaluations: list[Any]
+    evaluations: list[ZeroshotResult]
     seconds: dict[str, float]
     files: dict[str, str]
 
@@ -67,7 +67,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
         embeddings = find_embeddings(settings, machine, reporter)
         plan = machine.on_main(lambda: plan_run(settings, student, embeddings, tasks, scratch, machine, reporter))
         teacher = load_online_model(plan.inputs, machine)
-        folder, zeroshot = plan.folder, zeroshot_settings(settings)
+        folder = plan.folder
         wanted: dict[str, Any] = {
             "settings": identity(settings, student, plan),
             "inputs": plan.inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
@@ -78,7 +78,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
             machine.on_main(lambda: find_output(folder.path, "distill", DistillSidecar, **wanted))
             check_samples(plan.inputs.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
             cost = estimate_cost(Trainer(settings, plan, student, teacher, machine, reporter))
-            cost.evaluations = plan_results(trained_models(folder, settings), tasks, zeroshot, reporter)
+            cost.evaluations = plan.evaluations.preview(reporter)
             return cost
         with claim_output(machine, folder.path, "distill", DistillSidecar, **wanted) as output:
             sidecar = output.finished
@@ -98,8 +98,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
                 unreadable = trainer.unreadable_images()
                 sidecar = machine.on_main(lambda: write(trainer, output, unreadable, speed, seconds))
             # After the sidecar: a run that is killed here is finished, and evaluates what is left when it is run again.
-            students = trained_models(folder, settings)
-            evaluations, summary = evaluate_models(students, tasks, machine, zeroshot, reporter) if tasks else ([], {})
+            evaluated = evaluate(plan.evaluations, machine, reporter) if tasks else ZeroshotResults([], {})
     files = {
         "student": folder.student,
         **({"student_ema": folder.student_ema} if sidecar.made.ema is not None else {}),
@@ -110,10 +109,10 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
     }
     return Distilled(
         student=str(folder.student),
-        evaluations=evaluations,
+        evaluations=evaluated.results,
         seconds=sidecar.seconds,
         files={name: str(path) for name, path in files.items()}
-        | {f"evaluation_{name}": path for name, path in summary.items()},
+        | {f"evaluation_{name}": path for name, path in evaluated.files.items()},
         **sidecar.result,
     )
 

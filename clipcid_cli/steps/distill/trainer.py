@@ -29,7 +29,7 @@ from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
-from clipcid_cli.steps.distill.evaluation import prepare_evaluation
+from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.plan import Plan
 from clipcid_cli.steps.distill.student import Student, set_unused_tokens_aside, warn_of_batch_statistics
@@ -87,7 +87,7 @@ class Trainer:
             warn_of_batch_statistics(model, reporter)
         clusters = None if teacher is None else teacher.clusters
         self.batches = Batches(inputs, self.maker, clusters, plan.batch_size, settings.seed, machine)
-        self.evaluation = prepare_evaluation(settings, inputs, student, plan.tasks, machine)
+        self.evaluation = Evaluation.prepare(settings, inputs, model, plan.evaluations.tasks, machine)
         self.log = TrainingLog(
             plan.folder,
             self.state.step,
@@ -228,7 +228,7 @@ class Trainer:
     def _evaluate(self) -> None:
         if not self.evaluation.has_data:
             return
-        metrics = self.evaluation.measure(self.student.model, self.state, self.machine)
+        metrics = self.evaluation.measure(self.student.model, self.state)
         if self.machine.is_main:
             self.log.add_evaluation(self.state.step, metrics)
         self.metrics = self.machine.broadcast(metrics)
