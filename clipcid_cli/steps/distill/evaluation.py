@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ from clipcid_cli.runtime.models.used_tokens import whole_table
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.training.trainer import Trainer
 from clipcid_cli.steps.distill.samples import index_of
-from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.measure import measure
+from clipcid_cli.steps.evaluate.model import TaskEncoder, TaskRows
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -110,9 +111,14 @@ class Evaluation:
         )
         with whole_table(student.module, decay):
             for task in self.tasks:
-                found = measure(encoder, task, self.settings).result.metrics.items()
-                metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
+                rows = encoder.encode(task)
+                found = machine.on_main(partial(_metrics_of, encoder, rows, self.settings))
+                metrics |= {f"{task.name}/{name}": value for name, value in found.items() if math.isfinite(value)}
         return metrics
+
+
+def _metrics_of(encoder: TaskEncoder, rows: TaskRows, settings: EvalZeroshotSettings) -> dict[str, float]:
+    return measure(encoder, rows, settings).metrics
 
 
 def share_statistics(module: nn.Module, machine: Machine) -> None:
