@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -30,43 +31,50 @@ _NUM_FOUND = 6
 _POINTS = 1_000
 # What is drawn of a data set of --eval-data, and what it is called.
 _NAMED = {"acc1": "acc1", "image_retrieval_recall@1": "image R@1"}
+_SIDES = ("image", "text")
 
 
 def write_report(trainer: Trainer) -> str:
     """Render the report of a finished run, an HTML page."""
     plan, metrics, held_out = trainer.plan, trainer.metrics, trainer.evaluation.held_out
     log, results = read_lines(plan.folder.train_log), read_lines(plan.folder.results_log)
-    examples: list[dict[str, Any]] = []
-    compared: list[dict[str, Any]] = []
-    recalls: dict[str, str] = {}
+    scales = [name for name in (log[0] if log else {}) if name.startswith("scale_")]
+    measured: dict[str, Any] = {"headline": [], "recall_figure": None, "compared": [], "compared_on": 0, "examples": []}
     if held_out is not None:
-        recalls = {f"{side}_retrieval_recall@1": f"{side} recall at 1, held out" for side in ("image", "text")}
-        students = {"student": held_out.encode(trainer.student.model)}
-        examples = _find_examples(held_out, *students["student"])
+        rows = {"student": held_out.encode(trainer.student.model)}
         if trainer.state.ema is not None:
             with trainer.state.ema.swapped_in():
-                students["average (EMA)"] = held_out.encode(trainer.student.model)
-        compared = _compare(held_out, students, plan.inputs)
+                rows["average (EMA)"] = held_out.encode(trainer.student.model)
+        recalls = {f"{side} recall at 1, held out": f"{side}_retrieval_recall@1" for side in _SIDES}
+        measured = {
+            "headline": [(title, metrics[name]) for title, name in recalls.items() if name in metrics],
+            "recall_figure": _draw_recalls(results) if len(results) > 1 else None,
+            "compared": _compare(held_out, rows, plan.inputs),
+            "compared_on": len(held_out.samples),
+            "examples": _find_examples(held_out.samples, *rows["student"]),
+        }
+    weights, losses = trainer.objective.weights, {f"loss_{name}": name for name in trainer.objective.weights}
     return render_report(
         "distill.html",
         name=plan.folder.path.name,
         student=trainer.student.model.info,
-        losses=" + ".join(f"{weight:g} · {name}" for name, weight in trainer.objective.weights.items()),
+        losses=" + ".join(f"{weight:g} · {name}" for name, weight in weights.items()),
         steps=plan.steps,
         batch_size=plan.batch_size,
         training=plan.inputs.training.total,
         held_out=plan.inputs.held_out.total,
-        headline=[(title, metrics[name]) for name, title in recalls.items() if name in metrics],
-        loss_figure=_draw_losses(log, list(trainer.objective.weights)),
-        recall_figure=_draw_recalls(results) if held_out is not None and len(results) > 1 else None,
+        loss_figure=_draw("Losses", log, _in_turn(losses), smooth=True, ylabel="loss"),
         named_figure=_draw_named(results) if len(results) > 1 else None,
         rate_figure=_draw("Learning rate", log, [Curve("lr", "")], ylabel="learning rate"),
-        scale_figure=_draw_scales(log),
-        compared=compared,
-        compared_on=0 if held_out is None else len(held_out.samples),
-        examples=examples,
+        scale_figure=_draw(
+            "Logit scales",
+            log,
+            _in_turn({name: name.removeprefix("scale_") for name in scales}),
+            ylabel="logit scale",
+        ),
         inputs=_list_inputs(plan.inputs),
         settings=output_settings(trainer.settings),
+        **measured,
     )
 
 
@@ -76,7 +84,7 @@ def _compare(held_out: HeldOut, students: dict[str, tuple[Tensor, Tensor]], inpu
     Args:
         students: Image and text rows by name.
     """
-    stored, known, rows = inputs.embeddings, np.arange(len(held_out.samples)), dict(students)
+    stored, rows = inputs.embeddings, students
     if stored is not None and stored.has_texts:
         places = inputs.held_out.column("embeddings")[held_out.rows].astype(np.int64)
         known = np.flatnonzero(places >= 0)
@@ -85,22 +93,21 @@ def _compare(held_out: HeldOut, students: dict[str, tuple[Tensor, Tensor]], inpu
             torch.from_numpy(stored.rows(kind).take(places[known])).float() for kind in (Kind.IMAGES, Kind.TEXTS)
         )
         rows["teacher"] = images, texts
-    if len(known) < 2 or len(rows) < 2:
+    own = torch.arange(len(rows["student"][0]))
+    if len(own) < 2 or len(rows) < 2:
         return []
-    own = torch.arange(len(known))
     return [{"name": name, "metrics": retrieval_metrics(*sides, own)} for name, sides in rows.items()]
 
 
-def _find_examples(held_out: HeldOut, images: Tensor, texts: Tensor) -> list[dict[str, Any]]:
-    count = min(_NUM_FOUND, len(images))
-    similarities, found = (texts[:_NUM_EXAMPLES] @ images.T).topk(count, dim=1)
+def _find_examples(samples: Sequence[Sample], images: Tensor, texts: Tensor) -> list[dict[str, Any]]:
+    similarities, found = (texts[:_NUM_EXAMPLES] @ images.T).topk(min(_NUM_FOUND, len(images)), dim=1)
     return [
         {
-            "caption": held_out.samples[query].captions[0],
+            "caption": samples[query].captions[0],
             "images": [
                 {
-                    "key": held_out.samples[place].key,
-                    "source": _picture(held_out.samples[place]),
+                    "key": samples[place].key,
+                    "source": _picture(samples[place]),
                     "similarity": similarity,
                     "right": place == query,
                 }
@@ -125,6 +132,11 @@ class Curve(NamedTuple):
     style: str = "-"
 
 
+def _in_turn(labels: Mapping[str, str]) -> list[Curve]:
+    """Give curves, as labels by entry, the colours of the palette in turn."""
+    return [Curve(*curve) for curve in zip(labels, labels.values(), cycle(PALETTE), strict=False)]
+
+
 def _draw(
     title: str, log: Sequence[dict[str, Any]], curves: Sequence[Curve], *, smooth: bool = False, **axes_settings: Any
 ) -> Markup:
@@ -133,35 +145,25 @@ def _draw(
     axes = figure.subplots()
     for curve in curves:
         lines = [line for line in log if curve.entry in line]
-        if not lines:
-            continue
         lines = lines[:: max(1, len(lines) // _POINTS)]
-        steps = [line["step"] for line in lines]
-        values = np.array([line[curve.entry] for line in lines])
+        values = pd.Series([line[curve.entry] for line in lines], [line["step"] for line in lines], dtype=float)
         if smooth:
-            axes.plot(steps, values, color=curve.color, alpha=0.25, linewidth=0.8)
-            values = _smooth(values)
-        axes.plot(steps, values, curve.style, color=curve.color, label=curve.label)
+            axes.plot(values, color=curve.color, alpha=0.25, linewidth=0.8)
+            # The mean over about a fiftieth of the run.
+            values = values.rolling(max(1, len(values) // 50), min_periods=1, center=True).mean()
+        axes.plot(values, curve.style, color=curve.color, label=curve.label)
     axes.set(xlabel="step", **axes_settings)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     return svg(figure, f"{title} over the steps of the run")
 
 
-def _color(entries: Sequence[str], labels: Sequence[str]) -> list[Curve]:
-    """Give curves the colours of the palette in turn."""
-    return [Curve(*curve) for curve in zip(entries, labels, cycle(PALETTE), strict=False)]
-
-
-def _draw_losses(log: Sequence[dict[str, Any]], names: Sequence[str]) -> Markup:
-    return _draw("Losses", log, _color([f"loss_{name}" for name in names], names), smooth=True, ylabel="loss")
-
-
 def _draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
     curves = [
-        Curve(f"{prefix}{side}_retrieval_recall@{k}", f"{side} R@{k}{', EMA' * bool(prefix)}", color, style)
-        for side, color in zip(("image", "text"), PALETTE, strict=False)
+        Curve(entry, f"{side} R@{k}{', EMA' * bool(prefix)}", color, style)
+        for side, color in zip(_SIDES, PALETTE, strict=False)
         for prefix, k, style in (("", 1, "-"), ("", 5, "--"), (EMA, 1, ":"))
+        if (entry := f"{prefix}{side}_retrieval_recall@{k}") in results[0]
     ]
     return _draw("Recall on the held-out part", results, curves, ylabel="recall", ylim=(0, 1))
 
@@ -178,21 +180,7 @@ def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:
             labels[name] = f"{data} {_NAMED[metric]}" + ", EMA" * name.startswith(EMA)
     if not labels:
         return None
-    curves = _color(list(labels), list(labels.values()))
-    return _draw("Measurements on the named data sets", results, curves, ylim=(0, None))
-
-
-def _draw_scales(log: Sequence[dict[str, Any]]) -> Markup:
-    entries = [name for name in (log[0] if log else {}) if name.startswith("scale_")]
-    curves = _color(entries, [name.removeprefix("scale_") for name in entries])
-    return _draw("Logit scales", log, curves, ylabel="logit scale")
-
-
-def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Running mean over about a fiftieth of the run, over fewer values at its ends."""
-    width = max(1, len(values) // 50)
-    kernel = np.ones(width)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+    return _draw("Measurements on the named data sets", results, _in_turn(labels), ylim=(0, None))
 
 
 def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
