@@ -17,7 +17,7 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.timing import time_trial
-from clipcid_cli.steps.distill.online_teacher import SAMPLES_AT_ONCE
+from clipcid_cli.steps.distill.teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.training_run import TrainingRun
 from clipcid_cli.steps.embed.cost import TYPICAL_CAPTION
 
@@ -88,12 +88,12 @@ def estimate_cost(run: TrainingRun) -> dict[str, Any]:
 def _measure_steps(run: TrainingRun) -> tuple[float, float, int]:
     """Return the time to prepare a batch and to train on it, medians in seconds, and the memory in use."""
     loop = run.make_loop(lambda _: {})
-    machine, device = run.machine, run.student.model.device
+    device = run.student.model.device
     prepared, trained = list[float](), list[float]()
-    for number, items in enumerate(loop.order.iterate(0, _WARM_UP + _MEASURED, machine.rank, machine.size)):
-        preparation = time_trial(partial(loop.maker, items), warm_up=0)
+    for dealt in loop.batches.deal(range(_WARM_UP + _MEASURED)):
+        preparation = time_trial(partial(loop.batches.make, dealt), warm_up=0)
         prepared.append(preparation.seconds)
-        batch = loop.prepare(preparation.result, number)
+        batch = loop.batches.finish(dealt, preparation.result)
         step = time_trial(partial(loop.step, batch), device, warm_up=0)
         trained.append(step.seconds)
     loop.read(len(trained), step.result)  # which refuses steps that diverged
@@ -102,10 +102,9 @@ def _measure_steps(run: TrainingRun) -> tuple[float, float, int]:
 
 def _measure_teacher(run: TrainingRun, step_seconds: float) -> TeacherCost | None:
     """Measure the teacher on one batch of noise; None where there is none, or it cannot be loaded here."""
-    teacher_inputs = run.inputs.teacher_inputs
-    if teacher_inputs is None:
+    if run.inputs.teacher is None:
         return None
-    teacher, embeddings = run.online_teacher, teacher_inputs.embeddings
+    teacher, embeddings, stored = run.online_teacher, run.inputs.embeddings, run.inputs.stored
     if teacher is None:
         assert embeddings is not None, "a teacher that is not online has stored embeddings"
         recorded = None if embeddings.sidecar is None else embeddings.sidecar.model.spec
@@ -124,9 +123,11 @@ def _measure_teacher(run: TrainingRun, step_seconds: float) -> TeacherCost | Non
     rows = run.inputs.usable.total if embeddings is None else embeddings.num_rows
     has_further = embeddings is not None and Kind.FURTHER in embeddings.kinds
     texts_per_image = 1 + (len(embeddings.rows(Kind.FURTHER)) / rows if embeddings is not None and has_further else 0.0)
-    texts_per_image += 0 if teacher_inputs.text_variants is None else teacher_inputs.text_variants.number
+    texts_per_image += 0 if stored is None or stored.variants is None else stored.variants.number
     passes = (
-        passes_to_embed(images, texts, teacher_inputs.num_views, texts_per_image) * rows / run.inputs.training.total
+        passes_to_embed(images, texts, 0 if stored is None else stored.num_views, texts_per_image)
+        * rows
+        / run.inputs.training.total
     )
     return TeacherCost(teacher.info.parameters, seconds, min(1.0, seconds / step), passes)
 

@@ -18,19 +18,17 @@ from clipcid_cli.formats.data.samples import close_copies
 from clipcid_cli.formats.results.checkpoint import write_checkpoint
 from clipcid_cli.formats.results.run_folder import RunFolder, TrainingLog
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.grad_cache import BatchEncoder
-from clipcid_cli.runtime.prefetch import prefetch
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.training.gradients import GradientAverager
 from clipcid_cli.runtime.training.step_values import StepValues
 from clipcid_cli.runtime.training.trainer import Trainer
-from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, TrainingBatch
+from clipcid_cli.steps.distill.batches import Batches, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
-from clipcid_cli.steps.distill.objective import Objective, PreparedBatch
+from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.plan import Schedule
 from clipcid_cli.steps.reporting import Progress, Reporter
 
@@ -40,7 +38,6 @@ class Loop:
     """A run in progress.
 
     Attributes:
-        maker: Makes a batch in a worker.
         encoder: Runs both towers of the student.
         frozen: Modules of towers that are not trained, kept in evaluation mode.
         folder: Where logs and checkpoints go.
@@ -53,8 +50,7 @@ class Loop:
     student: ClipModel
     trainer: Trainer
     objective: Objective
-    order: BatchOrder
-    maker: BatchMaker
+    batches: Batches
     evaluation: Evaluation
     encoder: BatchEncoder
     frozen: list[nn.Module]
@@ -76,7 +72,7 @@ class Loop:
 
     def train(self) -> None:
         """Make the steps that are left."""
-        schedule, batch_size, first = self.schedule, self.order.batch_size, self.trainer.step
+        schedule, batch_size, first = self.schedule, self.batches.batch_size, self.trainer.step
         if first == 0:
             self._evaluate()
         if first == schedule.steps:
@@ -89,7 +85,7 @@ class Loop:
         with closing(self._batches()) as batches, self.reporter.progress("distill", left, "samples") as progress:
             for batch, seconds_waited in batches:
                 waited += seconds_waited
-                self.bad.update({key: reason for reason, key in batch.local.bad})
+                self.bad.update({key: reason for reason, key in batch.bad})
                 if self.trainer.step == 0:
                     self._require_images()
                 rate = self.step(batch)
@@ -111,31 +107,23 @@ class Loop:
                 if saves:
                     self._save()
 
-    def _batches(self) -> Generator[tuple[PreparedBatch, float]]:
+    def _batches(self) -> Generator[tuple[TrainingBatch, float]]:
         """Yield each batch, prepared during the step before, with the seconds spent waiting for it."""
-        steps, machine = (self.trainer.step, self.schedule.steps), self.machine
-        made = load_batches(self.order.iterate(*steps, machine.rank, machine.size), self.maker, self.workers)
-        prepared = prefetch(zip(made, range(*steps), strict=True), lambda pair: self.prepare(*pair), machine.device)
-        with closing(made), closing(prepared):
+        with closing(self.batches.load(range(self.trainer.step, self.schedule.steps), self.workers)) as loaded:
             started = time.monotonic()
-            for batch in prepared:
+            for batch in loaded:
                 yield batch, time.monotonic() - started
                 started = time.monotonic()
 
-    def prepare(self, batch: TrainingBatch, step: int) -> PreparedBatch:
-        """Prepare a step's batch; a function of the batch and the step, whatever the steps before it change."""
-        rows = batch.rows.numpy() if self.machine.size == 1 else self.order.rows(step)
-        return self.objective.prepare(batch, rows, step)
-
-    def step(self, batch: PreparedBatch) -> float:
+    def step(self, batch: TrainingBatch) -> float:
         """Make one optimiser step and return its learning rate; what it found stays on the device until it is read."""
         trainer, module, rank = self.trainer, self.student.module, self.machine.rank
-        local, encoder = batch.local, self.encoder
+        encoder = self.encoder
         module.train()
         for tower in self.frozen:
             tower.eval()
         seeds = [derive_seed("step", self.seed, trainer.step, rank, part) for part in range(encoder.num_parts)]
-        encoded = encoder(local.pixels, local.colors, local.tokens, seeds, local.kept_patches)
+        encoded = encoder(batch.pixels, batch.colors, batch.tokens, seeds, batch.kept_patches)
         # Where the cluster loss is small it is the difference of two large terms: TF32 would leave nothing of its gradient.
         with exact_accumulation(self.machine.device):
             total, terms = self.objective(encoded.features, module.logit_scale.exp(), batch)  # type: ignore[operator]
@@ -176,9 +164,9 @@ class Loop:
     def _require_images(self) -> None:
         """Refuse a first batch without one readable image, before a line is logged."""
         skips = Skips.of(self.bad_images())
-        if skips.total >= self.order.batch_size:
+        if skips.total >= self.batches.batch_size:
             raise ClipcidError(
-                f"None of the {self.order.batch_size:,} images of the first batch can be read:\n{skips.describe()}",
+                f"None of the {self.batches.batch_size:,} images of the first batch can be read:\n{skips.describe()}",
                 "Fix the data.",
             )
 
@@ -194,7 +182,7 @@ class Loop:
 
         All processes hold the same loss and gradient, so all of them arrive here.
         """
-        keys = [item.sample.key for item in self.order.items(step, 0, 1)]
+        keys = self.batches.keys(step)
         path = self.folder.diverged(step)
         values = {name: value if math.isfinite(value) else str(value) for name, value in losses.items()}
         where = f" The batch's keys are in {path}." if self.writes else ""
@@ -228,7 +216,7 @@ class Loop:
 
     def _save(self) -> None:
         bad = self.bad_images()
-        Skips.of(bad).check(len(self.order), self.max_bad_fraction, "the training data")
+        Skips.of(bad).check(len(self.batches), self.max_bad_fraction, "the training data")
         if self.machine.is_main:
             write_checkpoint(self.folder.checkpoints, self.trainer.step, self.trainer.state() | {"bad": bad})
         self.machine.barrier()

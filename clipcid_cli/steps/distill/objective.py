@@ -3,118 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
+from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace, project
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.grad_cache import Features
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.training.gradients import gather_rows, sum_values
 from clipcid_cli.runtime.training.trainer import LossParameters
 from clipcid_cli.steps.distill.batches import TrainingBatch
-from clipcid_cli.steps.distill.cluster_targets import ClusterLookup
+from clipcid_cli.steps.distill.teacher import Teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
-
-
-@dataclasses.dataclass(frozen=True)
-class Targets:
-    """A teacher's part of a batch, prepared before its step, on the device.
-
-    Attributes:
-        image_clusters: Cluster targets of the global batch's images; None where no loss needs them.
-        text_clusters: Those of its captions, where both towers are taught.
-        image_bD: Stored rows of the images or views that this process shows, float16 [b, D]; None without stored ones.
-        text_bD: Those of its captions.
-        extra_text_eD: Those of its further texts; None without any.
-    """
-
-    image_clusters: ClusterTargets | None = None
-    text_clusters: ClusterTargets | None = None
-    image_bD: Tensor | None = None
-    text_bD: Tensor | None = None
-    extra_text_eD: Tensor | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedBatch:
-    """A process's part of a batch, and the teacher's of it; None without a teacher."""
-
-    local: TrainingBatch
-    targets: Targets | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher(ABC):
-    """The teacher's part of every batch: from stored embeddings, or computed on the fly.
-
-    Attributes:
-        space: Where its features and the student's are compared.
-        clusters: Its clusters; None where no loss needs them.
-        device: Where the losses are computed.
-        size: Number of processes.
-    """
-
-    space: SharedSpace
-    teacher_scale: float
-    clusters: ClusterLookup | None
-    device: torch.device
-    size: int
-
-    def prepare(self, local: TrainingBatch, rows: npt.NDArray[np.int64], step: int) -> Targets:
-        """Prepare what no other process and no model is needed for; it may run in a thread, before the step.
-
-        Args:
-            local: This process's part of the batch, as a worker made it.
-            rows: Rows of the global batch's samples among those to train on, int64 [B].
-            step: Number of the step; decides the draw of centroids.
-        """
-        # Clusters are those of the images, whatever view is shown, and of first captions.
-        images, texts = (None, None) if self.clusters is None else self.clusters.targets(rows, step)
-        return Targets(images, texts)
-
-    @abstractmethod
-    def teacher_rows(self, local: TrainingBatch, targets: Targets) -> tuple[Tensor, Tensor | None]:
-        """Return t and u of the global batch in the shared space, [B, D] each; call it on every process.
-
-        Args:
-            targets: What `prepare` returned for `local`.
-        """
-
-    def extra_text_rows(self, targets: Targets, count: int) -> Tensor | None:
-        """Return u of further texts in the shared space, [E, D]; None without any. Call it on every process.
-
-        Args:
-            count: E: all there are, or this process's part.
-        """
-        rows = targets.extra_text_eD
-        if rows is None:
-            return None
-        return project((rows if count == len(rows) else gather_rows(rows, self.size)).float(), self.space.axes)
-
-    def add_targets(self, batch: LossBatch, local: TrainingBatch, targets: Targets) -> LossBatch:
-        """Add the teacher's features, scale and clusters to a global batch; call it on every process."""
-        image, text = self.teacher_rows(local, targets)
-        return dataclasses.replace(
-            batch,
-            teacher_image_BD=image,
-            teacher_text_BD=text,
-            teacher_scale=self.teacher_scale,
-            image_clusters=targets.image_clusters,
-            text_clusters=targets.text_clusters,
-            teacher_extra_text_ED=self.extra_text_rows(
-                targets, 0 if batch.extra_text_ED is None else len(batch.extra_text_ED)
-            ),
-        )
 
 
 class Objective:
@@ -148,14 +53,8 @@ class Objective:
         self._teacher, self._machine = teacher, machine
         self._local = local and machine.size > 1
 
-    def prepare(self, local: TrainingBatch, rows: npt.NDArray[np.int64], step: int) -> PreparedBatch:
-        """Prepare the teacher's part of a batch, as `Teacher.prepare`, and its pixels for the copy to the device."""
-        if self._machine.device.type == "cuda":
-            local = dataclasses.replace(local, pixels=local.pixels.pin_memory())
-        return PreparedBatch(local, None if self._teacher is None else self._teacher.prepare(local, rows, step))
-
     def __call__(
-        self, features: Features, student_scale: Tensor, batch: PreparedBatch
+        self, features: Features, student_scale: Tensor, batch: TrainingBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a step.
 
@@ -187,9 +86,17 @@ class Objective:
             num_extra=machine.size * num_extra,
             own=slice(start, start + count) if self._local else slice(0, machine.size * count),
         )
-        if self._teacher is not None and batch.targets is not None:
-            with torch.no_grad():
-                everything = self._teacher.add_targets(everything, batch.local, batch.targets)
+        if self._teacher is not None:
+            image, text, taught = self._teacher.rows(batch)
+            everything = dataclasses.replace(
+                everything,
+                teacher_image_BD=gather_rows(image, machine.size),
+                teacher_text_BD=None if text is None else gather_rows(text, machine.size),
+                teacher_scale=self._teacher.scale,
+                image_clusters=batch.image_clusters,
+                text_clusters=batch.text_clusters,
+                teacher_extra_text_ED=taught if taught is None or self._local else gather_rows(taught, machine.size),
+            )
         terms: dict[str, Tensor] = {}
         for name, function in self._functions.items():
             own_scale = LOSSES[name].own_scale

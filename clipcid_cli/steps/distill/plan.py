@@ -6,12 +6,12 @@ import dataclasses
 
 from clipcid_cli.algorithms.losses.learning_rate import default_rate
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.sample_order import SHARDS_MIXED
 from clipcid_cli.runtime.training.trainer import OptimiserPlan
-from clipcid_cli.steps.distill.inputs import TrainingInputs
+from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -82,7 +82,7 @@ def default_batch_size(settings: DistillSettings, samples: int, machine: Machine
 
 
 def plan_run(
-    settings: DistillSettings, inputs: TrainingInputs, student_width: int, machine: Machine, reporter: Reporter
+    settings: DistillSettings, inputs: Inputs, student_width: int, machine: Machine, reporter: Reporter
 ) -> Plan:
     """Decide batch size, number of steps, warm-up and learning rate.
 
@@ -99,7 +99,7 @@ def plan_run(
             "(processes x --accum-freq).",
             f"Use a multiple of {divisor}.",
         )
-    extra_texts = 0 if inputs.extra_texts is None else inputs.extra_texts.number_at(batch_size)
+    extra_texts = inputs.num_extra_texts(batch_size)
     if extra_texts % machine.size:
         raise UsageError(
             f"--extra-texts {extra_texts} does not divide among {machine.size} processes.",
@@ -153,7 +153,7 @@ def _describe_shuffle(shards: int) -> str:
     )
 
 
-def default_name(settings: DistillSettings, student: ClipModel, inputs: TrainingInputs) -> str:
+def default_name(settings: DistillSettings, student: ClipModel, inputs: Inputs) -> str:
     """Name a run after its student, preset and seed, with `all` where there is no keep list."""
     parts = [student.info.slug, settings.chosen_preset, f"s{settings.seed}"]
     return "-".join(parts if inputs.keep_list is not None else [*parts, "all"])

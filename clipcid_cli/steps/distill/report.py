@@ -18,8 +18,9 @@ from clipcid_cli.formats.results.run_folder import RunFolder, read_lines
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.steps.distill.evaluation import EMA, HeldOut, embed_held_out
-from clipcid_cli.steps.distill.inputs import TrainingInputs
+from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.loop import Loop
+from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.fields import output_settings
 
@@ -33,9 +34,7 @@ _POINTS = 1_000
 _NAMED = {"acc1": "acc1", "image_retrieval_recall@1": "image R@1"}
 
 
-def write_report(
-    folder: RunFolder, settings: DistillSettings, student: ClipModel, inputs: TrainingInputs, loop: Loop
-) -> str:
+def write_report(folder: RunFolder, settings: DistillSettings, student: ClipModel, inputs: Inputs, loop: Loop) -> str:
     """Render the report of a finished run.
 
     Returns:
@@ -58,7 +57,7 @@ def write_report(
         student=student.info,
         losses=" + ".join(f"{weight:g} · {name}" for name, weight in loop.objective.weights.items()),
         steps=loop.schedule.steps,
-        batch_size=loop.order.batch_size,
+        batch_size=loop.batches.batch_size,
         training=inputs.training.total,
         held_out=inputs.held_out.total,
         headline=[
@@ -79,22 +78,17 @@ def write_report(
     )
 
 
-def _compare(
-    held_out: HeldOut, students: dict[str, tuple[Tensor, Tensor]], inputs: TrainingInputs
-) -> list[dict[str, Any]]:
+def _compare(held_out: HeldOut, students: dict[str, tuple[Tensor, Tensor]], inputs: Inputs) -> list[dict[str, Any]]:
     """Measure students and teacher on the held-out samples with a stored embedding; of a student alone, nothing.
 
     Args:
         students: Image and text rows by name.
     """
-    stored, known, rows = inputs.teacher_inputs, np.arange(len(held_out.samples)), dict(students)
-    if stored is not None and stored.embeddings is not None and stored.embeddings.has_texts:
+    embeddings, known, rows = inputs.embeddings, np.arange(len(held_out.samples)), dict(students)
+    if embeddings is not None and embeddings.has_texts:
         places = inputs.held_out.column("embeddings")[held_out.rows].astype(np.int64)
         known = np.flatnonzero(places >= 0)
-        of_teacher = [
-            side.take(places[known])
-            for side in (stored.embeddings.rows(Kind.IMAGES), stored.embeddings.rows(Kind.TEXTS))
-        ]
+        of_teacher = [side.take(places[known]) for side in (embeddings.rows(Kind.IMAGES), embeddings.rows(Kind.TEXTS))]
         rows = {name: (images[known], texts[known]) for name, (images, texts) in students.items()}
         rows["teacher"] = (torch.from_numpy(of_teacher[0]).float(), torch.from_numpy(of_teacher[1]).float())
     if len(known) < 2 or len(rows) < 2:
@@ -207,14 +201,13 @@ def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def _list_inputs(inputs: TrainingInputs) -> list[tuple[str, str]]:
+def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
     keep_list = "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)
     found = [("data", inputs.dataset.spec), ("keep list", keep_list)]
-    if inputs.teacher_inputs is not None:
-        if inputs.teacher_inputs.online is not None:
-            found.append(("teacher", f"{inputs.teacher_inputs.online.spec}, run alongside the student"))
-        if inputs.teacher_inputs.embeddings is not None:
-            found.append(("embeddings", str(inputs.teacher_inputs.embeddings.folder)))
-        if inputs.teacher_inputs.clusters is not None:
-            found.append(("clusters", str(inputs.teacher_inputs.clusters.folder)))
+    if isinstance(inputs.teacher, OnlineTeacher):
+        found.append(("teacher", f"{inputs.teacher.name.spec}, run alongside the student"))
+    if inputs.embeddings is not None:
+        found.append(("embeddings", str(inputs.embeddings.folder)))
+    if inputs.clusters is not None:
+        found.append(("clusters", str(inputs.clusters.files.folder)))
     return found

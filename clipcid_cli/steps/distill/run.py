@@ -23,14 +23,13 @@ from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.models.preprocess import hash_preprocess
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.distill.cluster_targets import temperatures
 from clipcid_cli.steps.distill.cost import estimate_cost
 from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
-from clipcid_cli.steps.distill.inputs import TrainingInputs, find_inputs
-from clipcid_cli.steps.distill.online_teacher import describe_weights, load_online_teacher
+from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
 from clipcid_cli.steps.distill.plan import Plan, default_name, plan_run
+from clipcid_cli.steps.distill.stored_teacher import find_embeddings
 from clipcid_cli.steps.distill.student import load_student
-from clipcid_cli.steps.distill.teacher_inputs import find_embeddings
+from clipcid_cli.steps.distill.teacher import describe_weights, load_online_model
 from clipcid_cli.steps.distill.training_run import TrainingRun
 from clipcid_cli.steps.evaluate.zeroshot import evaluate_models, plan_results, refuse_clashes, refuse_measured
 from clipcid_cli.steps.keep_list import NO_KEEP_LIST
@@ -60,7 +59,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         tasks = machine.on_main(lambda: plan_evaluation(zeroshot, reporter))
         embeddings = find_embeddings(settings, machine, reporter)
         inputs = machine.on_main(lambda: find_inputs(settings, embeddings, scratch, reporter))
-        teacher = load_online_teacher(inputs.teacher_inputs, machine)
+        teacher = load_online_model(inputs, machine)
         width = student.model.info.embed_dim
         plan = machine.on_main(lambda: plan_run(settings, inputs, width, machine, reporter))
         name = settings.name or default_name(settings, student.model, inputs)
@@ -104,7 +103,7 @@ def refuse_missing(settings: DistillSettings) -> None:
         read_cluster_sidecar(settings.clusters or WorkDirectory(settings.work).find_clusters())
 
 
-def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: TrainingInputs) -> dict[str, Any]:
+def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: Inputs) -> dict[str, Any]:
     """Return the identity of a run: all that determines the student, except its inputs' content, as JSON values."""
     given = output_settings(settings)
     # Data and teacher are inputs, identified by their content, however they were named.
@@ -130,9 +129,9 @@ def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: 
         "views": "stored" if settings.shows_views else "none",
     }
     given["cluster_towers"] = "image"
-    if inputs.teacher_inputs is not None and inputs.teacher_inputs.clusters is not None:
-        given["cluster_temperature"] = temperatures(inputs.teacher_inputs.clusters, settings)
-        given["cluster_towers"] = "both" if inputs.teacher_inputs.text_clusters else "image"
+    if inputs.clusters is not None:
+        given["cluster_temperature"] = inputs.clusters.temperatures
+        given["cluster_towers"] = "both" if inputs.clusters.teach_text else "image"
     plain: dict[str, Any] = json.loads(json.dumps(given))
     return plain
 

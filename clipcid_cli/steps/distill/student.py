@@ -27,7 +27,7 @@ from clipcid_cli.runtime.models.towers import image_tower_kind
 from clipcid_cli.runtime.models.used_tokens import freeze, train_used_rows, whole_state
 from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.runtime.training.trainer import Trainer
-from clipcid_cli.steps.distill.inputs import TrainingInputs
+from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -129,7 +129,7 @@ def _checkpoint_layers(model: ClipModel) -> None:
         ) from error
 
 
-def set_unused_tokens_aside(student: ClipModel, inputs: TrainingInputs, reporter: Reporter) -> None:
+def set_unused_tokens_aside(student: ClipModel, inputs: Inputs, reporter: Reporter) -> None:
     """Train only the embeddings of tokens that some text of the run has, where that saves much."""
     used = _used_tokens(inputs, student.tokenizer)
     if used is not None and train_used_rows(student.module, used):
@@ -138,18 +138,21 @@ def set_unused_tokens_aside(student: ClipModel, inputs: TrainingInputs, reporter
         )
 
 
-def _used_tokens(inputs: TrainingInputs, tokenizer: Tokenizer) -> torch.Tensor | None:
+def _used_tokens(inputs: Inputs, tokenizer: Tokenizer) -> torch.Tensor | None:
     """List the tokens of all captions of usable samples, of their variants and of further texts.
 
     Returns:
         int64, ascending, each once; None where there are too many texts for that to pay.
     """
-    variants, further = inputs.text_variants, None if inputs.extra_texts is None else inputs.extra_texts.texts
+    stored = inputs.stored
+    variants = None if stored is None else stored.variants
+    extra = None if stored is None else stored.extra_texts
+    lines = None if extra is None else extra.lines
     count = inputs.usable.total * (1 if variants is None else 1 + variants.number)
-    if count + (0 if further is None else len(further.rows)) > MAX_CAPTIONS:
+    if count + (0 if extra is None or lines is None else len(extra.rows)) > MAX_CAPTIONS:
         return None
     tokens, texts = torch.empty(0, dtype=torch.int64), set[str]()
-    for text in itertools.chain(_captions(inputs, variants), () if further is None else further.lines):
+    for text in itertools.chain(_captions(inputs, variants), () if lines is None else lines):
         texts.add(text)
         if len(texts) >= _TOKENIZED_AT_ONCE:
             tokens = torch.unique(torch.cat([tokens, tokenizer(sorted(texts)).flatten()]))
@@ -157,7 +160,7 @@ def _used_tokens(inputs: TrainingInputs, tokenizer: Tokenizer) -> torch.Tensor |
     return torch.unique(torch.cat([tokens, tokenizer(sorted(texts)).flatten()])) if texts else tokens
 
 
-def _captions(inputs: TrainingInputs, variants: TextVariants | None) -> Iterator[str]:
+def _captions(inputs: Inputs, variants: TextVariants | None) -> Iterator[str]:
     """Yield the captions of usable samples, and their variants."""
     index = index_of(inputs.dataset)
     for number in range(len(index.records)):

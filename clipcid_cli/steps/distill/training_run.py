@@ -22,22 +22,19 @@ from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import keep_freed_memory
-from clipcid_cli.runtime.models.augment import Augmentation, Processor
-from clipcid_cli.runtime.models.caches import MAX_CAPTIONS
+from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.grad_cache import BatchEncoder, compile_towers
 from clipcid_cli.runtime.models.short_forward import ShortForward
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.training.trainer import Trainer
-from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder
+from clipcid_cli.steps.distill.batches import Batches, BatchMaker
 from clipcid_cli.steps.distill.evaluation import prepare_evaluation
-from clipcid_cli.steps.distill.inputs import TrainingInputs
+from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.loop import Loop
-from clipcid_cli.steps.distill.objective import Teacher, make_objective
-from clipcid_cli.steps.distill.online_teacher import open_online_teacher
+from clipcid_cli.steps.distill.objective import make_objective
 from clipcid_cli.steps.distill.plan import Plan, Schedule
 from clipcid_cli.steps.distill.report import write_report
-from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
 from clipcid_cli.steps.distill.student import (
     Student,
     reads_tokens,
@@ -45,6 +42,7 @@ from clipcid_cli.steps.distill.student import (
     warn_of_batch_statistics,
     write_students,
 )
+from clipcid_cli.steps.distill.teacher import open_teacher
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -63,7 +61,7 @@ class TrainingRun:
 
     settings: DistillSettings
     machine: Machine
-    inputs: TrainingInputs
+    inputs: Inputs
     student: Student
     online_teacher: ClipModel | None
     plan: Plan
@@ -103,10 +101,15 @@ class TrainingRun:
         """
         settings, machine, inputs, student = self.settings, self.machine, self.inputs, self.student.model
         keep_freed_memory()
-        augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
-        if inputs.teacher_inputs is not None:
-            augmentation = inputs.teacher_inputs.augmentation(augmentation)
-        teacher = self._open_teacher(augmentation.changes_colors)
+        width, online = student.info.embed_dim, self.online_teacher
+        teacher = open_teacher(settings, inputs, online, width, machine, self.reporter)
+        maker = BatchMaker(
+            settings,
+            inputs,
+            Processor.of(student),
+            None if online is None else Processor.of(online),
+            self.student.masking,
+        )
         objective = make_objective(settings, student.info.embed_dim, teacher, machine, self.reporter)
         # A caption cut into parts that are joined anew may use tokens that no whole caption has.
         if self.student.trains_text and not settings.caption_dropout:
@@ -124,10 +127,16 @@ class TrainingRun:
             student=student,
             trainer=trainer,
             objective=objective,
-            order=self._order_batches(),
-            maker=self._make_batch_maker(augmentation),
+            batches=Batches(
+                inputs,
+                maker,
+                None if teacher is None else teacher.clusters,
+                plan.batch_size,
+                settings.seed,
+                machine,
+            ),
             evaluation=prepare_evaluation(settings, inputs.dataset, inputs.held_out, student, self.tasks, machine),
-            encoder=self._make_encoder(precision, augmentation.changes_colors),
+            encoder=self._make_encoder(precision, maker.augmentation.changes_colors),
             frozen=self.student.frozen,
             schedule=Schedule(steps, plan.eval_every, settings.checkpoint_every or max(1, min(1_000, steps // 10))),
             folder=self.folder,
@@ -143,40 +152,6 @@ class TrainingRun:
             max_bad_fraction=settings.max_bad_fraction,
             reporter=self.reporter,
             bad=bad if machine.is_main else {},
-        )
-
-    def _open_teacher(self, changes_colors: bool) -> Teacher | None:
-        """Make the teacher ready: the model that runs alongside the student, or its stored embeddings."""
-        settings, teacher_inputs, width = self.settings, self.inputs.teacher_inputs, self.student.model.info.embed_dim
-        if teacher_inputs is None:
-            return None
-        if self.online_teacher is None:
-            return open_stored_teacher(settings, teacher_inputs, width, self.machine, self.reporter)
-        return open_online_teacher(
-            settings, teacher_inputs, self.online_teacher, width, changes_colors, self.machine, self.reporter
-        )
-
-    def _order_batches(self) -> BatchOrder:
-        inputs, plan, seed = self.inputs, self.plan, self.settings.seed
-        views = None if inputs.teacher_inputs is None else inputs.teacher_inputs.stored_views(seed)
-        return BatchOrder(inputs.dataset, inputs.training, seed, plan.batch_size, views, inputs.extra_texts)
-
-    def _make_batch_maker(self, augmentation: Augmentation) -> BatchMaker:
-        teacher_inputs = self.inputs.teacher_inputs
-        return BatchMaker(
-            Processor.of(self.student.model),
-            augmentation,
-            self.settings.seed,
-            first_caption=teacher_inputs is not None and teacher_inputs.first_captions,
-            caption_dropout=self.settings.caption_dropout,
-            text_variants=self.inputs.text_variants,
-            variant_share=self.settings.variant_share,
-            extra_text=None if self.inputs.extra_texts is None else self.inputs.extra_texts.reader,
-            masking=self.student.masking,
-            teacher=None if self.online_teacher is None else Processor.of(self.online_teacher),
-            fast_decode=self.settings.fast_decode,
-            # Of more samples, what a worker could keep (0.8 GB) would hardly ever be seen again.
-            keeps=self.inputs.training.total <= MAX_CAPTIONS,
         )
 
     def _make_encoder(self, precision: Precision, changes_colors: bool) -> BatchEncoder:
