@@ -59,6 +59,10 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Send files, not rows: another process maps them itself."""
+        return self.__dict__ | {"_held": {}}
+
     def read(self, start: int, stop: int) -> Float16:
         """Return rows start … stop − 1, float16 [n, D]; a view of the file where they come from a single one."""
         first = max(0, int(np.searchsorted(self._starts, start, side="right")) - 1)
@@ -95,7 +99,11 @@ class Rows:
         return rows
 
     def _rows(self, number: int) -> npt.NDArray[Any]:
-        rows = self._held[number] if number in self._held else map_file(self._files[number])
+        rows = self._held.get(number)
+        if rows is None:
+            rows = map_file(self._files[number])
+            if self._files[number].unpacked:
+                self._held[number] = rows
         return rows.reshape(-1, self.shape[1])
 
     def _unit(self, number: int, part: npt.NDArray[Any]) -> Float16:

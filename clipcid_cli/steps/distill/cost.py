@@ -105,7 +105,7 @@ def _measure_steps(trainer: Trainer) -> tuple[float, float, int]:
     device = trainer.machine.device
     prepared, trained = list[float](), list[float]()
     for dealt in trainer.batches.deal(range(_WARM_UP + _MEASURED)):
-        made = time_trial(partial(lambda items: [trainer.maker(item) for item in items], dealt.work), warm_up=0)
+        made = time_trial(partial(trainer.batches.make, dealt), warm_up=0)
         prepared.append(made.seconds)
         batch = trainer.batches.finish(dealt, made.result)
         step = time_trial(partial(trainer.step, batch), device, warm_up=0)

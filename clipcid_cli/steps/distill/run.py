@@ -15,13 +15,13 @@ from clipcid_cli.formats.results.checkpoint import list_checkpoints
 from clipcid_cli.formats.results.run_folder import import_tensorboard
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.loading import start_worker_server
+from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.distill.cost import DistillCost, estimate_cost
-from clipcid_cli.steps.distill.inputs import find_embeddings
 from clipcid_cli.steps.distill.plan import check_named, identity, plan_run
 from clipcid_cli.steps.distill.report import write_report
+from clipcid_cli.steps.distill.stored_teacher import find_embeddings
 from clipcid_cli.steps.distill.student import load_student, write_students
 from clipcid_cli.steps.distill.teacher import describe_weights, load_online_model
 from clipcid_cli.steps.distill.trainer import Trainer

@@ -45,7 +45,6 @@ class Trainer:
 
     Attributes:
         teacher_model: The model that teaches alongside the student.
-        maker: Makes a work item of a batch, in a worker.
         losses: The losses of the last step that was read, by name.
         metrics: Those of the last evaluation, by name.
     """
@@ -69,7 +68,7 @@ class Trainer:
         self.teacher_model, self._output = teacher_model, output
         model, inputs = student.model, plan.inputs
         processors = Processor.of(model), None if teacher_model is None else Processor.of(teacher_model)
-        self.maker = BatchMaker(settings, inputs, *processors, student.masking)
+        maker = BatchMaker(settings, inputs, *processors, student.masking)
         width = model.info.embed_dim
         teacher = open_teacher(settings, inputs, teacher_model, width, machine, reporter)
         self.objective = Objective.of(settings, width, teacher, machine, reporter)
@@ -86,7 +85,7 @@ class Trainer:
         if settings.accum_freq * machine.size > 1:
             warn_of_batch_statistics(model, reporter)
         clusters = None if teacher is None else teacher.clusters
-        self.batches = Batches(inputs, self.maker, clusters, plan.batch_size, settings.seed, machine)
+        self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, machine)
         self.evaluation = Evaluation.prepare(settings, inputs, model, plan.evaluations.tasks, machine)
         self.log = TrainingLog(
             plan.folder,
