@@ -26,8 +26,8 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, Transform
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
-from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.pipeline import ordered_map, read_ahead, thread_map, threads_for_batches
+from clipcid_cli.runtime.precision import Precision
 
 # Batches that wait while a network is read.
 _READ_AHEAD = 4

@@ -66,7 +66,7 @@ class GradCache:
         """
         # For each kind of feature its gradients by part, and None for a kind that no loss reads.
         gradients = [
-            None if rows is None or rows.grad is None else rows.grad.split(list(sizes))
+            None if rows is None or rows.grad is None else torch.split(rows.grad, list(sizes))
             for rows, sizes in zip(self.features, zip(*self._sizes, strict=True), strict=True)
         ]
         # The last part's activations exist already; freed first, they leave room for the others'.

@@ -22,8 +22,8 @@ class LossEntry:
     Attributes:
         name: Spelling on the command line and in logs.
         summary: What it compares, for docs/distill.md.
-        function: ``module:function`` of its implementation, called as ``f(batch, …)`` with what it learns itself as ``scale``,
-            ``bias`` and ``fusion``.
+        function: ``module:function`` of its implementation, called as ``f(batch)`` with what it learns itself: ``scale``,
+            ``bias``, ``fusion``.
         scale: Where a logit scale of its own starts, which is kept in 1 … 100; None for a loss without one.
         bias: Where a bias of its own starts; None for a loss without one.
         fuses: Whether it learns layers that join student and teacher, one for images and one for captions.

@@ -113,7 +113,7 @@ class HeldOut:
         assert decoded.pixels is not None
         assert decoded.tokens is not None
         kept = slice(None) if len(rows) == len(samples) else rows
-        batches = zip(decoded.pixels[kept].split(_BATCH), decoded.tokens[kept].split(_BATCH), strict=True)
+        batches = zip(*(torch.split(rows[kept], _BATCH) for rows in (decoded.pixels, decoded.tokens)), strict=True)
         return cls([samples[row] for row in rows], rows, [Decoded(*batch) for batch in batches])
 
     def encode(self, student: ClipModel) -> tuple[Tensor, Tensor]:

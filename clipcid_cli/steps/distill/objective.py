@@ -85,7 +85,7 @@ class Objective:
         extra = own.get("text_BD", own["text_Bd"])[count:] if num_extra else None
         # All in one exchange.
         together = gather_rows(torch.cat([rows_between(rows, 0, count) for rows in own.values()], dim=1))
-        rows = dict(zip(own, together.split([rows.shape[1] for rows in own.values()], dim=1), strict=True))
+        rows = dict(zip(own, torch.split(together, [rows.shape[1] for rows in own.values()], dim=1), strict=True))
         taught = LossBatch(
             image_Bd=rows["image_Bd"],
             text_Bd=rows["text_Bd"],

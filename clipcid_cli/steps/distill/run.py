@@ -15,8 +15,8 @@ from clipcid_cli.formats.results.checkpoint import list_checkpoints
 from clipcid_cli.formats.results.run_folder import import_tensorboard
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.distill.cost import DistillCost, estimate_cost
 from clipcid_cli.steps.distill.plan import check_named, identity, plan_run

@@ -15,7 +15,6 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.pipeline import read_ahead
 from clipcid_cli.steps.data_index import stream_shard
 from clipcid_cli.steps.embed.encoder import EmbedEncoder, recount_partners
 from clipcid_cli.steps.embed.plan import EmbedPlan
