@@ -30,11 +30,11 @@ from clipcid_cli.algorithms.losses import row_blocks
 from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.cluster import ClusterTargets
 from clipcid_cli.algorithms.losses.parameters import LossParameters
-from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss, served_by_one_tower
+from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 
 NAMES = tuple(LOSSES)
-ONE_TOWER = [name for name in NAMES if LOSSES[name].needs_teacher and served_by_one_tower(NAMES)[name]]
+ONE_TOWER = [name for name in NAMES if LOSSES[name].needs_teacher and LOSSES[name].one_tower]
 # Their gradient is not that of their value: part of it is a target that is held.
 FIXED_TARGETS = ("vrd", "xrd")
 # They take the student's scale as a constant.
