@@ -41,7 +41,7 @@ class BatchPart:
     """
 
     pixels: Tensor
-    colors: Tensor
+    colors: Tensor | None
     tokens: Tensor
     seed: int
     kept_patches: Tensor | None = None
@@ -138,7 +138,6 @@ class BatchEncoder:
     Attributes:
         encode: Runs both towers: `ShortForward` of the model, or `compile_towers`.
         precision: Number format of the towers.
-        changes_colors: Whether batches carry colour maps that change anything.
         num_parts: Parts that a share is encoded in, one at a time.
         short: Encodes images from some of their patches, for batches that say which, and patches and tokens.
         with_tokens: Whether features of patches and tokens are wanted too.
@@ -147,13 +146,12 @@ class BatchEncoder:
     model: ClipModel
     encode: EncodeBoth
     precision: Precision
-    changes_colors: bool
     num_parts: int
     short: ShortForward
     with_tokens: bool = False
 
     def __call__(
-        self, pixels: Tensor, colors: Tensor, tokens: Tensor, seeds: Iterable[int], kept_patches: Tensor | None = None
+        self, pixels: Tensor, colors: Tensor | None, tokens: Tensor, seeds: Iterable[int], kept_patches: Tensor | None = None
     ) -> GradCache:
         """Encode a share of b samples.
 
@@ -164,7 +162,8 @@ class BatchEncoder:
             seeds: Seed of dropout and the like for each part.
             kept_patches: Patches of each image that a further pass sees, int64 [b, n]; None without that pass.
         """
-        cut = (tensor.tensor_split(self.num_parts) for tensor in (pixels, colors, tokens))
+        none = [None] * self.num_parts
+        cut = (none if tensor is None else tensor.tensor_split(self.num_parts) for tensor in (pixels, colors, tokens))
         kept = [None] * self.num_parts if kept_patches is None else kept_patches.tensor_split(self.num_parts)
         return GradCache(self._encode_part, [BatchPart(*part) for part in zip(*cut, seeds, kept, strict=True)])
 
@@ -177,7 +176,7 @@ class BatchEncoder:
     def _encode_part(self, part: BatchPart) -> Features:
         device = self.model.device
         pixels = part.pixels.to(device, non_blocking=True)
-        if self.changes_colors:
+        if part.colors is not None:
             pixels = apply_colors(pixels, part.colors.to(device, non_blocking=True))
         pixels = normalize_pixels(pixels, self.model.info.preprocess)
         with self.precision.autocast(device), fast_attention(device, self.precision.dtype):

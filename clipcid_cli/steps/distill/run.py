@@ -25,9 +25,8 @@ from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.distill.cost import estimate_cost
 from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
-from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
+from clipcid_cli.steps.distill.inputs import Inputs, find_embeddings, find_inputs
 from clipcid_cli.steps.distill.plan import Plan, default_name, plan_run
-from clipcid_cli.steps.distill.stored_teacher import find_embeddings
 from clipcid_cli.steps.distill.student import load_student
 from clipcid_cli.steps.distill.teacher import describe_weights, load_online_model
 from clipcid_cli.steps.distill.training_run import TrainingRun

@@ -28,7 +28,8 @@ from clipcid_cli.runtime.models.grad_cache import BatchEncoder, compile_towers
 from clipcid_cli.runtime.models.short_forward import ShortForward
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.training.trainer import Trainer
-from clipcid_cli.steps.distill.batches import Batches, BatchMaker
+from clipcid_cli.steps.distill.batch_maker import BatchMaker
+from clipcid_cli.steps.distill.batches import Batches
 from clipcid_cli.steps.distill.evaluation import prepare_evaluation
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.loop import Loop
@@ -136,7 +137,7 @@ class TrainingRun:
                 machine,
             ),
             evaluation=prepare_evaluation(settings, inputs.dataset, inputs.held_out, student, self.tasks, machine),
-            encoder=self._make_encoder(precision, maker.augmentation.changes_colors),
+            encoder=self._make_encoder(precision),
             frozen=self.student.frozen,
             schedule=Schedule(steps, plan.eval_every, settings.checkpoint_every or max(1, min(1_000, steps // 10))),
             folder=self.folder,
@@ -154,13 +155,11 @@ class TrainingRun:
             bad=bad if machine.is_main else {},
         )
 
-    def _make_encoder(self, precision: Precision, changes_colors: bool) -> BatchEncoder:
+    def _make_encoder(self, precision: Precision) -> BatchEncoder:
         model = self.student.model
         short = ShortForward(model.module)
         encode = compile_towers(model.module) if self.settings.torchcompile else short
-        return BatchEncoder(
-            model, encode, precision, changes_colors, self.settings.accum_freq, short, reads_tokens(self.settings)
-        )
+        return BatchEncoder(model, encode, precision, self.settings.accum_freq, short, reads_tokens(self.settings))
 
     def _restore(self, trainer: Trainer) -> dict[str, str]:
         """Resume from the newest checkpoint of an unfinished run of the same settings and inputs, or clear the folder.
