@@ -216,7 +216,7 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item], device: 
     Yields:
         The result for each item.
     """
-    pool = ThreadPoolExecutor(1)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     cores = torch.get_num_threads()
     pool.submit(_use_one_core).result()
     torch.set_num_threads(cores)  # which the other thread has changed for those that start later

@@ -82,8 +82,8 @@ OPERATORS_OF_MUON = 435
 # Products of the losses are in float32, also where TF32 is forced on.
 WATCH = """
 import torch
-from clipcid_cli.runtime.training.trainer import Trainer
 from clipcid_cli.steps.distill.objective import Objective
+from clipcid_cli.training.train_state import TrainState
 
 def watch(function):
     def watched(*arguments):
@@ -92,7 +92,7 @@ def watch(function):
     return watched
 
 assert torch.backends.cuda.matmul.allow_tf32
-Objective.__call__, Trainer.backward = watch(Objective.__call__), watch(Trainer.backward)
+Objective.__call__, TrainState.backward = watch(Objective.__call__), watch(TrainState.backward)
 """
 
 

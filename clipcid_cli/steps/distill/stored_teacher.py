@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-from clipcid_cli.algorithms.losses.registry import LOSSES, served_by_one_tower
+from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.command import data_command
@@ -103,7 +103,7 @@ class OnlineTeacher:
 
 def losses_of_captions(settings: DistillSettings) -> list[str]:
     """List the losses of the run that need the teacher's embeddings of captions."""
-    return [name for name, served in served_by_one_tower(settings.losses()).items() if not served]
+    return [name for name in settings.losses() if not LOSSES[name].one_tower]
 
 
 def named_teacher(settings: DistillSettings) -> ModelName | None:
@@ -139,7 +139,7 @@ def open_stored(settings: DistillSettings, folder: Path, cache: Path | None, rep
         raise ClipcidError(
             f"{folder} holds embeddings of images only, and captions are needed by: {', '.join(needing)}.",
             "Use losses that need one tower only: "
-            + ", ".join(name for name, served in served_by_one_tower(LOSSES).items() if served)
+            + ", ".join(name for name, entry in LOSSES.items() if entry.one_tower)
             + "\nOr embed the captions too: "
             + data_command(folder, embeddings.sidecar, settings.data, **settings.data_flags, text=True),
         )

@@ -4,36 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.models.augment import Masking
+from clipcid_cli.runtime.models.augment import Masking, apply_colors
 from clipcid_cli.runtime.models.caches import MAX_CAPTIONS
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.inherit import inherit
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
+from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.models.short_forward import ShortForward
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.models.towers import image_tower_kind
 from clipcid_cli.runtime.models.used_tokens import freeze, train_used_rows, whole_state
+from clipcid_cli.runtime.precision import Precision, choose_precision, fast_attention
 from clipcid_cli.runtime.text_variants import TextVariants
-from clipcid_cli.runtime.training.trainer import Trainer
+from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.training.grad_cache import Features, GradCache
+from clipcid_cli.training.train_state import TrainState
 
 # A call of the tokenizer takes half a millisecond, however few captions it has.
 _TOKENIZED_AT_ONCE = 8192
+
+# Runs both towers on normalised pixels (on the model's device) and tokens (on the CPU): features [b, d], not normalised.
+EncodeBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +50,59 @@ class Student:
 
     Attributes:
         model: The model; its ``info.weights_hash`` identifies its initial weights.
+        precision: Number format of the towers in training.
+        pruned: The passes of both towers that omit what features do not depend on.
+        encode_both: Those, or the compiled passes.
         frozen: Modules that stay in evaluation mode.
         trains_text: Whether the text tower is trained.
+        reads_tokens: Whether a loss reads features of patches and tokens.
         masking: The further pass over images whose patches are masked; None where no loss has one.
     """
 
     model: ClipModel
+    precision: Precision
+    pruned: ShortForward
+    encode_both: EncodeBoth
     frozen: list[nn.Module]
     trains_text: bool
-    masking: Masking | None = None
+    reads_tokens: bool
+    masking: Masking | None
+
+    def train(self) -> None:
+        """Switch to training, but for what is frozen."""
+        self.model.module.train()
+        for module in self.frozen:
+            module.eval()
+
+    def encode(self, batch: TrainingBatch, seeds: Sequence[int]) -> GradCache:
+        """Encode a process's part of a batch, in as many parts as there are seeds (of dropout and the like)."""
+        cut = [
+            [None] * len(seeds) if rows is None else rows.tensor_split(len(seeds))
+            for rows in (batch.pixels, batch.colors, batch.tokens, batch.kept_patches)
+        ]
+        return GradCache(lambda number: self._encode(*(parts[number] for parts in cut)), seeds)
+
+    def _encode(self, pixels: Any, colors: Tensor | None, tokens: Any, kept_patches: Tensor | None) -> Features:
+        if colors is not None:
+            pixels = apply_colors(pixels, colors)
+        pixels = normalize_pixels(pixels, self.model.info.preprocess)
+        device = self.model.device
+        with self.precision.autocast(device), fast_attention(device, self.precision.dtype):
+            if self.reads_tokens:
+                image, text, image_tokens, text_tokens = self.pruned.encode_tokens(pixels, tokens)
+                features = Features(image, text, None, image_tokens, text_tokens)
+            else:
+                features = Features(*self.encode_both(pixels, tokens))
+            if kept_patches is not None:
+                masked = self.pruned.encode_masked_images(pixels, kept_patches)
+                features = features._replace(masked_image=masked)
+        return features
+
+    def backward(self, encoded: GradCache, before_last: Callable[[], None]) -> None:
+        """Propagate the gradients of the features through the towers, see `GradCache.backward`."""
+        # Layers that are computed again (--grad-checkpointing) need the attention kernel they had.
+        with fast_attention(self.model.device, self.precision.dtype):
+            encoded.backward(before_last)
 
 
 def load_student(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Student:
@@ -66,7 +118,9 @@ def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -
     for tower, is_frozen in (("image", settings.freeze_image), ("text", settings.freeze_text)):
         if is_frozen:
             frozen += freeze(model.module, tower)
-    if reads_tokens(settings) and not ShortForward(model.module).has_tokens:
+    pruned = ShortForward(model.module)
+    reads_tokens = any(LOSSES[name].reads_tokens for name in settings.losses())
+    if reads_tokens and not pruned.has_tokens:
         raise ClipcidError(
             f"The loss td reads patches and tokens, which {model.info.spec} does not give: its image tower, "
             f"{image_tower_kind(model.module)}, must be a ViT of open_clip with a class token and without patch dropout, "
@@ -76,36 +130,60 @@ def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -
     if settings.grad_checkpointing:
         _checkpoint_layers(model)
     return Student(
-        model, frozen, trains_text=not settings.freeze_text, masking=_plan_masking(settings, model, reporter)
+        model=model,
+        precision=choose_precision(settings.precision, device, "train", model.info.parameters),
+        pruned=pruned,
+        encode_both=_compile_towers(model.module) if settings.torchcompile else pruned,
+        frozen=frozen,
+        trains_text=not settings.freeze_text,
+        reads_tokens=reads_tokens,
+        masking=_plan_masking(settings, model, pruned.num_patches, reporter),
     )
 
 
-def _plan_masking(settings: DistillSettings, model: ClipModel, reporter: Reporter) -> Masking | None:
+def _plan_masking(
+    settings: DistillSettings, model: ClipModel, num_patches: int | None, reporter: Reporter
+) -> Masking | None:
     """Plan the further pass over masked images that a loss asks for; say what it costs."""
-    shares = {name: LOSSES[name].masked_patches for name in settings.losses() if LOSSES[name].masked_patches}
-    if not shares:
+    masked = {name: LOSSES[name].masked_patches for name in settings.losses() if LOSSES[name].masked_patches}
+    if not masked:
         return None
-    name, share = max(shares.items(), key=lambda item: item[1])
-    patches = ShortForward(model.module).num_patches
-    if patches is None:
+    name, fraction = max(masked.items(), key=lambda item: item[1])
+    if num_patches is None:
         raise ClipcidError(
             f"--loss {name} masks patches of the images. The image tower of {model.info.spec}, "
             f"{image_tower_kind(model.module)}, is not a ViT of open_clip with a class token and without patch dropout.",
             f"Use --loss {name}=0, or fd in its place.",
         )
-    masking = Masking.of(share, patches)
+    masking = Masking.of(fraction, num_patches)
     # With the class token, which is always seen.
-    cost = (masking.kept + 1) / (patches + 1)
+    cost = (masking.kept + 1) / (num_patches + 1)
     reporter.note(
-        f"{name} encodes each image once more, with {masking.kept} of its {patches} patches: {cost:.0%} more work for the "
-        "image tower."
+        f"{name} encodes each image once more, with {masking.kept} of its {num_patches} patches: {cost:.0%} more work for "
+        "the image tower."
     )
     return masking
 
 
-def reads_tokens(settings: DistillSettings) -> bool:
-    """Tell whether a loss reads features of patches and tokens."""
-    return any(LOSSES[name].reads_tokens for name in settings.losses())
+def _compile_towers(module: Any) -> EncodeBoth:
+    """Compile the forward pass of both towers with torch.compile, at its first call."""
+
+    def encode(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return module.encode_image(pixels), module.encode_text(tokens)
+
+    fast = torch.compile(encode)
+
+    def call(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return fast(pixels, tokens.to(pixels.device, non_blocking=True))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).split())
+            raise ClipcidError(
+                f"--torchcompile: torch.compile failed: {reason[:400]}{'…' if len(reason) > 400 else ''}",
+                "Omit --torchcompile; on a CPU it needs a C++ compiler (g++).",
+            ) from error
+
+    return call
 
 
 def _inherit(model: ClipModel, init_from: str, towers: str, reporter: Reporter) -> ClipModel:
@@ -144,15 +222,17 @@ def _used_tokens(inputs: Inputs, tokenizer: Tokenizer) -> torch.Tensor | None:
     Returns:
         int64, ascending, each once; None where there are too many texts for that to pay.
     """
-    stored = inputs.stored
-    variants = None if stored is None else stored.variants
-    extra = None if stored is None else stored.extra_texts
-    lines = None if extra is None else extra.lines
+    variants = None if inputs.stored is None else inputs.stored.variants
+    extra = None if inputs.stored is None else inputs.stored.extra_texts
     count = inputs.usable.total * (1 if variants is None else 1 + variants.number)
-    if count + (0 if extra is None or lines is None else len(extra.rows)) > MAX_CAPTIONS:
+    further: Iterable[str] = ()
+    if extra is not None and extra.lines is not None:
+        count += len(extra.rows)
+        further = extra.lines
+    if count > MAX_CAPTIONS:
         return None
     tokens, texts = torch.empty(0, dtype=torch.int64), set[str]()
-    for text in itertools.chain(_captions(inputs, variants), () if lines is None else lines):
+    for text in itertools.chain(_captions(inputs, variants), further):
         texts.add(text)
         if len(texts) >= _TOKENIZED_AT_ONCE:
             tokens = torch.unique(torch.cat([tokens, tokenizer(sorted(texts)).flatten()]))
@@ -171,7 +251,7 @@ def _captions(inputs: Inputs, variants: TextVariants | None) -> Iterator[str]:
                 yield from (variants(sample.captions, sample.key, variant) for variant in range(variants.number))
 
 
-def write_students(folder: RunFolder, student: ClipModel, source: str, trainer: Trainer) -> list[Path]:
+def write_students(folder: RunFolder, student: ClipModel, source: str, state: TrainState) -> list[Path]:
     """Write the trained model, and the one with averaged weights where there is one, as open_clip folders.
 
     Args:
@@ -180,7 +260,7 @@ def write_students(folder: RunFolder, student: ClipModel, source: str, trainer: 
     Returns:
         The folders.
     """
-    path, average = parse_model(source).path, trainer.average
+    path, ema = parse_model(source).path, state.ema
 
     def write(target: Path, decay: float) -> None:
         write_model_folder(
@@ -191,11 +271,11 @@ def write_students(folder: RunFolder, student: ClipModel, source: str, trainer: 
             tokenizer_from=path if path is not None and path.is_dir() else None,
         )
 
-    write(folder.student, trainer.plan.decay_after(trainer.step))
-    if average is not None:
-        with average.in_place():
-            write(folder.student_ema, average.unused)
-    return folder.students(ema=average is not None)
+    write(folder.student, state.recipe.decay_after(state.step))
+    if ema is not None:
+        with ema.swapped_in():
+            write(folder.student_ema, ema.unused)
+    return folder.students(ema=ema is not None)
 
 
 def warn_of_batch_statistics(student: ClipModel, reporter: Reporter) -> None:

@@ -55,14 +55,12 @@ class OnlineModel:
         """Embed what the student is shown: image and text rows, unit, float32 [b, D] each."""
         assert batch.teacher_pixels is not None, "the batch maker has the teacher's processor"
         assert batch.teacher_tokens is not None, "likewise"
-        device = self.model.device
         images, texts = [], []
         for start in range(0, len(batch), SAMPLES_AT_ONCE):
             part = slice(start, start + SAMPLES_AT_ONCE)
-            pixels = batch.teacher_pixels[part].to(device, non_blocking=True)
+            pixels = batch.teacher_pixels[part]
             if batch.colors is not None:
-                shown = apply_colors(pixels, batch.colors[part].to(device, non_blocking=True))
-                pixels = normalize_pixels(shown, self.model.info.preprocess)
+                pixels = normalize_pixels(apply_colors(pixels, batch.colors[part]), self.model.info.preprocess)
             images.append(self.model.encode_images(pixels, self.precision))
             texts.append(self.model.encode_texts(batch.teacher_tokens[part], self.precision))
         return torch.cat(images), torch.cat(texts)

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
 from clipcid_cli.algorithms.metrics.classification import SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError, UsageError
@@ -16,9 +14,10 @@ from clipcid_cli.formats.data.class_files import read_class_names
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
 from clipcid_cli.formats.data.known_datasets import customary_metric
 from clipcid_cli.formats.data.samples import Sample, read_vector_length
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
-from clipcid_cli.steps.evaluate.encode import TaskEncoder
+from clipcid_cli.steps.evaluate.model import TaskEncoder
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, MULTI_LABEL, ZeroshotTask, find_copy
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
@@ -186,8 +185,8 @@ def extract_features(
     if kept is not None:
         encoder.reporter.note(f"{task.name}: features of {len(kept.rows):,} images from {path}.")
         return kept
-    batches, skips = encoder.encode(task)
-    labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
-    features = Features(torch.cat([batch.images for batch in batches]).numpy(), labels.numpy(), skips)
+    rows = encoder.encode(task)
+    assert rows.labels is not None, "a classification has labels"
+    features = Features(rows.encoded.rows[Kind.IMAGES].numpy(), rows.labels.numpy(), rows.skips)
     machine.on_main(lambda: write_features(path, features))
     return features

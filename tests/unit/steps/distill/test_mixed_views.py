@@ -29,7 +29,7 @@ from clipcid_cli.runtime.models.augment import MixedView, mix_pixels
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.decode import decode_image, read_image
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.embed import prepare
+from clipcid_cli.steps import encode
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 # Batches of 40 pictures hold ten samples, with 1 + 3 pictures each.
@@ -179,7 +179,7 @@ def test_images_of_a_batch_are_let_go_one_by_one(
         most.append(sum(each() is not None for each in held))
         return image
 
-    monkeypatch.setattr(prepare, "read_image", read)
+    monkeypatch.setattr(encode, "read_image", read)
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny", **VIEWS)
     assert len(most) == 24
     assert max(most) <= 2, "the one before may live until the next is decoded"

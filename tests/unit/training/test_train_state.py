@@ -1,8 +1,8 @@
-"""The trainer's parts: groups, schedule, token embeddings in use, checkpoints, logs."""
+"""A student in training: groups, schedule, order of gradients, token embeddings in use, going back to a checkpoint."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 from pathlib import Path
 
@@ -12,13 +12,14 @@ import torch
 from conftest import TINY_CONFIG
 from torch import nn
 
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint, write_checkpoint
-from clipcid_cli.formats.results.run_folder import RunFolder, append_lines, read_lines
+from clipcid_cli.algorithms.losses.parameters import LossParameters
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace
+from clipcid_cli.formats.results.checkpoint import read_checkpoint, write_checkpoint
 from clipcid_cli.runtime.models.used_tokens import UsedRows, train_used_rows, whole_state, whole_table
-from clipcid_cli.runtime.training.trainer import LossParameters, OptimiserPlan, Trainer
+from clipcid_cli.training.optimisers import Recipe, backward_order
+from clipcid_cli.training.train_state import TrainState
 
-PLAN = OptimiserPlan(
+RECIPE = Recipe(
     optimizer="adamw", lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=8, max_norm=1.0
 )
 
@@ -29,18 +30,21 @@ def make_model() -> nn.Module:
     return model
 
 
-def step_once(model: nn.Module, trainer: Trainer, tokens: torch.Tensor, seed: int) -> None:
+def step_once(model: nn.Module, state: TrainState, tokens: torch.Tensor, seed: int) -> None:
     pixels = torch.randn(len(tokens), 3, 32, 32, generator=torch.Generator().manual_seed(seed))
     image, text = model.encode_image(pixels), model.encode_text(tokens)  # type: ignore[operator]
     (image - text).square().mean().backward()
-    trainer.limit_gradient()
-    trainer.update()
+    state.clip_grad_norm()
+    state.update()
 
 
 def test_only_matrices_of_the_student_are_decayed() -> None:
-    model, parameters = make_model(), LossParameters(["instance", "cluster"], 32, 64, seed=0)
-    trainer = Trainer(model, parameters, PLAN)
-    decayed, plain = trainer.optimizer.param_groups
+    model, parameters = (
+        make_model(),
+        LossParameters(["instance", "cluster"], 32, SharedSpace(64, is_learned=True), seed=0),
+    )
+    state = TrainState(model, parameters, RECIPE)
+    decayed, plain = state.optimizer.param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert decayed["weight_decay"] == 0.3
     assert plain["weight_decay"] == 0.0
@@ -53,11 +57,11 @@ def test_only_matrices_of_the_student_are_decayed() -> None:
 
 
 def test_schedule_warms_up_then_follows_a_cosine_to_zero() -> None:
-    rates = [PLAN.rate_at(step) for step in range(8)]
+    rates = [RECIPE.lr_at(step) for step in range(8)]
     assert rates[:3] == [5e-3, 1e-2, 1e-2]
     assert rates[5] == pytest.approx(0.5e-2)
     assert rates[7] == pytest.approx(0.5e-2 * (1 + math.cos(math.pi * 5 / 6)))
-    assert PLAN.rate_at(8) == pytest.approx(0)
+    assert RECIPE.lr_at(8) == pytest.approx(0)
 
 
 @pytest.mark.parametrize("grad_checkpointing", [False, True])
@@ -65,14 +69,16 @@ def test_gradients_arrive_in_the_order_in_which_they_are_sent(grad_checkpointing
     model = make_model()
     model.set_grad_checkpointing(grad_checkpointing)  # type: ignore[operator]
     model.train()
-    trainer = Trainer(model, LossParameters([], 32, None, seed=0), PLAN)
+    state = TrainState(model, LossParameters([], 32, SharedSpace(32), seed=0), RECIPE)
     arrived: list[int] = []
-    for parameter in trainer.parameters:
+    for parameter in state.parameters:
         parameter.register_post_accumulate_grad_hook(lambda parameter: arrived.append(id(parameter)))
     tokens = torch.randint(1, 49407, (4, 12))
     image, text = model.encode_image(torch.randn(4, 3, 32, 32)), model.encode_text(tokens)  # type: ignore[operator]
     torch.autograd.backward([image, text], [torch.ones_like(image), torch.ones_like(text)])
-    sent = [id(parameter) for tower in trainer.of_towers for parameter in tower]
+    sent = [
+        id(parameter) for tower in backward_order(model) for parameter in tower if parameter is not model.logit_scale
+    ]
     assert sorted(arrived) == sorted(sent)
     place = {parameter: number for number, parameter in enumerate(arrived)}
     # Until any number of them can be sent, at most a layer's further ones arrive.
@@ -83,15 +89,15 @@ def test_gradients_arrive_in_the_order_in_which_they_are_sent(grad_checkpointing
 
 
 def test_scales_start_at_clips_and_never_exceed_a_hundred() -> None:
-    model, parameters = make_model(), LossParameters(["instance"], 32, None, seed=0)
-    trainer = Trainer(model, parameters, PLAN)
-    scales = {name: math.exp(value.detach()) for name, value in trainer.log_scales().items()}
+    model, parameters = make_model(), LossParameters(["instance"], 32, SharedSpace(32), seed=0)
+    state = TrainState(model, parameters, RECIPE)
+    scales = {name: math.exp(value.detach()) for name, value in state.log_scales.items()}
     assert scales == pytest.approx({"student": 1 / 0.07, "instance": 1 / 0.07}, rel=1e-6)
     with torch.no_grad():
         parameters.log_scales["instance"].fill_(9.0)
     parameters.log_scales["instance"].grad = torch.tensor(0.0)
-    trainer.update()
-    assert math.exp(trainer.log_scales()["instance"].detach()) == pytest.approx(100)
+    state.update()
+    assert math.exp(state.log_scales["instance"].detach()) == pytest.approx(100)
 
 
 def test_training_only_used_token_embeddings_gives_what_training_all_gives() -> None:
@@ -102,17 +108,17 @@ def test_training_only_used_token_embeddings_gives_what_training_all_gives() -> 
     assert isinstance(part.token_embedding, UsedRows)
     assert part.token_embedding.weight.shape == (5, 32)
     for model in (whole, part):
-        trainer = Trainer(model, LossParameters([], 32, None, seed=0), PLAN)
+        state = TrainState(model, LossParameters([], 32, SharedSpace(32), seed=0), RECIPE)
         for step in range(8):
-            step_once(model, trainer, tokens, step)
-    expected, found = whole.state_dict(), whole_state(part, PLAN.decay_after(8))
+            step_once(model, state, tokens, step)
+    expected, found = whole.state_dict(), whole_state(part, RECIPE.decay_after(8))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
     make_model().load_state_dict(found)
 
     others = torch.tensor([[3, 4, 20_000, 49407] * 3])
-    with torch.no_grad(), whole_table(part, PLAN.decay_after(8)):
+    with torch.no_grad(), whole_table(part, RECIPE.decay_after(8)):
         torch.testing.assert_close(part.encode_text(others), whole.encode_text(others), rtol=1e-5, atol=1e-6)  # type: ignore[operator]
     assert isinstance(part.token_embedding, UsedRows)
     assert [name for name, _ in part.named_parameters()] == [name for name, _ in whole.named_parameters()]
@@ -132,19 +138,19 @@ def test_a_table_mostly_in_use_is_trained_as_it_is() -> None:
     assert isinstance(model.token_embedding, nn.Embedding)
 
 
-def test_trainer_goes_back_to_a_checkpoint_exactly(tmp_path: Path) -> None:
+def test_state_goes_back_to_a_checkpoint_exactly(tmp_path: Path) -> None:
     tokens = torch.full((2, 12), 5)
     model = make_model()
-    trainer = Trainer(model, LossParameters(["icl"], 32, 8, seed=0), PLAN)
+    state = TrainState(model, LossParameters(["icl"], 32, SharedSpace(8, is_learned=True), seed=0), RECIPE)
     for step in range(3):
-        step_once(model, trainer, tokens, step)
-    write_checkpoint(tmp_path, 3, trainer.state())
+        step_once(model, state, tokens, step)
+    write_checkpoint(tmp_path, 3, state.state_dict())
     for step in range(3, 6):
-        step_once(model, trainer, tokens, step)
+        step_once(model, state, tokens, step)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     other = make_model()
-    resumed = Trainer(other, LossParameters(["icl"], 32, 8, seed=5), PLAN)
-    resumed.load(read_checkpoint(tmp_path, 3))
+    resumed = TrainState(other, LossParameters(["icl"], 32, SharedSpace(8, is_learned=True), seed=5), RECIPE)
+    resumed.load_state_dict(read_checkpoint(tmp_path, 3))
     assert resumed.step == 3
     for step in range(3, 6):
         step_once(other, resumed, tokens, step)
@@ -152,34 +158,26 @@ def test_trainer_goes_back_to_a_checkpoint_exactly(tmp_path: Path) -> None:
         assert torch.equal(other.state_dict()[name], tensor), name
 
 
-def test_newest_two_checkpoints_are_kept_and_a_damaged_one_is_named(tmp_path: Path) -> None:
-    for step in (10, 20, 30):
-        write_checkpoint(tmp_path, step, {"step": step})
-    assert list_checkpoints(tmp_path) == [20, 30]
-    path = checkpoint_path(tmp_path, 30)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ClipcidError, match=r"step_00000030\.pt cannot be read"):
-        read_checkpoint(tmp_path, 30)
+def test_float16_gradients_are_scaled_and_an_overflow_is_left_out() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 2))
+            self.logit_scale = nn.Parameter(torch.tensor(1.0))
 
-
-def test_checkpoint_cannot_run_code(tmp_path: Path) -> None:
-    class Harmful:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return (Path.touch, (str(tmp_path / "harmed"),))
-
-    torch.save({"step": Harmful()}, checkpoint_path(tmp_path, 1))
-    with pytest.raises(ClipcidError):
-        read_checkpoint(tmp_path, 1)
-    assert not (tmp_path / "harmed").exists()
-
-
-def test_logs_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    append_lines(run.train_log, [{"step": step, "loss": 1 / step} for step in range(1, 8)])
-    append_lines(run.results_log, [{"step": 4}, {"step": 6}])
-    with run.train_log.open("a") as file:
-        file.write('{"step": 8, "lo')  # what a kill left
-    run.rewind(5)
-    assert [line["step"] for line in read_lines(run.train_log)] == [1, 2, 3, 4, 5]
-    assert read_lines(run.results_log) == [{"step": 4}]
-    assert all(json.loads(line) for line in run.train_log.read_text().splitlines())
+    model = Model()
+    recipe = dataclasses.replace(RECIPE, lr=0.1, weight_decay=0.0, warmup=0)
+    state = TrainState(model, LossParameters([], 2, SharedSpace(2), seed=0), recipe, torch.float16)
+    state.backward(3 * model.weight.sum())
+    assert model.weight.grad is not None
+    assert float(model.weight.grad.max()) > 1000  # scaled up
+    assert float(state.clip_grad_norm()) == pytest.approx(6.0)  # and down again before it is clipped
+    state.update()
+    assert not torch.equal(model.weight.detach(), torch.ones(2, 2))
+    before, scale = model.weight.detach().clone(), state.state_dict()["scaler"]["scale"]
+    state.backward(torch.inf * model.weight.sum())
+    assert state.may_overflow
+    state.clip_grad_norm()
+    state.update()
+    assert torch.equal(model.weight.detach(), before)
+    assert state.state_dict()["scaler"]["scale"] == scale / 2

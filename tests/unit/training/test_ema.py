@@ -10,12 +10,15 @@ import torch
 from conftest import TINY_CONFIG
 from torch import nn
 
+from clipcid_cli.algorithms.losses.parameters import LossParameters
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.formats.results.checkpoint import read_checkpoint, write_checkpoint
 from clipcid_cli.runtime.models.used_tokens import freeze, train_used_rows, whole_state
-from clipcid_cli.runtime.training.trainer import MAX_LOG_SCALE, LossParameters, OptimiserPlan, Trainer
-from clipcid_cli.runtime.training.weight_average import WeightAverage
+from clipcid_cli.training.ema import EMA
+from clipcid_cli.training.optimisers import Recipe
+from clipcid_cli.training.train_state import MAX_LOG_SCALE, TrainState
 
-PLAN = OptimiserPlan(
+RECIPE = Recipe(
     optimizer="adamw", lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=14, max_norm=1.0
 )
 USED = torch.tensor([3, 17, 999, 49406, 49407])
@@ -38,19 +41,19 @@ def make_model() -> nn.Module:
     return model
 
 
-def make_trainer(model: nn.Module) -> Trainer:
-    return Trainer(model, LossParameters([], 32, None, seed=0), PLAN, ema=DECAY)
+def make_state(model: nn.Module) -> TrainState:
+    return TrainState(model, LossParameters([], 32, SharedSpace(32), seed=0), RECIPE, ema=DECAY)
 
 
-def step_once(model: nn.Module, trainer: Trainer, step: int) -> None:
+def step_once(model: nn.Module, state: TrainState, step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     pixels = torch.randn(2, 3, 32, 32, generator=generator)
     tokens = USED[torch.randint(0, len(USED), (2, 12), generator=generator)]
     image, text = model.encode_image(pixels), model.encode_text(tokens)  # type: ignore[operator]
     # It drives the logit scale to its limit.
     ((image - text).square().mean() - 9 * model.logit_scale).backward()
-    trainer.limit_gradient()
-    trainer.update()
+    state.clip_grad_norm()
+    state.update()
 
 
 def copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -63,19 +66,19 @@ def test_it_is_the_average_of_all_steps_also_of_tokens_set_aside() -> None:
     with torch.no_grad():
         for model in (whole, part):
             model.logit_scale.fill_(MAX_LOG_SCALE - 0.05)
-    trainers = make_trainer(whole), make_trainer(part)
+    states = make_state(whole), make_state(part)
     expected = {name: tensor.double() for name, tensor in copy_state(whole).items()}
     for step in range(14):
-        for model, trainer in zip((whole, part), trainers, strict=True):
-            step_once(model, trainer, step)
+        for model, state in zip((whole, part), states, strict=True):
+            step_once(model, state, step)
         keep = min(DECAY, (2 + step) / (11 + step))
         expected = {
             name: keep * expected[name] + (1 - keep) * tensor.double() for name, tensor in whole.state_dict().items()
         }
-        for model, trainer in zip((whole, part), trainers, strict=True):
-            assert trainer.average is not None
-            with trainer.average.in_place():
-                found = whole_state(model, trainer.average.unused)
+        for model, state in zip((whole, part), states, strict=True):
+            assert state.ema is not None
+            with state.ema.swapped_in():
+                found = whole_state(model, state.ema.unused)
                 assert 0 <= float(found["logit_scale"]) <= MAX_LOG_SCALE
                 for name, tensor in expected.items():
                     torch.testing.assert_close(found[name].double(), tensor, rtol=1e-5, atol=1e-6, msg=name)
@@ -84,13 +87,13 @@ def test_it_is_the_average_of_all_steps_also_of_tokens_set_aside() -> None:
 
 def test_the_student_comes_back_bit_for_bit() -> None:
     model = make_model()
-    trainer = make_trainer(model)
-    step_once(model, trainer, 0)
-    before, average = copy_state(model), trainer.average
+    state = make_state(model)
+    step_once(model, state, 0)
+    before, average = copy_state(model), state.ema
     assert average is not None
 
     def interrupt() -> None:
-        with average.in_place():
+        with average.swapped_in():
             assert not torch.equal(model.state_dict()["visual.proj"], before["visual.proj"])
             raise KeyboardInterrupt
 
@@ -103,7 +106,7 @@ def test_the_student_comes_back_bit_for_bit() -> None:
 def test_statistics_are_averaged_and_counts_and_frozen_weights_are_the_students() -> None:
     model = WithStatistics()
     freeze(model, "text")
-    average = WeightAverage(model, DECAY)
+    average = EMA(model, DECAY)
     means = [model.visual[1].running_mean.clone()]
     for step in range(3):
         model.visual(torch.randn(5, 3, generator=torch.Generator().manual_seed(step)))
@@ -113,11 +116,11 @@ def test_statistics_are_averaged_and_counts_and_frozen_weights_are_the_students(
     for number, mean in enumerate(means[1:], start=1):
         keep = min(DECAY, (1 + number) / (10 + number))
         expected = keep * expected + (1 - keep) * mean
-    assert set(average.state()["averages"]) == {
+    assert set(average.state_dict()["averages"]) == {
         "visual.0.weight", "visual.0.bias", "visual.1.weight", "visual.1.bias", "visual.1.running_mean",
         "visual.1.running_var", "logit_scale",
     }  # fmt: skip
-    with average.in_place():
+    with average.swapped_in():
         torch.testing.assert_close(model.visual[1].running_mean, expected)
         assert int(model.visual[1].num_batches_tracked) == 3
 
@@ -126,20 +129,20 @@ def test_a_checkpoint_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     model, other = make_model(), make_model()
     for one in (model, other):
         train_used_rows(one, USED)
-    trainer, resumed = make_trainer(model), make_trainer(other)
+    state, resumed = make_state(model), make_state(other)
     for step in range(6):
         if step == 4:
-            write_checkpoint(tmp_path, step, trainer.state())
-        step_once(model, trainer, step)
-    resumed.load(read_checkpoint(tmp_path, 4))
+            write_checkpoint(tmp_path, step, state.state_dict())
+        step_once(model, state, step)
+    resumed.load_state_dict(read_checkpoint(tmp_path, 4))
     for step in range(4, 6):
         step_once(other, resumed, step)
-    assert trainer.average is not None
-    assert resumed.average is not None
-    one, two = trainer.average.state(), resumed.average.state()
+    assert state.ema is not None
+    assert resumed.ema is not None
+    one, two = state.ema.state_dict(), resumed.ema.state_dict()
     assert one["averages"].keys() == two["averages"].keys()
     assert all(torch.equal(tensor, two["averages"][name]) for name, tensor in one["averages"].items())
     assert {name: one[name] for name in ("step", "left", "unused")} == {
         name: two[name] for name in ("step", "left", "unused")
     }
-    assert "average" not in Trainer(make_model(), LossParameters([], 32, None, seed=0), PLAN).state()
+    assert "ema" not in TrainState(make_model(), LossParameters([], 32, SharedSpace(32), seed=0), RECIPE).state_dict()

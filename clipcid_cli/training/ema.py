@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 
-class WeightAverage:
+class EMA:
     """An exponential moving average of a student's weights, beside the student.
 
     After step n = 1, 2, … with weights θ_n: ē_n = d_n · ē_{n−1} + (1 − d_n) · θ_n, d_n = min(decay, (1 + n) / (10 + n)),
-    ē_0 = θ_0. The smaller d_n of the first steps forget the initial weights soon.
+    ē_0 = θ_0. The smaller d_n of the first steps forget the initial weights soon; timm's averages warm up by another rule.
 
     Averaged are the trained parameters, and the buffers of floating-point numbers that a checkpoint holds (statistics of
     batch normalisation). What is frozen, and counts, are the student's. The average of clamped logit scales is within their
@@ -43,13 +43,13 @@ class WeightAverage:
             left: What the step left of a decayed parameter without a gradient, 1 − lr·wd.
         """
         self._step += 1
-        share = 1 - min(self._decay, (1 + self._step) / (10 + self._step))
-        torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), share)
+        fraction = 1 - min(self._decay, (1 + self._step) / (10 + self._step))
+        torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), fraction)
         self._left *= left
-        self.unused += share * (self._left - self.unused)
+        self.unused += fraction * (self._left - self.unused)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Give the student the averaged weights for a while, without copying any; not for training."""
         self._swap()
         try:
@@ -62,12 +62,12 @@ class WeightAverage:
             average = self._averages[name]
             weight.data, average.data = average.data, weight.data
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs."""
         return {"step": self._step, "left": self._left, "unused": self.unused, "averages": dict(self._averages)}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state` returned."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self._step, self._left, self.unused = state["step"], state["left"], state["unused"]
         for name, average in self._averages.items():
             average.copy_(state["averages"][name])

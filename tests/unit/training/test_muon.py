@@ -13,10 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from clipcid_cli.runtime.training.muon import Muon, matrices_of, orthogonalise
-from clipcid_cli.runtime.training.trainer import LossParameters, OptimiserPlan, Trainer
+from clipcid_cli.algorithms.losses.parameters import LossParameters
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace
+from clipcid_cli.training.muon import Muon, matrices_of, orthogonalise
+from clipcid_cli.training.optimisers import Recipe
+from clipcid_cli.training.train_state import TrainState
 
-PLAN = OptimiserPlan(
+RECIPE = Recipe(
     optimizer="muon", lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=8, max_norm=1.0
 )
 SHAPES = ((24, 8), (8, 8), (8, 24), (24, 8))
@@ -91,9 +94,9 @@ def test_matrices_of_the_towers_are_muons_and_tables_are_not() -> None:
     kinds = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     layers = [name for name in dict(model.named_parameters()) if ".resblocks." in name and name.endswith(kinds)]
     assert matrices_of(model) == set(layers) != set()
-    trainer = Trainer(model, LossParameters(["instance"], 32, 64, seed=0), PLAN)
-    grouped = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
-    everything = [*model.parameters(), *trainer.loss_parameters.parameters()]
+    state = TrainState(model, LossParameters(["instance"], 32, SharedSpace(64, is_learned=True), seed=0), RECIPE)
+    grouped = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    everything = [*model.parameters(), *state.of_losses.parameters()]
     assert sorted(map(id, grouped)) == sorted(map(id, everything))
 
 
@@ -112,27 +115,27 @@ def test_no_table_is_a_matrix_whatever_its_name() -> None:
     assert matrices_of(Odd()) == {"layer.weight"}
 
 
-def trainer_of(model: nn.Module) -> Trainer:
-    return Trainer(model, LossParameters([], 32, None, seed=0), PLAN)
+def state_of(model: nn.Module) -> TrainState:
+    return TrainState(model, LossParameters([], 32, SharedSpace(32), seed=0), RECIPE)
 
 
-def train(trainer: Trainer, seeds: range) -> None:
+def train(state: TrainState, seeds: range) -> None:
     for seed in seeds:
-        set_gradients(trainer.parameters, seed)
-        trainer.limit_gradient()
-        trainer.update()
+        set_gradients(state.parameters, seed)
+        state.clip_grad_norm()
+        state.update()
 
 
 def test_a_resumed_run_has_the_same_bits() -> None:
     torch.manual_seed(0)
     model = open_clip.CLIP(**TINY_CONFIG)
     start = copy.deepcopy(model)
-    whole = trainer_of(model)
+    whole = state_of(model)
     train(whole, range(3))
-    saved: dict[str, Any] = copy.deepcopy(whole.state())
+    saved: dict[str, Any] = copy.deepcopy(whole.state_dict())
     train(whole, range(3, 6))
-    resumed = trainer_of(start)
-    resumed.load(saved)
+    resumed = state_of(start)
+    resumed.load_state_dict(saved)
     train(resumed, range(3, 6))
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), start.parameters(), strict=True))
 
@@ -140,16 +143,16 @@ def test_a_resumed_run_has_the_same_bits() -> None:
 @pytest.mark.parametrize("what", ["matrix", "vector"])
 def test_an_overflow_skips_the_whole_update(what: str) -> None:
     model = open_clip.CLIP(**TINY_CONFIG)
-    trainer = Trainer(model, LossParameters([], 32, None, seed=0), PLAN, torch.float16)
+    state = TrainState(model, LossParameters([], 32, SharedSpace(32), seed=0), RECIPE, torch.float16)
     before = copy.deepcopy(dict(model.named_parameters()))
     matrix = model.transformer.resblocks[0].mlp.c_fc.weight
-    assert any(matrix is each for each in trainer.optimizer.param_groups[2]["params"])
-    trainer.backward(matrix.sum() + model.ln_final.weight.sum())
+    assert any(matrix is each for each in state.optimizer.param_groups[2]["params"])
+    state.backward(matrix.sum() + model.ln_final.weight.sum())
     hurt = matrix if what == "matrix" else model.ln_final.weight
     assert hurt.grad is not None
     hurt.grad.flatten()[0] = torch.inf
-    trainer.limit_gradient()
-    trainer.update()
+    state.clip_grad_norm()
+    state.update()
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
