@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
@@ -15,26 +15,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
 from clipcid_cli.formats.data.index import SampleRef
-from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.sample_rows import take_captions, take_images
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.models.augment import (
-    Augmentation,
-    Masking,
-    MixedView,
-    Processor,
-    choose_view,
-    identity_colors,
-    mix_pixels,
-)
-from clipcid_cli.runtime.models.caches import MAX_CAPTIONS, ImageCache, TokenCache
-from clipcid_cli.runtime.models.decode import SkippedImage, full_size
 from clipcid_cli.runtime.pipeline import join_on, ordered_map, prefetch
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.sample_order import SampleOrder
@@ -42,15 +27,10 @@ from clipcid_cli.steps.distill.clusters import ClusterLookup
 from clipcid_cli.steps.distill.extra_texts import ExtraText
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
-from clipcid_cli.steps.distill.shown import CaptionChooser, ShownCaption, StoredViews
-from clipcid_cli.steps.settings.distill import DistillSettings
 
 Piece = TypeVar("Piece")
 
 _MAX_ITEMS = 256
-# Decoded images a worker keeps, so that small data is decoded once and not once an epoch.
-_MAX_IMAGE_BYTES = 512 * 2**20
-_WHITE = Image.new("RGB", (64, 64), (255, 255, 255))
 
 
 class Item(NamedTuple):
@@ -82,7 +62,7 @@ class TrainingBatch:
 
     Attributes:
         pixels: uint8 [b, H, W, 3].
-        colors: Colour maps, float32 [b, 3, 4]; None where no view changes colours.
+        colors: Colour maps, float32 [b, 3, 4]; None where none changes anything.
         tokens: Of captions and of further texts, int64 [b + e, L].
         bad: (reason, key) of images that could not be decoded; they are white in `pixels`.
         kept_patches: Patches of each image that are seen where the others are masked, int64 [b, n]; None where none are.
@@ -141,151 +121,6 @@ _ON_DEVICE = (
 )
 
 
-class BatchMaker:
-    """Makes a work item's part of a batch in a worker: decodes, crops, tokenises, reads the teacher's rows.
-
-    What it keeps only saves time. A sample with several captions shows one of them, drawn in each epoch, unless only the
-    first is embedded; or a variant.
-
-    Attributes:
-        augmentation: How the images that are shown may be augmented.
-    """
-
-    def __init__(
-        self,
-        settings: DistillSettings,
-        inputs: Inputs,
-        student: Processor,
-        teacher: Processor | None = None,
-        masking: Masking | None = None,
-    ) -> None:
-        """Prepare a maker; it is sent to each worker.
-
-        Args:
-            teacher: Processor of an online teacher, which is shown the same views and captions. None without one.
-            masking: A further pass over images whose patches are masked; None without one.
-        """
-        stored = inputs.stored
-        self._seed = settings.seed
-        self._samples = inputs.training
-        self._masking = masking
-        self._shown_to = [student] if teacher is None else [student, teacher]
-        self.augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
-        self._rows, self._extra_texts, self._views = None, None, None
-        if stored is not None:
-            self.augmentation = stored.augmentation(self.augmentation)
-            self._rows, self._extra_texts = stored.rows(), stored.extra_texts
-            if stored.num_views:
-                params = stored.embeddings.rows(Kind.VIEW_PARAMS)
-                self._views = StoredViews(params, stored.num_views, inputs.training, settings.seed)
-        self._caption = CaptionChooser(
-            settings.seed,
-            first_only=stored is not None and stored.first_captions,
-            dropout=settings.caption_dropout,
-            variants=None if stored is None else stored.variants,
-            variant_share=settings.variant_share,
-        )
-        widths, heights = zip(*(each.pixels.draft_size(self.augmentation) for each in self._shown_to), strict=True)
-        # Of more samples, what a worker could keep (0.8 GB) would hardly ever be seen again.
-        max_bytes, max_captions = (_MAX_IMAGE_BYTES, MAX_CAPTIONS) if inputs.training.total <= MAX_CAPTIONS else (0, 0)
-        self._images = ImageCache(max_bytes, (max(widths), max(heights)) if settings.fast_decode else None)
-        self._tokens = TokenCache(student.tokenizer, max_captions)
-        self._teacher_tokens = None if teacher is None else TokenCache(teacher.tokenizer, max_captions)
-
-    def __call__(self, work: WorkItem) -> TrainingBatch:
-        """Make the part, in order; each image is written into its tensor before the next one is decoded."""
-        bad, views, captions = list[tuple[str, str]](), list[int](), list[ShownCaption]()
-        count = len(work.items)
-        colors = torch.empty(count, 3, 4) if self.augmentation.changes_colors else None
-        pixels = [_empty_pixels(each, count) for each in self._shown_to]
-        for place, item in enumerate(work.items):
-            sample = item.sample.read()
-            captions.append(self._caption(sample.captions, sample.key, item.epoch))
-            number, image, view, other = self._show(item, sample, bad)
-            views.append(number)
-            for processor, target in zip(self._shown_to, pixels, strict=True):
-                shown = processor.pixels(image, view.first)
-                if other is not None:
-                    shown = mix_pixels(view, shown, processor.pixels(other, view.second))
-                target.numpy()[place] = shown
-            if colors is not None:
-                # Mixed pixels have their final colours.
-                colors.numpy()[place] = view.first.colors if other is None else identity_colors()
-        texts = [caption.text for caption in captions]
-        extra = [] if self._extra_texts is None else [self._extra_texts.read(text) for text in work.extra_texts]
-        batch = TrainingBatch(
-            pixels=pixels[0],
-            colors=colors,
-            tokens=self._tokens([*texts, *extra]),
-            bad=bad,
-            kept_patches=None if self._masking is None else self._choose_patches(self._masking, work.items),
-            teacher_pixels=pixels[1] if len(pixels) > 1 else None,
-            teacher_tokens=None if self._teacher_tokens is None else self._teacher_tokens(texts),
-        )
-        self._add_stored_rows(batch, work, views, captions)
-        return batch
-
-    def _show(
-        self, item: Item, sample: Sample, bad: list[tuple[str, str]]
-    ) -> tuple[int, Image.Image, MixedView, Image.Image | None]:
-        """Choose the view that is shown: a stored one, else one drawn for this epoch.
-
-        Returns:
-            Number of the stored view, −1 where it is none; the image, how it is shown, and the image that is mixed in.
-        """
-        image = self._decode(sample, bad)
-        augmentation = self.augmentation
-        if self._views is not None:
-            stored = self._views.choose(item.row, item.epoch, sample.key)
-            if image is not None and stored is not None:
-                other = None if stored.partner is None else self._decode(self._partner(item, stored.partner), bad)
-                if other is not None or stored.partner is None:
-                    return stored.number, image, stored.view, other
-            augmentation = Augmentation(1.0)  # then the teacher's row is that of the whole image
-        image = image or _WHITE
-        seed = derive_seed("augment", self._seed, item.epoch, sample.key)
-        view = choose_view(augmentation, *full_size(image), seed)
-        return -1, image, MixedView(view, 1.0, 0.0, view), None
-
-    def _partner(self, item: Item, row: int) -> Sample:
-        """Read a sample of the same shard."""
-        return item.sample.part.sample(int(self._samples.column("places")[row]))
-
-    def _decode(self, sample: Sample, bad: list[tuple[str, str]]) -> Image.Image | None:
-        image = self._images.read(sample.key, sample.image)
-        if not isinstance(image, SkippedImage):
-            return image
-        bad.append((image.reason, sample.key))
-        return None
-
-    def _choose_patches(self, masking: Masking, items: Sequence[Item]) -> Tensor:
-        seeds = [derive_seed("mask", self._seed, item.epoch, item.sample.key) for item in items]
-        return torch.from_numpy(np.stack([masking.choose(seed) for seed in seeds]))
-
-    def _add_stored_rows(
-        self, batch: TrainingBatch, work: WorkItem, views: list[int], captions: list[ShownCaption]
-    ) -> None:
-        """Read the teacher's rows of what is shown, where it has stored ones."""
-        if self._rows is None:
-            return
-        own = np.array([item.row for item in work.items])
-        embedded = self._samples.column("embeddings")[own].astype(np.int64)
-        batch.teacher_image_bD = torch.from_numpy(take_images(self._rows, embedded, np.array(views)))
-        if Kind.TEXTS in self._rows:
-            starts = self._samples.column("captions")[own].astype(np.int64) if Kind.FURTHER in self._rows else embedded
-            numbers = np.array([caption.number for caption in captions])
-            variants = np.array([caption.variant for caption in captions])
-            batch.teacher_text_bD = torch.from_numpy(take_captions(self._rows, embedded, numbers, starts, variants))
-        if self._extra_texts is not None:
-            extra = np.array([text.row for text in work.extra_texts], dtype=np.int64)
-            batch.teacher_extra_eD = torch.from_numpy(self._extra_texts.rows.take(extra))
-
-
-def _empty_pixels(processor: Processor, count: int) -> Tensor:
-    width, height = processor.pixels.size
-    return torch.empty(count, height, width, 3, dtype=torch.uint8)
-
-
 class Batches:
     """The batches of a run: samples in the order of their epochs, batches running on across the epochs' ends.
 
@@ -296,17 +131,22 @@ class Batches:
     def __init__(
         self,
         inputs: Inputs,
-        maker: BatchMaker,
+        make: Callable[[WorkItem], TrainingBatch],
         clusters: ClusterLookup | None,
         batch_size: int,
         seed: int,
         machine: Machine,
     ) -> None:
-        """Prepare the batches; of each, this process makes a contiguous slice, so that gathering restores it."""
+        """Prepare the batches; of each, this process makes a contiguous slice, so that gathering restores it.
+
+        Args:
+            make: Makes a work item's part of a batch in a worker: a `BatchMaker`.
+            clusters: What the cluster targets are looked up in; None where no loss needs them.
+        """
         self.batch_size = batch_size
         self._samples, self._index = inputs.training, index_of(inputs.dataset)
         self._extra_texts = None if inputs.stored is None else inputs.stored.extra_texts
-        self._maker, self._clusters, self._seed, self._machine = maker, clusters, seed, machine
+        self._make, self._clusters, self._seed, self._machine = make, clusters, seed, machine
         self._places = self._samples.column("places")
         self._shard_sizes = self._samples.sizes.tolist()
         self._count = -(-batch_size // machine.size // _MAX_ITEMS)
@@ -324,7 +164,7 @@ class Batches:
                 dealt.append(batch)
                 yield from batch.work
 
-        with closing(ordered_map(self._maker, deal(), workers)) as made:
+        with closing(ordered_map(self._make, deal(), workers)) as made:
             whole = ((dealt.popleft(), parts) for parts in zip(*[made] * self._count, strict=True))
             with closing(prefetch(lambda pair: self.finish(*pair), whole, self._machine.device)) as finished:
                 yield from finished
@@ -345,7 +185,7 @@ class Batches:
 
     def make(self, dealt: DealtBatch) -> list[TrainingBatch]:
         """Make the parts of a process here, as workers do."""
-        return [self._maker(item) for item in dealt.work]
+        return [self._make(item) for item in dealt.work]
 
     def finish(self, dealt: DealtBatch, parts: Sequence[TrainingBatch]) -> TrainingBatch:
         """Join a process's parts on the device and add the cluster targets of the global batch."""

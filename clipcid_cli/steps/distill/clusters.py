@@ -28,9 +28,6 @@ from clipcid_cli.steps.model_identity import cluster_with, find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
-# Centroids that take at most this many bytes in the shared space are kept there: K = 32,768 at 512 dimensions.
-_KEPT_BYTES = 64 * 2**20
-
 
 @dataclasses.dataclass(frozen=True)
 class ChosenClusters:
@@ -158,6 +155,27 @@ class ClusterLookup:
     towers: list[tuple[TopClusters, float]]
     settings: DistillSettings
 
+    @classmethod
+    def of(
+        cls,
+        settings: DistillSettings,
+        clusters: ChosenClusters,
+        samples: SampleRows,
+        axes: PrincipalAxes | None,
+        device: torch.device,
+    ) -> ClusterLookup:
+        """Make the lookup of a run.
+
+        Args:
+            samples: The samples to train on.
+            axes: Axes of the shared space; None where it is the teacher's own.
+        """
+        towers = [(clusters.files.images, clusters.temperatures[0])]
+        if clusters.teach_text and clusters.files.captions is not None:
+            towers.append((clusters.files.captions, clusters.temperatures[1]))
+        centroids = ProjectedCentroids.of(clusters.files.centroids, axes, device)
+        return cls(centroids, samples.column("clusters"), towers, settings)
+
     def targets(self, rows: npt.NDArray[np.int64], step: int) -> tuple[ClusterTargets, ClusterTargets | None]:
         """Return the targets of a global batch: of its images, and of its captions where both towers are taught.
 
@@ -194,37 +212,3 @@ class ClusterLookup:
             for top, temperature in self.towers
         ]
         return found[0], found[1] if len(found) > 1 else None
-
-
-def open_lookup(
-    settings: DistillSettings,
-    clusters: ChosenClusters,
-    samples: SampleRows,
-    axes: PrincipalAxes | None,
-    device: torch.device,
-) -> ClusterLookup:
-    """Make the lookup of a run.
-
-    Args:
-        samples: The samples to train on.
-        axes: Axes of the shared space; None where it is the teacher's own.
-    """
-    towers = [(clusters.files.images, clusters.temperatures[0])]
-    if clusters.teach_text and clusters.files.captions is not None:
-        towers.append((clusters.files.captions, clusters.temperatures[1]))
-    centroids = open_centroids(clusters.files.centroids, axes, device)
-    return ClusterLookup(centroids, samples.column("clusters"), towers, settings)
-
-
-def open_centroids(
-    stored_KD: npt.NDArray[np.float32], axes: PrincipalAxes | None, device: torch.device
-) -> ProjectedCentroids:
-    """Make the centroids of a run, kept in the shared space where they take at most 64 MiB (an eighth of a GPU's memory).
-
-    Args:
-        stored_KD: Unit rows in the teacher's space, float32 [K, D], mapped from the file.
-    """
-    max_bytes = _KEPT_BYTES
-    if device.type == "cuda":
-        max_bytes = torch.cuda.get_device_properties(device).total_memory // 8
-    return ProjectedCentroids.of(stored_KD, axes, device, max_bytes)

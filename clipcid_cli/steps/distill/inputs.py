@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
+from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.steps.data_index import cache_shards, ensure_index
 from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
@@ -23,13 +26,19 @@ from clipcid_cli.steps.distill.stored_teacher import (
     OnlineTeacher,
     StoredTeacher,
     choose_online,
+    losses_of_captions,
+    named_teacher,
     open_stored,
     use_stored,
     validate_keys,
+    validate_requested,
 )
+from clipcid_cli.steps.embed.ensure import ensure_embeddings
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list, report_keep_list
+from clipcid_cli.steps.model_identity import find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +77,47 @@ class Inputs:
         """Return how many further texts a step has, over all processes."""
         extra = None if self.stored is None else self.stored.extra_texts
         return 0 if extra is None else extra.number_at(batch_size)
+
+
+def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Path | None:
+    """Find the teacher's embeddings, and make them where there are none; None when no loss needs them.
+
+    Without ``--teacher`` it is the one whose embeddings the work directory holds.
+    """
+    if not settings.needs_teacher:
+        return None
+    if settings.embeddings is not None:
+        return settings.embeddings
+    if settings.online_teacher:
+        return machine.on_main(lambda: _find_for_axes(settings))
+    work = WorkDirectory(settings.work)
+    teacher = settings.teacher
+    if teacher is None:
+        try:
+            return machine.on_main(work.find_embeddings)
+        except ClipcidError:
+            if settings.data is None or work.has_embeddings():
+                raise
+        teacher = DEFAULT_MODEL
+        reporter.note(f"Teacher: {teacher}, the default.")
+    folder = work.embeddings(with_default_tag(parse_model(teacher)).slug)
+    exists = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
+    if not exists:
+        validate_requested(settings, folder, None, model=teacher)
+    # Existing embeddings of images only may suffice; new ones are of captions too.
+    text = True if losses_of_captions(settings) or not exists else None
+    return ensure_embeddings(settings, machine, reporter, data=settings.data, model=teacher, text=text)
+
+
+def _find_for_axes(settings: DistillSettings) -> Path | None:
+    """Find stored embeddings of an online teacher: they name it, and have the axes of the shared space; None for none."""
+    work, teacher = WorkDirectory(settings.work), named_teacher(settings)
+    if teacher is None:
+        return work.find_embeddings() if work.has_embeddings() else None
+    folder = work.embeddings(teacher.slug)
+    sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
+    is_its = sidecar is not None and find_mismatch(sidecar.model, teacher) is None
+    return folder if is_its and settings.teacher_space != "project" else None
 
 
 def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | None, reporter: Reporter) -> Inputs:

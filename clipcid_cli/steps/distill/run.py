@@ -19,9 +19,9 @@ from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.distill.cost import DistillCost, estimate_cost
+from clipcid_cli.steps.distill.inputs import find_embeddings
 from clipcid_cli.steps.distill.plan import check_named, identity, plan_run
 from clipcid_cli.steps.distill.report import write_report
-from clipcid_cli.steps.distill.stored_teacher import find_embeddings
 from clipcid_cli.steps.distill.student import load_student, write_students
 from clipcid_cli.steps.distill.teacher import describe_weights, load_online_model
 from clipcid_cli.steps.distill.trainer import Trainer

@@ -1,4 +1,4 @@
-"""What a teacher provides on disk: its embeddings, found or made, checked against teacher and data, and what is shown."""
+"""The teacher of a run: its stored embeddings, checked against teacher and data, and what of them is shown; or its name."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
-from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
 from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
 from clipcid_cli.steps.distill.samples import MatchCounts
-from clipcid_cli.steps.embed.ensure import ensure_embeddings
 from clipcid_cli.steps.embed.views import Views
 from clipcid_cli.steps.model_identity import embed_with, find_mismatch
 from clipcid_cli.steps.reporting import Reporter
@@ -69,7 +66,7 @@ class StoredTeacher:
         """List the kinds of rows that are shown, beside those of whole images."""
         texts = {Kind.TEXTS: True, Kind.FURTHER: self.all_captions, Kind.VARIANTS: self.variants is not None}
         return [
-            *([Kind.VIEWS] if self.num_views else []),
+            *((Kind.VIEWS, Kind.VIEW_PARAMS) if self.num_views else ()),
             *(kind for kind, is_shown in texts.items() if is_shown and self.embeddings.has_texts),
         ]
 
@@ -104,50 +101,9 @@ class OnlineTeacher:
         return [] if self.embeddings is None else self.embeddings.fingerprints([Kind.TEXTS])
 
 
-def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Path | None:
-    """Find the teacher's embeddings, and make them where there are none; None when no loss needs them.
-
-    Without ``--teacher`` it is the one whose embeddings the work directory holds.
-    """
-    if not settings.needs_teacher:
-        return None
-    if settings.embeddings is not None:
-        return settings.embeddings
-    if settings.online_teacher:
-        return machine.on_main(lambda: _find_for_axes(settings))
-    work = WorkDirectory(settings.work)
-    teacher = settings.teacher
-    if teacher is None:
-        try:
-            return machine.on_main(work.find_embeddings)
-        except ClipcidError:
-            if settings.data is None or work.has_embeddings():
-                raise
-        teacher = DEFAULT_MODEL
-        reporter.note(f"Teacher: {teacher}, the default.")
-    folder = work.embeddings(with_default_tag(parse_model(teacher)).slug)
-    exists = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
-    if not exists:
-        validate_requested(settings, folder, None, model=teacher)
-    # Existing embeddings of images only may suffice; new ones are of captions too.
-    text = True if _losses_of_captions(settings) or not exists else None
-    return ensure_embeddings(settings, machine, reporter, data=settings.data, model=teacher, text=text)
-
-
-def _losses_of_captions(settings: DistillSettings) -> list[str]:
+def losses_of_captions(settings: DistillSettings) -> list[str]:
     """List the losses of the run that need the teacher's embeddings of captions."""
     return [name for name in settings.losses() if not LOSSES[name].one_tower]
-
-
-def _find_for_axes(settings: DistillSettings) -> Path | None:
-    """Find stored embeddings of an online teacher: they name it, and have the axes of the shared space; None for none."""
-    work, teacher = WorkDirectory(settings.work), named_teacher(settings)
-    if teacher is None:
-        return work.find_embeddings() if work.has_embeddings() else None
-    folder = work.embeddings(teacher.slug)
-    sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
-    is_its = sidecar is not None and find_mismatch(sidecar.model, teacher) is None
-    return folder if is_its and settings.teacher_space != "project" else None
 
 
 def named_teacher(settings: DistillSettings) -> ModelName | None:
@@ -178,7 +134,7 @@ def open_stored(settings: DistillSettings, folder: Path, cache: Path | None, rep
         _validate_teacher(settings, teacher, embeddings)
     if embeddings.has_texts or settings.online_teacher:
         return embeddings
-    needing = _losses_of_captions(settings)
+    needing = losses_of_captions(settings)
     if needing:
         raise ClipcidError(
             f"{folder} holds embeddings of images only, and captions are needed by: {', '.join(needing)}.",

@@ -26,7 +26,7 @@ from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.steps.distill.batches import TrainingBatch
-from clipcid_cli.steps.distill.clusters import ClusterLookup, open_lookup
+from clipcid_cli.steps.distill.clusters import ClusterLookup
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher
 from clipcid_cli.steps.model_identity import cluster_with
@@ -131,54 +131,40 @@ def open_teacher(
     Args:
         model: What `load_online_model` returned.
     """
-    embeddings = inputs.embeddings
+    embeddings, chosen = inputs.embeddings, inputs.clusters
     if model is not None:
-        return _open_online(settings, inputs, model, student_width, machine, reporter)
-    if embeddings is None:
+        width = model.info.embed_dim
+    elif embeddings is not None:
+        width = embeddings.width
+    else:
         return None
-    space = choose_space(settings, embeddings.width, embeddings, student_width, machine, reporter)
-    reads_scale = any(LOSSES[name].needs_teacher_scale for name in settings.losses())
-    scale = _recorded_scale(embeddings.sidecar, reporter) if reads_scale else _MAX_SCALE
-    return Teacher(space, scale, _open_clusters(settings, inputs, space, machine))
-
-
-def _open_online(
-    settings: DistillSettings,
-    inputs: Inputs,
-    model: ClipModel,
-    student_width: int,
-    machine: Machine,
-    reporter: Reporter,
-) -> Teacher:
+    space = choose_space(settings, width, embeddings, student_width, machine, reporter)
+    clusters = None
+    if chosen is not None:
+        if model is not None and chosen.files.centroids.shape[1] != width:
+            raise ClipcidError(
+                f"The clusters in {chosen.files.folder} have width {chosen.files.centroids.shape[1]}, the teacher "
+                f"{model.info.spec} {width}: they are of another teacher.",
+                cluster_with(parse_model(model.info.spec), settings),
+            )
+        clusters = ClusterLookup.of(settings, chosen, inputs.training, space.axes, machine.device)
+    if model is None:
+        assert embeddings is not None
+        return Teacher(space, _recorded_scale(settings, embeddings.sidecar, reporter), clusters)
     info = model.info
-    space = choose_space(settings, info.embed_dim, inputs.embeddings, student_width, machine, reporter)
-    clusters = None if inputs.clusters is None else inputs.clusters.files
-    if clusters is not None and clusters.centroids.shape[1] != info.embed_dim:
-        raise ClipcidError(
-            f"The clusters in {clusters.folder} have width {clusters.centroids.shape[1]}, the teacher {info.spec} "
-            f"{info.embed_dim}: they are of another teacher.",
-            cluster_with(parse_model(info.spec), settings),
-        )
     precision = choose_precision(settings.precision, machine.device, "embed", info.parameters)
     model.cast_products(precision)
     reporter.note(
         f"Online teacher: {info.parameters / 1e6:.1f} M parameters, {info.image_size[0]} px, {info.context_length} tokens, "
         f"precision {precision.name} ({precision.reason})."
     )
-    online = OnlineModel(model, precision)
-    return Teacher(space, model.logit_scale, _open_clusters(settings, inputs, space, machine), online)
+    return Teacher(space, model.logit_scale, clusters, OnlineModel(model, precision))
 
 
-def _open_clusters(
-    settings: DistillSettings, inputs: Inputs, space: SharedSpace, machine: Machine
-) -> ClusterLookup | None:
-    if inputs.clusters is None:
-        return None
-    return open_lookup(settings, inputs.clusters, inputs.training, space.axes, machine.device)
-
-
-def _recorded_scale(sidecar: EmbedSidecar | None, reporter: Reporter) -> float:
+def _recorded_scale(settings: DistillSettings, sidecar: EmbedSidecar | None, reporter: Reporter) -> float:
     """Return exp(logit_scale) of the teacher as `embed` recorded it."""
+    if not any(LOSSES[name].needs_teacher_scale for name in settings.losses()):
+        return _MAX_SCALE
     if sidecar is not None and sidecar.model.logit_scale is not None:
         return float(sidecar.model.logit_scale)
     reporter.note(f"The embeddings do not record the teacher's logit scale; using {_MAX_SCALE:g}.")

@@ -28,7 +28,8 @@ from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
+from clipcid_cli.steps.distill.batch_maker import BatchMaker
+from clipcid_cli.steps.distill.batches import Batches, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.plan import Plan

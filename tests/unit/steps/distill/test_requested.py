@@ -51,7 +51,7 @@ def test_embeddings_that_lack_it(
     tiny_model: Path,
 ) -> None:
     with pytest.raises(ClipcidError, match=message) as raised:
-        join(tiny_shards, folders[kind], **asked)
+        join(tiny_shards, folders[kind], preset="clip", loss=("clip=0", "fd=1"), **asked)
     command = "clipcid embed" + raised.value.fix.split("clipcid embed")[-1]
     expected = f"clipcid embed {tiny_shards} --model {tiny_model} --out {folders[kind]} --overwrite{flags}"
     made = json.loads((folders[kind] / "embed.json").read_text())["settings"]
