@@ -37,7 +37,7 @@ class Objective:
     parameters: LossParameters
     teacher: Teacher | None
     machine: Machine
-    local_loss: bool = True
+    local_loss: bool
 
     @classmethod
     def of(
@@ -54,7 +54,7 @@ class Objective:
         reporter.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + ".")
         seed = derive_seed("loss parameters", settings.seed)
         parameters = LossParameters(weights, student_width, space, seed).to(machine.device)
-        return cls(weights, parameters, teacher, machine, settings.local_loss)
+        return cls(weights, parameters, teacher, machine, settings.local_loss and machine.size > 1)
 
     def __call__(self, features: Features, student_scale: Tensor, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         """Compute the loss of a step; call it on every process.
