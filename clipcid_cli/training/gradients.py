@@ -136,7 +136,6 @@ class _Bucket:
         self._work.wait()
         means = torch.split(self._flat.div_(num_processes()), [parameter.numel() for parameter in self.parameters])
         for parameter, mean in zip(self.parameters, means, strict=True):
-            assert parameter.grad is not None
-            parameter.grad.copy_(mean.view_as(parameter))
+            parameter.grad = mean.view_as(parameter)
         self.waiting = len(self.parameters)
         del self._flat

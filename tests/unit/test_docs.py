@@ -23,7 +23,7 @@ DOCUMENTS = sorted(
 SOURCES = sorted([*(ROOT / "clipcid_cli").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
 # Where the documents mean a path of this repository by these beginnings.
 TOP = ("clipcid_cli/", "recipes/", "tests/", ".ci/", ".github/")
-ROOMS = ("commands/", "steps/", "algorithms/", "runtime/", "formats/", "docs/")
+ROOMS = ("commands/", "steps/", "algorithms/", "training/", "runtime/", "formats/", "docs/")
 
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
