@@ -95,7 +95,7 @@ def train(work: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Any]]
         "val_fraction": 0.2,
     } | settings
     result = distill.run(DistillSettings(work=work, data=str(data), **given), listener)
-    log = [json.loads(line) for line in Path(result["files"]["train_log"]).read_text().splitlines()]
+    log = [json.loads(line) for line in Path(result.files["train_log"]).read_text().splitlines()]
     clock = ("samples_per_second", "data_wait_share")
     return [{name: line[name] for name in line if name not in clock} for line in log], "\n".join(listener.told)
 

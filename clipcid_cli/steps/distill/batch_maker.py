@@ -96,7 +96,7 @@ class BatchMaker:
         """Make the part, in order; each image is written into its tensor before the next one is decoded."""
         bad, views, texts = list[tuple[str, str]](), list[int](), list[_Text]()
         count = len(work.items)
-        pixels = [_empty_pixels(each, count) for each in self._shown_to]
+        pixels = [torch.empty(count, *each.pixels.size[::-1], 3, dtype=torch.uint8) for each in self._shown_to]
         colors = torch.empty(count, 3, 4)
         for place, item in enumerate(work.items):
             sample = item.sample.read()
@@ -199,8 +199,3 @@ class BatchMaker:
         if self._extra_texts is not None:
             extra = np.array([text.row for text in work.extra_texts], dtype=np.int64)
             batch.teacher_extra_eD = torch.from_numpy(self._extra_texts.rows.take(extra))
-
-
-def _empty_pixels(processor: Processor, count: int) -> Tensor:
-    width, height = processor.pixels.size
-    return torch.empty(count, height, width, 3, dtype=torch.uint8)

@@ -31,6 +31,7 @@ from clipcid_cli.steps.distill.samples import index_of
 Piece = TypeVar("Piece")
 
 _MAX_ITEMS = 256
+_HOST = torch.device("cpu")
 
 
 class Item(NamedTuple):
@@ -94,31 +95,18 @@ class TrainingBatch:
     @classmethod
     def join(cls, parts: Sequence[TrainingBatch], device: torch.device) -> TrainingBatch:
         """Join the parts of a process, in order, on a device; all but tokens, which the towers pack on the host."""
+        captions = [part.tokens[: len(part)] for part in parts]
+        further = [part.tokens[len(part) :] for part in parts]
         batch = dataclasses.replace(
             parts[0],
-            tokens=torch.cat(
-                [part.tokens[: len(part)] for part in parts] + [part.tokens[len(part) :] for part in parts]
-            ),
+            tokens=torch.cat(captions + further),
             bad=[each for part in parts for each in part.bad],
         )
-        if parts[0].teacher_tokens is not None:
-            batch.teacher_tokens = torch.cat([part.teacher_tokens for part in parts if part.teacher_tokens is not None])
-        for name in _ON_DEVICE:
-            found = [getattr(part, name) for part in parts]
-            if found[0] is not None:
-                setattr(batch, name, join_on(device, found))
+        for field in dataclasses.fields(cls):
+            found = [getattr(part, field.name) for part in parts]
+            if isinstance(found[0], Tensor) and field.name != "tokens":
+                setattr(batch, field.name, join_on(_HOST if field.name == "teacher_tokens" else device, found))
         return batch
-
-
-_ON_DEVICE = (
-    "pixels",
-    "colors",
-    "kept_patches",
-    "teacher_image_bD",
-    "teacher_text_bD",
-    "teacher_extra_eD",
-    "teacher_pixels",
-)
 
 
 class Batches:

@@ -34,7 +34,7 @@ from clipcid_cli.steps.distill.stored_teacher import (
     validate_requested,
 )
 from clipcid_cli.steps.embed.ensure import ensure_embeddings
-from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list, report_keep_list
+from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.model_identity import find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -134,7 +134,7 @@ def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | 
         embeddings = open_stored(settings, folder, cache, reporter)
     dataset = _open_data(settings, work, embeddings, scratch, reporter)
     usable = count_usable(dataset, settings.max_bad_fraction)
-    keep_list = choose_keep_list(settings.keep_list, work, "samples", reporter)
+    keep_list = choose_keep_list(settings.keep_list, work, "samples", settings.max_bad_fraction, reporter)
     listed = None if keep_list is None else keep_list.path
     online = choose_online(settings, embeddings) if settings.online_teacher else None
     if online is None and embeddings is not None:
@@ -147,16 +147,8 @@ def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | 
     if counts.bad_rows and sources.required:
         reporter.warn(f"{counts.bad_rows:,} rows of the embeddings are zero or not finite: their samples are left out.")
     if keep_list is not None:
-        report_keep_list(
-            keep_list.path,
-            kept=counts.kept,
-            missing=usable.total - counts.listed,
-            total=usable.total,
-            samples="samples",
-            source=dataset.spec,
-            max_missing=settings.max_bad_fraction,
-            reporter=reporter,
-        )
+        missing = usable.total - counts.listed
+        keep_list.report(dataset.spec, usable.total, kept=counts.kept, missing=missing, reporter=reporter)
 
     teacher: StoredTeacher | OnlineTeacher | None = online
     chosen = None

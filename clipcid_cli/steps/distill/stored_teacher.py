@@ -62,25 +62,24 @@ class StoredTeacher:
         drawn = Augmentation(made.crop_scale, made.color_jitter, made.gray_probability)
         return Views(self.num_views, made.view_kind, drawn, made.seed).strongest
 
-    def _shows(self) -> list[Kind]:
-        """List the kinds of rows that are shown, beside those of whole images."""
-        texts = {Kind.TEXTS: True, Kind.FURTHER: self.all_captions, Kind.VARIANTS: self.variants is not None}
-        return [
-            *((Kind.VIEWS, Kind.VIEW_PARAMS) if self.num_views else ()),
-            *(kind for kind, is_shown in texts.items() if is_shown and self.embeddings.has_texts),
-        ]
+    @property
+    def _kinds(self) -> list[Kind]:
+        """The kinds of rows that are shown, beside those of whole images; of captions only where there are any."""
+        views = [Kind.VIEWS, Kind.VIEW_PARAMS] if self.num_views else []
+        further = [Kind.FURTHER] if self.all_captions else []
+        variants = [] if self.variants is None else [Kind.VARIANTS]
+        return [Kind.TEXTS, *further, *views, *variants]
 
     def rows(self) -> dict[Kind, Rows]:
         """Map the rows of all that is shown."""
-        return {kind: self.embeddings.rows(kind) for kind in (Kind.IMAGES, *self._shows())}
+        found = [kind for kind in self._kinds if kind in self.embeddings.kinds]
+        return {kind: self.embeddings.rows(kind) for kind in (Kind.IMAGES, *found)}
 
     def fingerprints(self) -> list[FileRecord]:
         """Describe the files a run reads, for its sidecar."""
         # The rows themselves, not their sidecar: the same rows embedded again at another speed are the same input.
-        shown = [Kind.TEXTS] + [Kind.FURTHER] * self.all_captions
-        shown += [Kind.VIEWS, Kind.VIEW_PARAMS] * (self.num_views > 0)
-        shown += [Kind.VARIANTS] * (self.variants is not None)
-        return self.embeddings.fingerprints(shown) + ([] if self.extra_texts is None else self.extra_texts.fingerprints)
+        read = self.embeddings.fingerprints(self._kinds)
+        return read if self.extra_texts is None else read + self.extra_texts.fingerprints
 
 
 @dataclasses.dataclass(frozen=True)

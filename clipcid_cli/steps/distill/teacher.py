@@ -45,28 +45,6 @@ _AXES_ROWS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class OnlineModel:
-    """A teacher that runs alongside the student, on the same views and captions; its products are cast to `precision`."""
-
-    model: ClipModel
-    precision: Precision
-
-    def embed(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """Embed what the student is shown: image and text rows, unit, float32 [b, D] each."""
-        assert batch.teacher_pixels is not None, "the batch maker has the teacher's processor"
-        assert batch.teacher_tokens is not None, "likewise"
-        images, texts = [], []
-        for start in range(0, len(batch), SAMPLES_AT_ONCE):
-            part = slice(start, start + SAMPLES_AT_ONCE)
-            pixels = batch.teacher_pixels[part]
-            if batch.colors is not None:
-                pixels = normalize_pixels(apply_colors(pixels, batch.colors[part]), self.model.info.preprocess)
-            images.append(self.model.encode_images(pixels, self.precision))
-            texts.append(self.model.encode_texts(batch.teacher_tokens[part], self.precision))
-        return torch.cat(images), torch.cat(texts)
-
-
-@dataclasses.dataclass(frozen=True)
 class Teacher:
     """The teacher's part of every batch.
 
@@ -74,22 +52,23 @@ class Teacher:
         space: Where its features and the student's are compared.
         scale: exp(logit_scale).
         clusters: Its clusters; None where no loss needs them.
-        online: The model, where it runs alongside the student; None where its stored rows come with the batch.
+        model: What runs alongside the student, on the same views and captions; None where stored rows come with the batch.
+        precision: Number format of the model's products, to which it is cast.
     """
 
     space: SharedSpace
     scale: float
     clusters: ClusterLookup | None
-    online: OnlineModel | None = None
+    model: ClipModel | None = None
+    precision: Precision | None = None
 
     @torch.no_grad()
     def rows(self, batch: TrainingBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return t, u and u of the further texts of this process's part, unit rows in the shared space, float32 [b, D]."""
-        image, text = (
-            (batch.teacher_image_bD, batch.teacher_text_bD) if self.online is None else self.online.embed(batch)
-        )
+        image, text, extra = batch.teacher_image_bD, batch.teacher_text_bD, batch.teacher_extra_eD
+        if self.model is not None and self.precision is not None:
+            image, text = _embed(self.model, self.precision, batch)
         assert image is not None, "the batch maker has the stored rows"
-        extra = batch.teacher_extra_eD
         return (
             self._project(image),
             None if text is None else self._project(text),
@@ -98,6 +77,21 @@ class Teacher:
 
     def _project(self, rows_bD: Tensor) -> Tensor:
         return project(rows_bD.float(), self.space.axes)
+
+
+def _embed(model: ClipModel, precision: Precision, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+    """Embed what the student is shown: image and text rows, unit, float32 [b, D] each."""
+    assert batch.teacher_pixels is not None, "the batch maker has the teacher's processor"
+    assert batch.teacher_tokens is not None, "likewise"
+    images, texts = [], []
+    for start in range(0, len(batch), SAMPLES_AT_ONCE):
+        part = slice(start, start + SAMPLES_AT_ONCE)
+        pixels = batch.teacher_pixels[part]
+        if batch.colors is not None:
+            pixels = normalize_pixels(apply_colors(pixels, batch.colors[part]), model.info.preprocess)
+        images.append(model.encode_images(pixels, precision))
+        texts.append(model.encode_texts(batch.teacher_tokens[part], precision))
+    return torch.cat(images), torch.cat(texts)
 
 
 def load_online_model(inputs: Inputs, machine: Machine) -> ClipModel | None:
@@ -158,7 +152,7 @@ def open_teacher(
         f"Online teacher: {info.parameters / 1e6:.1f} M parameters, {info.image_size[0]} px, {info.context_length} tokens, "
         f"precision {precision.name} ({precision.reason})."
     )
-    return Teacher(space, model.logit_scale, clusters, OnlineModel(model, precision))
+    return Teacher(space, model.logit_scale, clusters, model, precision)
 
 
 def _recorded_scale(settings: DistillSettings, sidecar: EmbedSidecar | None, reporter: Reporter) -> float:

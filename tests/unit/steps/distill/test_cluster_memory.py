@@ -37,7 +37,7 @@ def features(seed):
 
 centroids = ProjectedCentroids.of(np.load(sys.argv[1], mmap_mode="r"), None, torch.device("cpu"))
 towers = [(top(0), 0.05)] + [(top(1), 0.05)] * (sys.argv[2] == "both")
-settings = DistillSettings(student="s.json", candidate_ratio=0.1, min_candidates=4096)
+settings = DistillSettings(student="s.json", preset="cid", candidate_ratio=0.1, min_candidates=4096)
 lookup = ClusterLookup(centroids, np.arange({BATCH}), towers, settings)
 image, text, scale = features(2), features(3), torch.tensor(14.0, requires_grad=True)
 torch.autograd.grad((image @ text.T).sum(), image)  # its threads are there

@@ -63,7 +63,7 @@ def make_lookup(file: np.ndarray, captions: bool, *, corrected: bool = True) -> 
     table_rows = random.permutation(N)  # rows of the samples are not rows of the table
     towers = [(top(), 0.1), (top(), 0.3)] if captions else [(top(), 0.1)]
     settings = DistillSettings(
-        student="s.json", candidate_ratio=0.1, min_candidates=1, candidate_correction=corrected, seed=5
+        student="s.json", preset="cid", candidate_ratio=0.1, min_candidates=1, candidate_correction=corrected, seed=5
     )
     return ClusterLookup(ProjectedCentroids(file, None, CPU), table_rows, towers, settings)
 
