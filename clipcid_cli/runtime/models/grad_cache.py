@@ -21,7 +21,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.augment import apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
-from clipcid_cli.runtime.models.short_forward import ShortForward
+from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.precision import Precision, fast_attention
 
 # Runs both towers on normalised pixels (on the model's device) and tokens (on the CPU): features [b, d], not normalised.
@@ -136,7 +136,7 @@ class BatchEncoder:
     """Encodes a process's share of a batch with the model in training.
 
     Attributes:
-        encode: Runs both towers: `ShortForward` of the model, or `compile_towers`.
+        encode: Runs both towers: `PrunedForward` of the model, or `compile_towers`.
         precision: Number format of the towers.
         changes_colors: Whether batches carry colour maps that change anything.
         num_parts: Parts that a share is encoded in, one at a time.
@@ -149,7 +149,7 @@ class BatchEncoder:
     precision: Precision
     changes_colors: bool
     num_parts: int
-    short: ShortForward
+    short: PrunedForward
     with_tokens: bool = False
 
     def __call__(

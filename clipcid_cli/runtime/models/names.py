@@ -15,7 +15,9 @@ import os
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from clipcid_cli.errors import ClipcidError
 
@@ -73,15 +75,38 @@ _LOCAL_HINT = (
     "local-dir:/path/to/folder means the same)."
 )
 
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Channels = Annotated[list[float], msgspec.Meta(min_length=3, max_length=3)]
 
-# Entries of a tower that count something, where they are numbers; `layers` of a ResNet are a list.
-_SIZES = {"layers", "width", "heads", "head_width", "patch_size", "image_size", "context_length", "vocab_size"}
-# What open_clip makes of these words; it asserts that they are its own.
-_WORDS = {
-    "interpolation": ("bicubic", "bilinear", "random"),
-    "resize_mode": ("shortest", "longest", "squash"),
-    "mode": ("RGB",),
-}
+
+class _Tower(msgspec.Struct):
+    """Those entries of a tower that count something; open_clip knows more, and checks those itself."""
+
+    layers: _Count | list[_Count] | None = None
+    width: _Count | None = None
+    heads: _Count | None = None
+    head_width: _Count | None = None
+    patch_size: _Count | list[_Count] | None = None
+    image_size: _Count | list[_Count] | None = None
+    context_length: _Count | None = None
+    vocab_size: _Count | None = None
+
+
+class _Architecture(msgspec.Struct):
+    embed_dim: Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
+    vision_cfg: _Tower
+    text_cfg: _Tower
+
+
+class _Preprocess(msgspec.Struct):
+    """What open_clip takes for granted of the pixels' description, or asserts."""
+
+    mean: _Channels | None = None
+    std: _Channels | None = None
+    size: _Count | Annotated[list[_Count], msgspec.Meta(min_length=2, max_length=2)] | None = None
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    mode: Literal["RGB"] = "RGB"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,11 +203,8 @@ def find_weights(folder: Path) -> Path | None:
     for name in _WEIGHT_NAMES:
         if (folder / name).is_file():
             return folder / name
-    others = sorted(
-        path for suffix in ("*.safetensors", "*.bin", "*.pth") for path in folder.glob(suffix) if path.is_file()
-    )
-    others.sort(key=lambda path: path.suffix != ".safetensors")
-    return others[0] if others else None
+    others = [path for suffix in ("*.safetensors", "*.bin", "*.pth") for path in folder.glob(suffix) if path.is_file()]
+    return min(others, key=lambda path: (path.suffix != ".safetensors", path), default=None)
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -196,50 +218,11 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         content = json.loads(file.read_text(encoding="utf-8"))
         model = content.get("model_cfg", content)
         preprocess = content.get("preprocess_cfg") or {}
-        missing = [entry for entry in ("embed_dim", "vision_cfg", "text_cfg") if entry not in model]
-        _check_entries(model, preprocess)
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        msgspec.convert(model, _Architecture)
+        msgspec.convert(preprocess, _Preprocess)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ClipcidError(f"{file} is not an open_clip configuration: {error}.", _LOCAL_HINT) from error
-    if missing:
-        raise ClipcidError(f"{file} is not an open_clip configuration: it has no {', '.join(missing)}.", _LOCAL_HINT)
     return model, preprocess
-
-
-def _check_entries(model: dict[str, Any], preprocess: dict[str, Any]) -> None:
-    """Refuse entries of a type that no open_clip architecture has.
-
-    Raises:
-        TypeError: naming the entry.
-    """
-    if not isinstance(preprocess, dict):
-        raise TypeError(f"preprocess_cfg is {preprocess!r:.40}, not an object")
-    for name in ("vision_cfg", "text_cfg"):
-        if name in model and not isinstance(model[name], dict):
-            raise TypeError(f"{name} is {model[name]!r:.40}, not an object")
-        for entry in _SIZES & model.get(name, {}).keys():
-            size = model[name][entry]
-            if isinstance(size, float) or (isinstance(size, int) and size < 1):
-                raise TypeError(f"{name}.{entry} is {size!r:.40}, no whole number above 0")
-    for name in ("mean", "std"):
-        if not _are_numbers(preprocess.get(name, [0.5] * 3), 3):
-            raise TypeError(f"{name} is {preprocess[name]!r:.40}, not three numbers")
-    size = preprocess.get("size", 1)
-    if not _are_numbers(size if isinstance(size, list) else [size, size], 2):
-        raise TypeError(f"size is {size!r:.40}, not one or two numbers")
-    for name, words in _WORDS.items():
-        if name in preprocess and preprocess[name] not in words:
-            raise TypeError(f"{name} is {preprocess[name]!r:.40}, not one of {', '.join(words)}")
-    width = model.get("embed_dim", 1)
-    if not isinstance(width, int) or isinstance(width, bool) or not 0 < width < 2**20:
-        raise TypeError(f"embed_dim is {width!r:.40}, not a width")
-
-
-def _are_numbers(values: Any, count: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    )
 
 
 def read_width(name: ModelName) -> int | None:

@@ -15,7 +15,7 @@ from clipcid_cli.formats.data.dataset import Dataset, Sample
 from clipcid_cli.formats.data.index import Part, SampleRef
 from clipcid_cli.formats.results.matched_samples import SampleRows
 from clipcid_cli.runtime.models.augment import Augmentation, Masking, Processor
-from clipcid_cli.runtime.models.caches import MAX_CAPTIONS, ImageCache, TokenCache
+from clipcid_cli.runtime.models.caches import ImageCache
 from clipcid_cli.runtime.models.decode import SkippedImage
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.sample_order import SampleOrder
@@ -184,17 +184,16 @@ class BatchMaker:
             teacher: Processor of an online teacher, which is shown the same views and captions. None without one.
             fast_decode: Whether JPEGs are decoded at a reduced size, large enough for student and teacher.
             masking: A further pass over images whose patches are masked; None without one.
-            keeps: Whether decoded images and tokens are kept for the next epoch.
+            keeps: Whether decoded images are kept for the next epoch.
         """
         self._student, self._teacher, self._augmentation, self._seed = student, teacher, augmentation, seed
         self._caption = CaptionChooser(seed, first_caption, caption_dropout, text_variants, variant_share)
         self._extra_text, self._masking = extra_text, masking
         shown_to = [student] if teacher is None else [student, teacher]
         widths, heights = zip(*(processor.pixels.draft_size(augmentation) for processor in shown_to), strict=True)
-        max_bytes, most = (_MAX_IMAGE_BYTES, MAX_CAPTIONS) if keeps else (0, 0)
-        self._images = ImageCache(max_bytes, (max(widths), max(heights)) if fast_decode else None)
-        self._tokens = TokenCache(student.tokenizer, most)
-        self._teacher_tokens = None if teacher is None else TokenCache(teacher.tokenizer, most)
+        self._images = ImageCache(
+            _MAX_IMAGE_BYTES if keeps else 0, (max(widths), max(heights)) if fast_decode else None
+        )
 
     def __call__(self, share: BatchShare) -> TrainingBatch:
         """Make a process's part of a batch, in order."""
@@ -209,7 +208,7 @@ class BatchMaker:
         return TrainingBatch(
             pixels=_stack([image.pixels(self._student.pixels) for image in shown]),
             colors=_stack([image.colors for image in shown]),
-            tokens=self._tokens([*texts, *extra]),
+            tokens=self._student.tokenizer([*texts, *extra]),
             rows=torch.tensor([item.row for item in items]),
             views=torch.tensor([image.number for image in shown]),
             captions=torch.tensor([caption.number for caption in captions]),
@@ -219,7 +218,7 @@ class BatchMaker:
             teacher_pixels=None
             if self._teacher is None
             else _stack([each.pixels(self._teacher.pixels) for each in shown]),
-            teacher_tokens=None if self._teacher_tokens is None else self._teacher_tokens(texts),
+            teacher_tokens=None if self._teacher is None else self._teacher.tokenizer(texts),
             kept_patches=None if self._masking is None else _stack([self._masking.choose(seed) for seed in seeds]),
         )
 

@@ -19,7 +19,6 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
-from clipcid_cli.runtime.models.used_tokens import whole_table
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.training.trainer import Trainer
 from clipcid_cli.steps.distill.samples import index_of
@@ -78,21 +77,16 @@ class Evaluation:
             for (acc5 of four classes), those of the average as ``ema/…``; whole on the first process.
         """
         average, step = trainer.average, trainer.step
-        metrics = self._measure(student, machine, trainer.plan.decay_after(step))
+        metrics = self._measure(student, machine)
         if average is None:
             return metrics
         averaged = metrics  # before the first step
         if step:
             with average.in_place():
-                averaged = self._measure(student, machine, average.unused)
+                averaged = self._measure(student, machine)
         return metrics | {f"{EMA}{name}": value for name, value in averaged.items()}
 
-    def _measure(self, student: ClipModel, machine: Machine, decay: float) -> dict[str, float]:
-        """Measure a model.
-
-        Args:
-            decay: What the steps so far leave of the embedding of a token that no caption uses; prompts may use it.
-        """
+    def _measure(self, student: ClipModel, machine: Machine) -> dict[str, float]:
         student.module.eval()
         share_statistics(student.module, machine)
         metrics: dict[str, float] = {}
@@ -108,10 +102,9 @@ class Evaluation:
             max_bad_fraction=self.settings.max_bad_fraction,
             reporter=Reporter(),
         )
-        with whole_table(student.module, decay):
-            for task in self.tasks:
-                found = measure(encoder, task, self.settings).result.metrics.items()
-                metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
+        for task in self.tasks:
+            found = measure(encoder, task, self.settings).result.metrics.items()
+            metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
         return metrics
 
 

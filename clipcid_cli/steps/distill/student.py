@@ -17,14 +17,13 @@ from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import Masking
-from clipcid_cli.runtime.models.caches import MAX_CAPTIONS
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.inherit import inherit
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
-from clipcid_cli.runtime.models.short_forward import ShortForward
+from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
-from clipcid_cli.runtime.models.towers import image_tower_kind
-from clipcid_cli.runtime.models.used_tokens import freeze, train_used_rows, whole_state
+from clipcid_cli.runtime.models.towers import freeze, image_tower_kind
+from clipcid_cli.runtime.models.used_tokens import MAX_TEXTS, train_used_rows, whole_state
 from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.runtime.training.trainer import Trainer
 from clipcid_cli.steps.distill.inputs import TrainingInputs
@@ -66,7 +65,7 @@ def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -
     for tower, is_frozen in (("image", settings.freeze_image), ("text", settings.freeze_text)):
         if is_frozen:
             frozen += freeze(model.module, tower)
-    if reads_tokens(settings) and not ShortForward(model.module).has_tokens:
+    if reads_tokens(settings) and not PrunedForward(model.module).has_tokens:
         raise ClipcidError(
             f"The loss td reads patches and tokens, which {model.info.spec} does not give: its image tower, "
             f"{image_tower_kind(model.module)}, must be a ViT of open_clip with a class token and without patch dropout, "
@@ -86,7 +85,7 @@ def _plan_masking(settings: DistillSettings, model: ClipModel, reporter: Reporte
     if not shares:
         return None
     name, share = max(shares.items(), key=lambda item: item[1])
-    patches = ShortForward(model.module).num_patches
+    patches = PrunedForward(model.module).num_patches
     if patches is None:
         raise ClipcidError(
             f"--loss {name} masks patches of the images. The image tower of {model.info.spec}, "
@@ -146,7 +145,7 @@ def _used_tokens(inputs: TrainingInputs, tokenizer: Tokenizer) -> torch.Tensor |
     """
     variants, further = inputs.text_variants, None if inputs.extra_texts is None else inputs.extra_texts.texts
     count = inputs.usable.total * (1 if variants is None else 1 + variants.number)
-    if count + (0 if further is None else len(further.rows)) > MAX_CAPTIONS:
+    if count + (0 if further is None else len(further.rows)) > MAX_TEXTS:
         return None
     tokens, texts = torch.empty(0, dtype=torch.int64), set[str]()
     for text in itertools.chain(_captions(inputs, variants), () if further is None else further.lines):
@@ -179,19 +178,19 @@ def write_students(folder: RunFolder, student: ClipModel, source: str, trainer: 
     """
     path, average = parse_model(source).path, trainer.average
 
-    def write(target: Path, decay: float) -> None:
+    def write(target: Path) -> None:
         write_model_folder(
             target,
             student.info.config,
             student.info.preprocess,
-            whole_state(student.module, decay),
+            whole_state(student.module),
             tokenizer_from=path if path is not None and path.is_dir() else None,
         )
 
-    write(folder.student, trainer.plan.decay_after(trainer.step))
+    write(folder.student)
     if average is not None:
         with average.in_place():
-            write(folder.student_ema, average.unused)
+            write(folder.student_ema)
     return folder.students(ema=average is not None)
 
 

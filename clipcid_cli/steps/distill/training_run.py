@@ -23,10 +23,10 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import keep_freed_memory
 from clipcid_cli.runtime.models.augment import Augmentation, Processor
-from clipcid_cli.runtime.models.caches import MAX_CAPTIONS
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.grad_cache import BatchEncoder, compile_towers
-from clipcid_cli.runtime.models.short_forward import ShortForward
+from clipcid_cli.runtime.models.pruned_forward import PrunedForward
+from clipcid_cli.runtime.models.used_tokens import MAX_TEXTS
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.training.trainer import Trainer
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder
@@ -176,12 +176,12 @@ class TrainingRun:
             teacher=None if self.online_teacher is None else Processor.of(self.online_teacher),
             fast_decode=self.settings.fast_decode,
             # Of more samples, what a worker could keep (0.8 GB) would hardly ever be seen again.
-            keeps=self.inputs.training.total <= MAX_CAPTIONS,
+            keeps=self.inputs.training.total <= MAX_TEXTS,
         )
 
     def _make_encoder(self, precision: Precision, changes_colors: bool) -> BatchEncoder:
         model = self.student.model
-        short = ShortForward(model.module)
+        short = PrunedForward(model.module)
         encode = compile_towers(model.module) if self.settings.torchcompile else short
         return BatchEncoder(
             model, encode, precision, changes_colors, self.settings.accum_freq, short, reads_tokens(self.settings)
