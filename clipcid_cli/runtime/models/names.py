@@ -111,14 +111,12 @@ class _Preprocess(msgspec.Struct):
 
 @dataclasses.dataclass(frozen=True)
 class ModelName:
-    """A model as the user named it.
+    """A model as the user named it, see the module's docstring.
 
     Attributes:
         spec: The name as given.
-        kind: What it refers to, see the module's docstring.
-        architecture: Architecture of open_clip, for kinds ``architecture`` and ``tag``.
-        tag: Tag of its weights, for kind ``tag``.
-        path: The folder or file, for kinds ``folder`` and ``config``.
+        architecture: Of kinds ``architecture`` and ``tag``.
+        path: The folder or file of kinds ``folder`` and ``config``.
     """
 
     spec: str
@@ -143,17 +141,20 @@ class ModelName:
 
 
 def parse_model(spec: str) -> ModelName:
-    """Parse the name of a model.
-
-    Args:
-        spec: As given on the command line.
-    """
+    """Parse the name of a model."""
     if spec.startswith("hf-hub:"):
         return ModelName(spec, "hub")
     # Before it becomes a Path, which forgets the "./" that makes a name such as ./~x no user's.
     path = Path(os.path.expanduser(spec.removeprefix("local-dir:")))
     if path.is_dir():
-        return _parse_folder(spec, path)
+        if not (path / CONFIG_NAME).is_file():
+            raise ClipcidError(
+                f"Model folder {path} has no {CONFIG_NAME}.",
+                f"Give {path / 'student'}."
+                if (path / "student" / CONFIG_NAME).is_file()
+                else "Give a folder in open_clip's form: an export of clipcid, a distill run's student/, or a download.",
+            )
+        return ModelName(spec, "folder" if find_weights(path) else "config", path=path)
     if spec.startswith(("local-dir:", ".", "/", "~")) or spec.endswith(".json"):
         if path.is_file() and path.suffix == ".json":
             return ModelName(spec, "config", path=path)
@@ -169,17 +170,6 @@ def parse_model(spec: str) -> ModelName:
             hint + _LOCAL_HINT,
         )
     return ModelName(spec, "tag" if tag else "architecture", architecture=architecture, tag=tag or None)
-
-
-def _parse_folder(spec: str, path: Path) -> ModelName:
-    if not (path / CONFIG_NAME).is_file():
-        raise ClipcidError(
-            f"Model folder {path} has no {CONFIG_NAME}.",
-            f"Give {path / 'student'}."
-            if (path / "student" / CONFIG_NAME).is_file()
-            else "Give a folder in open_clip's form: an export of clipcid, a distill run's student/, or a download.",
-        )
-    return ModelName(spec, "folder" if find_weights(path) else "config", path=path)
 
 
 def with_default_tag(name: ModelName) -> ModelName:
@@ -227,11 +217,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def read_width(name: ModelName) -> int | None:
     """Return the width of a model's embeddings from its configuration, without loading it; None for one on a hub."""
-    if name.path is not None:
-        return int(read_config(name.path)[0]["embed_dim"])
-    if name.architecture is None:
+    if name.kind == "hub":
         return None
-    return int(read_config(_config_folder() / f"{name.architecture}.json")[0]["embed_dim"])
+    config, _ = read_config(name.path or _config_folder() / f"{name.architecture}.json")
+    return int(config["embed_dim"])
 
 
 @cache

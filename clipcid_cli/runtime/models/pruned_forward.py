@@ -193,8 +193,10 @@ def _run_block(block: Any, x: Tensor, packing: _Packing | None) -> Tensor:
     projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
     if packing is not None:
         projected = packing.spread(projected)
-    heads = (_split_heads(rows, attention.num_heads).transpose(1, 2) for rows in projected.chunk(3, dim=-1))
-    attended = F.scaled_dot_product_attention(*heads, is_causal=packing is not None)
+    queries, keys, values = (
+        _split_heads(rows, attention.num_heads).transpose(1, 2) for rows in projected.chunk(3, dim=-1)
+    )
+    attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=packing is not None)
     attended = attended.transpose(1, 2).flatten(2)
     return _finish_block(block, x, attended if packing is None else packing.collect(attended))
 
