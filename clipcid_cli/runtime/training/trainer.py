@@ -49,10 +49,6 @@ class OptimiserPlan:
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return 0.5 * (1 + math.cos(math.pi * done)) * self.lr
 
-    def decay_after(self, steps: int) -> float:
-        """Return what `steps` updates leave of a decayed parameter that never has a gradient: Π(1 − lr·wd)."""
-        return math.prod(1 - self.rate_at(step) * self.weight_decay for step in range(steps))
-
 
 class LossParameters(nn.Module):
     """What the losses themselves learn: logarithms of logit scales, and linear layers.
@@ -212,7 +208,7 @@ class Trainer:
             for log_scale in self.log_scales().values():
                 log_scale.clamp_(0, MAX_LOG_SCALE)
         if self.average is not None:
-            self.average.update(1 - rate * self.plan.weight_decay)
+            self.average.update()
         self.step += 1
         return rate
 

@@ -1,13 +1,10 @@
-"""The student before training (loaded, filled from a larger model, frozen towers and unused tokens set aside) and after."""
+"""The student before training (loaded, filled from a larger model, towers frozen) and after."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -21,18 +18,10 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.inherit import inherit
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
-from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.models.towers import freeze, image_tower_kind
-from clipcid_cli.runtime.models.used_tokens import MAX_TEXTS, train_used_rows, whole_state
-from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.runtime.training.trainer import Trainer
-from clipcid_cli.steps.distill.inputs import TrainingInputs
-from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
-
-# A call of the tokenizer takes half a millisecond, however few captions it has.
-_TOKENIZED_AT_ONCE = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +31,11 @@ class Student:
     Attributes:
         model: The model; its ``info.weights_hash`` identifies its initial weights.
         frozen: Modules that stay in evaluation mode.
-        trains_text: Whether the text tower is trained.
         masking: The further pass over images whose patches are masked; None where no loss has one.
     """
 
     model: ClipModel
     frozen: list[nn.Module]
-    trains_text: bool
     masking: Masking | None = None
 
 
@@ -74,9 +61,7 @@ def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -
         )
     if settings.grad_checkpointing:
         _checkpoint_layers(model)
-    return Student(
-        model, frozen, trains_text=not settings.freeze_text, masking=_plan_masking(settings, model, reporter)
-    )
+    return Student(model, frozen, _plan_masking(settings, model, reporter))
 
 
 def _plan_masking(settings: DistillSettings, model: ClipModel, reporter: Reporter) -> Masking | None:
@@ -128,45 +113,6 @@ def _checkpoint_layers(model: ClipModel) -> None:
         ) from error
 
 
-def set_unused_tokens_aside(student: ClipModel, inputs: TrainingInputs, reporter: Reporter) -> None:
-    """Train only the embeddings of tokens that some text of the run has, where that saves much."""
-    used = _used_tokens(inputs, student.tokenizer)
-    if used is not None and train_used_rows(student.module, used):
-        reporter.note(
-            f"The captions use {len(used):,} tokens: only their embeddings are trained, the others decay as in AdamW."
-        )
-
-
-def _used_tokens(inputs: TrainingInputs, tokenizer: Tokenizer) -> torch.Tensor | None:
-    """List the tokens of all captions of usable samples, of their variants and of further texts.
-
-    Returns:
-        int64, ascending, each once; None where there are too many texts for that to pay.
-    """
-    variants, further = inputs.text_variants, None if inputs.extra_texts is None else inputs.extra_texts.texts
-    count = inputs.usable.total * (1 if variants is None else 1 + variants.number)
-    if count + (0 if further is None else len(further.rows)) > MAX_TEXTS:
-        return None
-    tokens, texts = torch.empty(0, dtype=torch.int64), set[str]()
-    for text in itertools.chain(_captions(inputs, variants), () if further is None else further.lines):
-        texts.add(text)
-        if len(texts) >= _TOKENIZED_AT_ONCE:
-            tokens = torch.unique(torch.cat([tokens, tokenizer(sorted(texts)).flatten()]))
-            texts.clear()
-    return torch.unique(torch.cat([tokens, tokenizer(sorted(texts)).flatten()])) if texts else tokens
-
-
-def _captions(inputs: TrainingInputs, variants: TextVariants | None) -> Iterator[str]:
-    """Yield the captions of usable samples, and their variants."""
-    index = index_of(inputs.dataset)
-    for number in range(len(index.records)):
-        part = index.part(number)
-        for sample in map(part.sample, np.flatnonzero(part.num_captions).tolist()):
-            yield from sample.captions
-            if variants is not None:
-                yield from (variants(sample.captions, sample.key, variant) for variant in range(variants.number))
-
-
 def write_students(folder: RunFolder, student: ClipModel, source: str, trainer: Trainer) -> list[Path]:
     """Write the trained model, and the one with averaged weights where there is one, as open_clip folders.
 
@@ -183,7 +129,7 @@ def write_students(folder: RunFolder, student: ClipModel, source: str, trainer: 
             target,
             student.info.config,
             student.info.preprocess,
-            whole_state(student.module),
+            student.module.state_dict(),
             tokenizer_from=path if path is not None and path.is_dir() else None,
         )
 

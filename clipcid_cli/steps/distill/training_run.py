@@ -26,7 +26,6 @@ from clipcid_cli.runtime.models.augment import Augmentation, Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.grad_cache import BatchEncoder, compile_towers
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
-from clipcid_cli.runtime.models.used_tokens import MAX_TEXTS
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.training.trainer import Trainer
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder
@@ -41,13 +40,15 @@ from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
 from clipcid_cli.steps.distill.student import (
     Student,
     reads_tokens,
-    set_unused_tokens_aside,
     warn_of_batch_statistics,
     write_students,
 )
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
+
+# Of more samples, the images that a worker could keep would hardly ever be seen again.
+_MAX_KEPT_SAMPLES = 200_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +109,6 @@ class TrainingRun:
             augmentation = inputs.teacher_inputs.augmentation(augmentation)
         teacher = self._open_teacher(augmentation.changes_colors)
         objective = make_objective(settings, student.info.embed_dim, teacher, machine, self.reporter)
-        # A caption cut into parts that are joined anew may use tokens that no whole caption has.
-        if self.student.trains_text and not settings.caption_dropout:
-            set_unused_tokens_aside(student, inputs, self.reporter)
         precision = choose_precision(settings.precision, machine.device, "train", student.info.parameters)
         self.reporter.note(f"Precision: {precision.name} ({precision.reason}).")
         plan = self.plan
@@ -175,8 +173,7 @@ class TrainingRun:
             masking=self.student.masking,
             teacher=None if self.online_teacher is None else Processor.of(self.online_teacher),
             fast_decode=self.settings.fast_decode,
-            # Of more samples, what a worker could keep (0.8 GB) would hardly ever be seen again.
-            keeps=self.inputs.training.total <= MAX_TEXTS,
+            keeps=self.inputs.training.total <= _MAX_KEPT_SAMPLES,
         )
 
     def _make_encoder(self, precision: Precision, changes_colors: bool) -> BatchEncoder:

@@ -1,8 +1,7 @@
-"""The trainer's parts: groups, schedule, token embeddings in use, checkpoints, logs."""
+"""The trainer's parts: groups, schedule, checkpoints, logs."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import nn
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint, write_checkpoint
 from clipcid_cli.formats.results.run_folder import RunFolder, append_lines, read_lines
-from clipcid_cli.runtime.models.used_tokens import UsedRows, train_used_rows, whole_state
 from clipcid_cli.runtime.training.trainer import LossParameters, OptimiserPlan, Trainer
 
 PLAN = OptimiserPlan(
@@ -93,35 +91,6 @@ def test_scales_start_at_clips_and_never_exceed_a_hundred() -> None:
     parameters.log_scales["instance"].grad = torch.tensor(0.0)
     trainer.update()
     assert math.exp(trainer.log_scales()["instance"].detach()) == pytest.approx(100)
-
-
-def test_training_only_used_token_embeddings_gives_what_training_all_gives() -> None:
-    used = torch.tensor([3, 17, 999, 49406, 49407])
-    tokens = used[torch.tensor([[3, 0, 1, 4, 4], [3, 2, 2, 1, 4]])].repeat(1, 3)[:, :12]
-    whole, part = make_model(), make_model()
-    assert train_used_rows(part, used)
-    assert isinstance(part.token_embedding, UsedRows)
-    assert part.token_embedding.weight.shape == (5, 32)
-    plan = dataclasses.replace(PLAN, max_norm=None)  # the norm is rounded otherwise with one parameter more
-    for model in (whole, part):
-        trainer = Trainer(model, LossParameters([], 32, None, seed=0), plan)
-        for step in range(8):
-            step_once(model, trainer, tokens, step)
-    expected, found = whole.state_dict(), whole_state(part)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
-    make_model().load_state_dict(found)
-
-    others = torch.tensor([[3, 4, 20_000, 49407] * 3])
-    with torch.no_grad():
-        torch.testing.assert_close(part.encode_text(others), whole.encode_text(others), rtol=1e-5, atol=1e-6)  # type: ignore[operator]
-
-
-def test_a_table_mostly_in_use_is_trained_as_it_is() -> None:
-    model = make_model()
-    assert not train_used_rows(model, torch.arange(20_000))
-    assert isinstance(model.token_embedding, nn.Embedding)
 
 
 def test_trainer_goes_back_to_a_checkpoint_exactly(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.models.towers import DenseImageTower
-from clipcid_cli.runtime.models.used_tokens import train_used_rows
 from clipcid_cli.runtime.precision import choose_precision, fast_attention
 
 CAPTIONS = ["a red square", "", "two cats, a dog and a very long list of other animals of every kind and size", "sky"]
@@ -94,17 +93,6 @@ def test_texts_of_equal_length(tmp_path: Path, captions: list[str]) -> None:
     _, text, _, _ = features(model, False, tokens)
     _, pruned_text, _, _ = features(model, True, tokens)
     torch.testing.assert_close(pruned_text, text, rtol=1e-4, atol=1e-5)
-
-
-def test_with_a_table_of_used_tokens_only(tmp_path: Path) -> None:
-    model = load(tmp_path)
-    tokens = model.tokenizer(CAPTIONS)
-    _, text, gradients, _ = features(model, False, tokens)
-    expected = gradients["token_embedding.weight"][torch.unique(tokens)]
-    assert train_used_rows(model.module, torch.unique(tokens))
-    _, pruned_text, pruned_gradients, _ = features(model, True, tokens)
-    torch.testing.assert_close(pruned_text, text, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(pruned_gradients["token_embedding.weight"], expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
