@@ -21,9 +21,6 @@ class EMA:
     limits. It takes 4 bytes a trained parameter, and a step one further operator. A step that float16 leaves out counts.
 
     Source: TensorFlow, tf.train.ExponentialMovingAverage with ``num_updates``.
-
-    Attributes:
-        unused: What the average has of the initial embedding of a token that no caption uses: the average of Π(1 − lr·wd).
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -33,20 +30,14 @@ class EMA:
         buffers = {name: value for name, value in module.named_buffers() if name in kept and value.is_floating_point()}
         self._weights: dict[str, Tensor] = parameters | buffers
         self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        self._step, self._left, self.unused = 0, 1.0, 1.0
+        self._step = 0
 
     @torch.no_grad()
-    def update(self, left: float) -> None:
-        """Take in the weights after an optimiser step.
-
-        Args:
-            left: What the step left of a decayed parameter without a gradient, 1 − lr·wd.
-        """
+    def update(self) -> None:
+        """Take in the weights after an optimiser step."""
         self._step += 1
         fraction = 1 - min(self._decay, (1 + self._step) / (10 + self._step))
         torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), fraction)
-        self._left *= left
-        self.unused += fraction * (self._left - self.unused)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -64,10 +55,10 @@ class EMA:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs."""
-        return {"step": self._step, "left": self._left, "unused": self.unused, "averages": dict(self._averages)}
+        return {"step": self._step, "averages": dict(self._averages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._step, self._left, self.unused = state["step"], state["left"], state["unused"]
+        self._step = state["step"]
         for name, average in self._averages.items():
             average.copy_(state["averages"][name])

@@ -44,10 +44,6 @@ class Recipe:
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return 0.5 * (1 + math.cos(math.pi * done)) * self.lr
 
-    def decay_after(self, steps: int) -> float:
-        """Return what `steps` updates leave of a decayed parameter that never has a gradient: Π(1 − lr·wd)."""
-        return math.prod(1 - self.lr_at(step) * self.weight_decay for step in range(steps))
-
     def make_optimizer(
         self, module: nn.Module, of_losses: Iterable[nn.Parameter], dtype: torch.dtype
     ) -> torch.optim.AdamW:

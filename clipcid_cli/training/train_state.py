@@ -87,7 +87,7 @@ class TrainState:
             for log_scale in self.log_scales.values():
                 log_scale.clamp_(0, MAX_LOG_SCALE)
         if self.ema is not None:
-            self.ema.update(1 - lr * self.recipe.weight_decay)
+            self.ema.update()
         self.step += 1
         return lr
 

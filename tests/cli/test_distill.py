@@ -118,7 +118,7 @@ def test_needs_no_teacher_for_preset_clip(binary: Clipcid, tmp_path: Path, tiny_
     result = binary(*arguments, "--json").json
     assert set(result["losses"]) == {"clip"}
     assert not (tmp_path / "clipcid-work" / "embeddings").exists()
-    # Tokens that no caption uses are decayed as AdamW decays a row without gradient, Π(1 − lr·wd), though never touched.
+    # Tokens that no caption uses are decayed as AdamW decays a row without gradient, by Π(1 − lr·wd).
     import torch
 
     from clipcid_cli.runtime.models.clip_model import load_model

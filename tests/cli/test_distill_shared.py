@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.models import short_forward
+from clipcid_cli.runtime.models import pruned_forward
 from clipcid_cli.steps.distill import run
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.student import Student
@@ -158,7 +158,7 @@ def test_checkpointed_layers_change_no_bit(whole: Path, monkeypatch: pytest.Monk
         layers.append(layer)
         return checkpoint(layer, *given, **how)
 
-    monkeypatch.setattr(short_forward, "checkpoint", count)
+    monkeypatch.setattr(pruned_forward, "checkpoint", count)
     train(whole, "layers", ("cid",), grad_checkpointing=True)
     assert len(layers) >= 6 * 2  # in each step, in each tower
     runs = whole / "clipcid-work" / "distill"

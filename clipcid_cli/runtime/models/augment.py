@@ -37,9 +37,8 @@ class Augmentation:
     """How training images are augmented.
 
     Attributes:
-        crop_scale: Smallest share of the image's area a crop keeps; the largest is 1. At 1 the whole image is taken.
+        crop_scale: Smallest fraction of the image's area a crop keeps; the largest is 1. At 1 the whole image is taken.
         color_jitter: Brightness, contrast and saturation are multiplied by factors in [1 − c, 1 + c].
-        gray_probability: Share of images turned grey.
     """
 
     crop_scale: float = 0.9
@@ -123,16 +122,29 @@ PARTNER = PACKED_VIEW + 1
 """Which of them is the partner's place."""
 
 
-def mix_pixels(view: MixedView, first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Mix the crops of two images, each in its colours.
+def identity_colors() -> npt.NDArray[np.float32]:
+    """Return the colour map that changes nothing, float32 [3, 4]."""
+    return np.eye(3, 4, dtype=np.float32)
+
+
+def apply_colors(pixels: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
+    """Apply a colour map to each image.
 
     Args:
-        first: The crop of the image itself, [H, W, 3].
-        second: That of the other.
+        pixels: uint8 or float [B, H, W, 3], 0…255.
+        colors: float32 [B, 3, 4]: out = map[:, :3] · rgb + 255 · map[:, 3].
 
     Returns:
-        uint8 [H, W, 3], whose colours are final; the same bytes on any machine.
+        float32 [B, H, W, 3], clipped to 0…255.
     """
+    batch, height, width, _ = pixels.shape
+    flat = pixels.reshape(batch, height * width, 3).float()
+    mapped = torch.baddbmm(255 * colors[:, None, :, 3], flat, colors[:, :, :3].transpose(1, 2))
+    return mapped.clamp_(0, 255).view(batch, height, width, 3)
+
+
+def mix_pixels(view: MixedView, first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Mix the crops of two images, [H, W, 3], each in its colours, which are final then; the same bytes on any machine."""
     weight = np.float32(view.weight)
     mixed = weight * _colored(first, view.first.colors) + (1 - weight) * _colored(second, view.second.colors)
     return np.rint(mixed).astype(np.uint8)
@@ -140,10 +152,9 @@ def mix_pixels(view: MixedView, first: npt.NDArray[np.uint8], second: npt.NDArra
 
 def _colored(pixels: npt.NDArray[np.uint8], colors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Apply a colour map, as `apply_colors` does; sums of products in a fixed order."""
-    red, green, blue = (pixels[:, :, channel].astype(np.float32) for channel in range(3))
+    red, green, blue = np.moveaxis(pixels.astype(np.float32), 2, 0)
     rows = [row[0] * red + row[1] * green + row[2] * blue + 255 * row[3] for row in colors]
-    shown: npt.NDArray[np.float32] = np.clip(np.stack(rows, axis=2), 0, 255)
-    return shown
+    return np.stack(rows, axis=2).clip(0, 255)
 
 
 def choose_view(augmentation: Augmentation, width: int, height: int, seed: int) -> View:
@@ -158,11 +169,7 @@ def choose_view(augmentation: Augmentation, width: int, height: int, seed: int) 
 
 @dataclasses.dataclass(frozen=True)
 class ViewPixels:
-    """Renders a view of an image for one model; picklable.
-
-    Attributes:
-        preprocess: The model's PreprocessCfg (size, interpolation).
-    """
+    """Renders a view of an image for a model of that PreprocessCfg (size, interpolation); picklable."""
 
     preprocess: dict[str, Any]
 
@@ -207,27 +214,6 @@ class Processor:
         return cls(ViewPixels(model.info.preprocess), model.tokenizer)
 
 
-def identity_colors() -> npt.NDArray[np.float32]:
-    """Return the colour map that changes nothing, float32 [3, 4]."""
-    return np.eye(3, 4, dtype=np.float32)
-
-
-def apply_colors(pixels: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
-    """Apply a colour map to each image.
-
-    Args:
-        pixels: uint8 or float [B, H, W, 3], 0…255.
-        colors: float32 [B, 3, 4]: out = map[:, :3] · rgb + 255 · map[:, 3].
-
-    Returns:
-        float32 [B, H, W, 3], clipped to 0…255.
-    """
-    batch, height, width, _ = pixels.shape
-    flat = pixels.reshape(batch, height * width, 3).float()
-    mapped = torch.baddbmm(255 * colors[:, None, :, 3], flat, colors[:, :, :3].transpose(1, 2))
-    return mapped.clamp_(0, 255).view(batch, height, width, 3)
-
-
 def _choose_box(width: int, height: int, crop_scale: float, random: np.random.Generator) -> Box:
     if crop_scale >= 1:
         return 0, 0, width, height
@@ -261,20 +247,15 @@ def _choose_colors(augmentation: Augmentation, random: np.random.Generator) -> n
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """A pass of the student's image tower that sees some patches of each image, drawn anew in each epoch.
-
-    Attributes:
-        kept: How many it sees.
-        patches: Of how many.
-    """
+    """A pass of the student's image tower that sees so many of each image's patches, drawn anew in each epoch."""
 
     kept: int
     patches: int
 
     @classmethod
-    def of(cls, masked_share: float, patches: int) -> Masking:
-        """Mask at least a share of the patches, but leave one."""
-        return cls(max(1, int(patches * (1 - masked_share))), patches)
+    def of(cls, masked_fraction: float, patches: int) -> Masking:
+        """Mask at least a fraction of the patches, but leave one."""
+        return cls(max(1, int(patches * (1 - masked_fraction))), patches)
 
     def choose(self, seed: int) -> npt.NDArray[np.int64]:
         """Draw the patches that are seen, int64 [kept], ascending."""

@@ -10,7 +10,6 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable
-from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +21,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.hub import reaching_hub
 from clipcid_cli.runtime.models.names import CONFIG_NAME, HF_CONFIG_NAME, ModelName, find_weights, read_config
 from clipcid_cli.runtime.models.preprocess import PixelTransform, hash_preprocess, normalize_pixels
-from clipcid_cli.runtime.models.short_forward import ShortForward
+from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.models.tokenizer import BoundedTokenizer, load_tokenizer
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.quiet import quiet_libraries
@@ -47,12 +46,9 @@ class ModelInfo:
     Attributes:
         spec: The name it was loaded by, including the tag of its weights.
         slug: The name for files and folders.
-        architecture: open_clip's name of the architecture, None for a folder or file.
-        tag: open_clip's tag of the weights, None for a folder or file.
+        architecture: open_clip's name of the architecture, None for a folder or file; so is the tag of the weights.
         weights_hash: ``blake2b:…`` of the weights file's bytes; ``fresh:SEED`` for random weights.
         preprocess: open_clip's PreprocessCfg: size, mode, mean, std, interpolation, resize_mode, fill_color.
-        context_length: Tokens of a text, L.
-        embed_dim: Width D of the embeddings.
         tokenizer: Class of the tokenizer and, where it has one, its Hugging Face name.
         config: open_clip's ``model_cfg``, from which the architecture can be built.
     """
@@ -78,11 +74,7 @@ class ModelInfo:
 
 @dataclasses.dataclass(frozen=True)
 class ClipModel:
-    """A CLIP model on its device, in evaluation mode, with float32 weights.
-
-    Attributes:
-        tokenizer: Texts to int64 [B, L]; picklable.
-    """
+    """A CLIP model on its device, in evaluation mode, with float32 weights."""
 
     info: ModelInfo
     module: torch.nn.Module
@@ -106,26 +98,13 @@ class ClipModel:
         Autocast alone casts them at every call, and for attention layers once per sample: a ViT-B-32 embedded 33 images per
         second in fp32, 38 under bf16 autocast, and 151 with its weights cast once (2 cores with AMX).
         """
-        if precision.dtype == torch.float32:
-            return
-        # The short forward passes are compared with open_clip's while the weights are still exact.
-        self._towers.check(
-            torch.zeros(1, 3, *self.info.image_size, device=self.device), self.tokenizer(["a photo", "a"])
-        )
         for module in self.module.modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.MultiheadAttention):
                 module.to(precision.dtype)
-            elif isinstance(module, torch.nn.MultiheadAttention) and module.in_proj_weight is not None:
-                for name in ("in_proj_weight", "in_proj_bias"):
-                    exact = getattr(module, name)
-                    if exact is not None:
-                        setattr(
-                            module, name, torch.nn.Parameter(exact.detach().to(precision.dtype), requires_grad=False)
-                        )
 
     @cached_property
-    def _towers(self) -> ShortForward:
-        return ShortForward(self.module)
+    def _towers(self) -> PrunedForward:
+        return PrunedForward(self.module)
 
     @cached_property
     def _is_convolved_on_cpu(self) -> bool:
@@ -203,54 +182,43 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
     Returns:
         The model in evaluation mode with float32 weights, whatever the format in the file.
     """
-    if name.kind in ("architecture", "config") and fresh_seed is None:
-        raise ClipcidError(f"Model {name.spec} has no weights.", _FOLDER_HINT)
     weights: Path | None = None
     with quiet_libraries():
         match name.kind:
             case "tag":
                 module, config, weights = _load_tag(name)
-                tokenizer = load_tokenizer(name.spec, name.architecture or "")
+                tokenizer = load_tokenizer(name.spec, cast(str, name.architecture))
             case "hub":
                 module, config, weights = _load_hub(name)
                 tokenizer = load_tokenizer(name.spec, name.spec)
             case "folder":
-                assert name.path is not None
-                config, _ = read_config(name.path)
-                weights = find_weights(name.path)
-                own = _own_text_tower(config, name.path)
-                module = _create(name, f"local-dir:{name.path}", config, require_pretrained=True, **own)
+                module, config, weights = _load_folder(name)
                 tokenizer = load_tokenizer(name.spec, f"local-dir:{name.path}")
             case _:
-                module, config, tokenizer = _start_fresh(name, cast(int, fresh_seed))
-    _refuse_not_finite(name, module)
-    weights_hash = f"fresh:{fresh_seed}" if weights is None else hash_weights(weights)
+                if fresh_seed is None:
+                    raise ClipcidError(f"Model {name.spec} has no weights.", _FOLDER_HINT)
+                module, config, tokenizer = _start_fresh(name, fresh_seed)
+    _validate_finite(name, module)
     module.eval().to(device)
-    return ClipModel(_describe(name, module, tokenizer, config, weights_hash), module, tokenizer, torch.device(device))
-
-
-def _describe(
-    name: ModelName, module: torch.nn.Module, tokenizer: BoundedTokenizer, config: dict[str, Any], weights_hash: str
-) -> ModelInfo:
     # Through JSON, so that tuples become lists, as in sidecars.
     preprocess = json.loads(json.dumps(dict(cast(Any, module).visual.preprocess_cfg)))
     size = preprocess["size"]
-    text = config["text_cfg"]
-    kind = type(tokenizer.whole).__name__
-    return ModelInfo(
+    tokenizer_name = config["text_cfg"].get("hf_tokenizer_name")
+    info = ModelInfo(
         spec=name.spec,
         slug=name.slug,
         architecture=name.architecture,
         tag=name.tag,
-        weights_hash=weights_hash,
+        weights_hash=f"fresh:{fresh_seed}" if weights is None else hash_weights(weights),
         preprocess=preprocess,
         context_length=int(tokenizer.whole.context_length),
         embed_dim=int(config["embed_dim"]),
         image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
-        tokenizer=f"{kind} {text['hf_tokenizer_name']}" if text.get("hf_tokenizer_name") else kind,
+        tokenizer=" ".join(filter(None, (type(tokenizer.whole).__name__, tokenizer_name))),
         config=config,
     )
+    return ClipModel(info, module, tokenizer, torch.device(device))
 
 
 def _load_tag(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
@@ -285,26 +253,38 @@ def _load_hub(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
     return _create(name, name.spec, config, require_pretrained=True), config, weights
 
 
+def _load_folder(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path | None]:
+    folder = cast(Path, name.path)
+    config, _ = read_config(folder)
+    own = _own_text_tower(config, folder)
+    module = _create(name, f"local-dir:{folder}", config, require_pretrained=True, **own)
+    return module, config, find_weights(folder)
+
+
 def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str, Any], BoundedTokenizer]:
     """Build an architecture with random weights that depend on the seed only; global generators are unchanged."""
     from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
-    if name.path is not None:
-        config, preprocess = read_config(name.path)
-        folder = name.path if name.path.is_dir() else name.path.parent
+    folder: Path | None = None
+    preprocess: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    if name.path is None:
+        config = open_clip.get_model_config(name.architecture)
     else:
-        config, preprocess, folder = open_clip.get_model_config(name.architecture), {}, None
-    original = deepcopy(config)
+        folder = name.path if name.path.is_dir() else name.path.parent
+        config, preprocess = read_config(name.path)
+        own = _own_text_tower(config, folder)
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
-        config = config | (_own_text_tower(config, folder) if folder is not None else {})
-        Path(scratch, CONFIG_NAME).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+        Path(scratch, CONFIG_NAME).write_text(json.dumps({"model_cfg": config | own, "preprocess_cfg": preprocess}))
         torch.manual_seed(seed)
         module = _create(name, f"local-dir:{scratch}", config, load_weights=False, pretrained_text=False)
-        # The files of a Hugging Face tokenizer are next to the configuration.
-        from_folder = folder if folder is not None and (folder / CONFIG_NAME).is_file() else Path(scratch)
-        source = f"local-dir:{from_folder}" if name.path is not None else name.architecture
-        tokenizer = load_tokenizer(name.spec, cast(str, source))
-    return module, original, tokenizer
+        if folder is None:
+            source = cast(str, name.architecture)
+        else:
+            # The files of a Hugging Face tokenizer are next to the configuration.
+            source = f"local-dir:{folder if (folder / CONFIG_NAME).is_file() else scratch}"
+        tokenizer = load_tokenizer(name.spec, source)
+    return module, config, tokenizer
 
 
 def _own_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -335,17 +315,17 @@ def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any
         ) from error
 
 
-def _refuse_not_finite(name: ModelName, module: torch.nn.Module) -> None:
+def _validate_finite(name: ModelName, module: torch.nn.Module) -> None:
     """Refuse weights with NaN or infinite entries: every embedding would be NaN, and no comparison with it means anything.
 
     Buffers are not looked at, since masks of attention hold infinities.
     """
     for parameter, values in module.named_parameters():
-        low, high = torch.aminmax(values.detach()) if values.numel() else (torch.zeros(()), torch.zeros(()))
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            total, bad = values.numel(), int((~torch.isfinite(values)).sum())
+        if values.numel() and not all(map(torch.isfinite, torch.aminmax(values.detach()))):
+            bad = int((~torch.isfinite(values)).sum())
             raise ClipcidError(
-                f"Model {name.spec} has weights that are not finite: {bad:,} of the {total:,} entries of {parameter}.",
+                f"Model {name.spec} has weights that are not finite: {bad:,} of the {values.numel():,} entries of "
+                f"{parameter}.",
                 "Choose another model, or an earlier checkpoint: a training that diverged leaves such weights.",
             )
 

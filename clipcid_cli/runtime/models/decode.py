@@ -33,14 +33,6 @@ class SkippedImage:
     reason: str
 
 
-class UnreadableImage(Exception):  # noqa: N818  # an event counted per sample, not an error of the program
-    """Bytes that cannot be decoded; `reason` as in `SkippedImage`."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
 def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:
     """Read and decode an image; every step learns here that a sample has to be skipped, and why.
 
@@ -49,13 +41,13 @@ def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> I
     """
     try:
         return decode_image(source.read(), draft_size=draft_size)
-    except UnreadableImage as error:
-        return SkippedImage(error.reason)
     except OSError:  # the file was removed or truncated after it was listed
         return SkippedImage("unreadable_image")
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, draft_size: tuple[int, int] | None = None) -> Image.Image:
+def decode_image(
+    data: bytes, max_pixels: int = MAX_PIXELS, draft_size: tuple[int, int] | None = None
+) -> Image.Image | SkippedImage:
     """Decode an image.
 
     EXIF orientation is ignored, as in open_clip. Transparent pixels are shown on white, where open_clip would show the
@@ -69,9 +61,6 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, draft_size: tuple[in
 
     Returns:
         An RGB image; see `had_alpha` and `full_size` for what else is known of it.
-
-    Raises:
-        UnreadableImage: when it is not an image, truncated, or too large.
     """
     try:
         with warnings.catch_warnings():
@@ -79,19 +68,17 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, draft_size: tuple[in
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > max_pixels:
-                raise UnreadableImage("too_many_pixels")
+                return SkippedImage("too_many_pixels")
             if draft_size is not None:
                 size = image.size
                 image.draft("RGB", draft_size)
                 image.info["full_size"] = size
             image.load()
             return _to_rgb(image)
-    except UnreadableImage:
-        raise
-    except Image.DecompressionBombError as error:  # Pillow's own limit, twice the default above
-        raise UnreadableImage("too_many_pixels") from error
-    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and more
-        raise UnreadableImage("unreadable_image") from error
+    except Image.DecompressionBombError:  # Pillow's own limit, twice the default above
+        return SkippedImage("too_many_pixels")
+    except Exception:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error and more
+        return SkippedImage("unreadable_image")
 
 
 def read_size(source: Readable) -> tuple[int, int] | SkippedImage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -13,11 +13,7 @@ from clipcid_cli.runtime.quiet import quiet_libraries
 
 
 class HfClip:
-    """A ``CLIPModel`` with its processor, loaded from a local folder in float32.
-
-    Args:
-        folder: As `write_hf_folder` wrote it.
-    """
+    """A ``CLIPModel`` with its processor, loaded in float32 from a folder that `write_hf_folder` wrote."""
 
     def __init__(self, folder: Path) -> None:
         with quiet_libraries():
@@ -41,21 +37,16 @@ class HfClip:
     def prepare_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """RGB images to normalised pixels, float32 [B, 3, H, W], by the folder's own image processor."""
         with quiet_libraries():
-            pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
-        assert isinstance(pixels, torch.Tensor)
-        return pixels
+            return cast(torch.Tensor, self._processor(images=list(images), return_tensors="pt")["pixel_values"])
 
     def prepare_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Texts to tokens, int64 [B, L], by the folder's own tokenizer, padded to the model's length."""
         with quiet_libraries():
             tokens = self._processor(text=list(texts), padding="max_length", truncation=True, return_tensors="pt")
-        ids = tokens["input_ids"]
-        assert isinstance(ids, torch.Tensor)
-        return ids
+        return cast(torch.Tensor, tokens["input_ids"])
 
 
 def _unit_rows(features: Any) -> torch.Tensor:
     # transformers 5 returns an object, 4 the tensor itself.
-    rows = getattr(features, "pooler_output", features)
-    assert isinstance(rows, torch.Tensor)
+    rows = cast(torch.Tensor, getattr(features, "pooler_output", features))
     return torch.nn.functional.normalize(rows.float(), dim=-1)

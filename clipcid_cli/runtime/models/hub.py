@@ -29,25 +29,23 @@ def reaching_hub(model: str, fix: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the http client, the hub's client and open_clip each raise their own
+        why = f"{hub.ENDPOINT} cannot be reached from here"
         if offline:
             why = "the hub is disabled (HF_HUB_OFFLINE)"
         elif reachable:
             why = f"{hub.ENDPOINT} did not provide them: {' '.join(str(error).split())[:200]}"
-        else:
-            why = f"{hub.ENDPOINT} cannot be reached from here"
         raise ClipcidError(f"The weights of model {model} are not in the local cache, and {why}.", fix) from error
     finally:
         hub.HF_HUB_OFFLINE = offline
 
 
-def _answers(url: str, timeout_seconds: float = 5.0) -> bool:
+def _answers(url: str) -> bool:
     """Tell whether the host of `url` accepts connections; a proxy is assumed to."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme in urllib.request.getproxies():
         return True
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname, port), timeout=timeout_seconds).close()
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError):
+        socket.create_connection((parts.hostname, port), timeout=5.0).close()
+        return True
+    return False

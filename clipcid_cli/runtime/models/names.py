@@ -15,7 +15,9 @@ import os
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from clipcid_cli.errors import ClipcidError
 
@@ -73,27 +75,48 @@ _LOCAL_HINT = (
     "local-dir:/path/to/folder means the same)."
 )
 
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Channels = Annotated[list[float], msgspec.Meta(min_length=3, max_length=3)]
 
-# Entries of a tower that count something, where they are numbers; `layers` of a ResNet are a list.
-_SIZES = {"layers", "width", "heads", "head_width", "patch_size", "image_size", "context_length", "vocab_size"}
-# What open_clip makes of these words; it asserts that they are its own.
-_WORDS = {
-    "interpolation": ("bicubic", "bilinear", "random"),
-    "resize_mode": ("shortest", "longest", "squash"),
-    "mode": ("RGB",),
-}
+
+class _Tower(msgspec.Struct):
+    """Those entries of a tower that count something; open_clip knows more, and checks those itself."""
+
+    layers: _Count | list[_Count] | None = None
+    width: _Count | None = None
+    heads: _Count | None = None
+    head_width: _Count | None = None
+    patch_size: _Count | list[_Count] | None = None
+    image_size: _Count | list[_Count] | None = None
+    context_length: _Count | None = None
+    vocab_size: _Count | None = None
+
+
+class _Architecture(msgspec.Struct):
+    embed_dim: Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
+    vision_cfg: _Tower
+    text_cfg: _Tower
+
+
+class _Preprocess(msgspec.Struct):
+    """What open_clip takes for granted of the pixels' description, or asserts."""
+
+    mean: _Channels | None = None
+    std: _Channels | None = None
+    size: _Count | Annotated[list[_Count], msgspec.Meta(min_length=2, max_length=2)] | None = None
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+    mode: Literal["RGB"] = "RGB"
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelName:
-    """A model as the user named it.
+    """A model as the user named it, see the module's docstring.
 
     Attributes:
         spec: The name as given.
-        kind: What it refers to, see the module's docstring.
-        architecture: Architecture of open_clip, for kinds ``architecture`` and ``tag``.
-        tag: Tag of its weights, for kind ``tag``.
-        path: The folder or file, for kinds ``folder`` and ``config``.
+        architecture: Of kinds ``architecture`` and ``tag``.
+        path: The folder or file of kinds ``folder`` and ``config``.
     """
 
     spec: str
@@ -118,17 +141,20 @@ class ModelName:
 
 
 def parse_model(spec: str) -> ModelName:
-    """Parse the name of a model.
-
-    Args:
-        spec: As given on the command line.
-    """
+    """Parse the name of a model."""
     if spec.startswith("hf-hub:"):
         return ModelName(spec, "hub")
     # Before it becomes a Path, which forgets the "./" that makes a name such as ./~x no user's.
     path = Path(os.path.expanduser(spec.removeprefix("local-dir:")))
     if path.is_dir():
-        return _parse_folder(spec, path)
+        if not (path / CONFIG_NAME).is_file():
+            raise ClipcidError(
+                f"Model folder {path} has no {CONFIG_NAME}.",
+                f"Give {path / 'student'}."
+                if (path / "student" / CONFIG_NAME).is_file()
+                else "Give a folder in open_clip's form: an export of clipcid, a distill run's student/, or a download.",
+            )
+        return ModelName(spec, "folder" if find_weights(path) else "config", path=path)
     if spec.startswith(("local-dir:", ".", "/", "~")) or spec.endswith(".json"):
         if path.is_file() and path.suffix == ".json":
             return ModelName(spec, "config", path=path)
@@ -144,17 +170,6 @@ def parse_model(spec: str) -> ModelName:
             hint + _LOCAL_HINT,
         )
     return ModelName(spec, "tag" if tag else "architecture", architecture=architecture, tag=tag or None)
-
-
-def _parse_folder(spec: str, path: Path) -> ModelName:
-    if not (path / CONFIG_NAME).is_file():
-        raise ClipcidError(
-            f"Model folder {path} has no {CONFIG_NAME}.",
-            f"Give {path / 'student'}."
-            if (path / "student" / CONFIG_NAME).is_file()
-            else "Give a folder in open_clip's form: an export of clipcid, a distill run's student/, or a download.",
-        )
-    return ModelName(spec, "folder" if find_weights(path) else "config", path=path)
 
 
 def with_default_tag(name: ModelName) -> ModelName:
@@ -178,11 +193,8 @@ def find_weights(folder: Path) -> Path | None:
     for name in _WEIGHT_NAMES:
         if (folder / name).is_file():
             return folder / name
-    others = sorted(
-        path for suffix in ("*.safetensors", "*.bin", "*.pth") for path in folder.glob(suffix) if path.is_file()
-    )
-    others.sort(key=lambda path: path.suffix != ".safetensors")
-    return others[0] if others else None
+    others = [path for suffix in ("*.safetensors", "*.bin", "*.pth") for path in folder.glob(suffix) if path.is_file()]
+    return min(others, key=lambda path: (path.suffix != ".safetensors", path), default=None)
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -196,59 +208,19 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         content = json.loads(file.read_text(encoding="utf-8"))
         model = content.get("model_cfg", content)
         preprocess = content.get("preprocess_cfg") or {}
-        missing = [entry for entry in ("embed_dim", "vision_cfg", "text_cfg") if entry not in model]
-        _check_entries(model, preprocess)
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        msgspec.convert(model, _Architecture)
+        msgspec.convert(preprocess, _Preprocess)
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ClipcidError(f"{file} is not an open_clip configuration: {error}.", _LOCAL_HINT) from error
-    if missing:
-        raise ClipcidError(f"{file} is not an open_clip configuration: it has no {', '.join(missing)}.", _LOCAL_HINT)
     return model, preprocess
-
-
-def _check_entries(model: dict[str, Any], preprocess: dict[str, Any]) -> None:
-    """Refuse entries of a type that no open_clip architecture has.
-
-    Raises:
-        TypeError: naming the entry.
-    """
-    if not isinstance(preprocess, dict):
-        raise TypeError(f"preprocess_cfg is {preprocess!r:.40}, not an object")
-    for name in ("vision_cfg", "text_cfg"):
-        if name in model and not isinstance(model[name], dict):
-            raise TypeError(f"{name} is {model[name]!r:.40}, not an object")
-        for entry in _SIZES & model.get(name, {}).keys():
-            size = model[name][entry]
-            if isinstance(size, float) or (isinstance(size, int) and size < 1):
-                raise TypeError(f"{name}.{entry} is {size!r:.40}, no whole number above 0")
-    for name in ("mean", "std"):
-        if not _are_numbers(preprocess.get(name, [0.5] * 3), 3):
-            raise TypeError(f"{name} is {preprocess[name]!r:.40}, not three numbers")
-    size = preprocess.get("size", 1)
-    if not _are_numbers(size if isinstance(size, list) else [size, size], 2):
-        raise TypeError(f"size is {size!r:.40}, not one or two numbers")
-    for name, words in _WORDS.items():
-        if name in preprocess and preprocess[name] not in words:
-            raise TypeError(f"{name} is {preprocess[name]!r:.40}, not one of {', '.join(words)}")
-    width = model.get("embed_dim", 1)
-    if not isinstance(width, int) or isinstance(width, bool) or not 0 < width < 2**20:
-        raise TypeError(f"embed_dim is {width!r:.40}, not a width")
-
-
-def _are_numbers(values: Any, count: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    )
 
 
 def read_width(name: ModelName) -> int | None:
     """Return the width of a model's embeddings from its configuration, without loading it; None for one on a hub."""
-    if name.path is not None:
-        return int(read_config(name.path)[0]["embed_dim"])
-    if name.architecture is None:
+    if name.kind == "hub":
         return None
-    return int(read_config(_config_folder() / f"{name.architecture}.json")[0]["embed_dim"])
+    config, _ = read_config(name.path or _config_folder() / f"{name.architecture}.json")
+    return int(config["embed_dim"])
 
 
 @cache

@@ -8,11 +8,7 @@ import torch
 
 
 class OnnxSession:
-    """An ONNX model with one input.
-
-    Args:
-        path: The ``.onnx`` file.
-    """
+    """An ONNX model with one input, and outputs by name."""
 
     def __init__(self, path: Path, threads: int) -> None:
         import onnxruntime

@@ -1,7 +1,4 @@
-"""A model's preprocessing: an image becomes bytes in the worker, and numbers on the device.
-
-Legend of shapes: B samples, H × W pixels.
-"""
+"""A model's preprocessing: an image becomes bytes in the worker, and numbers on the device."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,19 +19,13 @@ and a tokenizer's cleaning of a caption of megabytes takes minutes."""
 
 @dataclasses.dataclass(frozen=True)
 class BoundedTokenizer:
-    """A tokenizer that reads the first `LONGEST_TEXT` characters of each text; picklable.
+    """A tokenizer that reads the first `LONGEST_TEXT` characters of each text; picklable."""
 
-    Attributes:
-        whole: open_clip's own tokenizer.
-    """
-
-    whole: Any
+    whole: Any  # open_clip's own
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """Return int64 [B, L]."""
-        tokens = self.whole([text[:LONGEST_TEXT] for text in texts])
-        assert isinstance(tokens, torch.Tensor)
-        return tokens
+        return cast(torch.Tensor, self.whole([text[:LONGEST_TEXT] for text in texts]))
 
 
 def load_tokenizer(spec: str, source: str) -> BoundedTokenizer:

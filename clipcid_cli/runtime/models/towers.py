@@ -1,4 +1,4 @@
-"""The two halves of a CLIP as modules of their own, tensors in and unit rows out, which exporters can trace."""
+"""The two halves of a CLIP: as modules of their own, tensors in and unit rows out, which exporters can trace; and frozen."""
 
 from __future__ import annotations
 
@@ -84,3 +84,18 @@ class TextTower(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embed texts."""
         return cast(torch.Tensor, self.clip.encode_text(input_ids, normalize=True))  # type: ignore[operator]  # every CLIP has it
+
+
+def freeze(clip: torch.nn.Module, tower: str) -> list[torch.nn.Module]:
+    """Freeze a tower's parameters.
+
+    Args:
+        tower: ``image`` or ``text``.
+
+    Returns:
+        The tower's modules, which stay in evaluation mode: no dropout, no new statistics.
+    """
+    for name, parameter in clip.named_parameters():
+        if name not in ("logit_scale", "logit_bias") and name.startswith("visual.") == (tower == "image"):
+            parameter.requires_grad_(False)
+    return [part for name, part in clip.named_children() if (name == "visual") == (tower == "image")]

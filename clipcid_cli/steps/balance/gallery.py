@@ -13,7 +13,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.reading import describe
 from clipcid_cli.formats.report import thumbnail
 from clipcid_cli.formats.skips import REASONS
-from clipcid_cli.runtime.models.decode import UnreadableImage, decode_image
+from clipcid_cli.runtime.models.decode import SkippedImage, decode_image
 from clipcid_cli.steps.balance.rows import take_texts
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, open_recorded
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -81,12 +81,14 @@ class Gallery:
                     self.unread[shard, key] = f"the data has no image {key}."
                     continue
                 where = sample.image.path
-                sources[number] = thumbnail(decode_image(sample.image.read(), draft_size=(_SIDE, _SIDE)), _SIDE)
+                image = decode_image(sample.image.read(), draft_size=(_SIDE, _SIDE))
+                if isinstance(image, SkippedImage):
+                    self.unread[shard, key] = f"{where} has an {REASONS[image.reason]}, {key}."
+                    continue
+                sources[number] = thumbnail(image, _SIDE)
                 self.shown += 1
             except ClipcidError as error:
                 self.unread[shard, key] = error.message
-            except UnreadableImage as error:
-                self.unread[shard, key] = f"{where} has an {REASONS[error.reason]}, {key}."
             except OSError as error:
                 self.unread[shard, key] = f"{error.filename or where} cannot be read: {describe(error)}."
         return sources

@@ -25,7 +25,7 @@ from clipcid_cli.runtime.models.augment import (
     identity_colors,
     mix_pixels,
 )
-from clipcid_cli.runtime.models.caches import MAX_CAPTIONS, ImageCache, TokenCache
+from clipcid_cli.runtime.models.caches import ImageCache
 from clipcid_cli.runtime.models.decode import SkippedImage, full_size
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.distill.batches import Item, TrainingBatch, WorkItem
@@ -34,6 +34,8 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 
 # Decoded images a worker keeps, so that small data is decoded once and not once an epoch.
 _MAX_IMAGE_BYTES = 512 * 2**20
+# Of more samples, what a worker could keep would hardly ever be seen again.
+_MAX_SAMPLES_KEPT = 200_000
 _WHITE = Image.new("RGB", (64, 64), (255, 255, 255))
 _WHOLE = Augmentation(1.0)
 
@@ -87,10 +89,8 @@ class BatchMaker:
         self._rows = {} if stored is None else stored.rows()
         self._num_views = 0 if stored is None else stored.num_views
         widths, heights = zip(*(each.pixels.draft_size(self._augmentation) for each in self._shown_to), strict=True)
-        # Of more samples, what a worker could keep (0.8 GB) would hardly ever be seen again.
-        max_bytes, max_captions = (_MAX_IMAGE_BYTES, MAX_CAPTIONS) if inputs.training.total <= MAX_CAPTIONS else (0, 0)
+        max_bytes = _MAX_IMAGE_BYTES if inputs.training.total <= _MAX_SAMPLES_KEPT else 0
         self._images = ImageCache(max_bytes, (max(widths), max(heights)) if settings.fast_decode else None)
-        self._tokens = [TokenCache(each.tokenizer, max_captions) for each in self._shown_to]
 
     def __call__(self, work: WorkItem) -> TrainingBatch:
         """Make the part, in order; each image is written into its tensor before the next one is decoded."""
@@ -115,12 +115,12 @@ class BatchMaker:
         batch = TrainingBatch(
             pixels=pixels[0],
             colors=colors if self._augmentation.changes_colors else None,
-            tokens=self._tokens[0](words + further),
+            tokens=self._shown_to[0].tokenizer(words + further),
             bad=bad,
             kept_patches=None if self._masking is None else self._choose_patches(self._masking, work.items),
         )
         if len(self._shown_to) > 1:
-            batch.teacher_pixels, batch.teacher_tokens = pixels[1], self._tokens[1](words)
+            batch.teacher_pixels, batch.teacher_tokens = pixels[1], self._shown_to[1].tokenizer(words)
         self._add_stored_rows(batch, work, views, texts)
         return batch
 

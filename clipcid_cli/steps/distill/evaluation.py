@@ -15,7 +15,6 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.used_tokens import whole_table
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
@@ -168,21 +167,16 @@ class Evaluation:
             Metrics of the held-out part by name, those of a named data set as ``NAME/METRIC``, without those it has no value
             for (acc5 of four classes), those of the average as ``ema/…``; whole on the first process.
         """
-        metrics = self._measure(student, state.recipe.decay_after(state.step))
+        metrics = self._measure(student)
         if state.ema is None:
             return metrics
         averaged = metrics  # before the first step
         if state.step:
             with state.ema.swapped_in():
-                averaged = self._measure(student, state.ema.unused)
+                averaged = self._measure(student)
         return metrics | {f"{EMA}{name}": value for name, value in averaged.items()}
 
-    def _measure(self, student: ClipModel, decay: float) -> dict[str, float]:
-        """Measure a model.
-
-        Args:
-            decay: What the steps so far leave of the embedding of a token that no caption uses; prompts may use it.
-        """
+    def _measure(self, student: ClipModel) -> dict[str, float]:
         student.module.eval()
         share_statistics(student.module, self.machine)
         metrics: dict[str, float] = {}
@@ -204,10 +198,9 @@ class Evaluation:
             rows = encoder.encode(task)
             return self.machine.on_main(lambda: measure(encoder, rows, chosen).metrics)
 
-        with whole_table(student.module, decay):
-            for task in self.tasks:
-                found = measure_task(task).items()
-                metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
+        for task in self.tasks:
+            found = measure_task(task).items()
+            metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
         return metrics
 
 

@@ -1,14 +1,12 @@
-"""The student before training (loaded, filled from a larger model, frozen towers and unused tokens set aside) and after."""
+"""The student before training (loaded, filled from a larger model, towers frozen) and after."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,27 +16,18 @@ from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import Masking, apply_colors
-from clipcid_cli.runtime.models.caches import MAX_CAPTIONS
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.inherit import inherit
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
-from clipcid_cli.runtime.models.short_forward import ShortForward
-from clipcid_cli.runtime.models.tokenizer import Tokenizer
-from clipcid_cli.runtime.models.towers import image_tower_kind
-from clipcid_cli.runtime.models.used_tokens import freeze, train_used_rows, whole_state
+from clipcid_cli.runtime.models.pruned_forward import PrunedForward
+from clipcid_cli.runtime.models.towers import freeze, image_tower_kind
 from clipcid_cli.runtime.precision import Precision, choose_precision, fast_attention
-from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.distill.batches import TrainingBatch
-from clipcid_cli.steps.distill.inputs import Inputs
-from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.training.grad_cache import Features, GradCache
 from clipcid_cli.training.train_state import TrainState
-
-# A call of the tokenizer takes half a millisecond, however few captions it has.
-_TOKENIZED_AT_ONCE = 8192
 
 # Runs both towers on normalised pixels (on the model's device) and tokens (on the CPU): features [b, d], not normalised.
 EncodeBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -54,17 +43,15 @@ class Student:
         pruned: The passes of both towers that omit what features do not depend on.
         encode_both: Those, or the compiled passes.
         frozen: Modules that stay in evaluation mode.
-        trains_text: Whether the text tower is trained.
         reads_tokens: Whether a loss reads features of patches and tokens.
         masking: The further pass over images whose patches are masked; None where no loss has one.
     """
 
     model: ClipModel
     precision: Precision
-    pruned: ShortForward
+    pruned: PrunedForward
     encode_both: EncodeBoth
     frozen: list[nn.Module]
-    trains_text: bool
     reads_tokens: bool
     masking: Masking | None
 
@@ -118,7 +105,7 @@ def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -
     for tower, is_frozen in (("image", settings.freeze_image), ("text", settings.freeze_text)):
         if is_frozen:
             frozen += freeze(model.module, tower)
-    pruned = ShortForward(model.module)
+    pruned = PrunedForward(model.module)
     reads_tokens = any(LOSSES[name].reads_tokens for name in settings.losses())
     if reads_tokens and not pruned.has_tokens:
         raise ClipcidError(
@@ -135,7 +122,6 @@ def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -
         pruned=pruned,
         encode_both=_compile_towers(model.module) if settings.torchcompile else pruned,
         frozen=frozen,
-        trains_text=not settings.freeze_text,
         reads_tokens=reads_tokens,
         masking=_plan_masking(settings, model, pruned.num_patches, reporter),
     )
@@ -207,50 +193,6 @@ def _checkpoint_layers(model: ClipModel) -> None:
         ) from error
 
 
-def set_unused_tokens_aside(student: ClipModel, inputs: Inputs, reporter: Reporter) -> None:
-    """Train only the embeddings of tokens that some text of the run has, where that saves much."""
-    used = _used_tokens(inputs, student.tokenizer)
-    if used is not None and train_used_rows(student.module, used):
-        reporter.note(
-            f"The captions use {len(used):,} tokens: only their embeddings are trained, the others decay as in AdamW."
-        )
-
-
-def _used_tokens(inputs: Inputs, tokenizer: Tokenizer) -> torch.Tensor | None:
-    """List the tokens of all captions of usable samples, of their variants and of further texts.
-
-    Returns:
-        int64, ascending, each once; None where there are too many texts for that to pay.
-    """
-    variants = None if inputs.stored is None else inputs.stored.variants
-    extra = None if inputs.stored is None else inputs.stored.extra_texts
-    count = inputs.usable.total * (1 if variants is None else 1 + variants.number)
-    further: Iterable[str] = ()
-    if extra is not None and extra.lines is not None:
-        count += len(extra.rows)
-        further = extra.lines
-    if count > MAX_CAPTIONS:
-        return None
-    tokens, texts = torch.empty(0, dtype=torch.int64), set[str]()
-    for text in itertools.chain(_captions(inputs, variants), further):
-        texts.add(text)
-        if len(texts) >= _TOKENIZED_AT_ONCE:
-            tokens = torch.unique(torch.cat([tokens, tokenizer(sorted(texts)).flatten()]))
-            texts.clear()
-    return torch.unique(torch.cat([tokens, tokenizer(sorted(texts)).flatten()])) if texts else tokens
-
-
-def _captions(inputs: Inputs, variants: TextVariants | None) -> Iterator[str]:
-    """Yield the captions of usable samples, and their variants."""
-    index = index_of(inputs.dataset)
-    for number in range(len(index.records)):
-        part = index.part(number)
-        for sample in map(part.sample, np.flatnonzero(part.num_captions).tolist()):
-            yield from sample.captions
-            if variants is not None:
-                yield from (variants(sample.captions, sample.key, variant) for variant in range(variants.number))
-
-
 def write_students(folder: RunFolder, student: ClipModel, source: str, state: TrainState) -> list[Path]:
     """Write the trained model, and the one with averaged weights where there is one, as open_clip folders.
 
@@ -260,22 +202,23 @@ def write_students(folder: RunFolder, student: ClipModel, source: str, state: Tr
     Returns:
         The folders.
     """
-    path, ema = parse_model(source).path, state.ema
+    path = parse_model(source).path
 
-    def write(target: Path, decay: float) -> None:
+    def write(target: Path) -> Path:
         write_model_folder(
             target,
             student.info.config,
             student.info.preprocess,
-            whole_state(student.module, decay),
+            student.module.state_dict(),
             tokenizer_from=path if path is not None and path.is_dir() else None,
         )
+        return target
 
-    write(folder.student, state.recipe.decay_after(state.step))
-    if ema is not None:
-        with ema.swapped_in():
-            write(folder.student_ema, ema.unused)
-    return folder.students(ema=ema is not None)
+    written = [write(folder.student)]
+    if state.ema is not None:
+        with state.ema.swapped_in():
+            written.append(write(folder.student_ema))
+    return written
 
 
 def warn_of_batch_statistics(student: ClipModel, reporter: Reporter) -> None:

@@ -33,7 +33,7 @@ from clipcid_cli.steps.distill.batches import Batches, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.plan import Plan
-from clipcid_cli.steps.distill.student import Student, set_unused_tokens_aside, warn_of_batch_statistics
+from clipcid_cli.steps.distill.student import Student, warn_of_batch_statistics
 from clipcid_cli.steps.distill.teacher import open_teacher
 from clipcid_cli.steps.reporting import Progress, Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -73,9 +73,6 @@ class Trainer:
         width = model.info.embed_dim
         teacher = open_teacher(settings, inputs, teacher_model, width, machine, reporter)
         self.objective = Objective.of(settings, width, teacher, machine, reporter)
-        # A caption cut into parts that are joined anew may use tokens that no whole caption has.
-        if student.trains_text and not settings.caption_dropout:
-            set_unused_tokens_aside(model, inputs, reporter)
         reporter.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
         self.state = TrainState(
             model.module, self.objective.parameters, plan.recipe, student.precision.dtype, ema=settings.ema

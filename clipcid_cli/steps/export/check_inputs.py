@@ -141,7 +141,9 @@ def _choose(dataset: Dataset, limit: int) -> Iterator[Sample]:
 
 
 def _decode(sample: Sample) -> Image.Image:
-    return decode_image(sample.image.read())
+    image = decode_image(sample.image.read())
+    assert isinstance(image, Image.Image), "it was read before"
+    return image
 
 
 def _draw_pattern(number: int) -> Image.Image:

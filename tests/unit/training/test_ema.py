@@ -13,7 +13,7 @@ from torch import nn
 from clipcid_cli.algorithms.losses.parameters import LossParameters
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.formats.results.checkpoint import read_checkpoint, write_checkpoint
-from clipcid_cli.runtime.models.used_tokens import freeze, train_used_rows, whole_state
+from clipcid_cli.runtime.models.towers import freeze
 from clipcid_cli.training.ema import EMA
 from clipcid_cli.training.optimisers import Recipe
 from clipcid_cli.training.train_state import MAX_LOG_SCALE, TrainState
@@ -60,29 +60,25 @@ def copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_it_is_the_average_of_all_steps_also_of_tokens_set_aside() -> None:
-    whole, part = make_model(), make_model()
-    assert train_used_rows(part, USED)
+def test_it_is_the_average_of_all_steps() -> None:
+    model = make_model()
     with torch.no_grad():
-        for model in (whole, part):
-            model.logit_scale.fill_(MAX_LOG_SCALE - 0.05)
-    states = make_state(whole), make_state(part)
-    expected = {name: tensor.double() for name, tensor in copy_state(whole).items()}
+        model.logit_scale.fill_(MAX_LOG_SCALE - 0.05)
+    state = make_state(model)
+    assert state.ema is not None
+    expected = {name: tensor.double() for name, tensor in copy_state(model).items()}
     for step in range(14):
-        for model, state in zip((whole, part), states, strict=True):
-            step_once(model, state, step)
+        step_once(model, state, step)
         keep = min(DECAY, (2 + step) / (11 + step))
         expected = {
-            name: keep * expected[name] + (1 - keep) * tensor.double() for name, tensor in whole.state_dict().items()
+            name: keep * expected[name] + (1 - keep) * tensor.double() for name, tensor in model.state_dict().items()
         }
-        for model, state in zip((whole, part), states, strict=True):
-            assert state.ema is not None
-            with state.ema.swapped_in():
-                found = whole_state(model, state.ema.unused)
-                assert 0 <= float(found["logit_scale"]) <= MAX_LOG_SCALE
-                for name, tensor in expected.items():
-                    torch.testing.assert_close(found[name].double(), tensor, rtol=1e-5, atol=1e-6, msg=name)
-    assert float(whole.logit_scale.detach()) == pytest.approx(MAX_LOG_SCALE)
+        with state.ema.swapped_in():
+            found = model.state_dict()
+            assert 0 <= float(found["logit_scale"]) <= MAX_LOG_SCALE
+            for name, tensor in expected.items():
+                torch.testing.assert_close(found[name].double(), tensor, rtol=1e-5, atol=1e-6, msg=name)
+    assert float(model.logit_scale.detach()) == pytest.approx(MAX_LOG_SCALE)
 
 
 def test_the_student_comes_back_bit_for_bit() -> None:
@@ -111,7 +107,7 @@ def test_statistics_are_averaged_and_counts_and_frozen_weights_are_the_students(
     for step in range(3):
         model.visual(torch.randn(5, 3, generator=torch.Generator().manual_seed(step)))
         means.append(model.visual[1].running_mean.clone())
-        average.update(1.0)
+        average.update()
     expected = means[0]
     for number, mean in enumerate(means[1:], start=1):
         keep = min(DECAY, (1 + number) / (10 + number))
@@ -127,8 +123,6 @@ def test_statistics_are_averaged_and_counts_and_frozen_weights_are_the_students(
 
 def test_a_checkpoint_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     model, other = make_model(), make_model()
-    for one in (model, other):
-        train_used_rows(one, USED)
     state, resumed = make_state(model), make_state(other)
     for step in range(6):
         if step == 4:
@@ -142,7 +136,5 @@ def test_a_checkpoint_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     one, two = state.ema.state_dict(), resumed.ema.state_dict()
     assert one["averages"].keys() == two["averages"].keys()
     assert all(torch.equal(tensor, two["averages"][name]) for name, tensor in one["averages"].items())
-    assert {name: one[name] for name in ("step", "left", "unused")} == {
-        name: two[name] for name in ("step", "left", "unused")
-    }
+    assert one["step"] == two["step"]
     assert "ema" not in TrainState(make_model(), LossParameters([], 32, SharedSpace(32), seed=0), RECIPE).state_dict()

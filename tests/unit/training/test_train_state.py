@@ -1,4 +1,4 @@
-"""A student in training: groups, schedule, order of gradients, token embeddings in use, going back to a checkpoint."""
+"""A student in training: groups, schedule, order of gradients, going back to a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import nn
 from clipcid_cli.algorithms.losses.parameters import LossParameters
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.formats.results.checkpoint import read_checkpoint, write_checkpoint
-from clipcid_cli.runtime.models.used_tokens import UsedRows, train_used_rows, whole_state, whole_table
 from clipcid_cli.training.optimisers import Recipe, backward_order
 from clipcid_cli.training.train_state import TrainState
 
@@ -98,44 +97,6 @@ def test_scales_start_at_clips_and_never_exceed_a_hundred() -> None:
     parameters.log_scales["instance"].grad = torch.tensor(0.0)
     state.update()
     assert math.exp(state.log_scales["instance"].detach()) == pytest.approx(100)
-
-
-def test_training_only_used_token_embeddings_gives_what_training_all_gives() -> None:
-    used = torch.tensor([3, 17, 999, 49406, 49407])
-    tokens = used[torch.tensor([[3, 0, 1, 4, 4], [3, 2, 2, 1, 4]])].repeat(1, 3)[:, :12]
-    whole, part = make_model(), make_model()
-    assert train_used_rows(part, used)
-    assert isinstance(part.token_embedding, UsedRows)
-    assert part.token_embedding.weight.shape == (5, 32)
-    for model in (whole, part):
-        state = TrainState(model, LossParameters([], 32, SharedSpace(32), seed=0), RECIPE)
-        for step in range(8):
-            step_once(model, state, tokens, step)
-    expected, found = whole.state_dict(), whole_state(part, RECIPE.decay_after(8))
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
-    make_model().load_state_dict(found)
-
-    others = torch.tensor([[3, 4, 20_000, 49407] * 3])
-    with torch.no_grad(), whole_table(part, RECIPE.decay_after(8)):
-        torch.testing.assert_close(part.encode_text(others), whole.encode_text(others), rtol=1e-5, atol=1e-6)  # type: ignore[operator]
-    assert isinstance(part.token_embedding, UsedRows)
-    assert [name for name, _ in part.named_parameters()] == [name for name, _ in whole.named_parameters()]
-
-
-def test_a_token_that_is_not_in_use_is_an_error() -> None:
-    model = make_model()
-    train_used_rows(model, torch.tensor([3, 49407]))
-    tokens = torch.tensor([[3] * 11 + [4]])
-    with pytest.raises(IndexError):
-        model.encode_text(tokens)  # type: ignore[operator]
-
-
-def test_a_table_mostly_in_use_is_trained_as_it_is() -> None:
-    model = make_model()
-    assert not train_used_rows(model, torch.arange(20_000))
-    assert isinstance(model.token_embedding, nn.Embedding)
 
 
 def test_state_goes_back_to_a_checkpoint_exactly(tmp_path: Path) -> None:

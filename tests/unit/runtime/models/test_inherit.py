@@ -12,7 +12,7 @@ from torch import nn
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.inherit import evenly_spaced, inherit
-from clipcid_cli.runtime.models.used_tokens import freeze
+from clipcid_cli.runtime.models.towers import freeze
 
 TEACHER = {
     "embed_dim": 48,

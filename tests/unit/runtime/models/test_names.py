@@ -100,9 +100,9 @@ def test_weights_are_found_as_open_clip_finds_them(tmp_path: Path) -> None:
     [
         ("{", "Expecting"),
         ("[]", "list"),
-        ('{"embed_dim": 8}', "no vision_cfg, text_cfg"),
-        ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"heads": 0.5}}', r"text_cfg\.heads is 0\.5"),
-        ('{"embed_dim": 8, "vision_cfg": {"width": 0}, "text_cfg": {}}', r"vision_cfg\.width is 0"),
+        ('{"embed_dim": 8}', "missing required field `vision_cfg`"),
+        ('{"embed_dim": 8, "vision_cfg": {}, "text_cfg": {"heads": 0.5}}', r"got `float` - at `\$\.text_cfg\.heads`"),
+        ('{"embed_dim": 8, "vision_cfg": {"width": 0}, "text_cfg": {}}', r"`int` >= 1 - at `\$\.vision_cfg\.width`"),
     ],
 )
 def test_bad_configurations_are_refused(tmp_path: Path, content: str, reason: str) -> None:

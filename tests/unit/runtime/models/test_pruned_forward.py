@@ -1,4 +1,4 @@
-"""The short forward passes give open_clip's own features and gradients."""
+"""The pruned forward passes give open_clip's own features and gradients."""
 
 import json
 from functools import partial
@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.short_forward import ShortForward
+from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.models.towers import DenseImageTower
-from clipcid_cli.runtime.models.used_tokens import train_used_rows
 from clipcid_cli.runtime.precision import choose_precision, fast_attention
 
 CAPTIONS = ["a red square", "", "two cats, a dog and a very long list of other animals of every kind and size", "sky"]
@@ -41,15 +39,15 @@ def load(tmp_path: Path, **changes: Any) -> ClipModel:
 
 
 def features(
-    model: ClipModel, lean: bool, tokens: Tensor, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, dict[str, Tensor], ShortForward]:
+    model: ClipModel, pruned: bool, tokens: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, dict[str, Tensor], PrunedForward]:
     """Encode six images and the texts, and take gradients of a function of every feature."""
     module: Any = model.module
     module.to(dtype).zero_grad(set_to_none=True)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(6, 3, 32, 32, generator=generator).to(dtype)
-    towers = ShortForward(module)
-    if lean:
+    towers = PrunedForward(module)
+    if pruned:
         image, text = towers.encode_images(pixels), towers.encode_texts(tokens)
     else:
         image, text = module.encode_image(pixels), module.encode_text(tokens)
@@ -76,15 +74,15 @@ def test_equal_to_open_clip(tmp_path: Path, changes: dict[str, Any]) -> None:
     tokens = model.tokenizer(CAPTIONS)
     # In float64, where what a wrong pass would change cannot hide behind rounding.
     image, text, gradients, _ = features(model, False, tokens, torch.float64)
-    lean_image, lean_text, lean_gradients, towers = features(model, True, tokens, torch.float64)
-    assert towers.image_is_short
-    assert towers.text_is_short
-    torch.testing.assert_close(lean_image, image, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(lean_text, text, rtol=1e-9, atol=1e-9)
-    assert lean_gradients.keys() == gradients.keys()
+    pruned_image, pruned_text, pruned_gradients, towers = features(model, True, tokens, torch.float64)
+    assert towers.prunes_images
+    assert towers.prunes_texts
+    torch.testing.assert_close(pruned_image, image, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(pruned_text, text, rtol=1e-9, atol=1e-9)
+    assert pruned_gradients.keys() == gradients.keys()
     for name, expected in gradients.items():
         torch.testing.assert_close(
-            lean_gradients[name], expected, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            pruned_gradients[name], expected, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -93,19 +91,8 @@ def test_texts_of_equal_length(tmp_path: Path, captions: list[str]) -> None:
     model = load(tmp_path)
     tokens = model.tokenizer(captions)
     _, text, _, _ = features(model, False, tokens)
-    _, lean_text, _, _ = features(model, True, tokens)
-    torch.testing.assert_close(lean_text, text, rtol=1e-4, atol=1e-5)
-
-
-def test_with_a_table_of_used_tokens_only(tmp_path: Path) -> None:
-    model = load(tmp_path)
-    tokens = model.tokenizer(CAPTIONS)
-    _, text, gradients, _ = features(model, False, tokens)
-    expected = gradients["token_embedding.weight"][torch.unique(tokens)]
-    assert train_used_rows(model.module, torch.unique(tokens))
-    _, lean_text, lean_gradients, _ = features(model, True, tokens)
-    torch.testing.assert_close(lean_text, text, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(lean_gradients["token_embedding.weight"], expected, rtol=1e-3, atol=1e-5)
+    _, pruned_text, _, _ = features(model, True, tokens)
+    torch.testing.assert_close(pruned_text, text, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -124,43 +111,19 @@ def test_other_structures_go_open_clips_way(tmp_path: Path, changes: dict[str, A
     tokens = model.tokenizer(CAPTIONS)
     model.module.eval()
     plain_image, plain_text, _, _ = features(model, False, tokens)
-    lean_image, lean_text, _, towers = features(model, True, tokens)
-    assert (towers.image_is_short, towers.text_is_short) == (image, text)
-    torch.testing.assert_close(lean_image, plain_image, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(lean_text, plain_text, rtol=1e-4, atol=1e-5)
+    pruned_image, pruned_text, _, towers = features(model, True, tokens)
+    assert (towers.prunes_images, towers.prunes_texts) == (image, text)
+    torch.testing.assert_close(pruned_image, plain_image, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pruned_text, plain_text, rtol=1e-4, atol=1e-5)
 
 
-def test_a_tower_that_computes_something_else_is_noticed(tmp_path: Path) -> None:
+def test_same_bits_every_time(tmp_path: Path) -> None:
     model = load(tmp_path)
-    tower: Any = model.module
-    for block in (tower.visual.transformer.resblocks[0], tower.transformer.resblocks[0]):
-        block.register_forward_hook(lambda _module, _given, result: 2 * result)
-    tokens = model.tokenizer(CAPTIONS)
-    image, text, _, towers = features(model, True, tokens)
-    assert not towers.image_is_short
-    assert not towers.text_is_short
-    plain_image, plain_text, _, _ = features(model, False, tokens)
-    assert torch.equal(image, plain_image)
-    assert torch.equal(text, plain_text)
-    pixels = torch.zeros(4, 3, 32, 32)
-    with pytest.raises(ClipcidError, match="masked images of this model cannot be computed"):
-        ShortForward(tower).encode_masked_images(pixels, torch.zeros(4, 1, dtype=torch.int64))
-    with pytest.raises(ClipcidError, match="features of patches and tokens of this model cannot be computed"):
-        ShortForward(tower).encode_tokens(pixels, tokens)
-
-
-def test_same_bits_every_time_and_training_mode_is_kept(tmp_path: Path) -> None:
-    model = load(tmp_path)
-    model.module.train()
-    frozen: Any = model.module.visual
-    frozen.eval()
     tokens = model.tokenizer(CAPTIONS)
     first, again = features(model, True, tokens), features(model, True, tokens)
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
     assert all(torch.equal(first[2][name], again[2][name]) for name in first[2])
-    assert model.module.training
-    assert not any(part.training for part in frozen.modules())
 
 
 def test_bfloat16_is_as_near_as_open_clips(tmp_path: Path) -> None:
@@ -168,12 +131,12 @@ def test_bfloat16_is_as_near_as_open_clips(tmp_path: Path) -> None:
     tokens = model.tokenizer(CAPTIONS)
     image, text, _, _ = features(model, False, tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        lean_image, lean_text, _, towers = features(model, True, tokens)
-    assert towers.image_is_short
-    assert towers.text_is_short
-    assert lean_image.dtype == torch.bfloat16
-    torch.testing.assert_close(lean_image.float(), image, rtol=0.05, atol=0.05)
-    torch.testing.assert_close(lean_text.float(), text, rtol=0.05, atol=0.05)
+        pruned_image, pruned_text, _, towers = features(model, True, tokens)
+    assert towers.prunes_images
+    assert towers.prunes_texts
+    assert pruned_image.dtype == torch.bfloat16
+    torch.testing.assert_close(pruned_image.float(), image, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(pruned_text.float(), text, rtol=0.05, atol=0.05)
 
 
 def _note_size(sizes: list[int], tensor: Tensor) -> Tensor:
@@ -203,8 +166,8 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, dtype: torch.dtyp
                 features(model, True, tokens)
             saved.append(sum(sizes))
     assert saved[1] < saved[0] / 2
-    assert towers.image_is_short
-    assert towers.text_is_short
+    assert towers.prunes_images
+    assert towers.prunes_texts
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -240,15 +203,15 @@ class Keep(torch.nn.Module):
 
 def test_masked_images_are_those_of_open_clip_without_the_other_patches(tmp_path: Path) -> None:
     module: Any = load(tmp_path).module.double()
-    short = ShortForward(module)
-    assert short.num_patches == 16
+    passes = PrunedForward(module)
+    assert passes.num_patches == 16
     random = torch.Generator().manual_seed(0)
     pixels = torch.randn(3, 3, 32, 32, generator=random).double()
     kept = torch.stack([torch.randperm(16, generator=random)[:4].sort().values for _ in range(3)])
-    found = short.encode_masked_images(pixels, kept)
+    found = passes.encode_masked_images(pixels, kept)
     module.visual.patch_dropout = Keep(kept)
     torch.testing.assert_close(found, module.encode_image(pixels), rtol=1e-9, atol=1e-9)
-    assert short.num_patches is None  # whose numbers would be those of other patches
+    assert passes.num_patches is None  # whose numbers would be those of other patches
 
 
 @pytest.mark.parametrize(
@@ -258,10 +221,10 @@ def test_masked_images_are_those_of_open_clip_without_the_other_patches(tmp_path
 def test_tokens_are_those_of_open_clip(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = load(tmp_path, **changes)
     module: Any = model.module.double()
-    short, tokens = ShortForward(module), model.tokenizer(CAPTIONS)
-    assert short.has_tokens
+    passes, tokens = PrunedForward(module), model.tokenizer(CAPTIONS)
+    assert passes.has_tokens
     pixels = torch.randn(len(CAPTIONS), 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
-    image, text, patches, pieces = short.encode_tokens(pixels, tokens)
+    image, text, patches, pieces = passes.encode_tokens(pixels, tokens)
     torch.testing.assert_close(image, module.encode_image(pixels), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(text, module.encode_text(tokens), rtol=1e-9, atol=1e-9)
     _, dense = DenseImageTower(module)(pixels)
@@ -280,5 +243,5 @@ def test_tokens_are_those_of_open_clip(tmp_path: Path, changes: dict[str, Any]) 
 
 def test_other_image_towers_have_no_patches_to_mask(tmp_path: Path) -> None:
     model = load(tmp_path, vision_cfg={"image_size": 32, "layers": [1, 1, 1, 1], "width": 8})
-    assert ShortForward(model.module).num_patches is None
-    assert not ShortForward(model.module).has_tokens
+    assert PrunedForward(model.module).num_patches is None
+    assert not PrunedForward(model.module).has_tokens
