@@ -106,8 +106,7 @@ def _evaluate(plan: LinearPlan, model: EvaluatedModel, settings: EvalLinearSetti
         started = time.perf_counter()
         folder = WorkDirectory(settings.work).features
         splits = [
-            extract_features(model.encoder, task, inputs, folder)
-            for task, inputs in zip(data.tasks, fingerprints, strict=True)
+            extract_features(model, task, inputs, folder) for task, inputs in zip(data.tasks, fingerprints, strict=True)
         ]
         encoded = time.perf_counter() - started
         return machine.on_main(lambda: _write(plan, model, splits, encoded, settings, output))

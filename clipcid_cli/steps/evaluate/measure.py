@@ -31,7 +31,7 @@ from clipcid_cli.formats.results.predictions import Predictions, make_prediction
 from clipcid_cli.formats.sidecar import Calibration, Calibrations, ClassScore, Example
 from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.runtime.threads import threads_for
-from clipcid_cli.steps.evaluate.model import TaskEncoder, TaskRows
+from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -81,7 +81,7 @@ class _Measured:
     examples: list[Example]
 
 
-def measure(encoder: TaskEncoder, rows: TaskRows, settings: EvalZeroshotSettings) -> TaskResult:
+def measure(model: EvaluatedModel, rows: TaskRows, settings: EvalZeroshotSettings) -> TaskResult:
     """Measure what a model made of a data set.
 
     Args:
@@ -89,15 +89,15 @@ def measure(encoder: TaskEncoder, rows: TaskRows, settings: EvalZeroshotSettings
     """
     task = rows.task
     if rows.weights is None:
-        found = _measure_retrieval(rows, encoder.machine.device, encoder.reporter)
+        found = _measure_retrieval(rows, model.machine.device, model.reporter)
     elif task.multi_label:
         found = _measure_multi_label(rows, rows.weights)
     else:
-        found = _measure_classification(rows, rows.weights, encoder.reporter)
+        found = _measure_classification(rows, rows.weights, model.reporter)
     kept = None
     if settings.predictions:
         columns = {"key": rows.keys, **found.columns()}
-        kept = make_predictions(found.kind, encoder.model.info.slug, task.name, len(task.class_names), columns)
+        kept = make_predictions(found.kind, model.model.info.slug, task.name, len(task.class_names), columns)
     return TaskResult(
         metrics=found.metrics.values(),
         intervals=found.metrics.intervals(settings.bootstrap, settings.seed),

@@ -180,7 +180,7 @@ def _evaluate_pair(
         found = model.machine.on_main(find_result)
         if found is not None:
             return found
-        rows = model.encoder.encode(task)
+        rows = model.encode(task)
         return model.machine.on_main(lambda: _write(model, rows, settings, path, output))
 
 
@@ -199,8 +199,8 @@ def _write(
         settings = dataclasses.replace(settings, predictions=True)
     started = time.perf_counter()
     warn_of_skips(task.name, rows.skips, model.reporter)
-    found = measure(model.encoder, rows, settings)
-    calibration = calibrate(rows, model.encoder.model.logit_scale)
+    found = measure(model, rows, settings)
+    calibration = calibrate(rows, model.model.logit_scale)
     seconds = rows.seconds | {"compare": time.perf_counter() - started}
     metrics = model.make_metrics(task.name, task.task, found.metrics)
     output.start()
