@@ -20,6 +20,7 @@ from PIL import Image
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.loading import load_batches, read_ahead
@@ -71,7 +72,7 @@ def list_batches(
             read += 1
             reason = reject(sample)
             if reason is not None:
-                rejected.add(reason, f"{dataset.shards[number].name}: {sample.key}")
+                rejected.add(reason, dataset.shards[number].describe(sample.key))
                 continue
             if len(samples) == batch_size:
                 yield Batch(number, samples)
@@ -202,11 +203,11 @@ class Encoded:
         rows = {kind: found[texts if kind is Kind.TEXTS else kept] for kind, found in self.rows.items()}
         return Encoded([self.samples[row] for row in kept.tolist()], rows, {}, self.laid_on_white)
 
-    def count_skips(self, name: str) -> Skips:
-        """Count the samples of a shard that cannot be used, under its name."""
+    def count_skips(self, shard: Shard) -> Skips:
+        """Count the samples of a shard that cannot be used."""
         skips = Skips()
         for row, reason in sorted(self.failures.items()):
-            skips.add(reason, f"{name}: {self.samples[row].key}")
+            skips.add(reason, shard.describe(self.samples[row].key))
         return skips
 
 

@@ -182,7 +182,7 @@ class EvaluatedModel:
             mine = list[_Part]()
             shown = 0
             for batch, encoded in encode(deal(), decoder, encoder, machine.device, workers):
-                unread = encoded.count_skips(dataset.shards[batch.shard].name)
+                unread = encoded.count_skips(dataset.shards[batch.shard])
                 usable = encoded.usable()
                 labels = task.labels(usable.samples) if task.task == CLASSIFICATION else None
                 mine.append(_Part(usable, labels, unread))
