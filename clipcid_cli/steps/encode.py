@@ -338,7 +338,7 @@ def finish(
     samples: Sequence[Sample], decoded: Decoded, encoder: Callable[[Decoded], dict[Kind, torch.Tensor]]
 ) -> Encoded:
     """Encode decoded samples, and note those any of whose rows is zero or not finite: nothing can be compared with it."""
-    encoded = Encoded(samples, {}, decoded.failures, decoded.laid_on_white)
+    encoded = Encoded(samples, {}, dict(decoded.failures), decoded.laid_on_white)
     if not samples:
         return encoded
     owners = encoded.owners
