@@ -23,13 +23,12 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.loading import load_batches, read_ahead
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, Transform
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
+from clipcid_cli.runtime.pipeline import ordered_map, read_ahead, thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 
 # Batches that wait while a network is read.
 _READ_AHEAD = 4
@@ -281,8 +280,8 @@ class Encoder:
 
         threads = threads_for_batches(self.device)
         if machine is None:
-            return torch.cat(list(map_threads(starts, encode_classes, threads)))
-        mine = list(map_threads(starts[machine.rank :: machine.size], encode_classes, threads))
+            return torch.cat(list(thread_map(encode_classes, starts, threads)))
+        mine = list(thread_map(encode_classes, starts[machine.rank :: machine.size], threads))
         dealt = machine.gather(mine)
         return torch.cat([dealt[turn % machine.size][turn // machine.size] for turn in range(len(starts))])
 
@@ -299,7 +298,7 @@ def decode(
             yield batch.samples
 
     start = time.perf_counter()
-    for decoded in load_batches(send(), decoder, workers):
+    for decoded in ordered_map(decoder, send(), workers):
         batch = sent.popleft()
         batch.waited = time.perf_counter() - start
         yield batch, decoded
@@ -325,13 +324,13 @@ def encode(
         return batch, finish(batch.samples, decoded, encoder)
 
     if workers is not None:
-        return map_threads(decode(batches, decoder, workers), lambda pair: compute(*pair), threads)
+        return thread_map(lambda pair: compute(*pair), decode(batches, decoder, workers), threads)
 
     def decode_and_compute(batch: Batch) -> tuple[Batch, Encoded]:
         decoded = decoder(batch.samples)
         return compute(dataclasses.replace(batch, samples=_drop_bytes(batch.samples)), decoded)
 
-    return map_threads(batches, decode_and_compute, threads)
+    return thread_map(decode_and_compute, batches, threads)
 
 
 def finish(

@@ -16,10 +16,10 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.metrics import Metrics
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.loading import default_workers, start_worker_server
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, hash_weights, load_model
 from clipcid_cli.runtime.models.names import ModelName, find_weights
+from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.encode import Batch, Decoder, Encoded, Encoder, encode, join, list_batches
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask

@@ -126,7 +126,10 @@ def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
                 "templates": LinesRecord(f"{name}.txt", len(templates), hash_lines(templates)),
             }
             (path.parent / "sidecars").mkdir(exist_ok=True)
-            write_json(path.parent / "sidecars" / f"{name}.json", make_sidecar(EvaluationSidecar, prompts=msgspec.to_builtins(prompts)))
+            write_json(
+                path.parent / "sidecars" / f"{name}.json",
+                make_sidecar(EvaluationSidecar, prompts=msgspec.to_builtins(prompts)),
+            )
 
     def compare() -> tuple[ComparisonResult, list[str], str]:
         settings = EvalZeroshotSettings(model=str(tmp_path / "a.json"), data=(str(tmp_path / "b.json"),), compare=True)
