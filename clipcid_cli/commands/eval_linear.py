@@ -11,7 +11,7 @@ from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from clipcid_cli.steps.evaluate.results import Draws, LinearResult, Preview
+    from clipcid_cli.steps.evaluate.result import Draws, LinearResult, Preview
 
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -20,7 +20,7 @@ _DIGITS = 2
 
 def show(answer: LinearResult | Preview, console: Console) -> None:
     """Print the metrics, how the strength was chosen, and the few-shot curve where there is one."""
-    from clipcid_cli.steps.evaluate.results import Preview
+    from clipcid_cli.steps.evaluate.result import Preview
 
     facts = {"model": answer.model, "data": answer.dataset}
     files = {f"{name} file": path for name, path in file_facts(answer.files).items()}

@@ -12,13 +12,13 @@ from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from clipcid_cli.steps.evaluate.results import ComparisonResult
+    from clipcid_cli.steps.evaluate.result import ComparisonResult
     from clipcid_cli.steps.evaluate.zeroshot import Answer
 
 
 def show(answer: Answer, console: Console) -> None:
     """Print one line for each model on each data set, and where the files are; of a comparison its verdicts."""
-    from clipcid_cli.steps.evaluate.results import ComparisonResult, Preview, Previews, ZeroshotResults
+    from clipcid_cli.steps.evaluate.result import ComparisonResult, Preview, Previews, ZeroshotResults
 
     if isinstance(answer, ComparisonResult):
         _show_comparison(answer, console)

@@ -18,21 +18,19 @@ from clipcid_cli.algorithms.probe.probe import (
     choose_point,
     regularisation_grid,
 )
-from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.features import Features
-from clipcid_cli.formats.results.metrics import SIDECARS, Metrics, metrics_stem, read_metrics, write_metrics
+from clipcid_cli.formats.results.metrics import Metrics, metrics_stem, read_metrics, write_metrics
 from clipcid_cli.formats.sidecar import LinearSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.timing import timed
-from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.evaluate.model import EvaluatedModel, start_workers, warn_of_skips
+from clipcid_cli.steps.evaluate.model import EvaluatedModel, claim_metrics, start_workers, warn_of_skips
 from clipcid_cli.steps.evaluate.probe_data import ProbeData, extract_features, open_probe_data
 from clipcid_cli.steps.evaluate.probe_fit import LabelledFeatures, ProbeFits
-from clipcid_cli.steps.evaluate.results import LinearResult, Preview, Sweep
+from clipcid_cli.steps.evaluate.result import LinearResult, Preview, Sweep
 from clipcid_cli.steps.model_choice import choose_model
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
@@ -75,21 +73,9 @@ def make_plan(settings: EvalLinearSettings, reporter: Reporter) -> LinearPlan:
 
 def _evaluate(plan: LinearPlan, model: EvaluatedModel, settings: EvalLinearSettings) -> LinearResult:
     data, path, machine = plan.data, plan.path, model.machine
-    fingerprints = machine.on_main(
-        lambda: [[*task.dataset.fingerprints(), fingerprint_images(task.dataset)] for task in data.tasks]
-    )
-    with claim_output(
-        machine,
-        path.parent / SIDECARS,
-        path.stem,
-        LinearSidecar,
-        top=path.parent,
-        settings=_identity(model, data, settings),
-        inputs=model.fingerprints + [entry for split in fingerprints for entry in split],
-        overwrite=settings.overwrite,
-        may_differ=_MAY_DIFFER,
-        resumes=False,
-    ) as output:
+    fingerprints = machine.on_main(lambda: [task.fingerprints() for task in data.tasks])
+    all_data = [entry for split in fingerprints for entry in split]
+    with claim_metrics(model, path, LinearSidecar, _identity(data, settings), all_data, _MAY_DIFFER) as output:
         # An earlier probe that also has a few-shot curve, or nearest neighbours, answers the question without them.
         more = settings.shot_counts or settings.neighbour_counts
         usable = output.finished if more else output.finished or output.earlier
@@ -112,12 +98,11 @@ def _evaluate(plan: LinearPlan, model: EvaluatedModel, settings: EvalLinearSetti
         return machine.on_main(lambda: _write(plan, model, splits, encoded, settings, output))
 
 
-def _identity(model: EvaluatedModel, data: ProbeData, settings: EvalLinearSettings) -> dict[str, Any]:
+def _identity(data: ProbeData, settings: EvalLinearSettings) -> dict[str, Any]:
     """Return the settings by which a finished probe is recognised."""
     return {
         "dataset": data.name,
         "classes": list(data.classes),
-        "model": model.name.slug,
         "val_fraction": settings.val_fraction if data.val is None else None,
         "seed": settings.seed,
         "metric": data.metric,
@@ -127,8 +112,6 @@ def _identity(model: EvaluatedModel, data: ProbeData, settings: EvalLinearSettin
         "grid": regularisation_grid(),
         "tolerance": TOLERANCE,
         "promised_decrease": PROMISED_DECREASE,
-        "precision": model.precision.name,
-        "batch_size": model.batch_size,
         "keys": settings.keys,
         "columns": dataclasses.asdict(data.train.dataset.columns),
     }

@@ -5,28 +5,67 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import cached_property
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.results.metrics import Metrics
+from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.results.metrics import SIDECARS, Metrics
+from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, hash_weights, load_model
 from clipcid_cli.runtime.models.names import ModelName, find_weights
 from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.encode import Batch, Decoder, Encoded, Encoder, encode, join, list_batches
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 _BATCH_SIZES = {"cpu": 64, "cuda": 256}
+
+AnyEvaluation = TypeVar("AnyEvaluation", bound=EvaluationSidecar)
+
+
+@contextmanager
+def claim_metrics(
+    model: EvaluatedModel,
+    path: Path,
+    kind: type[AnyEvaluation],
+    identity: dict[str, Any],
+    data: list[FileRecord],
+    may_differ: Collection[str],
+) -> Iterator[Output[AnyEvaluation]]:
+    """Claim a metrics file, whose sidecar lies in a folder of its own.
+
+    Args:
+        identity: What decides the metrics beside the model.
+        data: Fingerprints of what it is measured on.
+        may_differ: Settings that do not decide all of them.
+    """
+    of_model = {"model": model.name.slug, "precision": model.precision.name, "batch_size": model.batch_size}
+    with claim_output(
+        model.machine,
+        path.parent / SIDECARS,
+        path.stem,
+        kind,
+        top=path.parent,
+        settings=identity | of_model,
+        inputs=model.fingerprints + data,
+        overwrite=model.settings.overwrite,
+        may_differ=may_differ,
+        resumes=False,
+    ) as output:
+        yield output
 
 
 def start_workers(machine: Machine, workers: int | None) -> None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from itertools import chain
 from pathlib import Path
 
 import msgspec
 
 from clipcid_cli.algorithms.metrics.calibration import BINS
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.metrics import (
-    SIDECARS,
     Metrics,
     metrics_stem,
     read_metrics,
@@ -24,16 +21,14 @@ from clipcid_cli.formats.results.metrics import (
 )
 from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
 from clipcid_cli.formats.sidecar import ZeroshotSidecar
-from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.measure import FITTED_FRACTION, calibrate, measure
-from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, start_workers, warn_of_skips
+from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, claim_metrics, start_workers, warn_of_skips
 from clipcid_cli.steps.evaluate.report import write_summary
-from clipcid_cli.steps.evaluate.results import ComparisonResult, Preview, Previews, ZeroshotResult, ZeroshotResults
+from clipcid_cli.steps.evaluate.result import ComparisonResult, Preview, Previews, ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
 from clipcid_cli.steps.model_choice import choose_model
 from clipcid_cli.steps.preflight import check_samples
@@ -125,7 +120,7 @@ def evaluate(plan: ZeroshotPlan, machine: Machine, reporter: Reporter) -> Zerosh
     for task in plan.tasks:
         check_samples(task.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
     start_workers(machine, settings.workers)
-    data = machine.on_main(lambda: [_fingerprint_data(task) for task in plan.tasks])
+    data = machine.on_main(lambda: [task.fingerprints() for task in plan.tasks])
     results = list[ZeroshotResult]()
     for name in plan.names:
         model = EvaluatedModel(name, machine, settings, reporter)
@@ -135,37 +130,18 @@ def evaluate(plan: ZeroshotPlan, machine: Machine, reporter: Reporter) -> Zerosh
     return ZeroshotResults(results, files)
 
 
-def _fingerprint_data(task: ZeroshotTask) -> list[FileRecord]:
-    shards = range(len(task.dataset.shards))
-    samples = chain.from_iterable(task.stream(number, Skips()) for number in shards)
-    return [*task.dataset.fingerprints(), fingerprint_images(task.dataset, samples)]
-
-
 def _evaluate_pair(
     plan: ZeroshotPlan, model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord]
 ) -> ZeroshotResult:
     settings, path = plan.settings, plan.metrics_path(model.name, task)
     identity = task.describe() | {
-        "model": model.name.slug,
-        "precision": model.precision.name,
-        "batch_size": model.batch_size,
         "bootstrap": settings.bootstrap,
         "calibration": {"bins": BINS, "fitted_share": FITTED_FRACTION},
         "seed": settings.seed,
     }
-    with claim_output(
-        model.machine,
-        path.parent / SIDECARS,
-        path.stem,
-        ZeroshotSidecar,
-        top=path.parent,
-        settings=identity,
-        inputs=model.fingerprints + data,
-        overwrite=settings.overwrite,
-        # They change the intervals and the calibration only.
-        may_differ=("bootstrap", "seed", "calibration"),
-        resumes=False,
-    ) as output:
+    # These change the intervals and the calibration only.
+    may_differ = ("bootstrap", "seed", "calibration")
+    with claim_metrics(model, path, ZeroshotSidecar, identity, data, may_differ) as output:
         finished = output.finished
 
         def find_result() -> ZeroshotResult | None:

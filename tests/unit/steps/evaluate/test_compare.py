@@ -19,7 +19,7 @@ from clipcid_cli.formats.results.metrics import Metrics, write_metrics
 from clipcid_cli.formats.results.predictions import make_predictions, predictions_path, write_predictions
 from clipcid_cli.formats.sidecar import EvaluationSidecar, LinesRecord
 from clipcid_cli.steps.evaluate.compare import compare_results
-from clipcid_cli.steps.evaluate.results import ComparisonResult, ZeroshotResult
+from clipcid_cli.steps.evaluate.result import ComparisonResult, ZeroshotResult
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 

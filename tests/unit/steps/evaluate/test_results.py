@@ -16,7 +16,7 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
 from clipcid_cli.steps.evaluate.model import EvaluatedModel
-from clipcid_cli.steps.evaluate.results import LinearResult, ZeroshotResult
+from clipcid_cli.steps.evaluate.result import LinearResult, ZeroshotResult
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
