@@ -87,17 +87,24 @@ def format_rate(rate: float) -> str:
 
 
 command = step_command(
-    name="balance",
-    settings=BalanceSettings,
+    "balance",
+    BalanceSettings,
     step="clipcid_cli.steps.balance.run",
-    summary=show,
-    help="Remove near-duplicates: keep one image of each group of images with similar embeddings. All pairs of images are "
-    "compared exactly, and the result is stored for every smaller cut-off, so running again with a larger --keep or a "
-    "smaller --threshold takes seconds.",
-    examples="clipcid balance laion/ --keep 0.563\n"
-    "clipcid balance --threshold 0.447 --linkage star\n"
-    "clipcid balance laion/ --cosine-distance 0.1 --write-shards laion-balanced/\n"
-    "clipcid balance --embeddings metadata/small --npz-array l14_img --keep 0.5 --write-uids subset.npy\n"
-    "clipcid balance --embeddings laion-emb/ --keep 0.5 --neighbors partitioned\n"
-    "torchrun --nproc-per-node 8 -m clipcid_cli balance --embeddings laion-emb/ --keep 0.5",
+    show=show,
+    page="""
+Remove near-duplicates: keep one image of each group of images with similar embeddings. All pairs of images are
+compared exactly, and the result is stored for every smaller cut-off, so running again with a larger --keep or a
+smaller --threshold takes seconds.
+
+\b
+Examples:
+  clipcid balance laion/ --keep 0.563
+  clipcid balance --threshold 0.447 --linkage star
+  clipcid balance laion/ --cosine-distance 0.1 --write-shards balanced/
+  clipcid balance --embeddings metadata/small --npz-array l14_img --keep 0.5 \\
+      --write-uids subset.npy
+  clipcid balance --embeddings laion-emb/ --keep 0.5 --neighbors partitioned
+  torchrun --nproc-per-node 8 -m clipcid_cli balance --keep 0.5 \\
+      --embeddings laion-emb/
+""",
 )

@@ -25,14 +25,19 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 command = step_command(
-    name="cluster",
-    settings=ClusterSettings,
+    "cluster",
+    ClusterSettings,
     step="clipcid_cli.steps.cluster.run",
-    summary=show,
-    help="Cluster the embeddings of the kept images with spherical k-means. The 16 nearest centroids of each image, and of "
-    "each embedded caption, are stored. The output does not depend on the number of processes.",
-    examples="clipcid cluster\n"
-    "clipcid cluster --num-clusters 4096 --features joint\n"
-    "clipcid cluster --embeddings laion-emb/ --keep-list none\n"
-    "torchrun --nproc-per-node 8 -m clipcid_cli cluster --num-clusters 1000000",
+    show=show,
+    page="""
+Cluster the embeddings of the kept images with spherical k-means. The 16 nearest centroids of each image, and of each
+embedded caption, are stored. The output does not depend on the number of processes.
+
+\b
+Examples:
+  clipcid cluster
+  clipcid cluster --num-clusters 4096 --features joint
+  clipcid cluster --embeddings laion-emb/ --keep-list none
+  torchrun --nproc-per-node 8 -m clipcid_cli cluster --num-clusters 1000000
+""",
 )

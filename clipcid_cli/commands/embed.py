@@ -56,15 +56,20 @@ def _show_texts(result: dict[str, Any], console: Console) -> None:
 
 
 command = step_command(
-    name="embed",
-    settings=EmbedSettings,
+    "embed",
+    EmbedSettings,
     step="clipcid_cli.steps.embed.run",
-    summary=show,
-    help="Embed images and their captions with a CLIP. Other steps do this themselves if there are no embeddings yet; run "
-    "it on its own to embed on a GPU machine. Embeddings are written shard by shard, and a run that was stopped resumes.",
-    examples="clipcid embed laion/\n"
-    "clipcid embed photos/ --model ViT-B-32:laion2b_s34b_b79k --no-text\n"
-    "clipcid embed photos/ --views 8 --view-kind strong,mix --text-variants 8\n"
-    "clipcid embed --texts captions.txt --model ViT-B-32:laion2b_s34b_b79k\n"
-    'clipcid embed "laion/{00000..00099}.tar" --model models/my-clip --out embeddings/',
+    show=show,
+    page="""
+Embed images and their captions with a CLIP. Other steps do this themselves if there are no embeddings yet; run it on
+its own to embed on a GPU machine. Embeddings are written shard by shard, and a run that was stopped resumes.
+
+\b
+Examples:
+  clipcid embed laion/
+  clipcid embed photos/ --model ViT-B-32:laion2b_s34b_b79k --no-text
+  clipcid embed photos/ --views 8 --view-kind strong,mix --text-variants 8
+  clipcid embed --texts captions.txt --model ViT-B-32:laion2b_s34b_b79k
+  clipcid embed "laion/{00000..00099}.tar" --model my-clip/ --out my-clip-emb/
+""",
 )
