@@ -74,8 +74,13 @@ def _as_text(parameter: click.Parameter, value: Any) -> Any:
         if not isinstance(value, bool):
             raise TypeError("true or false")
         return value
-    if isinstance(value, list) and (parameter.multiple or parameter.nargs == -1):
-        return [_as_text(parameter, item) for item in value]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise TypeError("text or a number")
-    return str(value)
+    if parameter.multiple or parameter.nargs == -1:
+        return [_item_as_text(parameter.type, item) for item in (value if isinstance(value, list) else [value])]
+    return _item_as_text(parameter.type, value)
+
+
+def _item_as_text(kind: click.ParamType[Any], value: Any) -> str:
+    is_path, is_number = isinstance(kind, click.Path), isinstance(kind, click.IntRange | click.FloatRange)
+    if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool) and not is_path):
+        return str(value)
+    raise TypeError("a path" if is_path else "a number" if is_number else "text")
