@@ -37,7 +37,7 @@ def step_command(name: str, settings: type[SharedSettings], *, step: str, show: 
     def invoke(**values: Any) -> None:
         run_step(settings(**values), step, show)
 
-    return PageCommand(name, callback=invoke, params=[*build_parameters(name, settings)], help=page)
+    return PageCommand(name, callback=invoke, params=build_parameters(name, settings), help=page)
 
 
 def run_step(settings: SharedSettings, step: str, show: Show) -> None:

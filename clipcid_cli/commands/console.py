@@ -150,7 +150,8 @@ class _Lines(Progress):
     def print(self, *, ended: bool = False) -> None:
         self.printed = time.monotonic()
         parts = _describe_pace(self.done, self.total, self.unit, self.printed - self.start, None, ended=ended)
-        self.console.print(Text(f"{self.label}: {', '.join(parts)}  {self.values}".rstrip()), soft_wrap=True)
+        parts += [self.values] if self.values else []
+        self.console.print(Text(f"{self.label}: {', '.join(parts)}"), soft_wrap=True)
 
 
 @contextmanager

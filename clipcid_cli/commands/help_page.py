@@ -41,16 +41,16 @@ class PageContext(click.Context):
 
 
 class PageCommand(click.Command):
-    """A command whose ``--help`` lists its parameters under headings."""
+    """A command whose ``--help`` lists its flags under headings."""
 
     context_class = PageContext
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write each group of parameters, in their order."""
+        """Write each group of flags, in their order."""
         groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and not isinstance(parameter, click.Argument):
                 groups[getattr(parameter, "group", "Other options")].append(record)
         for group, records in groups.items():
             with formatter.section(group):

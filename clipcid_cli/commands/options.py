@@ -19,19 +19,6 @@ from clipcid_cli.steps.settings.shared import SharedSettings
 _SHARED = {field.name for field in dataclasses.fields(SharedSettings)}
 
 
-class Argument(click.Argument):
-    """A positional argument with an explanation, which click has from 8.5 on only."""
-
-    def __init__(self, name: str, *, group: str, explanation: str, **more: Any) -> None:
-        super().__init__([name], required=False, **more)
-        self.group = group
-        self.explanation = explanation
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
-        """Return its name and explanation."""
-        return self.human_readable_name, self.explanation
-
-
 class Option(click.Option):
     """A flag that knows its heading on the help page."""
 
@@ -55,7 +42,7 @@ class Option(click.Option):
         return f"{hint} in {ctx.params['config']}" if ctx and source is ParameterSource.DEFAULT_MAP else hint
 
 
-def build_parameters(command: str, settings: type[SharedSettings]) -> list[Argument | Option]:
+def build_parameters(command: str, settings: type[SharedSettings]) -> list[click.Parameter]:
     """Make the click parameters of a command, those under one heading of the help page together.
 
     Args:
@@ -69,22 +56,19 @@ def build_parameters(command: str, settings: type[SharedSettings]) -> list[Argum
         return max(far for far, base in enumerate(settings.__mro__) if field.name in inspect.get_annotations(base))
 
     fields = sorted(dataclasses.fields(settings), key=distance)
-    headings = list(dict.fromkeys(["Arguments", *(setting_of(field).group for field in fields)]))
+    headings = list(dict.fromkeys(setting_of(field).group for field in fields))
     return [
         _make_parameter(command, field, *_parse_type(hints[field.name]))
         for field in sorted(dataclasses.fields(settings), key=lambda field: headings.index(setting_of(field).group))
     ]
 
 
-def _make_parameter(command: str, field: dataclasses.Field[Any], kind: Any, multiple: bool) -> Argument | Option:
+def _make_parameter(command: str, field: dataclasses.Field[Any], kind: Any, multiple: bool) -> click.Parameter:
     setting, flag = setting_of(field), flag_of(field)
     if setting.positional:
-        return Argument(
-            field.name,
-            group=setting.group,
-            explanation=setting.help,
-            nargs=-1 if multiple else 1,
-            default=None if multiple else field.default,
+        default = None if multiple else field.default
+        return click.Argument(
+            [field.name], help=setting.help, required=False, default=default, nargs=-1 if multiple else 1
         )
     scope = "" if field.name in _SHARED else f"{command}_"
     given: dict[str, Any] = {

@@ -35,9 +35,7 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
     openmp_spins: ClassVar[str] = BRIEF_SPINS
 
     keep: float | None = _amount(
-        None,
-        "Share of the images to keep; the distance cut-off follows from it.",
-        within=Range(0, 1, min_open=True),
+        None, "Share of the images to keep; the distance cut-off follows from it.", within=Range(0, 1, min_open=True)
     )
     threshold: float | None = _amount(
         None,
@@ -92,14 +90,10 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
         choices=NEIGHBORS,
     )
     model: str | None = _input(
-        None,
-        "Model to embed the data with if there are no embeddings yet; by default ViT-L-14.",
-        metavar="MODEL",
+        None, "Model to embed the data with if there are no embeddings yet; by default ViT-L-14.", metavar="MODEL"
     )
     clusters: Path | None = _input(
-        None,
-        "Folder of clusters for --max-per-cluster; by default those in the work directory.",
-        operational=True,
+        None, "Folder of clusters for --max-per-cluster; by default those in the work directory.", operational=True
     )
     write_keys: Path | None = _output(
         None, "The keys of the kept images as a text file, one per line.", metavar="FILE.txt", operational=True

@@ -10,12 +10,7 @@ from typing import ClassVar
 from clipcid_cli.algorithms.losses.registry import DEFAULT_PRESET, LOSSES, PRESETS, Weight, select_losses
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import ABOVE_0, AT_LEAST_1, FRACTION, Range, flag_of, given_fields, group
-from clipcid_cli.steps.settings.shared import (
-    BRIEF_SPINS,
-    AugmentationSettings,
-    KeptSettings,
-    TrainingDataSettings,
-)
+from clipcid_cli.steps.settings.shared import BRIEF_SPINS, AugmentationSettings, KeptSettings, TrainingDataSettings
 
 NO_TEACHER = "none"
 DEFAULT_VARIANT_SHARE = 2 / 3
@@ -177,9 +172,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         operational=True,
     )
     grad_checkpointing: bool = _memory(
-        False,
-        "Recompute activations in the backward pass: less memory, about a third more time.",
-        operational=True,
+        False, "Recompute activations in the backward pass: less memory, about a third more time.", operational=True
     )
     fast_decode: bool = _memory(
         False,
@@ -199,9 +192,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         within=ABOVE_0,
     )
     wd: float = _optimizer(
-        0.2,
-        "Weight decay; not applied to norms, biases, scales and the parameters of losses.",
-        within=Range(0),
+        0.2, "Weight decay; not applied to norms, biases, scales and the parameters of losses.", within=Range(0)
     )
     beta1: float = _optimizer(0.9, "AdamW's decay rate of the gradient mean.", within=Range(0, 0.9999))
     beta2: float = _optimizer(0.98, "AdamW's decay rate of the squared gradient.", within=Range(0, 0.9999))
@@ -235,9 +226,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         0.01, "Share of the samples held out for validation, chosen by a hash of the key.", within=Range(0, 0.5)
     )
     eval_every: int | None = _output(
-        None,
-        "Steps between evaluations on the held-out samples; by default a tenth of the run.",
-        within=AT_LEAST_1,
+        None, "Steps between evaluations on the held-out samples; by default a tenth of the run.", within=AT_LEAST_1
     )
     eval_data: tuple[str, ...] = _output(
         (),

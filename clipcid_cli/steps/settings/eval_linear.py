@@ -8,14 +8,9 @@ from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import AT_LEAST_1, Range, argument, group
 from clipcid_cli.steps.settings.shared import EvaluationSettings
 
-METRICS = (
-    "acc1",
-    "mean_per_class_recall",
-    "mean_average_precision",
-    "mean_average_precision_11_point",
-)
+METRICS = ("acc1", "mean_per_class_recall", "mean_average_precision", "mean_average_precision_11_point")
 
-_data = group("Data")
+_data = group("Models and data")
 _fit = group("Fitting the probe")
 _shots = group("Few-shot curve")
 

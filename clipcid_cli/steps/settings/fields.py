@@ -88,7 +88,7 @@ def group(heading: str) -> Callable[..., Any]:
 
 def argument(default: Any, help: str) -> Any:  # noqa: A002  # as above
     """Declare a positional argument; a ``tuple[str, ...]`` field takes all that are left."""
-    return option(default, help, group="Arguments", positional=True)
+    return option(default, help, positional=True)
 
 
 def setting_of(field: dataclasses.Field[Any]) -> Setting:

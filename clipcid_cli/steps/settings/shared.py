@@ -39,9 +39,7 @@ class SharedSettings:
     openmp_spins: ClassVar[str] = NO_SPINS
 
     work: Path = _run(
-        DEFAULT_WORK,
-        "Work directory: each step writes its output here, and the next one finds it.",
-        operational=True,
+        DEFAULT_WORK, "Work directory: each step writes its output here, and the next one finds it.", operational=True
     )
     config: Path | None = _run(
         None,
@@ -176,7 +174,7 @@ class EvaluationSettings(ReadingSettings):
         "Model to evaluate: a folder, architecture:tag or hf-hub:org/name. By default, the newest student in the work "
         "directory.",
     )
-    data_root: Path = group("Data")(
+    data_root: Path = group("Models and data")(
         Path("data"), "Folder with copies of the data sets given by name.", operational=True
     )
 

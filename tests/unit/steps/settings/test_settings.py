@@ -31,7 +31,7 @@ def group() -> click.Group:
         settings = ExampleSettings(**values)  # type: ignore[arg-type]  # click gives what the fields declare
         click.echo(json.dumps(output_settings(settings) | {"fast": settings.fast, "quiet": settings.quiet}))
 
-    parameters = [*build_parameters("example", ExampleSettings)]
+    parameters = build_parameters("example", ExampleSettings)
     command = PageCommand("example", callback=invoke, params=parameters, help="Show what is set.")
     return click.Group("clipcid", commands=[command])
 
@@ -135,5 +135,8 @@ def test_the_help_page_groups_the_flags_and_states_defaults_and_ranges(group: cl
     numbers = page[page.index("Numbers:") :]
     assert "A share. [default: 0.5; 0<x<=1]" in " ".join(numbers.split())
     assert (
-        page.index("Show what is set.") < page.index("Arguments:") < page.index("Numbers:") < page.index("How it runs:")
+        page.index("Show what is set.")
+        < page.index("Positional arguments:")
+        < page.index("Numbers:")
+        < page.index("How it runs:")
     )
