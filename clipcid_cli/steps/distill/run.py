@@ -16,11 +16,11 @@ from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.results.run_folder import RunFolder, import_tensorboard
 from clipcid_cli.formats.sidecar import DistillSidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.loading import start_worker_server
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.models.preprocess import hash_preprocess
+from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.distill.cluster_targets import temperatures

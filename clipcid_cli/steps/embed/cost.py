@@ -7,7 +7,7 @@ from collections import deque
 
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.threads import map_threads, threads_for_batches
+from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.embed.encoder import Encoder
 from clipcid_cli.steps.embed.plan import EmbedPlan
@@ -51,6 +51,6 @@ def _measure_batch(encoder: Encoder) -> float:
             encoder.encode_texts(tokens)
 
     def encode_together() -> None:
-        deque(map_threads(range(threads), encode, threads), maxlen=0)
+        deque(thread_map(encode, range(threads), threads), maxlen=0)
 
     return time_trial(encode_together, model.device, repeats=3).seconds / threads

@@ -15,12 +15,11 @@ import torch
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.models.augment import PACKED_VIEW, PARTNER, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
+from clipcid_cli.runtime.pipeline import ordered_map, thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.steps.embed.prepare import Preparation, Prepared
 
 RowsByKind = dict[Kind, npt.NDArray[Any]]
@@ -116,7 +115,7 @@ class Encoder:
 
     def encode(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Encode batches, in order; one without samples has no rows. The bytes that came with a stream are dropped."""
-        return map_threads(self._prepare(batches), self._encode, threads_for_batches(self.model.device))
+        return thread_map(self._encode, self._prepare(batches), threads_for_batches(self.model.device))
 
     def _prepare(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Prepared]]:
         """Yield each batch as a worker prepared it."""
@@ -128,7 +127,7 @@ class Encoder:
                 yield batch.samples
 
         start = time.perf_counter()
-        for prepared in load_batches(send(), self.preparation, self.workers):
+        for prepared in ordered_map(self.preparation, send(), self.workers):
             batch = sent.popleft()
             batch.waited = time.perf_counter() - start
             yield batch, prepared

@@ -18,8 +18,8 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.loading import read_ahead
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.pipeline import read_ahead
 from clipcid_cli.steps.data_index import stream_shard
 from clipcid_cli.steps.embed.encoder import Batch, Encoder
 from clipcid_cli.steps.embed.plan import EmbedPlan

@@ -11,11 +11,17 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import ByteRange, Sample
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.loading import default_workers, load_batches, read_ahead, start_worker_server
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.pipeline import (
+    default_workers,
+    ordered_map,
+    read_ahead,
+    start_worker_server,
+    thread_map,
+    threads_for_batches,
+)
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.steps.evaluate.batches import BatchDecoder, DecodedBatch, TaskReader
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask
 from clipcid_cli.steps.reporting import Progress, Reporter
@@ -131,9 +137,9 @@ class TaskEncoder:
         if any(is_remote(shard.file) for shard in task.dataset.shards):
             batches = read_ahead(batches, threads)
         if workers is None and device.type == "cpu":
-            return map_threads(batches, lambda samples: self._embed(task, decode(samples)), threads)
-        decoded = load_batches(batches, decode, default_workers(device) if workers is None else workers)
-        return map_threads(decoded, lambda batch: self._embed(task, batch), threads)
+            return thread_map(lambda samples: self._embed(task, decode(samples)), batches, threads)
+        decoded = ordered_map(decode, batches, default_workers(device) if workers is None else workers)
+        return thread_map(lambda batch: self._embed(task, batch), decoded, threads)
 
     def _embed(self, task: ZeroshotTask, batch: DecodedBatch) -> tuple[EmbeddedBatch | None, Skips]:
         """Embed one batch, whose number the caller knows; None when no image of it can be used."""
@@ -184,7 +190,7 @@ class TaskEncoder:
             ]
             return number, torch.cat(parts).view(len(names), len(task.templates), -1)
 
-        mine = list(map_threads(starts, encode, threads_for_batches(machine.device)))
+        mine = list(thread_map(encode, starts, threads_for_batches(machine.device)))
         everything = sorted((part for parts in machine.gather(mine) for part in parts), key=lambda part: part[0])
         prompts_CTD = torch.cat([prompts for _, prompts in everything])
         bad_C = ~torch.isfinite(prompts_CTD).all(dim=2).all(dim=1)
