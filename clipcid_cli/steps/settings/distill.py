@@ -257,6 +257,9 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     def __post_init__(self) -> None:
         """Check what involves several fields."""
         super().__post_init__()
+        losses = [LOSSES[name] for name in self.losses()]
+        if not losses:
+            raise UsageError("All losses have a weight of 0.", "Give at least one --loss a weight above 0.")
         if self.student is None:
             raise UsageError(
                 "No student was given.", "Give --student, e.g. --student ViT-B-32 or a .json file of an architecture."
@@ -272,11 +275,11 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         if self.epochs is not None and self.steps is not None:
             raise UsageError("--epochs and --steps were both given.", "Omit one of the two.")
         if self.teacher == NO_TEACHER:
-            for name in self.losses():
-                if LOSSES[name].needs_teacher:
+            for loss in losses:
+                if loss.needs_teacher:
                     raise UsageError(
-                        f"--teacher is none, but the loss {name} needs a teacher.",
-                        f"Name a teacher, or use --preset clip without --loss {name}=….",
+                        f"--teacher is none, but the loss {loss.name} needs a teacher.",
+                        f"Name a teacher, or use --preset clip without --loss {loss.name}=….",
                     )
         if self.caption_dropout and self.needs_teacher and not self.online_teacher:
             raise UsageError(
@@ -287,20 +290,18 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
             raise UsageError(
                 "--online-teacher was given, but no loss of the run needs a teacher.", "Omit --online-teacher."
             )
-        if self.torchcompile and any(LOSSES[name].reads_tokens for name in self.losses()):
+        if self.torchcompile and any(loss.reads_tokens for loss in losses):
             raise UsageError(
                 "--torchcompile compiles no pass that gives the features of patches and tokens, which td reads.",
                 "Omit --torchcompile, or use --loss td=0.",
             )
-        if not any(LOSSES[name].needs_clusters for name in self.losses()):
-            self._refuse_cluster_flags()
-        self._check_stored_extras()
+        if not any(loss.needs_clusters for loss in losses):
+            self._validate_cluster_flags()
+        self._validate_stored_extras()
         if self.extra_texts or self.texts is not None:
-            self._check_extra_texts()
-        if not self.losses():
-            raise UsageError("All losses have a weight of 0.", "Give at least one --loss a weight above 0.")
+            self._validate_extra_texts()
 
-    def _refuse_cluster_flags(self) -> None:
+    def _validate_cluster_flags(self) -> None:
         given = [flag_of(field) for field in given_fields(self) if field.name in _CLUSTER_FLAGS]
         if given:
             flags = ", ".join(given)
@@ -309,7 +310,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
                 fix += ", or use --preset cid or --loss cluster=0.5"
             raise UsageError(f"{flags}: for the cluster loss, which the run does not have.", f"{fix}.")
 
-    def _check_stored_extras(self) -> None:
+    def _validate_stored_extras(self) -> None:
         given = {
             "--views stored": self.views == "stored",
             "--text-variant-share": bool(self.text_variant_share),
@@ -323,7 +324,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
                 f"Omit {flags}" + (", or --online-teacher." if self.online_teacher else "."),
             )
 
-    def _check_extra_texts(self) -> None:
+    def _validate_extra_texts(self) -> None:
         flag = f"--extra-texts {self.extra_texts}" if self.extra_texts else "--texts"
         if self.extra_texts == 0:
             raise UsageError("--texts names the texts for --extra-texts, but that is 0.", "Omit one of the two.")

@@ -63,9 +63,9 @@ class EvalZeroshotSettings(EvaluationSettings):
         """Check that a comparison has two sides and no more to do."""
         super().__post_init__()
         if self.compare:
-            self._check_comparison()
+            self._validate_comparison()
 
-    def _check_comparison(self) -> None:
+    def _validate_comparison(self) -> None:
         named = [*([self.model] if self.model is not None else []), *self.data]
         if len(named) != 2:
             raise UsageError(

@@ -33,8 +33,7 @@ class Range:
     def __contains__(self, number: float) -> bool:
         return (self.minimum < number if self.min_open else self.minimum <= number) and number <= self.maximum
 
-    def __str__(self) -> str:
-        """Write it as click does."""
+    def __str__(self) -> str:  # as click writes it
         if self.maximum == math.inf:
             return f"x{'>' if self.min_open else '>='}{self.minimum:g}"
         return f"{self.minimum:g}{'<' if self.min_open else '<='}x<={self.maximum:g}"
@@ -72,12 +71,7 @@ class Setting:
 
 
 def option(default: Any, help: str, **more: Any) -> Any:  # noqa: A002  # the word click and every reader use for it
-    """Declare a flag. The field's type says how it is parsed: ``tuple[str, ...]`` may be given several times.
-
-    Args:
-        default: The field's default.
-        help: See `Setting`, as for all others.
-    """
+    """Declare a flag, see `Setting`. The field's type says how it is parsed: ``tuple[str, ...]`` may be repeated."""
     return dataclasses.field(default=default, metadata={_KEY: Setting(help, **more)})
 
 
@@ -86,8 +80,8 @@ def group(heading: str) -> Callable[..., Any]:
     return functools.partial(option, group=heading)
 
 
-def argument(default: Any, help: str) -> Any:  # noqa: A002  # as above
-    """Declare a positional argument; a ``tuple[str, ...]`` field takes all that are left."""
+def argument(default: Any, help: str) -> Any:  # noqa: A002
+    """Declare a positional argument; one of type ``tuple[str, ...]`` takes all that are left."""
     return option(default, help, positional=True)
 
 
@@ -111,7 +105,7 @@ def given_fields(settings: Any) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(settings) if getattr(settings, field.name) != field.default]
 
 
-def check_values(settings: Any) -> None:
+def validate_values(settings: Any) -> None:
     """Check every number, choice and name of a settings object against what its fields declare.
 
     click checks the command line already, but for NaN; this also covers settings made in Python.

@@ -11,11 +11,11 @@ from clipcid_cli.steps.settings.fields import (
     FRACTION,
     Range,
     argument,
-    check_values,
     given_fields,
     group,
     plain,
     setting_of,
+    validate_values,
 )
 
 DEFAULT_WORK = Path("clipcid-work")
@@ -73,7 +73,7 @@ class SharedSettings:
 
     def __post_init__(self) -> None:
         """Check ranges and choices; subclasses add their checks across fields and call this first."""
-        check_values(self)
+        validate_values(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
