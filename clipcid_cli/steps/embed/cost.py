@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 
 from clipcid_cli.runtime.machine import Machine
@@ -21,15 +20,10 @@ def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, machine: Machine) -> E
     samples = machine.on_main(plan.dataset.estimate_samples)
     encode = _measure_batch(encoder) * samples / encoder.decoder.batch_size / machine.size
     seconds = {"encode": round(encode, 1)}
-    size = bytes_per_sample(encoder)
+    size = encoder.bytes_per_sample
     if plan.of_texts:
         return TextsCost(True, samples, samples * size, seconds)
     return EmbedCost(True, len(plan.shards), samples, samples * size, size, seconds)
-
-
-def bytes_per_sample(encoder: EmbedEncoder) -> int:
-    """Return what a sample takes on the disk, with its first caption, views and text variants, without its metadata."""
-    return sum(kind.dtype.itemsize * math.prod(shape) for kind, shape in encoder.shapes.items())
 
 
 def _measure_batch(encoder: EmbedEncoder) -> float:
