@@ -13,7 +13,7 @@ from clipcid_cli.commands.wrapping import wrap
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from clipcid_cli.steps.evaluate.results import ZeroshotResult
+    from clipcid_cli.steps.evaluate.result import ZeroshotResult
 
 
 def show_tables(results: list[ZeroshotResult], console: Console) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
@@ -70,7 +71,7 @@ def list_batches(
             read += 1
             reason = reject(sample)
             if reason is not None:
-                rejected.add(reason, f"{dataset.shards[number].name}: {sample.key}")
+                rejected.add(reason, dataset.shards[number].describe(sample.key))
                 continue
             if len(samples) == batch_size:
                 yield Batch(number, samples)
@@ -201,11 +202,11 @@ class Encoded:
         rows = {kind: found[texts if kind is Kind.TEXTS else kept] for kind, found in self.rows.items()}
         return Encoded([self.samples[row] for row in kept.tolist()], rows, {}, self.laid_on_white)
 
-    def count_skips(self, name: str) -> Skips:
-        """Count the samples of a shard that cannot be used, under its name."""
+    def count_skips(self, shard: Shard) -> Skips:
+        """Count the samples of a shard that cannot be used."""
         skips = Skips()
         for row, reason in sorted(self.failures.items()):
-            skips.add(reason, f"{name}: {self.samples[row].key}")
+            skips.add(reason, shard.describe(self.samples[row].key))
         return skips
 
 
@@ -293,7 +294,7 @@ def decode(
 
     def send() -> Iterator[Sequence[Sample]]:
         for batch in batches:
-            sent.append(dataclasses.replace(batch, samples=_drop_bytes(batch.samples)))
+            sent.append(_drop_bytes(batch))
             yield batch.samples
 
     start = time.perf_counter()
@@ -324,19 +325,14 @@ def encode(
 
     if workers is not None:
         return thread_map(lambda pair: compute(*pair), decode(batches, decoder, workers), threads)
-
-    def decode_and_compute(batch: Batch) -> tuple[Batch, Encoded]:
-        decoded = decoder(batch.samples)
-        return compute(dataclasses.replace(batch, samples=_drop_bytes(batch.samples)), decoded)
-
-    return thread_map(decode_and_compute, batches, threads)
+    return thread_map(lambda batch: compute(_drop_bytes(batch), decoder(batch.samples)), batches, threads)
 
 
 def finish(
     samples: Sequence[Sample], decoded: Decoded, encoder: Callable[[Decoded], dict[Kind, torch.Tensor]]
 ) -> Encoded:
     """Encode decoded samples, and note those any of whose rows is zero or not finite: nothing can be compared with it."""
-    encoded = Encoded(samples, {}, decoded.failures, decoded.laid_on_white)
+    encoded = Encoded(samples, {}, dict(decoded.failures), decoded.laid_on_white)
     if not samples:
         return encoded
     owners = encoded.owners
@@ -354,5 +350,5 @@ def finish(
     return encoded
 
 
-def _drop_bytes(samples: Sequence[Sample]) -> list[Sample]:
-    return [sample.without_image_data() for sample in samples]
+def _drop_bytes(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, samples=[sample.without_image_data() for sample in batch.samples])

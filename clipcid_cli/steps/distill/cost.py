@@ -19,7 +19,7 @@ from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.distill.teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.embed.cost import TYPICAL_CAPTION
-from clipcid_cli.steps.evaluate.results import Preview
+from clipcid_cli.steps.evaluate.result import Preview
 
 _MEASURED = 3
 # The first step also allocates, and compiles with --torchcompile.

@@ -15,13 +15,15 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.encode import Decoded, Decoder, Encoder
 from clipcid_cli.steps.evaluate.measure import measure
-from clipcid_cli.steps.evaluate.model import TaskEncoder
+from clipcid_cli.steps.evaluate.model import EvaluatedModel
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
+from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
@@ -130,25 +132,17 @@ class Evaluation:
 
     Attributes:
         held_out: Samples kept out of training, on the first process; None when there are too few.
-        tasks: Data sets of ``--eval-data``, as `eval-zeroshot` measures them.
+        plan: The data sets of ``--eval-data``, as `eval-zeroshot` measures them.
         has_data: Whether there is anything to measure, the same on all processes.
     """
 
-    settings: DistillSettings
-    machine: Machine
     held_out: HeldOut | None
-    tasks: list[ZeroshotTask]
+    plan: ZeroshotPlan
+    machine: Machine
     has_data: bool
 
     @classmethod
-    def prepare(
-        cls,
-        settings: DistillSettings,
-        inputs: Inputs,
-        student: ClipModel,
-        tasks: list[ZeroshotTask],
-        machine: Machine,
-    ) -> Evaluation:
+    def prepare(cls, inputs: Inputs, student: ClipModel, plan: ZeroshotPlan, machine: Machine) -> Evaluation:
         """Read the held-out samples, on the first process."""
         held_out: HeldOut | None = None
 
@@ -157,8 +151,8 @@ class Evaluation:
             held_out = HeldOut.read(inputs, student)
             return held_out is not None
 
-        has_data = machine.on_main(read) or bool(tasks)
-        return cls(settings, machine, held_out, tasks, has_data)
+        has_data = machine.on_main(read) or bool(plan.tasks)
+        return cls(held_out, plan, machine, has_data)
 
     def measure(self, student: ClipModel, state: TrainState) -> dict[str, float]:
         """Measure the student as it is, and with its averaged weights, in full precision; call it on every process.
@@ -183,22 +177,14 @@ class Evaluation:
         if self.held_out is not None:
             images, texts = self.held_out.encode(student)
             metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
-        encoder = TaskEncoder(
-            model=student,
-            machine=self.machine,
-            precision=_FP32,
-            batch_size=_BATCH,
-            workers=self.settings.workers,
-            max_bad_fraction=self.settings.max_bad_fraction,
-            reporter=Reporter(),
-        )
-        chosen = dataclasses.replace(zeroshot_settings(self.settings), bootstrap=0)
+        name = ModelName(student.info.spec, "tag")
+        model = EvaluatedModel(name, self.machine, self.plan.settings, Reporter(), student)
 
         def measure_task(task: ZeroshotTask) -> dict[str, float]:
-            rows = encoder.encode(task)
-            return self.machine.on_main(lambda: measure(encoder, rows, chosen).metrics)
+            rows = model.encode(task)
+            return self.machine.on_main(lambda: measure(rows, self.machine.device, Reporter()).draws.values())
 
-        for task in self.tasks:
+        for task in self.plan.tasks:
             found = measure_task(task).items()
             metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
         return metrics

@@ -25,7 +25,7 @@ from clipcid_cli.steps.distill.report import write_report
 from clipcid_cli.steps.distill.student import load_student, write_students
 from clipcid_cli.steps.distill.teacher import describe_weights, load_online_model
 from clipcid_cli.steps.distill.trainer import Trainer
-from clipcid_cli.steps.evaluate.results import ZeroshotResult, ZeroshotResults
+from clipcid_cli.steps.evaluate.result import ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.zeroshot import evaluate
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter

@@ -84,7 +84,7 @@ class Trainer:
             warn_of_batch_statistics(model, reporter)
         clusters = None if teacher is None else teacher.clusters
         self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, machine)
-        self.evaluation = Evaluation.prepare(settings, inputs, model, plan.evaluations.tasks, machine)
+        self.evaluation = Evaluation.prepare(inputs, model, plan.evaluations, machine)
         self.log = TrainingLog(
             plan.folder,
             self.state.step,

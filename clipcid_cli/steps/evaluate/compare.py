@@ -22,7 +22,7 @@ from clipcid_cli.formats.results.predictions import (
     read_predictions,
 )
 from clipcid_cli.formats.sidecar import EvaluationSidecar
-from clipcid_cli.steps.evaluate.results import ComparedLines, ComparisonResult, Difference
+from clipcid_cli.steps.evaluate.result import ComparedLines, ComparisonResult, Difference
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 

@@ -5,28 +5,67 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import cached_property
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.results.metrics import Metrics
+from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.results.metrics import SIDECARS, Metrics
+from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, hash_weights, load_model
 from clipcid_cli.runtime.models.names import ModelName, find_weights
 from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
-from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.encode import Batch, Decoder, Encoded, Encoder, encode, join, list_batches
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 _BATCH_SIZES = {"cpu": 64, "cuda": 256}
+
+AnyEvaluation = TypeVar("AnyEvaluation", bound=EvaluationSidecar)
+
+
+@contextmanager
+def claim_metrics(
+    model: EvaluatedModel,
+    path: Path,
+    kind: type[AnyEvaluation],
+    identity: dict[str, Any],
+    data: list[FileRecord],
+    may_differ: Collection[str],
+) -> Iterator[Output[AnyEvaluation]]:
+    """Claim a metrics file, whose sidecar lies in a folder of its own.
+
+    Args:
+        identity: What decides the metrics beside the model.
+        data: Fingerprints of what it is measured on.
+        may_differ: Settings that do not decide all of them.
+    """
+    of_model = {"model": model.name.slug, "precision": model.precision.name, "batch_size": model.batch_size}
+    with claim_output(
+        model.machine,
+        path.parent / SIDECARS,
+        path.stem,
+        kind,
+        top=path.parent,
+        settings=identity | of_model,
+        inputs=model.fingerprints + data,
+        overwrite=model.settings.overwrite,
+        may_differ=may_differ,
+        resumes=False,
+    ) as output:
+        yield output
 
 
 def start_workers(machine: Machine, workers: int | None) -> None:
@@ -73,25 +112,60 @@ class _Part(NamedTuple):
     skips: Skips
 
 
-@dataclasses.dataclass(frozen=True)
-class TaskEncoder:
-    """Encodes data sets and class prompts with one model, on all processes.
+class EvaluatedModel:
+    """A model under evaluation, loaded when something of it must be computed; called alike on every process.
 
     Attributes:
         precision: Number format of the products.
         batch_size: Images, or texts, encoded at once.
-        workers: Processes that decode, 0 for none; None decodes on a GPU by `default_workers` processes, and on a CPU by the
-            threads that compute.
-        max_bad_fraction: Largest fraction of samples that may be unusable.
     """
 
-    model: ClipModel
-    machine: Machine
-    precision: Precision
-    batch_size: int
-    workers: int | None
-    max_bad_fraction: float
-    reporter: Reporter
+    def __init__(
+        self,
+        name: ModelName,
+        machine: Machine,
+        settings: ReadingSettings,
+        reporter: Reporter,
+        model: ClipModel | None = None,
+    ) -> None:
+        """Prepare to evaluate a model.
+
+        Args:
+            settings: Without ``workers``, a GPU has `default_workers` processes that decode, and on a CPU the threads that
+                compute decode, too.
+            model: The model itself, where it is loaded already.
+        """
+        self.name, self.machine, self.settings, self.reporter = name, machine, settings, reporter
+        self.precision = choose_precision(settings.precision, machine.device, "evaluate", parameters=0)
+        self.batch_size = settings.batch_size or _BATCH_SIZES[machine.device.type]
+        self._loaded = model
+
+    @property
+    def model(self) -> ClipModel:
+        """The model itself."""
+        if self._loaded is None:
+            self._loaded = self.machine.on_all(lambda: load_model(self.name, self.machine.device))
+        return self._loaded
+
+    @cached_property
+    def fingerprints(self) -> list[FileRecord]:
+        """Weights and configuration; those of a folder without loading them.
+
+        The hash covers the whole weights file and equals `ModelInfo.weights_hash`, by which an export finds the metrics
+        that belong to its model.
+        """
+        if self.name.kind != "folder":
+            info = self.model.info
+            return [FileRecord(info.spec, info.parameters, info.weights_hash)]
+        return self.machine.on_main(self._fingerprint_folder)
+
+    def _fingerprint_folder(self) -> list[FileRecord]:
+        folder = self.name.path
+        assert folder is not None, "its name is a path"
+        weights = find_weights(folder)
+        assert weights is not None, "a folder without weights is not a model"
+        described = FileRecord(str(weights), weights.stat().st_size, hash_weights(weights))
+        return [record(folder / "open_clip_config.json"), described]
 
     def encode(self, task: ZeroshotTask) -> TaskRows:
         """Encode a data set, and the prompts of its classes where it has templates."""
@@ -128,7 +202,7 @@ class TaskEncoder:
         skips, read, sizes = Skips(), 0, list[int]()
         decoder = Decoder.of(self.model, captions=task.task != CLASSIFICATION)
         encoder = Encoder.of(self.model, self.precision, self.batch_size)
-        workers = self.workers
+        workers = self.settings.workers
         if workers is None and machine.device.type == "cuda":
             workers = default_workers(machine.device)
 
@@ -147,7 +221,7 @@ class TaskEncoder:
             mine = list[_Part]()
             shown = 0
             for batch, encoded in encode(deal(), decoder, encoder, machine.device, workers):
-                unread = encoded.count_skips(dataset.shards[batch.shard].name)
+                unread = encoded.count_skips(dataset.shards[batch.shard])
                 usable = encoded.usable()
                 labels = task.labels(usable.samples) if task.task == CLASSIFICATION else None
                 mine.append(_Part(usable, labels, unread))
@@ -164,7 +238,7 @@ class TaskEncoder:
         for part in parts:
             skips.merge(part.skips)
         need = _describe_need(task)
-        skips.check(read, self.max_bad_fraction, dataset.spec, need)
+        skips.check(read, self.settings.max_bad_fraction, dataset.spec, need)
         if not read and task.held_out is not None:
             raise ClipcidError(
                 f"Of {dataset.spec} the {task.held_out:.2%} held out are no sample.",
@@ -173,66 +247,6 @@ class TaskEncoder:
         if not any(part.encoded.samples for part in parts):
             raise ClipcidError(f"{dataset.spec}: no sample can be used.\n{skips.describe()}", need)
         return parts, skips
-
-
-def _describe_need(task: ZeroshotTask) -> str:
-    """Say what a sample must have, as the fix of an error."""
-    if task.task == CLASSIFICATION:
-        return "Classification needs an image and a class (a .cls, a `label` column or a folder) for each sample."
-    return "Retrieval needs an image and at least one caption (a .txt or a caption column) for each sample."
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluatedModel:
-    """A model that is loaded only when something of it must be computed; its properties are asked for on every process."""
-
-    name: ModelName
-    machine: Machine
-    settings: ReadingSettings
-    reporter: Reporter
-
-    @property
-    def precision(self) -> Precision:
-        """Number format it computes in."""
-        return choose_precision(self.settings.precision, self.machine.device, "evaluate", parameters=0)
-
-    @property
-    def batch_size(self) -> int:
-        """Images, or texts, that it encodes at once."""
-        return self.settings.batch_size or _BATCH_SIZES[self.machine.device.type]
-
-    @cached_property
-    def encoder(self) -> TaskEncoder:
-        """What encodes data sets with it."""
-        return TaskEncoder(
-            model=self.machine.on_all(lambda: load_model(self.name, self.machine.device)),
-            machine=self.machine,
-            precision=self.precision,
-            batch_size=self.batch_size,
-            workers=self.settings.workers,
-            max_bad_fraction=self.settings.max_bad_fraction,
-            reporter=self.reporter,
-        )
-
-    @cached_property
-    def fingerprints(self) -> list[FileRecord]:
-        """Weights and configuration; those of a folder without loading them.
-
-        The hash covers the whole weights file and equals `ModelInfo.weights_hash`, by which an export finds the metrics
-        that belong to its model.
-        """
-        if self.name.kind != "folder":
-            info = self.encoder.model.info
-            return [FileRecord(info.spec, info.parameters, info.weights_hash)]
-        return self.machine.on_main(self._fingerprint_folder)
-
-    def _fingerprint_folder(self) -> list[FileRecord]:
-        folder = self.name.path
-        assert folder is not None, "its name is a path"
-        weights = find_weights(folder)
-        assert weights is not None, "a folder without weights is not a model"
-        described = FileRecord(str(weights), weights.stat().st_size, hash_weights(weights))
-        return [record(folder / "open_clip_config.json"), described]
 
     def make_metrics(self, dataset: str, task: str, metrics: dict[str, float]) -> Metrics:
         """Put metrics of this model into CLIP_benchmark's fields; NaN becomes null, since JSON has none."""
@@ -244,3 +258,10 @@ class EvaluatedModel:
             language="en",
             metrics={name: None if math.isnan(value) else value for name, value in metrics.items()},
         )
+
+
+def _describe_need(task: ZeroshotTask) -> str:
+    """Say what a sample must have, as the fix of an error."""
+    if task.task == CLASSIFICATION:
+        return "Classification needs an image and a class (a .cls, a `label` column or a folder) for each sample."
+    return "Retrieval needs an image and at least one caption (a .txt or a caption column) for each sample."

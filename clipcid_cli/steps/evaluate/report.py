@@ -14,7 +14,7 @@ from clipcid_cli.formats.results.metrics import SUMMARY_REPORT, SUMMARY_TABLE, r
 from clipcid_cli.formats.sidecar import Calibration, Calibrations, Example, ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
-from clipcid_cli.steps.evaluate.results import ZeroshotResult
+from clipcid_cli.steps.evaluate.result import ZeroshotResult
 from clipcid_cli.steps.reporting import Reporter
 
 _WORST_SHOWN = 8

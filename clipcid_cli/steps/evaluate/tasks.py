@@ -16,8 +16,10 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import BenchmarkFolder, find_benchmark_folder
 from clipcid_cli.formats.data.class_files import fill_template, hash_lines
 from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, open_dataset, open_described
+from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, KnownDataset, customary_metric, find_known_dataset
 from clipcid_cli.formats.data.samples import read_classes
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import DistillSidecar, LinesRecord, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -94,6 +96,12 @@ class ZeroshotTask:
         fractions = key_fractions(part.keys.to_pylist())
         yield from map(part.sample, np.flatnonzero(fractions < held_out).tolist())
 
+    def fingerprints(self) -> list[FileRecord]:
+        """Describe the files, and the images, classes and captions of the samples that are used."""
+        shards = range(len(self.dataset.shards))
+        samples = (sample for number in shards for sample in self.stream(number, Skips()))
+        return [*self.dataset.fingerprints(), fingerprint_images(self.dataset, samples)]
+
     def reject(self, sample: Sample) -> str | None:
         """Say why a sample cannot be used: it has no class, or no caption; None where it can."""
         if self.task == RETRIEVAL:
@@ -118,7 +126,7 @@ class ZeroshotTask:
     def labels(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Return the classes of samples that have one: int64 [B], or bool [B, C] where an image may have several."""
         if not self.multi_label:
-            return torch.tensor([self.label(sample) for sample in samples])
+            return torch.tensor([self.label(sample) for sample in samples], dtype=torch.int64)
         positive = torch.zeros(len(samples), len(self.class_names), dtype=torch.bool)
         for row, sample in enumerate(samples):
             positive[row, list(read_classes(sample, len(self.class_names)) or ())] = True
@@ -160,7 +168,7 @@ def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName], 
         for run in runs or [WorkDirectory(settings.work).find_student().parent]
         if (sidecar := read_sidecar(sidecar_path(run, "distill"), DistillSidecar)) is not None
     ]
-    # A sample is held out where the hash of its key is below the share: of one data set the smallest part is in all others.
+    # What is held out has a hash of the key below the fraction: of one data set the smallest part is in all others.
     fraction, run, described = min(found, key=lambda each: each[0])
     if any(data != described for _, _, data in found):
         raise ClipcidError("The models were trained on different data, and no data set was named.", _NAME_ONE)

@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from itertools import chain
 from pathlib import Path
 
 import msgspec
 
 from clipcid_cli.algorithms.metrics.calibration import BINS
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.metrics import (
-    SIDECARS,
     Metrics,
     metrics_stem,
     read_metrics,
     read_metrics_sidecar,
     write_metrics,
 )
-from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
+from clipcid_cli.formats.results.predictions import make_predictions, predictions_path, write_predictions
 from clipcid_cli.formats.sidecar import ZeroshotSidecar
-from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.measure import FITTED_FRACTION, calibrate, measure
-from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, start_workers, warn_of_skips
+from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, claim_metrics, start_workers, warn_of_skips
 from clipcid_cli.steps.evaluate.report import write_summary
-from clipcid_cli.steps.evaluate.results import ComparisonResult, Preview, Previews, ZeroshotResult, ZeroshotResults
+from clipcid_cli.steps.evaluate.result import ComparisonResult, Preview, Previews, ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
 from clipcid_cli.steps.model_choice import choose_model
 from clipcid_cli.steps.preflight import check_samples
@@ -125,7 +120,7 @@ def evaluate(plan: ZeroshotPlan, machine: Machine, reporter: Reporter) -> Zerosh
     for task in plan.tasks:
         check_samples(task.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
     start_workers(machine, settings.workers)
-    data = machine.on_main(lambda: [_fingerprint_data(task) for task in plan.tasks])
+    data = machine.on_main(lambda: [task.fingerprints() for task in plan.tasks])
     results = list[ZeroshotResult]()
     for name in plan.names:
         model = EvaluatedModel(name, machine, settings, reporter)
@@ -135,37 +130,18 @@ def evaluate(plan: ZeroshotPlan, machine: Machine, reporter: Reporter) -> Zerosh
     return ZeroshotResults(results, files)
 
 
-def _fingerprint_data(task: ZeroshotTask) -> list[FileRecord]:
-    shards = range(len(task.dataset.shards))
-    samples = chain.from_iterable(task.stream(number, Skips()) for number in shards)
-    return [*task.dataset.fingerprints(), fingerprint_images(task.dataset, samples)]
-
-
 def _evaluate_pair(
     plan: ZeroshotPlan, model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord]
 ) -> ZeroshotResult:
     settings, path = plan.settings, plan.metrics_path(model.name, task)
     identity = task.describe() | {
-        "model": model.name.slug,
-        "precision": model.precision.name,
-        "batch_size": model.batch_size,
         "bootstrap": settings.bootstrap,
         "calibration": {"bins": BINS, "fitted_share": FITTED_FRACTION},
         "seed": settings.seed,
     }
-    with claim_output(
-        model.machine,
-        path.parent / SIDECARS,
-        path.stem,
-        ZeroshotSidecar,
-        top=path.parent,
-        settings=identity,
-        inputs=model.fingerprints + data,
-        overwrite=settings.overwrite,
-        # They change the intervals and the calibration only.
-        may_differ=("bootstrap", "seed", "calibration"),
-        resumes=False,
-    ) as output:
+    # These change the intervals and the calibration only.
+    may_differ = ("bootstrap", "seed", "calibration")
+    with claim_metrics(model, path, ZeroshotSidecar, identity, data, may_differ) as output:
         finished = output.finished
 
         def find_result() -> ZeroshotResult | None:
@@ -180,7 +156,7 @@ def _evaluate_pair(
         found = model.machine.on_main(find_result)
         if found is not None:
             return found
-        rows = model.encoder.encode(task)
+        rows = model.encode(task)
         return model.machine.on_main(lambda: _write(model, rows, settings, path, output))
 
 
@@ -193,22 +169,23 @@ def _write(
 ) -> ZeroshotResult:
     """Measure a model by its rows, and write the files of the pair."""
     task = rows.task
-    predictions = predictions_path(path)
-    if predictions.is_file() and (output.finished or output.earlier) is not None:
-        # They belong to the same model and data, and do not depend on the draws: keep them up to date.
-        settings = dataclasses.replace(settings, predictions=True)
     started = time.perf_counter()
     warn_of_skips(task.name, rows.skips, model.reporter)
-    found = measure(model.encoder, rows, settings)
-    calibration = calibrate(rows, model.encoder.model.logit_scale)
+    found = measure(rows, model.machine.device, model.reporter)
+    metrics = model.make_metrics(task.name, task.task, found.draws.values())
+    intervals = found.draws.intervals(settings.bootstrap, settings.seed)
+    calibration = calibrate(rows, model.model.logit_scale)
     seconds = rows.seconds | {"compare": time.perf_counter() - started}
-    metrics = model.make_metrics(task.name, task.task, found.metrics)
     output.start()
     written = [output.root / path.name]
     write_metrics(written[0], metrics)
-    if found.predictions is not None:
-        written.append(output.work / predictions.name)
-        write_predictions(written[1], found.predictions)
+    # Predictions of the same model and data do not depend on the draws: those that are there are kept up to date.
+    earlier = predictions_path(path)
+    if settings.predictions or (earlier.is_file() and (output.finished or output.earlier) is not None):
+        columns = {"key": rows.keys, **found.columns()}
+        written.append(output.work / earlier.name)
+        slug, num_classes = model.model.info.slug, len(task.class_names)
+        write_predictions(written[1], make_predictions(found.kind, slug, task.name, num_classes, columns))
     images = len(rows.encoded.samples)
     sidecar = output.commit(
         counts={"images": images, "texts": found.texts, "skipped": rows.skips.counts},
@@ -217,7 +194,7 @@ def _write(
         images_per_second=images / seconds["encode"],
         prompts=task.prompt_lines,
         customary=task.customary,
-        intervals=found.intervals,
+        intervals=intervals,
         calibration=calibration,
         per_class=found.per_class,
         examples=found.examples,

@@ -13,7 +13,7 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.evaluation import Evaluation, HeldOut
-from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
 
 
 @pytest.mark.parametrize("is_there", [True, False])
@@ -29,6 +29,6 @@ def test_only_the_first_process_reads_the_held_out_part(
     student = load_model(parse_model(str(write_tiny_model(tmp_path / "tiny"))))
     nothing: Any = None
     second = Machine(1, 2, 1, torch.device("cpu"))
-    found = Evaluation.prepare(DistillSettings(student="tiny"), nothing, student, [], second)
+    found = Evaluation.prepare(nothing, student, ZeroshotPlan([], [], nothing), second)
     assert found.held_out is None
     assert found.has_data == is_there
