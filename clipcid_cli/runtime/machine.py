@@ -67,12 +67,12 @@ class Machine:
         if self.size > 1:
             dist.barrier()
 
-    def broadcast(self, value: T, source: int = 0) -> T:
-        """Return `source`'s value on every process; it is pickled, between our own processes only."""
+    def broadcast(self, value: T) -> T:
+        """Return the first process's value on every process; it is pickled, between our own processes only."""
         if self.size == 1:
             return value
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=source)
+        dist.broadcast_object_list(box)
         return box[0]  # type: ignore[no-any-return]  # the box is a list of anything by torch's signature
 
     def gather(self, value: T) -> list[T]:
@@ -93,28 +93,27 @@ class Machine:
         """Run `action` on the first process only and return its result, or raise its error, on all."""
         if self.size == 1:
             return action()
-        outcome: list[T] | ClipcidError = []
+        outcome: Any = None
         if self.is_main:
             try:
-                outcome = [action()]
+                outcome = (action(), None)
             except ClipcidError as error:
-                outcome = error
-        outcome = self.broadcast(outcome)
-        if isinstance(outcome, ClipcidError):
-            outcome.already_reported = not self.is_main
-            raise outcome
-        return outcome[0]
+                outcome = (None, error)
+        result, failure = self.broadcast(outcome)
+        if failure is not None:
+            failure.already_reported = not self.is_main
+            raise failure
+        return result  # type: ignore[no-any-return]  # of the action
 
     def on_all(self, action: Callable[[], T]) -> T:
         """Run `action` on every process and return its result on each, unless it failed on any."""
-        outcome: list[T] = []
-        failure: ClipcidError | None = None
+        failure = None
         try:
-            outcome = [action()]
+            result = action()
         except ClipcidError as error:
             failure = error
         self.agree(failure)
-        return outcome[0]
+        return result
 
     def agree(self, error: ClipcidError | None) -> None:
         """Raise on every process when any of them has an error, so that none waits for one that has ended."""
@@ -187,22 +186,22 @@ def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
         store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=limit)))
         store.set(f"clipcid/arrived/{rank}", b"")
         store.wait([f"clipcid/arrived/{other}" for other in range(size)], limit)
-    except (RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, ValueError):
-            raise ClipcidError(
-                f"WORLD_SIZE is {size}, but the environment does not say where the processes meet: {error}.",
-                "Start the run with torchrun, or unset WORLD_SIZE.",
-            ) from error
-        if not isinstance(error, dist.DistStoreError):  # what PyTorch raises when a limit has passed
-            raise ClipcidError(
-                f"Process {rank} could not meet the other {size - 1} of the run: {' '.join(str(error).split())[:200]}.",
-                "Check MASTER_ADDR and MASTER_PORT (torchrun: --rdzv-endpoint): the host must be reachable, the port free.",
-            ) from error
+    except ValueError as error:
+        raise ClipcidError(
+            f"WORLD_SIZE is {size}, but the environment does not say where the processes meet: {error}.",
+            "Start the run with torchrun, or unset WORLD_SIZE.",
+        ) from error
+    except dist.DistStoreError as error:  # what PyTorch raises when a limit has passed
         raise ClipcidError(
             f"Process {rank} waited {limit.total_seconds() / 60:g} minutes for the other {size - 1} of the run, and not all "
             "of them arrived.",
             "Look for the error of the one that ended first; check that all hosts are started with the same "
             "--rdzv-endpoint and can reach it.",
+        ) from error
+    except (RuntimeError, OSError) as error:
+        raise ClipcidError(
+            f"Process {rank} could not meet the other {size - 1} of the run: {' '.join(str(error).split())[:200]}.",
+            "Check MASTER_ADDR and MASTER_PORT (torchrun: --rdzv-endpoint): the host must be reachable, the port free.",
         ) from error
     return store
 
@@ -214,7 +213,7 @@ def _name_failures(store: Any, rank: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).split())[:300]
+        text = " ".join(str(error).split())[:300].rstrip(".: ")
         lost = isinstance(error, dist.DistError) or (
             isinstance(error, RuntimeError) and any(words in text for words in _LOST)
         )
