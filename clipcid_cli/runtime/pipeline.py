@@ -35,9 +35,6 @@ from clipcid_cli.runtime.machine import count_cores
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-STALL_SECONDS = 600.0
-"""Time to wait for a result after which a worker counts as stalled."""
-
 # What workers need, imported once by the server that they are forked from. Nothing here may import faiss.
 _WORKER_IMPORTS = [
     "clipcid_cli.runtime.models.lean_open_clip",
@@ -55,8 +52,8 @@ _MAX_THREADS = 16
 def default_workers(device: torch.device) -> int:
     """Return the default number of worker processes: one per core beyond the first, on a CPU at most 8.
 
-    A GPU takes thousands of images a
-    second, of which a core decodes some hundreds; a CPU computes with the cores that do not decode.
+    A GPU takes thousands of images a second, of which a core decodes some hundreds; a CPU computes with the cores that do
+    not decode.
     """
     free = count_cores() - 1
     return max(1, free if device.type == "cuda" else min(8, free))
@@ -97,7 +94,7 @@ def ordered_map(
     workers: int,
     *,
     ahead: int = 2,
-    stall_seconds: float = STALL_SECONDS,
+    stall_seconds: float = 600.0,
 ) -> Generator[Result]:
     """Apply a function by worker processes.
 
