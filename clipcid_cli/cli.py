@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 import traceback
@@ -16,11 +15,12 @@ from typing import NoReturn
 import click
 
 from clipcid_cli import __version__
-from clipcid_cli.commands.failures import explain, read_world
+from clipcid_cli.commands.failures import Failure, explain, validate_world
 from clipcid_cli.commands.help_page import PageContext
-from clipcid_cli.commands.signals import UNREAD, Signals, drop, drop_unread, open_closed
+from clipcid_cli.commands.signals import end_on_signals, open_closed
 from clipcid_cli.commands.wrapping import wrap
-from clipcid_cli.errors import ClipcidError
+
+_TRUE = ("1", "true", "yes", "on")
 
 # Name → one line for `clipcid --help`, in the order of the work; each lives in commands/<name>.py and is imported only when
 # it is called, so that help and usage errors answer at once.
@@ -83,109 +83,58 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 not read, 143 terminated."""
     open_closed()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments or os.environ.get("CLIPCID_DEBUG", "").lower() in ("1", "true", "yes", "on")
-    as_json = "--json" in arguments or os.environ.get("CLIPCID_JSON", "").lower() in ("1", "true", "yes", "on")
-    command = next((word for word in arguments if word in COMMANDS), "")
-    signals, rank, size, code = Signals(), 0, 1, 1
+    end_on_signals()
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    # All is written. Python's own end would free every object first, and now and then abort where the threads of a library
+    # are still ending, which torchrun reports as a failed run.
+    os._exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line, tell what went wrong, and return the exit code."""
+    debug = "--debug" in arguments or os.environ.get("CLIPCID_DEBUG", "").lower() in _TRUE
+    as_json = "--json" in arguments or os.environ.get("CLIPCID_JSON", "").lower() in _TRUE
     try:
-        rank, size = read_world()
-        signals.watch(lambda: _report_interrupt(rank))
+        validate_world()
         # click's own `main` makes exit 1 of every broken pipe; it is for shells that ask for completions.
         if os.environ.get("_CLIPCID_COMPLETE"):
-            cli.main(args=arguments, prog_name="clipcid", standalone_mode=False)
-        with cli.make_context("clipcid", arguments) as context:
+            cli.main(args=list(arguments), prog_name="clipcid", standalone_mode=False)
+        with cli.make_context("clipcid", list(arguments)) as context:
             cli.invoke(context)
         sys.stdout.flush()
-        code = 0
-    except ClipcidError as error:
-        if signals.received is None:
-            code = _report(error, error.message, error.fix, error.exit_code, debug=debug, as_json=as_json)
-        else:  # as below
-            _report_interrupt(rank)
+    except click.exceptions.Exit as end:
+        return end.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         _say(error.format_message())
-        code = 2
-    except click.UsageError as error:
-        code = _report_usage(error, as_json=as_json)
-    except click.exceptions.Exit as error:
-        code = error.exit_code
-    except BrokenPipeError as error:
-        code = UNREAD  # as with `| head`: nobody is left to read an error
-        if not drop_unread():  # another pipe, to a process that has died
-            code = _report_unforeseen(error, command, (rank, size), debug=debug, as_json=as_json)
-    except (KeyboardInterrupt, click.Abort):
-        _report_interrupt(rank)
-        code = signals.exit_code
+        return 2
     except Exception as error:
-        if signals.received is None:
-            code = _report_unforeseen(error, command, (rank, size), debug=debug, as_json=as_json)
-        else:  # a library turned the interrupt into an error of its own
-            _report_interrupt(rank)
-    if signals.received is not None:  # whatever it made fail first
-        code = signals.exit_code
-    drop_unread()  # what is left in a buffer would fail again when Python ends
-    signals.stop()
-    if size > 1:
-        # Library threads may still be ending while Python shuts down. About once in a hundred runs that aborts a process
-        # whose work is done, and torchrun then reports the whole run as failed.
+        if debug and not isinstance(error, click.UsageError):
+            traceback.print_exception(error)
+        failure = explain(error, next((word for word in arguments if word in COMMANDS), ""))
+        _tell(failure, as_json=as_json)
+        return failure.code
+    return 0
+
+
+def _tell(failure: Failure, *, as_json: bool) -> None:
+    if not failure.message:
+        return
+    head, _, rest = _fit(f"Error: {failure.message}").partition(" ")
+    _say((head if "NO_COLOR" in os.environ else click.style(head, fg="red", bold=True)) + f" {rest}")
+    if failure.fix:
+        _say(_fit(failure.fix))
+    if as_json and os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-def _report_unforeseen(error: Exception, command: str, place: tuple[int, int], *, debug: bool, as_json: bool) -> int:
-    if isinstance(error, OSError) and error.filename is None:
-        # Perhaps stdout's own, as of `> /dev/full`; what is left in its buffer would fail again when Python ends.
-        try:
-            sys.stdout.flush()
-        except OSError:
-            drop(sys.stdout)
-    found, (rank, size) = explain(error, command), place
-    # Nobody foresaw it, so no other process has it.
-    message = found.message if size == 1 else f"Process {rank}: {found.message}"
-    return _report(error, message, found.fix, 1, debug=debug, as_json=as_json)
-
-
-def _report_interrupt(rank: int) -> None:
-    if rank == 0:
-        _say("Interrupted. Run the same command again to continue where it stopped.")
+            click.echo(json.dumps({"error": failure.message, "fix": failure.fix}))
 
 
 def _say(text: str) -> None:
     """Write to stderr, where that can be written to."""
     with suppress(OSError):
         click.echo(text, err=True)
-
-
-def _report(error: Exception, message: str, fix: str, code: int, *, debug: bool, as_json: bool) -> int:
-    if debug:
-        traceback.print_exception(error)
-    if not (isinstance(error, ClipcidError) and error.already_reported):
-        head, _, rest = _fit(f"Error: {message}").partition(" ")
-        _say((head if "NO_COLOR" in os.environ else click.style(head, fg="red", bold=True)) + f" {rest}")
-        if fix:
-            _say(_fit(fix))
-        if as_json and os.environ.get("RANK", "0") == "0":
-            with suppress(OSError):
-                click.echo(json.dumps({"error": message, "fix": fix}))
-    return code
-
-
-def _report_usage(error: click.UsageError, *, as_json: bool) -> int:
-    command = error.ctx.command_path if error.ctx is not None else "clipcid"
-    message, fix = error.format_message(), f"See {command} --help."
-    extra = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", message)
-    params = [] if error.ctx is None else error.ctx.command.params
-    if extra is not None and any(isinstance(each, click.Argument) and each.name == "data" for each in params):
-        names = extra[1].split()
-        if all(map(os.path.exists, names)):
-            more = "1 more argument" if len(names) == 1 else f"{len(names):,} more arguments"
-            message = f"Got {more} than DATA, such as {names[0]}: did the shell expand a pattern?"
-            fix = f"Quote the pattern, as in 'laion/{{00000..00099}}.tar', or name the folder. {fix}"
-    return _report(error, message, fix, 2, debug=False, as_json=as_json)
 
 
 def _fit(text: str) -> str:

@@ -8,7 +8,6 @@ As a program: the process that is forked. It reads a request a line from stdin a
 
 from __future__ import annotations
 
-import atexit
 import collections
 import contextlib
 import functools
@@ -20,7 +19,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -239,17 +237,7 @@ def _run(arguments: list[str], cwd: str, environment: dict[str, str], outputs: l
         signal.SIGINT, signal.default_int_handler
     )  # ignored where the tests run in the background of a script
     sys.argv = ["clipcid", *arguments]
-    code: object = 1
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code
-    # As Python ends, but for freeing each object, which takes longer than many a command.
-    threading._shutdown()  # type: ignore[attr-defined]  # what Python itself calls
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else code is not None)
+    main()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from conftest import clean_environment
 
 _PROGRAM = """
 import contextlib, io, json, os, sys
-from clipcid_cli.cli import main
+from clipcid_cli.cli import run
 from package import forget_files
 
 real = sys.stdout
@@ -23,12 +23,9 @@ for line in sys.stdin:
     case = json.loads(line)
     forget_files()
     os.chdir(case["cwd"])
-    out, err, code = io.StringIO(), io.StringIO(), None
+    out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main(case["arguments"])
-        except SystemExit as leaving:
-            code = leaving.code
+        code = run(case["arguments"])
     print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}), file=real, flush=True)
 """
 

@@ -1,4 +1,4 @@
-"""What went wrong outside clipcid: memory, disks, files and other processes, told from bugs by what libraries raise.
+"""What went wrong: what the user is told of an error, and the exit code; memory, disks and files are told from bugs.
 
 Nothing here imports PyTorch: its errors are recognised by their names and words.
 """
@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import sys
+from typing import NamedTuple
 
+import click
+
+from clipcid_cli.commands.signals import UNREAD, is_unread
 from clipcid_cli.errors import ClipcidError, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -25,47 +31,69 @@ _LESS_MEMORY = {
     "export": "fewer --check-images",
 }
 _WITH_WORKERS = ("embed", "distill", "eval-zeroshot", "eval-linear")
-_NO_PEER = ("gloo", "NCCL", "ncclRemoteError", "TCPStore", "Connection closed by peer", "Connection reset by peer")
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
-def explain(error: Exception, command: str = "") -> ClipcidError:
-    """Return the error to show for one that no step has foreseen.
+class Failure(NamedTuple):
+    """What is said of an error; nothing where the message is empty."""
+
+    message: str
+    fix: str
+    code: int
+
+
+def explain(error: Exception, command: str = "") -> Failure:
+    """Say what an error means, for the user.
 
     Args:
         command: The subcommand that ran, whose flags a fix may name.
     """
+    if isinstance(error, ClipcidError):
+        # Another process of the run says it.
+        return Failure("" if error.already_reported else error.message, error.fix, error.exit_code)
+    if isinstance(error, click.UsageError):
+        return _explain_usage(error)
+    if isinstance(error, BrokenPipeError) and any(map(is_unread, (sys.stdout, sys.stderr))):
+        return Failure("", "", UNREAD)  # as with `| head`: nobody is left to read an error
     text = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
-        return _explain_memory(text, command)
-    if isinstance(error, OSError):
-        return _explain_system(error, text)
-    # torch.distributed's errors are RuntimeErrors, of which those of gloo have no class of their own.
-    if isinstance(error, RuntimeError) and (
-        type(error).__name__.startswith("Dist") or any(words in text for words in _NO_PEER)
-    ):
-        return ClipcidError(
-            f"Another process of the run has ended, or cannot be reached: {text.rstrip('.')}.",
-            "Its own error says why; without one it was killed, perhaps for memory. Run the same command again: it "
-            "continues where it stopped.",
-        )
-    return ClipcidError(
-        f"{type(error).__name__}: {text}",
-        "This is a bug in clipcid or a failure of the machine. Add --debug to see where it happened.",
-    )
+        message, fix = _explain_memory(text, command)
+    elif isinstance(error, OSError):
+        message, fix = _explain_system(error, text)
+    else:
+        message = f"{type(error).__name__}: {text}"
+        fix = "This is a bug in clipcid or a failure of the machine. Add --debug to see where it happened."
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Nobody foresaw it, so no other process has it.
+        message = f"Process {os.environ.get('RANK', '0')}: {message}"
+    return Failure(message, fix, 1)
 
 
-def _explain_memory(text: str, command: str) -> ClipcidError:
+def _explain_usage(error: click.UsageError) -> Failure:
+    command = error.ctx.command_path if error.ctx is not None else "clipcid"
+    message, fix = error.format_message(), f"See {command} --help."
+    extra = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", message)
+    params = [] if error.ctx is None else error.ctx.command.params
+    if extra is not None and any(isinstance(each, click.Argument) and each.name == "data" for each in params):
+        names = extra[1].split()
+        if all(map(os.path.exists, names)):
+            more = "1 more argument" if len(names) == 1 else f"{len(names):,} more arguments"
+            message = f"Got {more} than DATA, such as {names[0]}: did the shell expand a pattern?"
+            fix = f"Quote the pattern, as in 'laion/{{00000..00099}}.tar', or name the folder. {fix}"
+    return Failure(message, fix, error.exit_code)
+
+
+def _explain_memory(text: str, command: str) -> tuple[str, str]:
     on_gpu = any(words in text for words in _OF_GPU)
     what = "The memory of the GPU ran out" if on_gpu else "Memory ran out"
     less = _LESS_MEMORY.get(command, "a smaller --batch-size")
     if not on_gpu and command in _WITH_WORKERS:
         less += " or fewer --workers"
     machine = "a GPU with more memory" if on_gpu else "a machine with more memory"
-    return ClipcidError(f"{what}: {text.rstrip('.')}.", f"Use {less}; or use {machine}.")
+    return f"{what}: {text.rstrip('.')}.", f"Use {less}; or use {machine}."
 
 
-def _explain_system(error: OSError, text: str) -> ClipcidError:
+def _explain_system(error: OSError, text: str) -> tuple[str, str]:
     what = f"{error.filename}: {error.strerror}" if error.filename is not None and error.strerror else text
     if error.errno in _FULL:
         fix = "Free some space, then run the same command again: it continues where it stopped."
@@ -81,15 +109,11 @@ def _explain_system(error: OSError, text: str) -> ClipcidError:
         fix = "Check the network, then run the same command again: it continues where it stopped."
     else:
         fix = "Check that it exists, what it is and its permissions, then run the same command again."
-    return ClipcidError(f"The system refused: {what.rstrip('.')}.", fix)
+    return f"The system refused: {what.rstrip('.')}.", fix
 
 
-def read_world() -> tuple[int, int]:
-    """Return this process's rank and the number of processes, as torchrun's environment gives them.
-
-    Raises:
-        UsageError: when one of its variables is not a number, or they contradict each other.
-    """
+def validate_world() -> None:
+    """Refuse what no process of a run can be told of its rank and of their number by torchrun's environment."""
     found = {}
     for name in _RANKS:
         text = os.environ.get(name) or ("0" if name.endswith("RANK") else "1")
@@ -104,4 +128,3 @@ def read_world() -> tuple[int, int]:
             f"RANK is {rank} and WORLD_SIZE is {size}; a rank is from 0 to the size less 1.",
             "Start with torchrun, or unset both.",
         )
-    return rank, size

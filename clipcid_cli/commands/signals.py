@@ -1,74 +1,53 @@
-"""Ctrl-C and SIGTERM: the run ends within seconds, and the same command continues it. And what stands for SIGPIPE."""
+"""What ends a run from outside: Ctrl-C, SIGTERM, and that nobody reads what it writes."""
 
 from __future__ import annotations
 
 import os
 import select
 import signal
-import socket
 import sys
 import threading
-from collections.abc import Callable
+from contextlib import suppress
 from typing import IO, Any
 
-GRACE = 4.0
-"""Seconds in which a signalled run can end by itself; a product or a wait inside a library does not let Python's handlers
-run. Every output is whole or absent at any moment, so that it may end anywhere."""
 UNREAD = 128 + signal.SIGPIPE
 """What a shell reports of a program that writes to a pipe nobody reads: 141."""
 
+_SENTENCE = "Interrupted. Run the same command again to continue where it stopped.\n"
+_SHOW_CURSOR = "\x1b[?25h"
 
-class Signals:
-    """What ends the run from outside.
 
-    Attributes:
-        received: The signal that asked the run to end; None as long as none did.
+def end_on_signals() -> None:
+    """From now on, let Ctrl-C and SIGTERM end this process at once, with exit code 130 or 143 and one sentence.
+
+    It may end anywhere: every output is whole or absent at any moment. A thread ends it, since Python calls handlers in the
+    main thread alone, and not before a product or a wait inside a library is over. Workers end with it.
     """
+    numbers = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) not in (signal.SIG_IGN, None)]
+    if threading.current_thread() is not threading.main_thread() or not numbers:
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # Python writes the signal's number there at once, whatever the main thread is doing, where a handler is set.
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in numbers:
+        signal.signal(number, _go_on)
+    threading.Thread(target=_end, args=(reader, numbers), daemon=True).start()
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._ended = threading.Event()
 
-    @property
-    def exit_code(self) -> int:
-        """130 after Ctrl-C, 143 after SIGTERM."""
-        return 128 + (self.received or signal.SIGINT)
+def _go_on(number: int, frame: Any) -> None:
+    """Let the main thread go on until the other one ends the process."""
 
-    def watch(self, report: Callable[[], None]) -> None:
-        """Raise KeyboardInterrupt in the main thread on SIGTERM too, and end the process where that is not heeded in time.
 
-        Args:
-            report: Says why the run ended, just before it is ended.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                signal.signal(number, self._handle)
-        # Python writes the signal's number here at once, whatever the main thread is doing.
-        reader, writer = socket.socketpair()
-        writer.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._end_late, args=(reader, writer, report), daemon=True).start()
-
-    def stop(self) -> None:
-        """End watching: the process is about to exit."""
-        self._ended.set()
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.received is None:  # one is enough: another must not disturb what the first one ends
-            self.received = number
-            raise KeyboardInterrupt
-
-    def _end_late(self, reader: socket.socket, writer: socket.socket, report: Callable[[], None]) -> None:
-        while (number := reader.recv(1)[0]) not in (signal.SIGINT, signal.SIGTERM):
-            pass
-        if self._ended.wait(GRACE):
-            return
-        self.received = number
-        report()
-        sys.stderr.flush()
-        os._exit(self.exit_code)
+def _end(reader: int, numbers: list[signal.Signals]) -> None:
+    while (number := os.read(reader, 1)[0]) not in numbers:
+        pass
+    if os.environ.get("RANK", "0") == "0":
+        # Past Python's streams, of which the main thread may hold the locks; below what a progress bar left.
+        start = f"{_SHOW_CURSOR}\r\n" if os.isatty(2) else ""
+        with suppress(OSError):
+            os.write(2, (start + _SENTENCE).encode())
+    os._exit(128 + number)
 
 
 def open_closed() -> None:
@@ -83,22 +62,7 @@ def open_closed() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  # for good
 
 
-def drop_unread() -> bool:
-    """Let stdout and stderr go nowhere where their reader has gone, and tell whether one has."""
-    unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
-    for stream in unread:
-        drop(stream)
-    return bool(unread)
-
-
-def drop(stream: IO[str]) -> None:
-    """Let what is written to a stream go nowhere, with what is in its buffer."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
-
-
-def _is_unread(stream: IO[str]) -> bool:
+def is_unread(stream: IO[str]) -> bool:
     """Tell whether a stream is a pipe, socket or terminal whose other end is closed."""
     if not hasattr(select, "poll"):
         return False

@@ -27,16 +27,11 @@ T = TypeVar("T")
 # A process may wait long for another that reads slower shards; torchrun, not this limit, detects a lost process.
 _PATIENCE = datetime.timedelta(hours=12)
 
-# In errors of a collective that another process no longer takes part in.
-_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-
-
-class LostProcessError(ClipcidError):
-    """Another process of the run has ended, or cannot be reached."""
-
-
 MEETING = datetime.timedelta(minutes=10)
 """How long a process waits for the others to start: importing PyTorch on many hosts from one disk takes minutes."""
+
+# In errors of a collective that another process no longer takes part in; those of gloo have no class of their own.
+_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +65,14 @@ class Machine:
     def barrier(self) -> None:
         """Wait for every process."""
         if self.size > 1:
-            with _together():
-                dist.barrier()
+            dist.barrier()
 
-    def broadcast(self, value: T, source: int = 0) -> T:
-        """Return `source`'s value on every process; it is pickled, between our own processes only."""
+    def broadcast(self, value: T) -> T:
+        """Return the first process's value on every process; it is pickled, between our own processes only."""
         if self.size == 1:
             return value
         box: list[Any] = [value]
-        with _together():
-            dist.broadcast_object_list(box, src=source)
+        dist.broadcast_object_list(box)
         return box[0]  # type: ignore[no-any-return]  # the box is a list of anything by torch's signature
 
     def gather(self, value: T) -> list[T]:
@@ -87,43 +80,40 @@ class Machine:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _together():
-            dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value)
         return values
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum the tensor over all processes, in place."""
         if self.size > 1:
-            with _together():
-                dist.all_reduce(tensor)
+            dist.all_reduce(tensor)
         return tensor
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` on the first process only and return its result, or raise its error, on all."""
         if self.size == 1:
             return action()
-        outcome: list[T] | ClipcidError = []
+        outcome: Any = None
         if self.is_main:
             try:
-                outcome = [action()]
+                outcome = (action(), None)
             except ClipcidError as error:
-                outcome = error
-        outcome = self.broadcast(outcome)
-        if isinstance(outcome, ClipcidError):
-            outcome.already_reported = not self.is_main
-            raise outcome
-        return outcome[0]
+                outcome = (None, error)
+        result, failure = self.broadcast(outcome)
+        if failure is not None:
+            failure.already_reported = not self.is_main
+            raise failure
+        return result  # type: ignore[no-any-return]  # of the action
 
     def on_all(self, action: Callable[[], T]) -> T:
         """Run `action` on every process and return its result on each, unless it failed on any."""
-        outcome: list[T] = []
-        failure: ClipcidError | None = None
+        failure = None
         try:
-            outcome = [action()]
+            result = action()
         except ClipcidError as error:
             failure = error
         self.agree(failure)
-        return outcome[0]
+        return result
 
     def agree(self, error: ClipcidError | None) -> None:
         """Raise on every process when any of them has an error, so that none waits for one that has ended."""
@@ -155,32 +145,32 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
     if size == 1:
         yield Machine(0, 1, local_rank, chosen)
         return
-    _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    # torchrun sets OMP_NUM_THREADS=1 for several processes when it is unset, which leaves most cores of a CPU run idle;
+    # that value is indistinguishable from a user's own 1. For one process it sets nothing: what is set is the user's.
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, count_cores()))
+    machine = Machine(rank, size, local_rank, chosen)
+    if joined:
+        yield machine
+        return
     on_gpu = chosen.type == "cuda"
-    if not joined:
-        # Objects, and numbers that only the host needs, never travel through a GPU.
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        store = meet(rank, size)
-        with _together():
+    store = meet(rank, size)
+    try:
+        with _name_failures(store, rank):
             dist.init_process_group(
-                backend,
+                # Objects, and numbers that only the host needs, never travel through a GPU.
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                 store=store,
                 rank=rank,
                 world_size=size,
                 timeout=MEETING,  # one may have ended since it arrived
                 device_id=chosen if on_gpu else None,
             )
-        _set_pg_timeout(_PATIENCE)
-    machine = Machine(rank, size, local_rank, chosen)
-    if joined:
-        yield machine
-        return
-    try:
-        with _name_failures(store, rank):
+            _set_pg_timeout(_PATIENCE)
             yield machine
     except BaseException:
         # NCCL would first wait for what the other processes will never send; ending the process ends its part, too.
-        if not on_gpu:
+        if not on_gpu and dist.is_initialized():
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
@@ -196,22 +186,22 @@ def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
         store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=limit)))
         store.set(f"clipcid/arrived/{rank}", b"")
         store.wait([f"clipcid/arrived/{other}" for other in range(size)], limit)
-    except (RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, ValueError):
-            raise ClipcidError(
-                f"WORLD_SIZE is {size}, but the environment does not say where the processes meet: {error}.",
-                "Start the run with torchrun, or unset WORLD_SIZE.",
-            ) from error
-        if not isinstance(error, dist.DistStoreError):  # what PyTorch raises when a limit has passed
-            raise ClipcidError(
-                f"Process {rank} could not meet the other {size - 1} of the run: {' '.join(str(error).split())[:200]}.",
-                "Check MASTER_ADDR and MASTER_PORT (torchrun: --rdzv-endpoint): the host must be reachable, the port free.",
-            ) from error
+    except ValueError as error:
+        raise ClipcidError(
+            f"WORLD_SIZE is {size}, but the environment does not say where the processes meet: {error}.",
+            "Start the run with torchrun, or unset WORLD_SIZE.",
+        ) from error
+    except dist.DistStoreError as error:  # what PyTorch raises when a limit has passed
         raise ClipcidError(
             f"Process {rank} waited {limit.total_seconds() / 60:g} minutes for the other {size - 1} of the run, and not all "
             "of them arrived.",
             "Look for the error of the one that ended first; check that all hosts are started with the same "
             "--rdzv-endpoint and can reach it.",
+        ) from error
+    except (RuntimeError, OSError) as error:
+        raise ClipcidError(
+            f"Process {rank} could not meet the other {size - 1} of the run: {' '.join(str(error).split())[:200]}.",
+            "Check MASTER_ADDR and MASTER_PORT (torchrun: --rdzv-endpoint): the host must be reachable, the port free.",
         ) from error
     return store
 
@@ -219,44 +209,27 @@ def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
 @contextmanager
 def _name_failures(store: Any, rank: int) -> Iterator[None]:
     """Tell the other processes of an error that only this one has; where it is the loss of another, say why that failed."""
-    key, failed = "clipcid/failed", None
+    key = "clipcid/failed"
     try:
         yield
     except Exception as error:
-        lost = isinstance(error, LostProcessError) or any(words in str(error) for words in _LOST)
-        # The store ends with the process that has it.
-        with suppress(RuntimeError, ValueError, OSError):
-            if not lost:
-                text = error.message if isinstance(error, ClipcidError) else _describe(error)
-                store.set(key, json.dumps([rank, text.rstrip(".")]))
-            elif store.check([key]):
-                failed = json.loads(store.get(key))
-        if failed is None:
+        text = " ".join(str(error).split())[:300].rstrip(".: ")
+        lost = isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and any(words in text for words in _LOST)
+        )
+        if not lost:
+            named = error.message if isinstance(error, ClipcidError) else f"{type(error).__name__}: {text}"
+            with suppress(RuntimeError, OSError):  # the store ends with the process that has it
+                store.set(key, json.dumps([rank, named.rstrip(".: ")]))
             raise
-        raise LostProcessError(
-            f"Process {failed[0]} of the run failed: {failed[1]}.",
-            "What that process said tells how to fix it. Then run the same command again: it continues where it stopped.",
-        ) from error
-
-
-def _describe(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """Turn what the engine raises in the middle of an exchange into one error."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise LostProcessError(
-            f"Another process of the run has ended, or cannot be reached: {' '.join(str(error).split())[:200]}.",
-            "Its own error says why; without one it was killed, perhaps for memory. Run the same command again: it "
-            "continues where it stopped.",
-        ) from error
+        message = f"Another process of the run has ended, or cannot be reached: {text}."
+        fix = "Its own error says why; without one it was killed, perhaps for memory."
+        with suppress(RuntimeError, OSError, ValueError):
+            if store.check([key]):
+                other, named = json.loads(store.get(key))
+                message = f"Process {other} of the run failed: {named}."
+                fix = "What that process said tells how to fix it."
+        raise ClipcidError(message, f"{fix} Then run the same command again: it continues where it stopped.") from error
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:
@@ -273,13 +246,7 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _share_cores(local_size: int) -> None:
-    """Give each of several processes of this host its share of the cores, unless the user has set OMP_NUM_THREADS.
-
-    torchrun sets OMP_NUM_THREADS=1 for several processes when it is unset, which leaves most cores of a CPU run idle;
-    that value is indistinguishable from a user's own 1. For one process it sets nothing, so what is set is the user's.
-    """
-    if local_size > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # Of the cores that a scheduler assigned to this job, not all of the host.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_size))
+def count_cores() -> int:
+    """Return this process's share of the cores that a scheduler assigned to this job on this host."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -15,6 +15,7 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -29,12 +30,10 @@ import torch
 from torch import Tensor
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.machine import count_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-STALL_SECONDS = 600.0
-"""Time to wait for a result after which a worker counts as stalled."""
 
 # What workers need, imported once by the server that they are forked from. Nothing here may import faiss.
 _WORKER_IMPORTS = [
@@ -53,11 +52,10 @@ _MAX_THREADS = 16
 def default_workers(device: torch.device) -> int:
     """Return the default number of worker processes: one per core beyond the first, on a CPU at most 8.
 
-    Cores are those this process may use, divided among the processes of this host. A GPU takes thousands of images a
-    second, of which a core decodes some hundreds; a CPU computes with the cores that do not decode.
+    A GPU takes thousands of images a second, of which a core decodes some hundreds; a CPU computes with the cores that do
+    not decode.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    free = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
+    free = count_cores() - 1
     return max(1, free if device.type == "cuda" else min(8, free))
 
 
@@ -79,13 +77,9 @@ def start_worker_server() -> None:
     """
     _context().set_forkserver_preload(_WORKER_IMPORTS)
     # The tracker removes the semaphores of a process that was killed; its warning of them would come after the prompt.
-    warnings = os.environ.get("PYTHONWARNINGS")
-    os.environ["PYTHONWARNINGS"] = "ignore"
+    sys.warnoptions.append("ignore")
     multiprocessing.resource_tracker.ensure_running()  # the server would start it, too, and let SIGINT through again
-    if warnings is None:
-        del os.environ["PYTHONWARNINGS"]
-    else:
-        os.environ["PYTHONWARNINGS"] = warnings
+    sys.warnoptions.pop()
     # The server inherits what is blocked: Ctrl-C, which reaches it as well, would end its imports with a traceback.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -100,7 +94,7 @@ def ordered_map(
     workers: int,
     *,
     ahead: int = 2,
-    stall_seconds: float = STALL_SECONDS,
+    stall_seconds: float = 600.0,
 ) -> Generator[Result]:
     """Apply a function by worker processes.
 

@@ -32,7 +32,6 @@ forks._serve()
     [
         ("raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
         ("raise ValueError('not foreseen')", 1, "ValueError: not foreseen"),
-        ("sys.exit(3)", 3, ""),
     ],
 )
 def test_what_a_program_lets_through_fails_its_fork(does: str, code: int, told: str, tmp_path: Path) -> None:

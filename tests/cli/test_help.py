@@ -21,11 +21,9 @@ HEAVY = ("torch", "open_clip", "numpy", "pandas", "pyarrow", "faiss")
 def test_help_answers_without_importing_torch(clipcid: Callable[..., Run], arguments: list[str]) -> None:
     probe = f"""
 import sys
-from clipcid_cli.cli import main
-try:
-    main({arguments!r})
-finally:
-    print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
+from clipcid_cli.cli import run
+run({arguments!r})
+print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
@@ -45,11 +43,10 @@ def test_every_help_page_has_examples_and_explains_each_flag(clipcid: Callable[.
 def test_usage_errors_name_the_flag_without_torch(name: str) -> None:
     probe = f"""
 import sys
-from clipcid_cli.cli import main
-try:
-    main([{name!r}, "--no-such-flag"])
-finally:
-    assert not [heavy for heavy in {HEAVY!r} if heavy in sys.modules]
+from clipcid_cli.cli import run
+code = run([{name!r}, "--no-such-flag"])
+assert not [heavy for heavy in {HEAVY!r} if heavy in sys.modules]
+sys.exit(code)
 """
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -19,7 +19,7 @@ if sys.argv[1] == "simulated":
 
 from device import SimulatedCuda, simulated_cuda  # PyTorch must find the device when it starts
 
-from clipcid_cli.cli import main
+from clipcid_cli import cli
 
 
 def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:
@@ -35,7 +35,7 @@ def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:
             if command[0] == "-c":
                 exec(command[1], {})
             else:
-                main(command)
+                code = cli.run(command)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
     return {

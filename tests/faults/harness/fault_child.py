@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from one_process import Outcome
 from package import import_package
@@ -193,11 +193,10 @@ def start(
     pipes = [os.pipe() for _ in range(3)]
     process = os.fork()
     if process == 0:
-        code = 70
         try:
-            code = _run_here(arguments, cwd, [writer for _, writer in pipes], hook, environment or {})
+            _run_here(arguments, cwd, [writer for _, writer in pipes], hook, environment or {})
         finally:
-            os._exit(code)
+            os._exit(70)
     for _, writer in pipes:
         os.close(writer)
     return Running(arguments, process, *(reader for reader, _ in pipes))
@@ -205,7 +204,7 @@ def start(
 
 def _run_here(
     arguments: tuple[str, ...], cwd: Path, pipes: list[int], hook: Hook | None, environment: dict[str, str]
-) -> int:
+) -> NoReturn:
     os.chdir(cwd)
     os.environ |= environment
     out, err, ready = pipes
@@ -225,10 +224,4 @@ def _run_here(
     signal.signal = set_handler_and_say  # type: ignore[assignment]
     if hook is not None:
         hook()
-    try:
-        main(arguments)
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    main(arguments)

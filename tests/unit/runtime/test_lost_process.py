@@ -12,7 +12,7 @@ import torch.distributed as dist
 from conftest import process_context
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.machine import LostProcessError, open_machine
+from clipcid_cli.runtime.machine import open_machine
 
 
 def process(rank: int, port: int, results: multiprocessing.Queue) -> None:
@@ -46,6 +46,6 @@ def test_the_others_name_the_process_that_failed_and_its_error() -> None:
     found = {rank: (kind, message) for rank, kind, message in answers}
     assert found[1] == (OSError, "[Errno 5] Input/output error: '/data/00007.tar'")
     assert found[0] == (
-        LostProcessError,
+        ClipcidError,
         "Process 1 of the run failed: OSError: [Errno 5] Input/output error: '/data/00007.tar'.",
     )
