@@ -115,7 +115,7 @@ def _show_bar(console: Console, label: str, total: float | None, unit: str) -> I
     if len(label) + _ROOM_BESIDE_LABEL > console.width:
         bars.label = label
         bars.columns = (bars.columns[0], *bars.columns[2:])
-    # What was done is shown of the `whole`, even where less was left to do than was thought, and the bar is full.
+    # Work may end early: the bar is then full, and the numbers still say how much of the `whole` was done.
     task = bars.add_task(label, total=total, unit=unit, whole=total, ended=False)
     with bars:
         try:
