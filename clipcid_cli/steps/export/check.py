@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ import torch
 from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.algorithms.metrics.parity import RowDifference, compare_rows
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.sidecar import Parity, PredictionParity, RowParity
 from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.preprocess import normalize_pixels
-from clipcid_cli.runtime.models.towers import DenseImageTower, Encode, ImageTower, TextTower
-from clipcid_cli.runtime.timing import Trial, time_trial
-from clipcid_cli.steps.export.check_inputs import NUM_COMPARED_ROWS, CheckInputs
+from clipcid_cli.runtime.models.towers import DenseImageTower, Encode
+from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.steps.encode import Encoder
+from clipcid_cli.steps.export.inputs import NUM_COMPARED_ROWS, CheckInputs
 from clipcid_cli.steps.settings.export import ExportSettings
 
 # One sample, two, an odd number, and more than a vector register holds.
@@ -42,32 +44,61 @@ _COSINE_LIMITS = {"fp32": 1e-3, "fp16": 5e-3, "int8": math.inf}
 _OUTPUTS = {"image": "the image encoder", "text": "the text encoder", "dense": "the grid of patches"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What a model finds in the images.
+
+    Attributes:
+        nearest: The most similar candidate of each image, int64 [N]; None where there are no candidates.
+        images_per_second: Of the image encoder, from the bytes of cropped images, by the median batch.
+    """
+
+    nearest: torch.Tensor | None
+    images_per_second: float
+
+
+def encoder_of(model: ClipModel) -> Encoder:
+    """Return the towers of an original, or of a form that open_clip loads."""
+    return Encoder.of(model, choose_precision("fp32", model.device, "evaluate", model.info.parameters), _TEXT_BATCH)
+
+
 class Checker:
     """Compares exports with the original model, in fp32 on the CPU.
 
     Attributes:
+        original: Its encoders.
+        pixels: Of the images whose rows are compared, uint8 [NUM_COMPARED_ROWS, H, W, 3]; fewer images are repeated.
         tokens: Of the texts whose rows are compared, int64 [NUM_COMPARED_ROWS, L].
-        pixels: Of the images whose rows are compared, float32 [NUM_COMPARED_ROWS, 3, H, W]; fewer images are repeated.
-        references: The original model's ``image`` and ``text`` tower, and ``dense`` where patches are compared.
     """
 
     def __init__(self, model: ClipModel, inputs: CheckInputs, settings: ExportSettings) -> None:
-        self.model, self.inputs, self.settings = model, inputs, settings
+        self.model = model
+        self.inputs = inputs
+        self.settings = settings
+        self.original = encoder_of(model)
+        self.pixels = inputs.pixels[torch.arange(NUM_COMPARED_ROWS) % len(inputs.pixels)]
         self.tokens = model.tokenizer(inputs.texts)
-        self.pixels = self._prepare(torch.arange(NUM_COMPARED_ROWS) % len(inputs.images))
-        self.references: dict[str, Encode] = {"image": ImageTower(model.module), "text": TextTower(model.module)}
-        if settings.dense:
-            tower = DenseImageTower(model.module).eval()
-            self.references["dense"] = lambda pixels: tower(pixels)[1]
-
-    def _prepare(self, places: torch.Tensor | slice) -> torch.Tensor:
-        """Return some images as the image tower takes them, float32 [B, 3, H, W]."""
-        return normalize_pixels(self.inputs.images[places], self.model.info.preprocess)
 
     @cached_property
-    def expected(self) -> Trial[torch.Tensor | None]:
-        """The original model's predictions, and the seconds it takes for an image."""
-        return self._predict(self.references)
+    def expected(self) -> Predictions:
+        """The original model's predictions."""
+        return self._predict(self.original)
+
+    @cached_property
+    def _expected_rows(self) -> dict[str, torch.Tensor]:
+        """Rows of the original model by output, at each batch size."""
+        rows = {
+            "image": self._encode(self.original.images, self.pixels),
+            "text": self._encode(self.original.texts, self.tokens),
+        }
+        if self.settings.dense:
+            tower = DenseImageTower(self.model.module).eval()
+            with torch.inference_mode():
+                rows["dense"] = self._encode(lambda pixels: tower(self.model.normalize(pixels))[1], self.pixels)
+        return rows
+
+    def _encode(self, encode: Encode, samples: torch.Tensor) -> torch.Tensor:
+        return torch.cat([encode(batch) for size in BATCH_SIZES for batch in samples.split(size)])
 
     def limit(self, kind: str) -> RowDifference:
         """Return the largest difference allowed for a number format; ``--max-difference`` is of all but int8."""
@@ -77,125 +108,140 @@ class Checker:
         return limit
 
     def check(
-        self, name: str, kind: str, encoders: Mapping[str, Encode], files: Sequence[Path], *, gated: bool = False
-    ) -> dict[str, Any]:
-        """Compare an export with the model, and raise when a difference is over its limit.
+        self,
+        name: str,
+        kind: str,
+        encoder: Encoder,
+        files: Sequence[Path],
+        *,
+        dense: Encode | None = None,
+        gated: bool = False,
+    ) -> Parity:
+        """Compare an export with the model: its entry in `parity.json`; one that is over a limit is an error.
 
         Args:
             kind: Number format of its weights, which determines the limits.
-            encoders: ``image`` and ``text``, and ``dense`` where it gives patches.
             files: Its weights.
+            dense: Where it gives patches, uint8 [B, H, W, 3] to them.
             gated: Whether a loss of accuracy over the limit is an error.
-
-        Returns:
-            Its entry in `parity.json`.
         """
-        predictions = self._predict(encoders)
-        found = {
-            "precision": kind,
-            **{output: self._compare_rows(name, output, encode) for output, encode in encoders.items()},
-            "bytes": sum(path.stat().st_size for path in files),
-            "images_per_second": round(1 / predictions.seconds, 2),
-            "zeroshot": self.compare_predictions(predictions.result, gated=gated),
-        }
+        image = self._compare_rows(name, "image", encoder.images)
+        text = self._compare_rows(name, "text", encoder.texts)
+        patches = None if dense is None else self._compare_rows(name, "dense", dense)
+        predictions = self._predict(encoder)
+        found = Parity(
+            precision=kind,
+            image=image,
+            text=text,
+            dense=patches,
+            bytes=sum(path.stat().st_size for path in files),
+            images_per_second=predictions.images_per_second,
+            zeroshot=self.compare_predictions(predictions.nearest, gated=gated),
+        )
         self.validate(name, found)
         return found
 
-    def _compare_rows(self, name: str, output: str, encode: Encode) -> dict[str, Any]:
+    def _compare_rows(self, name: str, output: str, encode: Encode) -> RowParity:
         samples = self.tokens if output == "text" else self.pixels
-        difference = RowDifference()
-        with torch.inference_mode():
-            for batch in (batch for size in BATCH_SIZES for batch in torch.split(samples, size)):
-                ours, theirs = self.references[output](batch), encode(batch)
-                if ours.shape != theirs.shape:
-                    raise ClipcidError(
-                        f"{name}: {_OUTPUTS[output]} makes {list(theirs.shape)}, PyTorch {list(ours.shape)}."
-                    )
-                # Rows are of unit length, patches of a length that varies with the model.
-                longest = ours.norm(dim=-1).amax()
-                flat = ((rows / longest).flatten(0, -2) for rows in (ours, theirs))
-                difference = difference.merge(compare_rows(*flat))
-        found = {"batch_sizes": list(BATCH_SIZES), "samples": len(samples), **dataclasses.asdict(difference)}
-        return found if ours.ndim == 2 else found | {"shape": ["batch", *ours.shape[1:]]}
+        ours, theirs = self._expected_rows[output], self._encode(encode, samples)
+        if ours.shape != theirs.shape:
+            raise ClipcidError(
+                f"{name}: {_OUTPUTS[output]} makes {[*theirs.shape[1:]]}, PyTorch {[*ours.shape[1:]]}."
+            )
+        # Rows are of unit length, patches of a length that varies with the model.
+        longest = ours.norm(dim=-1).amax()
+        difference = compare_rows(*((rows / longest).flatten(0, -2) for rows in (ours, theirs)))
+        return RowParity(
+            batch_sizes=BATCH_SIZES,
+            samples=len(samples),
+            max_difference=difference.max_difference,
+            min_cosine=difference.min_cosine,
+            shape=None if ours.ndim == 2 else ["batch", *ours.shape[1:]],
+        )
 
-    def _predict(self, encoders: Mapping[str, Encode]) -> Trial[torch.Tensor | None]:
-        """Embed all images and, where there are candidates, find the most similar one of each.
-
-        Returns:
-            The numbers of the candidates, int64 [N], and the median batch's seconds for an image, from prepared pixels.
-        """
-        rows, seconds = [], []
-        with torch.inference_mode():
-            encoders["image"](self._prepare(slice(_IMAGE_BATCH)))  # also pays for buffers
-            for start in range(0, len(self.inputs.images), _IMAGE_BATCH):
-                pixels = self._prepare(slice(start, start + _IMAGE_BATCH))
-                trial = time_trial(partial(encoders["image"], pixels), warm_up=0)
-                rows.append(trial.result)
-                seconds.append(trial.seconds / len(pixels))
+    def _predict(self, encoder: Encoder) -> Predictions:
+        rows, seconds = list[torch.Tensor](), list[float]()
+        encoder.images(self.inputs.pixels[:_IMAGE_BATCH])  # also pays for buffers
+        for pixels in self.inputs.pixels.split(_IMAGE_BATCH):
+            trial = time_trial(partial(encoder.images, pixels), warm_up=0)
+            rows.append(trial.result)
+            seconds.append(trial.seconds / len(pixels))
         nearest = None
         if self.inputs.candidates is not None:
-            weights = self.encode_candidates(self.inputs.candidates.prompts, encoders["text"])
+            weights = class_weights(encoder.encode_prompts(self.inputs.candidates.prompts))
             nearest = (torch.cat(rows) @ weights.T).argmax(dim=1)
-        return Trial(statistics.median(seconds), nearest)
+        return Predictions(nearest, round(1 / statistics.median(seconds), 2))
 
-    def encode_candidates(self, prompts: Sequence[Sequence[str]], encode: Encode) -> torch.Tensor:
-        """Embed T texts of each of C classes or captions: their weights, float32 [C, D], unit rows."""
-        texts = [text for texts in prompts for text in texts]
-        batches = (texts[start : start + _TEXT_BATCH] for start in range(0, len(texts), _TEXT_BATCH))
-        with torch.inference_mode():
-            rows = torch.cat([encode(self.model.tokenizer(batch)) for batch in batches])
-        return class_weights(rows.float().view(len(prompts), len(prompts[0]), -1))
-
-    def compare_predictions(self, nearest: torch.Tensor | None, *, gated: bool) -> dict[str, Any] | None:
+    def compare_predictions(self, nearest: torch.Tensor | None, *, gated: bool) -> PredictionParity | None:
         """Compare an export's predictions with the model's; None where there is nothing to compare.
 
         Args:
             nearest: The most similar candidate of each image, int64 [N].
             gated: Whether a loss over the limit is an error.
         """
-        candidates, expected = self.inputs.candidates, self.expected.result
+        candidates, expected = self.inputs.candidates, self.expected.nearest
         if candidates is None or nearest is None or expected is None:
             return None
         value, before = (float((side == candidates.labels).double().mean()) for side in (nearest, expected))
-        return {
-            "measure": candidates.measure,
-            "images": len(nearest),
-            "candidates": len(candidates.prompts),
-            "agreement": float((nearest == expected).double().mean()),
-            "value": value,
-            "pytorch": before,
-            "drop": before - value,
-            "gated": gated,
-        }
+        return PredictionParity(
+            measure=candidates.measure,
+            images=len(nearest),
+            candidates=len(candidates.prompts),
+            agreement=float((nearest == expected).double().mean()),
+            value=value,
+            pytorch=before,
+            drop=before - value,
+            gated=gated,
+        )
 
-    def validate(self, name: str, found: Mapping[str, Any]) -> None:
+    def validate(self, name: str, found: Parity) -> None:
         """Raise when an export's entry in `parity.json`, of this run or an earlier one, is over a limit of this run."""
-        kind, spec = found["precision"], self.model.info.spec
+        kind, spec = found.precision, self.model.info.spec
         limit = self.limit(kind)
-        for output in [name for name in _OUTPUTS if name in found]:
-            difference = RowDifference(found[output]["max_difference"], found[output]["min_cosine"])
-            if difference.within(limit):
+        for output, words in _OUTPUTS.items():
+            rows: RowParity | None = getattr(found, output)
+            if rows is None or RowDifference(rows.max_difference, rows.min_cosine).within(limit):
                 continue
             allowed = f" (allowed {limit.max_difference:.0e})" if math.isfinite(limit.max_difference) else ""
             raise ClipcidError(
-                f"{name}: {_OUTPUTS[output]} differs from {spec} by up to {difference.max_difference:.2e}{allowed}, cosine "
-                f"down to {difference.min_cosine:.7f} (allowed {limit.min_cosine}). Nothing was written.",
+                f"{name}: {words} differs from {spec} by up to {rows.max_difference:.2e}{allowed}, cosine down to "
+                f"{rows.min_cosine:.7f} (allowed {limit.min_cosine}). Nothing was written.",
                 "Omit this number format, or allow more with --max-difference."
                 if kind != "fp32"
                 else "Allow more with --max-difference, or check the model: its values may overflow.",
             )
-        cosine = found.get("max_cosine_difference", 0.0)
-        if not cosine <= _COSINE_LIMITS.get(kind, 0.0):  # nor when it is no number
+        cosine = found.max_cosine_difference
+        if cosine is not None and not cosine <= _COSINE_LIMITS[kind]:  # nor when it is no number
             raise ClipcidError(
                 f"{name}: a cosine of image and class differs by {cosine:.2e} from {spec} (allowed "
                 f"{_COSINE_LIMITS[kind]:.0e}). Nothing was written.",
                 "Omit --classnames." if kind == "fp32" else f"Omit --quantize {kind}.",
             )
-        zeroshot, max_drop = found["zeroshot"], self.settings.max_accuracy_drop
-        if zeroshot is not None and zeroshot["gated"] and zeroshot["drop"] > max_drop:
+        zeroshot, max_drop = found.zeroshot, self.settings.max_accuracy_drop
+        if zeroshot is not None and zeroshot.gated and zeroshot.drop > max_drop:
             raise ClipcidError(
-                f"{name}: {zeroshot['measure']} falls from {zeroshot['pytorch']:.4f} to {zeroshot['value']:.4f} on "
-                f"{zeroshot['images']:,} images, by {100 * zeroshot['drop']:.2f} points (allowed {100 * max_drop:.2f}). "
+                f"{name}: {zeroshot.measure} falls from {zeroshot.pytorch:.4f} to {zeroshot.value:.4f} on "
+                f"{zeroshot.images:,} images, by {100 * zeroshot.drop:.2f} points (allowed {100 * max_drop:.2f}). "
                 "Nothing was written.",
                 "Omit this number format from --quantize, or allow more with --max-accuracy-drop.",
             )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the reference and the limits, for `parity.json`."""
+        info = self.model.info
+        allowed: dict[str, Any] = {kind: dataclasses.asdict(self.limit(kind)) for kind in LIMITS}
+        allowed["int8"]["max_difference"] = None  # JSON has no infinity
+        return {
+            "reference": {
+                "model": info.spec,
+                "weights_hash": info.weights_hash,
+                "engine": f"PyTorch {torch.__version__}",
+                "precision": "fp32",
+                "threads": torch.get_num_threads(),
+                "bytes": sum(tensor.nbytes for tensor in self.model.module.state_dict().values()),
+                "images_per_second": self.expected.images_per_second,
+                "inputs": self.inputs.source,
+                "images": len(self.inputs.pixels),
+            },
+            "allowed": allowed | {"max_accuracy_drop": self.settings.max_accuracy_drop},
+        }
