@@ -28,9 +28,8 @@ from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.embed.cost import bytes_per_sample, estimate_cost
-from clipcid_cli.steps.embed.encoder import Encoder
+from clipcid_cli.steps.embed.encoder import AugmentingDecoder, EmbedEncoder
 from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, describe_shards, make_plan
-from clipcid_cli.steps.embed.prepare import Preparation
 from clipcid_cli.steps.embed.shards import Timings, embed_missing
 from clipcid_cli.steps.embed.views import Views
 from clipcid_cli.steps.preflight import check_samples
@@ -100,7 +99,7 @@ def _remove_leftovers(plan: EmbedPlan) -> None:
             pass
 
 
-def _load_encoder(plan: EmbedPlan, machine: Machine) -> Encoder:
+def _load_encoder(plan: EmbedPlan, machine: Machine) -> EmbedEncoder:
     settings = plan.settings
     workers = default_workers(machine.device) if settings.workers is None else settings.workers
     if workers:
@@ -117,38 +116,40 @@ def _load_encoder(plan: EmbedPlan, machine: Machine) -> Encoder:
             "holds one.",
             f"Give --batch-size {least} or more, or fewer --views: a batch holds batch size/(1 + views) images.",
         )
-    preparation = Preparation(
-        batch_size=batch_size if views is None else max(1, batch_size // (1 + views.number)),
+    decoder = AugmentingDecoder(
         image_size=model.info.image_size,
         context_length=model.info.context_length,
         transform=None if plan.of_texts else model.pixel_transform(),
-        fast_decode=settings.fast_decode,
-        views=views,
-        render=ViewPixels(model.info.preprocess),
         tokenizer=model.tokenizer if settings.text else None,
+        batch_size=batch_size if views is None else max(1, batch_size // (1 + views.number)),
+        fast_decode=settings.fast_decode,
+        render=ViewPixels(model.info.preprocess),
+        views=views,
         text_variants=TextVariants(settings.text_variants, settings.seed) if settings.text_variants else None,
     )
-    return Encoder(model, precision, batch_size, workers, preparation)
+    return EmbedEncoder(model, precision, batch_size, workers, decoder)
 
 
-def _settings_of(plan: EmbedPlan, encoder: Encoder) -> dict[str, Any]:
+def _settings_of(plan: EmbedPlan, encoder: EmbedEncoder) -> dict[str, Any]:
     """Return the settings that decide the rows, as JSON values."""
     info = encoder.model.info
     found = plan.requested | {
         "weights": info.weights_hash,
-        "tokenizer": f"{info.tokenizer}, {info.context_length} tokens" if encoder.preparation.with_texts else None,
+        "tokenizer": f"{info.tokenizer}, {info.context_length} tokens"
+        if encoder.decoder.tokenizer is not None
+        else None,
         "precision": encoder.precision.name,
         "batch_size": encoder.batch_size,
     }
-    if encoder.preparation.with_images:
+    if encoder.decoder.transform is not None:
         found["preprocess"] = hash_preprocess(info.preprocess, fast_decode=plan.settings.fast_decode)
     return found
 
 
-def _report_encoder(encoder: Encoder, reporter: Reporter) -> None:
+def _report_encoder(encoder: EmbedEncoder, reporter: Reporter) -> None:
     """Say how it encodes, and what it makes beside images and captions."""
     precision = encoder.precision
-    made = encoder.preparation
+    made = encoder.decoder
     more: list[str] = []
     if made.views is not None:
         mixing = f"; mixtures within batches of {made.batch_size} images" if made.views.mixes else ""
@@ -172,7 +173,7 @@ def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
 
 def _commit(
     plan: EmbedPlan,
-    encoder: Encoder,
+    encoder: EmbedEncoder,
     output: Output[Any],
     records: Sequence[ShardRecord],
     timings: Sequence[Timings],

@@ -32,11 +32,11 @@ from clipcid_cli.runtime.models.augment import PARTNER, Augmentation, MixedView,
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.decode import decode_image, read_image
 from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.steps import encode
 from clipcid_cli.steps.distill import training_run
 from clipcid_cli.steps.distill.augmented.views import StoredViews
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, BatchShare
 from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
-from clipcid_cli.steps.embed import prepare
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -212,7 +212,7 @@ def test_images_of_a_batch_are_let_go_one_by_one(
         most.append(sum(each() is not None for each in held))
         return image
 
-    monkeypatch.setattr(prepare, "read_image", read)
+    monkeypatch.setattr(encode, "read_image", read)
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny", **VIEWS)
     assert len(most) == 24
     assert max(most) <= 2, "the one before may live until the next is decoded"
