@@ -56,7 +56,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     if result["skipped"]:
         facts["skipped"] = ", ".join(f"{number:,} {reason}" for reason, number in result["skipped"].items())
     facts["time"] = format_phases(result["seconds"])
-    print_facts(console, "Balanced", facts | file_facts(result))
+    print_facts(console, "Balanced", facts | file_facts(result["files"]))
 
 
 def _format_dropped(numbers: dict[str, int], searched: int, images: int) -> str:

@@ -20,7 +20,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         facts["iterations"] = str(result["iterations"])
         facts["time"] = format_phases(result["seconds"])
     files = {"centroids": "centroids file", "clusters": "clusters file"}
-    facts |= {files.get(name, name): path for name, path in file_facts(result).items()}
+    facts |= {files.get(name, name): path for name, path in file_facts(result.get("files", {})).items()}
     print_facts(console, "Clustered" if "objective" in result else "Would cluster", facts)
 
 

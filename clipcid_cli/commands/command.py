@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from clipcid_cli.commands.config import load_config
 from clipcid_cli.commands.help_page import GroupedCommand
@@ -20,7 +21,8 @@ from clipcid_cli.steps.settings.shared import SharedSettings
 if TYPE_CHECKING:
     from rich.console import Console
 
-Summary = Callable[[dict[str, Any], "Console"], None]
+# Prints the result of a step, of whatever type its `run` returns, for a person.
+Summary = Callable[[Any, "Console"], None]
 
 
 def step_command(
@@ -37,8 +39,7 @@ def step_command(
     Args:
         settings: Settings dataclass of the step; torch-free.
         step: Dotted name of the step's module, imported only when the step runs. Its ``run(settings, reporter)``
-            returns the JSON object.
-        summary: Prints the result for a person.
+            returns the result, a `msgspec.Struct` whose fields are the keys of the JSON object.
         help: First paragraph of the help page.
         examples: Command lines, one a line.
     """
@@ -80,7 +81,8 @@ def run_step(settings: SharedSettings, step: str, summary: Summary) -> None:
     if not is_main:
         return
     if settings.json:
-        sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
+        plain = msgspec.to_builtins(result, enc_hook=lambda number: number.item())  # NumPy's numbers
+        sys.stdout.write(json.dumps(plain, allow_nan=False) + "\n")
         sys.stdout.flush()
     elif not settings.quiet:
         summary(result, console)

@@ -29,7 +29,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name, found in _by_data(result["metrics"]).items():
         if name.removesuffix(", EMA") not in shown:
             facts[name] = _format_recalls(found)
-    print_facts(console, "Distilled", facts | file_facts(result))
+    print_facts(console, "Distilled", facts | file_facts(result["files"]))
     if result["evaluations"]:
         console.print()
         show_tables(result["evaluations"], console)

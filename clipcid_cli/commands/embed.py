@@ -32,7 +32,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         "skipped": skipped or "none",
         "speed": f"{rate:,.0f} images/s" if rate else "embedded earlier",
     }
-    print_facts(console, "Embedded", facts | file_facts(result))
+    print_facts(console, "Embedded", facts | file_facts(result["files"]))
 
 
 def _show_texts(result: dict[str, Any], console: Console) -> None:
@@ -52,7 +52,7 @@ def _show_texts(result: dict[str, Any], console: Console) -> None:
         "skipped": count(skipped, "empty line") if skipped else "none",
         "speed": f"{rate:,.0f} texts/s" if rate else "embedded earlier",
     }
-    print_facts(console, "Embedded", facts | file_facts(result))
+    print_facts(console, "Embedded", facts | file_facts(result["files"]))
 
 
 command = step_command(

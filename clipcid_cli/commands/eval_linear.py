@@ -31,7 +31,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{format_percent(result['validation_score'], _DIGITS)}% on {count(result['validation_images'], 'image')}"
         )
         facts["by C"] = f"{tried[0]:.0e} {_sketch(result['sweep']['score'])} {tried[-1]:.0e}"
-    files = {f"{name} file": path for name, path in file_facts(result).items()}
+    files = {f"{name} file": path for name, path in file_facts(result.get("files", {})).items()}
     print_facts(console, "Linear probe" if "metrics" in result else "Would fit a linear probe", facts | files)
     if result.get("shots"):
         console.print()

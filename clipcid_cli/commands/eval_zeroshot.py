@@ -23,7 +23,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     show_tables([one for one in results if "metrics" in one], console)
     kinds = ("metrics", "predictions")
     files = {kind: "\n".join(one["files"][kind] for one in results if kind in one["files"]) for kind in kinds}
-    files |= {name: path for name, path in file_facts(result).items() if name not in kinds}
+    files |= {name: path for name, path in file_facts(result.get("files", {})).items() if name not in kinds}
     print_facts(console, "", {name: paths for name, paths in files.items() if paths})
 
 

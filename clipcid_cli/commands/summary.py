@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
@@ -59,9 +59,9 @@ def print_table(
             console.print(Text.assemble((f"{column}:", "cyan"), f" {cell.strip()}"), soft_wrap=True)
 
 
-def file_facts(result: dict[str, Any]) -> dict[str, str]:
+def file_facts(files: dict[str, str]) -> dict[str, str]:
     """Return the written files of a result as facts."""
-    return {name.replace("_", " "): str(path) for name, path in result.get("files", {}).items()}
+    return {name.replace("_", " "): path for name, path in files.items()}
 
 
 def format_phases(seconds: dict[str, float]) -> str:
