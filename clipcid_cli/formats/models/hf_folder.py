@@ -26,13 +26,11 @@ BOS_ID, EOS_ID = 49406, 49407
 _VOCABULARY_SIZE = 49408
 
 # Settings that are translated, or have no effect on a model that only encodes.
-_KNOWN = frozenset(
-    (
-        "embed_dim vision_cfg text_cfg quick_gelu init_logit_scale nonscalar_logit_scale width mlp_ratio head_width heads "
-        "context_length patch_dropout pos_embed_type attn_pooler_queries attn_pooler_heads eos_id pad_id final_ln_after_pool "
-        "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path "
-        "hf_model_pretrained hf_proj_type hf_pooler_type"
-    ).split()
+_KNOWN = (
+    "embed_dim vision_cfg text_cfg quick_gelu init_logit_scale nonscalar_logit_scale width mlp_ratio head_width heads "
+    "context_length patch_dropout pos_embed_type attn_pooler_queries attn_pooler_heads eos_id pad_id final_ln_after_pool "
+    "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path "
+    "hf_model_pretrained hf_proj_type hf_pooler_type"
 )
 
 
@@ -105,7 +103,7 @@ def _find_problem(path: str, name: str, value: Any) -> str | None:
         expressed, words = _LIMITED[name]
         return None if expressed(value) else f"{path} is {value!r}{words}"
     # By type, too: 0 equals False in Python, but is a value that is set.
-    if name in _KNOWN or any(type(value) is type(off) and value == off for off in _OFF):
+    if name in _KNOWN.split() or any(type(value) is type(off) and value == off for off in _OFF):
         return None
     return f"{path} is {'set' if isinstance(value, dict) and len(value) > 1 else repr(value)}"
 

@@ -98,7 +98,7 @@ class Checker:
         return rows
 
     def _encode(self, encode: Encode, samples: torch.Tensor) -> torch.Tensor:
-        return torch.cat([encode(batch) for size in BATCH_SIZES for batch in samples.split(size)])
+        return torch.cat([encode(batch) for size in BATCH_SIZES for batch in torch.split(samples, size)])
 
     def limit(self, kind: str) -> RowDifference:
         """Return the largest difference allowed for a number format; ``--max-difference`` is of all but int8."""
@@ -145,9 +145,7 @@ class Checker:
         samples = self.tokens if output == "text" else self.pixels
         ours, theirs = self._expected_rows[output], self._encode(encode, samples)
         if ours.shape != theirs.shape:
-            raise ClipcidError(
-                f"{name}: {_OUTPUTS[output]} makes {[*theirs.shape[1:]]}, PyTorch {[*ours.shape[1:]]}."
-            )
+            raise ClipcidError(f"{name}: {_OUTPUTS[output]} makes {[*theirs.shape[1:]]}, PyTorch {[*ours.shape[1:]]}.")
         # Rows are of unit length, patches of a length that varies with the model.
         longest = ours.norm(dim=-1).amax()
         difference = compare_rows(*((rows / longest).flatten(0, -2) for rows in (ours, theirs)))
@@ -162,7 +160,7 @@ class Checker:
     def _predict(self, encoder: Encoder) -> Predictions:
         rows, seconds = list[torch.Tensor](), list[float]()
         encoder.images(self.inputs.pixels[:_IMAGE_BATCH])  # also pays for buffers
-        for pixels in self.inputs.pixels.split(_IMAGE_BATCH):
+        for pixels in torch.split(self.inputs.pixels, _IMAGE_BATCH):
             trial = time_trial(partial(encoder.images, pixels), warm_up=0)
             rows.append(trial.result)
             seconds.append(trial.seconds / len(pixels))

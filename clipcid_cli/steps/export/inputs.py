@@ -154,6 +154,8 @@ def read_inputs(
     decoder, skips = Decoder.of(model, captions=False), Skips()
     samples = [] if dataset is None else _choose(dataset, limit)
     decoded = decoder(samples)
+    pixels = decoded.pixels
+    assert pixels is not None
     for place, reason in decoded.failures.items():
         skips.add(reason, samples[place].key)
     readable = [place for place in range(len(samples)) if place not in decoded.failures]
@@ -166,12 +168,15 @@ def read_inputs(
         reporter.warn(f"{skips.total:,} images of {dataset.spec} were skipped:\n{skips.describe()}")
     candidates = None
     if dataset is not None and readable:
-        source, pixels = dataset.spec, decoded.pixels[readable]
+        source = dataset.spec
+        pixels = pixels[readable]
         samples = [samples[place] for place in readable]
         candidates = find_candidates(samples, dataset, classes or _own_classes(dataset, settings.data))
     else:
-        source, samples = "drawn patterns and shipped sentences", [*map(_draw_pattern, range(NUM_COMPARED_ROWS))]
+        source = "drawn patterns and shipped sentences"
+        samples = [_draw_pattern(number) for number in range(NUM_COMPARED_ROWS)]
         pixels = decoder(samples).pixels
+        assert pixels is not None
     reporter.note(f"Comparing on {len(pixels):,} images: {source}.")
     captions = [sample.captions[0] for sample in samples[: NUM_COMPARED_ROWS // 2] if sample.captions]
     texts = list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), NUM_COMPARED_ROWS))

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY_CONFIG
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.models.hf_folder import validate_for_hf, make_config, make_image_processor
+from clipcid_cli.formats.models.hf_folder import make_config, make_image_processor, validate_for_hf
 
 PIXELS = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 ARCHITECTURES = sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
