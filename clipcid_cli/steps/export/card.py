@@ -33,16 +33,17 @@ def render_card(
     Args:
         files: Names of those beside the card.
     """
-    work = settings.work
+    work, run = WorkDirectory(settings.work), None
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
-    student = source.path.resolve() if source.path is not None else None
-    sidecar = _read(student.parent, "distill", DistillSidecar) if student is not None else None
-    if student is not None and sidecar is not None:
-        run = RunFolder(student.parent)
-        if student == run.student_ema:
-            weights += f", an exponential moving average of those in training (decay {sidecar.made.ema})"
-        if WorkDirectory(run.path.parents[1]).distill(run.path.name) == run.path:
-            work = run.path.parents[1]
+    if source.path is not None:
+        folder = RunFolder(source.path.resolve().parent)
+        run = _read(folder.path, "distill", DistillSidecar)
+        if run is not None:
+            if source.path.resolve() == folder.student_ema:
+                weights += f", an exponential moving average of those in training (decay {run.made.ema})"
+            made_in = WorkDirectory(folder.path.parents[1])
+            if made_in.distill(folder.path.name) == folder.path:
+                work = made_in
     facts = {
         "Architecture": info.architecture or _shape(info),
         "Weights": weights,
@@ -50,7 +51,7 @@ def render_card(
         "Embedding width": str(info.embed_dim),
         "Image size": f"{info.image_size[0]} × {info.image_size[1]}",
         "Context length": str(info.context_length),
-        **_training(sidecar),
+        **_training(run),
         "Licence of the weights": settings.license or _UNKNOWN,
         "Licence of the training data": _UNKNOWN,
     }
@@ -61,7 +62,7 @@ def render_card(
         license=settings.license or _UNKNOWN,
         library=_LIBRARIES[settings.format[0]],
         facts=facts,
-        metrics=list(_find_metrics(WorkDirectory(work), info.weights_hash)),
+        metrics=list(_find_metrics(work, info.weights_hash)),
         precision=settings.stored_precision,
         parity=parity,
         dense=settings.dense,
@@ -85,25 +86,24 @@ def _shape(info: ModelInfo) -> str:
     return ", ".join(parts) + " (layers × width)"
 
 
-def _training(sidecar: DistillSidecar | None) -> dict[str, str]:
-    if sidecar is None:
+def _training(run: DistillSidecar | None) -> dict[str, str]:
+    if run is None:
         return dict.fromkeys(("Teacher", "Training data", "Keep ratio", "Losses", "Training"), _UNKNOWN)
-    losses, counts, result = sidecar.made.losses, sidecar.counts, sidecar.result
-    keep = sidecar.keep_list  # the one that the run used; the work directory may hold another by now
+    losses, counts = run.made.losses, run.counts
+    keep = run.keep_list  # the one that the run used; the work directory may hold another by now
+    ratio = f"{keep.kept / keep.images:.4g} ({keep.kept:,} of {keep.images:,} images)" if keep else "1 (not balanced)"
     return {
-        "Teacher": "none" if set(losses) == {"clip"} else _teacher(sidecar),
-        "Training data": f"{_short(sidecar.data.spec)}; {counts['used']:,} of {counts['read']:,} samples used",
-        "Keep ratio": "1 (not balanced)"
-        if keep is None
-        else f"{keep.kept / keep.images:.4g} ({keep.kept:,} of {keep.images:,} images)",
+        "Teacher": "none" if set(losses) == {"clip"} else _teacher(run),
+        "Training data": f"{_short(run.data.spec)}; {counts['used']:,} of {counts['read']:,} samples used",
+        "Keep ratio": ratio,
         "Losses": ", ".join(f"{name} × {loss['value']:g}" for name, loss in losses.items()),
-        "Training": f"{result['steps']:,} steps, {result['samples']:,} samples",
+        "Training": f"{run.result['steps']:,} steps, {run.result['samples']:,} samples",
     }
 
 
-def _teacher(sidecar: DistillSidecar) -> str:
+def _teacher(run: DistillSidecar) -> str:
     """Name the model whose embeddings the run read."""
-    folders = dict.fromkeys(Path(each.path).parent for each in sidecar.inputs)  # each is of one kind of rows
+    folders = dict.fromkeys(Path(each.path).parent for each in run.inputs)  # each is of one kind of rows
     embedded = (_read(folder, "embed", EmbedSidecar) for folder in folders)
     return next((_short(found.model.spec) for found in embedded if found is not None), _UNKNOWN)
 

@@ -44,22 +44,54 @@ _COSINE_LIMITS = {"fp32": 1e-3, "fp16": 5e-3, "int8": math.inf}
 _OUTPUTS = {"image": "the image encoder", "text": "the text encoder", "dense": "the grid of patches"}
 
 
+def encoder_of(model: ClipModel) -> Encoder:
+    """Return the towers of an original, or of a form that open_clip loads."""
+    return Encoder.of(model, choose_precision("fp32", model.device, "evaluate", model.info.parameters), _TEXT_BATCH)
+
+
+def dense_of(model: ClipModel) -> Encode:
+    """Return what gives the patches of images, uint8 [B, H, W, 3] to float32 [B, h, w, D]."""
+    tower = DenseImageTower(model.module).eval()
+    return torch.inference_mode()(lambda pixels: tower(model.normalize(pixels))[1])
+
+
 @dataclasses.dataclass(frozen=True)
-class Predictions:
-    """What a model finds in the images.
+class Outputs:
+    """What a model, the original or an export, makes of the inputs.
 
     Attributes:
+        rows: By output, of the compared samples in batches of each size, one after another.
         nearest: The most similar candidate of each image, int64 [N]; None where there are no candidates.
         images_per_second: Of the image encoder, from the bytes of cropped images, by the median batch.
     """
 
+    rows: dict[str, torch.Tensor]
     nearest: torch.Tensor | None
     images_per_second: float
 
 
-def encoder_of(model: ClipModel) -> Encoder:
-    """Return the towers of an original, or of a form that open_clip loads."""
-    return Encoder.of(model, choose_precision("fp32", model.device, "evaluate", model.info.parameters), _TEXT_BATCH)
+def evaluate(encoder: Encoder, inputs: CheckInputs, dense: Encode | None) -> Outputs:
+    """Run a model on the inputs, and where it gives patches, as `dense_of` does, for these, too."""
+    rows = {
+        "image": _encode(encoder.images, inputs.compared_pixels),
+        "text": _encode(encoder.texts, inputs.tokens),
+    }
+    if dense is not None:
+        rows["dense"] = _encode(dense, inputs.compared_pixels)
+    embedded, seconds = list[torch.Tensor](), list[float]()
+    for pixels in torch.split(inputs.pixels, _IMAGE_BATCH):
+        trial = time_trial(partial(encoder.images, pixels), warm_up=int(not seconds))  # which also pays for buffers
+        embedded.append(trial.result)
+        seconds.append(trial.seconds / len(pixels))
+    nearest = None
+    if inputs.candidates is not None:
+        weights = class_weights(encoder.encode_prompts(inputs.candidates.prompts))
+        nearest = (torch.cat(embedded) @ weights.T).argmax(dim=1)
+    return Outputs(rows, nearest, round(1 / statistics.median(seconds), 2))
+
+
+def _encode(encode: Encode, samples: torch.Tensor) -> torch.Tensor:
+    return torch.cat([encode(batch) for size in BATCH_SIZES for batch in torch.split(samples, size)])
 
 
 class Checker:
@@ -67,8 +99,6 @@ class Checker:
 
     Attributes:
         original: Its encoders.
-        pixels: Of the images whose rows are compared, uint8 [NUM_COMPARED_ROWS, H, W, 3]; fewer images are repeated.
-        tokens: Of the texts whose rows are compared, int64 [NUM_COMPARED_ROWS, L].
     """
 
     def __init__(self, model: ClipModel, inputs: CheckInputs, settings: ExportSettings) -> None:
@@ -76,36 +106,11 @@ class Checker:
         self.inputs = inputs
         self.settings = settings
         self.original = encoder_of(model)
-        self.pixels = inputs.pixels[torch.arange(NUM_COMPARED_ROWS) % len(inputs.pixels)]
-        self.tokens = model.tokenizer(inputs.texts)
 
     @cached_property
-    def expected(self) -> Predictions:
-        """The original model's predictions."""
-        return self._predict(self.original)
-
-    @cached_property
-    def _expected_rows(self) -> dict[str, torch.Tensor]:
-        """Rows of the original model by output, at each batch size."""
-        rows = {
-            "image": self._encode(self.original.images, self.pixels),
-            "text": self._encode(self.original.texts, self.tokens),
-        }
-        if self.settings.dense:
-            tower = DenseImageTower(self.model.module).eval()
-            with torch.inference_mode():
-                rows["dense"] = self._encode(lambda pixels: tower(self.model.normalize(pixels))[1], self.pixels)
-        return rows
-
-    def _encode(self, encode: Encode, samples: torch.Tensor) -> torch.Tensor:
-        return torch.cat([encode(batch) for size in BATCH_SIZES for batch in torch.split(samples, size)])
-
-    def limit(self, kind: str) -> RowDifference:
-        """Return the largest difference allowed for a number format; ``--max-difference`` is of all but int8."""
-        limit = LIMITS[kind]
-        if self.settings.max_difference is not None and kind != "int8":
-            limit = dataclasses.replace(limit, max_difference=self.settings.max_difference)
-        return limit
+    def expected(self) -> Outputs:
+        """What the original makes of the inputs."""
+        return evaluate(self.original, self.inputs, dense_of(self.model) if self.settings.dense else None)
 
     def check(
         self,
@@ -122,53 +127,35 @@ class Checker:
         Args:
             kind: Number format of its weights, which determines the limits.
             files: Its weights.
-            dense: Where it gives patches, uint8 [B, H, W, 3] to them.
+            dense: Gives its patches, where it has any.
             gated: Whether a loss of accuracy over the limit is an error.
         """
-        image = self._compare_rows(name, "image", encoder.images)
-        text = self._compare_rows(name, "text", encoder.texts)
-        patches = None if dense is None else self._compare_rows(name, "dense", dense)
-        predictions = self._predict(encoder)
-        found = Parity(
+        found = evaluate(encoder, self.inputs, dense)
+        rows = {output: self._compare_rows(name, output, found.rows[output]) for output in found.rows}
+        parity = Parity(
             precision=kind,
-            image=image,
-            text=text,
-            dense=patches,
+            image=rows["image"],
+            text=rows["text"],
+            dense=rows.get("dense"),
             bytes=sum(path.stat().st_size for path in files),
-            images_per_second=predictions.images_per_second,
-            zeroshot=self.compare_predictions(predictions.nearest, gated=gated),
+            images_per_second=found.images_per_second,
+            zeroshot=self.compare_predictions(found.nearest, gated=gated),
         )
-        self.validate(name, found)
-        return found
+        self.validate(name, parity)
+        return parity
 
-    def _compare_rows(self, name: str, output: str, encode: Encode) -> RowParity:
-        samples = self.tokens if output == "text" else self.pixels
-        ours, theirs = self._expected_rows[output], self._encode(encode, samples)
+    def _compare_rows(self, name: str, output: str, theirs: torch.Tensor) -> RowParity:
+        ours = self.expected.rows[output]
         if ours.shape != theirs.shape:
             raise ClipcidError(f"{name}: {_OUTPUTS[output]} makes {[*theirs.shape[1:]]}, PyTorch {[*ours.shape[1:]]}.")
         # Rows are of unit length, patches of a length that varies with the model.
         longest = ours.norm(dim=-1).amax()
-        difference = compare_rows(*((rows / longest).flatten(0, -2) for rows in (ours, theirs)))
         return RowParity(
             batch_sizes=BATCH_SIZES,
-            samples=len(samples),
-            max_difference=difference.max_difference,
-            min_cosine=difference.min_cosine,
+            samples=NUM_COMPARED_ROWS,
+            **compare_rows(*((rows / longest).flatten(0, -2) for rows in (ours, theirs)))._asdict(),
             shape=None if ours.ndim == 2 else ["batch", *ours.shape[1:]],
         )
-
-    def _predict(self, encoder: Encoder) -> Predictions:
-        rows, seconds = list[torch.Tensor](), list[float]()
-        encoder.images(self.inputs.pixels[:_IMAGE_BATCH])  # also pays for buffers
-        for pixels in torch.split(self.inputs.pixels, _IMAGE_BATCH):
-            trial = time_trial(partial(encoder.images, pixels), warm_up=0)
-            rows.append(trial.result)
-            seconds.append(trial.seconds / len(pixels))
-        nearest = None
-        if self.inputs.candidates is not None:
-            weights = class_weights(encoder.encode_prompts(self.inputs.candidates.prompts))
-            nearest = (torch.cat(rows) @ weights.T).argmax(dim=1)
-        return Predictions(nearest, round(1 / statistics.median(seconds), 2))
 
     def compare_predictions(self, nearest: torch.Tensor | None, *, gated: bool) -> PredictionParity | None:
         """Compare an export's predictions with the model's; None where there is nothing to compare.
@@ -198,7 +185,7 @@ class Checker:
         limit = self.limit(kind)
         for output, words in _OUTPUTS.items():
             rows: RowParity | None = getattr(found, output)
-            if rows is None or RowDifference(rows.max_difference, rows.min_cosine).within(limit):
+            if rows is None or (rows.max_difference <= limit.max_difference and rows.min_cosine >= limit.min_cosine):
                 continue
             allowed = f" (allowed {limit.max_difference:.0e})" if math.isfinite(limit.max_difference) else ""
             raise ClipcidError(
@@ -224,10 +211,15 @@ class Checker:
                 "Omit this number format from --quantize, or allow more with --max-accuracy-drop.",
             )
 
+    def limit(self, kind: str) -> RowDifference:
+        """Return the largest difference allowed for a number format; ``--max-difference`` is of all but int8."""
+        asked = self.settings.max_difference
+        return LIMITS[kind] if asked is None or kind == "int8" else LIMITS[kind]._replace(max_difference=asked)
+
     def describe(self) -> dict[str, Any]:
         """Return the reference and the limits, for `parity.json`."""
         info = self.model.info
-        allowed: dict[str, Any] = {kind: dataclasses.asdict(self.limit(kind)) for kind in LIMITS}
+        allowed: dict[str, Any] = {kind: self.limit(kind)._asdict() for kind in LIMITS}
         allowed["int8"]["max_difference"] = None  # JSON has no infinity
         return {
             "reference": {

@@ -15,7 +15,6 @@ from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.models.pixels import square_side
 from clipcid_cli.formats.sidecar import Parity
 from clipcid_cli.runtime.models.clip_model import load_model
-from clipcid_cli.runtime.models.decode import decode_image
 from clipcid_cli.runtime.models.hf_model import HfClip
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.quiet import quiet_libraries
@@ -31,7 +30,7 @@ _TOKENIZER_TEXTS = ("a photo of a cat.", "two DOGS & 3 birds — naïve café", 
 _MAX_LEVELS = 4.0
 
 
-def write_open_clip(checker: Checker, folder: Path) -> Parity:
+def write_open_clip(checker: Checker, folder: Path) -> dict[str, Parity]:
     """Write a folder that open_clip loads as ``local-dir:``, load it again, and compare."""
     model = checker.model
     source = parse_model(model.info.spec).path
@@ -47,10 +46,11 @@ def write_open_clip(checker: Checker, folder: Path) -> Parity:
             "Export from a folder that has the model's own preprocessing and tokenizer files.",
         )
     weights = [folder / OPEN_CLIP_WEIGHTS]
-    return checker.check("open-clip", checker.settings.stored_precision, encoder_of(written), weights)
+    precision = checker.settings.stored_precision
+    return {"open-clip": checker.check("open-clip", precision, encoder_of(written), weights)}
 
 
-def write_hf(checker: Checker, folder: Path) -> Parity:
+def write_hf(checker: Checker, folder: Path) -> dict[str, Parity]:
     """Write a folder that transformers loads as ``CLIPModel`` and ``CLIPProcessor``, load it, and compare.
 
     Compared are rows of the same pixels and tokens, and the pixels and tokens that the folder's own processor makes.
@@ -70,7 +70,7 @@ def write_hf(checker: Checker, folder: Path) -> Parity:
     found.engine = written.engine
     found.processor = _check_processor(written, checker)
     found.tokenizer = _check_tokenizer(written, checker)
-    return found
+    return {"hf": found}
 
 
 def _stored_tensors(checker: Checker) -> dict[str, torch.Tensor]:
@@ -87,8 +87,7 @@ def _check_processor(written: HfClip, checker: Checker) -> dict[str, float]:
     inputs, preprocess = checker.inputs, checker.model.info.preprocess
     std = torch.tensor(preprocess["std"]).view(3, 1, 1)
     largest, shifted = 0.0, 0
-    for sample, pixels in zip(inputs.samples, inputs.pixels, strict=True):
-        image = decode_image(sample.image.read())
+    for image, pixels in zip(inputs.read_images(), inputs.pixels, strict=True):
         if _is_crop_shifted(image.size, preprocess):
             shifted += 1
             continue

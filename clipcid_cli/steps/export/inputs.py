@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.decode import read_image
 from clipcid_cli.steps.class_names import match_class_names, plain_name
 from clipcid_cli.steps.encode import Decoder
 from clipcid_cli.steps.reporting import Reporter
@@ -56,9 +57,9 @@ class Classes:
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     files: tuple[Path, ...] = ()
 
-    def prompts(self) -> list[list[str]]:
+    def prompts(self) -> tuple[tuple[str, ...], ...]:
         """Return the prompts of each class, C × T."""
-        return [[fill_template(template, name) for template in self.templates] for name in self.names]
+        return tuple(tuple(fill_template(template, name) for template in self.templates) for name in self.names)
 
 
 def find_classes(settings: ExportSettings) -> Classes | None:
@@ -106,7 +107,7 @@ class Candidates:
     """
 
     measure: str
-    prompts: list[list[str]]
+    prompts: tuple[tuple[str, ...], ...]
     labels: torch.Tensor
 
 
@@ -117,6 +118,8 @@ class CheckInputs:
     Attributes:
         pixels: Images of the samples after the model's resize and crop, uint8 [N, H, W, 3].
         texts: Those whose rows are compared, `NUM_COMPARED_ROWS`.
+        tokens: The same, int64 [NUM_COMPARED_ROWS, L].
+        classes: Those of ``--classnames``, which a classifier is made of.
         candidates: None where the images have neither class nor caption.
         source: Where they come from, in words.
     """
@@ -124,9 +127,23 @@ class CheckInputs:
     samples: list[Sample]
     pixels: torch.Tensor
     texts: list[str]
+    tokens: torch.Tensor
+    classes: Classes | None
     candidates: Candidates | None
     source: str
     skips: Skips
+
+    @property
+    def compared_pixels(self) -> torch.Tensor:
+        """Images whose rows are compared, uint8 [NUM_COMPARED_ROWS, H, W, 3]; fewer images are repeated."""
+        return self.pixels[torch.arange(NUM_COMPARED_ROWS) % len(self.pixels)]
+
+    def read_images(self) -> Iterator[Image.Image]:
+        """Decode the images again, whole."""
+        for sample in self.samples:
+            image = read_image(sample.image)
+            assert isinstance(image, Image.Image), "it was readable a moment ago"
+            yield image
 
     def fingerprint(self) -> FileRecord:
         """Identify these inputs, so that a later run knows whether it compares on the same ones."""
@@ -180,7 +197,7 @@ def read_inputs(
     reporter.note(f"Comparing on {len(pixels):,} images: {source}.")
     captions = [sample.captions[0] for sample in samples[: NUM_COMPARED_ROWS // 2] if sample.captions]
     texts = list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), NUM_COMPARED_ROWS))
-    return CheckInputs(samples, pixels, texts, candidates, source, skips)
+    return CheckInputs(samples, pixels, texts, model.tokenizer(texts), classes, candidates, source, skips)
 
 
 def _choose(dataset: Dataset, limit: int) -> list[Sample]:
@@ -211,7 +228,8 @@ def find_candidates(samples: Sequence[Sample], dataset: Dataset, classes: Classe
         return None
     captions = [sample.captions[0] for sample in samples]
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    return Candidates(RECALL, [[caption] for caption in numbers], torch.tensor([numbers[each] for each in captions]))
+    labels = torch.tensor([numbers[caption] for caption in captions])
+    return Candidates(RECALL, tuple((caption,) for caption in numbers), labels)
 
 
 def _own_classes(dataset: Dataset, spec: str | None) -> Classes | None:

@@ -20,13 +20,12 @@ from clipcid_cli.formats.models.onnx_classifier import LOGITS, validate_for_clas
 from clipcid_cli.formats.models.onnx_file import DENSE_EMBEDS, IMAGE_EMBEDS, TEXT_EMBEDS, write_onnx, write_quantized
 from clipcid_cli.formats.sidecar import Parity
 from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.decode import decode_image
 from clipcid_cli.runtime.models.onnx_session import OnnxSession
 from clipcid_cli.runtime.models.towers import DenseImageTower, ImageTower, TextTower, has_patches, image_tower_kind
 from clipcid_cli.runtime.quiet import quiet_libraries
 from clipcid_cli.runtime.timing import Trial, time_trial
 from clipcid_cli.steps.export.check import Checker
-from clipcid_cli.steps.export.inputs import ACCURACY, CheckInputs, Classes
+from clipcid_cli.steps.export.inputs import ACCURACY, CheckInputs
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 
@@ -61,8 +60,8 @@ def validate_measurable(inputs: CheckInputs, settings: ExportSettings, reporter:
         )
 
 
-def write_onnx_files(checker: Checker, folder: Path, classes: Classes | None) -> dict[str, Parity]:
-    """Write both encoders, and for `classes` a classifier, as ONNX files, run them with ONNX Runtime, and compare.
+def write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
+    """Write both encoders, and where there are classes a classifier, as ONNX files, run them with ONNX Runtime, and compare.
 
     The image encoder takes ``pixel_values``, the text encoder ``input_ids``; they give unit rows, ``image_embeds`` and
     ``text_embeds`` (Hugging Face's names). How pixels and tokens are made is in each file's metadata.
@@ -70,7 +69,7 @@ def write_onnx_files(checker: Checker, folder: Path, classes: Classes | None) ->
     Returns:
         Entries of `parity.json`: ``onnx``, ``classifier`` and the quantized variants of both.
     """
-    kinds = ("fp32", *checker.settings.quantize)
+    kinds, classes = ("fp32", *checker.settings.quantize), checker.inputs.classes
     with quiet_libraries():
         _write_encoders(checker, folder)
         for kind in checker.settings.quantize:
@@ -111,8 +110,8 @@ def _write_encoders(checker: Checker, folder: Path) -> None:
         outputs.append(DENSE_EMBEDS)
         metadata[DENSE_EMBEDS] = "patches after the last block, final norm and projection; [N, h, w, D]; not unit rows"
     for name, module, example, gives in (
-        (IMAGE_ENCODER, tower, model.normalize(checker.pixels[:2]), outputs),
-        (TEXT_ENCODER, TextTower(model.module), checker.tokens[:2], [TEXT_EMBEDS]),
+        (IMAGE_ENCODER, tower, model.normalize(checker.inputs.compared_pixels[:2]), outputs),
+        (TEXT_ENCODER, TextTower(model.module), checker.inputs.tokens[:2], [TEXT_EMBEDS]),
     ):
         write_onnx(folder / name, module.eval(), example, gives, opset=opset, metadata=metadata)
 
@@ -143,8 +142,7 @@ def _check_classifier(checker: Checker, path: Path, kind: str, weights: torch.Te
         return (session.run(torch.from_numpy(np.array(image)[None]))[LOGITS] - model.logit_bias) / model.logit_scale
 
     here, there = list[Trial[torch.Tensor]](), list[Trial[torch.Tensor]]()
-    for sample in inputs.samples:
-        image = decode_image(sample.image.read())
+    for image in inputs.read_images():
         here.append(time_trial(partial(classify_here, image), warm_up=0))
         there.append(time_trial(partial(classify_there, image), warm_up=0))
     expected, given = (torch.cat([trial.result for trial in side]) for side in (here, there))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -20,7 +21,7 @@ from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, Parity, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.export.card import export_name, render_card
@@ -33,34 +34,24 @@ from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.fields import output_settings
 
-# What writes and runs the files of a format, from the extra `export`.
+# Each writes the files of a format, loads them, and compares what they compute with the original.
+_WRITERS = {"open-clip": write_open_clip, "hf": write_hf, "onnx": write_onnx_files}
+# What they need of the extra `export`.
 _PACKAGES = {"open-clip": (), "hf": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 
 class ExportResult(msgspec.Struct):
-    """What `export` answers.
-
-    Attributes:
-        files: Paths by name without its suffix.
-        parity: How close each form is, as in `parity.json`.
-        seconds: By phase: ``load``, and each format.
-    """
+    """What `export` answers: paths by their names without suffix, entries of `parity.json`, seconds by phase."""
 
     model: str
-    files: dict[str, str]
-    parity: dict[str, Parity]
-    seconds: dict[str, float]
+    files: dict[str, str] = {}
+    parity: dict[str, Parity] = {}
+    seconds: dict[str, float] = {}
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportPlan:
-    """What an export is made of.
-
-    Attributes:
-        folder: Where it will be.
-        classes: Those of ``--classnames``.
-        dataset: What it is compared on; None where there is no data.
-    """
+    """Which model becomes which folder, the classes of ``--classnames``, and the data to compare on, if any."""
 
     source: ModelName
     folder: Path
@@ -78,20 +69,25 @@ def _run(settings: ExportSettings, reporter: Reporter) -> ExportResult:
     plan = _plan(settings, reporter)
     if settings.dry_run:
         reporter.note(f"Would write {', '.join(settings.format)} of {plan.source.spec} to {plan.folder}.")
-        return ExportResult(plan.source.spec, files={}, parity={}, seconds={})
+        return ExportResult(plan.source.spec)
     sidecar = _export(plan, settings, reporter)
     files = {Path(name).stem: str(plan.folder / name) for name in sidecar.written}
     return ExportResult(plan.source.spec, files, sidecar.parity, sidecar.seconds)
 
 
 def _plan(settings: ExportSettings, reporter: Reporter) -> ExportPlan:
-    """Find what is asked for, and refuse what is known to fail without loading the model."""
+    """Find what is asked for, and refuse what is known to fail before the model is loaded."""
     source = choose_model(settings.model, settings.work, reporter)
     if settings.ema:
         source = _find_average(source, reporter)
     folder = settings.out or WorkDirectory(settings.work).export(export_name(source))
     for form in settings.format:
-        _validate_installed(form)
+        missing = [name for name in _PACKAGES[form] if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ClipcidError(
+                f"--format {form} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
+                "Install them: pip install 'clipcid[export]'",
+            )
     classes = find_classes(settings)
     if source.path is not None and folder.resolve() == source.path.resolve():
         raise ClipcidError(
@@ -100,15 +96,6 @@ def _plan(settings: ExportSettings, reporter: Reporter) -> ExportPlan:
         )
     validate_export_folder(folder, overwrite=settings.overwrite)
     return ExportPlan(source, folder, classes, find_data(settings))
-
-
-def _validate_installed(form: str) -> None:
-    missing = [name for name in _PACKAGES[form] if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ClipcidError(
-            f"--format {form} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
-            "Install them: pip install 'clipcid[export]'",
-        )
 
 
 def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
@@ -140,8 +127,8 @@ def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
 
 
 def _export(plan: ExportPlan, settings: ExportSettings, reporter: Reporter) -> ExportSidecar:
-    """Load the model and what it is compared on, and make the export unless it is there."""
-    seconds: dict[str, float] = {}
+    """Make the export, unless it is there."""
+    seconds = dict[str, float]()
     with timed(seconds, "load"):
         model = load_model(plan.source, torch.device("cpu"))
     # Refuse what a format cannot express before anything is read or written.
@@ -152,19 +139,21 @@ def _export(plan: ExportPlan, settings: ExportSettings, reporter: Reporter) -> E
     inputs = read_inputs(model, plan.dataset, plan.classes, settings, reporter)
     validate_measurable(inputs, settings, reporter)
     checker = Checker(model, inputs, settings)
-    with open_output(
-        plan.folder,
-        "export",
-        ExportSidecar,
-        settings=_identify(model, settings),
-        inputs=[
-            FileRecord(model.info.spec, model.info.parameters, model.info.weights_hash),
-            *(record(file) for file in (plan.classes.files if plan.classes is not None else ())),
-            inputs.fingerprint(),
-        ],
-        overwrite=settings.overwrite,
-        resumes=False,
-    ) as output:
+    decisive = output_settings(settings) | {
+        "model": model.info.slug,
+        "format": sorted(settings.format),
+        "quantize": sorted(settings.quantize),
+        "opset": settings.onnx_opset,
+        "precision": settings.stored_precision,
+    }
+    files = [FileRecord(model.info.spec, model.info.parameters, model.info.weights_hash)]
+    files += [record(path) for path in plan.classes.files] if plan.classes is not None else []
+    wanted: dict[str, Any] = {
+        "settings": decisive,
+        "inputs": [*files, inputs.fingerprint()],
+        "overwrite": settings.overwrite,
+    }
+    with open_output(plan.folder, "export", ExportSidecar, **wanted, resumes=False) as output:
         if output.finished is not None and all((plan.folder / name).exists() for name in output.finished.written):
             # Limits do not change the content, so an existing export is checked against those of this run.
             for name, found in output.finished.parity.items():
@@ -172,33 +161,18 @@ def _export(plan: ExportPlan, settings: ExportSettings, reporter: Reporter) -> E
             reporter.note(f"{plan.folder} already holds this export.")
             return output.finished
         output.start()
-        parity: dict[str, Parity] = {}
+        parity = dict[str, Parity]()
         for form in settings.format:
             reporter.note(f"Writing {form} and comparing it with {plan.source.spec} …")
             with timed(seconds, form):
-                if form == "onnx":
-                    parity |= write_onnx_files(checker, output.work, plan.classes)
-                else:
-                    write = write_open_clip if form == "open-clip" else write_hf
-                    parity[form] = write(checker, output.work)
-        return _finish(plan, checker, output, parity, seconds)
-
-
-def _identify(model: ClipModel, settings: ExportSettings) -> dict[str, object]:
-    """Return the settings that decide an export."""
-    return output_settings(settings) | {
-        "model": model.info.slug,
-        "format": sorted(settings.format),
-        "quantize": sorted(settings.quantize),
-        "opset": settings.onnx_opset,
-        "precision": settings.stored_precision,
-    }
+                parity |= _WRITERS[form](checker, output.work)
+        return _finish(output, plan.source, checker, parity, seconds)
 
 
 def _finish(
-    plan: ExportPlan,
-    checker: Checker,
     output: Output[ExportSidecar],
+    source: ModelName,
+    checker: Checker,
     parity: dict[str, Parity],
     seconds: dict[str, float],
 ) -> ExportSidecar:
@@ -206,7 +180,7 @@ def _finish(
     info, inputs = checker.model.info, checker.inputs
     write_json(output.work / PARITY, checker.describe() | {"parity": msgspec.to_builtins(parity)})
     written = sorted(path.name for path in output.work.iterdir() if not path.name.startswith("."))
-    write_text(output.work / CARD, render_card(info, plan.source, checker.settings, parity, written))
+    write_text(output.work / CARD, render_card(info, source, checker.settings, parity, written))
     sync_files(output.work)
     return output.commit(
         counts={

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.sidecar import Parity, PredictionParity
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.towers import DenseImageTower
-from clipcid_cli.steps.export.check import Checker
+from clipcid_cli.steps.export.check import Checker, dense_of
 from clipcid_cli.steps.export.inputs import CheckInputs, Classes, find_candidates, find_data, read_inputs
 from clipcid_cli.steps.export.onnx import validate_measurable
 from clipcid_cli.steps.export.run import ExportResult, run
@@ -109,23 +107,19 @@ def test_patches_over_the_limit_are_refused(model: ClipModel, drawings: Path) ->
     settings = ExportSettings(format=("onnx",), dense=True, max_difference=1e-3)
     checker = Checker(model, collect(model, drawings), settings)
     weights = drawings / "a_cat" / "0.png"  # any file, for its size
-    tower = torch.inference_mode()(DenseImageTower(model.module).eval())
-
-    def dense(pixels: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-        return factor * tower(model.normalize(pixels))[1]
-
+    dense = dense_of(model)
     found = checker.check("onnx", "fp32", checker.original, [weights], dense=dense).dense
     assert found is not None
     assert found.shape == ["batch", 4, 4, 32]
     with pytest.raises(ClipcidError, match=r"onnx: the grid of patches differs from .* \(allowed 1e-03\)"):
-        checker.check("onnx", "fp32", checker.original, [weights], dense=partial(dense, factor=1.01))
+        checker.check("onnx", "fp32", checker.original, [weights], dense=lambda pixels: 1.01 * dense(pixels))
 
 
 def test_few_images_are_taken_from_all_classes(model: ClipModel, drawings: Path) -> None:
     inputs = collect(model, drawings, count=18)
     assert inputs.candidates is not None
     assert torch.bincount(inputs.candidates.labels).tolist() == [6, 6, 6]
-    assert inputs.candidates.prompts[1] == ["a photo of a b dog."]
+    assert inputs.candidates.prompts[1] == ("a photo of a b dog.",)
 
 
 def test_labels_follow_the_names_of_the_folders(drawings: Path) -> None:
