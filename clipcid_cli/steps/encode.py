@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Self
 
 import torch
 from PIL import Image
@@ -237,7 +238,7 @@ class Encoder:
     batch_size: int
 
     @classmethod
-    def of(cls, model: ClipModel, precision: Precision, batch_size: int) -> Encoder:
+    def of(cls, model: ClipModel, precision: Precision, batch_size: int) -> Self:
         """Return the towers of a model that compute in a number format."""
         return cls(
             partial(model.encode_images, precision=precision),

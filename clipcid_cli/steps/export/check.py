@@ -44,15 +44,22 @@ _COSINE_LIMITS = {"fp32": 1e-3, "fp16": 5e-3, "int8": math.inf}
 _OUTPUTS = {"image": "the image encoder", "text": "the text encoder", "dense": "the grid of patches"}
 
 
-def encoder_of(model: ClipModel) -> Encoder:
-    """Return the towers of an original, or of a form that open_clip loads."""
-    return Encoder.of(model, choose_precision("fp32", model.device, "evaluate", model.info.parameters), _TEXT_BATCH)
+@dataclasses.dataclass(frozen=True)
+class Towers(Encoder):
+    """The towers of the original or of an export, and where wanted `dense`: uint8 [B, H, W, 3] to patches [B, h, w, D]."""
+
+    dense: Encode | None = None
 
 
-def dense_of(model: ClipModel) -> Encode:
-    """Return what gives the patches of images, uint8 [B, H, W, 3] to float32 [B, h, w, D]."""
+def towers_of(model: ClipModel, *, dense: bool = False) -> Towers:
+    """Return the towers of the original, or of a form that open_clip loads."""
+    precision = choose_precision("fp32", model.device, "evaluate", model.info.parameters)
+    towers = Towers.of(model, precision, _TEXT_BATCH)
+    if not dense:
+        return towers
     tower = DenseImageTower(model.module).eval()
-    return torch.inference_mode()(lambda pixels: tower(model.normalize(pixels))[1])
+    patches = torch.inference_mode()(lambda pixels: tower(model.normalize(pixels))[1])
+    return dataclasses.replace(towers, dense=patches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,22 +77,22 @@ class Outputs:
     images_per_second: float
 
 
-def evaluate(encoder: Encoder, inputs: CheckInputs, dense: Encode | None) -> Outputs:
-    """Run a model on the inputs, and where it gives patches, as `dense_of` does, for these, too."""
+def evaluate(towers: Towers, inputs: CheckInputs) -> Outputs:
+    """Run a model on the inputs."""
     rows = {
-        "image": _encode(encoder.images, inputs.compared_pixels),
-        "text": _encode(encoder.texts, inputs.tokens),
+        "image": _encode(towers.images, inputs.compared_pixels),
+        "text": _encode(towers.texts, inputs.tokens),
     }
-    if dense is not None:
-        rows["dense"] = _encode(dense, inputs.compared_pixels)
+    if towers.dense is not None:
+        rows["dense"] = _encode(towers.dense, inputs.compared_pixels)
     embedded, seconds = list[torch.Tensor](), list[float]()
     for pixels in torch.split(inputs.pixels, _IMAGE_BATCH):
-        trial = time_trial(partial(encoder.images, pixels), warm_up=int(not seconds))  # which also pays for buffers
+        trial = time_trial(partial(towers.images, pixels), warm_up=int(not seconds))  # which also pays for buffers
         embedded.append(trial.result)
         seconds.append(trial.seconds / len(pixels))
     nearest = None
     if inputs.candidates is not None:
-        weights = class_weights(encoder.encode_prompts(inputs.candidates.prompts))
+        weights = class_weights(towers.encode_prompts(inputs.candidates.prompts))
         nearest = (torch.cat(embedded) @ weights.T).argmax(dim=1)
     return Outputs(rows, nearest, round(1 / statistics.median(seconds), 2))
 
@@ -95,42 +102,28 @@ def _encode(encode: Encode, samples: torch.Tensor) -> torch.Tensor:
 
 
 class Checker:
-    """Compares exports with the original model, in fp32 on the CPU.
-
-    Attributes:
-        original: Its encoders.
-    """
+    """Compares exports with the original model, in fp32 on the CPU."""
 
     def __init__(self, model: ClipModel, inputs: CheckInputs, settings: ExportSettings) -> None:
         self.model = model
         self.inputs = inputs
         self.settings = settings
-        self.original = encoder_of(model)
+        self.original = towers_of(model, dense=settings.dense)
 
     @cached_property
     def expected(self) -> Outputs:
         """What the original makes of the inputs."""
-        return evaluate(self.original, self.inputs, dense_of(self.model) if self.settings.dense else None)
+        return evaluate(self.original, self.inputs)
 
-    def check(
-        self,
-        name: str,
-        kind: str,
-        encoder: Encoder,
-        files: Sequence[Path],
-        *,
-        dense: Encode | None = None,
-        gated: bool = False,
-    ) -> Parity:
+    def check(self, name: str, kind: str, towers: Towers, files: Sequence[Path], *, gated: bool = False) -> Parity:
         """Compare an export with the model: its entry in `parity.json`; one that is over a limit is an error.
 
         Args:
             kind: Number format of its weights, which determines the limits.
             files: Its weights.
-            dense: Gives its patches, where it has any.
             gated: Whether a loss of accuracy over the limit is an error.
         """
-        found = evaluate(encoder, self.inputs, dense)
+        found = evaluate(towers, self.inputs)
         rows = {output: self._compare_rows(name, output, found.rows[output]) for output in found.rows}
         parity = Parity(
             precision=kind,
@@ -158,12 +151,7 @@ class Checker:
         )
 
     def compare_predictions(self, nearest: torch.Tensor | None, *, gated: bool) -> PredictionParity | None:
-        """Compare an export's predictions with the model's; None where there is nothing to compare.
-
-        Args:
-            nearest: The most similar candidate of each image, int64 [N].
-            gated: Whether a loss over the limit is an error.
-        """
+        """Compare an export's predictions, as in `Outputs`, with the model's; None where there are no candidates."""
         candidates, expected = self.inputs.candidates, self.expected.nearest
         if candidates is None or nearest is None or expected is None:
             return None

@@ -18,7 +18,7 @@ from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.hf_model import HfClip
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.quiet import quiet_libraries
-from clipcid_cli.steps.export.check import Checker, encoder_of
+from clipcid_cli.steps.export.check import Checker, towers_of
 from clipcid_cli.steps.export.inputs import SENTENCES
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -47,7 +47,7 @@ def write_open_clip(checker: Checker, folder: Path) -> dict[str, Parity]:
         )
     weights = [folder / OPEN_CLIP_WEIGHTS]
     precision = checker.settings.stored_precision
-    return {"open-clip": checker.check("open-clip", precision, encoder_of(written), weights)}
+    return {"open-clip": checker.check("open-clip", precision, towers_of(written), weights)}
 
 
 def write_hf(checker: Checker, folder: Path) -> dict[str, Parity]:
@@ -61,12 +61,13 @@ def write_hf(checker: Checker, folder: Path) -> dict[str, Parity]:
         write_hf_folder(folder, model.info.config, model.info.preprocess, tensors, model.tokenizer.whole)
     written = HfClip(folder)
     inference = torch.inference_mode()
-    encoder = dataclasses.replace(
+    towers = dataclasses.replace(
         checker.original,
         images=inference(lambda pixels: written.encode_images(model.normalize(pixels))),
         texts=inference(written.encode_texts),
+        dense=None,
     )
-    found = checker.check("hf", checker.settings.stored_precision, encoder, [folder / HF_WEIGHTS])
+    found = checker.check("hf", checker.settings.stored_precision, towers, [folder / HF_WEIGHTS])
     found.engine = written.engine
     found.processor = _check_processor(written, checker)
     found.tokenizer = _check_tokenizer(written, checker)

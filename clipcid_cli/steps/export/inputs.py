@@ -57,6 +57,13 @@ class Classes:
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     files: tuple[Path, ...] = ()
 
+    @classmethod
+    def read(cls, names: Path, templates: Path | None) -> Classes:
+        """Read them from text files, without templates with the default one."""
+        if templates is None:
+            return cls(read_class_names(names), files=(names,))
+        return cls(read_class_names(names), read_templates(templates), (names, templates))
+
     def prompts(self) -> tuple[tuple[str, ...], ...]:
         """Return the prompts of each class, C × T."""
         return tuple(tuple(fill_template(template, name) for template in self.templates) for name in self.names)
@@ -64,21 +71,13 @@ class Classes:
 
 def find_classes(settings: ExportSettings) -> Classes | None:
     """Read the classes of ``--classnames``; None without it."""
-    names = settings.classnames
-    if names is None:
-        return None
-    if not names.is_dir():
-        return _read_classes(names, settings.templates)
-    folder = find_benchmark_folder(str(names))
-    if folder.class_names is None:
-        raise ClipcidError(f"{names} has no {CLASS_NAMES}.", "Give a text file with one class name per line.")
-    return _read_classes(folder.class_names, settings.templates or folder.templates)
-
-
-def _read_classes(names: Path, templates: Path | None) -> Classes:
-    if templates is None:
-        return Classes(read_class_names(names), files=(names,))
-    return Classes(read_class_names(names), read_templates(templates), (names, templates))
+    names, templates = settings.classnames, settings.templates
+    if names is not None and names.is_dir():
+        folder = find_benchmark_folder(str(names))
+        if folder.class_names is None:
+            raise ClipcidError(f"{names} has no {CLASS_NAMES}.", "Give a text file with one class name per line.")
+        names, templates = folder.class_names, templates or folder.templates
+    return None if names is None else Classes.read(names, templates)
 
 
 def find_data(settings: ExportSettings) -> Dataset | None:
@@ -98,13 +97,7 @@ def find_data(settings: ExportSettings) -> Dataset | None:
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """Texts among which each image finds its own: the classes, or the captions of all images.
-
-    Attributes:
-        measure: `ACCURACY` or `RECALL`.
-        prompts: Texts of each candidate, C × T.
-        labels: The right candidate of each image, int64 [N].
-    """
+    """Texts, C × T, among which each image finds its own, and which is its own, int64 [N]: see `ACCURACY` and `RECALL`."""
 
     measure: str
     prompts: tuple[tuple[str, ...], ...]
@@ -235,7 +228,7 @@ def find_candidates(samples: Sequence[Sample], dataset: Dataset, classes: Classe
 def _own_classes(dataset: Dataset, spec: str | None) -> Classes | None:
     folder = find_benchmark_folder(spec) if spec is not None else None
     if folder is not None and folder.class_names is not None:
-        return _read_classes(folder.class_names, folder.templates)
+        return Classes.read(folder.class_names, folder.templates)
     return Classes(tuple(map(plain_name, dataset.classes))) if dataset.classes is not None else None
 
 

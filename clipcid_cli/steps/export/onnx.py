@@ -120,9 +120,13 @@ def _check_encoders(checker: Checker, folder: Path, kind: str) -> Parity:
     files = [folder / quantized_name(name, kind) for name in (IMAGE_ENCODER, TEXT_ENCODER)]
     image, text = (OnnxSession(path, torch.get_num_threads()) for path in files)
     normalize = checker.model.normalize
-    encoder = dataclasses.replace(checker.original, images=lambda pixels: image(normalize(pixels)), texts=text)
-    dense = (lambda pixels: image.run(normalize(pixels))[DENSE_EMBEDS]) if checker.settings.dense else None
-    found = checker.check(_form("onnx", kind), kind, encoder, files, dense=dense, gated=kind != "fp32")
+    towers = dataclasses.replace(
+        checker.original,
+        images=lambda pixels: image(normalize(pixels)),
+        texts=text,
+        dense=(lambda pixels: image.run(normalize(pixels))[DENSE_EMBEDS]) if checker.settings.dense else None,
+    )
+    found = checker.check(_form("onnx", kind), kind, towers, files, gated=kind != "fp32")
     found.engine, found.opset = image.engine, checker.settings.onnx_opset
     return found
 

@@ -16,7 +16,7 @@ from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.sidecar import Parity, PredictionParity
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.export.check import Checker, dense_of
+from clipcid_cli.steps.export.check import Checker
 from clipcid_cli.steps.export.inputs import CheckInputs, Classes, find_candidates, find_data, read_inputs
 from clipcid_cli.steps.export.onnx import validate_measurable
 from clipcid_cli.steps.export.run import ExportResult, run
@@ -107,12 +107,14 @@ def test_patches_over_the_limit_are_refused(model: ClipModel, drawings: Path) ->
     settings = ExportSettings(format=("onnx",), dense=True, max_difference=1e-3)
     checker = Checker(model, collect(model, drawings), settings)
     weights = drawings / "a_cat" / "0.png"  # any file, for its size
-    dense = dense_of(model)
-    found = checker.check("onnx", "fp32", checker.original, [weights], dense=dense).dense
+    found = checker.check("onnx", "fp32", checker.original, [weights]).dense
     assert found is not None
     assert found.shape == ["batch", 4, 4, 32]
+    dense = checker.original.dense
+    assert dense is not None
+    moved = dataclasses.replace(checker.original, dense=lambda pixels: 1.01 * dense(pixels))
     with pytest.raises(ClipcidError, match=r"onnx: the grid of patches differs from .* \(allowed 1e-03\)"):
-        checker.check("onnx", "fp32", checker.original, [weights], dense=lambda pixels: 1.01 * dense(pixels))
+        checker.check("onnx", "fp32", moved, [weights])
 
 
 def test_few_images_are_taken_from_all_classes(model: ClipModel, drawings: Path) -> None:
