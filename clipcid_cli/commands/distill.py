@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.scores.tables import show_tables
+from clipcid_cli.commands.scores import show_tables
 from clipcid_cli.commands.summary import count, file_facts, format_seconds, print_facts
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -25,7 +25,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         return
     facts["speed"] = f"{result['samples_per_second']:,.0f} samples/s"
     facts["losses"] = ", ".join(f"{name} {value:.4f}" for name, value in result["losses"].items())
-    shown = {one["dataset"] for one in result["evaluations"]}
+    shown = {one.dataset for one in result["evaluations"]}
     for name, found in _by_data(result["metrics"]).items():
         if name.removesuffix(", EMA") not in shown:
             facts[name] = _format_recalls(found)
@@ -33,7 +33,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     if result["evaluations"]:
         console.print()
         show_tables(result["evaluations"], console)
-        print_facts(console, "", {"metrics": "\n".join(one["files"]["metrics"] for one in result["evaluations"])})
+        print_facts(console, "", {"metrics": "\n".join(one.files["metrics"] for one in result["evaluations"])})
 
 
 def _by_data(metrics: dict[str, float]) -> dict[str, dict[str, float]]:

@@ -1,1 +1,1 @@
-"""Floor 2: this machine: devices, precision, processes, seeds, the encoder, loading."""
+"""Floor 2: this machine: devices, precision, processes, seeds, worker processes and threads, models."""

@@ -23,8 +23,8 @@ from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache, cache_folder
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.pipeline import ordered_map
 from clipcid_cli.runtime.sample_order import SHARDS_MIXED
 from clipcid_cli.steps.reporting import Reporter
 
@@ -82,7 +82,7 @@ def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Rep
 
             def list_mine() -> None:
                 lister = partial(_list_shard, dataset)
-                for _ in load_batches(mine, lister, workers if len(mine) > _FEW_SHARDS else 0):
+                for _ in ordered_map(lister, mine, workers if len(mine) > _FEW_SHARDS else 0):
                     progress.advance()
 
             machine.on_all(list_mine)

@@ -21,15 +21,15 @@ from PIL import Image
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.loading import load_batches, read_ahead
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, Transform
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
+from clipcid_cli.runtime.pipeline import ordered_map, read_ahead, thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 
 # Batches that wait while a network is read.
 _READ_AHEAD = 4
@@ -72,7 +72,7 @@ def list_batches(
             read += 1
             reason = reject(sample)
             if reason is not None:
-                rejected.add(reason, f"{dataset.shards[number].name}: {sample.key}")
+                rejected.add(reason, dataset.shards[number].describe(sample.key))
                 continue
             if len(samples) == batch_size:
                 yield Batch(number, samples)
@@ -203,11 +203,11 @@ class Encoded:
         rows = {kind: found[texts if kind is Kind.TEXTS else kept] for kind, found in self.rows.items()}
         return Encoded([self.samples[row] for row in kept.tolist()], rows, {}, self.laid_on_white)
 
-    def count_skips(self, name: str) -> Skips:
-        """Count the samples of a shard that cannot be used, under its name."""
+    def count_skips(self, shard: Shard) -> Skips:
+        """Count the samples of a shard that cannot be used."""
         skips = Skips()
         for row, reason in sorted(self.failures.items()):
-            skips.add(reason, f"{name}: {self.samples[row].key}")
+            skips.add(reason, shard.describe(self.samples[row].key))
         return skips
 
 
@@ -281,8 +281,8 @@ class Encoder:
 
         threads = threads_for_batches(self.device)
         if machine is None:
-            return torch.cat(list(map_threads(starts, encode_classes, threads)))
-        mine = list(map_threads(starts[machine.rank :: machine.size], encode_classes, threads))
+            return torch.cat(list(thread_map(encode_classes, starts, threads)))
+        mine = list(thread_map(encode_classes, starts[machine.rank :: machine.size], threads))
         dealt = machine.gather(mine)
         return torch.cat([dealt[turn % machine.size][turn // machine.size] for turn in range(len(starts))])
 
@@ -299,7 +299,7 @@ def decode(
             yield batch.samples
 
     start = time.perf_counter()
-    for decoded in load_batches(send(), decoder, workers):
+    for decoded in ordered_map(decoder, send(), workers):
         batch = sent.popleft()
         batch.waited = time.perf_counter() - start
         yield batch, decoded
@@ -325,20 +325,20 @@ def encode(
         return batch, finish(batch.samples, decoded, encoder)
 
     if workers is not None:
-        return map_threads(decode(batches, decoder, workers), lambda pair: compute(*pair), threads)
+        return thread_map(lambda pair: compute(*pair), decode(batches, decoder, workers), threads)
 
     def decode_and_compute(batch: Batch) -> tuple[Batch, Encoded]:
         decoded = decoder(batch.samples)
         return compute(dataclasses.replace(batch, samples=_drop_bytes(batch.samples)), decoded)
 
-    return map_threads(batches, decode_and_compute, threads)
+    return thread_map(decode_and_compute, batches, threads)
 
 
 def finish(
     samples: Sequence[Sample], decoded: Decoded, encoder: Callable[[Decoded], dict[Kind, torch.Tensor]]
 ) -> Encoded:
     """Encode decoded samples, and note those any of whose rows is zero or not finite: nothing can be compared with it."""
-    encoded = Encoded(samples, {}, decoded.failures, decoded.laid_on_white)
+    encoded = Encoded(samples, {}, dict(decoded.failures), decoded.laid_on_white)
     if not samples:
         return encoded
     owners = encoded.owners

@@ -25,7 +25,7 @@ from balance import describe_machine
 
 from clipcid_cli.algorithms.near.centroids import centroids_of_sums
 from clipcid_cli.algorithms.near.nearest import top_nearest
-from clipcid_cli.runtime.threads import map_threads
+from clipcid_cli.runtime.pipeline import thread_map
 
 CASES = [
     ("random", 200_000, 192, 1024),
@@ -95,7 +95,7 @@ def measure(run: Callable[[], None]) -> tuple[float, float]:
 
 def ours(rows: torch.Tensor, centroids: torch.Tensor, threads: int) -> None:
     """Look up all rows as `cluster` does."""
-    for _ in map_threads(torch.split(rows, BLOCK), lambda block: top_nearest(block, centroids, NEAREST), threads):
+    for _ in thread_map(lambda block: top_nearest(block, centroids, NEAREST), torch.split(rows, BLOCK), threads):
         pass
 
 

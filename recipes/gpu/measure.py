@@ -247,7 +247,7 @@ def loss(bench: Bench) -> None:
     from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
     from clipcid_cli.algorithms.losses.cluster import cluster as cluster_loss
     from clipcid_cli.algorithms.losses.cluster import cluster_targets, draw_candidates
-    from clipcid_cli.runtime.prefetch import to_device
+    from clipcid_cli.runtime.pipeline import to_device
 
     width, batch, total = 512, bench.sizes.batch, bench.sizes.centroids
     random, draws = np.random.default_rng(0), torch.Generator(bench.device).manual_seed(0)

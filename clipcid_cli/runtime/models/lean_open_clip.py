@@ -11,7 +11,7 @@ runs (2 cores, PyTorch 2.13, open_clip 3.3, transformers 5.24, timm 1.0):
     a worker's first batch              4.09                         3.32                          2.77
 
 Tests of this module fail once open_clip leaves one of them out by itself, or needs more of it than a stand-in has. The
-server that workers are forked from imports this module (see `runtime.loading`).
+server that workers are forked from imports this module (see `runtime.pipeline`).
 """
 
 from __future__ import annotations

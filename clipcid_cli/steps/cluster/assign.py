@@ -16,7 +16,7 @@ from clipcid_cli.algorithms.near.nearest import top_nearest
 from clipcid_cli.formats.arrays import save_arrays
 from clipcid_cli.formats.results.clusters import map_tops, part_arrays, part_bounds, part_path, read_label_parts
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.threads import map_threads, threads_for_batches
+from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.reporting import Reporter
 
@@ -63,7 +63,7 @@ def assign_clusters(
     with reporter.progress("assign", own, "images") as progress:
         progress.advance(own - open_)
         # One set of threads for all parts: new ones for each would share a core until the system has spread them.
-        found = map_threads(blocks, look_up, threads_for_batches(machine.device))
+        found = thread_map(look_up, blocks, threads_for_batches(machine.device))
         for part, blocks_of_part in itertools.groupby(found, key=lambda each: each[0]):
             pieces = [arrays for _, arrays in blocks_of_part]
             arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}

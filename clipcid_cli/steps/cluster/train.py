@@ -11,8 +11,8 @@ from clipcid_cli.algorithms.kmeans.seeding import first_centroids
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_for_rows
+from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import choose_scan
-from clipcid_cli.runtime.threads import map_threads, threads_for_batches
 from clipcid_cli.steps.cluster.plan import ClusterPlan
 from clipcid_cli.steps.reporting import Reporter
 
@@ -42,7 +42,7 @@ def train_centroids(plan: ClusterPlan, machine: Machine, progress: Path, reporte
             machine.share,
             machine.sum_,
             machine.gather,
-            lambda compute, runs: map_threads(runs, compute, threads_for_batches(machine.device)),
+            lambda compute, runs: thread_map(compute, runs, threads_for_batches(machine.device)),
         ),
         kept_bytes=memory_for_rows(machine.device),
     )

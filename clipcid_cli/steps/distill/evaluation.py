@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,13 +19,14 @@ from clipcid_cli.formats.results.matched_samples import SampleRows
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
+from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.models.used_tokens import whole_table
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.training.trainer import Trainer
 from clipcid_cli.steps.distill.samples import index_of
-from clipcid_cli.steps.evaluate.encode import TaskEncoder
 from clipcid_cli.steps.evaluate.measure import measure
+from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -99,20 +101,18 @@ class Evaluation:
         if self.held_out is not None:
             images, texts = embed_held_out(student, self.held_out)
             metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
-        encoder = TaskEncoder(
-            model=student,
-            machine=machine,
-            precision=_FP32,
-            batch_size=_BATCH,
-            workers=self.settings.workers,
-            max_bad_fraction=self.settings.max_bad_fraction,
-            reporter=Reporter(),
-        )
+        name = ModelName(student.info.spec, "tag")
+        model = EvaluatedModel(name, machine, self.settings, Reporter(), student)
         with whole_table(student.module, decay):
             for task in self.tasks:
-                found = measure(encoder, task, self.settings).result.metrics.items()
-                metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
+                rows = model.encode(task)
+                found = machine.on_main(partial(_metrics_of, model, rows, self.settings))
+                metrics |= {f"{task.name}/{name}": value for name, value in found.items() if math.isfinite(value)}
         return metrics
+
+
+def _metrics_of(model: EvaluatedModel, rows: TaskRows, settings: EvalZeroshotSettings) -> dict[str, float]:
+    return measure(model, rows, settings).metrics
 
 
 def share_statistics(module: nn.Module, machine: Machine) -> None:
@@ -164,7 +164,7 @@ def prepare_evaluation(
         return samples is not None
 
     has_data = machine.on_main(read) or bool(tasks)
-    chosen = dataclasses.replace(zeroshot_settings(settings), bootstrap=0, workers=0)
+    chosen = dataclasses.replace(zeroshot_settings(settings), bootstrap=0, workers=0, batch_size=_BATCH)
     return Evaluation(samples, tasks, chosen, has_data)
 
 

@@ -21,9 +21,9 @@ from clipcid_cli.formats.results.clusters import TABLE
 from clipcid_cli.formats.results.matched_samples import STEP, SampleRows, matched_folder
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.data_index import cache_shards, ensure_index
 from clipcid_cli.steps.distill.augmented.extra_texts import ExtraTexts

@@ -18,12 +18,11 @@ from clipcid_cli.formats.data.samples import close_copies
 from clipcid_cli.formats.results.checkpoint import write_checkpoint
 from clipcid_cli.formats.results.run_folder import RunFolder, TrainingLog
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.loading import load_batches
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_in_use
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.grad_cache import BatchEncoder
-from clipcid_cli.runtime.prefetch import prefetch
+from clipcid_cli.runtime.pipeline import ordered_map, prefetch
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.training.gradients import GradientAverager
 from clipcid_cli.runtime.training.step_values import StepValues
@@ -114,8 +113,8 @@ class Loop:
     def _batches(self) -> Generator[tuple[PreparedBatch, float]]:
         """Yield each batch, prepared during the step before, with the seconds spent waiting for it."""
         steps, machine = (self.trainer.step, self.schedule.steps), self.machine
-        made = load_batches(self.order.iterate(*steps, machine.rank, machine.size), self.maker, self.workers)
-        prepared = prefetch(zip(made, range(*steps), strict=True), lambda pair: self.prepare(*pair), machine.device)
+        made = ordered_map(self.maker, self.order.iterate(*steps, machine.rank, machine.size), self.workers)
+        prepared = prefetch(lambda pair: self.prepare(*pair), zip(made, range(*steps), strict=True), machine.device)
         with closing(made), closing(prepared):
             started = time.monotonic()
             for batch in prepared:

@@ -6,9 +6,9 @@ import dataclasses
 
 from clipcid_cli.algorithms.losses.learning_rate import default_rate
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.runtime.loading import default_workers
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.sample_order import SHARDS_MIXED
 from clipcid_cli.runtime.training.trainer import OptimiserPlan
 from clipcid_cli.steps.distill.inputs import TrainingInputs

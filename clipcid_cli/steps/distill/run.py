@@ -16,11 +16,11 @@ from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.results.run_folder import RunFolder, import_tensorboard
 from clipcid_cli.formats.sidecar import DistillSidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.loading import start_worker_server
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.models.preprocess import hash_preprocess
+from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.distill.cluster_targets import temperatures
@@ -32,7 +32,8 @@ from clipcid_cli.steps.distill.plan import Plan, default_name, plan_run
 from clipcid_cli.steps.distill.student import load_student
 from clipcid_cli.steps.distill.teacher_inputs import find_embeddings
 from clipcid_cli.steps.distill.training_run import TrainingRun
-from clipcid_cli.steps.evaluate.zeroshot import evaluate_models, plan_results, refuse_clashes, refuse_measured
+from clipcid_cli.steps.evaluate.result import ZeroshotResults
+from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan, evaluate
 from clipcid_cli.steps.keep_list import NO_KEEP_LIST
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
@@ -66,10 +67,10 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
         name = settings.name or default_name(settings, student.model, inputs)
         folder = RunFolder(WorkDirectory(settings.work).distill(name))
         written = [ModelName(str(path), "folder", path=path) for path in folder.students(ema=settings.ema is not None)]
-        refuse_clashes(written, tasks)
+        evaluations = ZeroshotPlan(written, tasks, zeroshot)
         # Before the start, which removes what an unfinished run left.
         if not machine.on_main(sidecar_path(folder.path, "distill").exists):
-            machine.on_main(lambda: refuse_measured(written, tasks, zeroshot))
+            machine.on_main(evaluations.validate_unmeasured)
         inputs_of_run = inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)])
         wanted: dict[str, Any] = {"settings": identity(settings, student.model, plan, inputs), "inputs": inputs_of_run}
         wanted |= {"overwrite": settings.overwrite, "elsewhere": "--name"}
@@ -77,7 +78,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
             machine.on_main(lambda: find_output(folder.path, "distill", DistillSidecar, **wanted))
             check_samples(inputs.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
             training = TrainingRun(settings, machine, inputs, student, teacher, plan, tasks, folder, None, reporter)
-            return estimate_cost(training) | {"evaluations": plan_results(written, tasks, zeroshot, reporter)}
+            return estimate_cost(training) | {"evaluations": evaluations.preview(reporter)}
         with claim_output(machine, folder.path, "distill", DistillSidecar, **wanted) as output:
             sidecar = output.finished
             if sidecar is not None:
@@ -92,8 +93,8 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
                 )
                 sidecar = training.train({"prepare": time.perf_counter() - started})
             # After the sidecar: a run that is killed here is finished, and evaluates what is left when it is run again.
-            evaluations, summary = evaluate_models(written, tasks, machine, zeroshot, reporter) if tasks else ([], {})
-    return result(folder, sidecar, evaluations, summary)
+            found = evaluate(evaluations, machine, reporter) if tasks else ZeroshotResults([], {})
+    return result(folder, sidecar, found)
 
 
 def refuse_missing(settings: DistillSettings) -> None:
@@ -137,14 +138,8 @@ def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: 
     return plain
 
 
-def result(
-    folder: RunFolder, sidecar: DistillSidecar, evaluations: list[dict[str, Any]], summary: dict[str, str]
-) -> dict[str, Any]:
-    """Build the step's JSON object.
-
-    Args:
-        summary: Paths of the table and the report of the evaluations.
-    """
+def result(folder: RunFolder, sidecar: DistillSidecar, evaluations: ZeroshotResults) -> dict[str, Any]:
+    """Build the step's JSON object."""
     files = {
         "student": folder.student,
         **({"student_ema": folder.student_ema} if sidecar.made.ema is not None else {}),
@@ -153,7 +148,10 @@ def result(
         "report": folder.report,
         "sidecar": folder.path / "distill.json",
     }
-    student, measured = {"student": str(folder.student)}, {"evaluations": evaluations, "seconds": sidecar.seconds}
+    student, measured = (
+        {"student": str(folder.student)},
+        {"evaluations": evaluations.results, "seconds": sidecar.seconds},
+    )
     found: dict[str, Any] = student | sidecar.result | measured
     written = {name: str(path) for name, path in files.items()}
-    return found | {"files": written | {f"evaluation_{name}": path for name, path in summary.items()}}
+    return found | {"files": written | {f"evaluation_{name}": path for name, path in evaluations.files.items()}}

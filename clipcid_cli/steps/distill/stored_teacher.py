@@ -23,7 +23,7 @@ from clipcid_cli.formats.results.matched_samples import Column
 from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.prefetch import to_device
+from clipcid_cli.runtime.pipeline import to_device
 from clipcid_cli.runtime.training.gradients import gather_rows
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.cluster_targets import open_lookup

@@ -7,7 +7,7 @@ from collections import deque
 from typing import Any
 
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.threads import map_threads, threads_for_batches
+from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.embed.encoder import EmbedEncoder
 from clipcid_cli.steps.embed.plan import EmbedPlan
@@ -44,6 +44,6 @@ def _measure_batch(encoder: EmbedEncoder) -> float:
     threads = threads_for_batches(encoder.model.device)
 
     def encode_together() -> None:
-        deque(map_threads(range(threads), lambda _: encoder(batch), threads), maxlen=0)
+        deque(thread_map(lambda _: encoder(batch), range(threads), threads), maxlen=0)
 
     return time_trial(encode_together, encoder.model.device, repeats=3).seconds / threads

@@ -18,11 +18,11 @@ from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.output import Output, find_output, find_works, open_output
 from clipcid_cli.formats.sidecar import sidecar_path
-from clipcid_cli.runtime.loading import default_workers, start_worker_server
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.models.augment import Augmentation, ViewPixels
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.preprocess import hash_preprocess
+from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.claim import claim_output

@@ -11,6 +11,7 @@ import numpy as np
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.skips import Skips
@@ -89,7 +90,7 @@ def _embed(
         if batch.read is None:
             continue
         clock = time.perf_counter()
-        made = _make_rows(encoder, plan.dataset.shards[batch.shard].name, parts, batch)
+        made = _make_rows(encoder, plan.dataset.shards[batch.shard], parts, batch)
         writer.write(batch.shard, made)
         parts = []
         timings.samples += len(made.keys)
@@ -102,12 +103,12 @@ def _embed(
     return timings
 
 
-def _make_rows(encoder: EmbedEncoder, name: str, parts: Sequence[Encoded], last: Batch) -> ShardRows:
+def _make_rows(encoder: EmbedEncoder, shard: Shard, parts: Sequence[Encoded], last: Batch) -> ShardRows:
     """Join what was made of the batches of a shard, without what is not usable."""
     skipped = Skips()
     for part in parts:
         recount_partners(part)
-        skipped.merge(part.count_skips(name))
+        skipped.merge(part.count_skips(shard))
     skipped.merge(last.skipped)
     made = join([part.usable() for part in parts])
     rows = {kind: np.empty((0, *shape), kind.dtype) for kind, shape in encoder.shapes.items()}

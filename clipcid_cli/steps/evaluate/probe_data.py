@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
 from clipcid_cli.algorithms.metrics.classification import SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError, UsageError
@@ -16,9 +14,10 @@ from clipcid_cli.formats.data.class_files import read_class_names
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
 from clipcid_cli.formats.data.known_datasets import customary_metric
 from clipcid_cli.formats.data.samples import Sample, read_vector_length
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
-from clipcid_cli.steps.evaluate.encode import TaskEncoder
+from clipcid_cli.steps.evaluate.model import EvaluatedModel
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, MULTI_LABEL, ZeroshotTask, find_copy
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
@@ -161,7 +160,7 @@ def _name(data: str) -> str:
 
 
 def extract_features(
-    encoder: TaskEncoder, task: ZeroshotTask, fingerprints: list[FileRecord], folder: Path
+    model: EvaluatedModel, task: ZeroshotTask, fingerprints: list[FileRecord], folder: Path
 ) -> Features:
     """Return a model's features of one split: those kept from an earlier run, or new ones, which are then kept.
 
@@ -169,7 +168,7 @@ def extract_features(
         fingerprints: Identity of the split's files and images.
         folder: Where features are kept.
     """
-    info, machine = encoder.model.info, encoder.machine
+    info, machine = model.model.info, model.machine
     identity = {
         "weights": info.weights_hash,
         "preprocess": info.preprocess_hash,
@@ -178,16 +177,16 @@ def extract_features(
         "columns": dataclasses.asdict(task.dataset.columns),
         "labels": task.label_of,
         "classes": len(task.class_names) if task.multi_label else None,
-        "precision": encoder.precision.name,
-        "batch_size": encoder.batch_size,
+        "precision": model.precision.name,
+        "batch_size": model.batch_size,
     }
     path = features_path(folder, info.slug, identity)
     kept = machine.on_main(lambda: read_features(path))
     if kept is not None:
-        encoder.reporter.note(f"{task.name}: features of {len(kept.rows):,} images from {path}.")
+        model.reporter.note(f"{task.name}: features of {len(kept.rows):,} images from {path}.")
         return kept
-    batches, skips = encoder.encode(task)
-    labels = torch.cat([batch.labels for batch in batches if batch.labels is not None])
-    features = Features(torch.cat([batch.images for batch in batches]).numpy(), labels.numpy(), skips)
+    rows = model.encode(task)
+    assert rows.labels is not None, "a classification has labels"
+    features = Features(rows.encoded.rows[Kind.IMAGES].numpy(), rows.labels.numpy(), rows.skips)
     machine.on_main(lambda: write_features(path, features))
     return features

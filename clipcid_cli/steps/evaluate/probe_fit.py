@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from statistics import fmean, stdev
-from typing import Any
 
 import torch
 
@@ -29,6 +28,7 @@ from clipcid_cli.algorithms.probe.splits import draw_shots, split_by_class
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.threads import threads_for
+from clipcid_cli.steps.evaluate.result import Draws, FewShot
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
@@ -195,17 +195,13 @@ class ProbeFits:
             metrics |= {f"knn{k}_{name}": value for name, value in found.items()}
         return metrics
 
-    def few_shots(self, test: LabelledFeatures) -> list[dict[str, Any]]:
+    def few_shots(self, test: LabelledFeatures) -> list[FewShot]:
         """Fit on a few images of each class, repeatedly, and measure on the test images.
 
         Each draw is a separate probe: its images are not held out, its strength is chosen on those that are, no refit.
-
-        Returns:
-            For each number of shots ``shots, images, c[], at_edge, metrics{name: {mean, std, values[]}}``, with one value
-            per draw; ``std`` is null for a single draw.
         """
         shot_counts, repeats = self.settings.shot_counts, self.settings.shot_repeats
-        found: list[dict[str, Any]] = []
+        found = list[FewShot]()
         if not shot_counts:
             return found
         with self.reporter.progress("Few-shot probes", len(shot_counts) * repeats, "draws") as progress:
@@ -225,22 +221,12 @@ class ProbeFits:
                         f"--shots {shots}: the best C of {at_edge} of {repeats} draws is an end of the range "
                         f"{self.grid[0]:.3g} … {self.grid[-1]:.3g} that was tried; a better one may lie outside."
                     )
-                found.append(
-                    {
-                        "shots": shots,
-                        "images": max(draws),
-                        "c": chosen,
-                        "at_edge": at_edge,
-                        "metrics": {
-                            f"lp_{name}": _describe_draws([one[name] for one in metrics]) for name in metrics[0]
-                        },
-                    }
-                )
+                values = {f"lp_{name}": _summarise([one[name] for one in metrics]) for name in metrics[0]}
+                found.append(FewShot(shots, max(draws), chosen, at_edge, values))
         return found
 
 
-def _describe_draws(values: list[float]) -> dict[str, Any]:
-    """Return mean and sample standard deviation; None where there is none."""
+def _summarise(values: list[float]) -> Draws:
     if any(math.isnan(value) for value in values):
-        return {"mean": None, "std": None, "values": [None if math.isnan(value) else value for value in values]}
-    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "values": values}
+        return Draws(None, None, [None if math.isnan(value) else value for value in values])
+    return Draws(fmean(values), stdev(values) if len(values) > 1 else None, [*values])

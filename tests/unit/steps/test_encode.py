@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import make_image, write_tar
+from PIL import Image
 from shard_server import serve
 
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
@@ -14,7 +16,7 @@ from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.evaluate.batches import BatchDecoder, TaskReader
+from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, RETRIEVAL, ZeroshotTask
 from clipcid_cli.steps.reporting import Reporter
 
@@ -32,34 +34,45 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def read(spec: str) -> tuple[list[list[tuple[object, ...]]], TaskReader]:
-    reader = TaskReader(ZeroshotTask("data", CLASSIFICATION, open_dataset(spec), ("no", "yes")), 4)
-    return [[(sample.key, sample.label, sample.image.read()) for sample in batch] for batch in reader.batches()], reader
+def read(spec: str) -> tuple[list[list[tuple[object, ...]]], int, Skips]:
+    """List the batches of four samples: keys, classes and bytes; and count what was read and what was skipped."""
+    task = ZeroshotTask("data", CLASSIFICATION, open_dataset(spec), ("no", "yes"))
+    found, total, skips = [], 0, Skips()
+    for batch in list_batches(task.dataset, range(3), task.stream, 4, task.reject):
+        found.append([(sample.key, sample.label, sample.image.read()) for sample in batch.samples])
+        total += batch.read or 0
+        skips.merge(batch.skipped)
+    return found, total, skips
 
 
 def test_batches_from_a_url_are_those_of_the_disk(data: Path) -> None:
-    expected, reader = read(str(data))
-    assert [len(batch) for batch in expected] == [4, 3, 4, 3, 4, 2]
+    expected = read(str(data))
+    found, total, skips = expected
+    assert [len(batch) for batch in found] == [4, 3, 4, 3, 4, 2]
     with serve(data, drop_every=4) as server:
-        found, other = read(f"{server.url}/{{0..2}}.tar")
+        assert read(f"{server.url}/{{0..2}}.tar") == expected
         assert server.dropped > 0
-    assert found == expected
-    assert (other.read, other.skips) == (reader.read, reader.skips)
-    assert reader.read == 23
-    assert reader.skips.counts == {"no_image": 1, "no_label": 1, "duplicate_key": 1}
+    assert total == 23
+    assert skips.counts == {"no_image": 1, "no_label": 1, "duplicate_key": 1}
 
 
-def test_workers_return_no_bytes_of_images(data: Path) -> None:
-    import torch
-
-    decode = BatchDecoder(lambda image: torch.zeros(1, dtype=torch.uint8), None)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bytes_of_images_are_dropped_once_they_are_decoded(data: Path, workers: int) -> None:
     with serve(data) as server:
-        batch = list(open_dataset(f"{server.url}/{{0..2}}.tar").shards[1].stream())
-        decoded = decode(batch)
-    assert [sample.key for sample in decoded.samples] == ["7", "8", "10", "11", "12", "13"]
-    assert decoded.skips.counts == {"unreadable_image": 1}
-    assert all(sample.image.data is None for sample in decoded.samples)
-    assert len(pickle.dumps(decoded.samples)) < 1500 < len(pickle.dumps(batch))
+        samples = list(open_dataset(f"{server.url}/{{0..2}}.tar").shards[1].stream())
+        decoder = Decoder((32, 32), 8, first_pixels, None)
+        ((batch, decoded),) = decode([Batch(1, samples)], decoder, workers)
+    assert [sample.key for sample in batch.samples] == [str(number) for number in range(7, 14)]
+    assert decoded.failures == {2: "unreadable_image"}
+    assert decoded.pixels is not None
+    assert decoded.pixels.flatten(1).any(dim=1).tolist() == [True, True, False, True, True, True, True]
+    assert all(sample.image.data is None for sample in batch.samples)
+    assert all(sample.image.data is not None for sample in samples)
+
+
+def first_pixels(image: Image.Image) -> torch.Tensor:
+    """Return an image without its preprocessing."""
+    return torch.from_numpy(np.array(image.resize((32, 32))))
 
 
 def test_images_behind_a_url_are_identified_without_reading_them(data: Path) -> None:
@@ -76,7 +89,7 @@ def test_images_behind_a_url_are_identified_without_reading_them(data: Path) -> 
 def read_part(dataset: Dataset) -> tuple[list[str], list[bytes], Skips]:
     skips = Skips()
     task = ZeroshotTask("part", RETRIEVAL, dataset, held_out=0.4)
-    used = [sample for samples in task.samples(skips) for sample in samples]
+    used = [sample for number in range(3) for sample in task.stream(number, skips)]
     return [sample.key for sample in used], [sample.image.read() for sample in used], skips
 
 

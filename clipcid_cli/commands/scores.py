@@ -3,73 +3,76 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from clipcid_cli.commands.summary import format_percent, print_table, shorten_metric
 from clipcid_cli.commands.wrapping import wrap
-from clipcid_cli.formats.data.class_files import describe_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from clipcid_cli.steps.evaluate.result import ZeroshotResult
 
-def show_tables(results: list[dict[str, Any]], console: Console) -> None:
+
+def show_tables(results: list[ZeroshotResult], console: Console) -> None:
     """Print a line for each model on each data set, in a table for each task, with a blank line after each table."""
     # Tables of one task may differ in their metrics: data with several classes an image has its own.
-    for names in dict.fromkeys((one["task"], tuple(one["metrics"])) for one in results):
-        _show_table([one for one in results if (one["task"], tuple(one["metrics"])) == names], console)
+    tables: dict[tuple[str, tuple[str, ...]], list[ZeroshotResult]] = {}
+    for one in results:
+        tables.setdefault((one.task, tuple(one.metrics)), []).append(one)
+    for rows in tables.values():
+        _show_table(rows, console)
         console.print()
 
 
-def _show_table(rows: list[dict[str, Any]], console: Console) -> None:
-    metrics = _columns(list(rows[0]["metrics"]))
-    title = rows[0]["task"].replace("_", " ").replace("zeroshot", "zero-shot").capitalize()
+def _show_table(rows: list[ZeroshotResult], console: Console) -> None:
+    metrics = _columns(list(rows[0].metrics))
+    title = rows[0].task.replace("_", " ").replace("zeroshot", "zero-shot").capitalize()
     columns: dict[str, list[str]] = {}
     # A folder is shown by its short name; its path would take half the terminal.
-    models = [
-        one["model"] if Path(one["pretrained"]).is_dir() else f"{one['model']} {one['pretrained']}" for one in rows
-    ]
-    for name, word, values in (("model", "of", models), ("data", "on", [one["dataset"] for one in rows])):
+    models = [one.model if Path(one.pretrained).is_dir() else f"{one.model} {one.pretrained}" for one in rows]
+    for name, word, values in (("model", "of", models), ("data", "on", [one.dataset for one in rows])):
         if len(set(values)) == 1:
             title += f" {word} {values[0]}"
         else:
             columns[name] = values
     left = len(columns)
     columns |= {column: [_cell(one, names) for one in rows] for column, names in metrics.items()}
-    columns["images"] = [f"{one['images']:,}" for one in rows]
-    columns["images/s"] = [f"{one['images_per_second']:,.0f}" for one in rows]
+    columns["images"] = [f"{one.images:,}" for one in rows]
+    columns["images/s"] = [f"{one.images_per_second:,.0f}" for one in rows]
     print_table(console, title, list(columns), list(zip(*columns.values(), strict=True)), left=left)
     note = "* the metric usually reported for this data"
-    if any(len(names) == 1 and names[0] in one["intervals"] for names in metrics.values() for one in rows):
+    if any(len(names) == 1 and names[0] in one.intervals for names in metrics.values() for one in rows):
         note += "; ± half the 95% bootstrap interval"
     notes = [note, *_describe_prompts(rows)]
     console.print(Text(wrap("\n".join(notes), console.width), style="dim"), soft_wrap=True)
 
 
-def _describe_prompts(rows: list[dict[str, Any]]) -> list[str]:
+def _describe_prompts(rows: list[ZeroshotResult]) -> list[str]:
     """Write the class names and templates of each data set, by which a score can be compared with others."""
-    several = len({one["dataset"] for one in rows}) > 1
+    several = len({one.dataset for one in rows}) > 1
     return list(
         dict.fromkeys(
-            f"{one['dataset'] + ', ' if several else ''}{kind.replace('_', ' ')}: {describe_lines(lines)}"
+            f"{one.dataset + ', ' if several else ''}{kind.replace('_', ' ')}: {lines}"
             for one in rows
-            for kind, lines in (one["prompts"] or {}).items()
+            for kind, lines in (one.prompts or {}).items()
         )
     )
 
 
-def _cell(one: dict[str, Any], names: list[str]) -> str:
+def _cell(one: ZeroshotResult, names: list[str]) -> str:
     """Write the values of one column, the customary one with a star; a single one with half its interval."""
     if len(names) > 1:
-        return " / ".join(format_percent(one["metrics"][name]) + "*" * (name == one["customary"]) for name in names)
-    text = format_percent(one["metrics"][names[0]])
-    if one["metrics"][names[0]] is None:
+        return " / ".join(format_percent(one.metrics[name]) + "*" * (name == one.customary) for name in names)
+    (name,) = names
+    text = format_percent(one.metrics[name])
+    if one.metrics[name] is None:
         return text
-    bounds = one["intervals"].get(names[0])
+    bounds = one.intervals.get(name)
     half = f" ±{50 * (bounds[1] - bounds[0]):.1f}" if bounds is not None else ""
-    return f"{text}{half}{'*' if names[0] == one['customary'] else ' '}"
+    return f"{text}{half}{'*' if name == one.customary else ' '}"
 
 
 def _columns(names: list[str]) -> dict[str, list[str]]:

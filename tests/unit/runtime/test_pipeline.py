@@ -1,0 +1,283 @@
+"""Items through processes and threads: order, errors in their place, what becomes of workers, and no thread left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.pipeline import (
+    default_workers,
+    join_on,
+    ordered_map,
+    prefetch,
+    read_ahead,
+    thread_map,
+    threads_for_batches,
+)
+
+CPU = torch.device("cpu")
+Map = Callable[..., Generator[object]]
+
+WAYS: dict[str, Map] = {
+    "here": partial(ordered_map, workers=0),
+    "1 process": partial(ordered_map, workers=1),
+    "3 processes": partial(ordered_map, workers=3),
+    "1 thread": partial(thread_map, threads=1),
+    "3 threads": partial(thread_map, threads=3),
+    "a step ahead": partial(prefetch, device=CPU),
+    "read ahead": lambda function, items: read_ahead(map(function, items), 3),
+}
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+# Functions sent to workers are found there by name.
+
+
+def square(number: int) -> torch.Tensor:
+    time.sleep(0.01 * (number % 3))  # so that workers finish out of order
+    return torch.full((2,), number) ** 2
+
+
+def refuse_four(number: int) -> int:
+    if number == 4:
+        raise ClipcidError("four is not allowed", "use five")
+    return number
+
+
+def fail_at_four(number: int) -> int:
+    if number == 4:
+        raise MemoryError("four is too large")
+    return number
+
+
+def end_at_four(number: int, how: str) -> int:
+    if number == 4 and how == "exit":
+        os._exit(3)
+    if number == 4 and how == "signal":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == 4:
+        time.sleep(60)
+    return number
+
+
+def list_modules(_: int) -> list[str]:
+    return [name for name in ("faiss", "open_clip", "torch") if name in sys.modules]
+
+
+def write_pid_and_wait(path: str) -> None:
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def count(end: int, taken: list[int], *, fails: bool = False) -> Iterator[int]:
+    for number in range(end):
+        taken.append(number)
+        yield number
+    if fails:
+        raise ClipcidError("the end is missing", "look for it")
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@every_way
+def test_results_come_in_the_order_of_the_items(way: Map) -> None:
+    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    found = list(way(square, count(20, [])))
+    assert [result.tolist() for result in found] == [[number**2] * 2 for number in range(20)]  # type: ignore[attr-defined]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+@every_way
+def test_items_are_taken_as_they_are_needed(way: Map) -> None:
+    taken = list[int]()
+    results = way(square, count(1000, taken))
+    next(results)
+    assert len(taken) <= 10
+    results.close()
+
+
+@every_way
+def test_an_error_of_the_function_comes_in_the_place_of_its_item(way: Map) -> None:
+    results = way(refuse_four, range(100))
+    assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(ClipcidError) as raised:
+        next(results)
+    assert (raised.value.message, raised.value.fix) == ("four is not allowed", "use five")
+
+
+@every_way
+def test_an_error_of_the_items_comes_after_the_results_before(way: Map) -> None:
+    results = way(refuse_four, count(4, [], fails=True))
+    assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(ClipcidError, match="the end is missing"):
+        next(results)
+
+
+@every_way
+def test_no_thread_outlives_a_map(way: Map) -> None:
+    before = threading.active_count()
+    results = way(square, range(10**9))
+    next(results)
+    results.close()
+    wait_until(lambda: threading.active_count() <= before)
+
+
+def test_an_error_of_a_worker_keeps_its_class_and_its_traceback() -> None:
+    with pytest.raises(MemoryError) as raised:
+        list(ordered_map(fail_at_four, range(9), 1))
+    assert "in fail_at_four" in str(raised.value.__cause__)
+
+
+@pytest.mark.parametrize(("how", "told"), [("exit", "exit code 3"), ("signal", "killed by SIGKILL")])
+def test_a_worker_that_dies_is_told(how: str, told: str) -> None:
+    with pytest.raises(ClipcidError, match=rf"process that decodes images ended \({told}\)") as raised:
+        list(ordered_map(partial(end_at_four, how=how), range(9), 2))
+    assert "--workers" in raised.value.fix
+
+
+def test_a_worker_that_hangs_is_told() -> None:
+    start = time.monotonic()
+    with pytest.raises(ClipcidError, match=r"returned no batch for 2 seconds"):
+        list(ordered_map(partial(end_at_four, how="never"), range(9), 1, stall_seconds=2))
+    assert time.monotonic() - start < 30
+
+
+def test_workers_are_forked_from_a_server_with_what_they_need_and_no_faiss() -> None:
+    import faiss  # noqa: F401  # this process has it; workers must not
+
+    assert next(ordered_map(list_modules, [0], 1)) == ["open_clip", "torch"]
+
+
+def test_an_interrupt_while_the_server_starts_leaves_no_traceback() -> None:
+    script = "from clipcid_cli.runtime.pipeline import start_worker_server\nstart_worker_server()\ninput()\n"
+    program = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    children = Path(f"/proc/{program.pid}/task/{program.pid}/children")
+    importing: list[str] = []
+    while not importing:
+        assert program.poll() is None
+        time.sleep(0.01)
+        importing = [pid for pid in children.read_text().split() if "torch" in Path(f"/proc/{pid}/maps").read_text()]
+    for _ in range(10):  # a library may swallow one
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(importing[0]), signal.SIGINT)
+        time.sleep(0.05)
+    _, told = program.communicate("\n", timeout=60)
+    assert (program.returncode, told) == (0, "")
+
+
+def test_workers_end_with_a_main_process_that_was_killed_and_say_nothing(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    script = (
+        "from clipcid_cli.runtime.pipeline import ordered_map\n"
+        "from test_pipeline import write_pid_and_wait\n"
+        f"if __name__ == '__main__':\n    list(ordered_map(write_pid_and_wait, ['{pid_file}'], 1))\n"
+    )
+    (tmp_path / "main.py").write_text(script)
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    main = subprocess.Popen(
+        [sys.executable, str(tmp_path / "main.py")],
+        env=os.environ | {"PYTHONPATH": paths},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not pid_file.exists() or not pid_file.read_text():
+        assert main.poll() is None
+        time.sleep(0.05)
+    main.send_signal(signal.SIGKILL)
+    _, told = main.communicate(
+        timeout=60
+    )  # ends when all that write there have ended: the worker, its server, the tracker
+    wait_until(lambda: not Path(f"/proc/{pid_file.read_text()}").exists())
+    assert told == ""
+
+
+def test_workers_are_fewer_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
+    assert (default_workers(CPU), default_workers(gpu)) == (8, 95)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert (default_workers(CPU), default_workers(gpu)) == (8, 11)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert (default_workers(CPU), default_workers(gpu)) == (1, 1)
+
+
+def test_several_threads_compute_at_once_and_a_gpu_gets_one() -> None:
+    meeting = threading.Barrier(3, timeout=60)
+
+    def compute(number: int) -> int:
+        if number < 3:
+            meeting.wait()  # passes only when three threads are here
+        return number
+
+    assert list(thread_map(compute, range(30), 3)) == list(range(30))
+    assert threads_for_batches(torch.device("cuda")) == 1
+    assert threads_for_batches(CPU) >= 1
+
+
+def test_as_many_items_are_read_ahead_as_may_wait() -> None:
+    begun = list[int]()
+    taken = read_ahead(count(20, begun), 3)
+    assert next(taken) == 0
+    wait_until(lambda: len(begun) == 4)
+    time.sleep(0.05)
+    assert begun == [0, 1, 2, 3]
+    taken.close()
+
+
+def test_a_batch_is_prepared_while_the_caller_works_on_the_one_before() -> None:
+    prepared = [threading.Event() for _ in range(4)]
+
+    def prepare(number: int) -> tuple[int, int, bool]:
+        prepared[number].set()
+        return number, torch.get_num_threads(), threading.current_thread() is threading.main_thread()
+
+    threads = torch.get_num_threads()
+    for expected, (number, there, in_main) in enumerate(prefetch(prepare, range(4), CPU)):
+        assert (number, there, in_main) == (expected, 1, False)
+        assert torch.get_num_threads() == threads
+        if number < 3:
+            assert prepared[number + 1].wait(30), "the next one is prepared before the caller asks for it"
+        assert not any(event.is_set() for event in prepared[number + 2 :])
+
+
+def test_closing_waits_for_the_batch_in_work_alone() -> None:
+    done = list[int]()
+    second_began = threading.Event()
+
+    def prepare(number: int) -> int:
+        if number == 1:
+            second_began.set()
+        time.sleep(0.05)
+        done.append(number)
+        return number
+
+    taken = prefetch(prepare, range(10**9), CPU)
+    assert next(taken) == 0
+    assert second_began.wait(30)
+    taken.close()
+    assert done == [0, 1]
+
+
+@pytest.mark.parametrize("sizes", [[3], [2, 0, 5]])
+def test_parts_are_joined(sizes: list[int]) -> None:
+    parts = [torch.rand(size, 4) for size in sizes]
+    assert torch.equal(join_on(CPU, parts), torch.cat(parts))
