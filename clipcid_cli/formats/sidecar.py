@@ -364,8 +364,8 @@ class Parity(msgspec.Struct, kw_only=True, omit_defaults=True):
     images_per_second: float
     pytorch_images_per_second: float | None = None
     zeroshot: PredictionParity | None
-    engine: str | None = None
     opset: int | None = None
+    engine: str | None = None
     processor: dict[str, float] | None = None
     tokenizer: dict[str, int] | None = None
 

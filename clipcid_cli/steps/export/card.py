@@ -55,7 +55,7 @@ def render_card(
         "Licence of the weights": settings.license or _UNKNOWN,
         "Licence of the training data": _UNKNOWN,
     }
-    return render_report(
+    card = render_report(
         "model_card.jinja",
         name=export_name(source),
         version=__version__,
@@ -69,6 +69,7 @@ def render_card(
         files=files,
         content=CONTENT,
     )
+    return card.rstrip() + "\n"
 
 
 def export_name(source: ModelName) -> str:

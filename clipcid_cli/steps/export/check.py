@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,8 @@ from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.encode import Encoder
 from clipcid_cli.steps.export.inputs import NUM_COMPARED_ROWS, CheckInputs
 from clipcid_cli.steps.settings.export import ExportSettings
+
+Batch = TypeVar("Batch")
 
 # One sample, two, an odd number, and more than a vector register holds.
 BATCH_SIZES = (1, 2, 5, NUM_COMPARED_ROWS)
@@ -85,20 +87,30 @@ def evaluate(towers: Towers, inputs: CheckInputs) -> Outputs:
     }
     if towers.dense is not None:
         rows["dense"] = _encode(towers.dense, inputs.compared_pixels)
-    embedded, seconds = list[torch.Tensor](), list[float]()
-    for pixels in torch.split(inputs.pixels, _IMAGE_BATCH):
-        trial = time_trial(partial(towers.images, pixels), warm_up=int(not seconds))  # which also pays for buffers
-        embedded.append(trial.result)
-        seconds.append(trial.seconds / len(pixels))
+    embedded, images_per_second = run_timed(towers.images, torch.split(inputs.pixels, _IMAGE_BATCH))
     nearest = None
     if inputs.candidates is not None:
         weights = class_weights(towers.encode_prompts(inputs.candidates.prompts))
-        nearest = (torch.cat(embedded) @ weights.T).argmax(dim=1)
-    return Outputs(rows, nearest, round(1 / statistics.median(seconds), 2))
+        nearest = (embedded @ weights.T).argmax(dim=1)
+    return Outputs(rows, nearest, images_per_second)
 
 
 def _encode(encode: Encode, samples: torch.Tensor) -> torch.Tensor:
     return torch.cat([encode(batch) for size in BATCH_SIZES for batch in torch.split(samples, size)])
+
+
+def run_timed(compute: Callable[[Batch], torch.Tensor], batches: Iterable[Batch]) -> tuple[torch.Tensor, float]:
+    """Compute rows of images, batch after batch.
+
+    Returns:
+        All rows, and the images per second of the median batch.
+    """
+    rows, seconds = list[torch.Tensor](), list[float]()
+    for batch in batches:
+        trial = time_trial(partial(compute, batch), warm_up=int(not rows))  # the first also pays for buffers
+        rows.append(trial.result)
+        seconds.append(trial.seconds / len(trial.result))
+    return torch.cat(rows), round(1 / statistics.median(seconds), 2)
 
 
 class Checker:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import statistics
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +22,8 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.onnx_session import OnnxSession
 from clipcid_cli.runtime.models.towers import DenseImageTower, ImageTower, TextTower, has_patches, image_tower_kind
 from clipcid_cli.runtime.quiet import quiet_libraries
-from clipcid_cli.runtime.timing import Trial, time_trial
-from clipcid_cli.steps.export.check import Checker
-from clipcid_cli.steps.export.inputs import ACCURACY, CheckInputs
+from clipcid_cli.steps.export.check import Checker, run_timed
+from clipcid_cli.steps.export.inputs import ACCURACY, CheckInputs, Classes
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 
@@ -69,20 +67,16 @@ def write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
     Returns:
         Entries of `parity.json`: ``onnx``, ``classifier`` and the quantized variants of both.
     """
-    kinds, classes = ("fp32", *checker.settings.quantize), checker.inputs.classes
+    classes = checker.inputs.classes
     with quiet_libraries():
         _write_encoders(checker, folder)
         for kind in checker.settings.quantize:
             for name in (IMAGE_ENCODER, TEXT_ENCODER):
                 write_quantized(folder / name, folder / quantized_name(name, kind), kind)
-    found = {_form("onnx", kind): _check_encoders(checker, folder, kind) for kind in kinds}
-    if classes is not None:
-        weights = class_weights(checker.original.encode_prompts(classes.prompts()))
-        for kind in kinds:
-            encoder, path = (folder / quantized_name(name, kind) for name in (IMAGE_ENCODER, CLASSIFIER))
-            write_classifier(path, encoder, weights.numpy(), classes.names, classes.templates)
-            found[_form("classifier", kind)] = _check_classifier(checker, path, kind, weights)
-    return found
+    found = {
+        _form("onnx", kind): _check_encoders(checker, folder, kind) for kind in ("fp32", *checker.settings.quantize)
+    }
+    return found if classes is None else found | _write_classifiers(checker, folder, classes)
 
 
 def _form(name: str, kind: str) -> str:
@@ -131,42 +125,42 @@ def _check_encoders(checker: Checker, folder: Path, kind: str) -> Parity:
     return found
 
 
-def _check_classifier(checker: Checker, path: Path, kind: str, weights: torch.Tensor) -> Parity:
-    """Run a classifier on whole images one by one, and compare its cosines and predictions with PyTorch's.
+def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict[str, Parity]:
+    """Write a classifier from each image encoder, run it on whole images one by one, and compare it with PyTorch.
 
     ONNX Runtime resizes its pixels, Pillow the model's: that difference is part of what is measured.
     """
-    session = OnnxSession(path, torch.get_num_threads())
     model, inputs, transform = checker.model, checker.inputs, checker.model.pixel_transform()
+    weights = class_weights(checker.original.encode_prompts(classes.prompts()))
 
-    def classify_here(image: Image.Image) -> torch.Tensor:
+    def classify(image: Image.Image) -> torch.Tensor:
         return checker.original.images(transform(image)[None]) @ weights.T
 
-    def classify_there(image: Image.Image) -> torch.Tensor:
-        return (session.run(torch.from_numpy(np.array(image)[None]))[LOGITS] - model.logit_bias) / model.logit_scale
-
-    here, there = list[Trial[torch.Tensor]](), list[Trial[torch.Tensor]]()
-    for image in inputs.read_images():
-        here.append(time_trial(partial(classify_here, image), warm_up=0))
-        there.append(time_trial(partial(classify_there, image), warm_up=0))
-    expected, given = (torch.cat([trial.result for trial in side]) for side in (here, there))
-    nearest = given.argmax(dim=1)
+    expected, images_per_second = run_timed(classify, inputs.read_images())
     # Labels then index the classes of --classnames, which are the candidates of the encoders, too.
     labelled = inputs.candidates is not None and inputs.candidates.measure == ACCURACY
-    found = Parity(
-        precision=kind,
-        images=len(given),
-        max_cosine_difference=float((expected - given).abs().max()),
-        agreement=float((expected.argmax(dim=1) == nearest).double().mean()),
-        bytes=path.stat().st_size,
-        images_per_second=_rate(there),
-        pytorch_images_per_second=_rate(here),
-        zeroshot=checker.compare_predictions(nearest, gated=kind != "fp32") if labelled else None,
-        engine=session.engine,
-    )
-    checker.validate(_form("classifier", kind), found)
+    found = dict[str, Parity]()
+    for kind in ("fp32", *checker.settings.quantize):
+        encoder, path = (folder / quantized_name(name, kind) for name in (IMAGE_ENCODER, CLASSIFIER))
+        write_classifier(path, encoder, weights.numpy(), classes.names, classes.templates)
+        session = OnnxSession(path, torch.get_num_threads())
+        logits, rate = run_timed(partial(_run_classifier, session), inputs.read_images())
+        cosines, nearest = (logits - model.logit_bias) / model.logit_scale, logits.argmax(dim=1)
+        form = _form("classifier", kind)
+        found[form] = Parity(
+            precision=kind,
+            images=len(logits),
+            max_cosine_difference=float((expected - cosines).abs().max()),
+            agreement=float((expected.argmax(dim=1) == nearest).double().mean()),
+            bytes=path.stat().st_size,
+            images_per_second=rate,
+            pytorch_images_per_second=images_per_second,
+            zeroshot=checker.compare_predictions(nearest, gated=kind != "fp32") if labelled else None,
+            engine=session.engine,
+        )
+        checker.validate(form, found[form])
     return found
 
 
-def _rate(trials: list[Trial[torch.Tensor]]) -> float:
-    return round(1 / statistics.median(trial.seconds for trial in trials), 2)
+def _run_classifier(session: OnnxSession, image: Image.Image) -> torch.Tensor:
+    return session.run(torch.from_numpy(np.array(image)[None]))[LOGITS]
