@@ -366,7 +366,7 @@ class Parity(msgspec.Struct, kw_only=True, omit_defaults=True):
     zeroshot: PredictionParity | None
     opset: int | None = None
     engine: str | None = None
-    processor: dict[str, float] | None = None
+    processor: dict[str, int | float] | None = None
     tokenizer: dict[str, int] | None = None
 
     @property

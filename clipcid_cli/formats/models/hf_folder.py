@@ -38,22 +38,32 @@ def _is_square(size: Any) -> bool:
     return size is None or square_side(size) is not None
 
 
-# Settings of which some values are expressed: which, and what is said of others.
-_LIMITED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "init_logit_bias": (lambda bias: bias is None, ""),
-    "ls_init_value": (lambda scale: scale is None, ""),
-    "pool_type": (lambda pooling: pooling in ("tok", "argmax"), ""),
-    "proj_type": (lambda projection: projection == "linear", ""),
-    "block_type": (lambda block: block in (None, "default"), ""),
-    "layers": (lambda layers: not isinstance(layers, list | tuple), ", a ResNet's"),
-    "image_size": (_is_square, ", not square"),
-    "patch_size": (_is_square, ", not square"),
-    "act_kwargs": (lambda options: (options or {}) in ({}, {"approximate": "none"}, {"approximate": "tanh"}), ""),
-    "norm_kwargs": (lambda options: set(options or {}) <= {"eps"}, ""),
-    "vocab_size": (lambda size: size >= _VOCABULARY_SIZE, f", below the {_VOCABULARY_SIZE} of CLIP's tokenizer"),
+def _is_off(value: Any) -> bool:
+    """Tell whether a setting says nothing. 0, which equals False in Python, is a value that is set."""
+    return value is None or value is False or value in ("", {})
+
+
+# Which values of a setting are expressed; of any that is not here only those that say nothing.
+_EXPRESSED: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(_KNOWN.split(), lambda value: True),
+    "init_logit_bias": lambda bias: bias is None,
+    "ls_init_value": lambda scale: scale is None,
+    "pool_type": lambda pooling: pooling in ("tok", "argmax"),
+    "proj_type": lambda projection: projection == "linear",
+    "block_type": lambda block: block in (None, "default"),
+    "layers": lambda layers: not isinstance(layers, list | tuple),
+    "image_size": _is_square,
+    "patch_size": _is_square,
+    "act_kwargs": lambda options: (options or {}) in ({}, {"approximate": "none"}, {"approximate": "tanh"}),
+    "norm_kwargs": lambda options: set(options or {}) <= {"eps"},
+    "vocab_size": lambda size: size >= _VOCABULARY_SIZE,
 }
-# Values under which any other setting is off.
-_OFF: tuple[Any, ...] = (None, False, "", {})
+_WHY_NOT = {
+    "layers": ", a ResNet's",
+    "image_size": ", not square",
+    "patch_size": ", not square",
+    "vocab_size": f", below the {_VOCABULARY_SIZE} of CLIP's tokenizer",
+}
 
 # From open_clip's names of tensors to Hugging Face's, which spells `pre_layrnorm` so.
 _RENAMED = (
@@ -83,10 +93,10 @@ def validate_for_hf(model: Mapping[str, Any], preprocess: Mapping[str, Any], tok
         text = text | {"pool_type": "argmax"}  # the same place in CLIP's tokens
     towers = {"": model, "vision_cfg.": model["vision_cfg"], "text_cfg.": text}
     problems = [
-        problem
+        f"{prefix}{name} is {'set' if isinstance(value, dict) and len(value) > 1 else repr(value)}{_WHY_NOT.get(name, '')}"
         for prefix, settings in towers.items()
         for name, value in settings.items()
-        if (problem := _find_problem(prefix + name, name, value)) is not None
+        if not _EXPRESSED.get(name, _is_off)(value)
     ]
     if tokenizer != "SimpleTokenizer":
         problems.append(f"its tokenizer is {tokenizer}, not CLIP's")
@@ -96,16 +106,6 @@ def validate_for_hf(model: Mapping[str, Any], preprocess: Mapping[str, Any], tok
             "--format hf: Hugging Face's CLIPModel cannot express this model: " + "; ".join(problems) + ".",
             "Export it with --format open-clip or onnx.",
         )
-
-
-def _find_problem(path: str, name: str, value: Any) -> str | None:
-    if name in _LIMITED:
-        expressed, words = _LIMITED[name]
-        return None if expressed(value) else f"{path} is {value!r}{words}"
-    # By type, too: 0 equals False in Python, but is a value that is set.
-    if name in _KNOWN.split() or any(type(value) is type(off) and value == off for off in _OFF):
-        return None
-    return f"{path} is {'set' if isinstance(value, dict) and len(value) > 1 else repr(value)}"
 
 
 def write_hf_folder(

@@ -83,7 +83,7 @@ def _stored_tensors(checker: Checker) -> dict[str, torch.Tensor]:
     }
 
 
-def _check_processor(written: HfClip, checker: Checker) -> dict[str, float]:
+def _check_processor(written: HfClip, checker: Checker) -> dict[str, int | float]:
     """Compare pixels with open_clip's. transformers crops some images one pixel aside: these are counted and left out."""
     inputs, preprocess = checker.inputs, checker.model.info.preprocess
     std = torch.tensor(preprocess["std"]).view(3, 1, 1)
