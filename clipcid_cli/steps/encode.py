@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Self
 
 import torch
 from PIL import Image
@@ -238,7 +237,7 @@ class Encoder:
     batch_size: int
 
     @classmethod
-    def of(cls, model: ClipModel, precision: Precision, batch_size: int) -> Self:
+    def of(cls, model: ClipModel, precision: Precision, batch_size: int) -> Encoder:
         """Return the towers of a model that compute in a number format."""
         return cls(
             partial(model.encode_images, precision=precision),

@@ -17,8 +17,7 @@ from clipcid_cli.algorithms.metrics.parity import RowDifference, compare_rows
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.sidecar import Parity, PredictionParity, RowParity
 from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.towers import DenseImageTower, Encode
-from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.models.towers import DenseImageTower, Encode, ImageTower, TextTower
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.encode import Encoder
 from clipcid_cli.steps.export.inputs import NUM_COMPARED_ROWS, CheckInputs
@@ -54,14 +53,18 @@ class Towers(Encoder):
 
 
 def towers_of(model: ClipModel, *, dense: bool = False) -> Towers:
-    """Return the towers of the original, or of a form that open_clip loads."""
-    precision = choose_precision("fp32", model.device, "evaluate", model.info.parameters)
-    towers = Towers.of(model, precision, _TEXT_BATCH)
-    if not dense:
-        return towers
-    tower = DenseImageTower(model.module).eval()
-    patches = torch.inference_mode()(lambda pixels: tower(model.normalize(pixels))[1])
-    return dataclasses.replace(towers, dense=patches)
+    """Return open_clip's own passes of the original, or of a form that open_clip loads."""
+    inference = torch.inference_mode()
+    image, text = ImageTower(model.module), TextTower(model.module)
+    patches = DenseImageTower(model.module) if dense else None
+    return Towers(
+        images=inference(lambda pixels: image(model.normalize(pixels))),
+        texts=inference(lambda tokens: text(tokens)),
+        tokenizer=model.tokenizer,
+        device=model.device,
+        batch_size=_TEXT_BATCH,
+        dense=None if patches is None else inference(lambda pixels: patches(model.normalize(pixels))[1]),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
