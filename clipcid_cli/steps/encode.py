@@ -294,7 +294,7 @@ def decode(
 
     def send() -> Iterator[Sequence[Sample]]:
         for batch in batches:
-            sent.append(dataclasses.replace(batch, samples=_drop_bytes(batch.samples)))
+            sent.append(_drop_bytes(batch))
             yield batch.samples
 
     start = time.perf_counter()
@@ -325,12 +325,7 @@ def encode(
 
     if workers is not None:
         return thread_map(lambda pair: compute(*pair), decode(batches, decoder, workers), threads)
-
-    def decode_and_compute(batch: Batch) -> tuple[Batch, Encoded]:
-        decoded = decoder(batch.samples)
-        return compute(dataclasses.replace(batch, samples=_drop_bytes(batch.samples)), decoded)
-
-    return thread_map(decode_and_compute, batches, threads)
+    return thread_map(lambda batch: compute(_drop_bytes(batch), decoder(batch.samples)), batches, threads)
 
 
 def finish(
@@ -355,5 +350,5 @@ def finish(
     return encoded
 
 
-def _drop_bytes(samples: Sequence[Sample]) -> list[Sample]:
-    return [sample.without_image_data() for sample in samples]
+def _drop_bytes(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, samples=[sample.without_image_data() for sample in batch.samples])

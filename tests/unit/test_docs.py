@@ -130,7 +130,7 @@ def test_the_documented_columns_are_those_that_are_written() -> None:
     assert columns_under("Keep list") == keep_list._SCHEMA.names
     assert columns_under("Sets") == sets._SCHEMA.names
     assert columns_under("Clusters") == clusters._SCHEMA.names
-    assert columns_under("Metrics") == list(metrics.FIELDS)
+    assert columns_under("Metrics") == list(metrics.Metrics.__struct_fields__)
 
 
 def test_every_folder_of_the_work_directory_is_documented() -> None:

@@ -106,13 +106,13 @@ class Evaluation:
         with whole_table(student.module, decay):
             for task in self.tasks:
                 rows = model.encode(task)
-                found = machine.on_main(partial(_metrics_of, model, rows, self.settings))
+                found = machine.on_main(partial(_metrics_of, rows, machine.device))
                 metrics |= {f"{task.name}/{name}": value for name, value in found.items() if math.isfinite(value)}
         return metrics
 
 
-def _metrics_of(model: EvaluatedModel, rows: TaskRows, settings: EvalZeroshotSettings) -> dict[str, float]:
-    return measure(model, rows, settings).metrics
+def _metrics_of(rows: TaskRows, device: torch.device) -> dict[str, float]:
+    return measure(rows, device, Reporter()).draws.values()
 
 
 def share_statistics(module: nn.Module, machine: Machine) -> None:

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from typing import Any
 
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.embed.encoder import EmbedEncoder
 from clipcid_cli.steps.embed.plan import EmbedPlan
+from clipcid_cli.steps.embed.result import EmbedCost, TextsCost
 
 # About as long as the median caption on the web, for estimates.
 TYPICAL_CAPTION = "a photo of a cat on a red chair"
 
 
-def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, machine: Machine) -> dict[str, Any]:
+def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, machine: Machine) -> EmbedCost | TextsCost:
     """Estimate what embedding would cost from the time of a few batches."""
     samples = machine.on_main(plan.dataset.estimate_samples)
-    seconds = _measure_batch(encoder) * samples / encoder.decoder.batch_size / machine.size
-    size = bytes_per_sample(encoder)
-    counted = {"texts": samples} if plan.of_texts else {"shards": len(plan.shards), "images": samples}
-    each = {} if plan.of_texts else {"bytes_per_image": size}
-    return {"dry_run": True, **counted, "bytes": samples * size, **each, "seconds": {"encode": round(seconds, 1)}}
-
-
-def bytes_per_sample(encoder: EmbedEncoder) -> int:
-    """Return what a sample takes on the disk, with its first caption, views and text variants, without its metadata."""
-    return sum(kind.dtype.itemsize * math.prod(shape) for kind, shape in encoder.shapes.items())
+    encode = _measure_batch(encoder) * samples / encoder.decoder.batch_size / machine.size
+    seconds = {"encode": round(encode, 1)}
+    size = encoder.bytes_per_sample
+    if plan.of_texts:
+        return TextsCost(True, samples, samples * size, seconds)
+    return EmbedCost(True, len(plan.shards), samples, samples * size, size, seconds)
 
 
 def _measure_batch(encoder: EmbedEncoder) -> float:

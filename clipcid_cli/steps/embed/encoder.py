@@ -7,19 +7,28 @@ variants of each.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.models.augment import PACKED_VIEW, PARTNER, ViewPixels, apply_colors
-from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.preprocess import normalize_pixels
-from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.augment import PACKED_VIEW, PARTNER, Augmentation, ViewPixels, apply_colors
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.preprocess import hash_preprocess, normalize_pixels
+from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
+from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.text_variants import TextVariants
+from clipcid_cli.steps.embed.plan import EmbedPlan
 from clipcid_cli.steps.embed.views import BatchViews, Views
 from clipcid_cli.steps.encode import Decoded, Decoder, Encoded, Encoder
+
+# On a CPU a batch should stay in its cache: 128 and more were slower for a ViT-B-32.
+_BATCH_SIZES = {"cpu": 64, "cuda": 256}
 
 
 @dataclasses.dataclass
@@ -108,6 +117,41 @@ class EmbedEncoder:
             found[Kind.VARIANTS] = (made.text_variants.number, width)
         return found
 
+    @property
+    def bytes_per_sample(self) -> int:
+        """What a sample takes on the disk, with its first caption, views and text variants, without its metadata."""
+        return sum(kind.dtype.itemsize * math.prod(shape) for kind, shape in self.shapes.items())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of the model decides the rows, as JSON values."""
+        info = self.model.info
+        with_texts = self.decoder.tokenizer is not None
+        found = {
+            "weights": info.weights_hash,
+            "tokenizer": f"{info.tokenizer}, {info.context_length} tokens" if with_texts else None,
+            "precision": self.precision.name,
+            "batch_size": self.batch_size,
+        }
+        if self.decoder.transform is not None:
+            found["preprocess"] = hash_preprocess(info.preprocess, fast_decode=self.decoder.fast_decode)
+        return found
+
+    def describe(self) -> str:
+        """Say how it encodes, and what it makes beside images and captions."""
+        precision, made = self.precision, self.decoder
+        more = list[str]()
+        if made.views is not None:
+            mixing = f"; mixtures within batches of {made.batch_size} images" if made.views.mixes else ""
+            more.append(f"{made.views.number} views ({', '.join(made.views.kinds)}{mixing})")
+        if made.text_variants is not None:
+            more.append(f"{made.text_variants.number} text variants")
+        size = f" Of each image {' and '.join(more)}: {self.bytes_per_sample:,} bytes an image." if more else ""
+        return (
+            f"{self.model.info.parameters / 1e6:.1f} M parameters, precision {precision.name} ({precision.reason}), batches "
+            f"of {self.batch_size}, {self.workers} worker{'' if self.workers == 1 else 's'} per process.{size}"
+        )
+
     def __call__(self, decoded: Decoded) -> dict[Kind, torch.Tensor]:
         """Encode a batch: images [B, D], texts [M, D], views [B, V, D] with their numbers [B, V, P], variants [B, W, D]."""
         assert isinstance(decoded, Augmented), "made by an AugmentingDecoder"
@@ -139,6 +183,38 @@ class EmbedEncoder:
         device = self.model.device
         shown = apply_colors(pixels.to(device, non_blocking=True), maps.to(device, non_blocking=True))
         return normalize_pixels(shown, self.model.info.preprocess)
+
+
+def load_encoder(plan: EmbedPlan, machine: Machine) -> EmbedEncoder:
+    """Load the model on every process."""
+    settings = plan.settings
+    workers = default_workers(machine.device) if settings.workers is None else settings.workers
+    if workers:
+        start_worker_server()
+    model = machine.on_all(lambda: load_model(plan.name, machine.device))
+    precision = choose_precision(settings.precision, machine.device, "embed", model.info.parameters)
+    model.cast_products(precision)
+    augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
+    views = Views(settings.views, settings.view_kinds, augmentation, settings.seed) if settings.views else None
+    batch_size = settings.batch_size or _BATCH_SIZES[machine.device.type]
+    if views is not None and views.mixes and batch_size < (min_size := 2 * (1 + views.number)):
+        raise UsageError(
+            f"--view-kind mix mixes the images of a batch, but with --batch-size {batch_size} and {views.number} views it "
+            "holds one.",
+            f"Give --batch-size {min_size} or more, or fewer --views: a batch holds batch size/(1 + views) images.",
+        )
+    decoder = AugmentingDecoder(
+        image_size=model.info.image_size,
+        context_length=model.info.context_length,
+        transform=None if plan.of_texts else model.pixel_transform(),
+        tokenizer=model.tokenizer if settings.text else None,
+        batch_size=batch_size if views is None else max(1, batch_size // (1 + views.number)),
+        fast_decode=settings.fast_decode,
+        render=ViewPixels(model.info.preprocess),
+        views=views,
+        text_variants=TextVariants(settings.text_variants, settings.seed) if settings.text_variants else None,
+    )
+    return EmbedEncoder(model, precision, batch_size, workers, decoder)
 
 
 def recount_partners(encoded: Encoded) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -20,7 +20,7 @@ from clipcid_cli.steps.data_index import stream_shard
 from clipcid_cli.steps.embed.encoder import EmbedEncoder, recount_partners
 from clipcid_cli.steps.embed.plan import EmbedPlan
 from clipcid_cli.steps.encode import Batch, Encoded, encode, join, list_batches
-from clipcid_cli.steps.reporting import Progress, Reporter
+from clipcid_cli.steps.reporting import Reporter
 
 # From this many samples on, too many unusable ones end the step before all data is read.
 _EARLY_CHECK = 10_000
@@ -45,30 +45,33 @@ def embed_missing(
     plan: EmbedPlan, encoder: EmbedEncoder, writer: EmbeddingWriter, machine: Machine, reporter: Reporter
 ) -> list[Timings]:
     """Embed the shards that are not finished, divided among the processes; return the timings of all."""
+    total = len(plan.shards)
 
     def find_missing() -> tuple[list[int], float]:
-        missing = [number for number in range(len(plan.shards)) if writer.read_record(number) is None]
-        return missing, plan.dataset.estimate_samples() * len(missing) / len(plan.shards)
+        missing = [number for number in range(total) if writer.read_record(number) is None]
+        return missing, plan.dataset.estimate_samples() * len(missing) / total
 
     missing, expected = machine.on_main(find_missing)
-    if len(missing) < len(plan.shards):
-        reporter.note(f"{len(plan.shards) - len(missing)} of {len(plan.shards)} shards are already embedded.")
+    if len(missing) < total:
+        reporter.note(f"{total - len(missing)} of {total} shards are already embedded.")
+    mine = missing[machine.rank :: machine.size]
     with reporter.progress("embed", expected, "texts" if plan.of_texts else "images") as progress:
-        return machine.gather(_embed(plan, encoder, writer, missing, machine, progress))
+
+        def advance(samples: int) -> None:
+            progress.advance(samples * len(missing) / len(mine))  # the bar covers all processes
+
+        return machine.gather(_embed(plan, encoder, writer, mine, advance))
 
 
 def _embed(
     plan: EmbedPlan,
     encoder: EmbedEncoder,
     writer: EmbeddingWriter,
-    missing: Sequence[int],
-    machine: Machine,
-    progress: Progress,
+    shards: Sequence[int],
+    advance: Callable[[int], None],
 ) -> Timings:
-    """Embed this process's part of the shards, and write each one when it is complete."""
+    """Embed shards, and write each one when it is complete."""
     timings, skipped, read = Timings(), Skips(), 0
-    mine = missing[machine.rank :: machine.size]
-    weight = len(missing) / max(1, len(mine))  # the bar covers all processes
     with_texts = encoder.decoder.tokenizer is not None
 
     def reject(sample: Sample) -> str | None:
@@ -76,7 +79,7 @@ def _embed(
 
     start = time.perf_counter()
     stream = partial(stream_shard, plan.dataset)
-    batches = list_batches(plan.dataset, mine, stream, encoder.decoder.batch_size, reject)
+    batches = list_batches(plan.dataset, shards, stream, encoder.decoder.batch_size, reject)
     parts = list[Encoded]()
     for batch, encoded in encode(batches, encoder.decoder, encoder, encoder.model.device, encoder.workers):
         if plan.of_texts and encoded.failures:  # no text may be missing
@@ -85,7 +88,7 @@ def _embed(
                 f"The embedding of text {text + 1:,} is not finite.", "Try --precision fp32, or remove the text."
             )
         parts.append(encoded)
-        progress.advance(len(encoded.samples) * weight)
+        advance(len(encoded.samples))
         timings.read += batch.waited
         if batch.read is None:
             continue

@@ -22,18 +22,15 @@ from clipcid_cli.algorithms.metrics.classification import (
     rank_classes,
     top_classes,
 )
-from clipcid_cli.algorithms.metrics.intervals import Array
-from clipcid_cli.algorithms.metrics.intervals import Metrics as MetricsOfDraws
+from clipcid_cli.algorithms.metrics.intervals import Array, Metrics
 from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_ranks
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results import predictions
-from clipcid_cli.formats.results.predictions import Predictions, make_predictions
 from clipcid_cli.formats.sidecar import Calibration, Calibrations, ClassScore, Example
 from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.runtime.threads import threads_for
-from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows
+from clipcid_cli.steps.evaluate.model import TaskRows
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 FITTED_FRACTION = 0.5
 """Fraction of the images, by hash of the key, that a temperature is fitted on."""
@@ -50,62 +47,33 @@ class TaskResult:
     """The metrics of one model on one data set, and what explains them.
 
     Attributes:
-        metrics: Values by name; CLIP_benchmark's names where it has one.
-        intervals: The 95 % interval of each metric; empty when none was asked for.
-        predictions: What was predicted for each image; None unless asked for.
-        texts: Number of prompts or captions used.
-    """
-
-    metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    predictions: Predictions | None
-    texts: int
-    per_class: list[ClassScore]
-    examples: list[Example]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Measured:
-    """One kind of task.
-
-    Attributes:
+        draws: The metrics, of all images and of random draws of them; CLIP_benchmark's names where it has one.
         kind: Of the predictions file.
-        columns: Makes its columns, but for the keys.
+        columns: Makes the columns of that file, what was predicted for each image, but for the keys.
+        texts: Number of prompts or captions used.
+        per_class: Of a classification.
+        examples: Images for the report; of a classification with one class an image.
     """
 
+    draws: Metrics
     kind: str
-    metrics: MetricsOfDraws
     columns: Callable[[], dict[str, Any]]
     texts: int
-    per_class: list[ClassScore]
-    examples: list[Example]
+    per_class: list[ClassScore] = dataclasses.field(default_factory=list)
+    examples: list[Example] = dataclasses.field(default_factory=list)
 
 
-def measure(model: EvaluatedModel, rows: TaskRows, settings: EvalZeroshotSettings) -> TaskResult:
+def measure(rows: TaskRows, device: torch.device, reporter: Reporter) -> TaskResult:
     """Measure what a model made of a data set.
 
     Args:
-        settings: Whether to keep predictions, and how to draw intervals.
+        device: Where the similarities of images and captions are computed.
     """
-    task = rows.task
     if rows.weights is None:
-        found = _measure_retrieval(rows, model.machine.device, model.reporter)
-    elif task.multi_label:
-        found = _measure_multi_label(rows, rows.weights)
-    else:
-        found = _measure_classification(rows, rows.weights, model.reporter)
-    kept = None
-    if settings.predictions:
-        columns = {"key": rows.keys, **found.columns()}
-        kept = make_predictions(found.kind, model.model.info.slug, task.name, len(task.class_names), columns)
-    return TaskResult(
-        metrics=found.metrics.values(),
-        intervals=found.metrics.intervals(settings.bootstrap, settings.seed),
-        predictions=kept,
-        texts=found.texts,
-        per_class=found.per_class,
-        examples=found.examples,
-    )
+        return _measure_retrieval(rows, device, reporter)
+    if rows.task.multi_label:
+        return _measure_multi_label(rows, rows.weights)
+    return _measure_classification(rows, rows.weights, reporter)
 
 
 def _score(rows: TaskRows, weights: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -114,7 +82,7 @@ def _score(rows: TaskRows, weights: torch.Tensor) -> Iterator[torch.Tensor]:
         yield images @ weights.T
 
 
-def _measure_classification(rows: TaskRows, weights: torch.Tensor, reporter: Reporter) -> _Measured:
+def _measure_classification(rows: TaskRows, weights: torch.Tensor, reporter: Reporter) -> TaskResult:
     """Measure the accuracy of images that have one class each."""
     assert rows.labels is not None, "a classification has labels"
     task, num_classes = rows.task, len(weights)
@@ -142,9 +110,9 @@ def _measure_classification(rows: TaskRows, weights: torch.Tensor, reporter: Rep
         scores_of_top, numbers_of_top = (torch.cat(parts).tolist() for parts in zip(*top, strict=True))
         return {"label": labels, "predicted": predicted, "top": numbers_of_top, "scores": scores_of_top}
 
-    return _Measured(
+    return TaskResult(
         kind=predictions.CLASSIFICATION,
-        metrics=accuracy_metrics(labels, ranks, num_classes),
+        draws=accuracy_metrics(labels, ranks, num_classes),
         columns=columns,
         texts=num_classes * len(task.templates),
         per_class=_score_classes(task.class_names, labels, predicted),
@@ -185,13 +153,13 @@ def _choose_examples(rows: TaskRows, labels: Array, predicted: Array) -> list[Ex
     return examples
 
 
-def _measure_multi_label(rows: TaskRows, weights: torch.Tensor) -> _Measured:
+def _measure_multi_label(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
     """Measure the average precision of images that may have any number of classes."""
     positive = rows.labels
     assert positive is not None, "a classification has labels"
     task, scores = rows.task, torch.cat(list(_score(rows, weights)))
-    metrics = precision_metrics(scores.numpy(), positive.numpy())
-    areas = average_precision(metrics.images_U[None], scores.numpy(), positive.numpy())[0][0].tolist()
+    draws = precision_metrics(scores.numpy(), positive.numpy())
+    areas = average_precision(draws.images_U[None], scores.numpy(), positive.numpy())[0][0].tolist()
 
     def columns() -> dict[str, Any]:
         scores_of_top, top = top_classes(scores)
@@ -203,25 +171,20 @@ def _measure_multi_label(rows: TaskRows, weights: torch.Tensor) -> _Measured:
             "class_scores": scores.tolist(),
         }
 
-    return _Measured(
+    return TaskResult(
         kind=predictions.MULTI_LABEL,
-        metrics=metrics,
+        draws=draws,
         columns=columns,
         texts=len(weights) * len(task.templates),
         per_class=[
             ClassScore(name, images, None if math.isnan(area) else area)
             for name, images, area in zip(task.class_names, positive.sum(dim=0).tolist(), areas, strict=True)
         ],
-        examples=[],
     )
 
 
-def _measure_retrieval(rows: TaskRows, device: torch.device, reporter: Reporter) -> _Measured:
-    """Measure recall at k of images from captions, and of captions from images.
-
-    Args:
-        device: Where similarities are computed.
-    """
+def _measure_retrieval(rows: TaskRows, device: torch.device, reporter: Reporter) -> TaskResult:
+    """Measure recall at k of images from captions, and of captions from images."""
     encoded = rows.encoded
     images, texts = (encoded.rows[kind].to(device) for kind in (Kind.IMAGES, Kind.TEXTS))
     smallest = min(len(images), len(texts))
@@ -236,13 +199,11 @@ def _measure_retrieval(rows: TaskRows, device: torch.device, reporter: Reporter)
         by_image = torch.split(image_ranks, encoded.captions.tolist())
         return {"image_ranks": [ranks.tolist() for ranks in by_image], "text_rank": text_ranks.numpy()}
 
-    return _Measured(
+    return TaskResult(
         kind=predictions.RETRIEVAL,
-        metrics=recall_metrics((image_ranks, text_ranks), encoded.owners),
+        draws=recall_metrics((image_ranks, text_ranks), encoded.owners),
         columns=columns,
         texts=len(texts),
-        per_class=[],
-        examples=[],
     )
 
 

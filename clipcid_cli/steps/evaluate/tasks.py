@@ -126,7 +126,7 @@ class ZeroshotTask:
     def labels(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Return the classes of samples that have one: int64 [B], or bool [B, C] where an image may have several."""
         if not self.multi_label:
-            return torch.tensor([self.label(sample) for sample in samples])
+            return torch.tensor([self.label(sample) for sample in samples], dtype=torch.int64)
         positive = torch.zeros(len(samples), len(self.class_names), dtype=torch.bool)
         for row, sample in enumerate(samples):
             positive[row, list(read_classes(sample, len(self.class_names)) or ())] = True

@@ -19,7 +19,7 @@ from clipcid_cli.formats.results.metrics import (
     read_metrics_sidecar,
     write_metrics,
 )
-from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
+from clipcid_cli.formats.results.predictions import make_predictions, predictions_path, write_predictions
 from clipcid_cli.formats.sidecar import ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
@@ -169,22 +169,23 @@ def _write(
 ) -> ZeroshotResult:
     """Measure a model by its rows, and write the files of the pair."""
     task = rows.task
-    predictions = predictions_path(path)
-    if predictions.is_file() and (output.finished or output.earlier) is not None:
-        # They belong to the same model and data, and do not depend on the draws: keep them up to date.
-        settings = dataclasses.replace(settings, predictions=True)
     started = time.perf_counter()
     warn_of_skips(task.name, rows.skips, model.reporter)
-    found = measure(model, rows, settings)
+    found = measure(rows, model.machine.device, model.reporter)
+    metrics = model.make_metrics(task.name, task.task, found.draws.values())
+    intervals = found.draws.intervals(settings.bootstrap, settings.seed)
     calibration = calibrate(rows, model.model.logit_scale)
     seconds = rows.seconds | {"compare": time.perf_counter() - started}
-    metrics = model.make_metrics(task.name, task.task, found.metrics)
     output.start()
     written = [output.root / path.name]
     write_metrics(written[0], metrics)
-    if found.predictions is not None:
-        written.append(output.work / predictions.name)
-        write_predictions(written[1], found.predictions)
+    # Predictions of the same model and data do not depend on the draws: those that are there are kept up to date.
+    earlier = predictions_path(path)
+    if settings.predictions or (earlier.is_file() and (output.finished or output.earlier) is not None):
+        columns = {"key": rows.keys, **found.columns()}
+        written.append(output.work / earlier.name)
+        slug, num_classes = model.model.info.slug, len(task.class_names)
+        write_predictions(written[1], make_predictions(found.kind, slug, task.name, num_classes, columns))
     images = len(rows.encoded.samples)
     sidecar = output.commit(
         counts={"images": images, "texts": found.texts, "skipped": rows.skips.counts},
@@ -193,7 +194,7 @@ def _write(
         images_per_second=images / seconds["encode"],
         prompts=task.prompt_lines,
         customary=task.customary,
-        intervals=found.intervals,
+        intervals=intervals,
         calibration=calibration,
         per_class=found.per_class,
         examples=found.examples,

@@ -10,7 +10,7 @@ import pytest
 from teaching_data import embed_data, join, train, write_student
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps.embed import run as embed
+from clipcid_cli.steps.embed import encoder
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_none_are_made_without_it(
     def load(*_: object) -> None:
         raise AssertionError("embedding began")
 
-    monkeypatch.setattr(embed, "load_model", load)
+    monkeypatch.setattr(encoder, "load_model", load)
     common = {"teacher": str(tiny_model), "student": str(write_student(tmp_path)), "preset": "clip-kd"}
     with pytest.raises(ClipcidError, match="holds no views") as raised:
         train(tmp_path / "work", tiny_shards, views="stored", **common)

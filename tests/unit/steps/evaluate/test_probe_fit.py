@@ -11,8 +11,8 @@ import torch
 from clipcid_cli.algorithms.probe.probe import choose_point
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.known_datasets import KNOWN_DATASETS
-from clipcid_cli.steps.evaluate.probe_data import choose_metric
 from clipcid_cli.steps.evaluate.probe_fit import LabelledFeatures, ProbeFits
+from clipcid_cli.steps.evaluate.probe_plan import choose_metric
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 

@@ -1,4 +1,4 @@
-"""What `eval-linear` reads: splits with the same classes to fit, validate and measure on, and a model's features of each."""
+"""What `eval-linear` will do: which model is probed, on which splits with the same classes."""
 
 from __future__ import annotations
 
@@ -14,69 +14,69 @@ from clipcid_cli.formats.data.class_files import read_class_names
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
 from clipcid_cli.formats.data.known_datasets import customary_metric
 from clipcid_cli.formats.data.samples import Sample, read_vector_length
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
-from clipcid_cli.steps.evaluate.model import EvaluatedModel
+from clipcid_cli.formats.results.metrics import metrics_stem
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, MULTI_LABEL, ZeroshotTask, find_copy
+from clipcid_cli.steps.model_choice import choose_model
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 
+TASK = "linear_probe"
 _SPLITS = ("train", "test", "val", "validation")
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbeData:
-    """The splits of one data set.
+class ProbePlan:
+    """A linear probe.
 
     Attributes:
-        name: Name of the data set.
+        dataset: Name of the data set.
         classes: Names of the classes, in the order of the training split's labels.
         metric: Metric by which the regularisation strength is chosen.
-        val: Split on which it is chosen; None takes part of the training split.
+        splits: ``train`` and ``test``; without ``val`` the strength is chosen on a part of the training split.
+        path: The metrics file.
     """
 
-    name: str
+    name: ModelName
+    dataset: str
     classes: tuple[str, ...]
     metric: str
-    train: ZeroshotTask
-    test: ZeroshotTask
-    val: ZeroshotTask | None = None
-
-    @property
-    def tasks(self) -> tuple[ZeroshotTask, ...]:
-        """All splits: training, test and, where there is one, validation."""
-        return (self.train, self.test) if self.val is None else (self.train, self.test, self.val)
+    splits: dict[str, ZeroshotTask]
+    path: Path
 
 
-def open_probe_data(settings: EvalLinearSettings, reporter: Reporter) -> ProbeData:
-    """Open all splits and match their classes: class folders by name, numbered classes by number."""
+def make_plan(settings: EvalLinearSettings, reporter: Reporter) -> ProbePlan:
+    """Find the model, open all splits and match their classes: class folders by name, numbered classes by number."""
+    model = choose_model(settings.model, settings.work, reporter, positional_of="eval-linear")
     name, train_data, test_data = _locate(settings, reporter)
-    splits = []
-    given = {"--train": train_data, "--test": test_data} | ({"--val": settings.val} if settings.val is not None else {})
-    for flag, data in given.items():
+    given = {"train": train_data, "test": test_data} | ({"val": settings.val} if settings.val is not None else {})
+    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
+    opened = dict[str, Dataset]()
+    for split, data in given.items():
         if "://" not in data and "{" not in data and not Path(data).exists():
             raise ClipcidError(
                 f"There is no data at {data}.",
-                f"Give {flag}, or a DATA folder that holds train/ and test/; the first positional argument is the model.",
+                f"Give --{split}, or a DATA folder that holds train/ and test/; the first positional argument is the model.",
             )
-        columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-        splits.append(open_dataset(data, keys=settings.keys, columns=columns))
-    train = splits[0]
+        opened[split] = open_dataset(data, keys=settings.keys, columns=columns)
+    train = opened["train"]
     several = _has_several(train_data, train)
-    classes = _class_names(train_data, splits)
-    tasks = [
-        ZeroshotTask(
-            f"{name} {flag.removeprefix('--')}",
+    classes = _class_names(train_data, list(opened.values()))
+    splits = {
+        split: ZeroshotTask(
+            f"{name} {split}",
             CLASSIFICATION,
-            split,
+            dataset,
             classes,
-            label_of=_labels_of(train, split),
+            label_of=_labels_of(train, dataset),
             multi_label=several,
         )
-        for flag, split in zip(given, splits, strict=True)
-    ]
-    return ProbeData(name, classes, choose_metric(settings.metric, name, several=several), *tasks)
+        for split, dataset in opened.items()
+    }
+    metric = choose_metric(settings.metric, name, several=several)
+    path = WorkDirectory(settings.work).eval / f"{metrics_stem(name, model.slug, TASK)}.json"
+    return ProbePlan(model, name, classes, metric, splits, path)
 
 
 def _labels_of(train: Dataset, other: Dataset) -> tuple[int, ...] | None:
@@ -157,36 +157,3 @@ def _name(data: str) -> str:
     """Name the data set after the folder that holds its splits."""
     parts = (data if "://" in data else str(Path(data).resolve())).rstrip("/").split("/")
     return parts[-2] if parts[-1] in _SPLITS and len(parts) > 1 else parts[-1]
-
-
-def extract_features(
-    model: EvaluatedModel, task: ZeroshotTask, fingerprints: list[FileRecord], folder: Path
-) -> Features:
-    """Return a model's features of one split: those kept from an earlier run, or new ones, which are then kept.
-
-    Args:
-        fingerprints: Identity of the split's files and images.
-        folder: Where features are kept.
-    """
-    info, machine = model.model.info, model.machine
-    identity = {
-        "weights": info.weights_hash,
-        "preprocess": info.preprocess_hash,
-        "data": [[each.size, each.hash] for each in fingerprints],
-        "keys": task.dataset.keys,
-        "columns": dataclasses.asdict(task.dataset.columns),
-        "labels": task.label_of,
-        "classes": len(task.class_names) if task.multi_label else None,
-        "precision": model.precision.name,
-        "batch_size": model.batch_size,
-    }
-    path = features_path(folder, info.slug, identity)
-    kept = machine.on_main(lambda: read_features(path))
-    if kept is not None:
-        model.reporter.note(f"{task.name}: features of {len(kept.rows):,} images from {path}.")
-        return kept
-    rows = model.encode(task)
-    assert rows.labels is not None, "a classification has labels"
-    features = Features(rows.encoded.rows[Kind.IMAGES].numpy(), rows.labels.numpy(), rows.skips)
-    machine.on_main(lambda: write_features(path, features))
-    return features
