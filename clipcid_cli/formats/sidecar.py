@@ -333,7 +333,7 @@ class PredictionParity(msgspec.Struct, kw_only=True):
 
     Attributes:
         measure: ``acc1`` or ``text_retrieval_recall@1``; `value` is the export's, `pytorch` the original's.
-        agreement: Share of the images with the same answer.
+        agreement: Fraction of the images with the same answer.
         gated: Whether a drop over the limit is an error.
     """
 
@@ -371,7 +371,7 @@ class Parity(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     @property
     def same_answers(self) -> float | None:
-        """Share of the images with the same answer, where there are answers."""
+        """Fraction of the images with the same answer, where there are answers."""
         return self.agreement if self.zeroshot is None else self.zeroshot.agreement
 
 

@@ -34,7 +34,7 @@ NUM_COMPARED_ROWS = 16
 
 _FEW_IMAGES, _MANY_IMAGES = 64, 1000
 
-# The share of images that find their own text: among the classes, or among the captions of all images.
+# The fraction of images that find their own text: among the classes, or among the captions of all images.
 ACCURACY, RECALL = "acc1", "text_retrieval_recall@1"
 
 SENTENCES = (
