@@ -14,6 +14,7 @@ from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextCo
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from clipcid_cli.commands.signals import said_at_end
 from clipcid_cli.commands.summary import format_seconds
 from clipcid_cli.commands.wrapping import wrap
 from clipcid_cli.steps.reporting import Progress, Reporter
@@ -143,7 +144,13 @@ class _Bar(Progress):
 @contextmanager
 def _bar(console: Console, label: str, total: float | None, unit: str) -> Iterator[Progress]:
     bar = _Bar(console, label, total, unit)
-    with Live(get_renderable=bar.render, console=console, refresh_per_second=4):
+    live = Live(get_renderable=bar.render, console=console, refresh_per_second=4)
+
+    def say_goodbye() -> None:
+        bar.end(well=False)
+        live.stop()
+
+    with live, said_at_end(say_goodbye):
         try:
             yield bar
         except BaseException:
