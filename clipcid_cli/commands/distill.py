@@ -55,13 +55,19 @@ def _format_recalls(metrics: dict[str, float]) -> str:
 
 
 command = step_command(
-    name="distill",
-    settings=DistillSettings,
+    "distill",
+    DistillSettings,
     step="clipcid_cli.steps.distill.run",
-    summary=show,
-    help="Train a small CLIP on a teacher's embeddings, or without a teacher. To continue a run that was "
-    "stopped, run the same command again: it resumes from the last checkpoint.",
-    examples="clipcid distill --teacher ViT-L-14 --student ViT-B-32\n"
-    "clipcid distill laion/ --teacher none --student student.json --steps 2000 --batch-size 64\n"
-    "clipcid distill --student student.json --preset cid --loss fd=10 --name cid",
+    show=show,
+    page="""
+Train a small CLIP on a teacher's embeddings, or without a teacher. To continue a run that was stopped, run the same
+command again: it resumes from the last checkpoint.
+
+\b
+Examples:
+  clipcid distill --teacher ViT-L-14 --student ViT-B-32
+  clipcid distill laion/ --teacher none --student student.json \\
+      --steps 2000 --batch-size 64
+  clipcid distill --student student.json --loss fd=10 --name cid
+""",
 )

@@ -74,14 +74,19 @@ def _range(values: list[float]) -> str:
 
 
 command = step_command(
-    name="eval-linear",
-    settings=EvalLinearSettings,
+    "eval-linear",
+    EvalLinearSettings,
     step="clipcid_cli.steps.evaluate.linear",
-    summary=show,
-    help="Measure a linear probe: logistic regression on the frozen image features of a model. The regularization is chosen "
-    "among 45 values on a part of the training images, as in DINOv2's protocol.",
-    examples="clipcid eval-linear --train food101/train --test food101/test\n"
-    "clipcid eval-linear ViT-B-32 food101/\n"
-    "clipcid eval-linear ViT-B-32 food101/ --shots 1,2,4,8,16 --knn 10,20\n"
-    "clipcid eval-linear small/student photos/ --val-fraction 0.1 --json",
+    show=show,
+    page="""
+Measure a linear probe: logistic regression on the frozen image features of a model. The regularization is chosen
+among 45 values on a part of the training images, as in DINOv2's protocol.
+
+\b
+Examples:
+  clipcid eval-linear --train food101/train --test food101/test
+  clipcid eval-linear ViT-B-32 food101/
+  clipcid eval-linear ViT-B-32 food101/ --shots 1,2,4,8,16 --knn 10,20
+  clipcid eval-linear small/student photos/ --val-fraction 0.1 --json
+""",
 )

@@ -28,16 +28,23 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 command = step_command(
-    name="eval-zeroshot",
-    settings=EvalZeroshotSettings,
+    "eval-zeroshot",
+    EvalZeroshotSettings,
     step="clipcid_cli.steps.evaluate.zeroshot",
-    summary=show,
-    help="Measure models without training: zero-shot classification, and retrieval between images and captions. Metrics, "
-    "names and files follow CLIP_benchmark.",
-    examples="clipcid eval-zeroshot\n"
-    "clipcid eval-zeroshot ViT-B-32 food101/ mscoco/\n"
-    "clipcid eval-zeroshot small/student photos/ --classnames names.txt --templates templates.txt\n"
-    "clipcid eval-zeroshot ViT-B-32 food101/ --model ViT-L-14 --model small/student --json\n"
-    "clipcid eval-zeroshot ViT-B-32 imagenet pets voc2007 --data-root /data/clip_benchmark --predictions\n"
-    "clipcid eval-zeroshot --compare A.json B.json",
+    show=show,
+    page="""
+Measure models without training: zero-shot classification, and retrieval between images and captions. Metrics, names
+and files follow CLIP_benchmark.
+
+\b
+Examples:
+  clipcid eval-zeroshot
+  clipcid eval-zeroshot ViT-B-32 food101/ mscoco/
+  clipcid eval-zeroshot small/student photos/ --classnames names.txt \\
+      --templates templates.txt
+  clipcid eval-zeroshot ViT-B-32 food101/ --model ViT-L-14 --json
+  clipcid eval-zeroshot ViT-B-32 imagenet pets voc2007 \\
+      --data-root /data/clip_benchmark --predictions
+  clipcid eval-zeroshot --compare A.json B.json
+""",
 )

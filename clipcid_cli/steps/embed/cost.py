@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Any
 
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
@@ -12,19 +11,21 @@ from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.embed.encoder import Encoder
 from clipcid_cli.steps.embed.plan import EmbedPlan
+from clipcid_cli.steps.embed.result import EmbedCost, TextsCost
 
 # About as long as the median caption on the web, for estimates.
 TYPICAL_CAPTION = "a photo of a cat on a red chair"
 
 
-def estimate_cost(encoder: Encoder, plan: EmbedPlan, machine: Machine) -> dict[str, Any]:
+def estimate_cost(encoder: Encoder, plan: EmbedPlan, machine: Machine) -> EmbedCost | TextsCost:
     """Estimate what embedding would cost from the time of a few batches."""
     samples = machine.on_main(plan.dataset.estimate_samples)
-    seconds = _measure_batch(encoder) * samples / encoder.preparation.batch_size / machine.size
+    encode = _measure_batch(encoder) * samples / encoder.preparation.batch_size / machine.size
+    seconds = {"encode": round(encode, 1)}
     size = bytes_per_sample(encoder)
-    counted = {"texts": samples} if plan.of_texts else {"shards": len(plan.shards), "images": samples}
-    each = {} if plan.of_texts else {"bytes_per_image": size}
-    return {"dry_run": True, **counted, "bytes": samples * size, **each, "seconds": {"encode": round(seconds, 1)}}
+    if plan.of_texts:
+        return TextsCost(True, samples, samples * size, seconds)
+    return EmbedCost(True, len(plan.shards), samples, samples * size, size, seconds)
 
 
 def bytes_per_sample(encoder: Encoder) -> int:

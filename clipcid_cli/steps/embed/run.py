@@ -17,7 +17,7 @@ from clipcid_cli.formats.embeddings.text_folder import TEXTS_FILE, write_texts
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.output import Output, find_output, find_works, open_output
-from clipcid_cli.formats.sidecar import sidecar_path
+from clipcid_cli.formats.sidecar import TextsSidecar, sidecar_path
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.models.augment import Augmentation, ViewPixels
 from clipcid_cli.runtime.models.clip_model import load_model
@@ -31,6 +31,7 @@ from clipcid_cli.steps.embed.cost import bytes_per_sample, estimate_cost
 from clipcid_cli.steps.embed.encoder import Encoder
 from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, describe_shards, make_plan
 from clipcid_cli.steps.embed.prepare import Preparation
+from clipcid_cli.steps.embed.result import Embedded, EmbedResult, TextsResult
 from clipcid_cli.steps.embed.shards import Timings, embed_missing
 from clipcid_cli.steps.embed.views import Views
 from clipcid_cli.steps.preflight import check_samples
@@ -43,15 +44,15 @@ _ADD_NO_TEXT = "Add --no-text to embed the images alone."
 _CPU_BATCH, _GPU_BATCH = 64, 256
 
 
-def run(settings: EmbedSettings, reporter: Reporter) -> dict[str, Any]:
-    """Embed a data set or a file of texts, and return the JSON object of `embed`."""
+def run(settings: EmbedSettings, reporter: Reporter) -> Embedded:
+    """Embed a data set or a file of texts."""
     with open_machine(settings.device) as machine:
         return make_embeddings(settings, machine, reporter)
 
 
 def make_embeddings(
     settings: EmbedSettings, machine: Machine, reporter: Reporter, without_text: str = _ADD_NO_TEXT
-) -> dict[str, Any]:
+) -> Embedded:
     """Embed with the processes of `machine`; see `run`.
 
     Args:
@@ -233,10 +234,11 @@ def _write_texts(plan: EmbedPlan, folder: Path) -> FileRecord:
     return fingerprint.record(folder / TEXTS_FILE, folder)
 
 
-def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> dict[str, Any]:
-    """Return the JSON object of `embed` for finished embeddings."""
-    counted = {name: count for name, count in sidecar.counts.items() if name in ("images", "texts", "skipped")}
-    files = {"texts" if plan.of_texts else "embeddings": str(plan.folder)}
-    files["sidecar"] = str(sidecar_path(plan.folder, plan.step))
-    speed = "texts_per_second" if plan.of_texts else "images_per_second"
-    return {**counted, speed: getattr(sidecar, speed), "seconds": sidecar.seconds, "files": files}
+def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> EmbedResult | TextsResult:
+    """Return the result for finished embeddings."""
+    counts, seconds, path = sidecar.counts, sidecar.seconds, str(sidecar_path(plan.folder, plan.step))
+    if isinstance(sidecar, TextsSidecar):
+        files = {"texts": str(plan.folder), "sidecar": path}
+        return TextsResult(counts["texts"], counts["skipped"], sidecar.texts_per_second, seconds, files)
+    files = {"embeddings": str(plan.folder), "sidecar": path}
+    return EmbedResult(counts["images"], counts["skipped"], sidecar.images_per_second, seconds, files)
