@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def teacher(tiny_model: Path) -> ClipModel:
     return load_model(parse_model(str(tiny_model)))
 
 
-def embed_lines(source: Path, model: Path, out: Path, **settings: object) -> dict:
+def embed_lines(source: Path, model: Path, out: Path, **settings: object) -> Any:
     given = {"precision": "fp32", "batch_size": 4, "workers": 0, "device": "cpu"} | settings
     return embed.run(EmbedSettings(texts=source, model=str(model), out=out, **given), Listener())
 
@@ -50,7 +51,7 @@ def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_data, "TEXTS_A_SHARD", 10)
         result = embed_lines(folder / "lines.txt", tiny_model, folder / "texts" / "tiny")
-        assert (result["texts"], result["skipped"]) == (23, {})
+        assert (result.texts, result.skipped) == (23, {})
         embed_lines(folder / "lines.txt", tiny_model, folder / "again", workers=1)
         (folder / "again" / "texts.json").unlink()
         (folder / "again" / "text_emb" / "text_emb_0001.npy").unlink()
