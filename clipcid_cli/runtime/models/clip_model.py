@@ -288,12 +288,9 @@ def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str,
 
 
 def _own_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Read a Hugging Face text tower from the model's own folder, where that has its config.json.
+    """Return the ``text_cfg`` that reads a Hugging Face text tower from the model's own folder, where its config.json is.
 
-    open_clip takes it from a hub or from a fixed path, which do not exist without a network or for a copied folder.
-
-    Returns:
-        A replacement for the configuration's ``text_cfg``, under that name; empty where the original is to be used.
+    open_clip reads it from a hub or from a fixed path, which do not exist without a network or for a copied folder.
     """
     text = config["text_cfg"]
     if not text.get("hf_model_name") or not (folder / HF_CONFIG_NAME).is_file():
