@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 # A tower, in PyTorch or elsewhere: prepared pixels or tokens to unit rows [B, D].
