@@ -17,7 +17,7 @@ import click
 
 from clipcid_cli import __version__
 from clipcid_cli.commands.failures import explain, read_world
-from clipcid_cli.commands.help_page import HelpPage, format_page
+from clipcid_cli.commands.help_page import PageContext
 from clipcid_cli.commands.signals import UNREAD, Signals, drop, drop_unread, open_closed
 from clipcid_cli.commands.wrapping import wrap
 from clipcid_cli.errors import ClipcidError
@@ -33,18 +33,12 @@ COMMANDS = {
     "eval-linear": "Measure a linear probe on frozen image features.",
     "export": "Export a model to open_clip, Hugging Face or ONNX.",
 }
-EXAMPLES = (
-    "clipcid balance laion/ --keep 0.563",
-    "clipcid distill --teacher ViT-L-14 --student ViT-B-32",
-    "clipcid eval-zeroshot",
-    "clipcid eval-linear --train food101/train --test food101/test",
-    "clipcid export",
-    "torchrun --nproc-per-node 8 -m clipcid_cli balance laion/ --keep 0.563",
-)
 
 
 class LazyGroup(click.Group):
     """A group that imports a subcommand only when it is called."""
+
+    context_class = PageContext
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the subcommands in the order of the work."""
@@ -58,14 +52,8 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command)
         return command
 
-    def get_help(self, ctx: click.Context) -> str:
-        """Return the help page."""
-        return format_page(self, ctx)
-
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples, the subcommands without importing them, then the group's own options."""
-        assert isinstance(formatter, HelpPage)
-        formatter.write_examples(EXAMPLES)
+        """Write the subcommands without importing them, then the group's own options."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
         click.Command.format_options(self, ctx, formatter)
@@ -80,7 +68,16 @@ def cli() -> None:
     not given its inputs takes what the previous one left there, so the commands below run one after another as they are.
 
     Every step also runs on many GPUs, CPUs and hosts under torchrun, as in the last example.
-    """
+
+    \b
+    Examples:
+      clipcid balance laion/ --keep 0.563
+      clipcid distill --teacher ViT-L-14 --student ViT-B-32
+      clipcid eval-zeroshot
+      clipcid eval-linear --train food101/train --test food101/test
+      clipcid export
+      torchrun --nproc-per-node 8 -m clipcid_cli balance laion/ --keep 0.563
+    """  # noqa: D301  # a backspace keeps the lines of a paragraph
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

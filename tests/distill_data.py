@@ -15,8 +15,6 @@ from unittest.mock import patch
 
 from clipcid_cli.algorithms.losses.registry import PRESETS
 from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.steps.distill import training_run
-from clipcid_cli.steps.distill.run import run
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -61,6 +59,8 @@ def train(
     The rate is low: where a gradient is 0 but for rounding, Adam moves a weight by the whole rate either way, and at 1e-3
     sums in another order differed by 1.4e-5 of the gradient's norm after some steps (AVX2).
     """
+    from clipcid_cli.steps.distill import run  # most who need the tiny student train nothing
+
     for preset in presets:
         chosen: dict[str, Any] = {"steps": 6, "batch_size": 8, "workers": 0, "val_fraction": 0.2, "eval_every": 6}
         towers = "both" if "cluster" in PRESETS[preset] else "auto"
@@ -73,8 +73,8 @@ def train(
             **chosen | settings,
         )
         report = {} if with_report else {"return_value": ""}
-        with patch.object(training_run, "write_report", wraps=training_run.write_report, **report):
-            run(asked, Reporter())
+        with patch.object(run, "write_report", wraps=run.write_report, **report):
+            run.run(asked, Reporter())
 
 
 if __name__ == "__main__":

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch, RowMap
+from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
 from clipcid_cli.algorithms.losses.cluster import cluster_targets, draw_candidates
 from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
 
 B, D, K, M = 7, 5, 12, 3
-SCALE, STUDENT_SCALE, TEACHER_SCALE, TAU, ALPHA = 9.0, 14.0, 10.0, 0.2, 0.5
+SCALE, BIAS, STUDENT_SCALE, TEACHER_SCALE, TAU, ALPHA = 9.0, -1.5, 14.0, 10.0, 0.2, 0.5
 
-# Student s, v and teacher t, u [B, D]; centroids C; stored clusters and similarities; σ and the student's own σ; layers F of
-# images and captions that join student and teacher, [D, 2D], and what they add, [D].
+# Student s, v and teacher t, u [B, D]; centroids C; stored clusters and similarities; the loss's own σ and bias, and the
+# student's σ; layers F of images and captions that join student and teacher, [D, 2D], and what they add, [D].
 Numbers = dict[str, np.ndarray]
 
 
@@ -31,7 +33,7 @@ def make_numbers(seed: int = 3) -> Numbers:
     found["similarity"] = -np.sort(-random.uniform(0, 1, (B, M)), axis=1)
     found["caption_top"] = np.stack([random.permutation(K)[:M] for _ in range(B)])
     found["F"], found["added"] = random.normal(size=(2, D, 2 * D)), random.normal(size=(2, D))
-    return found | {"scale": np.array(SCALE), "student_scale": np.array(STUDENT_SCALE)}
+    return found | {"scale": np.array(SCALE), "bias": np.array(BIAS), "student_scale": np.array(STUDENT_SCALE)}
 
 
 def make_batch(numbers: Numbers, towers: str = "tu", cluster_towers: str = "s", own: slice = slice(None)) -> LossBatch:
@@ -56,7 +58,6 @@ def make_batch(numbers: Numbers, towers: str = "tu", cluster_towers: str = "s", 
         teacher_scale=TEACHER_SCALE,
         image_clusters=targets(numbers["top"]) if "s" in cluster_towers else None,
         text_clusters=targets(numbers["caption_top"]) if "v" in cluster_towers else None,
-        fusion=(layer(numbers["F"][0], numbers["added"][0]), layer(numbers["F"][1], numbers["added"][1])),
         own=own,
     )
 
@@ -77,26 +78,36 @@ def token_exists() -> np.ndarray:
     return np.arange(5) < np.array([5, 4, 1, 5, 3, 2, 5])[:, None]
 
 
-def layer(weights: np.ndarray, added: np.ndarray) -> RowMap:
-    return lambda rows: rows @ torch.from_numpy(weights).T + torch.from_numpy(added)
+def layer(weights: np.ndarray, added: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda rows: rows @ torch.from_numpy(weights).to(rows).T + torch.from_numpy(added).to(rows)
 
 
-def compute(name: str, batch: LossBatch, scale: torch.Tensor) -> torch.Tensor:
-    function = load_loss(name)
-    value = function(batch, scale) if LOSSES[name].own_scale else function(batch)
+def learned(name: str, scale: torch.Tensor, bias: torch.Tensor | None = None) -> dict[str, Any]:
+    """What a loss is called with beside its batch."""
+    entry, numbers = LOSSES[name], make_numbers()
+    found: dict[str, Any] = {} if entry.scale is None else {"scale": scale}
+    if entry.bias is not None:
+        found["bias"] = torch.tensor(BIAS).to(scale) if bias is None else bias
+    if entry.fuses:
+        found["fusion"] = [layer(*of_side) for of_side in zip(numbers["F"], numbers["added"], strict=True)]
+    return found
+
+
+def compute(name: str, batch: LossBatch, scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    value = load_loss(name)(batch, **learned(name, scale, bias))
     assert isinstance(value, torch.Tensor)
     return value
 
 
-def with_gradients(name: str, batch: LossBatch, scale: float = SCALE) -> tuple[float, list[np.ndarray]]:
-    """Return a loss and its gradients by s, v, the loss's scale and the student's (0 where it does not depend on one)."""
+def with_gradients(name: str, batch: LossBatch) -> tuple[float, list[np.ndarray]]:
+    """Return a loss and its gradients by s, v, the loss's scale and bias, the student's scale (0 where it has none)."""
     s, v = batch.image_Bd.detach().clone().requires_grad_(), batch.text_Bd.detach().clone().requires_grad_()
-    own_scale = torch.tensor(scale, dtype=s.dtype, requires_grad=True)
+    scale, bias = (torch.tensor(number, dtype=s.dtype, requires_grad=True) for number in (SCALE, BIAS))
     student_scale = batch.student_scale.detach().clone().requires_grad_()
     live = dataclasses.replace(batch, student_scale=student_scale, **student_rows(s, v, batch.own))
-    value = compute(name, live, own_scale)
+    value = compute(name, live, scale, bias)
     value.backward()
-    gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in (s, v, own_scale, student_scale)]
+    gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in (s, v, scale, bias, student_scale)]
     return float(value.detach()), [gradient.numpy() for gradient in gradients]
 
 
@@ -227,9 +238,9 @@ def formula(name: str, n: Numbers, own: slice = slice(None), **options: object) 
 
 
 def slopes(name: str, n: Numbers, own: slice) -> list[np.ndarray]:
-    """Derivatives of `formula` by s, v and both scales, as central differences with fixed targets held."""
+    """Derivatives of `formula` by s, v, scale, bias and the student's scale, as central differences; fixed targets held."""
     step, found = 1e-6, []
-    for key in ("s", "v", "scale", "student_scale"):
+    for key in ("s", "v", "scale", "bias", "student_scale"):
         slope = np.zeros(n[key].shape)
         for place in np.ndindex(slope.shape):
             ends = []

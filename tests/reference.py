@@ -25,7 +25,7 @@ def help_pages() -> dict[str, str]:
         for name in COMMANDS:
             command = cli.get_command(group, name)
             assert command is not None
-            with click.Context(command, info_name=name, parent=group, terminal_width=_WIDTH) as ctx:
+            with command.context_class(command, info_name=name, parent=group, terminal_width=_WIDTH) as ctx:
                 pages[name] = command.get_help(ctx)
     return pages
 

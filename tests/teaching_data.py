@@ -13,26 +13,29 @@ import numpy.typing as npt
 import torch
 from balance_data import Listener
 from conftest import make_caption, make_image, write_tar
+from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.formats.data.dataset import Dataset, open_dataset
-from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.models.augment import apply_colors
+from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.models.augment import Processor, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill import run as distill
-from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, TrainingBatch
-from clipcid_cli.steps.distill.objective import Teacher
-from clipcid_cli.steps.distill.samples import Sources, match_samples
-from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs, check_keys, use_stored
+from clipcid_cli.steps.distill.batch_maker import BatchMaker
+from clipcid_cli.steps.distill.batches import Batches, TrainingBatch
+from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
+from clipcid_cli.steps.distill.stored_teacher import StoredTeacher
+from clipcid_cli.steps.distill.teacher import open_teacher
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
+ALONE = Machine(0, 1, 0, torch.device("cpu"))
 FP32 = Precision("fp32", torch.float32, "a test")
 STUDENT = {
     "embed_dim": 24,
@@ -92,7 +95,7 @@ def train(work: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Any]]
         "val_fraction": 0.2,
     } | settings
     result = distill.run(DistillSettings(work=work, data=str(data), **given), listener)
-    log = [json.loads(line) for line in Path(result["files"]["train_log"]).read_text().splitlines()]
+    log = [json.loads(line) for line in Path(result.files["train_log"]).read_text().splitlines()]
     clock = ("samples_per_second", "data_wait_share")
     return [{name: line[name] for name in line if name not in clock} for line in log], "\n".join(listener.told)
 
@@ -104,39 +107,79 @@ def index_data(dataset: Dataset, folder: Path) -> Dataset:
         return ensure_index(dataset, machine, 0, Listener())
 
 
-def join(data: Path, folder: Path, **settings: Any) -> tuple[Embeddings, TeacherInputs, Dataset]:
-    """Match embeddings with the data they were made of; all samples are trained on."""
-    scratch = Path(mkdtemp(dir=folder.parent))
-    dataset, embeddings = index_data(open_dataset(str(data)), scratch), open_embeddings(folder)
-    check_keys(embeddings, dataset)
-    given = DistillSettings(data=str(data), student="student.json", **({"preset": "clip-kd"} | settings))
-    matched = match_samples(dataset, Sources(embeddings=embeddings), 0.0, scratch, Listener())
-    return embeddings, use_stored(given, embeddings, matched.training, matched.counts, Listener()), dataset
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run reads, and the batches that it makes of it."""
+
+    settings: DistillSettings
+    inputs: Inputs
+
+    def show(
+        self, student: ClipModel, epoch: int = 0, teacher: ClipModel | None = None
+    ) -> tuple[list[int], TrainingBatch]:
+        """Make one batch of a whole epoch; with the rows of its samples among those to train on."""
+        beside = None if teacher is None else Processor.of(teacher)
+        maker = BatchMaker(self.settings, self.inputs, Processor.of(student), beside)
+        batches = Batches(self.inputs, maker, None, self.inputs.training.total, self.settings.seed, ALONE)
+        [dealt] = batches.deal(range(epoch, epoch + 1))
+        return dealt.rows.tolist(), batches.finish(dealt, batches.make(dealt))
+
+    def teach(self, batch: TrainingBatch, width: int = 32, online: ClipModel | None = None) -> tuple[Tensor, ...]:
+        """Return what the teacher tells a student of some width: rows of images, of captions and of further texts."""
+        teacher = open_teacher(self.settings, self.inputs, online, width, ALONE, Listener())
+        assert teacher is not None
+        return teacher.rows(batch)  # type: ignore[return-value]  # None where there are none
+
+    @property
+    def embeddings(self) -> Embeddings:
+        """The teacher's."""
+        assert self.inputs.embeddings is not None
+        return self.inputs.embeddings
+
+    @property
+    def stored(self) -> StoredTeacher:
+        """What stored embeddings teach."""
+        assert self.inputs.stored is not None
+        return self.inputs.stored
 
 
-def make_epoch(
-    teacher_inputs: TeacherInputs, dataset: Dataset, maker: BatchMaker, epoch: int, *, replay: bool = False
-) -> TrainingBatch:
-    """Make one batch of a whole epoch, seed 3; with the stored views if `replay`."""
-    samples, stored_views = teacher_inputs.samples, teacher_inputs.stored_views(3) if replay else None
-    order = BatchOrder(dataset, samples, 3, samples.total, stored_views)
-    return maker(next(order.iterate(epoch, epoch + 1, 0, 1)))
+def join(data: Path, folder: Path, **settings: Any) -> Run:
+    """Match embeddings with the data they were made of; all samples are trained on, unless there is a keep list."""
+    given: dict[str, Any] = {"work": Path(mkdtemp(dir=folder.parent)), "data": str(data), "student": "student.json"}
+    given |= {
+        "preset": "clip-kd",
+        "keep_list": "none",
+        "val_fraction": 0.0,
+        "seed": 3,
+        "workers": 0,
+        "precision": "fp32",
+    }
+    asked = DistillSettings(**given | {"embeddings": folder} | settings)
+    return Run(asked, find_inputs(asked, folder, None, Listener()))
 
 
 def encode_shown(model: ClipModel, batch: TrainingBatch) -> tuple[np.ndarray, np.ndarray]:
     """Embed what a batch shows, pixels in their colours and tokens: float32 rows [b, D] of images and of texts."""
-    pixels = normalize_pixels(apply_colors(batch.pixels, batch.colors), model.info.preprocess)
-    return model.encode_images(pixels, FP32).numpy(), model.encode_texts(batch.tokens, FP32).numpy()
+    pixels = batch.pixels if batch.colors is None else apply_colors(batch.pixels, batch.colors)
+    images = model.encode_images(normalize_pixels(pixels, model.info.preprocess), FP32)
+    return images.numpy(), model.encode_texts(batch.tokens, FP32).numpy()
 
 
-def add_targets(teacher: Teacher, batch: TrainingBatch, width: int, step: int = 0) -> LossBatch:
-    """Return some student's side of a whole batch with the teacher's."""
-    targets = teacher.prepare(batch, batch.rows.numpy(), step)
-    return teacher.add_targets(student_side(len(batch.rows), width), batch, targets)
+def shown_views(run: Run, rows: list[int], batch: TrainingBatch) -> list[int]:
+    """Tell by the teacher's rows which stored view each sample shows; −1 for the whole image."""
+    views, whole = run.embeddings.rows(Kind.VIEWS), run.embeddings.rows(Kind.IMAGES)
+    count, found = run.stored.num_views, list[int]()
+    assert batch.teacher_image_bD is not None
+    embedded = run.inputs.training.column("embeddings")[rows].tolist()
+    for row, shown in zip(embedded, batch.teacher_image_bD.numpy(), strict=True):
+        stored = np.concatenate([views.read(row * count, (row + 1) * count), whole.read(row, row + 1)])
+        [place] = np.flatnonzero((stored == shown).all(axis=1)).tolist()
+        found.append(-1 if place == count else place)
+    return found
 
 
 def student_side(rows: int, width: int) -> LossBatch:
-    """Make some student's side of a batch, to which a teacher adds its own."""
+    """Make some student's side of a batch."""
     random = torch.Generator().manual_seed(0)
     image, text = torch.nn.functional.normalize(torch.randn(2, rows, width, generator=random), dim=2)
     return LossBatch(image, text, torch.tensor(10.0), image, text)

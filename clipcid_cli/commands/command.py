@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from clipcid_cli.commands.config import load_config
-from clipcid_cli.commands.help_page import GroupedCommand
+from clipcid_cli.commands.help_page import PageCommand
 from clipcid_cli.commands.options import build_parameters
 from clipcid_cli.runtime.imports import importing
 from clipcid_cli.steps.settings.shared import SharedSettings
@@ -21,51 +20,27 @@ from clipcid_cli.steps.settings.shared import SharedSettings
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Prints the result of a step, of whatever type its `run` returns, for a person.
-Summary = Callable[[Any, "Console"], None]
+Show = Callable[[Any, "Console"], None]
 
 
-def step_command(
-    *,
-    name: str,
-    settings: type[SharedSettings],
-    step: str,
-    summary: Summary,
-    help: str,  # noqa: A002  # click's own word
-    examples: str,
-) -> click.Command:
+def step_command(name: str, settings: type[SharedSettings], *, step: str, show: Show, page: str) -> click.Command:
     """Make the click command of a step.
 
     Args:
         settings: Settings dataclass of the step; torch-free.
         step: Dotted name of the step's module, imported only when the step runs. Its ``run(settings, reporter)``
             returns the result, a `msgspec.Struct` whose fields are the keys of the JSON object.
-        help: First paragraph of the help page.
-        examples: Command lines, one a line.
+        show: Prints the result for a person.
+        page: What the help page says before the flags, with examples.
     """
-    parameters, arguments = build_parameters(name, settings)
-    for parameter in parameters:
-        if parameter.name == "config":
-            # Before every other flag, since it sets their defaults.
-            parameter.is_eager = True
-            parameter.callback = load_config
 
     def invoke(**values: Any) -> None:
-        run_step(settings(**values), step, summary)
+        run_step(settings(**values), step, show)
 
-    return GroupedCommand(
-        name,
-        callback=invoke,
-        params=parameters,
-        help=help,
-        short_help=help.split(". ")[0].rstrip(".") + ".",
-        examples=examples,
-        arguments=arguments,
-        no_args_is_help=False,
-    )
+    return PageCommand(name, callback=invoke, params=build_parameters(name, settings), help=page)
 
 
-def run_step(settings: SharedSettings, step: str, summary: Summary) -> None:
+def run_step(settings: SharedSettings, step: str, show: Show) -> None:
     """Run a step and print its result: one JSON object on stdout with ``--json``, a summary on stderr without."""
     # OpenMP's idle threads spin by default; two processes that compute and decode on few cores then slow each other
     # many times over. It must be set before torch loads.
@@ -85,4 +60,4 @@ def run_step(settings: SharedSettings, step: str, summary: Summary) -> None:
         sys.stdout.write(json.dumps(plain, allow_nan=False) + "\n")
         sys.stdout.flush()
     elif not settings.quiet:
-        summary(result, console)
+        show(result, console)

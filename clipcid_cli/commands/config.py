@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from clipcid_cli.commands.options import Number
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.reading import open_regular
 
@@ -18,9 +17,6 @@ def load_config(ctx: click.Context, parameter: click.Parameter, path: Path | Non
     """Click callback of ``--config``: make the file's table for this command the defaults of its flags.
 
     Keys are spelled like flags, without the dashes in front (``num-clusters`` or ``num_clusters``).
-
-    Raises:
-        UsageError: when the file cannot be read, is not TOML, or holds an unknown table or key.
     """
     if path is None or ctx.resilient_parsing:
         return path
@@ -36,13 +32,12 @@ def load_config(ctx: click.Context, parameter: click.Parameter, path: Path | Non
             f"--config {path} is not TOML: {error}.", "Write one table per command, e.g. [balance]."
         ) from error
     assert ctx.parent is not None
-    group = ctx.parent.command
-    assert isinstance(group, click.Group)
-    commands = group.list_commands(ctx.parent)
+    assert isinstance(ctx.parent.command, click.Group)
+    commands = ctx.parent.command.list_commands(ctx.parent)
     for name, table in tables.items():
         if name not in commands or not isinstance(table, dict):
             raise UsageError(f"{path}: [{name}] is not a command.", f"Tables are: {', '.join(commands)}.")
-    ctx.default_map = {**(ctx.default_map or {}), **_read_table(ctx, path, tables.get(ctx.command.name or "", {}))}
+    ctx.default_map = _read_table(ctx, path, tables.get(ctx.command.name or "", {}))
     return path
 
 
@@ -50,19 +45,17 @@ def _read_table(ctx: click.Context, path: Path, table: dict[str, Any]) -> dict[s
     spellings: dict[str, click.Parameter] = {}
     for parameter in ctx.command.params:
         assert parameter.name is not None
-        spellings[parameter.name] = parameter
-        for flag in parameter.opts:
+        for flag in (parameter.name, *parameter.opts):
             spellings[flag.lstrip("-").replace("-", "_")] = parameter
     values: dict[str, Any] = {}
     for key, value in table.items():
         found = spellings.get(key.replace("-", "_"))
-        if found is None or found.name in ("config", "help"):
+        if found is None or found.name in (None, "config"):
             close = difflib.get_close_matches(key.replace("-", "_"), spellings, n=1)
             hint = f"Did you mean {close[0].replace('_', '-')}?" if close else "Keys are spelled like the flags."
             raise UsageError(f"{path}: [{ctx.command.name}] has an unknown key {key!r}.", hint)
-        assert found.name is not None
         try:
-            values[found.name] = _check_type(found, value)
+            values[found.name] = _as_text(found, value)
         except TypeError as error:
             raise UsageError(
                 f"{path}: [{ctx.command.name}] {key} is {value!r}, not {error}.",
@@ -71,26 +64,23 @@ def _read_table(ctx: click.Context, path: Path, table: dict[str, Any]) -> dict[s
     return values
 
 
-def _check_type(parameter: click.Parameter, value: Any) -> Any:
-    """Return a value of the file in the type that click converts for this parameter, as it does a flag's text.
+def _as_text(parameter: click.Parameter, value: Any) -> Any:
+    """Return a value as the command line would give it, so that click converts both alike: 4.9 is no whole number.
 
     Raises:
-        TypeError: with what it should be, where click would take it for something else, or fail.
+        TypeError: with what it should be.
     """
     if isinstance(parameter, click.Option) and parameter.is_flag:
         if not isinstance(value, bool):
             raise TypeError("true or false")
         return value
-    if getattr(parameter, "multiple", False) or parameter.nargs == -1:
-        return [_check_item(parameter.type, item) for item in (value if isinstance(value, list) else [value])]
-    return _check_item(parameter.type, value)
+    if parameter.multiple or parameter.nargs == -1:
+        return [_item_as_text(parameter.type, item) for item in (value if isinstance(value, list) else [value])]
+    return _item_as_text(parameter.type, value)
 
 
-def _check_item(kind: click.ParamType[Any], value: Any) -> Any:
-    if isinstance(kind, Number):  # checks the type as well
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool) and kind is click.STRING:  # such as `shots = 4`
+def _item_as_text(kind: click.ParamType[Any], value: Any) -> str:
+    is_path, is_number = isinstance(kind, click.Path), isinstance(kind, click.IntRange | click.FloatRange)
+    if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool) and not is_path):
         return str(value)
-    if not isinstance(value, str) or "\0" in value:
-        raise TypeError("a path" if isinstance(kind, click.Path) else "text")
-    return value
+    raise TypeError("a path" if is_path else "a number" if is_number else "text")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 from rich.text import Text
 
 from clipcid_cli.commands.summary import format_seconds
@@ -22,9 +22,8 @@ from clipcid_cli.steps.reporting import Progress, Reporter
 _SECONDS_BETWEEN_LINES = 15.0
 # Wide enough that a log file gets each message on one line, to be searched.
 _WIDTH_OF_A_FILE = 10_000
-_WIDEST_BAR, _NARROWEST_BAR = 16, 4
-# What stands behind a bar at most: "400,000,000/400,000,000 images  12,345/s  12:34:56 left".
-_ROOM_FOR_NUMBERS = 42
+# What stands beside a label at most: "✓ ━━━━ 400,000,000/400,000,000 images  12,345/s  12:34:56 left".
+_ROOM_BESIDE_LABEL = 52
 
 
 def make_console() -> Console:
@@ -62,101 +61,82 @@ class ConsoleReporter(QuietReporter):
         """Show a live bar on a terminal, a line every few seconds elsewhere; nothing where there is nothing to do."""
         if total == 0:
             return super().progress(label, total, unit)
-        return (
-            _bar(self.console, label, total, unit)
-            if self.console.is_terminal
-            else _lines(self.console, label, total, unit)
-        )
-
-
-class _Mark(ProgressColumn):
-    """A spinner while it runs; a tick or a cross in the end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spinner = SpinnerColumn()
-
-    def render(self, task: Task) -> RenderableType:
-        ended = task.fields["ended"]
-        return self.spinner.render(task) if ended is None else Text("✓" if ended else "✗")
+        show = _show_bar if self.console.is_terminal else _print_lines
+        return show(self.console, label, total, unit)
 
 
 class _Numbers(ProgressColumn):
-    """Done of total, units a second and the time left; short enough for 80 columns."""
+    """Done of total, units a second and the time left, or taken."""
 
     def render(self, task: Task) -> Text:
+        total, unit, ended = task.fields["whole"], task.fields["unit"], task.fields["ended"]
         parts = _describe_pace(
-            task.completed,
-            task.fields["whole"],
-            task.fields["unit"],
-            task.elapsed or 0.0,
-            task.speed,
-            ended=task.fields["ended"] is not None,
+            task.completed, total, unit, task.elapsed or 0.0, None if ended else task.speed, ended=ended
         )
         return Text("  ".join(parts))
 
 
-class _Bar(Progress):
-    """A bar, and below it the current values, as many lines of them as the terminal's width asks for."""
+class _Bars(Bars):
+    """rich's bars; above them a label too long to stand beside them, below the current values."""
 
-    def __init__(self, console: Console, label: str, total: float | None, unit: str) -> None:
-        width = console.width
-        room = width - len(label) - _ROOM_FOR_NUMBERS
-        # A long label takes the bar's place, a longer one a line of its own.
-        self.head = label if room < 0 else ""
-        columns = [_Mark(), TextColumn("{task.description}"), BarColumn(bar_width=min(room, _WIDEST_BAR)), _Numbers()]
-        if room < 0:
-            columns.pop(1)
-        elif room < _NARROWEST_BAR:
-            columns.pop(2)
-        self.bars = Bars(*columns, console=console, auto_refresh=False)
-        self.task = self.bars.add_task(label, total=total, unit=unit, whole=total, ended=None)
-        self.values: list[str] = []
+    label = ""
+    values = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self.label:
+            yield Text(wrap(self.label, self.console.width))
+        yield from super().get_renderables()
+        if self.values:
+            yield Text(wrap(f"  {self.values}", self.console.width), style="dim")
+
+
+class _Bar(Progress):
+    def __init__(self, bars: _Bars, task: TaskID) -> None:
+        self.bars = bars
+        self.task = task
 
     def advance(self, amount: float = 1) -> None:
         self.bars.advance(self.task, amount)
 
     def show(self, **fields: Any) -> None:
-        self.values = format_values(fields)
-
-    def end(self, *, well: bool) -> None:
-        """Stop the clock and mark how it ended."""
-        self.bars.stop_task(self.task)
-        completed = self.bars.tasks[self.task].completed
-        self.bars.update(self.task, ended=well, total=completed if well else self.bars.tasks[self.task].total)
-
-    def render(self) -> RenderableType:
-        """Return what is on the screen now."""
-        lines: list[RenderableType] = [Text(self.head)] if self.head else []
-        lines.append(self.bars)
-        if self.values:
-            text = [""]
-            for value in self.values:
-                # A value stays whole: lines break between them only.
-                if text[-1] and len(text[-1]) + 2 + len(value) > self.bars.console.width:
-                    text.append("")
-                text[-1] += f"  {value}"
-            lines.append(Text("\n".join(text), style="dim", no_wrap=True, overflow="ellipsis"))
-        return Group(*lines)
+        self.bars.values = _format_values(fields)
 
 
 @contextmanager
-def _bar(console: Console, label: str, total: float | None, unit: str) -> Iterator[Progress]:
-    bar = _Bar(console, label, total, unit)
-    with Live(get_renderable=bar.render, console=console, refresh_per_second=4):
+def _show_bar(console: Console, label: str, total: float | None, unit: str) -> Iterator[Progress]:
+    bars = _Bars(
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description}"),
+        BarColumn(None, table_column=Column(max_width=16)),
+        _Numbers(table_column=Column(no_wrap=True)),
+        console=console,
+        refresh_per_second=4,
+    )
+    if len(label) + _ROOM_BESIDE_LABEL > console.width:
+        bars.label = label
+        bars.columns = (bars.columns[0], *bars.columns[2:])
+    # What was done is shown of the `whole`, even where less was left to do than was thought, and the bar is full.
+    task = bars.add_task(label, total=total, unit=unit, whole=total, ended=False)
+    with bars:
         try:
-            yield bar
+            yield _Bar(bars, task)
+            bars.update(task, total=bars.tasks[task].completed)
         except BaseException:
-            bar.end(well=False)
+            bars.columns = ("✗", *bars.columns[1:])
             raise
-        bar.end(well=True)
+        finally:
+            bars.stop_task(task)
+            bars.update(task, ended=True)
 
 
 class _Lines(Progress):
     def __init__(self, console: Console, label: str, total: float | None, unit: str) -> None:
-        self.console, self.label, self.total, self.unit = console, label, total, unit
+        self.console = console
+        self.label = label
+        self.total = total
+        self.unit = unit
         self.done = 0.0
-        self.values: list[str] = []
+        self.values = ""
         self.start = self.printed = time.monotonic()
 
     def advance(self, amount: float = 1) -> None:
@@ -165,16 +145,17 @@ class _Lines(Progress):
             self.print()
 
     def show(self, **fields: Any) -> None:
-        self.values = format_values(fields)
+        self.values = _format_values(fields)
 
     def print(self, *, ended: bool = False) -> None:
         self.printed = time.monotonic()
         parts = _describe_pace(self.done, self.total, self.unit, self.printed - self.start, None, ended=ended)
-        self.console.print(Text(f"{self.label}: " + ", ".join([*parts, *self.values])), soft_wrap=True)
+        parts += [self.values] if self.values else []
+        self.console.print(Text(f"{self.label}: {', '.join(parts)}"), soft_wrap=True)
 
 
 @contextmanager
-def _lines(console: Console, label: str, total: float | None, unit: str) -> Iterator[Progress]:
+def _print_lines(console: Console, label: str, total: float | None, unit: str) -> Iterator[Progress]:
     lines = _Lines(console, label, total, unit)
     yield lines
     lines.print(ended=True)
@@ -189,8 +170,7 @@ def _describe_pace(
         rate: Units a second just now; over the whole time where it is not known.
     """
     parts = [f"{done:,.0f}" + (f"/{total:,.0f}" if total is not None else "") + f" {unit}"]
-    if ended or not rate:
-        rate = done / seconds if seconds > 0 else 0.0
+    rate = rate or (done / seconds if seconds > 0 else 0.0)
     if rate > 0:
         parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
     if ended:
@@ -200,6 +180,7 @@ def _describe_pace(
     return parts
 
 
-def format_values(fields: dict[str, Any]) -> list[str]:
-    """Write current values in a few characters each."""
-    return [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items()]
+def _format_values(fields: dict[str, Any]) -> str:
+    """Write current values such that lines break between them only."""
+    values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in fields.items()}
+    return " ".join(f"{name}={value}" for name, value in values.items())

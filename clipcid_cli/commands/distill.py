@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.scores.tables import show_tables
+from clipcid_cli.commands.scores import show_tables
 from clipcid_cli.commands.summary import count, file_facts, format_seconds, print_facts
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from clipcid_cli.steps.distill.cost import DistillCost
+    from clipcid_cli.steps.distill.run import Distilled
 
-def show(result: dict[str, Any], console: Console) -> None:
+
+def show(result: Distilled | DistillCost, console: Console) -> None:
     """Print what was trained and how well it retrieves; of a dry run, what it would cost."""
-    facts = {"steps": f"{result['steps']:,} ({count(result['samples'], 'sample')})"}
-    if "losses" not in result:
-        facts["student"] = f"{result['student']}, {result['parameters'] / 1e6:.1f} M parameters"
-        facts["speed"] = f"about {result['samples_per_second']:,.0f} samples/s"
-        facts["time"] = f"about {format_seconds(result['seconds']['train'])}"
-        facts["memory"] = f"{result['memory_bytes'] / 2**30:.1f} GiB in each process"
+    from clipcid_cli.steps.distill.cost import DistillCost
+
+    facts = {"steps": f"{result.steps:,} ({count(result.samples, 'sample')})"}
+    if isinstance(result, DistillCost):
+        facts["student"] = f"{result.student}, {result.parameters / 1e6:.1f} M parameters"
+        facts["speed"] = f"about {result.samples_per_second:,.0f} samples/s"
+        facts["time"] = f"about {format_seconds(result.seconds['train'])}"
+        facts["memory"] = f"{result.memory_bytes / 2**30:.1f} GiB in each process"
         print_facts(console, "Would train", facts)
         return
-    facts["speed"] = f"{result['samples_per_second']:,.0f} samples/s"
-    facts["losses"] = ", ".join(f"{name} {value:.4f}" for name, value in result["losses"].items())
-    shown = {one["dataset"] for one in result["evaluations"]}
-    for name, found in _by_data(result["metrics"]).items():
+    facts["speed"] = f"{result.samples_per_second:,.0f} samples/s"
+    facts["losses"] = ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items())
+    shown = {one.dataset for one in result.evaluations}
+    for name, found in _by_data(result.metrics).items():
         if name.removesuffix(", EMA") not in shown:
             facts[name] = _format_recalls(found)
-    print_facts(console, "Distilled", facts | file_facts(result["files"]))
-    if result["evaluations"]:
+    print_facts(console, "Distilled", facts | file_facts(result.files))
+    if result.evaluations:
         console.print()
-        show_tables(result["evaluations"], console)
-        print_facts(console, "", {"metrics": "\n".join(one["files"]["metrics"] for one in result["evaluations"])})
+        show_tables(result.evaluations, console)
+        print_facts(console, "", {"metrics": "\n".join(one.files["metrics"] for one in result.evaluations)})
 
 
 def _by_data(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -55,13 +60,19 @@ def _format_recalls(metrics: dict[str, float]) -> str:
 
 
 command = step_command(
-    name="distill",
-    settings=DistillSettings,
+    "distill",
+    DistillSettings,
     step="clipcid_cli.steps.distill.run",
-    summary=show,
-    help="Train a small CLIP on a teacher's embeddings, or without a teacher. To continue a run that was "
-    "stopped, run the same command again: it resumes from the last checkpoint.",
-    examples="clipcid distill --teacher ViT-L-14 --student ViT-B-32\n"
-    "clipcid distill laion/ --teacher none --student student.json --steps 2000 --batch-size 64\n"
-    "clipcid distill --student student.json --preset cid --loss fd=10 --name cid",
+    show=show,
+    page="""
+Train a small CLIP on a teacher's embeddings, or without a teacher. To continue a run that was stopped, run the same
+command again: it resumes from the last checkpoint.
+
+\b
+Examples:
+  clipcid distill --teacher ViT-L-14 --student ViT-B-32
+  clipcid distill laion/ --teacher none --student student.json \\
+      --steps 2000 --batch-size 64
+  clipcid distill --student student.json --loss fd=10 --name cid
+""",
 )

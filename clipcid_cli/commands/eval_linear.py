@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.summary import count, file_facts, format_percent, print_facts, print_table, shorten_metric
@@ -11,61 +11,60 @@ from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from clipcid_cli.steps.evaluate.result import Draws, LinearResult, Preview
+
 
 _BARS = "▁▂▃▄▅▆▇█"
 _DIGITS = 2
 
 
-def show(result: dict[str, Any], console: Console) -> None:
+def show(answer: LinearResult | Preview, console: Console) -> None:
     """Print the metrics, how the strength was chosen, and the few-shot curve where there is one."""
-    facts = {"model": result["model"], "data": result["dataset"]}
-    if "metrics" in result:
-        facts |= {
-            name: f"{format_percent(value, _DIGITS)}%" for name, value in result["metrics"].items() if value is not None
-        }
-        facts["measured on"] = f"{count(result['images'], 'image')} of {count(result['classes'], 'class', 'classes')}"
-        facts["fitted on"] = count(result["train_images"], "image")
-        chosen, tried = result["c"], result["sweep"]["c"]
-        facts["C"] = f"{chosen:.3g}, best of {len(tried)} by {result['metric']} on held-out images"
-        facts["held out"] = (
-            f"{format_percent(result['validation_score'], _DIGITS)}% on {count(result['validation_images'], 'image')}"
-        )
-        facts["by C"] = f"{tried[0]:.0e} {_sketch(result['sweep']['score'])} {tried[-1]:.0e}"
-    files = {f"{name} file": path for name, path in file_facts(result.get("files", {})).items()}
-    print_facts(console, "Linear probe" if "metrics" in result else "Would fit a linear probe", facts | files)
-    if result.get("shots"):
+    from clipcid_cli.steps.evaluate.result import Preview
+
+    facts = {"model": answer.model, "data": answer.dataset}
+    files = {f"{name} file": path for name, path in file_facts(answer.files).items()}
+    if isinstance(answer, Preview):
+        print_facts(console, "Would fit a linear probe", facts | files)
+        return
+    facts |= {name: f"{format_percent(value, _DIGITS)}%" for name, value in answer.metrics.items() if value is not None}
+    facts["measured on"] = f"{count(answer.images, 'image')} of {count(answer.classes, 'class', 'classes')}"
+    facts["fitted on"] = count(answer.train_images, "image")
+    tried = answer.sweep.c
+    facts["C"] = f"{answer.c:.3g}, best of {len(tried)} by {answer.metric} on held-out images"
+    facts["held out"] = (
+        f"{format_percent(answer.validation_score, _DIGITS)}% on {count(answer.validation_images, 'image')}"
+    )
+    facts["by C"] = f"{tried[0]:.0e} {_sketch(answer.sweep.score)} {tried[-1]:.0e}"
+    print_facts(console, "Linear probe", facts | files)
+    if answer.shots:
         console.print()
-        _print_shots(result, console)
+        _print_shots(answer, console)
 
 
 def _sketch(scores: list[float]) -> str:
-    """Draw scores along the grid of C, each as high as its share of the best; every other one, to fit a terminal."""
+    """Draw scores along the grid of C, each as high as its part of the best; every other one, to fit a terminal."""
     low, high = min(scores), max(scores)
     width = (high - low) or 1.0
     return "".join(_BARS[round((len(_BARS) - 1) * ((score - low) / width))] for score in scores[::2])
 
 
-def _print_shots(result: dict[str, Any], console: Console) -> None:
-    curve = result["shots"]
-    draws = len(curve[0]["c"])
+def _print_shots(answer: LinearResult, console: Console) -> None:
+    curve = answer.shots
+    draws = len(curve[0].c)
     title = f"Few-shot, mean ± standard deviation of {draws} draws" if draws > 1 else "Few-shot, one draw"
-    names = [name for name, value in curve[0]["metrics"].items() if value["mean"] is not None]
+    names = [name for name, value in curve[0].metrics.items() if value.mean is not None]
     rows = [
-        [
-            str(point["shots"]),
-            f"{point['images']:,}",
-            *(_with_spread(point["metrics"][name]) for name in names),
-            _range(point["c"]),
-        ]
-        for point in curve
+        [str(one.shots), f"{one.images:,}", *(_with_spread(one.metrics[name]) for name in names), _range(one.c)]
+        for one in curve
     ]
-    whole = [format_percent(result["metrics"][name], _DIGITS) for name in names]
-    rows.append(["all", f"{result['train_images']:,}", *whole, f"{result['c']:.2g}"])
+    whole = [format_percent(answer.metrics[name], _DIGITS) for name in names]
+    rows.append(["all", f"{answer.train_images:,}", *whole, f"{answer.c:.2g}"])
     print_table(console, title, ["shots", "images", *map(shorten_metric, names), "C"], rows, left=0)
 
 
-def _with_spread(value: dict[str, Any]) -> str:
-    return format_percent(value["mean"], _DIGITS) + ("" if value["std"] is None else f" ± {100 * value['std']:.1f}")
+def _with_spread(value: Draws) -> str:
+    return format_percent(value.mean, _DIGITS) + ("" if value.std is None else f" ± {100 * value.std:.1f}")
 
 
 def _range(values: list[float]) -> str:
@@ -74,14 +73,19 @@ def _range(values: list[float]) -> str:
 
 
 command = step_command(
-    name="eval-linear",
-    settings=EvalLinearSettings,
+    "eval-linear",
+    EvalLinearSettings,
     step="clipcid_cli.steps.evaluate.linear",
-    summary=show,
-    help="Measure a linear probe: logistic regression on the frozen image features of a model. The regularization is chosen "
-    "among 45 values on a part of the training images, as in DINOv2's protocol.",
-    examples="clipcid eval-linear --train food101/train --test food101/test\n"
-    "clipcid eval-linear ViT-B-32 food101/\n"
-    "clipcid eval-linear ViT-B-32 food101/ --shots 1,2,4,8,16 --knn 10,20\n"
-    "clipcid eval-linear small/student photos/ --val-fraction 0.1 --json",
+    show=show,
+    page="""
+Measure a linear probe: logistic regression on the frozen image features of a model. The regularization is chosen
+among 45 values on a part of the training images, as in DINOv2's protocol.
+
+\b
+Examples:
+  clipcid eval-linear --train food101/train --test food101/test
+  clipcid eval-linear ViT-B-32 food101/
+  clipcid eval-linear ViT-B-32 food101/ --shots 1,2,4,8,16 --knn 10,20
+  clipcid eval-linear small/student photos/ --val-fraction 0.1 --json
+""",
 )

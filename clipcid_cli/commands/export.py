@@ -40,14 +40,20 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 command = step_command(
-    name="export",
-    settings=ExportSettings,
+    "export",
+    ExportSettings,
     step="clipcid_cli.steps.export.run",
-    summary=show,
-    help="Export a model for other programs. Each format is verified against the original model on images and texts at "
-    "several batch sizes; one that differs too much is an error and is not written.",
-    examples="clipcid export\n"
-    "clipcid export --format open-clip --format hf --format onnx\n"
-    "clipcid export small/student --format onnx --classnames food101/ --data food101/ --quantize int8\n"
-    "clipcid export runs/small/student --format onnx --out small-onnx --data photos/",
+    show=show,
+    page="""
+Export a model for other programs. Each format is verified against the original model on images and texts at several
+batch sizes; one that differs too much is an error and is not written.
+
+\b
+Examples:
+  clipcid export
+  clipcid export --format open-clip --format hf --format onnx
+  clipcid export small/student --format onnx --classnames food101/ \\
+      --data food101/ --quantize int8
+  clipcid export small/student --format onnx --out onnx/ --data photos/
+""",
 )

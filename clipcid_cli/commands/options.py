@@ -1,142 +1,115 @@
-"""From a settings dataclass to click parameters: flags, environment variables and ranges."""
+"""From a settings dataclass to click parameters: flags, environment variables, types and ranges."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from clipcid_cli.commands.help_page import GroupedOption, keep_together
-from clipcid_cli.steps.settings.fields import describe_range, flag_of, setting_of
-from clipcid_cli.steps.settings.shared import ReadingSettings, SharedSettings
+from clipcid_cli.commands.config import load_config
+from clipcid_cli.steps.settings.fields import Setting, flag_of, setting_of
+from clipcid_cli.steps.settings.shared import SharedSettings
 
 _SHARED = {field.name for field in dataclasses.fields(SharedSettings)}
-_READING = {field.name for field in dataclasses.fields(ReadingSettings)}
 
 
-class Number(click.ParamType[Any]):
-    """A number within the range its setting declares."""
+class Option(click.Option):
+    """A flag that knows its heading on the help page."""
 
-    def __init__(self, kind: type, field: dataclasses.Field[Any]) -> None:
-        self.kind, self.setting = kind, setting_of(field)
-        self.name = "integer" if kind is int else "number"
+    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """Show what kind of number is meant."""
-        return "N" if self.kind is int else "X"
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the spelling and the explanation; of a switch that is off by default, only how to turn it on."""
+        record = super().get_help_record(ctx)
+        if record is None or not self.secondary_opts or self.default is True:
+            return record
+        return self.opts[0], record[1]
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse and check the range; NaN is in no range."""
-        try:
-            # A configuration file gives numbers and truth values of its own, which must not be bent into shape.
-            if isinstance(value, bool) or (self.kind is int and isinstance(value, float)):
-                raise TypeError
-            number = self.kind(value)
-        except (TypeError, ValueError):
-            self.fail(f"{value!r} is not {'a whole' if self.kind is int else 'a'} number.", param, ctx)
-        low, high = self.setting.minimum, self.setting.maximum
-        inside = (low is None or (number > low if self.setting.above_minimum else number >= low)) and (
-            high is None or number <= high
-        )
-        if number != number or not inside:
-            self.fail(f"{value} is out of range ({describe_range(self.setting)}).", param, ctx)
-        return number
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """Name the flag, or the variable or file that its value is from."""
+        source = None if ctx is None or self.name is None else ctx.get_parameter_source(self.name)
+        if source is ParameterSource.ENVIRONMENT:
+            return str(self.envvar)
+        hint = super().get_error_hint(ctx)
+        return f"{hint} in {ctx.params['config']}" if ctx and source is ParameterSource.DEFAULT_MAP else hint
 
 
-def build_parameters(command: str, settings: type[Any]) -> tuple[list[click.Parameter], list[tuple[str, str]]]:
-    """Make the click parameters of a command.
+def build_parameters(command: str, settings: type[SharedSettings]) -> list[click.Parameter]:
+    """Make the click parameters of a command, those under one heading of the help page together.
 
     Args:
         command: Name of the command, for ``CLIPCID_<COMMAND>_<FLAG>``.
         settings: Its settings dataclass; types drive the parsing.
-
-    Returns:
-        The parameters, and (name, help) of the positional ones for the help page. What is the command's own comes before
-        what it shares with others.
     """
     hints = typing.get_type_hints(settings)
-    fields = sorted(dataclasses.fields(settings), key=lambda field: (field.name in _SHARED, field.name in _READING))
-    parameters: list[click.Parameter] = []
-    arguments: list[tuple[str, str]] = []
-    for field in fields:
-        setting = setting_of(field)
-        kind, multiple = _parse_type(hints[field.name])
-        if setting.positional:
-            name = flag_of(field)
-            parameters.append(
-                click.Argument(
-                    [field.name],
-                    type=_click_type(kind, field),
-                    required=False,
-                    metavar=f"[{name}{'...' if multiple else ''}]",
-                    nargs=-1 if multiple else 1,
-                    default=None if multiple else field.default,
-                )
-            )
-            arguments.append((name, setting.help))
-        else:
-            parameters.append(_make_option(command, field, kind, multiple))
-    return parameters, arguments
+
+    def distance(field: dataclasses.Field[Any]) -> int:
+        """How far from the command itself the class is that declares a field: its own headings come first."""
+        return max(far for far, base in enumerate(settings.__mro__) if field.name in inspect.get_annotations(base))
+
+    fields = sorted(dataclasses.fields(settings), key=distance)
+    headings = list(dict.fromkeys(setting_of(field).group for field in fields))
+    return [
+        _make_parameter(command, field, *_parse_type(hints[field.name]))
+        for field in sorted(dataclasses.fields(settings), key=lambda field: headings.index(setting_of(field).group))
+    ]
 
 
-def _make_option(command: str, field: dataclasses.Field[Any], kind: Any, multiple: bool) -> GroupedOption:
-    setting = setting_of(field)
-    flag = flag_of(field)
-    shared = field.name in _SHARED
-    stem = flag.removeprefix("--").replace("-", "_").upper()
-    environment = f"CLIPCID_{stem}" if shared else f"CLIPCID_{command.replace('-', '_').upper()}_{stem}"
-    text = setting.help
-    shown_default = _show_default(field.default)
-    extras = [part for part in (shown_default, _show_range(setting)) if part]
-    if extras:
-        text += "  [" + "; ".join(keep_together(extra) for extra in extras) + "]"
+def _make_parameter(command: str, field: dataclasses.Field[Any], kind: Any, multiple: bool) -> click.Parameter:
+    setting, flag = setting_of(field), flag_of(field)
+    if setting.positional:
+        default = None if multiple else field.default
+        return click.Argument(
+            [field.name], help=setting.help, required=False, default=default, nargs=-1 if multiple else 1
+        )
+    scope = "" if field.name in _SHARED else f"{command}_"
+    given: dict[str, Any] = {
+        "group": setting.group,
+        "help": setting.help,
+        "default": field.default,
+        "show_default": field.default is not False,
+        "envvar": f"CLIPCID_{scope}{flag.removeprefix('--')}".replace("-", "_").upper(),
+    }
+    if field.name == "config":  # before every other flag, since it sets their defaults
+        given |= {"is_eager": True, "callback": load_config}
     if kind is bool:
         # Every switch has its opposite, since a config file or the environment may have turned it on.
-        names = [f"{flag}/--no-{flag.removeprefix('--')}", field.name]
-        return GroupedOption(names, group=setting.group, help=text, default=field.default, envvar=environment)
-    return GroupedOption(
-        [flag, field.name],
-        group=setting.group,
-        help=text,
-        type=_click_type(kind, field),
-        multiple=multiple,
-        default=field.default,
-        envvar=environment,
-        metavar=setting.metavar,
-    )
-
-
-def _show_default(default: Any) -> str:
-    if default is None or default == () or default is False or default is True:
-        return "default: on" if default is True else ""
-    if isinstance(default, tuple):
-        return "default: " + " ".join(str(item) for item in default)
-    return f"default: {default}"
-
-
-def _show_range(setting: Any) -> str:
-    return describe_range(setting) if setting.minimum is not None or setting.maximum is not None else ""
+        return Option([f"{flag}/--no-{flag.removeprefix('--')}", field.name], **given)
+    metavar = setting.metavar or {int: "N", float: "X"}.get(kind)
+    return Option([flag, field.name], type=_click_type(kind, setting), multiple=multiple, metavar=metavar, **given)
 
 
 def _parse_type(hint: Any) -> tuple[Any, bool]:
     """Strip ``| None`` and ``tuple[…, ...]`` off a field's type."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+    if isinstance(hint, types.UnionType):
         (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
     return hint, False
 
 
-def _click_type(kind: Any, field: dataclasses.Field[Any]) -> click.ParamType[Any]:
-    setting = setting_of(field)
+def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
     if setting.choices is not None:
-        return click.Choice(list(setting.choices))
-    if kind in (int, float):
-        return Number(kind, field)
+        return click.Choice(setting.choices)
     if kind is Path:
         return click.Path(path_type=Path)
-    return click.STRING
+    if kind is str:
+        return click.STRING
+    assert setting.within is not None, "every number has a range"
+    maximum = None if setting.within.maximum == float("inf") else setting.within.maximum
+    number: click.IntRange | click.FloatRange
+    if kind is int:
+        number = click.IntRange(int(setting.within.minimum), None if maximum is None else int(maximum))
+        number.name = "whole number"
+    else:
+        number = click.FloatRange(setting.within.minimum, maximum, min_open=setting.within.min_open)
+        number.name = "number"
+    return number

@@ -64,6 +64,11 @@ def file_facts(files: dict[str, str]) -> dict[str, str]:
     return {name.replace("_", " "): path for name, path in files.items()}
 
 
+def format_skipped(skipped: dict[str, int]) -> str:
+    """Write how many samples were skipped for each reason."""
+    return ", ".join(f"{number:,} {reason}" for reason, number in skipped.items())
+
+
 def format_phases(seconds: dict[str, float]) -> str:
     """Write the seconds of each phase: ``read 0.1 s, kmeans 3:05``."""
     return ", ".join(f"{phase} {format_seconds(value)}" for phase, value in seconds.items())

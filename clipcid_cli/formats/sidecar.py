@@ -211,21 +211,99 @@ class DistillSidecar(Sidecar, kw_only=True):
         return msgspec.convert(self.settings, DistillMade)
 
 
-class EvaluationSidecar(Sidecar, kw_only=True):
-    """One in ``eval/sidecars/``; of a classification it says where class names and templates are from."""
+class LinesRecord(msgspec.Struct):
+    """Which class names or templates a score is of: those of other lines are not comparable.
 
-    prompts: dict[str, Any] | None = None
+    Attributes:
+        source: Path of the file, or ``openai``, ``simple``, ``imagenet``, ``default``, ``folder names``.
+        hash: What ``b2sum -l 48`` prints of a file with these lines.
+    """
+
+    source: str
+    number: int
+    hash: str
+
+    def __str__(self) -> str:
+        return f"{self.number:,}, {self.source} ({self.hash})"
+
+
+class EvaluationSidecar(Sidecar, kw_only=True):
+    """One in ``eval/sidecars/``.
+
+    Attributes:
+        prompts: Of a classification, ``class_names`` and ``templates``.
+    """
+
+    prompts: dict[str, LinesRecord] | None = None
+
+
+class Calibration(msgspec.Struct):
+    """How well a temperature's confidences fit; `algorithms.metrics.calibration` defines the measures."""
+
+    temperature: float
+    expected_calibration_error: float
+    log_loss: float
+    images: int
+
+
+class Calibrations(msgspec.Struct):
+    """How sure a classifier is, as it is and at a temperature fitted on a part of the images.
+
+    Attributes:
+        all: All images at the model's own temperature.
+        temperature: That of the least log loss of the fitted images; None where there is no minimum.
+        before: The other images at the model's own temperature; None where there are none.
+        after: The same at the fitted temperature.
+    """
+
+    bins: int
+    all: Calibration
+    fitted_share: float
+    fitted_images: int
+    temperature: float | None
+    before: Calibration | None
+    after: Calibration | None
+
+
+class ClassScore(msgspec.Struct):
+    """How well one class is told.
+
+    Attributes:
+        value: Recall or, where images have several classes, average precision; None without images.
+        confused_with: The wrong class most often predicted for its images, and how often.
+    """
+
+    name: str = msgspec.field(name="class")
+    images: int
+    value: float | None
+    confused_with: str | None = None
+    confused: int = 0
+
+
+class Example(msgspec.Struct):
+    """An image for the report: its class, the one predicted, and where its bytes are."""
+
+    key: str
+    label: str
+    predicted: str
+    path: str
+    offset: int
+    size: int | None
 
 
 class ZeroshotSidecar(EvaluationSidecar, kw_only=True):
-    """One of `eval-zeroshot`."""
+    """One of `eval-zeroshot`.
+
+    Attributes:
+        calibration: None where an image has no class or several.
+    """
 
     images_per_second: float
     customary: str
     intervals: dict[str, tuple[float, float]]
-    calibration: dict[str, Any] | None
-    per_class: list[dict[str, Any]]
-    examples: list[dict[str, Any]]
+    calibration: Calibrations | None
+    per_class: list[ClassScore]
+    examples: list[Example]
 
 
 class LinearSidecar(EvaluationSidecar, kw_only=True):

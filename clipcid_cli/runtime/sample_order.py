@@ -59,46 +59,45 @@ class SampleOrder:
         Args:
             on_group: Called as each group begins with the numbers of its shards and of those of the next group.
         """
-        self._seed, self._shard_sizes, self._on_group = seed, shard_sizes, on_group
+        self._seed = seed
+        self._shard_sizes = shard_sizes
+        self._on_group = on_group
         self._size = sum(shard_sizes)
-        self._start_epoch(0)
+        self._epoch = -1  # none is begun
+        self._first = 0  # number in the run of the first sample of the group that is held
+        self._rows = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Samples of one epoch."""
+        """Samples of one epoch: sample number n of the run is of epoch n // len."""
         return self._size
 
-    def between(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Return (epoch, row) of samples number start … stop − 1 of the run; rows as in `epoch_groups`."""
-        found = list[tuple[int, int]]()
+    def rows(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Return the rows of samples number start … stop − 1 of the run, numbered as in `epoch_groups`."""
+        found = [np.empty(0, dtype=np.int64)]
         while start < stop:
-            epoch, place = divmod(start, self._size)
-            rows = self._rows_from(epoch, place)[: stop - start]
-            found.extend((epoch, row) for row in rows.tolist())
-            start += len(rows)
-        return found
+            found.append(self._rest_of_group(start)[: stop - start])
+            start += len(found[-1])
+        return np.concatenate(found)
 
-    def _start_epoch(self, epoch: int) -> None:
-        self._epoch, self._groups = epoch, epoch_groups(self._seed, epoch, self._shard_sizes)
-        self._first, self._rows = 0, np.empty(0, dtype=np.int64)
-        self._group = -1
-
-    def _rows_from(self, epoch: int, place: int) -> npt.NDArray[np.int64]:
-        """Return the rows of an epoch from a place on, to the end of its group."""
-        if epoch != self._epoch or place < self._first:
-            self._start_epoch(epoch)
-        while place >= self._first + len(self._rows):
+    def _rest_of_group(self, number: int) -> npt.NDArray[np.int64]:
+        """Return the rows from a sample of the run on, to the end of its group."""
+        epoch = number // self._size
+        if epoch != self._epoch or number < self._first:
+            self._epoch = epoch
+            self._groups = enumerate(epoch_groups(self._seed, epoch, self._shard_sizes))
+            self._first, self._rows = epoch * self._size, self._rows[:0]
+        group = None
+        while number >= self._first + len(self._rows):
             self._first += len(self._rows)
-            self._rows = next(self._groups)
-            self._group += 1
-            if self._on_group is not None and place < self._first + len(self._rows):
-                self._on_group(self._upcoming_shards())
-        return self._rows[place - self._first :]
+            group, self._rows = next(self._groups)
+        if group is not None and self._on_group is not None:
+            self._on_group(self._upcoming_shards(group * SHARDS_MIXED))
+        return self._rows[number - self._first :]
 
-    def _upcoming_shards(self) -> list[int]:
-        """List the shards of the current group and of the next one, which may be the first of the next epoch."""
-        shards = np.concatenate(
-            [epoch_shards(self._seed, epoch, len(self._shard_sizes)) for epoch in (self._epoch, self._epoch + 1)]
-        )
-        begin = self._group * SHARDS_MIXED
-        count = min(begin + SHARDS_MIXED, len(self._shard_sizes)) - begin + SHARDS_MIXED
-        return [shard for shard in shards[begin : begin + count].tolist() if self._shard_sizes[shard]]
+    def _upcoming_shards(self, first: int) -> list[int]:
+        """List the shards of the group that begins with an epoch's shard number `first`, and of the next group."""
+        count = len(self._shard_sizes)
+        epochs = (self._epoch, self._epoch + 1)  # the next group may be the first of the next epoch
+        shards = np.concatenate([epoch_shards(self._seed, epoch, count) for epoch in epochs])
+        end = min(first + SHARDS_MIXED, count) + SHARDS_MIXED
+        return [shard for shard in shards[first:end].tolist() if self._shard_sizes[shard]]

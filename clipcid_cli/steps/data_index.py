@@ -76,18 +76,16 @@ def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Rep
     def find_missing() -> list[int]:
         return [number for number, shard in enumerate(dataset.shards) if read_record(folder, shard) is None]
 
+    def list_all(numbers: list[int]) -> None:
+        with reporter.progress("index", len(numbers), "shards") as progress:
+            lister = partial(_list_shard, dataset)
+            for _ in ordered_map(lister, numbers, workers if len(numbers) > _FEW_SHARDS else 0):
+                progress.advance()
+
     with lock_index(folder) if machine.is_main else contextlib.nullcontext():
-        mine = machine.on_main(find_missing)[machine.rank :: machine.size]
-        with reporter.progress("index", len(mine), "shards") as progress:
-
-            def list_mine() -> None:
-                lister = partial(_list_shard, dataset)
-                for _ in ordered_map(lister, mine, workers if len(mine) > _FEW_SHARDS else 0):
-                    progress.advance()
-
-            machine.on_all(list_mine)
-        index = machine.on_main(lambda: _finish(dataset, folder))
-    return dataset.with_index(index)
+        missing = machine.on_main(find_missing)
+        machine.on_all(lambda: list_all(missing[machine.rank :: machine.size]))
+        return dataset.with_index(machine.on_main(lambda: _finish(dataset, folder)))
 
 
 def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:

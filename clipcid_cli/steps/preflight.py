@@ -1,13 +1,11 @@
 """A look at the data before long work begins: a few samples of every shard are read and decoded, in parallel.
 
-In a dry run it takes at most 2 s. Before a run it takes at most a hundredth of the data, and so of the run, which reads and
-decodes all of it, or 0.1 s where that is longer; never more than 10 s. Where not all shards can be looked at in that time,
-those that are lie evenly in the data, in an order that depends on the seed.
+It takes at most two seconds. Where not all shards can be looked at in that time, those that are lie evenly in the data, in
+an order that depends on the seed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,57 +21,33 @@ from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.reporting import Reporter
 
+_SECONDS = 2.0
 _SAMPLES_OF_A_SHARD = 3
-_SHARE = 0.01
-_MIN_SECONDS, _MAX_SECONDS = 0.1, 10.0
-_DRY_RUN_SECONDS = 2.0
 _SHARDS_BEHIND_URLS = 4
 _THREADS = 16
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
-@dataclasses.dataclass
-class Findings:
-    """What a look at some shards found.
-
-    Attributes:
-        share: Sum of the shares of the shards, in [0, 1] each, that were looked at.
-    """
-
-    shards: int = 0
-    samples: int = 0
-    bad: Skips = dataclasses.field(default_factory=Skips)
-    share: float = 0.0
-
-    def add(self, other: Findings) -> None:
-        """Add what a look at other shards found."""
-        self.shards += other.shards
-        self.samples += other.samples
-        self.bad.merge(other.bad)
-        self.share += other.share
-
-
-def check_samples(dataset: Dataset, machine: Machine, seed: int, *, dry_run: bool, reporter: Reporter) -> Findings:
+def check_samples(dataset: Dataset, machine: Machine, seed: int, *, dry_run: bool, reporter: Reporter) -> None:
     """Look at a few samples of every shard, or of as many as there is time for, and report images that cannot be decoded.
 
     Such images are no error: a step skips and counts them. A shard that cannot be read is one. A dry run also reports that
     all is well.
     """
     mine = choose_order(dataset, seed, dry_run=dry_run)[machine.rank :: machine.size]
-    found = Findings()
-    for part in machine.gather(machine.on_all(lambda: _look_at(dataset, mine, dry_run))):
-        found.add(part)
+    looks = [look for part in machine.gather(machine.on_all(lambda: _look_at(dataset, mine))) for look in part]
+    samples, bad = 0, Skips()
+    for of_shard, skips in looks:
+        samples += of_shard
+        bad.merge(skips)
     total = len(dataset.shards)
-    looked = (
-        f"{dataset.spec}: checked {found.shards:,} of {total:,} shard{'s' * (total > 1)}, {found.samples:,} samples"
-    )
-    if found.shards < total:
+    looked = f"{dataset.spec}: checked {len(looks):,} of {total:,} shard{'s' * (total > 1)}, {samples:,} samples"
+    if len(looks) < total:
         looked += " (evenly spread)"
-    if found.bad.total:
-        reporter.warn(f"{looked}: {found.bad.total:,} cannot be decoded.\n{found.bad.describe()}")
+    if bad.total:
+        reporter.warn(f"{looked}: {bad.total:,} cannot be decoded.\n{bad.describe()}")
     elif dry_run:
         reporter.note(f"{looked}: all can be decoded.")
-    return found
 
 
 def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
@@ -90,41 +64,32 @@ def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
     return local + behind_urls[: _SHARDS_BEHIND_URLS if dry_run else 0]
 
 
-def _look_at(dataset: Dataset, order: Sequence[int], dry_run: bool) -> Findings:
-    """Look at shards in the given order until the time is up, or before a run enough of the data has been looked at."""
-    least, most = (_DRY_RUN_SECONDS, _DRY_RUN_SECONDS) if dry_run else (_MIN_SECONDS, _MAX_SECONDS)
-    found = Findings()
-    started = time.perf_counter()
+def _look_at(dataset: Dataset, order: Sequence[int]) -> list[tuple[int, Skips]]:
+    """Look at shards in the given order until the time is up; return the number of samples of each, and the bad ones."""
+    looks = list[tuple[int, Skips]]()
+    end = time.perf_counter() + _SECONDS
     with ThreadPoolExecutor(_THREADS) as pool:
         for first in range(0, len(order), _THREADS):
-            elapsed = time.perf_counter() - started
-            # Of an indexed shard of 10,000 samples three are 0.03 %: the share alone would never stop it.
-            if elapsed > most or (elapsed > least and found.share > _SHARE * len(order)):
+            if time.perf_counter() > end:
                 break
-            for shard in pool.map(lambda number: _look(dataset, number), order[first : first + _THREADS]):
-                found.add(shard)
-    return found
+            looks += pool.map(lambda number: _look(dataset, number), order[first : first + _THREADS])
+    return looks
 
 
-def _look(dataset: Dataset, number: int) -> Findings:
+def _look(dataset: Dataset, number: int) -> tuple[int, Skips]:
     """Read and decode a few samples of a shard: from the index spread over it, else the first ones."""
     shard = dataset.shards[number]
-    found = Findings(shards=1)
     if dataset.index is not None and not is_remote(shard.file):
         part = dataset.index.part(number)
         places = np.unique(np.linspace(0, len(part) - 1, min(len(part), _SAMPLES_OF_A_SHARD)).astype(np.int64))
         samples = list(map(part.sample, places.tolist()))
-        found.share = len(samples) / max(1, len(part))
     else:
         samples = list(islice(shard.stream(), _SAMPLES_OF_A_SHARD))
-        if samples and shard.file and not is_remote(shard.file):
-            image = samples[-1].image
-            found.share = (image.offset + (image.size or 0)) / max(1, shard.stamp()[0])
+    # A list may name images behind URLs.
+    samples = [sample for sample in samples if sample.image.data is not None or not is_url(sample.image.path)]
+    bad = Skips()
     for sample in samples:
-        if sample.image.data is None and is_url(sample.image.path):  # a list may name images behind URLs
-            continue
-        found.samples += 1
         decoded = read_image(sample.image)
         if isinstance(decoded, SkippedImage):
-            found.bad.add(decoded.reason, f"{shard.name}: {sample.key}")
-    return found
+            bad.add(decoded.reason, shard.describe(sample.key))
+    return len(samples), bad

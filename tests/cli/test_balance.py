@@ -115,10 +115,10 @@ def test_rows_that_are_not_finite_are_counted_and_named(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--keep", "0"], 2, "0 is out of range (0 < x ≤ 1)"),
-        (["--keep", "1.5"], 2, "1.5 is out of range (0 < x ≤ 1)"),
-        (["--keep", "nan"], 2, "nan is out of range (0 < x ≤ 1)"),
-        (["--threshold", "-1"], 2, "-1 is out of range (0 to 2)"),
+        (["--keep", "0"], 2, "0.0 is not in the range 0<x<=1"),
+        (["--keep", "1.5"], 2, "1.5 is not in the range 0<x<=1"),
+        (["--keep", "nan"], 2, "nan is not in the range 0<x<=1"),
+        (["--threshold", "-1"], 2, "-1.0 is not in the range 0<=x<=2"),
         ([], 2, "No amount to keep was given"),
         (["--keep", "0.5", "--threshold", "0.1"], 2, "--keep and --threshold were given together"),
         (["--keep", "0.5", "--linkage", "star", "--select", "first"], 2, "cannot be combined with --linkage star"),

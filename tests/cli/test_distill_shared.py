@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models import pruned_forward
-from clipcid_cli.runtime.models.grad_cache import BatchEncoder, BatchPart, Features
 from clipcid_cli.steps.distill import run
-from clipcid_cli.steps.distill.loop import Loop
-from clipcid_cli.steps.distill.objective import PreparedBatch
-from clipcid_cli.steps.distill.training_run import TrainingRun
+from clipcid_cli.steps.distill.batches import TrainingBatch
+from clipcid_cli.steps.distill.student import Student
+from clipcid_cli.steps.distill.trainer import Trainer
+from clipcid_cli.training.grad_cache import Features
 
 Clipcid = Callable[..., Run]
 SCRIPT = Path(__file__).parents[1] / "distill_data.py"
@@ -64,13 +64,13 @@ def tiny_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_parts_of_a_batch_train_as_the_whole(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, encode_part = set[int](), BatchEncoder._encode_part
+    sizes, encode_part = set[int](), Student._encode
 
-    def encode(encoder: BatchEncoder, part: BatchPart) -> Features:
-        sizes.add(len(part.pixels))
-        return encode_part(encoder, part)
+    def encode(student: Student, pixels: torch.Tensor, *others: torch.Tensor) -> Features:
+        sizes.add(len(pixels))
+        return encode_part(student, pixels, *others)
 
-    monkeypatch.setattr(BatchEncoder, "_encode_part", encode)
+    monkeypatch.setattr(Student, "_encode", encode)
     train(whole, "parts", accum_freq=4)
     assert sizes == {2}  # of batches of 8
     for preset in FULL_PRESETS:
@@ -122,7 +122,7 @@ def test_the_data_is_checked_until_there_is_a_checkpoint(whole: Path, monkeypatc
 
     monkeypatch.setattr(run, "check_samples", check)
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "_finish", end)
+        patch.setattr(run, "write", end)
         with pytest.raises(ClipcidError, match=r"cannot be read"):
             train(whole, "checked", ("cid",))
         with pytest.raises(ClipcidError, match=r"ends early"):
@@ -252,16 +252,16 @@ def test_a_run_goes_on_with_other_data_sets(
     whole: Path, tiny_classes: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is measured may change where a run is resumed; its report shows each data set where it was measured."""
-    step = Loop.step
+    step = Trainer.step
 
-    def stop(loop: Loop, batch: PreparedBatch) -> float:
-        if loop.trainer.step == 4:
+    def stop(trainer: Trainer, batch: TrainingBatch) -> float:
+        if trainer.state.step == 4:
             raise ClipcidError("The run ends early.", "")
-        return step(loop, batch)
+        return step(trainer, batch)
 
     given = {"eval_every": 2, "checkpoint_every": 2, "ema": 0.9}
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "step", stop)
+        patch.setattr(Trainer, "step", stop)
         with pytest.raises(ClipcidError, match="ends early"):
             train(whole, "other-data", ("clip",), eval_data=(str(tiny_classes),), **given)
     train(whole, "other-data", ("clip",), eval_data=(str(tiny_shards),), with_report=True, **given)
@@ -332,34 +332,6 @@ def test_dry_run_that_diverges_writes_nothing(whole: Path) -> None:
 def test_compiled_towers_learn_the_same(whole: Path) -> None:
     train(whole, "compiled", ("clip",), torchcompile=True)
     assert_alike(whole, "clip-whole", "clip-compiled")
-
-
-def test_float16_gradients_are_scaled_and_an_overflow_is_left_out() -> None:
-    from clipcid_cli.runtime.training.trainer import LossParameters, OptimiserPlan, Trainer
-
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(2, 2))
-            self.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
-
-    plan = OptimiserPlan(
-        optimizer="adamw", lr=0.1, weight_decay=0.0, betas=(0.9, 0.98), eps=1e-6, warmup=0, steps=9, max_norm=1.0
-    )
-    model = Model()
-    trainer = Trainer(model, LossParameters([], 2, None, seed=0), plan, torch.float16)
-    trainer.backward(3 * model.weight.sum())
-    assert float(model.weight.grad.max()) > 1000  # scaled up
-    assert float(trainer.limit_gradient()) == pytest.approx(6.0)  # and down again before it is limited
-    trainer.update()
-    assert not torch.equal(model.weight.detach(), torch.ones(2, 2))
-    before, state = model.weight.detach().clone(), trainer.state()["scaler"]["scale"]
-    trainer.backward(torch.inf * model.weight.sum())
-    assert trainer.may_overflow
-    trainer.limit_gradient()
-    trainer.update()
-    assert torch.equal(model.weight.detach(), before)
-    assert trainer.state()["scaler"]["scale"] == state / 2
 
 
 @pytest.mark.slow  # as above

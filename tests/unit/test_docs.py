@@ -23,7 +23,7 @@ DOCUMENTS = sorted(
 SOURCES = sorted([*(ROOT / "clipcid_cli").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
 # Where the documents mean a path of this repository by these beginnings.
 TOP = ("clipcid_cli/", "recipes/", "tests/", ".ci/", ".github/")
-ROOMS = ("commands/", "steps/", "algorithms/", "runtime/", "formats/", "docs/")
+ROOMS = ("commands/", "steps/", "algorithms/", "training/", "runtime/", "formats/", "docs/")
 
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -130,7 +130,7 @@ def test_the_documented_columns_are_those_that_are_written() -> None:
     assert columns_under("Keep list") == keep_list._SCHEMA.names
     assert columns_under("Sets") == sets._SCHEMA.names
     assert columns_under("Clusters") == clusters._SCHEMA.names
-    assert columns_under("Metrics") == list(metrics.FIELDS)
+    assert columns_under("Metrics") == list(metrics.Metrics.__struct_fields__)
 
 
 def test_every_folder_of_the_work_directory_is_documented() -> None:

@@ -7,12 +7,8 @@ tokens, S candidate centroids, m stored clusters a sample.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 from torch import Tensor
-
-# A learned layer: rows to rows.
-RowMap = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +53,6 @@ class LossBatch:
         image_tokens_bLD: Student features there of the patches of the own rows' images, unit rows, or 0 where there is none;
             present when a loss needs them.
         text_tokens_bLD: Those of the tokens of the own rows' captions, likewise.
-        fusion: Layers that join student and teacher, of images and of captions: [B, d + D] → [B, d]; present when a loss
-            needs them.
         extra_text_ED: Student features v' of texts without images, [E, D]: this process's own, all where `own` is all; None
             without any.
         teacher_extra_text_ED: The teacher's features u of the same texts.
@@ -79,7 +73,6 @@ class LossBatch:
     masked_image_BD: Tensor | None = None
     image_tokens_bLD: Tensor | None = None
     text_tokens_bLD: Tensor | None = None
-    fusion: tuple[RowMap, RowMap] | None = None
     extra_text_ED: Tensor | None = None
     teacher_extra_text_ED: Tensor | None = None
     num_extra: int = 0

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, project
 
+# Centroids that take at most this many bytes in the shared space are kept there: K = 32,768 at 512 dimensions.
+_KEPT_BYTES = 64 * 2**20
 # Centroids are read and projected this many at a time.
 _ROWS_AT_ONCE = 8192
 
@@ -38,10 +40,13 @@ class ProjectedCentroids:
 
     @classmethod
     def of(
-        cls, stored_KD: npt.NDArray[np.float32], axes: PrincipalAxes | None, device: torch.device, max_bytes: int
+        cls, stored_KD: npt.NDArray[np.float32], axes: PrincipalAxes | None, device: torch.device
     ) -> ProjectedCentroids:
-        """Project all centroids at once where they take at most `max_bytes`, else on request."""
+        """Project all centroids at once where they take at most 64 MiB, or an eighth of a GPU's memory; else on request."""
         centroids = cls(stored_KD, axes, device)
+        max_bytes = _KEPT_BYTES
+        if device.type == "cuda":
+            max_bytes = torch.cuda.get_device_properties(device).total_memory // 8
         if len(centroids) * centroids.width * 4 > max_bytes:
             return centroids
         return dataclasses.replace(centroids, kept_Kd=centroids.take(np.arange(len(centroids))))

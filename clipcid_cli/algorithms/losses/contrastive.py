@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,15 +84,17 @@ def interactive(batch: LossBatch, scale: Tensor) -> Tensor:
     return add(sums) / (len(sums) * len(batch))
 
 
-def fused(batch: LossBatch, scale: Tensor) -> Tensor:
+def fused(batch: LossBatch, scale: Tensor, fusion: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
     """`afd` = CE(F_I[s; t] ↔ F_T[v; u]; σ): the contrastive loss of student and teacher joined by a linear layer each.
 
-    The layers F_I and F_T, [d + D → d], belong to the loss. They can learn to pass the student over, whose features then
-    learn nothing: watch the student's own retrieval, not this loss.
+    The layers can learn to pass the student over, whose features then learn nothing: watch the student's own retrieval, not
+    this loss.
+
+    Args:
+        fusion: F_I and F_T, [B, d + D] → [B, d].
 
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), augmented feature distillation.
     """
-    assert batch.fusion is not None
-    sides = zip((batch.image_Bd, batch.text_Bd), batch.teacher(), batch.fusion, strict=True)
+    sides = zip((batch.image_Bd, batch.text_Bd), batch.teacher(), fusion, strict=True)
     image, text = (F.normalize(fuse(torch.cat([student, teacher], dim=1)), dim=1) for student, teacher, fuse in sides)
     return contrast_both_ways(image, text, scale, batch.own) / (2 * len(batch))

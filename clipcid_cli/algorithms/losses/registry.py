@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
+
+# Where CLIP's logit scale starts.
+CLIP_SCALE = 1 / 0.07
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +22,11 @@ class LossEntry:
     Attributes:
         name: Spelling on the command line and in logs.
         summary: What it compares, for docs/distill.md.
-        function: ``module:function`` of its implementation, called as ``f(batch)``, or ``f(batch, scale)`` when it owns a
-            logit scale.
-        own_scale: Whether it learns a logit scale of its own (starting at 1/0.07, kept at or below 100).
-        fuses: Whether it learns layers that join student and teacher.
+        function: ``module:function`` of its implementation in this package, called as ``f(batch)`` with what it learns
+            itself: ``scale``, ``bias``, ``fusion``.
+        scale: Where a logit scale of its own starts, which is kept in 1 … 100; None for a loss without one.
+        bias: Where a bias of its own starts; None for a loss without one.
+        fuses: Whether it learns layers that join student and teacher, one for images and one for captions.
         masked_patches: Share of an image's patches that are hidden in a further pass of the student's image tower, whose
             features the loss reads; 0 for a loss that has none.
         reads_tokens: Whether it reads the student's features of patches and of caption tokens.
@@ -31,7 +35,7 @@ class LossEntry:
         needs_clusters: Whether it reads the centroids and assignments that `clipcid cluster` writes.
         compares_features: Whether it is a distance of single features, student to teacher; such losses allow a higher
             learning rate.
-        teacher_towers: Which towers of the teacher it needs: ``both``, or ``any``: it uses those that are available.
+        one_tower: Whether a teacher of images alone, or of captions alone, can serve it.
         space: Where features are compared: ``own`` compares student with student only, ``teacher`` compares across and
             so needs equal widths (see ``--teacher-space``).
         takes_extra_texts: Whether it also teaches texts without images (``--extra-texts``).
@@ -40,7 +44,8 @@ class LossEntry:
     name: str
     summary: str
     function: str
-    own_scale: bool = False
+    scale: float | None = None
+    bias: float | None = None
     fuses: bool = False
     masked_patches: float = 0.0
     reads_tokens: bool = False
@@ -48,12 +53,10 @@ class LossEntry:
     needs_teacher_scale: bool = False
     needs_clusters: bool = False
     compares_features: bool = False
-    teacher_towers: Literal["both", "any"] = "both"
+    one_tower: bool = False
     space: Literal["own", "teacher"] = "own"
     takes_extra_texts: bool = False
 
-
-_PACKAGE = "clipcid_cli.algorithms.losses"
 
 LOSSES: Mapping[str, LossEntry] = {
     entry.name: entry
@@ -61,85 +64,86 @@ LOSSES: Mapping[str, LossEntry] = {
         LossEntry(
             "clip",
             "contrastive loss of the student's images and captions",
-            f"{_PACKAGE}.contrastive:clip",
+            "contrastive:clip",
             needs_teacher=False,
+            one_tower=True,
         ),
         LossEntry(
             "instance",
             "student image against teacher caption and student caption against teacher image, both ways",
-            f"{_PACKAGE}.contrastive:instance",
-            own_scale=True,
-            teacher_towers="any",
+            "contrastive:instance",
+            scale=CLIP_SCALE,
+            one_tower=True,
             space="teacher",
         ),
         LossEntry(
             "instance-intra",
             "student image against teacher image and student caption against teacher caption, both ways",
-            f"{_PACKAGE}.contrastive:instance_intra",
-            own_scale=True,
-            teacher_towers="any",
+            "contrastive:instance_intra",
+            scale=CLIP_SCALE,
+            one_tower=True,
             space="teacher",
         ),
         LossEntry(
             "cluster",
             "student image against the teacher's clusters: label and soft assignment",
-            f"{_PACKAGE}.cluster:cluster",
-            own_scale=True,
+            "cluster:cluster",
+            scale=CLIP_SCALE,
             needs_clusters=True,
-            teacher_towers="any",
+            one_tower=True,
             space="teacher",
         ),
         LossEntry(
             "fd",
             "squared distance of student and teacher features, summed over the width",
-            f"{_PACKAGE}.features:feature_distance",
+            "features:feature_distance",
             compares_features=True,
-            teacher_towers="any",
+            one_tower=True,
             space="teacher",
             takes_extra_texts=True,
         ),
         LossEntry(
             "mfd",
             "`fd` with three quarters of each image's patches hidden from the student, in a further pass",
-            f"{_PACKAGE}.features:masked_feature_distance",
+            "features:masked_feature_distance",
             masked_patches=0.75,
             compares_features=True,
-            teacher_towers="any",
+            one_tower=True,
             space="teacher",
             takes_extra_texts=True,
         ),
         LossEntry(
             "icl",
             "student image to teacher caption and student caption to teacher image, one way",
-            f"{_PACKAGE}.contrastive:interactive",
-            own_scale=True,
-            teacher_towers="any",
+            "contrastive:interactive",
+            scale=CLIP_SCALE,
+            one_tower=True,
             space="teacher",
         ),
         LossEntry(
             "crd",
             "divergence of the student's in-batch similarities from the teacher's",
-            f"{_PACKAGE}.relations:relation_divergence",
+            "relations:relation_divergence",
             needs_teacher_scale=True,
         ),
         LossEntry(
             "gd",
             "squared distance of the gradients that the contrastive loss has by student and by teacher features",
-            f"{_PACKAGE}.gradients:gradient_distance",
+            "gradients:gradient_distance",
             needs_teacher_scale=True,
             space="teacher",
         ),
         LossEntry(
             "afd",
             "contrastive loss of student and teacher features joined by a learned layer for images and one for captions",
-            f"{_PACKAGE}.contrastive:fused",
-            own_scale=True,
+            "contrastive:fused",
+            scale=CLIP_SCALE,
             fuses=True,
         ),
         LossEntry(
             "td",
             "distance of the student's patches and tokens nearest to the teacher's other tower, by the teacher's confidence",
-            f"{_PACKAGE}.tokens:token_distance",
+            "tokens:token_distance",
             reads_tokens=True,
             needs_teacher_scale=True,
             space="teacher",
@@ -147,20 +151,20 @@ LOSSES: Mapping[str, LossEntry] = {
         LossEntry(
             "vrd",
             "teacher-student similarities of images follow those of captions; each tower contrasted with the teacher's",
-            f"{_PACKAGE}.relations:vertical_relation",
-            own_scale=True,
+            "relations:vertical_relation",
+            scale=CLIP_SCALE,
             space="teacher",
         ),
         LossEntry(
             "xrd",
             "teacher image against student caption and teacher caption against student image agree in their similarities",
-            f"{_PACKAGE}.relations:cross_relation",
+            "relations:cross_relation",
             space="teacher",
         ),
         LossEntry(
             "affinity",
             "cross-entropy of the student's in-batch similarities to the teacher's at a fixed scale of 100",
-            f"{_PACKAGE}.relations:affinity",
+            "relations:affinity",
         ),
     )
 }
@@ -222,17 +226,8 @@ def select_losses(preset: str, overrides: Mapping[str, float]) -> dict[str, Weig
     return {name: weights[name] for name in LOSSES if name in weights and weights[name].value > 0.0}
 
 
-def served_by_one_tower(names: Iterable[str]) -> dict[str, bool]:
-    """Say of each loss whether a teacher of images alone, or of captions alone, can serve it.
-
-    Args:
-        names: Names of losses; those that need no teacher can be served by any.
-    """
-    return {name: not LOSSES[name].needs_teacher or LOSSES[name].teacher_towers == "any" for name in names}
-
-
 def load_loss(name: str) -> Callable[..., Any]:
     """Import and return the function of a loss."""
     module, function = LOSSES[name].function.split(":")
-    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    loaded: Callable[..., Any] = getattr(importlib.import_module(f"clipcid_cli.algorithms.losses.{module}"), function)
     return loaded

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.reading import read_regular, reading
@@ -46,11 +45,6 @@ def hash_lines(lines: Iterable[str]) -> str:
     """Return what ``b2sum -l 48 FILE`` prints of a file with these lines."""
     text = "".join(f"{line}\n" for line in lines)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-def describe_lines(described: Mapping[str, Any]) -> str:
-    """Write the ``number``, ``source`` and ``hash`` of lines: ``7, simple (3f786850e387)``."""
-    return f"{described['number']:,}, {described['source']} ({described['hash']})"
 
 
 def _read_lines(path: Path, what: str) -> tuple[str, ...]:

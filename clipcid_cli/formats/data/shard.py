@@ -64,6 +64,10 @@ class Shard:
         """The file its samples are in, as their locations name it; empty where each image is a file of its own."""
         return self.source if self.slices is None else ""
 
+    def describe(self, key: str) -> str:
+        """Name a sample for a person: by its key and, of several tars, by the name of its own."""
+        return f"{self.name}: {key}" if self.slices is None else key
+
     def samples(self, skips: Skips | None = None) -> list[Sample]:
         """List its samples as `stream` yields them, without their bytes."""
         return [sample.without_data() for sample in self.stream(skips)]

@@ -6,10 +6,12 @@ shards has more files than either. So a process keeps the maps it used last, `MA
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,16 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Send what describes the files, not their rows: another process maps them itself."""
+        # By column: 41,000 data classes with a path each would take seconds for every worker.
+        columns = [[getattr(file, field.name) for file in self._files] for field in dataclasses.fields(RowFile)]
+        return self.__dict__ | {"_held": {}, "_files": [list(map(str, columns[0])), *columns[1:]]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        paths, *columns = state["_files"]
+        self.__dict__ = state | {"_files": [RowFile(*file) for file in zip(map(Path, paths), *columns, strict=True)]}
+
     def read(self, start: int, stop: int) -> Float16:
         """Return rows start … stop − 1, float16 [n, D]; a view of the file where they come from a single one."""
         first = max(0, int(np.searchsorted(self._starts, start, side="right")) - 1)
@@ -95,7 +107,11 @@ class Rows:
         return rows
 
     def _rows(self, number: int) -> npt.NDArray[Any]:
-        rows = self._held[number] if number in self._held else map_file(self._files[number])
+        rows = self._held.get(number)
+        if rows is None:
+            rows = map_file(self._files[number])
+            if self._files[number].unpacked:
+                self._held[number] = rows
         return rows.reshape(-1, self.shape[1])
 
     def _unit(self, number: int, part: npt.NDArray[Any]) -> Float16:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -51,11 +52,28 @@ class SampleRows:
         """Samples of all shards."""
         return int(self.sizes.sum())
 
+    @cached_property
+    def _ends(self) -> npt.NDArray[np.int64]:
+        return np.cumsum(self.sizes)
+
+    def shard_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the shards of samples by their rows."""
+        return np.searchsorted(self._ends, rows, side="right")
+
+    def bounds(self, shard: int) -> tuple[int, int]:
+        """Return the first row of a shard and the one after its last."""
+        end = int(self._ends[shard])
+        return end - int(self.sizes[shard]), end
+
     def column(self, name: str) -> Column:
         """Map ``places``, ``embeddings``, ``captions`` or ``clusters`` of each sample, [n]; −1 where it has no such row."""
-        path = _column_path(self.folder, self.part, name)
-        column: Column = np.load(path, mmap_mode="r" if self.total else None, allow_pickle=False)
-        return column
+        return _map_column(_column_path(self.folder, self.part, name), self.total)
+
+
+@lru_cache(maxsize=8)  # a worker asks for them with every batch
+def _map_column(path: Path, total: int) -> Column:
+    column: Column = np.load(path, mmap_mode="r" if total else None, allow_pickle=False)
+    return column
 
 
 Append: TypeAlias = Callable[[Mapping[str, npt.NDArray[Any]]], None]

@@ -8,11 +8,10 @@ Source: LAION-AI/CLIP_benchmark 1.6.2, cli.py (`eval` writes them, `build` makes
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import msgspec
 
@@ -24,8 +23,13 @@ from clipcid_cli.formats.sidecar import AnySidecar, EvaluationSidecar, read_side
 SIDECARS = "sidecars"
 
 
-class Metrics(TypedDict):
-    """CLIP_benchmark's fields."""
+class Metrics(msgspec.Struct):
+    """CLIP_benchmark's fields.
+
+    Attributes:
+        task: ``zeroshot_classification``, ``zeroshot_retrieval`` or ``linear_probe``.
+        metrics: Values by name; null for one that has none, such as acc5 of four classes.
+    """
 
     dataset: str
     model: str
@@ -35,30 +39,9 @@ class Metrics(TypedDict):
     metrics: dict[str, Any]
 
 
-FIELDS = tuple(Metrics.__annotations__)
-
 # The table and the report on all pairs of one `eval-zeroshot`.
 SUMMARY_TABLE = "results.csv"
 SUMMARY_REPORT = "report.html"
-
-
-def make_metrics(
-    *, dataset: str, model: str, pretrained: str, task: str, metrics: Mapping[str, float]
-) -> dict[str, Any]:
-    """Put metrics into CLIP_benchmark's fields.
-
-    Args:
-        task: ``zeroshot_classification``, ``zeroshot_retrieval`` or ``linear_probe``.
-        metrics: Values by name; NaN becomes null, since JSON has none.
-    """
-    return {
-        "dataset": dataset,
-        "model": model,
-        "pretrained": pretrained,
-        "task": task,
-        "language": "en",
-        "metrics": {name: None if math.isnan(value) else value for name, value in metrics.items()},
-    }
 
 
 def metrics_stem(dataset: str, model: str, task: str) -> str:
@@ -66,9 +49,9 @@ def metrics_stem(dataset: str, model: str, task: str) -> str:
     return "_".join(re.sub(r"[^\w.-]+", "-", part).strip("-.") or "unnamed" for part in (dataset, model, task))
 
 
-def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Write a metrics file: the fields of what :func:`make_metrics` returned, and no other."""
-    write_json(path, {field: metrics[field] for field in FIELDS})
+def write_metrics(path: Path, metrics: Metrics) -> None:
+    """Write a metrics file."""
+    write_json(path, msgspec.to_builtins(metrics))
 
 
 def read_metrics_sidecar(path: Path, kind: type[AnySidecar]) -> AnySidecar | None:
@@ -89,10 +72,11 @@ def refuse_changed_metrics(path: Path, fix: str) -> EvaluationSidecar | None:
     return sidecar
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
+def read_metrics(path: Path) -> Metrics:
     """Read a metrics file, ours or CLIP_benchmark's."""
-    with reading(path, f"metrics, a JSON object with {', '.join(FIELDS)}", "Run the evaluation again."):
-        return {**msgspec.convert(json.loads(path.read_bytes()), Metrics)}
+    fields = ", ".join(Metrics.__struct_fields__)
+    with reading(path, f"metrics, a JSON object with {fields}", "Run the evaluation again."):
+        return msgspec.convert(json.loads(path.read_bytes()), Metrics)
 
 
 def write_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.plan import rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
+from clipcid_cli.steps.balance.result import Audit
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.chunks import SearchRun, run_chunks
 
 # If none of this many has another, the rate is at most 1.3e-4 (95 %).
 SAMPLE = 30_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Audit:
-    """The outcome.
-
-    Attributes:
-        sampled: Kept images in the random sample.
-        kept: Kept images that each was compared with.
-        near: Sampled images that have another kept image within the cut-off.
-        low: Lower end of the 95 % interval of that rate among all kept images.
-        high: Upper end; both are the rate itself when the sample holds all kept images.
-    """
-
-    sampled: int
-    kept: int
-    near: int
-    low: float
-    high: float
-
-    @property
-    def rate(self) -> float:
-        """Share of the sampled images that have another within the cut-off."""
-        return self.near / self.sampled
 
 
 def audit_kept(run: SearchRun, rows: BalanceRows, kept: IntArray, cutoff: float) -> Audit:
@@ -52,6 +27,6 @@ def audit_kept(run: SearchRun, rows: BalanceRows, kept: IntArray, cutoff: float)
     plan = rectangle(sample, kept, run.rows_in_memory)
     found = run_chunks(run, plan, rows.read, cutoff, lambda: NearestOf(sample), "audit")
     near = int(np.count_nonzero(np.isin(sample, np.concatenate([found.a, found.b]))))
-    if len(sample) == len(kept):
-        return Audit(len(sample), len(kept), near, near / len(kept), near / len(kept))
-    return Audit(len(sample), len(kept), near, *clopper_pearson(near, len(sample)))
+    rate = near / len(sample)
+    low, high = (rate, rate) if len(sample) == len(kept) else clopper_pearson(near, len(sample))
+    return Audit(len(sample), len(kept), near, low, high, rate)

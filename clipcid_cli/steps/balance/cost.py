@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,8 @@ from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_ca
 from clipcid_cli.steps.balance.filters.references import plan_references
 from clipcid_cli.steps.balance.partition import ITERATIONS, ROWS_PER_PARTITION
 from clipcid_cli.steps.balance.plan import Plan
+from clipcid_cli.steps.balance.result import BalanceCost, CaptionCost, MemoryCost, ReferenceCost, SearchCost
+from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.reporting import Progress, Reporter, format_duration
 
 # Rows that are looked at, in stretches: captions are read file by file, whole.
@@ -47,33 +48,24 @@ _BYTES_OF_NUMBER = 4
 _BYTES_OF_PLACES = 16
 
 
-def estimate_cost(plan: Plan, machine: Machine, reporter: Reporter) -> dict[str, Any]:
-    """Estimate a new search; with an existing forest, `balance` takes seconds.
-
-    Returns:
-        The JSON object: ``images, searched, width, neighbors, pairs, flop, seconds, exact{pairs, flop, seconds},
-        partitioned{pairs, flop, seconds}, against[{name, rows, to_embed, embed_seconds, pairs, seconds}],
-        caption_window{sampled, inside, seconds}, clustered_images, memory{mapped, resident}, disk``. The first pairs, flop
-        and seconds are those of ``neighbors``; of ``searched`` images, fewer than all where a caption window drops some,
-        the most they may be where it drops all that were sampled. What is not asked for is null. Memory and disk are in
-        bytes, resident without the mapped files.
-    """
+def estimate_cost(plan: Plan, machine: Machine, reporter: Reporter) -> BalanceCost:
+    """Estimate a new search; with an existing forest, `balance` takes seconds."""
     references = plan_references(plan.settings, machine, plan.embeddings, reporter)
     return machine.on_main(lambda: _estimate(plan, references, machine, reporter))
 
 
 def _estimate(
-    plan: Plan, references: list[tuple[str, int, dict[str, Any] | None]], machine: Machine, reporter: Reporter
-) -> dict[str, Any]:
+    plan: Plan, references: list[tuple[str, int, EmbedCost | None]], machine: Machine, reporter: Reporter
+) -> BalanceCost:
     plan.check_sizes()
     settings, images, width, clusters = plan.settings, plan.embeddings.num_rows, plan.embeddings.width, plan.clusters
     scan = choose_scan(settings.precision, machine.device).dtype
     a_row, a_pair, captions = _measure(plan, scan, machine)
     searched = round(_share_inside(captions) * images)
 
-    def cost(pairs: float, compared: float, rows: float) -> dict[str, Any]:
+    def cost(pairs: float, compared: float, rows: float) -> SearchCost:
         seconds = (a_pair * compared + a_row * rows) / machine.size
-        return {"pairs": int(pairs), "flop": 2 * int(pairs) * width, "seconds": seconds}
+        return SearchCost(int(pairs), 2 * int(pairs) * width, seconds)
 
     # Rows are prepared once, and once more for the cut-off; in partitions also for the margin, each visit and the audit.
     kept = searched * (settings.keep or _USUAL_SHARE)
@@ -84,47 +76,41 @@ def _estimate(
     visited = (0.5 + _VISITS) * searched * searched / partitions
     sample = min(SAMPLE_ROWS, searched)
     some_pairs = looks * partitions + visited + sample * (for_cutoff + searched) + min(AUDIT_SAMPLE, kept) * kept
-    costs = {
-        "exact": cost(all_pairs, all_pairs + sample * for_cutoff, searched + for_cutoff),
-        "partitioned": cost(some_pairs, some_pairs, searched * (2.0 + _VISITS) + for_cutoff + kept),
-    }
+    exact = cost(all_pairs, all_pairs + sample * for_cutoff, searched + for_cutoff)
+    partitioned = cost(some_pairs, some_pairs, searched * (2.0 + _VISITS) + for_cutoff + kept)
+    chosen = exact if settings.neighbors == "exact" else partitioned
     against = []
     for name, rows, made in references:
         compared = cost(images * rows, images * rows, images + rows)
-        against.append(
-            {
-                "name": name,
-                "rows": rows,
-                "to_embed": made is not None,
-                "embed_seconds": 0.0 if made is None else float(made["seconds"]["encode"]),
-                "pairs": compared["pairs"],
-                "seconds": compared["seconds"],
-            }
-        )
+        embed_seconds = 0.0 if made is None else made.seconds["encode"]
+        against.append(ReferenceCost(name, rows, made is not None, embed_seconds, compared.pairs, compared.seconds))
 
     other_rows = sum(rows for _, rows, _ in references)
     cached = min(_MOST_CACHED, (2 + scan.itemsize) * width * max(searched, other_rows))
     an_image = _BYTES_OF_LISTS + _BYTES_OF_NUMBER * ((captions is not None) + (clusters is not None))
     an_image += _BYTES_OF_REFERENCE * (len(references) + 1 if references else 0)
-    disk = images * an_image + sum(made["bytes"] for _, _, made in references if made is not None)
+    disk = images * an_image + sum(made.bytes for _, _, made in references if made is not None)
     if settings.neighbors == "partitioned":  # the rows are copied, and their places and visits listed
         disk += (2 * width + _BYTES_OF_PLACES) * searched
-    result = {
-        "images": images,
-        "searched": searched,
-        "width": width,
-        "neighbors": settings.neighbors,
-        **costs[settings.neighbors],
-        **costs,
-        "against": against or None,
-        "caption_window": captions,
-        "clustered_images": None if clusters is None else clusters.images,
-        "memory": {
-            "mapped": 2 * width * (images * (1 if captions is None else 2) + other_rows),
-            "resident": _BYTES_OF_TILES + cached + _BYTES_AN_IMAGE * images,
-        },
-        "disk": disk,
-    }
+    result = BalanceCost(
+        images=images,
+        searched=searched,
+        width=width,
+        neighbors=settings.neighbors,
+        pairs=chosen.pairs,
+        flop=chosen.flop,
+        seconds=chosen.seconds,
+        exact=exact,
+        partitioned=partitioned,
+        against=against or None,
+        caption_window=captions,
+        clustered_images=None if clusters is None else clusters.images,
+        memory=MemoryCost(
+            mapped=2 * width * (images * (1 if captions is None else 2) + other_rows),
+            resident=_BYTES_OF_TILES + cached + _BYTES_AN_IMAGE * images,
+        ),
+        disk=disk,
+    )
     for line in _describe(result, machine.size):
         reporter.note(line)
     if clusters is not None:
@@ -133,46 +119,40 @@ def _estimate(
     return result
 
 
-def _share_inside(captions: dict[str, Any] | None) -> float:
+def _share_inside(captions: CaptionCost | None) -> float:
     """Return the share of images that a window leaves; where none of those measured is, the most at 95 % confidence."""
-    return 1.0 if captions is None else captions["inside"] or min(1.0, 3.0 / captions["sampled"])
+    return 1.0 if captions is None else captions.inside or min(1.0, 3.0 / captions.sampled)
 
 
-def _describe(result: dict[str, Any], num_processes: int) -> Iterator[str]:
-    captions, against, searched = result["caption_window"], result["against"] or [], result["searched"]
-    most = "at most " if captions is not None and not captions["inside"] else ""
-    of = f" of {most}{searched:,} of them" if searched < result["images"] else ""
+def _describe(result: BalanceCost, num_processes: int) -> Iterator[str]:
+    captions, against, searched = result.caption_window, result.against or [], result.searched
+    most = "at most " if captions is not None and not captions.inside else ""
+    of = f" of {most}{searched:,} of them" if searched < result.images else ""
     processes = f", {num_processes} processes" if num_processes > 1 else ""
-    images = f"{result['images']:,} images of width {result['width']}"
+    images = f"{result.images:,} images of width {result.width}"
     yield f"{images}. Cost of a new search{of}, estimated from some{processes}:"
-    for name, audit in (("exact", ""), ("partitioned", " with its audit")):
-        cost = result[name]
-        taken = format_duration(cost["seconds"])
-        yield f"  {name}: {cost['pairs']:,} pairs, {cost['flop']:.3g} FLOP, about {taken}{audit}."
+    for name, cost, audit in (("exact", result.exact, ""), ("partitioned", result.partitioned, " with its audit")):
+        yield f"  {name}: {cost.pairs:,} pairs, {cost.flop:.3g} FLOP, about {format_duration(cost.seconds)}{audit}."
     if against or captions is not None:
         yield "Before it, images are dropped:"
     for each in against:
-        embed = f" to embed first, about {format_duration(each['embed_seconds'])}" if each["to_embed"] else ""
-        taken = format_duration(each["seconds"])
-        yield f"  against {each['name']}: {each['rows']:,} images{embed}; {each['pairs']:,} pairs, about {taken}."
+        embed = f" to embed first, about {format_duration(each.embed_seconds)}" if each.to_embed else ""
+        taken = format_duration(each.seconds)
+        yield f"  against {each.name}: {each.rows:,} images{embed}; {each.pairs:,} pairs, about {taken}."
     if captions is not None:
-        sampled = f"{captions['sampled']:,} sampled images"
-        found = f"{captions['inside']:.1%} of {sampled} are inside the window."
+        sampled = f"{captions.sampled:,} sampled images"
+        found = f"{captions.inside:.1%} of {sampled} are inside the window."
         if most:
             share = f"{100 * _share_inside(captions):.2g}%"
             found = f"none of {sampled} is inside the window, so at most {share} of all images are (95 % confidence)."
-        yield f"  captions: about {format_duration(captions['seconds'])}; {found}"
-    resident, mapped = (result["memory"][name] / 2**30 for name in ("resident", "mapped"))
+        yield f"  captions: about {format_duration(captions.seconds)}; {found}"
+    resident, mapped = result.memory.resident / 2**30, result.memory.mapped / 2**30
     memory = f"Memory: {resident:.1f} GiB a process above the {mapped:.2f} GiB of mapped rows"
-    yield f"{memory}; disk: {result['disk'] / 2**20:,.0f} MiB."
+    yield f"{memory}; disk: {result.disk / 2**20:,.0f} MiB."
 
 
-def _measure(plan: Plan, scan: torch.dtype, machine: Machine) -> tuple[float, float, dict[str, Any] | None]:
-    """Measure on some finite rows the seconds to prepare a row and to compare a pair; and, with a window, captions.
-
-    Returns:
-        Of captions, how many were ``sampled``, the share ``inside``, and ``seconds`` for all.
-    """
+def _measure(plan: Plan, scan: torch.dtype, machine: Machine) -> tuple[float, float, CaptionCost | None]:
+    """Measure on some finite rows the seconds to prepare a row and to compare a pair; and, with a window, captions."""
     settings, embeddings = plan.settings, plan.embeddings
     read, num_rows = embeddings.rows(Kind.IMAGES).take, embeddings.num_rows
     numbers = np.arange(num_rows)
@@ -194,7 +174,7 @@ def _measure(plan: Plan, scan: torch.dtype, machine: Machine) -> tuple[float, fl
             window.refuse_empty()
         inside = int(np.count_nonzero(~window.is_dropped)) / len(rows)
         seconds = compared.seconds * num_rows / len(rows) / machine.size
-        captions = {"sampled": len(rows), "inside": inside, "seconds": seconds}
+        captions = CaptionCost(len(rows), inside, seconds)
     one, other = np.array_split(np.random.default_rng(0).permutation(rows), 2)
     if not len(other):
         return 0.0, 0.0, captions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,10 @@ from clipcid_cli.steps.balance.chains import find_chains
 from clipcid_cli.steps.balance.composition import compare_classes
 from clipcid_cli.steps.balance.filters.against import NearReferences
 from clipcid_cli.steps.balance.gallery import Gallery, Picture
+from clipcid_cli.steps.balance.outcome import Outcome
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.plan import Plan
-from clipcid_cli.steps.balance.result import BalanceResult, Outcome
+from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
 
@@ -78,7 +78,7 @@ def write_report(
         run.work / REPORT,
         render_report(
             "balance.html",
-            result=dataclasses.asdict(result),
+            result=result,
             command=_name_command(run.settings),
             linkage=run.settings.linkage,
             warnings=warnings,

@@ -1,60 +1,93 @@
-"""What `balance` reports: the JSON object, and what may surprise in it."""
+"""The JSON objects of `balance`. What was not asked for, or is not computed, is null."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
-import numpy as np
-
-from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.steps.balance.audit import Audit
-from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
-from clipcid_cli.steps.balance.pairs import NotComputed
-from clipcid_cli.steps.balance.rows import BoolArray
-from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
-
-# A set that holds this share of all images is a chain or a placeholder more often than many copies of one picture.
-_LARGE_SET = 0.01
+import msgspec
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What is to be written.
+class OtherLinkageResult(msgspec.Struct):
+    """What the other linkage gives at the same threshold."""
+
+    linkage: str
+    kept: int
+    uncovered_ratio: float
+
+
+class Audit(msgspec.Struct):
+    """An estimate of what a search in partitions missed.
 
     Attributes:
-        forest: The forest that the sets were made from, ascending.
-        is_kept: Which rows are kept in the end, bool [N].
+        sampled: Kept images in the random sample.
+        kept: Kept images that each was compared with.
+        near: Sampled images that have another kept image within the threshold.
+        low: Lower end of the 95 % interval of that rate among all kept images.
+        high: Upper end; both are the rate itself when the sample holds all kept images.
+        rate: Share of the sampled images that have another within the threshold.
     """
 
-    sets: Sets
-    forest: Edges
-    other: OtherLinkage | NotComputed
-    cap: ClusterCap | None
-    is_kept: BoolArray
-    audit: Audit | None
+    sampled: int
+    kept: int
+    near: int
+    low: float
+    high: float
+    rate: float
 
 
-@dataclasses.dataclass(frozen=True)
-class BalanceResult:
-    """The JSON object, but for ``files``. What was not asked for, or is not computed, is null.
+class ReferenceResult(msgspec.Struct):
+    """One reference: its rows, the images near one of them, and those for which it is the nearest reference."""
+
+    name: str
+    rows: int
+    near: int
+    nearest: int
+
+
+class AgainstResult(msgspec.Struct):
+    """What references drop."""
+
+    threshold: float
+    dropped: int
+    references: list[ReferenceResult]
+
+
+class CaptionWindowResult(msgspec.Struct):
+    """The ends of the window of caption similarity, and how many images lie where; some are without a usable caption."""
+
+    min: float | None
+    max: float | None
+    inside: int
+    below: int
+    above: int
+    without: int
+
+
+class ClusterCapResult(msgspec.Struct):
+    """The clusters of the images that repeats have left.
+
+    Attributes:
+        most: Images that stay of each at most.
+        capped: Clusters that had more.
+        largest: Images of the largest before.
+    """
+
+    most: int
+    clusters: int
+    capped: int
+    dropped: int
+    largest: int
+
+
+class BalanceResult(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """What was kept.
 
     Attributes:
         searched: The images that references and caption window have left.
         components: The sets of these, and the images kept before clusters are capped.
         uncovered_ratio: Share of the dropped repeats that are farther than the threshold from their representative.
-        other_linkage: What the other linkage gives at the same threshold: ``linkage, kept, uncovered_ratio``.
-        audit: Of partitioned neighbours: how many of the ``sampled`` kept images have another of all ``kept`` ones within
-            the threshold (``near``), the ``rate``, and the ends of its 95 % interval (``low``, ``high``).
         dropped_by: Images by ``reference, caption, repeat, cluster``, each once.
-        against: ``threshold, dropped, references[{name, rows, near, nearest}]``: of each reference its rows, the images near
-            one of them, and those for which it is the nearest reference.
-        caption_window: ``min, max``, and the images ``inside, below, above, without`` (a usable caption).
-        cluster_cap: ``most, clusters, capped, dropped, largest``: the clusters of the images that repeats have left, how
-            many had more images than `most`, and the size of the largest before.
         skipped: Samples by reason.
         seconds: ``embed, search, write`` and, of partitioned neighbours, ``audit``.
+        files: The path of each file by its name; the sidecar holds the result without them.
     """
 
     images: int
@@ -65,69 +98,73 @@ class BalanceResult:
     components: int
     largest_component: int
     uncovered_ratio: float
-    other_linkage: dict[str, Any] | None
+    other_linkage: OtherLinkageResult | None
     neighbors: str
-    audit: dict[str, Any] | None
+    audit: Audit | None
     dropped_by: dict[str, int]
-    against: dict[str, Any] | None
-    caption_window: dict[str, Any] | None
-    cluster_cap: dict[str, Any] | None
+    against: AgainstResult | None
+    caption_window: CaptionWindowResult | None
+    cluster_cap: ClusterCapResult | None
     skipped: dict[str, int]
     seconds: dict[str, float]
+    files: dict[str, str] = {}
 
 
-def summarise(run: BalanceRun, found: Outcome) -> BalanceResult:
-    """Count what is kept, and what was dropped by what."""
-    sets, other, rows = found.sets, found.other, run.rows
-    kept = int(np.count_nonzero(found.is_kept))
-    near = 0 if run.near is None else int(np.count_nonzero(run.near.is_dropped))
-    embedded = {} if run.embeddings.sidecar is None else run.embeddings.sidecar.counts["skipped"]
-    compared = None
-    if isinstance(other, OtherLinkage):
-        compared = {"linkage": other.linkage, "kept": other.kept, "uncovered_ratio": other.uncovered_ratio}
-    return BalanceResult(
-        images=len(rows),
-        searched=rows.num_searched,
-        kept=kept,
-        keep_ratio=kept / len(rows),
-        threshold=sets.threshold,
-        components=sets.num_kept,
-        largest_component=sets.largest,
-        uncovered_ratio=sets.uncovered_ratio,
-        other_linkage=compared,
-        neighbors=run.settings.neighbors,
-        audit=None if found.audit is None else dataclasses.asdict(found.audit) | {"rate": found.audit.rate},
-        dropped_by={
-            "reference": near,
-            "caption": len(rows) - rows.num_searched - near,
-            "repeat": rows.num_searched - sets.num_kept,
-            "cluster": sets.num_kept - kept,
-        },
-        against=None if run.near is None else run.near.summarise(),
-        caption_window=None if run.captions is None else run.captions.summarise(),
-        cluster_cap=None if found.cap is None else found.cap.summarise(),
-        skipped={**embedded, **run.skips.counts},
-        seconds=run.phases(),
-    )
+class SearchCost(msgspec.Struct):
+    """What a search would take."""
+
+    pairs: int
+    flop: int
+    seconds: float
 
 
-def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
-    """Explain what may surprise: ties at the cut-off, copies beyond the target, one very large group."""
-    warnings = []
-    settings, images, kept = run.settings, run.rows.num_searched, sets.num_kept
-    missed = 0 if settings.keep is None else max(1, round(settings.keep * images)) - kept
-    if missed > 0:
-        cause = (
-            f"There are more exact copies than --keep {settings.keep:g} drops images, and all of them are dropped"
-            if sets.threshold == 0.0
-            else f"Pairs tie at the cut-off {sets.threshold:.6g}, and all of them merge"
-        )
-        warnings.append(f"{cause}: {kept:,} images are kept, {missed:,} fewer than requested.")
-    largest = sets.largest
-    if largest > 1 and largest > _LARGE_SET * images:
-        advice = "; --linkage star keeps groups compact" if settings.linkage == "single" else ""
-        warnings.append(
-            f"One group holds {largest:,} of {images:,} images ({largest / images:.1%}). It may be a chain of different "
-            f"images, or a placeholder: see the report{advice}."
-        )
-    return warnings
+class ReferenceCost(msgspec.Struct):
+    """What a reference would take, and first its embedding where it has none."""
+
+    name: str
+    rows: int
+    to_embed: bool
+    embed_seconds: float
+    pairs: int
+    seconds: float
+
+
+class CaptionCost(msgspec.Struct):
+    """What a caption window would take: how many images were sampled, the share inside, and the seconds for all."""
+
+    sampled: int
+    inside: float
+    seconds: float
+
+
+class MemoryCost(msgspec.Struct):
+    """Bytes of mapped files, and of a process without them."""
+
+    mapped: int
+    resident: int
+
+
+class BalanceCost(msgspec.Struct, kw_only=True):
+    """What a new search would take.
+
+    Attributes:
+        searched: Fewer than all images where a caption window drops some; the most they may be where it drops all that were
+            sampled.
+        pairs: That, ``flop`` and ``seconds`` are those of ``neighbors``.
+        disk: Bytes.
+    """
+
+    images: int
+    searched: int
+    width: int
+    neighbors: str
+    pairs: int
+    flop: int
+    seconds: float
+    exact: SearchCost
+    partitioned: SearchCost
+    against: list[ReferenceCost] | None
+    caption_window: CaptionCost | None
+    clustered_images: int | None
+    memory: MemoryCost
+    disk: int

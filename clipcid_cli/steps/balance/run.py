@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import msgspec
 import numpy as np
 
 from clipcid_cli.formats.embeddings.grouped import remove_copies
@@ -19,9 +18,10 @@ from clipcid_cli.steps.balance.audit import audit_kept
 from clipcid_cli.steps.balance.balance_run import BalanceRun, begin
 from clipcid_cli.steps.balance.cost import estimate_cost
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, cap_clusters
+from clipcid_cli.steps.balance.outcome import Outcome
 from clipcid_cli.steps.balance.plan import Plan, list_row_files, make_plan
 from clipcid_cli.steps.balance.report import REPORT, has_new_pictures
-from clipcid_cli.steps.balance.result import Outcome
+from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
 from clipcid_cli.steps.balance.sets import compare_linkages, make_sets
 from clipcid_cli.steps.balance.write import write
 from clipcid_cli.steps.balance.write_lists import write_kept
@@ -32,8 +32,8 @@ from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.shared_arrays import clear_shared
 
 
-def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
-    """Balance a data set; return the fields of `BalanceResult`, and ``files``: the path of each file by its name."""
+def run(settings: BalanceSettings, reporter: Reporter) -> BalanceResult | BalanceCost:
+    """Balance a data set."""
     with open_machine(settings.device) as machine:
         plan = make_plan(settings, machine, reporter)
         if settings.neighbors == "partitioned":  # the tiles of partitions are of many sizes
@@ -60,15 +60,16 @@ def run(settings: BalanceSettings, reporter: Reporter) -> dict[str, Any]:
             "uids": settings.write_uids,
             "shards": settings.write_shards,
         }
-        return result | {"files": {name: str(path) for name, path in files.items() if path is not None}}
+        written = {name: str(path) for name, path in files.items() if path is not None}
+        return msgspec.structs.replace(result, files=written)
 
 
-def _take_or_start(plan: Plan, output: Output[BalanceSidecar], reporter: Reporter) -> dict[str, Any] | None:
+def _take_or_start(plan: Plan, output: Output[BalanceSidecar], reporter: Reporter) -> BalanceResult | None:
     """Return the result that is there already, unless its report can now show more; else start the output."""
     if output.finished is not None:
         if not has_new_pictures(plan, output.finished):
             reporter.note(f"{plan.folder} already holds this result.")
-            return output.finished.result
+            return msgspec.convert(output.finished.result, BalanceResult)
         reporter.note("Pictures that the report does not show can be read now: it is written again.")
     plan.check_sizes()
     output.start()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 
@@ -21,26 +20,27 @@ from clipcid_cli.steps.balance.chains import measure_sets
 from clipcid_cli.steps.balance.filters.against import NearReferences, forget_others
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow
 from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
+from clipcid_cli.steps.balance.outcome import Outcome, find_warnings, summarise
 from clipcid_cli.steps.balance.report import write_report
-from clipcid_cli.steps.balance.result import Outcome, find_warnings, summarise
+from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.rows import BoolArray, take_column
 from clipcid_cli.steps.settings.shared import given_flags
 
 
-def write(run: BalanceRun, found: Outcome) -> dict[str, Any]:
+def write(run: BalanceRun, found: Outcome) -> BalanceResult:
     """Write the output on the first process; return its result on all."""
     run.machine.barrier()  # until here another process may read what it has mapped
     return run.machine.on_main(lambda: _write(run, found))
 
 
-def _write(run: BalanceRun, found: Outcome) -> dict[str, Any]:
+def _write(run: BalanceRun, found: Outcome) -> BalanceResult:
     warnings = find_warnings(run, found.sets)
     for warning in warnings:
         run.reporter.warn(warning)
     measured = _write_tables(run, found)
     result = summarise(run, found)
     pictures = write_report(run, found, measured, result, warnings)
-    result = dataclasses.replace(result, seconds=run.phases())
+    result = msgspec.structs.replace(result, seconds=run.phases())
     output = run.output
     output.commit(
         counts={"read": run.embeddings.num_rows, "used": len(run.rows), "skipped": result.skipped},
@@ -49,11 +49,11 @@ def _write(run: BalanceRun, found: Outcome) -> dict[str, Any]:
         embeddings=WorkDirectory(run.settings.work).name_of(run.embeddings.folder),
         flags=given_flags(run.settings),
         pictures=pictures,
-        result=dataclasses.asdict(result),
+        result=result,
     )
     if run.near is None:
         forget_others(output.folder)
-    return dataclasses.asdict(result)
+    return result
 
 
 def _write_tables(run: BalanceRun, found: Outcome) -> SetTable:

@@ -72,8 +72,10 @@ def assign_clusters(
     machine.barrier()
 
 
-def summarise(rows: ClusterRows, num_clusters: int, folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return the counts and the objective of the result, and the temperatures, from the table and the arrays.
+def summarise(
+    rows: ClusterRows, num_clusters: int, folder: Path
+) -> tuple[float, npt.NDArray[np.int64], dict[str, float]]:
+    """Return the objective, the images of each cluster, and the temperatures, from the table and the arrays.
 
     Sums are taken in the order of the parts, which depends on the number of rows only.
     """
@@ -87,12 +89,4 @@ def summarise(rows: ClusterRows, num_clusters: int, folder: Path) -> tuple[dict[
         tower: temperature_for_perplexity(map_tops(folder, tower, len(rows)).similarities[::every])
         for tower in towers_of(rows)
     }
-    result = {
-        "images": len(rows),
-        "clusters": num_clusters,
-        "objective": math.fsum(totals) / len(rows),
-        "empty_clusters": int((sizes == 0).sum()),
-        "largest_cluster": int(sizes.max()),
-        "skipped": rows.skips.counts,
-    }
-    return result, temperatures
+    return math.fsum(totals) / len(rows), sizes, temperatures

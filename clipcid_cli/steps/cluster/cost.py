@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.cluster.assign import search_width
 from clipcid_cli.steps.cluster.plan import ClusterPlan
+from clipcid_cli.steps.cluster.result import ClusterCost
 from clipcid_cli.steps.cluster.rows import ClusterRows
 from clipcid_cli.steps.reporting import Reporter, format_duration
 
@@ -27,15 +27,8 @@ _BYTES_OF_LIBRARIES = 450 * 2**20
 _BYTES_A_ROW = 20
 
 
-def estimate_cost(plan: ClusterPlan, machine: Machine, reporter: Reporter) -> dict[str, Any]:
-    """Say what the run takes, without writing anything.
-
-    Returns:
-        The JSON object: ``images, clusters, flop, memory_bytes, seconds{kmeans_least, kmeans_most, assign}``. ``flop`` and
-        ``kmeans_most`` are those of products of all rows (of ``--train-rows``) with all centroids in each iteration;
-        ``kmeans_least`` is one iteration, after which fewer and fewer rows are compared. Memory is that of a process above
-        the mapped files, most of it a float32 and a low-precision copy of the centroids and their float64 sums.
-    """
+def estimate_cost(plan: ClusterPlan, machine: Machine, reporter: Reporter) -> ClusterCost:
+    """Say what the run takes, without writing anything."""
     settings, rows, num_trained, num_clusters = plan.settings, plan.rows, len(plan.trained), plan.num_clusters
     width = rows.width
     scan = choose_scan(settings.precision, machine.device).dtype
@@ -52,13 +45,13 @@ def estimate_cost(plan: ClusterPlan, machine: Machine, reporter: Reporter) -> di
         "above the mapped files."
     )
     seconds = {"kmeans_least": iteration, "kmeans_most": iteration * settings.iterations, "assign": assign}
-    return {
-        "images": len(rows),
-        "clusters": num_clusters,
-        "flop": 2 * num_trained * num_clusters * width * settings.iterations,
-        "memory_bytes": memory,
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-    }
+    return ClusterCost(
+        images=len(rows),
+        clusters=num_clusters,
+        flop=2 * num_trained * num_clusters * width * settings.iterations,
+        memory_bytes=memory,
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+    )
 
 
 def _measure(rows: ClusterRows, num_clusters: int, scan: torch.dtype, machine: Machine) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.cluster.selection import Selection
-from clipcid_cli.steps.keep_list import choose_keep_list, find_kept
+from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
@@ -144,16 +144,11 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))
     if skips.total:
         reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
-    keep_list = choose_keep_list(settings.keep_list, work, "rows", reporter)
+    keep_list = choose_keep_list(settings.keep_list, work, "rows", settings.max_bad_fraction, reporter)
     if keep_list is not None:
-        usable &= find_kept(
-            keep_list.path,
-            lambda: map(embeddings.keys_of, embeddings.files),
-            embeddings.num_rows,
-            None if settings.dry_run else work.path,  # a dry run leaves it as it is
-            source=str(folder),
-            max_missing=settings.max_bad_fraction,
-            reporter=reporter,
+        scratch = None if settings.dry_run else work.path  # a dry run leaves it as it is
+        usable &= keep_list.find_kept(
+            lambda: map(embeddings.keys_of, embeddings.files), embeddings.num_rows, scratch, str(folder), reporter
         )
     if not usable.any():
         raise ClipcidError(

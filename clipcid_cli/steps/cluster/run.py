@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import msgspec
 
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState
 from clipcid_cli.formats.atomic import write_npy
@@ -17,19 +17,15 @@ from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.cluster.assign import assign_clusters, search_width, summarise, towers_of
 from clipcid_cli.steps.cluster.cost import estimate_cost
 from clipcid_cli.steps.cluster.plan import ClusterPlan, make_plan
+from clipcid_cli.steps.cluster.result import ClusterCost, ClusterResult
 from clipcid_cli.steps.cluster.train import train_centroids
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.shared import given_flags
 
 
-def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
-    """Cluster embeddings.
-
-    Returns:
-        The JSON object: ``images, clusters, objective, iterations, empty_clusters, largest_cluster, skipped{}, seconds{read,
-        kmeans, assign, write}, files{}``. ``objective`` is the images' mean similarity to their own centroid.
-    """
+def run(settings: ClusterSettings, reporter: Reporter) -> ClusterResult | ClusterCost:
+    """Cluster embeddings."""
     seconds = dict[str, float]()
     with open_machine(settings.device) as machine:
         with timed(seconds, "read"):
@@ -39,7 +35,7 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
         with claim_output(machine, plan.folder, "cluster", ClusterSidecar, **plan.wanted) as output:
             if output.finished is not None:
                 reporter.note(f"These clusters are in {plan.folder} already.")
-                result = output.finished.result
+                result = msgspec.convert(output.finished.result, ClusterResult)
             else:
                 machine.on_main(output.start)
                 with timed(seconds, "kmeans"):
@@ -48,23 +44,31 @@ def run(settings: ClusterSettings, reporter: Reporter) -> dict[str, Any]:
                     assign_clusters(machine, plan.rows, state.centroids_KD, output.work, reporter)
                 result = machine.on_main(lambda: _write(plan, state, output, seconds, reporter))
         names = {"centroids": CENTROIDS, "clusters": TABLE, "sidecar": "cluster.json"}
-        return result | {"files": {name: str(plan.folder / file) for name, file in names.items()}}
+        return msgspec.structs.replace(result, files={name: str(plan.folder / file) for name, file in names.items()})
 
 
 def _write(
     plan: ClusterPlan, state: LloydState, output: Output[ClusterSidecar], seconds: dict[str, float], reporter: Reporter
-) -> dict[str, Any]:
+) -> ClusterResult:
     """Write centroids and table, and finish the output; return its result."""
     rows, embeddings, num_clusters = plan.rows, plan.rows.embeddings, plan.num_clusters
     with timed(seconds, "write"):
         write_npy(output.work / CENTROIDS, state.centroids_KD.numpy())
         join_parts(output.work, part_bounds(len(rows)), rows.keys)
-        result, temperatures = summarise(rows, num_clusters, output.work)
-    result["iterations"] = state.iterations
-    result["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
-    if result["empty_clusters"]:
+        objective, sizes, temperatures = summarise(rows, num_clusters, output.work)
+    result = ClusterResult(
+        images=len(rows),
+        clusters=num_clusters,
+        objective=objective,
+        empty_clusters=int((sizes == 0).sum()),
+        largest_cluster=int(sizes.max()),
+        skipped=rows.skips.counts,
+        iterations=state.iterations,
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+    )
+    if result.empty_clusters:
         reporter.warn(
-            f"{result['empty_clusters']:,} of {num_clusters:,} clusters are empty: the data has hardly more "
+            f"{result.empty_clusters:,} of {num_clusters:,} clusters are empty: the data has hardly more "
             "different images than clusters, or fewer. Use a smaller --num-clusters."
         )
     arrays = [path.name for tower in towers_of(rows) for path in top_paths(output.work, tower)]

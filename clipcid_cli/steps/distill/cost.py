@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
+import msgspec
 import torch
 
 from clipcid_cli.errors import ClipcidError
@@ -17,17 +16,17 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.timing import time_trial
-from clipcid_cli.steps.distill.online_teacher import SAMPLES_AT_ONCE
-from clipcid_cli.steps.distill.training_run import TrainingRun
+from clipcid_cli.steps.distill.teacher import SAMPLES_AT_ONCE
+from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.embed.cost import TYPICAL_CAPTION
+from clipcid_cli.steps.evaluate.result import Preview
 
 _MEASURED = 3
 # The first step also allocates, and compiles with --torchcompile.
 _WARM_UP = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class TeacherCost:
+class TeacherCost(msgspec.Struct):
     """What the teacher takes.
 
     Attributes:
@@ -42,93 +41,110 @@ class TeacherCost:
     break_even: float
 
 
-def estimate_cost(run: TrainingRun) -> dict[str, Any]:
-    """Estimate what a run takes, for ``--dry-run``.
+class DistillCost(msgspec.Struct):
+    """What a run would take.
 
-    Returns:
-        The JSON object: ``student, steps, samples, parameters, memory_bytes, seconds_per_step, data_seconds_per_step,
-        samples_per_second, seconds{train}, teacher{}, files{}``.
+    Attributes:
+        memory_bytes: Memory in use by a process.
+        data_seconds_per_step: Time of one core to prepare a batch.
+        seconds: Time by phase.
+        teacher: None where there is none, or it cannot be loaded here.
+        evaluations: What would be measured in the end, on each data set of ``--eval-data``.
     """
-    student, plan, reporter = run.student.model, run.plan, run.reporter
-    batch_seconds, step_seconds, memory = _measure_steps(run)
-    teacher = _measure_teacher(run, step_seconds)
+
+    student: str
+    steps: int
+    samples: int
+    parameters: int
+    memory_bytes: int
+    seconds_per_step: float
+    data_seconds_per_step: float
+    samples_per_second: float
+    seconds: dict[str, float]
+    teacher: TeacherCost | None
+    files: dict[str, str] = {}
+    evaluations: list[Preview] = []
+
+
+def estimate_cost(trainer: Trainer) -> DistillCost:
+    """Estimate what a run takes, for ``--dry-run``."""
+    plan, reporter = trainer.plan, trainer.reporter
+    batch_seconds, step_seconds, memory = _measure_steps(trainer)
     workers = max(1, plan.workers)
     # Workers prepare batches during the steps; without any, one follows the other.
     seconds_per_step = step_seconds + batch_seconds if plan.workers == 0 else max(step_seconds, batch_seconds / workers)
-    samples_per_second = plan.batch_size / seconds_per_step
-    total_seconds = seconds_per_step * plan.optimiser.steps
-    parameters = student.info.parameters
     by_workers = f", by {plan.workers} worker{'' if plan.workers == 1 else 's'}" if plan.workers else ""
+    teacher = _measure_teacher(trainer, step_seconds)
     reporter.note(
         f"A step of {plan.batch_size:,} takes {1e3 * step_seconds:,.0f} ms, preparing its batch "
         f"{1e3 * batch_seconds:,.0f} ms of one core{by_workers} (medians of {_MEASURED}).\n"
-        f"Held out: {run.inputs.held_out.total:,} samples."
+        f"Held out: {plan.inputs.held_out.total:,} samples."
     )
     if teacher is not None:
-        verb = "takes" if run.online_teacher is not None else "would take"
+        verb = "takes" if trainer.teacher_model is not None else "would take"
         reporter.note(
             f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it {verb} {1e3 * teacher.seconds:,.0f} ms a "
             f"step, {teacher.share:.0%} of it. Embedding everything once pays after {teacher.break_even:.1f} epochs."
         )
-    return {
-        "student": str(run.folder.student),
-        "steps": plan.optimiser.steps,
-        "samples": plan.optimiser.steps * plan.batch_size,
-        "parameters": parameters,
-        "memory_bytes": memory,
-        "seconds_per_step": round(step_seconds, 4),
-        "data_seconds_per_step": round(batch_seconds, 4),
-        "samples_per_second": round(samples_per_second, 1),
-        "seconds": {"train": round(total_seconds, 3)},
-        "teacher": None if teacher is None else dataclasses.asdict(teacher),
-        "files": {},
-    }
+    return DistillCost(
+        student=str(plan.folder.student),
+        steps=plan.steps,
+        samples=plan.steps * plan.batch_size,
+        parameters=trainer.student.model.info.parameters,
+        memory_bytes=memory,
+        seconds_per_step=round(seconds_per_step, 4),
+        data_seconds_per_step=round(batch_seconds, 4),
+        samples_per_second=round(plan.batch_size / seconds_per_step, 1),
+        seconds={"train": round(seconds_per_step * plan.steps, 3)},
+        teacher=teacher,
+    )
 
 
-def _measure_steps(run: TrainingRun) -> tuple[float, float, int]:
+def _measure_steps(trainer: Trainer) -> tuple[float, float, int]:
     """Return the time to prepare a batch and to train on it, medians in seconds, and the memory in use."""
-    loop = run.make_loop(lambda _: {})
-    machine, device = run.machine, run.student.model.device
+    device = trainer.machine.device
     prepared, trained = list[float](), list[float]()
-    for number, items in enumerate(loop.order.iterate(0, _WARM_UP + _MEASURED, machine.rank, machine.size)):
-        preparation = time_trial(partial(loop.maker, items), warm_up=0)
-        prepared.append(preparation.seconds)
-        batch = loop.prepare(preparation.result, number)
-        step = time_trial(partial(loop.step, batch), device, warm_up=0)
+    for dealt in trainer.batches.deal(range(_WARM_UP + _MEASURED)):
+        made = time_trial(partial(trainer.batches.make, dealt), warm_up=0)
+        prepared.append(made.seconds)
+        batch = trainer.batches.finish(dealt, made.result)
+        step = time_trial(partial(trainer.step, batch), device, warm_up=0)
         trained.append(step.seconds)
-    loop.read(len(trained), step.result)  # which refuses steps that diverged
+    trainer.read(len(trained), step.result)  # which refuses steps that diverged
     return statistics.median(prepared[_WARM_UP:]), statistics.median(trained[_WARM_UP:]), memory_in_use(device)
 
 
-def _measure_teacher(run: TrainingRun, step_seconds: float) -> TeacherCost | None:
+def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | None:
     """Measure the teacher on one batch of noise; None where there is none, or it cannot be loaded here."""
-    teacher_inputs = run.inputs.teacher_inputs
-    if teacher_inputs is None:
-        return None
-    teacher, embeddings = run.online_teacher, teacher_inputs.embeddings
+    inputs, machine, online = trainer.plan.inputs, trainer.machine, trainer.teacher_model
+    embeddings, stored = inputs.embeddings, inputs.stored
+    teacher = online
     if teacher is None:
-        assert embeddings is not None, "a teacher that is not online has stored embeddings"
-        recorded = None if embeddings.sidecar is None else embeddings.sidecar.model.spec
-        spec = run.settings.teacher or recorded
-        if spec is None:
+        recorded = None if embeddings is None or embeddings.sidecar is None else embeddings.sidecar.model.spec
+        spec = trainer.settings.teacher or recorded
+        if inputs.teacher is None or spec is None:
             return None
         try:
-            teacher = load_model(with_default_tag(parse_model(spec)), run.machine.device)
+            teacher = load_model(with_default_tag(parse_model(spec)), machine.device)
         except ClipcidError as error:
-            run.reporter.note(f"The time that the teacher would take in the loop is not measured: {error.message}")
+            trainer.reporter.note(f"The time that the teacher would take in the loop is not measured: {error.message}")
             return None
-    images, texts = _time_teacher(teacher, run.plan.batch_size // run.machine.size, run.settings.precision)
+    images, texts = _time_teacher(teacher, trainer.plan.batch_size // machine.size, trainer.settings.precision)
     seconds = images + texts
-    step = step_seconds if run.online_teacher is not None else step_seconds + seconds
     # What is embedded once may be more than what is trained on: all images, not only the kept ones.
-    rows = run.inputs.usable.total if embeddings is None else embeddings.num_rows
-    has_further = embeddings is not None and Kind.FURTHER in embeddings.kinds
-    texts_per_image = 1 + (len(embeddings.rows(Kind.FURTHER)) / rows if embeddings is not None and has_further else 0.0)
-    texts_per_image += 0 if teacher_inputs.text_variants is None else teacher_inputs.text_variants.number
-    passes = (
-        passes_to_embed(images, texts, teacher_inputs.num_views, texts_per_image) * rows / run.inputs.training.total
+    rows = inputs.usable.total if embeddings is None else embeddings.num_rows
+    texts_per_image = 1.0
+    if embeddings is not None and Kind.FURTHER in embeddings.kinds:
+        texts_per_image += len(embeddings.rows(Kind.FURTHER)) / rows
+    if stored is not None and stored.variants is not None:
+        texts_per_image += stored.variants.number
+    passes = passes_to_embed(images, texts, 0 if stored is None else stored.num_views, texts_per_image)
+    return TeacherCost(
+        parameters=teacher.info.parameters,
+        seconds=seconds,
+        share=min(1.0, seconds / (step_seconds if online is not None else step_seconds + seconds)),
+        break_even=passes * rows / inputs.training.total,
     )
-    return TeacherCost(teacher.info.parameters, seconds, min(1.0, seconds / step), passes)
 
 
 def passes_to_embed(images: float, texts: float, num_views: int, texts_per_image: float) -> float:

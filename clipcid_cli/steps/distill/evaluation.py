@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Dataset, Sample
-from clipcid_cli.formats.results.matched_samples import SampleRows
+from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.decode import SkippedImage, read_image
-from clipcid_cli.runtime.models.tokenizer import Tokenizer
+from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.runtime.training.trainer import Trainer
+from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
-from clipcid_cli.steps.evaluate.encode import TaskEncoder
+from clipcid_cli.steps.encode import Decoded, Decoder, Encoder
 from clipcid_cli.steps.evaluate.measure import measure
+from clipcid_cli.steps.evaluate.model import EvaluatedModel
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
+from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+from clipcid_cli.training.train_state import TrainState
 
 # Held-out samples beyond this many are left to eval-zeroshot: evaluation during training should take seconds.
 _MAX_HELD_OUT = 5_000
@@ -35,91 +35,6 @@ _BATCH = 256
 # What the names of metrics of the averaged weights begin with.
 EMA = "ema/"
 _FP32 = Precision("fp32", torch.float32, "evaluation")
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """The held-out samples, ready for the model.
-
-    Attributes:
-        pixels: uint8 [n, H, W, 3], the model's own evaluation pixels.
-        tokens: int64 [n, L].
-        samples: The samples themselves, for the report's pictures.
-        rows: Their rows among all samples held out.
-    """
-
-    pixels: torch.Tensor
-    tokens: torch.Tensor
-    samples: list[Sample]
-    rows: list[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """The measurements of a run.
-
-    Attributes:
-        held_out: Samples kept out of training, on the first process; None when there are too few.
-        tasks: Data sets of ``--eval-data``, as `eval-zeroshot` measures them.
-        has_data: Whether there is anything to measure, the same on all processes.
-    """
-
-    held_out: HeldOut | None
-    tasks: list[ZeroshotTask]
-    settings: EvalZeroshotSettings
-    has_data: bool
-
-    def measure(self, student: ClipModel, machine: Machine, trainer: Trainer) -> dict[str, float]:
-        """Measure the student as it is, and with its averaged weights, in full precision; call it on every process.
-
-        Returns:
-            Metrics of the held-out part by name, those of a named data set as ``NAME/METRIC``, without those it has no value
-            for (acc5 of four classes), those of the average as ``ema/…``; whole on the first process.
-        """
-        average, step = trainer.average, trainer.step
-        metrics = self._measure(student, machine)
-        if average is None:
-            return metrics
-        averaged = metrics  # before the first step
-        if step:
-            with average.in_place():
-                averaged = self._measure(student, machine)
-        return metrics | {f"{EMA}{name}": value for name, value in averaged.items()}
-
-    def _measure(self, student: ClipModel, machine: Machine) -> dict[str, float]:
-        student.module.eval()
-        share_statistics(student.module, machine)
-        metrics: dict[str, float] = {}
-        if self.held_out is not None:
-            images, texts = embed_held_out(student, self.held_out)
-            metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
-        encoder = TaskEncoder(
-            model=student,
-            machine=machine,
-            precision=_FP32,
-            batch_size=_BATCH,
-            workers=self.settings.workers,
-            max_bad_fraction=self.settings.max_bad_fraction,
-            reporter=Reporter(),
-        )
-        for task in self.tasks:
-            found = measure(encoder, task, self.settings).result.metrics.items()
-            metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
-        return metrics
-
-
-def share_statistics(module: nn.Module, machine: Machine) -> None:
-    """Give every process the first one's running statistics of batch normalisation, which are those that are written.
-
-    In training each process gathers those of its own rows, and reads none.
-    """
-    normed = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    if machine.size == 1 or not normed:
-        return
-    buffers = [buffer for part in normed for buffer in part.buffers()]
-    first = machine.broadcast([buffer.cpu() for buffer in buffers] if machine.is_main else [])
-    for buffer, value in zip(buffers, first, strict=True):
-        buffer.copy_(value)
 
 
 def zeroshot_settings(settings: DistillSettings) -> EvalZeroshotSettings:
@@ -134,59 +49,6 @@ def zeroshot_settings(settings: DistillSettings) -> EvalZeroshotSettings:
         overwrite=settings.overwrite,
         max_bad_fraction=settings.max_bad_fraction,
     )
-
-
-def prepare_evaluation(
-    settings: DistillSettings,
-    dataset: Dataset,
-    held_out: SampleRows,
-    student: ClipModel,
-    tasks: list[ZeroshotTask],
-    machine: Machine,
-) -> Evaluation:
-    """Read the held-out samples, on the first process: up to 0.75 GB of pixels at 224 px.
-
-    Args:
-        tasks: The data sets of ``--eval-data``.
-    """
-    samples: HeldOut | None = None
-
-    def read() -> bool:
-        nonlocal samples
-        samples = read_held_out(dataset, held_out, student.pixel_transform(), student.tokenizer, _MAX_HELD_OUT)
-        return samples is not None
-
-    has_data = machine.on_main(read) or bool(tasks)
-    chosen = dataclasses.replace(zeroshot_settings(settings), bootstrap=0, workers=0)
-    return Evaluation(samples, tasks, chosen, has_data)
-
-
-def read_held_out(
-    dataset: Dataset,
-    held_out: SampleRows,
-    transform: Callable[[Image.Image], torch.Tensor],
-    tokenizer: Tokenizer,
-    limit: int,
-) -> HeldOut | None:
-    """Read the first `limit` held-out samples; None when there are fewer than two, which retrieval cannot use."""
-    samples, first = list[Sample](), 0
-    places = held_out.column("places")
-    for number, size in enumerate(held_out.sizes.tolist()):
-        if len(samples) >= limit:
-            break
-        samples.extend(map(index_of(dataset).part(number).sample, places[first : first + size].tolist()))
-        first += size
-    pixels, readable = list[torch.Tensor](), list[int]()
-    for number, sample in enumerate(samples[:limit]):
-        image = read_image(sample.image)
-        if not isinstance(image, SkippedImage):
-            pixels.append(transform(image))
-            readable.append(number)
-    if len(readable) < 2:
-        return None
-    chosen = [samples[number] for number in readable]
-    tokens = tokenizer([sample.captions[0] for sample in chosen])
-    return HeldOut(torch.stack(pixels), tokens, chosen, readable)
 
 
 def plan_evaluation(settings: EvalZeroshotSettings, reporter: Reporter) -> list[ZeroshotTask]:
@@ -220,12 +82,123 @@ def plan_evaluation(settings: EvalZeroshotSettings, reporter: Reporter) -> list[
     return list(tasks.values())
 
 
-def embed_held_out(student: ClipModel, held_out: HeldOut) -> tuple[Tensor, Tensor]:
-    """Embed the held-out part in full precision; image and text rows, float32 [n, d], unit, on the CPU."""
-    student.module.eval()
-    images, texts = [], []
-    for start in range(0, len(held_out.pixels), _BATCH):
-        part = slice(start, start + _BATCH)
-        images.append(student.encode_images(held_out.pixels[part], _FP32).cpu())
-        texts.append(student.encode_texts(held_out.tokens[part], _FP32).cpu())
-    return torch.cat(images), torch.cat(texts)
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """The held-out samples, decoded for the model: up to 0.75 GB of pixels at 224 px.
+
+    Attributes:
+        samples: Those that can be read.
+        rows: Their rows among all samples held out.
+        batches: Their pixels and first captions.
+    """
+
+    samples: list[Sample]
+    rows: list[int]
+    batches: list[Decoded]
+
+    @classmethod
+    def read(cls, inputs: Inputs, student: ClipModel) -> HeldOut | None:
+        """Read the first held-out samples; None when there are fewer than two, which retrieval cannot use."""
+        samples, first = list[Sample](), 0
+        places = inputs.held_out.column("places")
+        for number, size in enumerate(inputs.held_out.sizes.tolist()):
+            if len(samples) >= _MAX_HELD_OUT:
+                break
+            samples.extend(map(index_of(inputs.dataset).part(number).sample, places[first : first + size].tolist()))
+            first += size
+        samples = [dataclasses.replace(one, captions=one.captions[:1]) for one in samples[:_MAX_HELD_OUT]]
+        decoded = Decoder.of(student, captions=True)(samples)
+        rows = [row for row in range(len(samples)) if row not in decoded.failures]
+        if len(rows) < 2:
+            return None
+        assert decoded.pixels is not None
+        assert decoded.tokens is not None
+        kept = slice(None) if len(rows) == len(samples) else rows
+        batches = zip(*(torch.split(rows[kept], _BATCH) for rows in (decoded.pixels, decoded.tokens)), strict=True)
+        return cls([samples[row] for row in rows], rows, [Decoded(*batch) for batch in batches])
+
+    def encode(self, student: ClipModel) -> tuple[Tensor, Tensor]:
+        """Encode it in full precision; image and text rows, float32 [n, d], unit, on the CPU."""
+        student.module.eval()
+        encoder = Encoder.of(student, _FP32, _BATCH)
+        encoded = [encoder(batch) for batch in self.batches]
+        images, texts = (torch.cat([rows[kind] for rows in encoded]) for kind in (Kind.IMAGES, Kind.TEXTS))
+        return images, texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The measurements of a run.
+
+    Attributes:
+        held_out: Samples kept out of training, on the first process; None when there are too few.
+        plan: The data sets of ``--eval-data``, as `eval-zeroshot` measures them.
+        has_data: Whether there is anything to measure, the same on all processes.
+    """
+
+    held_out: HeldOut | None
+    plan: ZeroshotPlan
+    machine: Machine
+    has_data: bool
+
+    @classmethod
+    def prepare(cls, inputs: Inputs, student: ClipModel, plan: ZeroshotPlan, machine: Machine) -> Evaluation:
+        """Read the held-out samples, on the first process."""
+        held_out: HeldOut | None = None
+
+        def read() -> bool:
+            nonlocal held_out
+            held_out = HeldOut.read(inputs, student)
+            return held_out is not None
+
+        has_data = machine.on_main(read) or bool(plan.tasks)
+        return cls(held_out, plan, machine, has_data)
+
+    def measure(self, student: ClipModel, state: TrainState) -> dict[str, float]:
+        """Measure the student as it is, and with its averaged weights, in full precision; call it on every process.
+
+        Returns:
+            Metrics of the held-out part by name, those of a named data set as ``NAME/METRIC``, without those it has no value
+            for (acc5 of four classes), those of the average as ``ema/…``; whole on the first process.
+        """
+        metrics = self._measure(student)
+        if state.ema is None:
+            return metrics
+        averaged = metrics  # before the first step
+        if state.step:
+            with state.ema.swapped_in():
+                averaged = self._measure(student)
+        return metrics | {f"{EMA}{name}": value for name, value in averaged.items()}
+
+    def _measure(self, student: ClipModel) -> dict[str, float]:
+        student.module.eval()
+        share_statistics(student.module, self.machine)
+        metrics: dict[str, float] = {}
+        if self.held_out is not None:
+            images, texts = self.held_out.encode(student)
+            metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
+        name = ModelName(student.info.spec, "tag")
+        model = EvaluatedModel(name, self.machine, self.plan.settings, Reporter(), student)
+
+        def measure_task(task: ZeroshotTask) -> dict[str, float]:
+            rows = model.encode(task)
+            return self.machine.on_main(lambda: measure(rows, self.machine.device, Reporter()).draws.values())
+
+        for task in self.plan.tasks:
+            found = measure_task(task).items()
+            metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
+        return metrics
+
+
+def share_statistics(module: nn.Module, machine: Machine) -> None:
+    """Give every process the first one's running statistics of batch normalisation, which are those that are written.
+
+    In training each process gathers those of its own rows, and reads none.
+    """
+    normed = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    if machine.size == 1 or not normed:
+        return
+    buffers = [buffer for part in normed for buffer in part.buffers()]
+    first = machine.broadcast([buffer.cpu() for buffer in buffers] if machine.is_main else [])
+    for buffer, value in zip(buffers, first, strict=True):
+        buffer.copy_(value)

@@ -1,4 +1,4 @@
-"""What `distill` reads: data, keep list, the teacher's embeddings and clusters, found and checked against one another."""
+"""What `distill` reads: data, samples, keep list, teacher and clusters, found and checked against one another."""
 
 from __future__ import annotations
 
@@ -6,59 +6,51 @@ import dataclasses
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
-from clipcid_cli.formats.data.index import lock_index
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.output import find_output, open_output
-from clipcid_cli.formats.results.clusters import TABLE
-from clipcid_cli.formats.results.matched_samples import STEP, SampleRows, matched_folder
-from clipcid_cli.formats.sidecar import Sidecar
+from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
+from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.pipeline import default_workers
-from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.data_index import cache_shards, ensure_index
-from clipcid_cli.steps.distill.augmented.extra_texts import ExtraTexts
-from clipcid_cli.steps.distill.cluster_targets import find_clusters, refuse_old_clusters, use_clusters
-from clipcid_cli.steps.distill.samples import (
-    MatchedSamples,
-    Sources,
-    UsableSamples,
-    count_usable,
-    index_of,
-    match_samples,
-)
-from clipcid_cli.steps.distill.teacher_inputs import (
-    TeacherInputs,
-    check_keys,
+from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
+from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples
+from clipcid_cli.steps.distill.stored_teacher import (
+    OnlineTeacher,
+    StoredTeacher,
+    choose_online,
+    losses_of_captions,
     named_teacher,
-    open_teacher,
+    open_stored,
     use_stored,
+    validate_keys,
+    validate_requested,
 )
-from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list, report_keep_list
+from clipcid_cli.steps.embed.ensure import ensure_embeddings
+from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
+from clipcid_cli.steps.model_identity import find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingInputs:
+class Inputs:
     """Everything a run reads.
 
     Attributes:
         usable: How many samples have an image and a caption.
         training: The samples to train on.
-        held_out: Those held out.
         keep_list: The keep list; None where all samples are used.
-        teacher_inputs: The teacher's embeddings and clusters; None where no loss needs a teacher.
+        teacher: The teacher; None where no loss needs one.
+        clusters: Its clusters; None where no loss needs them.
         fingerprints: What each input file is known by.
     """
 
@@ -67,139 +59,109 @@ class TrainingInputs:
     training: SampleRows
     held_out: SampleRows
     keep_list: ChosenKeepList | None
-    teacher_inputs: TeacherInputs | None
+    teacher: StoredTeacher | OnlineTeacher | None
+    clusters: ChosenClusters | None
     fingerprints: list[FileRecord]
 
     @property
-    def text_variants(self) -> TextVariants | None:
-        """The embedded variants of captions that are shown; None for none."""
-        return None if self.teacher_inputs is None else self.teacher_inputs.text_variants
+    def stored(self) -> StoredTeacher | None:
+        """The teacher, where stored embeddings teach."""
+        return self.teacher if isinstance(self.teacher, StoredTeacher) else None
 
     @property
-    def extra_texts(self) -> ExtraTexts | None:
-        """Further texts for the text tower; None without any."""
-        return None if self.teacher_inputs is None else self.teacher_inputs.extra_texts
+    def embeddings(self) -> Embeddings | None:
+        """The teacher's stored embeddings; None where there are none."""
+        return None if self.teacher is None else self.teacher.embeddings
+
+    def num_extra_texts(self, batch_size: int) -> int:
+        """Return how many further texts a step has, over all processes."""
+        extra = None if self.stored is None else self.stored.extra_texts
+        return 0 if extra is None else extra.number_at(batch_size)
 
 
-def find_inputs(
-    settings: DistillSettings, embeddings_folder: Path | None, scratch: Path | None, reporter: Reporter
-) -> TrainingInputs:
+def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Path | None:
+    """Find the teacher's embeddings, and make them where there are none; None when no loss needs them.
+
+    Without ``--teacher`` it is the one whose embeddings the work directory holds.
+    """
+    if not settings.needs_teacher:
+        return None
+    if settings.embeddings is not None:
+        return settings.embeddings
+    if settings.online_teacher:
+        return machine.on_main(lambda: _find_for_axes(settings))
+    work = WorkDirectory(settings.work)
+    teacher = settings.teacher
+    if teacher is None:
+        try:
+            return machine.on_main(work.find_embeddings)
+        except ClipcidError:
+            if settings.data is None or work.has_embeddings():
+                raise
+        teacher = DEFAULT_MODEL
+        reporter.note(f"Teacher: {teacher}, the default.")
+    folder = work.embeddings(with_default_tag(parse_model(teacher)).slug)
+    exists = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
+    if not exists:
+        validate_requested(settings, folder, None, model=teacher)
+    # Existing embeddings of images only may suffice; new ones are of captions too.
+    text = True if losses_of_captions(settings) or not exists else None
+    return ensure_embeddings(settings, machine, reporter, data=settings.data, model=teacher, text=text)
+
+
+def _find_for_axes(settings: DistillSettings) -> Path | None:
+    """Find stored embeddings of an online teacher: they name it, and have the axes of the shared space; None for none."""
+    work, teacher = WorkDirectory(settings.work), named_teacher(settings)
+    if teacher is None:
+        return work.find_embeddings() if work.has_embeddings() else None
+    folder = work.embeddings(teacher.slug)
+    sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
+    is_its = sidecar is not None and find_mismatch(sidecar.model, teacher) is None
+    return folder if is_its and settings.teacher_space != "project" else None
+
+
+def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | None, reporter: Reporter) -> Inputs:
     """Find, open and match the inputs, and report which were taken.
 
     Args:
-        embeddings_folder: What `find_embeddings` found.
+        folder: The embeddings that `find_embeddings` found.
         scratch: Folder for what a run keeps in the work directory, which a dry run leaves as it is.
     """
     work = WorkDirectory(settings.work)
-    teacher = named_teacher(settings) if settings.needs_teacher else None
     embeddings = None
-    if embeddings_folder is not None:
+    if folder is not None:
         cache = work.fingerprints if scratch is None else _copy_fingerprints(work, scratch)
-        embeddings = open_teacher(settings, embeddings_folder, teacher, cache, reporter)
+        embeddings = open_stored(settings, folder, cache, reporter)
     dataset = _open_data(settings, work, embeddings, scratch, reporter)
     usable = count_usable(dataset, settings.max_bad_fraction)
-    keep_list = choose_keep_list(settings.keep_list, work, "samples", reporter)
-    if settings.online_teacher:
-        teacher = _choose_online(teacher, embeddings)
-    elif embeddings is not None:
-        check_keys(embeddings, dataset)
-    online = teacher if settings.online_teacher else None
-    clusters = find_clusters(settings, embeddings, online)
-    if clusters is not None and keep_list is not None:
-        refuse_old_clusters(clusters, keep_list.path, settings.work)
-    fingerprints = dataset.fingerprints()
-    if keep_list is not None:
-        fingerprints.append(record(keep_list.path))
-    sources = Sources(None if keep_list is None else keep_list.path, embeddings, online is None, clusters)
-    matched = _find_samples(settings, dataset, sources, fingerprints, scratch, reporter)
-    counts, teacher_inputs = matched.counts, None
+    keep_list = choose_keep_list(settings.keep_list, work, "samples", settings.max_bad_fraction, reporter)
+    listed = None if keep_list is None else keep_list.path
+    online = choose_online(settings, embeddings) if settings.online_teacher else None
+    if online is None and embeddings is not None:
+        validate_keys(embeddings, dataset)
+    clusters = find_clusters(settings, embeddings, online, listed)
+
+    fingerprints = dataset.fingerprints() + ([] if listed is None else [record(listed)])
+    sources = Sources(listed, embeddings, online is None, clusters)
+    matched, counts = find_samples(settings, dataset, sources, fingerprints, scratch, reporter)
     if counts.bad_rows and sources.required:
         reporter.warn(f"{counts.bad_rows:,} rows of the embeddings are zero or not finite: their samples are left out.")
     if keep_list is not None:
-        report_keep_list(
-            keep_list.path,
-            kept=counts.kept,
-            missing=usable.total - counts.listed,
-            total=usable.total,
-            samples="samples",
-            source=dataset.spec,
-            max_missing=settings.max_bad_fraction,
-            reporter=reporter,
-        )
+        missing = usable.total - counts.listed
+        keep_list.report(dataset.spec, usable.total, kept=counts.kept, missing=missing, reporter=reporter)
+
+    teacher: StoredTeacher | OnlineTeacher | None = online
+    chosen = None
     if online is not None:
-        reporter.note(f"Teacher: {online.spec}, run alongside the student on the same views and captions.")
-        teacher_inputs = TeacherInputs(embeddings, matched.training, online=online)
+        reporter.note(f"Teacher: {online.name.spec}, run alongside the student on the same views and captions.")
     elif embeddings is not None:
-        teacher_inputs = use_stored(settings, embeddings, matched.training, counts, reporter)
-    if teacher_inputs is not None:
-        if clusters is not None:
-            teacher_inputs = use_clusters(settings, teacher_inputs, clusters, counts, reporter)
-        fingerprints += teacher_inputs.fingerprints()
-    return TrainingInputs(dataset, usable, matched.training, matched.held_out, keep_list, teacher_inputs, fingerprints)
-
-
-def _find_samples(
-    settings: DistillSettings,
-    dataset: Dataset,
-    sources: Sources,
-    fingerprints: list[FileRecord],
-    scratch: Path | None,
-    reporter: Reporter,
-) -> MatchedSamples:
-    """Open the samples of the run, matched by an earlier start or another run of the same inputs; else match them now.
-
-    Args:
-        fingerprints: Those of the data and the keep list.
-        scratch: Where a dry run writes them.
-    """
-    assert dataset.index_folder is not None, "opened with a folder for the index"
-    records = index_of(dataset).records
-    content = list(fingerprints)
-    if sources.embeddings is not None:
-        content += sources.embeddings.fingerprints([Kind.TEXTS, Kind.FURTHER])
-    if sources.clusters is not None:
-        content.append(record(sources.clusters.folder / TABLE))
-    identity = {
-        # Keys of foreign embeddings may be made of the files' names.
-        "files": [[Path(each.path).name, each.size, each.hash] for each in content],
-        # Captions in files of their own change without a shard's file; with `--keys shard` the names are in the keys.
-        "shards": [
-            [shard.name, *record.stamp, record.samples, record.with_captions]
-            for shard, record in zip(dataset.shards, records, strict=True)
-        ],
-        "kinds": [sources.keep_list is not None, sources.embeddings is not None, sources.clusters is not None],
-        "required": sources.required,
-        "keys": settings.keys,
-        "val_fraction": settings.val_fraction,
-    }
-    folder = matched_folder(dataset.index_folder, identity)
-    wanted: dict[str, Any] = {"settings": {"matched": folder.name}, "inputs": [], "overwrite": True}
-    matched = find_output(folder, STEP, Sidecar, **wanted).finished
-    if matched is None or (scratch is None and any(folder.glob(f".{STEP}-*"))):  # what a killed run left
-        if scratch is not None:
-            folder = matched_folder(scratch, identity)
-        with lock_index(folder.parent):
-            matched = find_output(folder, STEP, Sidecar, **wanted).finished  # another run may just have made it
-            if matched is None:
-                shutil.rmtree(folder, ignore_errors=True)  # damaged, or begun by a run that was killed
-            with open_output(
-                folder, STEP, Sidecar, **wanted
-            ) as output:  # which removes what is left beside a finished one
-                if matched is None:
-                    output.start()
-                    found = match_samples(dataset, sources, settings.val_fraction, output.work, reporter)
-                    outputs = [record(path, output.work) for path in sorted(output.work.glob("*.npy"))]
-                    matched = output.commit(counts=dataclasses.asdict(found.counts), seconds={}, outputs=outputs)
-    return MatchedSamples.open(folder, matched.counts)
-
-
-def _choose_online(teacher: ModelName | None, embeddings: Embeddings | None) -> ModelName:
-    """Choose a teacher that runs alongside the student: the one named, else the embeddings', else the default one."""
-    if teacher is None and embeddings is not None:
-        if embeddings.sidecar is None:
-            raise ClipcidError(f"{embeddings.folder} does not record which model made it.", "Name the --teacher.")
-        teacher = parse_model(embeddings.sidecar.model.spec)
-    return teacher or with_default_tag(parse_model(DEFAULT_MODEL))
+        teacher = use_stored(settings, embeddings, counts, reporter)
+    if clusters is not None and teacher is not None:
+        chosen = use_clusters(settings, clusters, teacher, counts, reporter)
+    for read in (teacher, chosen):
+        fingerprints += [] if read is None else read.fingerprints()
+    training, held_out = open_rows(matched, TRAINING), open_rows(matched, HELD_OUT)
+    return Inputs(dataset, usable, training, held_out, keep_list, teacher, chosen, fingerprints)
 
 
 def _copy_fingerprints(work: WorkDirectory, scratch: Path) -> Path:

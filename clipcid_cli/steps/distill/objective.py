@@ -1,203 +1,119 @@
-"""What a student is trained for: the weighted sum of a run's losses over one global batch, with the teacher's part in it."""
+"""What a student is trained for: the weighted sum of a run's losses over one global batch."""
 
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
-from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace, project
+from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.algorithms.losses.parameters import LossParameters
+from clipcid_cli.algorithms.losses.registry import load_loss
+from clipcid_cli.algorithms.losses.row_blocks import rows_between
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.models.grad_cache import Features
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.runtime.training.gradients import gather_rows, sum_values
-from clipcid_cli.runtime.training.trainer import LossParameters
 from clipcid_cli.steps.distill.batches import TrainingBatch
-from clipcid_cli.steps.distill.cluster_targets import ClusterLookup
+from clipcid_cli.steps.distill.teacher import Teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.training.grad_cache import Features
+from clipcid_cli.training.gradients import gather_rows, sum_over_processes
 
 
 @dataclasses.dataclass(frozen=True)
-class Targets:
-    """A teacher's part of a batch, prepared before its step, on the device.
-
-    Attributes:
-        image_clusters: Cluster targets of the global batch's images; None where no loss needs them.
-        text_clusters: Those of its captions, where both towers are taught.
-        image_bD: Stored rows of the images or views that this process shows, float16 [b, D]; None without stored ones.
-        text_bD: Those of its captions.
-        extra_text_eD: Those of its further texts; None without any.
-    """
-
-    image_clusters: ClusterTargets | None = None
-    text_clusters: ClusterTargets | None = None
-    image_bD: Tensor | None = None
-    text_bD: Tensor | None = None
-    extra_text_eD: Tensor | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedBatch:
-    """A process's part of a batch, and the teacher's of it; None without a teacher."""
-
-    local: TrainingBatch
-    targets: Targets | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher(ABC):
-    """The teacher's part of every batch: from stored embeddings, or computed on the fly.
-
-    Attributes:
-        space: Where its features and the student's are compared.
-        clusters: Its clusters; None where no loss needs them.
-        device: Where the losses are computed.
-        size: Number of processes.
-    """
-
-    space: SharedSpace
-    teacher_scale: float
-    clusters: ClusterLookup | None
-    device: torch.device
-    size: int
-
-    def prepare(self, local: TrainingBatch, rows: npt.NDArray[np.int64], step: int) -> Targets:
-        """Prepare what no other process and no model is needed for; it may run in a thread, before the step.
-
-        Args:
-            local: This process's part of the batch, as a worker made it.
-            rows: Rows of the global batch's samples among those to train on, int64 [B].
-            step: Number of the step; decides the draw of centroids.
-        """
-        # Clusters are those of the images, whatever view is shown, and of first captions.
-        images, texts = (None, None) if self.clusters is None else self.clusters.targets(rows, step)
-        return Targets(images, texts)
-
-    @abstractmethod
-    def teacher_rows(self, local: TrainingBatch, targets: Targets) -> tuple[Tensor, Tensor | None]:
-        """Return t and u of the global batch in the shared space, [B, D] each; call it on every process.
-
-        Args:
-            targets: What `prepare` returned for `local`.
-        """
-
-    def extra_text_rows(self, targets: Targets, count: int) -> Tensor | None:
-        """Return u of further texts in the shared space, [E, D]; None without any. Call it on every process.
-
-        Args:
-            count: E: all there are, or this process's part.
-        """
-        rows = targets.extra_text_eD
-        if rows is None:
-            return None
-        return project((rows if count == len(rows) else gather_rows(rows, self.size)).float(), self.space.axes)
-
-    def add_targets(self, batch: LossBatch, local: TrainingBatch, targets: Targets) -> LossBatch:
-        """Add the teacher's features, scale and clusters to a global batch; call it on every process."""
-        image, text = self.teacher_rows(local, targets)
-        return dataclasses.replace(
-            batch,
-            teacher_image_BD=image,
-            teacher_text_BD=text,
-            teacher_scale=self.teacher_scale,
-            image_clusters=targets.image_clusters,
-            text_clusters=targets.text_clusters,
-            teacher_extra_text_ED=self.extra_text_rows(
-                targets, 0 if batch.extra_text_ED is None else len(batch.extra_text_ED)
-            ),
-        )
-
-
 class Objective:
     """The losses of a run.
 
     Attributes:
         weights: Factor of each loss by name.
-        parameters: What the losses themselves learn.
+        teacher: None where no loss needs one.
+        local_loss: Whether each process computes the losses of its own rows only, against everybody's.
     """
 
-    def __init__(
-        self,
-        weights: Mapping[str, float],
-        parameters: LossParameters,
+    weights: dict[str, float]
+    parameters: LossParameters
+    teacher: Teacher | None
+    machine: Machine
+    local_loss: bool
+
+    @classmethod
+    def of(
+        cls,
+        settings: DistillSettings,
+        student_width: int,
         teacher: Teacher | None,
         machine: Machine,
-        *,
-        local: bool = False,
-    ) -> None:
-        """Bind the losses.
+        reporter: Reporter,
+    ) -> Objective:
+        """Make the losses that the settings ask for, with their own parameters."""
+        space = SharedSpace(student_width) if teacher is None else teacher.space
+        weights = {name: weight.at(space.width) for name, weight in settings.losses().items()}
+        reporter.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + ".")
+        seed = derive_seed("loss parameters", settings.seed)
+        parameters = LossParameters(weights, student_width, space, seed).to(machine.device)
+        return cls(weights, parameters, teacher, machine, settings.local_loss and machine.size > 1)
 
-        Args:
-            weights: Factor of each loss by name.
-            parameters: The losses' own scales and maps.
-            teacher: None where no loss needs one.
-            local: Whether each process computes the losses of its own rows only, against everybody's.
-        """
-        self.weights = dict(weights)
-        self._functions = {name: load_loss(name) for name in weights}
-        self.parameters = parameters
-        self._teacher, self._machine = teacher, machine
-        self._local = local and machine.size > 1
-
-    def prepare(self, local: TrainingBatch, rows: npt.NDArray[np.int64], step: int) -> PreparedBatch:
-        """Prepare the teacher's part of a batch, as `Teacher.prepare`, and its pixels for the copy to the device."""
-        if self._machine.device.type == "cuda":
-            local = dataclasses.replace(local, pixels=local.pixels.pin_memory())
-        return PreparedBatch(local, None if self._teacher is None else self._teacher.prepare(local, rows, step))
-
-    def __call__(
-        self, features: Features, student_scale: Tensor, batch: PreparedBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of a step.
+    def __call__(self, features: Features, student_scale: Tensor, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+        """Compute the loss of a step; call it on every process.
 
         Args:
             features: Of this process's part of the batch.
-            batch: Its part of the batch, prepared.
+            student_scale: exp(logit_scale) of the student.
 
         Returns:
-            What the gradients are of: the weighted sum of the losses of the global batch, or (with `local` losses) of this
-            process's rows, times the number of processes. And each loss by name without its weight; `values` makes them
-            the global batch's.
+            What the gradients are of: the weighted sum of the losses of the global batch, or (with local losses) of this
+            process's rows, times the number of processes. And the losses of the global batch in order, without weights
+            and gradients, float32 [L], the same on every process.
         """
-        machine, count, num_extra = self._machine, len(features.image), len(features.text) - len(features.image)
-        own = self._rows(features)
-        extra = own.get("text_BD", own["text_Bd"])[count:] if num_extra else None  # texts without images come last
-        rows = self._gather({name: found[:count] for name, found in own.items()} if num_extra else own)
-        start = machine.rank * count if self._local else 0
-        everything = LossBatch(
+        everything = self._gather(features, student_scale, batch)
+        terms = [load_loss(name)(everything, **self.parameters.of(name)) for name in self.weights]
+        total = torch.stack([weight * term for weight, term in zip(self.weights.values(), terms, strict=True)]).sum()
+        values = torch.stack([term.detach() for term in terms])
+        if not self.local_loss:
+            return total, values
+        return total * self.machine.size, sum_over_processes(values)
+
+    def _gather(self, features: Features, student_scale: Tensor, batch: TrainingBatch) -> LossBatch:
+        """Collect everybody's features, and the teacher's, as unit rows of the shared space."""
+        size, count = self.machine.size, len(features.image)
+        start = self.machine.rank * count if self.local_loss else 0
+        own = self._project(features)
+        num_extra = len(features.text) - count  # texts without images come last
+        extra = own.get("text_BD", own["text_Bd"])[count:] if num_extra else None
+        # All in one exchange.
+        together = gather_rows(torch.cat([rows_between(rows, 0, count) for rows in own.values()], dim=1))
+        rows = dict(zip(own, torch.split(together, [rows.shape[1] for rows in own.values()], dim=1), strict=True))
+        taught = LossBatch(
             image_Bd=rows["image_Bd"],
             text_Bd=rows["text_Bd"],
             student_scale=student_scale,
             image_BD=rows.get("image_BD", rows["image_Bd"]),
             text_BD=rows.get("text_BD", rows["text_Bd"]),
             masked_image_BD=rows.get("masked_image_BD"),
-            image_tokens_bLD=self._tokens(features.image_tokens, self.parameters.image_map, count),
-            text_tokens_bLD=self._tokens(features.text_tokens, self.parameters.text_map, count),
-            fusion=self.parameters.fusion_pair(),
-            extra_text_ED=extra if extra is None or self._local else gather_rows(extra, machine.size),
-            num_extra=machine.size * num_extra,
-            own=slice(start, start + count) if self._local else slice(0, machine.size * count),
+            image_tokens_bLD=self._project_tokens(features.image_tokens, self.parameters.image_map, count),
+            text_tokens_bLD=self._project_tokens(features.text_tokens, self.parameters.text_map, count),
+            extra_text_ED=self._gather_compared(extra),
+            num_extra=size * num_extra,
+            own=slice(start, start + count) if self.local_loss else slice(0, size * count),
         )
-        if self._teacher is not None and batch.targets is not None:
-            with torch.no_grad():
-                everything = self._teacher.add_targets(everything, batch.local, batch.targets)
-        terms: dict[str, Tensor] = {}
-        for name, function in self._functions.items():
-            own_scale = LOSSES[name].own_scale
-            terms[name] = function(everything, self.parameters.scale(name)) if own_scale else function(everything)
-        total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        return total * machine.size if self._local else total, terms
+        if self.teacher is None:
+            return taught
+        with torch.no_grad():
+            image, text, extra = self.teacher.rows(batch)
+            return dataclasses.replace(
+                taught,
+                teacher_image_BD=gather_rows(image),
+                teacher_text_BD=None if text is None else gather_rows(text),
+                teacher_extra_text_ED=self._gather_compared(extra),
+                teacher_scale=self.teacher.scale,
+                image_clusters=batch.image_clusters,
+                text_clusters=batch.text_clusters,
+            )
 
-    def _rows(self, features: Features) -> dict[str, Tensor]:
+    def _project(self, features: Features) -> dict[str, Tensor]:
         """Return the unit rows that losses compare, by their names in `LossBatch`."""
         # float32 from here on, whatever the towers ran in: the losses subtract numbers that are nearly equal.
         image, text = features.image.float(), features.text.float()
@@ -210,41 +126,16 @@ class Objective:
             rows["masked_image_BD"] = masked if image_map is None else image_map(masked)
         return {name: F.normalize(found, dim=1) for name, found in rows.items()}
 
-    def _tokens(self, tokens_bLd: Tensor | None, learned: nn.Module | None, count: int) -> Tensor | None:
-        """Return unit rows of patches or tokens in the shared space, and zeros where there is none, for the own rows."""
+    def _project_tokens(self, tokens_bLd: Tensor | None, learned: nn.Module | None, count: int) -> Tensor | None:
+        """Return unit rows of patches or tokens in the shared space, zeros where there is none; none of further texts."""
         if tokens_bLd is None:
             return None
         found = tokens_bLd[:count].float()
         exists_bL1 = found.detach().any(dim=2, keepdim=True)
         found = F.normalize(found if learned is None else learned(found), dim=2) * exists_bL1
-        if self._local:
-            return found
-        return gather_rows(found.flatten(1), self._machine.size).view(-1, *found.shape[1:])
+        gathered = self._gather_compared(found.flatten(1))
+        return None if gathered is None else gathered.view(-1, *found.shape[1:])
 
-    def _gather(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Collect everybody's rows, all in one exchange."""
-        widths = [found.shape[1] for found in rows.values()]
-        together = gather_rows(torch.cat(list(rows.values()), dim=1), self._machine.size, shared=self._local)
-        return dict(zip(rows, torch.split(together, widths, dim=1), strict=True))
-
-    def values(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Return the losses of the global batch in order, float32 [len(terms)] on the device, the same on every process."""
-        found = torch.stack([term.detach() for term in terms.values()])
-        return sum_values(found, self._machine.size) if self._local else found
-
-
-def make_objective(
-    settings: DistillSettings, student_width: int, teacher: Teacher | None, machine: Machine, reporter: Reporter
-) -> Objective:
-    """Make the losses that the settings ask for, with their own parameters."""
-    width = student_width if teacher is None else teacher.space.width
-    weights = {name: weight.at(width) for name, weight in settings.losses().items()}
-    reporter.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + ".")
-    parameters = LossParameters(
-        [name for name in weights if LOSSES[name].own_scale],
-        student_width,
-        teacher.space.width if teacher is not None and teacher.space.is_learned else None,
-        derive_seed("loss parameters", settings.seed),
-        fused_width=width if any(LOSSES[name].fuses for name in weights) else None,
-    )
-    return Objective(weights, parameters.to(machine.device), teacher, machine, local=settings.local_loss)
+    def _gather_compared(self, rows: Tensor | None) -> Tensor | None:
+        """Collect everybody's rows of what a loss reads of the own samples alone, unless it is of these alone."""
+        return rows if rows is None or self.local_loss else gather_rows(rows)

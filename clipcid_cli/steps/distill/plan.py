@@ -1,19 +1,35 @@
-"""The numbers of a training run, decided before anything is written."""
+"""The plan of a training run: everything that can be wrong is found, and its numbers decided, before anything is written."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
+from typing import Any
 
 from clipcid_cli.algorithms.losses.learning_rate import default_rate
+from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.results.clusters import read_cluster_sidecar
+from clipcid_cli.formats.results.keep_list import read_keep_list
+from clipcid_cli.formats.results.run_folder import RunFolder
+from clipcid_cli.formats.sidecar import sidecar_path
+from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.runtime.models.preprocess import hash_preprocess
 from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.sample_order import SHARDS_MIXED
-from clipcid_cli.runtime.training.trainer import OptimiserPlan
-from clipcid_cli.steps.distill.inputs import TrainingInputs
+from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
+from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
+from clipcid_cli.steps.distill.student import Student
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
+from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
+from clipcid_cli.steps.keep_list import NO_KEEP_LIST
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.fields import output_settings
+from clipcid_cli.training.optimisers import Recipe
 
 DEFAULT_EPOCHS = 32
 # Samples of a batch by default: at least so many (fewer if the data has fewer), and on GPUs up to so many for each as long
@@ -28,34 +44,33 @@ _MAX_LOG_LINES = 5_000
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The numbers of a run.
+    """A run.
 
     Attributes:
-        optimiser: How parameters are updated, for how many steps.
+        folder: Where it is written.
+        evaluations: What `eval-zeroshot` measures in the end: the students on the data sets of ``--eval-data``.
+        recipe: How parameters are updated, for how many steps.
         batch_size: Samples of a global batch.
         extra_texts: Further texts of a step, over all processes.
         workers: Processes that prepare batches, for each training process.
+        log_every: Steps between lines of the training log.
     """
 
-    optimiser: OptimiserPlan
+    inputs: Inputs
+    folder: RunFolder
+    evaluations: ZeroshotPlan
+    recipe: Recipe
     batch_size: int
     extra_texts: int
     workers: int
-    eval_every: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Steps of a run, and how many lie between evaluations and between checkpoints."""
-
-    steps: int
+    log_every: int
     eval_every: int
     checkpoint_every: int
 
     @property
-    def log_every(self) -> int:
-        """Steps between lines of the training log."""
-        return max(1, self.steps // _MAX_LOG_LINES)
+    def steps(self) -> int:
+        """Optimiser steps of the run."""
+        return self.recipe.steps
 
     def due_after(self, step: int) -> tuple[bool, bool, bool]:
         """Tell whether a line of the log, an evaluation and a checkpoint are due after `step` steps; all are at the end."""
@@ -66,44 +81,88 @@ class Schedule:
         return logs, evaluates, saves
 
 
-def default_batch_size(settings: DistillSettings, samples: int, machine: Machine) -> int:
-    """Choose a batch size: the largest power of two that leaves enough steps, within the bounds; it divides evenly.
+def check_named(settings: DistillSettings, reporter: Reporter) -> list[ZeroshotTask]:
+    """Look at what can be wrong with named inputs before hours of embedding: keep list, clusters, ``--eval-data``.
+
+    Returns:
+        The data sets of ``--eval-data``.
+    """
+    if settings.keep_list not in (None, NO_KEEP_LIST):
+        read_keep_list(Path(settings.keep_list))
+    if any(LOSSES[name].needs_clusters for name in settings.losses()):
+        read_cluster_sidecar(settings.clusters or WorkDirectory(settings.work).find_clusters())
+    return plan_evaluation(zeroshot_settings(settings), reporter)
+
+
+def plan_run(
+    settings: DistillSettings,
+    student: Student,
+    embeddings: Path | None,
+    tasks: list[ZeroshotTask],
+    scratch: Path | None,
+    machine: Machine,
+    reporter: Reporter,
+) -> Plan:
+    """Plan a run, on the first process.
+
+    Args:
+        embeddings: The folder of the teacher's.
+        scratch: Folder for what a run keeps in the work directory, which a dry run leaves as it is.
+    """
+    inputs = find_inputs(settings, embeddings, scratch, reporter)
+    batch_size = choose_batch_size(settings, inputs.training.total, machine)
+    extra_texts = inputs.num_extra_texts(batch_size)
+    if extra_texts % machine.size:
+        raise UsageError(
+            f"--extra-texts {extra_texts} does not divide among {machine.size} processes.",
+            f"Use a multiple of {machine.size}.",
+        )
+    recipe = _choose_recipe(settings, inputs, batch_size, student.model.info.embed_dim, reporter)
+    if extra_texts:
+        reporter.note(f"Each step the text tower sees {extra_texts:,} further texts.")
+    folder = RunFolder(WorkDirectory(settings.work).distill(settings.name or _default_name(settings, student, inputs)))
+    students = [ModelName(str(path), "folder", path=path) for path in folder.students(ema=settings.ema is not None)]
+    evaluations = ZeroshotPlan(students, tasks, zeroshot_settings(settings))
+    # Before the start, which removes what an unfinished run left.
+    if not sidecar_path(folder.path, "distill").exists():
+        evaluations.validate_unmeasured()
+    steps = recipe.steps
+    return Plan(
+        inputs=inputs,
+        folder=folder,
+        evaluations=evaluations,
+        recipe=recipe,
+        batch_size=batch_size,
+        extra_texts=extra_texts,
+        workers=default_workers(machine.device) if settings.workers is None else settings.workers,
+        log_every=max(1, steps // _MAX_LOG_LINES),
+        eval_every=settings.eval_every or max(1, steps // 10),
+        checkpoint_every=settings.checkpoint_every or max(1, min(1_000, steps // 10)),
+    )
+
+
+def choose_batch_size(settings: DistillSettings, samples: int, machine: Machine) -> int:
+    """Return the size of a global batch, which all processes and parts divide; refuse one that is larger than the data.
+
+    By default it is the largest power of two that leaves enough steps, within the bounds.
 
     Args:
         samples: Number of samples to train on.
     """
-    size = _SMALLEST_BATCH
-    if machine.device.type == "cuda" and settings.steps is None:
-        shown = (settings.epochs or DEFAULT_EPOCHS) * samples
-        while 2 * size <= min(_LARGEST_BATCH_PER_GPU * machine.size, shown // _ENOUGH_STEPS):
-            size *= 2
     divisor = machine.size * settings.accum_freq
-    return max(divisor, min(size, samples) // divisor * divisor)
-
-
-def plan_run(
-    settings: DistillSettings, inputs: TrainingInputs, student_width: int, machine: Machine, reporter: Reporter
-) -> Plan:
-    """Decide batch size, number of steps, warm-up and learning rate.
-
-    Raises:
-        UsageError: when the batch does not divide among the processes.
-        ClipcidError: when there are fewer training samples than a batch has.
-    """
-    samples = inputs.training.total
-    divisor = machine.size * settings.accum_freq
-    batch_size = settings.batch_size or default_batch_size(settings, samples, machine)
+    batch_size = settings.batch_size
+    if batch_size is None:
+        batch_size = _SMALLEST_BATCH
+        if machine.device.type == "cuda" and settings.steps is None:
+            shown = (settings.epochs or DEFAULT_EPOCHS) * samples
+            while 2 * batch_size <= min(_LARGEST_BATCH_PER_GPU * machine.size, shown // _ENOUGH_STEPS):
+                batch_size *= 2
+        batch_size = max(divisor, min(batch_size, samples) // divisor * divisor)
     if batch_size % divisor:
         raise UsageError(
             f"--batch-size {batch_size} does not divide into {machine.size} x {settings.accum_freq} equal parts "
             "(processes x --accum-freq).",
             f"Use a multiple of {divisor}.",
-        )
-    extra_texts = 0 if inputs.extra_texts is None else inputs.extra_texts.number_at(batch_size)
-    if extra_texts % machine.size:
-        raise UsageError(
-            f"--extra-texts {extra_texts} does not divide among {machine.size} processes.",
-            f"Use a multiple of {machine.size}.",
         )
     if samples < batch_size:
         lower = "Use fewer processes or a lower --accum-freq" if samples < divisor > 1 else "Lower --batch-size"
@@ -111,8 +170,15 @@ def plan_run(
             f"There are {samples:,} samples to train on, fewer than one batch of {batch_size:,}.",
             f"{lower}, or give more data." if samples else "Give more data.",
         )
-    epochs = settings.epochs or DEFAULT_EPOCHS
-    steps = settings.steps or max(1, epochs * samples // batch_size)
+    return batch_size
+
+
+def _choose_recipe(
+    settings: DistillSettings, inputs: Inputs, batch_size: int, student_width: int, reporter: Reporter
+) -> Recipe:
+    """Decide number of steps, warm-up and learning rate, and say so."""
+    samples = inputs.training.total
+    steps = settings.steps or max(1, (settings.epochs or DEFAULT_EPOCHS) * samples // batch_size)
     warmup = min(steps // 10, 2_000) if settings.warmup is None else settings.warmup
     if warmup > steps:
         raise UsageError(f"--warmup {warmup:,} exceeds the {steps:,} steps of the run.", "Give fewer warm-up steps.")
@@ -128,7 +194,7 @@ def plan_run(
         rate = default_rate(settings.losses(), settings.optimizer, batch_size, student_width)
         reporter.note(f"Learning rate: {rate.value:g} ({rate.reason}).")
         lr = rate.value
-    optimiser = OptimiserPlan(
+    return Recipe(
         optimizer=settings.optimizer,
         lr=lr,
         weight_decay=settings.wd,
@@ -138,10 +204,6 @@ def plan_run(
         steps=steps,
         max_norm=settings.grad_clip_norm or None,
     )
-    workers = default_workers(machine.device) if settings.workers is None else settings.workers
-    if extra_texts:
-        reporter.note(f"Each step the text tower sees {extra_texts:,} further texts.")
-    return Plan(optimiser, batch_size, extra_texts, workers, settings.eval_every or max(1, steps // 10))
 
 
 def _describe_shuffle(shards: int) -> str:
@@ -153,7 +215,39 @@ def _describe_shuffle(shards: int) -> str:
     )
 
 
-def default_name(settings: DistillSettings, student: ClipModel, inputs: TrainingInputs) -> str:
+def _default_name(settings: DistillSettings, student: Student, inputs: Inputs) -> str:
     """Name a run after its student, preset and seed, with `all` where there is no keep list."""
-    parts = [student.info.slug, settings.chosen_preset, f"s{settings.seed}"]
+    parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
     return "-".join(parts if inputs.keep_list is not None else [*parts, "all"])
+
+
+def identity(settings: DistillSettings, student: Student, plan: Plan) -> dict[str, Any]:
+    """Return all that determines the student, except its inputs' content, as JSON values."""
+    given = output_settings(settings)
+    # Data and teacher are inputs, identified by their content, however they were named.
+    for name in ("data", "teacher", "epochs", "init_from"):
+        del given[name]
+    info, clusters = student.model.info, plan.inputs.clusters
+    given |= {
+        "preset": settings.chosen_preset,
+        "precision": student.precision.name,
+        "warmup": plan.recipe.warmup,
+        "lr": plan.recipe.lr,
+        "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses().items()},
+        "student": {
+            "config": info.config,
+            "weights": info.weights_hash,
+            "pixels": hash_preprocess(info.preprocess, fast_decode=settings.fast_decode),
+        },
+        "batch_size": plan.batch_size,
+        "extra_texts": plan.extra_texts,
+        "eval_every": plan.eval_every,
+        "steps": plan.steps,
+        "text_variant_share": settings.variant_share,
+        "views": "stored" if settings.shows_views else "none",
+        "cluster_towers": "both" if clusters is not None and clusters.teach_text else "image",
+    }
+    if clusters is not None:
+        given["cluster_temperature"] = clusters.temperatures
+    plain: dict[str, Any] = json.loads(json.dumps(given))
+    return plain

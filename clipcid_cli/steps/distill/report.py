@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -14,13 +15,12 @@ from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
-from clipcid_cli.formats.results.run_folder import RunFolder, read_lines
-from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.formats.results.run_folder import read_lines
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
-from clipcid_cli.steps.distill.evaluation import EMA, HeldOut, embed_held_out
-from clipcid_cli.steps.distill.inputs import TrainingInputs
-from clipcid_cli.steps.distill.loop import Loop
-from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.distill.evaluation import EMA, HeldOut
+from clipcid_cli.steps.distill.inputs import Inputs
+from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher
+from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.settings.fields import output_settings
 
 if TYPE_CHECKING:
@@ -31,88 +31,83 @@ _NUM_FOUND = 6
 _POINTS = 1_000
 # What is drawn of a data set of --eval-data, and what it is called.
 _NAMED = {"acc1": "acc1", "image_retrieval_recall@1": "image R@1"}
+_SIDES = ("image", "text")
 
 
-def write_report(
-    folder: RunFolder, settings: DistillSettings, student: ClipModel, inputs: TrainingInputs, loop: Loop
-) -> str:
-    """Render the report of a finished run.
-
-    Returns:
-        The HTML page.
-    """
-    log, results = read_lines(folder.train_log), read_lines(folder.results_log)
-    examples: list[dict[str, Any]] = []
-    compared: list[dict[str, Any]] = []
-    if loop.evaluation.held_out is not None:
-        images, texts = embed_held_out(student, loop.evaluation.held_out)
-        examples = _find_examples(loop.evaluation.held_out, images, texts)
-        students = {"student": (images, texts)}
-        if loop.trainer.average is not None:
-            with loop.trainer.average.in_place():
-                students["average (EMA)"] = embed_held_out(student, loop.evaluation.held_out)
-        compared = _compare(loop.evaluation.held_out, students, inputs)
+def write_report(trainer: Trainer) -> str:
+    """Render the report of a finished run, an HTML page."""
+    plan, metrics, held_out = trainer.plan, trainer.metrics, trainer.evaluation.held_out
+    log, results = read_lines(plan.folder.train_log), read_lines(plan.folder.results_log)
+    scales = [name for name in (log[0] if log else {}) if name.startswith("scale_")]
+    measured: dict[str, Any] = {"headline": [], "recall_figure": None, "compared": [], "compared_on": 0, "examples": []}
+    if held_out is not None:
+        rows = {"student": held_out.encode(trainer.student.model)}
+        if trainer.state.ema is not None:
+            with trainer.state.ema.swapped_in():
+                rows["average (EMA)"] = held_out.encode(trainer.student.model)
+        recalls = {f"{side} recall at 1, held out": f"{side}_retrieval_recall@1" for side in _SIDES}
+        measured = {
+            "headline": [(title, metrics[name]) for title, name in recalls.items() if name in metrics],
+            "recall_figure": _draw_recalls(results) if len(results) > 1 else None,
+            "compared": _compare(held_out, rows, plan.inputs),
+            "compared_on": len(held_out.samples),
+            "examples": _find_examples(held_out.samples, *rows["student"]),
+        }
+    weights, losses = trainer.objective.weights, {f"loss_{name}": name for name in trainer.objective.weights}
     return render_report(
         "distill.html",
-        name=folder.path.name,
-        student=student.info,
-        losses=" + ".join(f"{weight:g} · {name}" for name, weight in loop.objective.weights.items()),
-        steps=loop.schedule.steps,
-        batch_size=loop.order.batch_size,
-        training=inputs.training.total,
-        held_out=inputs.held_out.total,
-        headline=[
-            (f"{side} recall at 1, held out", loop.metrics[name])
-            for side in ("image", "text")
-            if loop.evaluation.held_out is not None and (name := f"{side}_retrieval_recall@1") in loop.metrics
-        ],
-        loss_figure=_draw_losses(log, list(loop.objective.weights)),
-        recall_figure=_draw_recalls(results) if loop.evaluation.held_out is not None and len(results) > 1 else None,
+        name=plan.folder.path.name,
+        student=trainer.student.model.info,
+        losses=" + ".join(f"{weight:g} · {name}" for name, weight in weights.items()),
+        steps=plan.steps,
+        batch_size=plan.batch_size,
+        training=plan.inputs.training.total,
+        held_out=plan.inputs.held_out.total,
+        loss_figure=_draw("Losses", log, _in_turn(losses), smooth=True, ylabel="loss"),
         named_figure=_draw_named(results) if len(results) > 1 else None,
         rate_figure=_draw("Learning rate", log, [Curve("lr", "")], ylabel="learning rate"),
-        scale_figure=_draw_scales(log),
-        compared=compared,
-        compared_on=0 if loop.evaluation.held_out is None else len(loop.evaluation.held_out.samples),
-        examples=examples,
-        inputs=_list_inputs(inputs),
-        settings=output_settings(settings),
+        scale_figure=_draw(
+            "Logit scales",
+            log,
+            _in_turn({name: name.removeprefix("scale_") for name in scales}),
+            ylabel="logit scale",
+        ),
+        inputs=_list_inputs(plan.inputs),
+        settings=output_settings(trainer.settings),
+        **measured,
     )
 
 
-def _compare(
-    held_out: HeldOut, students: dict[str, tuple[Tensor, Tensor]], inputs: TrainingInputs
-) -> list[dict[str, Any]]:
+def _compare(held_out: HeldOut, students: dict[str, tuple[Tensor, Tensor]], inputs: Inputs) -> list[dict[str, Any]]:
     """Measure students and teacher on the held-out samples with a stored embedding; of a student alone, nothing.
 
     Args:
         students: Image and text rows by name.
     """
-    stored, known, rows = inputs.teacher_inputs, np.arange(len(held_out.samples)), dict(students)
-    if stored is not None and stored.embeddings is not None and stored.embeddings.has_texts:
+    stored, rows = inputs.embeddings, students
+    if stored is not None and stored.has_texts:
         places = inputs.held_out.column("embeddings")[held_out.rows].astype(np.int64)
         known = np.flatnonzero(places >= 0)
-        of_teacher = [
-            side.take(places[known])
-            for side in (stored.embeddings.rows(Kind.IMAGES), stored.embeddings.rows(Kind.TEXTS))
-        ]
         rows = {name: (images[known], texts[known]) for name, (images, texts) in students.items()}
-        rows["teacher"] = (torch.from_numpy(of_teacher[0]).float(), torch.from_numpy(of_teacher[1]).float())
-    if len(known) < 2 or len(rows) < 2:
+        images, texts = (
+            torch.from_numpy(stored.rows(kind).take(places[known])).float() for kind in (Kind.IMAGES, Kind.TEXTS)
+        )
+        rows["teacher"] = images, texts
+    own = torch.arange(len(rows["student"][0]))
+    if len(own) < 2 or len(rows) < 2:
         return []
-    own = torch.arange(len(known))
     return [{"name": name, "metrics": retrieval_metrics(*sides, own)} for name, sides in rows.items()]
 
 
-def _find_examples(held_out: HeldOut, images: Tensor, texts: Tensor) -> list[dict[str, Any]]:
-    count = min(_NUM_FOUND, len(images))
-    similarities, found = (texts[:_NUM_EXAMPLES] @ images.T).topk(count, dim=1)
+def _find_examples(samples: Sequence[Sample], images: Tensor, texts: Tensor) -> list[dict[str, Any]]:
+    similarities, found = (texts[:_NUM_EXAMPLES] @ images.T).topk(min(_NUM_FOUND, len(images)), dim=1)
     return [
         {
-            "caption": held_out.samples[query].captions[0],
+            "caption": samples[query].captions[0],
             "images": [
                 {
-                    "key": held_out.samples[place].key,
-                    "source": _picture(held_out.samples[place]),
+                    "key": samples[place].key,
+                    "source": _picture(samples[place]),
                     "similarity": similarity,
                     "right": place == query,
                 }
@@ -137,6 +132,11 @@ class Curve(NamedTuple):
     style: str = "-"
 
 
+def _in_turn(labels: Mapping[str, str]) -> list[Curve]:
+    """Give curves, as labels by entry, the colours of the palette in turn."""
+    return [Curve(*curve) for curve in zip(labels, labels.values(), cycle(PALETTE), strict=False)]
+
+
 def _draw(
     title: str, log: Sequence[dict[str, Any]], curves: Sequence[Curve], *, smooth: bool = False, **axes_settings: Any
 ) -> Markup:
@@ -145,35 +145,25 @@ def _draw(
     axes = figure.subplots()
     for curve in curves:
         lines = [line for line in log if curve.entry in line]
-        if not lines:
-            continue
         lines = lines[:: max(1, len(lines) // _POINTS)]
-        steps = [line["step"] for line in lines]
-        values = np.array([line[curve.entry] for line in lines])
+        values = pd.Series([line[curve.entry] for line in lines], [line["step"] for line in lines], dtype=float)
         if smooth:
-            axes.plot(steps, values, color=curve.color, alpha=0.25, linewidth=0.8)
-            values = _smooth(values)
-        axes.plot(steps, values, curve.style, color=curve.color, label=curve.label)
+            axes.plot(values, color=curve.color, alpha=0.25, linewidth=0.8)
+            # The mean over about a fiftieth of the run.
+            values = values.rolling(max(1, len(values) // 50), min_periods=1, center=True).mean()
+        axes.plot(values, curve.style, color=curve.color, label=curve.label)
     axes.set(xlabel="step", **axes_settings)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     return svg(figure, f"{title} over the steps of the run")
 
 
-def _color(entries: Sequence[str], labels: Sequence[str]) -> list[Curve]:
-    """Give curves the colours of the palette in turn."""
-    return [Curve(*curve) for curve in zip(entries, labels, cycle(PALETTE), strict=False)]
-
-
-def _draw_losses(log: Sequence[dict[str, Any]], names: Sequence[str]) -> Markup:
-    return _draw("Losses", log, _color([f"loss_{name}" for name in names], names), smooth=True, ylabel="loss")
-
-
 def _draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
     curves = [
-        Curve(f"{prefix}{side}_retrieval_recall@{k}", f"{side} R@{k}{', EMA' * bool(prefix)}", color, style)
-        for side, color in zip(("image", "text"), PALETTE, strict=False)
+        Curve(entry, f"{side} R@{k}{', EMA' * bool(prefix)}", color, style)
+        for side, color in zip(_SIDES, PALETTE, strict=False)
         for prefix, k, style in (("", 1, "-"), ("", 5, "--"), (EMA, 1, ":"))
+        if (entry := f"{prefix}{side}_retrieval_recall@{k}") in results[0]
     ]
     return _draw("Recall on the held-out part", results, curves, ylabel="recall", ylim=(0, 1))
 
@@ -190,31 +180,16 @@ def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:
             labels[name] = f"{data} {_NAMED[metric]}" + ", EMA" * name.startswith(EMA)
     if not labels:
         return None
-    curves = _color(list(labels), list(labels.values()))
-    return _draw("Measurements on the named data sets", results, curves, ylim=(0, None))
+    return _draw("Measurements on the named data sets", results, _in_turn(labels), ylim=(0, None))
 
 
-def _draw_scales(log: Sequence[dict[str, Any]]) -> Markup:
-    entries = [name for name in (log[0] if log else {}) if name.startswith("scale_")]
-    curves = _color(entries, [name.removeprefix("scale_") for name in entries])
-    return _draw("Logit scales", log, curves, ylabel="logit scale")
-
-
-def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Running mean over about a fiftieth of the run, over fewer values at its ends."""
-    width = max(1, len(values) // 50)
-    kernel = np.ones(width)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-
-
-def _list_inputs(inputs: TrainingInputs) -> list[tuple[str, str]]:
-    keep_list = "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)
-    found = [("data", inputs.dataset.spec), ("keep list", keep_list)]
-    if inputs.teacher_inputs is not None:
-        if inputs.teacher_inputs.online is not None:
-            found.append(("teacher", f"{inputs.teacher_inputs.online.spec}, run alongside the student"))
-        if inputs.teacher_inputs.embeddings is not None:
-            found.append(("embeddings", str(inputs.teacher_inputs.embeddings.folder)))
-        if inputs.teacher_inputs.clusters is not None:
-            found.append(("clusters", str(inputs.teacher_inputs.clusters.folder)))
+def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
+    found = [("data", inputs.dataset.spec)]
+    found.append(("keep list", "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)))
+    if isinstance(inputs.teacher, OnlineTeacher):
+        found.append(("teacher", f"{inputs.teacher.name.spec}, run alongside the student"))
+    if inputs.embeddings is not None:
+        found.append(("embeddings", str(inputs.embeddings.folder)))
+    if inputs.clusters is not None:
+        found.append(("clusters", str(inputs.clusters.files.folder)))
     return found

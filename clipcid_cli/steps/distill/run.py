@@ -1,83 +1,85 @@
-"""`distill`: find the inputs, train a small CLIP on them, write the student, its logs and its report."""
+"""`distill`: plan a run, train a small CLIP, write the student, its logs and its report."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
-from clipcid_cli.algorithms.losses.registry import LOSSES
-from clipcid_cli.formats.output import find_output
+import msgspec
+
+from clipcid_cli.formats.atomic import write_text
+from clipcid_cli.formats.fingerprint import record
+from clipcid_cli.formats.output import Output, find_output
 from clipcid_cli.formats.results.checkpoint import list_checkpoints
-from clipcid_cli.formats.results.clusters import read_cluster_sidecar
-from clipcid_cli.formats.results.keep_list import read_keep_list
-from clipcid_cli.formats.results.run_folder import RunFolder, import_tensorboard
-from clipcid_cli.formats.sidecar import DistillSidecar, sidecar_path
-from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.formats.results.run_folder import import_tensorboard
+from clipcid_cli.formats.sidecar import DistillSidecar
+from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.runtime.models.preprocess import hash_preprocess
 from clipcid_cli.runtime.pipeline import start_worker_server
-from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.distill.cluster_targets import temperatures
-from clipcid_cli.steps.distill.cost import estimate_cost
-from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
-from clipcid_cli.steps.distill.inputs import TrainingInputs, find_inputs
-from clipcid_cli.steps.distill.online_teacher import describe_weights, load_online_teacher
-from clipcid_cli.steps.distill.plan import Plan, default_name, plan_run
-from clipcid_cli.steps.distill.student import load_student
-from clipcid_cli.steps.distill.teacher_inputs import find_embeddings
-from clipcid_cli.steps.distill.training_run import TrainingRun
-from clipcid_cli.steps.evaluate.zeroshot import evaluate_models, plan_results, refuse_clashes, refuse_measured
-from clipcid_cli.steps.keep_list import NO_KEEP_LIST
+from clipcid_cli.steps.distill.cost import DistillCost, estimate_cost
+from clipcid_cli.steps.distill.inputs import find_embeddings
+from clipcid_cli.steps.distill.plan import check_named, identity, plan_run
+from clipcid_cli.steps.distill.report import write_report
+from clipcid_cli.steps.distill.student import load_student, write_students
+from clipcid_cli.steps.distill.teacher import describe_weights, load_online_model
+from clipcid_cli.steps.distill.trainer import Trainer
+from clipcid_cli.steps.evaluate.result import ZeroshotResult, ZeroshotResults
+from clipcid_cli.steps.evaluate.zeroshot import evaluate
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.scratch import scratch_folder
 from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.steps.settings.fields import output_settings
 
 
-def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
-    """Train a student.
+class Distilled(msgspec.Struct):
+    """What a run made.
 
-    Returns:
-        The JSON object: ``student, steps, samples, samples_per_second, losses{}, metrics{}, evaluations[], seconds{},
-        files{}``; ``evaluations`` holds what `eval-zeroshot` returns for each data set of ``--eval-data``.
+    Attributes:
+        losses: Those of the last step that was logged, by name.
+        metrics: Those of the last evaluation, by name.
+        evaluations: What `eval-zeroshot` returns for each data set of ``--eval-data``.
+        seconds: Time by phase.
     """
+
+    student: str
+    steps: int
+    samples: int
+    samples_per_second: float
+    losses: dict[str, float]
+    metrics: dict[str, float]
+    evaluations: list[ZeroshotResult]
+    seconds: dict[str, float]
+    files: dict[str, str]
+
+
+def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCost:
+    """Train a student; with ``--dry-run`` estimate what that takes."""
     started = time.perf_counter()
     if settings.workers != 0:
         start_worker_server()
     if settings.report_to == "tensorboard":
         import_tensorboard()  # before hours of embedding, and on every process, so that none waits for one that failed
     with open_machine(settings.device) as machine, scratch_folder(machine, dry_run=settings.dry_run) as scratch:
-        # What can be wrong with these is said before hours of embedding.
-        machine.on_main(lambda: refuse_missing(settings))
-        student, zeroshot = load_student(settings, machine, reporter), zeroshot_settings(settings)
-        tasks = machine.on_main(lambda: plan_evaluation(zeroshot, reporter))
+        tasks = machine.on_main(lambda: check_named(settings, reporter))
+        student = load_student(settings, machine, reporter)
         embeddings = find_embeddings(settings, machine, reporter)
-        inputs = machine.on_main(lambda: find_inputs(settings, embeddings, scratch, reporter))
-        teacher = load_online_teacher(inputs.teacher_inputs, machine)
-        width = student.model.info.embed_dim
-        plan = machine.on_main(lambda: plan_run(settings, inputs, width, machine, reporter))
-        name = settings.name or default_name(settings, student.model, inputs)
-        folder = RunFolder(WorkDirectory(settings.work).distill(name))
-        written = [ModelName(str(path), "folder", path=path) for path in folder.students(ema=settings.ema is not None)]
-        refuse_clashes(written, tasks)
-        # Before the start, which removes what an unfinished run left.
-        if not machine.on_main(sidecar_path(folder.path, "distill").exists):
-            machine.on_main(lambda: refuse_measured(written, tasks, zeroshot))
-        inputs_of_run = inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)])
-        wanted: dict[str, Any] = {"settings": identity(settings, student.model, plan, inputs), "inputs": inputs_of_run}
-        wanted |= {"overwrite": settings.overwrite, "elsewhere": "--name"}
+        plan = machine.on_main(lambda: plan_run(settings, student, embeddings, tasks, scratch, machine, reporter))
+        teacher = load_online_model(plan.inputs, machine)
+        folder = plan.folder
+        wanted: dict[str, Any] = {
+            "settings": identity(settings, student, plan),
+            "inputs": plan.inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
+            "overwrite": settings.overwrite,
+            "elsewhere": "--name",
+        }
         if settings.dry_run:
             machine.on_main(lambda: find_output(folder.path, "distill", DistillSidecar, **wanted))
-            check_samples(inputs.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
-            training = TrainingRun(settings, machine, inputs, student, teacher, plan, tasks, folder, None, reporter)
-            return estimate_cost(training) | {"evaluations": plan_results(written, tasks, zeroshot, reporter)}
+            check_samples(plan.inputs.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
+            cost = estimate_cost(Trainer(settings, plan, student, teacher, machine, reporter))
+            cost.evaluations = plan.evaluations.preview(reporter)
+            return cost
         with claim_output(machine, folder.path, "distill", DistillSidecar, **wanted) as output:
             sidecar = output.finished
             if sidecar is not None:
@@ -86,65 +88,17 @@ def run(settings: DistillSettings, reporter: Reporter) -> dict[str, Any]:
                 machine.on_main(lambda: output.start(folder.clear))
                 # An unfinished run without a checkpoint may have ended because of what this finds.
                 if not (output.resumed and machine.on_main(lambda: list_checkpoints(folder.checkpoints))):
-                    check_samples(inputs.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
-                training = TrainingRun(
-                    settings, machine, inputs, student, teacher, plan, tasks, folder, output, reporter
-                )
-                sidecar = training.train({"prepare": time.perf_counter() - started})
+                    check_samples(plan.inputs.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
+                trainer = Trainer(settings, plan, student, teacher, machine, reporter, output)
+                prepared, first = time.perf_counter(), trainer.state.step
+                with closing(trainer.log):
+                    trainer.train()
+                seconds = {"prepare": prepared - started, "train": time.perf_counter() - prepared}
+                speed = (plan.steps - first) * plan.batch_size / seconds["train"]
+                unreadable = trainer.unreadable_images()
+                sidecar = machine.on_main(lambda: write(trainer, output, unreadable, speed, seconds))
             # After the sidecar: a run that is killed here is finished, and evaluates what is left when it is run again.
-            evaluations, summary = evaluate_models(written, tasks, machine, zeroshot, reporter) if tasks else ([], {})
-    return result(folder, sidecar, evaluations, summary)
-
-
-def refuse_missing(settings: DistillSettings) -> None:
-    """Refuse (ClipcidError) a keep list that is none, and clusters that are not there."""
-    if settings.keep_list not in (None, NO_KEEP_LIST):
-        read_keep_list(Path(settings.keep_list))
-    if any(LOSSES[name].needs_clusters for name in settings.losses()):
-        read_cluster_sidecar(settings.clusters or WorkDirectory(settings.work).find_clusters())
-
-
-def identity(settings: DistillSettings, student: ClipModel, plan: Plan, inputs: TrainingInputs) -> dict[str, Any]:
-    """Return the identity of a run: all that determines the student, except its inputs' content, as JSON values."""
-    given = output_settings(settings)
-    # Data and teacher are inputs, identified by their content, however they were named.
-    for name in ("data", "teacher", "epochs", "init_from"):
-        del given[name]
-    precision = choose_precision(settings.precision, student.device, "train", student.info.parameters)
-    given |= {
-        "preset": settings.chosen_preset,
-        "precision": precision.name,
-        "warmup": plan.optimiser.warmup,
-        "lr": plan.optimiser.lr,
-        "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses().items()},
-        "student": {
-            "config": student.info.config,
-            "weights": student.info.weights_hash,
-            "pixels": hash_preprocess(student.info.preprocess, fast_decode=settings.fast_decode),
-        },
-        "batch_size": plan.batch_size,
-        "extra_texts": plan.extra_texts,
-        "eval_every": plan.eval_every,
-        "steps": plan.optimiser.steps,
-        "text_variant_share": settings.variant_share,
-        "views": "stored" if settings.shows_views else "none",
-    }
-    given["cluster_towers"] = "image"
-    if inputs.teacher_inputs is not None and inputs.teacher_inputs.clusters is not None:
-        given["cluster_temperature"] = temperatures(inputs.teacher_inputs.clusters, settings)
-        given["cluster_towers"] = "both" if inputs.teacher_inputs.text_clusters else "image"
-    plain: dict[str, Any] = json.loads(json.dumps(given))
-    return plain
-
-
-def result(
-    folder: RunFolder, sidecar: DistillSidecar, evaluations: list[dict[str, Any]], summary: dict[str, str]
-) -> dict[str, Any]:
-    """Build the step's JSON object.
-
-    Args:
-        summary: Paths of the table and the report of the evaluations.
-    """
+            evaluated = evaluate(plan.evaluations, machine, reporter) if tasks else ZeroshotResults([], {})
     files = {
         "student": folder.student,
         **({"student_ema": folder.student_ema} if sidecar.made.ema is not None else {}),
@@ -153,7 +107,56 @@ def result(
         "report": folder.report,
         "sidecar": folder.path / "distill.json",
     }
-    student, measured = {"student": str(folder.student)}, {"evaluations": evaluations, "seconds": sidecar.seconds}
-    found: dict[str, Any] = student | sidecar.result | measured
-    written = {name: str(path) for name, path in files.items()}
-    return found | {"files": written | {f"evaluation_{name}": path for name, path in summary.items()}}
+    return Distilled(
+        student=str(folder.student),
+        evaluations=evaluated.results,
+        seconds=sidecar.seconds,
+        files={name: str(path) for name, path in files.items()}
+        | {f"evaluation_{name}": path for name, path in evaluated.files.items()},
+        **sidecar.result,
+    )
+
+
+def write(
+    trainer: Trainer,
+    output: Output[DistillSidecar],
+    unreadable: dict[str, str],
+    samples_per_second: float,
+    seconds: dict[str, float],
+) -> DistillSidecar:
+    """Write student, report and, last, the sidecar.
+
+    Args:
+        unreadable: Images that could not be read: reason by key.
+        seconds: Time by phase; ``write`` is added.
+    """
+    started = time.perf_counter()
+    plan, info = trainer.plan, trainer.student.model.info
+    inputs, folder = plan.inputs, plan.folder
+    skips = Skips.of(unreadable)
+    skips.merge(inputs.usable.skips)
+    if skips.total:
+        trainer.reporter.warn(f"{skips.total:,} samples were not used as they are:\n{skips.describe()}")
+    written = write_students(folder, trainer.student.model, str(trainer.settings.student), trainer.state)
+    write_text(folder.report, write_report(trainer))
+    seconds["write"] = time.perf_counter() - started
+    return output.commit(
+        counts={
+            "read": inputs.usable.read,
+            "used": inputs.training.total,
+            "held_out": inputs.held_out.total,
+            "skipped": dict(sorted(skips.counts.items())),
+        },
+        seconds=seconds,
+        outputs=[record(file, folder.path) for each in written for file in sorted(each.iterdir())],
+        model={"spec": info.spec, "parameters": info.parameters, "embed_dim": info.embed_dim},
+        data=inputs.dataset.describe(),
+        keep_list=None if inputs.keep_list is None else inputs.keep_list.describe(),
+        result={
+            "steps": plan.steps,
+            "samples": plan.steps * plan.batch_size,
+            "samples_per_second": round(samples_per_second, 1),
+            "losses": trainer.losses,
+            "metrics": trainer.metrics,
+        },
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,20 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.index import DataIndex, Part
+from clipcid_cli.formats.data.index import DataIndex, Part, lock_index
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.sample_rows import sample_keys
+from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import Listing, Values, join, parquet_listing
+from clipcid_cli.formats.output import find_output, open_output
 from clipcid_cli.formats.results.clusters import TABLE, Clusters
-from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows, writing_rows
+from clipcid_cli.formats.results.matched_samples import HELD_OUT, STEP, TRAINING, matched_folder, writing_rows
+from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.distill import DistillSettings
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -46,16 +51,26 @@ class UsableSamples:
     read: int
 
 
+def index_of(dataset: Dataset) -> DataIndex:
+    """Return the index of data for which `ensure_index` was called."""
+    assert dataset.index is not None, "ensure_index was called"
+    return dataset.index
+
+
 def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
     """Count the samples that can be trained on, from the records of the data's index."""
     index = index_of(dataset)
     skips, without_caption = Skips(), Skips()
-    for number, record in enumerate(index.records):
-        skips.merge(record.skips)
-        if record.with_captions < record.samples:
-            without_caption.merge(_find_captionless(index, number))
+    for number, found in enumerate(index.records):
+        skips.merge(found.skips)
+        if found.with_captions < found.samples:
+            part = index.part(number)
+            places = np.flatnonzero(part.num_captions == 0)
+            named = part.keys.take(pa.array(places[:_NAMED])).to_pylist()
+            without_caption.merge(Skips({"no_caption": len(places)}, {"no_caption": named}))
     skips.merge(without_caption)
-    total, read = sum(record.with_captions for record in index.records), sum(record.read for record in index.records)
+    total = sum(found.with_captions for found in index.records)
+    read = sum(found.read for found in index.records)
     if not total:
         raise ClipcidError(
             f"{dataset.spec}: none of {read:,} samples has a caption.",
@@ -63,18 +78,6 @@ def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
         )
     skips.check(read, max_bad_fraction, dataset.spec)
     return UsableSamples(total, skips, read)
-
-
-def _find_captionless(index: DataIndex, number: int) -> Skips:
-    part = index.part(number)
-    places = np.flatnonzero(part.num_captions == 0)
-    return Skips({"no_caption": len(places)}, {"no_caption": part.keys.take(pa.array(places[:_NAMED])).to_pylist()})
-
-
-def index_of(dataset: Dataset) -> DataIndex:
-    """Return the index of data for which `ensure_index` was called."""
-    assert dataset.index is not None, "ensure_index was called"
-    return dataset.index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +106,23 @@ class Sources:
         if self.clusters is not None:
             found["clusters"] = parquet_listing(self.clusters.folder / TABLE)
         return found
+
+    def limits(self, index: DataIndex) -> dict[str, int]:
+        """Return the columns that are written, with a number that no value reaches."""
+        found = {"places": int(index.sizes.max())}
+        if self.embeddings is not None:
+            found["embeddings"] = self.embeddings.num_rows
+            if Kind.FURTHER in self.embeddings.kinds:
+                found["captions"] = len(self.embeddings.rows(Kind.FURTHER)) + 1
+        if self.clusters is not None:
+            found["clusters"] = len(self.clusters.labels)
+        return found
+
+    def fingerprints(self) -> list[FileRecord]:
+        """Describe what the keys come from, beside the data and the keep list."""
+        texts = [Kind.TEXTS, Kind.FURTHER]
+        found = [] if self.embeddings is None else self.embeddings.fingerprints(texts)
+        return found if self.clusters is None else [*found, record(self.clusters.folder / TABLE)]
 
 
 @dataclasses.dataclass
@@ -134,37 +154,76 @@ class MatchCounts:
     changed: tuple[str, int, int] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class MatchedSamples:
-    """The samples of a run; `counts` are those of their making."""
+def find_samples(
+    settings: DistillSettings,
+    dataset: Dataset,
+    sources: Sources,
+    data_records: list[FileRecord],
+    scratch: Path | None,
+    reporter: Reporter,
+) -> tuple[Path, MatchCounts]:
+    """Find the samples of the run, matched by an earlier start or another run of the same inputs; else match them now.
 
-    training: SampleRows
-    held_out: SampleRows
-    counts: MatchCounts
+    Args:
+        data_records: The fingerprints of the data and the keep list.
+        scratch: Where a dry run writes them.
 
-    @classmethod
-    def open(cls, folder: Path, counts: dict[str, Any]) -> MatchedSamples:
-        """Open finished files."""
-        return cls(open_rows(folder, TRAINING), open_rows(folder, HELD_OUT), MatchCounts(**counts))
+    Returns:
+        The folder of the samples, and what their matching found.
+    """
+    assert dataset.index_folder is not None, "opened with a folder for the index"
+    identity = {
+        # Keys of foreign embeddings may be made of the files' names.
+        "files": [[Path(each.path).name, each.size, each.hash] for each in data_records + sources.fingerprints()],
+        # Captions in files of their own change without a shard's file; with `--keys shard` the names are in the keys.
+        "shards": [
+            [shard.name, *found.stamp, found.samples, found.with_captions]
+            for shard, found in zip(dataset.shards, index_of(dataset).records, strict=True)
+        ],
+        "kinds": [sources.keep_list is not None, sources.embeddings is not None, sources.clusters is not None],
+        "required": sources.required,
+        "keys": settings.keys,
+        "val_fraction": settings.val_fraction,
+    }
+    folder = matched_folder(dataset.index_folder, identity)
+    wanted: dict[str, Any] = {"settings": {"matched": folder.name}, "inputs": [], "overwrite": True}
+    matched = find_output(folder, STEP, Sidecar, **wanted).finished
+    if matched is None or (scratch is None and any(folder.glob(f".{STEP}-*"))):  # what a killed run left
+        if scratch is not None:
+            folder = matched_folder(scratch, identity)
+        with lock_index(folder.parent):
+            matched = find_output(folder, STEP, Sidecar, **wanted).finished  # another run may just have made it
+            if matched is None:
+                shutil.rmtree(folder, ignore_errors=True)  # damaged, or begun by a run that was killed
+            # This removes what is left beside a finished one.
+            with open_output(folder, STEP, Sidecar, **wanted) as output:
+                if matched is None:
+                    output.start()
+                    counts = match_samples(dataset, sources, settings.val_fraction, output.work, reporter)
+                    outputs = [record(path, output.work) for path in sorted(output.work.glob("*.npy"))]
+                    matched = output.commit(counts=dataclasses.asdict(counts), seconds={}, outputs=outputs)
+    return folder, MatchCounts(**matched.counts)
 
 
 def match_samples(
     dataset: Dataset, sources: Sources, val_fraction: float, folder: Path, reporter: Reporter
-) -> MatchedSamples:
+) -> MatchCounts:
     """Match the data with other files, and write down the samples to train on and those held out, shard by shard.
 
     Args:
-        val_fraction: Share of the samples held out: the keys whose hash falls below it.
+        val_fraction: Fraction of the samples held out: the keys whose hash falls below it.
+        folder: Where they are written, see `matched_samples`.
     """
     index = index_of(dataset)
-    sizes, shards = index.sizes, range(len(index.records))
+    shards = range(len(index.records))
     joined = {
-        name: join(lambda: (index.part(number).keys for number in shards), int(sizes.sum()), listing, folder)
+        name: join(lambda: (index.part(number).keys for number in shards), int(index.sizes.sum()), listing, folder)
         for name, listing in sources.listings().items()
     }
     bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
-    counts, bar = MatchCounts(bad_rows=len(bad)), reporter if len(shards) > _FEW_SHARDS else Reporter()
-    first, limits = 0, _limits(index, sources)
+    counts = MatchCounts(bad_rows=len(bad))
+    bar = reporter if len(shards) > _FEW_SHARDS else Reporter()
+    first, limits = 0, sources.limits(index)
     with (
         writing_rows(folder, TRAINING, limits) as train,
         writing_rows(folder, HELD_OUT, limits) as hold_out,
@@ -175,32 +234,16 @@ def match_samples(
             found = {name: values[first : first + len(part)] for name, values in joined.items()}
             if "embeddings" in found and len(bad):
                 found["embeddings"][np.isin(found["embeddings"][:, 0], bad), 0] = -1
-            columns, selected, held_out = _match_shard(part, found, sources, val_fraction, counts)
+            columns, selected, held_out = _match_shard(part, found, sources.required, val_fraction, counts)
             train({name: values[selected] for name, values in columns.items()})
             hold_out({name: values[held_out] for name, values in columns.items()})
             first += len(part)
             progress.advance()
-    return MatchedSamples(open_rows(folder, TRAINING), open_rows(folder, HELD_OUT), counts)
-
-
-def _limits(index: DataIndex, sources: Sources) -> dict[str, int]:
-    """Return the columns that are written, with a number that no value reaches."""
-    limits, embeddings, clusters = {"places": int(index.sizes.max())}, sources.embeddings, sources.clusters
-    if embeddings is not None:
-        limits["embeddings"] = embeddings.num_rows
-        if Kind.FURTHER in embeddings.kinds:
-            limits["captions"] = len(embeddings.rows(Kind.FURTHER)) + 1
-    if clusters is not None:
-        limits["clusters"] = len(clusters.labels)
-    return limits
+    return counts
 
 
 def _match_shard(
-    samples: Part,
-    found: dict[str, Values],
-    sources: Sources,
-    val_fraction: float,
-    counts: MatchCounts,
+    samples: Part, found: dict[str, Values], required: bool, val_fraction: float, counts: MatchCounts
 ) -> tuple[dict[str, npt.NDArray[Any]], BoolArray, BoolArray]:
     """Decide which samples of a shard are trained on and held out, and count them.
 
@@ -221,7 +264,7 @@ def _match_shard(
     if "embeddings" in found:
         columns["embeddings"] = rows = found["embeddings"][:, 0]
         counts.without_embedding += int(np.count_nonzero(selected & (rows < 0)))
-        selected &= (rows >= 0) | (not sources.required)
+        selected &= (rows >= 0) | (not required)
         embedded = np.ones_like(rows)  # captions of each, unless they are counted
         if found["embeddings"].shape[1] > 1:
             columns["captions"], embedded = found["embeddings"][:, 1], found["embeddings"][:, 2]
@@ -230,7 +273,7 @@ def _match_shard(
     if "clusters" in found:
         columns["clusters"] = found["clusters"][:, 0]
         counts.without_cluster += int(np.count_nonzero(selected & (columns["clusters"] < 0)))
-        selected &= (columns["clusters"] >= 0) | sources.required
+        selected &= (columns["clusters"] >= 0) | required
     counts.selected += int(np.count_nonzero(selected))
     counts.several_captions += int(np.count_nonzero(num_captions[selected] > 1))
     counts.captions += int(num_captions[selected].sum())

@@ -1,189 +1,275 @@
-"""A teacher whose stored embeddings teach, and the space that the student shares with any teacher."""
+"""The teacher of a run: its stored embeddings, checked against teacher and data, and what of them is shown; or its name."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from contextlib import suppress
-
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
+from pathlib import Path
+from typing import Any, ClassVar
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
-from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.embeddings.command import data_command
+from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.embeddings.sample_rows import take_captions, take_images
-from clipcid_cli.formats.fingerprint import identity_of
-from clipcid_cli.formats.results.matched_samples import Column
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import EmbedSidecar
-from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.pipeline import to_device
-from clipcid_cli.runtime.training.gradients import gather_rows
-from clipcid_cli.steps.distill.batches import TrainingBatch
-from clipcid_cli.steps.distill.cluster_targets import open_lookup
-from clipcid_cli.steps.distill.objective import Targets, Teacher
-from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
+from clipcid_cli.runtime.models.augment import Augmentation
+from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
+from clipcid_cli.runtime.text_variants import RULES, TextVariants
+from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
+from clipcid_cli.steps.distill.samples import MatchCounts
+from clipcid_cli.steps.embed.views import Views
+from clipcid_cli.steps.model_identity import embed_with, find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
-# The scale at which CLIP training ends; taken where another tool's embeddings do not record it.
-MAX_SCALE = 100.0
-# Cut to the student's width only where that keeps at least this share of the teacher's variance.
-ENOUGH_VARIANCE = 0.98
-# Principal axes are found from at most this many evenly spaced rows of each tower.
-_AXES_ROWS = 2**20
-
-
-def choose_space(
-    settings: DistillSettings,
-    teacher_width: int,
-    embeddings: Embeddings | None,
-    student_width: int,
-    machine: Machine,
-    reporter: Reporter,
-) -> SharedSpace:
-    """Choose the space in which student and teacher are compared.
-
-    Args:
-        embeddings: Stored ones, in which the axes of ``pca`` are found; None where there are none.
-        machine: The processes; all take the first one's axes.
-
-    Returns:
-        For equal widths, and where no loss compares features of the two, the teacher's space as it is, unless requested
-        otherwise; else as requested, but ``pca`` cannot widen: a student wider than its teacher takes ``project``, and so
-        does one whose teacher has no stored embeddings.
-    """
-    requested = settings.teacher_space
-    by_layer = f"Shared space: the teacher's {teacher_width} dimensions, by a learned layer per student tower."
-    if requested == "auto" and all(LOSSES[name].space == "own" for name in settings.losses()):
-        return SharedSpace(teacher_width)
-    if requested == "project" or student_width > teacher_width:
-        reporter.note(by_layer)
-        return SharedSpace(teacher_width, is_learned=True)
-    if student_width == teacher_width:
-        return SharedSpace(teacher_width)
-    if embeddings is None:
-        reporter.note(
-            f"{by_layer} There are no stored embeddings to find the axes of --teacher-space pca in (clipcid embed)."
-        )
-        return SharedSpace(teacher_width, is_learned=True)
-    axes = machine.on_main(lambda: principal_axes(_find_second_moment(settings, embeddings), student_width))
-    dimensions = f"{student_width} of the teacher's {teacher_width} dimensions"
-    if requested == "auto" and axes.kept < ENOUGH_VARIANCE:
-        reporter.note(
-            f"{dimensions} keep only {axes.kept:.1%} of its variance, so a learned layer per student tower maps to all of "
-            "them (--teacher-space pca cuts anyway)."
-        )
-        return SharedSpace(teacher_width, is_learned=True)
-    reporter.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its variance.")
-    return SharedSpace(student_width, axes.to(machine.device))
-
-
-def _find_second_moment(settings: DistillSettings, embeddings: Embeddings) -> npt.NDArray[np.float64]:
-    """Read the second moment of the teacher's rows that an earlier start kept; compute and keep it where there is none."""
-    identity = identity_of({"axes_rows": _AXES_ROWS}, embeddings.fingerprints([Kind.TEXTS]))
-    path = WorkDirectory(settings.work).second_moment(identity)
-    with suppress(OSError, ValueError, EOFError):
-        kept: npt.NDArray[np.float64] = np.load(path, allow_pickle=False)
-        return kept
-    found = _second_moment(embeddings)
-    if not settings.dry_run:
-        with atomic_file(path, shared=True) as file:  # two runs may keep it at once
-            np.save(file, found, allow_pickle=False)
-    return found
-
-
-def _second_moment(embeddings: Embeddings) -> npt.NDArray[np.float64]:
-    sides = [embeddings.rows(kind) for kind in (Kind.IMAGES, Kind.TEXTS) if kind in embeddings.kinds]
-    stride = -(-embeddings.num_rows // _AXES_ROWS)
-    # Rows of another tool that are not finite are left out of training, and here.
-    blocks = (np.nan_to_num(block[::stride], posinf=0, neginf=0) for side in sides for _, block in side.blocks())
-    return second_moment(blocks, embeddings.width)
+# Another tool's views may have any crop and colours.
+_ANY = Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredTeacher(Teacher):
-    """The teacher's part of every batch, from stored embeddings.
+class StoredTeacher:
+    """A teacher whose stored embeddings teach.
 
     Attributes:
-        rows: Embeddings of what is shown, by kind.
-        embedding_rows: Row of the embeddings of each sample to train on, [N], mapped.
-        extra_texts: Embeddings of further texts; None without any.
-        caption_rows: First row of each sample's captions after the first, [N], mapped; None where only the first are shown.
+        num_views: Stored views of each image that are replayed, 0 for none.
+        all_captions: Whether every caption of a sample is embedded, so that any may be shown.
+        variants: The embedded variants of captions, where they are shown or are the further texts.
+        extra_texts: Further texts for the text tower; None without any.
     """
 
-    rows: Mapping[Kind, Rows]
-    extra_texts: Rows | None
-    embedding_rows: Column
-    caption_rows: Column | None
+    embeddings: Embeddings
+    num_views: int
+    all_captions: bool
+    variants: TextVariants | None
+    extra_texts: ExtraTexts | None
 
-    def prepare(self, local: TrainingBatch, rows: npt.NDArray[np.int64], step: int) -> Targets:
-        """Read the rows of the views and captions that this process shows."""
-        own = local.rows.numpy()
-        embedded = self.embedding_rows[own].astype(np.int64)
-        images = take_images(self.rows, embedded, local.views.numpy())
-        texts = None
-        if Kind.TEXTS in self.rows:
-            further = np.zeros_like(own) if self.caption_rows is None else self.caption_rows[own].astype(np.int64)
-            found = take_captions(self.rows, embedded, local.captions.numpy(), further, local.variants.numpy())
-            texts = to_device(torch.from_numpy(found), self.device)
-        extra = None
-        if self.extra_texts is not None:
-            extra = to_device(torch.from_numpy(self.extra_texts.take(local.extra_rows.numpy())), self.device)
-        return dataclasses.replace(
-            super().prepare(local, rows, step),
-            image_bD=to_device(torch.from_numpy(images), self.device),
-            text_bD=texts,
-            extra_text_eD=extra,
+    @property
+    def first_captions(self) -> bool:
+        """Whether a sample may only show its first caption, the only one that is embedded."""
+        return self.embeddings.has_texts and not self.all_captions
+
+    def augmentation(self, chosen: Augmentation) -> Augmentation:
+        """Return how images are augmented: as the strongest of the stored views were, else as chosen."""
+        if not self.num_views:
+            return chosen
+        if self.embeddings.sidecar is None:
+            return _ANY
+        made = self.embeddings.sidecar.made
+        drawn = Augmentation(made.crop_scale, made.color_jitter, made.gray_probability)
+        return Views(self.num_views, made.view_kind, drawn, made.seed).strongest
+
+    @property
+    def _kinds(self) -> list[Kind]:
+        """The kinds of rows that are shown, beside those of whole images; of captions only where there are any."""
+        views = [Kind.VIEWS, Kind.VIEW_PARAMS] if self.num_views else []
+        further = [Kind.FURTHER] if self.all_captions else []
+        variants = [] if self.variants is None else [Kind.VARIANTS]
+        return [Kind.TEXTS, *further, *views, *variants]
+
+    def rows(self) -> dict[Kind, Rows]:
+        """Map the rows of all that is shown."""
+        found = [kind for kind in self._kinds if kind in self.embeddings.kinds]
+        return {kind: self.embeddings.rows(kind) for kind in (Kind.IMAGES, *found)}
+
+    def fingerprints(self) -> list[FileRecord]:
+        """Describe the files a run reads, for its sidecar."""
+        # The rows themselves, not their sidecar: the same rows embedded again at another speed are the same input.
+        read = self.embeddings.fingerprints(self._kinds)
+        return read if self.extra_texts is None else read + self.extra_texts.fingerprints
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineTeacher:
+    """A teacher that runs alongside the student.
+
+    Attributes:
+        embeddings: Its stored ones, in which the axes of the shared space are found; None where there are none.
+    """
+
+    first_captions: ClassVar[bool] = False  # it reads whatever caption the student is shown
+
+    name: ModelName
+    embeddings: Embeddings | None
+
+    def fingerprints(self) -> list[FileRecord]:
+        """Describe the files a run reads, for its sidecar."""
+        return [] if self.embeddings is None else self.embeddings.fingerprints([Kind.TEXTS])
+
+
+def losses_of_captions(settings: DistillSettings) -> list[str]:
+    """List the losses of the run that need the teacher's embeddings of captions."""
+    return [name for name in settings.losses() if not LOSSES[name].one_tower]
+
+
+def named_teacher(settings: DistillSettings) -> ModelName | None:
+    """Return the teacher as the user named it; None where the embeddings name it."""
+    return None if settings.teacher is None else with_default_tag(parse_model(settings.teacher))
+
+
+def choose_online(settings: DistillSettings, embeddings: Embeddings | None) -> OnlineTeacher:
+    """Choose a teacher that runs alongside the student: the one named, else the embeddings', else the default one."""
+    name = named_teacher(settings)
+    if name is None and embeddings is not None:
+        if embeddings.sidecar is None:
+            raise ClipcidError(f"{embeddings.folder} does not record which model made it.", "Name the --teacher.")
+        name = parse_model(embeddings.sidecar.model.spec)
+    return OnlineTeacher(name or with_default_tag(parse_model(DEFAULT_MODEL)), embeddings)
+
+
+def open_stored(settings: DistillSettings, folder: Path, cache: Path | None, reporter: Reporter) -> Embeddings:
+    """Open the teacher's embeddings and check that the teacher made them, and for the captions that the losses need.
+
+    Args:
+        cache: Table in which the fingerprints of the files are remembered.
+    """
+    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache)
+    reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
+    teacher = named_teacher(settings) if settings.needs_teacher else None
+    if teacher is not None:
+        _validate_teacher(settings, teacher, embeddings)
+    if embeddings.has_texts or settings.online_teacher:
+        return embeddings
+    needing = losses_of_captions(settings)
+    if needing:
+        raise ClipcidError(
+            f"{folder} holds embeddings of images only, and captions are needed by: {', '.join(needing)}.",
+            "Use losses that need one tower only: "
+            + ", ".join(name for name, entry in LOSSES.items() if entry.one_tower)
+            + "\nOr embed the captions too: "
+            + data_command(folder, embeddings.sidecar, settings.data, **settings.data_flags, text=True),
+        )
+    reporter.note("They are of images only: losses use the teacher's image tower alone.")
+    return embeddings
+
+
+def _validate_teacher(settings: DistillSettings, name: ModelName, embeddings: Embeddings) -> None:
+    """Refuse embeddings of another model than the teacher's; of those of other tools only the width can be checked."""
+    if embeddings.sidecar is None:
+        width = read_width(name)
+        if width is not None and width != embeddings.width:
+            raise ClipcidError(
+                f"The embeddings in {embeddings.folder} have width {embeddings.width}; those of the teacher {name.spec} "
+                f"have {width}.",
+                f"Name the model that made them with --teacher, or run: {embed_with(name, settings)}",
+            )
+        return
+    model = embeddings.sidecar.model
+    difference = find_mismatch(model, name)
+    if difference is not None:
+        raise ClipcidError(
+            f"The embeddings in {embeddings.folder} are of {model.spec}, {difference.what} {difference.recorded}; the "
+            f"teacher is {name.spec}, {difference.what} {difference.named}.",
+            f"Omit --embeddings, or run: {embed_with(name, settings, embeddings.sidecar.data)}",
         )
 
-    def teacher_rows(self, local: TrainingBatch, targets: Targets) -> tuple[Tensor, Tensor | None]:
-        """Gather everybody's rows as they are stored, and project them."""
-        assert targets.image_bD is not None, "a stored teacher prepares it"
-        image, text = targets.image_bD, targets.text_bD
-        return self._project(image), None if text is None else self._project(text)
 
-    def _project(self, rows_bD: Tensor) -> Tensor:
-        return project(gather_rows(rows_bD, self.size).float(), self.space.axes)
+def validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
+    """Refuse embeddings whose keys are of another form than the data's."""
+    keys = None if embeddings.sidecar is None else embeddings.sidecar.made.keys
+    if keys is not None and keys != dataset.keys:
+        raise ClipcidError(
+            f"The embeddings in {embeddings.folder} were made with --keys {keys}, the data is read with --keys "
+            f"{dataset.keys}: they cannot be joined.",
+            f"Add --keys {keys}.",
+        )
 
 
-def open_stored_teacher(
-    settings: DistillSettings, teacher_inputs: TeacherInputs, student_width: int, machine: Machine, reporter: Reporter
+def use_stored(
+    settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts, reporter: Reporter
 ) -> StoredTeacher:
-    """Make stored embeddings ready to teach."""
-    embeddings = teacher_inputs.embeddings
-    assert embeddings is not None, "only an online teacher may have none"
-    space = choose_space(settings, embeddings.width, embeddings, student_width, machine, reporter)
-    shown = {
-        Kind.IMAGES: True,
-        Kind.VIEWS: teacher_inputs.num_views > 0,
-        Kind.TEXTS: embeddings.has_texts,
-        Kind.FURTHER: embeddings.has_texts and teacher_inputs.all_captions,
-        Kind.VARIANTS: embeddings.has_texts and teacher_inputs.text_variants is not None,
-    }
-    reads_scale = any(LOSSES[name].needs_teacher_scale for name in settings.losses())
-    return StoredTeacher(
-        space=space,
-        teacher_scale=teacher_scale(embeddings.sidecar, reporter) if reads_scale else MAX_SCALE,
-        clusters=open_lookup(teacher_inputs, space.axes, settings, machine.device),
-        device=machine.device,
-        size=machine.size,
-        rows={kind: embeddings.rows(kind) for kind, is_shown in shown.items() if is_shown},
-        extra_texts=None if teacher_inputs.extra_texts is None else teacher_inputs.extra_texts.rows,
-        embedding_rows=teacher_inputs.samples.column("embeddings"),
-        caption_rows=teacher_inputs.samples.column("captions") if teacher_inputs.all_captions else None,
+    """Let stored embeddings teach: all that they hold of the data, unless the settings say otherwise.
+
+    Args:
+        counts: What matching them with the data found.
+    """
+    remake = data_command(embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags)
+    if counts.without_embedding > settings.max_bad_fraction * counts.candidates:
+        raise ClipcidError(
+            f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {embeddings.folder}.",
+            f"Give the data that was embedded, or run: {remake}",
+        )
+    views = embeddings.num_each(Kind.VIEWS) if settings.shows_views else 0
+    variants = embeddings.num_each(Kind.VARIANTS) if embeddings.has_texts else 0
+    validate_requested(settings, embeddings.folder, embeddings.sidecar, views=views, variants=variants)
+    if views:
+        reporter.note(
+            f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
+            "have no effect (--views none draws views anew)."
+        )
+    has_several = counts.several_captions > 0 and embeddings.has_texts
+    all_captions = has_several and Kind.FURTHER in embeddings.kinds
+    shows_variants = variants > 0 and (settings.variant_share > 0 or settings.shows_extra_texts)
+    text_variants = _known_variants(settings, embeddings, variants) if shows_variants else None
+    if counts.changed is not None and (all_captions or shows_variants):
+        key, now, embedded = counts.changed
+        raise ClipcidError(
+            f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
+            f"Run: {remake}",
+        )
+    if all_captions:
+        reporter.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")
+    elif has_several:
+        reporter.note("Captions: only the first of each sample is embedded, so only the first is shown.")
+    if shows_variants and settings.variant_share:
+        reporter.note(
+            f"Text variants: {variants} of each image's captions are embedded and shown, {settings.variant_share:.0%} of "
+            "the time."
+        )
+    extra = find_extra_texts(settings, embeddings, text_variants, reporter)
+    if not settings.variant_share and (extra is None or extra.variants is None):
+        text_variants = None
+    return StoredTeacher(embeddings, views, all_captions, text_variants, extra)
+
+
+def _known_variants(settings: DistillSettings, embeddings: Embeddings, number: int) -> TextVariants:
+    """Return the embedded variants of captions, whose texts are made again by the recorded seed and rules."""
+    made = {} if embeddings.sidecar is None else embeddings.sidecar.settings
+    rules, seed = made.get("text_variant_rules"), made.get("seed")
+    if rules == RULES and made.get("text_variants") == number and isinstance(seed, int):
+        return TextVariants(number, seed)
+    recorded = "no rules" if rules is None else f"rules {rules} for {made.get('text_variants')} variants, seed {seed}"
+    more = settings.data_flags | {"text_variants": number}
+    raise ClipcidError(
+        f"{embeddings.folder} holds {number} text variants of each row, but embed.json records {recorded}; this version "
+        f"makes texts by rules {RULES}.",
+        "Add --text-variant-share 0 --extra-texts 0, or run: "
+        + data_command(embeddings.folder, embeddings.sidecar, settings.data, **more),
     )
 
 
-def teacher_scale(sidecar: EmbedSidecar | None, reporter: Reporter) -> float:
-    """Return exp(logit_scale) of the teacher as `embed` recorded it."""
-    if sidecar is not None and sidecar.model.logit_scale is not None:
-        return float(sidecar.model.logit_scale)
-    reporter.note(f"The embeddings do not record the teacher's logit scale; using {MAX_SCALE:g}.")
-    return MAX_SCALE
+def validate_requested(
+    settings: DistillSettings,
+    folder: Path,
+    sidecar: EmbedSidecar | None,
+    *,
+    views: int = 0,
+    variants: int = 0,
+    model: str | None = None,
+) -> None:
+    """Refuse embeddings without the views and text variants that were asked for by name.
+
+    Args:
+        sidecar: Theirs; None where another tool made them, or there are none yet.
+        views: Views of each image that they hold.
+        variants: Text variants of each image that they hold.
+        model: The teacher, where there are none yet.
+    """
+    missing: dict[str, dict[str, Any]] = {}
+    if settings.views == "stored" and not views:
+        missing["--views stored"] = {"views": 8, "view_kind": ("strong", "mix"), "fast_decode": False}
+    if settings.text_variant_share and not variants:
+        missing[f"--text-variant-share {settings.text_variant_share:g}"] = {"text": True, "text_variants": 8}
+    if missing:
+        flags = " and ".join(missing)
+        more: dict[str, Any] = {name: value for fields in missing.values() for name, value in fields.items()}
+        if sidecar is None:
+            more |= {"work": settings.work} | ({"model": model} if model else {})
+        lacking = " or ".join("views" if "views" in fields else "text variants" for fields in missing.values())
+        raise ClipcidError(
+            f"{flags}, but {folder} holds no {lacking}.",
+            f"Omit {flags}, or run: {data_command(folder, sidecar, settings.data, **settings.data_flags, **more)}",
+        )

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.models.augment import Masking
+from clipcid_cli.runtime.models.augment import Masking, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.inherit import inherit
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
+from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.models.towers import freeze, image_tower_kind
-from clipcid_cli.runtime.training.trainer import Trainer
+from clipcid_cli.runtime.precision import Precision, choose_precision, fast_attention
+from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.training.grad_cache import Features, GradCache
+from clipcid_cli.training.train_state import TrainState
+
+# Runs both towers on normalised pixels (on the model's device) and tokens (on the CPU): features [b, d], not normalised.
+EncodeBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +39,57 @@ class Student:
 
     Attributes:
         model: The model; its ``info.weights_hash`` identifies its initial weights.
+        precision: Number format of the towers in training.
+        pruned: The passes of both towers that omit what features do not depend on.
+        encode_both: Those, or the compiled passes.
         frozen: Modules that stay in evaluation mode.
+        reads_tokens: Whether a loss reads features of patches and tokens.
         masking: The further pass over images whose patches are masked; None where no loss has one.
     """
 
     model: ClipModel
+    precision: Precision
+    pruned: PrunedForward
+    encode_both: EncodeBoth
     frozen: list[nn.Module]
-    masking: Masking | None = None
+    reads_tokens: bool
+    masking: Masking | None
+
+    def train(self) -> None:
+        """Switch to training, but for what is frozen."""
+        self.model.module.train()
+        for module in self.frozen:
+            module.eval()
+
+    def encode(self, batch: TrainingBatch, seeds: Sequence[int]) -> GradCache:
+        """Encode a process's part of a batch, in as many parts as there are seeds (of dropout and the like)."""
+        cut = [
+            [None] * len(seeds) if rows is None else rows.tensor_split(len(seeds))
+            for rows in (batch.pixels, batch.colors, batch.tokens, batch.kept_patches)
+        ]
+        return GradCache(lambda number: self._encode(*(parts[number] for parts in cut)), seeds)
+
+    def _encode(self, pixels: Any, colors: Tensor | None, tokens: Any, kept_patches: Tensor | None) -> Features:
+        if colors is not None:
+            pixels = apply_colors(pixels, colors)
+        pixels = normalize_pixels(pixels, self.model.info.preprocess)
+        device = self.model.device
+        with self.precision.autocast(device), fast_attention(device, self.precision.dtype):
+            if self.reads_tokens:
+                image, text, image_tokens, text_tokens = self.pruned.encode_tokens(pixels, tokens)
+                features = Features(image, text, None, image_tokens, text_tokens)
+            else:
+                features = Features(*self.encode_both(pixels, tokens))
+            if kept_patches is not None:
+                masked = self.pruned.encode_masked_images(pixels, kept_patches)
+                features = features._replace(masked_image=masked)
+        return features
+
+    def backward(self, encoded: GradCache, before_last: Callable[[], None]) -> None:
+        """Propagate the gradients of the features through the towers, see `GradCache.backward`."""
+        # Layers that are computed again (--grad-checkpointing) need the attention kernel they had.
+        with fast_attention(self.model.device, self.precision.dtype):
+            encoded.backward(before_last)
 
 
 def load_student(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Student:
@@ -52,7 +105,9 @@ def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -
     for tower, is_frozen in (("image", settings.freeze_image), ("text", settings.freeze_text)):
         if is_frozen:
             frozen += freeze(model.module, tower)
-    if reads_tokens(settings) and not PrunedForward(model.module).has_tokens:
+    pruned = PrunedForward(model.module)
+    reads_tokens = any(LOSSES[name].reads_tokens for name in settings.losses())
+    if reads_tokens and not pruned.has_tokens:
         raise ClipcidError(
             f"The loss td reads patches and tokens, which {model.info.spec} does not give: its image tower, "
             f"{image_tower_kind(model.module)}, must be a ViT of open_clip with a class token and without patch dropout, "
@@ -61,35 +116,60 @@ def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -
         )
     if settings.grad_checkpointing:
         _checkpoint_layers(model)
-    return Student(model, frozen, _plan_masking(settings, model, reporter))
+    return Student(
+        model=model,
+        precision=choose_precision(settings.precision, device, "train", model.info.parameters),
+        pruned=pruned,
+        encode_both=_compile_towers(model.module) if settings.torchcompile else pruned,
+        frozen=frozen,
+        reads_tokens=reads_tokens,
+        masking=_plan_masking(settings, model, pruned.num_patches, reporter),
+    )
 
 
-def _plan_masking(settings: DistillSettings, model: ClipModel, reporter: Reporter) -> Masking | None:
+def _plan_masking(
+    settings: DistillSettings, model: ClipModel, num_patches: int | None, reporter: Reporter
+) -> Masking | None:
     """Plan the further pass over masked images that a loss asks for; say what it costs."""
-    shares = {name: LOSSES[name].masked_patches for name in settings.losses() if LOSSES[name].masked_patches}
-    if not shares:
+    masked = {name: LOSSES[name].masked_patches for name in settings.losses() if LOSSES[name].masked_patches}
+    if not masked:
         return None
-    name, share = max(shares.items(), key=lambda item: item[1])
-    patches = PrunedForward(model.module).num_patches
-    if patches is None:
+    name, fraction = max(masked.items(), key=lambda item: item[1])
+    if num_patches is None:
         raise ClipcidError(
             f"--loss {name} masks patches of the images. The image tower of {model.info.spec}, "
             f"{image_tower_kind(model.module)}, is not a ViT of open_clip with a class token and without patch dropout.",
             f"Use --loss {name}=0, or fd in its place.",
         )
-    masking = Masking.of(share, patches)
+    masking = Masking.of(fraction, num_patches)
     # With the class token, which is always seen.
-    cost = (masking.kept + 1) / (patches + 1)
+    cost = (masking.kept + 1) / (num_patches + 1)
     reporter.note(
-        f"{name} encodes each image once more, with {masking.kept} of its {patches} patches: {cost:.0%} more work for the "
-        "image tower."
+        f"{name} encodes each image once more, with {masking.kept} of its {num_patches} patches: {cost:.0%} more work for "
+        "the image tower."
     )
     return masking
 
 
-def reads_tokens(settings: DistillSettings) -> bool:
-    """Tell whether a loss reads features of patches and tokens."""
-    return any(LOSSES[name].reads_tokens for name in settings.losses())
+def _compile_towers(module: Any) -> EncodeBoth:
+    """Compile the forward pass of both towers with torch.compile, at its first call."""
+
+    def encode(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return module.encode_image(pixels), module.encode_text(tokens)
+
+    fast = torch.compile(encode)
+
+    def call(pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return fast(pixels, tokens.to(pixels.device, non_blocking=True))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).split())
+            raise ClipcidError(
+                f"--torchcompile: torch.compile failed: {reason[:400]}{'…' if len(reason) > 400 else ''}",
+                "Omit --torchcompile; on a CPU it needs a C++ compiler (g++).",
+            ) from error
+
+    return call
 
 
 def _inherit(model: ClipModel, init_from: str, towers: str, reporter: Reporter) -> ClipModel:
@@ -113,7 +193,7 @@ def _checkpoint_layers(model: ClipModel) -> None:
         ) from error
 
 
-def write_students(folder: RunFolder, student: ClipModel, source: str, trainer: Trainer) -> list[Path]:
+def write_students(folder: RunFolder, student: ClipModel, source: str, state: TrainState) -> list[Path]:
     """Write the trained model, and the one with averaged weights where there is one, as open_clip folders.
 
     Args:
@@ -122,9 +202,9 @@ def write_students(folder: RunFolder, student: ClipModel, source: str, trainer: 
     Returns:
         The folders.
     """
-    path, average = parse_model(source).path, trainer.average
+    path = parse_model(source).path
 
-    def write(target: Path) -> None:
+    def write(target: Path) -> Path:
         write_model_folder(
             target,
             student.info.config,
@@ -132,12 +212,13 @@ def write_students(folder: RunFolder, student: ClipModel, source: str, trainer: 
             student.module.state_dict(),
             tokenizer_from=path if path is not None and path.is_dir() else None,
         )
+        return target
 
-    write(folder.student)
-    if average is not None:
-        with average.in_place():
-            write(folder.student_ema)
-    return folder.students(ema=average is not None)
+    written = [write(folder.student)]
+    if state.ema is not None:
+        with state.ema.swapped_in():
+            written.append(write(folder.student_ema))
+    return written
 
 
 def warn_of_batch_statistics(student: ClipModel, reporter: Reporter) -> None:

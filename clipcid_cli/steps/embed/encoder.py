@@ -1,110 +1,114 @@
-"""Samples to rows of float16, batch by batch: workers prepare them, the model encodes them."""
+"""What `embed` makes of samples beside images and captions, views and text variants, and its rows of float16.
+
+Shape letters beside those of `steps.encode`: B samples of a full batch, V views of each, P numbers that describe one, W text
+variants of each.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.models.augment import PACKED_VIEW, PARTNER, apply_colors
-from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.preprocess import normalize_pixels
-from clipcid_cli.runtime.pipeline import ordered_map, thread_map, threads_for_batches
-from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.steps.embed.prepare import Preparation, Prepared
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.augment import PACKED_VIEW, PARTNER, Augmentation, ViewPixels, apply_colors
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.preprocess import hash_preprocess, normalize_pixels
+from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
+from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.runtime.text_variants import TextVariants
+from clipcid_cli.steps.embed.plan import EmbedPlan
+from clipcid_cli.steps.embed.views import BatchViews, Views
+from clipcid_cli.steps.encode import Decoded, Decoder, Encoded, Encoder
 
-RowsByKind = dict[Kind, npt.NDArray[Any]]
+# On a CPU a batch should stay in its cache: 128 and more were slower for a ViT-B-32.
+_BATCH_SIZES = {"cpu": 64, "cuda": 256}
 
 
 @dataclasses.dataclass
-class Batch:
-    """Samples of one shard that are encoded together, and what is made of them.
+class Augmented(Decoded):
+    """A decoded batch with what is shown beside it; always of the full size, missing rows are zero.
 
     Attributes:
-        samples: n of them, at most as many as a batch holds.
-        read: With the shard's last batch, how many samples it has, usable or not; None with those before.
-        skipped: With the last batch, those that are in none of the batches.
-        waited: Seconds in which the process waited for a worker to prepare it.
-        rows: Of n samples by kind, and of their captions after the first.
-        failures: Why samples cannot be used, by their position.
+        pixels: uint8 [(1 + V)·B, H, W, 3]: the images preprocessed for evaluation, then view after view.
+        colors: Colour maps of the views, float32 [B, V, 3, 4].
+        params: The numbers that reproduce the views, float32 [B, V, P].
+        variants: Tokens of the first variant of each sample, then of the second, int64 [W·B, L].
     """
 
-    shard: int
-    samples: Sequence[Sample]
-    read: int | None = None
-    skipped: Skips = dataclasses.field(default_factory=Skips)
-    waited: float = 0.0
-    rows: RowsByKind = dataclasses.field(default_factory=dict)
-    failures: dict[int, str] = dataclasses.field(default_factory=dict)
-    laid_on_white: int = 0
+    colors: torch.Tensor | None = None
+    params: torch.Tensor | None = None
+    variants: torch.Tensor | None = None
 
-    @property
-    def owners(self) -> npt.NDArray[np.int64]:
-        """Position of the sample of each caption after the first, int64 [F]."""
-        further = [max(0, len(sample.captions) - 1) for sample in self.samples]
-        return np.repeat(np.arange(len(further)), further)
 
-    def take(self, kept: Sequence[int]) -> RowsByKind:
-        """Return the rows of some samples, by their positions."""
-        found: RowsByKind = {kind: rows[kept] for kind, rows in self.rows.items() if kind is not Kind.FURTHER}
-        if Kind.FURTHER in self.rows:
-            found[Kind.FURTHER] = self.rows[Kind.FURTHER][np.isin(self.owners, kept)]
-        if Kind.VIEW_PARAMS in found and found[Kind.VIEW_PARAMS].shape[2] > PACKED_VIEW:
-            # Partners are counted among the kept; one that is not kept has no row: its place is NaN.
-            places = np.full(len(self.samples), np.nan)
-            places[kept] = np.arange(len(kept))
-            partner = found[Kind.VIEW_PARAMS][:, :, PARTNER]
-            numbers = np.array(kept, dtype=np.int64)[:, None] + partner.astype(np.int64)
-            partner[:] = places[numbers] - np.arange(len(kept))[:, None]
-        return found
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentingDecoder(Decoder):
+    """Decodes a batch, and makes its views and text variants.
 
-    def fail_unusable(self) -> None:
-        """Note the samples any of whose rows is zero or not finite: no distance can be measured from it."""
-        usable = np.ones(len(self.samples), dtype=np.bool_)
-        for kind, rows in self.rows.items():
-            found = np.isfinite(rows).all(axis=-1) & rows.any(axis=-1)
-            if kind is Kind.FURTHER:
-                usable[self.owners[~found]] = False
-            elif kind is not Kind.VIEW_PARAMS:
-                usable &= found.reshape(len(usable), -1).all(axis=1)
-        for row in np.flatnonzero(~usable).tolist():
-            self.failures.setdefault(row, "nan_row")
+    Attributes:
+        batch_size: B. With V views each sample makes 1 + V pictures, so that a batch's memory stays what it is.
+    """
+
+    batch_size: int
+    render: ViewPixels
+    views: Views | None
+    text_variants: TextVariants | None
+
+    def __call__(self, samples: Sequence[Sample]) -> Augmented:
+        """Decode a batch."""
+        decoded = Augmented(tokens=self.tokenize([caption for sample in samples for caption in sample.captions]))
+        make = self.text_variants
+        if make is not None:
+            texts = [[make(sample.captions, sample.key, number) for sample in samples] for number in range(make.number)]
+            decoded.variants = torch.cat([tokens for each in texts if (tokens := self.tokenize(each)) is not None])
+        if self.transform is None:
+            return decoded
+        pictures = 1 if self.views is None else 1 + self.views.number
+        pixels = torch.zeros(pictures, self.batch_size, *self.image_size, 3, dtype=torch.uint8)
+        views = None
+        if self.views is not None:
+            views = BatchViews(self.views, self.render, [sample.key for sample in samples], pixels[1:].numpy())
+        for row, image in self.read_images(samples, decoded):
+            pixels[0, row] = self.transform(image)
+            if views is not None:
+                views.add(row, image)
+        if views is not None:
+            views.mix()
+            decoded.colors, decoded.params = torch.from_numpy(views.colors), torch.from_numpy(views.params)
+        decoded.pixels = pixels.flatten(0, 1)
+        return decoded
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
-    """Encodes samples.
-
-    Batches are padded to one size, so that a row's bits depend on its batch alone.
+class EmbedEncoder:
+    """Encodes batches of one size, so that a row's bits depend on its batch alone, to rows of float16.
 
     Attributes:
         batch_size: Pictures, and texts, that are encoded together.
+        workers: Processes that decode.
     """
 
     model: ClipModel
     precision: Precision
     batch_size: int
     workers: int
-    preparation: Preparation
+    decoder: AugmentingDecoder
 
     @property
     def shapes(self) -> dict[Kind, tuple[int, ...]]:
         """Shape of what is made of a sample, by kind; captions after the first, of which samples have any number, apart."""
-        made = self.preparation
+        made = self.decoder
         width = self.model.info.embed_dim
         found: dict[Kind, tuple[int, ...]] = {}
-        if made.with_images:
+        if made.transform is not None:
             found[Kind.IMAGES] = (width,)
-        if made.with_texts:
+        if made.tokenizer is not None:
             found[Kind.TEXTS] = (width,)
         if made.views is not None:
             found[Kind.VIEWS] = (made.views.number, width)
@@ -113,70 +117,113 @@ class Encoder:
             found[Kind.VARIANTS] = (made.text_variants.number, width)
         return found
 
-    def encode(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Encode batches, in order; one without samples has no rows. The bytes that came with a stream are dropped."""
-        return thread_map(self._encode, self._prepare(batches), threads_for_batches(self.model.device))
+    @property
+    def bytes_per_sample(self) -> int:
+        """What a sample takes on the disk, with its first caption, views and text variants, without its metadata."""
+        return sum(kind.dtype.itemsize * math.prod(shape) for kind, shape in self.shapes.items())
 
-    def _prepare(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Prepared]]:
-        """Yield each batch as a worker prepared it."""
-        sent = deque[Batch]()
-
-        def send() -> Iterator[Sequence[Sample]]:
-            for batch in batches:
-                sent.append(dataclasses.replace(batch, samples=[sample.without_data() for sample in batch.samples]))
-                yield batch.samples
-
-        start = time.perf_counter()
-        for prepared in ordered_map(self.preparation, send(), self.workers):
-            batch = sent.popleft()
-            batch.waited = time.perf_counter() - start
-            yield batch, prepared
-            start = time.perf_counter()
-
-    def _encode(self, pair: tuple[Batch, Prepared]) -> Batch:
-        """Encode a batch. Several threads may do so at once."""
-        batch, prepared = pair
-        batch.failures = prepared.failures
-        batch.laid_on_white = prepared.laid_on_white
-        count = len(batch.samples)
-        if not count:
-            return batch
-        if self.preparation.with_images:
-            batch.rows.update({kind: rows[:count] for kind, rows in self.encode_pixels(prepared).items()})
-        for kind, tokens in prepared.tokens.items():
-            rows = self.encode_texts(tokens)
-            if kind is Kind.VARIANTS:
-                rows = rows.reshape(-1, self.preparation.batch_size, rows.shape[1]).transpose(1, 0, 2)
-            batch.rows[kind] = rows[: len(batch.owners) if kind is Kind.FURTHER else count]
-        batch.fail_unusable()
-        return batch
-
-    def encode_pixels(self, prepared: Prepared) -> RowsByKind:
-        """Encode a batch's images, [B, D], and views, [B, V, D]."""
-        pixels = prepared.pixels
-        count = self.preparation.batch_size
-        views = self.preparation.views
-        if views is not None and prepared.colors is not None and views.strongest.changes_colors:
-            colors = torch.eye(3, 4).repeat(len(pixels), 1, 1)
-            colors[count:] = prepared.colors.transpose(0, 1).reshape(-1, 3, 4)  # view after view, as the pixels
-            device = self.model.device
-            shown = apply_colors(pixels.to(device, non_blocking=True), colors.to(device, non_blocking=True))
-            pixels = normalize_pixels(shown, self.model.info.preprocess)
-        rows = _half(self.model.encode_images(pixels, self.precision))
-        by_picture = rows.reshape(-1, count, rows.shape[1])
-        found: RowsByKind = {Kind.IMAGES: by_picture[0]}
-        if prepared.params is not None:
-            found[Kind.VIEWS] = by_picture[1:].transpose(1, 0, 2)
-            found[Kind.VIEW_PARAMS] = prepared.params
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of the model decides the rows, as JSON values."""
+        info = self.model.info
+        with_texts = self.decoder.tokenizer is not None
+        found = {
+            "weights": info.weights_hash,
+            "tokenizer": f"{info.tokenizer}, {info.context_length} tokens" if with_texts else None,
+            "precision": self.precision.name,
+            "batch_size": self.batch_size,
+        }
+        if self.decoder.transform is not None:
+            found["preprocess"] = hash_preprocess(info.preprocess, fast_decode=self.decoder.fast_decode)
         return found
 
-    def encode_texts(self, tokens: torch.Tensor) -> npt.NDArray[np.float16]:
-        """Encode texts, B at a time: int64 [n, L] to float16 [n, D]."""
-        empty = np.empty((0, self.model.info.embed_dim), dtype=np.float16)
-        blocks = (block for block in torch.split(tokens, self.preparation.batch_size) if len(block))
-        return np.concatenate([empty, *(_half(self.model.encode_texts(block, self.precision)) for block in blocks)])
+    def describe(self) -> str:
+        """Say how it encodes, and what it makes beside images and captions."""
+        precision, made = self.precision, self.decoder
+        more = list[str]()
+        if made.views is not None:
+            mixing = f"; mixtures within batches of {made.batch_size} images" if made.views.mixes else ""
+            more.append(f"{made.views.number} views ({', '.join(made.views.kinds)}{mixing})")
+        if made.text_variants is not None:
+            more.append(f"{made.text_variants.number} text variants")
+        size = f" Of each image {' and '.join(more)}: {self.bytes_per_sample:,} bytes an image." if more else ""
+        return (
+            f"{self.model.info.parameters / 1e6:.1f} M parameters, precision {precision.name} ({precision.reason}), batches "
+            f"of {self.batch_size}, {self.workers} worker{'' if self.workers == 1 else 's'} per process.{size}"
+        )
+
+    def __call__(self, decoded: Decoded) -> dict[Kind, torch.Tensor]:
+        """Encode a batch: images [B, D], texts [M, D], views [B, V, D] with their numbers [B, V, P], variants [B, W, D]."""
+        assert isinstance(decoded, Augmented), "made by an AugmentingDecoder"
+        towers = Encoder.of(self.model, self.precision, self.decoder.batch_size)
+        rows: dict[Kind, torch.Tensor] = {}
+        if decoded.pixels is not None:
+            pictures = self._by_sample(towers.images(self._color(decoded.pixels, decoded.colors)))
+            rows[Kind.IMAGES] = pictures[:, 0]
+            if decoded.params is not None:
+                rows[Kind.VIEWS] = pictures[:, 1:]
+                rows[Kind.VIEW_PARAMS] = decoded.params
+        if decoded.tokens is not None:
+            rows[Kind.TEXTS] = towers.encode_texts(decoded.tokens).half()
+        if decoded.variants is not None:
+            rows[Kind.VARIANTS] = self._by_sample(towers.encode_texts(decoded.variants))
+        return rows
+
+    def _by_sample(self, rows: torch.Tensor) -> torch.Tensor:
+        """Turn what was made of all samples, then of all again, [n·B, D], into float16 [B, n, D]."""
+        return rows.half().cpu().view(-1, self.decoder.batch_size, rows.shape[1]).transpose(0, 1)
+
+    def _color(self, pixels: torch.Tensor, colors: torch.Tensor | None) -> torch.Tensor:
+        """Apply the colour maps of views to their pixels."""
+        views, count = self.decoder.views, self.decoder.batch_size
+        if views is None or colors is None or not views.strongest.changes_colors:
+            return pixels
+        maps = torch.eye(3, 4).repeat(len(pixels), 1, 1)
+        maps[count:] = colors.transpose(0, 1).reshape(-1, 3, 4)  # view after view, as the pixels
+        device = self.model.device
+        shown = apply_colors(pixels.to(device, non_blocking=True), maps.to(device, non_blocking=True))
+        return normalize_pixels(shown, self.model.info.preprocess)
 
 
-def _half(rows: torch.Tensor) -> npt.NDArray[np.float16]:
-    half: npt.NDArray[np.float16] = rows.to(torch.float16).cpu().numpy()
-    return half
+def load_encoder(plan: EmbedPlan, machine: Machine) -> EmbedEncoder:
+    """Load the model on every process."""
+    settings = plan.settings
+    workers = default_workers(machine.device) if settings.workers is None else settings.workers
+    if workers:
+        start_worker_server()
+    model = machine.on_all(lambda: load_model(plan.name, machine.device))
+    precision = choose_precision(settings.precision, machine.device, "embed", model.info.parameters)
+    model.cast_products(precision)
+    augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
+    views = Views(settings.views, settings.view_kinds, augmentation, settings.seed) if settings.views else None
+    batch_size = settings.batch_size or _BATCH_SIZES[machine.device.type]
+    if views is not None and views.mixes and batch_size < (min_size := 2 * (1 + views.number)):
+        raise UsageError(
+            f"--view-kind mix mixes the images of a batch, but with --batch-size {batch_size} and {views.number} views it "
+            "holds one.",
+            f"Give --batch-size {min_size} or more, or fewer --views: a batch holds batch size/(1 + views) images.",
+        )
+    decoder = AugmentingDecoder(
+        image_size=model.info.image_size,
+        context_length=model.info.context_length,
+        transform=None if plan.of_texts else model.pixel_transform(),
+        tokenizer=model.tokenizer if settings.text else None,
+        batch_size=batch_size if views is None else max(1, batch_size // (1 + views.number)),
+        fast_decode=settings.fast_decode,
+        render=ViewPixels(model.info.preprocess),
+        views=views,
+        text_variants=TextVariants(settings.text_variants, settings.seed) if settings.text_variants else None,
+    )
+    return EmbedEncoder(model, precision, batch_size, workers, decoder)
+
+
+def recount_partners(encoded: Encoded) -> None:
+    """Count the second images of mixed views among the samples that can be used; one that cannot has no row: NaN."""
+    params = encoded.rows.get(Kind.VIEW_PARAMS)
+    if params is None or params.shape[2] <= PACKED_VIEW:
+        return
+    places = torch.full((len(encoded.samples),), torch.nan)
+    kept = encoded.kept
+    places[kept] = torch.arange(len(kept), dtype=places.dtype)
+    rows = torch.arange(len(places))[:, None] + params[:, :, PARTNER].long()
+    params[:, :, PARTNER] = places[rows] - places[:, None]

@@ -12,6 +12,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps.embed.plan import choose_text
+from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -53,10 +54,10 @@ def ensure_embeddings(
     elif text is None:
         request = dataclasses.replace(request, text=machine.on_main(lambda: choose_text(request, reporter)))
     result = make_embeddings(request, machine, reporter, "" if text else embed_images_first(request, name))
-    if result.get("dry_run"):
+    if isinstance(result, EmbedCost):
         raise ClipcidError(
             f"There are no embeddings of {name.spec} in {folder}; making them would take about "
-            f"{result['seconds']['encode']:,} s for {result['images']:,} images.",
+            f"{result.seconds['encode']:,} s for {result.images:,} images.",
             "--dry-run can estimate the cost of this step once they are made: "
             + command_line("embed", data or "DATA", model=model, work=settings.work, **settings.data_flags),
         )

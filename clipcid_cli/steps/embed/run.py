@@ -10,48 +10,38 @@ from typing import Any
 
 import PIL
 
-from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import fingerprint
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, merge_skips, read_manifest
 from clipcid_cli.formats.embeddings.text_folder import TEXTS_FILE, write_texts
 from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.output import Output, find_output, find_works, open_output
-from clipcid_cli.formats.sidecar import sidecar_path
+from clipcid_cli.formats.sidecar import TextsSidecar, sidecar_path
 from clipcid_cli.runtime.machine import Machine, open_machine
-from clipcid_cli.runtime.models.augment import Augmentation, ViewPixels
-from clipcid_cli.runtime.models.clip_model import load_model
-from clipcid_cli.runtime.models.preprocess import hash_preprocess
-from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
-from clipcid_cli.runtime.precision import choose_precision
-from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.embed.cost import bytes_per_sample, estimate_cost
-from clipcid_cli.steps.embed.encoder import Encoder
+from clipcid_cli.steps.embed.cost import estimate_cost
+from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder
 from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, describe_shards, make_plan
-from clipcid_cli.steps.embed.prepare import Preparation
+from clipcid_cli.steps.embed.result import Embedded, EmbedResult, TextsResult
 from clipcid_cli.steps.embed.shards import Timings, embed_missing
-from clipcid_cli.steps.embed.views import Views
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 _ADD_NO_TEXT = "Add --no-text to embed the images alone."
 
-# On a CPU a batch should stay in its cache: 128 and more were slower for a ViT-B-32.
-_CPU_BATCH, _GPU_BATCH = 64, 256
 
-
-def run(settings: EmbedSettings, reporter: Reporter) -> dict[str, Any]:
-    """Embed a data set or a file of texts, and return the JSON object of `embed`."""
+def run(settings: EmbedSettings, reporter: Reporter) -> Embedded:
+    """Embed a data set or a file of texts."""
     with open_machine(settings.device) as machine:
         return make_embeddings(settings, machine, reporter)
 
 
 def make_embeddings(
     settings: EmbedSettings, machine: Machine, reporter: Reporter, without_text: str = _ADD_NO_TEXT
-) -> dict[str, Any]:
+) -> Embedded:
     """Embed with the processes of `machine`; see `run`.
 
     Args:
@@ -67,9 +57,9 @@ def make_embeddings(
     reporter.note(f"Embedding {plan.dataset.spec} ({shards}) with {plan.name.spec}.")
     if not plan.of_texts and (settings.dry_run or not plan.is_begun):
         check_samples(plan.dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
-    encoder = _load_encoder(plan, machine)
-    _report_encoder(encoder, reporter)
-    made = _settings_of(plan, encoder)
+    encoder = load_encoder(plan, machine)
+    reporter.note(encoder.describe())
+    made = plan.requested | encoder.settings
     wanted: dict[str, Any] = {
         "settings": made,
         "inputs": [plan.input],
@@ -100,68 +90,6 @@ def _remove_leftovers(plan: EmbedPlan) -> None:
             pass
 
 
-def _load_encoder(plan: EmbedPlan, machine: Machine) -> Encoder:
-    settings = plan.settings
-    workers = default_workers(machine.device) if settings.workers is None else settings.workers
-    if workers:
-        start_worker_server()
-    model = machine.on_all(lambda: load_model(plan.name, machine.device))
-    precision = choose_precision(settings.precision, machine.device, "embed", model.info.parameters)
-    model.cast_products(precision)
-    augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
-    views = Views(settings.views, settings.view_kinds, augmentation, settings.seed) if settings.views else None
-    batch_size = settings.batch_size or (_GPU_BATCH if machine.device.type == "cuda" else _CPU_BATCH)
-    if views is not None and views.mixes and batch_size < (least := 2 * (1 + views.number)):
-        raise UsageError(
-            f"--view-kind mix mixes the images of a batch, but with --batch-size {batch_size} and {views.number} views it "
-            "holds one.",
-            f"Give --batch-size {least} or more, or fewer --views: a batch holds batch size/(1 + views) images.",
-        )
-    preparation = Preparation(
-        batch_size=batch_size if views is None else max(1, batch_size // (1 + views.number)),
-        image_size=model.info.image_size,
-        context_length=model.info.context_length,
-        transform=None if plan.of_texts else model.pixel_transform(),
-        fast_decode=settings.fast_decode,
-        views=views,
-        render=ViewPixels(model.info.preprocess),
-        tokenizer=model.tokenizer if settings.text else None,
-        text_variants=TextVariants(settings.text_variants, settings.seed) if settings.text_variants else None,
-    )
-    return Encoder(model, precision, batch_size, workers, preparation)
-
-
-def _settings_of(plan: EmbedPlan, encoder: Encoder) -> dict[str, Any]:
-    """Return the settings that decide the rows, as JSON values."""
-    info = encoder.model.info
-    found = plan.requested | {
-        "weights": info.weights_hash,
-        "tokenizer": f"{info.tokenizer}, {info.context_length} tokens" if encoder.preparation.with_texts else None,
-        "precision": encoder.precision.name,
-        "batch_size": encoder.batch_size,
-    }
-    if encoder.preparation.with_images:
-        found["preprocess"] = hash_preprocess(info.preprocess, fast_decode=plan.settings.fast_decode)
-    return found
-
-
-def _report_encoder(encoder: Encoder, reporter: Reporter) -> None:
-    """Say how it encodes, and what it makes beside images and captions."""
-    precision = encoder.precision
-    made = encoder.preparation
-    more: list[str] = []
-    if made.views is not None:
-        mixing = f"; mixtures within batches of {made.batch_size} images" if made.views.mixes else ""
-        more.append(f"{made.views.number} views ({', '.join(made.views.kinds)}{mixing})")
-    if made.text_variants is not None:
-        more.append(f"{made.text_variants.number} text variants")
-    size = f" Of each image {' and '.join(more)}: {bytes_per_sample(encoder):,} bytes an image." if more else ""
-    reporter.note(
-        f"{encoder.model.info.parameters / 1e6:.1f} M parameters, precision {precision.name} ({precision.reason}), batches "
-        f"of {encoder.batch_size}, {encoder.workers} worker{'' if encoder.workers == 1 else 's'} per process.{size}"
-    )
-
-
 def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
     """Make the work folder, and take over what an earlier output has of the same shards."""
     output.start()
@@ -172,7 +100,7 @@ def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
 
 def _commit(
     plan: EmbedPlan,
-    encoder: Encoder,
+    encoder: EmbedEncoder,
     output: Output[Any],
     records: Sequence[ShardRecord],
     timings: Sequence[Timings],
@@ -233,10 +161,11 @@ def _write_texts(plan: EmbedPlan, folder: Path) -> FileRecord:
     return fingerprint.record(folder / TEXTS_FILE, folder)
 
 
-def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> dict[str, Any]:
-    """Return the JSON object of `embed` for finished embeddings."""
-    counted = {name: count for name, count in sidecar.counts.items() if name in ("images", "texts", "skipped")}
-    files = {"texts" if plan.of_texts else "embeddings": str(plan.folder)}
-    files["sidecar"] = str(sidecar_path(plan.folder, plan.step))
-    speed = "texts_per_second" if plan.of_texts else "images_per_second"
-    return {**counted, speed: getattr(sidecar, speed), "seconds": sidecar.seconds, "files": files}
+def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> EmbedResult | TextsResult:
+    """Return the result for finished embeddings."""
+    counts, seconds, path = sidecar.counts, sidecar.seconds, str(sidecar_path(plan.folder, plan.step))
+    if isinstance(sidecar, TextsSidecar):
+        files = {"texts": str(plan.folder), "sidecar": path}
+        return TextsResult(counts["texts"], counts["skipped"], sidecar.texts_per_second, seconds, files)
+    files = {"embeddings": str(plan.folder), "sidecar": path}
+    return EmbedResult(counts["images"], counts["skipped"], sidecar.images_per_second, seconds, files)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import BenchmarkFolder
@@ -12,7 +10,6 @@ from clipcid_cli.formats.data.class_files import (
     BUILTIN_CLASS_NAMES,
     BUILTIN_TEMPLATES,
     DEFAULT_TEMPLATES,
-    hash_lines,
     read_class_names,
     read_templates,
 )
@@ -23,43 +20,23 @@ from clipcid_cli.steps.class_names import match_class_names, plain_name, read_fo
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
-# Sources that are no file.
-DEFAULT_TEMPLATE = "default"
-FOLDER_NAMES = "folder names"
-
-
-@dataclasses.dataclass(frozen=True)
-class NamedLines:
-    """Class names or templates, and where they are from.
-
-    Attributes:
-        source: Path of the file, or ``openai``, ``simple``, ``imagenet``, ``default``, ``folder names``.
-    """
-
-    lines: tuple[str, ...]
-    source: str
-
-    def describe(self) -> dict[str, Any]:
-        """Return ``source``, ``number`` and ``hash``: scores of other lines are not comparable."""
-        return {"source": self.source, "number": len(self.lines), "hash": hash_lines(self.lines)}
-
 
 def find_templates(
     folder: BenchmarkFolder, settings: EvalZeroshotSettings, known: KnownDataset | None, reporter: Reporter
-) -> NamedLines:
-    """Return the prompt templates: those asked for, else the data set's own, else the default one, and report which."""
+) -> tuple[tuple[str, ...], str]:
+    """Return the templates, those asked for, else the data set's own, else the default one, and where they are from."""
     named = settings.templates
     if named is None and folder.templates is None and known is not None:
         named = known.templates
     if named in BUILTIN_TEMPLATES:
         templates = builtin_templates(str(named))
         reporter.note(f"{folder.name}: open_clip's {len(templates)} templates named {named}.")
-        return NamedLines(templates, str(named))
+        return templates, str(named)
     path = Path(named) if named is not None else folder.templates
     if path is None:
         reporter.note(f"{folder.name}: no templates were given; using {', '.join(DEFAULT_TEMPLATES)!r}.")
-        return NamedLines(DEFAULT_TEMPLATES, DEFAULT_TEMPLATE)
-    return NamedLines(read_templates(path), str(path))
+        return DEFAULT_TEMPLATES, "default"
+    return read_templates(path), str(path)
 
 
 def find_class_names(
@@ -68,14 +45,14 @@ def find_class_names(
     settings: EvalZeroshotSettings,
     known: KnownDataset | None,
     reporter: Reporter,
-) -> tuple[NamedLines, tuple[int, ...] | None]:
-    """Return the class names and, where folders of classes are in another order, the label of each folder."""
+) -> tuple[tuple[str, ...], str, tuple[int, ...] | None]:
+    """Return the class names, where they are from and, where folders are in another order, the label of each folder."""
     named = settings.classnames
     if named is None and folder.class_names is None and known is not None:
         named = known.class_names
     if named in BUILTIN_CLASS_NAMES:
         names, labels = _imagenet_names(builtin_class_names(str(named)), folder, dataset, reporter)
-        return NamedLines(names, str(named)), labels
+        return names, str(named), labels
     path = Path(named) if named is not None else folder.class_names
     if path is None:
         if dataset.classes is None:
@@ -84,19 +61,19 @@ def find_class_names(
                 "Give a file with one class name per line: --classnames FILE",
             )
         reporter.note(f"{folder.name}: the {len(dataset.classes)} class names are taken from the folder names.")
-        return NamedLines(tuple(plain_name(name) for name in dataset.classes), FOLDER_NAMES), None
-    class_names = NamedLines(read_class_names(path), str(path))
+        return tuple(plain_name(name) for name in dataset.classes), "folder names", None
+    class_names = read_class_names(path)
     if dataset.classes is None:
-        return class_names, None
+        return class_names, str(path), None
     try:
-        match = match_class_names(class_names.lines, dataset.classes)
+        match = match_class_names(class_names, dataset.classes)
     except ClipcidError as error:
         raise ClipcidError(f"{path} does not fit {folder.data}: {error.message}", error.fix) from error
     if match.by == "number":
         reporter.note(f"{folder.name}: the class folders are named by line number in {path}, from 0.")
     elif match.by == "order":
         reporter.note(f"{folder.name}: the lines of {path} name the class folders, sorted by name.")
-    return class_names, match.labels
+    return class_names, str(path), match.labels
 
 
 def _imagenet_names(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +12,7 @@ from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compar
 from clipcid_cli.algorithms.metrics.intervals import Array, PairedMetric, compare
 from clipcid_cli.algorithms.metrics.retrieval import compare_recalls
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.class_files import describe_lines
-from clipcid_cli.formats.results.metrics import read_metrics, refuse_changed_metrics
+from clipcid_cli.formats.results.metrics import Metrics, read_metrics, refuse_changed_metrics
 from clipcid_cli.formats.results.predictions import (
     CLASSIFICATION,
     MULTI_LABEL,
@@ -24,18 +22,13 @@ from clipcid_cli.formats.results.predictions import (
     read_predictions,
 )
 from clipcid_cli.formats.sidecar import EvaluationSidecar
+from clipcid_cli.steps.evaluate.result import ComparedLines, ComparisonResult, Difference
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 
-def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[str, Any]:
-    """Compare two results on the same images.
-
-    Returns:
-        ``{"compared": [A, B], "dataset", "images", "prompts": {class_names, templates: {first, second, same}},
-        "differences": {metric: {first, second, difference, interval, p_value, real, verdict}}, "files": {}}``; differences
-        are second minus first; ``prompts`` is null for retrieval, and where nothing records them.
-    """
+def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> ComparisonResult:
+    """Compare two results on the same images."""
     paths = settings.compared
     again = "Run eval-zeroshot --predictions --overwrite for that model and data set again."
     sidecars = [refuse_changed_metrics(path, again) for path in paths]
@@ -44,18 +37,18 @@ def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> dict[
     _refuse_other_data(first, second)
     names = _tell_apart(records, paths)
     prompts = None if first.kind == RETRIEVAL else _compare_prompts(sidecars, names, reporter)
-    differences = {name: _describe(name, metric, names) for name, metric in _compare(first, second, settings).items()}
+    differences = {name: _judge(name, metric, names) for name, metric in _compare(first, second, settings).items()}
     for judged in differences.values():
-        reporter.note(judged["verdict"])
-    return {
-        "compared": [str(path) for path in paths],
-        "models": [first.model, second.model],
-        "dataset": first.dataset,
-        "images": len(first),
-        "prompts": prompts,
-        "differences": differences,
-        "files": {},
-    }
+        reporter.note(judged.verdict)
+    return ComparisonResult(
+        compared=[str(path) for path in paths],
+        models=[first.model, second.model],
+        dataset=first.dataset,
+        images=len(first),
+        prompts=prompts,
+        differences=differences,
+        files={},
+    )
 
 
 def _refuse_other_data(first: Predictions, second: Predictions) -> None:
@@ -82,7 +75,7 @@ def _refuse_other_data(first: Predictions, second: Predictions) -> None:
 
 def _compare_prompts(
     sidecars: list[EvaluationSidecar | None], names: list[str], reporter: Reporter
-) -> dict[str, Any] | None:
+) -> dict[str, ComparedLines] | None:
     """Tell whether both results are of the same class names and templates; warn where they are not, or nothing says so."""
     first, second = (None if sidecar is None else sidecar.prompts for sidecar in sidecars)
     if first is None or second is None:
@@ -93,13 +86,12 @@ def _compare_prompts(
         )
         return None
     compared = {}
-    for kind in ("class_names", "templates"):
-        one, other = first[kind], second[kind]
-        compared[kind] = {"first": one, "second": other, "same": one["hash"] == other["hash"]}
-        if not compared[kind]["same"]:
+    for kind, one in first.items():
+        compared[kind] = ComparedLines(one, second[kind], one.hash == second[kind].hash)
+        if not compared[kind].same:
             reporter.warn(
-                f"The {kind.replace('_', ' ')} differ, so the scores differ by more than the models: of A "
-                f"{describe_lines(one)}; of B {describe_lines(other)}."
+                f"The {kind.replace('_', ' ')} differ, so the scores differ by more than the models: of A {one}; of B "
+                f"{second[kind]}."
             )
     return compared
 
@@ -128,7 +120,7 @@ def _ranks(found: Predictions) -> Array:
     return np.where(found.column("predicted") == label, 0, np.where(among, 1, ACCURACY_TOP_K))
 
 
-def _describe(name: str, metric: PairedMetric, names: list[str]) -> dict[str, Any]:
+def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
     """State a difference in numbers and in words."""
     difference, (low, high) = metric.difference, metric.interval
     better, worse = (1, 0) if difference > 0 else (0, 1)
@@ -141,19 +133,19 @@ def _describe(name: str, metric: PairedMetric, names: list[str]) -> dict[str, An
         verdict = f"{name}: no difference ({numbers})."
     else:
         verdict = f"{name}: {names[better]} scores higher, but so small a difference can be chance ({numbers})."
-    return {
-        "first": metric.first,
-        "second": metric.second,
-        "difference": difference,
-        "interval": [low, high],
-        "p_value": metric.p_value,
-        "real": metric.is_significant,
-        "verdict": verdict,
-    }
+    return Difference(
+        first=metric.first,
+        second=metric.second,
+        difference=difference,
+        interval=metric.interval,
+        p_value=metric.p_value,
+        real=metric.is_significant,
+        verdict=verdict,
+    )
 
 
-def _tell_apart(records: list[dict[str, Any]], paths: tuple[Path, Path]) -> list[str]:
+def _tell_apart(records: list[Metrics], paths: tuple[Path, Path]) -> list[str]:
     """Name both results by their models; where those have one name, by weights, and else by files."""
-    called = [[str(record[field]) for record in records] for field in ("model", "pretrained")]
+    called = [[str(getattr(record, field)) for record in records] for field in ("model", "pretrained")]
     first, second = next((pair for pair in called if pair[0] != pair[1]), [str(path) for path in paths])
     return [f"A ({first})", f"B ({second})"]

@@ -1,70 +1,251 @@
-"""From a model and a data set to metrics: what `eval-zeroshot` does for each pair."""
+"""From a model's rows of a data set to metrics, and what explains them: classes, example images, calibration.
+
+Shape letters: N images, C classes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import time
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from clipcid_cli.algorithms.metrics.classification import class_weights
-from clipcid_cli.formats.skips import Skips
-from clipcid_cli.steps.evaluate.calibration import calibrate
-from clipcid_cli.steps.evaluate.classification import measure_classification, measure_multi_label
-from clipcid_cli.steps.evaluate.encode import TaskEncoder, warn_of_skips
-from clipcid_cli.steps.evaluate.retrieval import measure_retrieval
-from clipcid_cli.steps.evaluate.task_result import TaskEmbeddings, TaskResult
-from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask
-from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+import numpy as np
+import torch
+
+from clipcid_cli.algorithms.metrics.average_precision import average_precision, precision_metrics
+from clipcid_cli.algorithms.metrics.calibration import BINS, Blocks, fit_scale, measure_calibration
+from clipcid_cli.algorithms.metrics.classification import (
+    ACCURACY_TOP_K,
+    accuracy_metrics,
+    count_ties,
+    rank_classes,
+    top_classes,
+)
+from clipcid_cli.algorithms.metrics.intervals import Array, Metrics
+from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_ranks
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.results import predictions
+from clipcid_cli.formats.sidecar import Calibration, Calibrations, ClassScore, Example
+from clipcid_cli.runtime.randomness import key_fractions
+from clipcid_cli.runtime.threads import threads_for
+from clipcid_cli.steps.evaluate.model import TaskRows
+from clipcid_cli.steps.reporting import Reporter
+
+FITTED_FRACTION = 0.5
+"""Fraction of the images, by hash of the key, that a temperature is fitted on."""
+
+_CORRECT_EXAMPLES = 6
+_WRONG_EXAMPLES_PER_CLASS = 4
+_WORST_CLASSES = 8
+# Images whose cosines with all classes are held at once.
+_SCORED_AT_ONCE = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurement:
-    """What was measured of one model on one data set.
+class TaskResult:
+    """The metrics of one model on one data set, and what explains them.
 
     Attributes:
-        images: Number of images used.
-        skips: Samples that could not be used.
-        seconds: Time by phase: ``classes``, ``encode``, ``compare``.
-        calibration: As `calibrate` returns it; None where an image has no class or several, or when not asked for.
+        draws: The metrics, of all images and of random draws of them; CLIP_benchmark's names where it has one.
+        kind: Of the predictions file.
+        columns: Makes the columns of that file, what was predicted for each image, but for the keys.
+        texts: Number of prompts or captions used.
+        per_class: Of a classification.
+        examples: Images for the report; of a classification with one class an image.
     """
 
-    result: TaskResult
-    images: int
-    skips: Skips
-    seconds: dict[str, float]
-    calibration: dict[str, Any] | None
+    draws: Metrics
+    kind: str
+    columns: Callable[[], dict[str, Any]]
+    texts: int
+    per_class: list[ClassScore] = dataclasses.field(default_factory=list)
+    examples: list[Example] = dataclasses.field(default_factory=list)
 
 
-def measure(
-    encoder: TaskEncoder, task: ZeroshotTask, settings: EvalZeroshotSettings, *, with_calibration: bool = False
-) -> Measurement:
-    """Measure a model on a data set with all processes.
+def measure(rows: TaskRows, device: torch.device, reporter: Reporter) -> TaskResult:
+    """Measure what a model made of a data set.
 
     Args:
-        settings: Whether to keep predictions, and how to draw intervals.
+        device: Where the similarities of images and captions are computed.
     """
-    started = time.perf_counter()
-    weights = class_weights(encoder.encode_classes(task)) if task.task == CLASSIFICATION else None
-    with_classes = time.perf_counter()
-    batches, skips = encoder.encode(task)
-    encoded = time.perf_counter()
-    reporter = encoder.reporter
-    warn_of_skips(task, skips, reporter)
-    embeddings = TaskEmbeddings(
-        encoder.model.info.slug, task, batches, settings.predictions, settings.bootstrap, settings.seed
+    if rows.weights is None:
+        return _measure_retrieval(rows, device, reporter)
+    if rows.task.multi_label:
+        return _measure_multi_label(rows, rows.weights)
+    return _measure_classification(rows, rows.weights, reporter)
+
+
+def _score(rows: TaskRows, weights: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the cosines of block after block of the images with all classes."""
+    for images in torch.split(rows.encoded.rows[Kind.IMAGES], _SCORED_AT_ONCE):
+        yield images @ weights.T
+
+
+def _measure_classification(rows: TaskRows, weights: torch.Tensor, reporter: Reporter) -> TaskResult:
+    """Measure the accuracy of images that have one class each."""
+    assert rows.labels is not None, "a classification has labels"
+    task, num_classes = rows.task, len(weights)
+    ranked, ties = [], 0
+    for scores, own in zip(_score(rows, weights), torch.split(rows.labels, _SCORED_AT_ONCE), strict=True):
+        ranked.append(rank_classes(scores, own))
+        ties += count_ties(scores)
+    predicted, ranks = (torch.cat(parts).numpy() for parts in zip(*ranked, strict=True))
+    labels = rows.labels.numpy()
+    if num_classes < ACCURACY_TOP_K:
+        reporter.note(f"{task.name}: acc5 is null because there are only {num_classes} classes.")
+    absent = num_classes - len(np.unique(labels))
+    if absent:
+        reporter.note(
+            f"{task.name}: {absent} of {num_classes} classes have no image; the mean over classes ignores them."
+        )
+    if ties:
+        reporter.warn(
+            f"{task.name}: {ties:,} of {len(labels):,} images are equally similar to several classes; the first of these "
+            "classes is predicted. Does the model, or do the class names, tell the classes apart?"
+        )
+
+    def columns() -> dict[str, Any]:
+        top = [top_classes(scores) for scores in _score(rows, weights)]
+        scores_of_top, numbers_of_top = (torch.cat(parts).tolist() for parts in zip(*top, strict=True))
+        return {"label": labels, "predicted": predicted, "top": numbers_of_top, "scores": scores_of_top}
+
+    return TaskResult(
+        kind=predictions.CLASSIFICATION,
+        draws=accuracy_metrics(labels, ranks, num_classes),
+        columns=columns,
+        texts=num_classes * len(task.templates),
+        per_class=_score_classes(task.class_names, labels, predicted),
+        examples=_choose_examples(rows, labels, predicted),
     )
-    calibration = None
-    if weights is None:
-        result = measure_retrieval(embeddings, encoder.machine.device, reporter)
-    elif task.multi_label:
-        result = measure_multi_label(embeddings, weights)
-    else:
-        result = measure_classification(embeddings, weights, reporter)
-        if with_calibration:
-            calibration = calibrate(batches, weights, encoder.model.logit_scale)
-    seconds = {
-        "classes": with_classes - started,
-        "encode": encoded - with_classes,
-        "compare": time.perf_counter() - encoded,
-    }
-    return Measurement(result, len(embeddings.keys), skips, seconds, calibration)
+
+
+def _score_classes(names: tuple[str, ...], labels: Array, predicted: Array) -> list[ClassScore]:
+    """Find the recall of each class, and the wrong class predicted most often."""
+    scores = []
+    for number, name in enumerate(names):
+        images_of = np.bincount(predicted[labels == number], minlength=len(names))
+        images, correct = int(images_of.sum()), int(images_of[number])
+        images_of[number] = 0
+        other = int(images_of.argmax())
+        confused = int(images_of[other])
+        recall = correct / images if images else None
+        scores.append(ClassScore(name, images, recall, names[other] if confused else None, confused))
+    return scores
+
+
+def _choose_examples(rows: TaskRows, labels: Array, predicted: Array) -> list[Example]:
+    """Take the first images that are right, and the first wrong ones of each of the worst classes."""
+    right = labels == predicted
+    images, correct = np.bincount(labels), np.bincount(labels[right], minlength=labels.max() + 1)
+    recall = np.where(images > 0, correct / np.maximum(images, 1), np.inf)
+    worst = [number for number in np.argsort(recall, kind="stable")[:_WORST_CLASSES] if recall[number] < 1]
+    chosen = list(np.flatnonzero(right)[:_CORRECT_EXAMPLES])
+    for number in worst:
+        chosen += list(np.flatnonzero(~right & (labels == number))[:_WRONG_EXAMPLES_PER_CLASS])
+    names = rows.task.class_names
+    examples = []
+    for row in chosen:
+        sample = rows.encoded.samples[row]
+        place = sample.image
+        label, guess = names[labels[row]], names[predicted[row]]
+        examples.append(Example(sample.key, label, guess, place.path, place.offset, place.size))
+    return examples
+
+
+def _measure_multi_label(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
+    """Measure the average precision of images that may have any number of classes."""
+    positive = rows.labels
+    assert positive is not None, "a classification has labels"
+    task, scores = rows.task, torch.cat(list(_score(rows, weights)))
+    draws = precision_metrics(scores.numpy(), positive.numpy())
+    areas = average_precision(draws.images_U[None], scores.numpy(), positive.numpy())[0][0].tolist()
+
+    def columns() -> dict[str, Any]:
+        scores_of_top, top = top_classes(scores)
+        return {
+            "labels": [row.nonzero().squeeze(1).tolist() for row in positive],
+            "predicted": top[:, 0].numpy(),
+            "top": top.tolist(),
+            "scores": scores_of_top.tolist(),
+            "class_scores": scores.tolist(),
+        }
+
+    return TaskResult(
+        kind=predictions.MULTI_LABEL,
+        draws=draws,
+        columns=columns,
+        texts=len(weights) * len(task.templates),
+        per_class=[
+            ClassScore(name, images, None if math.isnan(area) else area)
+            for name, images, area in zip(task.class_names, positive.sum(dim=0).tolist(), areas, strict=True)
+        ],
+    )
+
+
+def _measure_retrieval(rows: TaskRows, device: torch.device, reporter: Reporter) -> TaskResult:
+    """Measure recall at k of images from captions, and of captions from images."""
+    encoded = rows.encoded
+    images, texts = (encoded.rows[kind].to(device) for kind in (Kind.IMAGES, Kind.TEXTS))
+    smallest = min(len(images), len(texts))
+    if smallest <= max(RECALL_AT):
+        reporter.note(
+            f"{rows.task.name}: with {len(images)} images and {len(texts)} captions, recall at {smallest} or more means "
+            "little."
+        )
+    image_ranks, text_ranks = (ranks.cpu() for ranks in retrieval_ranks(images, texts, encoded.owners.to(device)))
+
+    def columns() -> dict[str, Any]:
+        by_image = torch.split(image_ranks, encoded.captions.tolist())
+        return {"image_ranks": [ranks.tolist() for ranks in by_image], "text_rank": text_ranks.numpy()}
+
+    return TaskResult(
+        kind=predictions.RETRIEVAL,
+        draws=recall_metrics((image_ranks, text_ranks), encoded.owners),
+        columns=columns,
+        texts=len(texts),
+    )
+
+
+def calibrate(rows: TaskRows, scale: float) -> Calibrations | None:
+    """Measure how well a classifier knows how sure it is; None where an image has no class, or several.
+
+    Args:
+        scale: The model's factor on cosines.
+    """
+    weights, labels = rows.weights, rows.labels
+    if weights is None or labels is None or rows.task.multi_label:
+        return None
+    images = rows.encoded.rows[Kind.IMAGES]
+    is_fitted = torch.from_numpy(key_fractions(rows.keys) < FITTED_FRACTION)
+
+    def block(chosen: torch.Tensor) -> Blocks:
+        """Return what computes the cosines of some of the images."""
+
+        def compute() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            parts = (torch.split(part[chosen], _SCORED_AT_ONCE) for part in (images, labels))
+            for part, own in zip(*parts, strict=True):
+                if len(part):
+                    yield part @ weights.T, own
+
+        return compute
+
+    def measure_at(chosen: torch.Tensor, scale: float | None) -> Calibration | None:
+        if scale is None or not bool(chosen.any()):
+            return None
+        found = measure_calibration(block(chosen), scale)
+        return Calibration(1 / scale, found.expected_calibration_error, found.log_loss, found.images)
+
+    with threads_for(_SCORED_AT_ONCE * weights.numel()):
+        best = fit_scale(block(is_fitted))
+        whole = measure_at(torch.ones_like(is_fitted), scale)
+        assert whole is not None, "a classification has images"
+        return Calibrations(
+            bins=BINS,
+            all=whole,
+            fitted_share=FITTED_FRACTION,
+            fitted_images=int(is_fitted.sum()),
+            temperature=None if best is None else 1 / best,
+            before=measure_at(~is_fitted, scale),
+            after=measure_at(~is_fitted, best),
+        )

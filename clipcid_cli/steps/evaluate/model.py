@@ -1,87 +1,267 @@
-"""A model under evaluation: what identifies it, and how it embeds, settled before its weights are loaded."""
+"""A model under evaluation: what identifies it, and its rows of a data set, made by all processes."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+import torch
+
+from clipcid_cli.algorithms.metrics.classification import class_weights
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.results.metrics import make_metrics
+from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.results.metrics import SIDECARS, Metrics
+from clipcid_cli.formats.sidecar import EvaluationSidecar
+from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, hash_weights, load_model
 from clipcid_cli.runtime.models.names import ModelName, find_weights
+from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
-from clipcid_cli.steps.evaluate.encode import TaskEncoder
+from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.encode import Batch, Decoder, Encoded, Encoder, encode, join, list_batches
+from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 _BATCH_SIZES = {"cpu": 64, "cuda": 256}
 
+AnyEvaluation = TypeVar("AnyEvaluation", bound=EvaluationSidecar)
 
-class EvaluatedModel:
-    """A model that is loaded only when something of it must be computed.
+
+@contextmanager
+def claim_metrics(
+    model: EvaluatedModel,
+    path: Path,
+    kind: type[AnyEvaluation],
+    identity: dict[str, Any],
+    data: list[FileRecord],
+    may_differ: Collection[str],
+) -> Iterator[Output[AnyEvaluation]]:
+    """Claim a metrics file, whose sidecar lies in a folder of its own.
+
+    Args:
+        identity: What decides the metrics beside the model.
+        data: Fingerprints of what it is measured on.
+        may_differ: Settings that do not decide all of them.
+    """
+    of_model = {"model": model.name.slug, "precision": model.precision.name, "batch_size": model.batch_size}
+    with claim_output(
+        model.machine,
+        path.parent / SIDECARS,
+        path.stem,
+        kind,
+        top=path.parent,
+        settings=identity | of_model,
+        inputs=model.fingerprints + data,
+        overwrite=model.settings.overwrite,
+        may_differ=may_differ,
+        resumes=False,
+    ) as output:
+        yield output
+
+
+def start_workers(machine: Machine, workers: int | None) -> None:
+    """Start the server of the workers that will decode, if any, so that its imports run while a model loads."""
+    if workers or (workers is None and machine.device.type == "cuda"):
+        start_worker_server()
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRows:
+    """What a model makes of a data set, on every process.
 
     Attributes:
-        precision: Number format it computes in.
-        batch_size: Images, or texts, that it embeds at once.
+        encoded: All samples that can be used, in order: ``img_emb``, and for retrieval ``text_emb``.
+        labels: Their classes, int64 [N], or bool [N, C] where an image may have several; None for retrieval.
+        weights: Class weights, float32 [C, D], unit rows; None without prompts.
+        seconds: Time of ``classes`` and ``encode``.
     """
 
-    def __init__(self, name: ModelName, machine: Machine, settings: ReadingSettings, reporter: Reporter) -> None:
-        self.name = name
+    task: ZeroshotTask
+    encoded: Encoded
+    labels: torch.Tensor | None
+    weights: torch.Tensor | None
+    skips: Skips
+    seconds: dict[str, float]
+
+    @property
+    def keys(self) -> list[str]:
+        """Key of each image."""
+        return [sample.key for sample in self.encoded.samples]
+
+
+def warn_of_skips(name: str, skips: Skips, reporter: Reporter) -> None:
+    """Name the samples of a data set that could not be used, if any."""
+    if skips.total:
+        reporter.warn(f"{name}: {skips.total} samples were skipped.\n{skips.describe()}")
+
+
+class _Part(NamedTuple):
+    """What was made of one batch."""
+
+    encoded: Encoded
+    labels: torch.Tensor | None
+    skips: Skips
+
+
+class EvaluatedModel:
+    """A model under evaluation, loaded when something of it must be computed; called alike on every process.
+
+    Attributes:
+        precision: Number format of the products.
+        batch_size: Images, or texts, encoded at once.
+    """
+
+    def __init__(
+        self,
+        name: ModelName,
+        machine: Machine,
+        settings: ReadingSettings,
+        reporter: Reporter,
+        model: ClipModel | None = None,
+    ) -> None:
+        """Prepare to evaluate a model.
+
+        Args:
+            settings: Without ``workers``, a GPU has `default_workers` processes that decode, and on a CPU the threads that
+                compute decode, too.
+            model: The model itself, where it is loaded already.
+        """
+        self.name, self.machine, self.settings, self.reporter = name, machine, settings, reporter
         self.precision = choose_precision(settings.precision, machine.device, "evaluate", parameters=0)
         self.batch_size = settings.batch_size or _BATCH_SIZES[machine.device.type]
-        self._machine, self._settings, self._reporter = machine, settings, reporter
-        self._model: ClipModel | None = None
-        self._fingerprints: list[FileRecord] | None = None
+        self._loaded = model
 
-    def load(self) -> ClipModel:
-        """Load the model, once."""
-        if self._model is None:
-            self._model = self._machine.on_all(lambda: load_model(self.name, self._machine.device))
-        assert self._model is not None
-        return self._model
+    @property
+    def model(self) -> ClipModel:
+        """The model itself."""
+        if self._loaded is None:
+            self._loaded = self.machine.on_all(lambda: load_model(self.name, self.machine.device))
+        return self._loaded
 
-    def encoder(self) -> TaskEncoder:
-        """Load the model and return what embeds data sets with it; errors as `load`'s."""
-        return TaskEncoder(
-            model=self.load(),
-            machine=self._machine,
-            precision=self.precision,
-            batch_size=self.batch_size,
-            workers=self._settings.workers,
-            max_bad_fraction=self._settings.max_bad_fraction,
-            reporter=self._reporter,
-        )
-
+    @cached_property
     def fingerprints(self) -> list[FileRecord]:
-        """Describe weights and configuration, once; those of a folder without loading them.
+        """Weights and configuration; those of a folder without loading them.
 
         The hash covers the whole weights file and equals `ModelInfo.weights_hash`, by which an export finds the metrics
         that belong to its model.
         """
-        if self._fingerprints is None:
-            if self.name.kind == "folder":
-                folder = self.name.path
-                assert folder is not None
-                self._fingerprints = self._machine.on_main(lambda: _fingerprint_folder(folder))
-            else:
-                info = self.load().info
-                self._fingerprints = [FileRecord(info.spec, info.parameters, info.weights_hash)]
-        return self._fingerprints
+        if self.name.kind != "folder":
+            info = self.model.info
+            return [FileRecord(info.spec, info.parameters, info.weights_hash)]
+        return self.machine.on_main(self._fingerprint_folder)
 
-    def make_record(self, dataset: str, task: str, metrics: dict[str, float]) -> dict[str, Any]:
-        """Put metrics of this model into CLIP_benchmark's fields, as `make_metrics` does."""
-        return make_metrics(
+    def _fingerprint_folder(self) -> list[FileRecord]:
+        folder = self.name.path
+        assert folder is not None, "its name is a path"
+        weights = find_weights(folder)
+        assert weights is not None, "a folder without weights is not a model"
+        described = FileRecord(str(weights), weights.stat().st_size, hash_weights(weights))
+        return [record(folder / "open_clip_config.json"), described]
+
+    def encode(self, task: ZeroshotTask) -> TaskRows:
+        """Encode a data set, and the prompts of its classes where it has templates."""
+        started = time.perf_counter()
+        weights = class_weights(self._encode_classes(task)) if task.templates else None
+        with_classes = time.perf_counter()
+        parts, skips = self._encode_samples(task)
+        labels = [part.labels for part in parts if part.labels is not None]
+        return TaskRows(
+            task,
+            join([part.encoded for part in parts]),
+            torch.cat(labels) if labels else None,
+            weights,
+            skips,
+            {"classes": with_classes - started, "encode": time.perf_counter() - with_classes},
+        )
+
+    def _encode_classes(self, task: ZeroshotTask) -> torch.Tensor:
+        prompts = [task.prompts(name) for name in task.class_names]
+        rows = Encoder.of(self.model, self.precision, self.batch_size).encode_prompts(prompts, self.machine)
+        bad = ~torch.isfinite(rows).flatten(1).all(dim=1)
+        if bool(bad.any()):
+            first = task.class_names[int(bad.int().argmax())]
+            raise ClipcidError(
+                f"{task.name}: the prompts of {int(bad.sum()):,} of {len(bad):,} classes have embeddings that are not "
+                f"finite, first those of {first!r}.",
+                "Use --precision fp32, or another model.",
+            )
+        return rows
+
+    def _encode_samples(self, task: ZeroshotTask) -> tuple[list[_Part], Skips]:
+        """Encode all batches, dealt to the processes in turn."""
+        machine, dataset = self.machine, task.dataset
+        skips, read, sizes = Skips(), 0, list[int]()
+        decoder = Decoder.of(self.model, captions=task.task != CLASSIFICATION)
+        encoder = Encoder.of(self.model, self.precision, self.batch_size)
+        workers = self.settings.workers
+        if workers is None and machine.device.type == "cuda":
+            workers = default_workers(machine.device)
+
+        def deal() -> Iterator[Batch]:
+            # Every process lists all samples, but decodes only its own.
+            nonlocal read
+            batches = list_batches(dataset, range(len(dataset.shards)), task.stream, self.batch_size, task.reject)
+            for number, batch in enumerate(batches):
+                skips.merge(batch.skipped)
+                read += batch.read or 0
+                sizes.append(len(batch.samples))
+                if number % machine.size == machine.rank:
+                    yield batch
+
+        def encode_mine() -> list[_Part]:
+            mine = list[_Part]()
+            shown = 0
+            for batch, encoded in encode(deal(), decoder, encoder, machine.device, workers):
+                unread = encoded.count_skips(dataset.shards[batch.shard])
+                usable = encoded.usable()
+                labels = task.labels(usable.samples) if task.task == CLASSIFICATION else None
+                mine.append(_Part(usable, labels, unread))
+                # The other processes are about as far: count every batch up to this one.
+                done = (len(mine) - 1) * machine.size + machine.rank + 1
+                progress.advance(sum(sizes[shown:done]))
+                shown = done
+            progress.advance(sum(sizes[shown:]))
+            return mine
+
+        with self.reporter.progress(f"{self.model.info.slug} on {task.name}", None, "images") as progress:
+            dealt = machine.gather(machine.on_all(encode_mine))
+        parts = [dealt[number % machine.size][number // machine.size] for number in range(len(sizes))]
+        for part in parts:
+            skips.merge(part.skips)
+        need = _describe_need(task)
+        skips.check(read, self.settings.max_bad_fraction, dataset.spec, need)
+        if not read and task.held_out is not None:
+            raise ClipcidError(
+                f"Of {dataset.spec} the {task.held_out:.2%} held out are no sample.",
+                "Name a data set (clipcid eval-zeroshot MODEL DATA), or train with a larger --val-fraction.",
+            )
+        if not any(part.encoded.samples for part in parts):
+            raise ClipcidError(f"{dataset.spec}: no sample can be used.\n{skips.describe()}", need)
+        return parts, skips
+
+    def make_metrics(self, dataset: str, task: str, metrics: dict[str, float]) -> Metrics:
+        """Put metrics of this model into CLIP_benchmark's fields; NaN becomes null, since JSON has none."""
+        return Metrics(
             dataset=dataset,
             model=self.name.architecture or self.name.slug,
             pretrained=self.name.tag or self.name.spec,
             task=task,
-            metrics=metrics,
+            language="en",
+            metrics={name: None if math.isnan(value) else value for name, value in metrics.items()},
         )
 
 
-def _fingerprint_folder(folder: Path) -> list[FileRecord]:
-    weights = find_weights(folder)
-    assert weights is not None, "a folder without weights is not a model"
-    described = FileRecord(str(weights), weights.stat().st_size, hash_weights(weights))
-    return [record(folder / "open_clip_config.json"), described]
+def _describe_need(task: ZeroshotTask) -> str:
+    """Say what a sample must have, as the fix of an error."""
+    if task.task == CLASSIFICATION:
+        return "Classification needs an image and a class (a .cls, a `label` column or a folder) for each sample."
+    return "Retrieval needs an image and at least one caption (a .txt or a caption column) for each sample."

@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from statistics import fmean, stdev
-from typing import Any
 
 import torch
 
@@ -29,6 +28,7 @@ from clipcid_cli.algorithms.probe.splits import draw_shots, split_by_class
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.threads import threads_for
+from clipcid_cli.steps.evaluate.result import Draws, FewShot
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
@@ -50,10 +50,6 @@ class LabelledFeatures:
         chosen = chosen.to(self.rows.device)
         return LabelledFeatures(self.rows[chosen], self.labels[chosen])
 
-    def join(self, other: LabelledFeatures) -> LabelledFeatures:
-        """Return both together."""
-        return LabelledFeatures(torch.cat([self.rows, other.rows]), torch.cat([self.labels, other.labels]))
-
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -61,79 +57,76 @@ class LabelledFeatures:
 class ProbeFits:
     """All fits on one training split.
 
-    Args:
-        held_out: Images on which the regularisation strength is chosen; None takes part of the training images.
-        metric: Metric by which it is chosen.
-        settings: Share held out, shots and seed.
+    Attributes:
+        images: All that the final fit uses.
+        fitted: Those that every strength is fitted on.
+        held_out: Those that a strength is chosen on.
     """
 
     def __init__(
         self,
-        images: LabelledFeatures,
-        held_out: LabelledFeatures | None,
-        classes: int,
+        train: LabelledFeatures,
+        val: LabelledFeatures | None,
+        num_classes: int,
         metric: str,
         settings: EvalLinearSettings,
         reporter: Reporter,
     ) -> None:
-        self.classes, self.metric = classes, metric
-        self.settings, self.reporter = settings, reporter
-        if held_out is not None:
-            self.images, self.fitted, self.held_out = images.join(held_out), images, held_out
-        else:
-            self.images, (self.fitted, self.held_out) = images, self._hold_out(images)
-        self.grid = regularisation_grid()
-        self._check_classes()
-        self._check_shots()
-        most = max(self.settings.neighbour_counts, default=0)
-        if most > len(self.images):
-            raise ClipcidError(
-                f"--knn {most}: there are only {len(self.images):,} training images.",
-                f"Give numbers of at most {len(self.images):,}.",
-            )
+        """Divide the images; what cannot be fitted or measured is an error.
 
-    def _hold_out(self, images: LabelledFeatures) -> tuple[LabelledFeatures, LabelledFeatures]:
-        """Split the training images into those to fit on and those to choose a strength on."""
-        settings = self.settings
-        held_out = split_by_class(images.labels, settings.val_fraction, derive_seed("probe", settings.seed))
-        if not held_out.any():
+        Args:
+            val: Images that a strength is chosen on; None takes part of the training images.
+            metric: Metric by which it is chosen.
+        """
+        self.num_classes, self.metric, self.settings, self.reporter = num_classes, metric, settings, reporter
+        self.grid = regularisation_grid()
+        if val is not None:
+            rows, labels = torch.cat([train.rows, val.rows]), torch.cat([train.labels, val.labels])
+            self.images, self.fitted, self.held_out = LabelledFeatures(rows, labels), train, val
+        else:
+            chosen = split_by_class(train.labels, settings.val_fraction, derive_seed("probe", settings.seed))
+            self.images, self.fitted, self.held_out = train, train[~chosen], train[chosen]
+        self._validate()
+
+    def _validate(self) -> None:
+        """Refuse images that leave nothing to choose or to learn, and more shots or neighbours than there are."""
+        if not len(self.held_out):
             raise ClipcidError(
                 "The training split has one image per class, so none can be held out to choose C.",
                 "Give more images per class with --train, or validation images with --val.",
             )
-        return images[~held_out], images[held_out]
-
-    def _check_classes(self) -> None:
-        """Where images may have several classes, refuse those that all have the same, and validation images without any."""
-        fitted = self.fitted.labels
-        if fitted.ndim == 2 and not bool(self.held_out.labels.any()):
+        labels = self.fitted.labels
+        several = labels.ndim == 2
+        if several and not bool(self.held_out.labels.any()):
             raise ClipcidError(
                 "No validation image has a class, so C cannot be chosen.",
                 "Give images with classes with --val, or omit it.",
             )
-        if fitted.ndim == 2 and bool((fitted.all(dim=0) | ~fitted.any(dim=0)).all()):
+        if several and bool((labels.all(dim=0) | ~labels.any(dim=0)).all()):
             raise ClipcidError(
                 "Every class belongs to all training images or to none, so there is nothing to learn.",
                 "Give images that differ in their classes.",
             )
-
-    def _check_shots(self) -> None:
-        """Refuse more shots than any class has images, and warn where some classes have too few."""
-        labels = self.fitted.labels
-        images_C = labels.sum(dim=0) if labels.ndim == 2 else torch.bincount(labels, minlength=self.classes)
-        present_C = images_C[images_C > 0]
+        images_of = labels.sum(dim=0) if several else torch.bincount(labels, minlength=self.num_classes)
+        present = images_of[images_of > 0]
         for shots in self.settings.shot_counts:
-            few = int((present_C < shots).sum())
-            if few == len(present_C):
+            few = int((present < shots).sum())
+            if few == len(present):
                 raise ClipcidError(
                     f"--shots {shots}: no class has {shots} training images besides those held out; the largest has "
-                    f"{int(images_C.max())}.",
+                    f"{int(images_of.max())}.",
                     "Give smaller numbers, or hold out less with --val-fraction.",
                 )
             if few:
                 self.reporter.warn(
-                    f"--shots {shots}: {few} of {len(present_C)} classes have fewer images, all of which are used."
+                    f"--shots {shots}: {few} of {len(present)} classes have fewer images, all of which are used."
                 )
+        max_neighbours = max(self.settings.neighbour_counts, default=0)
+        if max_neighbours > len(self.images):
+            raise ClipcidError(
+                f"--knn {max_neighbours}: there are only {len(self.images):,} training images.",
+                f"Give numbers of at most {len(self.images):,}.",
+            )
 
     def sweep(self) -> list[SweepPoint]:
         """Fit every strength on the images to fit on, and measure it on the held-out ones."""
@@ -152,8 +145,8 @@ class ProbeFits:
 
     def _sweep(self, images: LabelledFeatures, advance: Callable[[], None]) -> list[SweepPoint]:
         points = []
-        with threads_for(images.rows.numel() * self.classes):
-            problem = ProbeProblem(images.rows, images.labels, self.classes)
+        with threads_for(images.rows.numel() * self.num_classes):
+            problem = ProbeProblem(images.rows, images.labels, self.num_classes)
             for c, solution in zip(self.grid, sweep_regularisation(problem, self.grid), strict=True):
                 scores = self.measure(solution.classifier, self.held_out)
                 points.append(SweepPoint(c, scores[self.metric], solution))
@@ -162,8 +155,8 @@ class ProbeFits:
 
     def refit(self, chosen: SweepPoint) -> Solution:
         """Fit with the chosen strength on all training and validation images."""
-        with threads_for(self.images.rows.numel() * self.classes):
-            problem = ProbeProblem(self.images.rows, self.images.labels, self.classes)
+        with threads_for(self.images.rows.numel() * self.num_classes):
+            problem = ProbeProblem(self.images.rows, self.images.labels, self.num_classes)
             solution = problem.fit(chosen.c, chosen.solution.classifier)
         if not solution.converged:
             self.reporter.warn(
@@ -174,7 +167,7 @@ class ProbeFits:
 
     def measure(self, classifier: LinearClassifier, images: LabelledFeatures) -> dict[str, float]:
         """Return the metrics of a classifier on some images."""
-        return measure_scores(classifier.scores(images.rows), images.labels, self.classes)
+        return measure_scores(classifier.scores(images.rows), images.labels, self.num_classes)
 
     def measure_neighbours(self, test: LabelledFeatures) -> dict[str, float]:
         """Return the metrics of the weighted vote of the nearest training images, each after ``knn<K>_``; none unasked."""
@@ -190,22 +183,18 @@ class ProbeFits:
         training, own = self.images.labels.cpu(), test.labels.cpu()
         metrics: dict[str, float] = {}
         for k in counts:
-            scores = vote(cosines[:, :k], numbers[:, :k], training, self.classes)
-            found = measure_scores(scores, own, self.classes)
+            scores = vote(cosines[:, :k], numbers[:, :k], training, self.num_classes)
+            found = measure_scores(scores, own, self.num_classes)
             metrics |= {f"knn{k}_{name}": value for name, value in found.items()}
         return metrics
 
-    def few_shots(self, test: LabelledFeatures) -> list[dict[str, Any]]:
+    def few_shots(self, test: LabelledFeatures) -> list[FewShot]:
         """Fit on a few images of each class, repeatedly, and measure on the test images.
 
         Each draw is a separate probe: its images are not held out, its strength is chosen on those that are, no refit.
-
-        Returns:
-            For each number of shots ``shots, images, c[], at_edge, metrics{name: {mean, std, values[]}}``, with one value
-            per draw; ``std`` is null for a single draw.
         """
         shot_counts, repeats = self.settings.shot_counts, self.settings.shot_repeats
-        found: list[dict[str, Any]] = []
+        found = list[FewShot]()
         if not shot_counts:
             return found
         with self.reporter.progress("Few-shot probes", len(shot_counts) * repeats, "draws") as progress:
@@ -225,22 +214,12 @@ class ProbeFits:
                         f"--shots {shots}: the best C of {at_edge} of {repeats} draws is an end of the range "
                         f"{self.grid[0]:.3g} … {self.grid[-1]:.3g} that was tried; a better one may lie outside."
                     )
-                found.append(
-                    {
-                        "shots": shots,
-                        "images": max(draws),
-                        "c": chosen,
-                        "at_edge": at_edge,
-                        "metrics": {
-                            f"lp_{name}": _describe_draws([one[name] for one in metrics]) for name in metrics[0]
-                        },
-                    }
-                )
+                values = {f"lp_{name}": _summarise([one[name] for one in metrics]) for name in metrics[0]}
+                found.append(FewShot(shots, max(draws), chosen, at_edge, values))
         return found
 
 
-def _describe_draws(values: list[float]) -> dict[str, Any]:
-    """Return mean and sample standard deviation; None where there is none."""
+def _summarise(values: list[float]) -> Draws:
     if any(math.isnan(value) for value in values):
-        return {"mean": None, "std": None, "values": [None if math.isnan(value) else value for value in values]}
-    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "values": values}
+        return Draws(None, None, [None if math.isnan(value) else value for value in values])
+    return Draws(fmean(values), stdev(values) if len(values) > 1 else None, [*values])

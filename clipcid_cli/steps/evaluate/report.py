@@ -5,24 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from clipcid_cli.formats.atomic import write_text
-from clipcid_cli.formats.data.class_files import describe_lines
 from clipcid_cli.formats.data.samples import ByteRange
 from clipcid_cli.formats.report import render_report, thumbnail
 from clipcid_cli.formats.results.metrics import SUMMARY_REPORT, SUMMARY_TABLE, read_metrics_sidecar, write_results
-from clipcid_cli.formats.sidecar import ZeroshotSidecar
+from clipcid_cli.formats.sidecar import Calibration, Calibrations, Example, ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
+from clipcid_cli.steps.evaluate.result import ZeroshotResult
 from clipcid_cli.steps.reporting import Reporter
 
 _WORST_SHOWN = 8
 
 
-def write_summary(work: WorkDirectory, results: list[dict[str, Any]], reporter: Reporter) -> dict[str, str]:
+def write_summary(work: WorkDirectory, results: list[ZeroshotResult], reporter: Reporter) -> dict[str, str]:
     """Write the table (csv) and the report of one call; those of the call before are replaced.
-
-    Args:
-        results: The objects that `eval-zeroshot` returns, one per pair.
 
     Returns:
         ``table`` and ``report``: their paths.
@@ -39,53 +38,41 @@ def write_summary(work: WorkDirectory, results: list[dict[str, Any]], reporter: 
     return {"table": str(table), "report": str(report)}
 
 
-def _row(result: dict[str, Any]) -> dict[str, Any]:
+def _row(result: ZeroshotResult) -> dict[str, Any]:
     """One row of the csv: every metric with the ends of its interval."""
-    row = {name: result[name] for name in ("model", "pretrained", "dataset", "task", "images")}
-    row |= {"images_per_second": result["images_per_second"], "customary": result["customary"]}
-    row |= {f"{kind}_hash": described["hash"] for kind, described in (result["prompts"] or {}).items()}
-    for name, value in result["metrics"].items():
-        low, high = result["intervals"].get(name, (None, None))
+    columns = ("model", "pretrained", "dataset", "task", "images", "images_per_second", "customary")
+    row = {name: getattr(result, name) for name in columns}
+    row |= {f"{kind}_hash": lines.hash for kind, lines in (result.prompts or {}).items()}
+    for name, value in result.metrics.items():
+        low, high = result.intervals.get(name, (None, None))
         row |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return row
 
 
-def _tables(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _tables(results: list[ZeroshotResult]) -> list[dict[str, Any]]:
     """One table for each set of metrics: data sets and models down, metrics across."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, ...], list[ZeroshotResult]] = {}
     for result in results:
-        groups.setdefault(tuple(result["metrics"]), []).append(result)
+        groups.setdefault(tuple(result.metrics), []).append(result)
     return [
-        {"columns": [_title(name) for name in names], "rows": [_table_row(result) for result in group]}
+        {"columns": [(name, _title(name)) for name in names], "rows": [(_model_name(one), one) for one in group]}
         for names, group in groups.items()
     ]
 
 
-def _table_row(result: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "model": _model_name(result),
-        "dataset": result["dataset"],
-        "images": result["images"],
-        "cells": [
-            {
-                "value": value,
-                "interval": result["intervals"].get(name),
-                "customary": name == result["customary"],
-            }
-            for name, value in result["metrics"].items()
-        ],
-    }
-
-
-def _detail(result: dict[str, Any]) -> dict[str, Any]:
+def _detail(result: ZeroshotResult) -> dict[str, Any]:
     """What the report shows of one pair below the table of metrics."""
-    sidecar = read_metrics_sidecar(Path(result["files"]["metrics"]), ZeroshotSidecar)
+    sidecar = read_metrics_sidecar(Path(result.files["metrics"]), ZeroshotSidecar)
     assert sidecar is not None, "a result has its sidecar"
     settings = sidecar.settings
-    present = [row for row in sidecar.per_class if row["images"] and row["value"] is not None]
-    ordered = sorted(present, key=lambda row: row["value"])
+    ordered = sorted(
+        (score for score in sidecar.per_class if score.images and score.value is not None),
+        key=lambda score: score.value or 0.0,
+    )
     examples = [
-        example | {"source": source} for example in sidecar.examples if (source := _thumbnail(example)) is not None
+        msgspec.structs.asdict(example) | {"source": source}
+        for example in sidecar.examples
+        if (source := _thumbnail(example)) is not None
     ]
     wrong: dict[str, list[dict[str, Any]]] = {}
     for example in examples:
@@ -93,11 +80,11 @@ def _detail(result: dict[str, Any]) -> dict[str, Any]:
             wrong.setdefault(example["label"], []).append(example)
     return {
         "model": _model_name(result),
-        "dataset": result["dataset"],
-        "prompts": _describe_prompts(result),
+        "dataset": result.dataset,
+        "prompts": {kind.replace("_", " "): str(lines) for kind, lines in (result.prompts or {}).items()},
         "measure": "average precision" if settings["multi_label"] else "recall",
         "worst": ordered[:_WORST_SHOWN],
-        "classes": sidecar.per_class if len(present) > _WORST_SHOWN else [],
+        "classes": sidecar.per_class if len(ordered) > _WORST_SHOWN else [],
         "right": [example for example in examples if example["label"] == example["predicted"]],
         "wrong": wrong,
         "missing_examples": len(sidecar.examples) - len(examples),
@@ -106,43 +93,37 @@ def _detail(result: dict[str, Any]) -> dict[str, Any]:
             "precision": settings["precision"],
             "batch size": settings["batch_size"],
             **_describe_calibration(sidecar.calibration),
-            "skipped": ", ".join(f"{count} {reason}" for reason, count in result["skipped"].items()) or "nothing",
-            "metrics file": result["files"]["metrics"],
+            "skipped": ", ".join(f"{count} {reason}" for reason, count in result.skipped.items()) or "nothing",
+            "metrics file": result.files["metrics"],
         },
     }
 
 
-def _describe_prompts(result: dict[str, Any]) -> dict[str, str]:
-    """Say which class names and templates a score is of; nothing for retrieval."""
-    return {kind.replace("_", " "): describe_lines(lines) for kind, lines in (result["prompts"] or {}).items()}
-
-
-def _describe_calibration(found: dict[str, Any] | None) -> dict[str, str]:
+def _describe_calibration(found: Calibrations | None) -> dict[str, str]:
     """Say how sure the model is of its answers, and at which temperature it would be as sure as it is right."""
     if found is None:
         return {}
-    text = {"calibration error": _describe_error(found["all"])}
-    if found["after"] is not None:
-        share = f"the half that was not fitted on, {found['after']['images']:,} images"
+    text = {"calibration error": _describe_error(found.all)}
+    if found.after is not None and found.before is not None:
+        share = f"the half that was not fitted on, {found.after.images:,} images"
         text["at the fitted temperature"] = (
-            f"{_describe_error(found['after'])}, before {_describe_error(found['before'])}: {share}"
+            f"{_describe_error(found.after)}, before {_describe_error(found.before)}: {share}"
         )
     return text
 
 
-def _describe_error(found: dict[str, Any]) -> str:
-    return f"{100 * found['expected_calibration_error']:.1f}% at {found['temperature']:.4g}"
+def _describe_error(found: Calibration) -> str:
+    return f"{100 * found.expected_calibration_error:.1f}% at {found.temperature:.4g}"
 
 
-def _thumbnail(example: dict[str, Any]) -> str | None:
+def _thumbnail(example: Example) -> str | None:
     """Return an example's image as a small ``data:`` URL; None when it can no longer be read."""
-    image = read_image(ByteRange(example["path"], example["offset"], example["size"]))
+    image = read_image(ByteRange(example.path, example.offset, example.size))
     return None if isinstance(image, SkippedImage) else thumbnail(image)
 
 
-def _model_name(result: dict[str, Any]) -> str:
-    folder = Path(result["pretrained"]).is_dir()
-    return str(result["model"]) if folder else f"{result['model']} {result['pretrained']}"
+def _model_name(result: ZeroshotResult) -> str:
+    return result.model if Path(result.pretrained).is_dir() else f"{result.model} {result.pretrained}"
 
 
 def _title(name: str) -> str:

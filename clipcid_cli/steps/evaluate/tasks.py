@@ -14,11 +14,13 @@ from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
 from clipcid_cli.algorithms.metrics.classification import SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import BenchmarkFolder, find_benchmark_folder
-from clipcid_cli.formats.data.class_files import fill_template
+from clipcid_cli.formats.data.class_files import fill_template, hash_lines
 from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, open_dataset, open_described
+from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, KnownDataset, customary_metric, find_known_dataset
 from clipcid_cli.formats.data.samples import read_classes
-from clipcid_cli.formats.sidecar import DistillSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.sidecar import DistillSidecar, LinesRecord, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
@@ -44,11 +46,11 @@ class ZeroshotTask:
         task: ``zeroshot_classification`` or ``zeroshot_retrieval``.
         class_names: Names of the classes, in order of the labels; none for retrieval.
         templates: Prompt templates; none for retrieval.
-        held_out: Share of the samples that is used, by hash of the key; None uses all.
+        held_out: Fraction of the samples that is used, by hash of the key; None uses all.
         label_of: Label of each class folder, where folders and class names are in different orders; else None.
         multi_label: Whether an image may have any number of classes.
         customary: Name of the metric usually reported for the data set.
-        prompt_lines: For ``class_names`` and ``templates`` their ``source``, ``number`` and ``hash``; None for retrieval.
+        names_from: Where the class names are from, as `LinesRecord` says it; likewise of the templates.
     """
 
     name: str
@@ -60,24 +62,29 @@ class ZeroshotTask:
     label_of: tuple[int, ...] | None = None
     multi_label: bool = False
     customary: str = ACCURACY
-    prompt_lines: dict[str, Any] | None = None
+    names_from: str = ""
+    templates_from: str = ""
+
+    @property
+    def prompt_lines(self) -> dict[str, LinesRecord] | None:
+        """Which ``class_names`` and ``templates`` a score is of; None for retrieval."""
+        if not self.templates:
+            return None
+        return {
+            "class_names": LinesRecord(self.names_from, len(self.class_names), hash_lines(self.class_names)),
+            "templates": LinesRecord(self.templates_from, len(self.templates), hash_lines(self.templates)),
+        }
 
     def prompts(self, class_name: str) -> list[str]:
         """Return the prompts of one class."""
         return [fill_template(template, class_name) for template in self.templates]
 
-    def samples(self, skips: Skips) -> Iterator[Iterator[Sample]]:
-        """Yield for each shard its samples that belong to the part that is used.
-
-        Of a held-out part nothing else is read, where the data has an index.
+    def stream(self, number: int, skips: Skips) -> Iterator[Sample]:
+        """Yield a shard's samples that belong to the part that is used; of an index only these are read.
 
         Args:
-            skips: Counts the samples without an image or with a repeated key, of each shard once its samples were taken.
+            skips: Counts the samples without an image or with a repeated key; complete once all were taken.
         """
-        for number in range(len(self.dataset.shards)):
-            yield self._samples_of(number, skips)
-
-    def _samples_of(self, number: int, skips: Skips) -> Iterator[Sample]:
         index, held_out = self.dataset.index, self.held_out
         if held_out is None or index is None:
             for sample in self.dataset.shards[number].stream(skips):
@@ -88,6 +95,21 @@ class ZeroshotTask:
         part = index.part(number)
         fractions = key_fractions(part.keys.to_pylist())
         yield from map(part.sample, np.flatnonzero(fractions < held_out).tolist())
+
+    def fingerprints(self) -> list[FileRecord]:
+        """Describe the files, and the images, classes and captions of the samples that are used."""
+        shards = range(len(self.dataset.shards))
+        samples = (sample for number in shards for sample in self.stream(number, Skips()))
+        return [*self.dataset.fingerprints(), fingerprint_images(self.dataset, samples)]
+
+    def reject(self, sample: Sample) -> str | None:
+        """Say why a sample cannot be used: it has no class, or no caption; None where it can."""
+        if self.task == RETRIEVAL:
+            return None if sample.captions else "no_caption"
+        if not self.multi_label:
+            return None if self.label(sample) is not None else "no_label"
+        listed = sample.multi_hot is not None or sample.labels is not None or sample.label is not None
+        return None if listed else "no_label"
 
     def label(self, sample: Sample) -> int | None:
         """Return the sample's class, None when it has none."""
@@ -101,16 +123,10 @@ class ZeroshotTask:
             )
         return self.label_of[sample.label] if self.label_of is not None else sample.label
 
-    def has_label(self, sample: Sample) -> bool:
-        """Tell whether a sample has a class, or, where it may have several, a list of them."""
-        if self.multi_label:
-            return sample.multi_hot is not None or sample.labels is not None or sample.label is not None
-        return self.label(sample) is not None
-
     def labels(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Return the classes of samples that have one: int64 [B], or bool [B, C] where an image may have several."""
         if not self.multi_label:
-            return torch.tensor([self.label(sample) for sample in samples])
+            return torch.tensor([self.label(sample) for sample in samples], dtype=torch.int64)
         positive = torch.zeros(len(samples), len(self.class_names), dtype=torch.bool)
         for row, sample in enumerate(samples):
             positive[row, list(read_classes(sample, len(self.class_names)) or ())] = True
@@ -152,7 +168,7 @@ def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName], 
         for run in runs or [WorkDirectory(settings.work).find_student().parent]
         if (sidecar := read_sidecar(sidecar_path(run, "distill"), DistillSidecar)) is not None
     ]
-    # A sample is held out where the hash of its key is below the share: of one data set the smallest part is in all others.
+    # What is held out has a hash of the key below the fraction: of one data set the smallest part is in all others.
     fraction, run, described = min(found, key=lambda each: each[0])
     if any(data != described for _, _, data in found):
         raise ClipcidError("The models were trained on different data, and no data set was named.", _NAME_ONE)
@@ -177,19 +193,20 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
     kind = _choose_task(folder, dataset, settings)
     if _TASKS[kind] == RETRIEVAL:
         return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL)
-    class_names, label_of = find_class_names(folder, dataset, settings, known, reporter)
-    templates = find_templates(folder, settings, known, reporter)
+    class_names, names_from, label_of = find_class_names(folder, dataset, settings, known, reporter)
+    templates, templates_from = find_templates(folder, settings, known, reporter)
     multi_label = kind == MULTI_LABEL
     return ZeroshotTask(
         folder.name,
         CLASSIFICATION,
         dataset,
-        class_names.lines,
-        templates.lines,
+        class_names,
+        templates,
         label_of=label_of,
         multi_label=multi_label,
         customary=customary_metric(folder.name, MULTI_LABEL_METRICS if multi_label else SINGLE_LABEL_METRICS),
-        prompt_lines={"class_names": class_names.describe(), "templates": templates.describe()},
+        names_from=names_from,
+        templates_from=templates_from,
     )
 
 

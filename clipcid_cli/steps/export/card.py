@@ -107,10 +107,10 @@ def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str,
             continue  # not ours, changed, or damaged: it states nothing
         if sidecar is None or weights_hash not in [each.hash for each in sidecar.inputs]:
             continue
-        prompts = ", ".join(lines["hash"] for lines in (sidecar.prompts or {}).values())
-        for name, value in content["metrics"].items():
+        prompts = ", ".join(lines.hash for lines in (sidecar.prompts or {}).values())
+        for name, value in content.metrics.items():
             if isinstance(value, int | float):
-                yield content["dataset"], content["task"], name, float(value), prompts
+                yield content.dataset, content.task, name, float(value), prompts
 
 
 def _read(folder: Path, step: str, kind: type[AnySidecar]) -> AnySidecar | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.fields import argument, option
-from clipcid_cli.steps.settings.shared import BRIEF_SPINS, ReadingSettings, npz_array_option
+from clipcid_cli.steps.settings.fields import AT_LEAST_1, Range, group
+from clipcid_cli.steps.settings.shared import BRIEF_SPINS, EmbeddingsSettings, TrainingDataSettings
 
 LINKAGES = ("single", "star")
 NEIGHBORS = ("exact", "partitioned")
@@ -17,150 +17,103 @@ SELECTIONS = ("central", "medoid", "first", "random", "similarity", "resolution"
 
 PAIR_SUFFIXES = (".parquet", ".csv")
 
-_HOW_MUCH = "How much to keep (exactly one)"
-_FIRST = "What is dropped first"
-_SETS = "Groups and the image kept of each"
-_FILES = "Inputs and outputs"
+_DISTANCE = Range(0, 2)
+_COSINE = Range(-1, 1)
+
+_amount = group("How much to keep (exactly one)")
+_first = group("What is dropped first")
+_sets = group("Groups and the image kept of each")
+_input = group("Inputs")
+_output = group("Further outputs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BalanceSettings(ReadingSettings):
+class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
     """Settings of `balance`."""
 
     # A tenth faster on 2 cores.
     openmp_spins: ClassVar[str] = BRIEF_SPINS
 
-    data: str | None = argument(
-        None,
-        "Image-text data: a folder of tar shards, one tar, a pattern such as x/{00000..00099}.tar, a folder of images, or a "
-        "csv, tsv or parquet list. By default, the data of the embeddings in the work directory.",
+    keep: float | None = _amount(
+        None, "Share of the images to keep; the distance cut-off follows from it.", within=Range(0, 1, min_open=True)
     )
-    keep: float | None = option(
-        None,
-        "Share of the images to keep; the distance cut-off follows from it.",
-        group=_HOW_MUCH,
-        minimum=0.0,
-        maximum=1.0,
-        above_minimum=True,
-    )
-    threshold: float | None = option(
+    threshold: float | None = _amount(
         None,
         "Distance cut-off: images up to this Euclidean distance of unit embeddings are near-duplicates.",
-        group=_HOW_MUCH,
-        minimum=0.0,
-        maximum=2.0,
+        within=_DISTANCE,
     )
-    cosine_distance: float | None = option(
-        None,
-        "The cut-off as a cosine distance d, equal to --threshold √(2d).",
-        group=_HOW_MUCH,
-        minimum=0.0,
-        maximum=2.0,
+    cosine_distance: float | None = _amount(
+        None, "The cut-off as a cosine distance d, equal to --threshold √(2d).", within=_DISTANCE
     )
-    against: tuple[str, ...] = option(
+    against: tuple[str, ...] = _first(
         (),
         "Images that must not be kept again, such as evaluation sets: a folder of embeddings, or images, which are embedded "
         "with the same model. What lies within --against-threshold of one is dropped first. May be repeated.",
-        group=_FIRST,
         metavar="EMB|DATA",
     )
-    against_threshold: float | None = option(
+    against_threshold: float | None = _first(
         None,
         "Euclidean distance for --against, inclusive; by default that of --threshold or --cosine-distance.",
-        group=_FIRST,
-        minimum=0.0,
-        maximum=2.0,
+        within=_DISTANCE,
     )
-    min_caption_similarity: float | None = option(
+    min_caption_similarity: float | None = _first(
         None,
         "Smallest cosine similarity of an image to its caption: images below are dropped before groups are made, and --keep "
         "is a share of those that remain. Needs text embeddings.",
-        group=_FIRST,
-        minimum=-1.0,
-        maximum=1.0,
+        within=_COSINE,
     )
-    max_caption_similarity: float | None = option(
-        None,
-        "Largest cosine similarity of an image to its caption, likewise.",
-        group=_FIRST,
-        minimum=-1.0,
-        maximum=1.0,
+    max_caption_similarity: float | None = _first(
+        None, "Largest cosine similarity of an image to its caption, likewise.", within=_COSINE
     )
-    linkage: str = option(
+    linkage: str = _sets(
         "single",
         "`single`: a chain of near-duplicates is one group, as in the CLIP-CID paper. `star`: every dropped image is "
         "within the cut-off of its kept image.",
-        group=_SETS,
         choices=LINKAGES,
     )
-    select: str = option(
+    select: str = _sets(
         "central",
         "Image to keep of each group: nearest to the mean (`central`), smallest sum of distances (`medoid`), first, random, "
         "most similar to its caption, or most pixels.",
-        group=_SETS,
         choices=SELECTIONS,
     )
-    max_per_cluster: int | None = option(
+    max_per_cluster: int | None = _sets(
         None,
         "After repeats are dropped, keep at most so many images of each cluster of `clipcid cluster`, chosen by --select: "
         "nearest to the centroid (`central`), most similar to their captions, …",
-        group=_SETS,
-        minimum=1,
-        metavar="N",
+        within=AT_LEAST_1,
     )
-    neighbors: str = option(
+    neighbors: str = _sets(
         "exact",
         "`exact` compares all pairs of images. `partitioned`, for tens of millions of images, compares only those in or "
         "near the same partition; an audit estimates how many near-duplicates it missed.",
-        group=_SETS,
         choices=NEIGHBORS,
     )
-    model: str | None = option(
-        None,
-        "Model to embed the data with if there are no embeddings yet; by default ViT-L-14.",
-        group=_FILES,
-        metavar="MODEL",
+    model: str | None = _input(
+        None, "Model to embed the data with if there are no embeddings yet; by default ViT-L-14.", metavar="MODEL"
     )
-    embeddings: Path | None = option(
-        None,
-        "Folder of embeddings in clip-retrieval's layout or of .npz files such as DataComp's; by default those in the work "
-        "directory.",
-        group=_FILES,
-        operational=True,
+    clusters: Path | None = _input(
+        None, "Folder of clusters for --max-per-cluster; by default those in the work directory.", operational=True
     )
-    npz_array: str | None = npz_array_option(_FILES)
-    clusters: Path | None = option(
-        None,
-        "Folder of clusters for --max-per-cluster; by default those in the work directory.",
-        group=_FILES,
-        operational=True,
+    write_keys: Path | None = _output(
+        None, "The keys of the kept images as a text file, one per line.", metavar="FILE.txt", operational=True
     )
-    write_keys: Path | None = option(
+    write_pairs: Path | None = _output(
         None,
-        "Also write the keys of the kept images to a text file, one per line.",
-        group=_FILES,
-        metavar="FILE.txt",
-        operational=True,
-    )
-    write_pairs: Path | None = option(
-        None,
-        "Also write a table of the dropped images, .parquet or .csv: `from`, the image kept instead (`to`) and their "
-        "`distance`.",
-        group=_FILES,
+        "A table of the dropped images, .parquet or .csv: `from`, the image kept instead (`to`) and their `distance`.",
         metavar="FILE.parquet",
         operational=True,
     )
-    write_uids: Path | None = option(
+    write_uids: Path | None = _output(
         None,
-        "Also write the uids of the kept samples as a DataComp subset file, ready for its resharder.",
-        group=_FILES,
+        "The uids of the kept samples as a DataComp subset file, ready for its resharder.",
         metavar="FILE.npy",
         operational=True,
     )
-    write_shards: Path | None = option(
+    write_shards: Path | None = _output(
         None,
-        "Also write the kept samples as new tar shards to this folder; members are copied byte for byte.",
-        group=_FILES,
+        "Folder for the kept samples as new tar shards; members are copied byte for byte.",
+        metavar="DIR",
         operational=True,
     )
 
@@ -228,6 +181,4 @@ class BalanceSettings(ReadingSettings):
     @property
     def distance(self) -> float | None:
         """The cut-off as a Euclidean distance; None when a share to keep is given."""
-        if self.cosine_distance is not None:
-            return math.sqrt(2.0 * self.cosine_distance)
-        return self.threshold
+        return self.threshold if self.cosine_distance is None else math.sqrt(2.0 * self.cosine_distance)

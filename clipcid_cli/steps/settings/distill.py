@@ -1,4 +1,4 @@
-"""Settings of `clipcid distill`."""
+"""Settings of `distill`."""
 
 from __future__ import annotations
 
@@ -9,266 +9,247 @@ from typing import ClassVar
 
 from clipcid_cli.algorithms.losses.registry import DEFAULT_PRESET, LOSSES, PRESETS, Weight, select_losses
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.augmentation import color_jitter_option, crop_scale_option, gray_probability_option
-from clipcid_cli.steps.settings.cluster_loss import (
-    candidate_correction_option,
-    candidate_ratio_option,
-    cluster_temperature_option,
-    cluster_towers_option,
-    clusters_option,
-    label_share_option,
-    min_candidates_option,
-    refuse_cluster_flags,
-)
-from clipcid_cli.steps.settings.fields import argument, option
-from clipcid_cli.steps.settings.optimisation import (
-    beta_option,
-    decay_option,
-    ema_option,
-    eps_option,
-    lr_option,
-    optimizer_option,
-)
-from clipcid_cli.steps.settings.shared import BRIEF_SPINS, ReadingSettings, npz_array_option
-from clipcid_cli.steps.settings.teacher_extras import (
-    DEFAULT_VARIANT_SHARE,
-    extra_texts_option,
-    text_variant_share_option,
-    texts_option,
-    views_option,
-)
+from clipcid_cli.steps.settings.fields import ABOVE_0, AT_LEAST_1, FRACTION, Range, flag_of, given_fields, group
+from clipcid_cli.steps.settings.shared import BRIEF_SPINS, AugmentationSettings, KeptSettings, TrainingDataSettings
 
 NO_TEACHER = "none"
+DEFAULT_VARIANT_SHARE = 2 / 3
+OPTIMIZERS = ("muon", "adamw")
 
-_MODELS = "Models"
-_INPUTS = "Inputs"
-_LOSS = "Losses"
-_LENGTH = "Length of the training"
-_OPTIMISER = "Optimizer"
-_AUGMENT = "Augmentation"
-_MEMORY = "Memory and speed"
-_OUTPUT = "Output, checkpoints and evaluation"
+_CLUSTER_FLAGS = (
+    "clusters",
+    "cluster_towers",
+    "label_share",
+    "candidate_ratio",
+    "min_candidates",
+    "candidate_correction",
+    "cluster_temperature",
+)
+
+_models = group("Models")
+_input = group("Inputs")
+_loss = group("Losses")
+_length = group("Length of the training")
+_memory = group("Memory and speed")
+_optimizer = group("Optimizer")
+_augment = group("Augmentation")
+_output = group("Output, checkpoints and evaluation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillSettings(ReadingSettings):
-    """Settings of the step `distill`."""
+class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
+    """Settings of `distill`."""
 
     # A step of a small student is a thousand short parallel sections: waking a sleeping thread for each doubled its time on
     # 2 cores (88 ms against 45 ms).
     openmp_spins: ClassVar[str] = BRIEF_SPINS
 
-    data: str | None = argument(
-        None,
-        "Images and captions: a folder of tar shards, one tar, a pattern such as x/{00000..00099}.tar, a folder of images, "
-        "or a csv, tsv or parquet list. By default, the data of the teacher's embeddings.",
-        metavar="DATA",
-    )
-    teacher: str | None = option(
+    teacher: str | None = _models(
         None,
         "Model to learn from; `none` trains without one. By default, the model of the embeddings in the work directory.",
-        group=_MODELS,
         metavar="MODEL",
     )
-    online_teacher: bool = option(
+    online_teacher: bool = _models(
         False,
         "Run the teacher in every training step, on the same crops and captions as the student, instead of reading stored "
         "embeddings.",
-        group=_MODELS,
     )
-    student: str | None = option(
+    student: str | None = _models(
         None,
         "Model to train: an architecture or a .json file of one (random weights), or a model whose weights to start from.",
-        group=_MODELS,
         metavar="MODEL",
     )
-    init_from: str | None = option(
+    init_from: str | None = _models(
         None,
         "Model to initialize the student from. Of a deeper model every N-th layer is copied, of a wider one evenly spaced "
         "heads and channels.",
-        group=_MODELS,
         metavar="MODEL",
     )
-    init_towers: str = option(
-        "both",
-        "Towers that --init-from initializes.",
-        group=_MODELS,
-        choices=("both", "image", "text"),
-    )
-    freeze_image: bool = option(False, "Freeze the image tower and train only the text tower.", group=_MODELS)
-    freeze_text: bool = option(False, "Freeze the text tower and train only the image tower.", group=_MODELS)
-    embeddings: Path | None = option(
-        None,
-        "Folder of the teacher's embeddings; by default those in the work directory.",
-        group=_INPUTS,
-        operational=True,
-    )
-    npz_array: str | None = npz_array_option(_INPUTS)
-    cache_size: float = option(
+    init_towers: str = _models("both", "Towers that --init-from initializes.", choices=("both", "image", "text"))
+    freeze_image: bool = _models(False, "Freeze the image tower and train only the text tower.")
+    freeze_text: bool = _models(False, "Freeze the text tower and train only the image tower.")
+    cache_size: float = _input(
         50.0,
         "Most disk space, in GB, for copies of shards behind a URL; the least recently used make room. The folder is "
         "CLIPCID_CACHE, by default ~/.cache/clipcid.",
-        group=_INPUTS,
-        minimum=0.0,
-        above_minimum=True,
+        within=ABOVE_0,
         metavar="GB",
         operational=True,
     )
-    views: str | None = views_option(_INPUTS)
-    text_variant_share: float | None = text_variant_share_option(_INPUTS)
-    extra_texts: int | None = extra_texts_option(_INPUTS)
-    texts: Path | None = texts_option(_INPUTS)
-    keep_list: str | None = option(
+    views: str | None = _input(
         None,
-        "Keep list of `clipcid balance`: train only on its kept images, or on all with `none`. By default, the work "
-        "directory's if there is one.",
-        group=_INPUTS,
-        metavar="FILE",
+        "`stored`, the default, trains on the views of `embed --views`, if there are any, each with its own teacher "
+        "embedding. `none` draws new views and uses the teacher's embedding of the whole image.",
+        choices=("stored", "none"),
+    )
+    text_variant_share: float | None = _input(
+        None,
+        "Share of the captions shown as one of the variants of `embed --text-variants`, if there are any; by default 2/3.",
+        within=FRACTION,
+    )
+    extra_texts: int | None = _input(
+        None,
+        "Further texts in each batch, for the text tower alone, by losses fd and mfd: those of `embed --texts`, or else "
+        "variants of captions. By default as many as samples, where there are such texts; 0 for none.",
+        within=Range(0),
+    )
+    texts: Path | None = _input(
+        None,
+        "Output folder of `embed --texts` for --extra-texts; by default the one in the work directory.",
         operational=True,
     )
-    clusters: Path | None = clusters_option(_INPUTS)
-    preset: str | None = option(
+    clusters: Path | None = _input(
+        None, "Output folder of `clipcid cluster`; by default the one in the work directory.", operational=True
+    )
+    preset: str | None = _loss(
         None,
         "Combination of losses: "
         + "; ".join(f"`{name}` = {' + '.join(losses)}" for name, losses in PRESETS.items())
         + f". By default {DEFAULT_PRESET}, or clip without a teacher.",
-        group=_LOSS,
         choices=tuple(PRESETS),
     )
-    loss: tuple[str, ...] = option(
+    loss: tuple[str, ...] = _loss(
         (),
         "Add a loss or change its weight in the preset; may be repeated. Names: " + ", ".join(LOSSES) + ".",
-        group=_LOSS,
         metavar="NAME=WEIGHT",
     )
-    teacher_space: str = option(
+    teacher_space: str = _loss(
         "auto",
         "How embeddings of different widths are compared: `pca` reduces the teacher's to the student's width, `project` "
         "learns a linear layer per tower, `auto` uses pca if it keeps 98% of the variance.",
-        group=_LOSS,
         choices=("auto", "pca", "project"),
     )
-    cluster_towers: str = cluster_towers_option(_LOSS)
-    label_share: float = label_share_option(_LOSS)
-    candidate_ratio: float = candidate_ratio_option(_LOSS)
-    min_candidates: int = min_candidates_option(_LOSS)
-    candidate_correction: bool = candidate_correction_option(_LOSS)
-    cluster_temperature: float | None = cluster_temperature_option(_LOSS)
-    batch_size: int | None = option(
+    cluster_towers: str = _loss(
+        "auto",
+        "Student towers that the cluster loss trains. `both` needs clusters made with text embeddings; `auto` uses both "
+        "where possible.",
+        choices=("auto", "image", "both"),
+    )
+    label_share: float = _loss(
+        0.5,
+        "Weight α of the k-means label in the cluster target; the rest is the teacher's soft distribution over clusters.",
+        within=FRACTION,
+    )
+    candidate_ratio: float = _loss(
+        0.1,
+        "Share of all centroids that are sampled as negatives for a batch, in addition to the batch's own clusters.",
+        within=FRACTION,
+    )
+    min_candidates: int = _loss(
+        4096, "Minimum number of centroids a batch is compared with; all if there are fewer.", within=AT_LEAST_1
+    )
+    candidate_correction: bool = _loss(
+        True,
+        "Correct the softmax over sampled centroids for their sampling rate; without it, the batch's own clusters are "
+        "overestimated.",
+    )
+    cluster_temperature: float | None = _loss(
+        None,
+        "Temperature of the teacher's distribution over clusters; by default the one that `clipcid cluster` chose.",
+        within=ABOVE_0,
+    )
+    batch_size: int | None = _length(
         None,
         "Samples per batch over all processes; by default at most 256, on GPUs up to 512 for each if that leaves 20,000 "
         "steps.",
-        group=_LENGTH,
-        minimum=1,
+        within=AT_LEAST_1,
     )
-    epochs: int | None = option(None, "Passes over the data; by default 32.", group=_LENGTH, minimum=1)
-    steps: int | None = option(None, "Optimizer steps, instead of --epochs.", group=_LENGTH, minimum=1)
-    accum_freq: int = option(
+    epochs: int | None = _length(None, "Passes over the data; by default 32.", within=AT_LEAST_1)
+    steps: int | None = _length(None, "Optimizer steps, instead of --epochs.", within=AT_LEAST_1)
+    accum_freq: int = _memory(
         1,
         "Encode each batch in this many parts to save memory; the losses still see the whole batch.",
-        group=_MEMORY,
-        minimum=1,
+        within=AT_LEAST_1,
     )
-    local_loss: bool = option(
+    local_loss: bool = _memory(
         True,
         "Compute in each process only the losses of its own rows; without it, each computes those of all, in more time and "
         "memory. The gradient is the same.",
-        group=_MEMORY,
     )
-    gather_with_grad: bool = option(
+    gather_with_grad: bool = _memory(
         False,
         "Accepted for compatibility with open_clip; gradients always flow to the features of every process.",
-        group=_MEMORY,
         operational=True,
     )
-    grad_checkpointing: bool = option(
-        False,
-        "Recompute activations in the backward pass: less memory, about a third more time.",
-        group=_MEMORY,
-        operational=True,
+    grad_checkpointing: bool = _memory(
+        False, "Recompute activations in the backward pass: less memory, about a third more time.", operational=True
     )
-    fast_decode: bool = option(
+    fast_decode: bool = _memory(
         False,
         "Decode large JPEGs at reduced resolution, at least twice the student's input size, or more with a small "
         "--crop-scale. Faster; pixels differ slightly. Evaluation does not use it.",
-        group=_MEMORY,
     )
-    torchcompile: bool = option(
-        False, "Compile the towers with torch.compile; the first steps take longer.", group=_MEMORY
+    torchcompile: bool = _memory(False, "Compile the towers with torch.compile; the first steps take longer.")
+    optimizer: str = _optimizer(
+        "muon",
+        "`muon` updates the layers of the towers by Muon, the rest by AdamW; `adamw` updates all by AdamW.",
+        choices=OPTIMIZERS,
     )
-    optimizer: str = optimizer_option(_OPTIMISER)
-    lr: float | None = lr_option(_OPTIMISER)
-    wd: float = decay_option(_OPTIMISER)
-    beta1: float = beta_option(_OPTIMISER, 0.9, "gradient mean")
-    beta2: float = beta_option(_OPTIMISER, 0.98, "squared gradient")
-    eps: float = eps_option(_OPTIMISER)
-    warmup: int | None = option(
+    lr: float | None = _optimizer(
+        None,
+        "Peak learning rate; by default it follows from losses, optimizer, batch and the student's width, and the run says "
+        "how.",
+        within=ABOVE_0,
+    )
+    wd: float = _optimizer(
+        0.2, "Weight decay; not applied to norms, biases, scales and the parameters of losses.", within=Range(0)
+    )
+    beta1: float = _optimizer(0.9, "AdamW's decay rate of the gradient mean.", within=Range(0, 0.9999))
+    beta2: float = _optimizer(0.98, "AdamW's decay rate of the squared gradient.", within=Range(0, 0.9999))
+    eps: float = _optimizer(1e-6, "AdamW's epsilon.", within=ABOVE_0)
+    warmup: int | None = _optimizer(
         None,
         "Steps of linear warm-up before the cosine schedule; by default a tenth of the run, at most 2,000.",
-        group=_OPTIMISER,
-        minimum=0,
+        within=Range(0),
     )
-    grad_clip_norm: float | None = option(
-        1.0, "Maximum gradient norm; 0 disables clipping.", group=_OPTIMISER, minimum=0.0
+    grad_clip_norm: float | None = _optimizer(1.0, "Maximum gradient norm; 0 disables clipping.", within=Range(0))
+    ema: float | None = _optimizer(
+        None,
+        "Also keep an exponential moving average of the student's weights with this decay, such as 0.999; it is evaluated "
+        "beside the student and written to student-ema/, for `clipcid export --ema`. Takes 4 bytes per trained parameter.",
+        within=Range(0, 0.999999, min_open=True),
+        metavar="DECAY",
     )
-    ema: float | None = ema_option(_OPTIMISER)
-    crop_scale: float = crop_scale_option(_AUGMENT)
-    color_jitter: float = color_jitter_option(_AUGMENT)
-    gray_probability: float = gray_probability_option(_AUGMENT)
-    caption_dropout: float = option(
+    caption_dropout: float = _augment(
         0.0,
         "Probability of dropping each comma-separated part of a caption except the first, for captions that end in "
         "keywords. Not possible with stored teacher embeddings.",
-        group=_AUGMENT,
-        minimum=0.0,
-        maximum=1.0,
+        within=FRACTION,
     )
-    name: str | None = option(
+    name: str | None = _output(
         None,
         "Name of the run and its folder; by default made of student, preset and seed.",
-        group=_OUTPUT,
         metavar="NAME",
         operational=True,
     )
-    val_fraction: float = option(
-        0.01,
-        "Share of the samples held out for validation, chosen by a hash of the key.",
-        group=_OUTPUT,
-        minimum=0.0,
-        maximum=0.5,
+    val_fraction: float = _output(
+        0.01, "Share of the samples held out for validation, chosen by a hash of the key.", within=Range(0, 0.5)
     )
-    eval_every: int | None = option(
-        None,
-        "Steps between evaluations on the held-out samples; by default a tenth of the run.",
-        group=_OUTPUT,
-        minimum=1,
+    eval_every: int | None = _output(
+        None, "Steps between evaluations on the held-out samples; by default a tenth of the run.", within=AT_LEAST_1
     )
-    eval_data: tuple[str, ...] = option(
+    eval_data: tuple[str, ...] = _output(
         (),
         "Data set to measure at each evaluation, and at the end by `clipcid eval-zeroshot`; may be repeated.",
-        group=_OUTPUT,
         metavar="DATA",
         operational=True,
     )
-    report_to: str = option(
+    report_to: str = _output(
         "none",
         "Also write TensorBoard logs to tensorboard/ in the run's folder.",
-        group=_OUTPUT,
         choices=("none", "tensorboard"),
         operational=True,
     )
-    checkpoint_every: int | None = option(
+    checkpoint_every: int | None = _output(
         None,
         "Steps between checkpoints; by default a tenth of the run, at most 1,000.",
-        group=_OUTPUT,
-        minimum=1,
+        within=AT_LEAST_1,
         operational=True,
     )
-    resume: str = option(
+    resume: str = _output(
         "auto",
         "`auto` continues an unfinished run with the same settings from its last checkpoint, `latest` fails if there is "
         "none, `never` starts over.",
-        group=_OUTPUT,
         choices=("auto", "latest", "never"),
         operational=True,
     )
@@ -276,6 +257,9 @@ class DistillSettings(ReadingSettings):
     def __post_init__(self) -> None:
         """Check what involves several fields."""
         super().__post_init__()
+        losses = [LOSSES[name] for name in self.losses()]
+        if not losses:
+            raise UsageError("All losses have a weight of 0.", "Give at least one --loss a weight above 0.")
         if self.student is None:
             raise UsageError(
                 "No student was given.", "Give --student, e.g. --student ViT-B-32 or a .json file of an architecture."
@@ -291,11 +275,11 @@ class DistillSettings(ReadingSettings):
         if self.epochs is not None and self.steps is not None:
             raise UsageError("--epochs and --steps were both given.", "Omit one of the two.")
         if self.teacher == NO_TEACHER:
-            for name in self.losses():
-                if LOSSES[name].needs_teacher:
+            for loss in losses:
+                if loss.needs_teacher:
                     raise UsageError(
-                        f"--teacher is none, but the loss {name} needs a teacher.",
-                        f"Name a teacher, or use --preset clip without --loss {name}=….",
+                        f"--teacher is none, but the loss {loss.name} needs a teacher.",
+                        f"Name a teacher, or use --preset clip without --loss {loss.name}=….",
                     )
         if self.caption_dropout and self.needs_teacher and not self.online_teacher:
             raise UsageError(
@@ -306,20 +290,27 @@ class DistillSettings(ReadingSettings):
             raise UsageError(
                 "--online-teacher was given, but no loss of the run needs a teacher.", "Omit --online-teacher."
             )
-        if self.torchcompile and any(LOSSES[name].reads_tokens for name in self.losses()):
+        if self.torchcompile and any(loss.reads_tokens for loss in losses):
             raise UsageError(
                 "--torchcompile compiles no pass that gives the features of patches and tokens, which td reads.",
                 "Omit --torchcompile, or use --loss td=0.",
             )
-        if not any(LOSSES[name].needs_clusters for name in self.losses()):
-            refuse_cluster_flags(self)
-        self._check_stored_extras()
+        if not any(loss.needs_clusters for loss in losses):
+            self._validate_cluster_flags()
+        self._validate_stored_extras()
         if self.extra_texts or self.texts is not None:
-            self._check_extra_texts()
-        if not self.losses():
-            raise UsageError("All losses have a weight of 0.", "Give at least one --loss a weight above 0.")
+            self._validate_extra_texts()
 
-    def _check_stored_extras(self) -> None:
+    def _validate_cluster_flags(self) -> None:
+        given = [flag_of(field) for field in given_fields(self) if field.name in _CLUSTER_FLAGS]
+        if given:
+            flags = ", ".join(given)
+            fix = f"Omit {flags}"
+            if self.teacher != NO_TEACHER:
+                fix += ", or use --preset cid or --loss cluster=0.5"
+            raise UsageError(f"{flags}: for the cluster loss, which the run does not have.", f"{fix}.")
+
+    def _validate_stored_extras(self) -> None:
         given = {
             "--views stored": self.views == "stored",
             "--text-variant-share": bool(self.text_variant_share),
@@ -333,7 +324,7 @@ class DistillSettings(ReadingSettings):
                 f"Omit {flags}" + (", or --online-teacher." if self.online_teacher else "."),
             )
 
-    def _check_extra_texts(self) -> None:
+    def _validate_extra_texts(self) -> None:
         flag = f"--extra-texts {self.extra_texts}" if self.extra_texts else "--texts"
         if self.extra_texts == 0:
             raise UsageError("--texts names the texts for --extra-texts, but that is 0.", "Omit one of the two.")
@@ -371,11 +362,7 @@ class DistillSettings(ReadingSettings):
         return self.preset or ("clip" if self.teacher == NO_TEACHER else DEFAULT_PRESET)
 
     def losses(self) -> dict[str, Weight]:
-        """Return the losses of the run with their weights, in registry order.
-
-        Raises:
-            UsageError: for a --loss that is not NAME=WEIGHT with a known name and a weight of at least 0.
-        """
+        """Return the losses of the run with their weights, in registry order."""
         return select_losses(self.chosen_preset, dict(_parse_loss(text) for text in self.loss))
 
     @property

@@ -6,84 +6,68 @@ import dataclasses
 from pathlib import Path
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.augmentation import color_jitter_option, crop_scale_option, gray_probability_option
-from clipcid_cli.steps.settings.fields import argument, option
-from clipcid_cli.steps.settings.shared import ReadingSettings
+from clipcid_cli.steps.settings.fields import AT_LEAST_1, Range, flag_of, given_fields, group
+from clipcid_cli.steps.settings.shared import AugmentationSettings, TrainingDataSettings
 
 DEFAULT_MODEL = "ViT-L-14"
-_MAKE = "Embedding"
-_VIEWS = "Augmented views and captions"
 VIEW_KINDS = ("crop", "strong", "mix")
+
+_embed = group("Embedding")
+_augment = group("Augmentation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EmbedSettings(ReadingSettings):
+class EmbedSettings(AugmentationSettings, TrainingDataSettings):
     """Settings of `embed`."""
 
-    data: str | None = argument(
-        None,
-        "Images and captions: a folder of tar shards, one tar, a pattern such as laion/{00000..00099}.tar, a folder of "
-        "images, or a csv, tsv or parquet list. By default, the data of the embeddings in the work directory.",
-    )
-    model: str = option(
+    model: str = _embed(
         DEFAULT_MODEL,
         "CLIP model: an architecture, architecture:tag, hf-hub:org/name, or a folder with open_clip_config.json and "
         "weights.",
-        group=_MAKE,
         metavar="MODEL",
     )
-    text: bool = option(True, "Also embed the captions.", group=_MAKE)
-    texts: Path | None = option(
+    text: bool = _embed(True, "Also embed the captions.")
+    texts: Path | None = _embed(
         None,
         "Embed this UTF-8 file, a text a line, instead of images: more texts for the student's text tower "
         "(`clipcid distill --extra-texts`).",
-        group=_MAKE,
         metavar="FILE",
     )
-    out: Path | None = option(
+    out: Path | None = _embed(
         None,
         "Output folder; by default embeddings/<model> in the work directory, texts/<model> for --texts.",
-        group=_MAKE,
         operational=True,
     )
-    batch_size: int | None = option(
+    batch_size: int | None = group("How it runs")(
         None,
         "Images per batch in each process; by default 64 on a CPU, 256 on a GPU. It affects the last bits of the "
         "embeddings.",
-        group="How it runs",
-        minimum=1,
+        within=AT_LEAST_1,
     )
-    fast_decode: bool = option(
+    fast_decode: bool = _embed(
         False,
         "Decode large JPEGs at reduced resolution, at least twice the model's input size. Faster; pixels differ slightly.",
-        group=_MAKE,
     )
-    views: int = option(
+    views: int = _augment(
         0,
         "Also embed this many augmented views of each image. `clipcid distill` then trains on these views with the "
         "teacher's embedding of each view. A view takes 2 bytes x width + 64 (136 if any is a mixture).",
-        group=_VIEWS,
-        minimum=0,
+        within=Range(0),
         metavar="V",
     )
-    view_kind: tuple[str, ...] = option(
+    view_kind: tuple[str, ...] = _augment(
         (),
         "Kinds of the views, in turn; may be repeated, or listed with commas. `crop`, the default: random crops and colors "
-        "by the flags below. `strong`: crops of 30% of the area and more, strong colors. `mix`: two images, cropped by "
+        "by the flags above. `strong`: crops of 30% of the area and more, strong colors. `mix`: two images, cropped by "
         "those flags, are mixed, with a weight of 0.5 to 1 for the first.",
-        group=_VIEWS,
         metavar="KIND",
     )
-    crop_scale: float = crop_scale_option(_VIEWS)
-    color_jitter: float = color_jitter_option(_VIEWS)
-    gray_probability: float = gray_probability_option(_VIEWS)
-    text_variants: int = option(
+    text_variants: int = _augment(
         0,
         "Also embed this many variants of each image's captions: keywords dropped and shuffled, of prose sentences and "
         "clauses dropped. `clipcid distill` then shows variants too, each with the teacher's embedding of that very text. A "
         "variant takes 2 bytes x width.",
-        group=_VIEWS,
-        minimum=0,
+        within=Range(0),
         metavar="V",
     )
 
@@ -103,10 +87,9 @@ class EmbedSettings(ReadingSettings):
             raise UsageError("--texts decodes no images, --fast-decode decodes them faster.", "Omit --fast-decode.")
         if self.text_variants and not self.text:
             raise UsageError("--text-variants embeds captions, --no-text does not.", "Omit one of the two.")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in ("view_kind", "crop_scale", "color_jitter", "gray_probability"):
-            if not self.views and getattr(self, name) != defaults[name]:
-                flag = f"--{name.replace('_', '-')}"
+        for field in given_fields(self):
+            if not self.views and field.name in ("view_kind", "crop_scale", "color_jitter", "gray_probability"):
+                flag = flag_of(field)
                 fix = f"Omit {flag}" + (", or add --views V, the number of views." if self.texts is None else ".")
                 raise UsageError(f"{flag} was given, but no --views.", fix)
         for kind in self.view_kinds:

@@ -3,87 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.fields import argument, option
-from clipcid_cli.steps.settings.shared import ReadingSettings
+from clipcid_cli.steps.settings.fields import AT_LEAST_1, Range, argument, group
+from clipcid_cli.steps.settings.shared import EvaluationSettings
 
-_WHAT = "Data"
-_HOW = "Fitting the probe"
-_SHOTS = "Few-shot curve"
-_NEIGHBOURS = "Nearest neighbors"
-METRICS = (
-    "acc1",
-    "mean_per_class_recall",
-    "mean_average_precision",
-    "mean_average_precision_11_point",
-)
+METRICS = ("acc1", "mean_per_class_recall", "mean_average_precision", "mean_average_precision_11_point")
+
+_data = group("Models and data")
+_fit = group("Fitting the probe")
+_shots = group("Few-shot curve")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalLinearSettings(ReadingSettings):
+class EvalLinearSettings(EvaluationSettings):
     """Settings of `eval-linear`."""
 
-    model: str | None = argument(
-        None,
-        "Model to evaluate: a folder, architecture:tag or hf-hub:org/name. By default, the newest student in the work "
-        "directory.",
-    )
     data: str | None = argument(
         None,
         "Folder with train/ and test/ (CLIP_benchmark shards, or one folder of images per class), or the name of a known "
         "data set such as food101 with a copy in --data-root.",
     )
-    train: str | None = option(
+    train: str | None = _data(
         None,
         "Labeled images to fit on, instead of DATA/train: tar shards with .cls, one folder of images per class, or a list "
         "with a `label` column.",
-        group=_WHAT,
         metavar="DATA",
     )
-    test: str | None = option(None, "Labeled images to measure on, instead of DATA/test.", group=_WHAT, metavar="DATA")
-    val: str | None = option(
+    test: str | None = _data(None, "Labeled images to measure on, instead of DATA/test.", metavar="DATA")
+    val: str | None = _data(
         None,
         "Labeled images to choose the regularization on, instead of a part of the training images. The final fit uses "
         "both.",
-        group=_WHAT,
         metavar="DATA",
     )
-    data_root: Path = option(
-        Path("data"), "Folder with copies of the data sets given by name.", group=_WHAT, operational=True
-    )
-    val_fraction: float = option(
+    val_fraction: float = _fit(
         0.2,
         "Share of the training images, stratified by class, to choose the regularization on; not used with --val.",
-        group=_HOW,
-        minimum=0.0,
-        maximum=0.9,
-        above_minimum=True,
+        within=Range(0, 0.9, min_open=True),
     )
-    metric: str = option(
+    metric: str = _fit(
         "auto",
         "Metric to choose the regularization by: `acc1`, `mean_per_class_recall`, `mean_average_precision`, "
         "`mean_average_precision_11_point`, or with `auto` the one usually reported for the data set.",
-        group=_HOW,
         choices=("auto", *METRICS),
         metavar="METRIC",
     )
-    shots: str | None = option(
-        None,
-        "Also fit on this many images per class, for example 1,2,4,8,16.",
-        group=_SHOTS,
-        metavar="K,K,…",
+    shots: str | None = _shots(None, "Also fit on this many images per class, for example 1,2,4,8,16.", metavar="K,K,…")
+    shot_repeats: int = _shots(
+        5, "Random draws per number of shots; mean and standard deviation are reported.", within=AT_LEAST_1
     )
-    shot_repeats: int = option(
-        5, "Random draws per number of shots; mean and standard deviation are reported.", group=_SHOTS, minimum=1
-    )
-
-    knn: str | None = option(
+    knn: str | None = group("Nearest neighbors")(
         None,
         "Also classify each test image by this many nearest training images, whose votes weigh exp(cosine/0.07), for "
         "example 10,20.",
-        group=_NEIGHBOURS,
         metavar="K,K,…",
     )
 
@@ -100,20 +73,12 @@ class EvalLinearSettings(ReadingSettings):
 
     @property
     def shot_counts(self) -> tuple[int, ...]:
-        """Numbers of images of each class, ascending; none without a curve.
-
-        Raises:
-            UsageError: when the flag holds something other than whole numbers from 1 on.
-        """
+        """Numbers of images of each class, ascending; none without a curve."""
         return _read_counts("--shots", self.shots, "1,2,4,8,16")
 
     @property
     def neighbour_counts(self) -> tuple[int, ...]:
-        """Numbers of nearest neighbours, ascending; none without --knn.
-
-        Raises:
-            UsageError: when the flag holds something other than whole numbers from 1 on.
-        """
+        """Numbers of nearest neighbours, ascending; none without --knn."""
         return _read_counts("--knn", self.knn, "10,20")
 
 

@@ -6,75 +6,56 @@ import dataclasses
 from pathlib import Path
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.fields import argument, flag_of, option, setting_of
-from clipcid_cli.steps.settings.shared import ReadingSettings
+from clipcid_cli.steps.settings.fields import Range, argument, flag_of, given_fields, group, setting_of
+from clipcid_cli.steps.settings.shared import EvaluationSettings
 
-_WHAT = "Models and data"
-_OUT = "Results"
 # Settings that a comparison follows.
 _COMPARING = frozenset({"model", "data", "bootstrap", "seed"})
 
+_what = group("Models and data")
+_result = group("Results")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalZeroshotSettings(ReadingSettings):
+class EvalZeroshotSettings(EvaluationSettings):
     """Settings of `eval-zeroshot`."""
 
-    model: str | None = argument(
-        None,
-        "Model to evaluate: a folder, architecture:tag or hf-hub:org/name. By default, the newest student in the work "
-        "directory.",
-    )
     data: tuple[str, ...] = argument(
         (),
         "Data sets: CLIP_benchmark folders, one folder of images per class, lists, tar shards, or names such as food101, "
         "imagenet, voc2007 with copies in --data-root. By default, retrieval on the samples that `clipcid distill` held "
         "out.",
     )
-    models: tuple[str, ...] = option(
-        (), "Another model to evaluate; may be repeated.", group=_WHAT, flag="--model", metavar="MODEL"
-    )
-    task: str = option(
+    models: tuple[str, ...] = _what((), "Another model to evaluate; may be repeated.", flag="--model", metavar="MODEL")
+    task: str = _what(
         "auto",
         "What to measure. `auto` follows the data set's dataset_type.txt; without one, it measures classification if there "
         "are classes and retrieval if there are captions.",
-        group=_WHAT,
         choices=("auto", "classification", "multilabel", "retrieval"),
     )
-    classnames: str | None = option(
+    classnames: str | None = _what(
         None,
         "File with one class name per line, class 0 first, or `imagenet` for open_clip's names. By default, the data set's "
         "classnames.txt or folder names.",
-        group=_WHAT,
         metavar="FILE",
     )
-    templates: str | None = option(
+    templates: str | None = _what(
         None,
         "File with one prompt template per line, with {c} or {} for the class name, or `openai` or `simple` for open_clip's "
         "80 or 7 templates. By default, the data set's zeroshot_classification_templates.txt, else `a photo of a {c}.`",
-        group=_WHAT,
         metavar="FILE",
     )
-    data_root: Path = option(
-        Path("data"), "Folder with copies of the data sets given by name.", group=_WHAT, operational=True
-    )
-    split: str = option("test", "Split of a CLIP_benchmark folder to use.", group=_WHAT)
-    bootstrap: int = option(
-        1000,
-        "Bootstrap samples for the 95% intervals; 0 disables them.",
-        group=_OUT,
-        minimum=0,
-    )
-    predictions: bool = option(
+    split: str = _what("test", "Split of a CLIP_benchmark folder to use.")
+    bootstrap: int = _result(1000, "Bootstrap samples for the 95% intervals; 0 disables them.", within=Range(0))
+    predictions: bool = _result(
         False,
         "Also write the predictions for each image to a parquet file (key, label, predicted, top, scores).",
-        group=_OUT,
         operational=True,
     )
-    compare: bool = option(
+    compare: bool = _result(
         False,
         "Test whether two results differ significantly instead of measuring: `--compare A.json B.json`, two metrics files "
         "that were made with --predictions.",
-        group=_OUT,
         operational=True,
     )
 
@@ -82,9 +63,9 @@ class EvalZeroshotSettings(ReadingSettings):
         """Check that a comparison has two sides and no more to do."""
         super().__post_init__()
         if self.compare:
-            self._check_comparison()
+            self._validate_comparison()
 
-    def _check_comparison(self) -> None:
+    def _validate_comparison(self) -> None:
         named = [*([self.model] if self.model is not None else []), *self.data]
         if len(named) != 2:
             raise UsageError(
@@ -98,10 +79,8 @@ class EvalZeroshotSettings(ReadingSettings):
         # Settings of a measurement have no effect here; ignoring them silently would mislead.
         idle = [
             flag_of(field)
-            for field in dataclasses.fields(self)
-            if field.name not in _COMPARING
-            and (field.name == "predictions" or not setting_of(field).operational)
-            and getattr(self, field.name) != field.default
+            for field in given_fields(self)
+            if field.name not in _COMPARING and (field.name == "predictions" or not setting_of(field).operational)
         ]
         if idle:
             raise UsageError(

@@ -6,16 +6,17 @@ import dataclasses
 from pathlib import Path
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.fields import argument, option
+from clipcid_cli.steps.settings.fields import FRACTION, Range, argument, group
 from clipcid_cli.steps.settings.shared import SharedSettings
 
 FORMATS = ("open-clip", "hf", "onnx")
 QUANTIZED = ("fp16", "int8")
 # The newest set that PyTorch 2.13 exports without converting; ONNX Runtime runs it from 1.17 on.
 DEFAULT_OPSET = 20
-_WRITE = "Output"
-_CLASSES = "Classes"
-_CHECK = "Verification"
+
+_output = group("Output")
+_classes = group("Classes")
+_check = group("Verification")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,92 +26,77 @@ class ExportSettings(SharedSettings):
     model: str | None = argument(
         None, "Model to export: a folder or architecture:tag. By default, the newest student in the work directory."
     )
-    ema: bool = option(
+    ema: bool = _output(
         False,
         "Export the average of the student's weights that `clipcid distill --ema` kept, instead of the student.",
-        group=_WRITE,
         operational=True,  # the weights count, which are among the inputs
     )
-    format: tuple[str, ...] = option(
+    format: tuple[str, ...] = _output(
         ("open-clip",),
         "Format to write; may be repeated. `open-clip`: a folder for open_clip (local-dir:DIR). `hf`: a folder for "
         "transformers (CLIPModel, CLIPProcessor). `onnx`: image and text encoder, and with --classnames a classifier.",
-        group=_WRITE,
         choices=FORMATS,
     )
-    out: Path | None = option(
-        None, "Output folder; by default export/<model> in the work directory.", group=_WRITE, operational=True
+    out: Path | None = _output(
+        None, "Output folder; by default export/<model> in the work directory.", operational=True
     )
-    opset: int | None = option(
-        None, f"ONNX opset version; by default {DEFAULT_OPSET}.", group=_WRITE, minimum=18, maximum=23
-    )
-    quantize: tuple[str, ...] = option(
+    opset: int | None = _output(None, f"ONNX opset version; by default {DEFAULT_OPSET}.", within=Range(18, 23))
+    quantize: tuple[str, ...] = _output(
         (),
         "Also write each ONNX file in this format, such as image_encoder_int8.onnx; may be repeated. `fp16` halves the "
         "size; `int8` quarters it and needs labeled or captioned images to measure the loss of accuracy.",
-        group=_WRITE,
         choices=QUANTIZED,
     )
-    dense: bool = option(
+    dense: bool = _output(
         False,
         "Add a second output to image_encoder.onnx, dense_embeds [N, h, w, D]: the projected patch embeddings of a ViT, not "
         "normalized.",
-        group=_WRITE,
     )
-    license: str | None = option(None, "License of the weights, for the model card; by default unknown.", group=_WRITE)
-    classnames: Path | None = option(
+    license: str | None = _output(None, "License of the weights, for the model card; by default unknown.")
+    classnames: Path | None = _classes(
         None,
         "File with one class name per line, or a CLIP_benchmark folder with classnames.txt. With --format onnx, also write "
         "classifier.onnx, from image bytes to one score per class.",
-        group=_CLASSES,
         operational=True,  # as `templates`: the content counts, which is among the inputs
     )
-    templates: Path | None = option(
+    templates: Path | None = _classes(
         None,
         "File with one prompt template per line, with {c} or {} for the class name; by default the folder's own, else `a "
         "photo of a {c}.`",
-        group=_CLASSES,
         operational=True,
     )
-    data: str | None = option(
+    data: str | None = _check(
         None,
         "Images to verify the export with, preferably with classes or captions. By default, the data of the embeddings in "
         "the work directory, else synthetic images and built-in sentences.",
-        group=_CHECK,
         metavar="DATA",
         operational=True,
     )
-    check_images: int | None = option(
+    check_images: int | None = _check(
         None,
         "Maximum number of images for comparing zero-shot predictions and speed; by default 1,000 with --data or "
         "--quantize, else 64.",
-        group=_CHECK,
-        minimum=16,
+        within=Range(16),
         operational=True,
     )
-    max_bad_fraction: float = option(
+    max_bad_fraction: float = _check(
         0.01,
         "Fail when more than this share of the images of --data cannot be read.",
-        group=_CHECK,
-        minimum=0.0,
-        maximum=1.0,
+        within=FRACTION,
         operational=True,
     )
-    max_difference: float | None = option(
+    max_difference: float | None = _check(
         None,
         "Largest allowed difference in an entry of a unit embedding; by default 0.0001 for fp32, 0.005 for fp16, 0.02 for "
         "bf16. For int8 see --max-accuracy-drop.",
-        group=_CHECK,
-        minimum=0.0,
+        within=Range(0),
         operational=True,
     )
-    max_accuracy_drop: float = option(
+    max_accuracy_drop: float = _check(
         0.01,
         "Largest allowed loss of a quantized model in zero-shot accuracy if the images have classes, else in recall@1 from "
         "image to caption.",
-        group=_CHECK,
-        minimum=0.0,
-        maximum=1.0,
+        within=FRACTION,
         operational=True,
     )
 

@@ -1,4 +1,4 @@
-"""The flags every subcommand has."""
+"""The flags that several subcommands have."""
 
 from __future__ import annotations
 
@@ -6,18 +6,29 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-from clipcid_cli.steps.settings.fields import check_ranges, option, plain, setting_of
+from clipcid_cli.steps.settings.fields import (
+    AT_LEAST_1,
+    FRACTION,
+    Range,
+    argument,
+    given_fields,
+    group,
+    plain,
+    setting_of,
+    validate_values,
+)
 
 DEFAULT_WORK = Path("clipcid-work")
-
-_RUN = "How it runs"
-_TALK = "What it prints"
-_READ = "How data is read"
-
 
 NO_SPINS = "0"
 # About 0.1 ms: it bridges thousands of short parallel sections, and leaves the core to another process otherwise.
 BRIEF_SPINS = "10000"
+
+_run = group("How it runs")
+_talk = group("What it prints")
+_read = group("How data is read")
+_input = group("Inputs")
+_augment = group("Augmentation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,62 +38,52 @@ class SharedSettings:
     # How long an idle OpenMP thread spins before it sleeps (GOMP_SPINCOUNT), where the user has not said.
     openmp_spins: ClassVar[str] = NO_SPINS
 
-    work: Path = option(
-        DEFAULT_WORK,
-        "Work directory: each step writes its output here, and the next one finds it.",
-        group=_RUN,
-        operational=True,
+    work: Path = _run(
+        DEFAULT_WORK, "Work directory: each step writes its output here, and the next one finds it.", operational=True
     )
-    config: Path | None = option(
+    config: Path | None = _run(
         None,
         "TOML file with one table per command. Flags and environment variables take precedence; --no-FLAG turns a "
         "switch off.",
-        group=_RUN,
         operational=True,
     )
-    device: str = option("auto", "Device to compute on.", group=_RUN, choices=("auto", "cpu", "cuda"), operational=True)
-    precision: str = option(
+    device: str = _run("auto", "Device to compute on.", choices=("auto", "cpu", "cuda"), operational=True)
+    precision: str = _run(
         "auto",
         "Floating-point format of the heavy computation; what `auto` chooses is printed.",
-        group=_RUN,
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    batch_size: int | None = option(None, "Samples per batch; by default chosen by the step.", group=_RUN, minimum=1)
-    workers: int | None = option(
+    batch_size: int | None = _run(None, "Samples per batch; by default chosen by the step.", within=AT_LEAST_1)
+    workers: int | None = _run(
         None,
         "Processes that read and decode data; by default one per core beyond the first, on a CPU at most 8.",
-        group=_RUN,
-        minimum=0,
+        within=Range(0),
         operational=True,
     )
-    seed: int = option(0, "Random seed.", group=_RUN, minimum=0)
-    overwrite: bool = option(
-        False, "Replace the output of an earlier run with other settings or inputs.", group=_RUN, operational=True
+    seed: int = _run(0, "Random seed.", within=Range(0))
+    overwrite: bool = _run(
+        False, "Replace the output of an earlier run with other settings or inputs.", operational=True
     )
-    dry_run: bool = option(
-        False,
-        "Check all inputs and report what would be done and at what cost; write nothing.",
-        group=_RUN,
-        operational=True,
+    dry_run: bool = _run(
+        False, "Check all inputs and report what would be done and at what cost; write nothing.", operational=True
     )
-    json: bool = option(False, "Print the result on stdout as one JSON object.", group=_TALK, operational=True)
-    quiet: bool = option(False, "Print only warnings and errors.", group=_TALK, operational=True)
-    debug: bool = option(False, "Show the traceback of errors.", group=_TALK, operational=True)
+    json: bool = _talk(False, "Print the result on stdout as one JSON object.", operational=True)
+    quiet: bool = _talk(False, "Print only warnings and errors.", operational=True)
+    debug: bool = _talk(False, "Show the traceback of errors.", operational=True)
 
     def __post_init__(self) -> None:
         """Check ranges and choices; subclasses add their checks across fields and call this first."""
-        check_ranges(self)
+        validate_values(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyedSettings(SharedSettings):
     """Settings of every step that joins rows by key."""
 
-    keys: str = option(
+    keys: str = _read(
         "sample",
         "What identifies a sample: `sample` is its webdataset key; `shard` is shard name + `/` + key, for data whose "
         "keys repeat across shards.",
-        group=_READ,
         choices=("sample", "shard"),
     )
 
@@ -91,35 +92,90 @@ class KeyedSettings(SharedSettings):
 class ReadingSettings(KeyedSettings):
     """Settings of every step that reads image-text data."""
 
-    image_column: str = option("filepath", "Column of a csv, tsv or parquet list with the image paths.", group=_READ)
-    caption_column: str = option("title", "Column of a list with the captions.", group=_READ)
-    key_column: str = option("key", "Column of a list with the keys; without one, the path is the key.", group=_READ)
-    max_bad_fraction: float = option(
+    image_column: str = _read("filepath", "Column of a csv, tsv or parquet list with the image paths.")
+    caption_column: str = _read("title", "Column of a list with the captions.")
+    key_column: str = _read("key", "Column of a list with the keys; without one, the path is the key.")
+    max_bad_fraction: float = _read(
         0.01,
         "Fail when more than this share of the samples is unusable (unreadable images, missing captions, …).",
-        group=_READ,
-        minimum=0.0,
-        maximum=1.0,
+        within=FRACTION,
     )
 
     @property
     def data_flags(self) -> dict[str, Any]:
         """The flags by which data is read, as far as they differ from their defaults: for the command of a fix."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        given = {name: getattr(self, name) for name in ("keys", "image_column", "caption_column", "key_column")}
-        return {name: value for name, value in given.items() if value != defaults[name]}
+        of_data = ("keys", "image_column", "caption_column", "key_column")
+        return {field.name: getattr(self, field.name) for field in given_fields(self) if field.name in of_data}
 
 
-def npz_array_option(group: str) -> Any:
-    """Declare the flag that names the array of image embeddings in ``.npz`` files, for steps that read embeddings."""
-    return option(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingDataSettings(ReadingSettings):
+    """Settings of every step that takes the collection of images and captions itself."""
+
+    data: str | None = argument(
         None,
-        "Array of image embeddings in .npz files such as DataComp's metadata, for example l14_img; by default the only "
-        "one whose name ends in _img.",
-        group=group,
-        metavar="NAME",
-        # As `embeddings`: outputs record the content of the array, not its name.
+        "Images and captions: a folder of tar shards, one tar, a pattern such as laion/{00000..00099}.tar, a folder of "
+        "images, or a csv, tsv or parquet list. By default, the data of the embeddings in the work directory.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddingsSettings(KeyedSettings):
+    """Settings of every step that reads embeddings."""
+
+    embeddings: Path | None = _input(
+        None,
+        "Folder of embeddings in clip-retrieval's layout, or of .npz files such as DataComp's; by default those in the work "
+        "directory.",
         operational=True,
+    )
+    npz_array: str | None = _input(
+        None,
+        "Array of image embeddings in .npz files, for example l14_img; by default the only one whose name ends in _img.",
+        metavar="NAME",
+        operational=True,  # as `embeddings`: outputs record the content of the array, not its name
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeptSettings(EmbeddingsSettings):
+    """Settings of every step that reads the embeddings of kept images."""
+
+    keep_list: str | None = _input(
+        None,
+        "Keep list of `clipcid balance`: use only its kept images, or all with `none`. By default, the work directory's if "
+        "there is one.",
+        metavar="FILE",
+        operational=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentationSettings(SharedSettings):
+    """Settings of every step that augments images."""
+
+    crop_scale: float = _augment(
+        0.9,
+        "Smallest share of the image area that a random crop keeps; 1 disables cropping.",
+        within=Range(0, 1, min_open=True),
+    )
+    color_jitter: float = _augment(
+        0.0, "Strength of random changes in brightness, contrast and saturation.", within=FRACTION
+    )
+    gray_probability: float = _augment(0.0, "Probability of converting an image to grayscale.", within=FRACTION)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(ReadingSettings):
+    """Settings of both evaluations."""
+
+    model: str | None = argument(
+        None,
+        "Model to evaluate: a folder, architecture:tag or hf-hub:org/name. By default, the newest student in the work "
+        "directory.",
+    )
+    data_root: Path = group("Models and data")(
+        Path("data"), "Folder with copies of the data sets given by name.", operational=True
     )
 
 
@@ -127,9 +183,7 @@ def given_flags(settings: SharedSettings) -> dict[str, Any]:
     """Return the flags by which a command makes the same again: those not at their default, as plain JSON values."""
     of_run = {field.name for field in dataclasses.fields(SharedSettings) if setting_of(field).operational}
     return {
-        field.name: plain(value)
-        for field in dataclasses.fields(settings)
-        if (value := getattr(settings, field.name)) != field.default
-        and not setting_of(field).positional
-        and field.name not in of_run
+        field.name: plain(getattr(settings, field.name))
+        for field in given_fields(settings)
+        if not setting_of(field).positional and field.name not in of_run
     }

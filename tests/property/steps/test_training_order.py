@@ -12,17 +12,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Slices, cut
+from clipcid_cli.formats.results.matched_samples import open_rows
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.distill.batches import BatchOrder
-from clipcid_cli.steps.distill.samples import Sources, match_samples
+from clipcid_cli.steps.distill.batches import Batches, Item
+from clipcid_cli.steps.distill.inputs import Inputs
+from clipcid_cli.steps.distill.samples import Sources, count_usable, match_samples
 from clipcid_cli.steps.reporting import Reporter
 
 
@@ -52,8 +55,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("orders")
 
 
-def make_order(root: Path, sizes: list[int], seed: int, batch_size: int, dropped: int) -> tuple[BatchOrder, list[str]]:
-    """Make the order of shards of some sizes, without every seventh sample, and list the keys it should hold."""
+def make_inputs(root: Path, sizes: list[int], dropped: int) -> tuple[Inputs, list[str]]:
+    """Make the inputs of shards of some sizes, without every seventh sample, and list the keys they should hold."""
     folder = Path(tempfile.mkdtemp(dir=root))
     dataset = Dataset("none", "list", cut(ListedRows(tuple(sizes)), "none"), index_folder=folder / "index")
     with open_machine("cpu") as machine:
@@ -62,10 +65,18 @@ def make_order(root: Path, sizes: list[int], seed: int, batch_size: int, dropped
     kept = numbers % 7 != dropped
     keys = [f"{number:05d}" for number in numbers]
     pq.write_table(pa.table({"key": keys, "kept": kept}), folder / "keep.parquet")
-    matched = match_samples(dataset, Sources(folder / "keep.parquet"), 0.0, folder, Reporter())
+    counts = match_samples(dataset, Sources(folder / "keep.parquet"), 0.0, folder, Reporter())
+    training, held_out = open_rows(folder, "training"), open_rows(folder, "held_out")
     expected = [key for number, key in enumerate(keys) if kept[number] and number % 5 < 4]
-    assert matched.training.total == matched.counts.selected == len(expected)
-    return BatchOrder(dataset, matched.training, seed, batch_size), expected
+    assert training.total == counts.selected == len(expected)
+    return Inputs(dataset, count_usable(dataset, 1.0), training, held_out, None, None, None, []), expected
+
+
+def deal(inputs: Inputs, seed: int, batch_size: int, steps: range, rank: int = 0, size: int = 1) -> list[list[Item]]:
+    """Return what one process shows in each step."""
+    machine = Machine(rank, size, rank, torch.device("cpu"))
+    batches = Batches(inputs, lambda _: NotImplemented, None, batch_size, seed, machine)
+    return [[item for part in dealt.work for item in part.items] for dealt in batches.deal(steps)]
 
 
 @given(
@@ -79,41 +90,33 @@ def make_order(root: Path, sizes: list[int], seed: int, batch_size: int, dropped
 def test_no_sample_is_lost_or_doubled(
     root: Path, sizes: list[int], seed: int, processes: int, share: int, dropped: int
 ) -> None:
-    order, expected = make_order(root, sizes, seed, share * processes, dropped)
-    epochs = 3
-    steps = -(-epochs * len(expected) // order.batch_size)
-    parts = [[share.items for share in order.iterate(0, steps, rank, processes)] for rank in range(processes)]
-    seen = [item for step in range(steps) for part in parts for item in part[step]]
+    inputs, expected = make_inputs(root, sizes, dropped)
+    epochs, batch_size = 3, share * processes
+    steps = range(-(-epochs * len(expected) // batch_size))
+    parts = [deal(inputs, seed, batch_size, steps, rank, processes) for rank in range(processes)]
+    seen = [item for step in steps for part in parts for item in part[step]]
     counted: dict[int, Counter[str]] = {}
     for item in seen:
         counted.setdefault(item.epoch, Counter())[item.sample.key] += 1
     for epoch in range(epochs):
         assert counted[epoch] == Counter(expected)
-    whole, _ = make_order(root, sizes, seed, share * processes, dropped)
-    alone = [item for step in range(steps) for item in whole.items(step, 0, 1)]
-    assert [(item.epoch, item.sample.key, item.row) for item in seen] == [
-        (item.epoch, item.sample.key, item.row) for item in alone
-    ]
+    assert seen == [item for step in deal(inputs, seed, batch_size, steps) for item in step]
 
 
 @given(seed=st.integers(0, 50), start=st.integers(0, 20))
 @settings(max_examples=20)
 def test_resuming_anywhere_goes_on_with_the_same_batches(root: Path, seed: int, start: int) -> None:
-    order, _ = make_order(root, [9, 17, 4], seed, 6, 0)
-    later, _ = make_order(root, [9, 17, 4], seed, 6, 0)
-    full, rest = (
-        [[(item.epoch, item.row, item.sample.key) for item in share.items] for share in order.iterate(first, 25, 0, 1)]
-        for order, first in ((order, 0), (later, start))
-    )
-    assert rest == full[start:]
+    inputs, _ = make_inputs(root, [9, 17, 4], 0)
+    assert deal(inputs, seed, 6, range(start, 25)) == deal(inputs, seed, 6, range(25))[start:]
 
 
 def test_epochs_and_seeds_differ(root: Path) -> None:
-    keys = []
-    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        order, expected = make_order(root, [30, 30], seed, 1, 0)
-        total = len(expected)
-        keys.append([order.items(epoch * total + step, 0, 1)[0].sample.key for step in range(total)])
-    assert sorted(keys[0]) == sorted(keys[1]) == sorted(keys[2])
-    assert keys[0] != keys[1]
-    assert keys[0] != keys[2]
+    inputs, expected = make_inputs(root, [30, 30], 0)
+    total = len(expected)
+    orders = [
+        [item.row for item in deal(inputs, seed, total, range(epoch, epoch + 1))[0]]
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+    assert orders[0] != orders[1]
+    assert orders[0] != orders[2]

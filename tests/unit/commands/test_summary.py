@@ -59,5 +59,5 @@ def test_a_log_gets_a_line_of_numbers_in_the_end_and_nothing_where_there_is_noth
         progress.advance(3)
         progress.show(loss=0.5)
     assert shown.getvalue().startswith("embed: 3/3 images, ")
-    assert shown.getvalue().endswith(" s, loss 0.5\n")
+    assert shown.getvalue().endswith(" s, loss=0.5\n")
     assert shown.getvalue().count("\n") == 1

@@ -34,24 +34,24 @@ def test_epochs_and_seeds_differ() -> None:
 def test_a_run_goes_through_one_epoch_after_the_other() -> None:
     order = SampleOrder(7, [3, 4])
     assert len(order) == 7
-    run = order.between(0, 14)
-    assert [epoch for epoch, _ in run] == [0] * 7 + [1] * 7
-    assert [row for _, row in run[7:]] == epoch_order(7, 1, [3, 4]).tolist()
-    assert SampleOrder(7, [3, 4]).between(5, 9) == run[5:9]
+    run = order.rows(0, 14).tolist()
+    assert run == [*epoch_order(7, 0, [3, 4]), *epoch_order(7, 1, [3, 4])]
+    assert SampleOrder(7, [3, 4]).rows(5, 9).tolist() == run[5:9]
+    assert order.rows(3, 3).tolist() == []
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60).filter(sum), st.lists(st.integers(0, 500), max_size=8))
 def test_any_stretch_is_the_same_wherever_reading_was_before(shard_sizes: list[int], starts: list[int]) -> None:
     order = SampleOrder(3, shard_sizes)
-    whole = [(epoch, int(row)) for epoch in range(600) for row in epoch_order(3, epoch, shard_sizes)][:600]
+    whole = [int(row) for epoch in range(600) for row in epoch_order(3, epoch, shard_sizes)][:600]
     for start in starts:  # back and forth, across groups and epochs
-        assert order.between(start, start + 70) == whole[start : start + 70]
+        assert order.rows(start, start + 70).tolist() == whole[start : start + 70]
 
 
 def test_the_order_is_what_it_always_was() -> None:
-    rows = [row for _, row in SampleOrder(1, [3, 0, 4, 2]).between(3, 13)]
+    rows = SampleOrder(1, [3, 0, 4, 2]).rows(3, 13).tolist()
     assert rows == [5, 2, 1, 8, 6, 0, 3, 5, 6, 1]
-    rows = [row for _, row in SampleOrder(5, [3, 1] * 20).between(70, 90)]
+    rows = SampleOrder(5, [3, 1] * 20).rows(70, 90).tolist()
     assert rows == [38, 55, 24, 37, 21, 42, 26, 36, 22, 41, 46, 44, 43, 24, 2, 6, 26, 17, 11, 72]
 
 
@@ -59,7 +59,7 @@ def test_shards_are_announced_a_group_ahead() -> None:
     sizes = [3] * 40 + [0]
     announced: list[list[int]] = []
     order = SampleOrder(5, sizes, lambda shards: announced.append(list(shards)))
-    owners = [place // 3 for _, place in order.between(0, 2 * 120)]
+    owners = [row // 3 for row in order.rows(0, 2 * 120).tolist()]
     assert len(announced) == 6
     for begin, group in zip((0, 48, 96, 120, 168, 216), announced, strict=True):
         # The last group of an epoch has 8 shards or 9, one of them empty; groups of 16 follow each other otherwise.
@@ -68,5 +68,5 @@ def test_shards_are_announced_a_group_ahead() -> None:
         assert len(group) <= 32
         assert 40 not in group
     resumed: list[list[int]] = []
-    SampleOrder(5, sizes, lambda shards: resumed.append(list(shards))).between(100, 101)
+    SampleOrder(5, sizes, lambda shards: resumed.append(list(shards))).rows(100, 101)
     assert resumed == announced[2:3]

@@ -12,7 +12,8 @@ import pytest
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.lock import lock
-from clipcid_cli.steps.keep_list import find_kept
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.reporting import Reporter
 
 KEYS = [f"{row:04d}" for row in range(100)]
@@ -27,15 +28,12 @@ def keep_list(tmp_path: Path) -> Path:
 
 
 def apply(keep_list: Path, work: Path, dry_run: bool) -> list[bool]:
-    found = find_kept(
-        keep_list,
-        lambda: [pa.chunked_array([KEYS[:60]]), pa.chunked_array([KEYS[60:]])],
-        100,
-        None if dry_run else work,
-        source="here",
-        max_missing=0.0,
-        reporter=Reporter(),
-    )
+    def keys() -> list[pa.ChunkedArray]:
+        return [pa.chunked_array([KEYS[:60]]), pa.chunked_array([KEYS[60:]])]
+
+    chosen = choose_keep_list(str(keep_list), WorkDirectory(work), "rows", 0.0, Reporter())
+    assert chosen is not None
+    found = chosen.find_kept(keys, 100, None if dry_run else work, "here", Reporter())
     return list(found)
 
 

@@ -19,7 +19,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.steps import preflight
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.preflight import Findings, check_samples, choose_order
+from clipcid_cli.steps.preflight import check_samples, choose_order
 from clipcid_cli.steps.reporting import Reporter
 
 
@@ -41,22 +41,21 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def check(dataset: Dataset, machine: Machine, *, dry_run: bool = True) -> tuple[Findings, list[str]]:
+def check(dataset: Dataset, machine: Machine, *, dry_run: bool = True) -> list[str]:
     listener = Listener()
-    found = check_samples(dataset, machine, 0, dry_run=dry_run, reporter=listener)
-    return found, listener.told
+    check_samples(dataset, machine, 0, dry_run=dry_run, reporter=listener)
+    return listener.told
 
 
 def test_all_shards_are_looked_at_and_it_is_said_what_was_found(shards: Path, machine: Machine, tmp_path: Path) -> None:
     dataset = open_dataset(shards, index_root=tmp_path)
-    found, told = check(dataset, machine)  # the first three samples of each: the cut image is the fifth
+    told = check(dataset, machine)  # the first three samples of each: the cut image is the fifth
     assert told == [f"{shards}: checked 6 of 6 shards, 18 samples: all can be decoded."]
-    assert (found.shards, found.samples, found.bad.total) == (6, 18, 0)
-    assert check(dataset, machine, dry_run=False)[1] == []
+    assert check(dataset, machine, dry_run=False) == []
 
     indexed = ensure_index(dataset, machine, 0, Reporter())
     for dry_run in (True, False):  # the first, the middle and the last of each
-        assert check(indexed, machine, dry_run=dry_run)[1] == [
+        assert check(indexed, machine, dry_run=dry_run) == [
             f"{shards}: checked 6 of 6 shards, 18 samples: 1 cannot be decoded.\n  1 × unreadable image: 00004: 000044"
         ]
 
@@ -76,30 +75,18 @@ def test_without_time_for_all_an_even_part_of_them_is_looked_at(
     shards: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = open_dataset(shards)
-    many = dataclasses.replace(dataset, shards=dataset.shards * 400)  # as 2,400 shards of five samples
-    monkeypatch.setattr(preflight, "_MIN_SECONDS", 0.0)
-    found, _ = check(many, machine, dry_run=False)
-    assert found.samples == 3 * found.shards
-    # A third of each of them is read: a hundredth of 2,400 shards is in 72, and 16 are looked at together.
-    assert 64 <= found.shards <= 88
-    order = choose_order(many, 0, dry_run=False)
-    assert sorted(order) == list(range(2400))
-    gaps = np.diff(np.sort(order[: found.shards]))
-    assert gaps.max() < 4 * 2400 / found.shards
-    assert order != choose_order(many, 1, dry_run=False)
-    assert order == choose_order(many, 0, dry_run=True)
-
-
-@pytest.mark.parametrize(("dry_run", "seconds"), [(True, 2), (False, 10)])
-def test_shards_of_which_little_is_read_are_looked_at_until_the_time_is_up(
-    shards: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, dry_run: bool, seconds: int
-) -> None:
-    dataset = open_dataset(shards)
-    many = dataclasses.replace(dataset, shards=dataset.shards * 400)  # as 2,400 indexed shards of 10,000 samples
-    monkeypatch.setattr(preflight, "_look", lambda _dataset, _number: Findings(1, 3, Skips(), 0.0003))
+    many = dataclasses.replace(dataset, shards=dataset.shards * 400)
+    monkeypatch.setattr(preflight, "_look", lambda _dataset, _number: (3, Skips()))
     # Reading the clock takes 0.25 s: it is read at the start and before each 16 shards.
     monkeypatch.setattr(preflight, "time", SimpleNamespace(perf_counter=itertools.count(0, 0.25).__next__))
-    assert check(many, machine, dry_run=dry_run)[0].shards == 16 * 4 * seconds
+    told = check(many, machine)
+    assert told == [f"{shards}: checked 128 of 2,400 shards, 384 samples (evenly spread): all can be decoded."]
+    order = choose_order(many, 0, dry_run=False)
+    assert sorted(order) == list(range(2400))
+    gaps = np.diff(np.sort(order[:128]))
+    assert gaps.max() < 4 * 2400 / 128
+    assert order != choose_order(many, 1, dry_run=False)
+    assert order == choose_order(many, 0, dry_run=True)
 
 
 def test_of_remote_data_a_dry_run_looks_at_few_shards_and_a_run_at_none(shards: Path) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from clipcid_cli.formats.arrays import Arrays, map_strings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.steps.balance.filters.references import Reference
+from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.chunks import SearchRun, run_chunks
 from clipcid_cli.steps.shared_arrays import share_arrays
@@ -54,17 +55,14 @@ class NearReferences:
         """Which rows are near a reference, bool [N]."""
         return np.asarray(self.owner >= 0)
 
-    def summarise(self) -> dict[str, Any]:
+    def summarise(self) -> AgainstResult:
         """Return what the JSON object says."""
         nearest = np.bincount(self.owner[self.owner >= 0], minlength=len(self.references)).tolist()
-        return {
-            "threshold": self.threshold,
-            "dropped": sum(nearest),
-            "references": [
-                {"name": reference.name, "rows": len(reference.numbers), "near": near, "nearest": number}
-                for reference, near, number in zip(self.references, self.near, nearest, strict=True)
-            ],
-        }
+        references = [
+            ReferenceResult(reference.name, len(reference.numbers), near, number)
+            for reference, near, number in zip(self.references, self.near, nearest, strict=True)
+        ]
+        return AgainstResult(self.threshold, sum(nearest), references)
 
     def columns(self, folder: Path) -> list[Column]:
         """Return the columns of the keep list, which name the nearest reference row of each row that is near one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pyarrow.compute as pc
@@ -17,6 +17,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.formats.results.keep_list import Column, float_column
+from clipcid_cli.steps.balance.result import CaptionWindowResult
 from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray, take_column
 from clipcid_cli.steps.chunks import SearchRun
 from clipcid_cli.steps.reporting import Progress
@@ -53,17 +54,17 @@ class CaptionWindow:
         """Which images lie outside, or have no usable caption, bool [N]."""
         return ~((self.similarity >= np.float32(self.low)) & (self.similarity <= np.float32(self.high)))
 
-    def summarise(self) -> dict[str, Any]:
+    def summarise(self) -> CaptionWindowResult:
         """Return what the JSON object says: the ends of the window, and how many images lie where."""
         low, high = (end if math.isfinite(end) else None for end in (self.low, self.high))
-        return {
-            "min": low,
-            "max": high,
-            "inside": int(np.count_nonzero(~self.is_dropped)),
-            "below": int(np.count_nonzero(self.similarity < np.float32(self.low))),
-            "above": int(np.count_nonzero(self.similarity > np.float32(self.high))),
-            "without": int(np.count_nonzero(np.isnan(self.similarity))),
-        }
+        return CaptionWindowResult(
+            min=low,
+            max=high,
+            inside=int(np.count_nonzero(~self.is_dropped)),
+            below=int(np.count_nonzero(self.similarity < np.float32(self.low))),
+            above=int(np.count_nonzero(self.similarity > np.float32(self.high))),
+            without=int(np.count_nonzero(np.isnan(self.similarity))),
+        )
 
     def columns(self, folder: Path) -> list[Column]:
         """Return the columns of the keep list."""

@@ -22,6 +22,7 @@ from clipcid_cli.formats.results.keep_list import Column
 from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.result import ClusterCapResult
 from clipcid_cli.steps.balance.rows import BoolArray, take_column
 from clipcid_cli.steps.balance.scores import SCORES
 from clipcid_cli.steps.reporting import Reporter
@@ -46,15 +47,15 @@ class ClusterCap:
     is_dropped: BoolArray
     before: npt.NDArray[np.int64]
 
-    def summarise(self) -> dict[str, Any]:
+    def summarise(self) -> ClusterCapResult:
         """Return what the JSON object says."""
-        return {
-            "most": self.most,
-            "clusters": int(np.count_nonzero(self.before)),
-            "capped": int(np.count_nonzero(self.before > self.most)),
-            "dropped": int(np.count_nonzero(self.is_dropped)),
-            "largest": int(self.before.max(initial=0)),
-        }
+        return ClusterCapResult(
+            most=self.most,
+            clusters=int(np.count_nonzero(self.before)),
+            capped=int(np.count_nonzero(self.before > self.most)),
+            dropped=int(np.count_nonzero(self.is_dropped)),
+            largest=int(self.before.max(initial=0)),
+        )
 
     def columns(self, folder: Path) -> list[Column]:
         """Return the columns of the keep list."""

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.steps.balance.samples import open_named
+from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -56,16 +56,15 @@ def refuse_missing(settings: BalanceSettings) -> None:
 
 def plan_references(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
-) -> list[tuple[str, int, dict[str, Any] | None]]:
+) -> list[tuple[str, int, EmbedCost | None]]:
     """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made or written.
 
     Returns:
-        Of each its name, its images, and what embedding them would cost: the JSON object of ``embed --dry-run``; None where
-        the embeddings are there.
+        Of each its name, its images, and what embedding them would cost; None where the embeddings are there.
     """
     opened = [(name, _open(settings, machine, embeddings, name, reporter)) for name in settings.against]
     return [
-        (name, each.num_rows, None) if isinstance(each, Embeddings) else (name, each["images"], each)
+        (name, each.num_rows, None) if isinstance(each, Embeddings) else (name, each.images, each)
         for name, each in opened
     ]
 
@@ -88,12 +87,12 @@ def open_references(
 
 def _open(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, name: str, reporter: Reporter
-) -> Embeddings | dict[str, Any]:
+) -> Embeddings | EmbedCost:
     """Open the embeddings of a reference; where there are none make them, or in a dry run return what that would cost."""
     folder = Path(name)
     if not _holds_embeddings(folder):
         folder, made = _embed(settings, machine, embeddings, name, reporter)
-        if made.get("dry_run"):
+        if isinstance(made, EmbedCost):
             return made
     cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
     reference = open_embeddings(folder, settings.keys, settings.npz_array, cache)
@@ -110,12 +109,8 @@ def _holds_embeddings(folder: Path) -> bool:
 
 def _embed(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, data: str, reporter: Reporter
-) -> tuple[Path, dict[str, Any]]:
-    """Embed reference images as the embeddings to balance were; what is there already is taken.
-
-    Returns:
-        The folder, and the JSON object of `embed`.
-    """
+) -> tuple[Path, Embedded]:
+    """Embed reference images as the embeddings to balance were, into the folder; what is there already is taken."""
     model = settings.model if embeddings.sidecar is None else embeddings.sidecar.model.spec
     if model is None:
         raise ClipcidError(

@@ -6,7 +6,7 @@ import pytest
 
 from clipcid_cli.algorithms.losses.learning_rate import RATES, default_rate
 from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS
-from clipcid_cli.steps.settings.optimisation import OPTIMIZERS
+from clipcid_cli.steps.settings.distill import OPTIMIZERS
 
 
 @pytest.mark.parametrize(

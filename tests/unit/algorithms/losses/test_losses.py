@@ -29,11 +29,12 @@ from loss_data import (
 from clipcid_cli.algorithms.losses import row_blocks
 from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.cluster import ClusterTargets
-from clipcid_cli.algorithms.losses.registry import LOSSES, served_by_one_tower
-from clipcid_cli.runtime.training.trainer import LossParameters
+from clipcid_cli.algorithms.losses.parameters import LossParameters
+from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 
 NAMES = tuple(LOSSES)
-ONE_TOWER = [name for name in NAMES if LOSSES[name].needs_teacher and served_by_one_tower(NAMES)[name]]
+ONE_TOWER = [name for name in NAMES if LOSSES[name].needs_teacher and LOSSES[name].one_tower]
 # Their gradient is not that of their value: part of it is a target that is held.
 FIXED_TARGETS = ("vrd", "xrd")
 # They take the student's scale as a constant.
@@ -206,18 +207,18 @@ def test_gradient_distance_compares_the_gradients_of_the_contrastive_loss() -> N
     """With a teacher that is flat, what is left is the squared gradient of `clip` itself, as autograd finds it."""
     numbers = make_numbers()
     batch = dataclasses.replace(make_batch(numbers), teacher_scale=0.0)
-    _, (by_image, by_text, _, _) = with_gradients("clip", batch)
+    _, (by_image, by_text, *_) = with_gradients("clip", batch)
     expected = float((by_image**2).sum() + (by_text**2).sum()) * B
     assert float(compute("gd", batch, SCALES)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_fusion_layers_learn_from_any_share_of_rows() -> None:
-    parameters = LossParameters(["afd"], 5, None, seed=0, fused_width=5).double()
-    assert sum(p.numel() for p in parameters.fusion.parameters()) == 2 * 5 * (10 + 1)
+    parameters = LossParameters(["afd"], 5, SharedSpace(5), seed=0).double()
+    assert sum(p.numel() for p in parameters.parameters()) == 2 * 5 * (10 + 1) + 1
 
     def gradients(own: slice) -> list[torch.Tensor]:
-        batch = dataclasses.replace(make_batch(make_numbers(), own=own), fusion=parameters.fusion_pair())
-        return list(torch.autograd.grad(compute("afd", batch, parameters.scale("afd")), list(parameters.parameters())))
+        value = load_loss("afd")(make_batch(make_numbers(), own=own), **parameters.of("afd"))
+        return list(torch.autograd.grad(value, list(parameters.parameters())))
 
     for whole, *parts in zip(gradients(ALL), gradients(slice(0, 3)), gradients(slice(3, B)), strict=True):
         assert whole.abs().sum() > 0

@@ -11,7 +11,7 @@ from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
 from clipcid_cli.formats.data.class_files import BUILTIN_CLASS_NAMES, BUILTIN_TEMPLATES, fill_template
 from clipcid_cli.formats.data.known_datasets import KNOWN_DATASETS, customary_metric, find_known_dataset
 from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
-from clipcid_cli.steps.evaluate.probe_data import open_probe_data
+from clipcid_cli.steps.evaluate.probe_plan import make_plan
 from clipcid_cli.steps.evaluate.tasks import find_copy, plan_tasks
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
@@ -75,7 +75,7 @@ def test_the_customary_metric_is_found_by_folder_too(tmp_path: Path) -> None:
             image.write_bytes(make_image(1))
     folder = str(tmp_path / "wds_vtab-pets")
     (task,) = plan_tasks(EvalZeroshotSettings(data=(folder,)), Reporter())
-    probe = open_probe_data(EvalLinearSettings(data=folder), Reporter())
+    probe = make_plan(EvalLinearSettings(model="ViT-B-32", data=folder), Reporter())
     assert task.customary == probe.metric == "mean_per_class_recall"
     assert customary_metric("wds_vtab-pets/test", ("acc1", "mean_per_class_recall")) == "mean_per_class_recall"
     assert customary_metric("voc2007", ("acc1", "mean_per_class_recall")) == "acc1"

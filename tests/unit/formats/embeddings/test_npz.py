@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,15 @@ def test_compressed_arrays_are_unpacked_up_to_a_limit(tmp_path: Path, monkeypatc
     with pytest.raises(ClipcidError, match="are compressed, so that they cannot be mapped") as refused:
         found.rows(Kind.IMAGES)
     assert "numpy.savez" in refused.value.fix
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_another_process_maps_the_rows_itself(save: Any, tmp_path: Path) -> None:
+    whole = write_datacomp(tmp_path / "rows", save, sizes=(2_000, 3_000))
+    rows = open_embeddings(tmp_path / "rows", npz_array="b32_img").rows(Kind.IMAGES)
+    sent = pickle.dumps(rows)
+    assert len(sent) < whole["b32_img"].nbytes / 10
+    assert np.array_equal(pickle.loads(sent).take(np.array([4_999, 3, 2_000])), rows.take(np.array([4_999, 3, 2_000])))
 
 
 def cut_off(folder: Path) -> None:

@@ -1,30 +1,30 @@
 """Metrics files: CLIP_benchmark's fields, valid JSON, and names that are safe and distinct."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.metrics import (
-    make_metrics,
+    Metrics,
     metrics_stem,
     read_metrics,
     write_metrics,
 )
 
 
-def test_round_trip_with_nan_as_null(tmp_path: Path) -> None:
-    metrics = make_metrics(
+def test_round_trip(tmp_path: Path) -> None:
+    metrics = Metrics(
         dataset="food101",
         model="ViT-B-32",
         pretrained="laion2b_s34b_b79k",
         task="zeroshot_classification",
-        metrics={"acc1": 0.5, "acc5": math.nan, "mean_per_class_recall": 0.25},
+        language="en",
+        metrics={"acc1": 0.5, "acc5": None, "mean_per_class_recall": 0.25},
     )
     path = tmp_path / "eval" / "a.json"
-    write_metrics(path, {**metrics, "images": 12})
+    write_metrics(path, metrics)
     assert json.loads(path.read_text()) == {
         "dataset": "food101",
         "model": "ViT-B-32",

@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.cluster import cluster
 from clipcid_cli.formats.results.clusters import TopClusters
-from clipcid_cli.steps.distill.cluster_targets import ClusterLookup, open_centroids
+from clipcid_cli.algorithms.losses.centroids import ProjectedCentroids
+from clipcid_cli.steps.distill.clusters import ClusterLookup
+from clipcid_cli.steps.settings.distill import DistillSettings
 
 def top(seed):
     random = np.random.default_rng(seed)
@@ -33,9 +35,10 @@ def features(seed):
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn({BATCH}, {WIDTH}, generator=generator), dim=1).requires_grad_()
 
-centroids = open_centroids(np.load(sys.argv[1], mmap_mode="r"), None, torch.device("cpu"))
-captions = top(1) if sys.argv[2] == "both" else None
-lookup = ClusterLookup(centroids, np.arange({BATCH}), top(0), captions, 0.05, 0.05, 0.5, 0.1, 4096, True, 0)
+centroids = ProjectedCentroids.of(np.load(sys.argv[1], mmap_mode="r"), None, torch.device("cpu"))
+towers = [(top(0), 0.05)] + [(top(1), 0.05)] * (sys.argv[2] == "both")
+settings = DistillSettings(student="s.json", preset="cid", candidate_ratio=0.1, min_candidates=4096)
+lookup = ClusterLookup(centroids, np.arange({BATCH}), towers, settings)
 image, text, scale = features(2), features(3), torch.tensor(14.0, requires_grad=True)
 torch.autograd.grad((image @ text.T).sum(), image)  # its threads are there
 print("ready", flush=True)

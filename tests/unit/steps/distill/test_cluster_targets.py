@@ -15,8 +15,8 @@ from clipcid_cli.algorithms.losses.centroids import ProjectedCentroids
 from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, principal_axes
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.clusters import TopClusters
-from clipcid_cli.steps.distill import cluster_targets
-from clipcid_cli.steps.distill.cluster_targets import ClusterLookup, open_centroids
+from clipcid_cli.steps.distill.clusters import ClusterLookup
+from clipcid_cli.steps.settings.distill import DistillSettings
 
 K, D, CUT, N, M = 300, 24, 10, 40, 4
 CPU = torch.device("cpu")
@@ -41,9 +41,9 @@ def test_taken_rows_are_the_file_rows_projected(
 ) -> None:
     axes = axes_of(file) if is_projected else None
     width = CUT if is_projected else D
-    monkeypatch.setattr(cluster_targets, "_KEPT_BYTES", K * width * 4 - (not is_kept))
+    monkeypatch.setattr(projected_centroids, "_KEPT_BYTES", K * width * 4 - (not is_kept))
     monkeypatch.setattr(projected_centroids, "_ROWS_AT_ONCE", 7)
-    centroids = open_centroids(file, axes, CPU)
+    centroids = ProjectedCentroids.of(file, axes, CPU)
     assert (centroids.kept_Kd is not None) == is_kept
     assert (len(centroids), centroids.width) == (K, width)
     ids = np.random.default_rng(1).permutation(K)[:50]
@@ -61,36 +61,25 @@ def make_lookup(file: np.ndarray, captions: bool, *, corrected: bool = True) -> 
         return TopClusters(clusters, -np.sort(-random.uniform(0.2, 0.9, (N, M)), axis=1).astype(np.float16))
 
     table_rows = random.permutation(N)  # rows of the samples are not rows of the table
-    return ClusterLookup(
-        centroids=ProjectedCentroids(file, None, CPU),
-        table_rows=table_rows,
-        images=top(),
-        captions=top() if captions else None,
-        image_temperature=0.1,
-        caption_temperature=0.3,
-        label_share=0.5,
-        ratio=0.1,
-        minimum=0,
-        corrected=corrected,
-        seed=5,
+    towers = [(top(), 0.1), (top(), 0.3)] if captions else [(top(), 0.1)]
+    settings = DistillSettings(
+        student="s.json", preset="cid", candidate_ratio=0.1, min_candidates=1, candidate_correction=corrected, seed=5
     )
+    return ClusterLookup(ProjectedCentroids(file, None, CPU), table_rows, towers, settings)
 
 
 def test_targets_lead_back_to_the_stored_clusters(file: np.ndarray) -> None:
     lookup, rows = make_lookup(file, captions=True), np.array([31, 2, 17])
     images, texts = lookup.targets(rows, step=3)
     assert texts is not None
-    assert lookup.captions is not None
-    for targets, top, temperature in ((images, lookup.images, 0.1), (texts, lookup.captions, 0.3)):
+    for targets, (top, temperature) in zip((images, texts), lookup.towers, strict=True):
         named = targets.centroids_SD[targets.positions_Bm].numpy()
         np.testing.assert_allclose(named, unit(file[top.clusters[lookup.table_rows[rows]]]), atol=1e-6)
         share = np.exp(top.similarities[lookup.table_rows[rows]].astype(np.float64) / temperature)
         share = 0.5 * share / share.sum(axis=1, keepdims=True) + 0.5 * (np.arange(M) == 0)
         np.testing.assert_allclose(targets.weights_Bm.numpy(), share, atol=1e-6)
         assert not targets.log_correction_S[targets.positions_Bm].any()
-    named = np.union1d(
-        lookup.images.clusters[lookup.table_rows[rows]], lookup.captions.clusters[lookup.table_rows[rows]]
-    )
+    named = np.union1d(*(top.clusters[lookup.table_rows[rows]] for top, _ in lookup.towers))
     assert len(images.centroids_SD) == len(named) + 0.1 * K
 
 
@@ -117,6 +106,6 @@ def test_without_the_correction_a_drawn_centroid_counts_once(file: np.ndarray) -
 @pytest.mark.parametrize("cluster", [-1, K])
 def test_a_cluster_that_is_not_there_is_named(file: np.ndarray, cluster: int) -> None:
     lookup, rows = make_lookup(file, captions=False), np.arange(6)
-    lookup.images.clusters[lookup.table_rows[3], 1] = cluster
+    lookup.towers[0][0].clusters[lookup.table_rows[3], 1] = cluster
     with pytest.raises(ClipcidError, match=rf"name clusters .*{cluster}.*; there are {K:,} centroids"):
         lookup.targets(rows, step=1)

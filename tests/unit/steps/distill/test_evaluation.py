@@ -12,8 +12,8 @@ from conftest import write_tiny_model
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill import evaluation
-from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.distill.evaluation import Evaluation, HeldOut
+from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
 
 
 @pytest.mark.parametrize("is_there", [True, False])
@@ -23,12 +23,12 @@ def test_only_the_first_process_reads_the_held_out_part(
     def refuse(*_: object) -> None:
         raise AssertionError("the second process reads")
 
-    monkeypatch.setattr(evaluation, "read_held_out", refuse)
+    monkeypatch.setattr(HeldOut, "read", refuse)
     # What the first process says of its own.
     monkeypatch.setattr(Machine, "broadcast", lambda *_: [is_there])
     student = load_model(parse_model(str(write_tiny_model(tmp_path / "tiny"))))
     nothing: Any = None
     second = Machine(1, 2, 1, torch.device("cpu"))
-    found = evaluation.prepare_evaluation(DistillSettings(student="tiny"), nothing, nothing, student, [], second)
+    found = Evaluation.prepare(nothing, student, ZeroshotPlan([], [], nothing), second)
     assert found.held_out is None
     assert found.has_data == is_there

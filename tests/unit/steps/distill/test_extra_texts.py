@@ -11,18 +11,19 @@ import torch
 from conftest import make_caption
 from safetensors.torch import load_file
 from sidecars import edit_sidecar
-from teaching_data import FP32, Listener, embed_data, index_data, join, student_side, train, write_student
+from teaching_data import ALONE, FP32, Listener, embed_data, join, student_side, train, write_student
 
 from clipcid_cli.algorithms.losses.features import feature_distance
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data import texts as text_data
-from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.embeddings.text_folder import open_texts
-from clipcid_cli.runtime.models.augment import Augmentation, Processor
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill.augmented.extra_texts import RowRanges
-from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder
+from clipcid_cli.steps.distill import batches
+from clipcid_cli.steps.distill.batch_maker import BatchMaker
+from clipcid_cli.steps.distill.batches import Batches, TrainingBatch
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -85,27 +86,42 @@ def test_texts_of_another_model_or_damaged_ones_are_refused(
 
 
 @pytest.mark.parametrize("of_lines", [True, False])
-def test_processes_share_what_one_would_take(
-    of_lines: bool, work: Path, tiny_shards: Path, teacher: ClipModel, tmp_path: Path
-) -> None:
+def test_processes_share_what_one_would_take(of_lines: bool, work: Path, tiny_shards: Path, teacher: ClipModel) -> None:
     texts = work / "texts" / "tiny" if of_lines else None
-    _, inputs, _ = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12, texts=texts)
-    extra = inputs.extra_texts
+    run = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12, texts=texts)
+    extra = run.stored.extra_texts
     assert extra is not None
     assert (extra.variants is None) == of_lines
-    dataset = index_data(open_dataset(str(tiny_shards)), tmp_path)
-    order = BatchOrder(dataset, inputs.samples, 3, 6, extra_texts=extra)
-    maker = BatchMaker(Processor.of(teacher), Augmentation(1.0), 3, first_caption=True, extra_text=extra.reader)
+    maker = BatchMaker(run.settings, run.inputs, Processor.of(teacher))
+
+    def make(step: int, rank: int, size: int) -> TrainingBatch:
+        batches = Batches(run.inputs, maker, None, 6, 3, Machine(rank, size, rank, torch.device("cpu")))
+        [dealt] = batches.deal(range(step, step + 1))
+        return batches.finish(dealt, batches.make(dealt))
+
     seen = set()
     for step in (0, 1, 7):
-        alone = maker(next(order.iterate(step, step + 1, 0, 1)))
-        parts = [maker(next(order.iterate(step, step + 1, rank, 3))) for rank in range(3)]
-        assert torch.equal(torch.cat([part.extra_rows for part in parts]), alone.extra_rows)
+        alone = make(step, 0, 1)
+        parts = [make(step, rank, 3) for rank in range(3)]
+        assert alone.teacher_extra_eD is not None
+        assert torch.equal(torch.cat([part.teacher_extra_eD for part in parts]), alone.teacher_extra_eD)
         assert torch.equal(torch.cat([part.tokens[2:] for part in parts]), alone.tokens[6:])
-        rows = extra.rows.take(alone.extra_rows.numpy())
-        assert np.abs(teacher.encode_texts(alone.tokens[6:], FP32).numpy() - rows).max() < 6e-4
-        seen.update(alone.extra_rows.tolist())
+        rows = alone.teacher_extra_eD.float()
+        assert (teacher.encode_texts(alone.tokens[6:], FP32) - rows).abs().max() < 6e-4
+        seen.update(map(tuple, alone.tokens[6:].tolist()))
     assert len(seen) > 12, "other steps draw other texts"
+
+
+def test_parts_of_a_batch_are_joined_in_order(
+    work: Path, tiny_shards: Path, teacher: ClipModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12, color_jitter=0.5)
+    _, whole = run.show(teacher)
+    monkeypatch.setattr(batches, "_MAX_ITEMS", 5)
+    _, joined = run.show(teacher)
+    for field in dataclasses.fields(whole):
+        one, other = getattr(whole, field.name), getattr(joined, field.name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
 
 
 def test_fd_takes_the_mean_over_captions_and_further_texts() -> None:
@@ -192,19 +208,15 @@ def test_by_default_they_are_as_many_as_samples_where_there_are_any(
     work: Path, tiny_shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     embeddings = work / "embeddings" / "tiny"
-    _, inputs, _ = join(tiny_shards, embeddings)
-    assert inputs.extra_texts is not None
-    assert inputs.extra_texts.number_at(6) == 6
-    _, inputs, _ = join(tiny_shards, embeddings, text_variant_share=0.0)
-    assert inputs.extra_texts is not None, "though no caption is shown as a variant"
-    assert inputs.text_variants is not None
-    _, inputs, _ = join(tiny_shards, embeddings, text_variant_share=0.0, texts=work / "texts" / "tiny")
-    assert inputs.text_variants is None, "the further texts are lines"
-    _, inputs, _ = join(tiny_shards, embeddings, preset="cid")
-    assert inputs.extra_texts is None, "no loss takes them"
+    assert join(tiny_shards, embeddings).inputs.num_extra_texts(6) == 6
+    run = join(tiny_shards, embeddings, text_variant_share=0.0)
+    assert run.inputs.num_extra_texts(6) == 6, "though no caption is shown as a variant"
+    assert run.stored.variants is not None
+    run = join(tiny_shards, embeddings, text_variant_share=0.0, texts=work / "texts" / "tiny")
+    assert run.stored.variants is None, "the further texts are lines"
+    assert join(tiny_shards, embeddings, preset="dr").inputs.num_extra_texts(6) == 0, "no loss takes them"
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny")
-    _, inputs, _ = join(tiny_shards, tmp_path / "tiny")
-    assert inputs.extra_texts is None, "there are none"
+    assert join(tiny_shards, tmp_path / "tiny").inputs.num_extra_texts(6) == 0, "there are none"
     common = {
         "student": str(write_student(tmp_path)),
         "teacher_space": "project",
@@ -221,21 +233,14 @@ def test_texts_are_embedded_alone() -> None:
         EmbedSettings(texts=Path("x"), data="y")
 
 
-def test_variants_are_of_the_shards_that_the_batch_reads(tiny_shards: Path, work: Path, tmp_path: Path) -> None:
-    _, inputs, _ = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12)
-    dataset = index_data(open_dataset(str(tiny_shards)), tmp_path)
-    order = BatchOrder(dataset, inputs.samples, 3, 1, extra_texts=inputs.extra_texts)
-    read = set()
-    for share in order.iterate(0, 24, 0, 1):
-        [item] = share.items
-        assert {text.sample.part.path for text in share.extra_texts if text.sample} == {item.sample.part.path}
-        assert len(share.extra_texts) == 12
-        read.update(text.row for text in share.extra_texts)
-    assert len(read) == 48, "all variants come up"
-
-
-def test_rows_are_drawn_uniformly_from_ranges() -> None:
-    ranges = RowRanges(np.array([3, 10, 20]), np.array([5, 11, 23]))
-    drawn, counts = np.unique(ranges.draw(np.random.default_rng(0), 6000), return_counts=True)
-    assert drawn.tolist() == [3, 4, 10, 20, 21, 22]
-    assert (abs(counts - 1000) < 150).all()
+def test_variants_are_of_the_shards_that_the_batch_reads(tiny_shards: Path, work: Path) -> None:
+    run, read = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12), list[int]()
+    for dealt in Batches(run.inputs, lambda _: NotImplemented, None, 1, 3, ALONE).deal(range(240)):
+        [part] = dealt.work
+        [item] = part.items
+        assert {text.sample.part.path for text in part.extra_texts if text.sample} == {item.sample.part.path}
+        assert len(part.extra_texts) == 12
+        read += [text.row for text in part.extra_texts]
+    rows, counts = np.unique(read, return_counts=True)
+    assert rows.tolist() == list(range(48)), "all variants come up"
+    assert counts.max() < 3 * counts.min(), "about equally often"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,76 +14,63 @@ import torch
 import torch.distributed as dist
 from conftest import process_context
 
+from clipcid_cli.algorithms.losses.parameters import LossParameters
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.models.grad_cache import Features
-from clipcid_cli.runtime.training.gradients import GradientAverager, gather_rows
-from clipcid_cli.runtime.training.trainer import LossParameters
-from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.evaluation import share_statistics
-from clipcid_cli.steps.distill.objective import Objective, Targets, Teacher
+from clipcid_cli.steps.distill.objective import Objective
+from clipcid_cli.training.grad_cache import Features
+from clipcid_cli.training.gradients import GradientAverager, gather_rows
 
 BATCH, EXTRA, WIDTH, TEACHER_WIDTH = 12, 6, 6, 9
+SPACE = SharedSpace(TEACHER_WIDTH, is_learned=True)
+WITHOUT_CLUSTERS: Any = SimpleNamespace(image_clusters=None, text_clusters=None)
 # `gd` is a thousand times as large as the others.
 WEIGHTS = {name: 1e-3 if name == "gd" else 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
-OWN_SCALES = [name for name in WEIGHTS if LOSSES[name].own_scale]
 
 
-class FixedTeacher(Teacher):
-    """A teacher whose rows are given."""
+def make_objective(machine: Machine, extra: torch.Tensor | None = None, *, local: bool = False) -> Objective:
+    """Make all losses, of a teacher whose rows are drawn here; each process takes its own.
 
-    def teacher_rows(self, local: TrainingBatch, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
-        random = torch.Generator().manual_seed(7)
-        rows = torch.nn.functional.normalize(torch.randn(2, BATCH, TEACHER_WIDTH, generator=random), dim=2)
-        image, text = rows[:, gather_rows(local.rows, self.size)]
-        return image, text
-
-
-def make_batch(rows: torch.Tensor) -> TrainingBatch:
-    nothing = torch.zeros(len(rows))
-    return TrainingBatch(nothing, nothing, nothing, rows, nothing, nothing, nothing, rows[:0], [])
+    Args:
+        extra: The teacher's rows of this process's further texts.
+    """
+    rows = torch.randn(2, BATCH, TEACHER_WIDTH, generator=torch.Generator().manual_seed(7))
+    rows = torch.nn.functional.normalize(rows, dim=2).tensor_split(machine.size, dim=1)[machine.rank]
+    teacher: Any = SimpleNamespace(space=SPACE, scale=30.0, rows=lambda _: (*rows, extra))
+    return Objective(WEIGHTS, LossParameters(WEIGHTS, WIDTH, SPACE, 1), teacher, machine, local)
 
 
 def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.ndarray]]:
-    """Run a small model of two linear towers over this process's share of the batch; return loss and all gradients."""
+    """Run a small model of two linear towers over this process's part of the batch; return loss and all gradients."""
     torch.manual_seed(0)
     towers = torch.nn.ModuleList([torch.nn.Linear(5, WIDTH), torch.nn.Linear(4, WIDTH)])
     scale = torch.nn.Parameter(torch.tensor(2.0))
     images, texts = torch.randn(BATCH, 5), torch.randn(BATCH, 4)
-    parameters = LossParameters(
-        [n for n in WEIGHTS if LOSSES[n].own_scale], WIDTH, TEACHER_WIDTH, 1, fused_width=TEACHER_WIDTH
-    )
-    of_losses = [scale, *parameters.parameters()]
-    trained = [*towers.parameters(), *of_losses]
-    averager = GradientAverager([list(tower.parameters()) for tower in reversed(towers)], of_losses, size)
-    machine = Machine(rank, size, rank, torch.device("cpu"))
-    teacher = FixedTeacher(SharedSpace(TEACHER_WIDTH, is_learned=True), 30.0, None, torch.device("cpu"), size)
-    objective = Objective(WEIGHTS, parameters, teacher, machine, local=local)
-    share = BATCH // size
-    mine = slice(rank * share, (rank + 1) * share)
-    image, text = (tower(rows[mine]) for tower, rows in zip(towers, (images, texts), strict=True))
-    image_tokens = torch.stack([towers[0](images[mine] * factor) for factor in (1, -1, 0.3)], dim=1)
-    exists = torch.arange(BATCH)[mine, None] % 3 >= torch.arange(3)  # some captions have one token, some three
-    text_tokens = torch.stack([towers[1](texts[mine] * factor) for factor in (1, -1, 0.3)], dim=1) * exists[:, :, None]
     extra = torch.randn(EXTRA, 4)
-    taught = torch.nn.functional.normalize(torch.randn(EXTRA, TEACHER_WIDTH), dim=1).half()
-    mine_of_extra = slice(rank * EXTRA // size, (rank + 1) * EXTRA // size)
-    text = torch.cat([text, towers[1](extra[mine_of_extra])])
+    taught = torch.nn.functional.normalize(torch.randn(EXTRA, TEACHER_WIDTH), dim=1)
+    own = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
+    own_extra = slice(rank * EXTRA // size, (rank + 1) * EXTRA // size)
+    machine = Machine(rank, size, rank, torch.device("cpu"))
+    objective = make_objective(machine, taught[own_extra], local=local)
+    of_losses = [scale, *objective.parameters.parameters()]
+    trained = [*towers.parameters(), *of_losses]
+    averager = GradientAverager([*(list(tower.parameters()) for tower in reversed(towers)), of_losses])
+    image, text = (tower(rows[own]) for tower, rows in zip(towers, (images, texts), strict=True))
+    image_tokens = torch.stack([towers[0](images[own] * factor) for factor in (1, -1, 0.3)], dim=1)
+    exists = torch.arange(BATCH)[own, None] % 3 >= torch.arange(3)  # some captions have one token, some three
+    text_tokens = torch.stack([towers[1](texts[own] * factor) for factor in (1, -1, 0.3)], dim=1) * exists[:, :, None]
+    text = torch.cat([text, towers[1](extra[own_extra])])
     text_tokens = torch.cat([text_tokens, text_tokens[: EXTRA // size]])  # of texts without images no loss reads any
-    features = Features(image, text, towers[0](images[mine].relu()), image_tokens, text_tokens)
-    seen = make_batch(torch.arange(BATCH)[mine])
-    prepared = objective.prepare(seen, np.arange(BATCH), 0)
-    assert prepared.targets is not None
-    targets = dataclasses.replace(prepared.targets, extra_text_eD=taught[mine_of_extra])
-    prepared = dataclasses.replace(prepared, targets=targets)
-    total, terms = objective(features, scale.exp(), prepared)
+    features = Features(image, text, towers[0](images[own].relu()), image_tokens, text_tokens)
+    total, values = objective(features, scale.exp(), WITHOUT_CLUSTERS)
     averager.watch()
     total.backward()  # type: ignore[no-untyped-call]
     averager.finish()
-    assert all(parameter.grad is not None for parameter in trained)
-    loss = float(objective.values(terms).sum())
-    return loss, [parameter.grad.numpy().copy() for parameter in trained if parameter.grad is not None]
+    gradients = [parameter.grad.numpy().copy() for parameter in trained if parameter.grad is not None]
+    assert len(gradients) == len(trained)
+    return float(values.sum()), gradients
 
 
 def gather_statistics(rank: int, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -131,27 +120,20 @@ def test_processes_together_equal_one(size: int, local: bool, tmp_path: Path) ->
 
 def test_one_process_gathers_nothing() -> None:
     rows = torch.randn(3, 2)
-    assert gather_rows(rows, 1) is rows
+    assert gather_rows(rows) is rows
 
 
 def test_masked_images_reach_no_other_loss() -> None:
     """Neither the value nor the gradients of the other losses depend on them."""
 
-    def terms(masked: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        parameters = LossParameters(OWN_SCALES, WIDTH, TEACHER_WIDTH, 1, fused_width=TEACHER_WIDTH)
-        teacher = FixedTeacher(SharedSpace(TEACHER_WIDTH, is_learned=True), 30.0, None, torch.device("cpu"), 1)
-        objective = Objective(WEIGHTS, parameters, teacher, Machine(0, 1, 0, torch.device("cpu")))
-        prepared = objective.prepare(make_batch(torch.arange(BATCH)), np.arange(BATCH), 0)
-        random = torch.Generator().manual_seed(2)
-        image, text = torch.randn(2, BATCH, WIDTH, generator=random)
-        _, found = objective(
-            Features(image, text, masked.requires_grad_(), image[:, None], text[:, None]), torch.tensor(5.0), prepared
-        )
-        others = torch.stack([value for name, value in found.items() if name != "mfd"]).sum()
-        (gradient,) = torch.autograd.grad(others, masked, allow_unused=True, materialize_grads=True, retain_graph=True)
-        assert torch.autograd.grad(found["mfd"], masked)[0].abs().sum() > 0
-        return found, gradient
+    def losses(masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        objective = make_objective(Machine(0, 1, 0, torch.device("cpu")))
+        objective = dataclasses.replace(objective, weights=WEIGHTS | {"mfd": 0.0})
+        image, text = torch.randn(2, BATCH, WIDTH, generator=torch.Generator().manual_seed(2))
+        features = Features(image, text, masked.requires_grad_(), image[:, None], text[:, None])
+        others, found = objective(features, torch.tensor(5.0), WITHOUT_CLUSTERS)
+        return found, torch.autograd.grad(others, masked)[0]
 
-    (some, gradient), (other, _) = terms(torch.ones(BATCH, WIDTH)), terms(torch.eye(BATCH, WIDTH))
+    (some, gradient), (other, _) = losses(torch.ones(BATCH, WIDTH)), losses(torch.eye(BATCH, WIDTH))
     assert gradient.abs().sum() == 0
-    assert [name for name in WEIGHTS if some[name] != other[name]] == ["mfd"]
+    assert [name for name, one, two in zip(WEIGHTS, some, other, strict=True) if one != two] == ["mfd"]

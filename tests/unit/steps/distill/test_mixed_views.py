@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import torch
 from conftest import make_image, write_tar
 from PIL import Image
 from teaching_data import (
-    Listener,
-    add_targets,
     embed_data,
     encode_shown,
     join,
-    make_epoch,
+    read_keys,
     read_params,
+    shown_views,
     train,
     write_student,
 )
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.models.augment import PARTNER, Augmentation, MixedView, Processor, mix_pixels
+from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.runtime.models.augment import MixedView, mix_pixels
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.decode import decode_image, read_image
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill import training_run
-from clipcid_cli.steps.distill.augmented.views import StoredViews
-from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder, BatchShare
-from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
-from clipcid_cli.steps.embed import prepare
-from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps import encode
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 # Batches of 40 pictures hold ten samples, with 1 + 3 pictures each.
@@ -99,23 +91,16 @@ def test_kinds_of_views_are_what_their_parameters_say(stored: Path, teacher: Cli
 def test_the_teacher_embedded_the_very_pixels_that_are_replayed(
     stored: Path, tiny_shards: Path, teacher: ClipModel
 ) -> None:
-    embeddings, teacher_inputs, dataset = join(tiny_shards, stored)
-    maker = BatchMaker(Processor.of(teacher), Augmentation(), 3, first_caption=True)
-    with open_machine("cpu") as machine:
-        settings = DistillSettings(student="student.json", preset="clip-kd")
-        targets = open_stored_teacher(settings, teacher_inputs, 32, machine, Listener())
+    run = join(tiny_shards, stored)
     for epoch in range(3):
-        batch = make_epoch(teacher_inputs, dataset, maker, epoch, replay=True)
+        rows, batch = run.show(teacher, epoch)
         images, texts = encode_shown(teacher, batch)
-        told = add_targets(targets, batch, 32, epoch)
-        assert told.teacher_image_BD is not None
-        assert told.teacher_text_BD is not None
-        assert np.abs(told.teacher_image_BD.numpy() - images).max() < 6e-4
+        told = run.teach(batch)
+        assert np.abs(told[0].numpy() - images).max() < 6e-4
         # A mixed view comes with the caption of its first image, whose weight is at least ½.
-        assert np.abs(told.teacher_text_BD.numpy() - texts).max() < 6e-4
-        for place, number in enumerate(batch.views.tolist()):
-            row = int(batch.rows[place])
-            view = MixedView.unpack(read_params(embeddings, row, number))
+        assert np.abs(told[1].numpy() - texts).max() < 6e-4
+        for place, (row, number) in enumerate(zip(rows, shown_views(run, rows, batch), strict=True)):
+            view = MixedView.unpack(read_params(run.embeddings, row, number))
             first, second = (
                 np.asarray(image_of(each).resize((32, 32), 3, box=box))
                 for each, box in ((row, view.first.box), (row + int(view.partner), view.second.box))
@@ -124,61 +109,43 @@ def test_the_teacher_embedded_the_very_pixels_that_are_replayed(
             assert np.array_equal(batch.pixels[place].numpy(), expected)
 
 
-def test_images_that_are_not_trained_on_are_not_mixed_in(stored: Path, tiny_shards: Path, teacher: ClipModel) -> None:
-    embeddings, teacher_inputs, _ = join(tiny_shards, stored)
-    rows = teacher_inputs.samples.column("embeddings")
-    trained = np.array([row for row in rows if row % 3])
-    views = StoredViews(embeddings.rows(Kind.VIEW_PARAMS), embeddings.num_each(Kind.VIEWS), trained, 3)
-    first = slice(0, int(np.count_nonzero(trained < 14)))
-    kept, replaced = 0, 0
-    for row in range(first.stop):
-        for epoch in range(3):
-            chosen = views.choose(row, epoch, f"key {row}", first)
-            assert chosen is not None
-            view, partner = chosen
-            mixed = MixedView.unpack(read_params(embeddings, int(trained[row]), 1))
-            is_seen = trained[row] + mixed.partner in trained[first]
-            if partner is not None:
-                assert trained[partner] == trained[row] + int(mixed.partner)
-                kept += 1
+def keep_some(folder: Path, embeddings: Embeddings, rows: list[int]) -> str:
+    """Write a keep list of some rows."""
+    keys = read_keys(embeddings)
+    kept = [row in rows for row in range(len(keys))]
+    pq.write_table(pa.table({"key": keys, "kept": kept}), folder / "keep.parquet")
+    return str(folder / "keep.parquet")
+
+
+def test_images_that_are_not_trained_on_are_not_mixed_in(
+    stored: Path, tiny_shards: Path, teacher: ClipModel, tmp_path: Path
+) -> None:
+    trained = [row for row in range(24) if row % 3]
+    keep_list = keep_some(tmp_path, open_embeddings(stored), trained)
+    run, mixed, replaced = join(tiny_shards, stored, keep_list=keep_list), 0, 0
+    for epoch in range(3):
+        rows, batch = run.show(teacher, epoch)
+        for row, number in zip(rows, shown_views(run, rows, batch), strict=True):
+            view = MixedView.unpack(read_params(run.embeddings, trained[row], 1))
+            is_seen = trained[row] + int(view.partner) in trained
+            mixed += number == 1
             replaced += not is_seen
-            assert (view.number == 1) == (partner is not None)
-            assert is_seen or partner is None
-    assert kept > 3
+            assert number >= 0
+            assert is_seen or number != 1
+    assert mixed > 3
     assert replaced > 3
-    alone = StoredViews(embeddings.rows(Kind.VIEW_PARAMS), embeddings.num_each(Kind.VIEWS), trained[:1], 3)
-    assert {alone.choose(0, epoch, "key", slice(0, 1))[0].number for epoch in range(9)} == {0, 2}
 
 
 def test_without_a_view_that_can_be_shown_the_whole_image_is(
     tiny_shards: Path, tiny_model: Path, teacher: ClipModel, tmp_path: Path
 ) -> None:
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny", **(VIEWS | {"views": 1, "view_kind": ("mix",)}))
-    _, teacher_inputs, dataset = join(tiny_shards, tmp_path / "tiny")
-    embeddings = teacher_inputs.embeddings
-    assert embeddings is not None
-    assert not teacher_inputs.augmentation(Augmentation()).changes_colors
-    params = read_params(embeddings, 0, 0)
-    assert params[PARTNER] != 0
-    views = StoredViews(embeddings.rows(Kind.VIEW_PARAMS), embeddings.num_each(Kind.VIEWS), np.array([0]), 3)
-    assert views.choose(0, 0, "key", slice(0, 1)) is None
-    with open_machine("cpu") as machine:
-        settings = DistillSettings(student="student.json", preset="clip-kd")
-        targets = open_stored_teacher(settings, teacher_inputs, 32, machine, Listener())
-    maker = BatchMaker(Processor.of(teacher), Augmentation(0.1, 0.5), 3, first_caption=True)
-    samples = teacher_inputs.samples
-    order = BatchOrder(dataset, samples, 3, samples.total, dataclasses.replace(views, embedding_rows=np.arange(24)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StoredViews, "choose", lambda *_: None)
-        items = order.items(0, 0, 1)
-    assert all(item.whole for item in items)
-    batch = maker(BatchShare(items))
-    assert set(batch.views.tolist()) == {-1}
-    told = add_targets(targets, batch, 32)
-    assert told.teacher_image_BD is not None
-    assert torch.equal(batch.colors, torch.eye(3, 4).expand(24, 3, 4))
-    whole = embeddings.rows(Kind.IMAGES).take(batch.rows.numpy())
-    assert (told.teacher_image_BD - torch.from_numpy(whole).float()).abs().max() < 1e-3
+    keep_list = keep_some(tmp_path, open_embeddings(tmp_path / "tiny"), [0, 20])  # of another shard each
+    run = join(tiny_shards, tmp_path / "tiny", keep_list=keep_list, crop_scale=0.1, color_jitter=0.5)
+    rows, batch = run.show(teacher)
+    assert shown_views(run, rows, batch) == [-1, -1]
+    assert batch.colors is None
+    assert np.abs(run.teach(batch)[0].numpy() - encode_shown(teacher, batch)[0]).max() < 6e-4
 
 
 def test_what_has_no_other_image_is_not_mixed(tiny_model: Path, tmp_path: Path) -> None:
@@ -212,7 +179,7 @@ def test_images_of_a_batch_are_let_go_one_by_one(
         most.append(sum(each() is not None for each in held))
         return image
 
-    monkeypatch.setattr(prepare, "read_image", read)
+    monkeypatch.setattr(encode, "read_image", read)
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny", **VIEWS)
     assert len(most) == 24
     assert max(most) <= 2, "the one before may live until the next is decoded"
@@ -221,7 +188,6 @@ def test_images_of_a_batch_are_let_go_one_by_one(
 def test_bytes_do_not_depend_on_workers_and_runs_replay(
     stored: Path, tiny_shards: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_run, "write_report", lambda *_: "")  # takes longer than the steps
     embed_data(tiny_shards, tiny_model, tmp_path / "two", workers=2, **VIEWS)
     for kind in ("view_emb", "view_params"):
         for number in range(2):

@@ -10,28 +10,21 @@ import pytest
 import torch
 from conftest import TINY_CONFIG, write_tiny_model
 from teaching_data import (
+    ALONE,
     Listener,
-    add_targets,
     embed_data,
     encode_shown,
     join,
-    make_epoch,
     train,
     write_captions,
     write_student,
 )
 
-from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.models.augment import Augmentation, Processor
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.cluster import run as cluster
-from clipcid_cli.steps.distill.batches import BatchMaker, TrainingBatch
-from clipcid_cli.steps.distill.online_teacher import load_online_teacher, open_online_teacher
-from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
-from clipcid_cli.steps.distill.teacher_inputs import TeacherInputs
+from clipcid_cli.steps.distill.teacher import load_online_model, open_teacher
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -45,62 +38,51 @@ def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
     return work
 
 
-def teach(
-    teacher_inputs: TeacherInputs, model: ClipModel, batch: TrainingBatch, changes_colors: bool, width: int = 32
-) -> LossBatch:
-    """Return what an online teacher adds to a batch."""
-    settings = DistillSettings(student="student.json", preset="clip-kd", online_teacher=True, precision="fp32")
-    with open_machine("cpu") as machine:
-        teacher = open_online_teacher(settings, teacher_inputs, model, width, changes_colors, machine, Listener())
-        return add_targets(teacher, batch, width)
-
-
 def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
-    _, teacher_inputs, dataset = join(tiny_shards, work / "embeddings" / "tiny")
+    augmentation = {"crop_scale": 0.3, "color_jitter": 0.5, "gray_probability": 0.2}
+    run = join(tiny_shards, work / "embeddings" / "tiny", online_teacher=True, **augmentation)
     teacher = load_model(parse_model(str(tiny_model)))
     config: dict[str, Any] = TINY_CONFIG | {"text_cfg": TINY_CONFIG["text_cfg"] | {"context_length": 7}}
     config["vision_cfg"] = TINY_CONFIG["vision_cfg"] | {"image_size": 48}
     folder = write_tiny_model(work.parent / "other", config)
     larger = load_model(parse_model(str(folder)))
-    augmentation = Augmentation(0.3, 0.5, 0.2)
     for model in (teacher, larger):
-        maker = BatchMaker(Processor.of(teacher), augmentation, 3, first_caption=False, teacher=Processor.of(model))
-        batch = make_epoch(teacher_inputs, dataset, maker, 1)
+        _, batch = run.show(teacher, 1, model)
         size, length = model.info.image_size[0], model.info.context_length
         assert batch.teacher_pixels is not None
         assert batch.teacher_tokens is not None
         assert batch.teacher_pixels.shape == (24, size, size, 3)
         assert batch.teacher_tokens.shape == (24, length)
-        told = teach(teacher_inputs, model, batch, changes_colors=True)
-        own = BatchMaker(Processor.of(model), augmentation, 3, first_caption=False)
-        images, texts = encode_shown(model, make_epoch(teacher_inputs, dataset, own, 1))
-        assert told.teacher_image_BD is not None
-        assert told.teacher_text_BD is not None
-        np.testing.assert_allclose(told.teacher_image_BD.numpy(), images, atol=1e-5)
-        np.testing.assert_allclose(told.teacher_text_BD.numpy(), texts, atol=1e-5)
-        assert not told.teacher_image_BD.is_inference(), "the losses must be able to keep it for their gradients"
+        told = run.teach(batch, 32, model)
+        expected = encode_shown(model, run.show(model, 1)[1])
+        for one, other in zip(told, expected, strict=False):
+            np.testing.assert_allclose(one.numpy(), other, atol=1e-5)
+        assert not told[0].is_inference(), "the losses must be able to keep it for their gradients"
     # Same view, another size: the larger picture made small is the smaller one, but for the filter.
     small = torch.nn.functional.interpolate(batch.teacher_pixels.permute(0, 3, 1, 2).float(), 32, mode="area")
     assert (small - batch.pixels.permute(0, 3, 1, 2)).abs().mean() < 8
 
 
 def test_on_whole_images_it_gives_the_stored_targets(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
-    _, teacher_inputs, dataset = join(tiny_shards, work / "embeddings" / "tiny")
+    given = {"crop_scale": 1.0, "teacher_space": "pca"}
+    stored, online = (
+        join(tiny_shards, work / "embeddings" / "tiny", online_teacher=runs, **given) for runs in (False, True)
+    )
     model = load_model(parse_model(str(tiny_model)))
-    maker = BatchMaker(Processor.of(model), Augmentation(1.0), 3, first_caption=True, teacher=Processor.of(model))
-    batch = make_epoch(teacher_inputs, dataset, maker, 0)
+    _, shown = stored.show(model)
+    _, batch = online.show(model, 0, model)
+    assert torch.equal(shown.pixels, batch.pixels)
     for width in (32, 24):  # as they are, and where the student's width cuts them
-        settings = DistillSettings(student="student.json", preset="clip-kd", teacher_space="pca", precision="fp32")
-        with open_machine("cpu") as machine:
-            stored = open_stored_teacher(settings, teacher_inputs, width, machine, Listener())
-            expected = add_targets(stored, batch, width)
-            online = open_online_teacher(settings, teacher_inputs, model, width, False, machine, Listener())
-            found = add_targets(online, batch, width)
-        for name in ("teacher_image_BD", "teacher_text_BD"):
-            one, other = getattr(expected, name), getattr(found, name)
+        for one, other in zip(stored.teach(shown, width)[:2], online.teach(batch, width, model)[:2], strict=True):
             assert one.shape == other.shape == (24, width)
-            assert (one - other).abs().max() < 1e-3, name
-        assert found.teacher_scale == pytest.approx(expected.teacher_scale)
+            assert (one - other).abs().max() < 1e-3
+    teachers = [
+        open_teacher(run.settings, run.inputs, loaded, 32, ALONE, Listener())
+        for run, loaded in ((stored, None), (online, model))
+    ]
+    assert teachers[0] is not None
+    assert teachers[1] is not None
+    assert teachers[1].scale == pytest.approx(teachers[0].scale)
 
 
 def test_training_beside_it_is_training_from_its_embeddings(
@@ -164,6 +146,5 @@ def test_it_needs_a_loss_that_learns_from_it() -> None:
         DistillSettings(student="s.json", caption_dropout=0.5)
 
 
-def test_no_teacher_is_loaded_where_none_runs() -> None:
-    with open_machine("cpu") as machine:
-        assert load_online_teacher(None, machine) is None
+def test_no_teacher_is_loaded_where_stored_embeddings_teach(tiny_shards: Path, work: Path) -> None:
+    assert load_online_model(join(tiny_shards, work / "embeddings" / "tiny").inputs, ALONE) is None

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from balance_data import Listener
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.steps.distill.plan import default_batch_size, plan_run
+from clipcid_cli.steps.distill.plan import choose_batch_size
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -28,14 +26,13 @@ from clipcid_cli.steps.settings.distill import DistillSettings
         ("cuda", 8, 639_999, {}, 512),
         ("cuda", 8, 640_000, {"epochs": 16}, 512),
         ("cuda", 6, 400_000_000, {}, 2046),  # as many for each process
-        ("cuda", 8, 3, {}, 8),  # refused later: fewer samples than processes
     ],
 )
 def test_batches_grow_with_the_data_where_there_are_gpus(
     device: str, gpus: int, samples: int, settings: dict[str, Any], expected: int
 ) -> None:
     machine = Machine(0, gpus, 0, torch.device(device))
-    assert default_batch_size(DistillSettings(student="ViT-B-32", **settings), samples, machine) == expected
+    assert choose_batch_size(DistillSettings(student="ViT-B-32", **settings), samples, machine) == expected
 
 
 @pytest.mark.parametrize(
@@ -50,8 +47,7 @@ def test_batches_grow_with_the_data_where_there_are_gpus(
 def test_too_few_samples_for_a_batch_are_refused_with_what_can_help(
     processes: int, samples: int, settings: dict[str, Any], fix: str
 ) -> None:
-    inputs: Any = SimpleNamespace(training=SimpleNamespace(total=samples), extra_texts=None)
     machine = Machine(0, processes, 0, torch.device("cpu"))
     with pytest.raises(ClipcidError, match="fewer than one batch") as refused:
-        plan_run(DistillSettings(student="ViT-B-32", **settings), inputs, 512, machine, Listener())
+        choose_batch_size(DistillSettings(student="ViT-B-32", **settings), samples, machine)
     assert refused.value.fix == fix

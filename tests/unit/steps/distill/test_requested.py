@@ -10,7 +10,7 @@ import pytest
 from teaching_data import embed_data, join, train, write_student
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps.embed import run as embed
+from clipcid_cli.steps.embed import encoder
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_embeddings_that_lack_it(
     tiny_model: Path,
 ) -> None:
     with pytest.raises(ClipcidError, match=message) as raised:
-        join(tiny_shards, folders[kind], **asked)
+        join(tiny_shards, folders[kind], preset="clip", loss=("clip=0", "fd=1"), **asked)
     command = "clipcid embed" + raised.value.fix.split("clipcid embed")[-1]
     expected = f"clipcid embed {tiny_shards} --model {tiny_model} --out {folders[kind]} --overwrite{flags}"
     made = json.loads((folders[kind] / "embed.json").read_text())["settings"]
@@ -65,7 +65,7 @@ def test_none_are_made_without_it(
     def load(*_: object) -> None:
         raise AssertionError("embedding began")
 
-    monkeypatch.setattr(embed, "load_model", load)
+    monkeypatch.setattr(encoder, "load_model", load)
     common = {"teacher": str(tiny_model), "student": str(write_student(tmp_path)), "preset": "clip-kd"}
     with pytest.raises(ClipcidError, match="holds no views") as raised:
         train(tmp_path / "work", tiny_shards, views="stored", **common)

@@ -13,8 +13,8 @@ from balance_data import Listener, write_embeddings
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, second_moment
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.steps.distill import stored_teacher
-from clipcid_cli.steps.distill.stored_teacher import choose_space
+from clipcid_cli.steps.distill import teacher
+from clipcid_cli.steps.distill.teacher import choose_space
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -37,7 +37,7 @@ def test_axes_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: Any) -> NoReturn:
         raise AssertionError("the rows are read again")
 
-    monkeypatch.setattr(stored_teacher, "second_moment", refuse)
+    monkeypatch.setattr(teacher, "second_moment", refuse)
     for space in (dry, first, choose(work, folder), choose(work, folder, dry_run=True)):
         assert space.axes is not None
         assert torch.equal(space.axes.basis_Dd, expected.basis_Dd)
@@ -47,7 +47,7 @@ def test_axes_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     kept.write_bytes(kept.read_bytes()[:-8])
     with pytest.raises(AssertionError, match="again"):
         choose(work, folder)
-    monkeypatch.setattr(stored_teacher, "second_moment", read)
+    monkeypatch.setattr(teacher, "second_moment", read)
     assert choose(work, folder).axes is not None
     assert np.load(kept).shape == (32, 32)
 

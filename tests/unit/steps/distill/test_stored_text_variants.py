@@ -12,11 +12,8 @@ import torch
 from sidecars import edit_sidecar
 from teaching_data import (
     FP32,
-    Listener,
-    add_targets,
     embed_data,
     join,
-    make_epoch,
     train,
     write_captions,
     write_student,
@@ -25,14 +22,9 @@ from teaching_data import (
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.models.augment import Augmentation, Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.text_variants import TextVariants
-from clipcid_cli.steps.distill.batches import BatchMaker
-from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
-from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 COUNTS = (1, 3, 2, 5, 1, 4)
@@ -84,36 +76,19 @@ def test_the_rest_is_what_it_is_without_variants(stored: Path, data: Path, tiny_
     assert not list((tmp_path / "two").glob("variant_emb/*.npy"))
 
 
-def test_variants_are_shown_two_times_in_three_with_their_rows(stored: Path, data: Path, teacher: ClipModel) -> None:
-    _, teacher_inputs, dataset = join(data, stored)
-    assert teacher_inputs.text_variants == TextVariants(3, 5)
-    share = DistillSettings(student="x").variant_share
-    maker = BatchMaker(
-        Processor.of(teacher),
-        Augmentation(1.0),
-        3,
-        first_caption=teacher_inputs.first_captions,
-        text_variants=teacher_inputs.text_variants,
-        variant_share=share,
-    )
-    with open_machine("cpu") as machine:
-        settings = DistillSettings(student="student.json", preset="clip-kd")
-        targets = open_stored_teacher(settings, teacher_inputs, 32, machine, Listener())
-    variants = []
+def test_variants_are_shown_two_times_in_three_with_their_rows(
+    stored: Path, data: Path, teacher: ClipModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, make, shown = join(data, stored, extra_texts=0), TextVariants.__call__, list[int]()
+    assert run.stored.variants == TextVariants(3, 5)
+    monkeypatch.setattr(TextVariants, "__call__", lambda *given: shown.append(given[-1]) or make(*given))
     for epoch in range(30):
-        batch = make_epoch(teacher_inputs, dataset, maker, epoch)
-        variants += batch.variants.tolist()
-        if epoch % 10:
-            continue
-        told = add_targets(targets, batch, 32, epoch)
-        assert told.teacher_text_BD is not None
-        assert (told.teacher_text_BD - teacher.encode_texts(batch.tokens, FP32)).abs().max() < 6e-4
-    counts = np.bincount(np.array(variants) + 1)
-    assert len(counts) == 4
-    assert 38 < counts[0] < 82, "a third of 180 show a caption"
-    assert counts[1:].min() > 20
-    again = make_epoch(teacher_inputs, dataset, maker, 29)
-    assert torch.equal(again.tokens, batch.tokens)
+        _, batch = run.show(teacher, epoch)
+        if epoch % 10 == 0:
+            assert (run.teach(batch)[1] - teacher.encode_texts(batch.tokens, FP32)).abs().max() < 6e-4
+    assert 98 < len(shown) < 142, "two thirds of 180"
+    assert np.bincount(shown, minlength=3).min() > 20
+    assert torch.equal(run.show(teacher, 29)[1].tokens, batch.tokens)
 
 
 def test_distill_shows_them_unless_told_not_to(stored: Path, data: Path, tmp_path: Path) -> None:
@@ -137,8 +112,7 @@ def test_variants_whose_texts_are_not_known_are_refused(stored: Path, data: Path
         with pytest.raises(ClipcidError, match=r"holds 3 text variants of each row, but embed\.json") as raised:
             join(data, change_sidecar(stored, tmp_path / str(number), **change))
         assert "--text-variants 3" in raised.value.fix
-        _, teacher_inputs, _ = join(data, tmp_path / str(number), text_variant_share=0.0, extra_texts=0)
-        assert teacher_inputs.text_variants is None
+        assert join(data, tmp_path / str(number), text_variant_share=0.0, extra_texts=0).stored.variants is None
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,11 @@ from conftest import embed_with_open_clip, make_caption, make_image
 from PIL import Image
 from teaching_data import (
     FP32,
-    Listener,
-    add_targets,
     embed_data,
     encode_shown,
     join,
-    make_epoch,
     read_params,
+    shown_views,
     train,
     write_captions,
     write_student,
@@ -28,14 +26,10 @@ from torchvision.transforms.functional import resized_crop, to_tensor
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.models.augment import Augmentation, Processor, View
+from clipcid_cli.runtime.models.augment import Augmentation, View
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.decode import decode_image
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill.batches import BatchMaker
-from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
-from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 VIEWS = {"views": 3, "crop_scale": 0.3, "color_jitter": 0.4, "gray_probability": 0.2, "seed": 5}
@@ -120,34 +114,27 @@ def test_the_same_bytes_for_any_workers_and_batches_of_the_same_size(
 def test_a_replayed_view_is_the_very_picture_the_teacher_embedded(
     stored: Path, tiny_shards: Path, teacher: ClipModel
 ) -> None:
-    embeddings, teacher_inputs, dataset = join(tiny_shards, stored)
-    augmentation = teacher_inputs.augmentation(Augmentation())
-    assert augmentation == Augmentation(0.3, 0.4, 0.2)
-    maker = BatchMaker(Processor.of(teacher), augmentation, 3, first_caption=teacher_inputs.first_captions)
-    with open_machine("cpu") as machine:
-        settings = DistillSettings(student="student.json", preset="clip-kd")
-        targets = open_stored_teacher(settings, teacher_inputs, 32, machine, Listener())
+    run = join(tiny_shards, stored)
+    assert run.stored.augmentation(Augmentation()) == Augmentation(0.3, 0.4, 0.2)
     seen = []
     for epoch in range(4):
-        batch = make_epoch(teacher_inputs, dataset, maker, epoch, replay=True)
+        rows, batch = run.show(teacher, epoch)
         images, texts = encode_shown(teacher, batch)
-        told = add_targets(targets, batch, 32, epoch)
-        assert told.teacher_image_BD is not None
-        assert told.teacher_text_BD is not None
+        told = run.teach(batch)
         # float16 storage is all that lies between them.
-        assert np.abs(told.teacher_image_BD.numpy() - images).max() < 6e-4
-        assert np.abs(told.teacher_text_BD.numpy() - texts).max() < 6e-4
+        assert np.abs(told[0].numpy() - images).max() < 6e-4
+        assert np.abs(told[1].numpy() - texts).max() < 6e-4
+        views = shown_views(run, rows, batch)
         for place in (0, 7, 23):
-            row = int(batch.rows[place])
-            view = View.unpack(read_params(embeddings, row, int(batch.views[place])))
+            row = rows[place]
+            view = View.unpack(read_params(run.embeddings, row, views[place]))
             image = decode_image(make_image(3 if row == 20 else row))
             expected = image.resize((32, 32), Image.Resampling.BICUBIC, box=view.box)
             assert np.array_equal(batch.pixels[place].numpy(), np.asarray(expected))
-        seen.append(batch.views[batch.rows.argsort()])
-    shown = torch.stack(seen[:3]).sort(dim=0).values
-    assert torch.equal(shown, torch.arange(3)[:, None].expand(3, 24)), "three epochs show three views"
-    assert torch.equal(seen[3], seen[0])
-    assert len(set(seen[0].tolist())) == 3, "samples begin with different views"
+        seen.append([view for _, view in sorted(zip(rows, views, strict=True))])
+    assert (np.sort(seen[:3], axis=0) == np.arange(3)[:, None]).all(), "three epochs show three views"
+    assert seen[3] == seen[0]
+    assert len(set(seen[0])) == 3, "samples begin with different views"
 
 
 def test_distill_replays_unless_told_not_to(stored: Path, tiny_shards: Path, tmp_path: Path) -> None:
@@ -221,26 +208,17 @@ def test_plain_data_has_no_further_files(stored: Path) -> None:
 
 
 def test_a_caption_is_drawn_anew_each_epoch_with_its_own_row(captioned: tuple[Path, Path], teacher: ClipModel) -> None:
-    data, folder = captioned
-    _, teacher_inputs, dataset = join(data, folder)
-    assert teacher_inputs.all_captions
-    maker = BatchMaker(Processor.of(teacher), Augmentation(1.0), 3, first_caption=teacher_inputs.first_captions)
-    with open_machine("cpu") as machine:
-        settings = DistillSettings(student="student.json", preset="clip-kd")
-        targets = open_stored_teacher(settings, teacher_inputs, 32, machine, Listener())
+    run = join(*captioned)
+    assert run.stored.all_captions
     seen = [set[int]() for _ in range(6)]
     for epoch in range(12):
-        batch = make_epoch(teacher_inputs, dataset, maker, epoch)
-        for row, caption in zip(batch.rows.tolist(), batch.captions.tolist(), strict=True):
-            expected = teacher.tokenizer([make_caption(100 * row + caption)])[0]
-            assert torch.equal(batch.tokens[batch.rows.tolist().index(row)], expected)
+        rows, batch = run.show(teacher, epoch)
+        for place, row in enumerate(rows):
+            tokens = teacher.tokenizer([make_caption(100 * row + line) for line in range(COUNTS[row])])
+            [caption] = (tokens == batch.tokens[place]).all(dim=1).nonzero().flatten().tolist()
             seen[row].add(caption)
-        told = add_targets(targets, batch, 32, epoch)
-        assert told.teacher_text_BD is not None
-        expected_rows = teacher.encode_texts(batch.tokens, FP32)
-        assert (told.teacher_text_BD - expected_rows).abs().max() < 6e-4
+        assert (run.teach(batch)[1] - teacher.encode_texts(batch.tokens, FP32)).abs().max() < 6e-4
     assert [len(found) for found in seen][0::4] == [1, 1]
-    assert all(found <= set(range(count)) for found, count in zip(seen, COUNTS, strict=True))
     assert sum(map(len, seen)) > 12, "most captions are shown in twelve epochs"
 
 
@@ -248,8 +226,7 @@ def test_with_first_captions_alone_those_are_shown(captioned: tuple[Path, Path],
     data, folder = captioned
     copy_unrecorded(folder, tmp_path / "first")
     shutil.rmtree(tmp_path / "first" / "captions_emb")
-    _, teacher_inputs, _ = join(data, tmp_path / "first")
-    assert teacher_inputs.first_captions
+    assert join(data, tmp_path / "first").stored.first_captions
 
 
 def test_other_captions_than_were_embedded_are_refused(captioned: tuple[Path, Path], tmp_path: Path) -> None:

@@ -15,19 +15,15 @@ import pytest
 from balance_data import write_embeddings
 from conftest import write_tiny_model
 from safetensors.numpy import load_file, save_file
-from teaching_data import Listener, add_targets, embed_data, join, make_epoch, train, write_student
+from teaching_data import Listener, embed_data, join, train, write_student
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.clusters import TopClusters
-from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.models.augment import Augmentation, Processor
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill.batches import BatchMaker
-from clipcid_cli.steps.distill.cluster_targets import _teaches_text
-from clipcid_cli.steps.distill.stored_teacher import open_stored_teacher
-from clipcid_cli.steps.distill.teacher_inputs import named_teacher, open_teacher
+from clipcid_cli.steps.distill.clusters import _teaches_text
+from clipcid_cli.steps.distill.stored_teacher import open_stored
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 Change = Callable[[dict[str, Any]], None]
@@ -54,7 +50,7 @@ def change_heads(config: dict[str, Any]) -> None:
 
 def open_for(model: Path, folder: Path) -> None:
     settings = DistillSettings(student="student.json", teacher=str(model), embeddings=folder)
-    open_teacher(settings, folder, named_teacher(settings), None, Listener())
+    open_stored(settings, folder, None, Listener())
 
 
 @pytest.mark.parametrize(
@@ -99,23 +95,16 @@ def test_keys_of_another_form_are_refused(tiny_shards: Path, tiny_model: Path, t
 
 def test_a_teacher_of_images_alone_gives_its_images(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny", text=False)
-    embeddings, teacher_inputs, dataset = join(tiny_shards, tmp_path / "tiny")
-    assert not teacher_inputs.first_captions, "any caption may be shown where the teacher knows none"
-    model = load_model(parse_model(str(tiny_model)))
-    maker = BatchMaker(Processor.of(model), Augmentation(), 3, first_caption=teacher_inputs.first_captions)
-    batch = make_epoch(teacher_inputs, dataset, maker, 0)
-    settings = DistillSettings(student="student.json", preset="clip-kd")
+    run = join(tiny_shards, tmp_path / "tiny", preset="clip", loss=("fd=1",), teacher_space="pca")
+    assert not run.stored.first_captions, "any caption may be shown where the teacher knows none"
+    rows, batch = run.show(load_model(parse_model(str(tiny_model))))
     for width in (32, 24):
-        with open_machine("cpu") as machine:
-            targets = open_stored_teacher(settings, teacher_inputs, width, machine, Listener())
-        told = add_targets(targets, batch, width)
-        assert told.teacher_text_BD is None
-        assert told.teacher_image_BD is not None
-        assert told.teacher_image_BD.shape == (24, width)
-    rows = embeddings.rows(Kind.IMAGES).take(batch.rows.numpy())
-    gram = rows.astype(np.float32) @ rows.astype(np.float32).T
-    found = told.teacher_image_BD.numpy()
-    assert np.corrcoef((found @ found.T).ravel(), gram.ravel())[0, 1] > 0.95
+        image, text, _ = run.teach(batch, width)
+        assert text is None
+        assert image.shape == (24, width)
+    stored = run.embeddings.rows(Kind.IMAGES).take(np.array(rows)).astype(np.float32)
+    found = image.numpy()
+    assert np.corrcoef((found @ found.T).ravel(), (stored @ stored.T).ravel())[0, 1] > 0.95
 
 
 def test_a_loss_that_needs_captions_says_how_to_embed_them(tiny_shards: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -19,10 +18,10 @@ from teaching_data import Listener, embed_data, index_data, read_keys, train, wr
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.results.matched_samples import SampleRows
+from clipcid_cli.formats.results.matched_samples import SampleRows, open_rows
 from clipcid_cli.runtime.randomness import key_fraction
-from clipcid_cli.steps.distill import inputs
-from clipcid_cli.steps.distill.samples import MatchedSamples, Sources, count_usable, match_samples
+from clipcid_cli.steps.distill import samples
+from clipcid_cli.steps.distill.samples import Sources, count_usable, match_samples
 
 HELD_OUT = 0.3
 
@@ -59,25 +58,21 @@ def test_rows_are_found_in_any_order(order: str, dataset: Dataset, tmp_path: Pat
     embeddings = open_embeddings(
         write_embeddings(tmp_path / "foreign", np.eye(len(embedded), 32, dtype=np.float16), keys=embedded)
     )
-    found = match_samples(dataset, Sources(tmp_path / "keep.parquet", embeddings), HELD_OUT, tmp_path, Listener())
+    counts = match_samples(dataset, Sources(tmp_path / "keep.parquet", embeddings), HELD_OUT, tmp_path, Listener())
+    training, held_out = (open_rows(tmp_path, part) for part in ("training", "held_out"))
     held = [key for key in keys if key_fraction(key) < HELD_OUT]
     assert 0 < len(held) < 24
-    assert list_samples(dataset, found.held_out) == held
+    assert list_samples(dataset, held_out) == held
     candidates = [key for key in keys if key not in held and key in listed and key < keys[20]]
     expected = [key for key in candidates if key in embedded]
-    assert list_samples(dataset, found.training) == expected
-    assert found.training.column("embeddings").tolist() == [embedded.index(key) for key in expected]
-    assert found.held_out.column("embeddings").tolist() == [
-        embedded.index(key) if key in embedded else -1 for key in held
-    ]
-    assert found.counts.listed == len(listed)
-    assert found.counts.kept == sum(key < keys[20] for key in listed)
-    assert (found.counts.candidates, found.counts.selected) == (len(candidates), len(expected))
-    assert found.counts.without_embedding == len(candidates) - len(expected)
+    assert list_samples(dataset, training) == expected
+    assert training.column("embeddings").tolist() == [embedded.index(key) for key in expected]
+    assert held_out.column("embeddings").tolist() == [embedded.index(key) if key in embedded else -1 for key in held]
+    assert counts.listed == len(listed)
+    assert counts.kept == sum(key < keys[20] for key in listed)
+    assert (counts.candidates, counts.selected) == (len(candidates), len(expected))
+    assert counts.without_embedding == len(candidates) - len(expected)
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "foreign"]
-    again = MatchedSamples.open(tmp_path, dataclasses.asdict(found.counts))
-    assert again.counts == found.counts
-    assert again.training.column("places").tolist() == found.training.column("places").tolist()
 
 
 def test_samples_that_cannot_be_used_are_counted_by_the_index(dataset: Dataset) -> None:
@@ -136,7 +131,7 @@ def test_samples_are_matched_once(
     def refuse(*_: Any) -> NoReturn:
         raise AssertionError("matched again")
 
-    monkeypatch.setattr(inputs, "match_samples", refuse)
+    monkeypatch.setattr(samples, "match_samples", refuse)
     assert train(work, tiny_shards, name="once more", **settings)[0] == first
     train(work, tiny_shards, name="another", lr=1e-4, **settings)
     with pytest.raises(AssertionError, match="matched again"):

@@ -5,35 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from conftest import make_image
 from PIL import Image
-from teaching_data import train, write_student
+from teaching_data import ALONE, embed_data, join
 
+from clipcid_cli.runtime.models import caches
+from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.caches import ImageCache, TokenCache
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill import training_run
-from clipcid_cli.steps.distill.batches import BatchMaker
+from clipcid_cli.steps.distill import batch_maker
+from clipcid_cli.steps.distill.batch_maker import BatchMaker
+from clipcid_cli.steps.distill.batches import Batches
 
 
 def test_workers_keep_images_and_tokens_of_small_data_alone(
-    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_shards: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    makers: list[BatchMaker] = []
-
-    def make(*given: Any, **named: Any) -> BatchMaker:
-        makers.append(BatchMaker(*given, **named))
-        return makers[-1]
-
-    monkeypatch.setattr(training_run, "BatchMaker", make)
-    student = str(write_student(tmp_path))
-    for most in (24, 5):
-        monkeypatch.setattr(training_run, "MAX_CAPTIONS", most)
-        train(tmp_path / f"{most}", tiny_shards, preset="clip", student=student, steps=1)
-    assert [len(maker._images._images) > 0 for maker in makers] == [True, False]
-    assert [maker._tokens._most > 0 for maker in makers] == [True, False]
+    embed_data(tiny_shards, tiny_model, tmp_path / "tiny")
+    run, model = join(tiny_shards, tmp_path / "tiny"), load_model(parse_model(str(tiny_model)))
+    for most, kept in ((24, 1), (5, 2)):
+        monkeypatch.setattr(batch_maker, "MAX_CAPTIONS", most)
+        maker = BatchMaker(run.settings, run.inputs, Processor.of(model))
+        with patch.object(caches, "read_image", wraps=caches.read_image) as read:
+            for dealt in Batches(run.inputs, maker, None, 24, 3, ALONE).deal(range(2)):
+                maker(*dealt.work)
+        assert read.call_count == 24 * kept
 
 
 def test_caches_without_room_give_the_same_and_keep_nothing(tiny_model: Path) -> None:

@@ -15,6 +15,7 @@ from teaching_data import Listener, embed_data
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.sidecar import EmbedSidecar
+from clipcid_cli.steps.embed import encoder
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -48,7 +49,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(embed, "load_model", load)
+    monkeypatch.setattr(encoder, "load_model", load)
 
 
 @pytest.mark.usefixtures("no_model")

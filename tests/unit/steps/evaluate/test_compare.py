@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 from sidecars import make_sidecar
@@ -13,11 +14,12 @@ from sidecars import make_sidecar
 from clipcid_cli.commands.eval_zeroshot import show
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.atomic import write_json
-from clipcid_cli.formats.results.metrics import write_metrics
+from clipcid_cli.formats.data.class_files import hash_lines
+from clipcid_cli.formats.results.metrics import Metrics, write_metrics
 from clipcid_cli.formats.results.predictions import make_predictions, predictions_path, write_predictions
-from clipcid_cli.formats.sidecar import EvaluationSidecar
-from clipcid_cli.steps.evaluate.class_prompts import NamedLines
+from clipcid_cli.formats.sidecar import EvaluationSidecar, LinesRecord
 from clipcid_cli.steps.evaluate.compare import compare_results
+from clipcid_cli.steps.evaluate.result import ComparisonResult, ZeroshotResult
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -39,31 +41,41 @@ def test_what_does_not_go_with_a_comparison_is_refused(given: dict[str, object],
     EvalZeroshotSettings(model="a.json", data=("b.json",), compare=True, bootstrap=10, seed=3, workers=0, quiet=True)
 
 
+def make_metrics(task: str, metrics: dict[str, Any], pretrained: str = "p") -> Metrics:
+    return Metrics(dataset="d", model="m", pretrained=pretrained, task=task, language="en", metrics=metrics)
+
+
 def test_results_of_one_model_are_told_apart_and_stars_are_shown(tmp_path: Path) -> None:
-    record = {"dataset": "d", "model": "m", "task": "zeroshot_retrieval", "language": "en"}
+    task = "zeroshot_retrieval"
     metrics = {f"{side}_retrieval_recall@{k}": 0.5 for side in ("image", "text") for k in (1, 5)}
     columns = {"key": [f"{n:02d}" for n in range(20)], "text_rank": [0] * 20}
     for name, rank in (("a", 30), ("b", 0)):
         path = tmp_path / f"{name}.json"
-        write_metrics(path, record | {"pretrained": f"{name}/student", "metrics": metrics})
+        write_metrics(path, make_metrics(task, metrics, f"{name}/student"))
         rows = make_predictions("retrieval", "m", "d", 0, columns | {"image_ranks": [[rank]] * 20})
         write_predictions(predictions_path(path), rows)
     named = EvalZeroshotSettings(model=str(tmp_path / "a.json"), data=(str(tmp_path / "b.json"),), compare=True)
-    said = compare_results(named, Reporter())["differences"]["image_retrieval_recall@1"]["verdict"]
+    said = compare_results(named, Reporter()).differences["image_retrieval_recall@1"].verdict
     assert "B (b/student) is better than A (a/student)" in said
-    write_metrics(tmp_path / "b.json", record | {"pretrained": "a/student", "metrics": metrics})
-    said = compare_results(named, Reporter())["differences"]["image_retrieval_recall@1"]["verdict"]
+    write_metrics(tmp_path / "b.json", make_metrics(task, metrics, "a/student"))
+    said = compare_results(named, Reporter()).differences["image_retrieval_recall@1"].verdict
     assert f"B ({tmp_path / 'b.json'}) is better than A ({tmp_path / 'a.json'})" in said
 
     told = io.StringIO()
-    result = record | {
-        "pretrained": "p",
-        "metrics": metrics,
-        "customary": "image_retrieval_recall@5",
-        "intervals": {},
-        "prompts": None,
-    }
-    show(result | {"images": 20, "images_per_second": 9.0, "files": {}}, Console(file=told, width=120))
+    result = ZeroshotResult(
+        **msgspec.structs.asdict(make_metrics(task, metrics)),
+        prompts=None,
+        customary="image_retrieval_recall@5",
+        intervals={},
+        calibration=None,
+        images=20,
+        skipped={},
+        images_per_second=9.0,
+        seconds={},
+        files={},
+        reused=False,
+    )
+    show(result, Console(file=told, width=120))
     assert "50.0 / 50.0*" in told.getvalue()
     assert told.getvalue().count("*") == 2  # the value and what the star means
 
@@ -71,10 +83,9 @@ def test_results_of_one_model_are_told_apart_and_stars_are_shown(tmp_path: Path)
 def test_comparison_of_other_data_is_refused(tmp_path: Path) -> None:
     settings = EvalZeroshotSettings(model=str(tmp_path / "a.json"), data=(str(tmp_path / "b.json"),), compare=True)
     columns = {"predicted": [0, 1], "top": [[0, 1], [1, 0]], "scores": [[0.2, 0.1], [0.3, 0.1]]}
-    record = {"dataset": "d", "model": "m", "pretrained": "p", "task": "zeroshot_classification", "language": "en"}
 
     def write(name: str, keys: list[str], labels: list[int], classes: int = 2) -> None:
-        write_metrics(tmp_path / f"{name}.json", record | {"metrics": {"acc1": 0.5}})
+        write_metrics(tmp_path / f"{name}.json", make_metrics("zeroshot_classification", {"acc1": 0.5}))
         rows = make_predictions("classification", "m", "d", classes, columns | {"key": keys, "label": labels})
         write_predictions(predictions_path(tmp_path / f"{name}.json"), rows)
 
@@ -88,7 +99,7 @@ def test_comparison_of_other_data_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ClipcidError, match=message):
             compare_results(settings, Reporter())
     write("b", ["y", "x"], [1, 0])  # the order of the rows does not matter
-    assert compare_results(settings, Reporter())["images"] == 2
+    assert compare_results(settings, Reporter()).images == 2
 
 
 class Listener(Reporter):
@@ -103,20 +114,24 @@ class Listener(Reporter):
 
 def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
     """Of the same model, data and classes: only the sidecars know that the templates were others."""
-    record = {"dataset": "d", "model": "m", "pretrained": "p", "task": "zeroshot_classification", "language": "en"}
     columns = {"key": ["x", "y"], "label": [0, 1], "predicted": [0, 1], "top": [[0, 1], [1, 0]], "scores": [[1, 0]] * 2}
 
     def write(name: str, templates: tuple[str, ...] | None) -> None:
         path = tmp_path / f"{name}.json"
-        write_metrics(path, record | {"metrics": {"acc1": 0.5}})
+        write_metrics(path, make_metrics("zeroshot_classification", {"acc1": 0.5}))
         write_predictions(predictions_path(path), make_predictions("classification", "m", "d", 2, columns))
         if templates is not None:
-            prompts = {"class_names": NamedLines(("cat", "dog"), "folder names").describe()}
-            prompts["templates"] = NamedLines(templates, f"{name}.txt").describe()
+            prompts = {
+                "class_names": LinesRecord("folder names", 2, hash_lines(("cat", "dog"))),
+                "templates": LinesRecord(f"{name}.txt", len(templates), hash_lines(templates)),
+            }
             (path.parent / "sidecars").mkdir(exist_ok=True)
-            write_json(path.parent / "sidecars" / f"{name}.json", make_sidecar(EvaluationSidecar, prompts=prompts))
+            write_json(
+                path.parent / "sidecars" / f"{name}.json",
+                make_sidecar(EvaluationSidecar, prompts=msgspec.to_builtins(prompts)),
+            )
 
-    def compare() -> tuple[dict[str, Any], list[str], str]:
+    def compare() -> tuple[ComparisonResult, list[str], str]:
         settings = EvalZeroshotSettings(model=str(tmp_path / "a.json"), data=(str(tmp_path / "b.json"),), compare=True)
         listener, told = Listener(), io.StringIO()
         result = compare_results(settings, listener)
@@ -126,19 +141,21 @@ def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
     write("a", ("a {c}",))
     write("b", None)
     result, warnings, _ = compare()
-    assert result["prompts"] is None
+    assert result.prompts is None
     assert "No entry `prompts` records the class names and templates of B" in warnings[0]
     write("b", ("a {c}",))
     result, warnings, told = compare()
     assert not warnings
-    digest = result["prompts"]["templates"]["first"]["hash"]
+    assert result.prompts is not None
+    digest = result.prompts["templates"].first.hash
     assert f"templates    1, a.txt ({digest})" in told
     write("b", ("a {c}", "the {c}"))
     result, (warning,), told = compare()
     assert "The templates differ, so the scores differ by more than the models" in warning
-    assert f"of A 1, a.txt ({digest}); of B 2, b.txt ({result['prompts']['templates']['second']['hash']})" in warning
+    assert result.prompts is not None
+    assert f"of A 1, a.txt ({digest}); of B 2, b.txt ({result.prompts['templates'].second.hash})" in warning
     assert "templates    not the same" in told
-    assert result["prompts"]["class_names"]["same"]
+    assert result.prompts["class_names"].same
     sidecar = tmp_path / "sidecars" / "b.json"
     sidecar.write_text(sidecar.read_text().replace('"number": 2', '"number": "two"'))
     with pytest.raises(ClipcidError, match="it was edited, or is damaged"):

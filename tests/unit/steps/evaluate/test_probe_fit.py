@@ -11,8 +11,8 @@ import torch
 from clipcid_cli.algorithms.probe.probe import choose_point
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.known_datasets import KNOWN_DATASETS
-from clipcid_cli.steps.evaluate.probe_data import choose_metric
 from clipcid_cli.steps.evaluate.probe_fit import LabelledFeatures, ProbeFits
+from clipcid_cli.steps.evaluate.probe_plan import choose_metric
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
@@ -51,8 +51,8 @@ def test_few_shot_probes_see_no_image_that_chooses_their_strength() -> None:
     held_out = {tuple(row) for row in fits.held_out.rows.tolist()}
     assert held_out.isdisjoint({tuple(row) for row in fits.fitted.rows.tolist()})
     curve = fits.few_shots(make_images([20, 20, 20], seed=1))
-    assert [(point["shots"], point["images"]) for point in curve] == [(2, 6), (8, 21)]
-    assert all(len(set(point["metrics"]["lp_acc1"]["values"])) <= 2 for point in curve)
+    assert [(point.shots, point.images) for point in curve] == [(2, 6), (8, 21)]
+    assert all(len(set(point.metrics["lp_acc1"].values)) <= 2 for point in curve)
     again = make_fits(images, shots="8", shot_repeats=2)[0].few_shots(make_images([20, 20, 20], seed=1))
     assert again == curve[1:]
 
@@ -60,7 +60,7 @@ def test_few_shot_probes_see_no_image_that_chooses_their_strength() -> None:
 def test_one_draw_has_no_spread() -> None:
     fits, _ = make_fits(make_images([9, 9]), shots="1", shot_repeats=1)
     (point,) = fits.few_shots(make_images([5, 5], seed=1))
-    assert point["metrics"]["lp_acc1"]["std"] is None
+    assert point.metrics["lp_acc1"].std is None
 
 
 def test_a_best_strength_at_an_end_is_told_once_for_each_number_of_shots() -> None:
@@ -68,7 +68,7 @@ def test_a_best_strength_at_an_end_is_told_once_for_each_number_of_shots() -> No
     apart = LabelledFeatures(torch.eye(2).repeat_interleave(20, dim=0), torch.arange(2).repeat_interleave(20))
     fits, listener = make_fits(apart, shots="1,4", shot_repeats=3)
     curve = fits.few_shots(apart)
-    assert [point["at_edge"] for point in curve] == [3, 3]
+    assert [point.at_edge for point in curve] == [3, 3]
     assert [text.partition(" an end of")[0] for text in listener.warnings] == [
         "--shots 1: the best C of 3 of 3 draws is",
         "--shots 4: the best C of 3 of 3 draws is",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from conftest import make_image, write_tar
 
@@ -15,6 +16,7 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
 from clipcid_cli.steps.evaluate.model import EvaluatedModel
+from clipcid_cli.steps.evaluate.result import LinearResult, ZeroshotResult
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
@@ -43,18 +45,20 @@ def read_all(folder: Path) -> dict[str, bytes]:
 def test_zeroshot_results_are_of_these_images_and_outlive_failures(tiny_model: Path, tmp_path: Path) -> None:
     data = write_photos(tmp_path / "photos", 0)
 
-    def evaluate(**more: Any) -> dict[str, Any]:
+    def evaluate(**more: Any) -> ZeroshotResult:
         arguments = {"model": str(tiny_model), "data": (str(data),), "work": tmp_path / "work", "workers": 0}
-        return eval_zeroshot.run(EvalZeroshotSettings(**arguments | {"bootstrap": 20} | more), Reporter())
+        found = eval_zeroshot.run(EvalZeroshotSettings(**arguments | {"bootstrap": 20} | more), Reporter())
+        assert isinstance(found, ZeroshotResult)
+        return found
 
     first = evaluate(predictions=True)
-    assert evaluate()["reused"]
-    rows = Path(first["files"]["predictions"])
+    assert evaluate().reused
+    rows = Path(first.files["predictions"])
     said = rows.read_bytes()
     # Other draws keep what was said of each image.
     drawn = evaluate(bootstrap=30)
-    assert not drawn["reused"]
-    assert drawn["files"]["predictions"] == str(rows)
+    assert not drawn.reused
+    assert drawn.files["predictions"] == str(rows)
     assert rows.read_bytes() == said
 
     # Other images of the same names and sizes are other data.
@@ -70,13 +74,13 @@ def test_zeroshot_results_are_of_these_images_and_outlive_failures(tiny_model: P
     assert read_all(folder) == before
     write_photos(data, 50)
     replaced = evaluate(overwrite=True)
-    assert not replaced["reused"]
-    assert "predictions" not in replaced["files"]  # those were of the other images
-    assert evaluate()["reused"]
+    assert not replaced.reused
+    assert "predictions" not in replaced.files  # those were of the other images
+    assert evaluate().reused
 
 
 def test_captions_that_change_are_other_data(tiny_model: Path, tmp_path: Path) -> None:
-    def evaluate(caption: bytes) -> dict[str, Any]:
+    def evaluate(caption: bytes) -> ZeroshotResult:
         # In the midst of a tar, where the shard's own fingerprint does not look.
         filler = [(f"{number}.png", make_image(number).ljust(70_000, b"\0")) for number in range(12)]
         texts = [(f"{number}.txt", caption if number == 4 else b"a thing") for number in range(12)]
@@ -85,10 +89,12 @@ def test_captions_that_change_are_other_data(tiny_model: Path, tmp_path: Path) -
         settings = EvalZeroshotSettings(
             model=str(tiny_model), data=(str(tmp_path / "0.tar"),), work=tmp_path / "work", workers=0, bootstrap=0
         )
-        return eval_zeroshot.run(settings, Reporter())
+        found = eval_zeroshot.run(settings, Reporter())
+        assert isinstance(found, ZeroshotResult)
+        return found
 
     evaluate(b"a red cat")
-    assert evaluate(b"a red cat")["reused"]
+    assert evaluate(b"a red cat").reused
     with pytest.raises(ClipcidError, match="tar#images"):
         evaluate(b"a big dog")
 
@@ -98,11 +104,13 @@ def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: 
     write_photos(data / "train", 0, 8)
     write_photos(data / "test", 50)
 
-    def probe(shots: str | None) -> dict[str, Any]:
+    def probe(shots: str | None) -> LinearResult:
         settings = EvalLinearSettings(
             model=str(tiny_model), data=str(data), work=tmp_path / "work", workers=0, shots=shots, shot_repeats=1
         )
-        return eval_linear.run(settings, Reporter())
+        found = eval_linear.run(settings, Reporter())
+        assert isinstance(found, LinearResult)
+        return found
 
     curve = probe("1,2")
     before = read_all(tmp_path / "work" / "eval")
@@ -110,10 +118,10 @@ def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: 
         probe("1000")
     assert read_all(tmp_path / "work" / "eval") == before
     plain = probe(None)
-    assert plain == curve | {"reused": True}
+    assert plain == msgspec.structs.replace(curve, reused=True)
     other = probe("2")
-    assert not other["reused"]
-    assert [point["shots"] for point in other["shots"]] == [2]
+    assert not other.reused
+    assert [point.shots for point in other.shots] == [2]
 
 
 def test_weights_are_told_by_every_byte(tiny_model: Path, tmp_path: Path) -> None:
@@ -128,11 +136,11 @@ def test_weights_are_told_by_every_byte(tiny_model: Path, tmp_path: Path) -> Non
         with open_machine("cpu") as machine:
             name = ModelName(str(tmp_path), "folder", path=tmp_path)
             model = EvaluatedModel(name, machine, ReadingSettings(), Reporter())
-            return model.fingerprints()[1].hash
+            return model.fingerprints[1].hash
 
     assert fingerprint(b"a") != fingerprint(b"b")
     # It is the hash that the model itself is known by.
     name = parse_model(str(tiny_model))
     with open_machine("cpu") as machine:
         model = EvaluatedModel(name, machine, ReadingSettings(), Reporter())
-        assert model.fingerprints()[1].hash == load_model(name, machine.device).info.weights_hash
+        assert model.fingerprints[1].hash == load_model(name, machine.device).info.weights_hash

@@ -14,7 +14,7 @@ from sidecars import make_sidecar
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.models.model_card import ModelCard, render_card
-from clipcid_cli.formats.results.metrics import SIDECARS, make_metrics, write_metrics
+from clipcid_cli.formats.results.metrics import SIDECARS, Metrics, write_metrics
 from clipcid_cli.formats.sidecar import BalanceSidecar, EvaluationSidecar
 from clipcid_cli.runtime.models.clip_model import ModelInfo, load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
@@ -33,8 +33,13 @@ def info(tiny_model: Path) -> ModelInfo:
 def write_evaluation(work: Path, name: str, weights_hash: str, value: float) -> None:
     """Write what an evaluation leaves, as far as the card reads it."""
     (work / "eval" / SIDECARS).mkdir(parents=True, exist_ok=True)
-    record = make_metrics(
-        dataset=name, model="m", pretrained="p", task="zeroshot_classification", metrics={"acc1": value}
+    record = Metrics(
+        dataset=name,
+        model="m",
+        pretrained="p",
+        task="zeroshot_classification",
+        language="en",
+        metrics={"acc1": value},
     )
     write_metrics(work / "eval" / f"{name}.json", record)
     inputs = [{"path": "m", "size": 1, "hash": weights_hash}]

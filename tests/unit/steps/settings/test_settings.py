@@ -8,19 +8,18 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from clipcid_cli.commands.config import load_config
-from clipcid_cli.commands.help_page import GroupedCommand
+from clipcid_cli.commands.help_page import PageCommand
 from clipcid_cli.commands.options import build_parameters
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.fields import argument, option, output_settings
+from clipcid_cli.steps.settings.fields import Range, argument, option, output_settings
 from clipcid_cli.steps.settings.shared import SharedSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExampleSettings(SharedSettings):
     data: str | None = argument(None, "Data.")
-    share: float = option(0.5, "A share.", group="Numbers", minimum=0.0, maximum=1.0, above_minimum=True)
-    weight_decay: float = option(0.2, "Decay.", group="Numbers", flag="--wd", minimum=0.0)
+    share: float = option(0.5, "A share.", group="Numbers", within=Range(0, 1, min_open=True))
+    weight_decay: float = option(0.2, "Decay.", group="Numbers", flag="--wd", within=Range(0))
     losses: tuple[str, ...] = option((), "Losses.", flag="--loss")
     fast: bool = option(False, "Be fast.", operational=True)
     kind: str = option("a", "Kind.", choices=("a", "b"))
@@ -28,18 +27,12 @@ class ExampleSettings(SharedSettings):
 
 @pytest.fixture
 def group() -> click.Group:
-    parameters, arguments = build_parameters("example", ExampleSettings)
-    for parameter in parameters:
-        if parameter.name == "config":
-            parameter.is_eager, parameter.callback = True, load_config
-
     def invoke(**values: object) -> None:
         settings = ExampleSettings(**values)  # type: ignore[arg-type]  # click gives what the fields declare
         click.echo(json.dumps(output_settings(settings) | {"fast": settings.fast, "quiet": settings.quiet}))
 
-    command = GroupedCommand(
-        "example", callback=invoke, params=parameters, examples="clipcid example", arguments=arguments
-    )
+    parameters = build_parameters("example", ExampleSettings)
+    command = PageCommand("example", callback=invoke, params=parameters, help="Show what is set.")
     return click.Group("clipcid", commands=[command])
 
 
@@ -87,13 +80,20 @@ def test_an_unknown_key_of_the_file_is_an_error_with_a_hint(group: click.Group, 
     assert "share" in caught.value.fix
 
 
-@pytest.mark.parametrize("line", ["seed = 4.9", "share = true", "seed = true"])
-def test_numbers_of_the_file_are_not_bent_into_shape(group: click.Group, tmp_path: Path, line: str) -> None:
+def test_values_of_the_file_are_not_bent_into_shape(group: click.Group, tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
-    config.write_text(f"[example]\n{line}\n")
+    config.write_text("[example]\nseed = 4.9\n")
     result = CliRunner().invoke(group, ["example", "--config", str(config)])
-    assert result.exit_code == 2
-    assert "number" in result.output
+    assert f"Invalid value for '--seed' in {config}: '4.9' is not a valid whole number" in result.output
+    for line in ("share = true", "seed = true", "data = [1]", "kind = {}", "fast = 1"):
+        config.write_text(f"[example]\n{line}\n")
+        with pytest.raises(UsageError, match=line.partition(" ")[0]):
+            call(group, "--config", str(config))
+
+
+def test_a_bad_value_of_the_environment_is_told_by_its_variable(group: click.Group) -> None:
+    result = CliRunner().invoke(group, ["example"], env={"CLIPCID_EXAMPLE_SHARE": "half"})
+    assert "Invalid value for CLIPCID_EXAMPLE_SHARE: 'half' is not a valid number" in result.output
 
 
 def test_an_unknown_table_of_the_file_is_an_error(group: click.Group, tmp_path: Path) -> None:
@@ -106,11 +106,10 @@ def test_an_unknown_table_of_the_file_is_an_error(group: click.Group, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--share", "0"], "0 is out of range (0 < x ≤ 1)"),
-        (["--share", "1.5"], "1.5 is out of range (0 < x ≤ 1)"),
-        (["--share", "nan"], "nan is out of range (0 < x ≤ 1)"),
-        (["--share", "much"], "'much' is not a number"),
-        (["--seed", "1.5"], "'1.5' is not a whole number"),
+        (["--share", "0"], "0.0 is not in the range 0<x<=1"),
+        (["--share", "1.5"], "1.5 is not in the range 0<x<=1"),
+        (["--share", "much"], "'much' is not a valid number"),
+        (["--seed", "1.5"], "'1.5' is not a valid whole number"),
         (["--kind", "c"], "'c' is not one of 'a', 'b'"),
         (["--shar", "1"], "Did you mean '--share'"),
     ],
@@ -122,8 +121,9 @@ def test_bad_values_are_refused_with_the_range(group: click.Group, arguments: li
 
 
 def test_values_given_in_python_are_checked_too() -> None:
-    with pytest.raises(UsageError, match=r"--share 2 is out of range \(0 < x ≤ 1\)"):
-        ExampleSettings(share=2.0)
+    for number in (2.0, float("nan")):  # and NaN alone of the command line, since click finds it in every range
+        with pytest.raises(UsageError, match=f"--share {number:g} is not in the range 0<x<=1"):
+            ExampleSettings(share=number)
     with pytest.raises(UsageError, match="--kind cannot be 'z'"):
         ExampleSettings(kind="z")
     with pytest.raises(UsageError, match=r"--work holds a NUL character: 'a\\x00b'"):  # as a file of settings can say
@@ -133,5 +133,10 @@ def test_values_given_in_python_are_checked_too() -> None:
 def test_the_help_page_groups_the_flags_and_states_defaults_and_ranges(group: click.Group) -> None:
     page = CliRunner().invoke(group, ["example", "--help"]).output
     numbers = page[page.index("Numbers:") :]
-    assert "A share. [default: 0.5; 0 < x ≤ 1]" in " ".join(numbers.split())
-    assert page.index("Examples:") < page.index("Arguments:") < page.index("Numbers:") < page.index("How it runs:")
+    assert "A share. [default: 0.5; 0<x<=1]" in " ".join(numbers.split())
+    assert (
+        page.index("Show what is set.")
+        < page.index("Positional arguments:")
+        < page.index("Numbers:")
+        < page.index("How it runs:")
+    )

@@ -1,1 +1,0 @@
-"""What training shows in place of an image or a caption: its stored views, and variants of its captions."""

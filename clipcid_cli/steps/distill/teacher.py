@@ -1,0 +1,228 @@
+"""The teacher in training: its rows of each batch, stored or computed, in the space that it shares with the student."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import suppress
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from clipcid_cli.algorithms.losses.registry import LOSSES
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import atomic_file
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.fingerprint import FileRecord, identity_of
+from clipcid_cli.formats.sidecar import EmbedSidecar
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.augment import apply_colors
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.runtime.models.preprocess import normalize_pixels
+from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.steps.distill.batches import TrainingBatch
+from clipcid_cli.steps.distill.clusters import ClusterLookup
+from clipcid_cli.steps.distill.inputs import Inputs
+from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher
+from clipcid_cli.steps.model_identity import cluster_with
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.distill import DistillSettings
+
+SAMPLES_AT_ONCE = 256
+"""Samples that an online teacher takes at once, whatever the batch; no activations are kept."""
+
+# The scale at which CLIP training ends; taken where another tool's embeddings do not record it.
+_MAX_SCALE = 100.0
+# Cut to the student's width only where that keeps at least this share of the teacher's variance.
+_ENOUGH_VARIANCE = 0.98
+# Principal axes are found from at most this many evenly spaced rows of each tower.
+_AXES_ROWS = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The teacher's part of every batch.
+
+    Attributes:
+        space: Where its features and the student's are compared.
+        scale: exp(logit_scale).
+        clusters: Its clusters; None where no loss needs them.
+        model: What runs alongside the student, on the same views and captions; None where stored rows come with the batch.
+        precision: Number format of the model's products, to which it is cast.
+    """
+
+    space: SharedSpace
+    scale: float
+    clusters: ClusterLookup | None
+    model: ClipModel | None = None
+    precision: Precision | None = None
+
+    @torch.no_grad()
+    def rows(self, batch: TrainingBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return t, u and u of the further texts of this process's part, unit rows in the shared space, float32 [b, D]."""
+        image, text, extra = batch.teacher_image_bD, batch.teacher_text_bD, batch.teacher_extra_eD
+        if self.model is not None and self.precision is not None:
+            image, text = _embed(self.model, self.precision, batch)
+        assert image is not None, "the batch maker has the stored rows"
+        return (
+            self._project(image),
+            None if text is None else self._project(text),
+            None if extra is None else self._project(extra),
+        )
+
+    def _project(self, rows_bD: Tensor) -> Tensor:
+        return project(rows_bD.float(), self.space.axes)
+
+
+def _embed(model: ClipModel, precision: Precision, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+    """Embed what the student is shown: image and text rows, unit, float32 [b, D] each."""
+    assert batch.teacher_pixels is not None, "the batch maker has the teacher's processor"
+    assert batch.teacher_tokens is not None, "likewise"
+    images, texts = [], []
+    for start in range(0, len(batch), SAMPLES_AT_ONCE):
+        part = slice(start, start + SAMPLES_AT_ONCE)
+        pixels = batch.teacher_pixels[part]
+        if batch.colors is not None:
+            pixels = normalize_pixels(apply_colors(pixels, batch.colors[part]), model.info.preprocess)
+        images.append(model.encode_images(pixels, precision))
+        texts.append(model.encode_texts(batch.teacher_tokens[part], precision))
+    return torch.cat(images), torch.cat(texts)
+
+
+def load_online_model(inputs: Inputs, machine: Machine) -> ClipModel | None:
+    """Load the teacher that runs alongside the student; None where none does."""
+    teacher = inputs.teacher
+    if not isinstance(teacher, OnlineTeacher):
+        return None
+    model = machine.on_all(lambda: load_model(teacher.name, machine.device))
+    for parameter in model.module.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def describe_weights(model: ClipModel) -> FileRecord:
+    """Describe an online teacher as an input of the run: by its weights, and what decides its pixels and tokens."""
+    info = model.info
+    content = f"{info.weights_hash} {info.preprocess_hash} {info.tokenizer} {info.context_length}"
+    return FileRecord(f"the teacher {info.spec}", info.parameters, content)
+
+
+def open_teacher(
+    settings: DistillSettings,
+    inputs: Inputs,
+    model: ClipModel | None,
+    student_width: int,
+    machine: Machine,
+    reporter: Reporter,
+) -> Teacher | None:
+    """Make the teacher ready; None where no loss needs one.
+
+    Args:
+        model: What `load_online_model` returned.
+    """
+    embeddings, chosen = inputs.embeddings, inputs.clusters
+    if model is not None:
+        width = model.info.embed_dim
+    elif embeddings is not None:
+        width = embeddings.width
+    else:
+        return None
+    space = choose_space(settings, width, embeddings, student_width, machine, reporter)
+    clusters = None
+    if chosen is not None:
+        if model is not None and chosen.files.centroids.shape[1] != width:
+            raise ClipcidError(
+                f"The clusters in {chosen.files.folder} have width {chosen.files.centroids.shape[1]}, the teacher "
+                f"{model.info.spec} {width}: they are of another teacher.",
+                cluster_with(parse_model(model.info.spec), settings),
+            )
+        clusters = ClusterLookup.of(settings, chosen, inputs.training, space.axes, machine.device)
+    if model is None:
+        assert embeddings is not None
+        return Teacher(space, _recorded_scale(settings, embeddings.sidecar, reporter), clusters)
+    info = model.info
+    precision = choose_precision(settings.precision, machine.device, "embed", info.parameters)
+    model.cast_products(precision)
+    reporter.note(
+        f"Online teacher: {info.parameters / 1e6:.1f} M parameters, {info.image_size[0]} px, {info.context_length} tokens, "
+        f"precision {precision.name} ({precision.reason})."
+    )
+    return Teacher(space, model.logit_scale, clusters, model, precision)
+
+
+def _recorded_scale(settings: DistillSettings, sidecar: EmbedSidecar | None, reporter: Reporter) -> float:
+    """Return exp(logit_scale) of the teacher as `embed` recorded it."""
+    if not any(LOSSES[name].needs_teacher_scale for name in settings.losses()):
+        return _MAX_SCALE
+    if sidecar is not None and sidecar.model.logit_scale is not None:
+        return float(sidecar.model.logit_scale)
+    reporter.note(f"The embeddings do not record the teacher's logit scale; using {_MAX_SCALE:g}.")
+    return _MAX_SCALE
+
+
+def choose_space(
+    settings: DistillSettings,
+    teacher_width: int,
+    embeddings: Embeddings | None,
+    student_width: int,
+    machine: Machine,
+    reporter: Reporter,
+) -> SharedSpace:
+    """Choose the space in which student and teacher are compared.
+
+    Args:
+        embeddings: Stored ones, in which the axes of ``pca`` are found; None where there are none.
+        machine: The processes; all take the first one's axes.
+
+    Returns:
+        For equal widths, and where no loss compares features of the two, the teacher's space as it is, unless requested
+        otherwise; else as requested, but ``pca`` cannot widen: a student wider than its teacher takes ``project``, and so
+        does one whose teacher has no stored embeddings.
+    """
+    requested = settings.teacher_space
+    by_layer = f"Shared space: the teacher's {teacher_width} dimensions, by a learned layer per student tower."
+    if requested == "auto" and all(LOSSES[name].space == "own" for name in settings.losses()):
+        return SharedSpace(teacher_width)
+    if requested == "project" or student_width > teacher_width:
+        reporter.note(by_layer)
+        return SharedSpace(teacher_width, is_learned=True)
+    if student_width == teacher_width:
+        return SharedSpace(teacher_width)
+    if embeddings is None:
+        reporter.note(
+            f"{by_layer} There are no stored embeddings to find the axes of --teacher-space pca in (clipcid embed)."
+        )
+        return SharedSpace(teacher_width, is_learned=True)
+    axes = machine.on_main(lambda: principal_axes(_find_second_moment(settings, embeddings), student_width))
+    dimensions = f"{student_width} of the teacher's {teacher_width} dimensions"
+    if requested == "auto" and axes.kept < _ENOUGH_VARIANCE:
+        reporter.note(
+            f"{dimensions} keep only {axes.kept:.1%} of its variance, so a learned layer per student tower maps to all of "
+            "them (--teacher-space pca cuts anyway)."
+        )
+        return SharedSpace(teacher_width, is_learned=True)
+    reporter.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its variance.")
+    return SharedSpace(student_width, axes.to(machine.device))
+
+
+def _find_second_moment(settings: DistillSettings, embeddings: Embeddings) -> npt.NDArray[np.float64]:
+    """Read the second moment of the teacher's rows that an earlier start kept; compute and keep it where there is none."""
+    identity = identity_of({"axes_rows": _AXES_ROWS}, embeddings.fingerprints([Kind.TEXTS]))
+    path = WorkDirectory(settings.work).second_moment(identity)
+    with suppress(OSError, ValueError, EOFError):
+        kept: npt.NDArray[np.float64] = np.load(path, allow_pickle=False)
+        return kept
+    sides = [embeddings.rows(kind) for kind in (Kind.IMAGES, Kind.TEXTS) if kind in embeddings.kinds]
+    stride = -(-embeddings.num_rows // _AXES_ROWS)
+    # Rows of another tool that are not finite are left out of training, and here.
+    blocks = (np.nan_to_num(block[::stride], posinf=0, neginf=0) for side in sides for _, block in side.blocks())
+    found = second_moment(blocks, embeddings.width)
+    if not settings.dry_run:
+        with atomic_file(path, shared=True) as file:  # two runs may keep it at once
+            np.save(file, found, allow_pickle=False)
+    return found

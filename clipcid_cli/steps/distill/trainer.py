@@ -1,0 +1,277 @@
+"""Training: batches in; optimiser steps, logs, evaluations and checkpoints out."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import closing
+from typing import Any
+
+from clipcid_cli.algorithms.near.block import exact_accumulation
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_json
+from clipcid_cli.formats.data.samples import close_copies
+from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.reading import reading
+from clipcid_cli.formats.results.checkpoint import (
+    checkpoint_path,
+    list_checkpoints,
+    read_checkpoint,
+    remove_old_checkpoints,
+    write_checkpoint,
+)
+from clipcid_cli.formats.results.run_folder import TrainingLog
+from clipcid_cli.formats.sidecar import DistillSidecar
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.memory import keep_freed_memory, memory_in_use
+from clipcid_cli.runtime.models.augment import Processor
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.steps.distill.batch_maker import BatchMaker
+from clipcid_cli.steps.distill.batches import Batches, TrainingBatch
+from clipcid_cli.steps.distill.evaluation import Evaluation
+from clipcid_cli.steps.distill.objective import Objective
+from clipcid_cli.steps.distill.plan import Plan
+from clipcid_cli.steps.distill.student import Student, warn_of_batch_statistics
+from clipcid_cli.steps.distill.teacher import open_teacher
+from clipcid_cli.steps.reporting import Progress, Reporter
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.training.step_values import StepValues
+from clipcid_cli.training.train_state import TrainState
+
+
+class Trainer:
+    """A run in progress.
+
+    Attributes:
+        teacher_model: The model that teaches alongside the student.
+        losses: The losses of the last step that was read, by name.
+        metrics: Those of the last evaluation, by name.
+    """
+
+    def __init__(
+        self,
+        settings: DistillSettings,
+        plan: Plan,
+        student: Student,
+        teacher_model: ClipModel | None,
+        machine: Machine,
+        reporter: Reporter,
+        output: Output[DistillSidecar] | None = None,
+    ) -> None:
+        """Assemble a run, from its last checkpoint on where it has one.
+
+        Args:
+            output: The claim on the run's folder; None for a run that writes nothing.
+        """
+        self.settings, self.plan, self.student, self.machine, self.reporter = settings, plan, student, machine, reporter
+        self.teacher_model, self._output = teacher_model, output
+        keep_freed_memory()
+        model, inputs = student.model, plan.inputs
+        processors = Processor.of(model), None if teacher_model is None else Processor.of(teacher_model)
+        maker = BatchMaker(settings, inputs, *processors, student.masking)
+        width = model.info.embed_dim
+        teacher = open_teacher(settings, inputs, teacher_model, width, machine, reporter)
+        self.objective = Objective.of(settings, width, teacher, machine, reporter)
+        reporter.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
+        self.state = TrainState(
+            model.module, self.objective.parameters, plan.recipe, student.precision.dtype, ema=settings.ema
+        )
+        self.bad: dict[str, str] = {}
+        if output is not None:
+            self._resume(output)
+        if settings.accum_freq * machine.size > 1:
+            warn_of_batch_statistics(model, reporter)
+        clusters = None if teacher is None else teacher.clusters
+        self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, machine)
+        self.evaluation = Evaluation.prepare(inputs, model, plan.evaluations, machine)
+        self.log = TrainingLog(
+            plan.folder,
+            self.state.step,
+            writes=output is not None and machine.is_main,
+            tensorboard=settings.report_to == "tensorboard",
+        )
+        self._values = StepValues(machine.device)
+        self.losses: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
+
+    def train(self) -> None:
+        """Make the steps that are left: steps, and what is logged, measured and saved between them."""
+        plan, first = self.plan, self.state.step
+        if first == 0:
+            self._evaluate()
+        if first == plan.steps:
+            # The run was killed between its last checkpoint and its sidecar.
+            self.losses, self.metrics = plan.folder.last_values()
+            return
+        close_copies()
+        steps, waited, started = range(first, plan.steps), 0.0, time.monotonic()
+        with (
+            closing(self.batches.load(steps, plan.workers)) as batches,
+            self.reporter.progress("distill", len(steps) * plan.batch_size, "samples") as progress,
+        ):
+            for step in range(first + 1, plan.steps + 1):
+                before = time.monotonic()
+                batch = next(batches)
+                waited += time.monotonic() - before
+                lr = self.step(batch)
+                progress.advance(plan.batch_size)
+                logs, evaluates, saves = plan.due_after(step)
+                if logs or evaluates or saves:
+                    line = self.read(step - first, lr)
+                if logs:
+                    seconds = time.monotonic() - started
+                    line["samples_per_second"] = round((step - first) * plan.batch_size / seconds, 1)
+                    line["data_wait_share"] = round(waited / seconds, 3)
+                    self.log.add(line)
+                    self._show(progress, line)
+                if saves:
+                    self.log.flush()
+                if evaluates:
+                    self._evaluate()
+                if saves:
+                    self._save()
+
+    def step(self, batch: TrainingBatch) -> float:
+        """Make one optimiser step and return its learning rate; what it found stays on the device until it is read."""
+        state, student = self.state, self.student
+        self._note_unreadable(batch)
+        student.train()
+        parts = range(self.settings.accum_freq)
+        seeds = [derive_seed("step", self.settings.seed, state.step, self.machine.rank, part) for part in parts]
+        encoded = student.encode(batch, seeds)
+        # Where the cluster loss is small it is the difference of two large terms: TF32 would leave nothing of its gradient.
+        with exact_accumulation(self.machine.device):
+            total, losses = self.objective(encoded.features, student.model.module.logit_scale.exp(), batch)  # type: ignore[operator]
+            state.backward(total)
+        student.backward(encoded, before_last=state.averager.watch)
+        state.averager.finish()
+        norm = state.clip_grad_norm()
+        # A scaled gradient may overflow: the update is then skipped and the scale lowered.
+        checked, others = ([losses], [norm]) if state.may_overflow else ([losses, norm], [])
+        lr = state.update()
+        self._values.add(checked, [*others, *self._learned().values()])
+        return lr
+
+    def read(self, num_steps: int, lr: float) -> dict[str, Any]:
+        """Return the last step's line of the log; refuse to go on where a step diverged.
+
+        Args:
+            num_steps: Number of steps made since the run began or was resumed.
+            lr: The last step's learning rate.
+        """
+        num_finite, values = self._values.read()
+        weights, learned = self.objective.weights, self._learned()
+        losses = dict(zip(weights, values, strict=False))
+        norm, learned_values = values[len(weights)], values[len(weights) + 1 :]
+        loss = sum(weights[name] * value for name, value in losses.items())
+        if num_finite < num_steps:
+            self._stop_diverged(self.state.step - num_steps + num_finite, loss, norm, losses)
+        self.losses = losses
+        return {
+            "step": self.state.step,
+            "loss": loss,
+            **{f"loss_{name}": value for name, value in losses.items()},
+            "lr": lr,
+            "gradient_norm": norm if math.isfinite(norm) else None,
+            **{
+                name: math.exp(value) if name.startswith("scale_") else value
+                for name, value in zip(learned, learned_values, strict=True)
+            },
+        }
+
+    def unreadable_images(self) -> dict[str, str]:
+        """Return the unreadable images that any process met so far, reason by key; call it on every process.
+
+        In another epoch, an image may have come to another of them.
+        """
+        return {key: reason for bad in self.machine.gather(self.bad) for key, reason in bad.items()}
+
+    def _learned(self) -> dict[str, Any]:
+        """Return what is logged of logit scales, as logarithms, and of biases, by name."""
+        scales = {f"scale_{name}": log_scale for name, log_scale in self.state.log_scales.items()}
+        return scales | {f"bias_{name}": bias for name, bias in self.objective.parameters.biases.items()}
+
+    def _note_unreadable(self, batch: TrainingBatch) -> None:
+        """Refuse a first batch without one readable image, before a line is logged."""
+        self.bad.update({key: reason for reason, key in batch.bad})
+        if self.state.step:
+            return
+        skips = Skips.of(self.unreadable_images())
+        if skips.total >= self.plan.batch_size:
+            raise ClipcidError(
+                f"None of the {self.plan.batch_size:,} images of the first batch can be read:\n{skips.describe()}",
+                "Fix the data.",
+            )
+
+    def _stop_diverged(self, step: int, loss: float, norm: float, losses: dict[str, float]) -> None:
+        """Save the keys of the batch whose loss or gradient is not finite, and raise.
+
+        All processes hold the same loss and gradient, so all of them arrive here.
+        """
+        path, where = self.plan.folder.diverged(step), ""
+        if self._output is not None:
+            where = f" The batch's keys are in {path}."
+            if self.machine.is_main:
+                values = {name: value if math.isfinite(value) else str(value) for name, value in losses.items()}
+                found = {"step": step, "losses": values, "loss": str(loss), "gradient_norm": str(norm)}
+                write_json(path, found | {"keys": self.batches.keys(step)})
+        raise ClipcidError(
+            f"Training diverged at step {step:,}: loss {loss:g}, gradient norm {norm:g}.{where}",
+            "Lower --lr, lengthen --warmup, or train in --precision fp32. Each begins anew; under another --name, and this "
+            "run's checkpoints stay.",
+        )
+
+    def _evaluate(self) -> None:
+        if not self.evaluation.has_data:
+            return
+        metrics = self.evaluation.measure(self.student.model, self.state)
+        if self.machine.is_main:
+            self.log.add_evaluation(self.state.step, metrics)
+        self.metrics = self.machine.broadcast(metrics)
+
+    def _show(self, progress: Progress, line: dict[str, Any]) -> None:
+        """Show the panel: losses, learning rate and scales, share of time spent waiting for data, memory."""
+        progress.show(
+            **self.losses,
+            lr=line["lr"],
+            **{f"σ {name}": line[f"scale_{name}"] for name in self.state.log_scales},
+            waiting=f"{line['data_wait_share']:.0%}",
+            memory=f"{memory_in_use(self.machine.device) / 2**30:.1f} GiB",
+        )
+
+    def _save(self) -> None:
+        bad = self.unreadable_images()
+        Skips.of(bad).check(len(self.batches), self.settings.max_bad_fraction, "the training data")
+        if self.machine.is_main:
+            state = self.state.state_dict() | {"bad": bad}
+            write_checkpoint(self.plan.folder.checkpoints, self.state.step, state)
+        self.machine.barrier()
+
+    def _resume(self, output: Output[DistillSidecar]) -> None:
+        """Go on from the newest checkpoint of an unfinished run of the same settings and inputs, or clear the folder."""
+        folder = self.plan.folder
+        unfinished = output.resumed and self.settings.resume != "never"
+        steps = list_checkpoints(folder.checkpoints) if unfinished else []
+        if not steps:
+            if self.settings.resume == "latest":
+                raise ClipcidError(
+                    f"--resume latest, but {folder.path} has no checkpoint of an unfinished run with these settings.",
+                    "Omit --resume to start one.",
+                )
+            self.machine.on_main(folder.clear)
+            return
+        path, state = checkpoint_path(folder.checkpoints, steps[-1]), read_checkpoint(folder.checkpoints, steps[-1])
+        with reading(path, "the state of this run", "Remove it to resume from the one before, or use --resume never."):
+            self.state.load_state_dict(state)
+            bad: dict[str, str] = dict(state["bad"])
+        if self.machine.is_main:
+            self.bad = bad
+
+        def rewind() -> None:
+            folder.rewind(self.state.step)
+            remove_old_checkpoints(folder.checkpoints)
+
+        self.machine.on_main(rewind)
+        self.reporter.note(f"Resuming at step {self.state.step:,} of {self.plan.steps:,}.")

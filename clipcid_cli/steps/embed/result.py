@@ -1,0 +1,54 @@
+"""The JSON objects of `embed`."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class EmbedResult(msgspec.Struct):
+    """What was embedded.
+
+    Attributes:
+        skipped: Samples by reason.
+        images_per_second: None where all were embedded earlier.
+        seconds: By phase, the mean of the processes.
+    """
+
+    images: int
+    skipped: dict[str, int]
+    images_per_second: float | None
+    seconds: dict[str, float]
+    files: dict[str, str]
+
+
+class TextsResult(msgspec.Struct):
+    """What was embedded of a file of texts, likewise."""
+
+    texts: int
+    skipped: dict[str, int]
+    texts_per_second: float | None
+    seconds: dict[str, float]
+    files: dict[str, str]
+
+
+class EmbedCost(msgspec.Struct):
+    """What embedding would take, estimated from a few batches."""
+
+    dry_run: bool
+    shards: int
+    images: int
+    bytes: int
+    bytes_per_image: int
+    seconds: dict[str, float]
+
+
+class TextsCost(msgspec.Struct):
+    """What embedding a file of texts would take."""
+
+    dry_run: bool
+    texts: int
+    bytes: int
+    seconds: dict[str, float]
+
+
+Embedded = EmbedResult | TextsResult | EmbedCost | TextsCost

@@ -1,0 +1,354 @@
+"""Samples to rows: listed in batches, decoded by workers or threads, encoded by a model, in order.
+
+A batch never crosses a shard, and what is made of it depends on it alone: any number of processes, workers and threads
+makes the same rows.
+
+Shape letters: B samples of a batch, M captions of them, H × W pixels, L tokens, D width, C classes, T templates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+import torch
+from PIL import Image
+
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.remote import is_remote
+from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.clip_model import ClipModel, Transform
+from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
+from clipcid_cli.runtime.models.tokenizer import Tokenizer
+from clipcid_cli.runtime.pipeline import ordered_map, read_ahead, thread_map, threads_for_batches
+from clipcid_cli.runtime.precision import Precision
+
+# Batches that wait while a network is read.
+_READ_AHEAD = 4
+
+
+@dataclasses.dataclass
+class Batch:
+    """Samples of one shard that are encoded together.
+
+    Attributes:
+        read: With the shard's last batch, how many samples it has, usable or not; None with those before.
+        skipped: With the last batch, those that are in none of the batches.
+        waited: Seconds in which the process waited for a worker to decode it.
+    """
+
+    shard: int
+    samples: Sequence[Sample]
+    read: int | None = None
+    skipped: Skips = dataclasses.field(default_factory=Skips)
+    waited: float = 0.0
+
+
+def list_batches(
+    dataset: Dataset,
+    shards: Iterable[int],
+    stream: Callable[[int, Skips], Iterator[Sample]],
+    batch_size: int,
+    reject: Callable[[Sample], str | None],
+) -> Iterator[Batch]:
+    """List the batches of shards; a shard without a usable sample has one empty batch, its last.
+
+    Args:
+        stream: Yields the samples of a shard, and counts those it leaves out.
+        reject: Says why a sample cannot be used; None where it can.
+    """
+
+    def list_shard(number: int) -> Iterator[Batch]:
+        skipped, rejected, samples, read = Skips(), Skips(), list[Sample](), 0
+        for sample in stream(number, skipped):
+            read += 1
+            reason = reject(sample)
+            if reason is not None:
+                rejected.add(reason, dataset.shards[number].describe(sample.key))
+                continue
+            if len(samples) == batch_size:
+                yield Batch(number, samples)
+                samples = []
+            samples.append(sample)
+        read += skipped.total
+        skipped.merge(rejected)
+        yield Batch(number, samples, read, skipped)
+
+    batches = (batch for number in shards for batch in list_shard(number))
+    return read_ahead(batches, _READ_AHEAD) if any(is_remote(shard.file) for shard in dataset.shards) else batches
+
+
+@dataclasses.dataclass
+class Decoded:
+    """What a worker makes of a batch.
+
+    Attributes:
+        pixels: uint8 [B, H, W, 3], zeros where an image cannot be decoded; None where none are wanted.
+        tokens: Captions, sample after sample, int64 [M, L]; None where none are wanted.
+        failures: Why samples cannot be used, by their position.
+        laid_on_white: Images with transparent pixels, which are shown on white.
+    """
+
+    pixels: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    failures: dict[int, str] = dataclasses.field(default_factory=dict)
+    laid_on_white: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Decodes the images and tokenises the captions of a batch.
+
+    Attributes:
+        image_size: Height and width.
+        context_length: L.
+        transform: RGB image to uint8 [H, W, 3]; None where no images are wanted.
+        tokenizer: Texts to int64 [M, L]; None where no captions are wanted.
+        batch_size: Rows of pixels, of which tokens have a multiple: missing rows are zero. None makes no more than there are
+            samples and captions.
+        fast_decode: Whether JPEGs are decoded at a reduced size, of at least twice H × W.
+    """
+
+    image_size: tuple[int, int]
+    context_length: int
+    transform: Transform | None
+    tokenizer: Tokenizer | None
+    batch_size: int | None = None
+    fast_decode: bool = False
+
+    @classmethod
+    def of(cls, model: ClipModel, *, captions: bool) -> Decoder:
+        """Return what prepares samples for a model."""
+        info = model.info
+        tokenizer = model.tokenizer if captions else None
+        return cls(info.image_size, info.context_length, model.pixel_transform(), tokenizer)
+
+    def __call__(self, samples: Sequence[Sample]) -> Decoded:
+        """Decode a batch."""
+        decoded = Decoded(tokens=self.tokenize([caption for sample in samples for caption in sample.captions]))
+        if self.transform is not None:
+            decoded.pixels = torch.zeros(self.batch_size or len(samples), *self.image_size, 3, dtype=torch.uint8)
+            for row, image in self.read_images(samples, decoded):
+                decoded.pixels[row] = self.transform(image)
+        return decoded
+
+    def read_images(self, samples: Sequence[Sample], decoded: Decoded) -> Iterator[tuple[int, Image.Image]]:
+        """Yield the images that can be read, by position, and note the others in `decoded`."""
+        height, width = self.image_size
+        draft = (2 * width, 2 * height) if self.fast_decode else None
+        for row, sample in enumerate(samples):
+            image = read_image(sample.image, draft)
+            if isinstance(image, SkippedImage):
+                decoded.failures[row] = image.reason
+                continue
+            decoded.laid_on_white += had_alpha(image)
+            yield row, image
+
+    def tokenize(self, texts: list[str]) -> torch.Tensor | None:
+        """Tokenise texts; None where there is no tokenizer."""
+        if self.tokenizer is None:
+            return None
+        size = self.batch_size or 1
+        tokens = torch.zeros(-(-len(texts) // size) * size, self.context_length, dtype=torch.int64)
+        if texts:
+            tokens[: len(texts)] = self.tokenizer(texts)
+        return tokens
+
+
+@dataclasses.dataclass
+class Encoded:
+    """What a model makes of samples.
+
+    Attributes:
+        samples: Without the bytes of their images.
+        rows: Of each sample by kind, on the CPU; `Kind.TEXTS` of each caption, sample after sample.
+        failures: Why samples cannot be used, by their position.
+        laid_on_white: Images with transparent pixels, which were shown on white.
+    """
+
+    samples: Sequence[Sample]
+    rows: dict[Kind, torch.Tensor]
+    failures: dict[int, str] = dataclasses.field(default_factory=dict)
+    laid_on_white: int = 0
+
+    @property
+    def captions(self) -> torch.Tensor:
+        """Number of captions of each sample, int64 [B]."""
+        return torch.tensor([len(sample.captions) for sample in self.samples], dtype=torch.int64)
+
+    @property
+    def owners(self) -> torch.Tensor:
+        """Position of the sample of each caption, int64 [M]."""
+        return torch.repeat_interleave(torch.arange(len(self.samples)), self.captions)
+
+    @property
+    def kept(self) -> torch.Tensor:
+        """Positions of the samples that can be used, int64."""
+        return torch.tensor([row for row in range(len(self.samples)) if row not in self.failures], dtype=torch.int64)
+
+    def usable(self) -> Encoded:
+        """Return the samples that can be used."""
+        kept = self.kept
+        if len(kept) == len(self.samples):
+            return self
+        texts = torch.isin(self.owners, kept)
+        rows = {kind: found[texts if kind is Kind.TEXTS else kept] for kind, found in self.rows.items()}
+        return Encoded([self.samples[row] for row in kept.tolist()], rows, {}, self.laid_on_white)
+
+    def count_skips(self, shard: Shard) -> Skips:
+        """Count the samples of a shard that cannot be used."""
+        skips = Skips()
+        for row, reason in sorted(self.failures.items()):
+            skips.add(reason, shard.describe(self.samples[row].key))
+        return skips
+
+
+def join(parts: Sequence[Encoded]) -> Encoded:
+    """Join what was made of several batches, of which none has failures."""
+    kinds = dict.fromkeys(kind for part in parts for kind in part.rows)
+    return Encoded(
+        [sample for part in parts for sample in part.samples],
+        {kind: torch.cat([part.rows[kind] for part in parts if kind in part.rows]) for kind in kinds},
+        laid_on_white=sum(part.laid_on_white for part in parts),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """The two towers of a model. Several threads may call it at once.
+
+    Attributes:
+        images: uint8 [B, H, W, 3] to unit rows, [B, D].
+        texts: int64 [M, L] to unit rows, [M, D].
+        batch_size: Texts that are encoded together.
+    """
+
+    images: Callable[[torch.Tensor], torch.Tensor]
+    texts: Callable[[torch.Tensor], torch.Tensor]
+    tokenizer: Tokenizer
+    device: torch.device
+    batch_size: int
+
+    @classmethod
+    def of(cls, model: ClipModel, precision: Precision, batch_size: int) -> Encoder:
+        """Return the towers of a model that compute in a number format."""
+        return cls(
+            partial(model.encode_images, precision=precision),
+            partial(model.encode_texts, precision=precision),
+            model.tokenizer,
+            model.device,
+            batch_size,
+        )
+
+    def __call__(self, decoded: Decoded) -> dict[Kind, torch.Tensor]:
+        """Encode a batch's images, and its captions."""
+        rows = {}
+        if decoded.pixels is not None:
+            rows[Kind.IMAGES] = self.images(decoded.pixels).cpu()
+        if decoded.tokens is not None:
+            rows[Kind.TEXTS] = self.encode_texts(decoded.tokens)
+        return rows
+
+    def encode_texts(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Encode any number of texts but 0."""
+        return torch.cat([self.texts(block).cpu() for block in torch.split(tokens, self.batch_size)])
+
+    def encode_prompts(self, prompts: Sequence[Sequence[str]], machine: Machine | None = None) -> torch.Tensor:
+        """Encode T texts of each of C classes, on the CPU of every process.
+
+        Args:
+            machine: Deals the classes to its processes.
+
+        Returns:
+            float32 [C, T, D].
+        """
+        templates = len(prompts[0])
+        at_once = max(1, self.batch_size // templates)
+        starts = range(0, len(prompts), at_once)
+
+        def encode_classes(start: int) -> torch.Tensor:
+            texts = [text for of_class in prompts[start : start + at_once] for text in of_class]
+            rows = self.encode_texts(self.tokenizer(texts)).float()
+            return rows.view(-1, templates, rows.shape[1])
+
+        threads = threads_for_batches(self.device)
+        if machine is None:
+            return torch.cat(list(thread_map(encode_classes, starts, threads)))
+        mine = list(thread_map(encode_classes, starts[machine.rank :: machine.size], threads))
+        dealt = machine.gather(mine)
+        return torch.cat([dealt[turn % machine.size][turn // machine.size] for turn in range(len(starts))])
+
+
+def decode(
+    batches: Iterable[Batch], decoder: Callable[[Sequence[Sample]], Decoded], workers: int
+) -> Iterator[tuple[Batch, Decoded]]:
+    """Decode batches by workers (0: here), in order; bytes of images that came with a stream are dropped."""
+    sent = deque[Batch]()
+
+    def send() -> Iterator[Sequence[Sample]]:
+        for batch in batches:
+            sent.append(_drop_bytes(batch))
+            yield batch.samples
+
+    start = time.perf_counter()
+    for decoded in ordered_map(decoder, send(), workers):
+        batch = sent.popleft()
+        batch.waited = time.perf_counter() - start
+        yield batch, decoded
+        start = time.perf_counter()
+
+
+def encode(
+    batches: Iterable[Batch],
+    decoder: Callable[[Sequence[Sample]], Decoded],
+    encoder: Callable[[Decoded], dict[Kind, torch.Tensor]],
+    device: torch.device,
+    workers: int | None,
+) -> Iterator[tuple[Batch, Encoded]]:
+    """Decode and encode batches, in order.
+
+    Args:
+        device: Where the encoder computes.
+        workers: Processes that decode, 0 for none; None decodes by the threads that compute.
+    """
+    threads = threads_for_batches(device)
+
+    def compute(batch: Batch, decoded: Decoded) -> tuple[Batch, Encoded]:
+        return batch, finish(batch.samples, decoded, encoder)
+
+    if workers is not None:
+        return thread_map(lambda pair: compute(*pair), decode(batches, decoder, workers), threads)
+    return thread_map(lambda batch: compute(_drop_bytes(batch), decoder(batch.samples)), batches, threads)
+
+
+def finish(
+    samples: Sequence[Sample], decoded: Decoded, encoder: Callable[[Decoded], dict[Kind, torch.Tensor]]
+) -> Encoded:
+    """Encode decoded samples, and note those any of whose rows is zero or not finite: nothing can be compared with it."""
+    encoded = Encoded(samples, {}, dict(decoded.failures), decoded.laid_on_white)
+    if not samples:
+        return encoded
+    owners = encoded.owners
+    usable = torch.ones(len(samples), dtype=torch.bool)
+    for kind, rows in encoder(decoded).items():
+        rows = rows[: len(owners) if kind is Kind.TEXTS else len(samples)]
+        encoded.rows[kind] = rows
+        found = rows.isfinite().all(dim=-1) & rows.any(dim=-1)
+        if kind is Kind.TEXTS:
+            usable[owners[~found]] = False
+        elif kind is not Kind.VIEW_PARAMS:
+            usable &= found.reshape(len(samples), -1).all(dim=1)
+    for row in (~usable).nonzero()[:, 0].tolist():
+        encoded.failures.setdefault(row, "nan_row")
+    return encoded
+
+
+def _drop_bytes(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, samples=[sample.without_image_data() for sample in batch.samples])

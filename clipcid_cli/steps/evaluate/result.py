@@ -1,0 +1,161 @@
+"""What `eval-zeroshot` and `eval-linear` answer: the JSON objects, in the order of their keys."""
+
+from __future__ import annotations
+
+import msgspec
+
+from clipcid_cli.formats.results.metrics import Metrics
+from clipcid_cli.formats.sidecar import Calibrations, LinesRecord
+
+
+class Preview(msgspec.Struct):
+    """What a dry run would measure."""
+
+    dataset: str
+    model: str
+    task: str
+    files: dict[str, str]
+
+
+class Previews(msgspec.Struct):
+    """The same of several pairs."""
+
+    results: list[Preview]
+
+
+class ZeroshotResult(Metrics, kw_only=True):
+    """A model on a data set.
+
+    Attributes:
+        prompts: ``class_names`` and ``templates``; None for retrieval.
+        customary: Name of the metric usually reported for the data set.
+        intervals: The 95 % interval of each metric; none with ``--bootstrap 0``.
+        seconds: Time of ``classes``, ``encode`` and ``compare``.
+        files: ``metrics``, and ``predictions`` where they were asked for; of a single pair ``table`` and ``report`` too.
+        reused: Whether an earlier run measured it.
+    """
+
+    prompts: dict[str, LinesRecord] | None
+    customary: str
+    intervals: dict[str, tuple[float, float]]
+    calibration: Calibrations | None
+    images: int
+    skipped: dict[str, int]
+    images_per_second: float
+    seconds: dict[str, float]
+    files: dict[str, str]
+    reused: bool
+
+
+class ZeroshotResults(msgspec.Struct):
+    """Every model on every data set.
+
+    Attributes:
+        files: ``table`` and ``report``.
+    """
+
+    results: list[ZeroshotResult]
+    files: dict[str, str]
+
+
+class ComparedLines(msgspec.Struct):
+    """Class names, or templates, of both sides."""
+
+    first: LinesRecord
+    second: LinesRecord
+    same: bool
+
+
+class Difference(msgspec.Struct):
+    """One metric of both sides, second minus first.
+
+    Attributes:
+        interval: 95 % interval of the difference.
+        p_value: McNemar's; None where a metric does not count images that are right or wrong.
+        real: Whether it is more than the choice of images explains.
+        verdict: The same in words.
+    """
+
+    first: float
+    second: float
+    difference: float
+    interval: tuple[float, float]
+    p_value: float | None
+    real: bool
+    verdict: str
+
+
+class ComparisonResult(msgspec.Struct):
+    """Two results on the same images.
+
+    Attributes:
+        compared: The two metrics files.
+        prompts: None for retrieval, and where nothing records them.
+    """
+
+    compared: list[str]
+    models: list[str]
+    dataset: str
+    images: int
+    prompts: dict[str, ComparedLines] | None
+    differences: dict[str, Difference]
+    files: dict[str, str]
+
+
+class Draws(msgspec.Struct):
+    """A metric of several random draws; the standard deviation is None for one draw, and all are without a value."""
+
+    mean: float | None
+    std: float | None
+    values: list[float | None]
+
+
+class FewShot(msgspec.Struct):
+    """Probes on a few images of each class, a value for each draw.
+
+    Attributes:
+        images: Most images that were drawn.
+        c: The strength chosen for each draw.
+        at_edge: Number of draws whose strength is an end of the range that was tried.
+    """
+
+    shots: int
+    images: int
+    c: list[float]
+    at_edge: int
+    metrics: dict[str, Draws]
+
+
+class Sweep(msgspec.Struct):
+    """Every strength that was tried, and its score on the validation images."""
+
+    c: list[float]
+    score: list[float]
+
+
+class LinearResult(Metrics, kw_only=True):
+    """A linear probe: metrics after ``lp_``, those of the nearest neighbours after ``knn<K>_``.
+
+    Attributes:
+        metric: By which the strength was chosen.
+        c: The chosen strength.
+        images: Of the test split.
+        train_images: All that the final fit uses.
+        skipped: By split.
+        seconds: Time of ``encode``, ``sweep``, ``refit``, ``shots`` and ``neighbors``.
+        reused: Whether an earlier run measured it.
+    """
+
+    metric: str
+    c: float
+    validation_score: float
+    sweep: Sweep
+    shots: list[FewShot]
+    images: int
+    train_images: int
+    validation_images: int
+    classes: int
+    skipped: dict[str, dict[str, int]]
+    seconds: dict[str, float]
+    files: dict[str, str]
+    reused: bool

@@ -1,0 +1,141 @@
+"""Many processes, one batch: features are gathered and gradients averaged such that the result is a single process's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# Gradients are sent in buckets of about this many bytes, so that sending begins while the backward pass still runs.
+_BUCKET_BYTES = 25 * 2**20
+
+
+def num_processes() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_bD: Tensor) -> Tensor:
+        ctx.count = len(rows_bD)
+        parts = [torch.empty_like(rows_bD) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows_bD.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient_BD = gradients[0].contiguous()
+        dist.all_reduce(gradient_BD)
+        start = dist.get_rank() * ctx.count
+        return gradient_BD[start : start + ctx.count]
+
+
+def gather_rows(rows_bD: Tensor) -> Tensor:
+    """Collect all processes' rows, with gradients; PyTorch's own function for it is deprecated, and its successor private.
+
+    Args:
+        rows_bD: This process's rows [b, D]; b and D are the same on every process.
+
+    Returns:
+        [B, D], in order of rank. When processes compute scalars of it and gradients are averaged over processes, each
+        parameter's gradient is that of the scalars' mean, as a single process has it with the whole batch.
+    """
+    if num_processes() == 1:
+        return rows_bD
+    gathered: Tensor = _GatherRows.apply(rows_bD)  # type: ignore[no-untyped-call, unused-ignore]  # untyped in PyTorch 2.13, typed in 2.15
+    return gathered
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sum a tensor without gradient over the processes, in place; the same bits on each."""
+    if num_processes() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+class GradientAverager:
+    """Averages gradients over the processes while the backward pass runs.
+
+    DistributedDataParallel regroups parameters into other buckets after its first backward pass; with three or more
+    processes that changes the order of gloo's sums, so a resumed run would differ in its last bits from one that was
+    never stopped. Here the buckets depend on the parameters only.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[nn.Parameter]]) -> None:
+        """Hook into the parameters.
+
+        Args:
+            groups: Those of the towers in the order in which the backward pass reaches them, and at last those that it has
+                reached before it is watched. No bucket has parameters of two groups.
+        """
+        self._parameters = [parameter for group in groups for parameter in group]
+        self._buckets = [_Bucket(part) for group in groups for part in _cut(group)] if num_processes() > 1 else []
+        self._next = 0
+        self._watching = False
+        for bucket in self._buckets:
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(partial(self._ready, bucket))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+    def watch(self) -> None:
+        """Send gradients from now on as they are ready: call before the last backward pass that adds to them."""
+        self._watching = True
+
+    def _ready(self, bucket: _Bucket, _: Tensor) -> None:
+        if not self._watching:
+            return
+        bucket.waiting -= 1
+        # Collective calls must come in the same order everywhere: a bucket waits for those before it.
+        while self._next < len(self._buckets) and self._buckets[self._next].waiting == 0:
+            self._buckets[self._next].send()
+            self._next += 1
+
+    def finish(self) -> None:
+        """Wait until every gradient is the mean over the processes; call after the last backward pass.
+
+        The gradient of a parameter that took no part is zero, so that processes never wait for each other's; with one
+        process too, or its student would be another.
+        """
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in self._buckets[self._next :]:
+            bucket.send()
+        for bucket in self._buckets:
+            bucket.receive()
+        self._next, self._watching = 0, False
+
+
+def _cut(group: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Cut parameters into stretches of about a bucket's size, each of one number format."""
+    found: list[list[nn.Parameter]] = []
+    num_bytes = _BUCKET_BYTES
+    for parameter in group:
+        if num_bytes >= _BUCKET_BYTES or parameter.dtype != found[-1][0].dtype:
+            found.append([])
+            num_bytes = 0
+        found[-1].append(parameter)
+        num_bytes += parameter.numel() * parameter.element_size()
+    return found
+
+
+class _Bucket:
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.waiting = len(parameters)
+
+    def send(self) -> None:
+        self._flat = torch.cat([p.grad.reshape(-1) for p in self.parameters if p.grad is not None])
+        self._work: Any = dist.all_reduce(self._flat, async_op=True)
+
+    def receive(self) -> None:
+        self._work.wait()
+        means = torch.split(self._flat.div_(num_processes()), [parameter.numel() for parameter in self.parameters])
+        for parameter, mean in zip(self.parameters, means, strict=True):
+            parameter.grad = mean.view_as(parameter)
+        self.waiting = len(self.parameters)
+        del self._flat

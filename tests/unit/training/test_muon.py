@@ -1,0 +1,169 @@
+"""Muon against PyTorch's, against a singular value decomposition, and what it leaves to AdamW."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from conftest import TINY_CONFIG
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from clipcid_cli.algorithms.losses.parameters import LossParameters
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace
+from clipcid_cli.training.muon import Muon, matrices_of, orthogonalise
+from clipcid_cli.training.optimisers import Recipe
+from clipcid_cli.training.train_state import TrainState
+
+RECIPE = Recipe(
+    optimizer="muon", lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=8, max_norm=1.0
+)
+SHAPES = ((24, 8), (8, 8), (8, 24), (24, 8))
+
+
+def parameters(shapes: tuple[tuple[int, ...], ...]) -> list[nn.Parameter]:
+    draw = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+
+
+def set_gradients(of: list[nn.Parameter], seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in of:
+        parameter.grad = torch.randn(parameter.shape, generator=draw)
+
+
+def muon(matrices: list[nn.Parameter], others: list[nn.Parameter]) -> Muon:
+    groups = [
+        {"params": others, "weight_decay": 0.1, "matrices": False},
+        {"params": matrices, "weight_decay": 0.1, "matrices": True},
+    ]
+    return Muon(groups, 0.02, (0.9, 0.98), 1e-6, torch.float32)
+
+
+def test_updates_are_pytorchs() -> None:
+    ours, theirs = parameters(SHAPES), parameters(SHAPES)
+    first = copy.deepcopy(ours)
+    optimizer = muon(ours, [])
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for step in range(6):
+        for each, of in ((ours, optimizer), (theirs, reference)):
+            set_gradients(each, step)
+            of.step()
+    for one, other, before in zip(ours, theirs, first, strict=True):
+        # PyTorch's are rounded to bfloat16, eight bits.
+        moved = (other - before).norm()
+        assert (one - other).norm() < 0.02 * moved
+
+
+def test_what_is_no_matrix_is_updated_by_adamw_to_the_bit() -> None:
+    shapes = ((7,), (), (5, 3, 2, 2))
+    ours, theirs = parameters(shapes), parameters(shapes)
+    optimizer = muon(parameters(SHAPES), ours)
+    reference = torch.optim.AdamW(theirs, lr=0.02, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True)
+    for step in range(3):
+        for each, of in ((ours, optimizer), (theirs, reference)):
+            set_gradients(each, step)
+            of.step()
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@given(st.integers(1, 9), st.integers(0, 20), st.integers(1, 3), st.integers(0, 2**20))
+def test_singular_values_come_near_one_and_vectors_stay(rows: int, more: int, number: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(number, rows, rows, generator=draw, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(number, rows + more, rows, generator=draw, dtype=torch.float64)).Q
+    values = torch.rand(number, rows, generator=draw, dtype=torch.float64) * 0.95 + 0.05
+    found = orthogonalise(left @ torch.diag_embed(values) @ right.mT, torch.float64)
+    changed = left.mT @ found @ right
+    diagonal = torch.diagonal(changed, dim1=1, dim2=2)
+    assert (changed - torch.diag_embed(diagonal)).abs().max() < 1e-9
+    assert diagonal.min() > 0.6
+    assert diagonal.max() < 1.3
+
+
+def test_a_zero_gradient_moves_nothing() -> None:
+    assert torch.equal(orthogonalise(torch.zeros(2, 3, 5), torch.bfloat16), torch.zeros(2, 3, 5))
+
+
+def test_matrices_of_the_towers_are_muons_and_tables_are_not() -> None:
+    model = open_clip.CLIP(**TINY_CONFIG)
+    kinds = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    layers = [name for name in dict(model.named_parameters()) if ".resblocks." in name and name.endswith(kinds)]
+    assert matrices_of(model) == set(layers) != set()
+    state = TrainState(model, LossParameters(["instance"], 32, SharedSpace(64, is_learned=True), seed=0), RECIPE)
+    grouped = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    everything = [*model.parameters(), *state.of_losses.parameters()]
+    assert sorted(map(id, grouped)) == sorted(map(id, everything))
+
+
+class Odd(nn.Module):
+    """What other towers have beside linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.bias = nn.Embedding(7, 4), nn.Embedding(5, 2)
+        self.head, self.layer, self.convolution = nn.Linear(4, 7), nn.Linear(4, 4), nn.Conv2d(3, 4, 2)
+        self.head.weight = self.words.weight
+        self.query, self.relative_position_bias_table = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(9, 2))
+
+
+def test_no_table_is_a_matrix_whatever_its_name() -> None:
+    assert matrices_of(Odd()) == {"layer.weight"}
+
+
+def state_of(model: nn.Module) -> TrainState:
+    return TrainState(model, LossParameters([], 32, SharedSpace(32), seed=0), RECIPE)
+
+
+def train(state: TrainState, seeds: range) -> None:
+    for seed in seeds:
+        set_gradients(state.parameters, seed)
+        state.clip_grad_norm()
+        state.update()
+
+
+def test_a_resumed_run_has_the_same_bits() -> None:
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**TINY_CONFIG)
+    start = copy.deepcopy(model)
+    whole = state_of(model)
+    train(whole, range(3))
+    saved: dict[str, Any] = copy.deepcopy(whole.state_dict())
+    train(whole, range(3, 6))
+    resumed = state_of(start)
+    resumed.load_state_dict(saved)
+    train(resumed, range(3, 6))
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), start.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("what", ["matrix", "vector"])
+def test_an_overflow_skips_the_whole_update(what: str) -> None:
+    model = open_clip.CLIP(**TINY_CONFIG)
+    state = TrainState(model, LossParameters([], 32, SharedSpace(32), seed=0), RECIPE, torch.float16)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    matrix = model.transformer.resblocks[0].mlp.c_fc.weight
+    assert any(matrix is each for each in state.optimizer.param_groups[2]["params"])
+    state.backward(matrix.sum() + model.ln_final.weight.sum())
+    hurt = matrix if what == "matrix" else model.ln_final.weight
+    assert hurt.grad is not None
+    hurt.grad.flatten()[0] = torch.inf
+    state.clip_grad_norm()
+    state.update()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_equal_gradients_of_equal_matrices_move_them_equally() -> None:
+    """Matrices of one shape are taken together: each as if it were alone."""
+    together, alone = parameters(SHAPES), parameters(SHAPES)
+    optimizer, single = muon(together, []), [muon([matrix], []) for matrix in alone]
+    set_gradients(together, 1)
+    set_gradients(alone, 1)
+    optimizer.step()
+    for each in single:
+        each.step()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

@@ -1,0 +1,144 @@
+"""A student in training: groups, schedule, order of gradients, going back to a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from conftest import TINY_CONFIG
+from torch import nn
+
+from clipcid_cli.algorithms.losses.parameters import LossParameters
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace
+from clipcid_cli.formats.results.checkpoint import read_checkpoint, write_checkpoint
+from clipcid_cli.training.optimisers import Recipe, backward_order
+from clipcid_cli.training.train_state import TrainState
+
+RECIPE = Recipe(
+    optimizer="adamw", lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=8, max_norm=1.0
+)
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = open_clip.CLIP(**TINY_CONFIG)
+    return model
+
+
+def step_once(model: nn.Module, state: TrainState, tokens: torch.Tensor, seed: int) -> None:
+    pixels = torch.randn(len(tokens), 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    image, text = model.encode_image(pixels), model.encode_text(tokens)  # type: ignore[operator]
+    (image - text).square().mean().backward()
+    state.clip_grad_norm()
+    state.update()
+
+
+def test_only_matrices_of_the_student_are_decayed() -> None:
+    model, parameters = (
+        make_model(),
+        LossParameters(["instance", "cluster"], 32, SharedSpace(64, is_learned=True), seed=0),
+    )
+    state = TrainState(model, parameters, RECIPE)
+    decayed, plain = state.optimizer.param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.3
+    assert plain["weight_decay"] == 0.0
+    in_plain = {names.get(id(parameter), "loss") for parameter in plain["params"]}
+    assert {"logit_scale", "ln_final.weight", "visual.ln_pre.bias", "loss", "visual.class_embedding"} <= in_plain
+    assert {id(p) for p in parameters.parameters()} <= {id(p) for p in plain["params"]}
+    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
+    everything = [*model.parameters(), *parameters.parameters()]
+    assert sorted(map(id, [*decayed["params"], *plain["params"]])) == sorted(map(id, everything))
+
+
+def test_schedule_warms_up_then_follows_a_cosine_to_zero() -> None:
+    rates = [RECIPE.lr_at(step) for step in range(8)]
+    assert rates[:3] == [5e-3, 1e-2, 1e-2]
+    assert rates[5] == pytest.approx(0.5e-2)
+    assert rates[7] == pytest.approx(0.5e-2 * (1 + math.cos(math.pi * 5 / 6)))
+    assert RECIPE.lr_at(8) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_gradients_arrive_in_the_order_in_which_they_are_sent(grad_checkpointing: bool) -> None:
+    model = make_model()
+    model.set_grad_checkpointing(grad_checkpointing)  # type: ignore[operator]
+    model.train()
+    state = TrainState(model, LossParameters([], 32, SharedSpace(32), seed=0), RECIPE)
+    arrived: list[int] = []
+    for parameter in state.parameters:
+        parameter.register_post_accumulate_grad_hook(lambda parameter: arrived.append(id(parameter)))
+    tokens = torch.randint(1, 49407, (4, 12))
+    image, text = model.encode_image(torch.randn(4, 3, 32, 32)), model.encode_text(tokens)  # type: ignore[operator]
+    torch.autograd.backward([image, text], [torch.ones_like(image), torch.ones_like(text)])
+    sent = [
+        id(parameter) for tower in backward_order(model) for parameter in tower if parameter is not model.logit_scale
+    ]
+    assert sorted(arrived) == sorted(sent)
+    place = {parameter: number for number, parameter in enumerate(arrived)}
+    # Until any number of them can be sent, at most a layer's further ones arrive.
+    latest = 0
+    for number, parameter in enumerate(sent):
+        latest = max(latest, place[parameter])
+        assert latest - number <= 4
+
+
+def test_scales_start_at_clips_and_never_exceed_a_hundred() -> None:
+    model, parameters = make_model(), LossParameters(["instance"], 32, SharedSpace(32), seed=0)
+    state = TrainState(model, parameters, RECIPE)
+    scales = {name: math.exp(value.detach()) for name, value in state.log_scales.items()}
+    assert scales == pytest.approx({"student": 1 / 0.07, "instance": 1 / 0.07}, rel=1e-6)
+    with torch.no_grad():
+        parameters.log_scales["instance"].fill_(9.0)
+    parameters.log_scales["instance"].grad = torch.tensor(0.0)
+    state.update()
+    assert math.exp(state.log_scales["instance"].detach()) == pytest.approx(100)
+
+
+def test_state_goes_back_to_a_checkpoint_exactly(tmp_path: Path) -> None:
+    tokens = torch.full((2, 12), 5)
+    model = make_model()
+    state = TrainState(model, LossParameters(["icl"], 32, SharedSpace(8, is_learned=True), seed=0), RECIPE)
+    for step in range(3):
+        step_once(model, state, tokens, step)
+    write_checkpoint(tmp_path, 3, state.state_dict())
+    for step in range(3, 6):
+        step_once(model, state, tokens, step)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = make_model()
+    resumed = TrainState(other, LossParameters(["icl"], 32, SharedSpace(8, is_learned=True), seed=5), RECIPE)
+    resumed.load_state_dict(read_checkpoint(tmp_path, 3))
+    assert resumed.step == 3
+    for step in range(3, 6):
+        step_once(other, resumed, tokens, step)
+    for name, tensor in expected.items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_float16_gradients_are_scaled_and_an_overflow_is_left_out() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 2))
+            self.logit_scale = nn.Parameter(torch.tensor(1.0))
+
+    model = Model()
+    recipe = dataclasses.replace(RECIPE, lr=0.1, weight_decay=0.0, warmup=0)
+    state = TrainState(model, LossParameters([], 2, SharedSpace(2), seed=0), recipe, torch.float16)
+    state.backward(3 * model.weight.sum())
+    assert model.weight.grad is not None
+    assert float(model.weight.grad.max()) > 1000  # scaled up
+    assert float(state.clip_grad_norm()) == pytest.approx(6.0)  # and down again before it is clipped
+    state.update()
+    assert not torch.equal(model.weight.detach(), torch.ones(2, 2))
+    before, scale = model.weight.detach().clone(), state.state_dict()["scaler"]["scale"]
+    state.backward(torch.inf * model.weight.sum())
+    assert state.may_overflow
+    state.clip_grad_norm()
+    state.update()
+    assert torch.equal(model.weight.detach(), before)
+    assert state.state_dict()["scaler"]["scale"] == scale / 2
