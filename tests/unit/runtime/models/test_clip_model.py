@@ -86,7 +86,8 @@ def test_half_precision_folder_loads_into_full_precision_here_and_in_open_clip(
 ) -> None:
     model = load_model(parse_model(str(tiny_model)))
     folder = tmp_path / "half"
-    write_model_folder(folder, model.info.config, model.info.preprocess, model.module.state_dict(), dtype=torch.float16)
+    weights = {name: tensor.half() for name, tensor in model.module.state_dict().items()}
+    write_model_folder(folder, model.info.config, model.info.preprocess, weights)
     again = load_model(parse_model(str(folder)))
     assert {parameter.dtype for parameter in again.module.parameters()} == {torch.float32}
     assert again.info.preprocess == model.info.preprocess
