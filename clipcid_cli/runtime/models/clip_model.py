@@ -118,17 +118,11 @@ class ClipModel:
         `normalize` of its result equals open_clip's evaluation transform bit for bit. Bytes are passed between processes and
         to the device: a quarter of float32.
         """
-        return PixelTransform(self._open_clip_transform().transforms[:-2])
-
-    def transform(self) -> Transform:
-        """Return open_clip's evaluation transform: RGB image to normalised float32 [3, H, W]; picklable."""
-        return cast(Transform, self._open_clip_transform())
-
-    def _open_clip_transform(self) -> Any:
         from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
         preprocess = open_clip.transform.PreprocessCfg(**self.info.preprocess)
-        return open_clip.transform.image_transform_v2(preprocess, is_train=False)
+        whole = open_clip.transform.image_transform_v2(preprocess, is_train=False)
+        return PixelTransform(whole.transforms[:-2])  # without its last two, ToTensor and Normalize
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalise pixels for the model's image tower.
