@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.summary import print_facts, print_table
@@ -12,30 +12,29 @@ from clipcid_cli.steps.settings.export import ExportSettings
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from clipcid_cli.steps.export.run import ExportResult
 
-def show(result: dict[str, Any], console: Console) -> None:
+
+def show(result: ExportResult, console: Console) -> None:
     """Print one line for each form, how close it is to the model it came from, and where the files are."""
     columns = ("form", "image cosine", "text cosine", "same answers", "MB", "images/s")
-    rows = []
-    for form, values in result["parity"].items():
-        zeroshot = values["zeroshot"]
-        agreement = zeroshot["agreement"] if zeroshot is not None else values.get("agreement")
-        rows.append(
-            (
-                form,
-                *(f"{values[tower]['min_cosine']:.7f}" if tower in values else "" for tower in ("image", "text")),
-                "" if agreement is None else f"{agreement:.1%}",
-                f"{values['bytes'] / 1e6:,.1f}",
-                f"{values['images_per_second']:,.0f}",
-            )
+    rows = [
+        (
+            form,
+            *("" if tower is None else f"{tower.min_cosine:.7f}" for tower in (found.image, found.text)),
+            "" if found.same_answers is None else f"{found.same_answers:.1%}",
+            f"{found.bytes / 1e6:,.1f}",
+            f"{found.images_per_second:,.0f}",
         )
+        for form, found in result.parity.items()
+    ]
     if rows:
         print_table(console, "Exported", columns, rows)
         console.print()
-    facts = {"model": result["model"]}
-    if result["files"]:
-        folder = Path(next(iter(result["files"].values()))).parent
-        facts |= {"folder": str(folder), "files": ", ".join(Path(path).name for path in result["files"].values())}
+    facts = {"model": result.model}
+    if result.files:
+        paths = [Path(path) for path in result.files.values()]
+        facts |= {"folder": str(paths[0].parent), "files": ", ".join(path.name for path in paths)}
     print_facts(console, "" if rows else "Would export", facts)
 
 

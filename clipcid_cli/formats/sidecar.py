@@ -314,12 +314,73 @@ class LinearSidecar(EvaluationSidecar, kw_only=True):
     sweep: list[dict[str, Any]]
 
 
+class RowParity(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """How close the rows of an exported tower are to the original's, over samples in batches of several sizes.
+
+    Attributes:
+        shape: Of patches, ``["batch", h, w, D]``.
+    """
+
+    batch_sizes: tuple[int, ...]
+    samples: int
+    max_difference: float
+    min_cosine: float
+    shape: list[str | int] | None = None
+
+
+class PredictionParity(msgspec.Struct, kw_only=True):
+    """Whether an export finds the class or the caption of images as the original does.
+
+    Attributes:
+        measure: ``acc1`` or ``text_retrieval_recall@1``; `value` is the export's, `pytorch` the original's.
+        agreement: Fraction of the images with the same answer.
+        gated: Whether a drop over the limit is an error.
+    """
+
+    measure: str
+    images: int
+    candidates: int
+    agreement: float
+    value: float
+    pytorch: float
+    drop: float
+    gated: bool
+
+
+class Parity(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """How close one exported form is to the original, its size and speed: an entry of `parity.json`.
+
+    Encoders have `image`, `text` and maybe `dense`; a classifier has what follows them up to `agreement`.
+    """
+
+    precision: str
+    image: RowParity | None = None
+    text: RowParity | None = None
+    dense: RowParity | None = None
+    images: int | None = None
+    max_cosine_difference: float | None = None
+    agreement: float | None = None
+    bytes: int
+    images_per_second: float
+    pytorch_images_per_second: float | None = None
+    zeroshot: PredictionParity | None
+    opset: int | None = None
+    engine: str | None = None
+    processor: dict[str, int | float] | None = None
+    tokenizer: dict[str, int] | None = None
+
+    @property
+    def same_answers(self) -> float | None:
+        """Fraction of the images with the same answer, where there are answers."""
+        return self.agreement if self.zeroshot is None else self.zeroshot.agreement
+
+
 class ExportSidecar(Sidecar, kw_only=True):
-    """``export.json``; `written` names all files."""
+    """``export.json``; `written` names all files, `parity` is by form."""
 
     model: dict[str, Any]
     written: list[str]
-    parity: dict[str, Any]
+    parity: dict[str, Parity]
 
     def files(self, folder: Path) -> set[str]:
         """Return the files of the export."""

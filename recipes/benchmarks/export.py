@@ -12,7 +12,7 @@ Each model is exported by the real command in every form, with the classes of `-
 - onnx: the encoders and the classifier under ONNX Runtime, against open_clip; with `--venvs` the example of
   docs/export.md runs in an environment that has onnxruntime, NumPy and Pillow only.
 
-Speed is what `export` measured, PyTorch and each form one after another: of encoders from prepared pixels, the median batch
+Speed is what `export` measured, PyTorch and each form one after another: of encoders from cropped images, the median batch
 of 32; of classifiers from decoded images one by one, with resizing, beside open_clip's transform and encoder.
 """
 

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 
 
-@dataclasses.dataclass(frozen=True)
-class RowDifference:
-    """The largest difference found so far between two sets of rows.
+class RowDifference(NamedTuple):
+    """The largest difference between two sets of rows.
 
     Attributes:
         max_difference: Largest absolute difference of two entries; infinite when any is not a number.
         min_cosine: Smallest cosine similarity of two rows; −1 when any is not a number.
     """
 
-    max_difference: float = 0.0
-    min_cosine: float = 1.0
-
-    def merge(self, other: RowDifference) -> RowDifference:
-        """Return the larger difference in each measure."""
-        return RowDifference(max(self.max_difference, other.max_difference), min(self.min_cosine, other.min_cosine))
-
-    def within(self, limit: RowDifference) -> bool:
-        """Tell whether this difference is no larger than `limit`, in both measures."""
-        return self.max_difference <= limit.max_difference and self.min_cosine >= limit.min_cosine
+    max_difference: float
+    min_cosine: float
 
 
 def compare_rows(reference_ND: torch.Tensor, other_ND: torch.Tensor) -> RowDifference:

@@ -1,1 +1,1 @@
-"""Folders and files of models: open_clip, Hugging Face, ONNX, the model card."""
+"""Folders and files of models: open_clip, Hugging Face, ONNX."""

@@ -1,9 +1,8 @@
-"""An export folder: the names of its files, and what they hold."""
+"""An export folder: the names of its files, what each holds, and which files of others are left alone."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
@@ -61,17 +60,12 @@ CONTENT = {
     for kind, words in (("fp32", ""), ("fp16", "; 16-bit weights"), ("int8", "; 8-bit weights"))
 }
 
-# What an export may write, but for tokenizers that it copies.
-_WRITTEN = (
-    *CONTENT,
-    *("tokenizer_config.json", SPECIAL_TOKENS, VOCABULARY, MERGES),
-    *(f"{name}.data" for name in CONTENT if name.endswith(".onnx")),  # weights above 2 GB
-    CARD,
-)
+# What an export may write; weights of ONNX files above 2 GB go to a second file.
+_WRITTEN = (*CONTENT, *TOKENIZER_FILES, *(f"{name}.data" for name in CONTENT if name.endswith(".onnx")), CARD)
 
 
-def refuse_foreign_folder(folder: Path, formats: Iterable[str], *, overwrite: bool) -> None:
-    """Refuse a folder with files that `export` would replace and did not write."""
+def validate_export_folder(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder with files that an export may replace and did not write."""
     if unfinished(folder, "export") is not None:
         return  # an unfinished export, which refused such files when it began
     try:
@@ -81,8 +75,7 @@ def refuse_foreign_folder(folder: Path, formats: Iterable[str], *, overwrite: bo
             return  # an export of an earlier version, or with a damaged sidecar
         raise
     known = [] if sidecar is None else sidecar.written
-    names = dict.fromkeys([*_WRITTEN, *(TOKENIZER_FILES if "open-clip" in formats else ())])
-    foreign = [name for name in names if (folder / name).exists() and name not in known]
+    foreign = [name for name in dict.fromkeys(_WRITTEN) if (folder / name).exists() and name not in known]
     if foreign:
         raise ClipcidError(
             f"{folder} holds files that clipcid export did not write and would replace: {', '.join(foreign)}.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,44 +22,48 @@ from clipcid_cli.formats.atomic import write_error, write_json, write_text
 from clipcid_cli.formats.models.export_folder import MERGES, SPECIAL_TOKENS, VOCABULARY
 from clipcid_cli.formats.models.pixels import RESAMPLE, pixel_problems, square_side
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 BOS_ID, EOS_ID = 49406, 49407
 _VOCABULARY_SIZE = 49408
 
 # Settings that are translated, or have no effect on a model that only encodes.
-_KNOWN = {
-    "": "embed_dim vision_cfg text_cfg quick_gelu init_logit_scale nonscalar_logit_scale",
-    "vision_cfg.": (
-        "width mlp_ratio head_width patch_dropout pos_embed_type attn_pooler_queries attn_pooler_heads "
-        "final_ln_after_pool timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path"
-    ),
-    "text_cfg.": (
-        "width mlp_ratio heads context_length eos_id pad_id final_ln_after_pool "
-        "hf_model_pretrained hf_proj_type hf_pooler_type"
-    ),
-}
+_KNOWN = (
+    "embed_dim vision_cfg text_cfg quick_gelu init_logit_scale nonscalar_logit_scale width mlp_ratio head_width heads "
+    "context_length patch_dropout pos_embed_type attn_pooler_queries attn_pooler_heads eos_id pad_id final_ln_after_pool "
+    "timm_model_pretrained timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path "
+    "hf_model_pretrained hf_proj_type hf_pooler_type"
+)
 
 
 def _is_square(size: Any) -> bool:
     return size is None or square_side(size) is not None
 
 
-# Settings of which some values are expressed: which, and what is said of others.
-_LIMITED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "init_logit_bias": (lambda bias: bias is None, ""),
-    "ls_init_value": (lambda scale: scale is None, ""),
-    "pool_type": (lambda pooling: pooling in ("tok", "argmax"), ""),
-    "proj_type": (lambda projection: projection == "linear", ""),
-    "block_type": (lambda block: block in (None, "default"), ""),
-    "layers": (lambda layers: not isinstance(layers, list | tuple), ", a ResNet's"),
-    "image_size": (_is_square, ", not square"),
-    "patch_size": (_is_square, ", not square"),
-    "act_kwargs": (lambda options: (options or {}) in ({}, {"approximate": "none"}, {"approximate": "tanh"}), ""),
-    "norm_kwargs": (lambda options: set(options or {}) <= {"eps"}, ""),
-    "vocab_size": (lambda size: size >= _VOCABULARY_SIZE, f", below the {_VOCABULARY_SIZE} of CLIP's tokenizer"),
+def _is_off(value: Any) -> bool:
+    """Tell whether a setting says nothing. 0, which equals False in Python, is a value that is set."""
+    return value is None or value is False or value in ("", {})
+
+
+# Which values of a setting are expressed; of any that is not here only those that say nothing.
+_EXPRESSED: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(_KNOWN.split(), lambda value: True),
+    "init_logit_bias": lambda bias: bias is None,
+    "ls_init_value": lambda scale: scale is None,
+    "pool_type": lambda pooling: pooling in ("tok", "argmax"),
+    "proj_type": lambda projection: projection == "linear",
+    "block_type": lambda block: block in (None, "default"),
+    "layers": lambda layers: not isinstance(layers, list | tuple),
+    "image_size": _is_square,
+    "patch_size": _is_square,
+    "act_kwargs": lambda options: (options or {}) in ({}, {"approximate": "none"}, {"approximate": "tanh"}),
+    "norm_kwargs": lambda options: set(options or {}) <= {"eps"},
+    "vocab_size": lambda size: size >= _VOCABULARY_SIZE,
 }
-# Values under which any other setting is off.
-_OFF: tuple[Any, ...] = (None, False, "", {})
+_WHY_NOT = {
+    "layers": ", a ResNet's",
+    "image_size": ", not square",
+    "patch_size": ", not square",
+    "vocab_size": f", below the {_VOCABULARY_SIZE} of CLIP's tokenizer",
+}
 
 # From open_clip's names of tensors to Hugging Face's, which spells `pre_layrnorm` so.
 _RENAMED = (
@@ -82,13 +86,18 @@ _RENAMED = (
 )
 
 
-def check_hf_expressible(model: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: str) -> None:
+def validate_for_hf(model: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: str) -> None:
     """Refuse a model of open_clip that ``CLIPModel`` cannot express, naming every setting why."""
     text = model["text_cfg"]
     if text.get("pool_type") == "eos" and text.get("eos_id") == EOS_ID:
         text = text | {"pool_type": "argmax"}  # the same place in CLIP's tokens
     towers = {"": model, "vision_cfg.": model["vision_cfg"], "text_cfg.": text}
-    problems = [problem for prefix, settings in towers.items() for problem in _setting_problems(prefix, settings)]
+    problems = [
+        f"{prefix}{name} is {'set' if isinstance(value, dict) and len(value) > 1 else repr(value)}{_WHY_NOT.get(name, '')}"
+        for prefix, settings in towers.items()
+        for name, value in settings.items()
+        if not _EXPRESSED.get(name, _is_off)(value)
+    ]
     if tokenizer != "SimpleTokenizer":
         problems.append(f"its tokenizer is {tokenizer}, not CLIP's")
     problems += pixel_problems(preprocess)
@@ -99,33 +108,18 @@ def check_hf_expressible(model: Mapping[str, Any], preprocess: Mapping[str, Any]
         )
 
 
-def _setting_problems(prefix: str, settings: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in settings.items():
-        if name in _LIMITED:
-            expressed, words = _LIMITED[name]
-            if not expressed(value):
-                yield f"{prefix}{name} is {value!r}{words}"
-        # By type, too: 0 equals False in Python, but is a value that is set.
-        elif name not in _KNOWN[prefix].split() and not any(type(value) is type(off) and value == off for off in _OFF):
-            yield f"{prefix}{name} is {'set' if isinstance(value, dict) and len(value) > 1 else repr(value)}"
-
-
 def write_hf_folder(
     folder: Path,
     model: Mapping[str, Any],
     preprocess: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
-    *,
-    dtype: torch.dtype,
-    vocabulary: Mapping[str, int],
-    merges: Sequence[tuple[str, str]],
+    tokenizer: Any,
 ) -> None:
-    """Write the folder of a model that `check_hf_expressible` accepted.
+    """Write the folder of a model that `validate_for_hf` accepted.
 
     Args:
-        tensors: State dict of the open_clip module.
-        vocabulary: Tokens of open_clip's tokenizer by text, the two special ones last.
-        merges: Its byte-pair merges, in order of priority.
+        tensors: State dict of the open_clip module, in the number format to store.
+        tokenizer: open_clip's ``SimpleTokenizer``.
     """
     import transformers
 
@@ -133,18 +127,21 @@ def write_hf_folder(
     config = make_config(model, float(tensors["logit_scale"]))
     with torch.device("meta"):
         empty = transformers.CLIPModel(config)
-    empty.load_state_dict({name: tensor.to(dtype) for name, tensor in rename_tensors(tensors)}, assign=True)
-    words = {text: number for text, number in vocabulary.items() if number < BOS_ID} | {BOS: BOS_ID, EOS: EOS_ID}
+    empty.load_state_dict(dict(rename_tensors(tensors)), assign=True)
+    # Its own special tokens are called otherwise, and are the last two.
+    words = {text: number for text, number in tokenizer.encoder.items() if number < BOS_ID}
+    words |= {"<|startoftext|>": BOS_ID, "<|endoftext|>": EOS_ID}
     write_text(folder / VOCABULARY, json.dumps(words, ensure_ascii=False) + "\n")
-    write_text(folder / MERGES, "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
+    merges = "".join(f"{left} {right}\n" for left, right in tokenizer.bpe_ranks)
+    write_text(folder / MERGES, "#version: 0.2\n" + merges)
     length = config.text_config.max_position_embeddings
-    tokenizer = transformers.CLIPTokenizerFast.from_pretrained(folder, model_max_length=length)
+    written_tokenizer = transformers.CLIPTokenizerFast.from_pretrained(folder, model_max_length=length)
     with _refusals_of_the_system(folder):
         empty.save_pretrained(folder, max_shard_size="1TB")  # in one file
         make_image_processor(preprocess).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        written_tokenizer.save_pretrained(folder)
     # transformers 5 leaves this file out, and other programs read it.
-    write_json(folder / SPECIAL_TOKENS, tokenizer.special_tokens_map)
+    write_json(folder / SPECIAL_TOKENS, written_tokenizer.special_tokens_map)
 
 
 @contextmanager
@@ -167,30 +164,30 @@ def make_config(model: Mapping[str, Any], logit_scale: float) -> Any:
     """
     import transformers
 
-    vision = model["vision_cfg"]
-    text = model["text_cfg"]
+    vision = {"width": 768, "head_width": 64} | model["vision_cfg"]
+    text = {"width": 512, "heads": 8} | model["text_cfg"]
+    projection = {"projection_dim": int(model["embed_dim"])}
     quick = bool(model.get("quick_gelu"))
-    width = int(model["embed_dim"])
     return transformers.CLIPConfig(
-        projection_dim=width,
+        **projection,
         logit_scale_init_value=logit_scale,
         vision_config={
             "image_size": square_side(vision.get("image_size") or 224),
             "patch_size": square_side(vision.get("patch_size") or 16),
-            "num_attention_heads": int(vision.get("width", 768)) // int(vision.get("head_width", 64)),
-            "projection_dim": width,
-            **_transformer({"width": 768} | vision, quick),
+            "num_attention_heads": int(vision["width"]) // int(vision["head_width"]),
+            **_transformer(vision, quick),
+            **projection,
         },
         text_config={
             "vocab_size": int(text.get("vocab_size", _VOCABULARY_SIZE)),
             "max_position_embeddings": int(text.get("context_length", 77)),
-            "num_attention_heads": int(text.get("heads", 8)),
+            "num_attention_heads": int(text["heads"]),
             # transformers takes the first token of this number, open_clip the first of the largest: the same one.
             "bos_token_id": BOS_ID,
             "eos_token_id": EOS_ID,
             "pad_token_id": EOS_ID,
-            "projection_dim": width,
-            **_transformer({"width": 512} | text, quick),
+            **_transformer(text, quick),
+            **projection,
         },
     )
 

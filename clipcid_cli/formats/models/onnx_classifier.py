@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.models.onnx_file import IMAGE_EMBEDS, PIXEL_VALUES, PROTOBUF_LIMIT
+from clipcid_cli.formats.models.onnx_file import IMAGE_EMBEDS, PIXEL_VALUES, PROTOBUF_LIMIT, read_metadata
 from clipcid_cli.formats.models.pixels import pixel_problems, square_side
 
 LOGITS = "logits"
@@ -72,7 +72,7 @@ classify (float[batch, $width] image_embeds) => (float[batch, $classes] logits, 
 }""")
 
 
-def check_pixels_expressible(preprocess: Mapping[str, Any]) -> None:
+def validate_for_classifier(preprocess: Mapping[str, Any]) -> None:
     """Refuse a model whose preprocessing, open_clip's ``preprocess_cfg``, cannot be part of the graph."""
     if problems := pixel_problems(preprocess):
         raise ClipcidError(
@@ -82,15 +82,7 @@ def check_pixels_expressible(preprocess: Mapping[str, Any]) -> None:
 
 
 def write_classifier(
-    path: Path,
-    encoder: Path,
-    weights: np.ndarray[Any, Any],
-    *,
-    scale: float,
-    bias: float,
-    preprocess: Mapping[str, Any],
-    class_names: Sequence[str],
-    templates: Sequence[str],
+    path: Path, encoder: Path, weights: np.ndarray[Any, Any], class_names: Sequence[str], templates: Sequence[str]
 ) -> None:
     """Put preprocessing before an image encoder and class weights after it.
 
@@ -99,9 +91,9 @@ def write_classifier(
     ``class_names``, a JSON list.
 
     Args:
-        encoder: Image encoder as `write_onnx` or `write_quantized` wrote it: ``pixel_values`` to ``image_embeds``.
+        encoder: From ``pixel_values`` to ``image_embeds``, with ``preprocess`` (one that `validate_for_classifier`
+            accepted), ``logit_scale`` and ``logit_bias`` in its metadata.
         weights: Class weights, float32 [C, D], unit rows.
-        preprocess: open_clip's ``preprocess_cfg`` that `check_pixels_expressible` accepted.
     """
     import onnx
 
@@ -113,6 +105,8 @@ def write_classifier(
             "Omit --classnames, and use image_encoder.onnx, which keeps its weights in a second file.",
         )
     model = onnx.load(encoder)
+    metadata = read_metadata(model)
+    preprocess = json.loads(metadata["preprocess"])
     before = _parse(
         _PREPROCESS,
         {"pre_mean": np.reshape(preprocess["mean"], (3, 1, 1)), "pre_std": np.reshape(preprocess["std"], (3, 1, 1))},
@@ -122,7 +116,11 @@ def write_classifier(
     )
     after = _parse(
         _CLASSIFY,
-        {"class_weights": weights.T, "class_scale": scale, "class_bias": bias},
+        {
+            "class_weights": weights.T,
+            "class_scale": float(metadata["logit_scale"]),
+            "class_bias": float(metadata["logit_bias"]),
+        },
         classes=weights.shape[0],
         width=weights.shape[1],
     )
@@ -132,7 +130,7 @@ def write_classifier(
     made = onnx.helper.make_model(
         graph, opset_imports=model.opset_import, ir_version=model.ir_version, producer_name="clipcid"
     )
-    metadata = {entry.key: entry.value for entry in model.metadata_props} | {
+    metadata |= {
         "class_names": json.dumps(list(class_names), ensure_ascii=False),
         "templates": json.dumps(list(templates), ensure_ascii=False),
         "input": "uint8 RGB [N, H, W, 3], any size",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from clipcid_cli.errors import ClipcidError
 
-# Names of inputs and outputs, as in Hugging Face's CLIPModel; `DENSE_EMBEDS` is ours.
-PIXEL_VALUES, INPUT_IDS = "pixel_values", "input_ids"
+# Names of an input and of outputs, as in Hugging Face's CLIPModel; `DENSE_EMBEDS` is ours.
+PIXEL_VALUES = "pixel_values"
 IMAGE_EMBEDS, TEXT_EMBEDS, DENSE_EMBEDS = "image_embeds", "text_embeds", "dense_embeds"
 
 # Larger files cannot be one protobuf; their weights go to a file next to them.
@@ -26,20 +27,18 @@ def write_onnx(
     path: Path,
     module: torch.nn.Module,
     example: torch.Tensor,
-    *,
-    input_name: str,
     output_names: Sequence[str],
+    *,
     opset: int,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a module with one input as an ONNX file, its first axis of any size.
+    """Write a module as an ONNX file, the first axis of its input of any size.
 
     Weights above 2 GB, the limit of one protobuf, go to ``<name>.onnx.data`` next to it.
 
     Args:
-        module: In evaluation mode, on the CPU.
+        module: In evaluation mode, on the CPU; the input is called as the one argument of its ``forward``.
         example: An input with at least two rows: PyTorch would treat an axis of one as fixed.
-        input_name: Name of the argument of the module's ``forward``, and of the graph's input.
         metadata: Texts stored in the file, such as how pixels are prepared.
     """
     assert len(example) >= 2
@@ -49,9 +48,8 @@ def write_onnx(
             (example,),
             dynamo=True,
             verbose=False,
-            input_names=[input_name],
-            output_names=list(output_names),
-            dynamic_shapes={input_name: {0: torch.export.Dim("batch")}},
+            output_names=output_names,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
             opset_version=opset,
         )
     except Exception as error:  # torch.export and the exporter raise many kinds for what they cannot express
@@ -67,6 +65,11 @@ def write_onnx(
             node.doc_string = None
     program.model.metadata_props.update(metadata)
     program.save(str(path))
+
+
+def read_metadata(model: Any) -> dict[str, str]:
+    """Return the texts stored in a loaded ONNX model."""
+    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def write_quantized(source: Path, target: Path, kind: str) -> None:
@@ -93,9 +96,8 @@ def write_quantized(source: Path, target: Path, kind: str) -> None:
             use_external_data_format=source.with_name(f"{source.name}.data").exists(),
         )
     # Quantization drops the metadata.
-    small = onnx.load(target, load_external_data=False)
-    whole = onnx.load(source, load_external_data=False)
-    onnx.helper.set_model_props(small, {entry.key: entry.value for entry in whole.metadata_props} | {"weights": kind})
+    small, whole = (onnx.load(path, load_external_data=False) for path in (target, source))
+    onnx.helper.set_model_props(small, read_metadata(whole) | {"weights": kind})
     target.write_bytes(small.SerializeToString())
 
 

@@ -23,22 +23,17 @@ def write_model_folder(
     preprocess: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     *,
-    dtype: torch.dtype | None = None,
     tokenizer_from: Path | None = None,
 ) -> None:
     """Write a model folder. The configuration is written last, so a folder that has one is complete.
 
     Args:
         preprocess: Its ``preprocess_cfg``: size, mean, std, interpolation, resize_mode, ….
-        tensors: State dict of the open_clip module; its own parameters, not those of a wrapper.
-        dtype: Number format of the floating-point tensors in the file; None keeps theirs. open_clip loads any of them into
-            a float32 model.
+        tensors: State dict of the open_clip module; its own parameters, not those of a wrapper. open_clip loads any number
+            format into a float32 model.
         tokenizer_from: Model folder whose tokenizer files, and configuration of a Hugging Face text tower, are copied.
     """
-    stored = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        for name, tensor in tensors.items()
-    }
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(folder / OPEN_CLIP_WEIGHTS, save(stored, metadata={"format": "pt"}))
     if tokenizer_from is not None:
         # Only a Hugging Face text tower has its own config.json; otherwise that file is an export for transformers.

@@ -1,36 +1,49 @@
-"""The content of an export's model card, taken from the sidecars of the steps that made the model."""
+"""The model card of an export, from the sidecars of the steps that made the model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from clipcid_cli import __version__
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.models.model_card import UNKNOWN, ModelCard
+from clipcid_cli.formats.models.export_folder import CONTENT
+from clipcid_cli.formats.report import render_report
 from clipcid_cli.formats.results.metrics import read_metrics, refuse_changed_metrics
 from clipcid_cli.formats.results.run_folder import RunFolder
-from clipcid_cli.formats.sidecar import AnySidecar, DistillSidecar, EmbedSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import AnySidecar, DistillSidecar, EmbedSidecar, Parity, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ModelInfo
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.settings.export import ExportSettings
 
+_UNKNOWN = "unknown"
 _LIBRARIES = {"open-clip": "open_clip", "hf": "transformers", "onnx": "onnx"}
 
 
-def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings, parity: dict[str, Any]) -> ModelCard:
-    """Collect what is known about a model; the folder of a run's student leads to the sidecars of that run."""
-    work = settings.work
+def render_card(
+    info: ModelInfo,
+    source: ModelName,
+    settings: ExportSettings,
+    parity: Mapping[str, Parity],
+    files: Sequence[str],
+) -> str:
+    """Write the model card in Markdown; the folder of a run's student leads to the sidecars of that run.
+
+    Args:
+        files: Names of those beside the card.
+    """
+    work, run = WorkDirectory(settings.work), None
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
-    student = source.path.resolve() if source.path is not None else None
-    sidecar = _read(student.parent, "distill", DistillSidecar) if student is not None else None
-    if student is not None and sidecar is not None:
-        run = RunFolder(student.parent)
-        if student == run.student_ema:
-            weights += f", an exponential moving average of those in training (decay {sidecar.made.ema})"
-        if WorkDirectory(run.path.parents[1]).distill(run.path.name) == run.path:
-            work = run.path.parents[1]
+    if source.path is not None:
+        folder = RunFolder(source.path.resolve().parent)
+        run = _read(folder.path, "distill", DistillSidecar)
+        if run is not None:
+            if source.path.resolve() == folder.student_ema:
+                weights += f", an exponential moving average of those in training (decay {run.made.ema})"
+            made_in = WorkDirectory(folder.path.parents[1])
+            if made_in.distill(folder.path.name) == folder.path:
+                work = made_in
     facts = {
         "Architecture": info.architecture or _shape(info),
         "Weights": weights,
@@ -38,20 +51,25 @@ def describe_export(info: ModelInfo, source: ModelName, settings: ExportSettings
         "Embedding width": str(info.embed_dim),
         "Image size": f"{info.image_size[0]} × {info.image_size[1]}",
         "Context length": str(info.context_length),
-        **_training(sidecar),
-        "Licence of the weights": settings.license or UNKNOWN,
-        "Licence of the training data": UNKNOWN,
+        **_training(run),
+        "Licence of the weights": settings.license or _UNKNOWN,
+        "Licence of the training data": _UNKNOWN,
     }
-    return ModelCard(
+    card = render_report(
+        "model_card.jinja",
         name=export_name(source),
-        license=settings.license or UNKNOWN,
+        version=__version__,
+        license=settings.license or _UNKNOWN,
         library=_LIBRARIES[settings.format[0]],
         facts=facts,
-        metrics=list(_find_metrics(WorkDirectory(work), info.weights_hash)),
+        metrics=list(_find_metrics(work, info.weights_hash)),
         precision=settings.stored_precision,
         parity=parity,
         dense=settings.dense,
+        files=files,
+        content=CONTENT,
     )
+    return card.rstrip() + "\n"
 
 
 def export_name(source: ModelName) -> str:
@@ -69,36 +87,34 @@ def _shape(info: ModelInfo) -> str:
     return ", ".join(parts) + " (layers × width)"
 
 
-def _training(sidecar: DistillSidecar | None) -> dict[str, str]:
-    if sidecar is None:
-        return dict.fromkeys(("Teacher", "Training data", "Keep ratio", "Losses", "Training"), UNKNOWN)
-    losses, counts, result = sidecar.made.losses, sidecar.counts, sidecar.result
+def _training(run: DistillSidecar | None) -> dict[str, str]:
+    if run is None:
+        return dict.fromkeys(("Teacher", "Training data", "Keep ratio", "Losses", "Training"), _UNKNOWN)
+    losses, counts = run.made.losses, run.counts
+    keep = run.keep_list  # the one that the run used; the work directory may hold another by now
+    ratio = f"{keep.kept / keep.images:.4g} ({keep.kept:,} of {keep.images:,} images)" if keep else "1 (not balanced)"
     return {
-        "Teacher": "none" if set(losses) == {"clip"} else _teacher(sidecar),
-        "Training data": f"{_short(sidecar.data.spec)}; {counts['used']:,} of {counts['read']:,} samples used",
-        "Keep ratio": _keep_ratio(sidecar),
+        "Teacher": "none" if set(losses) == {"clip"} else _teacher(run),
+        "Training data": f"{_short(run.data.spec)}; {counts['used']:,} of {counts['read']:,} samples used",
+        "Keep ratio": ratio,
         "Losses": ", ".join(f"{name} × {loss['value']:g}" for name, loss in losses.items()),
-        "Training": f"{result['steps']:,} steps, {result['samples']:,} samples",
+        "Training": f"{run.result['steps']:,} steps, {run.result['samples']:,} samples",
     }
 
 
-def _teacher(sidecar: DistillSidecar) -> str:
+def _teacher(run: DistillSidecar) -> str:
     """Name the model whose embeddings the run read."""
-    folders = dict.fromkeys(Path(each.path).parent for each in sidecar.inputs)  # each is of one kind of rows
+    folders = dict.fromkeys(Path(each.path).parent for each in run.inputs)  # each is of one kind of rows
     embedded = (_read(folder, "embed", EmbedSidecar) for folder in folders)
-    return next((_short(found.model.spec) for found in embedded if found is not None), UNKNOWN)
-
-
-def _keep_ratio(sidecar: DistillSidecar) -> str:
-    """State the ratio of the list that the run used; the work directory may hold another one by now."""
-    keep = sidecar.keep_list
-    if keep is None:
-        return "1 (not balanced)"
-    return f"{keep.kept / keep.images:.4g} ({keep.kept:,} of {keep.images:,} images)"
+    return next((_short(found.model.spec) for found in embedded if found is not None), _UNKNOWN)
 
 
 def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, float, str]]:
-    """Yield the metrics that were measured on exactly these weights, by the hash of the whole file."""
+    """Yield what was measured on exactly these weights, by the hash of the whole file.
+
+    Yields:
+        Data set, task, metric, value, hashes of class names and templates.
+    """
     for path in sorted(work.eval.glob("*.json")):
         try:
             content = read_metrics(path)

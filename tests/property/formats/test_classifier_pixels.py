@@ -1,6 +1,7 @@
 """Resizing, cropping and normalising inside an ONNX file: for images of any size, the pixels of open_clip's transform."""
 
 import functools
+import json
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.models.onnx_classifier import check_pixels_expressible, write_classifier
+from clipcid_cli.formats.models.onnx_classifier import validate_for_classifier, write_classifier
 
 SIDE = 8
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -40,23 +41,16 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
         [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, SIDE, SIDE])],
         [helper.make_tensor_value_info("image_embeds", TensorProto.FLOAT, ["batch", width])],
     )
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), folder / "flat.onnx"
-    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    names = [str(number) for number in range(width)]
     made = {}
     for resize_mode in ("shortest", "squash"):
         for interpolation in ("bicubic", "bilinear"):
             path = folder / f"{resize_mode}-{interpolation}.onnx"
-            write_classifier(
-                path,
-                folder / "flat.onnx",
-                np.eye(width, dtype=np.float32),
-                scale=1.0,
-                bias=0.0,
-                preprocess=preprocess(resize_mode, interpolation),
-                class_names=[str(number) for number in range(width)],
-                templates=["{}"],
-            )
+            pixels = json.dumps(preprocess(resize_mode, interpolation))
+            helper.set_model_props(model, {"preprocess": pixels, "logit_scale": "1", "logit_bias": "0"})
+            onnx.save(model, folder / "flat.onnx")
+            write_classifier(path, folder / "flat.onnx", np.eye(width, dtype=np.float32), names, ["{}"])
             onnx.checker.check_model(onnx.load(path), full_check=True)
             made[resize_mode, interpolation] = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return made
@@ -102,4 +96,4 @@ def test_pixels_are_those_of_open_clip(
 )
 def test_other_preprocessing_is_refused_by_name(change: dict[str, object], said: str) -> None:
     with pytest.raises(ClipcidError, match=said):
-        check_pixels_expressible(preprocess("shortest", "bicubic") | change)
+        validate_for_classifier(preprocess("shortest", "bicubic") | change)

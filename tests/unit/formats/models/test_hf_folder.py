@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY_CONFIG
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.models.hf_folder import check_hf_expressible, make_config, make_image_processor
+from clipcid_cli.formats.models.hf_folder import make_config, make_image_processor, validate_for_hf
 
 PIXELS = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 ARCHITECTURES = sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
@@ -38,10 +38,10 @@ def test_every_architecture_of_open_clip_is_translated_or_refused_by_name() -> N
     for path in ARCHITECTURES:
         config = json.loads(path.read_text())
         if path.stem in EXPRESSIBLE:
-            check_hf_expressible(config, PIXELS, "SimpleTokenizer")
+            validate_for_hf(config, PIXELS, "SimpleTokenizer")
             continue
         with pytest.raises(ClipcidError, match=r"_cfg\.|custom_text") as caught:
-            check_hf_expressible(config, PIXELS, "SimpleTokenizer")
+            validate_for_hf(config, PIXELS, "SimpleTokenizer")
         assert "--format open-clip" in caught.value.fix
     assert {path.stem for path in ARCHITECTURES} >= EXPRESSIBLE
 
@@ -83,7 +83,7 @@ def test_every_architecture_of_open_clip_is_translated_or_refused_by_name() -> N
 )
 def test_what_cannot_be_expressed_is_named(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ClipcidError) as caught:
-        check_hf_expressible(changed(changes), PIXELS, "SimpleTokenizer")
+        validate_for_hf(changed(changes), PIXELS, "SimpleTokenizer")
     assert said in caught.value.message
 
 
@@ -94,10 +94,10 @@ def test_pixels_and_tokenizer_that_cannot_be_expressed_are_named() -> None:
         ({"interpolation": "random"}, "preprocess_cfg.interpolation is 'random'"),
     ):
         with pytest.raises(ClipcidError, match=r"preprocess_cfg") as caught:
-            check_hf_expressible(TINY_CONFIG, PIXELS | pixels, "SimpleTokenizer")
+            validate_for_hf(TINY_CONFIG, PIXELS | pixels, "SimpleTokenizer")
         assert said in caught.value.message
     with pytest.raises(ClipcidError, match="tokenizer is HFTokenizer"):
-        check_hf_expressible(TINY_CONFIG, PIXELS, "HFTokenizer")
+        validate_for_hf(TINY_CONFIG, PIXELS, "HFTokenizer")
 
 
 def test_settings_are_translated() -> None:
@@ -118,7 +118,7 @@ def test_settings_are_translated() -> None:
         {"text_cfg.pool_type": "eos", "text_cfg.eos_id": 49407},
         {"init_logit_bias": None, "vision_cfg.ls_init_value": None, "custom_text": False, "multimodal_cfg": {}},
     ):
-        check_hf_expressible(changed(inert), PIXELS, "SimpleTokenizer")
+        validate_for_hf(changed(inert), PIXELS, "SimpleTokenizer")
 
     shortest, squash = (make_image_processor(PIXELS | {"resize_mode": mode}) for mode in ("shortest", "squash"))
     assert (dict(shortest.size), shortest.do_center_crop) == ({"shortest_edge": 32}, True)

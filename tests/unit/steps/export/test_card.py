@@ -13,13 +13,12 @@ from conftest import TINY_CONFIG
 from sidecars import make_sidecar
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.formats.models.model_card import ModelCard, render_card
 from clipcid_cli.formats.results.metrics import SIDECARS, Metrics, write_metrics
 from clipcid_cli.formats.sidecar import BalanceSidecar, EvaluationSidecar
 from clipcid_cli.runtime.models.clip_model import ModelInfo, load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.distill.run import run as distill
-from clipcid_cli.steps.export.card import describe_export
+from clipcid_cli.steps.export.card import render_card
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.export import ExportSettings
@@ -30,11 +29,11 @@ def info(tiny_model: Path) -> ModelInfo:
     return load_model(parse_model(str(tiny_model))).info
 
 
-def write_evaluation(work: Path, name: str, weights_hash: str, value: float) -> None:
+def write_evaluation(work: Path, name: str, weights_hash: str, value: float, dataset: str | None = None) -> None:
     """Write what an evaluation leaves, as far as the card reads it."""
     (work / "eval" / SIDECARS).mkdir(parents=True, exist_ok=True)
     record = Metrics(
-        dataset=name,
+        dataset=dataset or name,
         model="m",
         pretrained="p",
         task="zeroshot_classification",
@@ -49,8 +48,8 @@ def write_evaluation(work: Path, name: str, weights_hash: str, value: float) -> 
     (work / "eval" / SIDECARS / f"{name}.json").write_text(json.dumps(sidecar))
 
 
-def describe(info: ModelInfo, source: ModelName, **settings: Any) -> ModelCard:
-    return describe_export(info, source, ExportSettings(**settings), {})
+def render(info: ModelInfo, source: ModelName, **settings: Any) -> str:
+    return render_card(info, source, ExportSettings(**settings), {}, [])
 
 
 def test_metrics_are_those_of_the_whole_weights_file_however_the_model_is_named(
@@ -62,8 +61,10 @@ def test_metrics_are_those_of_the_whole_weights_file_however_the_model_is_named(
     own = dataclasses.replace(info, weights_hash="blake2b:aa")
     tagged = ModelName("ViT-B-32:laion2b_s34b_b79k", "tag", architecture="ViT-B-32", tag="laion2b_s34b_b79k")
     for source in (tagged, parse_model(str(tiny_model))):
-        card = describe(own, source, work=tmp_path)
-        assert list(card.metrics) == [("own", "zeroshot_classification", "acc1", 0.5, "aa01, bb02")]
+        card = render(own, source, work=tmp_path)
+        assert "| own | zeroshot_classification | acc1 | 0.5000 | aa01, bb02 |" in card
+        assert "| others |" not in card
+        assert "| sampled |" not in card
 
 
 def test_metrics_of_other_weights_than_those_written_say_so(info: ModelInfo, tiny_model: Path, tmp_path: Path) -> None:
@@ -73,16 +74,24 @@ def test_metrics_of_other_weights_than_those_written_say_so(info: ModelInfo, tin
         ("fp16", "Measured on the original model, not on the fp16 weights here;"),
         ("auto", "Measured on the original model;"),
     ):
-        text = render_card(describe(info, source, work=tmp_path, precision=precision), [])
-        assert said in text
-        assert "| own | zeroshot_classification | acc1 | 0.5000 | aa01, bb02 |" in text
-    assert "Measured on" not in render_card(describe(info, source, work=tmp_path / "empty"), [])
+        assert said in render(info, source, work=tmp_path, precision=precision)
+    assert "Measured on" not in render(info, source, work=tmp_path / "empty")
 
 
 def test_the_library_is_called_as_the_hub_calls_it(info: ModelInfo, tiny_model: Path, tmp_path: Path) -> None:
     for form, library in (("open-clip", "open_clip"), ("hf", "transformers"), ("onnx", "onnx")):
-        card = describe(info, parse_model(str(tiny_model)), work=tmp_path, format=(form,))
-        assert f"\nlibrary_name: {library}\n" in render_card(card, [])
+        card = render(info, parse_model(str(tiny_model)), work=tmp_path, format=(form,))
+        assert f"\nlibrary_name: {library}\n" in card
+
+
+def test_names_never_become_tags(info: ModelInfo, tiny_model: Path, tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>|\n<b>"
+    write_evaluation(tmp_path, "own", info.weights_hash, 0.5, dataset=evil)
+    named = dataclasses.replace(info, architecture=evil)
+    card = render(named, parse_model(str(tiny_model)), work=tmp_path, license=evil)
+    assert "<script" not in card
+    assert "<b>" not in card
+    assert "| &lt;script&gt;alert(1)&lt;/script&gt;\\| &lt;b&gt; | zeroshot_classification |" in card
 
 
 def test_the_keep_ratio_is_of_the_list_that_the_run_applied(tiny_shards: Path, tmp_path: Path) -> None:
@@ -112,8 +121,8 @@ def test_the_keep_ratio_is_of_the_list_that_the_run_applied(tiny_shards: Path, t
     )
     balance(6)  # the work directory moves on
     student = parse_model(made["student"])
-    card = describe(load_model(student).info, student, work=work)
-    assert card.facts["Keep ratio"] == "0.75 (18 of 24 images)"
+    card = render(load_model(student).info, student, work=work)
+    assert "| Keep ratio | 0.75 (18 of 24 images) |" in card
 
 
 def test_an_opset_without_onnx_files_is_refused() -> None:

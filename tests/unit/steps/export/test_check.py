@@ -1,5 +1,6 @@
 """What an export is compared on, and the gate of what quantisation may cost."""
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +13,13 @@ from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import open_dataset
+from clipcid_cli.formats.sidecar import Parity, PredictionParity
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.export.check import Checker
-from clipcid_cli.steps.export.check_inputs import CheckInputs, make_check_inputs
-from clipcid_cli.steps.export.classes import Classes, find_candidates
-from clipcid_cli.steps.export.onnx import check_measurable
-from clipcid_cli.steps.export.run import run
+from clipcid_cli.steps.export.inputs import CheckInputs, Classes, find_candidates, find_data, read_inputs
+from clipcid_cli.steps.export.onnx import validate_measurable
+from clipcid_cli.steps.export.run import ExportResult, run
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 
@@ -59,13 +60,13 @@ def collect(
 ) -> CheckInputs:
     classes = None if names is None else Classes(tuple(names), ("a {c}",))
     settings = ExportSettings(data=str(data), check_images=count, max_bad_fraction=bad)
-    return make_check_inputs(model, settings, classes, reporter or Reporter())
+    return read_inputs(model, find_data(settings), classes, settings, reporter or Reporter())
 
 
 def test_a_loss_over_the_limit_is_an_error_that_says_by_how_much(model: ClipModel, drawings: Path) -> None:
     inputs = collect(model, drawings)
     checker = Checker(model, inputs, ExportSettings(max_accuracy_drop=0.05))
-    candidates, top = inputs.candidates, checker.expected.result
+    candidates, top = inputs.candidates, checker.expected.nearest
     assert candidates is not None
     assert top is not None
     right = top == candidates.labels
@@ -77,34 +78,41 @@ def test_a_loss_over_the_limit_is_an_error_that_says_by_how_much(model: ClipMode
     )
     found = checker.compare_predictions(worse, gated=True)
     assert found is not None
-    assert found["drop"] == pytest.approx(share)
-    assert found["agreement"] == pytest.approx(1 - share)
+    assert found.drop == pytest.approx(share)
+    assert found.agreement == pytest.approx(1 - share)
     with pytest.raises(ClipcidError, match=said):
-        checker.validate("onnx-int8", {"precision": "int8", "zeroshot": found})
+        checker.validate("onnx-int8", make_parity("int8", zeroshot=found))
     # fp32 forms are judged by their rows alone, and a gain is no loss.
     for nearest, gated in ((worse, False), (candidates.labels, True)):
         zeroshot = checker.compare_predictions(nearest, gated=gated)
-        checker.validate("onnx", {"precision": "fp32", "zeroshot": zeroshot})
+        checker.validate("onnx", make_parity("fp32", zeroshot=zeroshot))
+
+
+def make_parity(kind: str, zeroshot: PredictionParity | None = None, **found: Any) -> Parity:
+    return Parity(precision=kind, bytes=1, images_per_second=1.0, zeroshot=zeroshot, **found)
 
 
 def test_rows_that_are_no_numbers_pass_no_limit(model: ClipModel, drawings: Path) -> None:
     checker = Checker(model, collect(model, drawings), ExportSettings(max_difference=1.0, max_accuracy_drop=1.0))
     weights = drawings / "a_cat" / "0.png"  # any file, for its size
     for kind in ("fp32", "fp16", "int8"):
-        broken = checker.references | {"text": lambda tokens: torch.full((len(tokens), 32), torch.nan)}
+        nan = dataclasses.replace(checker.original, texts=lambda tokens: torch.full((len(tokens), 32), torch.nan))
         with pytest.raises(ClipcidError, match=r"the text encoder differs .* Nothing was written"):
-            checker.check("onnx", kind, broken, [weights])
-        cosines = {"precision": kind, "zeroshot": None, "max_cosine_difference": torch.nan}
+            checker.check("onnx", kind, nan, [weights])
         with pytest.raises(ClipcidError, match=r"a cosine of image and class differs .* Nothing was written"):
-            checker.validate("classifier", cosines)
+            checker.validate("classifier", make_parity(kind, max_cosine_difference=torch.nan))
 
 
 def test_patches_over_the_limit_are_refused(model: ClipModel, drawings: Path) -> None:
     settings = ExportSettings(format=("onnx",), dense=True, max_difference=1e-3)
     checker = Checker(model, collect(model, drawings), settings)
     weights = drawings / "a_cat" / "0.png"  # any file, for its size
-    assert checker.check("onnx", "fp32", checker.references, [weights])["dense"]["shape"] == ["batch", 4, 4, 32]
-    moved = checker.references | {"dense": lambda pixels: 1.01 * checker.references["dense"](pixels)}
+    found = checker.check("onnx", "fp32", checker.original, [weights]).dense
+    assert found is not None
+    assert found.shape == ["batch", 4, 4, 32]
+    dense = checker.original.dense
+    assert dense is not None
+    moved = dataclasses.replace(checker.original, dense=lambda pixels: 1.01 * dense(pixels))
     with pytest.raises(ClipcidError, match=r"onnx: the grid of patches differs from .* \(allowed 1e-03\)"):
         checker.check("onnx", "fp32", moved, [weights])
 
@@ -121,7 +129,7 @@ def test_labels_follow_the_names_of_the_folders(drawings: Path) -> None:
     samples = [sample for shard in dataset.shards for sample in shard.samples()]
 
     def labels(*names: str) -> list[int]:
-        found = find_candidates(samples, dataset, None, Classes(names, ("{}",)))
+        found = find_candidates(samples, dataset, Classes(names, ("{}",)))
         assert found is not None
         return torch.unique_consecutive(found.labels).tolist()
 
@@ -139,7 +147,7 @@ def test_numbered_folders_are_lines_of_the_list(tmp_path: Path) -> None:
     samples = [sample for shard in dataset.shards for sample in shard.samples()]
     # Two classes of one name, as ImageNet has them, are two lines all the same.
     names = ("crane", "b", "c", "d", "e", "crane", "g", "h", "i", "j")
-    found = find_candidates(samples, dataset, None, Classes(names, ("{}",)))
+    found = find_candidates(samples, dataset, Classes(names, ("{}",)))
     assert found is not None
     assert found.labels.tolist() == [0, 5, 7]
 
@@ -149,7 +157,7 @@ def test_images_that_cannot_be_read_are_counted_named_and_limited(model: ClipMod
         (tmp_path / f"{number:02d}.png").write_bytes(make_image(number) if number != 7 else b"no image")
     listener = Listener()
     inputs = collect(model, tmp_path, reporter=listener, bad=0.05)
-    assert len(inputs.images) == 19
+    assert len(inputs.pixels) == 19
     assert inputs.skips.counts == {"unreadable_image": 1}
     (warning,) = listener.warnings
     assert "1 images of" in warning
@@ -180,16 +188,16 @@ def test_8_bits_need_names_of_classes_and_enough_images(
     for quantize, said in ((("int8",), "neither captions nor names of classes in .*0.tar"), (("fp16",), None)):
         options = ExportSettings(format=("onnx",), quantize=quantize)
         if said is None:
-            check_measurable(unnamed, options, Reporter())
+            validate_measurable(unnamed, options, Reporter())
             continue
         with pytest.raises(ClipcidError, match=said) as caught:
-            check_measurable(unnamed, options, Reporter())
+            validate_measurable(unnamed, options, Reporter())
         assert "--classnames" in caught.value.fix
     # 24 captions: one is 4.17 points. 36 classified images: one is 2.78.
     for data, limit, warned in ((tiny_shards, 0.04, True), (drawings, 0.04, False), (drawings, 0.01, True)):
         listener = Listener()
         options = ExportSettings(format=("onnx",), quantize=("int8",), max_accuracy_drop=limit)
-        check_measurable(collect(model, data), options, listener)
+        validate_measurable(collect(model, data), options, listener)
         assert bool(listener.warnings) == warned
     assert "on 36 images, so one image is 2.78 points" in listener.warnings[0]
     assert "at least 100 images" in listener.warnings[0]
@@ -198,13 +206,13 @@ def test_8_bits_need_names_of_classes_and_enough_images(
 def test_an_export_that_is_there_is_held_to_the_limits_asked_for_now(
     tiny_model: Path, drawings: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    def export(**changes: Any) -> dict[str, Any]:
+    def export(**changes: Any) -> ExportResult:
         settings = {"model": str(tiny_model), "out": tmp_path / "half", "precision": "fp16", "data": str(drawings)}
         return run(ExportSettings(**(settings | changes)), Reporter())
 
-    parity = export()["parity"]
+    parity = export().parity
     before = {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()}
-    assert export(max_difference=1e-2)["parity"] == parity
+    assert export(max_difference=1e-2).parity == parity
     with pytest.raises(ClipcidError, match=r"open-clip: the image encoder differs .* \(allowed 1e-09\)"):
         export(max_difference=1e-9)
     # Other images, or fewer of them, are another check.
