@@ -24,6 +24,7 @@ from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.augmented.extra_texts import RowRanges
 from clipcid_cli.steps.distill.batches import BatchMaker, BatchOrder
 from clipcid_cli.steps.embed import run as embed
+from clipcid_cli.steps.embed.result import Embedded
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -35,7 +36,7 @@ def teacher(tiny_model: Path) -> ClipModel:
     return load_model(parse_model(str(tiny_model)))
 
 
-def embed_lines(source: Path, model: Path, out: Path, **settings: object) -> dict:
+def embed_lines(source: Path, model: Path, out: Path, **settings: object) -> Embedded:
     given = {"precision": "fp32", "batch_size": 4, "workers": 0, "device": "cpu"} | settings
     return embed.run(EmbedSettings(texts=source, model=str(model), out=out, **given), Listener())
 
@@ -49,7 +50,7 @@ def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_data, "TEXTS_A_SHARD", 10)
         result = embed_lines(folder / "lines.txt", tiny_model, folder / "texts" / "tiny")
-        assert (result["texts"], result["skipped"]) == (23, {})
+        assert (result.texts, result.skipped) == (23, {})
         embed_lines(folder / "lines.txt", tiny_model, folder / "again", workers=1)
         (folder / "again" / "texts.json").unlink()
         (folder / "again" / "text_emb" / "text_emb_0001.npy").unlink()

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from balance_data import write_embeddings
@@ -17,16 +18,14 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.steps.embed import encoder
 from clipcid_cli.steps.embed import run as embed
-from clipcid_cli.steps.embed.result import TextsResult
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 
-def embed_lines(source: Path, model: Path, out: Path, **settings: Any) -> tuple[TextsResult, str]:
+def embed_lines(source: Path, model: Path, out: Path, **settings: Any) -> tuple[dict[str, Any], str]:
     listener = Listener()
     given = {"precision": "fp32", "batch_size": 4, "workers": 0, "device": "cpu"} | settings
     result = embed.run(EmbedSettings(texts=source, model=str(model), out=out, **given), listener)
-    assert isinstance(result, TextsResult)
-    return result, "\n".join(listener.told)
+    return msgspec.to_builtins(result), "\n".join(listener.told)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -110,7 +109,7 @@ def test_what_is_finished_is_found_and_compared_without_the_model(lines: Path, t
     before = content(texts)
     for asked in ({}, {"precision": "auto", "batch_size": None}):
         result, said = embed_lines(lines, tiny_model, texts, **asked)
-        assert result.texts == 6
+        assert result["texts"] == 6
         assert "already holds the embeddings of" in said
     assert content(texts) == before
     with pytest.raises(ClipcidError, match=r"settings\.batch_size: 4 there, 5 now"):
