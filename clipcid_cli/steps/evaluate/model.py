@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -36,7 +36,6 @@ _BATCH_SIZES = {"cpu": 64, "cuda": 256}
 AnyEvaluation = TypeVar("AnyEvaluation", bound=EvaluationSidecar)
 
 
-@contextmanager
 def claim_metrics(
     model: EvaluatedModel,
     path: Path,
@@ -44,7 +43,7 @@ def claim_metrics(
     identity: dict[str, Any],
     data: list[FileRecord],
     may_differ: Collection[str],
-) -> Iterator[Output[AnyEvaluation]]:
+) -> AbstractContextManager[Output[AnyEvaluation]]:
     """Claim a metrics file, whose sidecar lies in a folder of its own.
 
     Args:
@@ -53,7 +52,7 @@ def claim_metrics(
         may_differ: Settings that do not decide all of them.
     """
     of_model = {"model": model.name.slug, "precision": model.precision.name, "batch_size": model.batch_size}
-    with claim_output(
+    return claim_output(
         model.machine,
         path.parent / SIDECARS,
         path.stem,
@@ -64,8 +63,7 @@ def claim_metrics(
         overwrite=model.settings.overwrite,
         may_differ=may_differ,
         resumes=False,
-    ) as output:
-        yield output
+    )
 
 
 def start_workers(machine: Machine, workers: int | None) -> None:
