@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 
@@ -88,10 +89,10 @@ class Listener(Reporter):
 
 
 def balance(work: Path, embeddings: Path, **settings: Any) -> tuple[dict[str, Any], str]:
-    """Run the step; returns its result and what it said."""
+    """Run the step; returns its JSON object and what it said."""
     listener = Listener()
     result = run(BalanceSettings(work=work, embeddings=embeddings, device="cpu", **settings), listener)
-    return result, "\n".join(listener.told)
+    return msgspec.to_builtins(result), "\n".join(listener.told)
 
 
 def read_keep(work: Path) -> pd.DataFrame:

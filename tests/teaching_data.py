@@ -65,10 +65,10 @@ def write_student(folder: Path, config: dict[str, Any] = STUDENT) -> Path:
     return path
 
 
-def embed_data(data: Path, model: Path, out: Path, **settings: Any) -> dict[str, Any]:
+def embed_data(data: Path, model: Path, out: Path, **settings: Any) -> None:
     """Run `embed` in this process: fp32, batches of 8, no workers unless told otherwise."""
     given = {"precision": "fp32", "batch_size": 8, "workers": 0, "device": "cpu"} | settings
-    return embed.run(EmbedSettings(data=str(data), model=str(model), out=out, **given), Listener())
+    embed.run(EmbedSettings(data=str(data), model=str(model), out=out, **given), Listener())
 
 
 def read_params(embeddings: Embeddings, row: int, view: int) -> npt.NDArray[np.float32]:

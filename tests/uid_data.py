@@ -7,12 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import balance_data
 import numpy as np
 from conftest import make_image, write_tar
-
-from clipcid_cli.steps.balance.run import run
-from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
 def make_uid(number: int) -> str:
@@ -24,8 +21,7 @@ UIDS = [make_uid(row) for row in range(NUM_ROWS)]
 
 
 def balance(work: Path, embeddings: Path, **settings: Any) -> dict[str, Any]:
-    settings = {"keep": 0.5} | settings
-    return run(BalanceSettings(work=work, embeddings=embeddings, device="cpu", **settings), Reporter())
+    return balance_data.balance(work, embeddings, **{"keep": 0.5} | settings)[0]
 
 
 def write_data(folder: Path, uids: list[str | None]) -> Path:

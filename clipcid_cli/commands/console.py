@@ -22,8 +22,8 @@ from clipcid_cli.steps.reporting import Progress, Reporter
 _SECONDS_BETWEEN_LINES = 15.0
 # Wide enough that a log file gets each message on one line, to be searched.
 _WIDTH_OF_A_FILE = 10_000
-# What stands beside a label at most: "✓ ━━━━ 400,000,000/400,000,000 images  12,345/s  12:34:56 left".
-_ROOM_BESIDE_LABEL = 52
+# What a label leaves at least, or it has a line of its own: "✓ ━ 123,456/400,000 images  1,234/s  12:34 left".
+_ROOM_BESIDE_LABEL = 42
 
 
 def make_console() -> Console:
@@ -115,7 +115,7 @@ def _show_bar(console: Console, label: str, total: float | None, unit: str) -> I
     if len(label) + _ROOM_BESIDE_LABEL > console.width:
         bars.label = label
         bars.columns = (bars.columns[0], *bars.columns[2:])
-    # What was done is shown of the `whole`, even where less was left to do than was thought, and the bar is full.
+    # Work may end early: the bar is then full, and the numbers still say how much of the `whole` was done.
     task = bars.add_task(label, total=total, unit=unit, whole=total, ended=False)
     with bars:
         try:

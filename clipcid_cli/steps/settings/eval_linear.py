@@ -10,7 +10,7 @@ from clipcid_cli.steps.settings.shared import EvaluationSettings
 
 METRICS = ("acc1", "mean_per_class_recall", "mean_average_precision", "mean_average_precision_11_point")
 
-_data = group("Models and data")
+_data = group("Data")
 _fit = group("Fitting the probe")
 _shots = group("Few-shot curve")
 

@@ -174,9 +174,7 @@ class EvaluationSettings(ReadingSettings):
         "Model to evaluate: a folder, architecture:tag or hf-hub:org/name. By default, the newest student in the work "
         "directory.",
     )
-    data_root: Path = group("Models and data")(
-        Path("data"), "Folder with copies of the data sets given by name.", operational=True
-    )
+    data_root: Path = _read(Path("data"), "Folder with copies of the data sets given by name.", operational=True)
 
 
 def given_flags(settings: SharedSettings) -> dict[str, Any]:

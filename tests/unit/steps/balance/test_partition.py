@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import balance_data
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,23 +20,11 @@ from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.steps.balance import audit
 from clipcid_cli.steps.balance.partition import partitioned
 from clipcid_cli.steps.balance.rows import find_rows
-from clipcid_cli.steps.balance.run import run
 from clipcid_cli.steps.chunks import SearchRun
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.settings.balance import BalanceSettings
 
 NUM_ROWS = 3000
 CUTOFF = 0.6
-
-
-class Listener(Reporter):
-    """A listener that remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.told.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +39,7 @@ def embeddings(rows: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def balance(work: Path, embeddings: Path, **settings: Any) -> tuple[dict[str, Any], str]:
-    """Run the step; returns its result and what it said."""
-    listener = Listener()
-    given = {"neighbors": "partitioned", **settings}
-    result = run(BalanceSettings(work=work, embeddings=embeddings, device="cpu", **given), listener)
-    return result, "\n".join(listener.told)
+    return balance_data.balance(work, embeddings, **{"neighbors": "partitioned"} | settings)
 
 
 def read_forest(work: Path, name: str = "forest-partitioned") -> pd.DataFrame:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from balance_data import write_embeddings
@@ -24,7 +25,7 @@ def embed_lines(source: Path, model: Path, out: Path, **settings: Any) -> tuple[
     listener = Listener()
     given = {"precision": "fp32", "batch_size": 4, "workers": 0, "device": "cpu"} | settings
     result = embed.run(EmbedSettings(texts=source, model=str(model), out=out, **given), listener)
-    return result, "\n".join(listener.told)
+    return msgspec.to_builtins(result), "\n".join(listener.told)
 
 
 def content(folder: Path) -> dict[str, bytes]:
