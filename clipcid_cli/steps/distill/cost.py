@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 
-import msgspec
 import torch
 
 from clipcid_cli.errors import ClipcidError
@@ -16,54 +15,14 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.steps.distill.result import DistillCost, TeacherCost
 from clipcid_cli.steps.distill.teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.embed.cost import TYPICAL_CAPTION
-from clipcid_cli.steps.evaluate.result import Preview
 
 _MEASURED = 3
 # The first step also allocates, and compiles with --torchcompile.
 _WARM_UP = 1
-
-
-class TeacherCost(msgspec.Struct):
-    """What the teacher takes.
-
-    Attributes:
-        seconds: Time for the images and captions of one process's part of a batch.
-        share: Its share of a step that runs it.
-        break_even: Epochs after which embedding everything once has cost less than running the teacher in each step.
-    """
-
-    parameters: int
-    seconds: float
-    share: float
-    break_even: float
-
-
-class DistillCost(msgspec.Struct):
-    """What a run would take.
-
-    Attributes:
-        memory_bytes: Memory in use by a process.
-        data_seconds_per_step: Time of one core to prepare a batch.
-        seconds: Time by phase.
-        teacher: None where there is none, or it cannot be loaded here.
-        evaluations: What would be measured in the end, on each data set of ``--eval-data``.
-    """
-
-    student: str
-    steps: int
-    samples: int
-    parameters: int
-    memory_bytes: int
-    seconds_per_step: float
-    data_seconds_per_step: float
-    samples_per_second: float
-    seconds: dict[str, float]
-    teacher: TeacherCost | None
-    files: dict[str, str] = {}
-    evaluations: list[Preview] = []
 
 
 def estimate_cost(trainer: Trainer) -> DistillCost:
