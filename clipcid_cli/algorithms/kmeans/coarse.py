@@ -26,8 +26,8 @@ from clipcid_cli.algorithms.near.nearest import PRODUCT_ROWS
 # Groups that a row is compared with: of 2,048 centroids they are about a quarter. With 8 groups the mean similarity ended
 # up to 0.05 % lower, with 16 it ended as high and took longer (60,000 rows).
 _NEAR_GROUPS = 12
-# Fraction of the rows whose second nearest centroid must be among those. It was 0.66 and 0.86 of rows in groups and in a cloud;
-# 0.26 of rows without structure, whose mean similarity ended 5 % lower.
+# Fraction of the rows whose second nearest centroid must be among those: 0.66 of rows in groups and 0.86 of a cloud were; of
+# rows without structure 0.26, whose mean similarity ended 5 % lower.
 _LEAST_FOUND = 0.6
 _BELOW_ALL = -(2**25)
 
@@ -134,7 +134,7 @@ def are_local(rows: CoarseRows, centroids_KD: torch.Tensor, dtype: torch.dtype) 
 def _largest(
     integers_BD: torch.Tensor, integers_KD: torch.Tensor, own_B: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return where products with rows are largest, the first place of equal ones, how large, and those at `own_B`: int64 [B].
+    """Return where products with rows are largest, the first of equal ones, how large, and those at `own_B`: int64 [B].
 
     Args:
         own_B: Places that are left out, int64 [B].
