@@ -16,6 +16,7 @@ SEARCHES = {
     "star": ("balance", "--keep", 0.6, "--linkage", "star"),
     "partitioned": ("balance", "--keep", 0.8, "--neighbors", "partitioned"),
     "image": ("cluster", "--num-clusters", 40, "--iterations", 5),
+    "many": ("cluster", "--num-clusters", 600, "--iterations", 8),
     "joint": ("cluster", "--num-clusters", 40, "--iterations", 5, "--features", "joint"),
 }
 OUTPUTS = {
