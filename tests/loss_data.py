@@ -172,6 +172,9 @@ def formula_rows(  # one branch a loss
         match name:
             case "clip":
                 return both_ways(i, s, v, student_scale)
+            case "siglip":
+                signs = [1 if j == i else -1 for j in range(len(v))]
+                return float(sum(np.log1p(np.exp(-z * (scale * s[i] @ v[j] + n["bias"]))) for j, z in enumerate(signs)))
             case "instance":
                 return float(np.mean([both_ways(i, a, b, scale) for a, b in across]))
             case "instance-intra":

@@ -1,4 +1,4 @@
-"""Contrastive losses: the matching row of the other side is picked among all rows of the global batch."""
+"""Contrastive losses: the matching row of the other side is told from all other rows of the global batch."""
 
 from __future__ import annotations
 
@@ -50,6 +50,21 @@ def clip(batch: LossBatch) -> Tensor:
     """
     total = contrast_both_ways(batch.image_Bd, batch.text_Bd, batch.student_scale, batch.own)
     return total / (2 * len(batch))
+
+
+def siglip(batch: LossBatch, scale: Tensor, bias: Tensor) -> Tensor:
+    """−1/B Σ_i Σ_j log σ(z_ij·(scale·s_i·v_j + bias)), z = 1 where i = j, else −1: each pair alone is told matching or not.
+
+    Source: Zhai et al. 2023 (SigLIP, arXiv 2303.15343), eq. 1.
+    """
+
+    def block_sum(first: int, logits_bB: Tensor) -> Tensor:
+        pairs_bB = logits_bB + bias
+        # −log σ(−x) is softplus(x), and −log σ(x) is that less x.
+        return F.softplus(pairs_bB).sum() - pairs_bB.diagonal(first).sum()
+
+    compared = Similarities(batch.image_Bd, batch.text_Bd, scale)
+    return sum_one_way(block_sum, batch.own, compared) / len(batch)
 
 
 def instance(batch: LossBatch, scale: Tensor) -> Tensor:

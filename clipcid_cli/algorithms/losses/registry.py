@@ -69,6 +69,15 @@ LOSSES: Mapping[str, LossEntry] = {
             one_tower=True,
         ),
         LossEntry(
+            "siglip",
+            "the student's images and captions: each pair of the batch told matching or not, by a sigmoid",
+            "contrastive:siglip",
+            scale=10.0,
+            bias=-10.0,
+            needs_teacher=False,
+            one_tower=True,
+        ),
+        LossEntry(
             "instance",
             "student image against teacher caption and student caption against teacher image, both ways",
             "contrastive:instance",
