@@ -331,7 +331,7 @@ def encode(
 def finish(
     samples: Sequence[Sample], decoded: Decoded, encoder: Callable[[Decoded], dict[Kind, torch.Tensor]]
 ) -> Encoded:
-    """Encode decoded samples, and note those any of whose rows is zero or not finite: nothing can be compared with it."""
+    """Encode decoded samples, and note those any of whose rows is not finite: nothing can be compared with it."""
     encoded = Encoded(samples, {}, dict(decoded.failures), decoded.laid_on_white)
     if not samples:
         return encoded
@@ -340,7 +340,7 @@ def finish(
     for kind, rows in encoder(decoded).items():
         rows = rows[: len(owners) if kind is Kind.TEXTS else len(samples)]
         encoded.rows[kind] = rows
-        found = rows.isfinite().all(dim=-1) & rows.any(dim=-1)
+        found = rows.isfinite().all(dim=-1)
         if kind is Kind.TEXTS:
             usable[owners[~found]] = False
         elif kind is not Kind.VIEW_PARAMS:

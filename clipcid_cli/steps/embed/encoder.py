@@ -167,6 +167,9 @@ class EmbedEncoder:
             rows[Kind.TEXTS] = towers.encode_texts(decoded.tokens).half()
         if decoded.variants is not None:
             rows[Kind.VARIANTS] = self._by_sample(towers.encode_texts(decoded.variants))
+        for kind in rows.keys() - {Kind.VIEW_PARAMS}:
+            # From a row of zeros no distance can be measured either.
+            rows[kind] = rows[kind].masked_fill(~rows[kind].any(dim=-1, keepdim=True), torch.nan)
         return rows
 
     def _by_sample(self, rows: torch.Tensor) -> torch.Tensor:
