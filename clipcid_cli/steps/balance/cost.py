@@ -18,11 +18,10 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
-from clipcid_cli.steps.balance.audit import SAMPLE as AUDIT_SAMPLE
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions, have_captions, keep_captioned
 from clipcid_cli.steps.balance.filters.references import plan_references
-from clipcid_cli.steps.balance.partition import ITERATIONS, ROWS_PER_PARTITION
-from clipcid_cli.steps.balance.plan import Plan
+from clipcid_cli.steps.balance.partition import AUDIT_SAMPLE, ITERATIONS, ROWS_PER_PARTITION
+from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceCost, CaptionCost, MemoryCost, ReferenceCost, SearchCost
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.reporting import Progress, Reporter, format_duration
@@ -48,14 +47,14 @@ _BYTES_OF_NUMBER = 4
 _BYTES_OF_PLACES = 16
 
 
-def estimate_cost(plan: Plan, machine: Machine, reporter: Reporter) -> BalanceCost:
+def estimate_cost(plan: BalancePlan, machine: Machine, reporter: Reporter) -> BalanceCost:
     """Estimate a new search; with an existing forest, `balance` takes seconds."""
     references = plan_references(plan.settings, machine, plan.embeddings, reporter)
     return machine.on_main(lambda: _estimate(plan, references, machine, reporter))
 
 
 def _estimate(
-    plan: Plan, references: list[tuple[str, int, EmbedCost | None]], machine: Machine, reporter: Reporter
+    plan: BalancePlan, references: list[tuple[str, int, EmbedCost | None]], machine: Machine, reporter: Reporter
 ) -> BalanceCost:
     plan.check_sizes()
     settings, images, width, clusters = plan.settings, plan.embeddings.num_rows, plan.embeddings.width, plan.clusters
@@ -151,7 +150,7 @@ def _describe(result: BalanceCost, num_processes: int) -> Iterator[str]:
     yield f"{memory}; disk: {result.disk / 2**20:,.0f} MiB."
 
 
-def _measure(plan: Plan, scan: torch.dtype, machine: Machine) -> tuple[float, float, CaptionCost | None]:
+def _measure(plan: BalancePlan, scan: torch.dtype, machine: Machine) -> tuple[float, float, CaptionCost | None]:
     """Measure on some finite rows the seconds to prepare a row and to compare a pair; and, with a window, captions."""
     settings, embeddings = plan.settings, plan.embeddings
     read, num_rows = embeddings.rows(Kind.IMAGES).take, embeddings.num_rows

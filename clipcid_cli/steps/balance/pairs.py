@@ -11,9 +11,9 @@ from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.plan import Plan, components, hash_arrays
 from clipcid_cli.algorithms.sets.sinks import PairsWithin
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps.balance.rows import BalanceRows
-from clipcid_cli.steps.chunks import SearchRun, run_chunks
-from clipcid_cli.steps.shared_arrays import share_arrays
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.chunks import Search, run_chunks
+from clipcid_cli.steps.balance.shared_arrays import share_arrays
 
 # Limits of `collect_few_pairs`, some seconds on two cores: rows compared, and pairs found (20 bytes each, and several times
 # that to sort and cover them).
@@ -35,14 +35,14 @@ class NotComputed:
     reason: str
 
 
-def collect_pairs(run: SearchRun, rows: BalanceRows, labels: IntArray, cutoff: float) -> Edges:
+def collect_pairs(run: BalanceRun, labels: IntArray, cutoff: float) -> Edges:
     """Find all pairs of unique rows within a distance, given the components at it; the same on every process.
 
     Args:
         labels: Component of each row at the distance, integers [N]; only pairs within one are compared.
         cutoff: The distance, inclusive.
     """
-    found = _search(run, rows, _plan(run, rows, labels), labels, cutoff, _MOST_COLLECTED)
+    found = _search(run, _plan(run, labels), labels, cutoff, _MOST_COLLECTED)
     if len(found) > _MOST_COLLECTED:
         raise ClipcidError(
             f"More than {_MOST_COLLECTED:,} pairs of images are within {cutoff:.4f} of each other. A star cover holds all "
@@ -53,32 +53,33 @@ def collect_pairs(run: SearchRun, rows: BalanceRows, labels: IntArray, cutoff: f
     return found
 
 
-def collect_few_pairs(run: SearchRun, rows: BalanceRows, labels: IntArray, cutoff: float) -> Edges | NotComputed:
+def collect_few_pairs(run: BalanceRun, labels: IntArray, cutoff: float) -> Edges | NotComputed:
     """Find the pairs that :func:`collect_pairs` finds, unless that would take long."""
-    plan = _plan(run, rows, labels)
+    plan = _plan(run, labels)
     if plan.num_pairs > _MOST_COMPARED:
         return NotComputed(
             f"it takes {plan.num_pairs:,} comparisons within the groups, more than the {_MOST_COMPARED:,} made for a report"
         )
-    found = _search(run, rows, plan, labels, cutoff, _MOST_FOUND)
+    found = _search(run, plan, labels, cutoff, _MOST_FOUND)
     if len(found) > _MOST_FOUND:
         return NotComputed(f"more than {_MOST_FOUND:,} pairs are within the cut-off")
     return found
 
 
-def _plan(run: SearchRun, rows: BalanceRows, labels: IntArray) -> Plan:
+def _plan(run: BalanceRun, labels: IntArray) -> Plan:
     """Plan the comparison of the unique rows that are not alone in their component."""
 
     def find_members() -> tuple[IntArray]:
-        label_U = labels[rows.unique]
-        members = rows.unique[(np.bincount(label_U, minlength=1) > 1)[label_U]]
+        unique = run.rows.unique
+        label_U = labels[unique]
+        members = unique[(np.bincount(label_U, minlength=1) > 1)[label_U]]
         return (members[np.argsort(labels[members], kind="stable")],)
 
     (members,) = share_arrays(run.machine, run.work, find_members)
     return components(members, labels[members], run.rows_in_memory)
 
 
-def _search(run: SearchRun, rows: BalanceRows, plan: Plan, labels: IntArray, cutoff: float, most: int) -> Edges:
+def _search(run: BalanceRun, plan: Plan, labels: IntArray, cutoff: float, most: int) -> Edges:
     """Find the pairs of one component; where they are more than `most`, some more than those."""
     of = f"{hash_arrays(labels[plan.rows])}-{most}"
-    return run_chunks(run, plan, rows.read, cutoff, lambda: PairsWithin(labels, most), "pairs", of=of)
+    return run_chunks(run, Search("pairs", plan, run.rows.read, cutoff, lambda: PairsWithin(labels, most), of))

@@ -22,7 +22,7 @@ from clipcid_cli.steps.balance.filters.against import NearReferences
 from clipcid_cli.steps.balance.gallery import Gallery, Picture
 from clipcid_cli.steps.balance.outcome import Outcome
 from clipcid_cli.steps.balance.pairs import NotComputed
-from clipcid_cli.steps.balance.plan import Plan
+from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
@@ -35,7 +35,7 @@ _PAIRS_SHOWN = 8
 _REFERENCES_SHOWN = 12
 
 
-def has_new_pictures(plan: Plan, finished: BalanceSidecar) -> bool:
+def has_new_pictures(plan: BalancePlan, finished: BalanceSidecar) -> bool:
     """Tell whether a picture can be read now that the report of a finished output could not show."""
     if not finished.pictures.unread:
         return False

@@ -21,8 +21,8 @@ from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.steps.balance.shared_arrays import collect_arrays, share_arrays
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
 
 # What is computed from so few rows stays in the processor's cache.
 _ROWS_AT_ONCE = 512
@@ -100,7 +100,7 @@ def _join(a: IntArray, b: IntArray) -> Edges:
     return Edges(a, b, np.zeros(len(b), np.float32))
 
 
-def find_rows(machine: Machine, folder: Path, images: Rows, reporter: Reporter) -> BalanceRows:
+def read_rows(machine: Machine, folder: Path, images: Rows, reporter: Reporter) -> BalanceRows:
     """Read every row once, each process its share, to find rows that are not finite and rows that are equal."""
     start, stop = machine.share(len(images))
     hashes = np.empty(stop - start, np.uint64)

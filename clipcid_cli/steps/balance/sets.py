@@ -29,11 +29,11 @@ from clipcid_cli.algorithms.sets.star import (
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.forest import Forest, find_forest
 from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs, collect_pairs
 from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray
 from clipcid_cli.steps.balance.scores import SCORES
-from clipcid_cli.steps.balance.stored_forest import Forest
-from clipcid_cli.steps.shared_arrays import share_arrays
+from clipcid_cli.steps.balance.shared_arrays import share_arrays
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
 _STAR_STEP = 1.05
@@ -82,7 +82,7 @@ def make_sets(run: BalanceRun) -> tuple[Sets, Edges, bool]:
     """
     num_rows, settings = run.rows.num_searched, run.settings
     num_kept = num_rows if settings.keep is None else max(1, round(settings.keep * num_rows))
-    forest, reused = run.find_forest(cutoff=settings.distance, num_edges=num_rows - num_kept)
+    forest, reused = find_forest(run, cutoff=settings.distance, num_edges=num_rows - num_kept)
     if settings.keep is not None and num_kept == num_rows:  # nothing is to be merged, not even copies
         return _make_components(run, forest.edges, None), forest.edges, reused
     threshold = settings.distance
@@ -159,7 +159,7 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
         part = forest.edges.up_to(cutoff)
         labels = connected_components(len(rows), part.a, part.b)
         with timed(run.seconds, "search"):
-            return collect_pairs(run, rows, labels, cutoff).renumbered(positions)
+            return collect_pairs(run, labels, cutoff).renumbered(positions)
 
     cover: StarCover | None = None
     if run.settings.keep is None:
@@ -174,7 +174,7 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
     while cover is None:
         reach = min(_STAR_STEP * reach + 1e-6, _FARTHEST)
         if reach > forest.cutoff:
-            forest, _ = run.find_forest(cutoff=reach)
+            forest, _ = find_forest(run, cutoff=reach)
         pairs = pairs_up_to(reach)
         cover = find_star_cutoff(num_unique, pairs, num_kept, copies, below)
         below = reach
@@ -220,7 +220,7 @@ def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage
         return NotComputed("nothing was to be merged")
     if run.settings.linkage == "star":
         return run.machine.on_main(lambda: _single(run.rows, forest, threshold))
-    pairs = collect_few_pairs(run, run.rows, sets.labels, threshold)
+    pairs = collect_few_pairs(run, sets.labels, threshold)
     if isinstance(pairs, NotComputed):
         run.reporter.note(f"What --linkage star would keep at this cut-off is not computed: {pairs.reason}.")
         return pairs

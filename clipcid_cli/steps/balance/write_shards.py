@@ -24,7 +24,7 @@ from clipcid_cli.formats.results.keep_list import KeepList, read_keep_list
 from clipcid_cli.formats.results.kept_lists import is_uid
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.steps.balance.plan import Plan
+from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.samples import read_uid
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter
@@ -36,7 +36,7 @@ _STATS = "_stats.json"
 _STEP = "write-shards"
 
 
-def write_shards(plan: Plan, target: Path, machine: Machine, reporter: Reporter) -> None:
+def write_shards(plan: BalancePlan, target: Path, machine: Machine, reporter: Reporter) -> None:
     """Write the new shards, divided among the processes; a run that was killed continues with those not written yet.
 
     A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and

@@ -20,11 +20,11 @@ from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.formats.arrays import Arrays, map_strings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.keep_list import Column, float_column
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.filters.references import Reference
 from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
-from clipcid_cli.steps.balance.rows import BalanceRows
-from clipcid_cli.steps.chunks import SearchRun, run_chunks
-from clipcid_cli.steps.shared_arrays import share_arrays
+from clipcid_cli.steps.balance.shared_arrays import share_arrays
 
 _FOLDER = ".references"
 
@@ -94,15 +94,15 @@ class NearReferences:
         ]
 
 
-def find_near(
-    run: SearchRun, folder: Path, rows: BalanceRows, references: list[Reference], threshold: float
-) -> NearReferences:
+def find_near(run: BalanceRun, references: list[Reference]) -> NearReferences:
     """Compare all rows with all references; the same on every process.
 
     What was compared stays for later runs in the folder of `balance`.
     """
-    found = [_compare(run, folder, rows, reference, threshold) for reference in references]
-    run.machine.on_main(lambda: forget_others(folder, {name for _, name in found}))
+    rows, threshold = run.rows, run.settings.reference_distance
+    assert threshold is not None  # the settings have checked it
+    found = [_compare(run, reference, threshold) for reference in references]
+    run.machine.on_main(lambda: forget_others(run.output.folder, {name for _, name in found}))
 
     def merge() -> Arrays:
         owner, near = np.full(len(rows), -1, np.int16), np.zeros(len(references), np.int64)
@@ -126,33 +126,23 @@ def find_near(
     return NearReferences(references, threshold, owner, row, distance, near.tolist())
 
 
-def _compare(
-    run: SearchRun, folder: Path, rows: BalanceRows, reference: Reference, threshold: float
-) -> tuple[Edges, str]:
+def _compare(run: BalanceRun, reference: Reference, threshold: float) -> tuple[Edges, str]:
     """Find the nearest row of a reference of each unique row; return the pairs, and the name that they are saved under.
 
     Rows of the reference are numbered after those to balance.
     """
-    images, num_rows = reference.embeddings.rows(Kind.IMAGES), len(rows)
+    images, num_rows = reference.embeddings.rows(Kind.IMAGES), len(run.rows)
 
     def read(numbers: IntArray) -> HalfArray:
-        return rows.read(numbers) if numbers[0] < num_rows else images.take(reference.numbers[numbers - num_rows])
+        return run.rows.read(numbers) if numbers[0] < num_rows else images.take(reference.numbers[numbers - num_rows])
 
-    kind = row_type(num_rows + len(reference.numbers))
-    others = np.arange(num_rows, num_rows + len(reference.numbers), dtype=kind)
-    unique = rows.unique.astype(kind, copy=False)
+    others = np.arange(num_rows, num_rows + len(reference.numbers))
+    others = others.astype(row_type(num_rows + len(others)))
+    unique = run.rows.unique.astype(others.dtype, copy=False)
     plan = rectangle(unique, others, run.rows_in_memory)
-    found = run_chunks(
-        run,
-        plan,
-        read,
-        threshold,
-        lambda: NearestOf(unique),
-        "against",
-        of=reference.identity,
-        folder=folder / _FOLDER,
-    )
-    return found, run.identify(plan, threshold, reference.identity)
+    folder = run.output.folder / _FOLDER
+    search = Search("against", plan, read, threshold, lambda: NearestOf(unique), reference.identity, folder)
+    return run_chunks(run, search), search.place(run).name
 
 
 def forget_others(folder: Path, compared: Collection[str] = ()) -> None:

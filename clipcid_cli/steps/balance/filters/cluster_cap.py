@@ -25,9 +25,9 @@ from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.result import ClusterCapResult
 from clipcid_cli.steps.balance.rows import BoolArray, take_column
 from clipcid_cli.steps.balance.scores import SCORES
+from clipcid_cli.steps.balance.shared_arrays import share_arrays
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
-from clipcid_cli.steps.shared_arrays import share_arrays
 
 
 @dataclasses.dataclass(frozen=True)

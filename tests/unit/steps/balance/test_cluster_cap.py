@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +18,7 @@ from rich.console import Console
 from clipcid_cli.algorithms.sets.representatives import best_of_groups, random_scores
 from clipcid_cli.commands.balance import show
 from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.run import run
 from clipcid_cli.steps.cluster.run import run as run_cluster
 from clipcid_cli.steps.settings.balance import SELECTIONS, BalanceSettings
@@ -116,7 +118,7 @@ def test_what_is_said_of_the_kept_images_is_of_those_that_the_cap_leaves(place: 
     result, _ = balance(tmp_path / "w", place / "e", **call, neighbors="partitioned", min_caption_similarity=0.4)
     assert result["audit"]["kept"] == result["kept"] < result["components"]
     screen = io.StringIO()
-    show(result, Console(file=screen, width=200))
+    show(msgspec.convert(result, BalanceResult), Console(file=screen, width=200))
     assert "would be kept at this cut-off before clusters are capped" in screen.getvalue()
     dropped = result["components"] - result["kept"]
     assert f"{dropped} of the {result['components']} images kept before are dropped" in screen.getvalue()
@@ -138,7 +140,7 @@ def test_where_nothing_is_dropped_screen_and_report_say_so(place: Path, tmp_path
     ):
         result, _ = balance(tmp_path / "w", place / "e", keep=keep, **call)
         screen = io.StringIO()
-        show(result, Console(file=screen, width=200))
+        show(msgspec.convert(result, BalanceResult), Console(file=screen, width=200))
         told = " ".join(screen.getvalue().split())
         assert on_screen in told
         assert "of the dropped repeats are farther from their kept image" in told

@@ -14,7 +14,7 @@ from PIL import Image
 from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import save_arrays
-from clipcid_cli.steps import chunks
+from clipcid_cli.steps.balance import chunks
 from clipcid_cli.steps.balance import pairs as set_pairs
 
 NUM_ROWS = 300
