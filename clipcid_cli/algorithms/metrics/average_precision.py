@@ -20,12 +20,8 @@ def precision_metrics(scores_NC: Array, positive_NC: Array) -> Metrics:
         positive_NC: Whether the image has the class, bool [N, C].
 
     Raises:
-        ValueError: when shapes differ, there is no image, or a score is NaN.
+        ValueError: when a score is NaN.
     """
-    if scores_NC.ndim != 2 or scores_NC.shape != positive_NC.shape:
-        raise ValueError(f"scores are {list(scores_NC.shape)}, labels {list(positive_NC.shape)}; both must be [N, C]")
-    if not len(scores_NC):
-        raise ValueError("no image to rank")
     if np.isnan(scores_NC).any():
         raise ValueError("scores hold NaN, which have no order")
 

@@ -68,13 +68,8 @@ def count_cells(values_NV: Array) -> tuple[Array, Array]:
     """Return the distinct rows, [U, V] in lexicographic order, and how many images have each, int64 [U].
 
     Args:
-        values_NV: Values of each image, whole numbers [N, V].
-
-    Raises:
-        ValueError: when there is no image.
+        values_NV: Values of each image, whole numbers [N, V], N ≥ 1.
     """
-    if not len(values_NV):
-        raise ValueError("no image to measure")
     cells_UV, images_U = np.unique(values_NV, axis=0, return_counts=True)
     return cells_UV, images_U
 
@@ -167,17 +162,12 @@ def mcnemar(first_N: Array, second_N: Array) -> float:
 
 
 def clopper_pearson(hits: int, trials: int) -> tuple[float, float]:
-    """Return the exact 95 % confidence interval of a rate, in [0, 1].
-
-    Raises:
-        ValueError: when the counts are out of range.
+    """Return the exact 95 % confidence interval of a rate, in [0, 1], given the hits of at least one trial.
 
     Source: Clopper and Pearson 1934; with no hit the upper end is the "rule of three", about 3.7/n for two-sided 95 %.
     """
     from scipy.special import betaincinv
 
-    if not 0 <= hits <= trials or trials < 1:
-        raise ValueError(f"{hits} hits in {trials} trials")
     low = 0.0 if hits == 0 else float(betaincinv(hits, trials - hits + 1, _TAIL))
     high = 1.0 if hits == trials else float(betaincinv(hits + 1, trials - hits, 1 - _TAIL))
     return low, high

@@ -101,13 +101,15 @@ def near_pairs_of(blocks: Iterable[tuple[Block, Block]], cutoff: float, wants: W
         yield before
 
 
-def near_pairs(a: Block, b: Block, cutoff: float, wants: Wants) -> Iterator[Edges]:
+def near_pairs(
+    a: Block, b: Block, cutoff: float, wants: Wants = lambda a, b, _: np.ones(len(a), np.bool_)
+) -> Iterator[Edges]:
     """Find the pairs of one row of each block that are within a distance.
 
     Args:
         b: Another block, or the same: then each pair is found once.
         cutoff: Largest distance, inclusive.
-        wants: Which pairs are worth computing.
+        wants: Which pairs are worth computing; by default all.
 
     Returns:
         The pairs within the distance that are wanted, with exact weights, a < b, in pieces of bounded size. They are

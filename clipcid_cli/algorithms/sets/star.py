@@ -11,7 +11,7 @@ Source: docs/method.md#star-cover.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -70,22 +70,11 @@ def _keep_in_order(num_rows: int, place: IntArray, pairs: Edges) -> np.ndarray[t
     return keeps | ~decided
 
 
-@dataclasses.dataclass(frozen=True)
-class StarCover:
-    """A star cover and its cut-off.
-
-    Attributes:
-        cutoff: ε.
-        representatives: The representative of each row, itself where it is kept, int64 [N].
-    """
+class StarCover(NamedTuple):
+    """A cut-off ε, and the representative of each row, itself where it is kept, int64 [N]."""
 
     cutoff: float
     representatives: IntArray
-
-    @property
-    def num_kept(self) -> int:
-        """Number of rows kept."""
-        return count_kept(self.representatives)
 
 
 def find_star_cutoff(
@@ -108,13 +97,13 @@ def find_star_cutoff(
         return None
     low, high = int(np.searchsorted(distances, np.float32(above), side="right")) - 1, len(distances) - 1
     best = StarCover(float(distances[high]), star_cover(num_rows, pairs, copies))
-    if best.num_kept > num_kept:
+    if count_kept(best.representatives) > num_kept:
         return None
     while high - low > 1:
         middle = (low + high) // 2
         cutoff = float(distances[middle])
         cover = StarCover(cutoff, star_cover(num_rows, pairs.up_to(cutoff), copies))
-        if cover.num_kept <= num_kept:
+        if count_kept(cover.representatives) <= num_kept:
             high, best = middle, cover
         else:
             low = middle

@@ -77,7 +77,7 @@ def _find_stars(run: BalanceRun, sets: Sets, label: int, cutoff: float, copies: 
         return None
     numbers = np.arange(len(place), dtype=rows.unique.dtype)
     block = load_block(lambda some: rows.read(rows.unique[place[some]]), numbers, run.machine.device, run.scan.dtype)
-    pairs = sort_edges(Edges.concatenate(near_pairs(block, block, cutoff, lambda a, b, _: np.ones(len(a), np.bool_))))
+    pairs = sort_edges(Edges.concatenate(near_pairs(block, block, cutoff)))
     representatives = star_cover(len(place), pairs, copies[place])
     represented = np.bincount(representatives, weights=copies[place], minlength=len(place))
     order = np.argsort(-represented, kind="stable")[: count_kept(representatives)]

@@ -16,7 +16,7 @@ from clipcid_cli.formats.data.class_files import read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray, take_column
+from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray
 from clipcid_cli.steps.balance.samples import SampleFinder
 
 # Classes are stored with the images, so reading them reads the headers of every shard: some seconds for this many images.
@@ -69,7 +69,7 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
         except (ClipcidError, OSError) as error:
             unread = f" The classes cannot be read: {error}"
     step = max(1, -(-len(rows) // _MOST_CAPTIONS))
-    pieces = take_column(embeddings, embeddings.captions_of, rows.numbers[::step])
+    pieces = embeddings.take_column(embeddings.captions_of, rows.numbers[::step])
     captions, kept = pa.chunked_array(pieces, pa.large_string()).combine_chunks(), kept[::step]
     has_caption = pc.not_equal(captions, "").to_numpy(zero_copy_only=False)
     before, after = (int(np.count_nonzero(each)) for each in (has_caption, has_caption & kept))

@@ -185,7 +185,7 @@ def _measure(plan: BalancePlan, scan: torch.dtype, machine: Machine) -> tuple[fl
 
     def compare() -> None:
         block, others = prepared.result
-        for _ in near_pairs(block, others, cutoff, lambda a, b, _: np.ones(len(a), np.bool_)):
+        for _ in near_pairs(block, others, cutoff):
             pass
 
     prepared = time_trial(prepare, machine.device)

@@ -10,7 +10,7 @@ from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
 from clipcid_cli.steps.balance.pairs import NotComputed
-from clipcid_cli.steps.balance.result import Audit, BalanceResult, OtherLinkageResult
+from clipcid_cli.steps.balance.result import Audit, BalanceResult
 from clipcid_cli.steps.balance.rows import BoolArray
 from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
 
@@ -41,9 +41,6 @@ def summarise(run: BalanceRun, found: Outcome) -> BalanceResult:
     kept = int(np.count_nonzero(found.is_kept))
     near = 0 if run.near is None else int(np.count_nonzero(run.near.is_dropped))
     embedded = {} if run.embeddings.sidecar is None else run.embeddings.sidecar.counts["skipped"]
-    compared = None
-    if isinstance(other, OtherLinkage):
-        compared = OtherLinkageResult(other.linkage, other.kept, other.uncovered_ratio)
     return BalanceResult(
         images=len(rows),
         searched=rows.num_searched,
@@ -53,7 +50,7 @@ def summarise(run: BalanceRun, found: Outcome) -> BalanceResult:
         components=sets.num_kept,
         largest_component=sets.largest,
         uncovered_ratio=sets.uncovered_ratio,
-        other_linkage=compared,
+        other_linkage=other.result if isinstance(other, OtherLinkage) else None,
         neighbors=run.settings.neighbors,
         audit=found.audit,
         dropped_by={

@@ -172,7 +172,7 @@ def _draw_curves(run: BalanceRun, sets: Sets, other: OtherLinkage | NotComputed)
     num_images, linkage = run.rows.num_searched, run.settings.linkage
     lines = [(linkage, sets.curve, sets.num_kept)]
     if isinstance(other, OtherLinkage):
-        lines.append((other.linkage, other.curve, other.kept))
+        lines.append((other.result.linkage, other.curve, other.result.kept))
     most_kept = max(num_kept for _, _, num_kept in lines)
     figure = make_figure()
     axes = figure.add_subplot()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -146,30 +146,11 @@ def count_skipped(embeddings: Embeddings, rows: BalanceRows, max_bad_fraction: f
     return skips
 
 
-def take_column(
-    embeddings: Embeddings, read: Callable[[EmbeddingFile], pa.ChunkedArray], numbers: IntArray
-) -> Iterator[pa.Array]:
-    """Yield a column of the embeddings at some rows, in pieces; one file's column is in memory at a time.
-
-    Args:
-        read: Reads the column of one file.
-        numbers: Numbers of the rows, integers [n], ascending.
-    """
-    # Of another type, all would be converted.
-    firsts = np.array([file.first for file in embeddings.files], numbers.dtype)
-    bounds = np.searchsorted(numbers, firsts).tolist()
-    for file, start, stop in zip(embeddings.files, bounds, [*bounds[1:], len(numbers)], strict=True):
-        if start < stop:
-            column = read(file)
-            whole = stop - start == file.rows
-            yield from (column if whole else column.take(pa.array(numbers[start:stop] - file.first))).chunks
-
-
 def take_texts(
     embeddings: Embeddings, read: Callable[[EmbeddingFile], pa.ChunkedArray], numbers: IntArray
 ) -> list[str]:
-    """Read a column of strings as :func:`take_column` does, at rows in any order; n strings."""
+    """Read a column of strings at rows in any order; n strings."""
     order = np.argsort(numbers, kind="stable")
     found = np.empty(len(numbers), object)
-    found[order] = [text for piece in take_column(embeddings, read, numbers[order]) for text in piece.to_pylist()]
+    found[order] = [text for piece in embeddings.take_column(read, numbers[order]) for text in piece.to_pylist()]
     return list(found)

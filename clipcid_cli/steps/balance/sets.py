@@ -31,6 +31,7 @@ from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.forest import Forest, find_forest
 from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs, collect_pairs
+from clipcid_cli.steps.balance.result import OtherLinkageResult
 from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray
 from clipcid_cli.steps.balance.scores import SCORES
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
@@ -196,16 +197,13 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
 
 @dataclasses.dataclass(frozen=True)
 class OtherLinkage:
-    """What the other linkage keeps at the cut-off of the sets; the fields are as those of `Sets`.
+    """What the other linkage keeps at the cut-off of the sets.
 
     Attributes:
-        linkage: ``single`` or ``star``.
         curve: Single linkage as far as the forest reaches, stars up to the cut-off.
     """
 
-    linkage: str
-    kept: int
-    uncovered_ratio: float
+    result: OtherLinkageResult
     curve: Curve
 
 
@@ -232,7 +230,8 @@ def _single(rows: BalanceRows, forest: Edges, threshold: float) -> OtherLinkage:
     labels = connected_components(len(rows), part.a, part.b)
     distances = distances_to(rows.read, central_rows(rows.read, labels))
     beyond = share_beyond(distances, threshold, len(part))
-    return OtherLinkage("single", rows.num_searched - len(part), beyond, _single_curve(rows, forest, threshold))
+    result = OtherLinkageResult("single", rows.num_searched - len(part), beyond)
+    return OtherLinkage(result, _single_curve(rows, forest, threshold))
 
 
 def _star(rows: BalanceRows, pairs: Edges, threshold: float) -> OtherLinkage:
@@ -240,7 +239,7 @@ def _star(rows: BalanceRows, pairs: Edges, threshold: float) -> OtherLinkage:
     num_points = min(_CURVE_POINTS, _MOST_COVERED // max(1, len(pairs)))
     curve = star_curve(len(rows.unique), pairs, rows.count_copies(), threshold, num_points)
     # The cut-off is the last point, and all members of a star are within it of their representative.
-    return OtherLinkage("star", int(curve.kept[-1]), 0.0, curve)
+    return OtherLinkage(OtherLinkageResult("star", int(curve.kept[-1]), 0.0), curve)
 
 
 def _choose_representatives(run: BalanceRun, labels: IntArray) -> IntArray:

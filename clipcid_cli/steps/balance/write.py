@@ -23,7 +23,7 @@ from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
 from clipcid_cli.steps.balance.outcome import Outcome, find_warnings, summarise
 from clipcid_cli.steps.balance.report import write_report
 from clipcid_cli.steps.balance.result import BalanceResult
-from clipcid_cli.steps.balance.rows import BoolArray, take_column
+from clipcid_cli.steps.balance.rows import BoolArray
 from clipcid_cli.steps.settings.shared import given_flags
 
 
@@ -61,7 +61,7 @@ def _write_tables(run: BalanceRun, found: Outcome) -> SetTable:
     folder, sets = run.work, found.sets
 
     def map_names(read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.LargeStringArray:
-        return map_strings(folder, take_column(run.embeddings, read, run.rows.numbers))
+        return map_strings(folder, run.embeddings.take_column(read, run.rows.numbers))
 
     keys = map_names(run.embeddings.keys_of)
     filters = [each for each in (run.near, run.captions, found.cap) if each is not None]

@@ -11,7 +11,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.output import find_output, is_claimed
 from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.steps.cluster.rows import ClusterRows, find_rows
+from clipcid_cli.steps.cluster.rows import ClusterRows, choose_rows
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
@@ -39,7 +39,7 @@ class ClusterPlan:
 
 def make_plan(settings: ClusterSettings, reporter: Reporter) -> ClusterPlan:
     """Look at everything that can be wrong, and say what was taken."""
-    folder, rows = WorkDirectory(settings.work).clusters, find_rows(settings, reporter)
+    folder, rows = WorkDirectory(settings.work).clusters, choose_rows(settings, reporter)
     num_clusters = _choose_num_clusters(settings, rows, reporter)
     trained = rows
     if settings.train_rows is not None and settings.train_rows < len(rows):

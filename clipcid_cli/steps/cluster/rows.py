@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,41 +26,6 @@ from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 
 @dataclasses.dataclass(frozen=True)
-class Sources:
-    """The files of some embeddings, looked at once: of thousands that takes seconds.
-
-    It must not have been used when it is sent to another process: a mapped array would be copied whole.
-    """
-
-    embeddings: Embeddings
-
-    @cached_property
-    def images(self) -> Rows:
-        """Image embeddings."""
-        return self.embeddings.rows(Kind.IMAGES)
-
-    @cached_property
-    def texts(self) -> Rows:
-        """Captions' embeddings."""
-        return self.embeddings.rows(Kind.TEXTS)
-
-    @cached_property
-    def _keys(self) -> Callable[[int], pa.ChunkedArray]:
-        """Reads the keys of a file, by its place among the files; those of the last one are kept."""
-        return lru_cache(maxsize=1)(lambda place: self.embeddings.keys_of(self.embeddings.files[place]))
-
-    def keys(self, numbers: npt.NDArray[np.int64]) -> pa.ChunkedArray:
-        """Read the keys of some rows, int64 [n], ascending."""
-        firsts = np.array([*(file.first for file in self.embeddings.files), self.embeddings.num_rows])
-        bounds = np.searchsorted(numbers, firsts)
-        parts = [
-            self._keys(file).take(pa.array(numbers[bounds[file] : bounds[file + 1]] - firsts[file]))
-            for file in np.flatnonzero(np.diff(bounds)).tolist()
-        ]
-        return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.large_string())
-
-
-@dataclasses.dataclass(frozen=True)
 class ClusterRows:
     """The rows to cluster, numbered 0 … N − 1 in the order of the embeddings.
 
@@ -78,7 +41,8 @@ class ClusterRows:
     chosen: Selection
     joint: bool
     skips: Skips
-    sources: Sources
+    images: Rows
+    texts: Rows | None
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -96,22 +60,24 @@ class ClusterRows:
 
     def features(self, start: int, stop: int) -> Float16:
         """Read what is clustered of rows start … stop − 1: unit rows, float16 [n, D]."""
-        images = self._read(self.sources.images, start, stop)
+        images = self._read(self.images, start, stop)
         return joint_features(images, self.captions(start, stop)) if self.joint else images
 
     def features_at(self, positions: npt.NDArray[np.int64]) -> Float16:
         """Read what is clustered of single rows: unit rows, float16 [n, D]."""
         numbers = self.chosen.at(positions)
-        images = self.sources.images.take(numbers)
-        return joint_features(images, self.sources.texts.take(numbers)) if self.joint else images
+        images = self.images.take(numbers)
+        return joint_features(images, self.texts.take(numbers)) if self.joint and self.texts is not None else images
 
     def captions(self, start: int, stop: int) -> Float16:
         """Read the captions' embeddings: unit rows, float16 [n, D]."""
-        return self._read(self.sources.texts, start, stop)
+        assert self.texts is not None  # they are asked for
+        return self._read(self.texts, start, stop)
 
     def keys(self, start: int, stop: int) -> pa.ChunkedArray:
         """Read the keys of rows start … stop − 1, strings."""
-        return self.sources.keys(self.chosen.between(start, stop))
+        pieces = self.embeddings.take_column(self.embeddings.keys_of, self.chosen.between(start, stop))
+        return pa.chunked_array(pieces, pa.large_string())
 
     def fingerprint(self) -> list[FileRecord]:
         """Describe every input file."""
@@ -124,7 +90,7 @@ class ClusterRows:
         return rows.take(self.chosen.between(start, stop))
 
 
-def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
+def choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     """Find the embeddings and the keep list, join them by key and say which were taken."""
     work = WorkDirectory(settings.work)
     folder = settings.embeddings if settings.embeddings is not None else work.find_embeddings()
@@ -140,7 +106,9 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     usable = np.ones(embeddings.num_rows, dtype=np.bool_)
     bad = embeddings.find_bad_rows(texts=True)
     usable[bad] = False
-    skips = Skips.of(dict.fromkeys(Sources(embeddings).keys(bad).to_pylist(), "nan_row"))
+    skips = Skips.of(
+        {key: "nan_row" for piece in embeddings.take_column(embeddings.keys_of, bad) for key in piece.to_pylist()}
+    )
     skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))
     if skips.total:
         reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
@@ -154,5 +122,12 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
         raise ClipcidError(
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
-    path = None if keep_list is None else keep_list.path
-    return ClusterRows(embeddings, path, Selection(usable), settings.features == "joint", skips, Sources(embeddings))
+    return ClusterRows(
+        embeddings,
+        keep_list=None if keep_list is None else keep_list.path,
+        chosen=Selection(usable),
+        joint=settings.features == "joint",
+        skips=skips,
+        images=embeddings.rows(Kind.IMAGES),
+        texts=embeddings.rows(Kind.TEXTS) if embeddings.has_texts else None,
+    )

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from clipcid_cli.algorithms.near import partitions as partitioning
 from clipcid_cli.algorithms.near.block import load_block
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.partitions import Partitions, assign_rows, default_num_partitions, measure_margin
 from clipcid_cli.algorithms.near.plan import pieces
 from clipcid_cli.algorithms.near.sample import Neighbours, find_neighbours
@@ -44,10 +43,6 @@ def exact_gaps(rows: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.
     return home, np.divide(ahead, apart, out=np.zeros_like(ahead), where=apart > 0)
 
 
-def all_of_them(a: IntArray, b: IntArray, at_least: np.ndarray) -> np.ndarray:
-    return np.ones(len(a), np.bool_)
-
-
 def assign(rows: np.ndarray, centroids: np.ndarray, margin: float) -> list[np.ndarray]:
     partitions, numbers = Partitions(torch.from_numpy(centroids).float()), np.arange(len(rows))
     parts = assign_rows(partitions, rows.__getitem__, numbers, margin, (0, len(rows)))
@@ -66,7 +61,7 @@ def search(rows: np.ndarray, centroids: np.ndarray, margin: float, cutoff: float
         for chunk in range(plan.num_chunks)
         for job in plan.jobs(chunk)
     ]
-    return Edges.concatenate(edges for pair in blocks for edges in near_pairs(pair[0], pair[-1], cutoff, all_of_them))
+    return Edges.concatenate(edges for pair in blocks for edges in near_pairs(pair[0], pair[-1], cutoff))
 
 
 @given(scenes(), st.integers(1, 20))

@@ -19,7 +19,7 @@ from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.result import CaptionWindowResult
-from clipcid_cli.steps.balance.rows import BoolArray, take_column
+from clipcid_cli.steps.balance.rows import BoolArray
 from clipcid_cli.steps.balance.shared_arrays import collect_arrays, share_arrays
 from clipcid_cli.steps.reporting import Progress
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -150,6 +150,6 @@ def keep_captioned(similarity: FloatArray, captioned: BoolArray) -> FloatArray:
 
 def have_captions(embeddings: Embeddings, numbers: IntArray) -> BoolArray:
     """Tell which rows of the embeddings, integers [n], ascending, have a caption, bool [n]."""
-    captions = take_column(embeddings, embeddings.captions_of, numbers)
+    captions = embeddings.take_column(embeddings.captions_of, numbers)
     found = [pc.not_equal(piece, "").to_numpy(zero_copy_only=False) for piece in captions]
     return np.concatenate([np.empty(0, np.bool_), *found])

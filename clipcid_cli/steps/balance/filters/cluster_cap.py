@@ -23,7 +23,7 @@ from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_pa
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.result import ClusterCapResult
-from clipcid_cli.steps.balance.rows import BoolArray, take_column
+from clipcid_cli.steps.balance.rows import BoolArray
 from clipcid_cli.steps.balance.scores import SCORES
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
 from clipcid_cli.steps.reporting import Reporter
@@ -150,7 +150,7 @@ def _look_up(run: BalanceRun, table: Path) -> tuple[npt.NDArray[np.int32], Float
     """Return the cluster of each row and its similarity to the centroid, [N] each; −1 and 0 where it is in none."""
 
     def keys() -> Iterator[pa.ChunkedArray]:
-        pieces = take_column(run.embeddings, run.embeddings.keys_of, run.rows.numbers)
+        pieces = run.embeddings.take_column(run.embeddings.keys_of, run.rows.numbers)
         return (pa.chunked_array([piece]) for piece in pieces)
 
     place = join(keys, len(run.rows), parquet_listing(table), run.settings.work)[:, 0]
