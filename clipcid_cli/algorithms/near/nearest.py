@@ -78,7 +78,7 @@ class Found:
     others_B: torch.Tensor
 
     def at(self, which: torch.Tensor | slice) -> Found:
-        """Return some of the rows, by positions int64 [n] or a slice."""
+        """Return those of some of the rows."""
         return Found(self.number_B[which], self.cosine_B[which], self.others_B[which])
 
     @staticmethod

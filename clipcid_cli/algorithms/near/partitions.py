@@ -59,11 +59,7 @@ def default_num_partitions(num_rows: int) -> int:
 
 
 class Partitions:
-    """The partitions of some centroids.
-
-    Args:
-        centroids_KD: Unit rows, float32 on the grid of 2⁻²⁴, [K, D].
-    """
+    """The partitions of some centroids, unit rows on the grid of 2⁻²⁴, float32."""
 
     def __init__(self, centroids_KD: torch.Tensor) -> None:
         self.width, self.device = centroids_KD.shape[1], centroids_KD.device
@@ -80,11 +76,7 @@ class Partitions:
     def gaps(
         self, rows_BD: torch.Tensor, row_P: torch.Tensor, home_P: torch.Tensor, other_P: torch.Tensor
     ) -> torch.Tensor:
-        """Return the distance of rows at these positions to the planes between their homes and other partitions.
-
-        Returns:
-            float64 [P]; 0 where both centroids are equal, so that neither is nearer.
-        """
+        """Return the distance of rows to the planes between their homes and other partitions, 0 for equal centroids."""
         ahead_P = exact_dots(rows_BD, self._centroids_KD, row_P, home_P)
         ahead_P -= exact_dots(rows_BD, self._centroids_KD, row_P, other_P)
         dots_P = exact_dots(self._centroids_KD, self._centroids_KD, home_P, other_P)
@@ -92,11 +84,7 @@ class Partitions:
         return (ahead_P / apart_P).nan_to_num_(nan=0.0)
 
     def visits(self, rows_BD: torch.Tensor, margin: float) -> tuple[torch.Tensor, ...]:
-        """Find the partitions that rows visit.
-
-        Args:
-            rows_BD: Stored rows, float16 [B, D].
-            margin: How near to a border a row visits the partition beyond it.
+        """Find the partitions that stored rows visit, those beyond a border that is within `margin`.
 
         Returns:
             The home of each row, int64 [B]; and of each visit, ascending, the row's position and the partition, int64 [P],
@@ -168,7 +156,6 @@ def assign_rows(
 
     Args:
         rows: Row numbers, integers [N].
-        margin: How near to a border a row visits the partition beyond it.
         share: Places in `rows` to look at: the first, and the one after the last.
 
     Yields:

@@ -47,12 +47,7 @@ class Diameters:
 
 
 def find_diameters(read: ReadRows, rows: IntArray, labels: IntArray, device: torch.device) -> Diameters:
-    """Find the diameters of sets.
-
-    Args:
-        rows: Row numbers, integers [N], each once.
-        labels: Set of each row, integers [N]; sets of one row are omitted.
-    """
+    """Find the diameters of sets, given the set of each of some row numbers; sets of one row are omitted."""
     order = np.argsort(labels, kind="stable").astype(row_type(len(rows)))
     label, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
     several = sizes > 1

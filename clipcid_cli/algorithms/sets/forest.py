@@ -24,15 +24,7 @@ _MOST_PIECES = 2**10
 
 
 def connected_components(num_nodes: int, a: IntArray, b: IntArray) -> IntArray:
-    """Label the components of a graph by their smallest node.
-
-    Args:
-        a: One end of each edge, integers [E] in [0, num_nodes).
-        b: The other end, integers [E].
-
-    Returns:
-        Integers [num_nodes]: the smallest node reachable from each node.
-    """
+    """Label each node of a graph, given both ends of its edges, by the smallest node that is reachable from it."""
     labels = np.arange(num_nodes, dtype=row_type(num_nodes))
     while True:
         label_a, label_b = labels[a], labels[b]
@@ -127,11 +119,6 @@ class ForestSink:
 
         A pair whose rows are joined already by strictly lighter edges closes a cycle as its heaviest edge and is in no
         minimum spanning forest. Edges added since the last merge are not considered, so True does not mean that it joins.
-
-        Args:
-            a: One row of each pair, integers [P].
-            b: The other row, integers [P].
-            at_least: Lower bounds of the weights, float32 [P].
         """
         possible = np.ones(len(a), np.bool_)
         pair = np.arange(len(a))
@@ -190,15 +177,11 @@ class Curve:
 
 
 def forest_curve(num_rows: int, forest: Edges, chosen: float | None, num_points: int = 1000) -> Curve:
-    """Count components, and measure the largest, over the cut-off.
+    """Count components, and measure the largest, from the smallest weight of an ascending forest to its largest.
 
     Args:
-        forest: Its forest, ascending.
         chosen: A cut-off that must be among the points, or None.
         num_points: Largest number of other points; they fall evenly on the number of images kept.
-
-    Returns:
-        The curve, from the smallest weight of the forest (0 when there is no edge) to the largest.
     """
     ends = np.linspace(1, max(1, len(forest)), num_points).astype(np.int64) - 1
     distances = forest.weight[np.unique(ends)] if len(forest) else np.zeros(1, np.float32)

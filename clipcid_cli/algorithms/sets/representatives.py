@@ -79,15 +79,11 @@ def best_rows(scores: DoubleArray, labels: IntArray) -> IntArray:
 
 
 def best_of_groups(scores: DoubleArray, labels: IntArray, most: int) -> npt.NDArray[np.bool_]:
-    """Tell which rows are among the best of their group.
+    """Tell which rows are among the best of their group, bool [N]; of equal ones the smaller position.
 
     Args:
-        scores: Higher is better; of equal ones the smaller position, float64 [N], not NaN.
-        labels: Group of each row, integers [N].
+        scores: Higher is better, float64 [N], not NaN.
         most: How many rows of a group at most.
-
-    Returns:
-        bool [N].
     """
     order = np.lexsort((-scores, labels))
     ordered = labels[order]

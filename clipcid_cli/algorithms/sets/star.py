@@ -89,8 +89,7 @@ def find_star_cutoff(
         above: Lower limit of ε, exclusive.
 
     Returns:
-        A cover that keeps at most `num_kept` rows, while the next smaller distance tried keeps more; None when even all
-        pairs keep more.
+        A cover that keeps so few, while the next smaller distance tried keeps more; None when even all pairs keep more.
     """
     distances = np.unique(pairs.weight)
     if not len(distances):

@@ -16,8 +16,7 @@ from clipcid_cli.formats.data.class_files import read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray
-from clipcid_cli.steps.balance.samples import SampleFinder
+from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray, take_texts
 
 # Classes are stored with the images, so reading them reads the headers of every shard: some seconds for this many images.
 _MOST_LABELS = 2**17
@@ -84,9 +83,8 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
 
 
 def _compare_labels(data: Dataset, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> ShareChanges:
-    # The index does not hold classes.
-    samples = SampleFinder(dataclasses.replace(data, index=None)).find_rows(embeddings, rows.numbers)
-    labels = pd.Series([None if sample is None else sample.label for sample in samples], dtype="Int64")
+    found = {sample.key: sample.label for shard in data.shards for sample in shard.samples()}
+    labels = pd.Series(map(found.get, take_texts(embeddings, embeddings.keys_of, rows.numbers)), dtype="Int64")
     grouped = pd.DataFrame({"label": labels, "kept": kept}).groupby("label")["kept"]
     counts = pd.DataFrame({"before": grouped.size(), "after": grouped.sum()})
     counts["name"] = _name_classes(data, counts.index.tolist())

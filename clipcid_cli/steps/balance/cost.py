@@ -18,8 +18,8 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.steps.balance.filters.against import plan_references
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions, have_captions, keep_captioned
-from clipcid_cli.steps.balance.filters.references import plan_references
 from clipcid_cli.steps.balance.partition import AUDIT_SAMPLE, ITERATIONS, ROWS_PER_PARTITION
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceCost, CaptionCost, MemoryCost, ReferenceCost, SearchCost

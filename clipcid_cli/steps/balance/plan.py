@@ -18,8 +18,8 @@ from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps.balance.filters.against import Reference, open_references, refuse_missing
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_clusters
-from clipcid_cli.steps.balance.filters.references import Reference, open_references, refuse_missing
 from clipcid_cli.steps.balance.samples import require_data
 from clipcid_cli.steps.balance.write_lists import check_uids
 from clipcid_cli.steps.embed.ensure import ensure_embeddings

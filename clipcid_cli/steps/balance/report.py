@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
@@ -20,12 +20,14 @@ from clipcid_cli.steps.balance.chains import find_chains
 from clipcid_cli.steps.balance.composition import compare_classes
 from clipcid_cli.steps.balance.filters.against import NearReferences
 from clipcid_cli.steps.balance.gallery import Gallery, Picture
-from clipcid_cli.steps.balance.outcome import Outcome
 from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.balance.write import Outcome
 
 REPORT = "report.html"
 

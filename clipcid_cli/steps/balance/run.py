@@ -25,7 +25,6 @@ from clipcid_cli.steps.balance.cost import estimate_cost
 from clipcid_cli.steps.balance.filters.against import find_near
 from clipcid_cli.steps.balance.filters.captions import find_captions
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, cap_clusters
-from clipcid_cli.steps.balance.outcome import Outcome
 from clipcid_cli.steps.balance.partition import audit_kept
 from clipcid_cli.steps.balance.plan import BalancePlan, list_row_files, make_plan
 from clipcid_cli.steps.balance.report import REPORT, has_new_pictures
@@ -33,7 +32,7 @@ from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
 from clipcid_cli.steps.balance.rows import count_skipped, read_rows
 from clipcid_cli.steps.balance.sets import compare_linkages, make_sets
 from clipcid_cli.steps.balance.shared_arrays import clear_shared
-from clipcid_cli.steps.balance.write import write
+from clipcid_cli.steps.balance.write import Outcome, write
 from clipcid_cli.steps.balance.write_lists import write_kept
 from clipcid_cli.steps.balance.write_shards import write_shards
 from clipcid_cli.steps.claim import claim_output
