@@ -12,8 +12,8 @@ from functools import cache
 import torch
 
 BINS = 15
-# Temperatures below 1/_LARGEST_SCALE are not told apart by float32 cosines, whose spacing near 1 is 6e-8.
-_LARGEST_SCALE = 2.0**17
+# Temperatures below 1/_MAX_SCALE are not told apart by float32 cosines, whose spacing near 1 is 6e-8.
+_MAX_SCALE = 2.0**17
 _TOLERANCE = 1e-10
 
 # Makes block after block of the images: cosines, float [B, C], and right classes, int64 [B]. Called once a pass, so that
@@ -82,6 +82,6 @@ def fit_scale(blocks: Blocks) -> float | None:
             total += float((mean_B - wide_BC.gather(1, labels_B[:, None])[:, 0]).sum())
         return total
 
-    if slope(0.0) >= 0 or slope(_LARGEST_SCALE) <= 0:
+    if slope(0.0) >= 0 or slope(_MAX_SCALE) <= 0:
         return None
-    return float(brentq(slope, 0.0, _LARGEST_SCALE, rtol=_TOLERANCE))
+    return float(brentq(slope, 0.0, _MAX_SCALE, rtol=_TOLERANCE))

@@ -51,10 +51,6 @@ class Edges:
             np.concatenate([part.weight for part in parts]),
         )
 
-    def in_type(self, kind: type[np.signedinteger]) -> Edges:
-        """Return the edges with row numbers of a type that holds them."""
-        return Edges(self.a.astype(kind, copy=False), self.b.astype(kind, copy=False), self.weight)
-
     def renumbered(self, numbers: IntArray) -> Edges:
         """Return the edges, ascending, with each row replaced by its number, int64 [N]; numbers keep the order of rows."""
         return sort_edges(Edges(numbers[self.a], numbers[self.b], self.weight))

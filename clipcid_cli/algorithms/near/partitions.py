@@ -48,9 +48,9 @@ SAMPLE_ROWS, NEIGHBOURS = 1024, 8
 # Few pairs exceed the largest distance to a plane that some thousand sampled ones have, hardly any twice that, and rows that
 # near to a border are few: with 1.5 times, 2 of 25,000 forest edges of 50,000 synthetic rows were lost.
 _MARGIN_FACTOR = 2.0
-_SMALLEST_MARGIN = 0.05
+_MIN_MARGIN = 0.05
 # Partitions a row may visit on average, 8 bytes each.
-_MOST_VISITS = 64
+_MAX_VISITS = 64
 
 
 def default_num_partitions(num_rows: int) -> int:
@@ -141,9 +141,9 @@ def measure_margin(
         partitions.gaps(stored_SD, row_P, home_P, beyond_P), partitions.gaps(other_PD, apart_P, beyond_P, home_P)
     )
     largest = float(gap_P.max()) if len(gap_P) else 0.0
-    margin = min(reach, max(_SMALLEST_MARGIN * reach, _MARGIN_FACTOR * largest))
+    margin = min(reach, max(_MIN_MARGIN * reach, _MARGIN_FACTOR * largest))
     *_, spread_P = partitions.visits(stored_SD, margin)
-    allowed = _MOST_VISITS * len(sample)
+    allowed = _MAX_VISITS * len(sample)
     if allowed < len(spread_P):
         margin = float(spread_P.sort().values[allowed])
     return margin, int((spread_P <= margin).sum()) / len(sample)

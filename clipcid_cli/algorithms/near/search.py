@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from clipcid_cli.algorithms.near.block import Block, highest_dots, load_block, lowest_score, multiply, score_dtype
+from clipcid_cli.algorithms.near.block import Block, load_block, lowest_score, multiply, rounded_error, score_dtype
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import (
     ROUNDING_MARGIN,
@@ -49,7 +49,7 @@ _STRETCHES_AT_ONCE = 2**11
 # Candidates of as many products as it takes that are decided together.
 _MANY_PAIRS = 2**16
 # Pairs that are computed for two blocks on a GPU, and stretches that are looked into.
-_MOST_QUEUED = 16_384
+_MAX_QUEUED = 16_384
 
 
 class Panels:
@@ -167,7 +167,8 @@ def _decide(
         found: Positions in both blocks, int64 [P], and scores [P].
     """
     i_P, j_P, score_P = (torch.cat(parts) for parts in zip(*found, strict=True))
-    squared_P = a.squared[i_P] + b.squared[j_P] - 2.0 * highest_dots(a, b, score_P)
+    highest_P = score_P.double() * (a.step * b.step) + rounded_error(a, b)
+    squared_P = a.squared[i_P] + b.squared[j_P] - 2.0 * highest_P
     at_least_P = (squared_P.clamp(min=0.0).sqrt() * (1.0 - ROUNDING_MARGIN)).float()
     i, j = a.rows[i_P.cpu().numpy()], b.rows[j_P.cpu().numpy()]
     small, large = np.minimum(i, j), np.maximum(i, j)
@@ -230,5 +231,5 @@ def queue(a: Block, b: Block, cutoff: float, wants: Wants) -> Iterator[Edges]:
 
 def _top(score_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the largest scores, in any order, and their places."""
-    values, places = score_S.topk(min(_MOST_QUEUED, len(score_S)), sorted=False)
+    values, places = score_S.topk(min(_MAX_QUEUED, len(score_S)), sorted=False)
     return values, places

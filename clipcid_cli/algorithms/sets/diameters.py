@@ -26,7 +26,7 @@ from clipcid_cli.algorithms.near.exact import (
 )
 
 # Sets of more rows are swept. At this size all pairs take half a second on two cores where N is 100,000.
-MOST_COMPARED = 1024
+MAX_COMPARED = 1024
 _ROWS_AT_ONCE = 4096
 _SWEEPS = 3
 
@@ -58,11 +58,11 @@ def find_diameters(read: ReadRows, rows: IntArray, labels: IntArray, device: tor
         at_once = max(1, _ROWS_AT_ONCE // size)
         for part in (sets_S[at : at + at_once] for at in range(0, len(sets_S), at_once)):
             members_SM = rows[order[starts[part][:, None] + np.arange(size)]]
-            if size <= MOST_COMPARED:
+            if size <= MAX_COMPARED:
                 diameter[part] = _compare(read, members_SM, device)
             else:
                 diameter[part] = [_sweep(read, members_M, device) for members_M in members_SM]
-    return Diameters(label, diameter, sizes <= MOST_COMPARED)
+    return Diameters(label, diameter, sizes <= MAX_COMPARED)
 
 
 def _compare(read: ReadRows, members_SM: IntArray, device: torch.device) -> FloatArray:

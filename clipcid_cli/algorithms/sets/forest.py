@@ -18,9 +18,9 @@ from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, row_type
 
 # Edges collected before they are merged into the forest; at least a quarter as many as the forest has.
-_SMALLEST_FOLD = 2**18
+_MIN_FOLD = 2**18
 # Small pieces, each three arrays of its own, are put together before they are many.
-_MOST_PIECES = 2**10
+_MAX_PIECES = 2**10
 
 
 def connected_components(num_nodes: int, a: IntArray, b: IntArray) -> IntArray:
@@ -104,7 +104,7 @@ class ForestSink:
         smallest_fold: Least number of edges collected before they are merged; only speed and memory depend on it.
     """
 
-    def __init__(self, num_rows: int, known: Edges | None = None, smallest_fold: int = _SMALLEST_FOLD) -> None:
+    def __init__(self, num_rows: int, known: Edges | None = None, smallest_fold: int = _MIN_FOLD) -> None:
         self._num_rows, self._smallest_fold = num_rows, smallest_fold
         self._rounds: list[_Round] = []
         self._forest, self._is_fresh = Edges.empty(), np.empty(0, np.bool_)
@@ -136,11 +136,12 @@ class ForestSink:
     def add(self, edges: Edges) -> None:
         """Add edges of the graph."""
         edges = edges[self.wants(edges.a, edges.b, edges.weight)]
-        self._added.append(edges.in_type(row_type(self._num_rows)))
+        a, b = (each.astype(row_type(self._num_rows), copy=False) for each in (edges.a, edges.b))
+        self._added.append(Edges(a, b, edges.weight))
         self._num_added += len(edges)
         if self._num_added >= max(self._smallest_fold, len(self._forest) // 4):
             self.result()
-        elif len(self._added) >= _MOST_PIECES:
+        elif len(self._added) >= _MAX_PIECES:
             self._added = [Edges.concatenate(self._added)]
 
     def result(self) -> Edges:

@@ -21,21 +21,19 @@ from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.sets.forest import Curve
 
 
-def star_cover(num_rows: int, pairs: Edges, copies: IntArray | None = None) -> IntArray:
+def star_cover(pairs: Edges, copies: IntArray) -> IntArray:
     """Cover rows by stars.
 
     Args:
         pairs: All pairs within ε, each once, in any order.
-        copies: How many equal rows each row represents, itself included, int64 [N]; by default 1. They count as
-            neighbours.
+        copies: How many equal rows each row stands for, itself included, int64 [N]. They count as neighbours.
 
     Returns:
         The representative of each row, itself where it is kept, int64 [N].
     """
-    count = np.ones(num_rows, np.int64) if copies is None else copies
-    degree = count - 1
+    num_rows, degree = len(copies), copies - 1
     for one, other in ((pairs.a, pairs.b), (pairs.b, pairs.a)):  # whole numbers below 2⁵³, so the sums are exact
-        degree = degree + np.bincount(one, weights=count[other], minlength=num_rows).astype(np.int64)
+        degree = degree + np.bincount(one, weights=copies[other], minlength=num_rows).astype(np.int64)
     place = np.empty(num_rows, np.int64)
     place[np.lexsort((np.arange(num_rows), -degree))] = np.arange(num_rows)
     keeps = _keep_in_order(num_rows, place, pairs)
@@ -77,14 +75,11 @@ class StarCover(NamedTuple):
     representatives: IntArray
 
 
-def find_star_cutoff(
-    num_rows: int, pairs: Edges, num_kept: int, copies: IntArray | None = None, above: float = -1.0
-) -> StarCover | None:
-    """Find the ε that keeps a given number of rows, by bisection over the distances of the pairs.
+def find_star_cutoff(pairs: Edges, copies: IntArray, num_kept: int, above: float = -1.0) -> StarCover | None:
+    """Find the ε that keeps a given number of rows at most, by bisection over the distances of the pairs.
 
     Args:
         pairs: All pairs up to some distance, ascending by weight.
-        num_kept: Rows to keep at most.
         copies: As for :func:`star_cover`.
         above: Lower limit of ε, exclusive.
 
@@ -95,13 +90,13 @@ def find_star_cutoff(
     if not len(distances):
         return None
     low, high = int(np.searchsorted(distances, np.float32(above), side="right")) - 1, len(distances) - 1
-    best = StarCover(float(distances[high]), star_cover(num_rows, pairs, copies))
+    best = StarCover(float(distances[high]), star_cover(pairs, copies))
     if count_kept(best.representatives) > num_kept:
         return None
     while high - low > 1:
         middle = (low + high) // 2
         cutoff = float(distances[middle])
-        cover = StarCover(cutoff, star_cover(num_rows, pairs.up_to(cutoff), copies))
+        cover = StarCover(cutoff, star_cover(pairs.up_to(cutoff), copies))
         if count_kept(cover.representatives) <= num_kept:
             high, best = middle, cover
         else:
@@ -126,7 +121,7 @@ def label_by_smallest(representatives: IntArray) -> IntArray:
     return smallest[representatives]
 
 
-def star_curve(num_rows: int, pairs: Edges, copies: IntArray, chosen: float, num_points: int = 24) -> Curve:
+def star_curve(pairs: Edges, copies: IntArray, chosen: float, num_points: int = 24) -> Curve:
     """Count rows kept, and measure the largest star, over the cut-off.
 
     Args:
@@ -139,7 +134,7 @@ def star_curve(num_rows: int, pairs: Edges, copies: IntArray, chosen: float, num
     distances = np.unique(np.append(np.linspace(0.0, farthest, num_points), chosen).astype(np.float32))
     kept, largest = [], []
     for distance in distances:
-        cover = star_cover(num_rows, pairs.up_to(float(distance)), copies)
+        cover = star_cover(pairs.up_to(float(distance)), copies)
         kept.append(count_kept(cover))
         largest.append(int(np.bincount(cover, weights=copies).max()))
     return Curve(distances, np.array(kept, np.int64), np.array(largest, np.int64))

@@ -19,12 +19,12 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray, take_texts
 
 # Classes are stored with the images, so reading them reads the headers of every shard: some seconds for this many images.
-_MOST_LABELS = 2**17
+_MAX_LABELS = 2**17
 # Beyond this many images, the captions of every second, third, … are read; a share is then known within 0.2 points.
-_MOST_CAPTIONS = 2**19
+_MAX_CAPTIONS = 2**19
 _CAPTIONS_AT_ONCE = 2**16
 _SHOWN = 15
-_SHORTEST_WORD = 3
+_MIN_WORD = 3
 # English words of three letters and more that do not describe an image.
 _ENGLISH = (
     "about above after again all also and any are because been before being below between both but can could did does "
@@ -56,18 +56,18 @@ class ShareChanges:
 def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> ShareChanges:
     """Compare the kept images, bool [N], with all: by class where the data has classes, else by the words of captions.
 
-    Classes are read where the data is local and has at most `_MOST_LABELS` images; captions are in the metadata.
+    Classes are read where the data is local and has at most `_MAX_LABELS` images; captions are in the metadata.
     """
     unread = ""
     if data is not None and not any(is_remote(shard.file) for shard in data.shards):
         try:
             if any(sample.label is not None for sample in data.shards[0].samples()):
-                if len(rows) <= _MOST_LABELS:
+                if len(rows) <= _MAX_LABELS:
                     return _compare_labels(data, embeddings, rows, kept)
-                unread = f" The classes of more than {_MOST_LABELS:,} images are not read for a report."
+                unread = f" The classes of more than {_MAX_LABELS:,} images are not read for a report."
         except (ClipcidError, OSError) as error:
             unread = f" The classes cannot be read: {error}"
-    step = max(1, -(-len(rows) // _MOST_CAPTIONS))
+    step = max(1, -(-len(rows) // _MAX_CAPTIONS))
     pieces = embeddings.take_column(embeddings.captions_of, rows.numbers[::step])
     captions, kept = pa.chunked_array(pieces, pa.large_string()).combine_chunks(), kept[::step]
     has_caption = pc.not_equal(captions, "").to_numpy(zero_copy_only=False)
@@ -119,7 +119,7 @@ def count_words(captions: pa.LargeStringArray, kept: BoolArray) -> pd.DataFrame:
         before, after = (np.bincount(each, minlength=len(names)) for each in (word, word[kept[at + caption]]))
         counts.append(pd.DataFrame({"before": before, "after": after}, names))
     found = pd.concat(counts).groupby(level=0).sum().rename_axis("name").reset_index()
-    is_counted = (found["name"].str.len() >= _SHORTEST_WORD) & ~found["name"].isin(_ENGLISH.split())
+    is_counted = (found["name"].str.len() >= _MIN_WORD) & ~found["name"].isin(_ENGLISH.split())
     return found.loc[is_counted]
 
 

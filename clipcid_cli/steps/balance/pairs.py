@@ -17,10 +17,10 @@ from clipcid_cli.steps.balance.shared_arrays import share_arrays
 
 # Limits of `collect_few_pairs`, some seconds on two cores: rows compared, and pairs found (20 bytes each, and several times
 # that to sort and cover them).
-_MOST_COMPARED = 2**31
-_MOST_FOUND = 2**23
+_MAX_COMPARED = 2**31
+_MAX_FOUND = 2**23
 # Limit of `collect_pairs`, and the memory a pair takes while pairs are sorted and covered (measured).
-_MOST_COLLECTED = 2**26
+_MAX_COLLECTED = 2**26
 _BYTES_A_PAIR = 75
 
 
@@ -42,12 +42,12 @@ def collect_pairs(run: BalanceRun, labels: IntArray, cutoff: float) -> Edges:
         labels: Component of each row at the distance, integers [N]; only pairs within one are compared.
         cutoff: The distance, inclusive.
     """
-    found = _search(run, _plan(run, labels), labels, cutoff, _MOST_COLLECTED)
-    if len(found) > _MOST_COLLECTED:
+    found = _search(run, _plan(run, labels), labels, cutoff, _MAX_COLLECTED)
+    if len(found) > _MAX_COLLECTED:
         raise ClipcidError(
-            f"More than {_MOST_COLLECTED:,} pairs of images are within {cutoff:.4f} of each other. A star cover holds all "
+            f"More than {_MAX_COLLECTED:,} pairs of images are within {cutoff:.4f} of each other. A star cover holds all "
             f"of them in memory, about {_BYTES_A_PAIR} bytes each: "
-            f"over {_MOST_COLLECTED * _BYTES_A_PAIR / 2**30:.0f} GiB.",
+            f"over {_MAX_COLLECTED * _BYTES_A_PAIR / 2**30:.0f} GiB.",
             "Use --linkage single, or drop fewer images: a larger --keep or a smaller --threshold.",
         )
     return found
@@ -56,13 +56,13 @@ def collect_pairs(run: BalanceRun, labels: IntArray, cutoff: float) -> Edges:
 def collect_few_pairs(run: BalanceRun, labels: IntArray, cutoff: float) -> Edges | NotComputed:
     """Find the pairs that :func:`collect_pairs` finds, unless that would take long."""
     plan = _plan(run, labels)
-    if plan.num_pairs > _MOST_COMPARED:
+    if plan.num_pairs > _MAX_COMPARED:
         return NotComputed(
-            f"it takes {plan.num_pairs:,} comparisons within the groups, more than the {_MOST_COMPARED:,} made for a report"
+            f"it takes {plan.num_pairs:,} comparisons within the groups, more than the {_MAX_COMPARED:,} made for a report"
         )
-    found = _search(run, plan, labels, cutoff, _MOST_FOUND)
-    if len(found) > _MOST_FOUND:
-        return NotComputed(f"more than {_MOST_FOUND:,} pairs are within the cut-off")
+    found = _search(run, plan, labels, cutoff, _MAX_FOUND)
+    if len(found) > _MAX_FOUND:
+        return NotComputed(f"more than {_MAX_FOUND:,} pairs are within the cut-off")
     return found
 
 

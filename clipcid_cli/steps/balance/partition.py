@@ -32,7 +32,7 @@ from clipcid_cli.steps.balance.result import Audit
 from clipcid_cli.steps.balance.shared_arrays import collect_arrays, share_arrays
 
 # Where this share of all pairs would be compared, all of them may as well be.
-_LARGEST_SHARE = 0.5
+_MAX_FRACTION = 0.5
 _ROWS_AT_ONCE = 16_384
 _ENTRIES_AT_ONCE = 2**20
 # Partitions need no fine centroids, only few rows near their borders.
@@ -64,7 +64,7 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
     sample, share = draw_sample(number, SAMPLE_ROWS, seed=1), machine.share(number)
     neighbours = find_sampled(run, sample, NEIGHBOURS)
     margin, visits = machine.on_main(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
-    if number * number / len(partitions) * (0.5 + visits) > _LARGEST_SHARE * number * (number - 1) / 2:
+    if number * number / len(partitions) * (0.5 + visits) > _MAX_FRACTION * number * (number - 1) / 2:
         return None
     reporter.note(
         f"{len(partitions):,} partitions; rows within {margin:.4f} of a border, {visits:.1f} partitions a row, are compared "

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_rows, unique_positions
+from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_rows
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, row_type
 from clipcid_cli.errors import ClipcidError
@@ -69,7 +69,10 @@ class BalanceRows:
 
     def unique_positions(self) -> IntArray:
         """Return the position in `unique` of the row that each searched row equals, integers [N]."""
-        return unique_positions(len(self), self.unique, self.copies)
+        positions = np.zeros(len(self), self.unique.dtype)
+        positions[self.unique] = np.arange(len(self.unique), dtype=self.unique.dtype)
+        positions[self.copies.b] = positions[self.copies.a]
+        return positions
 
     def count_copies(self) -> IntArray:
         """Return how many searched rows equal each unique one, itself included, int64 [U]."""

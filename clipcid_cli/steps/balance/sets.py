@@ -41,7 +41,7 @@ _STAR_STEP = 1.05
 # No two unit rows are farther apart.
 _FARTHEST = 2.0
 # Pairs that all covers of the other linkage's curve process together: some seconds.
-_MOST_COVERED = 2**25
+_MAX_COVERED = 2**25
 _CURVE_POINTS = 24
 
 
@@ -165,7 +165,7 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
     cover: StarCover | None = None
     if run.settings.keep is None:
         pairs = pairs_up_to(threshold)
-        cover = StarCover(threshold, star_cover(num_unique, pairs, copies))
+        cover = StarCover(threshold, star_cover(pairs, copies))
     elif num_kept >= num_unique:
         pairs = Edges.empty()
         cover = StarCover(0.0, np.arange(num_unique))
@@ -177,10 +177,10 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
         if reach > forest.cutoff:
             forest, _ = find_forest(run, cutoff=reach)
         pairs = pairs_up_to(reach)
-        cover = find_star_cutoff(num_unique, pairs, num_kept, copies, below)
+        cover = find_star_cutoff(pairs, copies, num_kept, below)
         below = reach
         if cover is None and reach == _FARTHEST:
-            cover = StarCover(reach, star_cover(num_unique, pairs, copies))
+            cover = StarCover(reach, star_cover(pairs, copies))
     chosen = cover
 
     def make() -> tuple[IntArray, IntArray]:
@@ -190,7 +190,7 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
         return label_by_smallest(representatives), representatives
 
     def make_curve() -> Curve:
-        return star_curve(num_unique, pairs, copies, chosen.cutoff)
+        return star_curve(pairs, copies, chosen.cutoff)
 
     return _share_sets(run, _shortest_decimal(chosen.cutoff), make, make_curve), forest
 
@@ -236,8 +236,8 @@ def _single(rows: BalanceRows, forest: Edges, threshold: float) -> OtherLinkage:
 
 def _star(rows: BalanceRows, pairs: Edges, threshold: float) -> OtherLinkage:
     pairs = pairs.renumbered(rows.unique_positions())
-    num_points = min(_CURVE_POINTS, _MOST_COVERED // max(1, len(pairs)))
-    curve = star_curve(len(rows.unique), pairs, rows.count_copies(), threshold, num_points)
+    num_points = min(_CURVE_POINTS, _MAX_COVERED // max(1, len(pairs)))
+    curve = star_curve(pairs, rows.count_copies(), threshold, num_points)
     # The cut-off is the last point, and all members of a star are within it of their representative.
     return OtherLinkage(OtherLinkageResult("star", int(curve.kept[-1]), 0.0), curve)
 

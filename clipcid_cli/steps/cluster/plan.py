@@ -16,7 +16,7 @@ from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 # As many as faiss asks for before it warns.
-_FEWEST_A_CENTROID = 39
+_MIN_PER_CENTROID = 39
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +44,11 @@ def make_plan(settings: ClusterSettings, reporter: Reporter) -> ClusterPlan:
     trained = rows
     if settings.train_rows is not None and settings.train_rows < len(rows):
         trained = rows.sample(settings.train_rows, settings.seed)
-        if len(trained) < _FEWEST_A_CENTROID * num_clusters and not settings.dry_run:
+        if len(trained) < _MIN_PER_CENTROID * num_clusters and not settings.dry_run:
             reporter.warn(
                 f"--train-rows {len(trained):,} gives each of {num_clusters:,} centroids "
                 f"{len(trained) / num_clusters:.1f} images, too few to represent the others. Use at least "
-                f"{_FEWEST_A_CENTROID * num_clusters:,} ({_FEWEST_A_CENTROID} a centroid)."
+                f"{_MIN_PER_CENTROID * num_clusters:,} ({_MIN_PER_CENTROID} a centroid)."
             )
     identity = {
         "features": settings.features,

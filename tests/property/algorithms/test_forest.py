@@ -225,7 +225,7 @@ def test_blocks_queued_as_on_a_gpu_have_the_same_pairs_crowded_or_not(
         a = load_block(rows.__getitem__, np.arange(m), CPU, dtype)
         b = load_block(rows.__getitem__, np.arange(m, m + n), CPU, dtype) if n else a
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(search, "_MOST_QUEUED", most)
+            patch.setattr(search, "_MAX_QUEUED", most)
             found = Edges.concatenate(search.queue(a, b, 0.1, all_of_them))
         near = [edge for edge in as_list(all_edges(rows)) if edge[0] <= np.float32(0.1)]
         assert sorted(as_list(found)) == sorted(edge for edge in near if is_diagonal or edge[1] < m <= edge[2])

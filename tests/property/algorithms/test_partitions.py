@@ -137,7 +137,7 @@ def test_the_margin_is_twice_what_sampled_pairs_need_and_visits_stay_bounded(
     numbers, sample = np.arange(len(rows)), np.arange(0, len(rows), 3)
     neighbours = find_neighbours(rows.__getitem__, numbers, sample, 2, CPU, (0, len(rows)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partitioning, "_MOST_VISITS", most)
+        patch.setattr(partitioning, "_MAX_VISITS", most)
         partitions = Partitions(torch.from_numpy(centroids).float())
         margin, visits = measure_margin(partitions, rows.__getitem__, numbers, sample, neighbours, reach)
     home, gaps = exact_gaps(rows, centroids)

@@ -43,8 +43,8 @@ class StoppedAfter(Listener, Progress):
 
 @pytest.fixture(autouse=True)
 def small_panels_saved_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_SMALLEST_PANEL", 40)
-    monkeypatch.setattr(planning, "_LARGEST_PANEL", 40)
+    monkeypatch.setattr(planning, "_MIN_PANEL", 40)
+    monkeypatch.setattr(planning, "_MAX_PANEL", 40)
     monkeypatch.setattr(chunks.SavePace, "is_due", lambda pace: True)
 
 

@@ -75,7 +75,7 @@ def test_stars_of_partitions_do_not_depend_on_what_was_there(embeddings: Path, t
 
 
 def test_more_pairs_than_fit_are_an_error(embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(set_pairs, "_MOST_COLLECTED", 50)
+    monkeypatch.setattr(set_pairs, "_MAX_COLLECTED", 50)
     with pytest.raises(ClipcidError, match=r"More than 50 pairs of images are within 0\.6000 .*75 bytes each"):
         balance(tmp_path, embeddings, threshold=0.6, linkage="star")
 
