@@ -17,7 +17,7 @@ def precision_metrics(scores_NC: Array, positive_NC: Array) -> Metrics:
 
     Args:
         scores_NC: Score of each image for each class, float [N, C]; only their order within a class matters.
-        positive_NC: Whether the image has the class, bool [N, C].
+        positive_NC: Whether the image has the class.
 
     Raises:
         ValueError: when a score is NaN.

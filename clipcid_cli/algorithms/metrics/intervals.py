@@ -65,11 +65,7 @@ class Metrics:
 
 
 def count_cells(values_NV: Array) -> tuple[Array, Array]:
-    """Return the distinct rows, [U, V] in lexicographic order, and how many images have each, int64 [U].
-
-    Args:
-        values_NV: Values of each image, whole numbers [N, V], N ≥ 1.
-    """
+    """Return the distinct rows of whole numbers, [U, V] in lexicographic order, and how many images have each, int64 [U]."""
     cells_UV, images_U = np.unique(values_NV, axis=0, return_counts=True)
     return cells_UV, images_U
 
@@ -94,10 +90,9 @@ def interval(drawn_B: Array) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class PairedMetric:
-    """A metric of two models on the same images.
+    """A metric of two models on the same images, and the 95 % interval of the difference, second minus first.
 
     Attributes:
-        interval: 95 % interval of the difference, second minus first.
         p_value: McNemar's, where the metric counts images that are right or wrong.
     """
 
@@ -126,12 +121,7 @@ class PairedMetric:
 def compare(
     first: Metrics, second: Metrics, replicates: int, seed: int, p_values: Mapping[str, float] | None = None
 ) -> dict[str, PairedMetric]:
-    """Compare each metric of two models that has a value.
-
-    Args:
-        first: Its cells are of the same images as the second model's.
-        p_values: McNemar's, of some metrics.
-    """
+    """Compare each metric, that has a value, of two models whose cells are of the same images; some have McNemar's p."""
     values, others = first.values(), second.values()
     drawn, others_drawn = (side.draw(replicates, seed) for side in (first, second))
     return {
@@ -144,11 +134,7 @@ def compare(
 
 
 def mcnemar(first_N: Array, second_N: Array) -> float:
-    """Return the probability of disagreements at least as uneven if both models are equally good.
-
-    Args:
-        first_N: Whether the first model is right, bool [N].
-        second_N: Whether the second model is.
+    """Return the probability of disagreements at least as uneven if both models are equally good, given which are right.
 
     Returns:
         The exact two-sided p-value, in (0, 1]; 1 where the models never disagree.

@@ -8,12 +8,7 @@ import torch
 
 
 class RowDifference(NamedTuple):
-    """The largest difference between two sets of rows.
-
-    Attributes:
-        max_difference: Largest absolute difference of two entries; infinite when any is not a number.
-        min_cosine: Smallest cosine similarity of two rows; −1 when any is not a number.
-    """
+    """The largest difference of two entries and the smallest cosine of two rows; ∞ and −1 when one is not a number."""
 
     max_difference: float
     min_cosine: float

@@ -14,7 +14,6 @@ Source: docs/method.md#fast-search-exact-result.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -22,13 +21,12 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from clipcid_cli.algorithms.near.block import Block, load_block, lowest_score, multiply, rounded_error, score_dtype
+from clipcid_cli.algorithms.near.block import Block, lowest_score, multiply, rounded_error, score_dtype
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import (
     ROUNDING_MARGIN,
     FloatArray,
     IntArray,
-    ReadRows,
     edge_weights,
     exact_dots,
     paired_dots,
@@ -37,8 +35,6 @@ from clipcid_cli.algorithms.near.exact import (
 # Tells, from rows a, rows b and lower bounds of their distances, which pairs are worth computing.
 Wants = Callable[[IntArray, IntArray, FloatArray], npt.NDArray[np.bool_]]
 
-# Limit of the panels kept in memory, in the format of the fast product and as stored.
-CACHE_BYTES = 2**30
 # Rows a side of one product: its scores stay near the cores' caches.
 _PRODUCT_ROWS = 2048
 # Scores whose maximum is taken at once. Most stretches have no candidate: their maxima take a twelfth of the time of a
@@ -50,39 +46,6 @@ _STRETCHES_AT_ONCE = 2**11
 _MANY_PAIRS = 2**16
 # Pairs that are computed for two blocks on a GPU, and stretches that are looked into.
 _MAX_QUEUED = 16_384
-
-
-class Panels:
-    """Numbered blocks of rows, read when they are asked for. Those used last stay in memory.
-
-    Args:
-        rows_of: Gives the row numbers of a panel, integers [n].
-        scan_dtype: Format of the fast product.
-        cache_bytes: Limit of the memory of all panels but two.
-    """
-
-    def __init__(
-        self,
-        read: ReadRows,
-        rows_of: Callable[[int], IntArray],
-        device: torch.device,
-        scan_dtype: torch.dtype,
-        cache_bytes: int = CACHE_BYTES,
-    ) -> None:
-        self._load: Callable[[int], Block] = lambda index: load_block(read, rows_of(index), device, scan_dtype)
-        self._cache_bytes = cache_bytes
-        self._panels: OrderedDict[int, Block] = OrderedDict()
-
-    def __getitem__(self, index: int) -> Block:
-        if index in self._panels:
-            self._panels.move_to_end(index)
-            return self._panels[index]
-        panel = self._panels[index] = self._load(index)
-        copy = 0 if panel.scan is panel.stored else panel.scan.nbytes
-        room = max(2, self._cache_bytes // (panel.stored.nbytes + copy))
-        while len(self._panels) > room:
-            self._panels.popitem(last=False)
-        return panel
 
 
 def near_pairs_of(blocks: Iterable[tuple[Block, Block]], cutoff: float, wants: Wants) -> Iterator[Iterator[Edges]]:

@@ -45,8 +45,8 @@ class _Round:
     """A round of Borůvka's algorithm among the M nodes that earlier rounds have left.
 
     Attributes:
-        weight: Weight of each node's lightest edge, float32 [M], infinite where it has none.
-        parent: The node of the next round that it is merged into, integers [M]; of no meaning where it has no edge.
+        weight: Weight of each node's lightest edge, infinite where it has none.
+        parent: The node of the next round that it is merged into; of no meaning where it has no edge.
     """
 
     weight: FloatArray
@@ -54,10 +54,9 @@ class _Round:
 
 
 def _contract(num_rows: int, edges: Edges) -> tuple[IntArray, list[_Round]]:
-    """Find the minimum spanning forest of a graph whose edges ascend; nodes without further edges leave after a round.
+    """Find the minimum spanning forest of a graph whose edges ascend: their places, ascending, and the rounds.
 
-    Returns:
-        The places of its edges, ascending, and the rounds.
+    Nodes without further edges leave after a round.
     """
     kind = row_type(max(num_rows, len(edges)))
     none = len(edges)

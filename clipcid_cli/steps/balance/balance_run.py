@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipcid_cli.algorithms.near.search import CACHE_BYTES
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.output import Output
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from clipcid_cli.steps.balance.filters.against import NearReferences
     from clipcid_cli.steps.balance.filters.captions import CaptionWindow
 
+# Limit on a CPU of the panels kept in memory, in the format of the fast product and as stored.
+CACHE_BYTES = 2**30
 # Memory that plans rely on for panels, as stored in float16 and as copies of at most float32. It is a property of the device
 # alone: what is free differs from run to run, and plans must not.
 _PLANNED_BYTES = {"cpu": CACHE_BYTES, "cuda": 2**32}

@@ -10,21 +10,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from clipcid_cli.algorithms.near.block import Block, load_block
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import ReadRows
 from clipcid_cli.algorithms.near.plan import Plan
-from clipcid_cli.algorithms.near.search import CACHE_BYTES, Panels, near_pairs_of
+from clipcid_cli.algorithms.near.search import near_pairs_of
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, load_arrays, save_arrays
 from clipcid_cli.runtime.memory import memory_for_rows
 from clipcid_cli.runtime.pacing import SavePace
-from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalanceRun
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
 
 # Each process has so many stretches of what is left: near rows, which take longer, are often beside each other, so everyone
@@ -99,8 +102,14 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path) -> No
     machine, plan, sink = run.machine, search.plan, search.new_sink()
     _load(place, sink)
     sink.drain()  # what is saved
-    room = memory_for_rows(machine.device, on_cpu=CACHE_BYTES)
-    panels = Panels(search.read, plan.panel, machine.device, run.scan.dtype, room)
+    # Of the largest panel, as stored and, unless that is the same, as it is multiplied.
+    an_entry = 2 + (0 if run.scan.dtype == torch.float16 else run.scan.dtype.itemsize)
+    size = int((plan.stops - plan.starts).max()) * run.embeddings.width * an_entry
+
+    @lru_cache(maxsize=max(2, memory_for_rows(machine.device, on_cpu=CACHE_BYTES) // size))
+    def load(panel: int) -> Block:
+        return load_block(search.read, plan.panel(panel), machine.device, run.scan.dtype)
+
     stretches = np.array_split(left, _STRETCHES * machine.size)[machine.rank :: machine.size]
     mine = np.concatenate(stretches).tolist()
     # Adding up the pairs of hundreds of millions of jobs would take minutes; most compare nearly equal numbers.
@@ -110,7 +119,7 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path) -> No
     with run.reporter.progress(search.label, total, "pairs") as progress:
         for chunk in mine:
             jobs = plan.jobs(chunk)
-            blocks = ((panels[i], panels[j]) for i, j in jobs)
+            blocks = ((load(i), load(j)) for i, j in jobs)
             for job, found in zip(jobs, near_pairs_of(blocks, search.cutoff, sink.wants), strict=True):
                 for edges in found:
                     sink.add(edges)

@@ -18,6 +18,7 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.steps.balance.balance_run import CACHE_BYTES
 from clipcid_cli.steps.balance.filters.against import plan_references
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions, have_captions, keep_captioned
 from clipcid_cli.steps.balance.partition import AUDIT_SAMPLE, ITERATIONS, ROWS_PER_PARTITION
@@ -37,7 +38,6 @@ _USUAL_CUTOFF = math.sqrt(0.2)
 _USUAL_SHARE = 0.563
 # Memory: libraries and tiles, cached panels (as stored and as scanned), forest, sets and lists (97 to 124 were measured).
 _BYTES_OF_TILES = 2**29
-_MAX_CACHED = 2**30
 _BYTES_AN_IMAGE = 128
 # Written an image: keep list and forest (18 were measured where half of the images are dropped, with keys of ten letters);
 # the nearest row of a reference and its distance, and once more as names; a number; its place, home and visits.
@@ -85,7 +85,7 @@ def _estimate(
         against.append(ReferenceCost(name, rows, made is not None, embed_seconds, compared.pairs, compared.seconds))
 
     other_rows = sum(rows for _, rows, _ in references)
-    cached = min(_MAX_CACHED, (2 + scan.itemsize) * width * max(searched, other_rows))
+    cached = min(CACHE_BYTES, (2 + scan.itemsize) * width * max(searched, other_rows))
     an_image = _BYTES_OF_LISTS + _BYTES_OF_NUMBER * ((captions is not None) + (clusters is not None))
     an_image += _BYTES_OF_REFERENCE * (len(references) + 1 if references else 0)
     disk = images * an_image + sum(made.bytes for _, _, made in references if made is not None)

@@ -33,12 +33,7 @@ from clipcid_cli.steps.balance.shared_arrays import share_arrays
 
 @dataclasses.dataclass(frozen=True)
 class Forest:
-    """A forest that is complete up to a distance; after a search in partitions it may lack edges.
-
-    Attributes:
-        edges: Ascending by (weight, smaller row, larger row).
-        cutoff: The distance.
-    """
+    """The ascending edges of a forest that is complete up to a distance; after a search in partitions it may lack some."""
 
     edges: Edges
     cutoff: float

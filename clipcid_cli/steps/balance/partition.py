@@ -110,12 +110,7 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
 
 
 def find_sampled(run: BalanceRun, sample: IntArray, count: int) -> Neighbours:
-    """Find the nearest neighbours of sampled rows, of which each process looks at its share of all unique rows.
-
-    Args:
-        sample: Places of the sampled rows among the unique ones, int64 [S], ascending.
-        count: Neighbours of each.
-    """
+    """Find so many nearest neighbours of some unique rows, by their places, ascending: each process in its share of all."""
     machine, unique = run.machine, run.rows.unique
     share = machine.share(len(unique))
     found = machine.on_all(lambda: find_neighbours(run.rows.read, unique, sample, count, machine.device, share))
@@ -190,12 +185,7 @@ def _copy(run: BalanceRun, home: IntArray, partitions: Partitions) -> IntArray:
 
 
 def audit_kept(run: BalanceRun, kept: IntArray, cutoff: float) -> Audit:
-    """Estimate what a search in partitions missed: compare a random sample of the kept images with all of them, exactly.
-
-    Args:
-        kept: Rows that are kept, integers [M], ascending, M ≥ 1.
-        cutoff: The distance, inclusive.
-    """
+    """Estimate what a search in partitions missed: compare a random sample of the kept rows, ascending, with all of them."""
     sample = np.sort(np.random.default_rng(0).permutation(kept)[:AUDIT_SAMPLE])
     plan = rectangle(sample, kept, run.rows_in_memory)
     found = run_chunks(run, Search("audit", plan, run.rows.read, cutoff, lambda: NearestOf(sample)))

@@ -20,10 +20,9 @@ from clipcid_cli.steps.balance.chains import find_chains
 from clipcid_cli.steps.balance.composition import compare_classes
 from clipcid_cli.steps.balance.filters.against import NearReferences
 from clipcid_cli.steps.balance.gallery import Gallery, Picture
-from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceResult
-from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
+from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, row_type
+from clipcid_cli.algorithms.near.plan import components, hash_arrays
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,
@@ -17,6 +18,7 @@ from clipcid_cli.algorithms.sets.representatives import (
     medoid_rows,
     share_beyond,
 )
+from clipcid_cli.algorithms.sets.sinks import PairsWithin
 from clipcid_cli.algorithms.sets.star import (
     StarCover,
     count_kept,
@@ -26,11 +28,12 @@ from clipcid_cli.algorithms.sets.star import (
     star_cover,
     star_curve,
 )
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.forest import Forest, find_forest
-from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs, collect_pairs
 from clipcid_cli.steps.balance.result import OtherLinkageResult
 from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray
 from clipcid_cli.steps.balance.scores import SCORES
@@ -43,6 +46,13 @@ _FARTHEST = 2.0
 # Pairs that all covers of the other linkage's curve process together: some seconds.
 _MAX_COVERED = 2**25
 _CURVE_POINTS = 24
+# Limits of the comparison with stars, some seconds on two cores: rows compared, and pairs found (20 bytes each, and several
+# times that to sort and cover them).
+_MAX_COMPARED = 2**31
+_MAX_FOUND = 2**23
+# Pairs of a star cover, and the memory that each takes while they are sorted and covered (measured).
+_MAX_COLLECTED = 2**26
+_BYTES_A_PAIR = 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +124,7 @@ def _share_sets(
     make: Callable[[], tuple[IntArray, IntArray]],
     make_curve: Callable[[], Curve],
 ) -> Sets:
-    """Make sets on the first process and share them with the others.
-
-    Args:
-        make: Makes labels and representatives; rows that filters dropped represent themselves.
-    """
+    """Make labels and representatives on the first process, and share the sets; filtered rows represent themselves."""
     rows = run.rows
     kind = row_type(len(rows))
 
@@ -160,7 +166,15 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
         part = forest.edges.up_to(cutoff)
         labels = connected_components(len(rows), part.a, part.b)
         with timed(run.seconds, "search"):
-            return collect_pairs(run, labels, cutoff).renumbered(positions)
+            found = _find_pairs(run, labels, cutoff, _MAX_COLLECTED)
+        if isinstance(found, NotComputed):
+            raise ClipcidError(
+                f"More than {_MAX_COLLECTED:,} pairs of images are within {cutoff:.4f} of each other. A star cover holds all "
+                f"of them in memory, about {_BYTES_A_PAIR} bytes each: "
+                f"over {_MAX_COLLECTED * _BYTES_A_PAIR / 2**30:.0f} GiB.",
+                "Use --linkage single, or drop fewer images: a larger --keep or a smaller --threshold.",
+            )
+        return found.renumbered(positions)
 
     cover: StarCover | None = None
     if run.settings.keep is None:
@@ -196,12 +210,38 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
 
 
 @dataclasses.dataclass(frozen=True)
-class OtherLinkage:
-    """What the other linkage keeps at the cut-off of the sets.
+class NotComputed:
+    """The result of what was not computed; the reason completes the sentence "… is not computed: "."""
 
-    Attributes:
-        curve: Single linkage as far as the forest reaches, stars up to the cut-off.
-    """
+    reason: str
+
+
+def _find_pairs(
+    run: BalanceRun, labels: IntArray, cutoff: float, max_found: int, max_compared: int | None = None
+) -> Edges | NotComputed:
+    """Find all pairs of unique rows within a distance, given the component of each row at it; the same on every process."""
+
+    def find_members() -> tuple[IntArray]:
+        """Return the unique rows that are not alone in their component, by component."""
+        unique = run.rows.unique
+        label_U = labels[unique]
+        members = unique[(np.bincount(label_U, minlength=1) > 1)[label_U]]
+        return (members[np.argsort(labels[members], kind="stable")],)
+
+    (members,) = share_arrays(run.machine, run.work, find_members)
+    plan = components(members, labels[members], run.rows_in_memory)
+    if max_compared is not None and plan.num_pairs > max_compared:
+        return NotComputed(
+            f"it takes {plan.num_pairs:,} comparisons within the groups, more than the {max_compared:,} made for a report"
+        )
+    of = f"{hash_arrays(labels[members])}-{max_found}"
+    found = run_chunks(run, Search("pairs", plan, run.rows.read, cutoff, lambda: PairsWithin(labels, max_found), of))
+    return found if len(found) <= max_found else NotComputed(f"more than {max_found:,} pairs are within the cut-off")
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherLinkage:
+    """What the other linkage keeps at the cut-off of the sets; its curve ends there for stars, else with the forest."""
 
     result: OtherLinkageResult
     curve: Curve
@@ -218,7 +258,7 @@ def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage
         return NotComputed("nothing was to be merged")
     if run.settings.linkage == "star":
         return run.machine.on_main(lambda: _single(run.rows, forest, threshold))
-    pairs = collect_few_pairs(run, sets.labels, threshold)
+    pairs = _find_pairs(run, sets.labels, threshold, _MAX_FOUND, _MAX_COMPARED)
     if isinstance(pairs, NotComputed):
         run.reporter.note(f"What --linkage star would keep at this cut-off is not computed: {pairs.reason}.")
         return pairs

@@ -22,11 +22,10 @@ from clipcid_cli.steps.balance.chains import measure_sets
 from clipcid_cli.steps.balance.filters.against import NearReferences, forget_others
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow
 from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
-from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.report import write_report
 from clipcid_cli.steps.balance.result import Audit, BalanceResult
 from clipcid_cli.steps.balance.rows import BoolArray
-from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
+from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
 from clipcid_cli.steps.settings.shared import given_flags
 
 # A set that holds this share of all images is a chain or a placeholder more often than many copies of one picture.
@@ -35,12 +34,7 @@ _LARGE_SET = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What is to be written.
-
-    Attributes:
-        forest: The forest that the sets were made from, ascending.
-        is_kept: Which rows are kept in the end, bool [N].
-    """
+    """What is to be written: sets, the forest they were made from, …, and which rows are kept in the end, bool [N]."""
 
     sets: Sets
     forest: Edges

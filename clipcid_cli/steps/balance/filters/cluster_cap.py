@@ -72,8 +72,8 @@ class FoundClusters:
 
     Attributes:
         identity: Hash of their table.
-        images: Number of images in them.
-        skipped: Number of those left out, since their rows are not usable.
+        images: How many are in them.
+        skipped: How many are in none, since their rows are not usable.
     """
 
     folder: Path

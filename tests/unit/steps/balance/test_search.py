@@ -14,8 +14,7 @@ from PIL import Image
 from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import save_arrays
-from clipcid_cli.steps.balance import chunks
-from clipcid_cli.steps.balance import pairs as set_pairs
+from clipcid_cli.steps.balance import chunks, sets
 
 NUM_ROWS = 300
 
@@ -148,7 +147,7 @@ def test_the_other_linkage_is_what_a_run_with_it_gives(
 
     for limit in ("_MAX_COMPARED", "_MAX_FOUND"):
         with monkeypatch.context() as patch:
-            patch.setattr(set_pairs, limit, 20)
+            patch.setattr(sets, limit, 20)
             result, said = balance(tmp_path / limit, embeddings, keep=0.2)
         assert (result["other_linkage"], result["kept"]) == (None, single["kept"])
         assert "What --linkage star would keep at this cut-off is not computed:" in said
