@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from clipcid_cli.algorithms.near.cutoff import FARTHEST
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.near.plan import components, hash_arrays
@@ -41,8 +42,6 @@ from clipcid_cli.steps.balance.shared_arrays import share_arrays
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
 _STAR_STEP = 1.05
-# No two unit rows are farther apart.
-_FARTHEST = 2.0
 # Pairs that all covers of the other linkage's curve process together: some seconds.
 _MAX_COVERED = 2**25
 _CURVE_POINTS = 24
@@ -169,8 +168,8 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
             found = _find_pairs(run, labels, cutoff, _MAX_COLLECTED)
         if isinstance(found, NotComputed):
             raise ClipcidError(
-                f"More than {_MAX_COLLECTED:,} pairs of images are within {cutoff:.4f} of each other. A star cover holds all "
-                f"of them in memory, about {_BYTES_A_PAIR} bytes each: "
+                f"More than {_MAX_COLLECTED:,} pairs of images are within {cutoff:.4f} of each other. A star cover holds "
+                f"all of them in memory, about {_BYTES_A_PAIR} bytes each: "
                 f"over {_MAX_COLLECTED * _BYTES_A_PAIR / 2**30:.0f} GiB.",
                 "Use --linkage single, or drop fewer images: a larger --keep or a smaller --threshold.",
             )
@@ -187,14 +186,12 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
     # Below the threshold single linkage keeps more than asked, and stars never fewer than it.
     reach, below = threshold, float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
     while cover is None:
-        reach = min(_STAR_STEP * reach + 1e-6, _FARTHEST)
+        reach = min(_STAR_STEP * reach + 1e-6, FARTHEST)  # where one star covers all rows
         if reach > forest.cutoff:
             forest, _ = find_forest(run, cutoff=reach)
         pairs = pairs_up_to(reach)
         cover = find_star_cutoff(pairs, copies, num_kept, below)
         below = reach
-        if cover is None and reach == _FARTHEST:
-            cover = StarCover(reach, star_cover(pairs, copies))
     chosen = cover
 
     def make() -> tuple[IntArray, IntArray]:
