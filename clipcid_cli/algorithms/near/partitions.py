@@ -24,7 +24,7 @@ Schmid 2011; the margin to the plane is that of spill trees (Liu, Moore, Gray, Y
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -34,9 +34,8 @@ from clipcid_cli.algorithms.near.exact import IntArray, ReadRows, exact_dots, ro
 from clipcid_cli.algorithms.near.nearest import top_nearest
 from clipcid_cli.algorithms.near.sample import Neighbours
 
-# Rows that are looked at together, and how many of their nearest centroids. Of 20,000 synthetic rows of width 512 in 1,200
-# partitions, 173 have more that they may visit. These are multiplied with all, so many values at once.
-_ROWS_AT_ONCE = {"cpu": 2048, "cuda": 16_384}
+# How many of a row's nearest centroids are looked at first. Of 20,000 synthetic rows of width 512 in 1,200 partitions, 173
+# have more that they may visit. These are multiplied with all, so many values at once.
 _NEAREST = 16
 _VALUES_AT_ONCE = 2**22
 # No two centroids are farther apart: their lengths are at most 1.01, as for those that are searched.
@@ -147,26 +146,6 @@ def measure_margin(
     if allowed < len(spread_P):
         margin = float(spread_P.sort().values[allowed])
     return margin, int((spread_P <= margin).sum()) / len(sample)
-
-
-def assign_rows(
-    partitions: Partitions, read: ReadRows, rows: IntArray, margin: float, share: tuple[int, int]
-) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
-    """Find the home of rows and the partitions they visit, some rows after another.
-
-    Args:
-        rows: Row numbers, integers [N].
-        share: Places in `rows` to look at: the first, and the one after the last.
-
-    Yields:
-        Homes of consecutive rows, int32 [B]; the partitions that some of them visit, int32 [P], and the numbers of these
-        rows, integers [P].
-    """
-    for at in range(*share, _ROWS_AT_ONCE[partitions.device.type]):
-        numbers = rows[at : min(at + _ROWS_AT_ONCE[partitions.device.type], share[1])]
-        home_B, row_P, other_P, _ = partitions.visits(read_stored(read, numbers, partitions.device), margin)
-        visitors = numbers[row_P.cpu().numpy()]
-        yield home_B.cpu().numpy().astype(np.int32), other_P.cpu().numpy().astype(np.int32), visitors
 
 
 def group_rows(

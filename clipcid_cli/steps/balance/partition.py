@@ -11,12 +11,12 @@ import numpy as np
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
 from clipcid_cli.algorithms.kmeans.seeding import rows_as_centroids
 from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
+from clipcid_cli.algorithms.near.block import read_stored
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
 from clipcid_cli.algorithms.near.partitions import (
     NEIGHBOURS,
     SAMPLE_ROWS,
     Partitions,
-    assign_rows,
     default_num_partitions,
     group_rows,
     measure_margin,
@@ -35,6 +35,7 @@ from clipcid_cli.steps.balance.shared_arrays import collect_arrays, share_arrays
 _MAX_FRACTION = 0.5
 _ROWS_AT_ONCE = 16_384
 _ENTRIES_AT_ONCE = 2**20
+_ROWS_ASSIGNED = {"cpu": 2048, "cuda": 16_384}
 # Partitions need no fine centroids, only few rows near their borders.
 ROWS_PER_PARTITION, ITERATIONS = 64, 4
 # If none of this many kept images has another, the rate is at most 1.3e-4 (95 %).
@@ -74,12 +75,13 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
 
         def assign() -> Iterator[Arrays]:
             """Yield homes of rows, and entries of rows in lists: of each partition, those at home and its visitors."""
-            at = share[0]
-            for home, visited, visitor in assign_rows(partitions, read, unique, margin, share):
-                numbers = unique[at : at + len(home)]
-                yield home, np.concatenate([2 * home, 2 * visited + 1]), np.concatenate([numbers, visitor])
-                at += len(home)
-                progress.advance(len(home))
+            at_once = _ROWS_ASSIGNED[machine.device.type]
+            for at in range(*share, at_once):
+                numbers = unique[at : min(at + at_once, share[1])]
+                home_B, row_P, other_P, _ = partitions.visits(read_stored(read, numbers, machine.device), margin)
+                home, visited, visitor = (each.cpu().numpy() for each in (home_B, other_P, row_P))
+                yield home, np.concatenate([2 * home, 2 * visited + 1]), np.concatenate([numbers, numbers[visitor]])
+                progress.advance(len(numbers))
 
         # Some dozens of entries a row: on the disk.
         assigned = machine.on_all(lambda: spool_arrays(run.work, (np.int32, np.int32, unique.dtype), assign()))

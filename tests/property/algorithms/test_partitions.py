@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from clipcid_cli.algorithms.near import partitions as partitioning
 from clipcid_cli.algorithms.near.block import load_block
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.partitions import Partitions, assign_rows, default_num_partitions, measure_margin
+from clipcid_cli.algorithms.near.partitions import Partitions, default_num_partitions, measure_margin
 from clipcid_cli.algorithms.near.plan import pieces
 from clipcid_cli.algorithms.near.sample import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.search import near_pairs
@@ -43,15 +43,10 @@ def exact_gaps(rows: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.
     return home, np.divide(ahead, apart, out=np.zeros_like(ahead), where=apart > 0)
 
 
-def assign(rows: np.ndarray, centroids: np.ndarray, margin: float) -> list[np.ndarray]:
-    partitions, numbers = Partitions(torch.from_numpy(centroids).float()), np.arange(len(rows))
-    parts = assign_rows(partitions, rows.__getitem__, numbers, margin, (0, len(rows)))
-    return [np.concatenate(each) for each in zip(*parts, strict=True)]
-
-
 def search(rows: np.ndarray, centroids: np.ndarray, margin: float, cutoff: float) -> Edges:
     """Find the pairs within a distance that partitions find."""
-    homes, visited, visitors = assign(rows, centroids, margin)
+    partitions = Partitions(torch.from_numpy(centroids).float())
+    homes, visitors, visited, _ = (each.numpy() for each in partitions.visits(torch.from_numpy(rows), margin))
     lists = np.concatenate([2 * homes, 2 * visited + 1])
     listed = np.concatenate([np.arange(len(rows)), visitors])[np.argsort(lists, kind="stable")]
     ends = np.cumsum(np.bincount(lists, minlength=2 * len(centroids)))
@@ -74,12 +69,10 @@ def test_homes_visits_and_gaps_are_those_of_float64(case: tuple[np.ndarray, np.n
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(partitioning, "_NEAREST", nearest)
         patch.setattr(partitioning, "_VALUES_AT_ONCE", 50)
-        patch.setattr(partitioning, "_ROWS_AT_ONCE", {"cpu": 17})
-        homes, visited, visitors = assign(rows, centroids, margin)
         partitions = Partitions(torch.from_numpy(centroids).float())
-        _, row, other, gap = partitions.visits(torch.from_numpy(rows), margin)
+        homes, row, other, gap = partitions.visits(torch.from_numpy(rows), margin)
     np.testing.assert_array_equal(homes, home)
-    np.testing.assert_array_equal(np.stack([visitors, visited], axis=1), np.argwhere(gaps <= margin))
+    np.testing.assert_array_equal(np.stack([row, other], axis=1), np.argwhere(gaps <= margin))
     np.testing.assert_array_equal(gap, gaps[row, other])
 
 

@@ -69,28 +69,13 @@ def refuse_missing(settings: BalanceSettings) -> None:
                 raise ClipcidError(f"--against {name}: {error.message}", error.fix) from error
 
 
-def plan_references(
-    settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
-) -> list[tuple[str, int, EmbedCost | None]]:
-    """Look at what ``--against`` names as `open_references` does, for ``--dry-run``: nothing is made or written.
-
-    Returns:
-        Of each its name, its images, and what embedding them would cost; None where the embeddings are there.
-    """
-    opened = [(name, _open(settings, machine, embeddings, name, reporter)) for name in settings.against]
-    return [
-        (name, each.num_rows, None) if isinstance(each, Embeddings) else (name, each.images, each)
-        for name, each in opened
-    ]
-
-
 def open_references(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
 ) -> list[Reference]:
     """Open what ``--against`` names; images are embedded first, as the embeddings to balance were."""
     found = list[Reference]()
     for name in settings.against:
-        reference = _open(settings, machine, embeddings, name, reporter)
+        reference = open_reference(settings, machine, embeddings, name, reporter)
         assert isinstance(reference, Embeddings)  # this is no dry run
         bad = machine.on_main(partial(reference.find_bad_rows, texts=False))
         if len(bad):
@@ -100,7 +85,7 @@ def open_references(
     return found
 
 
-def _open(
+def open_reference(
     settings: BalanceSettings, machine: Machine, embeddings: Embeddings, name: str, reporter: Reporter
 ) -> Embeddings | EmbedCost:
     """Open the embeddings of a reference; where there are none make them, or in a dry run return what that would cost."""
