@@ -26,6 +26,7 @@ IntArray = npt.NDArray[np.signedinteger[Any]]
 HalfArray = npt.NDArray[np.float16]
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 
 # Reads stored rows, float16 [n, D], by their row numbers, integers [n].
 ReadRows = Callable[[IntArray], HalfArray]

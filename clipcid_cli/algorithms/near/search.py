@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -25,6 +24,7 @@ from clipcid_cli.algorithms.near.block import Block, lowest_score, multiply, rou
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import (
     ROUNDING_MARGIN,
+    BoolArray,
     FloatArray,
     IntArray,
     edge_weights,
@@ -33,7 +33,7 @@ from clipcid_cli.algorithms.near.exact import (
 )
 
 # Tells, from rows a, rows b and lower bounds of their distances, which pairs are worth computing.
-Wants = Callable[[IntArray, IntArray, FloatArray], npt.NDArray[np.bool_]]
+Wants = Callable[[IntArray, IntArray, FloatArray], BoolArray]
 
 # Rows a side of one product: its scores stay near the cores' caches.
 _PRODUCT_ROWS = 2048

@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.near.block import read_stored
 from clipcid_cli.algorithms.near.exact import (
+    BoolArray,
     FloatArray,
     IntArray,
     ReadRows,
@@ -43,7 +43,7 @@ class Diameters:
 
     label: IntArray
     diameter: FloatArray
-    is_exact: npt.NDArray[np.bool_]
+    is_exact: BoolArray
 
 
 def find_diameters(read: ReadRows, rows: IntArray, labels: IntArray, device: torch.device) -> Diameters:

@@ -12,15 +12,15 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import numpy.typing as npt
 
 from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
-from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, row_type
+from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
 
 # Edges collected before they are merged into the forest; at least a quarter as many as the forest has.
 _MIN_FOLD = 2**18
 # Small pieces, each three arrays of its own, are put together before they are many.
 _MAX_PIECES = 2**10
+_CURVE_POINTS = 1000
 
 
 def connected_components(num_nodes: int, a: IntArray, b: IntArray) -> IntArray:
@@ -100,11 +100,10 @@ class ForestSink:
 
     Args:
         known: Edges known before.
-        smallest_fold: Least number of edges collected before they are merged; only speed and memory depend on it.
     """
 
-    def __init__(self, num_rows: int, known: Edges | None = None, smallest_fold: int = _MIN_FOLD) -> None:
-        self._num_rows, self._smallest_fold = num_rows, smallest_fold
+    def __init__(self, num_rows: int, known: Edges | None = None) -> None:
+        self._num_rows = num_rows
         self._rounds: list[_Round] = []
         self._forest, self._is_fresh = Edges.empty(), np.empty(0, np.bool_)
         self._added = list[Edges]()
@@ -113,7 +112,7 @@ class ForestSink:
             self.add(known)
             self.drain()
 
-    def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
+    def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> BoolArray:
         """Tell which pairs can still be edges of the forest, from lower bounds of their weights.
 
         A pair whose rows are joined already by strictly lighter edges closes a cycle as its heaviest edge and is in no
@@ -138,7 +137,7 @@ class ForestSink:
         a, b = (each.astype(row_type(self._num_rows), copy=False) for each in (edges.a, edges.b))
         self._added.append(Edges(a, b, edges.weight))
         self._num_added += len(edges)
-        if self._num_added >= max(self._smallest_fold, len(self._forest) // 4):
+        if self._num_added >= max(_MIN_FOLD, len(self._forest) // 4):
             self.result()
         elif len(self._added) >= _MAX_PIECES:
             self._added = [Edges.concatenate(self._added)]
@@ -176,14 +175,13 @@ class Curve:
     largest: IntArray
 
 
-def forest_curve(num_rows: int, forest: Edges, chosen: float | None, num_points: int = 1000) -> Curve:
+def forest_curve(num_rows: int, forest: Edges, chosen: float | None) -> Curve:
     """Count components, and measure the largest, from the smallest weight of an ascending forest to its largest.
 
     Args:
-        chosen: A cut-off that must be among the points, or None.
-        num_points: Largest number of other points; they fall evenly on the number of images kept.
+        chosen: A cut-off that must be among the points, or None; others fall evenly on the number of images kept.
     """
-    ends = np.linspace(1, max(1, len(forest)), num_points).astype(np.int64) - 1
+    ends = np.linspace(1, max(1, len(forest)), _CURVE_POINTS).astype(np.int64) - 1
     distances = forest.weight[np.unique(ends)] if len(forest) else np.zeros(1, np.float32)
     if chosen is not None:
         distances = np.append(distances, np.float32(chosen))

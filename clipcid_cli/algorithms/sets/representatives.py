@@ -12,11 +12,11 @@ from functools import partial, reduce
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.near.block import read_stored
 from clipcid_cli.algorithms.near.exact import (
+    BoolArray,
     DoubleArray,
     FloatArray,
     IntArray,
@@ -78,7 +78,7 @@ def best_rows(scores: DoubleArray, labels: IntArray) -> IntArray:
     return chosen[labels]
 
 
-def best_of_groups(scores: DoubleArray, labels: IntArray, most: int) -> npt.NDArray[np.bool_]:
+def best_of_groups(scores: DoubleArray, labels: IntArray, most: int) -> BoolArray:
     """Tell which rows are among the best of their group, bool [N]; of equal ones the smaller position.
 
     Args:

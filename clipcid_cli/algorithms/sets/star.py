@@ -14,10 +14,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import IntArray
+from clipcid_cli.algorithms.near.exact import BoolArray, IntArray
 from clipcid_cli.algorithms.sets.forest import Curve
 
 
@@ -47,7 +46,7 @@ def star_cover(pairs: Edges, copies: IntArray) -> IntArray:
     return representatives
 
 
-def _keep_in_order(num_rows: int, place: IntArray, pairs: Edges) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _keep_in_order(num_rows: int, place: IntArray, pairs: Edges) -> BoolArray:
     """Keep each row that no row kept before it is paired with, bool [N]; `place` is each row's place in the order.
 
     In rounds over the pairs rather than row by row: a row that comes before all its undecided neighbours is kept, and its
@@ -104,7 +103,7 @@ def find_star_cutoff(pairs: Edges, copies: IntArray, num_kept: int, above: float
     return best
 
 
-def is_kept(representatives: IntArray) -> npt.NDArray[np.bool_]:
+def is_kept(representatives: IntArray) -> BoolArray:
     """Tell which rows are kept, each its own representative, bool [N]."""
     return np.asarray(representatives == np.arange(len(representatives), dtype=representatives.dtype))
 
@@ -121,7 +120,7 @@ def label_by_smallest(representatives: IntArray) -> IntArray:
     return smallest[representatives]
 
 
-def star_curve(pairs: Edges, copies: IntArray, chosen: float, num_points: int = 24) -> Curve:
+def star_curve(pairs: Edges, copies: IntArray, chosen: float, num_points: int) -> Curve:
     """Count rows kept, and measure the largest star, over the cut-off.
 
     Args:

@@ -10,13 +10,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipcid_cli.algorithms.near.exact import BoolArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
 from clipcid_cli.formats.data.class_files import read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray, take_texts
+from clipcid_cli.steps.balance.rows import BalanceRows, take_texts
 
 # Classes are stored with the images, so reading them reads the headers of every shard: some seconds for this many images.
 _MAX_LABELS = 2**17

@@ -15,7 +15,7 @@ import numpy as np
 
 from clipcid_cli.algorithms.near.cutoff import FARTHEST, CutoffEstimator
 from clipcid_cli.algorithms.near.edges import Edges, merge_edges
-from clipcid_cli.algorithms.near.exact import ReadRows, row_type
+from clipcid_cli.algorithms.near.exact import BoolArray, ReadRows, row_type
 from clipcid_cli.algorithms.near.plan import Plan, hash_arrays, triangle
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.formats.arrays import Arrays
@@ -27,7 +27,6 @@ from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.partition import find_sampled, partitioned
-from clipcid_cli.steps.balance.rows import BoolArray
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
 
 

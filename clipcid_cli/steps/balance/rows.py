@@ -8,12 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_rows
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
-from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, row_type
+from clipcid_cli.algorithms.near.exact import BoolArray, HalfArray, IntArray, row_type
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
@@ -26,8 +25,6 @@ from clipcid_cli.steps.reporting import Reporter
 
 # What is computed from so few rows stays in the processor's cache.
 _ROWS_AT_ONCE = 512
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclasses.dataclass(frozen=True)

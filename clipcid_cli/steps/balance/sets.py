@@ -9,7 +9,7 @@ import numpy as np
 
 from clipcid_cli.algorithms.near.cutoff import FARTHEST
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, row_type
+from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.near.plan import components, hash_arrays
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
@@ -36,7 +36,7 @@ from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.forest import Forest, find_forest
 from clipcid_cli.steps.balance.result import OtherLinkageResult
-from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray
+from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.balance.scores import SCORES
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
 
@@ -201,7 +201,7 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
         return label_by_smallest(representatives), representatives
 
     def make_curve() -> Curve:
-        return star_curve(pairs, copies, chosen.cutoff)
+        return star_curve(pairs, copies, chosen.cutoff, _CURVE_POINTS)
 
     return _share_sets(run, _shortest_decimal(chosen.cutoff), make, make_curve), forest
 

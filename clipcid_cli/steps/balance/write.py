@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.exact import BoolArray
 from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile
 from clipcid_cli.formats.fingerprint import record
@@ -24,7 +25,6 @@ from clipcid_cli.steps.balance.filters.captions import CaptionWindow
 from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
 from clipcid_cli.steps.balance.report import write_report
 from clipcid_cli.steps.balance.result import Audit, BalanceResult
-from clipcid_cli.steps.balance.rows import BoolArray
 from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
 from clipcid_cli.steps.settings.shared import given_flags
 

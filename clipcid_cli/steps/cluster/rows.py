@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clipcid_cli.algorithms.kmeans.kmeans import joint_features
+from clipcid_cli.algorithms.near.exact import BoolArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
@@ -32,7 +33,7 @@ _BLOCK = 4096
 class Selection:
     """Some of M rows, numbered 0 … N − 1 in their order. Memory: 0.13 bytes for each of the M."""
 
-    def __init__(self, chosen: npt.NDArray[np.bool_]) -> None:
+    def __init__(self, chosen: BoolArray) -> None:
         """Take the chosen ones of all rows, bool [M]."""
         self.num_all = len(chosen)
         self._bits = np.packbits(chosen)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import FloatArray, HalfArray, IntArray, row_type
+from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, HalfArray, IntArray, row_type
 from clipcid_cli.algorithms.near.plan import rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.errors import ClipcidError
@@ -188,7 +188,7 @@ class NearReferences:
     near: list[int]
 
     @property
-    def is_dropped(self) -> npt.NDArray[np.bool_]:
+    def is_dropped(self) -> BoolArray:
         """Which rows are near a reference, bool [N]."""
         return np.asarray(self.owner >= 0)
 

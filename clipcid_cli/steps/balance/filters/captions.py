@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 from markupsafe import Markup
 
-from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, cosine_similarities
+from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, cosine_similarities
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
@@ -19,7 +19,6 @@ from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.result import CaptionWindowResult
-from clipcid_cli.steps.balance.rows import BoolArray
 from clipcid_cli.steps.balance.shared_arrays import collect_arrays, share_arrays
 from clipcid_cli.steps.reporting import Progress
 from clipcid_cli.steps.settings.balance import BalanceSettings

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from clipcid_cli.algorithms.near.exact import FloatArray
+from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray
 from clipcid_cli.algorithms.sets.representatives import best_of_groups
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.arrays import Arrays
@@ -23,7 +23,6 @@ from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_pa
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.result import ClusterCapResult
-from clipcid_cli.steps.balance.rows import BoolArray
 from clipcid_cli.steps.balance.scores import SCORES
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
 from clipcid_cli.steps.reporting import Reporter
