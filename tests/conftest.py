@@ -130,10 +130,11 @@ def run_clipcid(
 
 
 def process_context() -> ForkServerContext:
-    """Return the context in which tests start processes of their own: they are forked where PyTorch is loaded already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    return context
+    """Return the context in which tests start processes of their own: they are forked from the server of workers."""
+    from clipcid_cli.runtime.pipeline import start_worker_server
+
+    start_worker_server()
+    return multiprocessing.get_context("forkserver")
 
 
 def _command_environment(command: list[str], environment: dict[str, str] | None) -> dict[str, str]:

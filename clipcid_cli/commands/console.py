@@ -14,6 +14,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
 
+from clipcid_cli.commands.signals import said_at_end
 from clipcid_cli.commands.summary import format_seconds
 from clipcid_cli.commands.wrapping import wrap
 from clipcid_cli.steps.reporting import Progress, Reporter
@@ -117,16 +118,26 @@ def _show_bar(console: Console, label: str, total: float | None, unit: str) -> I
         bars.columns = (bars.columns[0], *bars.columns[2:])
     # Work may end early: the bar is then full, and the numbers still say how much of the `whole` was done.
     task = bars.add_task(label, total=total, unit=unit, whole=total, ended=False)
-    with bars:
+
+    def end(*, well: bool) -> None:
+        if well:
+            bars.update(task, total=bars.tasks[task].completed)
+        else:
+            bars.columns = ("✗", *bars.columns[1:])
+        bars.stop_task(task)
+        bars.update(task, ended=True)
+
+    def say_goodbye() -> None:
+        end(well=False)
+        bars.stop()
+
+    with bars, said_at_end(say_goodbye):
         try:
             yield _Bar(bars, task)
-            bars.update(task, total=bars.tasks[task].completed)
         except BaseException:
-            bars.columns = ("✗", *bars.columns[1:])
+            end(well=False)
             raise
-        finally:
-            bars.stop_task(task)
-            bars.update(task, ended=True)
+        end(well=True)
 
 
 class _Lines(Progress):

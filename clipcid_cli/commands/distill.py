@@ -12,13 +12,12 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from clipcid_cli.steps.distill.cost import DistillCost
-    from clipcid_cli.steps.distill.run import Distilled
+    from clipcid_cli.steps.distill.result import DistillCost, Distilled
 
 
 def show(result: Distilled | DistillCost, console: Console) -> None:
     """Print what was trained and how well it retrieves; of a dry run, what it would cost."""
-    from clipcid_cli.steps.distill.cost import DistillCost
+    from clipcid_cli.steps.distill.result import DistillCost
 
     facts = {"steps": f"{result.steps:,} ({count(result.samples, 'sample')})"}
     if isinstance(result, DistillCost):

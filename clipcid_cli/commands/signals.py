@@ -7,14 +7,18 @@ import select
 import signal
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 UNREAD = 128 + signal.SIGPIPE
 """What a shell reports of a program that writes to a pipe nobody reads: 141."""
 
-_SENTENCE = "Interrupted. Run the same command again to continue where it stopped.\n"
-_SHOW_CURSOR = "\x1b[?25h"
+_SENTENCE = b"Interrupted. Run the same command again to continue where it stopped.\n"
+_LONGEST_GOODBYE = 2.0
+"""Seconds that what is done before the end may take."""
+
+_goodbyes = list[Callable[[], None]]()
 
 
 def end_on_signals() -> None:
@@ -42,12 +46,24 @@ def _go_on(number: int, frame: Any) -> None:
 def _end(reader: int, numbers: list[signal.Signals]) -> None:
     while (number := os.read(reader, 1)[0]) not in numbers:
         pass
+    # By another thread, since the main one may hold a lock that it waits for.
+    saying = threading.Thread(target=lambda: [goodbye() for goodbye in _goodbyes], daemon=True)
+    saying.start()
+    saying.join(_LONGEST_GOODBYE)
     if os.environ.get("RANK", "0") == "0":
-        # Past Python's streams, of which the main thread may hold the locks; below what a progress bar left.
-        start = f"{_SHOW_CURSOR}\r\n" if os.isatty(2) else ""
         with suppress(OSError):
-            os.write(2, (start + _SENTENCE).encode())
+            os.write(2, _SENTENCE)  # past Python's stream, which has a lock, too
     os._exit(128 + number)
+
+
+@contextmanager
+def said_at_end(goodbye: Callable[[], None]) -> Iterator[None]:
+    """Have something done, in another thread and for a short time, before a signal ends the process within the block."""
+    _goodbyes.append(goodbye)
+    try:
+        yield
+    finally:
+        _goodbyes.remove(goodbye)
 
 
 def open_closed() -> None:

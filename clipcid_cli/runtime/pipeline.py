@@ -120,10 +120,8 @@ def ordered_map(
     def submit(item: Item) -> Future[Result]:
         try:
             return pool.submit(_work, item)
-        except (
-            EOFError,
-            OSError,
-        ) as error:  # a worker, or the server it is forked from, ended before it was told its work
+        except (EOFError, OSError) as error:
+            # The worker, or the server that it is forked from, ended before it was told its work.
             raise BrokenProcessPool from error
 
     try:

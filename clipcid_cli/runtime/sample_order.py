@@ -67,10 +67,6 @@ class SampleOrder:
         self._first = 0  # number in the run of the first sample of the group that is held
         self._rows = np.empty(0, dtype=np.int64)
 
-    def __len__(self) -> int:
-        """Samples of one epoch: sample number n of the run is of epoch n // len."""
-        return self._size
-
     def rows(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Return the rows of samples number start … stop − 1 of the run, numbered as in `epoch_groups`."""
         found = [np.empty(0, dtype=np.int64)]

@@ -254,7 +254,7 @@ def test_what_is_skipped_is_counted_and_named(clipcid: Call, tiny_model: Path, t
     run = clipcid("embed", data, "--model", tiny_model, "--json", "--max-bad-fraction", 0.2)
     assert run.json["images"] == 21
     assert run.json["skipped"] == {"duplicate_key": 1, "no_caption": 1, "unreadable_image": 1}
-    assert "unreadable image: a: bad" in run.stderr
+    assert "unreadable image: a/bad" in run.stderr
     assert "1 images have transparent pixels" in " ".join(run.stderr.split())
     strict = clipcid("embed", data, "--model", tiny_model, "--out", tmp_path / "strict", check=False)
     assert strict.returncode == 1

@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def _interrupt_after(pattern: str) -> None:
         elif is_named and not is_over and event == "open":
             is_over = True
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)  # until another thread has ended the process
 
     sys.addaudithook(watch)
 

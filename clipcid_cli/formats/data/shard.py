@@ -65,8 +65,8 @@ class Shard:
         return self.source if self.slices is None else ""
 
     def describe(self, key: str) -> str:
-        """Name a sample for a person: by its key and, of several tars, by the name of its own."""
-        return f"{self.name}: {key}" if self.slices is None else key
+        """Name a sample for a person: by its key, in a tar with the tar's name before it."""
+        return key if self.slices is not None or self.prefix_keys else f"{self.name}/{key}"
 
     def samples(self, skips: Skips | None = None) -> list[Sample]:
         """List its samples as `stream` yields them, without their bytes."""

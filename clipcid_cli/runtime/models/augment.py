@@ -20,11 +20,6 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import full_size
 from clipcid_cli.runtime.models.tokenizer import Tokenizer
 
-_RESAMPLING = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-}
 # ITU-R 601 luma, as Pillow and torchvision turn images grey.
 _LUMA = np.array([0.299, 0.587, 0.114])
 _ASPECT = math.log(4 / 3)
@@ -181,7 +176,9 @@ class ViewPixels:
         Returns:
             uint8 [H, W, 3] of the model's size, by its interpolation.
         """
-        resampling = _RESAMPLING.get(self.preprocess.get("interpolation", "bicubic"), Image.Resampling.BICUBIC)
+        # Bicubic also where open_clip draws the interpolation at random.
+        name = self.preprocess.get("interpolation", "bicubic").upper()
+        resampling = getattr(Image.Resampling, name, Image.Resampling.BICUBIC)
         box, full = view.box, full_size(image)
         if full != image.size:
             sides = zip(box, full * 2, image.size * 2, strict=True)

@@ -118,17 +118,11 @@ class ClipModel:
         `normalize` of its result equals open_clip's evaluation transform bit for bit. Bytes are passed between processes and
         to the device: a quarter of float32.
         """
-        return PixelTransform(self._open_clip_transform().transforms[:-2])
-
-    def transform(self) -> Transform:
-        """Return open_clip's evaluation transform: RGB image to normalised float32 [3, H, W]; picklable."""
-        return cast(Transform, self._open_clip_transform())
-
-    def _open_clip_transform(self) -> Any:
         from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
         preprocess = open_clip.transform.PreprocessCfg(**self.info.preprocess)
-        return open_clip.transform.image_transform_v2(preprocess, is_train=False)
+        whole = open_clip.transform.image_transform_v2(preprocess, is_train=False)
+        return PixelTransform(whole.transforms[:-2])  # without its last two, ToTensor and Normalize
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalise pixels for the model's image tower.
@@ -288,12 +282,9 @@ def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str,
 
 
 def _own_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Read a Hugging Face text tower from the model's own folder, where that has its config.json.
+    """Return the ``text_cfg`` that reads a Hugging Face text tower from the model's own folder, where its config.json is.
 
-    open_clip takes it from a hub or from a fixed path, which do not exist without a network or for a copied folder.
-
-    Returns:
-        A replacement for the configuration's ``text_cfg``, under that name; empty where the original is to be used.
+    open_clip reads it from a hub or from a fixed path, which do not exist without a network or for a copied folder.
     """
     text = config["text_cfg"]
     if not text.get("hf_model_name") or not (folder / HF_CONFIG_NAME).is_file():

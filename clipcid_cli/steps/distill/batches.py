@@ -110,11 +110,7 @@ class TrainingBatch:
 
 
 class Batches:
-    """The batches of a run: samples in the order of their epochs, batches running on across the epochs' ends.
-
-    Attributes:
-        batch_size: Samples of a global batch.
-    """
+    """The batches of a run: samples in the order of their epochs, batches running on across the epochs' ends."""
 
     def __init__(
         self,
@@ -130,11 +126,14 @@ class Batches:
         Args:
             make: Makes a work item's part of a batch in a worker: a `BatchMaker`.
             clusters: What the cluster targets are looked up in; None where no loss needs them.
+            batch_size: Samples of a global batch.
         """
-        self.batch_size = batch_size
+        self._batch_size = batch_size
         self._samples, self._index = inputs.training, index_of(inputs.dataset)
         self._extra_texts = None if inputs.stored is None else inputs.stored.extra_texts
-        self._make, self._clusters, self._seed, self._machine = make, clusters, seed, machine
+        self._num_texts = inputs.num_extra_texts(batch_size)
+        self._make, self._clusters = make, clusters
+        self._seed, self._machine = seed, machine
         self._places = self._samples.column("places")
         self._shard_sizes = self._samples.sizes.tolist()
         self._count = -(-batch_size // machine.size // _MAX_ITEMS)
@@ -161,11 +160,11 @@ class Batches:
         """Say what workers shall make of each step's batch; a start anywhere deals the same."""
         order = SampleOrder(self._seed, self._shard_sizes, self._index.fetch_ahead)
         rank, size = self._machine.rank, self._machine.size
-        own = slice(rank * self.batch_size // size, (rank + 1) * self.batch_size // size)
+        own = slice(rank * self._batch_size // size, (rank + 1) * self._batch_size // size)
         for step in steps:
-            first = step * self.batch_size
-            rows = order.rows(first, first + self.batch_size)
-            epochs = np.arange(first, first + self.batch_size)[own] // len(self)
+            first = step * self._batch_size
+            rows = order.rows(first, first + self._batch_size)
+            epochs = np.arange(first, first + self._batch_size)[own] // len(self)
             refs = self._refs(rows[own])
             items = [Item(*found) for found in zip(rows[own].tolist(), epochs.tolist(), refs, strict=True)]
             pieces = zip(_cut(items, self._count), _cut(self._draw_texts(step, rows), self._count), strict=True)
@@ -184,7 +183,7 @@ class Batches:
 
     def keys(self, step: int) -> list[str]:
         """Return the keys of a step's whole batch."""
-        rows = SampleOrder(self._seed, self._shard_sizes).rows(step * self.batch_size, (step + 1) * self.batch_size)
+        rows = SampleOrder(self._seed, self._shard_sizes).rows(step * self._batch_size, (step + 1) * self._batch_size)
         return [ref.key for ref in self._refs(rows)]
 
     def _refs(self, rows: npt.NDArray[np.int64]) -> list[SampleRef]:
@@ -203,7 +202,7 @@ class Batches:
         if extra is None:
             return []
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))
-        count, rank, size = extra.number_at(self.batch_size), self._machine.rank, self._machine.size
+        count, rank, size = self._num_texts, self._machine.rank, self._machine.size
         own = slice(rank * count // size, (rank + 1) * count // size)
         if extra.variants is None:
             return [ExtraText(row) for row in random.integers(len(extra.rows), size=count)[own].tolist()]

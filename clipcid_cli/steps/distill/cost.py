@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 
-import msgspec
 import torch
 
 from clipcid_cli.errors import ClipcidError
@@ -16,54 +15,14 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.steps.distill.result import DistillCost, TeacherCost
 from clipcid_cli.steps.distill.teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.embed.cost import TYPICAL_CAPTION
-from clipcid_cli.steps.evaluate.result import Preview
 
 _MEASURED = 3
 # The first step also allocates, and compiles with --torchcompile.
 _WARM_UP = 1
-
-
-class TeacherCost(msgspec.Struct):
-    """What the teacher takes.
-
-    Attributes:
-        seconds: Time for the images and captions of one process's part of a batch.
-        share: Its share of a step that runs it.
-        break_even: Epochs after which embedding everything once has cost less than running the teacher in each step.
-    """
-
-    parameters: int
-    seconds: float
-    share: float
-    break_even: float
-
-
-class DistillCost(msgspec.Struct):
-    """What a run would take.
-
-    Attributes:
-        memory_bytes: Memory in use by a process.
-        data_seconds_per_step: Time of one core to prepare a batch.
-        seconds: Time by phase.
-        teacher: None where there is none, or it cannot be loaded here.
-        evaluations: What would be measured in the end, on each data set of ``--eval-data``.
-    """
-
-    student: str
-    steps: int
-    samples: int
-    parameters: int
-    memory_bytes: int
-    seconds_per_step: float
-    data_seconds_per_step: float
-    samples_per_second: float
-    seconds: dict[str, float]
-    teacher: TeacherCost | None
-    files: dict[str, str] = {}
-    evaluations: list[Preview] = []
 
 
 def estimate_cost(trainer: Trainer) -> DistillCost:
@@ -116,11 +75,12 @@ def _measure_steps(trainer: Trainer) -> tuple[float, float, int]:
 
 def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | None:
     """Measure the teacher on one batch of noise; None where there is none, or it cannot be loaded here."""
-    inputs, settings, machine = trainer.plan.inputs, trainer.settings, trainer.machine
-    teacher, embeddings = trainer.teacher_model, inputs.embeddings
+    inputs, machine, online = trainer.plan.inputs, trainer.machine, trainer.teacher_model
+    embeddings, stored = inputs.embeddings, inputs.stored
+    teacher = online
     if teacher is None:
         recorded = None if embeddings is None or embeddings.sidecar is None else embeddings.sidecar.model.spec
-        spec = settings.teacher or recorded
+        spec = trainer.settings.teacher or recorded
         if inputs.teacher is None or spec is None:
             return None
         try:
@@ -128,20 +88,22 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
         except ClipcidError as error:
             trainer.reporter.note(f"The time that the teacher would take in the loop is not measured: {error.message}")
             return None
-    images, texts = _time_teacher(teacher, trainer.plan.batch_size // machine.size, settings.precision)
+    images, texts = _time_teacher(teacher, trainer.plan.batch_size // machine.size, trainer.settings.precision)
     seconds = images + texts
-    step = step_seconds if trainer.teacher_model is not None else step_seconds + seconds
     # What is embedded once may be more than what is trained on: all images, not only the kept ones.
     rows = inputs.usable.total if embeddings is None else embeddings.num_rows
     texts_per_image = 1.0
     if embeddings is not None and Kind.FURTHER in embeddings.kinds:
         texts_per_image += len(embeddings.rows(Kind.FURTHER)) / rows
-    num_views = 0
-    if inputs.stored is not None:
-        num_views = inputs.stored.num_views
-        texts_per_image += 0 if inputs.stored.variants is None else inputs.stored.variants.number
-    passes = passes_to_embed(images, texts, num_views, texts_per_image) * rows / inputs.training.total
-    return TeacherCost(teacher.info.parameters, seconds, min(1.0, seconds / step), passes)
+    if stored is not None and stored.variants is not None:
+        texts_per_image += stored.variants.number
+    passes = passes_to_embed(images, texts, 0 if stored is None else stored.num_views, texts_per_image)
+    return TeacherCost(
+        parameters=teacher.info.parameters,
+        seconds=seconds,
+        share=min(1.0, seconds / (step_seconds if online is not None else step_seconds + seconds)),
+        break_even=passes * rows / inputs.training.total,
+    )
 
 
 def passes_to_embed(images: float, texts: float, num_views: int, texts_per_image: float) -> float:

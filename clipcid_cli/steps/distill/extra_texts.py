@@ -48,10 +48,6 @@ class ExtraTexts:
     number: int | None
     fingerprints: list[FileRecord]
 
-    def number_at(self, batch_size: int) -> int:
-        """Return how many texts a step has, over all processes."""
-        return batch_size if self.number is None else self.number
-
     def read(self, text: ExtraText) -> str:
         """Return the words."""
         if self.lines is not None:

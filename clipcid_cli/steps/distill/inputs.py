@@ -76,7 +76,9 @@ class Inputs:
     def num_extra_texts(self, batch_size: int) -> int:
         """Return how many further texts a step has, over all processes."""
         extra = None if self.stored is None else self.stored.extra_texts
-        return 0 if extra is None else extra.number_at(batch_size)
+        if extra is None:
+            return 0
+        return batch_size if extra.number is None else extra.number
 
 
 def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Path | None:

@@ -6,8 +6,6 @@ import time
 from contextlib import closing
 from typing import Any
 
-import msgspec
-
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output
@@ -18,40 +16,20 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.distill.cost import DistillCost, estimate_cost
+from clipcid_cli.steps.distill.cost import estimate_cost
 from clipcid_cli.steps.distill.inputs import find_embeddings
 from clipcid_cli.steps.distill.plan import check_named, identity, plan_run
 from clipcid_cli.steps.distill.report import write_report
+from clipcid_cli.steps.distill.result import DistillCost, Distilled
 from clipcid_cli.steps.distill.student import load_student, write_students
 from clipcid_cli.steps.distill.teacher import describe_weights, load_online_model
 from clipcid_cli.steps.distill.trainer import Trainer
-from clipcid_cli.steps.evaluate.result import ZeroshotResult, ZeroshotResults
+from clipcid_cli.steps.evaluate.result import ZeroshotResults
 from clipcid_cli.steps.evaluate.zeroshot import evaluate
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.scratch import scratch_folder
 from clipcid_cli.steps.settings.distill import DistillSettings
-
-
-class Distilled(msgspec.Struct):
-    """What a run made.
-
-    Attributes:
-        losses: Those of the last step that was logged, by name.
-        metrics: Those of the last evaluation, by name.
-        evaluations: What `eval-zeroshot` returns for each data set of ``--eval-data``.
-        seconds: Time by phase.
-    """
-
-    student: str
-    steps: int
-    samples: int
-    samples_per_second: float
-    losses: dict[str, float]
-    metrics: dict[str, float]
-    evaluations: list[ZeroshotResult]
-    seconds: dict[str, float]
-    files: dict[str, str]
 
 
 def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCost:

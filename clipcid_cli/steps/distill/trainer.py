@@ -24,7 +24,7 @@ from clipcid_cli.formats.results.run_folder import TrainingLog
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.memory import memory_in_use
+from clipcid_cli.runtime.memory import keep_freed_memory, memory_in_use
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.randomness import derive_seed
@@ -67,6 +67,7 @@ class Trainer:
         """
         self.settings, self.plan, self.student, self.machine, self.reporter = settings, plan, student, machine, reporter
         self.teacher_model, self._output = teacher_model, output
+        keep_freed_memory()
         model, inputs = student.model, plan.inputs
         processors = Processor.of(model), None if teacher_model is None else Processor.of(teacher_model)
         maker = BatchMaker(settings, inputs, *processors, student.masking)

@@ -50,16 +50,16 @@ def run(settings: EvalLinearSettings, reporter: Reporter) -> LinearResult | Prev
             reporter.note(f"Would fit {plan.name.spec} on {plan.splits['train'].dataset.spec} and write {plan.path}.")
             return Preview(plan.dataset, plan.name.spec, TASK, {"metrics": str(plan.path)})
         start_workers(machine, settings.workers)
-        return _evaluate(plan, EvaluatedModel(plan.name, machine, settings, reporter), settings)
+        return _evaluate(plan, EvaluatedModel(plan.name, machine, settings, reporter))
 
 
-def _evaluate(plan: ProbePlan, model: EvaluatedModel, settings: EvalLinearSettings) -> LinearResult:
+def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
     path, machine = plan.path, model.machine
     data = machine.on_main(lambda: {split: task.fingerprints() for split, task in plan.splits.items()})
     inputs = [each for records in data.values() for each in records]
-    with claim_metrics(model, path, LinearSidecar, _identity(plan, settings), inputs, _MAY_DIFFER) as output:
+    with claim_metrics(model, path, LinearSidecar, _identity(plan), inputs, _MAY_DIFFER) as output:
         # An earlier probe that also has a few-shot curve, or nearest neighbours, answers the question without them.
-        more = settings.shot_counts or settings.neighbour_counts
+        more = plan.settings.shot_counts or plan.settings.neighbour_counts
         usable = output.finished if more else output.finished or output.earlier
 
         def find_result() -> LinearResult | None:
@@ -74,7 +74,7 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel, settings: EvalLinearSettin
         started = time.perf_counter()
         features = {split: extract_features(model, task, data[split]) for split, task in plan.splits.items()}
         seconds = {"encode": time.perf_counter() - started}
-        return machine.on_main(lambda: _write(plan, model, features, seconds, settings, output))
+        return machine.on_main(lambda: _write(plan, model, features, seconds, output))
 
 
 def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord]) -> Features:
@@ -107,8 +107,9 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
     return features
 
 
-def _identity(plan: ProbePlan, settings: EvalLinearSettings) -> dict[str, Any]:
+def _identity(plan: ProbePlan) -> dict[str, Any]:
     """Return the settings by which a finished probe is recognised."""
+    settings = plan.settings
     return {
         "dataset": plan.dataset,
         "classes": list(plan.classes),
@@ -131,7 +132,6 @@ def _write(
     model: EvaluatedModel,
     features: dict[str, Features],
     seconds: dict[str, float],
-    settings: EvalLinearSettings,
     output: Output[LinearSidecar],
 ) -> LinearResult:
     """Fit the probe on the features of all splits, measure it, and write its files.
@@ -147,7 +147,7 @@ def _write(
         images[split] = LabelledFeatures(rows.to(device), labels.to(device))
     test = images["test"]
     with timed(seconds, "sweep"):
-        fits = ProbeFits(images["train"], images.get("val"), len(plan.classes), plan.metric, settings, reporter)
+        fits = ProbeFits(images["train"], images.get("val"), len(plan.classes), plan.metric, plan.settings, reporter)
         points = fits.sweep()
         best = choose_point(points)
     if best.c in (points[0].c, points[-1].c):

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -36,7 +36,6 @@ _BATCH_SIZES = {"cpu": 64, "cuda": 256}
 AnyEvaluation = TypeVar("AnyEvaluation", bound=EvaluationSidecar)
 
 
-@contextmanager
 def claim_metrics(
     model: EvaluatedModel,
     path: Path,
@@ -44,7 +43,7 @@ def claim_metrics(
     identity: dict[str, Any],
     data: list[FileRecord],
     may_differ: Collection[str],
-) -> Iterator[Output[AnyEvaluation]]:
+) -> AbstractContextManager[Output[AnyEvaluation]]:
     """Claim a metrics file, whose sidecar lies in a folder of its own.
 
     Args:
@@ -53,7 +52,7 @@ def claim_metrics(
         may_differ: Settings that do not decide all of them.
     """
     of_model = {"model": model.name.slug, "precision": model.precision.name, "batch_size": model.batch_size}
-    with claim_output(
+    return claim_output(
         model.machine,
         path.parent / SIDECARS,
         path.stem,
@@ -64,8 +63,7 @@ def claim_metrics(
         overwrite=model.settings.overwrite,
         may_differ=may_differ,
         resumes=False,
-    ) as output:
-        yield output
+    )
 
 
 def start_workers(machine: Machine, workers: int | None) -> None:
@@ -234,19 +232,25 @@ class EvaluatedModel:
 
         with self.reporter.progress(f"{self.model.info.slug} on {task.name}", None, "images") as progress:
             dealt = machine.gather(machine.on_all(encode_mine))
-        parts = [dealt[number % machine.size][number // machine.size] for number in range(len(sizes))]
-        for part in parts:
-            skips.merge(part.skips)
-        need = _describe_need(task)
-        skips.check(read, self.settings.max_bad_fraction, dataset.spec, need)
+            parts = [dealt[number % machine.size][number // machine.size] for number in range(len(sizes))]
+            for part in parts:
+                skips.merge(part.skips)
+            self._validate(task, read, sum(len(part.encoded.samples) for part in parts), skips)
+        return parts, skips
+
+    def _validate(self, task: ZeroshotTask, read: int, usable: int, skips: Skips) -> None:
+        """Refuse a data set of whose samples too many, or all, cannot be used."""
+        need = "Retrieval needs an image and at least one caption (a .txt or a caption column) for each sample."
+        if task.task == CLASSIFICATION:
+            need = "Classification needs an image and a class (a .cls, a `label` column or a folder) for each sample."
+        skips.check(read, self.settings.max_bad_fraction, task.dataset.spec, need)
         if not read and task.held_out is not None:
             raise ClipcidError(
-                f"Of {dataset.spec} the {task.held_out:.2%} held out are no sample.",
+                f"Of {task.dataset.spec} the {task.held_out:.2%} held out are no sample.",
                 "Name a data set (clipcid eval-zeroshot MODEL DATA), or train with a larger --val-fraction.",
             )
-        if not any(part.encoded.samples for part in parts):
-            raise ClipcidError(f"{dataset.spec}: no sample can be used.\n{skips.describe()}", need)
-        return parts, skips
+        if not usable:
+            raise ClipcidError(f"{task.dataset.spec}: no sample can be used.\n{skips.describe()}", need)
 
     def make_metrics(self, dataset: str, task: str, metrics: dict[str, float]) -> Metrics:
         """Put metrics of this model into CLIP_benchmark's fields; NaN becomes null, since JSON has none."""
@@ -258,10 +262,3 @@ class EvaluatedModel:
             language="en",
             metrics={name: None if math.isnan(value) else value for name, value in metrics.items()},
         )
-
-
-def _describe_need(task: ZeroshotTask) -> str:
-    """Say what a sample must have, as the fix of an error."""
-    if task.task == CLASSIFICATION:
-        return "Classification needs an image and a class (a .cls, a `label` column or a folder) for each sample."
-    return "Retrieval needs an image and at least one caption (a .txt or a caption column) for each sample."

@@ -44,6 +44,7 @@ class ProbePlan:
     metric: str
     splits: dict[str, ZeroshotTask]
     path: Path
+    settings: EvalLinearSettings
 
 
 def make_plan(settings: EvalLinearSettings, reporter: Reporter) -> ProbePlan:
@@ -76,7 +77,7 @@ def make_plan(settings: EvalLinearSettings, reporter: Reporter) -> ProbePlan:
     }
     metric = choose_metric(settings.metric, name, several=several)
     path = WorkDirectory(settings.work).eval / f"{metrics_stem(name, model.slug, TASK)}.json"
-    return ProbePlan(model, name, classes, metric, splits, path)
+    return ProbePlan(model, name, classes, metric, splits, path, settings)
 
 
 def _labels_of(train: Dataset, other: Dataset) -> tuple[int, ...] | None:

@@ -102,7 +102,8 @@ def test_an_interrupted_run_leaves_a_clean_terminal_and_no_worker(tmp_path: Path
         while part := os.read(ours, 1 << 16):
             shown += part
     os.close(ours)
-    assert shown.replace(b"\r", b"").endswith(f"\x1b[?25h\n{_INTERRUPTED}\n".encode())
+    assert "✗ embed".encode() in shown
+    assert shown.replace(b"\r", b"").endswith(f"\n\x1b[?25h{_INTERRUPTED}\n".encode())
     assert b"Traceback" not in shown
 
 

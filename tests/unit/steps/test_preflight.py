@@ -56,7 +56,7 @@ def test_all_shards_are_looked_at_and_it_is_said_what_was_found(shards: Path, ma
     indexed = ensure_index(dataset, machine, 0, Reporter())
     for dry_run in (True, False):  # the first, the middle and the last of each
         assert check(indexed, machine, dry_run=dry_run) == [
-            f"{shards}: checked 6 of 6 shards, 18 samples: 1 cannot be decoded.\n  1 × unreadable image: 00004: 000044"
+            f"{shards}: checked 6 of 6 shards, 18 samples: 1 cannot be decoded.\n  1 × unreadable image: 00004/000044"
         ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,6 @@ from clipcid_cli.steps.distill import batches
 from clipcid_cli.steps.distill.batch_maker import BatchMaker
 from clipcid_cli.steps.distill.batches import Batches, TrainingBatch
 from clipcid_cli.steps.embed import run as embed
-from clipcid_cli.steps.embed.result import Embedded
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -37,7 +37,7 @@ def teacher(tiny_model: Path) -> ClipModel:
     return load_model(parse_model(str(tiny_model)))
 
 
-def embed_lines(source: Path, model: Path, out: Path, **settings: object) -> Embedded:
+def embed_lines(source: Path, model: Path, out: Path, **settings: object) -> Any:
     given = {"precision": "fp32", "batch_size": 4, "workers": 0, "device": "cpu"} | settings
     return embed.run(EmbedSettings(texts=source, model=str(model), out=out, **given), Listener())
 

@@ -14,7 +14,7 @@ from teaching_data import ALONE, embed_data, join
 
 from clipcid_cli.runtime.models import caches
 from clipcid_cli.runtime.models.augment import Processor
-from clipcid_cli.runtime.models.caches import ImageCache, TokenCache
+from clipcid_cli.runtime.models.caches import ImageCache
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill import batch_maker
@@ -22,13 +22,13 @@ from clipcid_cli.steps.distill.batch_maker import BatchMaker
 from clipcid_cli.steps.distill.batches import Batches
 
 
-def test_workers_keep_images_and_tokens_of_small_data_alone(
+def test_workers_keep_images_of_small_data_alone(
     tmp_path: Path, tiny_shards: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny")
     run, model = join(tiny_shards, tmp_path / "tiny"), load_model(parse_model(str(tiny_model)))
     for most, kept in ((24, 1), (5, 2)):
-        monkeypatch.setattr(batch_maker, "MAX_CAPTIONS", most)
+        monkeypatch.setattr(batch_maker, "_MAX_SAMPLES_KEPT", most)
         maker = BatchMaker(run.settings, run.inputs, Processor.of(model))
         with patch.object(caches, "read_image", wraps=caches.read_image) as read:
             for dealt in Batches(run.inputs, maker, None, 24, 3, ALONE).deal(range(2)):
@@ -36,7 +36,7 @@ def test_workers_keep_images_and_tokens_of_small_data_alone(
         assert read.call_count == 24 * kept
 
 
-def test_caches_without_room_give_the_same_and_keep_nothing(tiny_model: Path) -> None:
+def test_a_cache_without_room_gives_the_same_and_keeps_nothing() -> None:
     source: Any = SimpleNamespace(read=lambda: make_image(1))
     roomy, without = ImageCache(2**20), ImageCache(0)
     first, again = roomy.read("1", source), roomy.read("1", source)
@@ -46,8 +46,3 @@ def test_caches_without_room_give_the_same_and_keep_nothing(tiny_model: Path) ->
     assert isinstance(fresh, Image.Image)
     assert first.tobytes() == fresh.tobytes()
     assert without.read("1", source) is not fresh
-    tokenizer = load_model(parse_model(str(tiny_model))).tokenizer
-    tokens = TokenCache(tokenizer, 0)
-    for captions in (["a cat", "a dog", "a cat"], ["a sky"]):
-        assert tokens(captions).equal(tokenizer(captions))
-        assert len(tokens._tokens) == len(set(captions))

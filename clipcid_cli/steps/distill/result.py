@@ -1,0 +1,68 @@
+"""What `distill` answers: the JSON objects, in the order of their keys."""
+
+from __future__ import annotations
+
+import msgspec
+
+from clipcid_cli.steps.evaluate.result import Preview, ZeroshotResult
+
+
+class Distilled(msgspec.Struct):
+    """What a run made.
+
+    Attributes:
+        losses: Those of the last step that was logged, by name.
+        metrics: Those of the last evaluation, by name.
+        evaluations: What `eval-zeroshot` returns for each data set of ``--eval-data``.
+        seconds: Time by phase.
+    """
+
+    student: str
+    steps: int
+    samples: int
+    samples_per_second: float
+    losses: dict[str, float]
+    metrics: dict[str, float]
+    evaluations: list[ZeroshotResult]
+    seconds: dict[str, float]
+    files: dict[str, str]
+
+
+class TeacherCost(msgspec.Struct):
+    """What the teacher takes.
+
+    Attributes:
+        seconds: Time for the images and captions of one process's part of a batch.
+        share: Its share of a step that runs it.
+        break_even: Epochs after which embedding everything once has cost less than running the teacher in each step.
+    """
+
+    parameters: int
+    seconds: float
+    share: float
+    break_even: float
+
+
+class DistillCost(msgspec.Struct):
+    """What a run would take.
+
+    Attributes:
+        memory_bytes: Memory in use by a process.
+        data_seconds_per_step: Time of one core to prepare a batch.
+        seconds: Time by phase.
+        teacher: None where there is none, or it cannot be loaded here.
+        evaluations: What would be measured in the end, on each data set of ``--eval-data``.
+    """
+
+    student: str
+    steps: int
+    samples: int
+    parameters: int
+    memory_bytes: int
+    seconds_per_step: float
+    data_seconds_per_step: float
+    samples_per_second: float
+    seconds: dict[str, float]
+    teacher: TeacherCost | None
+    files: dict[str, str] = {}
+    evaluations: list[Preview] = []
