@@ -54,6 +54,45 @@ def run(settings: ClusterSettings, reporter: Reporter) -> ClusterResult | Cluste
         return msgspec.structs.replace(result, files={name: str(plan.folder / file) for name, file in names.items()})
 
 
+def _train(plan: ClusterPlan, machine: Machine, progress: Path, reporter: Reporter) -> LloydState:
+    """Run k-means until no centroid moves, or all iterations are done; every process takes its even share of the rows."""
+    settings, trained, num_rows = plan.settings, plan.trained, len(plan.rows)
+
+    def begin() -> LloydState:
+        found = load_arrays(progress)
+        if found is None:
+            return LloydState(first_centroids(trained, plan.num_clusters, settings.seed))
+        iterations = int(found["iterations"])
+        reporter.note(f"Resuming after {iterations} iterations.")
+        return LloydState(torch.from_numpy(found["centroids"]), iterations, bool(found["converged"]))
+
+    state, scan = machine.on_main(begin), choose_scan(settings.precision, machine.device)
+    used = "all images" if len(trained) == num_rows else f"{len(trained):,} of {num_rows:,} images (--train-rows)"
+    reporter.note(f"Centroids are computed from {used}, compared in {scan.name} ({scan.reason}) and decided in fp64.")
+    states = run_lloyd(
+        trained,
+        state,
+        iterations=settings.iterations,
+        dtype=scan.dtype,
+        device=machine.device,
+        processes=Processes(
+            machine.share,
+            machine.sum_,
+            machine.gather,
+            lambda compute, runs: thread_map(compute, runs, threads_for_batches(machine.device)),
+        ),
+        kept_bytes=memory_for_rows(machine.device),
+    )
+    with reporter.progress("k-means", settings.iterations - state.iterations, "iterations") as bar:
+        for state in states:
+            if machine.is_main and state.resumable:
+                so_far = {"iterations": state.iterations, "converged": state.converged}
+                save_arrays(progress, {"centroids": state.centroids_KD.numpy(), **so_far})
+            bar.advance()
+            bar.show(similarity=state.similarity, **({"empty": state.num_empty} if state.num_empty else {}))
+    return state
+
+
 def _write(
     plan: ClusterPlan, state: LloydState, output: Output[ClusterSidecar], seconds: dict[str, float], reporter: Reporter
 ) -> ClusterResult:
@@ -92,42 +131,3 @@ def _write(
         result=result,
     )
     return result
-
-
-def _train(plan: ClusterPlan, machine: Machine, progress: Path, reporter: Reporter) -> LloydState:
-    """Run k-means until no centroid moves, or all iterations are done; every process takes its even share of the rows."""
-    settings, trained, num_rows = plan.settings, plan.trained, len(plan.rows)
-
-    def begin() -> LloydState:
-        found = load_arrays(progress)
-        if found is None:
-            return LloydState(first_centroids(trained, plan.num_clusters, settings.seed))
-        iterations = int(found["iterations"])
-        reporter.note(f"Resuming after {iterations} iterations.")
-        return LloydState(torch.from_numpy(found["centroids"]), iterations, bool(found["converged"]))
-
-    state, scan = machine.on_main(begin), choose_scan(settings.precision, machine.device)
-    used = "all images" if len(trained) == num_rows else f"{len(trained):,} of {num_rows:,} images (--train-rows)"
-    reporter.note(f"Centroids are computed from {used}, compared in {scan.name} ({scan.reason}) and decided in fp64.")
-    states = run_lloyd(
-        trained,
-        state,
-        iterations=settings.iterations,
-        dtype=scan.dtype,
-        device=machine.device,
-        processes=Processes(
-            machine.share,
-            machine.sum_,
-            machine.gather,
-            lambda compute, runs: thread_map(compute, runs, threads_for_batches(machine.device)),
-        ),
-        kept_bytes=memory_for_rows(machine.device),
-    )
-    with reporter.progress("k-means", settings.iterations - state.iterations, "iterations") as bar:
-        for state in states:
-            if machine.is_main and state.resumable:
-                so_far = {"iterations": state.iterations, "converged": state.converged}
-                save_arrays(progress, {"centroids": state.centroids_KD.numpy(), **so_far})
-            bar.advance()
-            bar.show(similarity=state.similarity, **({"empty": state.num_empty} if state.num_empty else {}))
-    return state

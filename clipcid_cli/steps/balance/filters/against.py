@@ -42,6 +42,9 @@ from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
+# In the folder of `balance`: what was compared, for later runs.
+_FOLDER = ".references"
+
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
@@ -161,9 +164,6 @@ def _refuse_other_model(embeddings: Embeddings, reference: Embeddings, name: str
             f"those of {embeddings.folder} ({decoded[0].preprocess}, {ways[0]}).",
             "Embed them likewise: give the images themselves (--against DATA).",
         )
-
-
-_FOLDER = ".references"
 
 
 @dataclasses.dataclass(frozen=True)
