@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,12 @@ import msgspec
 import numpy as np
 import pandas as pd
 
-from clipcid_cli.steps.balance.run import run
+from clipcid_cli.formats.sidecar import BalanceSidecar
+from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.plan import make_plan
+from clipcid_cli.steps.balance.run import begin, run
+from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -93,6 +100,18 @@ def balance(work: Path, embeddings: Path, **settings: Any) -> tuple[dict[str, An
     listener = Listener()
     result = run(BalanceSettings(work=work, embeddings=embeddings, device="cpu", **settings), listener)
     return msgspec.to_builtins(result), "\n".join(listener.told)
+
+
+@contextmanager
+def begun(work: Path, embeddings: Path, listener: Reporter | None = None, **settings: Any) -> Iterator[BalanceRun]:
+    """Begin the step, up to its search."""
+    listener = listener or Listener()
+    chosen = BalanceSettings(work=work, embeddings=embeddings, device="cpu", precision="fp32", **settings)
+    with open_machine("cpu") as machine:
+        plan = make_plan(chosen, machine, listener)
+        with claim_output(machine, plan.folder, "balance", BalanceSidecar, **plan.wanted) as output:
+            output.start()
+            yield begin(plan, machine, output, listener)
 
 
 def read_keep(work: Path) -> pd.DataFrame:

@@ -69,7 +69,7 @@ from clipcid_cli.algorithms.near.block import make_block
 from clipcid_cli.algorithms.near.centroids import round_to_grid
 unit = torch.nn.functional.normalize(torch.randn(1, 16, generator=torch.Generator().manual_seed(0)).double())
 rows = torch.nn.functional.normalize(unit + 0.1 * torch.eye(16).double()).half().cuda()
-nearest._MOST_GROUPS = 1024
+nearest._MAX_GROUPS = 1024
 search = nearest.NearestCentroid(round_to_grid(unit).repeat(9000, 1).cuda(), torch.float16)
 assert search.of(make_block(np.arange(16), rows, torch.float16)).number_B.tolist() == [0] * 16
 """

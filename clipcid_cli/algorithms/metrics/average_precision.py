@@ -17,15 +17,11 @@ def precision_metrics(scores_NC: Array, positive_NC: Array) -> Metrics:
 
     Args:
         scores_NC: Score of each image for each class, float [N, C]; only their order within a class matters.
-        positive_NC: Whether the image has the class, bool [N, C].
+        positive_NC: Whether the image has the class.
 
     Raises:
-        ValueError: when shapes differ, there is no image, or a score is NaN.
+        ValueError: when a score is NaN.
     """
-    if scores_NC.ndim != 2 or scores_NC.shape != positive_NC.shape:
-        raise ValueError(f"scores are {list(scores_NC.shape)}, labels {list(positive_NC.shape)}; both must be [N, C]")
-    if not len(scores_NC):
-        raise ValueError("no image to rank")
     if np.isnan(scores_NC).any():
         raise ValueError("scores hold NaN, which have no order")
 

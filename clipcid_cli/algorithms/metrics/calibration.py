@@ -12,8 +12,8 @@ from functools import cache
 import torch
 
 BINS = 15
-# Temperatures below 1/_LARGEST_SCALE are not told apart by float32 cosines, whose spacing near 1 is 6e-8.
-_LARGEST_SCALE = 2.0**17
+# Temperatures below 1/_MAX_SCALE are not told apart by float32 cosines, whose spacing near 1 is 6e-8.
+_MAX_SCALE = 2.0**17
 _TOLERANCE = 1e-10
 
 # Makes block after block of the images: cosines, float [B, C], and right classes, int64 [B]. Called once a pass, so that
@@ -37,7 +37,7 @@ class Calibration:
 
 
 def measure_calibration(blocks: Blocks, scale: float) -> Calibration:
-    """Compare the confidence of predictions with the share that is right.
+    """Compare the confidence of predictions with the share that is right; of one image or more.
 
     The confidence of an image is the probability of its most likely class, the first of equal ones. Images are put in bins
     of equal width, (m/15, (m + 1)/15]; the error is the mean over the images of |share right − mean confidence| of their
@@ -45,9 +45,6 @@ def measure_calibration(blocks: Blocks, scale: float) -> Calibration:
 
     Args:
         scale: Factor on the cosines, at least 0.
-
-    Raises:
-        ValueError: when there is no image.
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, eq. 3.
     """
@@ -60,8 +57,6 @@ def measure_calibration(blocks: Blocks, scale: float) -> Calibration:
         excess.index_add_(0, bin_B, right_B.double() - confidence_B)
         log_loss -= float(log_p_BC.gather(1, labels_B[:, None]).sum())
         images += len(labels_B)
-    if not images:
-        raise ValueError("no image to measure")
     return Calibration(float(excess.abs().sum()) / images, log_loss / images, images)
 
 
@@ -87,6 +82,6 @@ def fit_scale(blocks: Blocks) -> float | None:
             total += float((mean_B - wide_BC.gather(1, labels_B[:, None])[:, 0]).sum())
         return total
 
-    if slope(0.0) >= 0 or slope(_LARGEST_SCALE) <= 0:
+    if slope(0.0) >= 0 or slope(_MAX_SCALE) <= 0:
         return None
-    return float(brentq(slope, 0.0, _LARGEST_SCALE, rtol=_TOLERANCE))
+    return float(brentq(slope, 0.0, _MAX_SCALE, rtol=_TOLERANCE))

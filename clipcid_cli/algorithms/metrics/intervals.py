@@ -65,16 +65,7 @@ class Metrics:
 
 
 def count_cells(values_NV: Array) -> tuple[Array, Array]:
-    """Return the distinct rows, [U, V] in lexicographic order, and how many images have each, int64 [U].
-
-    Args:
-        values_NV: Values of each image, whole numbers [N, V].
-
-    Raises:
-        ValueError: when there is no image.
-    """
-    if not len(values_NV):
-        raise ValueError("no image to measure")
+    """Return the distinct rows of whole numbers, [U, V] in lexicographic order, and how many images have each, int64 [U]."""
     cells_UV, images_U = np.unique(values_NV, axis=0, return_counts=True)
     return cells_UV, images_U
 
@@ -99,10 +90,9 @@ def interval(drawn_B: Array) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class PairedMetric:
-    """A metric of two models on the same images.
+    """A metric of two models on the same images, and the 95 % interval of the difference, second minus first.
 
     Attributes:
-        interval: 95 % interval of the difference, second minus first.
         p_value: McNemar's, where the metric counts images that are right or wrong.
     """
 
@@ -131,12 +121,7 @@ class PairedMetric:
 def compare(
     first: Metrics, second: Metrics, replicates: int, seed: int, p_values: Mapping[str, float] | None = None
 ) -> dict[str, PairedMetric]:
-    """Compare each metric of two models that has a value.
-
-    Args:
-        first: Its cells are of the same images as the second model's.
-        p_values: McNemar's, of some metrics.
-    """
+    """Compare each metric, that has a value, of two models whose cells are of the same images; some have McNemar's p."""
     values, others = first.values(), second.values()
     drawn, others_drawn = (side.draw(replicates, seed) for side in (first, second))
     return {
@@ -149,11 +134,7 @@ def compare(
 
 
 def mcnemar(first_N: Array, second_N: Array) -> float:
-    """Return the probability of disagreements at least as uneven if both models are equally good.
-
-    Args:
-        first_N: Whether the first model is right, bool [N].
-        second_N: Whether the second model is.
+    """Return the probability of disagreements at least as uneven if both models are equally good, given which are right.
 
     Returns:
         The exact two-sided p-value, in (0, 1]; 1 where the models never disagree.
@@ -167,17 +148,12 @@ def mcnemar(first_N: Array, second_N: Array) -> float:
 
 
 def clopper_pearson(hits: int, trials: int) -> tuple[float, float]:
-    """Return the exact 95 % confidence interval of a rate, in [0, 1].
-
-    Raises:
-        ValueError: when the counts are out of range.
+    """Return the exact 95 % confidence interval of a rate, in [0, 1], given the hits of at least one trial.
 
     Source: Clopper and Pearson 1934; with no hit the upper end is the "rule of three", about 3.7/n for two-sided 95 %.
     """
     from scipy.special import betaincinv
 
-    if not 0 <= hits <= trials or trials < 1:
-        raise ValueError(f"{hits} hits in {trials} trials")
     low = 0.0 if hits == 0 else float(betaincinv(hits, trials - hits + 1, _TAIL))
     high = 1.0 if hits == trials else float(betaincinv(hits + 1, trials - hits, 1 - _TAIL))
     return low, high

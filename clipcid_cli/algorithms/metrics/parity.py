@@ -8,29 +8,14 @@ import torch
 
 
 class RowDifference(NamedTuple):
-    """The largest difference between two sets of rows.
-
-    Attributes:
-        max_difference: Largest absolute difference of two entries; infinite when any is not a number.
-        min_cosine: Smallest cosine similarity of two rows; −1 when any is not a number.
-    """
+    """The largest difference of two entries and the smallest cosine of two rows; ∞ and −1 when one is not a number."""
 
     max_difference: float
     min_cosine: float
 
 
 def compare_rows(reference_ND: torch.Tensor, other_ND: torch.Tensor) -> RowDifference:
-    """Compare rows one by one, in float64.
-
-    Args:
-        reference_ND: float [N, D].
-        other_ND: float [N, D].
-
-    Raises:
-        ValueError: when the shapes differ or there is no row.
-    """
-    if reference_ND.shape != other_ND.shape or reference_ND.ndim != 2 or not len(reference_ND):
-        raise ValueError(f"rows to compare have shapes {list(reference_ND.shape)} and {list(other_ND.shape)}")
+    """Compare rows, float [N, D] both, N ≥ 1, one by one in float64."""
     left, right = reference_ND.double(), other_ND.double()
     if not bool(left.isfinite().all() and right.isfinite().all()):
         return RowDifference(max_difference=float("inf"), min_cosine=-1.0)

@@ -24,52 +24,35 @@ Ranks = tuple[torch.Tensor, torch.Tensor]
 def retrieval_metrics(
     images_ND: torch.Tensor, texts_MD: torch.Tensor, image_of_text_M: torch.Tensor
 ) -> dict[str, float]:
-    """Return the values of `recall_metrics`; arguments and errors as `retrieval_ranks`."""
+    """Return the values of `recall_metrics`; arguments as `retrieval_ranks`."""
     image_ranks_M, text_ranks_N = retrieval_ranks(images_ND, texts_MD, image_of_text_M)
     return recall_metrics((image_ranks_M.cpu(), text_ranks_N.cpu()), image_of_text_M.cpu()).values()
 
 
-def retrieval_ranks(
-    images_ND: torch.Tensor,
-    texts_MD: torch.Tensor,
-    image_of_text_M: torch.Tensor,
-    chunk_entries: int = _CHUNK_ENTRIES,
-) -> Ranks:
+def retrieval_ranks(images_ND: torch.Tensor, texts_MD: torch.Tensor, image_of_text_M: torch.Tensor) -> Ranks:
     """Count the wrong answers ranked before the right one, in both directions; equal similarities rank in row order.
 
     Args:
-        images_ND: Image embeddings, float [N, D], unit rows.
-        texts_MD: Caption embeddings, float [M, D], unit rows.
+        images_ND: Image embeddings, float [N, D], unit rows, N ≥ 1.
+        texts_MD: Caption embeddings, float [M, D], unit rows, M ≥ 1.
         image_of_text_M: The image each caption belongs to, int64 [M] in [0, N).
-        chunk_entries: Largest number of similarities held at once.
 
     Returns:
         The ranks; the largest int64 where an image has no caption, or the similarity is NaN.
-
-    Raises:
-        ValueError: when there is no image or no text, or a caption names no image.
     """
-    if not len(images_ND) or not len(texts_MD):
-        raise ValueError(f"retrieval needs images and texts, not {len(images_ND)} and {len(texts_MD)}")
-    if not 0 <= int(image_of_text_M.min()) <= int(image_of_text_M.max()) < len(images_ND):
-        raise ValueError(f"captions name images up to {int(image_of_text_M.max())} of {len(images_ND)}")
     texts_M = torch.arange(len(texts_MD), device=texts_MD.device)
     return (
-        _rank_own(texts_MD, images_ND, texts_M, image_of_text_M, chunk_entries),
-        _rank_own(images_ND, texts_MD, image_of_text_M, texts_M, chunk_entries),
+        _rank_own(texts_MD, images_ND, texts_M, image_of_text_M),
+        _rank_own(images_ND, texts_MD, image_of_text_M, texts_M),
     )
 
 
 def _rank_own(
-    queries_QD: torch.Tensor,
-    candidates_RD: torch.Tensor,
-    query_P: torch.Tensor,
-    candidate_P: torch.Tensor,
-    chunk_entries: int,
+    queries_QD: torch.Tensor, candidates_RD: torch.Tensor, query_P: torch.Tensor, candidate_P: torch.Tensor
 ) -> torch.Tensor:
     """Count, for each query, the candidates before the first of its own: int64 [Q]."""
     candidates_R = torch.arange(len(candidates_RD), device=candidates_RD.device)
-    at_once = max(1, chunk_entries // len(candidates_RD))
+    at_once = max(1, _CHUNK_ENTRIES // len(candidates_RD))
     ranks = []
     for start in range(0, len(queries_QD), at_once):
         scores_BR = queries_QD[start : start + at_once] @ candidates_RD.T

@@ -159,11 +159,6 @@ def lowest_score(a: Block, b: Block, cutoff: float) -> torch.Tensor:
     return rounded
 
 
-def highest_dots(a: Block, b: Block, score_P: torch.Tensor) -> torch.Tensor:
-    """Bound the dot products behind computed scores [P] from above, float64 [P]."""
-    return score_P.double() * (a.step * b.step) + rounded_error(a, b)
-
-
 def rounded_error(a: Block, b: Block) -> float:
     """Bound the difference of a computed score, times both steps, from the exact dot product."""
     dtype = score_dtype(a.scan.dtype)

@@ -21,26 +21,15 @@ _ROWS_AT_ONCE = {"cpu": 1024, "cuda": 65_536}
 
 
 def round_to_grid(centroids_KD: torch.Tensor) -> torch.Tensor:
-    """Round to multiples of 2⁻²⁴, which float32 holds exactly within [−1, 1].
-
-    Args:
-        centroids_KD: float64 [K, D], unit rows.
-
-    Returns:
-        float32 [K, D]; each entry moves by at most 2⁻²⁵.
-    """
+    """Round unit rows, float64, to multiples of 2⁻²⁴, which float32 holds within [−1, 1]: entries move by at most 2⁻²⁵."""
     return (centroids_KD * _GRID).round().clamp(-_GRID, _GRID).div(_GRID).float()
 
 
 def centroids_of_sums(sums_KD: torch.Tensor, previous_KD: torch.Tensor) -> torch.Tensor:
-    """Turn the sums of the clusters' rows into centroids: the normalised means, on the grid.
+    """Turn the sums of the clusters' rows, float64, into centroids, float32: the normalised means, on the grid.
 
     Args:
-        sums_KD: Sums of rows, float64 [K, D].
-        previous_KD: Centroids kept where a sum is zero (an empty cluster, or rows that cancel), float32 [K, D].
-
-    Returns:
-        float32 [K, D], unit rows up to the rounding of the grid.
+        previous_KD: Centroids kept where a sum is zero (an empty cluster, or rows that cancel), float32.
     """
     lengths_K1 = root(fold_sum(sums_KD.square()))[:, None]
     means_KD = round_to_grid(sums_KD / lengths_K1.clamp(min=torch.finfo(torch.float64).tiny))
@@ -48,16 +37,10 @@ def centroids_of_sums(sums_KD: torch.Tensor, previous_KD: torch.Tensor) -> torch
 
 
 def fold_sum(values_KD: torch.Tensor) -> torch.Tensor:
-    """Sum each row by halving its width again and again.
+    """Sum each row, of width ≥ 1, by halving its width again and again: [K].
 
     Only element-wise additions in a fixed order take part, so the bits are the same on every device, which a library's
     own reduction does not promise.
-
-    Args:
-        values_KD: float [K, D], D ≥ 1.
-
-    Returns:
-        [K], in the dtype of the values.
     """
     while (width := values_KD.shape[1]) > 1:
         first_KH, second_KH, *last = torch.split(values_KD, width // 2, dim=1)
@@ -70,9 +53,6 @@ def fold_sum(values_KD: torch.Tensor) -> torch.Tensor:
 class ClusterSums:
     """Exact sums of the rows of each cluster, kept up to date as rows move.
 
-    Args:
-        device: Where the sums live; 8·K·D bytes.
-
     Attributes:
         sums_KD: float64 [K, D].
         counts_K: Rows of each cluster, int64 [K].
@@ -83,13 +63,7 @@ class ClusterSums:
         self.counts_K = torch.zeros(num_clusters, dtype=torch.int64, device=device)
 
     def move(self, rows_BD: torch.Tensor, old_B: torch.Tensor | None, new_B: torch.Tensor) -> None:
-        """Move rows from their old clusters to new ones.
-
-        Args:
-            rows_BD: float16 [B, D].
-            old_B: Clusters the rows were counted in, int64 [B]; None for rows that were in none.
-            new_B: Clusters they belong to now, int64 [B].
-        """
+        """Move rows, float16, from their old clusters to new ones, int64 [B]; `old_B` is None for rows that were in none."""
         at_once = _ROWS_AT_ONCE[rows_BD.device.type]
         for first in range(0, len(rows_BD), at_once):
             part = slice(first, first + at_once)

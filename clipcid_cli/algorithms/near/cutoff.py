@@ -54,13 +54,7 @@ def first_cutoff(nearest_S: FloatArray, edges_S: DoubleArray, share: float) -> f
 
 
 def wider_cutoff(nearest_S: FloatArray, cutoff: float, found: int, needed: int) -> float:
-    """Choose the distance of the next search after one whose forest had too few edges.
-
-    Args:
-        nearest_S: As for :func:`first_cutoff`.
-        cutoff: Distance of the last search.
-        found: Edges that its forest has.
-        needed: Edges that it must have.
+    """Choose the distance of the next search, after one to `cutoff` that found too few of the edges needed.
 
     Returns:
         A larger distance: where F has grown in the proportion that is missing, and at least 5 % more, so that some search
@@ -75,9 +69,7 @@ def _at(nearest_S: FloatArray, position: int) -> float:
 
 
 class CutoffEstimator:
-    """Estimates how far a search must reach for a number of forest edges, from a fixed sample of the rows.
-
-    Nothing is computed before the first estimate.
+    """Estimates how far a search must reach for a number of forest edges, from a fixed sample of the rows, if it is asked.
 
     Args:
         num_rows: N, the rows to search, at least 2, no two of them equal.
@@ -89,13 +81,7 @@ class CutoffEstimator:
         self._num_rows, self._find_nearest, self._for_stars = num_rows, find_nearest, for_stars
 
     def choose(self, searched: float, found: int, needed: int) -> float:
-        """Return the distance of the next search.
-
-        Args:
-            searched: Distance of the last search; 0 before the first.
-            found: Edges that its forest has.
-            needed: Edges that it must have.
-        """
+        """Return the distance of the next search, after one to `searched` (0: none) that found some of those needed."""
         nearest_S, edges_S = self._nearest
         if searched == 0.0:
             return first_cutoff(nearest_S, edges_S, needed / self._num_rows)

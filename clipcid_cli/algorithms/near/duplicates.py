@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
+from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows
 
 HashArray = npt.NDArray[np.uint64]
 
@@ -78,16 +78,3 @@ def collapse_duplicates(read: ReadRows, rows: IntArray, hashes: HashArray) -> tu
     unique[np.concatenate(larger)] = False
     a, b = rows[np.concatenate(smaller)], rows[np.concatenate(larger)]
     return rows[unique], Edges(a, b, np.zeros(len(a), np.float32))
-
-
-def unique_positions(num_rows: int, unique: IntArray, copies: Edges) -> IntArray:
-    """Map rows 0 … N − 1 to the unique rows that they equal, given what :func:`collapse_duplicates` found among them.
-
-    Returns:
-        The position in `unique` of each row, integers [N].
-    """
-    kind = row_type(num_rows)
-    positions = np.zeros(num_rows, kind)
-    positions[unique] = np.arange(len(unique), dtype=kind)
-    positions[copies.b] = positions[copies.a]
-    return positions

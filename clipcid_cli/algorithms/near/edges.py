@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 
-from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
+from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray
 
 # Edges merged at once: about 60 bytes each while they are sorted.
 _MERGED_AT_ONCE = 2**14
@@ -31,7 +30,7 @@ class Edges:
     def __len__(self) -> int:
         return len(self.weight)
 
-    def __getitem__(self, index: slice | npt.NDArray[np.bool_] | IntArray) -> Edges:
+    def __getitem__(self, index: slice | BoolArray | IntArray) -> Edges:
         return Edges(self.a[index], self.b[index], self.weight[index])
 
     @staticmethod
@@ -50,10 +49,6 @@ class Edges:
             np.concatenate([part.b for part in parts]),
             np.concatenate([part.weight for part in parts]),
         )
-
-    def in_type(self, kind: type[np.signedinteger]) -> Edges:
-        """Return the edges with row numbers of a type that holds them."""
-        return Edges(self.a.astype(kind, copy=False), self.b.astype(kind, copy=False), self.weight)
 
     def renumbered(self, numbers: IntArray) -> Edges:
         """Return the edges, ascending, with each row replaced by its number, int64 [N]; numbers keep the order of rows."""
@@ -102,7 +97,7 @@ def _order(edges: Edges) -> IntArray:
     return order
 
 
-def merge_edges(one: Edges, other: Edges) -> tuple[Edges, npt.NDArray[np.bool_]]:
+def merge_edges(one: Edges, other: Edges) -> tuple[Edges, BoolArray]:
     """Return all edges of both, ascending, and which of them are the other's, bool [E]; each must ascend.
 
     The memory is that of the result, and of a part of it. Equal weights are sorted at once, however many they are.

@@ -26,6 +26,7 @@ IntArray = npt.NDArray[np.signedinteger[Any]]
 HalfArray = npt.NDArray[np.float16]
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 
 # Reads stored rows, float16 [n, D], by their row numbers, integers [n].
 ReadRows = Callable[[IntArray], HalfArray]
@@ -74,14 +75,7 @@ def squared_lengths(rows_ND: torch.Tensor) -> torch.Tensor:
 
 
 def exact_dots(a_MD: torch.Tensor, b_ND: torch.Tensor, i_P: torch.Tensor, j_P: torch.Tensor) -> torch.Tensor:
-    """Return the dot products of chosen pairs of two blocks of rows, float64 [P].
-
-    Args:
-        a_MD: Stored rows, float16 or float32, [M, D].
-        b_ND: Likewise, [N, D].
-        i_P: Positions in `a`, int64 [P].
-        j_P: Positions in `b`, int64 [P].
-    """
+    """Return the dot products, float64, of pairs of stored rows of two blocks, float16 or float32, by their positions."""
     rows, row_P = occurring(i_P, len(a_MD))
     columns, column_P = occurring(j_P, len(b_ND))
     if len(rows) * len(columns) <= _ENTRIES_PER_PAIR * len(i_P):
@@ -109,10 +103,9 @@ def distance_matrix(a_MD: torch.Tensor, b_ND: torch.Tensor) -> torch.Tensor:
 
 
 def cosine_similarities(a_ND: HalfArray, b_ND: HalfArray) -> FloatArray:
-    """Return the cosine of each row of `a` with the same row of `b`, float16 [N, D] both.
+    """Return the cosine of each row of `a` with the same row of `b`; NaN where one is zero or not finite.
 
-    Returns:
-        float32 [N], the same bits on every machine: all sums are exact. NaN where a row is zero or not finite.
+    All sums are exact, so that the bits are the same on every machine.
     """
     a_ND, b_ND = a_ND.astype(np.float64), b_ND.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -122,11 +115,7 @@ def cosine_similarities(a_ND: HalfArray, b_ND: HalfArray) -> FloatArray:
 
 
 def occurring(position_P: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which positions occur, ascending, and the index of each entry among them, int64 [P]; without a sort.
-
-    Args:
-        position_P: Positions, int64 [P] in [0, size).
-    """
+    """Return which positions of [0, size) occur, ascending, and the place of each among them, int64 [P]; without a sort."""
     occurs = torch.zeros(size, dtype=torch.bool, device=position_P.device)
     occurs[position_P] = True
     places = torch.cumsum(occurs, dim=0) - 1

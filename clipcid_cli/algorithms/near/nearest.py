@@ -51,7 +51,7 @@ _GROUPS = {"cpu": 64, "cuda": 256}
 # float32 is cheaper: rows with cosines of 0.9 took 11 s without that and 2.6 with it (2.2 in float32 from the start).
 _CROWDED = 10
 # Groups that are looked into at once; where many centroids are equal there are more.
-_MOST_GROUPS = 2**18
+_MAX_GROUPS = 2**18
 # No centroid yet: above every number.
 _NONE = torch.iinfo(torch.int64).max
 
@@ -78,7 +78,7 @@ class Found:
     others_B: torch.Tensor
 
     def at(self, which: torch.Tensor | slice) -> Found:
-        """Return some of the rows, by positions int64 [n] or a slice."""
+        """Return those of some of the rows."""
         return Found(self.number_B[which], self.cosine_B[which], self.others_B[which])
 
     @staticmethod
@@ -174,7 +174,7 @@ class NearestCentroid:
                 stored = rows.stored.index_select(0, which_B)
                 wide = dataclasses.replace(rows, stored=stored, scan=stored.float(), residual=0.0, step=1.0)
                 return self._in_float32.of(wide, None, known, leading)
-            if len(row_Q) > _MOST_GROUPS and size > 1:
+            if len(row_Q) > _MAX_GROUPS and size > 1:
                 halves = (slice(0, size // 2), slice(size // 2, size))
                 return Found.join([self.of(rows, which_B[half], known and known.at(half), leading) for half in halves])
 

@@ -24,7 +24,7 @@ Schmid 2011; the margin to the plane is that of spill trees (Liu, Moore, Gray, Y
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -34,9 +34,8 @@ from clipcid_cli.algorithms.near.exact import IntArray, ReadRows, exact_dots, ro
 from clipcid_cli.algorithms.near.nearest import top_nearest
 from clipcid_cli.algorithms.near.sample import Neighbours
 
-# Rows that are looked at together, and how many of their nearest centroids. Of 20,000 synthetic rows of width 512 in 1,200
-# partitions, 173 have more that they may visit. These are multiplied with all, so many values at once.
-_ROWS_AT_ONCE = {"cpu": 2048, "cuda": 16_384}
+# How many of a row's nearest centroids are looked at first. Of 20,000 synthetic rows of width 512 in 1,200 partitions, 173
+# have more that they may visit. These are multiplied with all, so many values at once.
 _NEAREST = 16
 _VALUES_AT_ONCE = 2**22
 # No two centroids are farther apart: their lengths are at most 1.01, as for those that are searched.
@@ -48,9 +47,9 @@ SAMPLE_ROWS, NEIGHBOURS = 1024, 8
 # Few pairs exceed the largest distance to a plane that some thousand sampled ones have, hardly any twice that, and rows that
 # near to a border are few: with 1.5 times, 2 of 25,000 forest edges of 50,000 synthetic rows were lost.
 _MARGIN_FACTOR = 2.0
-_SMALLEST_MARGIN = 0.05
+_MIN_MARGIN = 0.05
 # Partitions a row may visit on average, 8 bytes each.
-_MOST_VISITS = 64
+_MAX_VISITS = 64
 
 
 def default_num_partitions(num_rows: int) -> int:
@@ -59,11 +58,7 @@ def default_num_partitions(num_rows: int) -> int:
 
 
 class Partitions:
-    """The partitions of some centroids.
-
-    Args:
-        centroids_KD: Unit rows, float32 on the grid of 2⁻²⁴, [K, D].
-    """
+    """The partitions of some centroids, unit rows on the grid of 2⁻²⁴, float32."""
 
     def __init__(self, centroids_KD: torch.Tensor) -> None:
         self.width, self.device = centroids_KD.shape[1], centroids_KD.device
@@ -80,11 +75,7 @@ class Partitions:
     def gaps(
         self, rows_BD: torch.Tensor, row_P: torch.Tensor, home_P: torch.Tensor, other_P: torch.Tensor
     ) -> torch.Tensor:
-        """Return the distance of rows at these positions to the planes between their homes and other partitions.
-
-        Returns:
-            float64 [P]; 0 where both centroids are equal, so that neither is nearer.
-        """
+        """Return the distance of rows to the planes between their homes and other partitions, 0 for equal centroids."""
         ahead_P = exact_dots(rows_BD, self._centroids_KD, row_P, home_P)
         ahead_P -= exact_dots(rows_BD, self._centroids_KD, row_P, other_P)
         dots_P = exact_dots(self._centroids_KD, self._centroids_KD, home_P, other_P)
@@ -92,11 +83,7 @@ class Partitions:
         return (ahead_P / apart_P).nan_to_num_(nan=0.0)
 
     def visits(self, rows_BD: torch.Tensor, margin: float) -> tuple[torch.Tensor, ...]:
-        """Find the partitions that rows visit.
-
-        Args:
-            rows_BD: Stored rows, float16 [B, D].
-            margin: How near to a border a row visits the partition beyond it.
+        """Find the partitions that stored rows visit, those beyond a border that is within `margin`.
 
         Returns:
             The home of each row, int64 [B]; and of each visit, ascending, the row's position and the partition, int64 [P],
@@ -153,33 +140,12 @@ def measure_margin(
         partitions.gaps(stored_SD, row_P, home_P, beyond_P), partitions.gaps(other_PD, apart_P, beyond_P, home_P)
     )
     largest = float(gap_P.max()) if len(gap_P) else 0.0
-    margin = min(reach, max(_SMALLEST_MARGIN * reach, _MARGIN_FACTOR * largest))
+    margin = min(reach, max(_MIN_MARGIN * reach, _MARGIN_FACTOR * largest))
     *_, spread_P = partitions.visits(stored_SD, margin)
-    allowed = _MOST_VISITS * len(sample)
+    allowed = _MAX_VISITS * len(sample)
     if allowed < len(spread_P):
         margin = float(spread_P.sort().values[allowed])
     return margin, int((spread_P <= margin).sum()) / len(sample)
-
-
-def assign_rows(
-    partitions: Partitions, read: ReadRows, rows: IntArray, margin: float, share: tuple[int, int]
-) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
-    """Find the home of rows and the partitions they visit, some rows after another.
-
-    Args:
-        rows: Row numbers, integers [N].
-        margin: How near to a border a row visits the partition beyond it.
-        share: Places in `rows` to look at: the first, and the one after the last.
-
-    Yields:
-        Homes of consecutive rows, int32 [B]; the partitions that some of them visit, int32 [P], and the numbers of these
-        rows, integers [P].
-    """
-    for at in range(*share, _ROWS_AT_ONCE[partitions.device.type]):
-        numbers = rows[at : min(at + _ROWS_AT_ONCE[partitions.device.type], share[1])]
-        home_B, row_P, other_P, _ = partitions.visits(read_stored(read, numbers, partitions.device), margin)
-        visitors = numbers[row_P.cpu().numpy()]
-        yield home_B.cpu().numpy().astype(np.int32), other_P.cpu().numpy().astype(np.int32), visitors
 
 
 def group_rows(

@@ -22,13 +22,13 @@ Job = tuple[int, int]
 
 # Rows of a panel: of a search of all pairs as many as make a product fast, but few enough that a handful of processes get
 # equal shares and a killed run loses little; less where several lists are compared, so that few panels are mostly empty.
-_LARGEST_PANEL, _PANEL, _SMALLEST_PANEL = 16_384, 8192, 2048
-_FEWEST_PANELS = 8
+_MAX_PANEL, _PANEL, _MIN_PANEL = 16_384, 8192, 2048
+_MIN_PANELS = 8
 
 # Of 400 million rows on 8 GPUs, each is a minute of work.
-_MOST_CHUNKS = 4096
+_MAX_CHUNKS = 4096
 # A panel that passes by is read once for so many jobs; more would gain little.
-_WIDEST_STRIP = 128
+_MAX_STRIP = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Plan:
     @property
     def num_chunks(self) -> int:
         """Number of chunks: of the plan alone."""
-        return min(len(self), _MOST_CHUNKS)
+        return min(len(self), _MAX_CHUNKS)
 
     @property
     def num_pairs(self) -> int:
@@ -122,7 +122,7 @@ def triangle(rows: IntArray, in_memory: int, num_first: int | None = None) -> Pl
         in_memory: How many rows fit into the memory for panels.
         num_first: Number of the first rows.
     """
-    panel_rows = min(_LARGEST_PANEL, -(-(len(rows) // _FEWEST_PANELS + 1) // _SMALLEST_PANEL) * _SMALLEST_PANEL)
+    panel_rows = min(_MAX_PANEL, -(-(len(rows) // _MIN_PANELS + 1) // _MIN_PANEL) * _MIN_PANEL)
     starts, stops, ahead = _cut([len(rows) if num_first is None else num_first, len(rows)], panel_rows)
     first = np.arange(len(starts))
     last = np.where(first < ahead, len(starts), first)
@@ -144,11 +144,11 @@ def components(members: IntArray, labels: IntArray, in_memory: int) -> Plan:
         members: Row numbers by component, integers [M].
         labels: Component of each of them, integers [M], ascending.
     """
-    starts, stops, _ = _cut([len(members)], _SMALLEST_PANEL)
+    starts, stops, _ = _cut([len(members)], _MIN_PANEL)
     # A panel shares a component with those that begin with what it ends with.
     last = np.searchsorted(labels[starts], labels[stops - 1], side="right")
     first = np.arange(len(starts))
-    return Plan(members, starts, stops, first, np.maximum(last, first + 1), _strip_width(in_memory // _SMALLEST_PANEL))
+    return Plan(members, starts, stops, first, np.maximum(last, first + 1), _strip_width(in_memory // _MIN_PANEL))
 
 
 def pieces(rows: IntArray, ends: IntArray, in_memory: int) -> Plan:
@@ -180,4 +180,4 @@ def _cut(ends: Sequence[int] | IntArray, panel_rows: int) -> tuple[IntArray, Int
 
 def _strip_width(panels_in_memory: int) -> int:
     """Return the widest strip whose panels stay in memory beside two that pass by."""
-    return min(_WIDEST_STRIP, max(1, panels_in_memory - 2))
+    return min(_MAX_STRIP, max(1, panels_in_memory - 2))

@@ -62,12 +62,11 @@ def find_neighbours(
     device: torch.device,
     share: tuple[int, int],
 ) -> Neighbours:
-    """Find the nearest neighbours of sampled rows.
+    """Find so many nearest neighbours of sampled rows.
 
     Args:
         rows: Row numbers, integers [N].
         sample: Places in `rows` of the sampled rows, int64 [S], ascending.
-        count: Neighbours of each.
         share: The first place to look at, and the one after the last.
     """
     start, stop = share

@@ -14,31 +14,27 @@ Source: docs/method.md#fast-search-exact-result.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from clipcid_cli.algorithms.near.block import Block, highest_dots, load_block, lowest_score, multiply, score_dtype
+from clipcid_cli.algorithms.near.block import Block, lowest_score, multiply, rounded_error, score_dtype
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import (
     ROUNDING_MARGIN,
+    BoolArray,
     FloatArray,
     IntArray,
-    ReadRows,
     edge_weights,
     exact_dots,
     paired_dots,
 )
 
 # Tells, from rows a, rows b and lower bounds of their distances, which pairs are worth computing.
-Wants = Callable[[IntArray, IntArray, FloatArray], npt.NDArray[np.bool_]]
+Wants = Callable[[IntArray, IntArray, FloatArray], BoolArray]
 
-# Limit of the panels kept in memory, in the format of the fast product and as stored.
-CACHE_BYTES = 2**30
 # Rows a side of one product: its scores stay near the cores' caches.
 _PRODUCT_ROWS = 2048
 # Scores whose maximum is taken at once. Most stretches have no candidate: their maxima take a twelfth of the time of a
@@ -49,40 +45,7 @@ _STRETCHES_AT_ONCE = 2**11
 # Candidates of as many products as it takes that are decided together.
 _MANY_PAIRS = 2**16
 # Pairs that are computed for two blocks on a GPU, and stretches that are looked into.
-_MOST_QUEUED = 16_384
-
-
-class Panels:
-    """Numbered blocks of rows, read when they are asked for. Those used last stay in memory.
-
-    Args:
-        rows_of: Gives the row numbers of a panel, integers [n].
-        scan_dtype: Format of the fast product.
-        cache_bytes: Limit of the memory of all panels but two.
-    """
-
-    def __init__(
-        self,
-        read: ReadRows,
-        rows_of: Callable[[int], IntArray],
-        device: torch.device,
-        scan_dtype: torch.dtype,
-        cache_bytes: int = CACHE_BYTES,
-    ) -> None:
-        self._load: Callable[[int], Block] = lambda index: load_block(read, rows_of(index), device, scan_dtype)
-        self._cache_bytes = cache_bytes
-        self._panels: OrderedDict[int, Block] = OrderedDict()
-
-    def __getitem__(self, index: int) -> Block:
-        if index in self._panels:
-            self._panels.move_to_end(index)
-            return self._panels[index]
-        panel = self._panels[index] = self._load(index)
-        copy = 0 if panel.scan is panel.stored else panel.scan.nbytes
-        room = max(2, self._cache_bytes // (panel.stored.nbytes + copy))
-        while len(self._panels) > room:
-            self._panels.popitem(last=False)
-        return panel
+_MAX_QUEUED = 16_384
 
 
 def near_pairs_of(blocks: Iterable[tuple[Block, Block]], cutoff: float, wants: Wants) -> Iterator[Iterator[Edges]]:
@@ -101,13 +64,15 @@ def near_pairs_of(blocks: Iterable[tuple[Block, Block]], cutoff: float, wants: W
         yield before
 
 
-def near_pairs(a: Block, b: Block, cutoff: float, wants: Wants) -> Iterator[Edges]:
+def near_pairs(
+    a: Block, b: Block, cutoff: float, wants: Wants = lambda a, b, _: np.ones(len(a), np.bool_)
+) -> Iterator[Edges]:
     """Find the pairs of one row of each block that are within a distance.
 
     Args:
         b: Another block, or the same: then each pair is found once.
         cutoff: Largest distance, inclusive.
-        wants: Which pairs are worth computing.
+        wants: Which pairs are worth computing; by default all.
 
     Returns:
         The pairs within the distance that are wanted, with exact weights, a < b, in pieces of bounded size. They are
@@ -165,7 +130,8 @@ def _decide(
         found: Positions in both blocks, int64 [P], and scores [P].
     """
     i_P, j_P, score_P = (torch.cat(parts) for parts in zip(*found, strict=True))
-    squared_P = a.squared[i_P] + b.squared[j_P] - 2.0 * highest_dots(a, b, score_P)
+    highest_P = score_P.double() * (a.step * b.step) + rounded_error(a, b)
+    squared_P = a.squared[i_P] + b.squared[j_P] - 2.0 * highest_P
     at_least_P = (squared_P.clamp(min=0.0).sqrt() * (1.0 - ROUNDING_MARGIN)).float()
     i, j = a.rows[i_P.cpu().numpy()], b.rows[j_P.cpu().numpy()]
     small, large = np.minimum(i, j), np.maximum(i, j)
@@ -228,5 +194,5 @@ def queue(a: Block, b: Block, cutoff: float, wants: Wants) -> Iterator[Edges]:
 
 def _top(score_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the largest scores, in any order, and their places."""
-    values, places = score_S.topk(min(_MOST_QUEUED, len(score_S)), sorted=False)
+    values, places = score_S.topk(min(_MAX_QUEUED, len(score_S)), sorted=False)
     return values, places

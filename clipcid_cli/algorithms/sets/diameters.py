@@ -11,11 +11,11 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.near.block import read_stored
 from clipcid_cli.algorithms.near.exact import (
+    BoolArray,
     FloatArray,
     IntArray,
     ReadRows,
@@ -26,7 +26,7 @@ from clipcid_cli.algorithms.near.exact import (
 )
 
 # Sets of more rows are swept. At this size all pairs take half a second on two cores where N is 100,000.
-MOST_COMPARED = 1024
+MAX_COMPARED = 1024
 _ROWS_AT_ONCE = 4096
 _SWEEPS = 3
 
@@ -43,16 +43,11 @@ class Diameters:
 
     label: IntArray
     diameter: FloatArray
-    is_exact: npt.NDArray[np.bool_]
+    is_exact: BoolArray
 
 
 def find_diameters(read: ReadRows, rows: IntArray, labels: IntArray, device: torch.device) -> Diameters:
-    """Find the diameters of sets.
-
-    Args:
-        rows: Row numbers, integers [N], each once.
-        labels: Set of each row, integers [N]; sets of one row are omitted.
-    """
+    """Find the diameters of sets, given the set of each of some row numbers; sets of one row are omitted."""
     order = np.argsort(labels, kind="stable").astype(row_type(len(rows)))
     label, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
     several = sizes > 1
@@ -63,11 +58,11 @@ def find_diameters(read: ReadRows, rows: IntArray, labels: IntArray, device: tor
         at_once = max(1, _ROWS_AT_ONCE // size)
         for part in (sets_S[at : at + at_once] for at in range(0, len(sets_S), at_once)):
             members_SM = rows[order[starts[part][:, None] + np.arange(size)]]
-            if size <= MOST_COMPARED:
+            if size <= MAX_COMPARED:
                 diameter[part] = _compare(read, members_SM, device)
             else:
                 diameter[part] = [_sweep(read, members_M, device) for members_M in members_SM]
-    return Diameters(label, diameter, sizes <= MOST_COMPARED)
+    return Diameters(label, diameter, sizes <= MAX_COMPARED)
 
 
 def _compare(read: ReadRows, members_SM: IntArray, device: torch.device) -> FloatArray:

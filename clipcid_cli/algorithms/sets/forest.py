@@ -12,27 +12,19 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import numpy.typing as npt
 
 from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
-from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, row_type
+from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
 
 # Edges collected before they are merged into the forest; at least a quarter as many as the forest has.
-_SMALLEST_FOLD = 2**18
+_MIN_FOLD = 2**18
 # Small pieces, each three arrays of its own, are put together before they are many.
-_MOST_PIECES = 2**10
+_MAX_PIECES = 2**10
+_CURVE_POINTS = 1000
 
 
 def connected_components(num_nodes: int, a: IntArray, b: IntArray) -> IntArray:
-    """Label the components of a graph by their smallest node.
-
-    Args:
-        a: One end of each edge, integers [E] in [0, num_nodes).
-        b: The other end, integers [E].
-
-    Returns:
-        Integers [num_nodes]: the smallest node reachable from each node.
-    """
+    """Label each node of a graph, given both ends of its edges, by the smallest node that is reachable from it."""
     labels = np.arange(num_nodes, dtype=row_type(num_nodes))
     while True:
         label_a, label_b = labels[a], labels[b]
@@ -53,8 +45,8 @@ class _Round:
     """A round of Borůvka's algorithm among the M nodes that earlier rounds have left.
 
     Attributes:
-        weight: Weight of each node's lightest edge, float32 [M], infinite where it has none.
-        parent: The node of the next round that it is merged into, integers [M]; of no meaning where it has no edge.
+        weight: Weight of each node's lightest edge, infinite where it has none.
+        parent: The node of the next round that it is merged into; of no meaning where it has no edge.
     """
 
     weight: FloatArray
@@ -62,10 +54,9 @@ class _Round:
 
 
 def _contract(num_rows: int, edges: Edges) -> tuple[IntArray, list[_Round]]:
-    """Find the minimum spanning forest of a graph whose edges ascend; nodes without further edges leave after a round.
+    """Find the minimum spanning forest of a graph whose edges ascend: their places, ascending, and the rounds.
 
-    Returns:
-        The places of its edges, ascending, and the rounds.
+    Nodes without further edges leave after a round.
     """
     kind = row_type(max(num_rows, len(edges)))
     none = len(edges)
@@ -109,11 +100,10 @@ class ForestSink:
 
     Args:
         known: Edges known before.
-        smallest_fold: Least number of edges collected before they are merged; only speed and memory depend on it.
     """
 
-    def __init__(self, num_rows: int, known: Edges | None = None, smallest_fold: int = _SMALLEST_FOLD) -> None:
-        self._num_rows, self._smallest_fold = num_rows, smallest_fold
+    def __init__(self, num_rows: int, known: Edges | None = None) -> None:
+        self._num_rows = num_rows
         self._rounds: list[_Round] = []
         self._forest, self._is_fresh = Edges.empty(), np.empty(0, np.bool_)
         self._added = list[Edges]()
@@ -122,16 +112,11 @@ class ForestSink:
             self.add(known)
             self.drain()
 
-    def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
+    def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> BoolArray:
         """Tell which pairs can still be edges of the forest, from lower bounds of their weights.
 
         A pair whose rows are joined already by strictly lighter edges closes a cycle as its heaviest edge and is in no
         minimum spanning forest. Edges added since the last merge are not considered, so True does not mean that it joins.
-
-        Args:
-            a: One row of each pair, integers [P].
-            b: The other row, integers [P].
-            at_least: Lower bounds of the weights, float32 [P].
         """
         possible = np.ones(len(a), np.bool_)
         pair = np.arange(len(a))
@@ -149,11 +134,12 @@ class ForestSink:
     def add(self, edges: Edges) -> None:
         """Add edges of the graph."""
         edges = edges[self.wants(edges.a, edges.b, edges.weight)]
-        self._added.append(edges.in_type(row_type(self._num_rows)))
+        a, b = (each.astype(row_type(self._num_rows), copy=False) for each in (edges.a, edges.b))
+        self._added.append(Edges(a, b, edges.weight))
         self._num_added += len(edges)
-        if self._num_added >= max(self._smallest_fold, len(self._forest) // 4):
+        if self._num_added >= max(_MIN_FOLD, len(self._forest) // 4):
             self.result()
-        elif len(self._added) >= _MOST_PIECES:
+        elif len(self._added) >= _MAX_PIECES:
             self._added = [Edges.concatenate(self._added)]
 
     def result(self) -> Edges:
@@ -189,18 +175,13 @@ class Curve:
     largest: IntArray
 
 
-def forest_curve(num_rows: int, forest: Edges, chosen: float | None, num_points: int = 1000) -> Curve:
-    """Count components, and measure the largest, over the cut-off.
+def forest_curve(num_rows: int, forest: Edges, chosen: float | None) -> Curve:
+    """Count components, and measure the largest, from the smallest weight of an ascending forest to its largest.
 
     Args:
-        forest: Its forest, ascending.
-        chosen: A cut-off that must be among the points, or None.
-        num_points: Largest number of other points; they fall evenly on the number of images kept.
-
-    Returns:
-        The curve, from the smallest weight of the forest (0 when there is no edge) to the largest.
+        chosen: A cut-off that must be among the points, or None; others fall evenly on the number of images kept.
     """
-    ends = np.linspace(1, max(1, len(forest)), num_points).astype(np.int64) - 1
+    ends = np.linspace(1, max(1, len(forest)), _CURVE_POINTS).astype(np.int64) - 1
     distances = forest.weight[np.unique(ends)] if len(forest) else np.zeros(1, np.float32)
     if chosen is not None:
         distances = np.append(distances, np.float32(chosen))

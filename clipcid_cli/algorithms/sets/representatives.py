@@ -8,14 +8,15 @@ Source: docs/method.md#representatives: the paper's central image; ties and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, reduce
+from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.near.block import read_stored
 from clipcid_cli.algorithms.near.exact import (
+    BoolArray,
     DoubleArray,
     FloatArray,
     IntArray,
@@ -44,36 +45,28 @@ def central_rows(read: ReadRows, labels: IntArray) -> IntArray:
         Each row's representative, integers [N]. Means are float64 means of the stored rows, whose sums are exact; of equal
         distances the smaller row wins.
     """
-    # Of few sets at once: their means are float64.
-    return _choose(read, labels, _ROWS_AT_ONCE, _from_means)
+    return _choose(read, labels, _from_means)
 
 
 def medoid_rows(read: ReadRows, labels: IntArray, device: torch.device) -> IntArray:
     """Choose the row of each set with the smallest sum of distances to the others; as :func:`central_rows` otherwise."""
-    return _choose(read, labels, 1, partial(_from_members, device=device))
+    return _choose(read, labels, partial(_from_members, device=device))
 
 
-def _choose(
-    read: ReadRows,
-    labels: IntArray,
-    at_once: int,
-    score: Callable[[ReadRows, IntArray, int], DoubleArray],
-) -> IntArray:
+def _choose(read: ReadRows, labels: IntArray, score: Callable[[ReadRows, IntArray], DoubleArray]) -> IntArray:
     """Choose the row with the least score in each set, of equal ones the first; for all rows of the set.
 
     Args:
-        at_once: Rows of the sets that are scored together; one set at least.
-        score: Returns the scores of M rows, by where their sets start, int64 [S], and where the last ends.
+        score: Returns the scores of M rows, float64 [M], given their reader and where each set of them starts and the last
+            one ends, int64 [S + 1].
     """
     chosen_N = labels.copy()
-    for members_M, starts_S in _batches(labels):
-        read_M = _read_ahead(read, members_M)
-        parts = _spans(starts_S, len(members_M), at_once)
-        scores_M = np.concatenate([score(read_M, starts_S[some], end) for some, end in parts])
-        sizes_S = np.diff(starts_S, append=len(members_M))
-        places = np.flatnonzero(scores_M == np.repeat(np.minimum.reduceat(scores_M, starts_S), sizes_S))
-        first_S = places[np.searchsorted(places, starts_S)]
-        chosen_N[members_M] = np.repeat(members_M[first_S], sizes_S)
+    for members_M, bounds in _batches(labels):
+        scores_M = score(_read_ahead(read, members_M), bounds)
+        least_M = np.repeat(np.minimum.reduceat(scores_M, bounds[:-1]), np.diff(bounds))
+        places = np.flatnonzero(scores_M == least_M)
+        first_S = places[np.searchsorted(places, bounds[:-1])]
+        chosen_N[members_M] = np.repeat(members_M[first_S], np.diff(bounds))
     return chosen_N
 
 
@@ -85,16 +78,12 @@ def best_rows(scores: DoubleArray, labels: IntArray) -> IntArray:
     return chosen[labels]
 
 
-def best_of_groups(scores: DoubleArray, labels: IntArray, most: int) -> npt.NDArray[np.bool_]:
-    """Tell which rows are among the best of their group.
+def best_of_groups(scores: DoubleArray, labels: IntArray, most: int) -> BoolArray:
+    """Tell which rows are among the best of their group, bool [N]; of equal ones the smaller position.
 
     Args:
-        scores: Higher is better; of equal ones the smaller position, float64 [N], not NaN.
-        labels: Group of each row, integers [N].
+        scores: Higher is better, float64 [N], not NaN.
         most: How many rows of a group at most.
-
-    Returns:
-        bool [N].
     """
     order = np.lexsort((-scores, labels))
     ordered = labels[order]
@@ -131,27 +120,18 @@ def share_beyond(distances: FloatArray, cutoff: float, num_dropped: int) -> floa
 
 
 def _batches(labels: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
-    """Yield whole sets, together of about ``_ROWS_READ`` rows, as positions [M] and where each set starts [S].
+    """Yield whole sets, of about ``_ROWS_READ`` rows together: the rows [M], and where each starts and all end [S + 1].
 
     Sets of one or two rows are omitted: two rows are equally far from their mean, and from each other, so the smaller
     position represents them and the rows need not be read.
     """
-    is_large = np.bincount(labels) > 2
-    order = np.flatnonzero(is_large[labels]).astype(labels.dtype)
+    order = np.flatnonzero((np.bincount(labels) > 2)[labels]).astype(labels.dtype)
     order = order[np.argsort(labels[order], kind="stable")]
-    ordered = labels[order]
-    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(order)])
-    del is_large, ordered
-    for some, end in _spans(starts, len(order), _ROWS_READ):
-        yield order[starts[some.start] : end], starts[some] - starts[some.start]
-
-
-def _spans(starts: IntArray, num_rows: int, size: int) -> Iterator[tuple[slice, int]]:
-    """Yield ranges of whole sets, together of about `size` rows or one that is larger, and the end of their rows."""
+    bounds = np.append(np.flatnonzero(np.diff(labels[order], prepend=-1)), len(order))
     first = 0
-    while first < len(starts):
-        last = max(first + 1, int(np.searchsorted(starts, starts[first] + size)))
-        yield slice(first, last), int(starts[last]) if last < len(starts) else num_rows
+    while bounds[first] < len(order):
+        last = max(first + 1, int(np.searchsorted(bounds[:-1], bounds[first] + _ROWS_READ)))
+        yield order[bounds[first] : bounds[last]], bounds[first : last + 1] - bounds[first]
         first = last
 
 
@@ -163,42 +143,36 @@ def _read_ahead(read: ReadRows, rows: IntArray) -> ReadRows:
     return lambda places: stored[places]
 
 
-def _from_means(read: ReadRows, starts_S: IntArray, end: int) -> DoubleArray:
+def _from_means(read: ReadRows, bounds: IntArray) -> DoubleArray:
     """Return the squared distance of each row to the mean of its set, float64 [M]."""
-    first = int(starts_S[0])
-    sizes_S = np.diff(starts_S, append=end)
-    set_M = np.repeat(np.arange(len(starts_S)), sizes_S)
-    means_SD: DoubleArray | None = None
-    for chunk, rows_BD in _chunks(read, first, end):
+    set_M = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    means_SD = np.zeros((len(bounds) - 1, read(bounds[:1]).shape[1]))
+    for chunk, rows_BD in _chunks(read, len(set_M)):
         sets, begins = np.unique(set_M[chunk], return_index=True)
-        if means_SD is None:
-            means_SD = np.zeros((len(starts_S), rows_BD.shape[1]))
         means_SD[sets] += np.add.reduceat(rows_BD, begins, axis=0)
-    assert means_SD is not None  # sets have rows
-    means_SD /= sizes_S[:, None]
+    means_SD /= np.diff(bounds)[:, None]
     # Summed along the contiguous axis, a row's sum does not depend on which other rows are in the chunk.
-    return np.concatenate(
-        [((rows_BD - means_SD[set_M[chunk]]) ** 2).sum(axis=1) for chunk, rows_BD in _chunks(read, first, end)]
-    )
+    chunks = _chunks(read, len(set_M))
+    return np.concatenate([((rows_BD - means_SD[set_M[chunk]]) ** 2).sum(axis=1) for chunk, rows_BD in chunks])
 
 
-def _chunks(read: ReadRows, first: int, end: int) -> Iterator[tuple[slice, DoubleArray]]:
-    """Yield some rows in chunks that stay in the cache, float64 [B, D], and which they are; many are read at a time."""
-    for at in range(first, end, _ROWS_READ):
-        stored = read(np.arange(at, min(at + _ROWS_READ, end)))
+def _chunks(read: ReadRows, num_rows: int) -> Iterator[tuple[slice, DoubleArray]]:
+    """Yield rows in chunks that stay in the cache, float64 [B, D], and which they are; many are read at a time."""
+    for at in range(0, num_rows, _ROWS_READ):
+        stored = read(np.arange(at, min(at + _ROWS_READ, num_rows)))
         for start in range(0, len(stored), _ROWS_AT_ONCE):
             part = stored[start : start + _ROWS_AT_ONCE]
-            yield slice(at - first + start, at - first + start + len(part)), part.astype(np.float64)
+            yield slice(at + start, at + start + len(part)), part.astype(np.float64)
 
 
-def _from_members(read: ReadRows, starts_S: IntArray, end: int, device: torch.device) -> DoubleArray:
-    """Return sums of distances to all members of one set, float64 [M]."""
-
-    def parts() -> Iterator[torch.Tensor]:
-        for at in range(int(starts_S[0]), end, _ROWS_AT_ONCE):
-            yield read_stored(read, np.arange(at, min(at + _ROWS_AT_ONCE, end)), device)
-
-    zero = torch.zeros(1, dtype=torch.float64, device=device)
-    sums = [sum((distance_matrix(a_BD, b_BD).double().sum(dim=1) for b_BD in parts()), zero) for a_BD in parts()]
+def _from_members(read: ReadRows, bounds: IntArray, device: torch.device) -> DoubleArray:
+    """Return the sum of the distances of each row to all rows of its set, float64 [M]."""
+    sums = list[torch.Tensor]()
+    for first, end in pairwise(bounds.tolist()):
+        places = [np.arange(at, min(at + _ROWS_AT_ONCE, end)) for at in range(first, end, _ROWS_AT_ONCE)]
+        for part in places:
+            a_BD = read_stored(read, part, device)
+            parts = (distance_matrix(a_BD, read_stored(read, each, device)).double().sum(dim=1) for each in places)
+            sums.append(reduce(torch.add, parts))
     found: DoubleArray = torch.cat(sums).cpu().numpy()
     return found

@@ -8,10 +8,9 @@ is drained: of the pairs added since, it returns those that still matter. What a
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
+from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray
 
 
 class NearestOf:
@@ -28,7 +27,7 @@ class NearestOf:
         self._distance = np.append(np.full(len(rows), np.inf, np.float32), np.float32(-1.0))
         self._is_fresh = np.zeros(len(rows), np.bool_)
 
-    def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
+    def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> BoolArray:
         """Tell which pairs may be nearer than those found."""
         farthest = np.maximum(self._distance[self._place(a)], self._distance[self._place(b)])
         return np.asarray((a != b) & (at_least <= farthest))
@@ -79,7 +78,7 @@ class PairsWithin:
         self._labels, self._most = labels, most
         self._pairs, self._number = list[Edges](), 0
 
-    def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> npt.NDArray[np.bool_]:
+    def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> BoolArray:
         """Tell which pairs are of one component."""
         return np.asarray((self._labels[a] == self._labels[b]) & (self._number <= self._most))
 

@@ -11,31 +11,28 @@ Source: docs/method.md#star-cover.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import IntArray
+from clipcid_cli.algorithms.near.exact import BoolArray, IntArray
 from clipcid_cli.algorithms.sets.forest import Curve
 
 
-def star_cover(num_rows: int, pairs: Edges, copies: IntArray | None = None) -> IntArray:
+def star_cover(pairs: Edges, copies: IntArray) -> IntArray:
     """Cover rows by stars.
 
     Args:
         pairs: All pairs within ε, each once, in any order.
-        copies: How many equal rows each row represents, itself included, int64 [N]; by default 1. They count as
-            neighbours.
+        copies: How many equal rows each row stands for, itself included, int64 [N]. They count as neighbours.
 
     Returns:
         The representative of each row, itself where it is kept, int64 [N].
     """
-    count = np.ones(num_rows, np.int64) if copies is None else copies
-    degree = count - 1
+    num_rows, degree = len(copies), copies - 1
     for one, other in ((pairs.a, pairs.b), (pairs.b, pairs.a)):  # whole numbers below 2⁵³, so the sums are exact
-        degree = degree + np.bincount(one, weights=count[other], minlength=num_rows).astype(np.int64)
+        degree = degree + np.bincount(one, weights=copies[other], minlength=num_rows).astype(np.int64)
     place = np.empty(num_rows, np.int64)
     place[np.lexsort((np.arange(num_rows), -degree))] = np.arange(num_rows)
     keeps = _keep_in_order(num_rows, place, pairs)
@@ -49,7 +46,7 @@ def star_cover(num_rows: int, pairs: Edges, copies: IntArray | None = None) -> I
     return representatives
 
 
-def _keep_in_order(num_rows: int, place: IntArray, pairs: Edges) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _keep_in_order(num_rows: int, place: IntArray, pairs: Edges) -> BoolArray:
     """Keep each row that no row kept before it is paired with, bool [N]; `place` is each row's place in the order.
 
     In rounds over the pairs rather than row by row: a row that comes before all its undecided neighbours is kept, and its
@@ -70,58 +67,43 @@ def _keep_in_order(num_rows: int, place: IntArray, pairs: Edges) -> np.ndarray[t
     return keeps | ~decided
 
 
-@dataclasses.dataclass(frozen=True)
-class StarCover:
-    """A star cover and its cut-off.
-
-    Attributes:
-        cutoff: ε.
-        representatives: The representative of each row, itself where it is kept, int64 [N].
-    """
+class StarCover(NamedTuple):
+    """A cut-off ε, and the representative of each row, itself where it is kept, int64 [N]."""
 
     cutoff: float
     representatives: IntArray
 
-    @property
-    def num_kept(self) -> int:
-        """Number of rows kept."""
-        return count_kept(self.representatives)
 
-
-def find_star_cutoff(
-    num_rows: int, pairs: Edges, num_kept: int, copies: IntArray | None = None, above: float = -1.0
-) -> StarCover | None:
-    """Find the ε that keeps a given number of rows, by bisection over the distances of the pairs.
+def find_star_cutoff(pairs: Edges, copies: IntArray, num_kept: int, above: float = -1.0) -> StarCover | None:
+    """Find the ε that keeps a given number of rows at most, by bisection over the distances of the pairs.
 
     Args:
         pairs: All pairs up to some distance, ascending by weight.
-        num_kept: Rows to keep at most.
         copies: As for :func:`star_cover`.
         above: Lower limit of ε, exclusive.
 
     Returns:
-        A cover that keeps at most `num_kept` rows, while the next smaller distance tried keeps more; None when even all
-        pairs keep more.
+        A cover that keeps so few, while the next smaller distance tried keeps more; None when even all pairs keep more.
     """
     distances = np.unique(pairs.weight)
     if not len(distances):
         return None
     low, high = int(np.searchsorted(distances, np.float32(above), side="right")) - 1, len(distances) - 1
-    best = StarCover(float(distances[high]), star_cover(num_rows, pairs, copies))
-    if best.num_kept > num_kept:
+    best = StarCover(float(distances[high]), star_cover(pairs, copies))
+    if count_kept(best.representatives) > num_kept:
         return None
     while high - low > 1:
         middle = (low + high) // 2
         cutoff = float(distances[middle])
-        cover = StarCover(cutoff, star_cover(num_rows, pairs.up_to(cutoff), copies))
-        if cover.num_kept <= num_kept:
+        cover = StarCover(cutoff, star_cover(pairs.up_to(cutoff), copies))
+        if count_kept(cover.representatives) <= num_kept:
             high, best = middle, cover
         else:
             low = middle
     return best
 
 
-def is_kept(representatives: IntArray) -> npt.NDArray[np.bool_]:
+def is_kept(representatives: IntArray) -> BoolArray:
     """Tell which rows are kept, each its own representative, bool [N]."""
     return np.asarray(representatives == np.arange(len(representatives), dtype=representatives.dtype))
 
@@ -138,7 +120,7 @@ def label_by_smallest(representatives: IntArray) -> IntArray:
     return smallest[representatives]
 
 
-def star_curve(num_rows: int, pairs: Edges, copies: IntArray, chosen: float, num_points: int = 24) -> Curve:
+def star_curve(pairs: Edges, copies: IntArray, chosen: float, num_points: int) -> Curve:
     """Count rows kept, and measure the largest star, over the cut-off.
 
     Args:
@@ -151,7 +133,7 @@ def star_curve(num_rows: int, pairs: Edges, copies: IntArray, chosen: float, num
     distances = np.unique(np.append(np.linspace(0.0, farthest, num_points), chosen).astype(np.float32))
     kept, largest = [], []
     for distance in distances:
-        cover = star_cover(num_rows, pairs.up_to(float(distance)), copies)
+        cover = star_cover(pairs.up_to(float(distance)), copies)
         kept.append(count_kept(cover))
         largest.append(int(np.bincount(cover, weights=copies).max()))
     return Curve(distances, np.array(kept, np.int64), np.array(largest, np.int64))

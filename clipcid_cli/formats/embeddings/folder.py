@@ -7,10 +7,11 @@ read, each row by itself.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -124,6 +125,24 @@ class Embeddings:
     def captions_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
         """Read the captions of one file's rows: column ``caption``, else DataComp's ``text``; empty where there is none."""
         return replace_invalid(_read_column(file, ("caption", "text"), lambda row: ""))
+
+    def take_column(
+        self, read: Callable[[EmbeddingFile], pa.ChunkedArray], numbers: npt.NDArray[np.signedinteger[Any]]
+    ) -> Iterator[pa.Array]:
+        """Yield a column of the metadata at some rows, in pieces; one file's column is in memory at a time.
+
+        Args:
+            read: Reads the column of one file, as :meth:`keys_of` does.
+            numbers: Numbers of the rows, integers [n], ascending.
+        """
+        # Of another type, all would be converted.
+        firsts = np.array([file.first for file in self.files], numbers.dtype)
+        bounds = np.searchsorted(numbers, firsts).tolist()
+        for file, start, stop in zip(self.files, bounds, [*bounds[1:], len(numbers)], strict=True):
+            if start < stop:
+                column = read(file)
+                whole = stop - start == file.rows
+                yield from (column if whole else column.take(pa.array(numbers[start:stop] - file.first))).chunks
 
     def counts_of(self, file: EmbeddingFile) -> npt.NDArray[np.int64]:
         """Read how many captions of each of one file's rows are embedded, int64 [n]."""

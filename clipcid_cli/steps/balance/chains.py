@@ -19,7 +19,7 @@ from clipcid_cli.steps.balance.sets import Sets
 _CHAINS_SHOWN = 8
 _STARS_SHOWN = 8
 # Different images of a set that stars are made of for the report: all their pairs take a fifth of a second on two cores.
-_MOST_STARRED = 4096
+_MAX_STARRED = 4096
 
 
 def measure_sets(run: BalanceRun, sets: Sets) -> SetTable:
@@ -73,12 +73,12 @@ def _find_stars(run: BalanceRun, sets: Sets, label: int, cutoff: float, copies: 
     """Cover a set by stars, which never leave it, given how many rows equal each unique row, int64 [U]."""
     rows = run.rows
     place = np.flatnonzero(sets.labels[rows.unique] == label)
-    if len(place) > _MOST_STARRED:
+    if len(place) > _MAX_STARRED:
         return None
     numbers = np.arange(len(place), dtype=rows.unique.dtype)
     block = load_block(lambda some: rows.read(rows.unique[place[some]]), numbers, run.machine.device, run.scan.dtype)
-    pairs = sort_edges(Edges.concatenate(near_pairs(block, block, cutoff, lambda a, b, _: np.ones(len(a), np.bool_))))
-    representatives = star_cover(len(place), pairs, copies[place])
+    pairs = sort_edges(Edges.concatenate(near_pairs(block, block, cutoff)))
+    representatives = star_cover(pairs, copies[place])
     represented = np.bincount(representatives, weights=copies[place], minlength=len(place))
     order = np.argsort(-represented, kind="stable")[: count_kept(representatives)]
     found: list[int] = rows.unique[place[order]].tolist()

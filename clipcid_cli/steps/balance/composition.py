@@ -10,22 +10,22 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from clipcid_cli.algorithms.near.exact import BoolArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
 from clipcid_cli.formats.data.class_files import read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray, take_column
-from clipcid_cli.steps.balance.samples import SampleFinder
+from clipcid_cli.steps.balance.rows import BalanceRows, take_texts
 
 # Classes are stored with the images, so reading them reads the headers of every shard: some seconds for this many images.
-_MOST_LABELS = 2**17
+_MAX_LABELS = 2**17
 # Beyond this many images, the captions of every second, third, … are read; a share is then known within 0.2 points.
-_MOST_CAPTIONS = 2**19
+_MAX_CAPTIONS = 2**19
 _CAPTIONS_AT_ONCE = 2**16
 _SHOWN = 15
-_SHORTEST_WORD = 3
+_MIN_WORD = 3
 # English words of three letters and more that do not describe an image.
 _ENGLISH = (
     "about above after again all also and any are because been before being below between both but can could did does "
@@ -57,19 +57,19 @@ class ShareChanges:
 def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> ShareChanges:
     """Compare the kept images, bool [N], with all: by class where the data has classes, else by the words of captions.
 
-    Classes are read where the data is local and has at most `_MOST_LABELS` images; captions are in the metadata.
+    Classes are read where the data is local and has at most `_MAX_LABELS` images; captions are in the metadata.
     """
     unread = ""
     if data is not None and not any(is_remote(shard.file) for shard in data.shards):
         try:
             if any(sample.label is not None for sample in data.shards[0].samples()):
-                if len(rows) <= _MOST_LABELS:
+                if len(rows) <= _MAX_LABELS:
                     return _compare_labels(data, embeddings, rows, kept)
-                unread = f" The classes of more than {_MOST_LABELS:,} images are not read for a report."
+                unread = f" The classes of more than {_MAX_LABELS:,} images are not read for a report."
         except (ClipcidError, OSError) as error:
             unread = f" The classes cannot be read: {error}"
-    step = max(1, -(-len(rows) // _MOST_CAPTIONS))
-    pieces = take_column(embeddings, embeddings.captions_of, rows.numbers[::step])
+    step = max(1, -(-len(rows) // _MAX_CAPTIONS))
+    pieces = embeddings.take_column(embeddings.captions_of, rows.numbers[::step])
     captions, kept = pa.chunked_array(pieces, pa.large_string()).combine_chunks(), kept[::step]
     has_caption = pc.not_equal(captions, "").to_numpy(zero_copy_only=False)
     before, after = (int(np.count_nonzero(each)) for each in (has_caption, has_caption & kept))
@@ -84,9 +84,8 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
 
 
 def _compare_labels(data: Dataset, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> ShareChanges:
-    # The index does not hold classes.
-    samples = SampleFinder(dataclasses.replace(data, index=None)).find_rows(embeddings, rows.numbers)
-    labels = pd.Series([None if sample is None else sample.label for sample in samples], dtype="Int64")
+    found = {sample.key: sample.label for shard in data.shards for sample in shard.samples()}
+    labels = pd.Series(map(found.get, take_texts(embeddings, embeddings.keys_of, rows.numbers)), dtype="Int64")
     grouped = pd.DataFrame({"label": labels, "kept": kept}).groupby("label")["kept"]
     counts = pd.DataFrame({"before": grouped.size(), "after": grouped.sum()})
     counts["name"] = _name_classes(data, counts.index.tolist())
@@ -121,7 +120,7 @@ def count_words(captions: pa.LargeStringArray, kept: BoolArray) -> pd.DataFrame:
         before, after = (np.bincount(each, minlength=len(names)) for each in (word, word[kept[at + caption]]))
         counts.append(pd.DataFrame({"before": before, "after": after}, names))
     found = pd.concat(counts).groupby(level=0).sum().rename_axis("name").reset_index()
-    is_counted = (found["name"].str.len() >= _SHORTEST_WORD) & ~found["name"].isin(_ENGLISH.split())
+    is_counted = (found["name"].str.len() >= _MIN_WORD) & ~found["name"].isin(_ENGLISH.split())
     return found.loc[is_counted]
 
 

@@ -14,15 +14,16 @@ from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.partitions import SAMPLE_ROWS, default_num_partitions
 from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
-from clipcid_cli.steps.balance.audit import SAMPLE as AUDIT_SAMPLE
+from clipcid_cli.steps.balance.balance_run import CACHE_BYTES
+from clipcid_cli.steps.balance.filters.against import open_reference
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions, have_captions, keep_captioned
-from clipcid_cli.steps.balance.filters.references import plan_references
-from clipcid_cli.steps.balance.partition import ITERATIONS, ROWS_PER_PARTITION
-from clipcid_cli.steps.balance.plan import Plan
+from clipcid_cli.steps.balance.partition import AUDIT_SAMPLE, ITERATIONS, ROWS_PER_PARTITION
+from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceCost, CaptionCost, MemoryCost, ReferenceCost, SearchCost
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.reporting import Progress, Reporter, format_duration
@@ -38,7 +39,6 @@ _USUAL_CUTOFF = math.sqrt(0.2)
 _USUAL_SHARE = 0.563
 # Memory: libraries and tiles, cached panels (as stored and as scanned), forest, sets and lists (97 to 124 were measured).
 _BYTES_OF_TILES = 2**29
-_MOST_CACHED = 2**30
 _BYTES_AN_IMAGE = 128
 # Written an image: keep list and forest (18 were measured where half of the images are dropped, with keys of ten letters);
 # the nearest row of a reference and its distance, and once more as names; a number; its place, home and visits.
@@ -48,14 +48,15 @@ _BYTES_OF_NUMBER = 4
 _BYTES_OF_PLACES = 16
 
 
-def estimate_cost(plan: Plan, machine: Machine, reporter: Reporter) -> BalanceCost:
+def estimate_cost(plan: BalancePlan, machine: Machine, reporter: Reporter) -> BalanceCost:
     """Estimate a new search; with an existing forest, `balance` takes seconds."""
-    references = plan_references(plan.settings, machine, plan.embeddings, reporter)
+    settings, embeddings = plan.settings, plan.embeddings
+    references = [open_reference(settings, machine, embeddings, name, reporter) for name in settings.against]
     return machine.on_main(lambda: _estimate(plan, references, machine, reporter))
 
 
 def _estimate(
-    plan: Plan, references: list[tuple[str, int, EmbedCost | None]], machine: Machine, reporter: Reporter
+    plan: BalancePlan, references: list[Embeddings | EmbedCost], machine: Machine, reporter: Reporter
 ) -> BalanceCost:
     plan.check_sizes()
     settings, images, width, clusters = plan.settings, plan.embeddings.num_rows, plan.embeddings.width, plan.clusters
@@ -79,17 +80,19 @@ def _estimate(
     exact = cost(all_pairs, all_pairs + sample * for_cutoff, searched + for_cutoff)
     partitioned = cost(some_pairs, some_pairs, searched * (2.0 + _VISITS) + for_cutoff + kept)
     chosen = exact if settings.neighbors == "exact" else partitioned
+    to_embed = [each if isinstance(each, EmbedCost) else None for each in references]
     against = []
-    for name, rows, made in references:
+    for name, found, made in zip(settings.against, references, to_embed, strict=True):
+        rows = found.num_rows if isinstance(found, Embeddings) else found.images
         compared = cost(images * rows, images * rows, images + rows)
         embed_seconds = 0.0 if made is None else made.seconds["encode"]
         against.append(ReferenceCost(name, rows, made is not None, embed_seconds, compared.pairs, compared.seconds))
 
-    other_rows = sum(rows for _, rows, _ in references)
-    cached = min(_MOST_CACHED, (2 + scan.itemsize) * width * max(searched, other_rows))
+    other_rows = sum(each.rows for each in against)
+    cached = min(CACHE_BYTES, (2 + scan.itemsize) * width * max(searched, other_rows))
     an_image = _BYTES_OF_LISTS + _BYTES_OF_NUMBER * ((captions is not None) + (clusters is not None))
     an_image += _BYTES_OF_REFERENCE * (len(references) + 1 if references else 0)
-    disk = images * an_image + sum(made.bytes for _, _, made in references if made is not None)
+    disk = images * an_image + sum(made.bytes for made in to_embed if made is not None)
     if settings.neighbors == "partitioned":  # the rows are copied, and their places and visits listed
         disk += (2 * width + _BYTES_OF_PLACES) * searched
     result = BalanceCost(
@@ -151,7 +154,7 @@ def _describe(result: BalanceCost, num_processes: int) -> Iterator[str]:
     yield f"{memory}; disk: {result.disk / 2**20:,.0f} MiB."
 
 
-def _measure(plan: Plan, scan: torch.dtype, machine: Machine) -> tuple[float, float, CaptionCost | None]:
+def _measure(plan: BalancePlan, scan: torch.dtype, machine: Machine) -> tuple[float, float, CaptionCost | None]:
     """Measure on some finite rows the seconds to prepare a row and to compare a pair; and, with a window, captions."""
     settings, embeddings = plan.settings, plan.embeddings
     read, num_rows = embeddings.rows(Kind.IMAGES).take, embeddings.num_rows
@@ -186,7 +189,7 @@ def _measure(plan: Plan, scan: torch.dtype, machine: Machine) -> tuple[float, fl
 
     def compare() -> None:
         block, others = prepared.result
-        for _ in near_pairs(block, others, cutoff, lambda a, b, _: np.ones(len(a), np.bool_)):
+        for _ in near_pairs(block, others, cutoff):
             pass
 
     prepared = time_trial(prepare, machine.device)

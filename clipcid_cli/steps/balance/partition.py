@@ -1,4 +1,4 @@
-"""From rows to the partitions in which near ones are looked for; the same on every process and for any number of them."""
+"""From rows to the partitions in which near ones are looked for, the same for any number of processes; and their audit."""
 
 from __future__ import annotations
 
@@ -10,56 +10,62 @@ import numpy as np
 
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
 from clipcid_cli.algorithms.kmeans.seeding import rows_as_centroids
+from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
+from clipcid_cli.algorithms.near.block import read_stored
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
 from clipcid_cli.algorithms.near.partitions import (
     NEIGHBOURS,
     SAMPLE_ROWS,
     Partitions,
-    assign_rows,
     default_num_partitions,
     group_rows,
     measure_margin,
 )
-from clipcid_cli.algorithms.near.plan import Plan, pieces
+from clipcid_cli.algorithms.near.plan import Plan, pieces, rectangle
 from clipcid_cli.algorithms.near.sample import Neighbours, draw_sample, find_neighbours
+from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.formats.arrays import Arrays, create_mapped, spool_arrays
 from clipcid_cli.formats.embeddings.grouped import create_copy, open_copies, remove_copies
-from clipcid_cli.steps.balance.rows import BalanceRows
-from clipcid_cli.steps.chunks import SearchRun
-from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.chunks import Search, run_chunks
+from clipcid_cli.steps.balance.result import Audit
+from clipcid_cli.steps.balance.shared_arrays import collect_arrays, share_arrays
 
 # Where this share of all pairs would be compared, all of them may as well be.
-_LARGEST_SHARE = 0.5
+_MAX_FRACTION = 0.5
 _ROWS_AT_ONCE = 16_384
 _ENTRIES_AT_ONCE = 2**20
+_ROWS_ASSIGNED = {"cpu": 2048, "cuda": 16_384}
 # Partitions need no fine centroids, only few rows near their borders.
 ROWS_PER_PARTITION, ITERATIONS = 64, 4
+# If none of this many kept images has another, the rate is at most 1.3e-4 (95 %).
+AUDIT_SAMPLE = 30_000
 
 
 @contextmanager
-def partitioned(run: SearchRun, rows: BalanceRows, reach: float) -> Iterator[tuple[Plan, ReadRows] | None]:
+def partitioned(run: BalanceRun, reach: float) -> Iterator[tuple[Plan, ReadRows] | None]:
     """Divide unique rows into partitions so that few pairs within `reach` are missed, and copy them partition by partition.
 
     Yields:
         What to compare, and how to read its rows; None where it would be half of all pairs or more.
     """
-    machine = run.machine
     try:
-        yield _partition(run, rows, reach)
-        machine.barrier()
+        yield _partition(run, reach)
+        run.machine.barrier()
     finally:
-        if machine.is_main:
+        if run.machine.is_main:
             remove_copies(run.work)
 
 
-def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, ReadRows] | None:
-    machine, read, unique, reporter = run.machine, rows.read, rows.unique, run.reporter
-    partitions = _find_partitions(run, rows)
+def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
+    machine, rows, reporter = run.machine, run.rows, run.reporter
+    read, unique = rows.read, rows.unique
+    partitions = _find_partitions(run)
     number = len(unique)
     sample, share = draw_sample(number, SAMPLE_ROWS, seed=1), machine.share(number)
-    neighbours = find_sampled(run, rows, NEIGHBOURS, sample)
+    neighbours = find_sampled(run, sample, NEIGHBOURS)
     margin, visits = machine.on_main(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
-    if number * number / len(partitions) * (0.5 + visits) > _LARGEST_SHARE * number * (number - 1) / 2:
+    if number * number / len(partitions) * (0.5 + visits) > _MAX_FRACTION * number * (number - 1) / 2:
         return None
     reporter.note(
         f"{len(partitions):,} partitions; rows within {margin:.4f} of a border, {visits:.1f} partitions a row, are compared "
@@ -69,15 +75,17 @@ def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, R
 
         def assign() -> Iterator[Arrays]:
             """Yield homes of rows, and entries of rows in lists: of each partition, those at home and its visitors."""
-            at = share[0]
-            for home, visited, visitor in assign_rows(partitions, read, unique, margin, share):
-                numbers = unique[at : at + len(home)]
-                yield home, np.concatenate([2 * home, 2 * visited + 1]), np.concatenate([numbers, visitor])
-                at += len(home)
-                progress.advance(len(home))
+            at_once = _ROWS_ASSIGNED[machine.device.type]
+            for at in range(*share, at_once):
+                numbers = unique[at : min(at + at_once, share[1])]
+                home_B, row_P, other_P, _ = partitions.visits(read_stored(read, numbers, machine.device), margin)
+                home, visited, visitor = (each.cpu().numpy() for each in (home_B, other_P, row_P))
+                yield home, np.concatenate([2 * home, 2 * visited + 1]), np.concatenate([numbers, numbers[visitor]])
+                progress.advance(len(numbers))
 
+        # Some dozens of entries a row: on the disk.
         assigned = machine.on_all(lambda: spool_arrays(run.work, (np.int32, np.int32, unique.dtype), assign()))
-    places = machine.on_all(lambda: _copy(run, rows, assigned[0], partitions))
+    places = machine.on_all(lambda: _copy(run, assigned[0], partitions))
     parts = collect_arrays(machine, run.work, (*assigned[1:], places))
 
     def allocate(length: int) -> IntArray:
@@ -89,10 +97,8 @@ def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, R
                 yield lists[at : at + _ENTRIES_AT_ONCE], listed[at : at + _ENTRIES_AT_ONCE]
 
     def group() -> Arrays:
-        place_of, first = allocate(len(rows)), 0
-        for *_, part in parts:
-            place_of[unique[first : first + len(part)]] = part
-            first += len(part)
+        place_of = allocate(len(rows))
+        place_of[unique] = np.concatenate([places for *_, places in parts])
         return *group_rows(entries, 2 * len(partitions), allocate), place_of
 
     listed, ends, place_of = share_arrays(machine, run.work, group)
@@ -105,26 +111,21 @@ def _partition(run: SearchRun, rows: BalanceRows, reach: float) -> tuple[Plan, R
     return pieces(listed, ends, run.rows_in_memory), read_copies
 
 
-def find_sampled(run: SearchRun, rows: BalanceRows, count: int, sample: IntArray) -> Neighbours:
-    """Find the nearest neighbours of sampled rows, of which each process looks at its share of all unique rows.
-
-    Args:
-        count: Neighbours of each.
-        sample: Places of the sampled rows among the unique ones, int64 [S], ascending.
-    """
-    machine, unique = run.machine, rows.unique
+def find_sampled(run: BalanceRun, sample: IntArray, count: int) -> Neighbours:
+    """Find so many nearest neighbours of some unique rows, by their places, ascending: each process in its share of all."""
+    machine, unique = run.machine, run.rows.unique
     share = machine.share(len(unique))
-    found = machine.on_all(lambda: find_neighbours(rows.read, unique, sample, count, machine.device, share))
+    found = machine.on_all(lambda: find_neighbours(run.rows.read, unique, sample, count, machine.device, share))
     return Neighbours.nearest(machine.gather(found), count)
 
 
-def _find_partitions(run: SearchRun, rows: BalanceRows) -> Partitions:
+def _find_partitions(run: BalanceRun) -> Partitions:
     """Find centroids by k-means on a sample of the unique rows; the same on every process."""
-    machine, number = run.machine, default_num_partitions(len(rows.unique))
-    sample = draw_sample(len(rows.unique), ROWS_PER_PARTITION * number, seed=0)
-    reader = _Sample(rows.read, rows.unique[sample], run.width)
+    machine, unique = run.machine, run.rows.unique
+    number = default_num_partitions(len(unique))
+    reader = _Sample(run, unique[draw_sample(len(unique), ROWS_PER_PARTITION * number, seed=0)])
     # Drawn evenly, so that a crowd is cut into as many as its size asks for.
-    centroids_KD = rows_as_centroids(reader, draw_sample(len(sample), number, seed=0))
+    centroids_KD = rows_as_centroids(reader, draw_sample(len(reader), number, seed=0))
     states = run_lloyd(
         reader,
         LloydState(centroids_KD),
@@ -144,21 +145,24 @@ def _find_partitions(run: SearchRun, rows: BalanceRows) -> Partitions:
 class _Sample:
     """Some rows, as k-means reads them."""
 
-    read: ReadRows
+    run: BalanceRun
     rows: IntArray
-    width: int
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def width(self) -> int:
+        return self.run.embeddings.width
+
     def features(self, start: int, stop: int) -> HalfArray:
-        return self.read(self.rows[start:stop])
+        return self.run.rows.read(self.rows[start:stop])
 
     def features_at(self, positions: IntArray) -> HalfArray:
-        return self.read(self.rows[positions])
+        return self.run.rows.read(self.rows[positions])
 
 
-def _copy(run: SearchRun, rows: BalanceRows, home: IntArray, partitions: Partitions) -> IntArray:
+def _copy(run: BalanceRun, home: IntArray, partitions: Partitions) -> IntArray:
     """Copy this process's share of the unique rows, partition by partition: the rows of one are then read at once.
 
     Args:
@@ -167,15 +171,27 @@ def _copy(run: SearchRun, rows: BalanceRows, home: IntArray, partitions: Partiti
     Returns:
         The place of each among the copies of all processes, integers [M].
     """
+    rows = run.rows
     start, stop = run.machine.share(len(rows.unique))
     copies = create_copy(run.work, run.machine.rank, stop - start, partitions.width)
     places = np.empty(stop - start, row_type(len(rows)))
     places[np.argsort(home, kind="stable")] = np.arange(stop - start)
     with run.reporter.progress("group", stop - start, "images") as progress:
         for at in range(0, stop - start, _ROWS_AT_ONCE):
-            part = slice(at, min(at + _ROWS_AT_ONCE, stop - start))
-            copies[places[part]] = rows.read(rows.unique[start + part.start : start + part.stop])
-            progress.advance(part.stop - part.start)
+            numbers = rows.unique[start + at : min(start + at + _ROWS_AT_ONCE, stop)]
+            copies[places[at : at + len(numbers)]] = rows.read(numbers)
+            progress.advance(len(numbers))
     if run.machine.spans_hosts and isinstance(copies, np.memmap):
         copies.flush()
     return places + start
+
+
+def audit_kept(run: BalanceRun, kept: IntArray, cutoff: float) -> Audit:
+    """Estimate what a search in partitions missed: compare a random sample of the kept rows, ascending, with all of them."""
+    sample = np.sort(np.random.default_rng(0).permutation(kept)[:AUDIT_SAMPLE])
+    plan = rectangle(sample, kept, run.rows_in_memory)
+    found = run_chunks(run, Search("audit", plan, run.rows.read, cutoff, lambda: NearestOf(sample)))
+    near = int(np.count_nonzero(np.isin(sample, np.concatenate([found.a, found.b]))))
+    rate = near / len(sample)
+    low, high = (rate, rate) if len(sample) == len(kept) else clopper_pearson(near, len(sample))
+    return Audit(len(sample), len(kept), near, low, high, rate)

@@ -18,8 +18,8 @@ from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps.balance.filters.against import Reference, open_references, refuse_missing
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_clusters
-from clipcid_cli.steps.balance.filters.references import Reference, open_references, refuse_missing
 from clipcid_cli.steps.balance.samples import require_data
 from clipcid_cli.steps.balance.write_lists import check_uids
 from clipcid_cli.steps.embed.ensure import ensure_embeddings
@@ -29,7 +29,7 @@ from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class BalancePlan:
     """What one `balance` works on.
 
     Attributes:
@@ -65,7 +65,7 @@ class Plan:
             require_data(settings, self.embeddings, "--select resolution")
 
 
-def make_plan(settings: BalanceSettings, machine: Machine, reporter: Reporter) -> Plan:
+def make_plan(settings: BalanceSettings, machine: Machine, reporter: Reporter) -> BalancePlan:
     """Look at what the settings name, before hours of embedding; then make what embeddings there are none of."""
     seconds = dict[str, float]()
     with timed(seconds, "embed"):
@@ -76,7 +76,7 @@ def make_plan(settings: BalanceSettings, machine: Machine, reporter: Reporter) -
     if not settings.dry_run:
         references = open_references(settings, machine, embeddings, reporter)
         wanted = machine.on_main(lambda: _identify(settings, embeddings, clusters, references))
-    return Plan(settings, embeddings, data, clusters, references, wanted, seconds)
+    return BalancePlan(settings, embeddings, data, clusters, references, wanted, seconds)
 
 
 def _check_named(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:

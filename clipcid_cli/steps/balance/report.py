@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
 
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import IntArray
+from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
 from clipcid_cli.errors import command_line
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg
@@ -20,12 +21,13 @@ from clipcid_cli.steps.balance.chains import find_chains
 from clipcid_cli.steps.balance.composition import compare_classes
 from clipcid_cli.steps.balance.filters.against import NearReferences
 from clipcid_cli.steps.balance.gallery import Gallery, Picture
-from clipcid_cli.steps.balance.outcome import Outcome
-from clipcid_cli.steps.balance.pairs import NotComputed
-from clipcid_cli.steps.balance.plan import Plan
+from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceResult
-from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
+from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.balance.write import Outcome
 
 REPORT = "report.html"
 
@@ -35,7 +37,7 @@ _PAIRS_SHOWN = 8
 _REFERENCES_SHOWN = 12
 
 
-def has_new_pictures(plan: Plan, finished: BalanceSidecar) -> bool:
+def has_new_pictures(plan: BalancePlan, finished: BalanceSidecar) -> bool:
     """Tell whether a picture can be read now that the report of a finished output could not show."""
     if not finished.pictures.unread:
         return False
@@ -66,6 +68,11 @@ def write_report(
     for row, picture in pictures.items():
         picture.kept = bool(found.is_kept[row])
         picture.distance = float(sets.distances[row])
+
+    def show(edges: Edges) -> list[dict[str, Any]]:
+        ones, others = ([pictures[row] for row in each.tolist()] for each in (edges.a, edges.b))
+        return _pair_up(ones, others, edges.weight)
+
     recorded = {"shown": gallery.shown, "unread": list(gallery.unread), "why": next(iter(gallery.unread.values()), "")}
     if missing := len(gallery.unread):
         warning = (
@@ -91,8 +98,8 @@ def write_report(
                 for size, members in zip(measured.size[largest].tolist(), shown, strict=True)
             ],
             chains=[{"set": chain, "images": [pictures[row] for row in chain["shown"]]} for chain in chains],
-            inside=_pair_up(inside, pictures),
-            outside=_pair_up(outside, pictures),
+            inside=show(inside),
+            outside=show(outside),
             why_no_images=gallery.closed,
             classes=compare_classes(gallery.data, run.embeddings, run.rows, found.is_kept),
             cluster_sizes=[] if found.cap is None else _count_sizes(found.cap.before, found.cap.most),
@@ -124,12 +131,9 @@ def _choose_members(sets: Sets, label: int) -> IntArray:
     return members
 
 
-def _pair_up(edges: Edges, pictures: dict[int, Picture]) -> list[dict[str, Any]]:
-    """Pair the pictures of the two ends of each edge."""
-    return [
-        {"a": pictures[a], "b": pictures[b], "distance": distance}
-        for a, b, distance in zip(edges.a.tolist(), edges.b.tolist(), edges.weight.tolist(), strict=True)
-    ]
+def _pair_up(ones: Iterable[Picture], others: Iterable[Picture], distances: FloatArray) -> list[dict[str, Any]]:
+    pairs = zip(ones, others, distances.tolist(), strict=True)
+    return [{"a": one, "b": other, "distance": distance} for one, other, distance in pairs]
 
 
 def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[dict[str, Any]]:
@@ -140,11 +144,8 @@ def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[
         rows = rows[np.argsort(near.distance[rows], kind="stable")]
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _REFERENCES_SHOWN)).round().astype(np.int64)]
         theirs = Gallery(run.settings, reference.embeddings, recorded=True)
-        images = zip(gallery.load(run.rows.numbers[chosen]), theirs.load(near.row[chosen]), strict=True)
-        pairs = [
-            {"image": image, "reference": other, "distance": distance}
-            for (image, other), distance in zip(images, near.distance[chosen].tolist(), strict=True)
-        ]
+        ours = gallery.load(run.rows.numbers[chosen])
+        pairs = _pair_up(ours, theirs.load(near.row[chosen]), near.distance[chosen])
         shown.append({"name": reference.name, "number": len(rows), "pairs": pairs})
     return shown
 
@@ -172,7 +173,7 @@ def _draw_curves(run: BalanceRun, sets: Sets, other: OtherLinkage | NotComputed)
     num_images, linkage = run.rows.num_searched, run.settings.linkage
     lines = [(linkage, sets.curve, sets.num_kept)]
     if isinstance(other, OtherLinkage):
-        lines.append((other.linkage, other.curve, other.kept))
+        lines.append((other.result.linkage, other.curve, other.result.kept))
     most_kept = max(num_kept for _, _, num_kept in lines)
     figure = make_figure()
     axes = figure.add_subplot()

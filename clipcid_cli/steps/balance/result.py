@@ -14,15 +14,12 @@ class OtherLinkageResult(msgspec.Struct):
 
 
 class Audit(msgspec.Struct):
-    """An estimate of what a search in partitions missed.
+    """An estimate of what a search in partitions missed: of all kept images some are sampled and compared with all.
 
     Attributes:
-        sampled: Kept images in the random sample.
-        kept: Kept images that each was compared with.
         near: Sampled images that have another kept image within the threshold.
-        low: Lower end of the 95 % interval of that rate among all kept images.
+        low: Lower end of the 95 % interval of their rate among all kept images.
         high: Upper end; both are the rate itself when the sample holds all kept images.
-        rate: Share of the sampled images that have another within the threshold.
     """
 
     sampled: int
@@ -62,13 +59,7 @@ class CaptionWindowResult(msgspec.Struct):
 
 
 class ClusterCapResult(msgspec.Struct):
-    """The clusters of the images that repeats have left.
-
-    Attributes:
-        most: Images that stay of each at most.
-        capped: Clusters that had more.
-        largest: Images of the largest before.
-    """
+    """The clusters of the images that repeats have left: of each at most so many stay; those capped had more."""
 
     most: int
     clusters: int
@@ -145,12 +136,11 @@ class MemoryCost(msgspec.Struct):
 
 
 class BalanceCost(msgspec.Struct, kw_only=True):
-    """What a new search would take.
+    """What a new search would take; pairs, flop and seconds are those of ``neighbors``.
 
     Attributes:
         searched: Fewer than all images where a caption window drops some; the most they may be where it drops all that were
             sampled.
-        pairs: That, ``flop`` and ``seconds`` are those of ``neighbors``.
         disk: Bytes.
     """
 

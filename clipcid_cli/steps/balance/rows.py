@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_rows, unique_positions
+from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_rows
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
-from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, row_type
+from clipcid_cli.algorithms.near.exact import BoolArray, HalfArray, IntArray, row_type
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
@@ -21,13 +20,11 @@ from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.steps.balance.shared_arrays import collect_arrays, share_arrays
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
 
 # What is computed from so few rows stays in the processor's cache.
 _ROWS_AT_ONCE = 512
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +66,10 @@ class BalanceRows:
 
     def unique_positions(self) -> IntArray:
         """Return the position in `unique` of the row that each searched row equals, integers [N]."""
-        return unique_positions(len(self), self.unique, self.copies)
+        positions = np.zeros(len(self), self.unique.dtype)
+        positions[self.unique] = np.arange(len(self.unique), dtype=self.unique.dtype)
+        positions[self.copies.b] = positions[self.copies.a]
+        return positions
 
     def count_copies(self) -> IntArray:
         """Return how many searched rows equal each unique one, itself included, int64 [U]."""
@@ -100,7 +100,7 @@ def _join(a: IntArray, b: IntArray) -> Edges:
     return Edges(a, b, np.zeros(len(b), np.float32))
 
 
-def find_rows(machine: Machine, folder: Path, images: Rows, reporter: Reporter) -> BalanceRows:
+def read_rows(machine: Machine, folder: Path, images: Rows, reporter: Reporter) -> BalanceRows:
     """Read every row once, each process its share, to find rows that are not finite and rows that are equal."""
     start, stop = machine.share(len(images))
     hashes = np.empty(stop - start, np.uint64)
@@ -146,30 +146,11 @@ def count_skipped(embeddings: Embeddings, rows: BalanceRows, max_bad_fraction: f
     return skips
 
 
-def take_column(
-    embeddings: Embeddings, read: Callable[[EmbeddingFile], pa.ChunkedArray], numbers: IntArray
-) -> Iterator[pa.Array]:
-    """Yield a column of the embeddings at some rows, in pieces; one file's column is in memory at a time.
-
-    Args:
-        read: Reads the column of one file.
-        numbers: Numbers of the rows, integers [n], ascending.
-    """
-    # Of another type, all would be converted.
-    firsts = np.array([file.first for file in embeddings.files], numbers.dtype)
-    bounds = np.searchsorted(numbers, firsts).tolist()
-    for file, start, stop in zip(embeddings.files, bounds, [*bounds[1:], len(numbers)], strict=True):
-        if start < stop:
-            column = read(file)
-            whole = stop - start == file.rows
-            yield from (column if whole else column.take(pa.array(numbers[start:stop] - file.first))).chunks
-
-
 def take_texts(
     embeddings: Embeddings, read: Callable[[EmbeddingFile], pa.ChunkedArray], numbers: IntArray
 ) -> list[str]:
-    """Read a column of strings as :func:`take_column` does, at rows in any order; n strings."""
+    """Read a column of strings at rows in any order; n strings."""
     order = np.argsort(numbers, kind="stable")
     found = np.empty(len(numbers), object)
-    found[order] = [text for piece in take_column(embeddings, read, numbers[order]) for text in piece.to_pylist()]
+    found[order] = [text for piece in embeddings.take_column(read, numbers[order]) for text in piece.to_pylist()]
     return list(found)

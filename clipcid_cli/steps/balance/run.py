@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
+
 import msgspec
 import numpy as np
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.grouped import remove_copies
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.forest import forest_path
 from clipcid_cli.formats.results.row_files import ROW_FILES, write_row_files
 from clipcid_cli.formats.results.sets import CURVE, SET_TABLE
 from clipcid_cli.formats.sidecar import BalanceSidecar
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.memory import keep_few_kernels
+from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import timed
-from clipcid_cli.steps.balance.audit import audit_kept
-from clipcid_cli.steps.balance.balance_run import BalanceRun, begin
+from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.cost import estimate_cost
+from clipcid_cli.steps.balance.filters.against import find_near
+from clipcid_cli.steps.balance.filters.captions import find_captions
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, cap_clusters
-from clipcid_cli.steps.balance.outcome import Outcome
-from clipcid_cli.steps.balance.plan import Plan, list_row_files, make_plan
+from clipcid_cli.steps.balance.partition import audit_kept
+from clipcid_cli.steps.balance.plan import BalancePlan, list_row_files, make_plan
 from clipcid_cli.steps.balance.report import REPORT, has_new_pictures
 from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
+from clipcid_cli.steps.balance.rows import count_skipped, read_rows
 from clipcid_cli.steps.balance.sets import compare_linkages, make_sets
-from clipcid_cli.steps.balance.write import write
+from clipcid_cli.steps.balance.shared_arrays import clear_shared
+from clipcid_cli.steps.balance.write import Outcome, write
 from clipcid_cli.steps.balance.write_lists import write_kept
 from clipcid_cli.steps.balance.write_shards import write_shards
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
-from clipcid_cli.steps.shared_arrays import clear_shared
 
 
 def run(settings: BalanceSettings, reporter: Reporter) -> BalanceResult | BalanceCost:
@@ -64,7 +72,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> BalanceResult | Balanc
         return msgspec.structs.replace(result, files=written)
 
 
-def _take_or_start(plan: Plan, output: Output[BalanceSidecar], reporter: Reporter) -> BalanceResult | None:
+def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar], reporter: Reporter) -> BalanceResult | None:
     """Return the result that is there already, unless its report can now show more; else start the output."""
     if output.finished is not None:
         if not has_new_pictures(plan, output.finished):
@@ -80,6 +88,42 @@ def _take_or_start(plan: Plan, output: Output[BalanceSidecar], reporter: Reporte
     return None
 
 
+def begin(plan: BalancePlan, machine: Machine, output: Output[BalanceSidecar], reporter: Reporter) -> BalanceRun:
+    """Read all rows once, and drop what filters drop: each is a mask over the rows of the keep list."""
+    began = time.perf_counter()
+    settings, embeddings = plan.settings, plan.embeddings
+    with timed(plan.seconds, "search"):
+        rows = read_rows(machine, output.work, embeddings.rows(Kind.IMAGES), reporter)
+    run = BalanceRun(
+        settings=settings,
+        embeddings=embeddings,
+        output=output,
+        machine=machine,
+        reporter=reporter,
+        rows=rows,
+        skips=count_skipped(embeddings, rows, settings.max_bad_fraction, reporter),
+        scan=choose_scan(settings.precision, machine.device),
+        began=began,
+        seconds=plan.seconds,
+    )
+    near = find_near(run, plan.references) if plan.references else None
+    captions = find_captions(run) if settings.has_window else None
+    is_left = np.ones(len(rows), np.bool_)
+    for found in (near, captions):
+        if found is not None:
+            is_left &= ~found.is_dropped
+    if not is_left.any():
+        raise ClipcidError(
+            f"All {len(rows):,} images are dropped before repeats are searched.",
+            "Give a smaller --against-threshold, or a wider window of caption similarity.",
+        )
+    if settings.has_filters:
+        rows = rows.restrict(machine, output.work, is_left)
+    if plan.clusters is not None:
+        plan.clusters.warn_of_few(settings, rows.num_searched, reporter)
+    return dataclasses.replace(run, rows=rows, near=near, captions=captions)
+
+
 def _compute(run: BalanceRun, clusters: FoundClusters | None) -> Outcome:
     """Find what is kept, on all processes."""
     sets, forest, reused = make_sets(run)
@@ -90,7 +134,6 @@ def _compute(run: BalanceRun, clusters: FoundClusters | None) -> Outcome:
     is_kept = sets.kept if cap is None else sets.kept & ~cap.is_dropped
     audit = None
     if run.settings.neighbors == "partitioned" and sets.threshold is not None:
-        kept = np.flatnonzero(is_kept).astype(sets.labels.dtype)
         with timed(run.seconds, "audit"):
-            audit = audit_kept(run, run.rows, kept, sets.threshold)
+            audit = audit_kept(run, np.flatnonzero(is_kept).astype(sets.labels.dtype), sets.threshold)
     return Outcome(sets, forest, other, cap, is_kept, audit)

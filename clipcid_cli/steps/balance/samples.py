@@ -78,7 +78,7 @@ class SampleFinder:
     def __init__(self, data: Dataset) -> None:
         self._shards, self._index = data.shards, data.index
         self._numbers = {shard.name: number for number, shard in enumerate(data.shards)}
-        self._list = lru_cache(maxsize=1)(lambda shard: {sample.key: sample for sample in shard.samples()})
+        self._list = lru_cache(maxsize=1)(lambda number: {each.key: each for each in data.shards[number].samples()})
         self._places: Values | None = None
 
     @cached_property
@@ -101,18 +101,19 @@ class SampleFinder:
 
     def find(self, shards: list[str], keys: list[str]) -> list[Sample | None]:
         """Find n samples; None for those that the data does not have."""
-        if self._index is not None and self.searches_all(shards):
+        if self.searches_all(shards):
+            if self._index is None:
+                return list(map(self._all.get, keys))
             codes, different = pd.factorize(np.array(keys, object))
             column = pa.chunked_array([different], pa.string())
             return _samples_at(self._index, _find_places(self._index, lambda: [column], len(different))[codes])
         found = list[Sample | None]()
         for shard, run in groupby(zip(shards, keys, strict=True), key=itemgetter(0)):
             wanted, number = [key for _, key in run], self._numbers.get(shard)
-            if self._index is None:
-                samples = self._all if number is None else self._list(self._shards[number])
-                found.extend(map(samples.get, wanted))
-            elif number is None:
+            if number is None:
                 found.extend([None] * len(wanted))
+            elif self._index is None:
+                found.extend(map(self._list(number).get, wanted))
             else:
                 there = self._index.part(number).keys.combine_chunks()
                 rows = pc.index_in(pa.array(wanted, pa.string()), value_set=there)

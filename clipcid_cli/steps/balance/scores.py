@@ -11,13 +11,13 @@ import numpy as np
 from clipcid_cli.algorithms.near.exact import DoubleArray, IntArray
 from clipcid_cli.algorithms.sets.representatives import random_scores
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.models.decode import read_size
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.filters.captions import have_captions
+from clipcid_cli.steps.balance.filters.captions import compare_captions, have_captions
 from clipcid_cli.steps.balance.rows import take_texts
 from clipcid_cli.steps.balance.samples import SampleFinder, require_data
+from clipcid_cli.steps.reporting import Progress
 
 _ROWS_AT_ONCE = 4096
 _THREADS = 16
@@ -35,31 +35,23 @@ def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
     It is −inf where there is no caption, or its embedding is zero or not finite; the latter are counted in a warning.
     Folders of other tools may have text embeddings without captions: all their images then count as captioned.
     """
-    embeddings = run.embeddings
-    texts = embeddings.rows(Kind.TEXTS)
-    numbers = run.rows.numbers[rows]
+    embeddings, numbers = run.embeddings, run.rows.numbers[rows]
     captioned = have_captions(embeddings, numbers)
     if not captioned.any() and not any(
         have_captions(embeddings, np.arange(file.first, file.first + file.rows)).any() for file in embeddings.files
     ):
         captioned[:] = True
-    scores = np.empty(len(rows))
-    is_usable = np.empty(len(rows), np.bool_)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        text = texts.take(numbers[part]).astype(np.float64)
-        is_usable[part] = np.isfinite(text).all(axis=1) & text.any(axis=1)
-        text[~is_usable[part]] = 0.0
-        scores[part] = (run.rows.read(rows[part]).astype(np.float64) * text).sum(axis=1)
-    scores[~(captioned & is_usable)] = -np.inf
-    unusable = take_texts(embeddings, embeddings.keys_of, numbers[captioned & ~is_usable])
-    skips = Skips.of(dict.fromkeys(unusable, "nan_row"))
+    similarity = compare_captions(embeddings, numbers, Progress()).astype(np.float64)
+    is_usable = ~np.isnan(similarity)
+    skips = Skips.of(
+        dict.fromkeys(take_texts(embeddings, embeddings.keys_of, numbers[captioned & ~is_usable]), "nan_row")
+    )
     if skips.total:
         run.reporter.warn(
             f"{skips.total:,} text embeddings of images in groups are zero or not finite: such an image is kept only where "
             f"no other image of its group has a usable one.\n{skips.describe()}"
         )
-    return scores
+    return np.where(captioned & is_usable, similarity, -np.inf)
 
 
 def _resolution(run: BalanceRun, rows: IntArray) -> DoubleArray:

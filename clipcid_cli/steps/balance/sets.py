@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from clipcid_cli.algorithms.near.cutoff import FARTHEST
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, row_type
+from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
+from clipcid_cli.algorithms.near.plan import components, hash_arrays
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,
@@ -17,6 +19,7 @@ from clipcid_cli.algorithms.sets.representatives import (
     medoid_rows,
     share_beyond,
 )
+from clipcid_cli.algorithms.sets.sinks import PairsWithin
 from clipcid_cli.algorithms.sets.star import (
     StarCover,
     count_kept,
@@ -26,22 +29,29 @@ from clipcid_cli.algorithms.sets.star import (
     star_cover,
     star_curve,
 )
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.pairs import NotComputed, collect_few_pairs, collect_pairs
-from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray
+from clipcid_cli.steps.balance.chunks import Search, run_chunks
+from clipcid_cli.steps.balance.forest import Forest, find_forest
+from clipcid_cli.steps.balance.result import OtherLinkageResult
+from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.balance.scores import SCORES
-from clipcid_cli.steps.balance.stored_forest import Forest
-from clipcid_cli.steps.shared_arrays import share_arrays
+from clipcid_cli.steps.balance.shared_arrays import share_arrays
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
 _STAR_STEP = 1.05
-# No two unit rows are farther apart.
-_FARTHEST = 2.0
 # Pairs that all covers of the other linkage's curve process together: some seconds.
-_MOST_COVERED = 2**25
+_MAX_COVERED = 2**25
 _CURVE_POINTS = 24
+# Limits of the comparison with stars, some seconds on two cores: rows compared, and pairs found (20 bytes each, and several
+# times that to sort and cover them).
+_MAX_COMPARED = 2**31
+_MAX_FOUND = 2**23
+# Pairs of a star cover, and the memory that each takes while they are sorted and covered (measured).
+_MAX_COLLECTED = 2**26
+_BYTES_A_PAIR = 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +92,7 @@ def make_sets(run: BalanceRun) -> tuple[Sets, Edges, bool]:
     """
     num_rows, settings = run.rows.num_searched, run.settings
     num_kept = num_rows if settings.keep is None else max(1, round(settings.keep * num_rows))
-    forest, reused = run.find_forest(cutoff=settings.distance, num_edges=num_rows - num_kept)
+    forest, reused = find_forest(run, cutoff=settings.distance, num_edges=num_rows - num_kept)
     if settings.keep is not None and num_kept == num_rows:  # nothing is to be merged, not even copies
         return _make_components(run, forest.edges, None), forest.edges, reused
     threshold = settings.distance
@@ -113,11 +123,7 @@ def _share_sets(
     make: Callable[[], tuple[IntArray, IntArray]],
     make_curve: Callable[[], Curve],
 ) -> Sets:
-    """Make sets on the first process and share them with the others.
-
-    Args:
-        make: Makes labels and representatives; rows that filters dropped represent themselves.
-    """
+    """Make labels and representatives on the first process, and share the sets; filtered rows represent themselves."""
     rows = run.rows
     kind = row_type(len(rows))
 
@@ -159,12 +165,20 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
         part = forest.edges.up_to(cutoff)
         labels = connected_components(len(rows), part.a, part.b)
         with timed(run.seconds, "search"):
-            return collect_pairs(run, rows, labels, cutoff).renumbered(positions)
+            found = _find_pairs(run, labels, cutoff, _MAX_COLLECTED)
+        if isinstance(found, NotComputed):
+            raise ClipcidError(
+                f"More than {_MAX_COLLECTED:,} pairs of images are within {cutoff:.4f} of each other. A star cover holds "
+                f"all of them in memory, about {_BYTES_A_PAIR} bytes each: "
+                f"over {_MAX_COLLECTED * _BYTES_A_PAIR / 2**30:.0f} GiB.",
+                "Use --linkage single, or drop fewer images: a larger --keep or a smaller --threshold.",
+            )
+        return found.renumbered(positions)
 
     cover: StarCover | None = None
     if run.settings.keep is None:
         pairs = pairs_up_to(threshold)
-        cover = StarCover(threshold, star_cover(num_unique, pairs, copies))
+        cover = StarCover(threshold, star_cover(pairs, copies))
     elif num_kept >= num_unique:
         pairs = Edges.empty()
         cover = StarCover(0.0, np.arange(num_unique))
@@ -172,14 +186,12 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
     # Below the threshold single linkage keeps more than asked, and stars never fewer than it.
     reach, below = threshold, float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
     while cover is None:
-        reach = min(_STAR_STEP * reach + 1e-6, _FARTHEST)
+        reach = min(_STAR_STEP * reach + 1e-6, FARTHEST)  # where one star covers all rows
         if reach > forest.cutoff:
-            forest, _ = run.find_forest(cutoff=reach)
+            forest, _ = find_forest(run, cutoff=reach)
         pairs = pairs_up_to(reach)
-        cover = find_star_cutoff(num_unique, pairs, num_kept, copies, below)
+        cover = find_star_cutoff(pairs, copies, num_kept, below)
         below = reach
-        if cover is None and reach == _FARTHEST:
-            cover = StarCover(reach, star_cover(num_unique, pairs, copies))
     chosen = cover
 
     def make() -> tuple[IntArray, IntArray]:
@@ -189,23 +201,46 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
         return label_by_smallest(representatives), representatives
 
     def make_curve() -> Curve:
-        return star_curve(num_unique, pairs, copies, chosen.cutoff)
+        return star_curve(pairs, copies, chosen.cutoff, _CURVE_POINTS)
 
     return _share_sets(run, _shortest_decimal(chosen.cutoff), make, make_curve), forest
 
 
 @dataclasses.dataclass(frozen=True)
+class NotComputed:
+    """The result of what was not computed; the reason completes the sentence "… is not computed: "."""
+
+    reason: str
+
+
+def _find_pairs(
+    run: BalanceRun, labels: IntArray, cutoff: float, max_found: int, max_compared: int | None = None
+) -> Edges | NotComputed:
+    """Find all pairs of unique rows within a distance, given the component of each row at it; the same on every process."""
+
+    def find_members() -> tuple[IntArray]:
+        """Return the unique rows that are not alone in their component, by component."""
+        unique = run.rows.unique
+        label_U = labels[unique]
+        members = unique[(np.bincount(label_U, minlength=1) > 1)[label_U]]
+        return (members[np.argsort(labels[members], kind="stable")],)
+
+    (members,) = share_arrays(run.machine, run.work, find_members)
+    plan = components(members, labels[members], run.rows_in_memory)
+    if max_compared is not None and plan.num_pairs > max_compared:
+        return NotComputed(
+            f"it takes {plan.num_pairs:,} comparisons within the groups, more than the {max_compared:,} made for a report"
+        )
+    of = f"{hash_arrays(labels[members])}-{max_found}"
+    found = run_chunks(run, Search("pairs", plan, run.rows.read, cutoff, lambda: PairsWithin(labels, max_found), of))
+    return found if len(found) <= max_found else NotComputed(f"more than {max_found:,} pairs are within the cut-off")
+
+
+@dataclasses.dataclass(frozen=True)
 class OtherLinkage:
-    """What the other linkage keeps at the cut-off of the sets; the fields are as those of `Sets`.
+    """What the other linkage keeps at the cut-off of the sets; its curve ends there for stars, else with the forest."""
 
-    Attributes:
-        linkage: ``single`` or ``star``.
-        curve: Single linkage as far as the forest reaches, stars up to the cut-off.
-    """
-
-    linkage: str
-    kept: int
-    uncovered_ratio: float
+    result: OtherLinkageResult
     curve: Curve
 
 
@@ -220,7 +255,7 @@ def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage
         return NotComputed("nothing was to be merged")
     if run.settings.linkage == "star":
         return run.machine.on_main(lambda: _single(run.rows, forest, threshold))
-    pairs = collect_few_pairs(run, run.rows, sets.labels, threshold)
+    pairs = _find_pairs(run, sets.labels, threshold, _MAX_FOUND, _MAX_COMPARED)
     if isinstance(pairs, NotComputed):
         run.reporter.note(f"What --linkage star would keep at this cut-off is not computed: {pairs.reason}.")
         return pairs
@@ -232,15 +267,16 @@ def _single(rows: BalanceRows, forest: Edges, threshold: float) -> OtherLinkage:
     labels = connected_components(len(rows), part.a, part.b)
     distances = distances_to(rows.read, central_rows(rows.read, labels))
     beyond = share_beyond(distances, threshold, len(part))
-    return OtherLinkage("single", rows.num_searched - len(part), beyond, _single_curve(rows, forest, threshold))
+    result = OtherLinkageResult("single", rows.num_searched - len(part), beyond)
+    return OtherLinkage(result, _single_curve(rows, forest, threshold))
 
 
 def _star(rows: BalanceRows, pairs: Edges, threshold: float) -> OtherLinkage:
     pairs = pairs.renumbered(rows.unique_positions())
-    num_points = min(_CURVE_POINTS, _MOST_COVERED // max(1, len(pairs)))
-    curve = star_curve(len(rows.unique), pairs, rows.count_copies(), threshold, num_points)
+    num_points = min(_CURVE_POINTS, _MAX_COVERED // max(1, len(pairs)))
+    curve = star_curve(pairs, rows.count_copies(), threshold, num_points)
     # The cut-off is the last point, and all members of a star are within it of their representative.
-    return OtherLinkage("star", int(curve.kept[-1]), 0.0, curve)
+    return OtherLinkage(OtherLinkageResult("star", int(curve.kept[-1]), 0.0), curve)
 
 
 def _choose_representatives(run: BalanceRun, labels: IntArray) -> IntArray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from clipcid_cli.formats.data.remote import local_file
 from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import find_repeat, join, parquet_listing
-from clipcid_cli.formats.output import is_claimed
+from clipcid_cli.formats.output import Output, is_claimed
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.results.keep_list import KeepList, read_keep_list
 from clipcid_cli.formats.results.kept_lists import is_uid
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.steps.balance.plan import Plan
+from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.samples import read_uid
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter
@@ -35,8 +35,11 @@ _SIZES = "sizes.json"
 _STATS = "_stats.json"
 _STEP = "write-shards"
 
+# Tells the keys to keep of a shard, and how many of its samples to drop.
+Choose = Callable[[Shard], tuple[set[str], int]]
 
-def write_shards(plan: Plan, target: Path, machine: Machine, reporter: Reporter) -> None:
+
+def write_shards(plan: BalancePlan, target: Path, machine: Machine, reporter: Reporter) -> None:
     """Write the new shards, divided among the processes; a run that was killed continues with those not written yet.
 
     A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and
@@ -52,14 +55,15 @@ def write_shards(plan: Plan, target: Path, machine: Machine, reporter: Reporter)
             return
         machine.on_main(output.start)
         keep = read_keep_list(plan.keep_list)
+        dropped_as = "dropped" if keep.has_reasons else "repeat"
         mine = data.shards[machine.rank :: machine.size]
 
         def write() -> tuple[dict[str, int], list[FileRecord]]:
             sizes, files = dict[str, int](), list[FileRecord]()
-            choice = _Choice(keep, data, mine, target)
+            choose = _choose(keep, data, mine, target)
             with reporter.progress("shards", len(mine), "shards") as progress:
                 for shard in mine:
-                    sizes[shard.name] = _write_shard(shard, choice, output.work, output.resumed)
+                    sizes[shard.name] = _write_shard(shard, choose, output, dropped_as)
                     written = [_STATS, *([".tar"] if sizes[shard.name] else [])]
                     files += [record(output.work / f"{shard.name}{each}", output.work) for each in written]
                     progress.advance()
@@ -87,15 +91,17 @@ def write_shards(plan: Plan, target: Path, machine: Machine, reporter: Reporter)
         machine.on_main(finish)
 
 
-def _write_shard(shard: Shard, choice: _Choice, target: Path, resumed: bool) -> int:
+def _write_shard(shard: Shard, choose: Choose, output: Output[Sidecar], dropped_as: str) -> int:
     """Write one shard, unless this run wrote it before it was killed: its statistics are written after it."""
-    path, stats_path = target / f"{shard.name}.tar", target / f"{shard.name}{_STATS}"
-    if resumed:
+    path, stats_path = output.work / f"{shard.name}.tar", output.work / f"{shard.name}{_STATS}"
+    if output.resumed:
         with suppress(OSError, ValueError, TypeError, LookupError):  # missing or damaged: it is written again
             written = int(json.loads(read_regular(stats_path))["successes"])
             if not written or path.is_file():
                 return written
-    keys, num_dropped = choice.of(shard)
+    keys, num_dropped = choose(shard)
+    prefix = f"{shard.name}/" if shard.prefix_keys else ""
+    keys = {key.removeprefix(prefix) for key in keys}  # as stored in the tar
     with local_file(shard.source) as source:
         if keys:
             copied = copy_samples(source, path, keys)
@@ -111,7 +117,7 @@ def _write_shard(shard: Shard, choice: _Choice, target: Path, resumed: bool) -> 
         )
     became = {
         "success": copied.samples,
-        "dropped" if choice.keep.has_reasons else "repeat": num_dropped,
+        dropped_as: num_dropped,
         # No image or caption, unreadable, or a repeated key: the sidecar of `embed` counts them by reason.
         "not_in_keep_list": copied.read - copied.samples - num_dropped,
     }
@@ -139,39 +145,37 @@ def _refuse_foreign(target: Path) -> None:
         )
 
 
-class _Choice:
-    """Finds the kept samples of each shard.
+def _choose(keep: KeepList, data: Dataset, shards: Sequence[Shard], folder: Path) -> Choose:
+    """Return what tells the keys to keep of some shards, and how many of their samples to drop.
 
     `embed` records the shard of each row. Other tools do not; the keep list then holds the names of their files, which match
     no shard. All samples of the process's shards are then looked up by their keys or, where the rows' keys are DataComp's
     uids and a sample's key is not, by the uid in its ``.json``.
     """
+    num_rows = keep.count_by_shard()
 
-    def __init__(self, keep: KeepList, data: Dataset, shards: Sequence[Shard], folder: Path) -> None:
-        self.keep = keep
-        self._num_rows = keep.count_by_shard()
-        # The keys of each shard's n samples, and 1 for those kept, 0 for dropped and −1 for others, int64 [n].
-        self._found: dict[str, tuple[pa.Array, npt.NDArray[np.int64]]] | None = None
-        if self._num_rows.keys().isdisjoint(shard.name for shard in data.shards):
-            self._found = dict(zip((shard.name for shard in shards), _look_up(keep, data, shards, folder), strict=True))
+    def choose_recorded(shard: Shard) -> tuple[set[str], int]:
+        keys = keep.kept_of_shard(shard.name)
+        return keys, num_rows.get(shard.name, 0) - len(keys)
 
-    def of(self, shard: Shard) -> tuple[set[str], int]:
-        """Return the keys, as stored in the tar, of a shard's samples to keep, and how many of its samples to drop."""
-        if self._found is None:
-            keys = self.keep.kept_of_shard(shard.name)
-            num_dropped = self._num_rows.get(shard.name, 0) - len(keys)
-        else:
-            all_keys, kept = self._found[shard.name]
-            keys = set(all_keys.filter(pa.array(kept > 0)).to_pylist())
-            num_dropped = int(np.count_nonzero(kept == 0))
-        prefix = f"{shard.name}/" if shard.prefix_keys else ""
-        return {key.removeprefix(prefix) for key in keys}, num_dropped
+    if not num_rows.keys().isdisjoint(shard.name for shard in data.shards):
+        return choose_recorded
+    found = dict(zip((shard.name for shard in shards), _look_up(keep, data, shards, folder), strict=True))
+
+    def choose_found(shard: Shard) -> tuple[set[str], int]:
+        all_keys, kept = found[shard.name]
+        return set(all_keys.filter(pa.array(kept > 0)).to_pylist()), int(np.count_nonzero(kept == 0))
+
+    return choose_found
 
 
 def _look_up(
     keep: KeepList, data: Dataset, shards: Sequence[Shard], folder: Path
 ) -> Iterator[tuple[pa.Array, npt.NDArray[np.int64]]]:
-    """Return the keys of each shard's samples, and what the keep list has of them; they are joined in a folder."""
+    """Return the keys of each shard's n samples, and int64 [n]: 1 for those kept, 0 for dropped and −1 for others.
+
+    They are joined in a folder.
+    """
     keys, names = list[pa.Array](), list[pa.ChunkedArray]()
     numbers = {shard.name: number for number, shard in enumerate(data.shards)}
     by_uid = is_uid(keep.first_key)

@@ -11,12 +11,12 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.output import find_output, is_claimed
 from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.steps.cluster.rows import ClusterRows, find_rows
+from clipcid_cli.steps.cluster.rows import ClusterRows, choose_rows
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 # As many as faiss asks for before it warns.
-_FEWEST_A_CENTROID = 39
+_MIN_PER_CENTROID = 39
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +39,16 @@ class ClusterPlan:
 
 def make_plan(settings: ClusterSettings, reporter: Reporter) -> ClusterPlan:
     """Look at everything that can be wrong, and say what was taken."""
-    folder, rows = WorkDirectory(settings.work).clusters, find_rows(settings, reporter)
+    folder, rows = WorkDirectory(settings.work).clusters, choose_rows(settings, reporter)
     num_clusters = _choose_num_clusters(settings, rows, reporter)
     trained = rows
     if settings.train_rows is not None and settings.train_rows < len(rows):
         trained = rows.sample(settings.train_rows, settings.seed)
-        if len(trained) < _FEWEST_A_CENTROID * num_clusters and not settings.dry_run:
+        if len(trained) < _MIN_PER_CENTROID * num_clusters and not settings.dry_run:
             reporter.warn(
                 f"--train-rows {len(trained):,} gives each of {num_clusters:,} centroids "
                 f"{len(trained) / num_clusters:.1f} images, too few to represent the others. Use at least "
-                f"{_FEWEST_A_CENTROID * num_clusters:,} ({_FEWEST_A_CENTROID} a centroid)."
+                f"{_MIN_PER_CENTROID * num_clusters:,} ({_MIN_PER_CENTROID} a centroid)."
             )
     identity = {
         "features": settings.features,

@@ -10,7 +10,6 @@ class ClusterResult(msgspec.Struct, omit_defaults=True, kw_only=True):
 
     Attributes:
         objective: Mean similarity of the images to their own centroid.
-        largest_cluster: Its images.
         skipped: Rows by reason.
         seconds: ``read, kmeans, assign, write``.
         files: The path of each file by its name; the sidecar holds the result without them.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clipcid_cli.algorithms.kmeans.kmeans import joint_features
+from clipcid_cli.algorithms.near.exact import BoolArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
@@ -21,45 +20,57 @@ from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.steps.cluster.selection import Selection
 from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
+Numbers = npt.NDArray[np.int64]
 
-@dataclasses.dataclass(frozen=True)
-class Sources:
-    """The files of some embeddings, looked at once: of thousands that takes seconds.
+# Rows of which the chosen ones are counted.
+_BLOCK = 4096
 
-    It must not have been used when it is sent to another process: a mapped array would be copied whole.
-    """
 
-    embeddings: Embeddings
+class Selection:
+    """Some of M rows, numbered 0 … N − 1 in their order. Memory: 0.13 bytes for each of the M."""
 
-    @cached_property
-    def images(self) -> Rows:
-        """Image embeddings."""
-        return self.embeddings.rows(Kind.IMAGES)
+    def __init__(self, chosen: BoolArray) -> None:
+        """Take the chosen ones of all rows, bool [M]."""
+        self.num_all = len(chosen)
+        self._bits = np.packbits(chosen)
+        counts = np.add.reduceat(chosen, np.arange(0, len(chosen), _BLOCK), dtype=np.int64)
+        self._before = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
 
-    @cached_property
-    def texts(self) -> Rows:
-        """Captions' embeddings."""
-        return self.embeddings.rows(Kind.TEXTS)
+    def __len__(self) -> int:
+        return int(self._before[-1])
 
-    @cached_property
-    def _keys(self) -> Callable[[int], pa.ChunkedArray]:
-        """Reads the keys of a file, by its place among the files; those of the last one are kept."""
-        return lru_cache(maxsize=1)(lambda place: self.embeddings.keys_of(self.embeddings.files[place]))
+    def between(self, start: int, stop: int) -> Numbers:
+        """Return the numbers, among all rows, of the chosen ones from start to stop − 1: int64, ascending."""
+        first = int(np.searchsorted(self._before, start, side="right")) - 1
+        begin = int(self._before[first])
+        return self._numbers(first, int(np.searchsorted(self._before, stop)))[start - begin : stop - begin]
 
-    def keys(self, numbers: npt.NDArray[np.int64]) -> pa.ChunkedArray:
-        """Read the keys of some rows, int64 [n], ascending."""
-        firsts = np.array([*(file.first for file in self.embeddings.files), self.embeddings.num_rows])
-        bounds = np.searchsorted(numbers, firsts)
-        parts = [
-            self._keys(file).take(pa.array(numbers[bounds[file] : bounds[file + 1]] - firsts[file]))
-            for file in np.flatnonzero(np.diff(bounds)).tolist()
-        ]
-        return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.large_string())
+    def at(self, positions: Numbers) -> Numbers:
+        """Return the numbers, among all rows, of the chosen ones at some positions, int64 [n] in any order."""
+        blocks = np.searchsorted(self._before, positions, side="right") - 1
+        order = np.argsort(blocks, kind="stable")
+        different, firsts = np.unique(blocks[order], return_index=True)
+        numbers = np.empty(len(positions), dtype=np.int64)
+        for block, first, last in zip(different.tolist(), firsts, [*firsts[1:], len(order)], strict=False):
+            places = order[first:last]
+            numbers[places] = self._numbers(block, block + 1)[positions[places] - self._before[block]]
+        return numbers
+
+    def subset(self, positions: Numbers) -> Selection:
+        """Return the selection of the chosen ones at some positions."""
+        chosen = np.zeros(self.num_all, dtype=np.bool_)
+        chosen[self.at(positions)] = True
+        return Selection(chosen)
+
+    def _numbers(self, first: int, last: int) -> Numbers:
+        """Return the numbers of the rows chosen of the blocks from first to last − 1."""
+        bits = self._bits[first * _BLOCK // 8 : last * _BLOCK // 8]
+        # Bits beyond the last row are 0.
+        return np.flatnonzero(np.unpackbits(bits)) + first * _BLOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +89,8 @@ class ClusterRows:
     chosen: Selection
     joint: bool
     skips: Skips
-    sources: Sources
+    images: Rows
+    texts: Rows | None
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -96,22 +108,24 @@ class ClusterRows:
 
     def features(self, start: int, stop: int) -> Float16:
         """Read what is clustered of rows start … stop − 1: unit rows, float16 [n, D]."""
-        images = self._read(self.sources.images, start, stop)
+        images = self._read(self.images, start, stop)
         return joint_features(images, self.captions(start, stop)) if self.joint else images
 
     def features_at(self, positions: npt.NDArray[np.int64]) -> Float16:
         """Read what is clustered of single rows: unit rows, float16 [n, D]."""
         numbers = self.chosen.at(positions)
-        images = self.sources.images.take(numbers)
-        return joint_features(images, self.sources.texts.take(numbers)) if self.joint else images
+        images = self.images.take(numbers)
+        return joint_features(images, self.texts.take(numbers)) if self.joint and self.texts is not None else images
 
     def captions(self, start: int, stop: int) -> Float16:
         """Read the captions' embeddings: unit rows, float16 [n, D]."""
-        return self._read(self.sources.texts, start, stop)
+        assert self.texts is not None  # they are asked for
+        return self._read(self.texts, start, stop)
 
     def keys(self, start: int, stop: int) -> pa.ChunkedArray:
         """Read the keys of rows start … stop − 1, strings."""
-        return self.sources.keys(self.chosen.between(start, stop))
+        pieces = self.embeddings.take_column(self.embeddings.keys_of, self.chosen.between(start, stop))
+        return pa.chunked_array(pieces, pa.large_string())
 
     def fingerprint(self) -> list[FileRecord]:
         """Describe every input file."""
@@ -124,7 +138,7 @@ class ClusterRows:
         return rows.take(self.chosen.between(start, stop))
 
 
-def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
+def choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     """Find the embeddings and the keep list, join them by key and say which were taken."""
     work = WorkDirectory(settings.work)
     folder = settings.embeddings if settings.embeddings is not None else work.find_embeddings()
@@ -140,7 +154,9 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     usable = np.ones(embeddings.num_rows, dtype=np.bool_)
     bad = embeddings.find_bad_rows(texts=True)
     usable[bad] = False
-    skips = Skips.of(dict.fromkeys(Sources(embeddings).keys(bad).to_pylist(), "nan_row"))
+    skips = Skips.of(
+        {key: "nan_row" for piece in embeddings.take_column(embeddings.keys_of, bad) for key in piece.to_pylist()}
+    )
     skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))
     if skips.total:
         reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
@@ -154,5 +170,12 @@ def find_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
         raise ClipcidError(
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
-    path = None if keep_list is None else keep_list.path
-    return ClusterRows(embeddings, path, Selection(usable), settings.features == "joint", skips, Sources(embeddings))
+    return ClusterRows(
+        embeddings,
+        keep_list=None if keep_list is None else keep_list.path,
+        chosen=Selection(usable),
+        joint=settings.features == "joint",
+        skips=skips,
+        images=embeddings.rows(Kind.IMAGES),
+        texts=embeddings.rows(Kind.TEXTS) if embeddings.has_texts else None,
+    )

@@ -20,6 +20,7 @@ from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_row
 from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.near.exact import LONGEST_ROW, IntArray, distance_matrix
 from clipcid_cli.algorithms.near.search import near_pairs, near_pairs_of
+from clipcid_cli.algorithms.sets import forest as forest_module
 from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components, forest_curve
 
 CPU = torch.device("cpu")
@@ -93,12 +94,14 @@ def build(
     tiles = [(a, b) for at, a in enumerate(panels) for b in panels[at:]]
     random.Random(order_seed).shuffle(tiles)
     forests = [stars]
-    for process in range(processes):
-        builder = ForestSink(len(rows), smallest_fold=fold)
-        for found in near_pairs_of(tiles[process::processes], cutoff, builder.wants):
-            for edges in found:
-                builder.add(edges)
-        forests.append(builder.result())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forest_module, "_MIN_FOLD", fold)
+        for process in range(processes):
+            builder = ForestSink(len(rows))
+            for found in near_pairs_of(tiles[process::processes], cutoff, builder.wants):
+                for edges in found:
+                    builder.add(edges)
+            forests.append(builder.result())
     return ForestSink(len(rows), Edges.concatenate(forests)).result()
 
 
@@ -177,10 +180,11 @@ def test_partition_equals_scipys_single_linkage_at_every_threshold(dtype: torch.
         assert partition(ours) == partition(fcluster(tree, float(cutoff), criterion="distance"))
 
 
-def test_edges_that_may_not_join_are_turned_away_and_no_others() -> None:
+def test_edges_that_may_not_join_are_turned_away_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forest_module, "_MIN_FOLD", 1)
     rows = unit_rows(3, 120, 16, 4, 0.2)
     edges = all_edges(rows)
-    builder = ForestSink(len(rows), smallest_fold=1)
+    builder = ForestSink(len(rows))
     builder.add(edges)
     kept = builder.wants(edges.a, edges.b, edges.weight)
     assert len(edges) > 2**12  # so many that their own forest is found first
@@ -225,7 +229,7 @@ def test_blocks_queued_as_on_a_gpu_have_the_same_pairs_crowded_or_not(
         a = load_block(rows.__getitem__, np.arange(m), CPU, dtype)
         b = load_block(rows.__getitem__, np.arange(m, m + n), CPU, dtype) if n else a
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(search, "_MOST_QUEUED", most)
+            patch.setattr(search, "_MAX_QUEUED", most)
             found = Edges.concatenate(search.queue(a, b, 0.1, all_of_them))
         near = [edge for edge in as_list(all_edges(rows)) if edge[0] <= np.float32(0.1)]
         assert sorted(as_list(found)) == sorted(edge for edge in near if is_diagonal or edge[1] < m <= edge[2])
@@ -298,11 +302,12 @@ def test_rows_that_would_be_inexact_are_refused() -> None:
         load_block(rows.__getitem__, np.arange(2), CPU, torch.float32)
 
 
-def test_curve_counts_components_and_the_largest_at_each_cutoff() -> None:
+def test_curve_counts_components_and_the_largest_at_each_cutoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forest_module, "_CURVE_POINTS", 20)
     rows = unit_rows(2, 90, 8, 6, 0.15)
     forest = build(rows, 0.8, torch.float32, 90, 0)
     chosen = float(forest.weight[len(forest) // 3])
-    curve = forest_curve(90, forest, chosen, num_points=20)
+    curve = forest_curve(90, forest, chosen)
     assert len(curve.distance) <= 21
     assert np.float32(chosen) in curve.distance
     assert (np.diff(curve.distance) > 0).all()

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from clipcid_cli.algorithms.near import partitions as partitioning
 from clipcid_cli.algorithms.near.block import load_block
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import IntArray
-from clipcid_cli.algorithms.near.partitions import Partitions, assign_rows, default_num_partitions, measure_margin
+from clipcid_cli.algorithms.near.partitions import Partitions, default_num_partitions, measure_margin
 from clipcid_cli.algorithms.near.plan import pieces
 from clipcid_cli.algorithms.near.sample import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.search import near_pairs
@@ -44,19 +43,10 @@ def exact_gaps(rows: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.
     return home, np.divide(ahead, apart, out=np.zeros_like(ahead), where=apart > 0)
 
 
-def all_of_them(a: IntArray, b: IntArray, at_least: np.ndarray) -> np.ndarray:
-    return np.ones(len(a), np.bool_)
-
-
-def assign(rows: np.ndarray, centroids: np.ndarray, margin: float) -> list[np.ndarray]:
-    partitions, numbers = Partitions(torch.from_numpy(centroids).float()), np.arange(len(rows))
-    parts = assign_rows(partitions, rows.__getitem__, numbers, margin, (0, len(rows)))
-    return [np.concatenate(each) for each in zip(*parts, strict=True)]
-
-
 def search(rows: np.ndarray, centroids: np.ndarray, margin: float, cutoff: float) -> Edges:
     """Find the pairs within a distance that partitions find."""
-    homes, visited, visitors = assign(rows, centroids, margin)
+    partitions = Partitions(torch.from_numpy(centroids).float())
+    homes, visitors, visited, _ = (each.numpy() for each in partitions.visits(torch.from_numpy(rows), margin))
     lists = np.concatenate([2 * homes, 2 * visited + 1])
     listed = np.concatenate([np.arange(len(rows)), visitors])[np.argsort(lists, kind="stable")]
     ends = np.cumsum(np.bincount(lists, minlength=2 * len(centroids)))
@@ -66,7 +56,7 @@ def search(rows: np.ndarray, centroids: np.ndarray, margin: float, cutoff: float
         for chunk in range(plan.num_chunks)
         for job in plan.jobs(chunk)
     ]
-    return Edges.concatenate(edges for pair in blocks for edges in near_pairs(pair[0], pair[-1], cutoff, all_of_them))
+    return Edges.concatenate(edges for pair in blocks for edges in near_pairs(pair[0], pair[-1], cutoff))
 
 
 @given(scenes(), st.integers(1, 20))
@@ -79,12 +69,10 @@ def test_homes_visits_and_gaps_are_those_of_float64(case: tuple[np.ndarray, np.n
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(partitioning, "_NEAREST", nearest)
         patch.setattr(partitioning, "_VALUES_AT_ONCE", 50)
-        patch.setattr(partitioning, "_ROWS_AT_ONCE", {"cpu": 17})
-        homes, visited, visitors = assign(rows, centroids, margin)
         partitions = Partitions(torch.from_numpy(centroids).float())
-        _, row, other, gap = partitions.visits(torch.from_numpy(rows), margin)
+        homes, row, other, gap = partitions.visits(torch.from_numpy(rows), margin)
     np.testing.assert_array_equal(homes, home)
-    np.testing.assert_array_equal(np.stack([visitors, visited], axis=1), np.argwhere(gaps <= margin))
+    np.testing.assert_array_equal(np.stack([row, other], axis=1), np.argwhere(gaps <= margin))
     np.testing.assert_array_equal(gap, gaps[row, other])
 
 
@@ -142,7 +130,7 @@ def test_the_margin_is_twice_what_sampled_pairs_need_and_visits_stay_bounded(
     numbers, sample = np.arange(len(rows)), np.arange(0, len(rows), 3)
     neighbours = find_neighbours(rows.__getitem__, numbers, sample, 2, CPU, (0, len(rows)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partitioning, "_MOST_VISITS", most)
+        patch.setattr(partitioning, "_MAX_VISITS", most)
         partitions = Partitions(torch.from_numpy(centroids).float())
         margin, visits = measure_margin(partitions, rows.__getitem__, numbers, sample, neighbours, reach)
     home, gaps = exact_gaps(rows, centroids)

@@ -1,10 +1,11 @@
 """Retrieval: chunking never changes a rank, and it equals the plain definition over the whole similarity matrix."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcid_cli.algorithms.metrics.retrieval import retrieval_ranks
+from clipcid_cli.algorithms.metrics import retrieval
 
 
 @given(
@@ -21,7 +22,9 @@ def test_chunked_equals_plain(seed: int, num_images: int, num_texts: int, chunk_
     texts = torch.randint(-1, 2, (num_texts, 3), generator=generator).float()
     own = torch.randint(0, num_images, (num_texts,), generator=generator)
 
-    image_ranks, text_ranks = retrieval_ranks(images, texts, own, chunk_entries)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "_CHUNK_ENTRIES", chunk_entries)
+        image_ranks, text_ranks = retrieval.retrieval_ranks(images, texts, own)
 
     by_image = torch.sort(texts @ images.T, dim=1, descending=True, stable=True).indices
     assert image_ranks.tolist() == [

@@ -49,7 +49,7 @@ def test_star_cover(seed: int, num_rows: int, cutoff: float) -> None:
     points, pairs = points_and_pairs(seed, num_rows)
     near = pairs.up_to(cutoff)
     shuffled = near[np.random.default_rng(seed).permutation(len(near))]
-    cover = star_cover(num_rows, shuffled)
+    cover = star_cover(shuffled, np.ones(num_rows, np.int64))
     assert cover.tolist() == cover_row_by_row(num_rows, near)
     kept = np.flatnonzero(cover == np.arange(num_rows))
     assert (cover[cover] == cover).all()
@@ -74,10 +74,10 @@ def test_stars_of_pairs_found_in_pieces(dtype: torch.dtype, monkeypatch: pytest.
     weight = np.linalg.norm(rows[a].astype(np.float64) - rows[b], axis=1).astype(np.float32)
     within = weight <= np.float32(0.45)
     block = load_block(rows.__getitem__, np.arange(768), torch.device("cpu"), dtype)
-    found = Edges.concatenate(search.near_pairs(block, block, 0.45, lambda a, b, _: np.ones(len(a), np.bool_)))
+    found = Edges.concatenate(search.near_pairs(block, block, 0.45))
     pairs = Edges(a[within], b[within], weight[within])
     assert len(found) == len(pairs)
-    assert star_cover(768, found).tolist() == cover_row_by_row(768, pairs)
+    assert star_cover(found, np.ones(768, np.int64)).tolist() == cover_row_by_row(768, pairs)
 
 
 @settings(max_examples=30)
@@ -85,16 +85,16 @@ def test_stars_of_pairs_found_in_pieces(dtype: torch.dtype, monkeypatch: pytest.
 def test_star_cutoff_for_a_number_of_rows(seed: int, num_rows: int, share: float) -> None:
     _, pairs = points_and_pairs(seed, num_rows)
     wanted = max(1, round(share * num_rows))
-    found = find_star_cutoff(num_rows, pairs, wanted)
+    found = find_star_cutoff(pairs, np.ones(num_rows, np.int64), wanted)
     assert found is not None
     assert count_kept(found.representatives) <= wanted
     assert found.representatives.tolist() == cover_row_by_row(num_rows, pairs.up_to(found.cutoff))
     smaller = pairs.weight[pairs.weight < found.cutoff]
     if len(smaller):
-        assert count_kept(star_cover(num_rows, pairs.up_to(float(smaller[-1])))) > wanted
+        assert count_kept(star_cover(pairs.up_to(float(smaller[-1])), np.ones(num_rows, np.int64))) > wanted
 
 
 def test_star_cutoff_beyond_the_pairs_is_not_guessed() -> None:
     _, pairs = points_and_pairs(0, 40)
-    assert find_star_cutoff(40, pairs.up_to(0.5), 2) is None
-    assert find_star_cutoff(3, Edges.empty(), 1) is None
+    assert find_star_cutoff(pairs.up_to(0.5), np.ones(40, np.int64), 2) is None
+    assert find_star_cutoff(Edges.empty(), np.ones(3, np.int64), 1) is None

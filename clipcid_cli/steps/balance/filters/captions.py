@@ -11,18 +11,17 @@ import numpy as np
 import pyarrow.compute as pc
 from markupsafe import Markup
 
-from clipcid_cli.algorithms.near.exact import FloatArray, IntArray, cosine_similarities
+from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, cosine_similarities
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.formats.results.keep_list import Column, float_column
+from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.result import CaptionWindowResult
-from clipcid_cli.steps.balance.rows import BalanceRows, BoolArray, take_column
-from clipcid_cli.steps.chunks import SearchRun
+from clipcid_cli.steps.balance.shared_arrays import collect_arrays, share_arrays
 from clipcid_cli.steps.reporting import Progress
 from clipcid_cli.steps.settings.balance import BalanceSettings
-from clipcid_cli.steps.shared_arrays import collect_arrays, share_arrays
 
 _ROWS_AT_ONCE = 4096
 _BARS = 80
@@ -105,22 +104,21 @@ class CaptionWindow:
         return svg(figure, "Histogram of the similarity of images to their captions")
 
 
-def find_captions(
-    run: SearchRun, settings: BalanceSettings, embeddings: Embeddings, rows: BalanceRows
-) -> CaptionWindow:
+def find_captions(run: BalanceRun) -> CaptionWindow:
     """Compare every image with its caption, each process a share of them; the same on every process."""
+    rows = run.rows
     start, stop = run.machine.share(len(rows))
     mine = rows.numbers[start:stop]
     with run.reporter.progress("captions", len(mine), "images") as progress:
-        found = compare_captions(embeddings, mine, progress), have_captions(embeddings, mine)
+        found = compare_captions(run.embeddings, mine, progress), have_captions(run.embeddings, mine)
     parts = collect_arrays(run.machine, run.work, found)
 
     def merge() -> tuple[FloatArray]:
         similarity = keep_captioned(*map(np.concatenate, zip(*parts, strict=True)))
-        CaptionWindow.of(settings, similarity).refuse_empty()
+        CaptionWindow.of(run.settings, similarity).refuse_empty()
         return (similarity,)
 
-    window = CaptionWindow.of(settings, *share_arrays(run.machine, run.work, merge))
+    window = CaptionWindow.of(run.settings, *share_arrays(run.machine, run.work, merge))
     number = np.count_nonzero(~window.is_dropped)
     run.reporter.note(f"{number:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
     return window
@@ -151,6 +149,6 @@ def keep_captioned(similarity: FloatArray, captioned: BoolArray) -> FloatArray:
 
 def have_captions(embeddings: Embeddings, numbers: IntArray) -> BoolArray:
     """Tell which rows of the embeddings, integers [n], ascending, have a caption, bool [n]."""
-    captions = take_column(embeddings, embeddings.captions_of, numbers)
+    captions = embeddings.take_column(embeddings.captions_of, numbers)
     found = [pc.not_equal(piece, "").to_numpy(zero_copy_only=False) for piece in captions]
     return np.concatenate([np.empty(0, np.bool_), *found])

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from clipcid_cli.algorithms.near.exact import FloatArray
+from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray
 from clipcid_cli.algorithms.sets.representatives import best_of_groups
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.arrays import Arrays
@@ -23,11 +23,10 @@ from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_pa
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.result import ClusterCapResult
-from clipcid_cli.steps.balance.rows import BoolArray, take_column
 from clipcid_cli.steps.balance.scores import SCORES
+from clipcid_cli.steps.balance.shared_arrays import share_arrays
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
-from clipcid_cli.steps.shared_arrays import share_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +71,8 @@ class FoundClusters:
 
     Attributes:
         identity: Hash of their table.
-        images: Number of images in them.
-        skipped: Number of those left out, since their rows are not usable.
+        images: How many are in them.
+        skipped: How many are in none, since their rows are not usable.
     """
 
     folder: Path
@@ -150,7 +149,7 @@ def _look_up(run: BalanceRun, table: Path) -> tuple[npt.NDArray[np.int32], Float
     """Return the cluster of each row and its similarity to the centroid, [N] each; −1 and 0 where it is in none."""
 
     def keys() -> Iterator[pa.ChunkedArray]:
-        pieces = take_column(run.embeddings, run.embeddings.keys_of, run.rows.numbers)
+        pieces = run.embeddings.take_column(run.embeddings.keys_of, run.rows.numbers)
         return (pa.chunked_array([piece]) for piece in pieces)
 
     place = join(keys, len(run.rows), parquet_listing(table), run.settings.work)[:, 0]

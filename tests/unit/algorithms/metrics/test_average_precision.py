@@ -81,14 +81,6 @@ def test_classes_without_images_are_left_out_of_the_mean() -> None:
     assert nothing.intervals(10, seed=0) == {}
 
 
-@pytest.mark.parametrize(
-    ("scores", "positive", "message"),
-    [
-        (np.zeros((3, 2)), np.zeros((3, 4), bool), r"both must be \[N, C\]"),
-        (np.zeros((0, 2)), np.zeros((0, 2), bool), "no image"),
-        (np.full((3, 2), math.nan), np.ones((3, 2), bool), "NaN"),
-    ],
-)
-def test_what_cannot_be_ranked_is_refused(scores: np.ndarray, positive: np.ndarray, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        precision_metrics(scores, positive)
+def test_scores_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        precision_metrics(np.full((3, 2), math.nan), np.ones((3, 2), bool))

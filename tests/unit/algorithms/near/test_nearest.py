@@ -72,7 +72,7 @@ def test_the_nearest_is_that_of_a_float64_product(
     if limits == "small":  # many products, and crowded ones cut
         monkeypatch.setattr(nearest, "_PRODUCT_CENTROIDS", {"cpu": 256})
         monkeypatch.setattr(nearest, "_CROWDED", 10**9)
-        monkeypatch.setattr(nearest, "_MOST_GROUPS", 100)
+        monkeypatch.setattr(nearest, "_MAX_GROUPS", 100)
     found, (cosines, numbers) = find(rows, centroids, dtype), rank(rows, centroids)
     assert torch.equal(found.number_B, numbers[:, 0])
     assert torch.equal(found.cosine_B, cosines[:, 0])

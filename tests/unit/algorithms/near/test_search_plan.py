@@ -13,7 +13,7 @@ from clipcid_cli.algorithms.near.plan import Plan, components, pieces, rectangle
 
 @pytest.fixture(autouse=True)
 def small_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_LARGEST_PANEL", "_PANEL", "_SMALLEST_PANEL"):
+    for name in ("_MAX_PANEL", "_PANEL", "_MIN_PANEL"):
         monkeypatch.setattr(planning, name, 10)
 
 
@@ -34,7 +34,7 @@ def list_pairs(plan: Plan) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("in_memory", [0, 50, 10**6])
 def test_a_triangle_has_each_pair_once(in_memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_MOST_CHUNKS", 7)
+    monkeypatch.setattr(planning, "_MAX_CHUNKS", 7)
     for number in (0, 1, 9, 10, 11, 64, 130):
         rows = np.arange(number)
         assert sorted(list_pairs(triangle(rows, in_memory))) == [(a, b) for a in rows for b in rows[a + 1 :]]

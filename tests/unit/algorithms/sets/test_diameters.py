@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.sets import diameters
 
 @pytest.mark.parametrize("most", [2, 5, 1024])
 def test_diameters_are_the_largest_distances(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    monkeypatch.setattr(diameters, "MOST_COMPARED", most)
+    monkeypatch.setattr(diameters, "MAX_COMPARED", most)
     monkeypatch.setattr(diameters, "_ROWS_AT_ONCE", 7)
     stored, generator = make_rows(300), np.random.default_rng(0)
     rows = np.sort(generator.permutation(300)[:250])

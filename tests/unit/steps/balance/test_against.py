@@ -14,7 +14,7 @@ from conftest import make_image, shard_members, write_tar
 
 from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.steps import chunks
+from clipcid_cli.steps.balance import chunks
 from clipcid_cli.steps.embed.run import run as run_embed
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings

@@ -12,6 +12,7 @@ from balance_data import balance, make_rows, write_embeddings
 
 from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
 from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.sets import forest
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.formats import arrays, parquet
 
@@ -53,12 +54,14 @@ def test_the_first_process_holds_at_most_128_bytes_a_row(
     assert 0 < (many - few) / (MANY - FEW) <= 128
 
 
-def test_a_forest_is_built_in_64_bytes_a_row() -> None:
+def test_a_forest_is_built_in_64_bytes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forest, "_MIN_FOLD", 2**10)
+
     def peak(num_rows: int) -> int:
         random = np.random.default_rng(0)
         tracemalloc.start()
         try:
-            builder = ForestSink(num_rows, smallest_fold=2**10)
+            builder = ForestSink(num_rows)
             for _ in range(200):
                 a = random.integers(num_rows - 1, size=num_rows // 40)
                 b = a + 1 + random.integers(num_rows - 1 - a)

@@ -76,7 +76,7 @@ def test_the_report_lists_chains_and_what_stars_keep_of_them(tmp_path: Path, mon
         represented = stars[inside].groupby("representative").size()
         numbers = [represented[f"{row:06d}"] for row in chain["stars"]]
         assert numbers == sorted(represented, reverse=True)[: len(numbers)]
-    monkeypatch.setattr(chains, "_MOST_STARRED", 10)
+    monkeypatch.setattr(chains, "_MAX_STARRED", 10)
     balance(tmp_path / "few", folder, threshold=0.2)
     assert seen[-1][0]["stars"] is None
     assert "is not computed for so large a group" in (tmp_path / "few" / "balance" / "report.html").read_text()

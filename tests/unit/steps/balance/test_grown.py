@@ -46,7 +46,7 @@ def read_outputs(work: Path) -> dict[str, bytes]:
 def test_the_bytes_are_those_of_a_search_from_nothing(
     tmp_path: Path, rows: np.ndarray, added: tuple[int, ...], call: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_LARGEST_PANEL", "_SMALLEST_PANEL"):
+    for name in ("_MAX_PANEL", "_MIN_PANEL"):
         monkeypatch.setattr(planning, name, 64)
     shards = {1: range(250), 2: range(250, 600), 3: range(600, 850), 4: range(850, 900)}
     whole = write_shards(tmp_path / "whole", rows, shards)

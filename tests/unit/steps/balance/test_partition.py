@@ -10,18 +10,10 @@ import balance_data
 import numpy as np
 import pandas as pd
 import pytest
-from balance_data import check_keep_list, distance_matrix, make_rows, write_embeddings
+from balance_data import begun, check_keep_list, distance_matrix, make_rows, write_embeddings
 
 from clipcid_cli.algorithms.near import plan as planning
-from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.precision import choose_scan
-from clipcid_cli.steps.balance import audit
-from clipcid_cli.steps.balance.partition import partitioned
-from clipcid_cli.steps.balance.rows import find_rows
-from clipcid_cli.steps.chunks import SearchRun
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.balance import partition
 
 NUM_ROWS = 3000
 CUTOFF = 0.6
@@ -108,13 +100,11 @@ def test_an_audit_counts_what_is_left(
     np.fill_diagonal(near, False)
     kept = np.arange(0, len(unique), 2)
     expected = near[np.ix_(kept, kept)].any(axis=1)
-    with open_machine("cpu") as machine:
-        survey = find_rows(machine, tmp_path, open_embeddings(folder).rows(Kind.IMAGES), Reporter())
-        run = SearchRun(machine, tmp_path, "", rows.shape[1], choose_scan("fp32", machine.device), Reporter())
-        whole = audit.audit_kept(run, survey, kept, CUTOFF)
+    with begun(tmp_path, folder, threshold=CUTOFF) as run:
+        whole = partition.audit_kept(run, kept, CUTOFF)
         assert 100 < whole.near == np.count_nonzero(expected) < len(kept)
-        monkeypatch.setattr(audit, "SAMPLE", 900)
-        part = audit.audit_kept(run, survey, kept, CUTOFF)
+        monkeypatch.setattr(partition, "AUDIT_SAMPLE", 900)
+        part = partition.audit_kept(run, kept, CUTOFF)
     assert (part.sampled, part.kept) == (900, len(kept))
     assert part.low < whole.rate < part.high
     assert part.low < part.rate < part.high
@@ -146,12 +136,9 @@ def test_one_crowd_is_cut_into_many_partitions_and_searched_wholly(tmp_path: Pat
     rows = np.concatenate([crowd, generator.normal(size=(2000, 64))])
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
     folder = write_embeddings(tmp_path / "crowd", rows)
-    with open_machine("cpu") as machine:
-        survey = find_rows(machine, tmp_path, open_embeddings(folder).rows(Kind.IMAGES), Reporter())
-        run = SearchRun(machine, tmp_path, "", 64, choose_scan("fp32", machine.device), Reporter())
-        with partitioned(run, survey, 0.1) as found:
-            assert found is not None
-            assert found[0].num_pairs < 0.1 * len(rows) ** 2 / 2
+    with begun(tmp_path, folder, threshold=0.1) as run, partition.partitioned(run, 0.1) as found:
+        assert found is not None
+        assert found[0].num_pairs < 0.1 * len(rows) ** 2 / 2
     result, _ = balance(tmp_path / "parts", folder, threshold=0.1)
     exact, _ = balance(tmp_path / "exact", folder, threshold=0.1, neighbors="exact")
     assert result["kept"] == exact["kept"] == 3000

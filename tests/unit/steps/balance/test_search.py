@@ -14,8 +14,7 @@ from PIL import Image
 from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import save_arrays
-from clipcid_cli.steps import chunks
-from clipcid_cli.steps.balance import pairs as set_pairs
+from clipcid_cli.steps.balance import chunks, sets
 
 NUM_ROWS = 300
 
@@ -69,7 +68,7 @@ def test_a_killed_search_does_not_rely_on_a_forest_that_has_been_lost(
         saves.append(path)
         save_arrays(path, arrays)
 
-    for name in ("_LARGEST_PANEL", "_SMALLEST_PANEL"):
+    for name in ("_MAX_PANEL", "_MIN_PANEL"):
         monkeypatch.setattr(planning, name, 30)
     monkeypatch.setattr(chunks.SavePace, "is_due", lambda pace: True)
     balance(tmp_path / "killed", embeddings, threshold=0.3)
@@ -146,9 +145,9 @@ def test_the_other_linkage_is_what_a_run_with_it_gives(
     assert "star" in report[report.index("<svg") : report.index("</svg>")]
     assert "not computed" not in report
 
-    for limit in ("_MOST_COMPARED", "_MOST_FOUND"):
+    for limit in ("_MAX_COMPARED", "_MAX_FOUND"):
         with monkeypatch.context() as patch:
-            patch.setattr(set_pairs, limit, 20)
+            patch.setattr(sets, limit, 20)
             result, said = balance(tmp_path / limit, embeddings, keep=0.2)
         assert (result["other_linkage"], result["kept"]) == (None, single["kept"])
         assert "What --linkage star would keep at this cut-off is not computed:" in said

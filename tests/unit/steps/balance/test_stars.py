@@ -10,7 +10,7 @@ import pytest
 from balance_data import balance, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps.balance import pairs as set_pairs
+from clipcid_cli.steps.balance import sets
 
 NUM_ROWS = 300
 
@@ -75,7 +75,7 @@ def test_stars_of_partitions_do_not_depend_on_what_was_there(embeddings: Path, t
 
 
 def test_more_pairs_than_fit_are_an_error(embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(set_pairs, "_MOST_COLLECTED", 50)
+    monkeypatch.setattr(sets, "_MAX_COLLECTED", 50)
     with pytest.raises(ClipcidError, match=r"More than 50 pairs of images are within 0\.6000 .*75 bytes each"):
         balance(tmp_path, embeddings, threshold=0.6, linkage="star")
 

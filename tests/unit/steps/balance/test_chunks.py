@@ -8,17 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from balance_data import Listener, distance_matrix, make_rows
+from balance_data import Listener, begun, distance_matrix, make_rows, write_embeddings
 
 from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.plan import triangle
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.runtime.precision import choose_scan
-from clipcid_cli.steps import chunks
-from clipcid_cli.steps.chunks import SearchRun, run_chunks
+from clipcid_cli.steps.balance import chunks
+from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.reporting import Progress
 
 NUM_ROWS = 400
@@ -45,8 +43,8 @@ class StoppedAfter(Listener, Progress):
 
 @pytest.fixture(autouse=True)
 def small_panels_saved_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_SMALLEST_PANEL", 40)
-    monkeypatch.setattr(planning, "_LARGEST_PANEL", 40)
+    monkeypatch.setattr(planning, "_MIN_PANEL", 40)
+    monkeypatch.setattr(planning, "_MAX_PANEL", 40)
     monkeypatch.setattr(chunks.SavePace, "is_due", lambda pace: True)
 
 
@@ -56,11 +54,13 @@ def rows() -> np.ndarray:
 
 
 def search(rows: np.ndarray, work: Path, listener: StoppedAfter, cutoff: float = CUTOFF) -> Edges:
-    with open_machine("cpu") as machine:
-        run = SearchRun(machine, work, "these", rows.shape[1], choose_scan("fp32", machine.device), listener)
+    if not (work / "e").exists():
+        write_embeddings(work / "e", rows)
+    with begun(work, work / "e", listener, threshold=CUTOFF) as run:
+        listener.told.clear()
         plan = triangle(np.arange(NUM_ROWS), run.rows_in_memory)
         assert len(plan) == plan.num_chunks == NUM_JOBS
-        return run_chunks(run, plan, rows.__getitem__, cutoff, lambda: ForestSink(NUM_ROWS), "search")
+        return run_chunks(run, Search("search", plan, run.rows.read, cutoff, lambda: ForestSink(NUM_ROWS)))
 
 
 def expect(rows: np.ndarray) -> Edges:
@@ -93,7 +93,7 @@ def test_it_ends_with_the_same_result_however_often_it_is_stopped(rows: np.ndarr
 def test_parts_that_are_lost_or_damaged_are_searched_again(rows: np.ndarray, tmp_path: Path, seed: int) -> None:
     generator, lost, done = np.random.default_rng(seed), 0, 0
     for stop in (20, 20, 20):
-        for path in sorted(tmp_path.glob(".search/*/*.npz")):
+        for path in sorted(tmp_path.rglob(".search/*/*.npz")):
             content = path.read_bytes()
             if len(content) > 300 and generator.random() < 0.4:
                 lost += 1
@@ -117,7 +117,7 @@ def test_what_is_saved_is_of_one_search_alone(rows: np.ndarray, tmp_path: Path) 
 
 def test_a_save_holds_only_what_is_new(rows: np.ndarray, tmp_path: Path) -> None:
     search(rows, tmp_path, StoppedAfter(10**6))
-    saved = [np.load(path) for path in tmp_path.glob(".search/*/*.npz")]
+    saved = [np.load(path) for path in tmp_path.rglob(".search/*/*.npz")]
     assert len(saved) == NUM_JOBS
     assert sum(len(each["a"]) for each in saved) < 3 * NUM_ROWS
     assert sorted(chunk for each in saved for chunk in each["chunks"].tolist()) == list(range(NUM_JOBS))

@@ -10,34 +10,31 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from clipcid_cli.algorithms.near.block import Block, load_block
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import ReadRows
 from clipcid_cli.algorithms.near.plan import Plan
-from clipcid_cli.algorithms.near.search import CACHE_BYTES, Panels, near_pairs_of
+from clipcid_cli.algorithms.near.search import near_pairs_of
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, load_arrays, save_arrays
-from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.memory import memory_for_rows
 from clipcid_cli.runtime.pacing import SavePace
-from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.shared_arrays import share_arrays
+from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalanceRun
+from clipcid_cli.steps.balance.shared_arrays import share_arrays
 
 # Each process has so many stretches of what is left: near rows, which take longer, are often beside each other, so everyone
 # should have jobs of a panel with itself. More stretches read more panels twice.
 _STRETCHES = 4
 # Another number wherever the same plan would have other chunks, or a part would hold something else.
 _VERSION = 1
-# Memory that plans rely on for panels, as stored in float16 and as copies of at most float32. It is a property of the device
-# alone: what is free differs from run to run, and plans must not.
-_PLANNED_BYTES = {"cpu": CACHE_BYTES, "cuda": 2**32}
-_BYTES_AN_ENTRY = 2 + 4
 # What the first save is expected to take, mostly to merge a forest: measured at 1 and 4 million rows, 1.8 and 9.9 s.
 _SECONDS_TO_SAVE_A_ROW = 2.5e-6
 
@@ -45,74 +42,51 @@ Sink = ForestSink | NearestOf | PairsWithin
 
 
 @dataclasses.dataclass(frozen=True)
-class SearchRun:
-    """What all searches of a run share.
+class Search:
+    """A search for near pairs.
 
     Attributes:
-        work: The folder of unfinished work.
-        inputs: Identifies the rows, whatever is chosen of them.
-        width: Width D of the rows.
-        scan: The format of the fast product.
-    """
-
-    machine: Machine
-    work: Path
-    inputs: str
-    width: int
-    scan: Precision
-    reporter: Reporter
-
-    @property
-    def rows_in_memory(self) -> int:
-        """How many rows plans can rely on to fit into the memory for panels."""
-        return _PLANNED_BYTES[self.machine.device.type] // (self.width * _BYTES_AN_ENTRY)
-
-    def identify(self, plan: Plan, cutoff: float, of: str = "") -> str:
-        """Hash what decides what the chunks of a plan find.
-
-        Args:
-            of: What decides it beside inputs, plan and cut-off.
-        """
-
-        def identify() -> str:
-            decisive = [_VERSION, self.inputs, plan.identity, plan.num_chunks, np.float32(cutoff).view(np.uint32), of]
-            return hashlib.blake2b("\n".join(map(str, decisive)).encode(), digest_size=8).hexdigest()
-
-        return self.machine.on_main(identify)
-
-
-def run_chunks(
-    run: SearchRun,
-    plan: Plan,
-    read: ReadRows,
-    cutoff: float,
-    new_sink: Callable[[], Sink],
-    label: str,
-    *,
-    of: str = "",
-    folder: Path | None = None,
-) -> Edges:
-    """Search all chunks of a plan that are not saved yet, and return what all found; the same on every process.
-
-    Args:
+        label: Names it to the user.
+        plan: What is compared.
+        read: Reads rows of the plan.
         cutoff: Largest distance of the pairs that sinks are given, inclusive.
         new_sink: Makes an empty sink.
-        label: Names the search to the user.
-        of: As for :meth:`SearchRun.identify`.
-        folder: Where searches are saved, by default for the time of the run.
+        of: What decides what is found beside the inputs of the run, plan and cut-off.
+        folder: Where it is saved; None for the time of the run.
     """
-    machine, number = run.machine, plan.num_chunks
-    place = (run.work / ".search" if folder is None else folder) / run.identify(plan, cutoff, of)
+
+    label: str
+    plan: Plan
+    read: ReadRows
+    cutoff: float
+    new_sink: Callable[[], Sink]
+    of: str = ""
+    folder: Path | None = None
+
+    def place(self, run: BalanceRun) -> Path:
+        """Return where it is saved, under a name that hashes what decides what its chunks find."""
+
+        def name() -> str:
+            plan, cutoff = self.plan, np.float32(self.cutoff).view(np.uint32)
+            decisive = [_VERSION, run.inputs, plan.identity, plan.num_chunks, cutoff, self.of]
+            return hashlib.blake2b("\n".join(map(str, decisive)).encode(), digest_size=8).hexdigest()
+
+        return (self.folder or run.work / ".search") / run.machine.on_main(name)
+
+
+def run_chunks(run: BalanceRun, search: Search) -> Edges:
+    """Search all chunks of a plan that are not saved yet, and return what all found; the same on every process."""
+    machine, number, place = run.machine, search.plan.num_chunks, search.place(run)
     done = machine.on_main(lambda: _load(place))
     if done:
         run.reporter.note(f"Resuming the search: {len(done):,} of {number:,} parts are done.")
     left = [chunk for chunk in range(number) if chunk not in done]
     if left:
-        _search(run, plan, left, read, cutoff, new_sink(), label, place)
+        _search(run, search, left, place)
     machine.barrier()
 
     def finish() -> Arrays:
-        sink = new_sink()
+        sink = search.new_sink()
         if lost := number - len(_load(place, sink)):
             raise ClipcidError(
                 f"{place}: the results of {lost:,} of {number:,} parts cannot be read.", "Run the same command again."
@@ -123,26 +97,30 @@ def run_chunks(
     return Edges(*share_arrays(machine, run.work, finish))
 
 
-def _search(
-    run: SearchRun, plan: Plan, left: list[int], read: ReadRows, cutoff: float, sink: Sink, label: str, place: Path
-) -> None:
+def _search(run: BalanceRun, search: Search, left: list[int], place: Path) -> None:
     """Search this process's share of the chunks that are left."""
-    machine = run.machine
+    machine, plan, sink = run.machine, search.plan, search.new_sink()
     _load(place, sink)
     sink.drain()  # what is saved
-    room = memory_for_rows(machine.device, on_cpu=CACHE_BYTES)
-    panels = Panels(read, plan.panel, machine.device, run.scan.dtype, room)
+    # Of the largest panel, as stored and, unless that is the same, as it is multiplied.
+    an_entry = 2 + (0 if run.scan.dtype == torch.float16 else run.scan.dtype.itemsize)
+    size = int((plan.stops - plan.starts).max()) * run.embeddings.width * an_entry
+
+    @lru_cache(maxsize=max(2, memory_for_rows(machine.device, on_cpu=CACHE_BYTES) // size))
+    def load(panel: int) -> Block:
+        return load_block(search.read, plan.panel(panel), machine.device, run.scan.dtype)
+
     stretches = np.array_split(left, _STRETCHES * machine.size)[machine.rank :: machine.size]
     mine = np.concatenate(stretches).tolist()
     # Adding up the pairs of hundreds of millions of jobs would take minutes; most compare nearly equal numbers.
     total = plan.num_pairs * len(mine) // plan.num_chunks
     num_rows = int((plan.stops - plan.starts)[plan.first < plan.last].sum())
     pace, since = SavePace(_SECONDS_TO_SAVE_A_ROW * num_rows), list[int]()
-    with run.reporter.progress(label, total, "pairs") as progress:
+    with run.reporter.progress(search.label, total, "pairs") as progress:
         for chunk in mine:
             jobs = plan.jobs(chunk)
-            blocks = ((panels[i], panels[j]) for i, j in jobs)
-            for job, found in zip(jobs, near_pairs_of(blocks, cutoff, sink.wants), strict=True):
+            blocks = ((load(i), load(j)) for i, j in jobs)
+            for job, found in zip(jobs, near_pairs_of(blocks, search.cutoff, sink.wants), strict=True):
                 for edges in found:
                     sink.add(edges)
                 progress.advance(plan.pairs_of(job))

@@ -16,7 +16,7 @@ from conftest import process_context
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.machine import open_machine
-from clipcid_cli.steps import shared_arrays
+from clipcid_cli.steps.balance import shared_arrays
 
 
 def test_a_folder_that_not_every_host_has_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,205 @@
+"""The longest part of `balance`: from mapped embeddings to the single-linkage forest, on all processes; or from the disk.
+
+A stored forest is of these rows, or of fewer files, from which that of all of them follows: MSF(A ∪ B) = MSF(MSF(A) ∪ B) for
+the pairs B that have a new row. Files may have been added anywhere: rows keep their order, so ties are broken as before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from clipcid_cli.algorithms.near.cutoff import FARTHEST, CutoffEstimator
+from clipcid_cli.algorithms.near.edges import Edges, merge_edges
+from clipcid_cli.algorithms.near.exact import BoolArray, ReadRows, row_type
+from clipcid_cli.algorithms.near.plan import Plan, hash_arrays, triangle
+from clipcid_cli.algorithms.sets.forest import ForestSink
+from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.embeddings.manifest import find_lost
+from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.results.forest import StoredForest, find_earlier, read_forest, row_files_path, write_forest
+from clipcid_cli.formats.results.row_files import ROW_FILES, RowFile, read_row_files
+from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.chunks import Search, run_chunks
+from clipcid_cli.steps.balance.partition import find_sampled, partitioned
+from clipcid_cli.steps.balance.shared_arrays import share_arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Forest:
+    """The ascending edges of a forest that is complete up to a distance; after a search in partitions it may lack some."""
+
+    edges: Edges
+    cutoff: float
+
+
+def find_forest(run: BalanceRun, *, cutoff: float | None = None, num_edges: int = 0) -> tuple[Forest, bool]:
+    """Return a forest that reaches far enough: the stored one, that one extended, or a new one.
+
+    Where the stored forest is of some of the files, only the rows of the others are compared.
+
+    Args:
+        cutoff: The distance it must be complete to; None where it must have a number of edges.
+        num_edges: That number; at most N − 1.
+
+    Returns:
+        The forest, and whether the stored one reached far enough.
+    """
+    with timed(run.seconds, "search"):
+        return _find(run, cutoff, num_edges)
+
+
+def _find(run: BalanceRun, cutoff: float | None, num_edges: int) -> tuple[Forest, bool]:
+    started, rows, settings, note = time.perf_counter(), run.rows, run.settings, run.reporter.note
+
+    def is_enough(forest: Forest) -> bool:
+        if len(forest.edges) == rows.num_searched - 1:
+            return True
+        return len(forest.edges) >= num_edges if cutoff is None else forest.cutoff >= float(np.float32(cutoff))
+
+    def say_it_is_short(forest: Forest) -> None:
+        has = "" if cutoff is not None else f" and has {len(forest.edges):,} of the {num_edges:,} edges needed"
+        again = "all pairs are compared" if settings.neighbors == "exact" else "it is searched again"
+        note(f"The forest that is there ends at distance {forest.cutoff:.4f}{has}: {again}.")
+
+    stored = _read(run)
+    if stored is not None and is_enough(stored):
+        return stored, True
+    # Copies are at distance 0 and no other pairs are, so their edges are the forest up to 0.
+    forest = stored or Forest(rows.copies, 0.0)
+    if len(rows.unique) > 1:
+        note(f"Near pairs are searched in {run.scan.name} ({run.scan.reason}) and verified in fp64.")
+    earlier = None if stored is not None else _read_earlier(run)
+    if earlier is not None and cutoff is not None and earlier[0].cutoff < np.float32(cutoff):
+        say_it_is_short(earlier[0])
+    elif earlier is not None and not is_enough(forest):
+        forest = _search_new(run, *earlier)
+    for_stars = settings.linkage == "star"
+    estimator = CutoffEstimator(len(rows.unique), partial(find_sampled, run, count=1), for_stars)
+    while not is_enough(forest):
+        if forest.cutoff:
+            say_it_is_short(forest)
+        # The sample holds unique rows, so edges of copies are not counted.
+        found, needed = (number - len(rows.copies) for number in (len(forest.edges), num_edges))
+        reach = estimator.choose(forest.cutoff, found, needed) if cutoff is None else float(np.float32(cutoff))
+        forest = _search_all(run, forest.edges, reach)
+    if earlier is None or forest.cutoff >= earlier[0].cutoff:  # the earlier one stays where it may be extended later
+        seconds = time.perf_counter() - started
+        run.machine.on_main(lambda: _write(run, forest, seconds))
+    return forest, False
+
+
+def _search_new(run: BalanceRun, earlier: Forest, is_new: BoolArray) -> Forest:
+    """Compare the rows that an earlier forest is not of with all."""
+    unique, number = run.rows.unique, np.count_nonzero(~is_new)
+    run.reporter.note(f"A forest of {number:,} of the {len(is_new):,} images exists: only the others are compared.")
+    new, old = unique[is_new[unique]], unique[~is_new[unique]]
+    plan = triangle(np.concatenate([new, old]), run.rows_in_memory, len(new))
+    # As far as it is known, so that nothing of it is lost.
+    return _search(run, plan, run.rows.read, earlier.edges, earlier.cutoff)
+
+
+def _search_all(run: BalanceRun, known: Edges, reach: float) -> Forest:
+    """Compare all rows with all, or those that are near in partitions, given some edges of the forest."""
+    # At the largest distance only a search of all pairs is sure to find what is missing.
+    if run.settings.neighbors == "partitioned" and reach < FARTHEST:
+        with partitioned(run, reach) as found:
+            if found is not None:
+                return _search(run, *found, known, reach)
+        run.reporter.note(f"Up to distance {reach:.4f} partitions would save little: all pairs are compared.")
+    return _search(run, triangle(run.rows.unique, run.rows_in_memory), run.rows.read, known, reach)
+
+
+def _search(run: BalanceRun, plan: Plan, read: ReadRows, known: Edges, reach: float) -> Forest:
+    # What is saved leaves out what is known, and what that rules out.
+    beside = run.machine.on_main(lambda: hash_arrays(known.a, known.b, known.weight))
+    search = Search("search", plan, read, reach, lambda: ForestSink(len(run.rows), known), of=beside)
+    return Forest(run_chunks(run, search), reach)
+
+
+def _inputs(run: BalanceRun) -> list[FileRecord]:
+    """Return what decides the rows of the forest."""
+    return [*run.output.run.inputs, *run.rows.describe_choice()]
+
+
+def _kind(run: BalanceRun) -> str:
+    return run.settings.neighbors if run.rows.is_searched is None else f"{run.settings.neighbors}-filtered"
+
+
+def _read(run: BalanceRun) -> Forest | None:
+    """Read the forest, if one of these rows is stored; the same on every process."""
+
+    def read() -> Arrays:
+        stored = read_forest(run.output.folder, _inputs(run), _kind(run), overwrite=run.settings.overwrite)
+        return () if stored is None else (stored.a, stored.b, stored.distance, np.array([stored.cutoff]))
+
+    found = share_arrays(run.machine, run.work, read)
+    return Forest(Edges(*found[:3]), float(found[3][0])) if found else None
+
+
+def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
+    """Read the exact forest of fewer files where all of them are still there, in order; the same on every process.
+
+    Returns:
+        The forest, with the edges of all copies, in the numbers of all rows; and which rows it is not of, bool [N].
+    """
+    if _kind(run) != "exact":
+        return None
+
+    def read() -> Arrays:
+        folder, overwrite = run.output.folder, run.settings.overwrite
+        sidecar = find_earlier(folder, _inputs(run), overwrite=overwrite)
+        if sidecar is None or not sidecar.cutoff:
+            return ()
+        files, earlier = map(_read_images, (run.work / ROW_FILES, row_files_path(folder, "exact")))
+        is_new, lost = _find_new(run, files, earlier), find_lost(earlier, files)
+        stored = read_forest(folder, sidecar.inputs, overwrite=overwrite)
+        if lost or stored is None or stored.num_rows != np.count_nonzero(~is_new):
+            run.reporter.note(
+                "The forest that is there cannot be extended, since its files are not all there as they were and in that "
+                f"order{lost and f' ({lost})'}: all pairs are compared."
+            )
+            return ()
+        rows = np.flatnonzero(~is_new).astype(row_type(len(is_new)))
+        edges, _ = merge_edges(Edges(rows[stored.a], rows[stored.b], stored.distance), run.rows.copies)
+        return edges.a, edges.b, edges.weight, np.array([stored.cutoff]), is_new
+
+    found = share_arrays(run.machine, run.work, read)
+    return (Forest(Edges(*found[:3]), float(found[3][0])), found[4]) if found else None
+
+
+def _read_images(path: Path) -> list[RowFile]:
+    """Read which files of image embeddings rows are numbered through."""
+    files = read_row_files(path, "Add --overwrite to search the forest again.")
+    return [file for file in files if file.rows is not None]
+
+
+def _find_new(run: BalanceRun, files: list[RowFile], earlier: list[RowFile]) -> BoolArray:
+    """Return which rows are of none of the earlier files, bool [N]."""
+    numbers = run.rows.numbers
+    is_new, left, end = np.ones(len(numbers), np.bool_), iter(earlier), 0
+    known = next(left, None)
+    for file in files:
+        start, end = end, end + (file.rows or 0)
+        if known is not None and file.content == known.content:
+            is_new[slice(*np.searchsorted(numbers, np.array([start, end], numbers.dtype)))] = False
+            known = next(left, None)
+    return is_new
+
+
+def _write(run: BalanceRun, forest: Forest, seconds: float) -> None:
+    """Write a forest that took so long to search."""
+    edges = forest.edges
+    write_forest(
+        run.output.folder,
+        StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, len(run.rows), _kind(run)),
+        run.work / ROW_FILES,
+        inputs=_inputs(run),
+        seconds={"search": seconds},
+        overwrite=run.settings.overwrite,
+    )
