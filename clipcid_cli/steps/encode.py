@@ -39,8 +39,8 @@ class Batch:
     """Samples of one shard that are encoded together.
 
     Attributes:
-        read: With the shard's last batch, how many samples it has, usable or not; None with those before.
-        skipped: With the last batch, those that are in none of the batches.
+        read: Of a shard's last batch: how many samples the shard has, usable or not.
+        skipped: Of a shard's last batch: those that are in none of its batches.
         waited: Seconds in which the process waited for a worker to decode it.
     """
 
@@ -107,10 +107,10 @@ class Decoder:
     """Decodes the images and tokenises the captions of a batch.
 
     Attributes:
-        image_size: Height and width.
+        image_size: H and W.
         context_length: L.
-        transform: RGB image to uint8 [H, W, 3]; None where no images are wanted.
-        tokenizer: Texts to int64 [M, L]; None where no captions are wanted.
+        transform: None where no images are wanted.
+        tokenizer: None where no captions are wanted.
         batch_size: Rows of pixels, of which tokens have a multiple: missing rows are zero. None makes no more than there are
             samples and captions.
         fast_decode: Whether JPEGs are decoded at a reduced size, of at least twice H × W.
@@ -126,9 +126,8 @@ class Decoder:
     @classmethod
     def of(cls, model: ClipModel, *, captions: bool) -> Decoder:
         """Return what prepares samples for a model."""
-        info = model.info
         tokenizer = model.tokenizer if captions else None
-        return cls(info.image_size, info.context_length, model.pixel_transform(), tokenizer)
+        return cls(model.info.image_size, model.info.context_length, model.pixel_transform(), tokenizer)
 
     def __call__(self, samples: Sequence[Sample]) -> Decoded:
         """Decode a batch."""
@@ -195,28 +194,26 @@ class Encoded:
 
     def usable(self) -> Encoded:
         """Return the samples that can be used."""
-        kept = self.kept
-        if len(kept) == len(self.samples):
+        if not self.failures:
             return self
+        kept = self.kept
         texts = torch.isin(self.owners, kept)
         rows = {kind: found[texts if kind is Kind.TEXTS else kept] for kind, found in self.rows.items()}
-        return Encoded([self.samples[row] for row in kept.tolist()], rows, {}, self.laid_on_white)
+        return Encoded([self.samples[row] for row in kept.tolist()], rows, laid_on_white=self.laid_on_white)
 
     def count_skips(self, shard: Shard) -> Skips:
         """Count the samples of a shard that cannot be used."""
-        skips = Skips()
-        for row, reason in sorted(self.failures.items()):
-            skips.add(reason, shard.describe(self.samples[row].key))
-        return skips
+        return Skips.of({shard.describe(self.samples[row].key): self.failures[row] for row in sorted(self.failures)})
 
 
-def join(parts: Sequence[Encoded]) -> Encoded:
-    """Join what was made of several batches, of which none has failures."""
-    kinds = dict.fromkeys(kind for part in parts for kind in part.rows)
+def join(parts: Iterable[Encoded]) -> Encoded:
+    """Join the usable samples of several batches."""
+    usable = [part.usable() for part in parts]
+    kinds = dict.fromkeys(kind for part in usable for kind in part.rows)
     return Encoded(
-        [sample for part in parts for sample in part.samples],
-        {kind: torch.cat([part.rows[kind] for part in parts if kind in part.rows]) for kind in kinds},
-        laid_on_white=sum(part.laid_on_white for part in parts),
+        [sample for part in usable for sample in part.samples],
+        {kind: torch.cat([part.rows[kind] for part in usable if kind in part.rows]) for kind in kinds},
+        laid_on_white=sum(part.laid_on_white for part in usable),
     )
 
 
@@ -321,33 +318,28 @@ def encode(
     threads = threads_for_batches(device)
 
     def compute(batch: Batch, decoded: Decoded) -> tuple[Batch, Encoded]:
-        return batch, finish(batch.samples, decoded, encoder)
+        """Encode a batch, and note samples any of whose rows is zero or not finite: nothing can be compared with it."""
+        samples = batch.samples
+        encoded = Encoded(samples, {}, dict(decoded.failures), decoded.laid_on_white)
+        if not samples:
+            return batch, encoded
+        owners = encoded.owners
+        usable = torch.ones(len(samples), dtype=torch.bool)
+        for kind, rows in encoder(decoded).items():
+            rows = rows[: len(owners) if kind is Kind.TEXTS else len(samples)]
+            encoded.rows[kind] = rows
+            found = rows.isfinite().all(dim=-1) & rows.any(dim=-1)
+            if kind is Kind.TEXTS:
+                usable[owners[~found]] = False
+            elif kind is not Kind.VIEW_PARAMS:
+                usable &= found.reshape(len(samples), -1).all(dim=1)
+        for row in (~usable).nonzero()[:, 0].tolist():
+            encoded.failures.setdefault(row, "nan_row")
+        return batch, encoded
 
-    if workers is not None:
-        return thread_map(lambda pair: compute(*pair), decode(batches, decoder, workers), threads)
-    return thread_map(lambda batch: compute(_drop_bytes(batch), decoder(batch.samples)), batches, threads)
-
-
-def finish(
-    samples: Sequence[Sample], decoded: Decoded, encoder: Callable[[Decoded], dict[Kind, torch.Tensor]]
-) -> Encoded:
-    """Encode decoded samples, and note those any of whose rows is zero or not finite: nothing can be compared with it."""
-    encoded = Encoded(samples, {}, dict(decoded.failures), decoded.laid_on_white)
-    if not samples:
-        return encoded
-    owners = encoded.owners
-    usable = torch.ones(len(samples), dtype=torch.bool)
-    for kind, rows in encoder(decoded).items():
-        rows = rows[: len(owners) if kind is Kind.TEXTS else len(samples)]
-        encoded.rows[kind] = rows
-        found = rows.isfinite().all(dim=-1) & rows.any(dim=-1)
-        if kind is Kind.TEXTS:
-            usable[owners[~found]] = False
-        elif kind is not Kind.VIEW_PARAMS:
-            usable &= found.reshape(len(samples), -1).all(dim=1)
-    for row in (~usable).nonzero()[:, 0].tolist():
-        encoded.failures.setdefault(row, "nan_row")
-    return encoded
+    if workers is None:
+        return thread_map(lambda batch: compute(_drop_bytes(batch), decoder(batch.samples)), batches, threads)
+    return thread_map(lambda pair: compute(*pair), decode(batches, decoder, workers), threads)
 
 
 def _drop_bytes(batch: Batch) -> Batch:

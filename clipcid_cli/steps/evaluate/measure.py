@@ -84,7 +84,6 @@ def _score(rows: TaskRows, weights: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _measure_classification(rows: TaskRows, weights: torch.Tensor, reporter: Reporter) -> TaskResult:
     """Measure the accuracy of images that have one class each."""
-    assert rows.labels is not None, "a classification has labels"
     task, num_classes = rows.task, len(weights)
     ranked, ties = [], 0
     for scores, own in zip(_score(rows, weights), torch.split(rows.labels, _SCORED_AT_ONCE), strict=True):
@@ -155,9 +154,8 @@ def _choose_examples(rows: TaskRows, labels: Array, predicted: Array) -> list[Ex
 
 def _measure_multi_label(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
     """Measure the average precision of images that may have any number of classes."""
-    positive = rows.labels
-    assert positive is not None, "a classification has labels"
-    task, scores = rows.task, torch.cat(list(_score(rows, weights)))
+    task, positive = rows.task, rows.labels
+    scores = torch.cat(list(_score(rows, weights)))
     draws = precision_metrics(scores.numpy(), positive.numpy())
     areas = average_precision(draws.images_U[None], scores.numpy(), positive.numpy())[0][0].tolist()
 
@@ -213,10 +211,10 @@ def calibrate(rows: TaskRows, scale: float) -> Calibrations | None:
     Args:
         scale: The model's factor on cosines.
     """
-    weights, labels = rows.weights, rows.labels
-    if weights is None or labels is None or rows.task.multi_label:
+    weights = rows.weights
+    if weights is None or rows.task.multi_label:
         return None
-    images = rows.encoded.rows[Kind.IMAGES]
+    images, labels = rows.encoded.rows[Kind.IMAGES], rows.labels
     is_fitted = torch.from_numpy(key_fractions(rows.keys) < FITTED_FRACTION)
 
     def block(chosen: torch.Tensor) -> Blocks:

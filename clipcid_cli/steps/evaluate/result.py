@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
 from clipcid_cli.formats.results.metrics import Metrics
@@ -46,13 +48,14 @@ class ZeroshotResult(Metrics, kw_only=True):
     files: dict[str, str]
     reused: bool
 
+    @property
+    def shown_model(self) -> str:
+        """The model's name for people: of a folder the short one, since its path would take half a terminal."""
+        return self.model if Path(self.pretrained).is_dir() else f"{self.model} {self.pretrained}"
+
 
 class ZeroshotResults(msgspec.Struct):
-    """Every model on every data set.
-
-    Attributes:
-        files: ``table`` and ``report``.
-    """
+    """Every model on every data set; `files` are ``table`` and ``report``."""
 
     results: list[ZeroshotResult]
     files: dict[str, str]
@@ -86,12 +89,7 @@ class Difference(msgspec.Struct):
 
 
 class ComparisonResult(msgspec.Struct):
-    """Two results on the same images.
-
-    Attributes:
-        compared: The two metrics files.
-        prompts: None for retrieval, and where nothing records them.
-    """
+    """Two results on the same images; `prompts` is None for retrieval, and where nothing records them."""
 
     compared: list[str]
     models: list[str]
@@ -115,8 +113,7 @@ class FewShot(msgspec.Struct):
 
     Attributes:
         images: Most images that were drawn.
-        c: The strength chosen for each draw.
-        at_edge: Number of draws whose strength is an end of the range that was tried.
+        c: The strength chosen for each draw; at the end of the range that was tried `at_edge` times.
     """
 
     shots: int

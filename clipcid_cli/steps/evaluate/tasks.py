@@ -42,10 +42,8 @@ class ZeroshotTask:
     """One data set and what is measured on it.
 
     Attributes:
-        name: Name of the data set.
         task: ``zeroshot_classification`` or ``zeroshot_retrieval``.
-        class_names: Names of the classes, in order of the labels; none for retrieval.
-        templates: Prompt templates; none for retrieval.
+        class_names: In order of the labels; none for retrieval, as templates.
         held_out: Fraction of the samples that is used, by hash of the key; None uses all.
         label_of: Label of each class folder, where folders and class names are in different orders; else None.
         multi_label: Whether an image may have any number of classes.
@@ -80,11 +78,7 @@ class ZeroshotTask:
         return [fill_template(template, class_name) for template in self.templates]
 
     def stream(self, number: int, skips: Skips) -> Iterator[Sample]:
-        """Yield a shard's samples that belong to the part that is used; of an index only these are read.
-
-        Args:
-            skips: Counts the samples without an image or with a repeated key; complete once all were taken.
-        """
+        """Yield a shard's samples that belong to the part that is used; of an index only these are read."""
         index, held_out = self.dataset.index, self.held_out
         if held_out is None or index is None:
             for sample in self.dataset.shards[number].stream(skips):
@@ -149,11 +143,7 @@ class ZeroshotTask:
 def plan_tasks(
     settings: EvalZeroshotSettings, reporter: Reporter, models: Sequence[ModelName] = ()
 ) -> list[ZeroshotTask]:
-    """Open every data set and decide what to measure on it.
-
-    Args:
-        models: What is measured, by which a part held out from training is chosen where no data set is named.
-    """
+    """Open every data set; where none is named, what the training runs of the models held out."""
     if not settings.data:
         return [_plan_held_out(settings, models, reporter)]
     return [_plan_task(data, settings, reporter) for data in settings.data]
@@ -181,11 +171,8 @@ def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName], 
 
 
 def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotTask:
-    found = find_copy(data, settings.data_root, reporter)
-    known = found[0] if found is not None else None
-    if found is not None:
-        data = str(found[1])
-    folder = find_benchmark_folder(data, settings.split)
+    known, place = find_copy(data, settings.data_root, reporter) or (None, data)
+    folder = find_benchmark_folder(str(place), settings.split)
     if known is not None:
         folder = dataclasses.replace(folder, name=known.name)
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
@@ -211,14 +198,7 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
 
 
 def find_copy(name: str, root: Path, reporter: Reporter) -> tuple[KnownDataset, Path] | None:
-    """Find the local copy of a known data set, and report where it was found.
-
-    Args:
-        root: Folder of the local copies.
-
-    Returns:
-        The data set and its folder; None when the name is not that of a known data set.
-    """
+    """Find the local copy, under `root`, of a known data set, and report it; None when the name is not that of one."""
     found = find_known_dataset(name, root)
     if found is not None:
         known, folder = found
