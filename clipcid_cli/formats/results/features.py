@@ -1,7 +1,6 @@
 """Frozen image features with their classes, kept so that a model encodes a data set once.
 
-The name of a file identifies its content: a hash of the weights, the preprocessing, the data and all else that determines
-a feature. A file is complete or absent and never changes, so it needs neither a lock nor a sidecar.
+A file's name identifies its content, so that it never changes: it needs neither a lock nor a sidecar.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ class Features:
 
     Attributes:
         rows: Unit rows, float32 [N, D].
-        labels: Class of each image, int64 [N]; where images may have several, whether each image has each class,
-            bool [N, C].
+        labels: Class of each image, int64 [N], or whether it has each class, bool [N, C].
     """
 
     rows: npt.NDArray[np.float32]

@@ -17,8 +17,16 @@ from clipcid_cli.algorithms.near.exact import row_type
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.manifest import find_lost
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.forest import StoredForest, find_earlier, read_forest, row_files_path, write_forest
-from clipcid_cli.formats.results.row_files import ROW_FILES, RowFile, read_row_files
+from clipcid_cli.formats.results.forest import (
+    ROW_FILES,
+    RowFile,
+    StoredForest,
+    find_earlier,
+    read_forest,
+    read_row_files,
+    row_files_path,
+    write_forest,
+)
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.reporting import Reporter

@@ -17,7 +17,7 @@ from clipcid_cli.formats.embeddings.manifest import find_lost, read_manifest, re
 from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.embeddings.writer import read_unfinished
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.output import find_output, is_claimed, other_run_error, unfinished
+from clipcid_cli.formats.output import find_output, is_claimed, other_run_error
 from clipcid_cli.formats.sidecar import EmbedSidecar, TextsSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
@@ -44,7 +44,6 @@ class EmbedPlan:
         without_text: How to embed the images alone, for the errors; empty when captions are needed.
         shards: Content and name of each shard.
         finished: The sidecar of finished embeddings that match the request; None where there is something to do.
-        is_begun: Whether an unfinished run on the very same data has left its work.
         may_grow: Whether all shards that are embedded already are still there, so that others may be added to them.
     """
 
@@ -56,7 +55,6 @@ class EmbedPlan:
     dataset: Dataset
     shards: list[FileRecord]
     finished: EmbeddedSidecar | None = None
-    is_begun: bool = False
     may_grow: bool = False
 
     @property
@@ -124,8 +122,7 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
 
 def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
     """Compare the request with what the folder holds, as far as that is known before the model is loaded."""
-    folder = plan.folder
-    step = plan.step
+    folder, step = plan.folder, plan.step
     sidecar = read_sidecar(sidecar_path(folder, step), plan.sidecar_type)
     if sidecar is None:
         there = read_unfinished(folder, step)
@@ -150,9 +147,7 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
     lost = find_lost(there, plan.shards)
     if lost and not plan.settings.overwrite:
         raise other_run_error(f"{folder} holds {step} output", {"inputs": lost})
-    begun = unfinished(folder, step)
-    is_begun = begun is not None and [each.content for each in begun.inputs] == [plan.input.content]
-    return dataclasses.replace(plan, is_begun=is_begun, may_grow=not lost)
+    return dataclasses.replace(plan, may_grow=not lost)
 
 
 def _open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
@@ -177,10 +172,10 @@ def _open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
 def choose_text(settings: EmbedSettings, reporter: Reporter) -> bool:
     """Tell whether captions are embedded where nobody says so: where the data has some."""
     dataset = _open_data(settings, reporter)
-    found = _has_captions(dataset)
-    if not found:
-        reporter.note(f"{dataset.spec} has no captions: only its images are embedded.")
-    return found
+    if _has_captions(dataset):
+        return True
+    reporter.note(f"{dataset.spec} has no captions: only its images are embedded.")
+    return False
 
 
 def _has_captions(dataset: Dataset) -> bool:
@@ -203,19 +198,15 @@ def describe_shards(dataset: Dataset) -> list[FileRecord]:
 
 def _refuse_foreign_folder(folder: Path, step: str) -> None:
     """Refuse a folder with embeddings that this step did not write, since it would replace files there."""
-    if step == TEXTS and is_claimed(folder, EMBED):
-        raise _taken(folder, "images", "texts alone")
-    if step == EMBED and is_claimed(folder, TEXTS):
-        raise _taken(folder, "texts without images", "the data")
+    other, held, wanted = (
+        (EMBED, "images", "texts alone") if step == TEXTS else (TEXTS, "texts without images", "the data")
+    )
+    if is_claimed(folder, other):
+        fix = f"Choose another folder for those of {wanted} with --out."
+        raise ClipcidError(f"{folder} holds embeddings of {held}.", fix)
     first = None if is_claimed(folder, step) else find_rows(folder)
     if first is not None:
         raise ClipcidError(
             f"{folder} contains embeddings that clipcid did not write, such as {first}.",
             "Choose another folder with --out, or remove them.",
         )
-
-
-def _taken(folder: Path, held: str, wanted: str) -> ClipcidError:
-    return ClipcidError(
-        f"{folder} holds embeddings of {held}.", f"Choose another folder for those of {wanted} with --out."
-    )

@@ -51,8 +51,6 @@ class TaskResult:
         kind: Of the predictions file.
         columns: Makes the columns of that file, what was predicted for each image, but for the keys.
         texts: Number of prompts or captions used.
-        per_class: Of a classification.
-        examples: Images for the report; of a classification with one class an image.
     """
 
     draws: Metrics
@@ -64,11 +62,7 @@ class TaskResult:
 
 
 def measure(rows: TaskRows, device: torch.device, reporter: Reporter) -> TaskResult:
-    """Measure what a model made of a data set.
-
-    Args:
-        device: Where the similarities of images and captions are computed.
-    """
+    """Measure what a model made of a data set; similarities of images and captions are computed on the device."""
     if rows.weights is None:
         return _measure_retrieval(rows, device, reporter)
     if rows.task.multi_label:
@@ -206,11 +200,7 @@ def _measure_retrieval(rows: TaskRows, device: torch.device, reporter: Reporter)
 
 
 def calibrate(rows: TaskRows, scale: float) -> Calibrations | None:
-    """Measure how well a classifier knows how sure it is; None where an image has no class, or several.
-
-    Args:
-        scale: The model's factor on cosines.
-    """
+    """Measure how well a classifier, at its factor on cosines, knows how sure it is; None without one class an image."""
     weights = rows.weights
     if weights is None or rows.task.multi_label:
         return None
@@ -219,14 +209,9 @@ def calibrate(rows: TaskRows, scale: float) -> Calibrations | None:
 
     def block(chosen: torch.Tensor) -> Blocks:
         """Return what computes the cosines of some of the images."""
-
-        def compute() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            parts = (torch.split(part[chosen], _SCORED_AT_ONCE) for part in (images, labels))
-            for part, own in zip(*parts, strict=True):
-                if len(part):
-                    yield part @ weights.T, own
-
-        return compute
+        parts = zip(*(torch.split(part[chosen], _SCORED_AT_ONCE) for part in (images, labels)), strict=True)
+        pairs = [(part, own) for part, own in parts if len(part)]
+        return lambda: ((part @ weights.T, own) for part, own in pairs)
 
     def measure_at(chosen: torch.Tensor, scale: float | None) -> Calibration | None:
         if scale is None or not bool(chosen.any()):

@@ -26,12 +26,10 @@ from clipcid_cli.runtime.models.names import ModelName, find_weights
 from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.encode import Batch, Decoder, Encoded, Encoder, encode, join, list_batches
+from clipcid_cli.steps.encode import BATCH_SIZES, Batch, Decoder, Encoded, Encoder, encode, join, list_batches
 from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.shared import ReadingSettings
-
-_BATCH_SIZES = {"cpu": 64, "cuda": 256}
 
 AnyEvaluation = TypeVar("AnyEvaluation", bound=EvaluationSidecar)
 
@@ -73,8 +71,6 @@ class EvaluatedModel:
     """A model under evaluation, loaded when something of it must be computed; called alike on every process.
 
     Attributes:
-        precision: Number format of the products.
-        batch_size: Images, or texts, encoded at once.
         workers: Processes that decode; None decodes by the threads that compute, as on a CPU where nothing is asked for.
     """
 
@@ -89,7 +85,7 @@ class EvaluatedModel:
         """Prepare to evaluate a model: `model`, where it is loaded already."""
         self.name, self.machine, self.settings, self.reporter = name, machine, settings, reporter
         self.precision = choose_precision(settings.precision, machine.device, "evaluate", parameters=0)
-        self.batch_size = settings.batch_size or _BATCH_SIZES[machine.device.type]
+        self.batch_size = settings.batch_size or BATCH_SIZES[machine.device.type]
         self.workers = settings.workers
         if self.workers is None and machine.device.type == "cuda":
             self.workers = default_workers(machine.device)

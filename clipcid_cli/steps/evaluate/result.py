@@ -32,7 +32,6 @@ class ZeroshotResult(Metrics, kw_only=True):
         prompts: ``class_names`` and ``templates``; None for retrieval.
         customary: Name of the metric usually reported for the data set.
         intervals: The 95 % interval of each metric; none with ``--bootstrap 0``.
-        seconds: Time of ``classes``, ``encode`` and ``compare``.
         files: ``metrics``, and ``predictions`` where they were asked for; of a single pair ``table`` and ``report`` too.
         reused: Whether an earlier run measured it.
     """
@@ -70,13 +69,10 @@ class ComparedLines(msgspec.Struct):
 
 
 class Difference(msgspec.Struct):
-    """One metric of both sides, second minus first.
+    """One metric of both sides, second minus first; see `PairedMetric`.
 
     Attributes:
-        interval: 95 % interval of the difference.
-        p_value: McNemar's; None where a metric does not count images that are right or wrong.
-        real: Whether it is more than the choice of images explains.
-        verdict: The same in words.
+        real: Whether it is more than the choice of images explains; `verdict` says so in words.
     """
 
     first: float
@@ -134,12 +130,10 @@ class LinearResult(Metrics, kw_only=True):
     """A linear probe: metrics after ``lp_``, those of the nearest neighbours after ``knn<K>_``.
 
     Attributes:
-        metric: By which the strength was chosen.
-        c: The chosen strength.
+        metric: By which the strength `c` was chosen.
         images: Of the test split.
         train_images: All that the final fit uses.
         skipped: By split.
-        seconds: Time of ``encode``, ``sweep``, ``refit``, ``shots`` and ``neighbors``.
         reused: Whether an earlier run measured it.
     """
 
