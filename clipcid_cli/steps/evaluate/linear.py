@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K
 from clipcid_cli.algorithms.probe.probe import PROMISED_DECREASE, TOLERANCE, Solution, regularisation_grid
@@ -21,7 +20,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
-from clipcid_cli.steps.evaluate.probe_fit import LabelledFeatures, ProbeFits
+from clipcid_cli.steps.evaluate.probe_fit import ProbeFits
 from clipcid_cli.steps.evaluate.probe_plan import TASK, ProbePlan, make_plan
 from clipcid_cli.steps.evaluate.result import LinearResult, Preview, Sweep
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
@@ -86,11 +85,10 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
     path = features_path(WorkDirectory(model.settings.work).features, info.slug, identity)
     kept = machine.on_main(lambda: read_features(path))
     if kept is not None:
-        model.reporter.note(f"{task.name}: features of {len(kept.rows):,} images from {path}.")
+        model.reporter.note(f"{task.name}: features of {len(kept):,} images from {path}.")
         return kept
     rows = model.encode(task)
-    labels = machine.on_all(lambda: rows.labels.numpy())
-    features = Features(rows.encoded.rows[Kind.IMAGES].numpy(), labels, rows.skips)
+    features = machine.on_all(lambda: Features(rows.encoded.rows[Kind.IMAGES], rows.labels, rows.skips))
     machine.on_main(lambda: write_features(path, features))
     return features
 
@@ -123,12 +121,10 @@ def _write(
     output: Output[LinearSidecar],
 ) -> LinearResult:
     """Fit the probe on the features of all splits, measure it, and write its files."""
-    reporter, device = model.reporter, model.machine.device
-    images = dict[str, LabelledFeatures]()
+    reporter = model.reporter
     for split, found in features.items():
         warn_of_skips(plan.splits[split].name, found.skips, reporter)
-        rows, labels = torch.from_numpy(found.rows), torch.from_numpy(found.labels)
-        images[split] = LabelledFeatures(rows.to(device), labels.to(device))
+    images = {split: found.to(model.machine.device) for split, found in features.items()}
     test = images["test"]
     with timed(seconds, "sweep"):
         fits = ProbeFits(images, plan, reporter)

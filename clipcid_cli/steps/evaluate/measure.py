@@ -25,7 +25,6 @@ from clipcid_cli.algorithms.metrics.classification import (
 from clipcid_cli.algorithms.metrics.intervals import Array, Metrics
 from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_ranks
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.results import predictions
 from clipcid_cli.formats.sidecar import Calibration, Calibrations, ClassScore, Example
 from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.runtime.threads import threads_for
@@ -48,13 +47,11 @@ class TaskResult:
 
     Attributes:
         draws: The metrics, of all images and of random draws of them; CLIP_benchmark's names where it has one.
-        kind: Of the predictions file.
-        columns: Makes the columns of that file, what was predicted for each image, but for the keys.
+        columns: Makes the columns of the predictions file, what was predicted for each image, but for the keys.
         texts: Number of prompts or captions used.
     """
 
     draws: Metrics
-    kind: str
     columns: Callable[[], dict[str, Any]]
     texts: int
     per_class: list[ClassScore] = dataclasses.field(default_factory=list)
@@ -104,7 +101,6 @@ def _measure_classification(rows: TaskRows, weights: torch.Tensor, reporter: Rep
         return {"label": labels, "predicted": predicted, "top": numbers_of_top, "scores": scores_of_top}
 
     return TaskResult(
-        kind=predictions.CLASSIFICATION,
         draws=accuracy_metrics(labels, ranks, num_classes),
         columns=columns,
         texts=num_classes * len(task.templates),
@@ -164,7 +160,6 @@ def _measure_multi_label(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
         }
 
     return TaskResult(
-        kind=predictions.MULTI_LABEL,
         draws=draws,
         columns=columns,
         texts=len(weights) * len(task.templates),
@@ -192,7 +187,6 @@ def _measure_retrieval(rows: TaskRows, device: torch.device, reporter: Reporter)
         return {"image_ranks": [ranks.tolist() for ranks in by_image], "text_rank": text_ranks.numpy()}
 
     return TaskResult(
-        kind=predictions.RETRIEVAL,
         draws=recall_metrics((image_ranks, text_ranks), encoded.owners),
         columns=columns,
         texts=len(texts),

@@ -18,6 +18,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.metrics import SIDECARS, Metrics
+from clipcid_cli.formats.results.predictions import RETRIEVAL
 from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
@@ -27,7 +28,7 @@ from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.encode import BATCH_SIZES, Batch, Decoder, Encoded, Encoder, encode, join, list_batches
-from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
@@ -175,7 +176,7 @@ class EvaluatedModel:
         """Encode all batches, dealt to the processes in turn."""
         machine, dataset = self.machine, task.dataset
         skips, read, sizes = Skips(), 0, list[int]()
-        decoder = Decoder.of(self.model, captions=task.task != CLASSIFICATION)
+        decoder = Decoder.of(self.model, captions=task.kind == RETRIEVAL)
 
         def deal() -> Iterator[Batch]:
             # Every process lists all samples, but decodes only its own.
@@ -211,9 +212,9 @@ class EvaluatedModel:
 
     def _validate(self, task: ZeroshotTask, read: int, usable: int, skips: Skips) -> None:
         """Refuse a data set of whose samples too many, or all, cannot be used."""
-        need = "Retrieval needs an image and at least one caption (a .txt or a caption column) for each sample."
-        if task.task == CLASSIFICATION:
-            need = "Classification needs an image and a class (a .cls, a `label` column or a folder) for each sample."
+        need = "Classification needs an image and a class (a .cls, a `label` column or a folder) for each sample."
+        if task.kind == RETRIEVAL:
+            need = "Retrieval needs an image and at least one caption (a .txt or a caption column) for each sample."
         skips.check(read, self.settings.max_bad_fraction, task.dataset.spec, need)
         if not read and task.held_out is not None:
             raise ClipcidError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from statistics import fmean, stdev
@@ -23,32 +22,12 @@ from clipcid_cli.algorithms.probe.probe import (
 )
 from clipcid_cli.algorithms.probe.splits import draw_shots, split_by_class
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.results.features import Features
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.threads import threads_for
 from clipcid_cli.steps.evaluate.probe_plan import ProbePlan
 from clipcid_cli.steps.evaluate.result import Draws, FewShot
 from clipcid_cli.steps.reporting import Reporter
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelledFeatures:
-    """Features and classes of some images, on the device that computes.
-
-    Attributes:
-        rows: float32 [N, D], unit rows.
-        labels: Classes, int64 [N], or whether an image has a class, bool [N, C].
-    """
-
-    rows: torch.Tensor
-    labels: torch.Tensor
-
-    def __getitem__(self, chosen: torch.Tensor) -> LabelledFeatures:
-        """Return some of them, by index or mask."""
-        chosen = chosen.to(self.rows.device)
-        return LabelledFeatures(self.rows[chosen], self.labels[chosen])
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 class ProbeFits:
@@ -60,7 +39,7 @@ class ProbeFits:
         held_out: Those that a strength is chosen on.
     """
 
-    def __init__(self, images: dict[str, LabelledFeatures], plan: ProbePlan, reporter: Reporter) -> None:
+    def __init__(self, images: dict[str, Features], plan: ProbePlan, reporter: Reporter) -> None:
         """Divide the images of ``train``, where there are none of ``val``; what cannot be fitted or measured is an error."""
         self.num_classes, self.metric, self.settings = len(plan.classes), plan.metric, plan.settings
         self.reporter = reporter
@@ -68,7 +47,7 @@ class ProbeFits:
         train, val = images["train"], images.get("val")
         if val is not None:
             rows, labels = torch.cat([train.rows, val.rows]), torch.cat([train.labels, val.labels])
-            self.images, self.fitted, self.held_out = LabelledFeatures(rows, labels), train, val
+            self.images, self.fitted, self.held_out = Features(rows, labels), train, val
         else:
             seed = derive_seed("probe", self.settings.seed)
             chosen = split_by_class(train.labels, self.settings.val_fraction, seed)
@@ -142,7 +121,7 @@ class ProbeFits:
             "outside."
         )
 
-    def _sweep(self, images: LabelledFeatures, advance: Callable[[], None]) -> list[SweepPoint]:
+    def _sweep(self, images: Features, advance: Callable[[], None]) -> list[SweepPoint]:
         points = []
         with threads_for(images.rows.numel() * self.num_classes):
             problem = ProbeProblem(images.rows, images.labels, self.num_classes)
@@ -164,11 +143,11 @@ class ProbeFits:
             )
         return solution
 
-    def measure(self, classifier: LinearClassifier, images: LabelledFeatures) -> dict[str, float]:
+    def measure(self, classifier: LinearClassifier, images: Features) -> dict[str, float]:
         """Return the metrics of a classifier on some images."""
         return measure_scores(classifier.scores(images.rows), images.labels, self.num_classes)
 
-    def measure_neighbours(self, test: LabelledFeatures) -> dict[str, float]:
+    def measure_neighbours(self, test: Features) -> dict[str, float]:
         """Return the metrics of the weighted vote of the nearest training images, each after ``knn<K>_``; none unasked."""
         counts = self.settings.neighbour_counts
         if not counts:
@@ -187,7 +166,7 @@ class ProbeFits:
             metrics |= {f"knn{k}_{name}": value for name, value in found.items()}
         return metrics
 
-    def few_shots(self, test: LabelledFeatures) -> list[FewShot]:
+    def few_shots(self, test: Features) -> list[FewShot]:
         """Fit on a few images of each class, repeatedly, and measure on the test images.
 
         Each draw is a separate probe: its images are not held out, its strength is chosen on those that are, no refit.

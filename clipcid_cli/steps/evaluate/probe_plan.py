@@ -14,9 +14,10 @@ from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
 from clipcid_cli.formats.data.known_datasets import customary_metric
 from clipcid_cli.formats.data.samples import Sample, read_vector_length
 from clipcid_cli.formats.results.metrics import metrics_stem
+from clipcid_cli.formats.results.predictions import CLASSIFICATION, MULTI_LABEL
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, MULTI_LABEL, ZeroshotTask, find_copy
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, find_copy
 from clipcid_cli.steps.model_choice import choose_model
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
@@ -71,15 +72,9 @@ def make_plan(settings: EvalLinearSettings, reporter: Reporter) -> ProbePlan:
         first = next(sample for shard in train.shards for sample in shard.stream())
         several = first.label is None and (first.labels is not None or first.multi_hot is not None)
     classes = _class_names(described, opened)
+    kind = MULTI_LABEL if several else CLASSIFICATION
     splits = {
-        split: ZeroshotTask(
-            f"{name} {split}",
-            CLASSIFICATION,
-            dataset,
-            classes,
-            label_of=_labels_of(train, dataset),
-            multi_label=several,
-        )
+        split: ZeroshotTask(f"{name} {split}", kind, dataset, classes, label_of=_labels_of(train, dataset))
         for split, dataset in opened.items()
     }
     metric = choose_metric(settings.metric, name, several=several)

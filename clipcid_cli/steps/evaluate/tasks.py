@@ -28,6 +28,7 @@ from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, KnownDataset, customary_metric, find_known_dataset
 from clipcid_cli.formats.data.samples import read_classes
 from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.results.predictions import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
 from clipcid_cli.formats.sidecar import DistillSidecar, LinesRecord, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -38,12 +39,13 @@ from clipcid_cli.steps.class_names import match_class_names, plain_name, read_fo
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
-CLASSIFICATION = "zeroshot_classification"
-RETRIEVAL = "zeroshot_retrieval"
-MULTI_LABEL = "multilabel"
 _NAME_ONE = "Name one: clipcid eval-zeroshot MODEL DATA"
-# As in CLIP_benchmark, images with several classes are a classification, too.
-_TASKS = {"classification": CLASSIFICATION, MULTI_LABEL: CLASSIFICATION, "retrieval": RETRIEVAL}
+# As CLIP_benchmark calls them: images with several classes are a classification, too.
+_TASKS = {
+    CLASSIFICATION: "zeroshot_classification",
+    MULTI_LABEL: "zeroshot_classification",
+    RETRIEVAL: "zeroshot_retrieval",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,25 +53,33 @@ class ZeroshotTask:
     """One data set and what is measured on it.
 
     Attributes:
-        task: ``zeroshot_classification`` or ``zeroshot_retrieval``.
+        kind: ``classification``, ``multilabel`` where an image may have any number of classes, or ``retrieval``.
         class_names: In order of the labels; none for retrieval, as templates.
         held_out: Fraction of the samples that is used, by hash of the key; None uses all.
         label_of: Label of each class folder, where folders and class names are in different orders; else None.
-        multi_label: Whether an image may have any number of classes.
         customary: Name of the metric usually reported for the data set.
         prompt_lines: Which ``class_names`` and ``templates`` a score is of; None without prompts.
     """
 
     name: str
-    task: str
+    kind: str
     dataset: Dataset
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     held_out: float | None = None
     label_of: tuple[int, ...] | None = None
-    multi_label: bool = False
     customary: str = ACCURACY
     prompt_lines: dict[str, LinesRecord] | None = None
+
+    @property
+    def task(self) -> str:
+        """CLIP_benchmark's name of the task."""
+        return _TASKS[self.kind]
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have any number of classes."""
+        return self.kind == MULTI_LABEL
 
     def prompts(self, class_name: str) -> list[str]:
         """Return the prompts of one class."""
@@ -96,7 +106,7 @@ class ZeroshotTask:
 
     def reject(self, sample: Sample) -> str | None:
         """Say why a sample cannot be used: it has no class, or no caption; None where it can."""
-        if self.task == RETRIEVAL:
+        if self.kind == RETRIEVAL:
             return None if sample.captions else "no_caption"
         if not self.multi_label:
             return None if self.label(sample) is not None else "no_label"
@@ -176,7 +186,7 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
     dataset = open_dataset(folder.data, keys=settings.keys, columns=columns)
     kind = _choose_task(folder, dataset, settings)
-    if _TASKS[kind] == RETRIEVAL:
+    if kind == RETRIEVAL:
         return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL)
     names, prompts = settings.classnames, settings.templates
     if known is not None:
@@ -184,16 +194,14 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
         prompts = known.templates if prompts is None and folder.templates is None else prompts
     class_names, names_from, label_of = _find_class_names(names, folder, dataset, reporter)
     templates, templates_from = _find_templates(prompts, folder, reporter)
-    multi_label = kind == MULTI_LABEL
     return ZeroshotTask(
         folder.name,
-        CLASSIFICATION,
+        kind,
         dataset,
         class_names,
         templates,
         label_of=label_of,
-        multi_label=multi_label,
-        customary=customary_metric(folder.name, MULTI_LABEL_METRICS if multi_label else SINGLE_LABEL_METRICS),
+        customary=customary_metric(folder.name, MULTI_LABEL_METRICS if kind == MULTI_LABEL else SINGLE_LABEL_METRICS),
         prompt_lines={
             "class_names": LinesRecord(names_from, len(class_names), hash_lines(class_names)),
             "templates": LinesRecord(templates_from, len(templates), hash_lines(templates)),
@@ -288,11 +296,11 @@ def _choose_task(folder: BenchmarkFolder, dataset: Dataset, settings: EvalZerosh
         return folder.dataset_type
     first = next(sample for shard in dataset.shards for sample in shard.stream())
     if first.label is not None:
-        return "classification"
+        return CLASSIFICATION
     if first.labels is not None:
         return MULTI_LABEL
     if first.captions:
-        return "retrieval"
+        return RETRIEVAL
     raise ClipcidError(
         f"{folder.data}: sample {first.key} has neither a class nor a caption.",
         "Classification needs a .cls next to each image, a `label` column or one folder per class; retrieval a .txt or a "

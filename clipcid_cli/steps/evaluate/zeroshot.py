@@ -174,7 +174,7 @@ def _write(
         columns = {"key": rows.keys, **found.columns()}
         written.append(output.work / earlier.name)
         slug, num_classes = model.model.info.slug, len(task.class_names)
-        write_predictions(written[1], make_predictions(found.kind, slug, task.name, num_classes, columns))
+        write_predictions(written[1], make_predictions(task.kind, slug, task.name, num_classes, columns))
     images = len(rows.encoded.samples)
     sidecar = output.commit(
         counts={"images": images, "texts": found.texts, "skipped": rows.skips.counts},
