@@ -17,7 +17,7 @@ from clipcid_cli.formats.embeddings.manifest import find_lost, read_manifest, re
 from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.embeddings.writer import read_unfinished
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.output import find_output, is_claimed, other_run_error
+from clipcid_cli.formats.output import find_output, is_claimed, other_run_error, unfinished
 from clipcid_cli.formats.sidecar import EmbedSidecar, TextsSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
@@ -44,6 +44,7 @@ class EmbedPlan:
         without_text: How to embed the images alone, for the errors; empty when captions are needed.
         shards: Content and name of each shard.
         finished: The sidecar of finished embeddings that match the request; None where there is something to do.
+        is_begun: Whether an unfinished run on the very same data has left its work.
         may_grow: Whether all shards that are embedded already are still there, so that others may be added to them.
     """
 
@@ -55,6 +56,7 @@ class EmbedPlan:
     dataset: Dataset
     shards: list[FileRecord]
     finished: EmbeddedSidecar | None = None
+    is_begun: bool = False
     may_grow: bool = False
 
     @property
@@ -147,7 +149,9 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
     lost = find_lost(there, plan.shards)
     if lost and not plan.settings.overwrite:
         raise other_run_error(f"{folder} holds {step} output", {"inputs": lost})
-    return dataclasses.replace(plan, may_grow=not lost)
+    begun = unfinished(folder, step)
+    is_begun = begun is not None and [each.content for each in begun.inputs] == [plan.input.content]
+    return dataclasses.replace(plan, is_begun=is_begun, may_grow=not lost)
 
 
 def _open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:

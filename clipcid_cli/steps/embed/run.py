@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from clipcid_cli.formats.output import Output, find_output, find_works, open_out
 from clipcid_cli.formats.sidecar import TextsSidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index, stream_shard
 from clipcid_cli.steps.embed.cost import estimate_cost
@@ -58,7 +60,7 @@ def make_embeddings(
         return _describe(plan, plan.finished)
     shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards):,} shards"
     reporter.note(f"Embedding {plan.dataset.spec} ({shards}) with {plan.name.spec}.")
-    if not plan.of_texts:
+    if not plan.of_texts and (settings.dry_run or not plan.is_begun):
         check_samples(plan.dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
     encoder = load_encoder(plan, machine)
     reporter.note(encoder.describe())
@@ -101,25 +103,14 @@ def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
             writer.take(output.folder, read_manifest(output.folder, ""))
 
 
-@dataclasses.dataclass
-class Timings:
-    """Where one process's time went, in seconds, and how many samples it embedded."""
-
-    read: float = 0.0
-    write: float = 0.0
-    elapsed: float = 0.0
-    samples: int = 0
-
-    @property
-    def encode(self) -> float:
-        """Time that was spent neither waiting for workers nor writing."""
-        return self.elapsed - self.read - self.write
-
-
 def _embed_missing(
     plan: EmbedPlan, encoder: EmbedEncoder, writer: EmbeddingWriter, machine: Machine, reporter: Reporter
-) -> list[Timings]:
-    """Embed the shards that are not finished, divided among the processes, and write each one when it is complete."""
+) -> list[tuple[int, dict[str, float]]]:
+    """Embed the shards that are not finished, divided among the processes, and write each one when it is complete.
+
+    Returns:
+        Of each process, how many samples it embedded, and the seconds of each phase.
+    """
     total = len(plan.shards)
 
     def find_missing() -> tuple[list[int], float]:
@@ -130,7 +121,7 @@ def _embed_missing(
     if len(missing) < total:
         reporter.note(f"{total - len(missing)} of {total} shards are already embedded.")
     mine = missing[machine.rank :: machine.size]
-    timings, skipped, read = Timings(), Skips(), 0
+    seconds, embedded, read, skipped = {"read": 0.0, "write": 0.0}, 0, 0, Skips()
     with_texts = encoder.decoder.tokenizer is not None
 
     def reject(sample: Sample) -> str | None:
@@ -149,21 +140,21 @@ def _embed_missing(
                 )
             parts.append(encoded)
             progress.advance(len(encoded.samples) * len(missing) / len(mine))  # the bar covers all processes
-            timings.read += batch.waited
+            seconds["read"] += batch.waited
             if batch.read is None:
                 continue
-            clock = time.perf_counter()
-            made = _make_rows(encoder, plan.dataset.shards[batch.shard], parts, batch)
-            writer.write(batch.shard, made)
+            with timed(seconds, "write"):
+                made = _make_rows(encoder, plan.dataset.shards[batch.shard], parts, batch)
+                writer.write(batch.shard, made)
             parts.clear()
-            timings.samples += len(made.keys)
-            timings.write += time.perf_counter() - clock
+            embedded += len(made.keys)
             skipped.merge(made.skipped)
             read += made.read
             if read >= _EARLY_CHECK:
                 skipped.check(read, plan.max_bad_fraction, plan.dataset.spec)
-        timings.elapsed = time.perf_counter() - start
-        return machine.gather(timings)
+        # What was spent neither waiting for workers nor writing.
+        seconds["encode"] = time.perf_counter() - start - sum(seconds.values())
+        return machine.gather((embedded, seconds))
 
 
 def _make_rows(encoder: EmbedEncoder, shard: Shard, parts: Sequence[Encoded], last: Batch) -> ShardRows:
@@ -200,7 +191,7 @@ def _commit(
     encoder: EmbedEncoder,
     output: Output[Any],
     records: Sequence[ShardRecord],
-    timings: Sequence[Timings],
+    timings: Sequence[tuple[int, dict[str, float]]],
     reporter: Reporter,
 ) -> EmbeddedSidecar:
     """Check the embeddings of all shards together and commit them."""
@@ -212,8 +203,8 @@ def _commit(
         raise ClipcidError(
             f"None of the {read:,} samples in {plan.dataset.spec} can be used:\n{skips.describe()}", "Fix the data."
         )
-    embedded = sum(each.samples for each in timings)
-    elapsed = max(each.elapsed for each in timings)
+    embedded = sum(number for number, _ in timings)
+    elapsed = max(sum(seconds.values()) for _, seconds in timings)
     speed = round(embedded / elapsed, 1) if embedded else None
     skipped = dict(sorted(skips.counts.items()))
     entries: dict[str, Any] = {
@@ -238,10 +229,9 @@ def _commit(
             reporter.note(f"{laid_on_white:,} images have transparent pixels, which were shown on white.")
         if skips.total:
             reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
-        phases = ("read", "encode", "write")
         entries |= {
             "counts": {"images": rows, "read": read, "skipped": skipped, "laid_on_white": laid_on_white},
-            "seconds": {phase: sum(getattr(each, phase) for each in timings) / len(timings) for phase in phases},
+            "seconds": {phase: fmean(each[phase] for _, each in timings) for phase in ("read", "encode", "write")},
             "images_per_second": speed,
             "data": plan.dataset.describe(),
             "run": {"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__},

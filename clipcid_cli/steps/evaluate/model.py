@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -26,6 +25,7 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, hash_weights, load_
 from clipcid_cli.runtime.models.names import ModelName, find_weights
 from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.encode import BATCH_SIZES, Batch, Decoder, Encoded, Encoder, encode, join, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
@@ -152,12 +152,12 @@ class EvaluatedModel:
 
     def encode(self, task: ZeroshotTask) -> TaskRows:
         """Encode a data set, and the prompts of its classes where it has templates."""
-        started = time.perf_counter()
-        encoder = Encoder.of(self.model, self.precision, self.batch_size)
-        weights = class_weights(self._encode_classes(task, encoder)) if task.templates else None
-        with_classes = time.perf_counter()
-        encoded, skips = self._encode_samples(task, encoder)
-        seconds = {"classes": with_classes - started, "encode": time.perf_counter() - with_classes}
+        seconds: dict[str, float] = {}
+        with timed(seconds, "classes"):
+            encoder = Encoder.of(self.model, self.precision, self.batch_size)
+            weights = class_weights(self._encode_classes(task, encoder)) if task.templates else None
+        with timed(seconds, "encode"):
+            encoded, skips = self._encode_samples(task, encoder)
         return TaskRows(task, encoded, weights, skips, seconds)
 
     def _encode_classes(self, task: ZeroshotTask, encoder: Encoder) -> torch.Tensor:

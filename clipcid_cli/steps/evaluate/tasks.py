@@ -108,9 +108,10 @@ class ZeroshotTask:
         """Say why a sample cannot be used: it has no class, or no caption; None where it can."""
         if self.kind == RETRIEVAL:
             return None if sample.captions else "no_caption"
-        if not self.multi_label:
-            return None if self.label(sample) is not None else "no_label"
-        listed = sample.multi_hot is not None or sample.labels is not None or sample.label is not None
+        if self.multi_label:
+            listed = sample.multi_hot is not None or sample.labels is not None or sample.label is not None
+        else:
+            listed = self.label(sample) is not None
         return None if listed else "no_label"
 
     def label(self, sample: Sample) -> int | None:

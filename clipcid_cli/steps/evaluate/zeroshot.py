@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 
 import msgspec
@@ -18,6 +17,7 @@ from clipcid_cli.formats.sidecar import ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.measure import FITTED_FRACTION, calibrate, measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_skips
@@ -159,12 +159,12 @@ def _write(
     """Measure a model by its rows, and write the files of the pair."""
     settings, task = plan.settings, rows.task
     path = plan.metrics_path(model.name, task)
-    started = time.perf_counter()
     warn_of_skips(task.name, rows.skips, model.reporter)
-    found = measure(rows, model.machine.device, model.reporter)
-    intervals = found.draws.intervals(settings.bootstrap, settings.seed)
-    calibration = calibrate(rows, model.model.logit_scale)
-    seconds = rows.seconds | {"compare": time.perf_counter() - started}
+    seconds = dict(rows.seconds)
+    with timed(seconds, "compare"):
+        found = measure(rows, model.machine.device, model.reporter)
+        intervals = found.draws.intervals(settings.bootstrap, settings.seed)
+        calibration = calibrate(rows, model.model.logit_scale)
     output.start()
     written = [output.root / path.name]
     write_metrics(written[0], model.make_metrics(task.name, task.task, found.draws.values()))
