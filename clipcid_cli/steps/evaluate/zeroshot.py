@@ -12,7 +12,7 @@ from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.metrics import metrics_stem, read_metrics, read_metrics_sidecar, write_metrics
-from clipcid_cli.formats.results.predictions import make_predictions, predictions_path, write_predictions
+from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
 from clipcid_cli.formats.sidecar import ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
@@ -174,7 +174,7 @@ def _write(
         columns = {"key": rows.keys, **found.columns()}
         written.append(output.work / earlier.name)
         slug, num_classes = model.model.info.slug, len(task.class_names)
-        write_predictions(written[1], make_predictions(task.kind, slug, task.name, num_classes, columns))
+        write_predictions(written[1], task.kind, slug, task.name, num_classes, columns)
     images = len(rows.encoded.samples)
     sidecar = output.commit(
         counts={"images": images, "texts": found.texts, "skipped": rows.skips.counts},
