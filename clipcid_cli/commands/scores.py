@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -31,8 +30,7 @@ def _show_table(rows: list[ZeroshotResult], console: Console) -> None:
     metrics = _columns(list(rows[0].metrics))
     title = rows[0].task.replace("_", " ").replace("zeroshot", "zero-shot").capitalize()
     columns: dict[str, list[str]] = {}
-    # A folder is shown by its short name; its path would take half the terminal.
-    models = [one.model if Path(one.pretrained).is_dir() else f"{one.model} {one.pretrained}" for one in rows]
+    models = [one.shown_model for one in rows]
     for name, word, values in (("model", "of", models), ("data", "on", [one.dataset for one in rows])):
         if len(set(values)) == 1:
             title += f" {word} {values[0]}"

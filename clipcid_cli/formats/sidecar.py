@@ -245,6 +245,9 @@ class Calibration(msgspec.Struct):
     log_loss: float
     images: int
 
+    def __str__(self) -> str:
+        return f"{100 * self.expected_calibration_error:.1f}% at {self.temperature:.4g}"
+
 
 class Calibrations(msgspec.Struct):
     """How sure a classifier is, as it is and at a temperature fitted on a part of the images.

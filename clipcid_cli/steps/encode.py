@@ -30,6 +30,9 @@ from clipcid_cli.runtime.models.tokenizer import Tokenizer
 from clipcid_cli.runtime.pipeline import ordered_map, read_ahead, thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import Precision
 
+BATCH_SIZES = {"cpu": 64, "cuda": 256}
+"""Images that are encoded together by default: on a CPU they should stay in its cache, 128 of ViT-B-32 were slower."""
+
 # Batches that wait while a network is read.
 _READ_AHEAD = 4
 
@@ -39,8 +42,8 @@ class Batch:
     """Samples of one shard that are encoded together.
 
     Attributes:
-        read: With the shard's last batch, how many samples it has, usable or not; None with those before.
-        skipped: With the last batch, those that are in none of the batches.
+        read: Of a shard's last batch: how many samples the shard has, usable or not.
+        skipped: Of a shard's last batch: those that are in none of its batches.
         waited: Seconds in which the process waited for a worker to decode it.
     """
 
@@ -62,7 +65,7 @@ def list_batches(
 
     Args:
         stream: Yields the samples of a shard, and counts those it leaves out.
-        reject: Says why a sample cannot be used; None where it can.
+        reject: Says why a sample cannot be used, if so.
     """
 
     def list_shard(number: int) -> Iterator[Batch]:
@@ -87,11 +90,11 @@ def list_batches(
 
 @dataclasses.dataclass
 class Decoded:
-    """What a worker makes of a batch.
+    """What a worker makes of a batch; pixels or tokens are None where none are wanted.
 
     Attributes:
-        pixels: uint8 [B, H, W, 3], zeros where an image cannot be decoded; None where none are wanted.
-        tokens: Captions, sample after sample, int64 [M, L]; None where none are wanted.
+        pixels: uint8 [B, H, W, 3], zeros where an image cannot be decoded.
+        tokens: Captions, sample after sample, int64 [M, L].
         failures: Why samples cannot be used, by their position.
         laid_on_white: Images with transparent pixels, which are shown on white.
     """
@@ -107,10 +110,10 @@ class Decoder:
     """Decodes the images and tokenises the captions of a batch.
 
     Attributes:
-        image_size: Height and width.
+        image_size: H and W.
         context_length: L.
-        transform: RGB image to uint8 [H, W, 3]; None where no images are wanted.
-        tokenizer: Texts to int64 [M, L]; None where no captions are wanted.
+        transform: None where no images are wanted.
+        tokenizer: None where no captions are wanted.
         batch_size: Rows of pixels, of which tokens have a multiple: missing rows are zero. None makes no more than there are
             samples and captions.
         fast_decode: Whether JPEGs are decoded at a reduced size, of at least twice H × W.
@@ -126,9 +129,8 @@ class Decoder:
     @classmethod
     def of(cls, model: ClipModel, *, captions: bool) -> Decoder:
         """Return what prepares samples for a model."""
-        info = model.info
         tokenizer = model.tokenizer if captions else None
-        return cls(info.image_size, info.context_length, model.pixel_transform(), tokenizer)
+        return cls(model.info.image_size, model.info.context_length, model.pixel_transform(), tokenizer)
 
     def __call__(self, samples: Sequence[Sample]) -> Decoded:
         """Decode a batch."""
@@ -164,13 +166,10 @@ class Decoder:
 
 @dataclasses.dataclass
 class Encoded:
-    """What a model makes of samples.
+    """What a model makes of samples, which are without the bytes of their images; see `Decoded`.
 
     Attributes:
-        samples: Without the bytes of their images.
         rows: Of each sample by kind, on the CPU; `Kind.TEXTS` of each caption, sample after sample.
-        failures: Why samples cannot be used, by their position.
-        laid_on_white: Images with transparent pixels, which were shown on white.
     """
 
     samples: Sequence[Sample]
@@ -195,38 +194,36 @@ class Encoded:
 
     def usable(self) -> Encoded:
         """Return the samples that can be used."""
-        kept = self.kept
-        if len(kept) == len(self.samples):
+        if not self.failures:
             return self
+        kept = self.kept
         texts = torch.isin(self.owners, kept)
         rows = {kind: found[texts if kind is Kind.TEXTS else kept] for kind, found in self.rows.items()}
-        return Encoded([self.samples[row] for row in kept.tolist()], rows, {}, self.laid_on_white)
+        return Encoded([self.samples[row] for row in kept.tolist()], rows, laid_on_white=self.laid_on_white)
 
     def count_skips(self, shard: Shard) -> Skips:
         """Count the samples of a shard that cannot be used."""
-        skips = Skips()
-        for row, reason in sorted(self.failures.items()):
-            skips.add(reason, shard.describe(self.samples[row].key))
-        return skips
+        return Skips.of({shard.describe(self.samples[row].key): self.failures[row] for row in sorted(self.failures)})
 
 
-def join(parts: Sequence[Encoded]) -> Encoded:
-    """Join what was made of several batches, of which none has failures."""
-    kinds = dict.fromkeys(kind for part in parts for kind in part.rows)
+def join(parts: Iterable[Encoded]) -> Encoded:
+    """Join the usable samples of several batches."""
+    usable = [part.usable() for part in parts]
+    kinds = dict.fromkeys(kind for part in usable for kind in part.rows)
     return Encoded(
-        [sample for part in parts for sample in part.samples],
-        {kind: torch.cat([part.rows[kind] for part in parts if kind in part.rows]) for kind in kinds},
-        laid_on_white=sum(part.laid_on_white for part in parts),
+        [sample for part in usable for sample in part.samples],
+        {kind: torch.cat([part.rows[kind] for part in usable if kind in part.rows]) for kind in kinds},
+        laid_on_white=sum(part.laid_on_white for part in usable),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """The two towers of a model. Several threads may call it at once.
+    """The two towers of a model, to unit rows. Several threads may call it at once.
 
     Attributes:
-        images: uint8 [B, H, W, 3] to unit rows, [B, D].
-        texts: int64 [M, L] to unit rows, [M, D].
+        images: uint8 [B, H, W, 3] to [B, D].
+        texts: int64 [M, L] to [M, D].
         batch_size: Texts that are encoded together.
     """
 
@@ -261,14 +258,7 @@ class Encoder:
         return torch.cat([self.texts(block).cpu() for block in torch.split(tokens, self.batch_size)])
 
     def encode_prompts(self, prompts: Sequence[Sequence[str]], machine: Machine | None = None) -> torch.Tensor:
-        """Encode T texts of each of C classes, on the CPU of every process.
-
-        Args:
-            machine: Deals the classes to its processes.
-
-        Returns:
-            float32 [C, T, D].
-        """
+        """Encode T texts of each of C classes to float32 [C, T, D], dealing the classes to the processes of a machine."""
         templates = len(prompts[0])
         at_once = max(1, self.batch_size // templates)
         starts = range(0, len(prompts), at_once)
@@ -321,33 +311,28 @@ def encode(
     threads = threads_for_batches(device)
 
     def compute(batch: Batch, decoded: Decoded) -> tuple[Batch, Encoded]:
-        return batch, finish(batch.samples, decoded, encoder)
+        """Encode a batch, and note samples any of whose rows is not finite: nothing can be compared with it."""
+        samples = batch.samples
+        encoded = Encoded(samples, {}, dict(decoded.failures), decoded.laid_on_white)
+        if not samples:
+            return batch, encoded
+        owners = encoded.owners
+        usable = torch.ones(len(samples), dtype=torch.bool)
+        for kind, rows in encoder(decoded).items():
+            rows = rows[: len(owners) if kind is Kind.TEXTS else len(samples)]
+            encoded.rows[kind] = rows
+            found = rows.isfinite().all(dim=-1)
+            if kind is Kind.TEXTS:
+                usable[owners[~found]] = False
+            elif kind is not Kind.VIEW_PARAMS:
+                usable &= found.reshape(len(samples), -1).all(dim=1)
+        for row in (~usable).nonzero()[:, 0].tolist():
+            encoded.failures.setdefault(row, "nan_row")
+        return batch, encoded
 
-    if workers is not None:
-        return thread_map(lambda pair: compute(*pair), decode(batches, decoder, workers), threads)
-    return thread_map(lambda batch: compute(_drop_bytes(batch), decoder(batch.samples)), batches, threads)
-
-
-def finish(
-    samples: Sequence[Sample], decoded: Decoded, encoder: Callable[[Decoded], dict[Kind, torch.Tensor]]
-) -> Encoded:
-    """Encode decoded samples, and note those any of whose rows is not finite: nothing can be compared with it."""
-    encoded = Encoded(samples, {}, dict(decoded.failures), decoded.laid_on_white)
-    if not samples:
-        return encoded
-    owners = encoded.owners
-    usable = torch.ones(len(samples), dtype=torch.bool)
-    for kind, rows in encoder(decoded).items():
-        rows = rows[: len(owners) if kind is Kind.TEXTS else len(samples)]
-        encoded.rows[kind] = rows
-        found = rows.isfinite().all(dim=-1)
-        if kind is Kind.TEXTS:
-            usable[owners[~found]] = False
-        elif kind is not Kind.VIEW_PARAMS:
-            usable &= found.reshape(len(samples), -1).all(dim=1)
-    for row in (~usable).nonzero()[:, 0].tolist():
-        encoded.failures.setdefault(row, "nan_row")
-    return encoded
+    if workers is None:
+        return thread_map(lambda batch: compute(_drop_bytes(batch), decoder(batch.samples)), batches, threads)
+    return thread_map(lambda pair: compute(*pair), decode(batches, decoder, workers), threads)
 
 
 def _drop_bytes(batch: Batch) -> Batch:

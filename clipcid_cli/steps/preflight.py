@@ -7,8 +7,8 @@ an order that depends on the seed.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -35,10 +35,20 @@ def check_samples(dataset: Dataset, machine: Machine, seed: int, *, dry_run: boo
     all is well.
     """
     mine = choose_order(dataset, seed, dry_run=dry_run)[machine.rank :: machine.size]
-    looks = [look for part in machine.gather(machine.on_all(lambda: _look_at(dataset, mine))) for look in part]
-    samples, bad = 0, Skips()
-    for of_shard, skips in looks:
-        samples += of_shard
+
+    def look() -> list[tuple[int, Skips]]:
+        found = list[tuple[int, Skips]]()
+        end = time.perf_counter() + _SECONDS
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for first in range(0, len(mine), _THREADS):
+                if time.perf_counter() > end:
+                    break
+                found += pool.map(partial(_look, dataset), mine[first : first + _THREADS])
+        return found
+
+    looks = [each for part in machine.gather(machine.on_all(look)) for each in part]
+    samples, bad = sum(number for number, _ in looks), Skips()
+    for _, skips in looks:
         bad.merge(skips)
     total = len(dataset.shards)
     looked = f"{dataset.spec}: checked {len(looks):,} of {total:,} shard{'s' * (total > 1)}, {samples:,} samples"
@@ -64,20 +74,8 @@ def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
     return local + behind_urls[: _SHARDS_BEHIND_URLS if dry_run else 0]
 
 
-def _look_at(dataset: Dataset, order: Sequence[int]) -> list[tuple[int, Skips]]:
-    """Look at shards in the given order until the time is up; return the number of samples of each, and the bad ones."""
-    looks = list[tuple[int, Skips]]()
-    end = time.perf_counter() + _SECONDS
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for first in range(0, len(order), _THREADS):
-            if time.perf_counter() > end:
-                break
-            looks += pool.map(lambda number: _look(dataset, number), order[first : first + _THREADS])
-    return looks
-
-
 def _look(dataset: Dataset, number: int) -> tuple[int, Skips]:
-    """Read and decode a few samples of a shard: from the index spread over it, else the first ones."""
+    """Read and decode a few samples of a shard, from the index spread over it, else the first; count all, and bad ones."""
     shard = dataset.shards[number]
     if dataset.index is not None and not is_remote(shard.file):
         part = dataset.index.part(number)

@@ -61,8 +61,8 @@ class Clusters:
 
     Attributes:
         centroids: Unit rows, float32 [K, D].
-        images: The m nearest centroids of each image's features (of its joint features, where those were clustered).
-        captions: The same for the captions' embeddings; None when there were none.
+        images: Those nearest to each image's features (its joint features, where those were clustered).
+        captions: Those nearest to the captions' embeddings; None when there were none.
     """
 
     folder: Path
@@ -82,7 +82,7 @@ class Clusters:
 
 
 def read_cluster_sidecar(folder: Path) -> ClusterSidecar:
-    """Read the sidecar of finished clusters; where there are none, that is an error."""
+    """Read the sidecar of clusters, which must be finished."""
     sidecar = read_sidecar(sidecar_path(folder, "cluster"), ClusterSidecar)
     if sidecar is None:
         raise ClipcidError(
@@ -96,7 +96,7 @@ def open_clusters(folder: Path, work: Path | None = None, is_checked: bool = Fal
     """Open what `cluster` wrote; output that is unfinished, or whose files do not fit together, is an error.
 
     Args:
-        work: The work directory of the step, for the fix of an error.
+        work: Of the step, for the fix.
         is_checked: Whether the centroids are known to be finite, so that they need not be read.
     """
     sidecar = read_cluster_sidecar(folder)
@@ -160,11 +160,7 @@ def part_path(folder: Path, part: int) -> Path:
 
 
 def part_arrays(tops: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]) -> dict[str, npt.NDArray[Any]]:
-    """Name what is stored of n rows.
-
-    Args:
-        tops: By tower the nearest centroids and the similarities to them, [n, m] each.
-    """
+    """Name what is stored of n rows: by tower the nearest centroids and the similarities to them, [n, m] each."""
     arrays: dict[str, npt.NDArray[Any]] = {"similarity": tops["image"][1][:, 0].astype(np.float32)}
     for tower, (clusters, similarities) in tops.items():
         names = (path.stem for path in top_paths(Path(), tower))
@@ -173,12 +169,7 @@ def part_arrays(tops: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.floa
 
 
 def join_parts(folder: Path, bounds: list[tuple[int, int]], keys: Callable[[int, int], pa.ChunkedArray]) -> None:
-    """Join the parts into ``clusters.parquet``, one row group each, and the arrays.
-
-    Args:
-        bounds: What :func:`part_bounds` returned.
-        keys: Reads the keys of rows, by the first and the one after the last.
-    """
+    """Join the parts into ``clusters.parquet``, one row group each, and the arrays; `keys` reads the keys of bounds."""
     files: dict[str, IO[bytes]] = {}
     with ExitStack() as stack:
         table = stack.enter_context(atomic_file(folder / TABLE))

@@ -1,7 +1,6 @@
 """Frozen image features with their classes, kept so that a model encodes a data set once.
 
-The name of a file identifies its content: a hash of the weights, the preprocessing, the data and all else that determines
-a feature. A file is complete or absent and never changes, so it needs neither a lock nor a sidecar.
+A file's name identifies its content, so that it never changes: it needs neither a lock nor a sidecar.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import torch
 
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.fingerprint import hash_json
@@ -21,17 +19,28 @@ from clipcid_cli.formats.skips import Skips
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Features of one data set.
+    """Features of some images.
 
     Attributes:
         rows: Unit rows, float32 [N, D].
-        labels: Class of each image, int64 [N]; where images may have several, whether each image has each class,
-            bool [N, C].
+        labels: Class of each image, int64 [N], or whether it has each class, bool [N, C].
     """
 
-    rows: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64] | npt.NDArray[np.bool_]
-    skips: Skips
+    rows: torch.Tensor
+    labels: torch.Tensor
+    skips: Skips = dataclasses.field(default_factory=Skips)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, chosen: torch.Tensor) -> Features:
+        """Return those of some of the images, by index or mask."""
+        chosen = chosen.to(self.rows.device)
+        return Features(self.rows[chosen], self.labels[chosen])
+
+    def to(self, device: torch.device) -> Features:
+        """Copy them to a device."""
+        return Features(self.rows.to(device), self.labels.to(device))
 
 
 def features_path(folder: Path, model_slug: str, identity: dict[str, Any]) -> Path:
@@ -42,7 +51,7 @@ def features_path(folder: Path, model_slug: str, identity: dict[str, Any]) -> Pa
 def write_features(path: Path, features: Features) -> None:
     """Write features, whole or not at all."""
     skips = json.dumps(dataclasses.asdict(features.skips))
-    save_arrays(path, {"rows": features.rows, "labels": features.labels, "skips": skips})
+    save_arrays(path, {"rows": features.rows.numpy(), "labels": features.labels.numpy(), "skips": skips})
 
 
 def read_features(path: Path) -> Features | None:
@@ -50,4 +59,5 @@ def read_features(path: Path) -> Features | None:
     found = load_arrays(path)
     if found is None:
         return None
-    return Features(found["rows"], found["labels"], Skips(**json.loads(str(found["skips"]))))
+    rows, labels = (torch.from_numpy(found[name]) for name in ("rows", "labels"))
+    return Features(rows, labels, Skips(**json.loads(str(found["skips"]))))

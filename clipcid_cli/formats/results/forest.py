@@ -1,4 +1,7 @@
-"""The single-linkage forest: ``forest.parquet``, and files of like names for those of other searches."""
+"""The single-linkage forest: ``forest.parquet``, and files of like names for those of other searches.
+
+``rows.parquet`` holds the files of embeddings through which rows are numbered; each forest has a copy.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,20 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_bytes
+from clipcid_cli.formats.atomic import write_bytes, write_parquet
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, open_output
-from clipcid_cli.formats.parquet import read_columns, write_row_groups
+from clipcid_cli.formats.parquet import read_columns, read_rows, write_row_groups
+from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import ForestSidecar
+
+ROW_FILES = "rows.parquet"
 
 # All pairs are compared, or only those in and near partitions, where some edges may be missed; of all rows, or of those that
 # filters have left. Each kind has files of its own, so that none is ever used, or replaced, as another.
@@ -28,6 +35,7 @@ _STEPS = {
     "partitioned-filtered": "forest-partitioned-filtered",
 }
 _SCHEMA = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("distance", pa.float32())])
+_ROW_FILES = pa.schema([("path", pa.string()), ("rows", pa.int64()), ("size", pa.int64()), ("hash", pa.string())])
 
 # Row numbers: int32 below 2³¹ rows, else int64.
 IntArray = npt.NDArray[np.signedinteger[Any]]
@@ -48,12 +56,11 @@ class StoredForest:
     """The columns of a forest and what belongs to it.
 
     Attributes:
-        a: Smaller row of each edge, integers [E].
-        b: Larger row, integers [E].
-        distance: Their distance, float32 [E], ascending.
+        a: Smaller row of each edge, [E].
+        b: Larger row, [E].
+        distance: Ascending, [E].
         cutoff: The distance up to which it was searched.
-        neighbors: How it was searched: ``exact`` or ``partitioned``; of rows that filters have left, followed by
-            ``-filtered``.
+        neighbors: ``exact`` or ``partitioned``; of rows that filters have left, followed by ``-filtered``.
     """
 
     a: IntArray
@@ -126,3 +133,21 @@ def find_earlier(folder: Path, inputs: Sequence[FileRecord], *, overwrite: bool)
     """Return the sidecar of the exact forest of other embeddings that is there; None when there is none."""
     with open_forest(folder, inputs, "exact", overwrite=overwrite) as output:
         return output.earlier
+
+
+class RowFile(FileRecord, frozen=True):
+    """A file of embeddings, in the order of the rows; of a file of image embeddings with the number of its rows."""
+
+    rows: int | None = None
+
+
+def write_row_files(path: Path, files: Sequence[RowFile]) -> None:
+    """Write the files, a row each."""
+    write_parquet(path, pa.Table.from_pylist(msgspec.to_builtins(files), _ROW_FILES))
+
+
+def read_row_files(path: Path, fix: str) -> list[RowFile]:
+    """Read the files."""
+    rows = read_rows(path, fix)
+    with reading(path, "a list of files of embeddings", fix):
+        return msgspec.convert(rows, list[RowFile])

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +38,18 @@ _SCHEMA = pa.schema(
 )
 _FIX = "Give another --keep-list, or make one: clipcid balance DATA --keep R"
 
-BoolArray = npt.NDArray[np.bool_]
-
 
 @dataclasses.dataclass
 class KeepList:
     """Which images of a data set are kept. Only `kept` is in memory; keys and shards are read as they are needed.
 
     Attributes:
-        kept: Which of its N images are kept, bool [N], in row order.
+        kept: Which images are kept, bool [N], in row order.
         has_reasons: Whether it says by what each image was dropped: not all are repeats.
     """
 
     path: Path
-    kept: BoolArray
+    kept: npt.NDArray[np.bool_]
     has_shards: bool
     has_reasons: bool
     _held: tuple[int, pa.ChunkedArray] | None = None
@@ -76,10 +75,7 @@ class KeepList:
             start += len(keys)
 
     def kept_of_shard(self, shard: str) -> set[str]:
-        """Return the keys of the kept images of a shard of a list that `write_keep_list` wrote.
-
-        It is quickest for one shard after another in the order of the rows.
-        """
+        """Return the keys of a shard's kept images; quickest for one shard after another in the order of the rows."""
         found: set[str] = set()
         for start, stop in self._shards.get(shard, []):
             group, first = divmod(start, ROWS_AT_ONCE)
@@ -101,10 +97,9 @@ class KeepList:
         first = 0
         for batch in self._batches("shard") if self.has_shards else ():
             runs = pc.run_end_encode(batch)
-            start = 0
-            for name, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
+            ends = [0, *runs.run_ends.to_pylist()]
+            for name, (start, end) in zip(runs.values.to_pylist(), pairwise(ends), strict=True):
                 found[name].append((first + start, first + end))
-                start = end
             first += len(batch)
         return dict(found)
 
@@ -141,10 +136,10 @@ def write_keep_list(
     """Write a keep list of N images, whole or not at all; the same values give the same bytes.
 
     Args:
-        labels: The smallest row of each image's set, integers [N].
-        representatives: The representative of each image, itself where it is kept, integers [N]; −1 where no image is kept
-            in its place: `representative` and `distance` are then null.
-        distances: Distance to it, float32 [N].
+        labels: The smallest row of each image's set, [N].
+        representatives: The row kept in place of each image, its own where it is kept, [N]; −1 where none is:
+            `representative` and `distance` are then null.
+        distances: Distance to it, [N].
     """
     sizes = np.bincount(labels, minlength=len(labels))
 
@@ -197,11 +192,7 @@ def _open(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def read_dropped(path: Path) -> Iterator[pa.Table]:
-    """Read the dropped images that others are kept for, a part of a list that `write_keep_list` wrote at a time.
-
-    Yields:
-        One row each, in row order: ``from`` (its key), ``to`` (the key of its representative), ``distance`` (float32).
-    """
+    """Read, part by part, dropped images and those kept for them: the keys ``from`` and ``to``, and ``distance``."""
     with _open(path) as file:
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=["key", "representative", "distance", "kept"]):
             table = pa.Table.from_batches([batch])

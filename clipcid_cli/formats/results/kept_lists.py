@@ -41,7 +41,7 @@ def write_uids(path: Path, uids: Iterable[pa.ChunkedArray], count: int, *, overw
         uids: `count` strings of 32 hexadecimal digits, in any order, in parts.
 
     Returns:
-        The number written. Repeated ones are written once: for each occurrence the resharder would write the sample.
+        The number written: repeated ones once, since the resharder would write the sample for each occurrence.
     """
     halves = np.empty((count, 2), np.uint64)
     start = 0

@@ -36,10 +36,9 @@ Column: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class SampleRows:
-    """The samples of one part, in order of shard and place; picklable, and small beside them.
+    """The samples of one part, ``training`` or ``held_out``, in order of shard and place; picklable, and small.
 
     Attributes:
-        part: ``training`` or ``held_out``.
         sizes: Samples of each shard, int64 [S].
     """
 

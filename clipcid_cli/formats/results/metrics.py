@@ -60,11 +60,7 @@ def read_metrics_sidecar(path: Path, kind: type[AnySidecar]) -> AnySidecar | Non
 
 
 def refuse_changed_metrics(path: Path, fix: str) -> EvaluationSidecar | None:
-    """Refuse a metrics file, or its predictions, that differ from what their sidecar records.
-
-    Returns:
-        The sidecar; None when there is none.
-    """
+    """Refuse a metrics file, or its predictions, that differ from what their sidecar records; return that, if any."""
     sidecar = read_metrics_sidecar(path, EvaluationSidecar)
     if sidecar is not None:
         folder = path.parent / SIDECARS

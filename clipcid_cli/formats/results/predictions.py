@@ -102,17 +102,14 @@ def predictions_path(metrics: Path) -> Path:
     return metrics.parent / SIDECARS / f"{metrics.stem}.predictions.parquet"
 
 
-def make_predictions(kind: str, model: str, dataset: str, num_classes: int, columns: dict[str, Any]) -> Predictions:
-    """Put columns (`key` and those of the kind, as lists or arrays) into a table."""
+def write_predictions(
+    path: Path, kind: str, model: str, dataset: str, num_classes: int, columns: dict[str, Any]
+) -> None:
+    """Write the columns of a kind and `key`, lists or arrays."""
     types = {"key": pa.string(), **_COLUMNS[kind]}
     table = pa.table({name: pa.array(columns[name], type=types[name]) for name in types})
-    return Predictions(kind, model, dataset, num_classes, table)
-
-
-def write_predictions(path: Path, predictions: Predictions) -> None:
-    """Write a file."""
-    about = {name: getattr(predictions, name) for name in ("kind", "model", "dataset", "num_classes")}
-    write_parquet(path, predictions.table.replace_schema_metadata({_ABOUT: json.dumps(about).encode()}))
+    about = {"kind": kind, "model": model, "dataset": dataset, "num_classes": num_classes}
+    write_parquet(path, table.replace_schema_metadata({_ABOUT: json.dumps(about).encode()}))
 
 
 def read_predictions(path: Path) -> Predictions:

@@ -23,22 +23,15 @@ _FLUSH_SECONDS = 2.0
 
 
 class RunFolder:
-    """Names of a run's files.
-
-    Attributes:
-        student: The trained model, in open_clip's form.
-        student_ema: The same with the average of its weights over the training, where one was kept.
-        train_log: A JSON object for each logged step: losses, rates, times.
-        results_log: A JSON object for each evaluation on the held-out part.
-    """
+    """Names of a run's files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.student = path / "student"
-        self.student_ema = path / "student-ema"
+        self.student = path / "student"  # in open_clip's form
+        self.student_ema = path / "student-ema"  # with the average of its weights over the training
         self.checkpoints = path / "checkpoints"
-        self.train_log = path / "train.jsonl"
-        self.results_log = path / "results.jsonl"
+        self.train_log = path / "train.jsonl"  # an object for each logged step: losses, rates, times
+        self.results_log = path / "results.jsonl"  # an object for each evaluation on the held-out part
         self.tensorboard = path / "tensorboard"
         self.report = path / "report.html"
 
@@ -120,13 +113,7 @@ class TrainingLog:
     """The logs of a run. Lines of training steps are written every two seconds, evaluations at once."""
 
     def __init__(self, folder: RunFolder, step: int, *, writes: bool, tensorboard: bool) -> None:
-        """Open the logs.
-
-        Args:
-            step: Steps done so far: of what a killed run gave TensorBoard, later ones are no longer shown.
-            writes: Whether this process writes; nothing is written otherwise.
-            tensorboard: Whether to log for TensorBoard too.
-        """
+        """Open the logs; of what a killed run gave TensorBoard, what comes after `step` is no longer shown."""
         self._folder = folder
         self._writes = writes
         self._board: Any = None

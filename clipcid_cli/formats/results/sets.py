@@ -31,16 +31,14 @@ _SCHEMA = pa.schema(
 
 @dataclasses.dataclass(frozen=True)
 class SetTable:
-    """S sets of two or more images, in ascending order of their labels.
+    """S sets of two or more images, in ascending order of their labels; arrays are [S].
 
     Attributes:
-        label: The smallest row of each, integers [S].
-        size: Its images, int64 [S].
-        representative: The row that represents it, integers [S].
-        farthest: The row farthest from that one, the smaller of equals, integers [S].
-        distance: How far it is, float32 [S].
-        diameter: Largest distance of two of its images, float32 [S]; where it is not exact, at least half of that.
-        is_exact: Whether the diameter is exact, bool [S].
+        label: The smallest row.
+        size: Number of images.
+        representative: The row that represents it.
+        farthest: The row farthest from that one, the smaller of equals; how far is `distance`.
+        diameter: Largest distance of two of its images; where not `is_exact`, at least half of that.
     """
 
     label: npt.NDArray[np.signedinteger]

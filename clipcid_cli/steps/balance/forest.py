@@ -21,8 +21,16 @@ from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.manifest import find_lost
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.forest import StoredForest, find_earlier, read_forest, row_files_path, write_forest
-from clipcid_cli.formats.results.row_files import ROW_FILES, RowFile, read_row_files
+from clipcid_cli.formats.results.forest import (
+    ROW_FILES,
+    RowFile,
+    StoredForest,
+    find_earlier,
+    read_forest,
+    read_row_files,
+    row_files_path,
+    write_forest,
+)
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks

@@ -13,7 +13,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
 from clipcid_cli.formats.embeddings.manifest import find_lost
 from clipcid_cli.formats.output import WORK_OR_OUT
-from clipcid_cli.formats.results.row_files import ROW_FILES, RowFile, read_row_files
+from clipcid_cli.formats.results.forest import ROW_FILES, RowFile, read_row_files
 from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.machine import Machine

@@ -16,29 +16,22 @@ TYPICAL_CAPTION = "a photo of a cat on a red chair"
 
 
 def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, machine: Machine) -> EmbedCost | TextsCost:
-    """Estimate what embedding would cost from the time of a few batches."""
+    """Estimate what embedding would cost: from the median time of three batches, with captions of typical length."""
     samples = machine.on_main(plan.dataset.estimate_samples)
-    encode = _measure_batch(encoder) * samples / encoder.decoder.batch_size / machine.size
-    seconds = {"encode": round(encode, 1)}
-    size = encoder.bytes_per_sample
-    if plan.of_texts:
-        return TextsCost(True, samples, samples * size, seconds)
-    return EmbedCost(True, len(plan.shards), samples, samples * size, size, seconds)
-
-
-def _measure_batch(encoder: EmbedEncoder) -> float:
-    """Return the seconds one batch takes to encode, the median of three after a warm-up.
-
-    Its captions are of typical length, since tokens after a text's end are not encoded.
-    """
-    decoder = encoder.decoder
+    decoder, device = encoder.decoder, encoder.model.device
+    texts = [TYPICAL_CAPTION] * decoder.batch_size  # tokens after a text's end are not encoded
     batch = decoder(())
-    variants = 0 if decoder.text_variants is None else decoder.text_variants.number
-    texts = [TYPICAL_CAPTION] * decoder.batch_size
-    batch.tokens, batch.variants = decoder.tokenize(texts), decoder.tokenize(texts * variants) if variants else None
-    threads = threads_for_batches(encoder.model.device)
+    batch.tokens = decoder.tokenize(texts)
+    if decoder.text_variants is not None:
+        batch.variants = decoder.tokenize(texts * decoder.text_variants.number)
+    threads = threads_for_batches(device)
 
     def encode_together() -> None:
         deque(thread_map(lambda _: encoder(batch), range(threads), threads), maxlen=0)
 
-    return time_trial(encode_together, encoder.model.device, repeats=3).seconds / threads
+    taken = time_trial(encode_together, device, repeats=3).seconds
+    seconds = {"encode": round(taken / threads * samples / decoder.batch_size / machine.size, 1)}
+    size = encoder.bytes_per_sample
+    if plan.of_texts:
+        return TextsCost(True, samples, samples * size, seconds)
+    return EmbedCost(True, len(plan.shards), samples, samples * size, size, seconds)

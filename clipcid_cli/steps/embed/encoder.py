@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.samples import Sample
@@ -24,11 +26,8 @@ from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.embed.plan import EmbedPlan
-from clipcid_cli.steps.embed.views import BatchViews, Views
-from clipcid_cli.steps.encode import Decoded, Decoder, Encoded, Encoder
-
-# On a CPU a batch should stay in its cache: 128 and more were slower for a ViT-B-32.
-_BATCH_SIZES = {"cpu": 64, "cuda": 256}
+from clipcid_cli.steps.embed.views import Views, draw_views
+from clipcid_cli.steps.encode import BATCH_SIZES, Decoded, Decoder, Encoded, Encoder
 
 
 @dataclasses.dataclass
@@ -49,11 +48,7 @@ class Augmented(Decoded):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentingDecoder(Decoder):
-    """Decodes a batch, and makes its views and text variants.
-
-    Attributes:
-        batch_size: B. With V views each sample makes 1 + V pictures, so that a batch's memory stays what it is.
-    """
+    """Decodes a batch, and makes its views and text variants."""
 
     batch_size: int
     render: ViewPixels
@@ -63,24 +58,27 @@ class AugmentingDecoder(Decoder):
     def __call__(self, samples: Sequence[Sample]) -> Augmented:
         """Decode a batch."""
         decoded = Augmented(tokens=self.tokenize([caption for sample in samples for caption in sample.captions]))
-        make = self.text_variants
-        if make is not None:
-            texts = [[make(sample.captions, sample.key, number) for sample in samples] for number in range(make.number)]
+        vary = self.text_variants
+        if vary is not None:
+            texts = [[vary(sample.captions, sample.key, number) for sample in samples] for number in range(vary.number)]
             decoded.variants = torch.cat([tokens for each in texts if (tokens := self.tokenize(each)) is not None])
-        if self.transform is None:
+        transform = self.transform
+        if transform is None:
             return decoded
         pictures = 1 if self.views is None else 1 + self.views.number
         pixels = torch.zeros(pictures, self.batch_size, *self.image_size, 3, dtype=torch.uint8)
-        views = None
-        if self.views is not None:
-            views = BatchViews(self.views, self.render, [sample.key for sample in samples], pixels[1:].numpy())
-        for row, image in self.read_images(samples, decoded):
-            pixels[0, row] = self.transform(image)
-            if views is not None:
-                views.add(row, image)
-        if views is not None:
-            views.mix()
-            decoded.colors, decoded.params = torch.from_numpy(views.colors), torch.from_numpy(views.params)
+
+        def prepare() -> Iterator[tuple[int, Image.Image]]:
+            for row, image in self.read_images(samples, decoded):
+                pixels[0, row] = transform(image)
+                yield row, image
+
+        if self.views is None:
+            deque(prepare(), maxlen=0)
+        else:
+            keys = [sample.key for sample in samples]
+            made = draw_views(self.views, self.render, keys, prepare(), pixels[1:].numpy())
+            decoded.colors, decoded.params = map(torch.from_numpy, made)
         decoded.pixels = pixels.flatten(0, 1)
         return decoded
 
@@ -90,8 +88,7 @@ class EmbedEncoder:
     """Encodes batches of one size, so that a row's bits depend on its batch alone, to rows of float16.
 
     Attributes:
-        batch_size: Pictures, and texts, that are encoded together.
-        workers: Processes that decode.
+        batch_size: Pictures, views among them, that are encoded together; `decoder.batch_size` counts samples.
     """
 
     model: ClipModel
@@ -102,7 +99,7 @@ class EmbedEncoder:
 
     @property
     def shapes(self) -> dict[Kind, tuple[int, ...]]:
-        """Shape of what is made of a sample, by kind; captions after the first, of which samples have any number, apart."""
+        """Shape of what is made of a sample, by kind, but for captions after the first."""
         made = self.decoder
         width = self.model.info.embed_dim
         found: dict[Kind, tuple[int, ...]] = {}
@@ -199,7 +196,7 @@ def load_encoder(plan: EmbedPlan, machine: Machine) -> EmbedEncoder:
     model.cast_products(precision)
     augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
     views = Views(settings.views, settings.view_kinds, augmentation, settings.seed) if settings.views else None
-    batch_size = settings.batch_size or _BATCH_SIZES[machine.device.type]
+    batch_size = settings.batch_size or BATCH_SIZES[machine.device.type]
     if views is not None and views.mixes and batch_size < (min_size := 2 * (1 + views.number)):
         raise UsageError(
             f"--view-kind mix mixes the images of a batch, but with --batch-size {batch_size} and {views.number} views it "
@@ -211,6 +208,7 @@ def load_encoder(plan: EmbedPlan, machine: Machine) -> EmbedEncoder:
         context_length=model.info.context_length,
         transform=None if plan.of_texts else model.pixel_transform(),
         tokenizer=model.tokenizer if settings.text else None,
+        # With views each sample makes 1 + V pictures: a batch's memory stays what it is.
         batch_size=batch_size if views is None else max(1, batch_size // (1 + views.number)),
         fast_decode=settings.fast_decode,
         render=ViewPixels(model.info.preprocess),

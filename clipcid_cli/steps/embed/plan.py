@@ -124,8 +124,7 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
 
 def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
     """Compare the request with what the folder holds, as far as that is known before the model is loaded."""
-    folder = plan.folder
-    step = plan.step
+    folder, step = plan.folder, plan.step
     sidecar = read_sidecar(sidecar_path(folder, step), plan.sidecar_type)
     if sidecar is None:
         there = read_unfinished(folder, step)
@@ -177,10 +176,10 @@ def _open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
 def choose_text(settings: EmbedSettings, reporter: Reporter) -> bool:
     """Tell whether captions are embedded where nobody says so: where the data has some."""
     dataset = _open_data(settings, reporter)
-    found = _has_captions(dataset)
-    if not found:
-        reporter.note(f"{dataset.spec} has no captions: only its images are embedded.")
-    return found
+    if _has_captions(dataset):
+        return True
+    reporter.note(f"{dataset.spec} has no captions: only its images are embedded.")
+    return False
 
 
 def _has_captions(dataset: Dataset) -> bool:
@@ -203,19 +202,15 @@ def describe_shards(dataset: Dataset) -> list[FileRecord]:
 
 def _refuse_foreign_folder(folder: Path, step: str) -> None:
     """Refuse a folder with embeddings that this step did not write, since it would replace files there."""
-    if step == TEXTS and is_claimed(folder, EMBED):
-        raise _taken(folder, "images", "texts alone")
-    if step == EMBED and is_claimed(folder, TEXTS):
-        raise _taken(folder, "texts without images", "the data")
+    other, held, wanted = (
+        (EMBED, "images", "texts alone") if step == TEXTS else (TEXTS, "texts without images", "the data")
+    )
+    if is_claimed(folder, other):
+        fix = f"Choose another folder for those of {wanted} with --out."
+        raise ClipcidError(f"{folder} holds embeddings of {held}.", fix)
     first = None if is_claimed(folder, step) else find_rows(folder)
     if first is not None:
         raise ClipcidError(
             f"{folder} contains embeddings that clipcid did not write, such as {first}.",
             "Choose another folder with --out, or remove them.",
         )
-
-
-def _taken(folder: Path, held: str, wanted: str) -> ClipcidError:
-    return ClipcidError(
-        f"{folder} holds embeddings of {held}.", f"Choose another folder for those of {wanted} with --out."
-    )

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
+from functools import partial
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import PIL
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats import fingerprint
+from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, merge_skips, read_manifest
-from clipcid_cli.formats.embeddings.text_folder import TEXTS_FILE, write_texts
-from clipcid_cli.formats.embeddings.writer import EmbeddingWriter
-from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.embeddings.text_folder import TEXTS, TEXTS_FILE, write_texts
+from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
+from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output, find_works, open_output
 from clipcid_cli.formats.sidecar import TextsSidecar, sidecar_path
+from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.data_index import ensure_index
+from clipcid_cli.steps.data_index import ensure_index, stream_shard
 from clipcid_cli.steps.embed.cost import estimate_cost
-from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder
+from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder, recount_partners
 from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, describe_shards, make_plan
 from clipcid_cli.steps.embed.result import Embedded, EmbedResult, TextsResult
-from clipcid_cli.steps.embed.shards import Timings, embed_missing
+from clipcid_cli.steps.encode import Batch, Encoded, encode, join, list_batches
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 _ADD_NO_TEXT = "Add --no-text to embed the images alone."
+# From this many samples on, too many unusable ones end the step before all data is read.
+_EARLY_CHECK = 10_000
 
 
 def run(settings: EmbedSettings, reporter: Reporter) -> Embedded:
@@ -42,11 +51,7 @@ def run(settings: EmbedSettings, reporter: Reporter) -> Embedded:
 def make_embeddings(
     settings: EmbedSettings, machine: Machine, reporter: Reporter, without_text: str = _ADD_NO_TEXT
 ) -> Embedded:
-    """Embed with the processes of `machine`; see `run`.
-
-    Args:
-        without_text: How to embed the images alone, for the errors; empty when captions are needed.
-    """
+    """Embed with the processes of `machine`; `without_text` is that of the plan."""
     plan = machine.on_main(lambda: make_plan(settings, reporter, without_text))
     if plan.finished is not None:
         if not settings.dry_run:
@@ -74,7 +79,7 @@ def make_embeddings(
             return _describe(plan, output.finished)
         writer = EmbeddingWriter(output.work, made, plan.shards)
         machine.on_main(lambda: _start(output, writer))
-        timings = embed_missing(plan, encoder, writer, machine, reporter)
+        timings = _embed_missing(plan, encoder, writer, machine, reporter)
         if not plan.of_texts:
             ensure_index(plan.dataset, machine, encoder.workers, reporter)
         sidecar = machine.on_main(lambda: _commit(plan, encoder, output, writer.finish(), timings, reporter))
@@ -98,12 +103,95 @@ def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
             writer.take(output.folder, read_manifest(output.folder, ""))
 
 
+def _embed_missing(
+    plan: EmbedPlan, encoder: EmbedEncoder, writer: EmbeddingWriter, machine: Machine, reporter: Reporter
+) -> list[tuple[int, dict[str, float]]]:
+    """Embed the shards that are not finished, divided among the processes, and write each one when it is complete.
+
+    Returns:
+        Of each process, how many samples it embedded, and the seconds of each phase.
+    """
+    total = len(plan.shards)
+
+    def find_missing() -> tuple[list[int], float]:
+        missing = [number for number in range(total) if writer.read_record(number) is None]
+        return missing, plan.dataset.estimate_samples() * len(missing) / total
+
+    missing, expected = machine.on_main(find_missing)
+    if len(missing) < total:
+        reporter.note(f"{total - len(missing)} of {total} shards are already embedded.")
+    mine = missing[machine.rank :: machine.size]
+    seconds, embedded, read, skipped = {"read": 0.0, "write": 0.0}, 0, 0, Skips()
+    with_texts = encoder.decoder.tokenizer is not None
+
+    def reject(sample: Sample) -> str | None:
+        return "no_caption" if with_texts and not sample.captions else None
+
+    stream = partial(stream_shard, plan.dataset)
+    batches = list_batches(plan.dataset, mine, stream, encoder.decoder.batch_size, reject)
+    parts = list[Encoded]()
+    start = time.perf_counter()
+    with reporter.progress("embed", expected, "texts" if plan.of_texts else "images") as progress:
+        for batch, encoded in encode(batches, encoder.decoder, encoder, encoder.model.device, encoder.workers):
+            if plan.of_texts and encoded.failures:  # no text may be missing
+                text = int(encoded.samples[min(encoded.failures)].key)
+                raise ClipcidError(
+                    f"The embedding of text {text + 1:,} is not finite.", "Try --precision fp32, or remove the text."
+                )
+            parts.append(encoded)
+            progress.advance(len(encoded.samples) * len(missing) / len(mine))  # the bar covers all processes
+            seconds["read"] += batch.waited
+            if batch.read is None:
+                continue
+            with timed(seconds, "write"):
+                made = _make_rows(encoder, plan.dataset.shards[batch.shard], parts, batch)
+                writer.write(batch.shard, made)
+            parts.clear()
+            embedded += len(made.keys)
+            skipped.merge(made.skipped)
+            read += made.read
+            if read >= _EARLY_CHECK:
+                skipped.check(read, plan.max_bad_fraction, plan.dataset.spec)
+        # What was spent neither waiting for workers nor writing.
+        seconds["encode"] = time.perf_counter() - start - sum(seconds.values())
+        return machine.gather((embedded, seconds))
+
+
+def _make_rows(encoder: EmbedEncoder, shard: Shard, parts: Sequence[Encoded], last: Batch) -> ShardRows:
+    """Join what was made of the batches of a shard, without what is not usable."""
+    skipped = Skips()
+    for part in parts:
+        recount_partners(part)
+        skipped.merge(part.count_skips(shard))
+    skipped.merge(last.skipped)
+    made = join(parts)
+    rows = {kind: np.empty((0, *shape), kind.dtype) for kind, shape in encoder.shapes.items()}
+    rows |= {kind: found.numpy() for kind, found in made.rows.items()}
+    counts = [max(1, len(sample.captions)) for sample in made.samples]
+    several = Kind.TEXTS in rows and max(counts, default=1) > 1
+    if several:
+        texts = rows[Kind.TEXTS]
+        firsts = np.cumsum([0, *counts[:-1]])
+        rows[Kind.TEXTS] = texts[firsts]
+        rows[Kind.FURTHER] = np.delete(texts, firsts, axis=0)
+    assert last.read is not None, "a shard's last batch"
+    return ShardRows(
+        read=last.read,
+        skipped=skipped,
+        laid_on_white=made.laid_on_white,
+        keys=[sample.key for sample in made.samples],
+        captions=[sample.captions[0] if sample.captions else "" for sample in made.samples],
+        counts=counts if several else None,
+        rows=rows,
+    )
+
+
 def _commit(
     plan: EmbedPlan,
     encoder: EmbedEncoder,
     output: Output[Any],
     records: Sequence[ShardRecord],
-    timings: Sequence[Timings],
+    timings: Sequence[tuple[int, dict[str, float]]],
     reporter: Reporter,
 ) -> EmbeddedSidecar:
     """Check the embeddings of all shards together and commit them."""
@@ -115,57 +203,48 @@ def _commit(
         raise ClipcidError(
             f"None of the {read:,} samples in {plan.dataset.spec} can be used:\n{skips.describe()}", "Fix the data."
         )
-    embedded = sum(each.samples for each in timings)
-    elapsed = max(each.elapsed for each in timings)
+    embedded = sum(number for number, _ in timings)
+    elapsed = max(sum(seconds.values()) for _, seconds in timings)
     speed = round(embedded / elapsed, 1) if embedded else None
-    model = dataclasses.asdict(encoder.model.info) | {"logit_scale": encoder.model.logit_scale}
-    outputs = [fingerprint.record(output.work / MANIFEST, output.work)]
     skipped = dict(sorted(skips.counts.items()))
-    sidecar: EmbeddedSidecar
+    entries: dict[str, Any] = {
+        "outputs": [record(output.work / MANIFEST, output.work)],
+        "model": dataclasses.asdict(encoder.model.info) | {"logit_scale": encoder.model.logit_scale},
+    }
     if plan.of_texts:
-        outputs.append(_write_texts(plan, output.work))
-        sidecar = output.commit(
-            outputs=outputs,
-            counts={"texts": rows, "skipped": skipped},
-            seconds={"encode": elapsed},
-            texts_per_second=speed,
-            model=model,
-        )
-        return sidecar
-    skips.check(
-        read, plan.max_bad_fraction, plan.dataset.spec, plan.without_text if "no_caption" in skips.counts else ""
-    )
-    laid_on_white = sum(each.laid_on_white for each in records)
-    if laid_on_white:
-        reporter.note(f"{laid_on_white:,} images have transparent pixels, which were shown on white.")
-    if skips.total:
-        reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
-    phases = ("read", "encode", "write")
-    sidecar = output.commit(
-        outputs=outputs,
-        counts={"images": rows, "read": read, "skipped": skipped, "laid_on_white": laid_on_white},
-        seconds={phase: sum(getattr(each, phase) for each in timings) / len(timings) for phase in phases},
-        images_per_second=speed,
-        model=model,
-        data=plan.dataset.describe(),
-        run={"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__},
-    )
+        if describe_shards(plan.dataset) != plan.shards:
+            raise ClipcidError(f"{plan.dataset.spec} has changed while it was embedded.", "Give the command again.")
+        write_texts(output.work, ([sample.captions[0] for sample in shard.stream()] for shard in plan.dataset.shards))
+        entries["outputs"].append(record(output.work / TEXTS_FILE, output.work))
+        entries |= {
+            "counts": {"texts": rows, "skipped": skipped},
+            "seconds": {"encode": elapsed},
+            "texts_per_second": speed,
+        }
+    else:
+        fix = plan.without_text if "no_caption" in skips.counts else ""
+        skips.check(read, plan.max_bad_fraction, plan.dataset.spec, fix)
+        laid_on_white = sum(each.laid_on_white for each in records)
+        if laid_on_white:
+            reporter.note(f"{laid_on_white:,} images have transparent pixels, which were shown on white.")
+        if skips.total:
+            reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
+        entries |= {
+            "counts": {"images": rows, "read": read, "skipped": skipped, "laid_on_white": laid_on_white},
+            "seconds": {phase: fmean(each[phase] for _, each in timings) for phase in ("read", "encode", "write")},
+            "images_per_second": speed,
+            "data": plan.dataset.describe(),
+            "run": {"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__},
+        }
+    sidecar: EmbeddedSidecar = output.commit(**entries)
     return sidecar
-
-
-def _write_texts(plan: EmbedPlan, folder: Path) -> FileRecord:
-    """Keep the texts beside their rows."""
-    if describe_shards(plan.dataset) != plan.shards:
-        raise ClipcidError(f"{plan.dataset.spec} has changed while it was embedded.", "Give the command again.")
-    write_texts(folder, ([sample.captions[0] for sample in shard.stream()] for shard in plan.dataset.shards))
-    return fingerprint.record(folder / TEXTS_FILE, folder)
 
 
 def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> EmbedResult | TextsResult:
     """Return the result for finished embeddings."""
-    counts, seconds, path = sidecar.counts, sidecar.seconds, str(sidecar_path(plan.folder, plan.step))
+    counts, seconds = sidecar.counts, sidecar.seconds
+    files = {TEXTS if plan.of_texts else "embeddings": str(plan.folder)}
+    files["sidecar"] = str(sidecar_path(plan.folder, plan.step))
     if isinstance(sidecar, TextsSidecar):
-        files = {"texts": str(plan.folder), "sidecar": path}
         return TextsResult(counts["texts"], counts["skipped"], sidecar.texts_per_second, seconds, files)
-    files = {"embeddings": str(plan.folder), "sidecar": path}
     return EmbedResult(counts["images"], counts["skipped"], sidecar.images_per_second, seconds, files)

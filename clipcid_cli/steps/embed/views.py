@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +68,7 @@ class Views:
         )
 
 
-class Mixture(NamedTuple):
+class _Mixture(NamedTuple):
     """A view that shows a second image of the batch too: rows of both in the batch, and λ, the weight of the first."""
 
     row: int
@@ -77,70 +77,61 @@ class Mixture(NamedTuple):
     weight: float
 
 
-class BatchViews:
-    """The views of a batch, drawn as its images are decoded: of each it keeps crops alone.
+def draw_views(
+    views: Views,
+    render: ViewPixels,
+    keys: Sequence[str],
+    images: Iterable[tuple[int, Image.Image]],
+    pixels: npt.NDArray[np.uint8],
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Draw the views of a batch as its images are decoded: of each only crops are held.
 
     A mixture whose second image cannot be read is a view of the first alone.
 
-    Attributes:
-        colors: Colour maps that the pixels still need, float32 [B, V, 3, 4].
-        params: The numbers that reproduce the views, float32 [B, V, P].
+    Args:
+        images: Those that can be read, by their rows.
+        pixels: What the views are written to, uint8 [V, B, H, W, 3], B at least the number of keys.
+
+    Returns:
+        The colour maps that the pixels still need, [B, V, 3, 4], and the numbers that reproduce the views, [B, V, P].
     """
+    shape = pixels.shape[1], views.number
+    colors = np.zeros((*shape, 3, 4), dtype=np.float32)
+    params = np.zeros((*shape, views.packed_size), dtype=np.float32)
+    firsts = dict[tuple[int, int], View]()
+    seconds = list[tuple[_Mixture, View, npt.NDArray[np.uint8]]]()
+    wanted = defaultdict[int, list[_Mixture]](list)
+    for mixture in _choose_mixtures(views, keys):
+        wanted[mixture.other].append(mixture)
+    for row, image in images:
+        for number in range(views.number):
+            drawn = STRONG if views.kind(number) == "strong" else views.augmentation
+            view = choose_view(drawn, *image.size, derive_seed("view", views.seed, number, keys[row]))
+            pixels[number, row] = render(image, view)
+            firsts[row, number] = view
+            colors[row, number] = view.colors
+            params[row, number] = MixedView(view, 1.0, 0.0, view).pack()[: views.packed_size]
+        for mixture in wanted[row]:
+            seed = derive_seed("mixed view", views.seed, mixture.number, keys[mixture.row])
+            second = choose_view(views.augmentation, *image.size, seed)
+            seconds.append((mixture, second, render(image, second)))
+    for mixture, second, shown in seconds:
+        row, number = mixture.row, mixture.number
+        first = firsts.get((row, number))
+        if first is not None:
+            mixed = MixedView(first, mixture.weight, mixture.other - row, second)
+            pixels[number, row] = mix_pixels(mixed, pixels[number, row], shown)
+            colors[row, number] = identity_colors()
+            params[row, number] = mixed.pack()
+    return colors, params
 
-    def __init__(self, views: Views, render: ViewPixels, keys: Sequence[str], pixels: npt.NDArray[np.uint8]) -> None:
-        """Prepare for a batch.
 
-        Args:
-            pixels: What the views are written to, uint8 [V, B, H, W, 3], B at least the number of keys.
-        """
-        self._views = views
-        self._render = render
-        self._keys = keys
-        self._pixels = pixels
-        rows = pixels.shape[1]
-        self.colors = np.zeros((rows, views.number, 3, 4), dtype=np.float32)
-        self.params = np.zeros((rows, views.number, views.packed_size), dtype=np.float32)
-        self._firsts = dict[tuple[int, int], View]()
-        self._seconds = list[tuple[Mixture, View, npt.NDArray[np.uint8]]]()
-        self._wanted = defaultdict[int, list[Mixture]](list)
-        for mixture in self._choose_mixtures():
-            self._wanted[mixture.other].append(mixture)
-
-    def add(self, row: int, image: Image.Image) -> None:
-        """Draw all that is shown of a row's image."""
-        for number in range(self._views.number):
-            strong = self._views.kind(number) == "strong"
-            seed = derive_seed("view", self._views.seed, number, self._keys[row])
-            view = choose_view(STRONG if strong else self._views.augmentation, *image.size, seed)
-            self._pixels[number, row] = self._render(image, view)
-            self._firsts[row, number] = view
-            self._set(row, number, MixedView(view, 1.0, 0.0, view), view.colors)
-        for mixture in self._wanted[row]:
-            seed = derive_seed("mixed view", self._views.seed, mixture.number, self._keys[mixture.row])
-            second = choose_view(self._views.augmentation, *image.size, seed)
-            self._seconds.append((mixture, second, self._render(image, second)))
-
-    def mix(self) -> None:
-        """Mix, once all images are added."""
-        for mixture, second, shown in self._seconds:
-            row = mixture.row
-            number = mixture.number
-            first = self._firsts.get((row, number))
-            if first is not None:
-                view = MixedView(first, mixture.weight, mixture.other - row, second)
-                self._pixels[number, row] = mix_pixels(view, self._pixels[number, row], shown)
-                self._set(row, number, view, identity_colors())
-
-    def _choose_mixtures(self) -> Iterator[Mixture]:
-        """Choose the second image of each mixture among the others of the batch; none where an image is alone."""
-        numbers = [number for number in range(self._views.number) if self._views.kind(number) == "mix"]
-        for row, key in enumerate(self._keys if len(self._keys) > 1 else ()):
-            for number in numbers:
-                random = np.random.default_rng(derive_seed("mix", self._views.seed, number, key))
-                other = int(random.integers(len(self._keys) - 1))
-                weight = float(np.float32(random.uniform(0.5, 1)))  # as it is stored
-                yield Mixture(row, number, other + (other >= row), weight)
-
-    def _set(self, row: int, number: int, view: MixedView, colors: npt.NDArray[np.float32]) -> None:
-        self.colors[row, number] = colors
-        self.params[row, number] = view.pack()[: self._views.packed_size]
+def _choose_mixtures(views: Views, keys: Sequence[str]) -> Iterator[_Mixture]:
+    """Choose the second image of each mixture among the others of the batch; none where an image is alone."""
+    numbers = [number for number in range(views.number) if views.kind(number) == "mix"]
+    for row, key in enumerate(keys if len(keys) > 1 else ()):
+        for number in numbers:
+            random = np.random.default_rng(derive_seed("mix", views.seed, number, key))
+            other = int(random.integers(len(keys) - 1))
+            weight = float(np.float32(random.uniform(0.5, 1)))  # as it is stored
+            yield _Mixture(row, number, other + (other >= row), weight)

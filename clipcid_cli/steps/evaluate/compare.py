@@ -62,15 +62,10 @@ def _refuse_other_data(first: Predictions, second: Predictions) -> None:
             f"{second.dataset}, {common:,} in both.",
             fix,
         )
-    if first.has_truth_of(second):
-        return
-    if first.kind in (CLASSIFICATION, MULTI_LABEL):
-        raise ClipcidError(
-            f"The results are of the same images with other classes ({first.num_classes} and {second.num_classes}, or in "
-            "another order).",
-            fix,
-        )
-    raise ClipcidError("The results are of the same images with other captions.", fix)
+    if not first.has_truth_of(second):
+        classes = f"classes ({first.num_classes} and {second.num_classes}, or in another order)"
+        other = "captions" if first.kind == RETRIEVAL else classes
+        raise ClipcidError(f"The results are of the same images with other {other}.", fix)
 
 
 def _compare_prompts(
@@ -133,15 +128,7 @@ def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
         verdict = f"{name}: no difference ({numbers})."
     else:
         verdict = f"{name}: {names[better]} scores higher, but so small a difference can be chance ({numbers})."
-    return Difference(
-        first=metric.first,
-        second=metric.second,
-        difference=difference,
-        interval=metric.interval,
-        p_value=metric.p_value,
-        real=metric.is_significant,
-        verdict=verdict,
-    )
+    return Difference(**vars(metric), difference=difference, real=metric.is_significant, verdict=verdict)
 
 
 def _tell_apart(records: list[Metrics], paths: tuple[Path, Path]) -> list[str]:

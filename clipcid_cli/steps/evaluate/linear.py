@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K
-from clipcid_cli.algorithms.probe.probe import (
-    PROMISED_DECREASE,
-    TOLERANCE,
-    Solution,
-    choose_point,
-    regularisation_grid,
-)
+from clipcid_cli.algorithms.probe.probe import PROMISED_DECREASE, TOLERANCE, Solution, regularisation_grid
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
-from clipcid_cli.formats.results.metrics import Metrics, read_metrics, write_metrics
+from clipcid_cli.formats.results.metrics import read_metrics, write_metrics
 from clipcid_cli.formats.sidecar import LinearSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.timing import timed
-from clipcid_cli.steps.evaluate.model import EvaluatedModel, claim_metrics, start_workers, warn_of_skips
-from clipcid_cli.steps.evaluate.probe_fit import LabelledFeatures, ProbeFits
+from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
+from clipcid_cli.steps.evaluate.probe_fit import ProbeFits
 from clipcid_cli.steps.evaluate.probe_plan import TASK, ProbePlan, make_plan
 from clipcid_cli.steps.evaluate.result import LinearResult, Preview, Sweep
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
@@ -49,7 +41,6 @@ def run(settings: EvalLinearSettings, reporter: Reporter) -> LinearResult | Prev
         if settings.dry_run:
             reporter.note(f"Would fit {plan.name.spec} on {plan.splits['train'].dataset.spec} and write {plan.path}.")
             return Preview(plan.dataset, plan.name.spec, TASK, {"metrics": str(plan.path)})
-        start_workers(machine, settings.workers)
         return _evaluate(plan, EvaluatedModel(plan.name, machine, settings, reporter))
 
 
@@ -57,7 +48,7 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
     path, machine = plan.path, model.machine
     data = machine.on_main(lambda: {split: task.fingerprints() for split, task in plan.splits.items()})
     inputs = [each for records in data.values() for each in records]
-    with claim_metrics(model, path, LinearSidecar, _identity(plan), inputs, _MAY_DIFFER) as output:
+    with model.claim(path, LinearSidecar, _identity(plan), inputs, _MAY_DIFFER) as output:
         # An earlier probe that also has a few-shot curve, or nearest neighbours, answers the question without them.
         more = plan.settings.shot_counts or plan.settings.neighbour_counts
         usable = output.finished if more else output.finished or output.earlier
@@ -66,23 +57,19 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
             if usable is None or not path.is_file():
                 return None
             model.reporter.note(f"{path} already holds {model.name.spec} on {plan.dataset}.")
-            return _make_result(read_metrics(path), usable, path, reused=True)
+            return _make_result(usable, path, reused=True)
 
         found = machine.on_main(find_result)
         if found is not None:
             return found
-        started = time.perf_counter()
-        features = {split: extract_features(model, task, data[split]) for split, task in plan.splits.items()}
-        seconds = {"encode": time.perf_counter() - started}
+        seconds: dict[str, float] = {}
+        with timed(seconds, "encode"):
+            features = {split: extract_features(model, task, data[split]) for split, task in plan.splits.items()}
         return machine.on_main(lambda: _write(plan, model, features, seconds, output))
 
 
 def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord]) -> Features:
-    """Return a model's features of one split: those kept from an earlier run, or new ones, which are then kept.
-
-    Args:
-        data: Fingerprints of the split.
-    """
+    """Return a model's features of one split, whose fingerprints are `data`: those of an earlier run, or new ones, kept."""
     info, machine = model.model.info, model.machine
     identity = {
         "weights": info.weights_hash,
@@ -98,11 +85,10 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
     path = features_path(WorkDirectory(model.settings.work).features, info.slug, identity)
     kept = machine.on_main(lambda: read_features(path))
     if kept is not None:
-        model.reporter.note(f"{task.name}: features of {len(kept.rows):,} images from {path}.")
+        model.reporter.note(f"{task.name}: features of {len(kept):,} images from {path}.")
         return kept
     rows = model.encode(task)
-    assert rows.labels is not None, "a classification has labels"
-    features = Features(rows.encoded.rows[Kind.IMAGES].numpy(), rows.labels.numpy(), rows.skips)
+    features = machine.on_all(lambda: Features(rows.encoded.rows[Kind.IMAGES], rows.labels, rows.skips))
     machine.on_main(lambda: write_features(path, features))
     return features
 
@@ -134,27 +120,15 @@ def _write(
     seconds: dict[str, float],
     output: Output[LinearSidecar],
 ) -> LinearResult:
-    """Fit the probe on the features of all splits, measure it, and write its files.
-
-    Args:
-        seconds: Time of what was done before.
-    """
-    reporter, device = model.reporter, model.machine.device
-    images = dict[str, LabelledFeatures]()
+    """Fit the probe on the features of all splits, measure it, and write its files."""
+    reporter = model.reporter
     for split, found in features.items():
         warn_of_skips(plan.splits[split].name, found.skips, reporter)
-        rows, labels = torch.from_numpy(found.rows), torch.from_numpy(found.labels)
-        images[split] = LabelledFeatures(rows.to(device), labels.to(device))
+    images = {split: found.to(model.machine.device) for split, found in features.items()}
     test = images["test"]
     with timed(seconds, "sweep"):
-        fits = ProbeFits(images["train"], images.get("val"), len(plan.classes), plan.metric, plan.settings, reporter)
-        points = fits.sweep()
-        best = choose_point(points)
-    if best.c in (points[0].c, points[-1].c):
-        reporter.warn(
-            f"The best C is {best.c:.3g}, an end of the range {points[0].c:.3g} … {points[-1].c:.3g} that was tried; a "
-            "better one may lie outside."
-        )
+        fits = ProbeFits(images, plan, reporter)
+        points, best = fits.sweep()
     with timed(seconds, "refit"):
         solution = fits.refit(best)
         measured = fits.measure(solution.classifier, test)
@@ -165,10 +139,9 @@ def _write(
     with timed(seconds, "neighbors"):
         neighbours = fits.measure_neighbours(test)
     probe = {f"lp_{name}": value for name, value in measured.items()}
-    metrics = model.make_metrics(plan.dataset, TASK, probe | neighbours)
     output.start()
     written = output.root / plan.path.name
-    write_metrics(written, metrics)
+    write_metrics(written, model.make_metrics(plan.dataset, TASK, probe | neighbours))
     counts = {
         "images": len(test),
         "train_images": len(fits.images),
@@ -192,11 +165,11 @@ def _write(
         solution=_describe(solution),
         sweep=[{"c": point.c, "validation_score": point.score, **_describe(point.solution)} for point in points],
     )
-    return _make_result(metrics, sidecar, plan.path, reused=False)
+    return _make_result(sidecar, plan.path, reused=False)
 
 
-def _make_result(metrics: Metrics, sidecar: LinearSidecar, path: Path, *, reused: bool) -> LinearResult:
-    content = msgspec.structs.asdict(metrics) | sidecar.result
+def _make_result(sidecar: LinearSidecar, path: Path, *, reused: bool) -> LinearResult:
+    content = msgspec.structs.asdict(read_metrics(path)) | sidecar.result
     content |= {"seconds": sidecar.seconds, "files": {"metrics": str(path)}, "reused": reused}
     return msgspec.convert(content, LinearResult)
 

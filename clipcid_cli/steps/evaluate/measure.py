@@ -25,7 +25,6 @@ from clipcid_cli.algorithms.metrics.classification import (
 from clipcid_cli.algorithms.metrics.intervals import Array, Metrics
 from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_ranks
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.results import predictions
 from clipcid_cli.formats.sidecar import Calibration, Calibrations, ClassScore, Example
 from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.runtime.threads import threads_for
@@ -48,15 +47,11 @@ class TaskResult:
 
     Attributes:
         draws: The metrics, of all images and of random draws of them; CLIP_benchmark's names where it has one.
-        kind: Of the predictions file.
-        columns: Makes the columns of that file, what was predicted for each image, but for the keys.
+        columns: Makes the columns of the predictions file, what was predicted for each image, but for the keys.
         texts: Number of prompts or captions used.
-        per_class: Of a classification.
-        examples: Images for the report; of a classification with one class an image.
     """
 
     draws: Metrics
-    kind: str
     columns: Callable[[], dict[str, Any]]
     texts: int
     per_class: list[ClassScore] = dataclasses.field(default_factory=list)
@@ -64,11 +59,7 @@ class TaskResult:
 
 
 def measure(rows: TaskRows, device: torch.device, reporter: Reporter) -> TaskResult:
-    """Measure what a model made of a data set.
-
-    Args:
-        device: Where the similarities of images and captions are computed.
-    """
+    """Measure what a model made of a data set; similarities of images and captions are computed on the device."""
     if rows.weights is None:
         return _measure_retrieval(rows, device, reporter)
     if rows.task.multi_label:
@@ -84,7 +75,6 @@ def _score(rows: TaskRows, weights: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _measure_classification(rows: TaskRows, weights: torch.Tensor, reporter: Reporter) -> TaskResult:
     """Measure the accuracy of images that have one class each."""
-    assert rows.labels is not None, "a classification has labels"
     task, num_classes = rows.task, len(weights)
     ranked, ties = [], 0
     for scores, own in zip(_score(rows, weights), torch.split(rows.labels, _SCORED_AT_ONCE), strict=True):
@@ -111,7 +101,6 @@ def _measure_classification(rows: TaskRows, weights: torch.Tensor, reporter: Rep
         return {"label": labels, "predicted": predicted, "top": numbers_of_top, "scores": scores_of_top}
 
     return TaskResult(
-        kind=predictions.CLASSIFICATION,
         draws=accuracy_metrics(labels, ranks, num_classes),
         columns=columns,
         texts=num_classes * len(task.templates),
@@ -155,9 +144,8 @@ def _choose_examples(rows: TaskRows, labels: Array, predicted: Array) -> list[Ex
 
 def _measure_multi_label(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
     """Measure the average precision of images that may have any number of classes."""
-    positive = rows.labels
-    assert positive is not None, "a classification has labels"
-    task, scores = rows.task, torch.cat(list(_score(rows, weights)))
+    task, positive = rows.task, rows.labels
+    scores = torch.cat(list(_score(rows, weights)))
     draws = precision_metrics(scores.numpy(), positive.numpy())
     areas = average_precision(draws.images_U[None], scores.numpy(), positive.numpy())[0][0].tolist()
 
@@ -172,7 +160,6 @@ def _measure_multi_label(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
         }
 
     return TaskResult(
-        kind=predictions.MULTI_LABEL,
         draws=draws,
         columns=columns,
         texts=len(weights) * len(task.templates),
@@ -200,7 +187,6 @@ def _measure_retrieval(rows: TaskRows, device: torch.device, reporter: Reporter)
         return {"image_ranks": [ranks.tolist() for ranks in by_image], "text_rank": text_ranks.numpy()}
 
     return TaskResult(
-        kind=predictions.RETRIEVAL,
         draws=recall_metrics((image_ranks, text_ranks), encoded.owners),
         columns=columns,
         texts=len(texts),
@@ -208,27 +194,18 @@ def _measure_retrieval(rows: TaskRows, device: torch.device, reporter: Reporter)
 
 
 def calibrate(rows: TaskRows, scale: float) -> Calibrations | None:
-    """Measure how well a classifier knows how sure it is; None where an image has no class, or several.
-
-    Args:
-        scale: The model's factor on cosines.
-    """
-    weights, labels = rows.weights, rows.labels
-    if weights is None or labels is None or rows.task.multi_label:
+    """Measure how well a classifier, at its factor on cosines, knows how sure it is; None without one class an image."""
+    weights = rows.weights
+    if weights is None or rows.task.multi_label:
         return None
-    images = rows.encoded.rows[Kind.IMAGES]
+    images, labels = rows.encoded.rows[Kind.IMAGES], rows.labels
     is_fitted = torch.from_numpy(key_fractions(rows.keys) < FITTED_FRACTION)
 
     def block(chosen: torch.Tensor) -> Blocks:
         """Return what computes the cosines of some of the images."""
-
-        def compute() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            parts = (torch.split(part[chosen], _SCORED_AT_ONCE) for part in (images, labels))
-            for part, own in zip(*parts, strict=True):
-                if len(part):
-                    yield part @ weights.T, own
-
-        return compute
+        parts = zip(*(torch.split(part[chosen], _SCORED_AT_ONCE) for part in (images, labels)), strict=True)
+        pairs = [(part, own) for part, own in parts if len(part)]
+        return lambda: ((part @ weights.T, own) for part, own in pairs)
 
     def measure_at(chosen: torch.Tensor, scale: float | None) -> Calibration | None:
         if scale is None or not bool(chosen.any()):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +17,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.metrics import SIDECARS, Metrics
+from clipcid_cli.formats.results.predictions import RETRIEVAL
 from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
@@ -25,51 +25,14 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, hash_weights, load_
 from clipcid_cli.runtime.models.names import ModelName, find_weights
 from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.encode import Batch, Decoder, Encoded, Encoder, encode, join, list_batches
-from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, ZeroshotTask
+from clipcid_cli.steps.encode import BATCH_SIZES, Batch, Decoder, Encoded, Encoder, encode, join, list_batches
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
-_BATCH_SIZES = {"cpu": 64, "cuda": 256}
-
 AnyEvaluation = TypeVar("AnyEvaluation", bound=EvaluationSidecar)
-
-
-def claim_metrics(
-    model: EvaluatedModel,
-    path: Path,
-    kind: type[AnyEvaluation],
-    identity: dict[str, Any],
-    data: list[FileRecord],
-    may_differ: Collection[str],
-) -> AbstractContextManager[Output[AnyEvaluation]]:
-    """Claim a metrics file, whose sidecar lies in a folder of its own.
-
-    Args:
-        identity: What decides the metrics beside the model.
-        data: Fingerprints of what it is measured on.
-        may_differ: Settings that do not decide all of them.
-    """
-    of_model = {"model": model.name.slug, "precision": model.precision.name, "batch_size": model.batch_size}
-    return claim_output(
-        model.machine,
-        path.parent / SIDECARS,
-        path.stem,
-        kind,
-        top=path.parent,
-        settings=identity | of_model,
-        inputs=model.fingerprints + data,
-        overwrite=model.settings.overwrite,
-        may_differ=may_differ,
-        resumes=False,
-    )
-
-
-def start_workers(machine: Machine, workers: int | None) -> None:
-    """Start the server of the workers that will decode, if any, so that its imports run while a model loads."""
-    if workers or (workers is None and machine.device.type == "cuda"):
-        start_worker_server()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +41,20 @@ class TaskRows:
 
     Attributes:
         encoded: All samples that can be used, in order: ``img_emb``, and for retrieval ``text_emb``.
-        labels: Their classes, int64 [N], or bool [N, C] where an image may have several; None for retrieval.
         weights: Class weights, float32 [C, D], unit rows; None without prompts.
         seconds: Time of ``classes`` and ``encode``.
     """
 
     task: ZeroshotTask
     encoded: Encoded
-    labels: torch.Tensor | None
     weights: torch.Tensor | None
     skips: Skips
     seconds: dict[str, float]
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """Classes of the images, int64 [N], or bool [N, C] where an image may have several."""
+        return self.task.labels(self.encoded.samples)
 
     @property
     def keys(self) -> list[str]:
@@ -102,20 +68,11 @@ def warn_of_skips(name: str, skips: Skips, reporter: Reporter) -> None:
         reporter.warn(f"{name}: {skips.total} samples were skipped.\n{skips.describe()}")
 
 
-class _Part(NamedTuple):
-    """What was made of one batch."""
-
-    encoded: Encoded
-    labels: torch.Tensor | None
-    skips: Skips
-
-
 class EvaluatedModel:
     """A model under evaluation, loaded when something of it must be computed; called alike on every process.
 
     Attributes:
-        precision: Number format of the products.
-        batch_size: Images, or texts, encoded at once.
+        workers: Processes that decode; None decodes by the threads that compute, as on a CPU where nothing is asked for.
     """
 
     def __init__(
@@ -126,16 +83,15 @@ class EvaluatedModel:
         reporter: Reporter,
         model: ClipModel | None = None,
     ) -> None:
-        """Prepare to evaluate a model.
-
-        Args:
-            settings: Without ``workers``, a GPU has `default_workers` processes that decode, and on a CPU the threads that
-                compute decode, too.
-            model: The model itself, where it is loaded already.
-        """
+        """Prepare to evaluate a model: `model`, where it is loaded already."""
         self.name, self.machine, self.settings, self.reporter = name, machine, settings, reporter
         self.precision = choose_precision(settings.precision, machine.device, "evaluate", parameters=0)
-        self.batch_size = settings.batch_size or _BATCH_SIZES[machine.device.type]
+        self.batch_size = settings.batch_size or BATCH_SIZES[machine.device.type]
+        self.workers = settings.workers
+        if self.workers is None and machine.device.type == "cuda":
+            self.workers = default_workers(machine.device)
+        if self.workers:
+            start_worker_server()  # its imports run while the model loads
         self._loaded = model
 
     @property
@@ -152,38 +108,60 @@ class EvaluatedModel:
         The hash covers the whole weights file and equals `ModelInfo.weights_hash`, by which an export finds the metrics
         that belong to its model.
         """
-        if self.name.kind != "folder":
+        folder = self.name.path
+        if folder is None or self.name.kind != "folder":
             info = self.model.info
             return [FileRecord(info.spec, info.parameters, info.weights_hash)]
-        return self.machine.on_main(self._fingerprint_folder)
 
-    def _fingerprint_folder(self) -> list[FileRecord]:
-        folder = self.name.path
-        assert folder is not None, "its name is a path"
-        weights = find_weights(folder)
-        assert weights is not None, "a folder without weights is not a model"
-        described = FileRecord(str(weights), weights.stat().st_size, hash_weights(weights))
-        return [record(folder / "open_clip_config.json"), described]
+        def describe() -> list[FileRecord]:
+            weights = find_weights(folder)
+            assert weights is not None, "a folder without weights is not a model"
+            described = FileRecord(str(weights), weights.stat().st_size, hash_weights(weights))
+            return [record(folder / "open_clip_config.json"), described]
+
+        return self.machine.on_main(describe)
+
+    def claim(
+        self,
+        path: Path,
+        kind: type[AnyEvaluation],
+        identity: dict[str, Any],
+        data: list[FileRecord],
+        may_differ: Collection[str],
+    ) -> AbstractContextManager[Output[AnyEvaluation]]:
+        """Claim a metrics file, whose sidecar lies in a folder of its own.
+
+        Args:
+            identity: What decides the metrics beside the model.
+            data: Fingerprints of what it is measured on.
+            may_differ: Settings that do not decide all of them.
+        """
+        of_model = {"model": self.name.slug, "precision": self.precision.name, "batch_size": self.batch_size}
+        return claim_output(
+            self.machine,
+            path.parent / SIDECARS,
+            path.stem,
+            kind,
+            top=path.parent,
+            settings=identity | of_model,
+            inputs=self.fingerprints + data,
+            overwrite=self.settings.overwrite,
+            may_differ=may_differ,
+            resumes=False,
+        )
 
     def encode(self, task: ZeroshotTask) -> TaskRows:
         """Encode a data set, and the prompts of its classes where it has templates."""
-        started = time.perf_counter()
-        weights = class_weights(self._encode_classes(task)) if task.templates else None
-        with_classes = time.perf_counter()
-        parts, skips = self._encode_samples(task)
-        labels = [part.labels for part in parts if part.labels is not None]
-        return TaskRows(
-            task,
-            join([part.encoded for part in parts]),
-            torch.cat(labels) if labels else None,
-            weights,
-            skips,
-            {"classes": with_classes - started, "encode": time.perf_counter() - with_classes},
-        )
+        seconds: dict[str, float] = {}
+        with timed(seconds, "classes"):
+            encoder = Encoder.of(self.model, self.precision, self.batch_size)
+            weights = class_weights(self._encode_classes(task, encoder)) if task.templates else None
+        with timed(seconds, "encode"):
+            encoded, skips = self._encode_samples(task, encoder)
+        return TaskRows(task, encoded, weights, skips, seconds)
 
-    def _encode_classes(self, task: ZeroshotTask) -> torch.Tensor:
-        prompts = [task.prompts(name) for name in task.class_names]
-        rows = Encoder.of(self.model, self.precision, self.batch_size).encode_prompts(prompts, self.machine)
+    def _encode_classes(self, task: ZeroshotTask, encoder: Encoder) -> torch.Tensor:
+        rows = encoder.encode_prompts([task.prompts(name) for name in task.class_names], self.machine)
         bad = ~torch.isfinite(rows).flatten(1).all(dim=1)
         if bool(bad.any()):
             first = task.class_names[int(bad.int().argmax())]
@@ -194,15 +172,11 @@ class EvaluatedModel:
             )
         return rows
 
-    def _encode_samples(self, task: ZeroshotTask) -> tuple[list[_Part], Skips]:
+    def _encode_samples(self, task: ZeroshotTask, encoder: Encoder) -> tuple[Encoded, Skips]:
         """Encode all batches, dealt to the processes in turn."""
         machine, dataset = self.machine, task.dataset
         skips, read, sizes = Skips(), 0, list[int]()
-        decoder = Decoder.of(self.model, captions=task.task != CLASSIFICATION)
-        encoder = Encoder.of(self.model, self.precision, self.batch_size)
-        workers = self.settings.workers
-        if workers is None and machine.device.type == "cuda":
-            workers = default_workers(machine.device)
+        decoder = Decoder.of(self.model, captions=task.kind == RETRIEVAL)
 
         def deal() -> Iterator[Batch]:
             # Every process lists all samples, but decodes only its own.
@@ -215,14 +189,11 @@ class EvaluatedModel:
                 if number % machine.size == machine.rank:
                     yield batch
 
-        def encode_mine() -> list[_Part]:
-            mine = list[_Part]()
+        def encode_mine() -> list[tuple[Encoded, Skips]]:
+            mine = list[tuple[Encoded, Skips]]()
             shown = 0
-            for batch, encoded in encode(deal(), decoder, encoder, machine.device, workers):
-                unread = encoded.count_skips(dataset.shards[batch.shard])
-                usable = encoded.usable()
-                labels = task.labels(usable.samples) if task.task == CLASSIFICATION else None
-                mine.append(_Part(usable, labels, unread))
+            for batch, encoded in encode(deal(), decoder, encoder, machine.device, self.workers):
+                mine.append((encoded.usable(), encoded.count_skips(dataset.shards[batch.shard])))
                 # The other processes are about as far: count every batch up to this one.
                 done = (len(mine) - 1) * machine.size + machine.rank + 1
                 progress.advance(sum(sizes[shown:done]))
@@ -232,17 +203,18 @@ class EvaluatedModel:
 
         with self.reporter.progress(f"{self.model.info.slug} on {task.name}", None, "images") as progress:
             dealt = machine.gather(machine.on_all(encode_mine))
-            parts = [dealt[number % machine.size][number // machine.size] for number in range(len(sizes))]
-            for part in parts:
-                skips.merge(part.skips)
-            self._validate(task, read, sum(len(part.encoded.samples) for part in parts), skips)
-        return parts, skips
+        parts = [dealt[number % machine.size][number // machine.size] for number in range(len(sizes))]
+        for _, unread in parts:
+            skips.merge(unread)
+        encoded = join(part for part, _ in parts)
+        self._validate(task, read, len(encoded.samples), skips)
+        return encoded, skips
 
     def _validate(self, task: ZeroshotTask, read: int, usable: int, skips: Skips) -> None:
         """Refuse a data set of whose samples too many, or all, cannot be used."""
-        need = "Retrieval needs an image and at least one caption (a .txt or a caption column) for each sample."
-        if task.task == CLASSIFICATION:
-            need = "Classification needs an image and a class (a .cls, a `label` column or a folder) for each sample."
+        need = "Classification needs an image and a class (a .cls, a `label` column or a folder) for each sample."
+        if task.kind == RETRIEVAL:
+            need = "Retrieval needs an image and at least one caption (a .txt or a caption column) for each sample."
         skips.check(read, self.settings.max_bad_fraction, task.dataset.spec, need)
         if not read and task.held_out is not None:
             raise ClipcidError(

@@ -1,11 +1,7 @@
-"""The fits of `eval-linear`: the regularisation strength is chosen on held-out images, then the probe is fitted on all.
-
-The nearest neighbours are looked for among all of them, too.
-"""
+"""The fits of `eval-linear`: the regularisation strength is chosen on held-out images, then the probe is fitted on all."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from statistics import fmean, stdev
@@ -26,32 +22,12 @@ from clipcid_cli.algorithms.probe.probe import (
 )
 from clipcid_cli.algorithms.probe.splits import draw_shots, split_by_class
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.results.features import Features
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.threads import threads_for
+from clipcid_cli.steps.evaluate.probe_plan import ProbePlan
 from clipcid_cli.steps.evaluate.result import Draws, FewShot
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelledFeatures:
-    """Features and classes of some images, on the device that computes.
-
-    Attributes:
-        rows: float32 [N, D], unit rows.
-        labels: Classes, int64 [N], or whether an image has a class, bool [N, C].
-    """
-
-    rows: torch.Tensor
-    labels: torch.Tensor
-
-    def __getitem__(self, chosen: torch.Tensor) -> LabelledFeatures:
-        """Return some of them, by index or mask."""
-        chosen = chosen.to(self.rows.device)
-        return LabelledFeatures(self.rows[chosen], self.labels[chosen])
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 class ProbeFits:
@@ -63,28 +39,18 @@ class ProbeFits:
         held_out: Those that a strength is chosen on.
     """
 
-    def __init__(
-        self,
-        train: LabelledFeatures,
-        val: LabelledFeatures | None,
-        num_classes: int,
-        metric: str,
-        settings: EvalLinearSettings,
-        reporter: Reporter,
-    ) -> None:
-        """Divide the images; what cannot be fitted or measured is an error.
-
-        Args:
-            val: Images that a strength is chosen on; None takes part of the training images.
-            metric: Metric by which it is chosen.
-        """
-        self.num_classes, self.metric, self.settings, self.reporter = num_classes, metric, settings, reporter
+    def __init__(self, images: dict[str, Features], plan: ProbePlan, reporter: Reporter) -> None:
+        """Divide the images of ``train``, where there are none of ``val``; what cannot be fitted or measured is an error."""
+        self.num_classes, self.metric, self.settings = len(plan.classes), plan.metric, plan.settings
+        self.reporter = reporter
         self.grid = regularisation_grid()
+        train, val = images["train"], images.get("val")
         if val is not None:
             rows, labels = torch.cat([train.rows, val.rows]), torch.cat([train.labels, val.labels])
-            self.images, self.fitted, self.held_out = LabelledFeatures(rows, labels), train, val
+            self.images, self.fitted, self.held_out = Features(rows, labels), train, val
         else:
-            chosen = split_by_class(train.labels, settings.val_fraction, derive_seed("probe", settings.seed))
+            seed = derive_seed("probe", self.settings.seed)
+            chosen = split_by_class(train.labels, self.settings.val_fraction, seed)
             self.images, self.fitted, self.held_out = train, train[~chosen], train[chosen]
         self._validate()
 
@@ -128,8 +94,8 @@ class ProbeFits:
                 f"Give numbers of at most {len(self.images):,}.",
             )
 
-    def sweep(self) -> list[SweepPoint]:
-        """Fit every strength on the images to fit on, and measure it on the held-out ones."""
+    def sweep(self) -> tuple[list[SweepPoint], SweepPoint]:
+        """Fit every strength on the images to fit on, and measure it on the held-out ones; return all, and the best."""
         self.reporter.note(
             f"Fitting {len(self.grid)} values of C on {len(self.fitted):,} images, choosing on {len(self.held_out):,}."
         )
@@ -141,9 +107,21 @@ class ProbeFits:
                 f"{len(short)} of {len(points)} fits did not converge, the first at C = {short[0].c:.3g} with "
                 f"a gradient norm of {short[0].solution.gradient_norm:.2e}."
             )
-        return points
+        best = choose_point(points)
+        if self._is_end(best.c):
+            self._warn_of_end(f"The best C is {best.c:.3g},")
+        return points, best
 
-    def _sweep(self, images: LabelledFeatures, advance: Callable[[], None]) -> list[SweepPoint]:
+    def _is_end(self, c: float) -> bool:
+        return c in (self.grid[0], self.grid[-1])
+
+    def _warn_of_end(self, what: str) -> None:
+        self.reporter.warn(
+            f"{what} an end of the range {self.grid[0]:.3g} … {self.grid[-1]:.3g} that was tried; a better one may lie "
+            "outside."
+        )
+
+    def _sweep(self, images: Features, advance: Callable[[], None]) -> list[SweepPoint]:
         points = []
         with threads_for(images.rows.numel() * self.num_classes):
             problem = ProbeProblem(images.rows, images.labels, self.num_classes)
@@ -165,11 +143,11 @@ class ProbeFits:
             )
         return solution
 
-    def measure(self, classifier: LinearClassifier, images: LabelledFeatures) -> dict[str, float]:
+    def measure(self, classifier: LinearClassifier, images: Features) -> dict[str, float]:
         """Return the metrics of a classifier on some images."""
         return measure_scores(classifier.scores(images.rows), images.labels, self.num_classes)
 
-    def measure_neighbours(self, test: LabelledFeatures) -> dict[str, float]:
+    def measure_neighbours(self, test: Features) -> dict[str, float]:
         """Return the metrics of the weighted vote of the nearest training images, each after ``knn<K>_``; none unasked."""
         counts = self.settings.neighbour_counts
         if not counts:
@@ -188,7 +166,7 @@ class ProbeFits:
             metrics |= {f"knn{k}_{name}": value for name, value in found.items()}
         return metrics
 
-    def few_shots(self, test: LabelledFeatures) -> list[FewShot]:
+    def few_shots(self, test: Features) -> list[FewShot]:
         """Fit on a few images of each class, repeatedly, and measure on the test images.
 
         Each draw is a separate probe: its images are not held out, its strength is chosen on those that are, no refit.
@@ -196,7 +174,7 @@ class ProbeFits:
         shot_counts, repeats = self.settings.shot_counts, self.settings.shot_repeats
         found = list[FewShot]()
         if not shot_counts:
-            return found
+            return []
         with self.reporter.progress("Few-shot probes", len(shot_counts) * repeats, "draws") as progress:
             for shots in shot_counts:
                 draws, chosen, metrics = [], [], []
@@ -208,12 +186,9 @@ class ProbeFits:
                     chosen.append(best.c)
                     metrics.append(self.measure(best.solution.classifier, test))
                     progress.advance()
-                at_edge = sum(c in (self.grid[0], self.grid[-1]) for c in chosen)
+                at_edge = sum(map(self._is_end, chosen))
                 if at_edge:
-                    self.reporter.warn(
-                        f"--shots {shots}: the best C of {at_edge} of {repeats} draws is an end of the range "
-                        f"{self.grid[0]:.3g} … {self.grid[-1]:.3g} that was tried; a better one may lie outside."
-                    )
+                    self._warn_of_end(f"--shots {shots}: the best C of {at_edge} of {repeats} draws is")
                 values = {f"lp_{name}": _summarise([one[name] for one in metrics]) for name in metrics[0]}
                 found.append(FewShot(shots, max(draws), chosen, at_edge, values))
         return found

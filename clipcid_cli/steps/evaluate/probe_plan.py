@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
 from clipcid_cli.algorithms.metrics.classification import SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
+from clipcid_cli.formats.data.benchmark_folder import BenchmarkFolder, find_benchmark_folder
 from clipcid_cli.formats.data.class_files import read_class_names
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
 from clipcid_cli.formats.data.known_datasets import customary_metric
 from clipcid_cli.formats.data.samples import Sample, read_vector_length
 from clipcid_cli.formats.results.metrics import metrics_stem
+from clipcid_cli.formats.results.predictions import CLASSIFICATION, MULTI_LABEL
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, MULTI_LABEL, ZeroshotTask, find_copy
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, find_copy
 from clipcid_cli.steps.model_choice import choose_model
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
@@ -50,8 +50,13 @@ class ProbePlan:
 def make_plan(settings: EvalLinearSettings, reporter: Reporter) -> ProbePlan:
     """Find the model, open all splits and match their classes: class folders by name, numbered classes by number."""
     model = choose_model(settings.model, settings.work, reporter, positional_of="eval-linear")
-    name, train_data, test_data = _locate(settings, reporter)
-    given = {"train": train_data, "test": test_data} | ({"val": settings.val} if settings.val is not None else {})
+    known = find_copy(settings.data, settings.data_root, reporter) if settings.data is not None else None
+    folder = str(settings.data).rstrip("/") if known is None else str(known[1])
+    named = {"train": settings.train, "test": settings.test}
+    given = {split: f"{folder}/{split}" if data is None else data for split, data in named.items()}
+    name = _name(given["test"]) if known is None else known[0].name
+    if settings.val is not None:
+        given["val"] = settings.val
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
     opened = dict[str, Dataset]()
     for split, data in given.items():
@@ -61,18 +66,15 @@ def make_plan(settings: EvalLinearSettings, reporter: Reporter) -> ProbePlan:
                 f"Give --{split}, or a DATA folder that holds train/ and test/; the first positional argument is the model.",
             )
         opened[split] = open_dataset(data, keys=settings.keys, columns=columns)
-    train = opened["train"]
-    several = _has_several(train_data, train)
-    classes = _class_names(train_data, list(opened.values()))
+    train, described = opened["train"], find_benchmark_folder(given["train"], "train")
+    several = described.dataset_type == MULTI_LABEL
+    if not several:
+        first = next(sample for shard in train.shards for sample in shard.stream())
+        several = first.label is None and (first.labels is not None or first.multi_hot is not None)
+    classes = _class_names(described, opened)
+    kind = MULTI_LABEL if several else CLASSIFICATION
     splits = {
-        split: ZeroshotTask(
-            f"{name} {split}",
-            CLASSIFICATION,
-            dataset,
-            classes,
-            label_of=_labels_of(train, dataset),
-            multi_label=several,
-        )
+        split: ZeroshotTask(f"{name} {split}", kind, dataset, classes, label_of=_labels_of(train, dataset))
         for split, dataset in opened.items()
     }
     metric = choose_metric(settings.metric, name, several=several)
@@ -94,28 +96,11 @@ def _labels_of(train: Dataset, other: Dataset) -> tuple[int, ...] | None:
     return tuple(train.classes.index(name) for name in other.classes)
 
 
-def _locate(settings: EvalLinearSettings, reporter: Reporter) -> tuple[str, str, str]:
-    """Return the name of the data set and where its two splits are."""
-    found = find_copy(settings.data, settings.data_root, reporter) if settings.data is not None else None
-    name, folder = (found[0].name, str(found[1])) if found is not None else (None, str(settings.data).rstrip("/"))
-    train = settings.train if settings.train is not None else f"{folder}/train"
-    test = settings.test if settings.test is not None else f"{folder}/test"
-    return name if name is not None else _name(test), train, test
-
-
-def _has_several(data: str, train: Dataset) -> bool:
-    """Tell whether an image may have several classes."""
-    if find_benchmark_folder(data, "train").dataset_type == MULTI_LABEL:
-        return True
-    first = next(sample for shard in train.shards for sample in shard.stream())
-    return first.label is None and (first.labels is not None or first.multi_hot is not None)
-
-
 def choose_metric(requested: str, name: str, *, several: bool) -> str:
     """Return the metric by which the regularisation strength is chosen: the one requested, or the data set's customary one.
 
-    Raises:
-        UsageError: when images have one class each and the metric needs several, or the reverse.
+    Args:
+        several: Whether an image may have several classes.
     """
     possible = MULTI_LABEL_METRICS if several else SINGLE_LABEL_METRICS
     if requested == "auto":
@@ -128,22 +113,22 @@ def choose_metric(requested: str, name: str, *, several: bool) -> str:
     return requested
 
 
-def _class_names(data: str, splits: Sequence[Dataset]) -> tuple[str, ...]:
-    train = splits[0]
+def _class_names(described: BenchmarkFolder, splits: dict[str, Dataset]) -> tuple[str, ...]:
+    """Return the names of the training split's folders, those of a file, or else the numbers up to the largest used."""
+    train = splits["train"]
     if train.classes is not None:
         return train.classes
-    path = find_benchmark_folder(data, "train").class_names
-    if path is not None:
-        return read_class_names(path)
-    samples = (sample for dataset in splits for shard in dataset.shards for sample in shard.stream())
-    count = max((_min_classes(sample) for sample in samples), default=0)
+    if described.class_names is not None:
+        return read_class_names(described.class_names)
+    samples = (sample for dataset in splits.values() for shard in dataset.shards for sample in shard.stream())
+    count = max(map(_min_classes, samples), default=0)
     if not count:
         raise ClipcidError(
             f"{train.spec}: no sample has a class.",
             "A linear probe needs a .cls next to each image (or a .npy with a 1 for each of its classes), a `label` column "
             "or one folder per class.",
         )
-    return tuple(str(number) for number in range(count))
+    return tuple(map(str, range(count)))
 
 
 def _min_classes(sample: Sample) -> int:

@@ -11,7 +11,7 @@ from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.data.samples import ByteRange
 from clipcid_cli.formats.report import render_report, thumbnail
 from clipcid_cli.formats.results.metrics import SUMMARY_REPORT, SUMMARY_TABLE, read_metrics_sidecar, write_results
-from clipcid_cli.formats.sidecar import Calibration, Calibrations, Example, ZeroshotSidecar
+from clipcid_cli.formats.sidecar import Calibrations, Example, ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.steps.evaluate.result import ZeroshotResult
@@ -21,11 +21,7 @@ _WORST_SHOWN = 8
 
 
 def write_summary(work: WorkDirectory, results: list[ZeroshotResult], reporter: Reporter) -> dict[str, str]:
-    """Write the table (csv) and the report of one call; those of the call before are replaced.
-
-    Returns:
-        ``table`` and ``report``: their paths.
-    """
+    """Write the table (csv) and the report of one call, which replace those of the call before; return their paths."""
     table, report = (work.eval_summary / name for name in (SUMMARY_TABLE, SUMMARY_REPORT))
     table.parent.mkdir(parents=True, exist_ok=True)
     write_results(table, [_row(result) for result in results])
@@ -54,10 +50,7 @@ def _tables(results: list[ZeroshotResult]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, ...], list[ZeroshotResult]] = {}
     for result in results:
         groups.setdefault(tuple(result.metrics), []).append(result)
-    return [
-        {"columns": [(name, _title(name)) for name in names], "rows": [(_model_name(one), one) for one in group]}
-        for names, group in groups.items()
-    ]
+    return [{"columns": [(name, _title(name)) for name in names], "rows": group} for names, group in groups.items()]
 
 
 def _detail(result: ZeroshotResult) -> dict[str, Any]:
@@ -79,7 +72,7 @@ def _detail(result: ZeroshotResult) -> dict[str, Any]:
         if example["label"] != example["predicted"]:
             wrong.setdefault(example["label"], []).append(example)
     return {
-        "model": _model_name(result),
+        "model": result.shown_model,
         "dataset": result.dataset,
         "prompts": {kind.replace("_", " "): str(lines) for kind, lines in (result.prompts or {}).items()},
         "measure": "average precision" if settings["multi_label"] else "recall",
@@ -103,17 +96,11 @@ def _describe_calibration(found: Calibrations | None) -> dict[str, str]:
     """Say how sure the model is of its answers, and at which temperature it would be as sure as it is right."""
     if found is None:
         return {}
-    text = {"calibration error": _describe_error(found.all)}
+    text = {"calibration error": str(found.all)}
     if found.after is not None and found.before is not None:
-        share = f"the half that was not fitted on, {found.after.images:,} images"
-        text["at the fitted temperature"] = (
-            f"{_describe_error(found.after)}, before {_describe_error(found.before)}: {share}"
-        )
+        others = f"the half that was not fitted on, {found.after.images:,} images"
+        text["at the fitted temperature"] = f"{found.after}, before {found.before}: {others}"
     return text
-
-
-def _describe_error(found: Calibration) -> str:
-    return f"{100 * found.expected_calibration_error:.1f}% at {found.temperature:.4g}"
 
 
 def _thumbnail(example: Example) -> str | None:
@@ -122,14 +109,7 @@ def _thumbnail(example: Example) -> str | None:
     return None if isinstance(image, SkippedImage) else thumbnail(image)
 
 
-def _model_name(result: ZeroshotResult) -> str:
-    return result.model if Path(result.pretrained).is_dir() else f"{result.model} {result.pretrained}"
-
-
 def _title(name: str) -> str:
-    titles = {
-        "mean_per_class_recall": "mean per class",
-        "mean_average_precision": "mAP",
-        "mean_average_precision_11_point": "mAP, 11 points",
-    }
-    return titles.get(name, name.replace("_retrieval_recall@", " R@"))
+    """Write a metric's name as the heading of a column."""
+    short = name.replace("mean_per_class_recall", "mean per class").replace("_retrieval_recall@", " R@")
+    return short.replace("mean_average_precision", "mAP").replace("_11_point", ", 11 points")

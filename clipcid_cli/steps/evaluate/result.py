@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
 from clipcid_cli.formats.results.metrics import Metrics
@@ -30,7 +32,6 @@ class ZeroshotResult(Metrics, kw_only=True):
         prompts: ``class_names`` and ``templates``; None for retrieval.
         customary: Name of the metric usually reported for the data set.
         intervals: The 95 % interval of each metric; none with ``--bootstrap 0``.
-        seconds: Time of ``classes``, ``encode`` and ``compare``.
         files: ``metrics``, and ``predictions`` where they were asked for; of a single pair ``table`` and ``report`` too.
         reused: Whether an earlier run measured it.
     """
@@ -46,13 +47,14 @@ class ZeroshotResult(Metrics, kw_only=True):
     files: dict[str, str]
     reused: bool
 
+    @property
+    def shown_model(self) -> str:
+        """The model's name for people: of a folder the short one, since its path would take half a terminal."""
+        return self.model if Path(self.pretrained).is_dir() else f"{self.model} {self.pretrained}"
+
 
 class ZeroshotResults(msgspec.Struct):
-    """Every model on every data set.
-
-    Attributes:
-        files: ``table`` and ``report``.
-    """
+    """Every model on every data set; `files` are ``table`` and ``report``."""
 
     results: list[ZeroshotResult]
     files: dict[str, str]
@@ -67,13 +69,10 @@ class ComparedLines(msgspec.Struct):
 
 
 class Difference(msgspec.Struct):
-    """One metric of both sides, second minus first.
+    """One metric of both sides, second minus first; see `PairedMetric`.
 
     Attributes:
-        interval: 95 % interval of the difference.
-        p_value: McNemar's; None where a metric does not count images that are right or wrong.
-        real: Whether it is more than the choice of images explains.
-        verdict: The same in words.
+        real: Whether it is more than the choice of images explains; `verdict` says so in words.
     """
 
     first: float
@@ -86,12 +85,7 @@ class Difference(msgspec.Struct):
 
 
 class ComparisonResult(msgspec.Struct):
-    """Two results on the same images.
-
-    Attributes:
-        compared: The two metrics files.
-        prompts: None for retrieval, and where nothing records them.
-    """
+    """Two results on the same images; `prompts` is None for retrieval, and where nothing records them."""
 
     compared: list[str]
     models: list[str]
@@ -115,8 +109,7 @@ class FewShot(msgspec.Struct):
 
     Attributes:
         images: Most images that were drawn.
-        c: The strength chosen for each draw.
-        at_edge: Number of draws whose strength is an end of the range that was tried.
+        c: The strength chosen for each draw; at the end of the range that was tried `at_edge` times.
     """
 
     shots: int
@@ -137,12 +130,10 @@ class LinearResult(Metrics, kw_only=True):
     """A linear probe: metrics after ``lp_``, those of the nearest neighbours after ``knn<K>_``.
 
     Attributes:
-        metric: By which the strength was chosen.
-        c: The chosen strength.
+        metric: By which the strength `c` was chosen.
         images: Of the test split.
         train_images: All that the final fit uses.
         skipped: By split.
-        seconds: Time of ``encode``, ``sweep``, ``refit``, ``shots`` and ``neighbors``.
         reused: Whether an earlier run measured it.
     """
 

@@ -14,27 +14,38 @@ from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
 from clipcid_cli.algorithms.metrics.classification import SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark_folder import BenchmarkFolder, find_benchmark_folder
-from clipcid_cli.formats.data.class_files import fill_template, hash_lines
+from clipcid_cli.formats.data.class_files import (
+    BUILTIN_CLASS_NAMES,
+    BUILTIN_TEMPLATES,
+    DEFAULT_TEMPLATES,
+    fill_template,
+    hash_lines,
+    read_class_names,
+    read_templates,
+)
 from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, open_dataset, open_described
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, KnownDataset, customary_metric, find_known_dataset
 from clipcid_cli.formats.data.samples import read_classes
 from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.results.predictions import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
 from clipcid_cli.formats.sidecar import DistillSidecar, LinesRecord, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import key_fraction, key_fractions
-from clipcid_cli.steps.evaluate.class_prompts import find_class_names, find_templates
+from clipcid_cli.steps.class_names import match_class_names, plain_name, read_folder_numbers
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
-CLASSIFICATION = "zeroshot_classification"
-RETRIEVAL = "zeroshot_retrieval"
-MULTI_LABEL = "multilabel"
-# As in CLIP_benchmark, images with several classes are a classification, too.
 _NAME_ONE = "Name one: clipcid eval-zeroshot MODEL DATA"
-_TASKS = {"classification": CLASSIFICATION, MULTI_LABEL: CLASSIFICATION, "retrieval": RETRIEVAL}
+# As CLIP_benchmark calls them: images with several classes are a classification, too.
+_TASKS = {
+    CLASSIFICATION: "zeroshot_classification",
+    MULTI_LABEL: "zeroshot_classification",
+    RETRIEVAL: "zeroshot_retrieval",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,49 +53,40 @@ class ZeroshotTask:
     """One data set and what is measured on it.
 
     Attributes:
-        name: Name of the data set.
-        task: ``zeroshot_classification`` or ``zeroshot_retrieval``.
-        class_names: Names of the classes, in order of the labels; none for retrieval.
-        templates: Prompt templates; none for retrieval.
+        kind: ``classification``, ``multilabel`` where an image may have any number of classes, or ``retrieval``.
+        class_names: In order of the labels; none for retrieval, as templates.
         held_out: Fraction of the samples that is used, by hash of the key; None uses all.
         label_of: Label of each class folder, where folders and class names are in different orders; else None.
-        multi_label: Whether an image may have any number of classes.
         customary: Name of the metric usually reported for the data set.
-        names_from: Where the class names are from, as `LinesRecord` says it; likewise of the templates.
+        prompt_lines: Which ``class_names`` and ``templates`` a score is of; None without prompts.
     """
 
     name: str
-    task: str
+    kind: str
     dataset: Dataset
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     held_out: float | None = None
     label_of: tuple[int, ...] | None = None
-    multi_label: bool = False
     customary: str = ACCURACY
-    names_from: str = ""
-    templates_from: str = ""
+    prompt_lines: dict[str, LinesRecord] | None = None
 
     @property
-    def prompt_lines(self) -> dict[str, LinesRecord] | None:
-        """Which ``class_names`` and ``templates`` a score is of; None for retrieval."""
-        if not self.templates:
-            return None
-        return {
-            "class_names": LinesRecord(self.names_from, len(self.class_names), hash_lines(self.class_names)),
-            "templates": LinesRecord(self.templates_from, len(self.templates), hash_lines(self.templates)),
-        }
+    def task(self) -> str:
+        """CLIP_benchmark's name of the task."""
+        return _TASKS[self.kind]
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may have any number of classes."""
+        return self.kind == MULTI_LABEL
 
     def prompts(self, class_name: str) -> list[str]:
         """Return the prompts of one class."""
         return [fill_template(template, class_name) for template in self.templates]
 
     def stream(self, number: int, skips: Skips) -> Iterator[Sample]:
-        """Yield a shard's samples that belong to the part that is used; of an index only these are read.
-
-        Args:
-            skips: Counts the samples without an image or with a repeated key; complete once all were taken.
-        """
+        """Yield a shard's samples that belong to the part that is used; of an index only these are read."""
         index, held_out = self.dataset.index, self.held_out
         if held_out is None or index is None:
             for sample in self.dataset.shards[number].stream(skips):
@@ -104,11 +106,12 @@ class ZeroshotTask:
 
     def reject(self, sample: Sample) -> str | None:
         """Say why a sample cannot be used: it has no class, or no caption; None where it can."""
-        if self.task == RETRIEVAL:
+        if self.kind == RETRIEVAL:
             return None if sample.captions else "no_caption"
-        if not self.multi_label:
-            return None if self.label(sample) is not None else "no_label"
-        listed = sample.multi_hot is not None or sample.labels is not None or sample.label is not None
+        if self.multi_label:
+            listed = sample.multi_hot is not None or sample.labels is not None or sample.label is not None
+        else:
+            listed = self.label(sample) is not None
         return None if listed else "no_label"
 
     def label(self, sample: Sample) -> int | None:
@@ -149,11 +152,7 @@ class ZeroshotTask:
 def plan_tasks(
     settings: EvalZeroshotSettings, reporter: Reporter, models: Sequence[ModelName] = ()
 ) -> list[ZeroshotTask]:
-    """Open every data set and decide what to measure on it.
-
-    Args:
-        models: What is measured, by which a part held out from training is chosen where no data set is named.
-    """
+    """Open every data set; where none is named, what the training runs of the models held out."""
     if not settings.data:
         return [_plan_held_out(settings, models, reporter)]
     return [_plan_task(data, settings, reporter) for data in settings.data]
@@ -181,44 +180,101 @@ def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName], 
 
 
 def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotTask:
-    found = find_copy(data, settings.data_root, reporter)
-    known = found[0] if found is not None else None
-    if found is not None:
-        data = str(found[1])
-    folder = find_benchmark_folder(data, settings.split)
+    known, place = find_copy(data, settings.data_root, reporter) or (None, data)
+    folder = find_benchmark_folder(str(place), settings.split)
     if known is not None:
         folder = dataclasses.replace(folder, name=known.name)
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
     dataset = open_dataset(folder.data, keys=settings.keys, columns=columns)
     kind = _choose_task(folder, dataset, settings)
-    if _TASKS[kind] == RETRIEVAL:
+    if kind == RETRIEVAL:
         return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL)
-    class_names, names_from, label_of = find_class_names(folder, dataset, settings, known, reporter)
-    templates, templates_from = find_templates(folder, settings, known, reporter)
-    multi_label = kind == MULTI_LABEL
+    names, prompts = settings.classnames, settings.templates
+    if known is not None:
+        names = known.class_names if names is None and folder.class_names is None else names
+        prompts = known.templates if prompts is None and folder.templates is None else prompts
+    class_names, names_from, label_of = _find_class_names(names, folder, dataset, reporter)
+    templates, templates_from = _find_templates(prompts, folder, reporter)
     return ZeroshotTask(
         folder.name,
-        CLASSIFICATION,
+        kind,
         dataset,
         class_names,
         templates,
         label_of=label_of,
-        multi_label=multi_label,
-        customary=customary_metric(folder.name, MULTI_LABEL_METRICS if multi_label else SINGLE_LABEL_METRICS),
-        names_from=names_from,
-        templates_from=templates_from,
+        customary=customary_metric(folder.name, MULTI_LABEL_METRICS if kind == MULTI_LABEL else SINGLE_LABEL_METRICS),
+        prompt_lines={
+            "class_names": LinesRecord(names_from, len(class_names), hash_lines(class_names)),
+            "templates": LinesRecord(templates_from, len(templates), hash_lines(templates)),
+        },
     )
 
 
+def _find_templates(named: str | None, folder: BenchmarkFolder, reporter: Reporter) -> tuple[tuple[str, ...], str]:
+    """Return the templates, those named, else the data set's own, else the default one, and where they are from."""
+    if named in BUILTIN_TEMPLATES:
+        templates = builtin_templates(str(named))
+        reporter.note(f"{folder.name}: open_clip's {len(templates)} templates named {named}.")
+        return templates, str(named)
+    path = Path(named) if named is not None else folder.templates
+    if path is None:
+        reporter.note(f"{folder.name}: no templates were given; using {', '.join(DEFAULT_TEMPLATES)!r}.")
+        return DEFAULT_TEMPLATES, "default"
+    return read_templates(path), str(path)
+
+
+def _find_class_names(
+    named: str | None, folder: BenchmarkFolder, dataset: Dataset, reporter: Reporter
+) -> tuple[tuple[str, ...], str, tuple[int, ...] | None]:
+    """Return the class names, where they are from and, where folders are in another order, the label of each folder."""
+    if named in BUILTIN_CLASS_NAMES:
+        names, labels = _imagenet_names(builtin_class_names(str(named)), folder, dataset, reporter)
+        return names, str(named), labels
+    path = Path(named) if named is not None else folder.class_names
+    if path is None:
+        if dataset.classes is None:
+            raise ClipcidError(
+                f"{folder.data} has no class names.",
+                "Give a file with one class name per line: --classnames FILE",
+            )
+        reporter.note(f"{folder.name}: the {len(dataset.classes)} class names are taken from the folder names.")
+        return tuple(plain_name(name) for name in dataset.classes), "folder names", None
+    class_names = read_class_names(path)
+    if dataset.classes is None:
+        return class_names, str(path), None
+    try:
+        match = match_class_names(class_names, dataset.classes)
+    except ClipcidError as error:
+        raise ClipcidError(f"{path} does not fit {folder.data}: {error.message}", error.fix) from error
+    if match.by == "number":
+        reporter.note(f"{folder.name}: the class folders are named by line number in {path}, from 0.")
+    elif match.by == "order":
+        reporter.note(f"{folder.name}: the lines of {path} name the class folders, sorted by name.")
+    return class_names, str(path), match.labels
+
+
+def _imagenet_names(
+    names: dict[str, str], folder: BenchmarkFolder, dataset: Dataset, reporter: Reporter
+) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """Return ImageNet's class names; where folders are named by WordNet ID, as in its variants, only those present."""
+    if dataset.classes is None:
+        return tuple(names.values()), None
+    numbers = read_folder_numbers(dataset.classes, len(names))
+    if numbers is not None:
+        return tuple(names.values()), numbers
+    unknown = next((name for name in dataset.classes if name not in names), None)
+    if unknown is not None:
+        raise ClipcidError(
+            f"{folder.data}: the class folder {unknown!r} is not a class of ImageNet (n01440764 … n15075141, or 0 … 999).",
+            "Give the class names of this data set with --classnames FILE.",
+        )
+    if len(dataset.classes) < len(names):
+        reporter.note(f"{folder.name}: {len(dataset.classes)} of ImageNet's 1,000 classes; only these are candidates.")
+    return tuple(names[name] for name in dataset.classes), None
+
+
 def find_copy(name: str, root: Path, reporter: Reporter) -> tuple[KnownDataset, Path] | None:
-    """Find the local copy of a known data set, and report where it was found.
-
-    Args:
-        root: Folder of the local copies.
-
-    Returns:
-        The data set and its folder; None when the name is not that of a known data set.
-    """
+    """Find the local copy, under `root`, of a known data set, and report it; None when the name is not that of one."""
     found = find_known_dataset(name, root)
     if found is not None:
         known, folder = found
@@ -241,11 +297,11 @@ def _choose_task(folder: BenchmarkFolder, dataset: Dataset, settings: EvalZerosh
         return folder.dataset_type
     first = next(sample for shard in dataset.shards for sample in shard.stream())
     if first.label is not None:
-        return "classification"
+        return CLASSIFICATION
     if first.labels is not None:
         return MULTI_LABEL
     if first.captions:
-        return "retrieval"
+        return RETRIEVAL
     raise ClipcidError(
         f"{folder.data}: sample {first.key} has neither a class nor a caption.",
         "Classification needs a .cls next to each image, a `label` column or one folder per class; retrieval a .txt or a "

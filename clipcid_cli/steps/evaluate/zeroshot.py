@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 
 import msgspec
@@ -12,21 +11,16 @@ from clipcid_cli.algorithms.metrics.calibration import BINS
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.metrics import (
-    Metrics,
-    metrics_stem,
-    read_metrics,
-    read_metrics_sidecar,
-    write_metrics,
-)
-from clipcid_cli.formats.results.predictions import make_predictions, predictions_path, write_predictions
+from clipcid_cli.formats.results.metrics import metrics_stem, read_metrics, read_metrics_sidecar, write_metrics
+from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
 from clipcid_cli.formats.sidecar import ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.measure import FITTED_FRACTION, calibrate, measure
-from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, claim_metrics, start_workers, warn_of_skips
+from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_skips
 from clipcid_cli.steps.evaluate.report import write_summary
 from clipcid_cli.steps.evaluate.result import ComparisonResult, Preview, Previews, ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
@@ -119,7 +113,6 @@ def evaluate(plan: ZeroshotPlan, machine: Machine, reporter: Reporter) -> Zerosh
     settings = plan.settings
     for task in plan.tasks:
         check_samples(task.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
-    start_workers(machine, settings.workers)
     data = machine.on_main(lambda: [task.fingerprints() for task in plan.tasks])
     results = list[ZeroshotResult]()
     for name in plan.names:
@@ -141,7 +134,7 @@ def _evaluate_pair(
     }
     # These change the intervals and the calibration only.
     may_differ = ("bootstrap", "seed", "calibration")
-    with claim_metrics(model, path, ZeroshotSidecar, identity, data, may_differ) as output:
+    with model.claim(path, ZeroshotSidecar, identity, data, may_differ) as output:
         finished = output.finished
 
         def find_result() -> ZeroshotResult | None:
@@ -151,41 +144,37 @@ def _evaluate_pair(
                 model.reporter.note(f"{path} has no predictions; measuring {model.name.spec} on {task.name} again.")
                 return None
             model.reporter.note(f"{path} already holds {model.name.spec} on {task.name}.")
-            return _make_result(read_metrics(path), finished, task, path, reused=True)
+            return _make_result(finished, task, path, reused=True)
 
         found = model.machine.on_main(find_result)
         if found is not None:
             return found
         rows = model.encode(task)
-        return model.machine.on_main(lambda: _write(model, rows, settings, path, output))
+        return model.machine.on_main(lambda: _write(plan, model, rows, output))
 
 
 def _write(
-    model: EvaluatedModel,
-    rows: TaskRows,
-    settings: EvalZeroshotSettings,
-    path: Path,
-    output: Output[ZeroshotSidecar],
+    plan: ZeroshotPlan, model: EvaluatedModel, rows: TaskRows, output: Output[ZeroshotSidecar]
 ) -> ZeroshotResult:
     """Measure a model by its rows, and write the files of the pair."""
-    task = rows.task
-    started = time.perf_counter()
+    settings, task = plan.settings, rows.task
+    path = plan.metrics_path(model.name, task)
     warn_of_skips(task.name, rows.skips, model.reporter)
-    found = measure(rows, model.machine.device, model.reporter)
-    metrics = model.make_metrics(task.name, task.task, found.draws.values())
-    intervals = found.draws.intervals(settings.bootstrap, settings.seed)
-    calibration = calibrate(rows, model.model.logit_scale)
-    seconds = rows.seconds | {"compare": time.perf_counter() - started}
+    seconds = dict(rows.seconds)
+    with timed(seconds, "compare"):
+        found = measure(rows, model.machine.device, model.reporter)
+        intervals = found.draws.intervals(settings.bootstrap, settings.seed)
+        calibration = calibrate(rows, model.model.logit_scale)
     output.start()
     written = [output.root / path.name]
-    write_metrics(written[0], metrics)
+    write_metrics(written[0], model.make_metrics(task.name, task.task, found.draws.values()))
     # Predictions of the same model and data do not depend on the draws: those that are there are kept up to date.
     earlier = predictions_path(path)
     if settings.predictions or (earlier.is_file() and (output.finished or output.earlier) is not None):
         columns = {"key": rows.keys, **found.columns()}
         written.append(output.work / earlier.name)
         slug, num_classes = model.model.info.slug, len(task.class_names)
-        write_predictions(written[1], make_predictions(found.kind, slug, task.name, num_classes, columns))
+        write_predictions(written[1], task.kind, slug, task.name, num_classes, columns)
     images = len(rows.encoded.samples)
     sidecar = output.commit(
         counts={"images": images, "texts": found.texts, "skipped": rows.skips.counts},
@@ -199,17 +188,15 @@ def _write(
         per_class=found.per_class,
         examples=found.examples,
     )
-    return _make_result(metrics, sidecar, task, path, reused=False)
+    return _make_result(sidecar, task, path, reused=False)
 
 
-def _make_result(
-    metrics: Metrics, sidecar: ZeroshotSidecar, task: ZeroshotTask, path: Path, *, reused: bool
-) -> ZeroshotResult:
+def _make_result(sidecar: ZeroshotSidecar, task: ZeroshotTask, path: Path, *, reused: bool) -> ZeroshotResult:
     files = {"metrics": str(path)}
     if predictions_path(path).is_file():
         files["predictions"] = str(predictions_path(path))
     return ZeroshotResult(
-        **msgspec.structs.asdict(metrics),
+        **msgspec.structs.asdict(read_metrics(path)),
         prompts=task.prompt_lines,
         customary=sidecar.customary,
         intervals=sidecar.intervals,

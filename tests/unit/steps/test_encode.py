@@ -13,11 +13,12 @@ from shard_server import serve
 
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
+from clipcid_cli.formats.results.predictions import CLASSIFICATION, RETRIEVAL
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
-from clipcid_cli.steps.evaluate.tasks import CLASSIFICATION, RETRIEVAL, ZeroshotTask
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.reporting import Reporter
 
 

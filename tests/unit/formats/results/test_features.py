@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
 from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
 from clipcid_cli.formats.skips import Skips
@@ -14,14 +14,14 @@ from clipcid_cli.formats.skips import Skips
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     skips = Skips()
     skips.add("unreadable_image", "a/0")
-    rows = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    rows = torch.randn(5, 8)
     path = features_path(tmp_path, "tiny", {"weights": "abc"})
     assert read_features(path) is None
-    write_features(path, Features(rows, np.arange(5), skips))
+    write_features(path, Features(rows, torch.arange(5), skips))
     found = read_features(path)
     assert found is not None
-    np.testing.assert_array_equal(found.rows, rows)
-    np.testing.assert_array_equal(found.labels, np.arange(5))
+    assert torch.equal(found.rows, rows)
+    assert torch.equal(found.labels, torch.arange(5))
     assert found.skips == skips
 
 
@@ -38,7 +38,7 @@ def test_other_weights_or_data_have_another_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off"])
 def test_damaged_features_are_none(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "tiny-0.npz"
-    write_features(path, Features(np.eye(3, dtype=np.float32), np.arange(3), Skips()))
+    write_features(path, Features(torch.eye(3), torch.arange(3)))
     whole = path.read_bytes()
     path.write_bytes(content or whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
     assert read_features(path) is None

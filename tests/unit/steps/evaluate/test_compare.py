@@ -16,7 +16,7 @@ from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.class_files import hash_lines
 from clipcid_cli.formats.results.metrics import Metrics, write_metrics
-from clipcid_cli.formats.results.predictions import make_predictions, predictions_path, write_predictions
+from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
 from clipcid_cli.formats.sidecar import EvaluationSidecar, LinesRecord
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.result import ComparisonResult, ZeroshotResult
@@ -52,8 +52,8 @@ def test_results_of_one_model_are_told_apart_and_stars_are_shown(tmp_path: Path)
     for name, rank in (("a", 30), ("b", 0)):
         path = tmp_path / f"{name}.json"
         write_metrics(path, make_metrics(task, metrics, f"{name}/student"))
-        rows = make_predictions("retrieval", "m", "d", 0, columns | {"image_ranks": [[rank]] * 20})
-        write_predictions(predictions_path(path), rows)
+        rows = columns | {"image_ranks": [[rank]] * 20}
+        write_predictions(predictions_path(path), "retrieval", "m", "d", 0, rows)
     named = EvalZeroshotSettings(model=str(tmp_path / "a.json"), data=(str(tmp_path / "b.json"),), compare=True)
     said = compare_results(named, Reporter()).differences["image_retrieval_recall@1"].verdict
     assert "B (b/student) is better than A (a/student)" in said
@@ -86,8 +86,8 @@ def test_comparison_of_other_data_is_refused(tmp_path: Path) -> None:
 
     def write(name: str, keys: list[str], labels: list[int], classes: int = 2) -> None:
         write_metrics(tmp_path / f"{name}.json", make_metrics("zeroshot_classification", {"acc1": 0.5}))
-        rows = make_predictions("classification", "m", "d", classes, columns | {"key": keys, "label": labels})
-        write_predictions(predictions_path(tmp_path / f"{name}.json"), rows)
+        path, rows = predictions_path(tmp_path / f"{name}.json"), columns | {"key": keys, "label": labels}
+        write_predictions(path, "classification", "m", "d", classes, rows)
 
     write("a", ["x", "y"], [0, 1])
     for keys, labels, classes, message in (
@@ -119,7 +119,7 @@ def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
     def write(name: str, templates: tuple[str, ...] | None) -> None:
         path = tmp_path / f"{name}.json"
         write_metrics(path, make_metrics("zeroshot_classification", {"acc1": 0.5}))
-        write_predictions(predictions_path(path), make_predictions("classification", "m", "d", 2, columns))
+        write_predictions(predictions_path(path), "classification", "m", "d", 2, columns)
         if templates is not None:
             prompts = {
                 "class_names": LinesRecord("folder names", 2, hash_lines(("cat", "dog"))),

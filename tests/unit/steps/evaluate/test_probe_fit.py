@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from clipcid_cli.algorithms.probe.probe import choose_point
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.known_datasets import KNOWN_DATASETS
-from clipcid_cli.steps.evaluate.probe_fit import LabelledFeatures, ProbeFits
-from clipcid_cli.steps.evaluate.probe_plan import choose_metric
+from clipcid_cli.formats.results.features import Features
+from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.steps.evaluate.probe_fit import ProbeFits
+from clipcid_cli.steps.evaluate.probe_plan import ProbePlan, choose_metric
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
@@ -28,19 +29,24 @@ class Listener(Reporter):
         self.warnings.append(text)
 
 
-def make_images(counts: list[int], seed: int = 0) -> LabelledFeatures:
+def make_images(counts: list[int], seed: int = 0) -> Features:
     """Make unit rows around one centre for each class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     centres = torch.randn(len(counts), 6, generator=torch.Generator().manual_seed(9))
     rows = 0.7 * centres[labels] + torch.randn(len(labels), 6, generator=generator)
-    return LabelledFeatures(torch.nn.functional.normalize(rows, dim=1), labels)
+    return Features(torch.nn.functional.normalize(rows, dim=1), labels)
 
 
-def make_fits(images: LabelledFeatures, **settings: Any) -> tuple[ProbeFits, Listener]:
+def make_fits(images: Features, **settings: Any) -> tuple[ProbeFits, Listener]:
     listener = Listener()
-    chosen = EvalLinearSettings(data=str(Path("nowhere")), **settings)
-    return ProbeFits(images, None, int(images.labels.max()) + 1, "acc1", chosen, listener), listener
+    return ProbeFits({"train": images}, make_plan(int(images.labels.max()) + 1, **settings), listener), listener
+
+
+def make_plan(classes: int, metric: str = "acc1", **settings: Any) -> ProbePlan:
+    chosen = EvalLinearSettings(data="nowhere", **settings)
+    names = tuple(map(str, range(classes)))
+    return ProbePlan(ModelName("m", "tag"), "nowhere", names, metric, {}, Path("metrics.json"), chosen)
 
 
 def test_few_shot_probes_see_no_image_that_chooses_their_strength() -> None:
@@ -65,7 +71,7 @@ def test_one_draw_has_no_spread() -> None:
 
 def test_a_best_strength_at_an_end_is_told_once_for_each_number_of_shots() -> None:
     # Classes that any strength tells apart: the strongest regularisation is taken, an end of the range.
-    apart = LabelledFeatures(torch.eye(2).repeat_interleave(20, dim=0), torch.arange(2).repeat_interleave(20))
+    apart = Features(torch.eye(2).repeat_interleave(20, dim=0), torch.arange(2).repeat_interleave(20))
     fits, listener = make_fits(apart, shots="1,4", shot_repeats=3)
     curve = fits.few_shots(apart)
     assert [point.at_edge for point in curve] == [3, 3]
@@ -78,11 +84,11 @@ def test_a_best_strength_at_an_end_is_told_once_for_each_number_of_shots() -> No
 def test_a_refit_takes_every_image() -> None:
     images = make_images([20, 20])
     fits, _ = make_fits(images)
-    solution = fits.refit(choose_point(fits.sweep()))
+    solution = fits.refit(fits.sweep()[1])
     assert solution.converged
     half, _ = make_fits(images, val_fraction=0.5)
     assert (len(half.fitted), len(half.held_out), len(half.images)) == (20, 20, 40)
-    given = ProbeFits(images, make_images([3, 4], seed=1), 2, "acc1", EvalLinearSettings(data="nowhere"), Listener())
+    given = ProbeFits({"train": images, "val": make_images([3, 4], seed=1)}, make_plan(2), Listener())
     assert (len(given.fitted), len(given.held_out), len(given.images)) == (40, 7, 47)
 
 
@@ -93,12 +99,12 @@ def test_what_cannot_be_drawn_or_held_out_is_refused() -> None:
         make_fits(make_images([20, 10]), shots="17")
     with pytest.raises(ClipcidError, match="none can be held out"):
         make_fits(make_images([1, 1]))
-    without = LabelledFeatures(torch.eye(4), torch.zeros(4, 2, dtype=torch.bool))
+    without = Features(torch.eye(4), torch.zeros(4, 2, dtype=torch.bool))
     with pytest.raises(ClipcidError, match="No validation image has a class"):
-        ProbeFits(without, without, 2, "mean_average_precision", EvalLinearSettings(data="nowhere"), Listener())
-    several = LabelledFeatures(torch.eye(4), torch.ones(4, 2, dtype=torch.bool))
+        ProbeFits({"train": without, "val": without}, make_plan(2, "mean_average_precision"), Listener())
+    several = Features(torch.eye(4), torch.ones(4, 2, dtype=torch.bool))
     with pytest.raises(ClipcidError, match="to all training images or to none"):
-        ProbeFits(several, None, 2, "mean_average_precision", EvalLinearSettings(data="nowhere"), Listener())
+        ProbeFits({"train": several}, make_plan(2, "mean_average_precision"), Listener())
 
 
 @pytest.mark.parametrize(
