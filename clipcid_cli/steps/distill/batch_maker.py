@@ -41,12 +41,12 @@ _WHOLE = Augmentation(1.0)
 
 
 class _View(NamedTuple):
-    """How a sample's image is shown."""
+    """How a sample's image is shown; `number` is that of the stored view, −1 for one drawn anew."""
 
     image: Image.Image
     view: MixedView
-    other: Image.Image | None = None  # which is mixed in
-    number: int = -1  # of the stored view; −1 for one drawn anew
+    mixed_in: Image.Image | None = None
+    number: int = -1
 
 
 class _Text(NamedTuple):
@@ -71,16 +71,14 @@ class BatchMaker:
         """Prepare a maker.
 
         Args:
-            teacher: Processor of an online teacher, which is shown the same views and captions. None without one.
-            masking: A further pass over images whose patches are masked; None without one.
+            teacher: That of an online teacher, which is shown the same views and captions.
+            masking: That of a further pass over images.
         """
         stored = inputs.stored
-        self._seed = settings.seed
+        self._settings = settings
         self._samples = inputs.training
         self._shown_to = [student] if teacher is None else [student, teacher]
         self._masking = masking
-        self._caption_dropout = settings.caption_dropout
-        self._variant_share = settings.variant_share
         chosen = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
         self._augmentation = chosen if stored is None else stored.augmentation(chosen)
         self._first_captions = stored is not None and stored.first_captions
@@ -135,7 +133,7 @@ class BatchMaker:
         if image is not None and self._num_views:
             embedding_rows, places = self._samples.column("embeddings"), self._samples.column("places")
             embedded = int(embedding_rows[item.row])
-            begin = derive_seed("view", self._seed, sample.key) + item.epoch
+            begin = derive_seed("view", self._settings.seed, sample.key) + item.epoch
             for offset in range(self._num_views):
                 number = (begin + offset) % self._num_views
                 row = embedded * self._num_views + number
@@ -152,7 +150,8 @@ class BatchMaker:
                         break
         image = image or _WHITE
         augmentation = _WHOLE if self._num_views else self._augmentation
-        drawn = choose_view(augmentation, *full_size(image), derive_seed("augment", self._seed, item.epoch, sample.key))
+        seed = derive_seed("augment", self._settings.seed, item.epoch, sample.key)
+        drawn = choose_view(augmentation, *full_size(image), seed)
         return _View(image, MixedView(drawn, 1.0, 0.0, drawn))
 
     def _decode(self, sample: Sample, bad: list[tuple[str, str]]) -> Image.Image | None:
@@ -165,23 +164,24 @@ class BatchMaker:
     def _choose_text(self, sample: Sample, epoch: int) -> _Text:
         """Choose one of a sample's captions, but the first alone where only that is embedded; or a variant of one."""
         captions = sample.captions
+        seed, dropout = self._settings.seed, self._settings.caption_dropout
         if self._variants is not None:
-            random = np.random.default_rng(derive_seed("variant", self._seed, epoch, sample.key))
-            if random.uniform() < self._variant_share:
+            random = np.random.default_rng(derive_seed("variant", seed, epoch, sample.key))
+            if random.uniform() < self._settings.variant_share:
                 variant = int(random.integers(self._variants.number))
                 return _Text(self._variants(captions, sample.key, variant), variant=variant)
-        if self._first_captions or (len(captions) == 1 and not self._caption_dropout):
+        if self._first_captions or (len(captions) == 1 and not dropout):
             return _Text(captions[0])
-        random = np.random.default_rng(derive_seed("caption", self._seed, epoch, sample.key))
+        random = np.random.default_rng(derive_seed("caption", seed, epoch, sample.key))
         number = int(random.integers(len(captions)))
-        if not self._caption_dropout:
+        if not dropout:
             return _Text(captions[number], number)
         first, *others = captions[number].split(",")
-        kept = [part for part in others if random.uniform() >= self._caption_dropout]
+        kept = [part for part in others if random.uniform() >= dropout]
         return _Text(",".join([first, *kept]), number)
 
     def _choose_patches(self, masking: Masking, items: Sequence[Item]) -> Tensor:
-        seeds = [derive_seed("mask", self._seed, item.epoch, item.sample.key) for item in items]
+        seeds = [derive_seed("mask", self._settings.seed, item.epoch, item.sample.key) for item in items]
         return torch.from_numpy(np.stack([masking.choose(seed) for seed in seeds]))
 
     def _add_stored_rows(self, batch: TrainingBatch, work: WorkItem, views: list[int], texts: list[_Text]) -> None:

@@ -24,9 +24,9 @@ from clipcid_cli.runtime.pipeline import join_on, ordered_map, prefetch
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.sample_order import SampleOrder
 from clipcid_cli.steps.distill.clusters import ClusterLookup
-from clipcid_cli.steps.distill.extra_texts import ExtraText
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
+from clipcid_cli.steps.distill.stored_teacher import ExtraText
 
 Piece = TypeVar("Piece")
 
@@ -43,7 +43,7 @@ class Item(NamedTuple):
 
 
 class WorkItem(NamedTuple):
-    """What a worker makes a part of a batch of: some samples, and some further texts."""
+    """What a worker makes a part of a batch of."""
 
     items: Sequence[Item]
     extra_texts: Sequence[ExtraText]
@@ -66,13 +66,13 @@ class TrainingBatch:
         colors: Colour maps, float32 [b, 3, 4]; None where none changes anything.
         tokens: Of captions and of further texts, int64 [b + e, L].
         bad: (reason, key) of images that could not be decoded; they are white in `pixels`.
-        kept_patches: Patches of each image that are seen where the others are masked, int64 [b, n]; None where none are.
-        teacher_image_bD: The teacher's stored rows of the images or views that are shown, float16; None without stored ones.
-        teacher_text_bD: Those of the captions or variants that are shown; None where it has none.
-        teacher_extra_eD: Those of the further texts; None without any.
-        teacher_pixels: The same views at an online teacher's size, uint8 [b, H, W, 3]; None without one.
-        teacher_tokens: The same captions by its tokenizer, int64 [b, L]; None likewise.
-        image_clusters: Cluster targets of the global batch's images; None where no loss needs them.
+        kept_patches: Patches of each image that are seen where the others are masked, int64 [b, n].
+        teacher_image_bD: A stored teacher's rows of the images or views that are shown, float16.
+        teacher_text_bD: Those of the captions or variants that are shown.
+        teacher_extra_eD: Those of the further texts.
+        teacher_pixels: The same views at an online teacher's size, uint8 [b, H, W, 3].
+        teacher_tokens: The same captions by its tokenizer, int64 [b, L].
+        image_clusters: Targets of the global batch's images.
         text_clusters: Those of its captions, where both towers are taught.
     """
 
@@ -97,11 +97,8 @@ class TrainingBatch:
         """Join the parts of a process, in order, on a device; all but tokens, which the towers pack on the host."""
         captions = [part.tokens[: len(part)] for part in parts]
         further = [part.tokens[len(part) :] for part in parts]
-        batch = dataclasses.replace(
-            parts[0],
-            tokens=torch.cat(captions + further),
-            bad=[each for part in parts for each in part.bad],
-        )
+        bad = [each for part in parts for each in part.bad]
+        batch = dataclasses.replace(parts[0], tokens=torch.cat(captions + further), bad=bad)
         for field in dataclasses.fields(cls):
             found = [getattr(part, field.name) for part in parts]
             if isinstance(found[0], Tensor) and field.name != "tokens":
@@ -121,12 +118,11 @@ class Batches:
         seed: int,
         machine: Machine,
     ) -> None:
-        """Prepare the batches; of each, this process makes a contiguous slice, so that gathering restores it.
+        """Prepare batches of `batch_size` over all processes; of each, this one makes a contiguous slice.
 
         Args:
-            make: Makes a work item's part of a batch in a worker: a `BatchMaker`.
-            clusters: What the cluster targets are looked up in; None where no loss needs them.
-            batch_size: Samples of a global batch.
+            make: A `BatchMaker`, called in workers.
+            clusters: None where no loss needs them.
         """
         self._batch_size = batch_size
         self._samples, self._index = inputs.training, index_of(inputs.dataset)
@@ -159,8 +155,7 @@ class Batches:
     def deal(self, steps: range) -> Iterator[DealtBatch]:
         """Say what workers shall make of each step's batch; a start anywhere deals the same."""
         order = SampleOrder(self._seed, self._shard_sizes, self._index.fetch_ahead)
-        rank, size = self._machine.rank, self._machine.size
-        own = slice(rank * self._batch_size // size, (rank + 1) * self._batch_size // size)
+        own = slice(*self._machine.share(self._batch_size))
         for step in steps:
             first = step * self._batch_size
             rows = order.rows(first, first + self._batch_size)
@@ -193,17 +188,12 @@ class Batches:
         return [SampleRef(parts[shard], place) for shard, place in zip(shards, places, strict=True)]
 
     def _draw_texts(self, step: int, rows: npt.NDArray[np.int64]) -> list[ExtraText]:
-        """Draw this process's part of a step's further texts: a slice of what one process would take.
-
-        Args:
-            rows: Of the whole batch.
-        """
+        """Draw this process's part of a step's further texts: a slice of what one process would take."""
         extra = self._extra_texts
         if extra is None:
             return []
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))
-        count, rank, size = self._num_texts, self._machine.rank, self._machine.size
-        own = slice(rank * count // size, (rank + 1) * count // size)
+        count, own = self._num_texts, slice(*self._machine.share(self._num_texts))
         if extra.variants is None:
             return [ExtraText(row) for row in random.integers(len(extra.rows), size=count)[own].tolist()]
         # Captions are read only from shards that the batch reads anyway: another would be fetched for one caption.

@@ -57,16 +57,12 @@ class Objective:
         return cls(weights, parameters, teacher, machine, settings.local_loss and machine.size > 1)
 
     def __call__(self, features: Features, student_scale: Tensor, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """Compute the loss of a step; call it on every process.
-
-        Args:
-            features: Of this process's part of the batch.
-            student_scale: exp(logit_scale) of the student.
+        """Compute the loss of a step from each process's features; call it on every process.
 
         Returns:
             What the gradients are of: the weighted sum of the losses of the global batch, or (with local losses) of this
             process's rows, times the number of processes. And the losses of the global batch in order, without weights
-            and gradients, float32 [L], the same on every process.
+            and gradients, float32 [L].
         """
         everything = self._gather(features, student_scale, batch)
         terms = [load_loss(name)(everything, **self.parameters.of(name)) for name in self.weights]

@@ -47,13 +47,11 @@ class Plan:
     """A run.
 
     Attributes:
-        folder: Where it is written.
         evaluations: What `eval-zeroshot` measures in the end: the students on the data sets of ``--eval-data``.
-        recipe: How parameters are updated, for how many steps.
         batch_size: Samples of a global batch.
         extra_texts: Further texts of a step, over all processes.
         workers: Processes that prepare batches, for each training process.
-        log_every: Steps between lines of the training log.
+        log_every: Steps between lines of the training log, as in what follows.
     """
 
     inputs: Inputs
@@ -82,11 +80,7 @@ class Plan:
 
 
 def check_named(settings: DistillSettings, reporter: Reporter) -> list[ZeroshotTask]:
-    """Look at what can be wrong with named inputs before hours of embedding: keep list, clusters, ``--eval-data``.
-
-    Returns:
-        The data sets of ``--eval-data``.
-    """
+    """Look at what can be wrong with named inputs before hours of embedding; return the data sets of ``--eval-data``."""
     if settings.keep_list not in (None, NO_KEEP_LIST):
         read_keep_list(Path(settings.keep_list))
     if any(LOSSES[name].needs_clusters for name in settings.losses()):
@@ -103,12 +97,7 @@ def plan_run(
     machine: Machine,
     reporter: Reporter,
 ) -> Plan:
-    """Plan a run, on the first process.
-
-    Args:
-        embeddings: The folder of the teacher's.
-        scratch: Folder for what a run keeps in the work directory, which a dry run leaves as it is.
-    """
+    """Plan a run, on the first process; `embeddings` and `scratch` are as for `find_inputs`."""
     inputs = find_inputs(settings, embeddings, scratch, reporter)
     batch_size = choose_batch_size(settings, inputs.training.total, machine)
     extra_texts = inputs.num_extra_texts(batch_size)
@@ -145,9 +134,6 @@ def choose_batch_size(settings: DistillSettings, samples: int, machine: Machine)
     """Return the size of a global batch, which all processes and parts divide; refuse one that is larger than the data.
 
     By default it is the largest power of two that leaves enough steps, within the bounds.
-
-    Args:
-        samples: Number of samples to train on.
     """
     divisor = machine.size * settings.accum_freq
     batch_size = settings.batch_size

@@ -38,7 +38,7 @@ def write_report(trainer: Trainer) -> str:
     """Render the report of a finished run, an HTML page."""
     plan, metrics, held_out = trainer.plan, trainer.metrics, trainer.evaluation.held_out
     log, results = read_lines(plan.folder.train_log), read_lines(plan.folder.results_log)
-    scales = [name for name in (log[0] if log else {}) if name.startswith("scale_")]
+    scales = {name: name.removeprefix("scale_") for name in (log[0] if log else {}) if name.startswith("scale_")}
     measured: dict[str, Any] = {"headline": [], "recall_figure": None, "compared": [], "compared_on": 0, "examples": []}
     if held_out is not None:
         rows = {"student": held_out.encode(trainer.student.model)}
@@ -66,12 +66,7 @@ def write_report(trainer: Trainer) -> str:
         loss_figure=_draw("Losses", log, _in_turn(losses), smooth=True, ylabel="loss"),
         named_figure=_draw_named(results) if len(results) > 1 else None,
         rate_figure=_draw("Learning rate", log, [Curve("lr", "")], ylabel="learning rate"),
-        scale_figure=_draw(
-            "Logit scales",
-            log,
-            _in_turn({name: name.removeprefix("scale_") for name in scales}),
-            ylabel="logit scale",
-        ),
+        scale_figure=_draw("Logit scales", log, _in_turn(scales), ylabel="logit scale"),
         inputs=_list_inputs(plan.inputs),
         settings=output_settings(trainer.settings),
         **measured,
@@ -79,11 +74,7 @@ def write_report(trainer: Trainer) -> str:
 
 
 def _compare(held_out: HeldOut, students: dict[str, tuple[Tensor, Tensor]], inputs: Inputs) -> list[dict[str, Any]]:
-    """Measure students and teacher on the held-out samples with a stored embedding; of a student alone, nothing.
-
-    Args:
-        students: Image and text rows by name.
-    """
+    """Measure students (rows of both towers) and teacher on the held-out samples with a stored embedding."""
     stored, rows = inputs.embeddings, students
     if stored is not None and stored.has_texts:
         places = inputs.held_out.column("embeddings")[held_out.rows].astype(np.int64)
@@ -105,12 +96,7 @@ def _find_examples(samples: Sequence[Sample], images: Tensor, texts: Tensor) -> 
         {
             "caption": samples[query].captions[0],
             "images": [
-                {
-                    "key": samples[place].key,
-                    "source": _picture(samples[place]),
-                    "similarity": similarity,
-                    "right": place == query,
-                }
+                _picture(samples[place]) | {"similarity": similarity, "right": place == query}
                 for place, similarity in zip(found[query].tolist(), similarities[query].tolist(), strict=True)
             ],
         }
@@ -118,9 +104,9 @@ def _find_examples(samples: Sequence[Sample], images: Tensor, texts: Tensor) -> 
     ]
 
 
-def _picture(sample: Sample) -> str:
+def _picture(sample: Sample) -> dict[str, Any]:
     image = read_image(sample.image)
-    return "" if isinstance(image, SkippedImage) else thumbnail(image)
+    return {"key": sample.key, "source": "" if isinstance(image, SkippedImage) else thumbnail(image)}
 
 
 class Curve(NamedTuple):

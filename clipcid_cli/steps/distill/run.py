@@ -41,7 +41,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
         import_tensorboard()  # before hours of embedding, and on every process, so that none waits for one that failed
     with open_machine(settings.device) as machine, scratch_folder(machine, dry_run=settings.dry_run) as scratch:
         tasks = machine.on_main(lambda: check_named(settings, reporter))
-        student = load_student(settings, machine, reporter)
+        student = machine.on_all(lambda: load_student(settings, machine.device, reporter))
         embeddings = find_embeddings(settings, machine, reporter)
         plan = machine.on_main(lambda: plan_run(settings, student, embeddings, tasks, scratch, machine, reporter))
         teacher = load_online_model(plan.inputs, machine)
@@ -102,11 +102,10 @@ def write(
     samples_per_second: float,
     seconds: dict[str, float],
 ) -> DistillSidecar:
-    """Write student, report and, last, the sidecar.
+    """Write student, report and, last, the sidecar; the time of it is added to `seconds`.
 
     Args:
         unreadable: Images that could not be read: reason by key.
-        seconds: Time by phase; ``write`` is added.
     """
     started = time.perf_counter()
     plan, info = trainer.plan, trainer.student.model.info

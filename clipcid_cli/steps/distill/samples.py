@@ -38,13 +38,7 @@ _FEW_SHARDS = 100
 
 @dataclasses.dataclass(frozen=True)
 class UsableSamples:
-    """How many samples have an image and a caption.
-
-    Attributes:
-        total: Their number.
-        skips: Samples that are not usable, by reason.
-        read: Samples that were listed, usable or not.
-    """
+    """How many samples of those read have an image and a caption; the others are skipped."""
 
     total: int
     skips: Skips
@@ -82,13 +76,10 @@ def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """The files that the data is matched with.
+    """The files that the data is matched with, where they are used.
 
     Attributes:
-        keep_list: The keep list; None where all samples are used.
-        embeddings: The teacher's; None where there are none.
         required: Whether a sample without an embedding is left out of training.
-        clusters: Clusters; None where no loss needs them.
     """
 
     keep_list: Path | None = None
@@ -120,8 +111,7 @@ class Sources:
 
     def fingerprints(self) -> list[FileRecord]:
         """Describe what the keys come from, beside the data and the keep list."""
-        texts = [Kind.TEXTS, Kind.FURTHER]
-        found = [] if self.embeddings is None else self.embeddings.fingerprints(texts)
+        found = [] if self.embeddings is None else self.embeddings.fingerprints([Kind.TEXTS, Kind.FURTHER])
         return found if self.clusters is None else [*found, record(self.clusters.folder / TABLE)]
 
 
@@ -133,7 +123,6 @@ class MatchCounts:
         listed: Usable samples in the keep list.
         kept: Usable samples that it keeps.
         candidates: Samples to train on, before those without an embedding or clusters are left out.
-        without_embedding: Those of them without an embedding.
         without_cluster: Those of them with an embedding, where one is required, that are not in the clusters' table.
         selected: Samples to train on.
         several_captions: Those of them that have several captions.
@@ -162,14 +151,11 @@ def find_samples(
     scratch: Path | None,
     reporter: Reporter,
 ) -> tuple[Path, MatchCounts]:
-    """Find the samples of the run, matched by an earlier start or another run of the same inputs; else match them now.
+    """Find the folder of the run's samples, matched by an earlier start or run of the same inputs; else match them now.
 
     Args:
         data_records: The fingerprints of the data and the keep list.
         scratch: Where a dry run writes them.
-
-    Returns:
-        The folder of the samples, and what their matching found.
     """
     assert dataset.index_folder is not None, "opened with a folder for the index"
     identity = {
@@ -208,12 +194,7 @@ def find_samples(
 def match_samples(
     dataset: Dataset, sources: Sources, val_fraction: float, folder: Path, reporter: Reporter
 ) -> MatchCounts:
-    """Match the data with other files, and write down the samples to train on and those held out, shard by shard.
-
-    Args:
-        val_fraction: Fraction of the samples held out: the keys whose hash falls below it.
-        folder: Where they are written, see `matched_samples`.
-    """
+    """Match the data with other files, and write down the samples to train on and those held out, shard by shard."""
     index = index_of(dataset)
     shards = range(len(index.records))
     joined = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.results.run_folder import RunFolder
-from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import Masking, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.inherit import inherit
@@ -38,8 +38,7 @@ class Student:
     """A model to train.
 
     Attributes:
-        model: The model; its ``info.weights_hash`` identifies its initial weights.
-        precision: Number format of the towers in training.
+        model: Its ``info.weights_hash`` identifies its initial weights.
         pruned: The passes of both towers that omit what features do not depend on.
         encode_both: Those, or the compiled passes.
         frozen: Modules that stay in evaluation mode.
@@ -92,12 +91,8 @@ class Student:
             encoded.backward(before_last)
 
 
-def load_student(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Student:
+def load_student(settings: DistillSettings, device: torch.device, reporter: Reporter) -> Student:
     """Load the student as ``--student``, ``--init-from`` and ``--freeze-…`` say."""
-    return machine.on_all(lambda: _load(settings, machine.device, reporter))
-
-
-def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -> Student:
     model = load_model(parse_model(str(settings.student)), device, fresh_seed=settings.seed)
     if settings.init_from is not None:
         model = _inherit(model, settings.init_from, settings.init_towers, reporter)
@@ -198,33 +193,17 @@ def write_students(folder: RunFolder, student: ClipModel, source: str, state: Tr
 
     Args:
         source: What was trained, as the user named it; tokenizer files of a folder are taken along.
-
-    Returns:
-        The folders.
     """
-    path = parse_model(source).path
-
-    def write(target: Path) -> Path:
-        write_model_folder(
-            target,
-            student.info.config,
-            student.info.preprocess,
-            student.module.state_dict(),
-            tokenizer_from=path if path is not None and path.is_dir() else None,
-        )
-        return target
-
-    written = [write(folder.student)]
-    if state.ema is not None:
-        with state.ema.swapped_in():
-            written.append(write(folder.student_ema))
-    return written
+    info, path = student.info, parse_model(source).path
+    tokenizer = path if path is not None and path.is_dir() else None
+    folders = folder.students(ema=state.ema is not None)
+    for target in folders:
+        with state.ema.swapped_in() if state.ema is not None and target == folder.student_ema else nullcontext():
+            tensors = student.module.state_dict()
+            write_model_folder(target, info.config, info.preprocess, tensors, tokenizer_from=tokenizer)
+    return folders
 
 
-def warn_of_batch_statistics(student: ClipModel, reporter: Reporter) -> None:
-    """Warn where a batch is cut into parts and the student has batch normalisation."""
-    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in student.module.modules()):
-        reporter.warn(
-            "The student has batch normalisation, whose statistics are those of each part of a batch: "
-            "--accum-freq and several processes change what it learns."
-        )
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """Return the layers of batch normalisation."""
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]

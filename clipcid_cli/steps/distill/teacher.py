@@ -10,14 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from clipcid_cli.algorithms.losses.centroids import ProjectedCentroids
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
-from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, identity_of
-from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import apply_colors
@@ -26,7 +25,7 @@ from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.steps.distill.batches import TrainingBatch
-from clipcid_cli.steps.distill.clusters import ClusterLookup
+from clipcid_cli.steps.distill.clusters import ClusterLookup, validate_width
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher
 from clipcid_cli.steps.model_identity import cluster_with
@@ -51,9 +50,9 @@ class Teacher:
     Attributes:
         space: Where its features and the student's are compared.
         scale: exp(logit_scale).
-        clusters: Its clusters; None where no loss needs them.
+        clusters: None where no loss needs them.
         model: What runs alongside the student, on the same views and captions; None where stored rows come with the batch.
-        precision: Number format of the model's products, to which it is cast.
+        precision: Number format of the model's products, to which it is cast; None without one.
     """
 
     space: SharedSpace
@@ -66,32 +65,29 @@ class Teacher:
     def rows(self, batch: TrainingBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return t, u and u of the further texts of this process's part, unit rows in the shared space, float32 [b, D]."""
         image, text, extra = batch.teacher_image_bD, batch.teacher_text_bD, batch.teacher_extra_eD
-        if self.model is not None and self.precision is not None:
-            image, text = _embed(self.model, self.precision, batch)
+        if self.model is not None:
+            image, text = self._embed(self.model, batch)
         assert image is not None, "the batch maker has the stored rows"
-        return (
-            self._project(image),
-            None if text is None else self._project(text),
-            None if extra is None else self._project(extra),
-        )
 
-    def _project(self, rows_bD: Tensor) -> Tensor:
-        return project(rows_bD.float(), self.space.axes)
+        def project_text(rows_bD: Tensor | None) -> Tensor | None:
+            return None if rows_bD is None else project(rows_bD.float(), self.space.axes)
 
+        return project(image.float(), self.space.axes), project_text(text), project_text(extra)
 
-def _embed(model: ClipModel, precision: Precision, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-    """Embed what the student is shown: image and text rows, unit, float32 [b, D] each."""
-    assert batch.teacher_pixels is not None, "the batch maker has the teacher's processor"
-    assert batch.teacher_tokens is not None, "likewise"
-    images, texts = [], []
-    for start in range(0, len(batch), SAMPLES_AT_ONCE):
-        part = slice(start, start + SAMPLES_AT_ONCE)
-        pixels = batch.teacher_pixels[part]
-        if batch.colors is not None:
-            pixels = normalize_pixels(apply_colors(pixels, batch.colors[part]), model.info.preprocess)
-        images.append(model.encode_images(pixels, precision))
-        texts.append(model.encode_texts(batch.teacher_tokens[part], precision))
-    return torch.cat(images), torch.cat(texts)
+    def _embed(self, model: ClipModel, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+        """Embed what the student is shown."""
+        assert self.precision is not None
+        assert batch.teacher_pixels is not None, "the batch maker has the teacher's processor"
+        assert batch.teacher_tokens is not None, "likewise"
+        images, texts = [], []
+        for start in range(0, len(batch), SAMPLES_AT_ONCE):
+            part = slice(start, start + SAMPLES_AT_ONCE)
+            pixels = batch.teacher_pixels[part]
+            if batch.colors is not None:
+                pixels = normalize_pixels(apply_colors(pixels, batch.colors[part]), model.info.preprocess)
+            images.append(model.encode_images(pixels, self.precision))
+            texts.append(model.encode_texts(batch.teacher_tokens[part], self.precision))
+        return torch.cat(images), torch.cat(texts)
 
 
 def load_online_model(inputs: Inputs, machine: Machine) -> ClipModel | None:
@@ -135,16 +131,16 @@ def open_teacher(
     space = choose_space(settings, width, embeddings, student_width, machine, reporter)
     clusters = None
     if chosen is not None:
-        if model is not None and chosen.files.centroids.shape[1] != width:
-            raise ClipcidError(
-                f"The clusters in {chosen.files.folder} have width {chosen.files.centroids.shape[1]}, the teacher "
-                f"{model.info.spec} {width}: they are of another teacher.",
-                cluster_with(parse_model(model.info.spec), settings),
-            )
-        clusters = ClusterLookup.of(settings, chosen, inputs.training, space.axes, machine.device)
+        if model is not None:
+            spec = model.info.spec
+            validate_width(chosen.files, f"teacher {spec}", width, cluster_with(parse_model(spec), settings))
+        centroids = ProjectedCentroids(chosen.files.centroids, space.axes, machine.device)
+        clusters = ClusterLookup(centroids, inputs.training.column("clusters"), chosen.towers, settings)
     if model is None:
-        assert embeddings is not None
-        return Teacher(space, _recorded_scale(settings, embeddings.sidecar, reporter), clusters)
+        recorded = None if embeddings is None or embeddings.model is None else embeddings.model.logit_scale
+        if recorded is None and any(LOSSES[name].needs_teacher_scale for name in settings.losses()):
+            reporter.note(f"The embeddings do not record the teacher's logit scale; using {_MAX_SCALE:g}.")
+        return Teacher(space, _MAX_SCALE if recorded is None else float(recorded), clusters)
     info = model.info
     precision = choose_precision(settings.precision, machine.device, "embed", info.parameters)
     model.cast_products(precision)
@@ -153,16 +149,6 @@ def open_teacher(
         f"precision {precision.name} ({precision.reason})."
     )
     return Teacher(space, model.logit_scale, clusters, model, precision)
-
-
-def _recorded_scale(settings: DistillSettings, sidecar: EmbedSidecar | None, reporter: Reporter) -> float:
-    """Return exp(logit_scale) of the teacher as `embed` recorded it."""
-    if not any(LOSSES[name].needs_teacher_scale for name in settings.losses()):
-        return _MAX_SCALE
-    if sidecar is not None and sidecar.model.logit_scale is not None:
-        return float(sidecar.model.logit_scale)
-    reporter.note(f"The embeddings do not record the teacher's logit scale; using {_MAX_SCALE:g}.")
-    return _MAX_SCALE
 
 
 def choose_space(

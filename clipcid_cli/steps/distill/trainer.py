@@ -33,7 +33,7 @@ from clipcid_cli.steps.distill.batches import Batches, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.plan import Plan
-from clipcid_cli.steps.distill.student import Student, warn_of_batch_statistics
+from clipcid_cli.steps.distill.student import Student, batch_norms
 from clipcid_cli.steps.distill.teacher import open_teacher
 from clipcid_cli.steps.reporting import Progress, Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -45,8 +45,7 @@ class Trainer:
     """A run in progress.
 
     Attributes:
-        teacher_model: The model that teaches alongside the student.
-        losses: The losses of the last step that was read, by name.
+        losses: Those of the last step that was read, by name.
         metrics: Those of the last evaluation, by name.
     """
 
@@ -60,13 +59,9 @@ class Trainer:
         reporter: Reporter,
         output: Output[DistillSidecar] | None = None,
     ) -> None:
-        """Assemble a run, from its last checkpoint on where it has one.
-
-        Args:
-            output: The claim on the run's folder; None for a run that writes nothing.
-        """
+        """Assemble a run, from its last checkpoint on where it has one; without an `output` it writes nothing."""
         self.settings, self.plan, self.student, self.machine, self.reporter = settings, plan, student, machine, reporter
-        self.teacher_model, self._output = teacher_model, output
+        self._output = output
         keep_freed_memory()
         model, inputs = student.model, plan.inputs
         processors = Processor.of(model), None if teacher_model is None else Processor.of(teacher_model)
@@ -81,17 +76,16 @@ class Trainer:
         self.bad: dict[str, str] = {}
         if output is not None:
             self._resume(output)
-        if settings.accum_freq * machine.size > 1:
-            warn_of_batch_statistics(model, reporter)
+        if settings.accum_freq * machine.size > 1 and batch_norms(model.module):
+            reporter.warn(
+                "The student has batch normalisation, whose statistics are those of each part of a batch: "
+                "--accum-freq and several processes change what it learns."
+            )
         clusters = None if teacher is None else teacher.clusters
         self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, machine)
-        self.evaluation = Evaluation.prepare(inputs, model, plan.evaluations, machine)
-        self.log = TrainingLog(
-            plan.folder,
-            self.state.step,
-            writes=output is not None and machine.is_main,
-            tensorboard=settings.report_to == "tensorboard",
-        )
+        self.evaluation = Evaluation(inputs, model, plan.evaluations, machine)
+        writes, tensorboard = output is not None and machine.is_main, settings.report_to == "tensorboard"
+        self.log = TrainingLog(plan.folder, self.state.step, writes=writes, tensorboard=tensorboard)
         self._values = StepValues(machine.device)
         self.losses: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
@@ -155,16 +149,11 @@ class Trainer:
         return lr
 
     def read(self, num_steps: int, lr: float) -> dict[str, Any]:
-        """Return the last step's line of the log; refuse to go on where a step diverged.
-
-        Args:
-            num_steps: Number of steps made since the run began or was resumed.
-            lr: The last step's learning rate.
-        """
+        """Return the last step's line of the log; refuse to go on where one of the `num_steps` made so far diverged."""
         num_finite, values = self._values.read()
-        weights, learned = self.objective.weights, self._learned()
-        losses = dict(zip(weights, values, strict=False))
-        norm, learned_values = values[len(weights)], values[len(weights) + 1 :]
+        weights = self.objective.weights
+        losses, norm = dict(zip(weights, values, strict=False)), values[len(weights)]
+        learned = dict(zip(self._learned(), values[len(weights) + 1 :], strict=True))
         loss = sum(weights[name] * value for name, value in losses.items())
         if num_finite < num_steps:
             self._stop_diverged(self.state.step - num_steps + num_finite, loss, norm, losses)
@@ -175,17 +164,11 @@ class Trainer:
             **{f"loss_{name}": value for name, value in losses.items()},
             "lr": lr,
             "gradient_norm": norm if math.isfinite(norm) else None,
-            **{
-                name: math.exp(value) if name.startswith("scale_") else value
-                for name, value in zip(learned, learned_values, strict=True)
-            },
+            **{name: math.exp(value) if name.startswith("scale_") else value for name, value in learned.items()},
         }
 
     def unreadable_images(self) -> dict[str, str]:
-        """Return the unreadable images that any process met so far, reason by key; call it on every process.
-
-        In another epoch, an image may have come to another of them.
-        """
+        """Return the unreadable images that any process met so far, reason by key; call it on every process."""
         return {key: reason for bad in self.machine.gather(self.bad) for key, reason in bad.items()}
 
     def _learned(self) -> dict[str, Any]:
@@ -206,10 +189,7 @@ class Trainer:
             )
 
     def _stop_diverged(self, step: int, loss: float, norm: float, losses: dict[str, float]) -> None:
-        """Save the keys of the batch whose loss or gradient is not finite, and raise.
-
-        All processes hold the same loss and gradient, so all of them arrive here.
-        """
+        """Save the keys of the batch whose loss or gradient is not finite, the same on all processes, and raise."""
         path, where = self.plan.folder.diverged(step), ""
         if self._output is not None:
             where = f" The batch's keys are in {path}."
@@ -232,7 +212,7 @@ class Trainer:
         self.metrics = self.machine.broadcast(metrics)
 
     def _show(self, progress: Progress, line: dict[str, Any]) -> None:
-        """Show the panel: losses, learning rate and scales, share of time spent waiting for data, memory."""
+        """Show the panel beside the bar."""
         progress.show(
             **self.losses,
             lr=line["lr"],

@@ -35,7 +35,7 @@ def features(seed):
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn({BATCH}, {WIDTH}, generator=generator), dim=1).requires_grad_()
 
-centroids = ProjectedCentroids.of(np.load(sys.argv[1], mmap_mode="r"), None, torch.device("cpu"))
+centroids = ProjectedCentroids(np.load(sys.argv[1], mmap_mode="r"), None, torch.device("cpu"))
 towers = [(top(0), 0.05)] + [(top(1), 0.05)] * (sys.argv[2] == "both")
 settings = DistillSettings(student="s.json", preset="cid", candidate_ratio=0.1, min_candidates=4096)
 lookup = ClusterLookup(centroids, np.arange({BATCH}), towers, settings)

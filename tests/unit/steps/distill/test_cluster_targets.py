@@ -43,7 +43,7 @@ def test_taken_rows_are_the_file_rows_projected(
     width = CUT if is_projected else D
     monkeypatch.setattr(projected_centroids, "_KEPT_BYTES", K * width * 4 - (not is_kept))
     monkeypatch.setattr(projected_centroids, "_ROWS_AT_ONCE", 7)
-    centroids = ProjectedCentroids.of(file, axes, CPU)
+    centroids = ProjectedCentroids(file, axes, CPU)
     assert (centroids.kept_Kd is not None) == is_kept
     assert (len(centroids), centroids.width) == (K, width)
     ids = np.random.default_rng(1).permutation(K)[:50]
