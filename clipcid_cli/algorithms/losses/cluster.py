@@ -41,16 +41,12 @@ class ClusterCandidates:
 def draw_candidates(
     top_clusters: npt.NDArray[np.integer], num_clusters: int, *, ratio: float, minimum: int, seed: int
 ) -> ClusterCandidates:
-    """Draw the candidate centroids of a global batch.
+    """Draw the candidate centroids of a global batch, on every process the same.
 
     Args:
         top_clusters: Stored clusters of the batch's samples, any shape, values in [0, K).
         ratio: Share r of all K centroids to draw from the rest.
         minimum: Smallest number of candidates, active ones included (all K when there are fewer).
-        seed: The same on every process, so that all compare with the same centroids.
-
-    Returns:
-        The candidates; a function of the arguments only.
 
     Source: docs/method.md#candidates; the share is UNICOM's partial-FC, the correction ours.
     """
@@ -75,19 +71,16 @@ def cluster_targets(
     temperature: float,
     label_share: float,
 ) -> ClusterTargets:
-    """Prepare what the loss needs of one batch.
+    """Prepare what the loss needs of one batch, on the device of the centroids.
 
     Args:
-        candidates: The batch's candidates; every id of `top_clusters` is an active one.
-        centroids_SD: Their centroids, unit rows, float32 [S, D].
+        candidates: Every id of `top_clusters` is an active one.
+        centroids_SD: The candidates, unit rows, float32.
         top_clusters: Stored clusters of each sample, nearest first, [B, m].
         top_similarities: Cosine similarities to them, [B, m].
         temperature: τ_T of the teacher's distribution softmax(similarity/τ_T), over the m stored clusters: the others
             would get a share below e^((last − first)/τ_T) each.
         label_share: α: weight of the nearest cluster's one-hot target; 1 − α is the distribution's.
-
-    Returns:
-        The targets, on the device of `centroids_SD`.
     """
     positions = np.searchsorted(candidates.ids[: candidates.num_active], top_clusters)
     weights = torch.from_numpy(np.asarray(top_similarities, dtype=np.float32) / np.float32(temperature)).softmax(dim=1)
@@ -103,13 +96,7 @@ def cluster(batch: LossBatch, scale: Tensor) -> Tensor:
     """L_clu: cross-entropy of the student's softmax over centroids to label and teacher distribution.
 
     −Σ_j q_j·log p_j with p = softmax(σ_c·s' Cᵀ + correction) over the candidates and q = α·label + (1 − α)·p_T. With
-    targets of both towers the mean of both.
-
-    Args:
-        batch: Features with `image_clusters`, `text_clusters` (which teach v'), or both.
-
-    Returns:
-        This process's share of the mean over the batch, in nats, a scalar.
+    targets of both towers the mean of both. In nats.
 
     Source: CLIP-CID, arXiv 2408.09441 (k-means label, softmax and KL); weights, α and candidates are our reconstruction,
     docs/method.md#cluster-loss; the text tower is our addition.
@@ -127,16 +114,7 @@ def cluster(batch: LossBatch, scale: Tensor) -> Tensor:
 def soft_label_cross_entropy(
     features_BD: Tensor, targets: ClusterTargets, scale: Tensor, own: slice = slice(None)
 ) -> Tensor:
-    """Sum over rows of logΣexp(logits) − Σ_j q_j·logit_j, without a B × S matrix when that would be large.
-
-    Args:
-        features_BD: Unit rows [B, D].
-        targets: Candidates and sparse target distributions.
-        own: The rows of this process, which are those that are summed.
-
-    Returns:
-        A scalar.
-    """
+    """Sum over own rows of logΣexp(logits) − Σ_j q_j·logit_j, without a B × S matrix when that would be large."""
     first, stop, _ = own.indices(len(features_BD))
     scaled_bD = scale * rows_between(features_BD, first, stop)
 

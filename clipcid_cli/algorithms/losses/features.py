@@ -14,10 +14,8 @@ def feature_distance(batch: LossBatch) -> Tensor:
     """`fd` = mean over images of |s' − t|² + mean over texts of |v' − u|², summed over the width.
 
     With a teacher of one tower one of the two summands remains, at its usual weight. Texts without images are texts like
-    captions, and do not change the weight of the mean; where the teacher has no captions, the mean is over them alone.
-
-    Returns:
-        This process's share, a scalar; of all rows in [0, 8]: unit rows are at most 2 apart.
+    captions, and do not change the weight of the mean; where the teacher has no captions, the mean is over them alone. In
+    [0, 8]: unit rows are at most 2 apart.
 
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), feature distillation. Their code averages over the width and
     multiplies by 2000; a sum does not depend on the width, so the preset divides 2000 by it.
@@ -28,10 +26,7 @@ def feature_distance(batch: LossBatch) -> Tensor:
 def masked_feature_distance(batch: LossBatch) -> Tensor:
     """`mfd` = mean over images of |s'_m − t|² + mean over texts of |v' − u|²; s'_m saw a quarter of an image's patches.
 
-    Other losses never see s'_m (in the published code its pass replaces the whole one, for the task's loss too).
-
-    Returns:
-        This process's share, a scalar; of all rows in [0, 8].
+    Other losses never see s'_m (in the published code its pass replaces the whole one, for the task's loss too). In [0, 8].
 
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), masked feature distillation; the weight as for `fd`.
     """

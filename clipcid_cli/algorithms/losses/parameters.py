@@ -27,12 +27,7 @@ class LossParameters(nn.Module):
     """
 
     def __init__(self, names: Iterable[str], student_width: int, space: SharedSpace, seed: int) -> None:
-        """Make them.
-
-        Args:
-            names: Names of the losses.
-            seed: Decides the layers' first weights.
-        """
+        """Make those of the losses `names`; the seed decides the layers' first weights."""
         super().__init__()
         entries = [LOSSES[name] for name in names]
         self.log_scales = nn.ParameterDict(

@@ -24,15 +24,12 @@ class LossEntry:
         summary: What it compares, for docs/distill.md.
         function: ``module:function`` of its implementation in this package, called as ``f(batch)`` with what it learns
             itself: ``scale``, ``bias``, ``fusion``.
-        scale: Where a logit scale of its own starts, which is kept in 1 … 100; None for a loss without one.
-        bias: Where a bias of its own starts; None for a loss without one.
+        scale: Where a logit scale of its own starts, which is kept in 1 … 100.
+        bias: Where a bias of its own starts.
         fuses: Whether it learns layers that join student and teacher, one for images and one for captions.
         masked_patches: Share of an image's patches that are hidden in a further pass of the student's image tower, whose
-            features the loss reads; 0 for a loss that has none.
+            features the loss reads.
         reads_tokens: Whether it reads the student's features of patches and of caption tokens.
-        needs_teacher: Whether it reads teacher embeddings.
-        needs_teacher_scale: Whether it reads the teacher's logit scale.
-        needs_clusters: Whether it reads the centroids and assignments that `clipcid cluster` writes.
         compares_features: Whether it is a distance of single features, student to teacher; such losses allow a higher
             learning rate.
         one_tower: Whether a teacher of images alone, or of captions alone, can serve it.
@@ -213,15 +210,7 @@ DEFAULT_PRESET = "fd-instance"
 
 
 def select_losses(preset: str, overrides: Mapping[str, float]) -> dict[str, Weight]:
-    """Return the losses of a run: the preset's, with overridden weights put in and those of weight 0 left out.
-
-    Args:
-        preset: A name of `PRESETS`.
-        overrides: Weights by loss name; they replace the preset's and add losses it lacks.
-
-    Returns:
-        Weights by name, in registry order.
-    """
+    """Return a run's losses in registry order: the preset's with the weights of `overrides`, without those of weight 0."""
     weights = {**PRESETS[preset], **{name: Weight(value) for name, value in overrides.items()}}
     return {name: weights[name] for name in LOSSES if name in weights and weights[name].value > 0.0}
 

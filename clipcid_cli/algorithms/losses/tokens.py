@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.algorithms.losses.row_blocks import Similarities, add, over_blocks, rows_between
+from clipcid_cli.algorithms.losses.row_blocks import Similarities, add, rows_between
 
 # Share of a sample's patches or tokens that is taught, rounded up.
 SELECTED = 0.25
@@ -24,9 +24,6 @@ def token_distance(batch: LossBatch) -> Tensor:
     those most similar to the teacher's image t_i. c_i, the teacher's confidence, is the mean of the shares that its in-batch
     softmax gives to the right caption and to the right image. Distances are summed over the width.
 
-    Returns:
-        This process's share, a scalar ≥ 0.
-
     Source: Wang et al. 2022 (CLIP-TD, arXiv 2201.05729) for L1, selected tokens and weights by confidence; no formulas are
     public, so selection, weights and targets are our reconstruction: the teacher's features of whole images and captions
     stand for those of its tokens, which nothing stores. docs/method.md#losses-of-other-papers.
@@ -35,10 +32,15 @@ def token_distance(batch: LossBatch) -> Tensor:
     assert batch.teacher_scale is not None
     first, stop, _ = batch.own.indices(len(batch))
     image, text = rows_between(teacher_image, first, stop), rows_between(teacher_text, first, stop)
+
+    def matching_share(start: int, logits_bB: Tensor) -> Tensor:
+        return logits_bB.softmax(dim=1).diagonal(start)
+
     with torch.no_grad():
-        both_ways = Similarities(teacher_image, teacher_text, batch.teacher_scale)
+        to_text = Similarities(teacher_image, teacher_text, batch.teacher_scale)
         confidence_b = (
-            _matching_share(both_ways, first, stop) + _matching_share(both_ways.transposed(), first, stop)
+            to_text.of_each_row(matching_share, first, stop)
+            + to_text.transposed().of_each_row(matching_share, first, stop)
         ) / 2
     sums = []
     for tokens, target, other in ((batch.image_tokens_bLD, image, text), (batch.text_tokens_bLD, text, image)):
@@ -63,13 +65,3 @@ def distance_of_selected(tokens_bLD: Tensor, target_bD: Tensor, other_bD: Tensor
         shares_bn = (torch.arange(places_bn.shape[1], device=places_bn.device) < wanted_b1) / wanted_b1
     selected_bnD = tokens_bLD.gather(1, places_bn[:, :, None].expand(-1, -1, tokens_bLD.shape[2]))
     return ((selected_bnD - target_bD[:, None]).abs().sum(dim=2) * shares_bn).sum(dim=1)
-
-
-def _matching_share(similarities: Similarities, first: int, stop: int) -> Tensor:
-    """Return what the softmax over the right rows gives to the matching one, for left rows first … stop − 1, [b]."""
-    rows, device = len(similarities.right_BD), similarities.right_BD.device
-
-    def block(start: int, end: int) -> Tensor:
-        return similarities.rows(start, end).softmax(dim=1).diagonal(start)
-
-    return torch.cat(over_blocks(block, first, stop, rows, device))
