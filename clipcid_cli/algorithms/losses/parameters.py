@@ -51,11 +51,6 @@ class LossParameters(nn.Module):
 
     def of(self, name: str) -> dict[str, Any]:
         """Return the arguments that a loss is called with beside its batch."""
-        found: dict[str, Any] = {}
-        if name in self.log_scales:
-            found["scale"] = self.log_scales[name].exp()
-        if name in self.biases:
-            found["bias"] = self.biases[name]
-        if name in self.fusions:
-            found["fusion"] = self.fusions[name]
-        return found
+        scales = {"scale": self.log_scales[name].exp()} if name in self.log_scales else {}
+        others = {"bias": self.biases, "fusion": self.fusions}
+        return scales | {kind: learned[name] for kind, learned in others.items() if name in learned}

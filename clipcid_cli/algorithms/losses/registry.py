@@ -30,12 +30,11 @@ class LossEntry:
         masked_patches: Share of an image's patches that are hidden in a further pass of the student's image tower, whose
             features the loss reads.
         reads_tokens: Whether it reads the student's features of patches and of caption tokens.
-        compares_features: Whether it is a distance of single features, student to teacher; such losses allow a higher
-            learning rate.
+        compares_features: Whether it is a distance of single features, student to teacher: such losses allow a higher
+            learning rate, and also teach texts without images (``--extra-texts``).
         one_tower: Whether a teacher of images alone, or of captions alone, can serve it.
         space: Where features are compared: ``own`` compares student with student only, ``teacher`` compares across and
             so needs equal widths (see ``--teacher-space``).
-        takes_extra_texts: Whether it also teaches texts without images (``--extra-texts``).
     """
 
     name: str
@@ -51,8 +50,7 @@ class LossEntry:
     needs_clusters: bool = False
     compares_features: bool = False
     one_tower: bool = False
-    space: Literal["own", "teacher"] = "own"
-    takes_extra_texts: bool = False
+    space: Literal["own", "teacher"] = "teacher"
 
 
 LOSSES: Mapping[str, LossEntry] = {
@@ -64,6 +62,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "contrastive:clip",
             needs_teacher=False,
             one_tower=True,
+            space="own",
         ),
         LossEntry(
             "instance",
@@ -71,7 +70,6 @@ LOSSES: Mapping[str, LossEntry] = {
             "contrastive:instance",
             scale=CLIP_SCALE,
             one_tower=True,
-            space="teacher",
         ),
         LossEntry(
             "instance-intra",
@@ -79,7 +77,6 @@ LOSSES: Mapping[str, LossEntry] = {
             "contrastive:instance_intra",
             scale=CLIP_SCALE,
             one_tower=True,
-            space="teacher",
         ),
         LossEntry(
             "cluster",
@@ -88,7 +85,6 @@ LOSSES: Mapping[str, LossEntry] = {
             scale=CLIP_SCALE,
             needs_clusters=True,
             one_tower=True,
-            space="teacher",
         ),
         LossEntry(
             "fd",
@@ -96,8 +92,6 @@ LOSSES: Mapping[str, LossEntry] = {
             "features:feature_distance",
             compares_features=True,
             one_tower=True,
-            space="teacher",
-            takes_extra_texts=True,
         ),
         LossEntry(
             "mfd",
@@ -106,8 +100,6 @@ LOSSES: Mapping[str, LossEntry] = {
             masked_patches=0.75,
             compares_features=True,
             one_tower=True,
-            space="teacher",
-            takes_extra_texts=True,
         ),
         LossEntry(
             "icl",
@@ -115,20 +107,19 @@ LOSSES: Mapping[str, LossEntry] = {
             "contrastive:interactive",
             scale=CLIP_SCALE,
             one_tower=True,
-            space="teacher",
         ),
         LossEntry(
             "crd",
             "divergence of the student's in-batch similarities from the teacher's",
             "relations:relation_divergence",
             needs_teacher_scale=True,
+            space="own",
         ),
         LossEntry(
             "gd",
             "squared distance of the gradients that the contrastive loss has by student and by teacher features",
             "gradients:gradient_distance",
             needs_teacher_scale=True,
-            space="teacher",
         ),
         LossEntry(
             "afd",
@@ -136,32 +127,31 @@ LOSSES: Mapping[str, LossEntry] = {
             "contrastive:fused",
             scale=CLIP_SCALE,
             fuses=True,
+            space="own",
         ),
         LossEntry(
             "td",
             "distance of the student's patches and tokens nearest to the teacher's other tower, by the teacher's confidence",
-            "tokens:token_distance",
+            "features:token_distance",
             reads_tokens=True,
             needs_teacher_scale=True,
-            space="teacher",
         ),
         LossEntry(
             "vrd",
             "teacher-student similarities of images follow those of captions; each tower contrasted with the teacher's",
             "relations:vertical_relation",
             scale=CLIP_SCALE,
-            space="teacher",
         ),
         LossEntry(
             "xrd",
             "teacher image against student caption and teacher caption against student image agree in their similarities",
             "relations:cross_relation",
-            space="teacher",
         ),
         LossEntry(
             "affinity",
             "cross-entropy of the student's in-batch similarities to the teacher's at a fixed scale of 100",
             "relations:affinity",
+            space="own",
         ),
     )
 }

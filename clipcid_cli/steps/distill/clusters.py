@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
-from clipcid_cli.algorithms.losses.centroids import ProjectedCentroids
-from clipcid_cli.algorithms.losses.cluster import cluster_targets, draw_candidates
+from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, cluster_targets, draw_candidates
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings

@@ -81,7 +81,7 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
     embeddings, stored, teacher = inputs.embeddings, inputs.stored, taught_by.model
     if teacher is None:
         recorded = None if embeddings is None or embeddings.model is None else embeddings.model.spec
-        spec = trainer.settings.teacher or recorded
+        spec = trainer.plan.settings.teacher or recorded
         if spec is None:
             return None
         try:
@@ -89,7 +89,7 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
         except ClipcidError as error:
             trainer.reporter.note(f"The time that the teacher would take in the loop is not measured: {error.message}")
             return None
-    images, texts = _time_teacher(teacher, trainer.plan.batch_size // machine.size, trainer.settings.precision)
+    images, texts = _time_teacher(teacher, trainer.plan.batch_size // machine.size, trainer.plan.settings.precision)
     seconds = images + texts
     # What is embedded once may be more than what is trained on: all images, not only the kept ones.
     rows = inputs.usable.total if embeddings is None else embeddings.num_rows

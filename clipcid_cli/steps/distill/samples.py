@@ -174,15 +174,14 @@ def find_samples(
     folder = matched_folder(dataset.index_folder, identity)
     wanted: dict[str, Any] = {"settings": {"matched": folder.name}, "inputs": [], "overwrite": True}
     matched = find_output(folder, STEP, Sidecar, **wanted).finished
-    if matched is None or (scratch is None and any(folder.glob(f".{STEP}-*"))):  # what a killed run left
+    if matched is None:
         if scratch is not None:
             folder = matched_folder(scratch, identity)
         with lock_index(folder.parent):
-            matched = find_output(folder, STEP, Sidecar, **wanted).finished  # another run may just have made it
-            if matched is None:
+            if find_output(folder, STEP, Sidecar, **wanted).finished is None:
                 shutil.rmtree(folder, ignore_errors=True)  # damaged, or begun by a run that was killed
-            # This removes what is left beside a finished one.
             with open_output(folder, STEP, Sidecar, **wanted) as output:
+                matched = output.finished  # another run may just have made it
                 if matched is None:
                     output.start()
                     counts = match_samples(dataset, sources, settings.val_fraction, output.work, reporter)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.centroids import ProjectedCentroids
+from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
 from clipcid_cli.formats.atomic import atomic_file
@@ -96,8 +96,7 @@ def load_online_model(inputs: Inputs, machine: Machine) -> ClipModel | None:
     if not isinstance(teacher, OnlineTeacher):
         return None
     model = machine.on_all(lambda: load_model(teacher.name, machine.device))
-    for parameter in model.module.parameters():
-        parameter.requires_grad_(False)
+    model.module.requires_grad_(False)
     return model
 
 

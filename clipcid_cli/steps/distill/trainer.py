@@ -28,15 +28,13 @@ from clipcid_cli.runtime.memory import keep_freed_memory, memory_in_use
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.steps.distill.batch_maker import BatchMaker
-from clipcid_cli.steps.distill.batches import Batches, TrainingBatch
+from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.plan import Plan
 from clipcid_cli.steps.distill.student import Student, batch_norms
 from clipcid_cli.steps.distill.teacher import open_teacher
-from clipcid_cli.steps.reporting import Progress, Reporter
-from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.training.step_values import StepValues
 from clipcid_cli.training.train_state import TrainState
 
@@ -51,7 +49,6 @@ class Trainer:
 
     def __init__(
         self,
-        settings: DistillSettings,
         plan: Plan,
         student: Student,
         teacher_model: ClipModel | None,
@@ -60,8 +57,8 @@ class Trainer:
         output: Output[DistillSidecar] | None = None,
     ) -> None:
         """Assemble a run, from its last checkpoint on where it has one; without an `output` it writes nothing."""
-        self.settings, self.plan, self.student, self.machine, self.reporter = settings, plan, student, machine, reporter
-        self._output = output
+        self.plan, self.student, self.machine, self.reporter, self._output = plan, student, machine, reporter, output
+        settings = plan.settings
         keep_freed_memory()
         model, inputs = student.model, plan.inputs
         processors = Processor.of(model), None if teacher_model is None else Processor.of(teacher_model)
@@ -119,7 +116,13 @@ class Trainer:
                     line["samples_per_second"] = round((step - first) * plan.batch_size / seconds, 1)
                     line["data_wait_share"] = round(waited / seconds, 3)
                     self.log.add(line)
-                    self._show(progress, line)
+                    progress.show(
+                        **self.losses,
+                        lr=lr,
+                        **{f"σ {name}": line[f"scale_{name}"] for name in self.state.log_scales},
+                        waiting=f"{waited / seconds:.0%}",
+                        memory=f"{memory_in_use(self.machine.device) / 2**30:.1f} GiB",
+                    )
                 if saves:
                     self.log.flush()
                 if evaluates:
@@ -132,8 +135,8 @@ class Trainer:
         state, student = self.state, self.student
         self._note_unreadable(batch)
         student.train()
-        parts = range(self.settings.accum_freq)
-        seeds = [derive_seed("step", self.settings.seed, state.step, self.machine.rank, part) for part in parts]
+        parts = range(self.plan.settings.accum_freq)
+        seeds = [derive_seed("step", self.plan.settings.seed, state.step, self.machine.rank, part) for part in parts]
         encoded = student.encode(batch, seeds)
         # Where the cluster loss is small it is the difference of two large terms: TF32 would leave nothing of its gradient.
         with exact_accumulation(self.machine.device):
@@ -211,19 +214,9 @@ class Trainer:
             self.log.add_evaluation(self.state.step, metrics)
         self.metrics = self.machine.broadcast(metrics)
 
-    def _show(self, progress: Progress, line: dict[str, Any]) -> None:
-        """Show the panel beside the bar."""
-        progress.show(
-            **self.losses,
-            lr=line["lr"],
-            **{f"σ {name}": line[f"scale_{name}"] for name in self.state.log_scales},
-            waiting=f"{line['data_wait_share']:.0%}",
-            memory=f"{memory_in_use(self.machine.device) / 2**30:.1f} GiB",
-        )
-
     def _save(self) -> None:
         bad = self.unreadable_images()
-        Skips.of(bad).check(len(self.batches), self.settings.max_bad_fraction, "the training data")
+        Skips.of(bad).check(len(self.batches), self.plan.settings.max_bad_fraction, "the training data")
         if self.machine.is_main:
             state = self.state.state_dict() | {"bad": bad}
             write_checkpoint(self.plan.folder.checkpoints, self.state.step, state)
@@ -232,10 +225,10 @@ class Trainer:
     def _resume(self, output: Output[DistillSidecar]) -> None:
         """Go on from the newest checkpoint of an unfinished run of the same settings and inputs, or clear the folder."""
         folder = self.plan.folder
-        unfinished = output.resumed and self.settings.resume != "never"
+        unfinished = output.resumed and self.plan.settings.resume != "never"
         steps = list_checkpoints(folder.checkpoints) if unfinished else []
         if not steps:
-            if self.settings.resume == "latest":
+            if self.plan.settings.resume == "latest":
                 raise ClipcidError(
                     f"--resume latest, but {folder.path} has no checkpoint of an unfinished run with these settings.",
                     "Omit --resume to start one.",

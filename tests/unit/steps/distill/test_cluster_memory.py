@@ -20,9 +20,8 @@ import sys, time
 import numpy as np, torch
 import torch.nn.functional as F
 from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.algorithms.losses.cluster import cluster
+from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, cluster
 from clipcid_cli.formats.results.clusters import TopClusters
-from clipcid_cli.algorithms.losses.centroids import ProjectedCentroids
 from clipcid_cli.steps.distill.clusters import ClusterLookup
 from clipcid_cli.steps.settings.distill import DistillSettings
 
