@@ -51,6 +51,6 @@ class LossParameters(nn.Module):
 
     def of(self, name: str) -> dict[str, Any]:
         """Return the arguments that a loss is called with beside its batch."""
-        scales = {"scale": self.log_scales[name].exp()} if name in self.log_scales else {}
-        others = {"bias": self.biases, "fusion": self.fusions}
+        scales: dict[str, Any] = {"scale": self.log_scales[name].exp()} if name in self.log_scales else {}
+        others: dict[str, Any] = {"bias": self.biases, "fusion": self.fusions}
         return scales | {kind: learned[name] for kind, learned in others.items() if name in learned}

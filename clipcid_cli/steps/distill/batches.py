@@ -9,7 +9,6 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -308,12 +307,11 @@ class Batches:
             clusters: None where no loss needs them.
         """
         self._batch_size = batch_size
-        self._samples, self._index = inputs.training, index_of(inputs.dataset)
+        self._inputs, self._samples = inputs, inputs.training
         self._extra_texts = None if inputs.stored is None else inputs.stored.extra_texts
         self._num_texts = inputs.num_extra_texts(batch_size)
         self._make, self._clusters = make, clusters
         self._seed, self._machine = seed, machine
-        self._places = self._samples.column("places")
         self._shard_sizes = self._samples.sizes.tolist()
         self._count = -(-batch_size // machine.size // _MAX_ITEMS)
 
@@ -337,13 +335,13 @@ class Batches:
 
     def deal(self, steps: range) -> Iterator[DealtBatch]:
         """Say what workers shall make of each step's batch; a start anywhere deals the same."""
-        order = SampleOrder(self._seed, self._shard_sizes, self._index.fetch_ahead)
+        order = SampleOrder(self._seed, self._shard_sizes, index_of(self._inputs.dataset).fetch_ahead)
         own = slice(*self._machine.share(self._batch_size))
         for step in steps:
             first = step * self._batch_size
             rows = order.rows(first, first + self._batch_size)
             epochs = np.arange(first, first + self._batch_size)[own] // len(self)
-            refs = self._refs(rows[own])
+            refs = self._inputs.refs(self._samples, rows[own])
             items = [Item(*found) for found in zip(rows[own].tolist(), epochs.tolist(), refs, strict=True)]
             pieces = zip(_cut(items, self._count), _cut(self._draw_texts(step, rows), self._count), strict=True)
             yield DealtBatch(step, rows, [WorkItem(*piece) for piece in pieces])
@@ -362,13 +360,7 @@ class Batches:
     def keys(self, step: int) -> list[str]:
         """Return the keys of a step's whole batch."""
         rows = SampleOrder(self._seed, self._shard_sizes).rows(step * self._batch_size, (step + 1) * self._batch_size)
-        return [ref.key for ref in self._refs(rows)]
-
-    def _refs(self, rows: npt.NDArray[np.int64]) -> list[SampleRef]:
-        shards = self._samples.shard_of(rows).tolist()
-        parts = {shard: self._index.part(shard) for shard in set(shards)}
-        places = self._places[rows].tolist()
-        return [SampleRef(parts[shard], place) for shard, place in zip(shards, places, strict=True)]
+        return [ref.key for ref in self._inputs.refs(self._samples, rows)]
 
     def _draw_texts(self, step: int, rows: npt.NDArray[np.int64]) -> list[ExtraText]:
         """Draw this process's part of a step's further texts: a slice of what one process would take."""
@@ -385,10 +377,11 @@ class Batches:
         chosen = readable[random.integers(len(readable), size=count)][own]
         variants = random.integers(extra.variants.number, size=count)[own]
         found = self._samples.column("embeddings")[chosen].astype(np.int64) * extra.variants.number + variants
-        return [ExtraText(*pair) for pair in zip(found.tolist(), self._refs(chosen), strict=True)]
+        refs = self._inputs.refs(self._samples, chosen)
+        return [ExtraText(*pair) for pair in zip(found.tolist(), refs, strict=True)]
 
 
 def _cut(pieces: Sequence[Piece], count: int) -> list[Sequence[Piece]]:
     """Cut a sequence into pieces that differ by one at most."""
-    bounds = [len(pieces) * number // count for number in range(count + 1)]
-    return [pieces[start:stop] for start, stop in pairwise(bounds)]
+    total = len(pieces)
+    return [pieces[total * number // count : total * (number + 1) // count] for number in range(count)]

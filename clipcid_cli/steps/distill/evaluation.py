@@ -6,6 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,6 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.distill.inputs import Inputs
-from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.distill.student import batch_norms
 from clipcid_cli.steps.encode import Decoded, Decoder, Encoder
 from clipcid_cli.steps.evaluate.measure import measure
@@ -99,14 +99,9 @@ class HeldOut:
     @classmethod
     def read(cls, inputs: Inputs, student: ClipModel) -> HeldOut | None:
         """Read the first held-out samples; None when there are fewer than two, which retrieval cannot use."""
-        samples, first = list[Sample](), 0
-        places = inputs.held_out.column("places")
-        for number, size in enumerate(inputs.held_out.sizes.tolist()):
-            if len(samples) >= _MAX_HELD_OUT:
-                break
-            samples.extend(map(index_of(inputs.dataset).part(number).sample, places[first : first + size].tolist()))
-            first += size
-        samples = [dataclasses.replace(one, captions=one.captions[:1]) for one in samples[:_MAX_HELD_OUT]]
+        first = np.arange(min(inputs.held_out.total, _MAX_HELD_OUT))
+        found = [ref.read() for ref in inputs.refs(inputs.held_out, first)]
+        samples = [dataclasses.replace(sample, captions=sample.captions[:1]) for sample in found]
         decoded = Decoder.of(student, captions=True)(samples)
         rows = [row for row in range(len(samples)) if row not in decoded.failures]
         if len(rows) < 2:

@@ -7,10 +7,13 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
@@ -21,7 +24,7 @@ from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.steps.data_index import cache_shards, ensure_index
 from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
-from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples
+from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples, index_of
 from clipcid_cli.steps.distill.stored_teacher import (
     OnlineTeacher,
     StoredTeacher,
@@ -69,6 +72,12 @@ class Inputs:
     def embeddings(self) -> Embeddings | None:
         """The teacher's stored embeddings, where there are any."""
         return None if self.teacher is None else self.teacher.embeddings
+
+    def refs(self, samples: SampleRows, rows: npt.NDArray[np.int64]) -> list[SampleRef]:
+        """Return where samples are, by their rows among those to train on or those held out."""
+        shards, places = samples.shard_of(rows).tolist(), samples.column("places")[rows].tolist()
+        parts = {shard: index_of(self.dataset).part(shard) for shard in set(shards)}
+        return [SampleRef(parts[shard], place) for shard, place in zip(shards, places, strict=True)]
 
     def num_extra_texts(self, batch_size: int) -> int:
         """Return how many further texts a step has, over all processes."""

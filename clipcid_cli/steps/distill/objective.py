@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,14 +82,11 @@ class Objective:
         extra = own.get("text_BD", own["text_Bd"])[count:] if num_extra else None
         # All in one exchange.
         together = gather_rows(torch.cat([rows_between(rows, 0, count) for rows in own.values()], dim=1))
-        rows = dict(zip(own, torch.split(together, [rows.shape[1] for rows in own.values()], dim=1), strict=True))
+        widths = [rows.shape[1] for rows in own.values()]
+        rows: dict[str, Any] = dict(zip(own, torch.split(together, widths, dim=1), strict=True))
         taught = LossBatch(
-            image_Bd=rows["image_Bd"],
-            text_Bd=rows["text_Bd"],
+            **{"image_BD": rows["image_Bd"], "text_BD": rows["text_Bd"]} | rows,
             student_scale=student_scale,
-            image_BD=rows.get("image_BD", rows["image_Bd"]),
-            text_BD=rows.get("text_BD", rows["text_Bd"]),
-            masked_image_BD=rows.get("masked_image_BD"),
             image_tokens_bLD=self._project_tokens(features.image_tokens, self.parameters.image_map, count),
             text_tokens_bLD=self._project_tokens(features.text_tokens, self.parameters.text_map, count),
             extra_text_ED=self._gather_compared(extra),

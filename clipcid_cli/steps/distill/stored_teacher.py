@@ -327,8 +327,6 @@ def validate_requested(
 
     Args:
         sidecar: Theirs; None where another tool made them, or there are none yet.
-        views: Views of each image that they hold.
-        variants: Text variants of each image that they hold.
         model: The teacher, where there are none yet.
     """
     missing: dict[str, dict[str, Any]] = {}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
+from clipcid_cli.formats.reading import describe
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.runtime.models.augment import Masking, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
@@ -101,13 +102,10 @@ def load_student(settings: DistillSettings, device: torch.device, reporter: Repo
         if is_frozen:
             frozen += freeze(model.module, tower)
     pruned = PrunedForward(model.module)
-    reads_tokens = any(LOSSES[name].reads_tokens for name in settings.losses())
+    reads_tokens = [name for name in settings.losses() if LOSSES[name].reads_tokens]
     if reads_tokens and not pruned.has_tokens:
-        raise ClipcidError(
-            f"The loss td reads patches and tokens, which {model.info.spec} does not give: its image tower, "
-            f"{image_tower_kind(model.module)}, must be a ViT of open_clip with a class token and without patch dropout, "
-            "its text tower open_clip's own.",
-            "Use --loss td=0, or fd in its place.",
+        raise _other_towers(
+            model, reads_tokens[0], "reads patches and tokens", ", or its text tower not open_clip's own"
         )
     if settings.grad_checkpointing:
         _checkpoint_layers(model)
@@ -117,7 +115,7 @@ def load_student(settings: DistillSettings, device: torch.device, reporter: Repo
         pruned=pruned,
         encode_both=_compile_towers(model.module) if settings.torchcompile else pruned,
         frozen=frozen,
-        reads_tokens=reads_tokens,
+        reads_tokens=bool(reads_tokens),
         masking=_plan_masking(settings, model, pruned.num_patches, reporter),
     )
 
@@ -131,11 +129,7 @@ def _plan_masking(
         return None
     name, fraction = max(masked.items(), key=lambda item: item[1])
     if num_patches is None:
-        raise ClipcidError(
-            f"--loss {name} masks patches of the images. The image tower of {model.info.spec}, "
-            f"{image_tower_kind(model.module)}, is not a ViT of open_clip with a class token and without patch dropout.",
-            f"Use --loss {name}=0, or fd in its place.",
-        )
+        raise _other_towers(model, name, "masks patches of the images")
     masking = Masking.of(fraction, num_patches)
     # With the class token, which is always seen.
     cost = (masking.kept + 1) / (num_patches + 1)
@@ -144,6 +138,14 @@ def _plan_masking(
         "the image tower."
     )
     return masking
+
+
+def _other_towers(model: ClipModel, loss: str, does: str, or_text: str = "") -> ClipcidError:
+    return ClipcidError(
+        f"--loss {loss} {does}. The image tower of {model.info.spec}, {image_tower_kind(model.module)}, is not a ViT of "
+        f"open_clip with a class token and without patch dropout{or_text}.",
+        f"Use --loss {loss}=0, or fd in its place.",
+    )
 
 
 def _compile_towers(module: Any) -> EncodeBoth:
@@ -158,9 +160,8 @@ def _compile_towers(module: Any) -> EncodeBoth:
         try:
             return fast(pixels, tokens.to(pixels.device, non_blocking=True))
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).split())
             raise ClipcidError(
-                f"--torchcompile: torch.compile failed: {reason[:400]}{'…' if len(reason) > 400 else ''}",
+                f"--torchcompile: torch.compile failed: {describe(error)}.",
                 "Omit --torchcompile; on a CPU it needs a C++ compiler (g++).",
             ) from error
 
@@ -181,9 +182,8 @@ def _checkpoint_layers(model: ClipModel) -> None:
     try:
         model.module.set_grad_checkpointing(True)  # type: ignore[operator]  # every CLIP of open_clip has it
     except (AttributeError, NotImplementedError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ClipcidError(
-            f"--grad-checkpointing: a tower of {model.info.spec} does not support it ({reason}).",
+            f"--grad-checkpointing: a tower of {model.info.spec} does not support it ({describe(error)}).",
             "Omit it and use --accum-freq, which saves memory with any model.",
         ) from error
 

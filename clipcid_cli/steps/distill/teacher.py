@@ -158,41 +158,34 @@ def choose_space(
     machine: Machine,
     reporter: Reporter,
 ) -> SharedSpace:
-    """Choose the space in which student and teacher are compared.
+    """Choose the space in which student and teacher are compared; all processes take the first one's axes.
 
-    Args:
-        embeddings: Stored ones, in which the axes of ``pca`` are found; None where there are none.
-        machine: The processes; all take the first one's axes.
-
-    Returns:
-        For equal widths, and where no loss compares features of the two, the teacher's space as it is, unless requested
-        otherwise; else as requested, but ``pca`` cannot widen: a student wider than its teacher takes ``project``, and so
-        does one whose teacher has no stored embeddings.
+    For equal widths, and where no loss compares features of the two, it is the teacher's as it is, unless requested
+    otherwise; else as requested, but ``pca`` cannot widen, or do without stored embeddings: ``project`` takes its place.
     """
     requested = settings.teacher_space
-    by_layer = f"Shared space: the teacher's {teacher_width} dimensions, by a learned layer per student tower."
     if requested == "auto" and all(LOSSES[name].space == "own" for name in settings.losses()):
         return SharedSpace(teacher_width)
+    if requested != "project" and student_width == teacher_width:
+        return SharedSpace(teacher_width)
+    by_layer = f"Shared space: the teacher's {teacher_width} dimensions, by a learned layer per student tower."
     if requested == "project" or student_width > teacher_width:
         reporter.note(by_layer)
-        return SharedSpace(teacher_width, is_learned=True)
-    if student_width == teacher_width:
-        return SharedSpace(teacher_width)
-    if embeddings is None:
+    elif embeddings is None:
         reporter.note(
             f"{by_layer} There are no stored embeddings to find the axes of --teacher-space pca in (clipcid embed)."
         )
-        return SharedSpace(teacher_width, is_learned=True)
-    axes = machine.on_main(lambda: principal_axes(_find_second_moment(settings, embeddings), student_width))
-    dimensions = f"{student_width} of the teacher's {teacher_width} dimensions"
-    if requested == "auto" and axes.kept < _ENOUGH_VARIANCE:
+    else:
+        axes = machine.on_main(lambda: principal_axes(_find_second_moment(settings, embeddings), student_width))
+        dimensions = f"{student_width} of the teacher's {teacher_width} dimensions"
+        if requested == "pca" or axes.kept >= _ENOUGH_VARIANCE:
+            reporter.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its variance.")
+            return SharedSpace(student_width, axes.to(machine.device))
         reporter.note(
             f"{dimensions} keep only {axes.kept:.1%} of its variance, so a learned layer per student tower maps to all of "
             "them (--teacher-space pca cuts anyway)."
         )
-        return SharedSpace(teacher_width, is_learned=True)
-    reporter.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its variance.")
-    return SharedSpace(student_width, axes.to(machine.device))
+    return SharedSpace(teacher_width, is_learned=True)
 
 
 def _find_second_moment(settings: DistillSettings, embeddings: Embeddings) -> npt.NDArray[np.float64]:
