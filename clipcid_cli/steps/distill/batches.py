@@ -155,12 +155,7 @@ class BatchMaker:
         teacher: Processor | None = None,
         masking: Masking | None = None,
     ) -> None:
-        """Prepare a maker.
-
-        Args:
-            teacher: That of an online teacher, which is shown the same views and captions.
-            masking: That of a further pass over images.
-        """
+        """Prepare a maker; an online teacher is shown the same views and captions as the student."""
         stored = inputs.stored
         self._settings = settings
         self._samples = inputs.training

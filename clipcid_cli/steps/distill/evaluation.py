@@ -39,10 +39,7 @@ _FP32 = Precision("fp32", torch.float32, "evaluation")
 
 
 def zeroshot_settings(settings: DistillSettings) -> EvalZeroshotSettings:
-    """Return the settings of `eval-zeroshot` on the data sets of ``--eval-data``.
-
-    The defaults, but for what speaks of no data set in particular: columns and keys are those of the training data.
-    """
+    """Return the settings of `eval-zeroshot` on ``--eval-data``: defaults, as columns and keys are the training data's."""
     return EvalZeroshotSettings(
         work=settings.work,
         data=settings.eval_data,

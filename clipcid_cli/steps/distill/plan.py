@@ -71,14 +71,6 @@ class Plan:
         """Steps of the whole run."""
         return self.recipe.steps
 
-    def due_after(self, step: int) -> tuple[bool, bool, bool]:
-        """Tell whether a line of the log, an evaluation and a checkpoint are due after `step` steps; all are at the end."""
-        logs, evaluates, saves = (
-            step % every == 0 or step == self.steps
-            for every in (self.log_every, self.eval_every, self.checkpoint_every)
-        )
-        return logs, evaluates, saves
-
 
 def check_named(settings: DistillSettings, reporter: Reporter) -> list[ZeroshotTask]:
     """Look at what can be wrong with named inputs before hours of embedding; return the data sets of ``--eval-data``."""

@@ -225,11 +225,7 @@ def match_samples(
 def _match_shard(
     samples: Part, found: dict[str, Values], required: bool, val_fraction: float, counts: MatchCounts
 ) -> tuple[dict[str, npt.NDArray[Any]], BoolArray, BoolArray]:
-    """Decide which samples of a shard are trained on and held out, and count them.
-
-    Returns:
-        The columns of its n samples, which of them are trained on, and which are held out, bool [n].
-    """
+    """Return the columns of a shard's n samples, which are trained on and which are held out, bool [n]; count them."""
     keys, num_captions = samples.keys, samples.num_captions
     usable = num_captions > 0
     held_out = usable & (key_fractions(keys.to_pylist()) < val_fraction)

@@ -108,7 +108,8 @@ class Trainer:
                 waited += time.monotonic() - before
                 lr = self.step(batch)
                 progress.advance(plan.batch_size)
-                logs, evaluates, saves = plan.due_after(step)
+                intervals = (plan.log_every, plan.eval_every, plan.checkpoint_every)
+                logs, evaluates, saves = (step % every == 0 or step == plan.steps for every in intervals)
                 if logs or evaluates or saves:
                     line = self.read(step - first, lr)
                 if logs:
@@ -123,8 +124,6 @@ class Trainer:
                         waiting=f"{waited / seconds:.0%}",
                         memory=f"{memory_in_use(self.machine.device) / 2**30:.1f} GiB",
                     )
-                if saves:
-                    self.log.flush()
                 if evaluates:
                     self._evaluate()
                 if saves:
@@ -215,6 +214,7 @@ class Trainer:
         self.metrics = self.machine.broadcast(metrics)
 
     def _save(self) -> None:
+        self.log.flush()
         bad = self.unreadable_images()
         Skips.of(bad).check(len(self.batches), self.plan.settings.max_bad_fraction, "the training data")
         if self.machine.is_main:
