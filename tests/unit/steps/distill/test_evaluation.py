@@ -25,7 +25,7 @@ def test_only_the_first_process_reads_the_held_out_part(
 
     monkeypatch.setattr(HeldOut, "read", refuse)
     # What the first process says of its own.
-    monkeypatch.setattr(Machine, "broadcast", lambda *_: [is_there])
+    monkeypatch.setattr(Machine, "broadcast", lambda *_: (is_there, None))
     student = load_model(parse_model(str(write_tiny_model(tmp_path / "tiny"))))
     nothing: Any = None
     second = Machine(1, 2, 1, torch.device("cpu"))
