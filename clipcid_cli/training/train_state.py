@@ -53,8 +53,8 @@ class TrainState:
         self._scaler = torch.amp.GradScaler(student_scale.device.type, enabled=dtype == torch.float16)
         # The backward pass of the losses, before that of the towers, reaches these.
         at_last = [one for one in (student_scale, *of_losses.parameters()) if one.requires_grad]
-        rest = {id(parameter) for parameter in self.parameters} - {id(parameter) for parameter in at_last}
-        towers = [[parameter for parameter in tower if id(parameter) in rest] for tower in backward_order(module)]
+        rest = set(self.parameters) - set(at_last)
+        towers = [[parameter for parameter in tower if parameter in rest] for tower in backward_order(module)]
         self.averager = GradientAverager([*towers, at_last])
         self.ema = None if ema is None else EMA(module, ema)
         self.step = 0

@@ -363,7 +363,8 @@ class Batches:
         if extra is None:
             return []
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))
-        count, own = self._num_texts, slice(*self._machine.share(self._num_texts))
+        count = self._num_texts
+        own = slice(*self._machine.share(count))
         if extra.variants is None:
             return [ExtraText(row) for row in random.integers(len(extra.rows), size=count)[own].tolist()]
         # Captions are read only from shards that the batch reads anyway: another would be fetched for one caption.

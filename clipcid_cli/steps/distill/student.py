@@ -194,7 +194,8 @@ def write_students(folder: RunFolder, student: ClipModel, source: str, state: Tr
     Args:
         source: What was trained, as the user named it; tokenizer files of a folder are taken along.
     """
-    info, path = student.info, parse_model(source).path
+    info = student.info
+    path = parse_model(source).path
     tokenizer = path if path is not None and path.is_dir() else None
     folders = folder.students(ema=state.ema is not None)
     for target in folders:

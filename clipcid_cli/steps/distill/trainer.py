@@ -81,8 +81,10 @@ class Trainer:
         clusters = None if teacher is None else teacher.clusters
         self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, machine)
         self.evaluation = Evaluation(inputs, model, plan.evaluations, machine)
-        writes, tensorboard = output is not None and machine.is_main, settings.report_to == "tensorboard"
-        self.log = TrainingLog(plan.folder, self.state.step, writes=writes, tensorboard=tensorboard)
+        writes = output is not None and machine.is_main
+        self.log = TrainingLog(
+            plan.folder, self.state.step, writes=writes, tensorboard=settings.report_to == "tensorboard"
+        )
         self._values = StepValues(machine.device)
         self.losses: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
@@ -154,7 +156,8 @@ class Trainer:
         """Return the last step's line of the log; refuse to go on where one of the `num_steps` made so far diverged."""
         num_finite, values = self._values.read()
         weights = self.objective.weights
-        losses, norm = dict(zip(weights, values, strict=False)), values[len(weights)]
+        losses = dict(zip(weights, values, strict=False))
+        norm = values[len(weights)]
         learned = dict(zip(self._learned(), values[len(weights) + 1 :], strict=True))
         loss = sum(weights[name] * value for name, value in losses.items())
         if num_finite < num_steps:
