@@ -28,10 +28,6 @@ class PrincipalAxes:
     basis_Dd: Tensor
     kept: float
 
-    def to(self, device: torch.device) -> PrincipalAxes:
-        """Return them on a device."""
-        return dataclasses.replace(self, basis_Dd=self.basis_Dd.to(device))
-
 
 def second_moment(blocks: Iterable[npt.NDArray[Any]], width: int) -> npt.NDArray[np.float64]:
     """Sum xᵀx over the rows x of some blocks, float [n, D] each; float64 [D, D]."""

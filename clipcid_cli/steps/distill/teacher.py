@@ -180,7 +180,8 @@ def choose_space(
         dimensions = f"{student_width} of the teacher's {teacher_width} dimensions"
         if requested == "pca" or axes.kept >= _ENOUGH_VARIANCE:
             reporter.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its variance.")
-            return SharedSpace(student_width, axes.to(machine.device))
+            basis = axes.basis_Dd.to(machine.device)
+            return SharedSpace(student_width, dataclasses.replace(axes, basis_Dd=basis))
         reporter.note(
             f"{dimensions} keep only {axes.kept:.1%} of its variance, so a learned layer per student tower maps to all of "
             "them (--teacher-space pca cuts anyway)."

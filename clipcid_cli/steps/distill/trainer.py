@@ -153,7 +153,7 @@ class Trainer:
         return lr
 
     def read(self, num_steps: int, lr: float) -> dict[str, Any]:
-        """Return the last step's line of the log; refuse to go on where one of the `num_steps` made so far diverged."""
+        """Return the last step's line of the log; refuse to go on where one of the `num_steps` since the start diverged."""
         num_finite, values = self._values.read()
         weights = self.objective.weights
         losses = dict(zip(weights, values, strict=False))
