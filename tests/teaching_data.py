@@ -26,8 +26,7 @@ from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill import run as distill
-from clipcid_cli.steps.distill.batch_maker import BatchMaker
-from clipcid_cli.steps.distill.batches import Batches, TrainingBatch
+from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
 from clipcid_cli.steps.distill.stored_teacher import StoredTeacher
 from clipcid_cli.steps.distill.teacher import open_teacher

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from clipcid_cli.errors import command_line
+from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.embeddings.command import embed_command
 from clipcid_cli.formats.sidecar import DataSpec, ModelRecord
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -52,6 +52,17 @@ def _compare(what: str, recorded: dict[str, Any], named: dict[str, Any], keys: t
             old, new = (json.dumps(values.get(key)) for values in (recorded, named))
             return ModelMismatch(what, f"{key} {old}", f"{key} {new}")
     return None
+
+
+def validate_teacher(what: str, recorded: ModelRecord, teacher: ModelName, fix: str) -> None:
+    """Refuse what another model than the teacher made."""
+    difference = find_mismatch(recorded, teacher)
+    if difference is not None:
+        raise ClipcidError(
+            f"The {what} are of {recorded.spec}, {difference.what} {difference.recorded}; the teacher is {teacher.spec}, "
+            f"{difference.what} {difference.named}.",
+            fix,
+        )
 
 
 def embed_with(name: ModelName, settings: DistillSettings, data: DataSpec | None = None) -> str:

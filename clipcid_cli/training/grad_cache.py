@@ -21,11 +21,11 @@ class Features(NamedTuple):
     """What the student makes of a batch or a part of it, not normalised.
 
     Attributes:
-        image: Of the images, [b, d].
-        text: Of the captions, [b, d]; [b + e, d] with e texts without images.
-        masked_image: Of the images by a pass that saw few patches, [b, d]; None without that pass.
-        image_tokens: Of the images' patches, [b, P, d]; None where no loss reads them.
-        text_tokens: Of the captions' tokens, [b, L, d], zeros after each caption's last; None likewise.
+        image: [b, d].
+        text: Of captions and of e texts without images, [b + e, d].
+        masked_image: Of the images by a pass that saw few patches, [b, d].
+        image_tokens: Of the images' patches, [b, P, d].
+        text_tokens: Of the texts' tokens, [b + e, L, d], zeros after each text's last.
     """
 
     image: Tensor
@@ -47,7 +47,7 @@ class GradCache:
 
         Args:
             encode: Encodes a part by its number.
-            seeds: Seed of dropout and the like for each part, the same both times that it is encoded.
+            seeds: Seed of dropout and the like for each part.
         """
         self._encode_part, self._seeds = encode, seeds
         last = len(seeds) - 1

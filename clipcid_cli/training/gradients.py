@@ -38,12 +38,11 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(rows_bD: Tensor) -> Tensor:
     """Collect all processes' rows, with gradients; PyTorch's own function for it is deprecated, and its successor private.
 
-    Args:
-        rows_bD: This process's rows [b, D]; b and D are the same on every process.
+    When processes compute scalars of them and gradients are averaged over processes, each parameter's gradient is that of
+    the scalars' mean, as a single process has it with the whole batch.
 
-    Returns:
-        [B, D], in order of rank. When processes compute scalars of it and gradients are averaged over processes, each
-        parameter's gradient is that of the scalars' mean, as a single process has it with the whole batch.
+    Args:
+        rows_bD: This process's rows; as many on every process.
     """
     if num_processes() == 1:
         return rows_bD

@@ -10,7 +10,6 @@ of 10 (AMD EPYC, one thread), and on a GPU 12 layers need the kernels of one.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,15 +25,7 @@ _UPDATE_SIZE = 0.2
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bring all singular values of some matrices near 1; a zero matrix stays one.
-
-    Args:
-        matrices: [n, a, b] with a ≤ b.
-        dtype: Number format of the products; that of training suffices.
-
-    Returns:
-        The matrices with the same singular vectors, [n, a, b].
-    """
+    """Bring all singular values of matrices [n, a, b], a ≤ b, near 1, by products in `dtype`; a zero matrix stays one."""
     first, third, fifth = _COEFFICIENTS
     found: Tensor = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(dtype)
     for _ in range(_ROUNDS):
@@ -50,12 +41,7 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        dtype: torch.dtype,
+        self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, dtype: torch.dtype
     ) -> None:
         """Take AdamW's settings, and the number format of Muon's products."""
         super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -86,13 +72,14 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
         torch._foreach_lerp_(gradients, momenta, _MOMENTUM)
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        for alike, updates in _by_shape(matrices, gradients):
-            wide = torch.stack(updates)
+        for shape in dict.fromkeys(matrix.shape for matrix in matrices):
+            alike = [matrix for matrix in matrices if matrix.shape == shape]
+            wide = torch.stack([gradient for gradient in gradients if gradient.shape == shape])
             if wide.shape[1] > wide.shape[2]:
                 wide = wide.mT
             found = orthogonalise(wide, self._dtype)
             size = _UPDATE_SIZE * math.sqrt(wide.shape[2])
-            changes = found if found.shape[1:] == alike[0].shape else found.mT
+            changes = found if found.shape[1:] == shape else found.mT
             torch._foreach_add_(alike, list(changes.unbind()), alpha=-group["lr"] * size)
 
 
@@ -106,13 +93,3 @@ def matrices_of(module: nn.Module) -> set[str]:
     return {
         name for name, parameter in module.named_parameters() if parameter in linear or name.endswith("in_proj_weight")
     }
-
-
-def _by_shape(matrices: list[Tensor], updates: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Group matrices with their updates by shape, in the order in which shapes are first seen."""
-    found = defaultdict[torch.Size, tuple[list[Tensor], list[Tensor]]](lambda: ([], []))
-    for matrix, update in zip(matrices, updates, strict=True):
-        alike, theirs = found[matrix.shape]
-        alike.append(matrix)
-        theirs.append(update)
-    return list(found.values())

@@ -15,12 +15,9 @@ from clipcid_cli.training.muon import Muon, matrices_of
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How parameters are updated.
+    """How parameters are updated: by ``muon`` the matrices within the towers and by AdamW all else, or all by ``adamw``.
 
     Attributes:
-        optimizer: ``muon`` for the matrices within the towers and AdamW for all else, or ``adamw`` for all.
-        betas: AdamW's decay rates of mean and square.
-        eps: AdamW's guard against division by zero.
         steps: Steps of the whole run.
         max_norm: Largest norm of the gradient; None for no limit.
     """

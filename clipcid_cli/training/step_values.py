@@ -12,7 +12,6 @@ class StepValues:
     """The numbers of the last step; once those of a step are not finite, that step's, whatever comes after."""
 
     def __init__(self, device: torch.device) -> None:
-        """No step has been made."""
         self._last = torch.empty(0, device=device)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._num_finite = torch.zeros((), dtype=torch.int64, device=device)
@@ -21,7 +20,7 @@ class StepValues:
         """Keep a step's numbers; the host does not wait.
 
         Args:
-            checked: Float32 tensors of one number or of a row of them; not finite means that training has diverged.
+            checked: float32 [] or [n] each; where one is not finite training has diverged.
             others: More of them, of any value.
         """
         now, rest = (torch.cat([value.detach().reshape(-1) for value in values]) for values in (checked, others))
@@ -31,9 +30,6 @@ class StepValues:
         self._num_finite += self._finite
 
     def read(self) -> tuple[int, list[float]]:
-        """Return the number of steps before the first whose checked numbers are not finite, and the kept numbers.
-
-        The numbers come in the order in which they were given: of that step if there is one, else of the last.
-        """
+        """Return the number of steps before one whose checked numbers are not finite, and its numbers, or the last's."""
         *values, num_finite = torch.cat([self._last.double(), self._num_finite.double()[None]]).tolist()
         return int(num_finite), values

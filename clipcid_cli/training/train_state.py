@@ -23,7 +23,6 @@ class TrainState:
     Attributes:
         log_scales: Logarithms of the logit scales, float32 [] each on the device: the student's own under ``student``, those
             of losses under their names.
-        averager: Averages the gradients over the processes.
         ema: The average of the student's weights; None where none is kept.
         step: Steps done.
     """
@@ -42,7 +41,7 @@ class TrainState:
         Args:
             module: The student.
             of_losses: What the losses themselves learn; its ``log_scales`` are logarithms of logit scales, by loss.
-            dtype: Number format of the step's matrix products. With float16 the loss is scaled up before the backward pass.
+            dtype: Number format of the step's matrix products; float16 scales the loss up before the backward pass.
             ema: Decay of the average of the weights.
         """
         self.module, self.of_losses, self.recipe = module, of_losses, recipe
@@ -54,14 +53,14 @@ class TrainState:
         self._scaler = torch.amp.GradScaler(student_scale.device.type, enabled=dtype == torch.float16)
         # The backward pass of the losses, before that of the towers, reaches these.
         at_last = [one for one in (student_scale, *of_losses.parameters()) if one.requires_grad]
-        rest = {id(parameter) for parameter in self.parameters} - {id(parameter) for parameter in at_last}
-        towers = [[parameter for parameter in tower if id(parameter) in rest] for tower in backward_order(module)]
+        rest = set(self.parameters) - set(at_last)
+        towers = [[parameter for parameter in tower if parameter in rest] for tower in backward_order(module)]
         self.averager = GradientAverager([*towers, at_last])
         self.ema = None if ema is None else EMA(module, ema)
         self.step = 0
 
     def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of a loss, scaled up where that is needed."""
+        """Compute the gradients of a loss."""
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
 
     def clip_grad_norm(self) -> Tensor:

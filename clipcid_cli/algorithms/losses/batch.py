@@ -16,12 +16,11 @@ class ClusterTargets:
     """Candidate centroids of one batch, and the teacher's distribution over them.
 
     Attributes:
-        centroids_SD: Candidate centroids, unit rows, float32 [S, D].
+        centroids_SD: Candidate centroids, unit rows, float32.
         log_correction_S: What is added to each candidate's logit so that the drawn ones represent all centroids that are
-            not active: 0 for active candidates, log((K − |A|) / |R|) for drawn ones; float32 [S].
-        positions_Bm: Row of `centroids_SD` of each stored cluster of each sample, nearest first, int64 [B, m]; all are
-            active candidates.
-        weights_Bm: Target distribution over them, rows sum to 1, float32 [B, m].
+            not active: 0 for active candidates, log((K − |A|) / |R|) for drawn ones; float32.
+        positions_Bm: Row of `centroids_SD` of each stored cluster of each sample, nearest first, int64; all are active.
+        weights_Bm: Target distribution over them, rows sum to 1, float32.
     """
 
     centroids_SD: Tensor
@@ -34,27 +33,23 @@ class ClusterTargets:
 class LossBatch:
     """Features of one global batch; all rows are of unit length, row i of each belongs to sample i.
 
-    A teacher may have one tower only: the other's features and clusters are then None.
+    What no loss of the run needs is None; so are features and clusters of a tower that the teacher lacks.
 
     Every loss returns its **share**: the sum over the own rows as queries, divided by B. The shares of all processes add up
     to the loss of the global batch; with all rows the share is that loss. Own rows are compared with all rows.
 
     Attributes:
-        student_scale: exp(logit_scale) of the student, a scalar.
+        student_scale: exp(logit_scale) of the student.
         image_BD: Student image features s' in the shared space; `image_Bd` itself when no map is learned.
         text_BD: Student text features v' there.
         teacher_image_BD: Teacher image features t, in the shared space (on the principal axes for ``--teacher-space pca``).
         teacher_text_BD: Teacher text features u, likewise.
-        teacher_scale: exp(logit_scale) of the teacher, a scalar.
-        image_clusters: Targets of the images; present when a loss needs clusters.
-        text_clusters: Targets of the captions, with the same candidates; present for ``--cluster-towers both``.
-        masked_image_BD: Student image features in the shared space of a pass that saw few patches of each image; present
-            when a loss needs them.
-        image_tokens_bLD: Student features there of the patches of the own rows' images, unit rows, or 0 where there is none;
-            present when a loss needs them.
+        teacher_scale: exp(logit_scale) of the teacher.
+        text_clusters: Those of the captions, with the same candidates; present for ``--cluster-towers both``.
+        masked_image_BD: Student image features there of a pass that saw few patches of each image.
+        image_tokens_bLD: Student features there of the patches of the own rows' images, or 0 where there is none.
         text_tokens_bLD: Those of the tokens of the own rows' captions, likewise.
-        extra_text_ED: Student features v' of texts without images, [E, D]: this process's own, all where `own` is all; None
-            without any.
+        extra_text_ED: Student features v' of texts without images: this process's own, all where `own` is all.
         teacher_extra_text_ED: The teacher's features u of the same texts.
         num_extra: Texts without images in the global batch.
         own: The rows whose queries this process takes, step 1; all by default.

@@ -5,7 +5,7 @@ targets for the batch (A, "active") and a uniform draw of the rest (R). Each dra
 centroids, so the logarithm of that is added to its logit: the softmax's normaliser is then an unbiased estimate of the
 full one. Without the correction the other centroids count too little and the probability of the active ones is inflated.
 
-Shape legend: B batch, D width, S candidates, m stored clusters a sample.
+Shape legend: B batch, K centroids, D width, d width of the shared space, S candidates, m stored clusters a sample.
 """
 
 from __future__ import annotations
@@ -21,6 +21,49 @@ from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
 from clipcid_cli.algorithms.losses.row_blocks import add, over_blocks, rows_between
+from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, project
+
+# Centroids that take at most this many bytes in the shared space are kept there: K = 32,768 at 512 dimensions.
+_KEPT_BYTES = 64 * 2**20
+# Centroids are read and projected this many at a time.
+_ROWS_AT_ONCE = 8192
+
+
+class ProjectedCentroids:
+    """Centroids in the shared space: few are projected once and kept, of many only those that are asked for are read.
+
+    Few take at most 64 MiB, or an eighth of a GPU's memory.
+
+    Attributes:
+        kept_Kd: All rows in the shared space, where they are few enough.
+    """
+
+    def __init__(self, stored_KD: npt.NDArray[np.float32], axes: PrincipalAxes | None, device: torch.device) -> None:
+        """Take unit rows in the teacher's space, mapped from a file; `axes` is None where the shared space is that one."""
+        self._stored_KD, self._axes, self._device = stored_KD, axes, device
+        self.width = int(stored_KD.shape[1] if axes is None else axes.basis_Dd.shape[1])
+        max_bytes = _KEPT_BYTES
+        if device.type == "cuda":
+            max_bytes = torch.cuda.get_device_properties(device).total_memory // 8
+        self.kept_Kd: Tensor | None = None
+        if len(self) * self.width * 4 <= max_bytes:
+            self.kept_Kd = self.take(np.arange(len(self)))
+
+    def __len__(self) -> int:
+        """Return K."""
+        return len(self._stored_KD)
+
+    def take(self, ids: npt.NDArray[np.int64]) -> Tensor:
+        """Return centroids by number: unit rows of the shared space, float32 [n, d], on the device."""
+        if self.kept_Kd is not None:
+            return self.kept_Kd[torch.from_numpy(ids).to(self._device)]
+        taken_nd = torch.empty(len(ids), self.width, device=self._device)
+        for first in range(0, len(ids), _ROWS_AT_ONCE):
+            rows_bD = torch.from_numpy(np.take(self._stored_KD, ids[first : first + _ROWS_AT_ONCE], axis=0))
+            if self._device.type == "cuda":
+                rows_bD = rows_bD.pin_memory()  # neither the host nor another stream waits for the copy
+            taken_nd[first : first + _ROWS_AT_ONCE] = project(rows_bD.to(self._device, non_blocking=True), self._axes)
+        return taken_nd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +84,12 @@ class ClusterCandidates:
 def draw_candidates(
     top_clusters: npt.NDArray[np.integer], num_clusters: int, *, ratio: float, minimum: int, seed: int
 ) -> ClusterCandidates:
-    """Draw the candidate centroids of a global batch.
+    """Draw the candidate centroids of a global batch, on every process the same.
 
     Args:
         top_clusters: Stored clusters of the batch's samples, any shape, values in [0, K).
         ratio: Share r of all K centroids to draw from the rest.
         minimum: Smallest number of candidates, active ones included (all K when there are fewer).
-        seed: The same on every process, so that all compare with the same centroids.
-
-    Returns:
-        The candidates; a function of the arguments only.
 
     Source: docs/method.md#candidates; the share is UNICOM's partial-FC, the correction ours.
     """
@@ -75,19 +114,16 @@ def cluster_targets(
     temperature: float,
     label_share: float,
 ) -> ClusterTargets:
-    """Prepare what the loss needs of one batch.
+    """Prepare what the loss needs of one batch, on the device of the centroids.
 
     Args:
-        candidates: The batch's candidates; every id of `top_clusters` is an active one.
-        centroids_SD: Their centroids, unit rows, float32 [S, D].
+        candidates: Every id of `top_clusters` is an active one.
+        centroids_SD: The candidates, unit rows, float32.
         top_clusters: Stored clusters of each sample, nearest first, [B, m].
         top_similarities: Cosine similarities to them, [B, m].
         temperature: τ_T of the teacher's distribution softmax(similarity/τ_T), over the m stored clusters: the others
             would get a share below e^((last − first)/τ_T) each.
         label_share: α: weight of the nearest cluster's one-hot target; 1 − α is the distribution's.
-
-    Returns:
-        The targets, on the device of `centroids_SD`.
     """
     positions = np.searchsorted(candidates.ids[: candidates.num_active], top_clusters)
     weights = torch.from_numpy(np.asarray(top_similarities, dtype=np.float32) / np.float32(temperature)).softmax(dim=1)
@@ -103,13 +139,7 @@ def cluster(batch: LossBatch, scale: Tensor) -> Tensor:
     """L_clu: cross-entropy of the student's softmax over centroids to label and teacher distribution.
 
     −Σ_j q_j·log p_j with p = softmax(σ_c·s' Cᵀ + correction) over the candidates and q = α·label + (1 − α)·p_T. With
-    targets of both towers the mean of both.
-
-    Args:
-        batch: Features with `image_clusters`, `text_clusters` (which teach v'), or both.
-
-    Returns:
-        This process's share of the mean over the batch, in nats, a scalar.
+    targets of both towers the mean of both. In nats.
 
     Source: CLIP-CID, arXiv 2408.09441 (k-means label, softmax and KL); weights, α and candidates are our reconstruction,
     docs/method.md#cluster-loss; the text tower is our addition.
@@ -127,16 +157,7 @@ def cluster(batch: LossBatch, scale: Tensor) -> Tensor:
 def soft_label_cross_entropy(
     features_BD: Tensor, targets: ClusterTargets, scale: Tensor, own: slice = slice(None)
 ) -> Tensor:
-    """Sum over rows of logΣexp(logits) − Σ_j q_j·logit_j, without a B × S matrix when that would be large.
-
-    Args:
-        features_BD: Unit rows [B, D].
-        targets: Candidates and sparse target distributions.
-        own: The rows of this process, which are those that are summed.
-
-    Returns:
-        A scalar.
-    """
+    """Sum over own rows of logΣexp(logits) − Σ_j q_j·logit_j, without a B × S matrix when that would be large."""
     first, stop, _ = own.indices(len(features_BD))
     scaled_bD = scale * rows_between(features_BD, first, stop)
 

@@ -12,27 +12,19 @@ from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.row_blocks import Similarities, add, sum_both_ways, sum_one_way
 
 
-def contrast_one_way(queries_BD: Tensor, keys_BD: Tensor, scale: Tensor, own: slice = slice(None)) -> Tensor:
-    """B times CE(A → B; σ), InfoNCE in one direction: each query picks its own row among the keys.
+def contrast_both_ways(left_BD: Tensor, right_BD: Tensor, scale: Tensor, own: slice = slice(None)) -> Tensor:
+    """2B times CE(A ↔ B; σ) of docs/method.md#notation, InfoNCE: each row of both sides picks its own among the other's.
 
     Args:
-        queries_BD: Unit rows [B, D].
-        keys_BD: Unit rows [B, D]; row i belongs to query i.
+        left_BD: Unit rows.
+        right_BD: Unit rows; row i belongs to left row i.
         scale: Logit scale σ (not its logarithm), a scalar.
         own: The queries of this process.
 
     Returns:
         Sum of the cross-entropies of the own queries, in nats, a scalar; log B each for uninformative features.
 
-    Source: van den Oord et al. 2018 (arXiv 1807.03748), eq. 4.
-    """
-    return sum_one_way(matching_cross_entropy, own, Similarities(queries_BD, keys_BD, scale))
-
-
-def contrast_both_ways(left_BD: Tensor, right_BD: Tensor, scale: Tensor, own: slice = slice(None)) -> Tensor:
-    """2B times CE(A ↔ B; σ) of docs/method.md#notation, a mean of two directions: the sum of both, as `contrast_one_way`.
-
-    Source: Radford et al. 2021 (CLIP, arXiv 2103.00020), figure 3.
+    Source: Radford et al. 2021 (CLIP, arXiv 2103.00020), figure 3; van den Oord et al. 2018 (arXiv 1807.03748), eq. 4.
     """
     return sum_both_ways(matching_cross_entropy, own, Similarities(left_BD, right_BD, scale))
 
@@ -95,7 +87,10 @@ def interactive(batch: LossBatch, scale: Tensor) -> Tensor:
 
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), interactive contrastive learning.
     """
-    sums = [contrast_one_way(student, teacher, scale, batch.own) for student, teacher in batch.cross_tower_pairs()]
+    sums = [
+        sum_one_way(matching_cross_entropy, batch.own, Similarities(student, teacher, scale))
+        for student, teacher in batch.cross_tower_pairs()
+    ]
     return add(sums) / (len(sums) * len(batch))
 
 

@@ -21,9 +21,6 @@ def gradient_distance(batch: LossBatch) -> Tensor:
     σ·A Bᵀ and Q = softmax over its columns, ∇a_i = σ·Σ_j (½[P_ij + Q_ij] − 1[i = j])·b_j. Both sides take their own σ, the
     student's as a constant: learned here it would fall until no gradient is left, which is what a sure teacher has.
 
-    Returns:
-        This process's share, a scalar ≥ 0.
-
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), gradient distillation: its equation, of the whole contrastive loss,
     where the published code compares the two directions apart, divides by σ where it should multiply, and averages over
     batch² and width; the constant σ is ours, docs/method.md#losses-of-other-papers.
@@ -62,7 +59,11 @@ class _Contrast:
 
     @classmethod
     def of(cls, similarities: Similarities) -> _Contrast:
-        return cls(similarities, _normalisers(similarities), _normalisers(similarities.transposed()))
+        def normaliser(_: int, logits_bB: Tensor) -> Tensor:
+            return logits_bB.logsumexp(dim=1)
+
+        sides = (similarities, similarities.transposed())
+        return cls(similarities, *(side.of_each_row(normaliser, 0, len(side.left_BD)) for side in sides))
 
     def transposed(self) -> _Contrast:
         return _Contrast(self.similarities.transposed(), self.of_right_B, self.of_left_B)
@@ -74,12 +75,3 @@ class _Contrast:
         as_key_bB = (logits_bB - self.of_right_B).exp()
         pulled_bD = (as_query_bB + as_key_bB) / 2 @ right_BD - rows_between(right_BD, first, stop)
         return pulled_bD * self.similarities.scale
-
-
-def _normalisers(similarities: Similarities) -> Tensor:
-    rows = len(similarities.left_BD)
-
-    def block(first: int, stop: int) -> Tensor:
-        return similarities.rows(first, stop).logsumexp(dim=1)
-
-    return torch.cat(over_blocks(block, 0, rows, rows, similarities.left_BD.device))

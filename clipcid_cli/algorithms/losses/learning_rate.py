@@ -43,8 +43,6 @@ def default_rate(losses: Iterable[str], optimizer: str, batch_size: int, width: 
     min(rate by what leads the losses · √(batch/64), 0.576/width), rounded to two digits.
 
     Args:
-        losses: Names of the run's losses.
-        optimizer: ``muon`` or ``adamw``.
         batch_size: Samples of a global batch.
         width: Dimensions of the student's embeddings.
 

@@ -27,12 +27,7 @@ class LossParameters(nn.Module):
     """
 
     def __init__(self, names: Iterable[str], student_width: int, space: SharedSpace, seed: int) -> None:
-        """Make them.
-
-        Args:
-            names: Names of the losses.
-            seed: Decides the layers' first weights.
-        """
+        """Make those of the losses `names`; the seed decides the layers' first weights."""
         super().__init__()
         entries = [LOSSES[name] for name in names]
         self.log_scales = nn.ParameterDict(
@@ -56,11 +51,6 @@ class LossParameters(nn.Module):
 
     def of(self, name: str) -> dict[str, Any]:
         """Return the arguments that a loss is called with beside its batch."""
-        found: dict[str, Any] = {}
-        if name in self.log_scales:
-            found["scale"] = self.log_scales[name].exp()
-        if name in self.biases:
-            found["bias"] = self.biases[name]
-        if name in self.fusions:
-            found["fusion"] = self.fusions[name]
-        return found
+        scales: dict[str, Any] = {"scale": self.log_scales[name].exp()} if name in self.log_scales else {}
+        others: dict[str, Any] = {"bias": self.biases, "fusion": self.fusions}
+        return scales | {kind: learned[name] for kind, learned in others.items() if name in learned}

@@ -24,21 +24,17 @@ class LossEntry:
         summary: What it compares, for docs/distill.md.
         function: ``module:function`` of its implementation in this package, called as ``f(batch)`` with what it learns
             itself: ``scale``, ``bias``, ``fusion``.
-        scale: Where a logit scale of its own starts, which is kept in 1 … 100; None for a loss without one.
-        bias: Where a bias of its own starts; None for a loss without one.
+        scale: Where a logit scale of its own starts, which is kept in 1 … 100.
+        bias: Where a bias of its own starts.
         fuses: Whether it learns layers that join student and teacher, one for images and one for captions.
         masked_patches: Share of an image's patches that are hidden in a further pass of the student's image tower, whose
-            features the loss reads; 0 for a loss that has none.
+            features the loss reads.
         reads_tokens: Whether it reads the student's features of patches and of caption tokens.
-        needs_teacher: Whether it reads teacher embeddings.
-        needs_teacher_scale: Whether it reads the teacher's logit scale.
-        needs_clusters: Whether it reads the centroids and assignments that `clipcid cluster` writes.
-        compares_features: Whether it is a distance of single features, student to teacher; such losses allow a higher
-            learning rate.
+        compares_features: Whether it is a distance of single features, student to teacher: such losses allow a higher
+            learning rate, and also teach texts without images (``--extra-texts``).
         one_tower: Whether a teacher of images alone, or of captions alone, can serve it.
         space: Where features are compared: ``own`` compares student with student only, ``teacher`` compares across and
             so needs equal widths (see ``--teacher-space``).
-        takes_extra_texts: Whether it also teaches texts without images (``--extra-texts``).
     """
 
     name: str
@@ -54,8 +50,7 @@ class LossEntry:
     needs_clusters: bool = False
     compares_features: bool = False
     one_tower: bool = False
-    space: Literal["own", "teacher"] = "own"
-    takes_extra_texts: bool = False
+    space: Literal["own", "teacher"] = "teacher"
 
 
 LOSSES: Mapping[str, LossEntry] = {
@@ -67,6 +62,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "contrastive:clip",
             needs_teacher=False,
             one_tower=True,
+            space="own",
         ),
         LossEntry(
             "siglip",
@@ -83,7 +79,6 @@ LOSSES: Mapping[str, LossEntry] = {
             "contrastive:instance",
             scale=CLIP_SCALE,
             one_tower=True,
-            space="teacher",
         ),
         LossEntry(
             "instance-intra",
@@ -91,7 +86,6 @@ LOSSES: Mapping[str, LossEntry] = {
             "contrastive:instance_intra",
             scale=CLIP_SCALE,
             one_tower=True,
-            space="teacher",
         ),
         LossEntry(
             "cluster",
@@ -100,7 +94,6 @@ LOSSES: Mapping[str, LossEntry] = {
             scale=CLIP_SCALE,
             needs_clusters=True,
             one_tower=True,
-            space="teacher",
         ),
         LossEntry(
             "fd",
@@ -108,8 +101,6 @@ LOSSES: Mapping[str, LossEntry] = {
             "features:feature_distance",
             compares_features=True,
             one_tower=True,
-            space="teacher",
-            takes_extra_texts=True,
         ),
         LossEntry(
             "mfd",
@@ -118,8 +109,6 @@ LOSSES: Mapping[str, LossEntry] = {
             masked_patches=0.75,
             compares_features=True,
             one_tower=True,
-            space="teacher",
-            takes_extra_texts=True,
         ),
         LossEntry(
             "icl",
@@ -127,20 +116,19 @@ LOSSES: Mapping[str, LossEntry] = {
             "contrastive:interactive",
             scale=CLIP_SCALE,
             one_tower=True,
-            space="teacher",
         ),
         LossEntry(
             "crd",
             "divergence of the student's in-batch similarities from the teacher's",
             "relations:relation_divergence",
             needs_teacher_scale=True,
+            space="own",
         ),
         LossEntry(
             "gd",
             "squared distance of the gradients that the contrastive loss has by student and by teacher features",
             "gradients:gradient_distance",
             needs_teacher_scale=True,
-            space="teacher",
         ),
         LossEntry(
             "afd",
@@ -148,32 +136,31 @@ LOSSES: Mapping[str, LossEntry] = {
             "contrastive:fused",
             scale=CLIP_SCALE,
             fuses=True,
+            space="own",
         ),
         LossEntry(
             "td",
             "distance of the student's patches and tokens nearest to the teacher's other tower, by the teacher's confidence",
-            "tokens:token_distance",
+            "features:token_distance",
             reads_tokens=True,
             needs_teacher_scale=True,
-            space="teacher",
         ),
         LossEntry(
             "vrd",
             "teacher-student similarities of images follow those of captions; each tower contrasted with the teacher's",
             "relations:vertical_relation",
             scale=CLIP_SCALE,
-            space="teacher",
         ),
         LossEntry(
             "xrd",
             "teacher image against student caption and teacher caption against student image agree in their similarities",
             "relations:cross_relation",
-            space="teacher",
         ),
         LossEntry(
             "affinity",
             "cross-entropy of the student's in-batch similarities to the teacher's at a fixed scale of 100",
             "relations:affinity",
+            space="own",
         ),
     )
 }
@@ -222,15 +209,7 @@ DEFAULT_PRESET = "fd-instance"
 
 
 def select_losses(preset: str, overrides: Mapping[str, float]) -> dict[str, Weight]:
-    """Return the losses of a run: the preset's, with overridden weights put in and those of weight 0 left out.
-
-    Args:
-        preset: A name of `PRESETS`.
-        overrides: Weights by loss name; they replace the preset's and add losses it lacks.
-
-    Returns:
-        Weights by name, in registry order.
-    """
+    """Return a run's losses in registry order: the preset's with the weights of `overrides`, without those of weight 0."""
     weights = {**PRESETS[preset], **{name: Weight(value) for name, value in overrides.items()}}
     return {name: weights[name] for name in LOSSES if name in weights and weights[name].value > 0.0}
 

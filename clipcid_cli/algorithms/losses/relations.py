@@ -17,10 +17,8 @@ AFFINITY_SCALE = 100.0
 def relation_divergence(batch: LossBatch) -> Tensor:
     """`crd` = ½[KL(teacher ‖ student) of image→text + of text→image] on in-batch logits, temperature 1.
 
-    Both sides use their own logit scale; the scale is exponentiated on both (the published code forgets it on one).
-
-    Returns:
-        This process's share, a scalar ≥ 0, in nats.
+    Both sides use their own logit scale; the scale is exponentiated on both (the published code forgets it on one). At
+    least 0, in nats.
 
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), contrastive relational distillation.
     """
@@ -31,8 +29,7 @@ def relation_divergence(batch: LossBatch) -> Tensor:
 def affinity(batch: LossBatch) -> Tensor:
     """½ of the cross-entropies, image→text and text→image, from the teacher's in-batch softmax to the student's.
 
-    Returns:
-        This process's share, a scalar, in nats; the floor of the whole is the entropy of the teacher's softmax.
+    In nats; its floor is the entropy of the teacher's softmax.
 
     Source: Vasu et al. 2024 (MobileCLIP, arXiv 2311.17049), eq. 1–2, up to its constant entropy; Wu et al. 2023
     (TinyCLIP, arXiv 2309.12314), affinity mimicking.
@@ -46,13 +43,8 @@ def vertical_relation(batch: LossBatch, scale: Tensor) -> Tensor:
     With I = σ·t s'ᵀ (images) and V = σ·u v'ᵀ (captions, a fixed target), softmax over rows: ½[KL(V ‖ I) + KL(Vᵀ ‖ Iᵀ)] +
     CE(t ↔ s'; σ) + CE(u ↔ v'; σ). The cross-entropies train the captions and keep σ from falling until all rows are flat.
 
-    Args:
-        batch: Features with a teacher of both towers.
-        scale: This loss's own σ, the same for images and captions; the published code learns one for each and forgets to
-            exponentiate them.
-
-    Returns:
-        This process's share, a scalar ≥ 0, in nats.
+    σ is this loss's own, the same for images and captions; the published code learns one for each and forgets to
+    exponentiate them. At least 0, in nats.
 
     Source: Chung et al. 2026 (CLIP-RD, arXiv 2603.25383), vertical relational distillation; the one scale is ours,
     docs/method.md#losses-of-other-papers.
@@ -72,10 +64,7 @@ def cross_relation(batch: LossBatch) -> Tensor:
     Pᵀ and Qᵀ, whose rows are the student's].
 
     σ is the student's own scale, as a constant: learned here it would fall until all rows are flat and the loss is 0
-    (the published code shares the one of `icl`, and forgets to exponentiate it).
-
-    Returns:
-        This process's share, a scalar ≥ 0, in nats.
+    (the published code shares the one of `icl`, and forgets to exponentiate it). At least 0, in nats.
 
     Source: Chung et al. 2026 (CLIP-RD, arXiv 2603.25383), cross relational distillation; σ is ours,
     docs/method.md#losses-of-other-papers.

@@ -28,11 +28,9 @@ _GPU_PARTS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Similarities:
-    """Logits of queries and keys, made a block of rows at a time.
+    """Logits of queries and keys, made a block of rows at a time; row i of both sides belongs to sample i.
 
     Attributes:
-        left_BD: Rows [B, D].
-        right_BD: Rows [B, D]; row i of both belongs to sample i.
         scale: Logit scale σ (not its logarithm), a scalar.
     """
 
@@ -41,12 +39,20 @@ class Similarities:
     scale: Tensor | float
 
     def rows(self, first: int, stop: int) -> Tensor:
-        """Return σ·left·rightᵀ for rows first … stop − 1 of the left side, [b, B]."""
+        """Return σ·left·rightᵀ for left rows first … stop − 1, [b, B]."""
         left_bD = rows_between(self.left_BD, first, stop)
         # The scale goes to the smaller of the two: with its gradient it is read and written several times.
         if len(self.right_BD) > self.right_BD.shape[1]:
             return (self.scale * left_bD) @ self.right_BD.T
         return torch.mul(left_bD @ self.right_BD.T, self.scale)
+
+    def of_each_row(self, function: Callable[[int, Tensor], Tensor], first: int, stop: int) -> Tensor:
+        """Return what `function(start, logits)` makes of the rows of each block, for left rows first … stop − 1, [b]."""
+
+        def block(start: int, end: int) -> Tensor:
+            return function(start, self.rows(start, end))
+
+        return torch.cat(over_blocks(block, first, stop, len(self.right_BD), self.right_BD.device))
 
     def transposed(self) -> Similarities:
         """Return them with the sides exchanged."""
@@ -74,17 +80,12 @@ def block_entries(device: torch.device) -> int:
 def over_blocks(
     function: Callable[[int, int], Tensor], first: int, stop: int, width: int, device: torch.device
 ) -> list[Tensor]:
-    """Call `function(start, end)` for the blocks of first … stop − 1.
+    """Return what `function(start, end)` makes of each block of first … stop − 1.
 
     Args:
-        function: What is computed of a block. Where together they hold more than `BLOCK_ENTRIES` it is called again in the
-            backward pass, and must then return the same.
-        stop: The row after the last.
-        width: Similarities of each row; decides how many rows make a block.
-        device: Where they are; decides it too.
-
-    Returns:
-        What it returned for each block, in order.
+        function: Where together the blocks hold more than `BLOCK_ENTRIES` it is called again in the backward pass, and must
+            then return the same.
+        width: Similarities of each row; with the device it decides how many rows make a block.
     """
     if (stop - first) * width <= BLOCK_ENTRIES:
         return [function(first, stop)]
@@ -102,7 +103,7 @@ def sum_one_way(block_sum: Callable[..., Tensor], own: slice, *compared: Similar
         block_sum: Called as ``f(first, *logits)``, with a [b, B] of each of `compared`, whose row r is of query first + r;
             returns the sum over its rows, a scalar.
         own: The query rows of this process.
-        compared: What is compared; the left sides are the queries.
+        compared: The left sides are the queries.
     """
     num_rows = len(compared[0].left_BD)
 

@@ -28,10 +28,6 @@ class PrincipalAxes:
     basis_Dd: Tensor
     kept: float
 
-    def to(self, device: torch.device) -> PrincipalAxes:
-        """Return them on a device."""
-        return dataclasses.replace(self, basis_Dd=self.basis_Dd.to(device))
-
 
 def second_moment(blocks: Iterable[npt.NDArray[Any]], width: int) -> npt.NDArray[np.float64]:
     """Sum xᵀx over the rows x of some blocks, float [n, D] each; float64 [D, D]."""
@@ -49,11 +45,10 @@ def principal_axes(moment_DD: npt.NDArray[np.float64], width: int) -> PrincipalA
     what is cut, which subtracting a mean would not.
 
     Args:
-        moment_DD: Sum (or mean) over rows x of xᵀx, symmetric, [D, D].
+        moment_DD: Sum (or mean) over rows x of xᵀx, symmetric.
 
     Returns:
-        The axes, the strongest first, each with its largest entry positive, so that the result does not depend on the
-        solver's choice of sign.
+        The axes, the strongest first, each with its largest entry positive, whatever sign the solver chose.
 
     Source: docs/method.md#shared-space.
     """
@@ -69,11 +64,7 @@ def project(rows_nD: Tensor, axes: PrincipalAxes | None) -> Tensor:
     """Project rows of the teacher's space on the shared one, and normalise them again (float16 rows are unit only to 1e-3).
 
     Args:
-        rows_nD: Rows of the teacher's space [n, D].
-        axes: Axes of the shared space; None where it is the teacher's own.
-
-    Returns:
-        Unit rows [n, d], or [n, D] without axes.
+        axes: None where the shared space is the teacher's.
     """
     if axes is not None:
         rows_nD = rows_nD @ axes.basis_Dd

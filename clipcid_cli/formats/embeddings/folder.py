@@ -30,7 +30,7 @@ from clipcid_cli.formats.fingerprint import FileRecord, Memo, identity_of, refus
 from clipcid_cli.formats.join import find_repeat
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
-from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import EmbedSidecar, ModelRecord, read_sidecar, sidecar_path
 
 __all__ = ["EmbeddingFile", "Embeddings", "has_usable_row", "open_embeddings", "read_embed_sidecar"]
 
@@ -76,6 +76,11 @@ class Embeddings:
         self._memo = memo
         self._records = records
         self._prefix_keys = prefix_keys
+
+    @property
+    def model(self) -> ModelRecord | None:
+        """The model that made them, where `embed` recorded it."""
+        return None if self.sidecar is None else self.sidecar.model
 
     @property
     def is_verified(self) -> bool:

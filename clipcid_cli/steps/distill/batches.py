@@ -9,29 +9,50 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
 from clipcid_cli.formats.data.index import SampleRef
+from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.sample_rows import take_captions, take_images
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.augment import (
+    Augmentation,
+    Masking,
+    MixedView,
+    Processor,
+    choose_view,
+    identity_colors,
+    mix_pixels,
+)
+from clipcid_cli.runtime.models.caches import ImageCache
+from clipcid_cli.runtime.models.decode import SkippedImage, full_size
 from clipcid_cli.runtime.pipeline import join_on, ordered_map, prefetch
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.sample_order import SampleOrder
 from clipcid_cli.steps.distill.clusters import ClusterLookup
-from clipcid_cli.steps.distill.extra_texts import ExtraText
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
+from clipcid_cli.steps.distill.stored_teacher import ExtraText
+from clipcid_cli.steps.settings.distill import DistillSettings
 
 Piece = TypeVar("Piece")
 
 _MAX_ITEMS = 256
 _HOST = torch.device("cpu")
+# Decoded images a worker keeps, so that small data is decoded once and not once an epoch.
+_MAX_IMAGE_BYTES = 512 * 2**20
+# Of more samples, what a worker could keep would hardly ever be seen again.
+_MAX_SAMPLES_KEPT = 200_000
+_WHITE = Image.new("RGB", (64, 64), (255, 255, 255))
+_WHOLE = Augmentation(1.0)
 
 
 class Item(NamedTuple):
@@ -43,7 +64,7 @@ class Item(NamedTuple):
 
 
 class WorkItem(NamedTuple):
-    """What a worker makes a part of a batch of: some samples, and some further texts."""
+    """What a worker makes a part of a batch of."""
 
     items: Sequence[Item]
     extra_texts: Sequence[ExtraText]
@@ -66,13 +87,13 @@ class TrainingBatch:
         colors: Colour maps, float32 [b, 3, 4]; None where none changes anything.
         tokens: Of captions and of further texts, int64 [b + e, L].
         bad: (reason, key) of images that could not be decoded; they are white in `pixels`.
-        kept_patches: Patches of each image that are seen where the others are masked, int64 [b, n]; None where none are.
-        teacher_image_bD: The teacher's stored rows of the images or views that are shown, float16; None without stored ones.
-        teacher_text_bD: Those of the captions or variants that are shown; None where it has none.
-        teacher_extra_eD: Those of the further texts; None without any.
-        teacher_pixels: The same views at an online teacher's size, uint8 [b, H, W, 3]; None without one.
-        teacher_tokens: The same captions by its tokenizer, int64 [b, L]; None likewise.
-        image_clusters: Cluster targets of the global batch's images; None where no loss needs them.
+        kept_patches: Patches of each image that are seen where the others are masked, int64 [b, n].
+        teacher_image_bD: A stored teacher's rows of the images or views that are shown, float16.
+        teacher_text_bD: Those of the captions or variants that are shown.
+        teacher_extra_eD: Those of the further texts.
+        teacher_pixels: The same views at an online teacher's size, uint8 [b, H, W, 3].
+        teacher_tokens: The same captions by its tokenizer, int64 [b, L].
+        image_clusters: Targets of the global batch's images.
         text_clusters: Those of its captions, where both towers are taught.
     """
 
@@ -97,16 +118,169 @@ class TrainingBatch:
         """Join the parts of a process, in order, on a device; all but tokens, which the towers pack on the host."""
         captions = [part.tokens[: len(part)] for part in parts]
         further = [part.tokens[len(part) :] for part in parts]
-        batch = dataclasses.replace(
-            parts[0],
-            tokens=torch.cat(captions + further),
-            bad=[each for part in parts for each in part.bad],
-        )
+        bad = [each for part in parts for each in part.bad]
+        batch = dataclasses.replace(parts[0], tokens=torch.cat(captions + further), bad=bad)
         for field in dataclasses.fields(cls):
             found = [getattr(part, field.name) for part in parts]
             if isinstance(found[0], Tensor) and field.name != "tokens":
                 setattr(batch, field.name, join_on(_HOST if field.name == "teacher_tokens" else device, found))
         return batch
+
+
+class _View(NamedTuple):
+    """How a sample's image is shown; `number` is that of the stored view, −1 for one drawn anew."""
+
+    image: Image.Image
+    view: MixedView
+    mixed_in: Image.Image | None = None
+    number: int = -1
+
+
+class _Text(NamedTuple):
+    """A text, which of the sample's captions it is, and which of its variants; −1 where it is none."""
+
+    text: str
+    caption: int = 0
+    variant: int = -1
+
+
+class BatchMaker:
+    """Makes a work item's part of a batch, in a worker to which it is sent."""
+
+    def __init__(
+        self,
+        settings: DistillSettings,
+        inputs: Inputs,
+        student: Processor,
+        teacher: Processor | None = None,
+        masking: Masking | None = None,
+    ) -> None:
+        """Prepare a maker; an online teacher is shown the same views and captions as the student."""
+        stored = inputs.stored
+        self._settings = settings
+        self._samples = inputs.training
+        self._shown_to = [student] if teacher is None else [student, teacher]
+        self._masking = masking
+        chosen = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
+        self._augmentation = chosen if stored is None else stored.augmentation(chosen)
+        self._first_captions = stored is not None and stored.first_captions
+        self._variants = None if stored is None else stored.variants
+        self._extra_texts = None if stored is None else stored.extra_texts
+        self._rows = {} if stored is None else stored.rows()
+        self._num_views = 0 if stored is None else stored.num_views
+        widths, heights = zip(*(each.pixels.draft_size(self._augmentation) for each in self._shown_to), strict=True)
+        max_bytes = _MAX_IMAGE_BYTES if inputs.training.total <= _MAX_SAMPLES_KEPT else 0
+        self._images = ImageCache(max_bytes, (max(widths), max(heights)) if settings.fast_decode else None)
+
+    def __call__(self, work: WorkItem) -> TrainingBatch:
+        """Make the part, in order; each image is written into its tensor before the next one is decoded."""
+        bad, views, texts = list[tuple[str, str]](), list[int](), list[_Text]()
+        count = len(work.items)
+        pixels = [torch.empty(count, *each.pixels.size[::-1], 3, dtype=torch.uint8) for each in self._shown_to]
+        colors = torch.empty(count, 3, 4)
+        for place, item in enumerate(work.items):
+            sample = item.sample.read()
+            texts.append(self._choose_text(sample, item.epoch))
+            image, view, other, number = self._choose_view(item, sample, bad)
+            views.append(number)
+            for processor, target in zip(self._shown_to, pixels, strict=True):
+                shown = processor.pixels(image, view.first)
+                if other is not None:
+                    shown = mix_pixels(view, shown, processor.pixels(other, view.second))
+                target.numpy()[place] = shown
+            # Mixed pixels have their final colours.
+            colors.numpy()[place] = view.first.colors if other is None else identity_colors()
+        words = [found.text for found in texts]
+        further = [] if self._extra_texts is None else [self._extra_texts.read(text) for text in work.extra_texts]
+        batch = TrainingBatch(
+            pixels=pixels[0],
+            colors=colors if self._augmentation.changes_colors else None,
+            tokens=self._shown_to[0].tokenizer(words + further),
+            bad=bad,
+            kept_patches=None if self._masking is None else self._choose_patches(self._masking, work.items),
+        )
+        if len(self._shown_to) > 1:
+            batch.teacher_pixels, batch.teacher_tokens = pixels[1], self._shown_to[1].tokenizer(words)
+        self._add_stored_rows(batch, work, views, texts)
+        return batch
+
+    def _choose_view(self, item: Item, sample: Sample, bad: list[tuple[str, str]]) -> _View:
+        """Choose a stored view, where there are any, else draw one for this epoch.
+
+        In V epochs a sample shows each of its V views once. A mixed view is shown where the other image is trained on too,
+        in the same shard: what is held out is never seen. Elsewhere the next view of the sample that can be shown takes its
+        place, and where none can the whole image, which the teacher has embedded as well.
+        """
+        image = self._decode(sample, bad)
+        if image is not None and self._num_views:
+            embedding_rows, places = self._samples.column("embeddings"), self._samples.column("places")
+            embedded = int(embedding_rows[item.row])
+            begin = derive_seed("view", self._settings.seed, sample.key) + item.epoch
+            for offset in range(self._num_views):
+                number = (begin + offset) % self._num_views
+                row = embedded * self._num_views + number
+                view = MixedView.unpack(np.array(self._rows[Kind.VIEW_PARAMS].read(row, row + 1)[0]))
+                if view.weight == 1:
+                    return _View(image, view, None, number)
+                if not np.isnan(view.partner):
+                    first, end = self._samples.bounds(int(self._samples.shard_of(np.array(item.row))))
+                    found = np.flatnonzero(embedding_rows[first:end] == embedded + int(view.partner))
+                    if len(found):
+                        other = self._decode(item.sample.part.sample(int(places[first + found[0]])), bad)
+                        if other is not None:
+                            return _View(image, view, other, number)
+                        break
+        image = image or _WHITE
+        augmentation = _WHOLE if self._num_views else self._augmentation
+        seed = derive_seed("augment", self._settings.seed, item.epoch, sample.key)
+        drawn = choose_view(augmentation, *full_size(image), seed)
+        return _View(image, MixedView(drawn, 1.0, 0.0, drawn))
+
+    def _decode(self, sample: Sample, bad: list[tuple[str, str]]) -> Image.Image | None:
+        image = self._images.read(sample.key, sample.image)
+        if not isinstance(image, SkippedImage):
+            return image
+        bad.append((image.reason, sample.key))
+        return None
+
+    def _choose_text(self, sample: Sample, epoch: int) -> _Text:
+        """Choose one of a sample's captions, but the first alone where only that is embedded; or a variant of one."""
+        captions = sample.captions
+        seed, dropout = self._settings.seed, self._settings.caption_dropout
+        if self._variants is not None:
+            random = np.random.default_rng(derive_seed("variant", seed, epoch, sample.key))
+            if random.uniform() < self._settings.variant_share:
+                variant = int(random.integers(self._variants.number))
+                return _Text(self._variants(captions, sample.key, variant), variant=variant)
+        if self._first_captions or (len(captions) == 1 and not dropout):
+            return _Text(captions[0])
+        random = np.random.default_rng(derive_seed("caption", seed, epoch, sample.key))
+        number = int(random.integers(len(captions)))
+        if not dropout:
+            return _Text(captions[number], number)
+        first, *others = captions[number].split(",")
+        kept = [part for part in others if random.uniform() >= dropout]
+        return _Text(",".join([first, *kept]), number)
+
+    def _choose_patches(self, masking: Masking, items: Sequence[Item]) -> Tensor:
+        seeds = [derive_seed("mask", self._settings.seed, item.epoch, item.sample.key) for item in items]
+        return torch.from_numpy(np.stack([masking.choose(seed) for seed in seeds]))
+
+    def _add_stored_rows(self, batch: TrainingBatch, work: WorkItem, views: list[int], texts: list[_Text]) -> None:
+        """Read the teacher's rows of what is shown, where it has stored ones."""
+        if not self._rows:
+            return
+        own = np.array([item.row for item in work.items])
+        embedded = self._samples.column("embeddings")[own].astype(np.int64)
+        batch.teacher_image_bD = torch.from_numpy(take_images(self._rows, embedded, np.array(views)))
+        if Kind.TEXTS in self._rows:
+            starts = self._samples.column("captions")[own].astype(np.int64) if Kind.FURTHER in self._rows else embedded
+            captions = np.array([text.caption for text in texts])
+            variants = np.array([text.variant for text in texts])
+            batch.teacher_text_bD = torch.from_numpy(take_captions(self._rows, embedded, captions, starts, variants))
+        if self._extra_texts is not None:
+            extra = np.array([text.row for text in work.extra_texts], dtype=np.int64)
+            batch.teacher_extra_eD = torch.from_numpy(self._extra_texts.rows.take(extra))
 
 
 class Batches:
@@ -121,20 +295,18 @@ class Batches:
         seed: int,
         machine: Machine,
     ) -> None:
-        """Prepare the batches; of each, this process makes a contiguous slice, so that gathering restores it.
+        """Prepare batches of `batch_size` samples over all processes; of each, this one has a contiguous slice.
 
         Args:
-            make: Makes a work item's part of a batch in a worker: a `BatchMaker`.
-            clusters: What the cluster targets are looked up in; None where no loss needs them.
-            batch_size: Samples of a global batch.
+            make: A `BatchMaker`, called in workers.
+            clusters: None where no loss needs them.
         """
         self._batch_size = batch_size
-        self._samples, self._index = inputs.training, index_of(inputs.dataset)
+        self._inputs, self._samples = inputs, inputs.training
         self._extra_texts = None if inputs.stored is None else inputs.stored.extra_texts
         self._num_texts = inputs.num_extra_texts(batch_size)
         self._make, self._clusters = make, clusters
         self._seed, self._machine = seed, machine
-        self._places = self._samples.column("places")
         self._shard_sizes = self._samples.sizes.tolist()
         self._count = -(-batch_size // machine.size // _MAX_ITEMS)
 
@@ -158,14 +330,13 @@ class Batches:
 
     def deal(self, steps: range) -> Iterator[DealtBatch]:
         """Say what workers shall make of each step's batch; a start anywhere deals the same."""
-        order = SampleOrder(self._seed, self._shard_sizes, self._index.fetch_ahead)
-        rank, size = self._machine.rank, self._machine.size
-        own = slice(rank * self._batch_size // size, (rank + 1) * self._batch_size // size)
+        order = SampleOrder(self._seed, self._shard_sizes, index_of(self._inputs.dataset).fetch_ahead)
+        own = slice(*self._machine.share(self._batch_size))
         for step in steps:
             first = step * self._batch_size
             rows = order.rows(first, first + self._batch_size)
             epochs = np.arange(first, first + self._batch_size)[own] // len(self)
-            refs = self._refs(rows[own])
+            refs = self._inputs.refs(self._samples, rows[own])
             items = [Item(*found) for found in zip(rows[own].tolist(), epochs.tolist(), refs, strict=True)]
             pieces = zip(_cut(items, self._count), _cut(self._draw_texts(step, rows), self._count), strict=True)
             yield DealtBatch(step, rows, [WorkItem(*piece) for piece in pieces])
@@ -184,26 +355,16 @@ class Batches:
     def keys(self, step: int) -> list[str]:
         """Return the keys of a step's whole batch."""
         rows = SampleOrder(self._seed, self._shard_sizes).rows(step * self._batch_size, (step + 1) * self._batch_size)
-        return [ref.key for ref in self._refs(rows)]
-
-    def _refs(self, rows: npt.NDArray[np.int64]) -> list[SampleRef]:
-        shards = self._samples.shard_of(rows).tolist()
-        parts = {shard: self._index.part(shard) for shard in set(shards)}
-        places = self._places[rows].tolist()
-        return [SampleRef(parts[shard], place) for shard, place in zip(shards, places, strict=True)]
+        return [ref.key for ref in self._inputs.refs(self._samples, rows)]
 
     def _draw_texts(self, step: int, rows: npt.NDArray[np.int64]) -> list[ExtraText]:
-        """Draw this process's part of a step's further texts: a slice of what one process would take.
-
-        Args:
-            rows: Of the whole batch.
-        """
+        """Draw this process's part of a step's further texts: a slice of what one process would take."""
         extra = self._extra_texts
         if extra is None:
             return []
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))
-        count, rank, size = self._num_texts, self._machine.rank, self._machine.size
-        own = slice(rank * count // size, (rank + 1) * count // size)
+        count = self._num_texts
+        own = slice(*self._machine.share(count))
         if extra.variants is None:
             return [ExtraText(row) for row in random.integers(len(extra.rows), size=count)[own].tolist()]
         # Captions are read only from shards that the batch reads anyway: another would be fetched for one caption.
@@ -212,10 +373,11 @@ class Batches:
         chosen = readable[random.integers(len(readable), size=count)][own]
         variants = random.integers(extra.variants.number, size=count)[own]
         found = self._samples.column("embeddings")[chosen].astype(np.int64) * extra.variants.number + variants
-        return [ExtraText(*pair) for pair in zip(found.tolist(), self._refs(chosen), strict=True)]
+        refs = self._inputs.refs(self._samples, chosen)
+        return [ExtraText(*pair) for pair in zip(found.tolist(), refs, strict=True)]
 
 
 def _cut(pieces: Sequence[Piece], count: int) -> list[Sequence[Piece]]:
     """Cut a sequence into pieces that differ by one at most."""
-    bounds = [len(pieces) * number // count for number in range(count + 1)]
-    return [pieces[start:stop] for start, stop in pairwise(bounds)]
+    total = len(pieces)
+    return [pieces[total * number // count : total * (number + 1) // count] for number in range(count)]

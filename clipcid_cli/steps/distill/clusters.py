@@ -8,23 +8,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
-from clipcid_cli.algorithms.losses.centroids import ProjectedCentroids
-from clipcid_cli.algorithms.losses.cluster import cluster_targets, draw_candidates
+from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, cluster_targets, draw_candidates
 from clipcid_cli.algorithms.losses.registry import LOSSES
-from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.clusters import CENTROIDS, TABLE, Clusters, TopClusters, open_clusters
-from clipcid_cli.formats.results.matched_samples import Column, SampleRows
+from clipcid_cli.formats.results.matched_samples import Column
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher, StoredTeacher
-from clipcid_cli.steps.model_identity import cluster_with, find_mismatch
+from clipcid_cli.steps.model_identity import cluster_with, validate_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -42,6 +39,13 @@ class ChosenClusters:
     teach_text: bool
     temperatures: tuple[float, float]
 
+    @property
+    def towers(self) -> list[tuple[TopClusters, float]]:
+        """The nearest centroids of the table's rows and τ_T: of the images, and of the captions where they teach too."""
+        images, captions = self.files.images, self.files.captions
+        taught = [images] if captions is None or not self.teach_text else [images, captions]
+        return list(zip(taught, self.temperatures, strict=False))
+
     def fingerprints(self) -> list[FileRecord]:
         """Describe the files a run reads, for its sidecar."""
         return [record(self.files.folder / name) for name in (TABLE, CENTROIDS)]
@@ -56,44 +60,41 @@ def find_clusters(
     folder = settings.clusters or WorkDirectory(settings.work).find_clusters()
     clusters = open_clusters(folder, settings.work)
     model = clusters.sidecar.model
-    if model is not None and online is not None and (difference := find_mismatch(model, online.name)) is not None:
-        raise ClipcidError(
-            f"The clusters in {clusters.folder} are of {model.spec}, {difference.what} {difference.recorded}; the "
-            f"teacher is {online.name.spec}, {difference.what} {difference.named}.",
-            cluster_with(online.name, settings),
-        )
+    if model is not None and online is not None:
+        validate_teacher(f"clusters in {folder}", model, online.name, cluster_with(online.name, settings))
+    again = _cluster_again(settings, clusters, embeddings)
     if embeddings is not None:
-        _validate_embeddings(settings, clusters, embeddings)
+        embedded = embeddings.model
+        if model is not None and embedded is not None and model.weights_hash != embedded.weights_hash:
+            raise ClipcidError(
+                f"The clusters in {folder} are of {model.spec}, the embeddings of {embedded.spec}.", again
+            )
+        validate_width(clusters, "embeddings", embeddings.width, again)
     if settings.cluster_towers == "both" and clusters.captions is None:
         raise ClipcidError(
-            f"--cluster-towers both, but the clusters in {clusters.folder} were made without captions.",
-            f"Use clusters of embeddings with captions. {_remake(settings, clusters, embeddings)}",
+            f"--cluster-towers both, but the clusters in {folder} were made without captions.",
+            f"Use clusters of embeddings with captions. {again}",
         )
     made_from = clusters.sidecar.keep_list  # clusters made without one fit any
     if keep_list is not None and made_from is not None and made_from.hash != record(keep_list).hash:
         raise ClipcidError(
-            f"The clusters in {clusters.folder} were made from another keep list than {keep_list} holds now.",
-            _remake(settings, clusters, None, keep_list=keep_list),
+            f"The clusters in {folder} were made from another keep list than {keep_list} holds now.",
+            _cluster_again(settings, clusters, None, keep_list=keep_list),
         )
     return clusters
 
 
-def _validate_embeddings(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings) -> None:
-    clustered, embedded = clusters.sidecar.model, None if embeddings.sidecar is None else embeddings.sidecar.model
-    if clustered is not None and embedded is not None and clustered.weights_hash != embedded.weights_hash:
+def validate_width(clusters: Clusters, teaching: str, width: int, fix: str) -> None:
+    """Refuse clusters of another width than what teaches."""
+    own = clusters.centroids.shape[1]
+    if own != width:
         raise ClipcidError(
-            f"The clusters in {clusters.folder} are of {clustered.spec}, the embeddings of {embedded.spec}.",
-            _remake(settings, clusters, embeddings),
-        )
-    if clusters.centroids.shape[1] != embeddings.width:
-        raise ClipcidError(
-            f"The clusters in {clusters.folder} have width {clusters.centroids.shape[1]}, the embeddings "
-            f"{embeddings.width}: they are of another teacher.",
-            _remake(settings, clusters, embeddings),
+            f"The clusters in {clusters.folder} have width {own}, the {teaching} {width}: they are of another teacher.",
+            fix,
         )
 
 
-def _remake(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings | None, **more: Any) -> str:
+def _cluster_again(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings | None, **more: Any) -> str:
     named = {} if embeddings is None else {"embeddings": embeddings.folder}
     return remake_clusters(clusters.folder, clusters.sidecar, settings.work, **named, **more)
 
@@ -114,12 +115,17 @@ def use_clusters(
             or_not = ", or these could not be embedded (--max-bad-fraction)" if settings.online_teacher else ""
             raise ClipcidError(
                 f"{lacking}: the clusters were made from another keep list{or_not}.",
-                _remake(settings, clusters, teacher.embeddings, keep_list=settings.keep_list),
+                _cluster_again(settings, clusters, teacher.embeddings, keep_list=settings.keep_list),
             )
         reporter.warn(f"{lacking}: they are left out.")
     several_captions = bool(counts.several_captions) and not teacher.first_captions
-    teach_text = _teaches_text(clusters, settings, several_captions)
-    if teach_text and several_captions:
+    teach_text = settings.cluster_towers == "both"
+    if settings.cluster_towers == "auto":
+        # Where it can: in recipes/ablation, on drawings that the teacher knew, retrieval was 4.1 (R@1) and 6.2 points (R@10)
+        # worse with the image tower alone (95 %: 1.8…6.2 and 4.4…8.2), hardly better than without the loss. It cannot where
+        # a sample may show another caption than its first, the only one whose clusters are known.
+        teach_text = clusters.captions is not None and not settings.freeze_text and not several_captions
+    elif teach_text and several_captions:
         reporter.warn("--cluster-towers both: captions after an image's first are taught the clusters of the first.")
     towers = "both towers" if teach_text else "the image tower"
     reporter.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centroids, for {towers}.")
@@ -129,52 +135,19 @@ def use_clusters(
     return ChosenClusters(clusters, teach_text, (image, caption))
 
 
-def _teaches_text(clusters: Clusters, settings: DistillSettings, several_captions: bool) -> bool:
-    """Tell whether the cluster loss teaches the text tower as well.
-
-    By default it does where it can: in recipes/ablation, on drawings that the teacher knew, retrieval was 4.1 (R@1) and 6.2
-    points (R@10) worse with the image tower alone (95 %: 1.8…6.2 and 4.4…8.2), hardly better than without it. It cannot
-    where a sample may show another caption than its first, the only one whose clusters are known (`several_captions`).
-    """
-    if settings.cluster_towers == "auto":
-        return clusters.captions is not None and not settings.freeze_text and not several_captions
-    return settings.cluster_towers == "both"
-
-
 @dataclasses.dataclass(frozen=True)
 class ClusterLookup:
     """The cluster targets of any batch.
 
     Attributes:
         table_rows: Row of the clusters' table of each sample to train on, [N], mapped.
-        towers: The nearest centroids of the table's rows and τ_T: of the images, and of the captions where they teach too.
+        towers: What `ChosenClusters.towers` returns.
     """
 
     centroids: ProjectedCentroids
     table_rows: Column
     towers: list[tuple[TopClusters, float]]
     settings: DistillSettings
-
-    @classmethod
-    def of(
-        cls,
-        settings: DistillSettings,
-        clusters: ChosenClusters,
-        samples: SampleRows,
-        axes: PrincipalAxes | None,
-        device: torch.device,
-    ) -> ClusterLookup:
-        """Make the lookup of a run.
-
-        Args:
-            samples: The samples to train on.
-            axes: Axes of the shared space; None where it is the teacher's own.
-        """
-        towers = [(clusters.files.images, clusters.temperatures[0])]
-        if clusters.teach_text and clusters.files.captions is not None:
-            towers.append((clusters.files.captions, clusters.temperatures[1]))
-        centroids = ProjectedCentroids.of(clusters.files.centroids, axes, device)
-        return cls(centroids, samples.column("clusters"), towers, settings)
 
     def targets(self, rows: npt.NDArray[np.int64], step: int) -> tuple[ClusterTargets, ClusterTargets | None]:
         """Return the targets of a global batch: of its images, and of its captions where both towers are taught.

@@ -40,7 +40,7 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
         f"Held out: {plan.inputs.held_out.total:,} samples."
     )
     if teacher is not None:
-        verb = "takes" if trainer.teacher_model is not None else "would take"
+        verb = "takes" if plan.inputs.stored is None else "would take"
         reporter.note(
             f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it {verb} {1e3 * teacher.seconds:,.0f} ms a "
             f"step, {teacher.share:.0%} of it. Embedding everything once pays after {teacher.break_even:.1f} epochs."
@@ -75,20 +75,21 @@ def _measure_steps(trainer: Trainer) -> tuple[float, float, int]:
 
 def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | None:
     """Measure the teacher on one batch of noise; None where there is none, or it cannot be loaded here."""
-    inputs, machine, online = trainer.plan.inputs, trainer.machine, trainer.teacher_model
-    embeddings, stored = inputs.embeddings, inputs.stored
-    teacher = online
+    inputs, machine, taught_by = trainer.plan.inputs, trainer.machine, trainer.objective.teacher
+    if taught_by is None:
+        return None
+    embeddings, stored, teacher = inputs.embeddings, inputs.stored, taught_by.model
     if teacher is None:
-        recorded = None if embeddings is None or embeddings.sidecar is None else embeddings.sidecar.model.spec
-        spec = trainer.settings.teacher or recorded
-        if inputs.teacher is None or spec is None:
+        recorded = None if embeddings is None or embeddings.model is None else embeddings.model.spec
+        spec = trainer.plan.settings.teacher or recorded
+        if spec is None:
             return None
         try:
             teacher = load_model(with_default_tag(parse_model(spec)), machine.device)
         except ClipcidError as error:
             trainer.reporter.note(f"The time that the teacher would take in the loop is not measured: {error.message}")
             return None
-    images, texts = _time_teacher(teacher, trainer.plan.batch_size // machine.size, trainer.settings.precision)
+    images, texts = _time_teacher(teacher, trainer.plan.batch_size // machine.size, trainer.plan.settings.precision)
     seconds = images + texts
     # What is embedded once may be more than what is trained on: all images, not only the kept ones.
     rows = inputs.usable.total if embeddings is None else embeddings.num_rows
@@ -101,18 +102,13 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
     return TeacherCost(
         parameters=teacher.info.parameters,
         seconds=seconds,
-        share=min(1.0, seconds / (step_seconds if online is not None else step_seconds + seconds)),
+        share=min(1.0, seconds / (step_seconds + (seconds if stored is not None else 0))),
         break_even=passes * rows / inputs.training.total,
     )
 
 
 def passes_to_embed(images: float, texts: float, num_views: int, texts_per_image: float) -> float:
-    """Return what embedding with views and several texts an image takes, in passes over images and one caption of each.
-
-    Args:
-        images: Time for some images.
-        texts: Time for as many captions, in the same unit.
-    """
+    """Return what embedding takes, in passes over images and one caption of each, which take `images` + `texts` seconds."""
     return ((1 + num_views) * images + texts_per_image * texts) / (images + texts)
 
 

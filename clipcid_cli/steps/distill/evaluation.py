@@ -6,6 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.distill.inputs import Inputs
-from clipcid_cli.steps.distill.samples import index_of
+from clipcid_cli.steps.distill.student import batch_norms
 from clipcid_cli.steps.encode import Decoded, Decoder, Encoder
 from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel
@@ -38,10 +39,7 @@ _FP32 = Precision("fp32", torch.float32, "evaluation")
 
 
 def zeroshot_settings(settings: DistillSettings) -> EvalZeroshotSettings:
-    """Return the settings of `eval-zeroshot` on the data sets of ``--eval-data``.
-
-    The defaults, but for what speaks of no data set in particular: columns and keys are those of the training data.
-    """
+    """Return the settings of `eval-zeroshot` on ``--eval-data``: defaults, as columns and keys are the training data's."""
     return EvalZeroshotSettings(
         work=settings.work,
         data=settings.eval_data,
@@ -84,10 +82,9 @@ def plan_evaluation(settings: EvalZeroshotSettings, reporter: Reporter) -> list[
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The held-out samples, decoded for the model: up to 0.75 GB of pixels at 224 px.
+    """The held-out samples that can be read, decoded for the model: up to 0.75 GB of pixels at 224 px.
 
     Attributes:
-        samples: Those that can be read.
         rows: Their rows among all samples held out.
         batches: Their pixels and first captions.
     """
@@ -99,14 +96,9 @@ class HeldOut:
     @classmethod
     def read(cls, inputs: Inputs, student: ClipModel) -> HeldOut | None:
         """Read the first held-out samples; None when there are fewer than two, which retrieval cannot use."""
-        samples, first = list[Sample](), 0
-        places = inputs.held_out.column("places")
-        for number, size in enumerate(inputs.held_out.sizes.tolist()):
-            if len(samples) >= _MAX_HELD_OUT:
-                break
-            samples.extend(map(index_of(inputs.dataset).part(number).sample, places[first : first + size].tolist()))
-            first += size
-        samples = [dataclasses.replace(one, captions=one.captions[:1]) for one in samples[:_MAX_HELD_OUT]]
+        first = np.arange(min(inputs.held_out.total, _MAX_HELD_OUT))
+        found = [ref.read() for ref in inputs.refs(inputs.held_out, first)]
+        samples = [dataclasses.replace(sample, captions=sample.captions[:1]) for sample in found]
         decoded = Decoder.of(student, captions=True)(samples)
         rows = [row for row in range(len(samples)) if row not in decoded.failures]
         if len(rows) < 2:
@@ -126,40 +118,31 @@ class HeldOut:
         return images, texts
 
 
-@dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The measurements of a run.
+    """The measurements of a run: of the held-out part, and of the data sets of ``--eval-data`` as `eval-zeroshot` does.
 
     Attributes:
-        held_out: Samples kept out of training, on the first process; None when there are too few.
-        plan: The data sets of ``--eval-data``, as `eval-zeroshot` measures them.
+        held_out: On the first process; None when there are too few samples.
         has_data: Whether there is anything to measure, the same on all processes.
     """
 
-    held_out: HeldOut | None
-    plan: ZeroshotPlan
-    machine: Machine
-    has_data: bool
-
-    @classmethod
-    def prepare(cls, inputs: Inputs, student: ClipModel, plan: ZeroshotPlan, machine: Machine) -> Evaluation:
+    def __init__(self, inputs: Inputs, student: ClipModel, plan: ZeroshotPlan, machine: Machine) -> None:
         """Read the held-out samples, on the first process."""
-        held_out: HeldOut | None = None
+        self.held_out: HeldOut | None = None
+        self._plan, self._machine = plan, machine
 
         def read() -> bool:
-            nonlocal held_out
-            held_out = HeldOut.read(inputs, student)
-            return held_out is not None
+            self.held_out = HeldOut.read(inputs, student)
+            return self.held_out is not None
 
-        has_data = machine.on_main(read) or bool(plan.tasks)
-        return cls(held_out, plan, machine, has_data)
+        self.has_data = machine.on_main(read) or bool(plan.tasks)
 
     def measure(self, student: ClipModel, state: TrainState) -> dict[str, float]:
         """Measure the student as it is, and with its averaged weights, in full precision; call it on every process.
 
         Returns:
-            Metrics of the held-out part by name, those of a named data set as ``NAME/METRIC``, without those it has no value
-            for (acc5 of four classes), those of the average as ``ema/…``; whole on the first process.
+            Metrics by name, those of a data set as ``NAME/METRIC`` without those that have no value (acc5 of four classes),
+            those of the average as ``ema/…``. Whole on the first process.
         """
         metrics = self._measure(student)
         if state.ema is None:
@@ -172,19 +155,19 @@ class Evaluation:
 
     def _measure(self, student: ClipModel) -> dict[str, float]:
         student.module.eval()
-        share_statistics(student.module, self.machine)
+        share_statistics(student.module, self._machine)
         metrics: dict[str, float] = {}
         if self.held_out is not None:
             images, texts = self.held_out.encode(student)
             metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
-        name = ModelName(student.info.spec, "tag")
-        model = EvaluatedModel(name, self.machine, self.plan.settings, Reporter(), student)
+        machine, name = self._machine, ModelName(student.info.spec, "tag")
+        model = EvaluatedModel(name, machine, self._plan.settings, Reporter(), student)
 
         def measure_task(task: ZeroshotTask) -> dict[str, float]:
             rows = model.encode(task)
-            return self.machine.on_main(lambda: measure(rows, self.machine.device, Reporter()).draws.values())
+            return machine.on_main(lambda: measure(rows, machine.device, Reporter()).draws.values())
 
-        for task in self.plan.tasks:
+        for task in self._plan.tasks:
             found = measure_task(task).items()
             metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
         return metrics
@@ -195,10 +178,9 @@ def share_statistics(module: nn.Module, machine: Machine) -> None:
 
     In training each process gathers those of its own rows, and reads none.
     """
-    normed = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    if machine.size == 1 or not normed:
+    buffers = [buffer for layer in batch_norms(module) for buffer in layer.buffers()]
+    if machine.size == 1 or not buffers:
         return
-    buffers = [buffer for part in normed for buffer in part.buffers()]
     first = machine.broadcast([buffer.cpu() for buffer in buffers] if machine.is_main else [])
     for buffer, value in zip(buffers, first, strict=True):
         buffer.copy_(value)

@@ -7,10 +7,13 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
@@ -21,7 +24,7 @@ from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.steps.data_index import cache_shards, ensure_index
 from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
-from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples
+from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples, index_of
 from clipcid_cli.steps.distill.stored_teacher import (
     OnlineTeacher,
     StoredTeacher,
@@ -46,12 +49,9 @@ class Inputs:
     """Everything a run reads.
 
     Attributes:
-        usable: How many samples have an image and a caption.
-        training: The samples to train on.
-        keep_list: The keep list; None where all samples are used.
-        teacher: The teacher; None where no loss needs one.
-        clusters: Its clusters; None where no loss needs them.
-        fingerprints: What each input file is known by.
+        keep_list: None where all samples are used.
+        teacher: None where no loss needs one.
+        clusters: Those of the teacher; None where no loss needs them.
     """
 
     dataset: Dataset
@@ -70,8 +70,14 @@ class Inputs:
 
     @property
     def embeddings(self) -> Embeddings | None:
-        """The teacher's stored embeddings; None where there are none."""
+        """The teacher's stored embeddings, where there are any."""
         return None if self.teacher is None else self.teacher.embeddings
+
+    def refs(self, samples: SampleRows, rows: npt.NDArray[np.int64]) -> list[SampleRef]:
+        """Return where samples are, by their rows among those to train on or those held out."""
+        shards, places = samples.shard_of(rows).tolist(), samples.column("places")[rows].tolist()
+        parts = {shard: index_of(self.dataset).part(shard) for shard in set(shards)}
+        return [SampleRef(parts[shard], place) for shard, place in zip(shards, places, strict=True)]
 
     def num_extra_texts(self, batch_size: int) -> int:
         """Return how many further texts a step has, over all processes."""
@@ -112,7 +118,7 @@ def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Repor
 
 
 def _find_for_axes(settings: DistillSettings) -> Path | None:
-    """Find stored embeddings of an online teacher: they name it, and have the axes of the shared space; None for none."""
+    """Find stored embeddings of an online teacher, where there are any: they name it, and have the shared space's axes."""
     work, teacher = WorkDirectory(settings.work), named_teacher(settings)
     if teacher is None:
         return work.find_embeddings() if work.has_embeddings() else None
@@ -127,14 +133,18 @@ def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | 
 
     Args:
         folder: The embeddings that `find_embeddings` found.
-        scratch: Folder for what a run keeps in the work directory, which a dry run leaves as it is.
+        scratch: Where a dry run keeps what a run keeps in the work directory.
     """
     work = WorkDirectory(settings.work)
     embeddings = None
     if folder is not None:
-        cache = work.fingerprints if scratch is None else _copy_fingerprints(work, scratch)
+        cache = work.fingerprints
+        if scratch is not None:  # a dry run adds to a copy
+            with suppress(FileNotFoundError):
+                shutil.copy(cache, scratch)
+            cache = scratch / cache.name
         embeddings = open_stored(settings, folder, cache, reporter)
-    dataset = _open_data(settings, work, embeddings, scratch, reporter)
+    dataset = _open_data(settings, embeddings, scratch, reporter)
     usable = count_usable(dataset, settings.max_bad_fraction)
     keep_list = choose_keep_list(settings.keep_list, work, "samples", settings.max_bad_fraction, reporter)
     listed = None if keep_list is None else keep_list.path
@@ -158,28 +168,19 @@ def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | 
         reporter.note(f"Teacher: {online.name.spec}, run alongside the student on the same views and captions.")
     elif embeddings is not None:
         teacher = use_stored(settings, embeddings, counts, reporter)
-    if clusters is not None and teacher is not None:
-        chosen = use_clusters(settings, clusters, teacher, counts, reporter)
-    for read in (teacher, chosen):
-        fingerprints += [] if read is None else read.fingerprints()
+    if teacher is not None:
+        fingerprints += teacher.fingerprints()
+        if clusters is not None:
+            chosen = use_clusters(settings, clusters, teacher, counts, reporter)
+            fingerprints += chosen.fingerprints()
     training, held_out = open_rows(matched, TRAINING), open_rows(matched, HELD_OUT)
     return Inputs(dataset, usable, training, held_out, keep_list, teacher, chosen, fingerprints)
 
 
-def _copy_fingerprints(work: WorkDirectory, scratch: Path) -> Path:
-    """Copy the table of fingerprints for a dry run, which adds to its copy."""
-    with suppress(FileNotFoundError):
-        shutil.copy(work.fingerprints, scratch)
-    return scratch / work.fingerprints.name
-
-
 def _open_data(
-    settings: DistillSettings,
-    work: WorkDirectory,
-    embeddings: Embeddings | None,
-    scratch: Path | None,
-    reporter: Reporter,
+    settings: DistillSettings, embeddings: Embeddings | None, scratch: Path | None, reporter: Reporter
 ) -> Dataset:
+    work = WorkDirectory(settings.work)
     if settings.data is not None:
         columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
         dataset = open_dataset(settings.data, settings.keys, columns, work.indexes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,16 +58,12 @@ class Objective:
         return cls(weights, parameters, teacher, machine, settings.local_loss and machine.size > 1)
 
     def __call__(self, features: Features, student_scale: Tensor, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        """Compute the loss of a step; call it on every process.
-
-        Args:
-            features: Of this process's part of the batch.
-            student_scale: exp(logit_scale) of the student.
+        """Compute the loss of a step from each process's features; call it on every process.
 
         Returns:
             What the gradients are of: the weighted sum of the losses of the global batch, or (with local losses) of this
             process's rows, times the number of processes. And the losses of the global batch in order, without weights
-            and gradients, float32 [L], the same on every process.
+            and gradients, float32 [L].
         """
         everything = self._gather(features, student_scale, batch)
         terms = [load_loss(name)(everything, **self.parameters.of(name)) for name in self.weights]
@@ -85,14 +82,11 @@ class Objective:
         extra = own.get("text_BD", own["text_Bd"])[count:] if num_extra else None
         # All in one exchange.
         together = gather_rows(torch.cat([rows_between(rows, 0, count) for rows in own.values()], dim=1))
-        rows = dict(zip(own, torch.split(together, [rows.shape[1] for rows in own.values()], dim=1), strict=True))
+        widths = [rows.shape[1] for rows in own.values()]
+        rows: dict[str, Any] = dict(zip(own, torch.split(together, widths, dim=1), strict=True))
         taught = LossBatch(
-            image_Bd=rows["image_Bd"],
-            text_Bd=rows["text_Bd"],
+            **{"image_BD": rows["image_Bd"], "text_BD": rows["text_Bd"]} | rows,
             student_scale=student_scale,
-            image_BD=rows.get("image_BD", rows["image_Bd"]),
-            text_BD=rows.get("text_BD", rows["text_Bd"]),
-            masked_image_BD=rows.get("masked_image_BD"),
             image_tokens_bLD=self._project_tokens(features.image_tokens, self.parameters.image_map, count),
             text_tokens_bLD=self._project_tokens(features.text_tokens, self.parameters.text_map, count),
             extra_text_ED=self._gather_compared(extra),

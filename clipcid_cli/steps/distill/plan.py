@@ -47,15 +47,14 @@ class Plan:
     """A run.
 
     Attributes:
-        folder: Where it is written.
         evaluations: What `eval-zeroshot` measures in the end: the students on the data sets of ``--eval-data``.
-        recipe: How parameters are updated, for how many steps.
         batch_size: Samples of a global batch.
         extra_texts: Further texts of a step, over all processes.
         workers: Processes that prepare batches, for each training process.
-        log_every: Steps between lines of the training log.
+        log_every: Steps between lines of the training log, as in what follows.
     """
 
+    settings: DistillSettings
     inputs: Inputs
     folder: RunFolder
     evaluations: ZeroshotPlan
@@ -69,24 +68,12 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the run."""
+        """Steps of the whole run."""
         return self.recipe.steps
-
-    def due_after(self, step: int) -> tuple[bool, bool, bool]:
-        """Tell whether a line of the log, an evaluation and a checkpoint are due after `step` steps; all are at the end."""
-        logs, evaluates, saves = (
-            step % every == 0 or step == self.steps
-            for every in (self.log_every, self.eval_every, self.checkpoint_every)
-        )
-        return logs, evaluates, saves
 
 
 def check_named(settings: DistillSettings, reporter: Reporter) -> list[ZeroshotTask]:
-    """Look at what can be wrong with named inputs before hours of embedding: keep list, clusters, ``--eval-data``.
-
-    Returns:
-        The data sets of ``--eval-data``.
-    """
+    """Look at what can be wrong with named inputs before hours of embedding; return the data sets of ``--eval-data``."""
     if settings.keep_list not in (None, NO_KEEP_LIST):
         read_keep_list(Path(settings.keep_list))
     if any(LOSSES[name].needs_clusters for name in settings.losses()):
@@ -103,12 +90,7 @@ def plan_run(
     machine: Machine,
     reporter: Reporter,
 ) -> Plan:
-    """Plan a run, on the first process.
-
-    Args:
-        embeddings: The folder of the teacher's.
-        scratch: Folder for what a run keeps in the work directory, which a dry run leaves as it is.
-    """
+    """Plan a run, on the first process; `embeddings` and `scratch` are as for `find_inputs`."""
     inputs = find_inputs(settings, embeddings, scratch, reporter)
     batch_size = choose_batch_size(settings, inputs.training.total, machine)
     extra_texts = inputs.num_extra_texts(batch_size)
@@ -120,7 +102,9 @@ def plan_run(
     recipe = _choose_recipe(settings, inputs, batch_size, student.model.info.embed_dim, reporter)
     if extra_texts:
         reporter.note(f"Each step the text tower sees {extra_texts:,} further texts.")
-    folder = RunFolder(WorkDirectory(settings.work).distill(settings.name or _default_name(settings, student, inputs)))
+    parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
+    name = settings.name or "-".join(parts + ["all"] * (inputs.keep_list is None))
+    folder = RunFolder(WorkDirectory(settings.work).distill(name))
     students = [ModelName(str(path), "folder", path=path) for path in folder.students(ema=settings.ema is not None)]
     evaluations = ZeroshotPlan(students, tasks, zeroshot_settings(settings))
     # Before the start, which removes what an unfinished run left.
@@ -128,6 +112,7 @@ def plan_run(
         evaluations.validate_unmeasured()
     steps = recipe.steps
     return Plan(
+        settings=settings,
         inputs=inputs,
         folder=folder,
         evaluations=evaluations,
@@ -145,9 +130,6 @@ def choose_batch_size(settings: DistillSettings, samples: int, machine: Machine)
     """Return the size of a global batch, which all processes and parts divide; refuse one that is larger than the data.
 
     By default it is the largest power of two that leaves enough steps, within the bounds.
-
-    Args:
-        samples: Number of samples to train on.
     """
     divisor = machine.size * settings.accum_freq
     batch_size = settings.batch_size
@@ -182,21 +164,26 @@ def _choose_recipe(
     warmup = min(steps // 10, 2_000) if settings.warmup is None else settings.warmup
     if warmup > steps:
         raise UsageError(f"--warmup {warmup:,} exceeds the {steps:,} steps of the run.", "Give fewer warm-up steps.")
+    shards = len(inputs.training.sizes)
+    shuffle = "uniform over all samples, in each epoch."
+    if shards > SHARDS_MIXED:
+        shuffle = (
+            f"{shards:,} shards in a new order each epoch, samples uniformly among {SHARDS_MIXED} shards at a time "
+            f"({SHARDS_MIXED / shards:.1%} of the data)."
+        )
     reporter.note(
         f"{samples:,} samples, {steps:,} steps of {batch_size:,}: {steps * batch_size / samples:.1f} epochs, "
         f"{warmup:,} steps of warm-up; {inputs.held_out.total:,} more samples are held out.\n"
-        f"{_describe_shuffle(len(inputs.training.sizes))}"
+        f"Shuffle: {shuffle}"
     )
     if settings.optimizer == "muon":
         reporter.note("Optimizer: Muon for the layers of the towers, AdamW for all else.")
-    lr = settings.lr
-    if lr is None:
-        rate = default_rate(settings.losses(), settings.optimizer, batch_size, student_width)
+    rate = default_rate(settings.losses(), settings.optimizer, batch_size, student_width)
+    if settings.lr is None:
         reporter.note(f"Learning rate: {rate.value:g} ({rate.reason}).")
-        lr = rate.value
     return Recipe(
         optimizer=settings.optimizer,
-        lr=lr,
+        lr=settings.lr or rate.value,
         weight_decay=settings.wd,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
@@ -206,23 +193,9 @@ def _choose_recipe(
     )
 
 
-def _describe_shuffle(shards: int) -> str:
-    if shards <= SHARDS_MIXED:
-        return "Shuffle: uniform over all samples, in each epoch."
-    return (
-        f"Shuffle: {shards:,} shards in a new order each epoch, samples uniformly among {SHARDS_MIXED} shards at a time "
-        f"({SHARDS_MIXED / shards:.1%} of the data)."
-    )
-
-
-def _default_name(settings: DistillSettings, student: Student, inputs: Inputs) -> str:
-    """Name a run after its student, preset and seed, with `all` where there is no keep list."""
-    parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
-    return "-".join(parts if inputs.keep_list is not None else [*parts, "all"])
-
-
-def identity(settings: DistillSettings, student: Student, plan: Plan) -> dict[str, Any]:
+def identity(plan: Plan, student: Student) -> dict[str, Any]:
     """Return all that determines the student, except its inputs' content, as JSON values."""
+    settings = plan.settings
     given = output_settings(settings)
     # Data and teacher are inputs, identified by their content, however they were named.
     for name in ("data", "teacher", "epochs", "init_from"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -38,7 +38,7 @@ def write_report(trainer: Trainer) -> str:
     """Render the report of a finished run, an HTML page."""
     plan, metrics, held_out = trainer.plan, trainer.metrics, trainer.evaluation.held_out
     log, results = read_lines(plan.folder.train_log), read_lines(plan.folder.results_log)
-    scales = [name for name in (log[0] if log else {}) if name.startswith("scale_")]
+    scales = {name: name.removeprefix("scale_") for name in (log[0] if log else {}) if name.startswith("scale_")}
     measured: dict[str, Any] = {"headline": [], "recall_figure": None, "compared": [], "compared_on": 0, "examples": []}
     if held_out is not None:
         rows = {"student": held_out.encode(trainer.student.model)}
@@ -63,27 +63,18 @@ def write_report(trainer: Trainer) -> str:
         batch_size=plan.batch_size,
         training=plan.inputs.training.total,
         held_out=plan.inputs.held_out.total,
-        loss_figure=_draw("Losses", log, _in_turn(losses), smooth=True, ylabel="loss"),
+        loss_figure=_draw("Losses", log, losses, smooth=True, ylabel="loss"),
         named_figure=_draw_named(results) if len(results) > 1 else None,
-        rate_figure=_draw("Learning rate", log, [Curve("lr", "")], ylabel="learning rate"),
-        scale_figure=_draw(
-            "Logit scales",
-            log,
-            _in_turn({name: name.removeprefix("scale_") for name in scales}),
-            ylabel="logit scale",
-        ),
+        rate_figure=_draw("Learning rate", log, {"lr": ""}, ylabel="learning rate"),
+        scale_figure=_draw("Logit scales", log, scales, ylabel="logit scale"),
         inputs=_list_inputs(plan.inputs),
-        settings=output_settings(trainer.settings),
+        settings=output_settings(trainer.plan.settings),
         **measured,
     )
 
 
 def _compare(held_out: HeldOut, students: dict[str, tuple[Tensor, Tensor]], inputs: Inputs) -> list[dict[str, Any]]:
-    """Measure students and teacher on the held-out samples with a stored embedding; of a student alone, nothing.
-
-    Args:
-        students: Image and text rows by name.
-    """
+    """Measure students (rows of both towers) and teacher on the held-out samples with a stored embedding."""
     stored, rows = inputs.embeddings, students
     if stored is not None and stored.has_texts:
         places = inputs.held_out.column("embeddings")[held_out.rows].astype(np.int64)
@@ -105,12 +96,7 @@ def _find_examples(samples: Sequence[Sample], images: Tensor, texts: Tensor) -> 
         {
             "caption": samples[query].captions[0],
             "images": [
-                {
-                    "key": samples[place].key,
-                    "source": _picture(samples[place]),
-                    "similarity": similarity,
-                    "right": place == query,
-                }
+                _picture(samples[place]) | {"similarity": similarity, "right": place == query}
                 for place, similarity in zip(found[query].tolist(), similarities[query].tolist(), strict=True)
             ],
         }
@@ -118,40 +104,26 @@ def _find_examples(samples: Sequence[Sample], images: Tensor, texts: Tensor) -> 
     ]
 
 
-def _picture(sample: Sample) -> str:
+def _picture(sample: Sample) -> dict[str, Any]:
     image = read_image(sample.image)
-    return "" if isinstance(image, SkippedImage) else thumbnail(image)
-
-
-class Curve(NamedTuple):
-    """What is drawn of a log: the values of one entry of its lines, over the steps."""
-
-    entry: str
-    label: str
-    color: str = PALETTE[0]
-    style: str = "-"
-
-
-def _in_turn(labels: Mapping[str, str]) -> list[Curve]:
-    """Give curves, as labels by entry, the colours of the palette in turn."""
-    return [Curve(*curve) for curve in zip(labels, labels.values(), cycle(PALETTE), strict=False)]
+    return {"key": sample.key, "source": "" if isinstance(image, SkippedImage) else thumbnail(image)}
 
 
 def _draw(
-    title: str, log: Sequence[dict[str, Any]], curves: Sequence[Curve], *, smooth: bool = False, **axes_settings: Any
+    title: str, log: Sequence[dict[str, Any]], labels: Mapping[str, str], *, smooth: bool = False, **axes_settings: Any
 ) -> Markup:
-    """Draw curves over the steps of the run, each over the lines that have it; smoothed ones with the values faint."""
+    """Draw entries of a log by their labels, each over the lines that have it; smoothed ones with the values faint."""
     figure = make_figure()
     axes = figure.subplots()
-    for curve in curves:
-        lines = [line for line in log if curve.entry in line]
+    for (entry, label), color in zip(labels.items(), cycle(PALETTE), strict=False):
+        lines = [line for line in log if entry in line]
         lines = lines[:: max(1, len(lines) // _POINTS)]
-        values = pd.Series([line[curve.entry] for line in lines], [line["step"] for line in lines], dtype=float)
+        values = pd.Series([line[entry] for line in lines], [line["step"] for line in lines], dtype=float)
         if smooth:
-            axes.plot(values, color=curve.color, alpha=0.25, linewidth=0.8)
+            axes.plot(values, color=color, alpha=0.25, linewidth=0.8)
             # The mean over about a fiftieth of the run.
             values = values.rolling(max(1, len(values) // 50), min_periods=1, center=True).mean()
-        axes.plot(values, curve.style, color=curve.color, label=curve.label)
+        axes.plot(values, ":" if entry.startswith(EMA) else "-", color=color, label=label)
     axes.set(xlabel="step", **axes_settings)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
@@ -159,28 +131,25 @@ def _draw(
 
 
 def _draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
-    curves = [
-        Curve(entry, f"{side} R@{k}{', EMA' * bool(prefix)}", color, style)
-        for side, color in zip(_SIDES, PALETTE, strict=False)
-        for prefix, k, style in (("", 1, "-"), ("", 5, "--"), (EMA, 1, ":"))
+    labels = {
+        entry: f"{side} R@{k}{', EMA' * bool(prefix)}"
+        for prefix, k in (("", 1), ("", 5), (EMA, 1))
+        for side in _SIDES
         if (entry := f"{prefix}{side}_retrieval_recall@{k}") in results[0]
-    ]
-    return _draw("Recall on the held-out part", results, curves, ylabel="recall", ylim=(0, 1))
+    }
+    return _draw("Recall on the held-out part", results, labels, ylabel="recall", ylim=(0, 1))
 
 
 def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:
-    """Draw the metrics of the data sets of --eval-data: acc1 of classes, R@1 of captions; None where there are none.
-
-    A run that was resumed may have been given other data sets: each is drawn over the lines that have it.
-    """
-    labels: dict[str, str] = {}
+    """Draw the metrics of the data sets of --eval-data: acc1 of classes, R@1 of captions; None where there are none."""
+    labels: dict[str, str] = {}  # a run that was resumed may have been given other data sets
     for name in dict.fromkeys(name for line in results for name in line):
         data, slash, metric = name.removeprefix(EMA).rpartition("/")
         if slash and metric in _NAMED:
             labels[name] = f"{data} {_NAMED[metric]}" + ", EMA" * name.startswith(EMA)
     if not labels:
         return None
-    return _draw("Measurements on the named data sets", results, _in_turn(labels), ylim=(0, None))
+    return _draw("Measurements on the named data sets", results, labels, ylim=(0, None))
 
 
 def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:

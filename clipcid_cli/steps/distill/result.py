@@ -11,9 +11,9 @@ class Distilled(msgspec.Struct):
     """What a run made.
 
     Attributes:
-        losses: Those of the last step that was logged, by name.
-        metrics: Those of the last evaluation, by name.
-        evaluations: What `eval-zeroshot` returns for each data set of ``--eval-data``.
+        losses: Those of the last step that was logged.
+        metrics: Those of the last evaluation during the training.
+        evaluations: What `eval-zeroshot` returns for ``--eval-data``.
         seconds: Time by phase.
     """
 
@@ -49,9 +49,8 @@ class DistillCost(msgspec.Struct):
     Attributes:
         memory_bytes: Memory in use by a process.
         data_seconds_per_step: Time of one core to prepare a batch.
-        seconds: Time by phase.
         teacher: None where there is none, or it cannot be loaded here.
-        evaluations: What would be measured in the end, on each data set of ``--eval-data``.
+        evaluations: What would be measured in the end.
     """
 
     student: str

@@ -41,13 +41,13 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
         import_tensorboard()  # before hours of embedding, and on every process, so that none waits for one that failed
     with open_machine(settings.device) as machine, scratch_folder(machine, dry_run=settings.dry_run) as scratch:
         tasks = machine.on_main(lambda: check_named(settings, reporter))
-        student = load_student(settings, machine, reporter)
+        student = machine.on_all(lambda: load_student(settings, machine.device, reporter))
         embeddings = find_embeddings(settings, machine, reporter)
         plan = machine.on_main(lambda: plan_run(settings, student, embeddings, tasks, scratch, machine, reporter))
         teacher = load_online_model(plan.inputs, machine)
         folder = plan.folder
         wanted: dict[str, Any] = {
-            "settings": identity(settings, student, plan),
+            "settings": identity(plan, student),
             "inputs": plan.inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
             "overwrite": settings.overwrite,
             "elsewhere": "--name",
@@ -55,7 +55,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
         if settings.dry_run:
             machine.on_main(lambda: find_output(folder.path, "distill", DistillSidecar, **wanted))
             check_samples(plan.inputs.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
-            cost = estimate_cost(Trainer(settings, plan, student, teacher, machine, reporter))
+            cost = estimate_cost(Trainer(plan, student, teacher, machine, reporter))
             cost.evaluations = plan.evaluations.preview(reporter)
             return cost
         with claim_output(machine, folder.path, "distill", DistillSidecar, **wanted) as output:
@@ -67,7 +67,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
                 # An unfinished run without a checkpoint may have ended because of what this finds.
                 if not (output.resumed and machine.on_main(lambda: list_checkpoints(folder.checkpoints))):
                     check_samples(plan.inputs.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
-                trainer = Trainer(settings, plan, student, teacher, machine, reporter, output)
+                trainer = Trainer(plan, student, teacher, machine, reporter, output)
                 prepared, first = time.perf_counter(), trainer.state.step
                 with closing(trainer.log):
                     trainer.train()
@@ -102,11 +102,10 @@ def write(
     samples_per_second: float,
     seconds: dict[str, float],
 ) -> DistillSidecar:
-    """Write student, report and, last, the sidecar.
+    """Write student, report and, last, the sidecar; the time of it is added to `seconds`.
 
     Args:
         unreadable: Images that could not be read: reason by key.
-        seconds: Time by phase; ``write`` is added.
     """
     started = time.perf_counter()
     plan, info = trainer.plan, trainer.student.model.info
@@ -115,7 +114,7 @@ def write(
     skips.merge(inputs.usable.skips)
     if skips.total:
         trainer.reporter.warn(f"{skips.total:,} samples were not used as they are:\n{skips.describe()}")
-    written = write_students(folder, trainer.student.model, str(trainer.settings.student), trainer.state)
+    written = write_students(folder, trainer.student.model, str(plan.settings.student), trainer.state)
     write_text(folder.report, write_report(trainer))
     seconds["write"] = time.perf_counter() - started
     return output.commit(

@@ -38,13 +38,7 @@ _FEW_SHARDS = 100
 
 @dataclasses.dataclass(frozen=True)
 class UsableSamples:
-    """How many samples have an image and a caption.
-
-    Attributes:
-        total: Their number.
-        skips: Samples that are not usable, by reason.
-        read: Samples that were listed, usable or not.
-    """
+    """How many samples of those read have an image and a caption; the others are skipped."""
 
     total: int
     skips: Skips
@@ -82,13 +76,10 @@ def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """The files that the data is matched with.
+    """The files that the data is matched with, where they are used.
 
     Attributes:
-        keep_list: The keep list; None where all samples are used.
-        embeddings: The teacher's; None where there are none.
         required: Whether a sample without an embedding is left out of training.
-        clusters: Clusters; None where no loss needs them.
     """
 
     keep_list: Path | None = None
@@ -120,8 +111,7 @@ class Sources:
 
     def fingerprints(self) -> list[FileRecord]:
         """Describe what the keys come from, beside the data and the keep list."""
-        texts = [Kind.TEXTS, Kind.FURTHER]
-        found = [] if self.embeddings is None else self.embeddings.fingerprints(texts)
+        found = [] if self.embeddings is None else self.embeddings.fingerprints([Kind.TEXTS, Kind.FURTHER])
         return found if self.clusters is None else [*found, record(self.clusters.folder / TABLE)]
 
 
@@ -133,7 +123,6 @@ class MatchCounts:
         listed: Usable samples in the keep list.
         kept: Usable samples that it keeps.
         candidates: Samples to train on, before those without an embedding or clusters are left out.
-        without_embedding: Those of them without an embedding.
         without_cluster: Those of them with an embedding, where one is required, that are not in the clusters' table.
         selected: Samples to train on.
         several_captions: Those of them that have several captions.
@@ -162,14 +151,11 @@ def find_samples(
     scratch: Path | None,
     reporter: Reporter,
 ) -> tuple[Path, MatchCounts]:
-    """Find the samples of the run, matched by an earlier start or another run of the same inputs; else match them now.
+    """Find the folder of the run's samples, matched by an earlier start or run of the same inputs; else match them now.
 
     Args:
         data_records: The fingerprints of the data and the keep list.
         scratch: Where a dry run writes them.
-
-    Returns:
-        The folder of the samples, and what their matching found.
     """
     assert dataset.index_folder is not None, "opened with a folder for the index"
     identity = {
@@ -188,15 +174,14 @@ def find_samples(
     folder = matched_folder(dataset.index_folder, identity)
     wanted: dict[str, Any] = {"settings": {"matched": folder.name}, "inputs": [], "overwrite": True}
     matched = find_output(folder, STEP, Sidecar, **wanted).finished
-    if matched is None or (scratch is None and any(folder.glob(f".{STEP}-*"))):  # what a killed run left
+    if matched is None:
         if scratch is not None:
             folder = matched_folder(scratch, identity)
         with lock_index(folder.parent):
-            matched = find_output(folder, STEP, Sidecar, **wanted).finished  # another run may just have made it
-            if matched is None:
+            if find_output(folder, STEP, Sidecar, **wanted).finished is None:
                 shutil.rmtree(folder, ignore_errors=True)  # damaged, or begun by a run that was killed
-            # This removes what is left beside a finished one.
             with open_output(folder, STEP, Sidecar, **wanted) as output:
+                matched = output.finished  # another run may just have made it
                 if matched is None:
                     output.start()
                     counts = match_samples(dataset, sources, settings.val_fraction, output.work, reporter)
@@ -208,12 +193,7 @@ def find_samples(
 def match_samples(
     dataset: Dataset, sources: Sources, val_fraction: float, folder: Path, reporter: Reporter
 ) -> MatchCounts:
-    """Match the data with other files, and write down the samples to train on and those held out, shard by shard.
-
-    Args:
-        val_fraction: Fraction of the samples held out: the keys whose hash falls below it.
-        folder: Where they are written, see `matched_samples`.
-    """
+    """Match the data with other files, and write down the samples to train on and those held out, shard by shard."""
     index = index_of(dataset)
     shards = range(len(index.records))
     joined = {
@@ -245,11 +225,7 @@ def match_samples(
 def _match_shard(
     samples: Part, found: dict[str, Values], required: bool, val_fraction: float, counts: MatchCounts
 ) -> tuple[dict[str, npt.NDArray[Any]], BoolArray, BoolArray]:
-    """Decide which samples of a shard are trained on and held out, and count them.
-
-    Returns:
-        The columns of its n samples, which of them are trained on, and which are held out, bool [n].
-    """
+    """Return the columns of a shard's n samples, which are trained on and which are held out, bool [n]; count them."""
     keys, num_captions = samples.keys, samples.num_captions
     usable = num_captions > 0
     held_out = usable & (key_fractions(keys.to_pylist()) < val_fraction)

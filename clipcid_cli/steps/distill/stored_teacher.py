@@ -4,30 +4,71 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.embeddings.command import data_command
+from clipcid_cli.formats.data.index import SampleRef
+from clipcid_cli.formats.embeddings.command import data_command, texts_command
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.embeddings.text_folder import EmbeddedTexts, TextLines, open_texts
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import EmbedSidecar
+from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
-from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.embed.views import Views
-from clipcid_cli.steps.model_identity import embed_with, find_mismatch
+from clipcid_cli.steps.model_identity import embed_with, validate_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
 # Another tool's views may have any crop and colours.
 _ANY = Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)
+
+
+class ExtraText(NamedTuple):
+    """A further text, as it is sent to a worker.
+
+    Attributes:
+        row: Its row among the teacher's embeddings of such texts.
+        sample: The sample of whose captions it is a variant; None for a line.
+    """
+
+    row: int
+    sample: SampleRef | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtraTexts:
+    """Further texts for the text tower alone: lines of `embed --texts`, or variants of captions.
+
+    Attributes:
+        rows: The teacher's embeddings of all there are.
+        lines: The lines; None for variants.
+        number: Texts a step, over all processes; None for as many as the batch has samples.
+        fingerprints: Of the files of the lines.
+    """
+
+    rows: Rows
+    lines: TextLines | None
+    variants: TextVariants | None
+    number: int | None
+    fingerprints: list[FileRecord]
+
+    def read(self, text: ExtraText) -> str:
+        """Return the words."""
+        if self.lines is not None:
+            return self.lines[text.row]
+        assert self.variants is not None
+        assert text.sample is not None
+        sample = text.sample.read()
+        return self.variants(sample.captions, sample.key, text.row % self.variants.number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +79,6 @@ class StoredTeacher:
         num_views: Stored views of each image that are replayed, 0 for none.
         all_captions: Whether every caption of a sample is embedded, so that any may be shown.
         variants: The embedded variants of captions, where they are shown or are the further texts.
-        extra_texts: Further texts for the text tower; None without any.
     """
 
     embeddings: Embeddings
@@ -62,14 +102,6 @@ class StoredTeacher:
         drawn = Augmentation(made.crop_scale, made.color_jitter, made.gray_probability)
         return Views(self.num_views, made.view_kind, drawn, made.seed).strongest
 
-    @property
-    def _kinds(self) -> list[Kind]:
-        """The kinds of rows that are shown, beside those of whole images; of captions only where there are any."""
-        views = [Kind.VIEWS, Kind.VIEW_PARAMS] if self.num_views else []
-        further = [Kind.FURTHER] if self.all_captions else []
-        variants = [] if self.variants is None else [Kind.VARIANTS]
-        return [Kind.TEXTS, *further, *views, *variants]
-
     def rows(self) -> dict[Kind, Rows]:
         """Map the rows of all that is shown."""
         found = [kind for kind in self._kinds if kind in self.embeddings.kinds]
@@ -80,6 +112,14 @@ class StoredTeacher:
         # The rows themselves, not their sidecar: the same rows embedded again at another speed are the same input.
         read = self.embeddings.fingerprints(self._kinds)
         return read if self.extra_texts is None else read + self.extra_texts.fingerprints
+
+    @property
+    def _kinds(self) -> list[Kind]:
+        """The kinds of rows that are shown, beside those of whole images; of captions only where there are any."""
+        views = [Kind.VIEWS, Kind.VIEW_PARAMS] if self.num_views else []
+        further = [Kind.FURTHER] if self.all_captions else []
+        variants = [] if self.variants is None else [Kind.VARIANTS]
+        return [Kind.TEXTS, *further, *views, *variants]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +154,9 @@ def choose_online(settings: DistillSettings, embeddings: Embeddings | None) -> O
     """Choose a teacher that runs alongside the student: the one named, else the embeddings', else the default one."""
     name = named_teacher(settings)
     if name is None and embeddings is not None:
-        if embeddings.sidecar is None:
+        if embeddings.model is None:
             raise ClipcidError(f"{embeddings.folder} does not record which model made it.", "Name the --teacher.")
-        name = parse_model(embeddings.sidecar.model.spec)
+        name = parse_model(embeddings.model.spec)
     return OnlineTeacher(name or with_default_tag(parse_model(DEFAULT_MODEL)), embeddings)
 
 
@@ -129,8 +169,14 @@ def open_stored(settings: DistillSettings, folder: Path, cache: Path | None, rep
     embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     teacher = named_teacher(settings) if settings.needs_teacher else None
-    if teacher is not None:
-        _validate_teacher(settings, teacher, embeddings)
+    if teacher is not None and embeddings.sidecar is not None:
+        fix = f"Omit --embeddings, or run: {embed_with(teacher, settings, embeddings.sidecar.data)}"
+        validate_teacher(f"embeddings in {folder}", embeddings.sidecar.model, teacher, fix)
+    elif teacher is not None and (width := read_width(teacher)) not in (None, embeddings.width):
+        raise ClipcidError(
+            f"The embeddings in {folder} have width {embeddings.width}; those of the teacher {teacher.spec} have {width}.",
+            f"Name the model that made them with --teacher, or run: {embed_with(teacher, settings)}",
+        )
     if embeddings.has_texts or settings.online_teacher:
         return embeddings
     needing = losses_of_captions(settings)
@@ -139,38 +185,21 @@ def open_stored(settings: DistillSettings, folder: Path, cache: Path | None, rep
             f"{folder} holds embeddings of images only, and captions are needed by: {', '.join(needing)}.",
             "Use losses that need one tower only: "
             + ", ".join(name for name, entry in LOSSES.items() if entry.one_tower)
-            + "\nOr embed the captions too: "
-            + data_command(folder, embeddings.sidecar, settings.data, **settings.data_flags, text=True),
+            + f"\nOr embed the captions too: {_embed_again(settings, embeddings, text=True)}",
         )
     reporter.note("They are of images only: losses use the teacher's image tower alone.")
     return embeddings
 
 
-def _validate_teacher(settings: DistillSettings, name: ModelName, embeddings: Embeddings) -> None:
-    """Refuse embeddings of another model than the teacher's; of those of other tools only the width can be checked."""
-    if embeddings.sidecar is None:
-        width = read_width(name)
-        if width is not None and width != embeddings.width:
-            raise ClipcidError(
-                f"The embeddings in {embeddings.folder} have width {embeddings.width}; those of the teacher {name.spec} "
-                f"have {width}.",
-                f"Name the model that made them with --teacher, or run: {embed_with(name, settings)}",
-            )
-        return
-    model = embeddings.sidecar.model
-    difference = find_mismatch(model, name)
-    if difference is not None:
-        raise ClipcidError(
-            f"The embeddings in {embeddings.folder} are of {model.spec}, {difference.what} {difference.recorded}; the "
-            f"teacher is {name.spec}, {difference.what} {difference.named}.",
-            f"Omit --embeddings, or run: {embed_with(name, settings, embeddings.sidecar.data)}",
-        )
+def _embed_again(settings: DistillSettings, embeddings: Embeddings, **more: Any) -> str:
+    """Return the command that makes embeddings as they are, or with more beside them."""
+    return data_command(embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags, **more)
 
 
 def validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
     """Refuse embeddings whose keys are of another form than the data's."""
     keys = None if embeddings.sidecar is None else embeddings.sidecar.made.keys
-    if keys is not None and keys != dataset.keys:
+    if keys not in (None, dataset.keys):
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} were made with --keys {keys}, the data is read with --keys "
             f"{dataset.keys}: they cannot be joined.",
@@ -186,11 +215,11 @@ def use_stored(
     Args:
         counts: What matching them with the data found.
     """
-    remake = data_command(embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags)
+    again = _embed_again(settings, embeddings)
     if counts.without_embedding > settings.max_bad_fraction * counts.candidates:
         raise ClipcidError(
             f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {embeddings.folder}.",
-            f"Give the data that was embedded, or run: {remake}",
+            f"Give the data that was embedded, or run: {again}",
         )
     views = embeddings.num_each(Kind.VIEWS) if settings.shows_views else 0
     variants = embeddings.num_each(Kind.VARIANTS) if embeddings.has_texts else 0
@@ -208,7 +237,7 @@ def use_stored(
         key, now, embedded = counts.changed
         raise ClipcidError(
             f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
-            f"Run: {remake}",
+            f"Run: {again}",
         )
     if all_captions:
         reporter.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")
@@ -219,7 +248,7 @@ def use_stored(
             f"Text variants: {variants} of each image's captions are embedded and shown, {settings.variant_share:.0%} of "
             "the time."
         )
-    extra = find_extra_texts(settings, embeddings, text_variants, reporter)
+    extra = _find_extra_texts(settings, embeddings, text_variants, reporter)
     if not settings.variant_share and (extra is None or extra.variants is None):
         text_variants = None
     return StoredTeacher(embeddings, views, all_captions, text_variants, extra)
@@ -232,12 +261,56 @@ def _known_variants(settings: DistillSettings, embeddings: Embeddings, number: i
     if rules == RULES and made.get("text_variants") == number and isinstance(seed, int):
         return TextVariants(number, seed)
     recorded = "no rules" if rules is None else f"rules {rules} for {made.get('text_variants')} variants, seed {seed}"
-    more = settings.data_flags | {"text_variants": number}
     raise ClipcidError(
         f"{embeddings.folder} holds {number} text variants of each row, but embed.json records {recorded}; this version "
         f"makes texts by rules {RULES}.",
-        "Add --text-variant-share 0 --extra-texts 0, or run: "
-        + data_command(embeddings.folder, embeddings.sidecar, settings.data, **more),
+        f"Add --text-variant-share 0 --extra-texts 0, or run: {_embed_again(settings, embeddings, text_variants=number)}",
+    )
+
+
+def _find_extra_texts(
+    settings: DistillSettings, embeddings: Embeddings, variants: TextVariants | None, reporter: Reporter
+) -> ExtraTexts | None:
+    """Find the further texts of a run: of `embed --texts`, and where there are none the embedded variants of captions."""
+    if not settings.shows_extra_texts:
+        return None
+    spec = None if embeddings.model is None else embeddings.model.spec
+    folder = settings.texts
+    if folder is None and spec is not None:
+        kept = WorkDirectory(settings.work).texts(parse_model(spec).slug)
+        folder = kept if (kept / "texts.json").exists() else None
+    if folder is not None:
+        texts = open_texts(folder, spec)
+        _validate_texts(settings, texts, embeddings)
+        reporter.note(f"Extra texts, for the text tower alone: of {folder}, {len(texts.rows):,} texts.")
+        return ExtraTexts(texts.rows, texts.lines, None, settings.extra_texts, texts.fingerprints())
+    if variants is not None:
+        reporter.note(
+            f"Extra texts, for the text tower alone: of the {variants.number} variants of each sample's captions."
+        )
+        return ExtraTexts(embeddings.rows(Kind.VARIANTS), None, variants, settings.extra_texts, [])
+    if settings.extra_texts is None:
+        return None
+    raise ClipcidError(
+        f"--extra-texts {settings.extra_texts}, but there are no texts: neither of `embed --texts` in "
+        f"{settings.work}/texts, nor variants of captions in {embeddings.folder}.",
+        f"Run: {texts_command(spec, work=settings.work)}\n"
+        f"Or run: {_embed_again(settings, embeddings, text=True, text_variants=8)}",
+    )
+
+
+def _validate_texts(settings: DistillSettings, texts: EmbeddedTexts, embeddings: Embeddings) -> None:
+    """Refuse texts that another model embedded."""
+    made, model = texts.sidecar.model, embeddings.model
+    if texts.rows.shape[1] == embeddings.width and (model is None or made.weights_hash == model.weights_hash):
+        return
+    of = "another tool's" if model is None else f"of {model.spec}, other weights"
+    again = texts_command(None if model is None else model.spec, out=texts.folder, overwrite=True)
+    without = "Add" if settings.texts is None else "Omit --texts and add"
+    raise ClipcidError(
+        f"The texts in {texts.folder} were embedded by {made.spec}, width {texts.rows.shape[1]}; "
+        f"the embeddings in {embeddings.folder} are {of}, width {embeddings.width}.",
+        f"{without} --extra-texts 0, or run: {again}",
     )
 
 
@@ -254,8 +327,6 @@ def validate_requested(
 
     Args:
         sidecar: Theirs; None where another tool made them, or there are none yet.
-        views: Views of each image that they hold.
-        variants: Text variants of each image that they hold.
         model: The teacher, where there are none yet.
     """
     missing: dict[str, dict[str, Any]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
+from clipcid_cli.formats.reading import describe
 from clipcid_cli.formats.results.run_folder import RunFolder
-from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import Masking, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.inherit import inherit
@@ -38,8 +39,7 @@ class Student:
     """A model to train.
 
     Attributes:
-        model: The model; its ``info.weights_hash`` identifies its initial weights.
-        precision: Number format of the towers in training.
+        model: Its ``info.weights_hash`` identifies its initial weights.
         pruned: The passes of both towers that omit what features do not depend on.
         encode_both: Those, or the compiled passes.
         frozen: Modules that stay in evaluation mode.
@@ -92,12 +92,8 @@ class Student:
             encoded.backward(before_last)
 
 
-def load_student(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Student:
+def load_student(settings: DistillSettings, device: torch.device, reporter: Reporter) -> Student:
     """Load the student as ``--student``, ``--init-from`` and ``--freeze-…`` say."""
-    return machine.on_all(lambda: _load(settings, machine.device, reporter))
-
-
-def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -> Student:
     model = load_model(parse_model(str(settings.student)), device, fresh_seed=settings.seed)
     if settings.init_from is not None:
         model = _inherit(model, settings.init_from, settings.init_towers, reporter)
@@ -106,13 +102,10 @@ def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -
         if is_frozen:
             frozen += freeze(model.module, tower)
     pruned = PrunedForward(model.module)
-    reads_tokens = any(LOSSES[name].reads_tokens for name in settings.losses())
+    reads_tokens = [name for name in settings.losses() if LOSSES[name].reads_tokens]
     if reads_tokens and not pruned.has_tokens:
-        raise ClipcidError(
-            f"The loss td reads patches and tokens, which {model.info.spec} does not give: its image tower, "
-            f"{image_tower_kind(model.module)}, must be a ViT of open_clip with a class token and without patch dropout, "
-            "its text tower open_clip's own.",
-            "Use --loss td=0, or fd in its place.",
+        raise _other_towers(
+            model, reads_tokens[0], "reads patches and tokens", ", or its text tower not open_clip's own"
         )
     if settings.grad_checkpointing:
         _checkpoint_layers(model)
@@ -122,7 +115,7 @@ def _load(settings: DistillSettings, device: torch.device, reporter: Reporter) -
         pruned=pruned,
         encode_both=_compile_towers(model.module) if settings.torchcompile else pruned,
         frozen=frozen,
-        reads_tokens=reads_tokens,
+        reads_tokens=bool(reads_tokens),
         masking=_plan_masking(settings, model, pruned.num_patches, reporter),
     )
 
@@ -136,11 +129,7 @@ def _plan_masking(
         return None
     name, fraction = max(masked.items(), key=lambda item: item[1])
     if num_patches is None:
-        raise ClipcidError(
-            f"--loss {name} masks patches of the images. The image tower of {model.info.spec}, "
-            f"{image_tower_kind(model.module)}, is not a ViT of open_clip with a class token and without patch dropout.",
-            f"Use --loss {name}=0, or fd in its place.",
-        )
+        raise _other_towers(model, name, "masks patches of the images")
     masking = Masking.of(fraction, num_patches)
     # With the class token, which is always seen.
     cost = (masking.kept + 1) / (num_patches + 1)
@@ -149,6 +138,14 @@ def _plan_masking(
         "the image tower."
     )
     return masking
+
+
+def _other_towers(model: ClipModel, loss: str, does: str, or_text: str = "") -> ClipcidError:
+    return ClipcidError(
+        f"--loss {loss} {does}. The image tower of {model.info.spec}, {image_tower_kind(model.module)}, is not a ViT of "
+        f"open_clip with a class token and without patch dropout{or_text}.",
+        f"Use --loss {loss}=0, or fd in its place.",
+    )
 
 
 def _compile_towers(module: Any) -> EncodeBoth:
@@ -163,9 +160,8 @@ def _compile_towers(module: Any) -> EncodeBoth:
         try:
             return fast(pixels, tokens.to(pixels.device, non_blocking=True))
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).split())
             raise ClipcidError(
-                f"--torchcompile: torch.compile failed: {reason[:400]}{'…' if len(reason) > 400 else ''}",
+                f"--torchcompile: torch.compile failed: {describe(error)}.",
                 "Omit --torchcompile; on a CPU it needs a C++ compiler (g++).",
             ) from error
 
@@ -186,9 +182,8 @@ def _checkpoint_layers(model: ClipModel) -> None:
     try:
         model.module.set_grad_checkpointing(True)  # type: ignore[operator]  # every CLIP of open_clip has it
     except (AttributeError, NotImplementedError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ClipcidError(
-            f"--grad-checkpointing: a tower of {model.info.spec} does not support it ({reason}).",
+            f"--grad-checkpointing: a tower of {model.info.spec} does not support it ({describe(error)}).",
             "Omit it and use --accum-freq, which saves memory with any model.",
         ) from error
 
@@ -198,33 +193,18 @@ def write_students(folder: RunFolder, student: ClipModel, source: str, state: Tr
 
     Args:
         source: What was trained, as the user named it; tokenizer files of a folder are taken along.
-
-    Returns:
-        The folders.
     """
+    info = student.info
     path = parse_model(source).path
-
-    def write(target: Path) -> Path:
-        write_model_folder(
-            target,
-            student.info.config,
-            student.info.preprocess,
-            student.module.state_dict(),
-            tokenizer_from=path if path is not None and path.is_dir() else None,
-        )
-        return target
-
-    written = [write(folder.student)]
-    if state.ema is not None:
-        with state.ema.swapped_in():
-            written.append(write(folder.student_ema))
-    return written
+    tokenizer = path if path is not None and path.is_dir() else None
+    folders = folder.students(ema=state.ema is not None)
+    for target in folders:
+        with state.ema.swapped_in() if state.ema is not None and target == folder.student_ema else nullcontext():
+            tensors = student.module.state_dict()
+            write_model_folder(target, info.config, info.preprocess, tensors, tokenizer_from=tokenizer)
+    return folders
 
 
-def warn_of_batch_statistics(student: ClipModel, reporter: Reporter) -> None:
-    """Warn where a batch is cut into parts and the student has batch normalisation."""
-    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in student.module.modules()):
-        reporter.warn(
-            "The student has batch normalisation, whose statistics are those of each part of a batch: "
-            "--accum-freq and several processes change what it learns."
-        )
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """Return the layers of batch normalisation."""
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]

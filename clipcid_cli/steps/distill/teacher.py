@@ -10,14 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
-from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, identity_of
-from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import apply_colors
@@ -26,7 +25,7 @@ from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.steps.distill.batches import TrainingBatch
-from clipcid_cli.steps.distill.clusters import ClusterLookup
+from clipcid_cli.steps.distill.clusters import ClusterLookup, validate_width
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher
 from clipcid_cli.steps.model_identity import cluster_with
@@ -51,9 +50,9 @@ class Teacher:
     Attributes:
         space: Where its features and the student's are compared.
         scale: exp(logit_scale).
-        clusters: Its clusters; None where no loss needs them.
+        clusters: None where no loss needs them.
         model: What runs alongside the student, on the same views and captions; None where stored rows come with the batch.
-        precision: Number format of the model's products, to which it is cast.
+        precision: Number format of the model's products, to which it is cast; None without one.
     """
 
     space: SharedSpace
@@ -66,32 +65,29 @@ class Teacher:
     def rows(self, batch: TrainingBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return t, u and u of the further texts of this process's part, unit rows in the shared space, float32 [b, D]."""
         image, text, extra = batch.teacher_image_bD, batch.teacher_text_bD, batch.teacher_extra_eD
-        if self.model is not None and self.precision is not None:
-            image, text = _embed(self.model, self.precision, batch)
+        if self.model is not None:
+            image, text = self._embed(self.model, batch)
         assert image is not None, "the batch maker has the stored rows"
-        return (
-            self._project(image),
-            None if text is None else self._project(text),
-            None if extra is None else self._project(extra),
-        )
 
-    def _project(self, rows_bD: Tensor) -> Tensor:
-        return project(rows_bD.float(), self.space.axes)
+        def project_text(rows_bD: Tensor | None) -> Tensor | None:
+            return None if rows_bD is None else project(rows_bD.float(), self.space.axes)
 
+        return project(image.float(), self.space.axes), project_text(text), project_text(extra)
 
-def _embed(model: ClipModel, precision: Precision, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-    """Embed what the student is shown: image and text rows, unit, float32 [b, D] each."""
-    assert batch.teacher_pixels is not None, "the batch maker has the teacher's processor"
-    assert batch.teacher_tokens is not None, "likewise"
-    images, texts = [], []
-    for start in range(0, len(batch), SAMPLES_AT_ONCE):
-        part = slice(start, start + SAMPLES_AT_ONCE)
-        pixels = batch.teacher_pixels[part]
-        if batch.colors is not None:
-            pixels = normalize_pixels(apply_colors(pixels, batch.colors[part]), model.info.preprocess)
-        images.append(model.encode_images(pixels, precision))
-        texts.append(model.encode_texts(batch.teacher_tokens[part], precision))
-    return torch.cat(images), torch.cat(texts)
+    def _embed(self, model: ClipModel, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+        """Embed what the student is shown."""
+        assert self.precision is not None
+        assert batch.teacher_pixels is not None, "the batch maker has the teacher's processor"
+        assert batch.teacher_tokens is not None, "likewise"
+        images, texts = [], []
+        for start in range(0, len(batch), SAMPLES_AT_ONCE):
+            part = slice(start, start + SAMPLES_AT_ONCE)
+            pixels = batch.teacher_pixels[part]
+            if batch.colors is not None:
+                pixels = normalize_pixels(apply_colors(pixels, batch.colors[part]), model.info.preprocess)
+            images.append(model.encode_images(pixels, self.precision))
+            texts.append(model.encode_texts(batch.teacher_tokens[part], self.precision))
+        return torch.cat(images), torch.cat(texts)
 
 
 def load_online_model(inputs: Inputs, machine: Machine) -> ClipModel | None:
@@ -100,8 +96,7 @@ def load_online_model(inputs: Inputs, machine: Machine) -> ClipModel | None:
     if not isinstance(teacher, OnlineTeacher):
         return None
     model = machine.on_all(lambda: load_model(teacher.name, machine.device))
-    for parameter in model.module.parameters():
-        parameter.requires_grad_(False)
+    model.module.requires_grad_(False)
     return model
 
 
@@ -135,16 +130,16 @@ def open_teacher(
     space = choose_space(settings, width, embeddings, student_width, machine, reporter)
     clusters = None
     if chosen is not None:
-        if model is not None and chosen.files.centroids.shape[1] != width:
-            raise ClipcidError(
-                f"The clusters in {chosen.files.folder} have width {chosen.files.centroids.shape[1]}, the teacher "
-                f"{model.info.spec} {width}: they are of another teacher.",
-                cluster_with(parse_model(model.info.spec), settings),
-            )
-        clusters = ClusterLookup.of(settings, chosen, inputs.training, space.axes, machine.device)
+        if model is not None:
+            spec = model.info.spec
+            validate_width(chosen.files, f"teacher {spec}", width, cluster_with(parse_model(spec), settings))
+        centroids = ProjectedCentroids(chosen.files.centroids, space.axes, machine.device)
+        clusters = ClusterLookup(centroids, inputs.training.column("clusters"), chosen.towers, settings)
     if model is None:
-        assert embeddings is not None
-        return Teacher(space, _recorded_scale(settings, embeddings.sidecar, reporter), clusters)
+        recorded = None if embeddings is None or embeddings.model is None else embeddings.model.logit_scale
+        if recorded is None and any(LOSSES[name].needs_teacher_scale for name in settings.losses()):
+            reporter.note(f"The embeddings do not record the teacher's logit scale; using {_MAX_SCALE:g}.")
+        return Teacher(space, _MAX_SCALE if recorded is None else float(recorded), clusters)
     info = model.info
     precision = choose_precision(settings.precision, machine.device, "embed", info.parameters)
     model.cast_products(precision)
@@ -155,16 +150,6 @@ def open_teacher(
     return Teacher(space, model.logit_scale, clusters, model, precision)
 
 
-def _recorded_scale(settings: DistillSettings, sidecar: EmbedSidecar | None, reporter: Reporter) -> float:
-    """Return exp(logit_scale) of the teacher as `embed` recorded it."""
-    if not any(LOSSES[name].needs_teacher_scale for name in settings.losses()):
-        return _MAX_SCALE
-    if sidecar is not None and sidecar.model.logit_scale is not None:
-        return float(sidecar.model.logit_scale)
-    reporter.note(f"The embeddings do not record the teacher's logit scale; using {_MAX_SCALE:g}.")
-    return _MAX_SCALE
-
-
 def choose_space(
     settings: DistillSettings,
     teacher_width: int,
@@ -173,41 +158,35 @@ def choose_space(
     machine: Machine,
     reporter: Reporter,
 ) -> SharedSpace:
-    """Choose the space in which student and teacher are compared.
+    """Choose the space in which student and teacher are compared; all processes take the first one's axes.
 
-    Args:
-        embeddings: Stored ones, in which the axes of ``pca`` are found; None where there are none.
-        machine: The processes; all take the first one's axes.
-
-    Returns:
-        For equal widths, and where no loss compares features of the two, the teacher's space as it is, unless requested
-        otherwise; else as requested, but ``pca`` cannot widen: a student wider than its teacher takes ``project``, and so
-        does one whose teacher has no stored embeddings.
+    For equal widths, and where no loss compares features of the two, it is the teacher's as it is, unless requested
+    otherwise; else as requested, but ``pca`` cannot widen, or do without stored embeddings: ``project`` takes its place.
     """
     requested = settings.teacher_space
-    by_layer = f"Shared space: the teacher's {teacher_width} dimensions, by a learned layer per student tower."
     if requested == "auto" and all(LOSSES[name].space == "own" for name in settings.losses()):
         return SharedSpace(teacher_width)
+    if requested != "project" and student_width == teacher_width:
+        return SharedSpace(teacher_width)
+    by_layer = f"Shared space: the teacher's {teacher_width} dimensions, by a learned layer per student tower."
     if requested == "project" or student_width > teacher_width:
         reporter.note(by_layer)
-        return SharedSpace(teacher_width, is_learned=True)
-    if student_width == teacher_width:
-        return SharedSpace(teacher_width)
-    if embeddings is None:
+    elif embeddings is None:
         reporter.note(
             f"{by_layer} There are no stored embeddings to find the axes of --teacher-space pca in (clipcid embed)."
         )
-        return SharedSpace(teacher_width, is_learned=True)
-    axes = machine.on_main(lambda: principal_axes(_find_second_moment(settings, embeddings), student_width))
-    dimensions = f"{student_width} of the teacher's {teacher_width} dimensions"
-    if requested == "auto" and axes.kept < _ENOUGH_VARIANCE:
+    else:
+        axes = machine.on_main(lambda: principal_axes(_find_second_moment(settings, embeddings), student_width))
+        dimensions = f"{student_width} of the teacher's {teacher_width} dimensions"
+        if requested == "pca" or axes.kept >= _ENOUGH_VARIANCE:
+            reporter.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its variance.")
+            basis = axes.basis_Dd.to(machine.device)
+            return SharedSpace(student_width, dataclasses.replace(axes, basis_Dd=basis))
         reporter.note(
             f"{dimensions} keep only {axes.kept:.1%} of its variance, so a learned layer per student tower maps to all of "
             "them (--teacher-space pca cuts anyway)."
         )
-        return SharedSpace(teacher_width, is_learned=True)
-    reporter.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its variance.")
-    return SharedSpace(student_width, axes.to(machine.device))
+    return SharedSpace(teacher_width, is_learned=True)
 
 
 def _find_second_moment(settings: DistillSettings, embeddings: Embeddings) -> npt.NDArray[np.float64]:

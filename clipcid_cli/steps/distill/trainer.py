@@ -28,15 +28,13 @@ from clipcid_cli.runtime.memory import keep_freed_memory, memory_in_use
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.steps.distill.batch_maker import BatchMaker
-from clipcid_cli.steps.distill.batches import Batches, TrainingBatch
+from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.plan import Plan
-from clipcid_cli.steps.distill.student import Student, warn_of_batch_statistics
+from clipcid_cli.steps.distill.student import Student, batch_norms
 from clipcid_cli.steps.distill.teacher import open_teacher
-from clipcid_cli.steps.reporting import Progress, Reporter
-from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.training.step_values import StepValues
 from clipcid_cli.training.train_state import TrainState
 
@@ -45,14 +43,12 @@ class Trainer:
     """A run in progress.
 
     Attributes:
-        teacher_model: The model that teaches alongside the student.
-        losses: The losses of the last step that was read, by name.
+        losses: Those of the last step that was read, by name.
         metrics: Those of the last evaluation, by name.
     """
 
     def __init__(
         self,
-        settings: DistillSettings,
         plan: Plan,
         student: Student,
         teacher_model: ClipModel | None,
@@ -60,13 +56,9 @@ class Trainer:
         reporter: Reporter,
         output: Output[DistillSidecar] | None = None,
     ) -> None:
-        """Assemble a run, from its last checkpoint on where it has one.
-
-        Args:
-            output: The claim on the run's folder; None for a run that writes nothing.
-        """
-        self.settings, self.plan, self.student, self.machine, self.reporter = settings, plan, student, machine, reporter
-        self.teacher_model, self._output = teacher_model, output
+        """Assemble a run, from its last checkpoint on where it has one; without an `output` it writes nothing."""
+        self.plan, self.student, self.machine, self.reporter, self._output = plan, student, machine, reporter, output
+        settings = plan.settings
         keep_freed_memory()
         model, inputs = student.model, plan.inputs
         processors = Processor.of(model), None if teacher_model is None else Processor.of(teacher_model)
@@ -81,16 +73,17 @@ class Trainer:
         self.bad: dict[str, str] = {}
         if output is not None:
             self._resume(output)
-        if settings.accum_freq * machine.size > 1:
-            warn_of_batch_statistics(model, reporter)
+        if settings.accum_freq * machine.size > 1 and batch_norms(model.module):
+            reporter.warn(
+                "The student has batch normalisation, whose statistics are those of each part of a batch: "
+                "--accum-freq and several processes change what it learns."
+            )
         clusters = None if teacher is None else teacher.clusters
         self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, machine)
-        self.evaluation = Evaluation.prepare(inputs, model, plan.evaluations, machine)
+        self.evaluation = Evaluation(inputs, model, plan.evaluations, machine)
+        writes = output is not None and machine.is_main
         self.log = TrainingLog(
-            plan.folder,
-            self.state.step,
-            writes=output is not None and machine.is_main,
-            tensorboard=settings.report_to == "tensorboard",
+            plan.folder, self.state.step, writes=writes, tensorboard=settings.report_to == "tensorboard"
         )
         self._values = StepValues(machine.device)
         self.losses: dict[str, float] = {}
@@ -117,7 +110,8 @@ class Trainer:
                 waited += time.monotonic() - before
                 lr = self.step(batch)
                 progress.advance(plan.batch_size)
-                logs, evaluates, saves = plan.due_after(step)
+                intervals = (plan.log_every, plan.eval_every, plan.checkpoint_every)
+                logs, evaluates, saves = (step % every == 0 or step == plan.steps for every in intervals)
                 if logs or evaluates or saves:
                     line = self.read(step - first, lr)
                 if logs:
@@ -125,9 +119,13 @@ class Trainer:
                     line["samples_per_second"] = round((step - first) * plan.batch_size / seconds, 1)
                     line["data_wait_share"] = round(waited / seconds, 3)
                     self.log.add(line)
-                    self._show(progress, line)
-                if saves:
-                    self.log.flush()
+                    progress.show(
+                        **self.losses,
+                        lr=lr,
+                        **{f"σ {name}": line[f"scale_{name}"] for name in self.state.log_scales},
+                        waiting=f"{waited / seconds:.0%}",
+                        memory=f"{memory_in_use(self.machine.device) / 2**30:.1f} GiB",
+                    )
                 if evaluates:
                     self._evaluate()
                 if saves:
@@ -138,8 +136,8 @@ class Trainer:
         state, student = self.state, self.student
         self._note_unreadable(batch)
         student.train()
-        parts = range(self.settings.accum_freq)
-        seeds = [derive_seed("step", self.settings.seed, state.step, self.machine.rank, part) for part in parts]
+        parts = range(self.plan.settings.accum_freq)
+        seeds = [derive_seed("step", self.plan.settings.seed, state.step, self.machine.rank, part) for part in parts]
         encoded = student.encode(batch, seeds)
         # Where the cluster loss is small it is the difference of two large terms: TF32 would leave nothing of its gradient.
         with exact_accumulation(self.machine.device):
@@ -155,16 +153,12 @@ class Trainer:
         return lr
 
     def read(self, num_steps: int, lr: float) -> dict[str, Any]:
-        """Return the last step's line of the log; refuse to go on where a step diverged.
-
-        Args:
-            num_steps: Number of steps made since the run began or was resumed.
-            lr: The last step's learning rate.
-        """
+        """Return the last step's line of the log; refuse to go on where one of the `num_steps` since the start diverged."""
         num_finite, values = self._values.read()
-        weights, learned = self.objective.weights, self._learned()
+        weights = self.objective.weights
         losses = dict(zip(weights, values, strict=False))
-        norm, learned_values = values[len(weights)], values[len(weights) + 1 :]
+        norm = values[len(weights)]
+        learned = dict(zip(self._learned(), values[len(weights) + 1 :], strict=True))
         loss = sum(weights[name] * value for name, value in losses.items())
         if num_finite < num_steps:
             self._stop_diverged(self.state.step - num_steps + num_finite, loss, norm, losses)
@@ -175,17 +169,11 @@ class Trainer:
             **{f"loss_{name}": value for name, value in losses.items()},
             "lr": lr,
             "gradient_norm": norm if math.isfinite(norm) else None,
-            **{
-                name: math.exp(value) if name.startswith("scale_") else value
-                for name, value in zip(learned, learned_values, strict=True)
-            },
+            **{name: math.exp(value) if name.startswith("scale_") else value for name, value in learned.items()},
         }
 
     def unreadable_images(self) -> dict[str, str]:
-        """Return the unreadable images that any process met so far, reason by key; call it on every process.
-
-        In another epoch, an image may have come to another of them.
-        """
+        """Return the unreadable images that any process met so far, reason by key; call it on every process."""
         return {key: reason for bad in self.machine.gather(self.bad) for key, reason in bad.items()}
 
     def _learned(self) -> dict[str, Any]:
@@ -206,10 +194,7 @@ class Trainer:
             )
 
     def _stop_diverged(self, step: int, loss: float, norm: float, losses: dict[str, float]) -> None:
-        """Save the keys of the batch whose loss or gradient is not finite, and raise.
-
-        All processes hold the same loss and gradient, so all of them arrive here.
-        """
+        """Save the keys of the batch whose loss or gradient is not finite, the same on all processes, and raise."""
         path, where = self.plan.folder.diverged(step), ""
         if self._output is not None:
             where = f" The batch's keys are in {path}."
@@ -231,19 +216,10 @@ class Trainer:
             self.log.add_evaluation(self.state.step, metrics)
         self.metrics = self.machine.broadcast(metrics)
 
-    def _show(self, progress: Progress, line: dict[str, Any]) -> None:
-        """Show the panel: losses, learning rate and scales, share of time spent waiting for data, memory."""
-        progress.show(
-            **self.losses,
-            lr=line["lr"],
-            **{f"σ {name}": line[f"scale_{name}"] for name in self.state.log_scales},
-            waiting=f"{line['data_wait_share']:.0%}",
-            memory=f"{memory_in_use(self.machine.device) / 2**30:.1f} GiB",
-        )
-
     def _save(self) -> None:
+        self.log.flush()
         bad = self.unreadable_images()
-        Skips.of(bad).check(len(self.batches), self.settings.max_bad_fraction, "the training data")
+        Skips.of(bad).check(len(self.batches), self.plan.settings.max_bad_fraction, "the training data")
         if self.machine.is_main:
             state = self.state.state_dict() | {"bad": bad}
             write_checkpoint(self.plan.folder.checkpoints, self.state.step, state)
@@ -252,10 +228,10 @@ class Trainer:
     def _resume(self, output: Output[DistillSidecar]) -> None:
         """Go on from the newest checkpoint of an unfinished run of the same settings and inputs, or clear the folder."""
         folder = self.plan.folder
-        unfinished = output.resumed and self.settings.resume != "never"
+        unfinished = output.resumed and self.plan.settings.resume != "never"
         steps = list_checkpoints(folder.checkpoints) if unfinished else []
         if not steps:
-            if self.settings.resume == "latest":
+            if self.plan.settings.resume == "latest":
                 raise ClipcidError(
                     f"--resume latest, but {folder.path} has no checkpoint of an unfinished run with these settings.",
                     "Omit --resume to start one.",

@@ -328,7 +328,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         flag = f"--extra-texts {self.extra_texts}" if self.extra_texts else "--texts"
         if self.extra_texts == 0:
             raise UsageError("--texts names the texts for --extra-texts, but that is 0.", "Omit one of the two.")
-        taking = [name for name, entry in LOSSES.items() if entry.takes_extra_texts]
+        taking = [name for name, entry in LOSSES.items() if entry.compares_features]
         if not set(taking) & self.losses().keys():
             raise UsageError(
                 f"{flag}, but no loss of the run takes texts without images.",
@@ -348,7 +348,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     @property
     def shows_extra_texts(self) -> bool:
         """Whether further texts are shown, where there are any."""
-        taken = any(LOSSES[name].takes_extra_texts for name in self.losses())
+        taken = any(LOSSES[name].compares_features for name in self.losses())
         return taken and self.extra_texts != 0 and not (self.online_teacher or self.freeze_text)
 
     @property

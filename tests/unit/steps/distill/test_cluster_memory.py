@@ -20,9 +20,8 @@ import sys, time
 import numpy as np, torch
 import torch.nn.functional as F
 from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.algorithms.losses.cluster import cluster
+from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, cluster
 from clipcid_cli.formats.results.clusters import TopClusters
-from clipcid_cli.algorithms.losses.centroids import ProjectedCentroids
 from clipcid_cli.steps.distill.clusters import ClusterLookup
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -35,7 +34,7 @@ def features(seed):
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn({BATCH}, {WIDTH}, generator=generator), dim=1).requires_grad_()
 
-centroids = ProjectedCentroids.of(np.load(sys.argv[1], mmap_mode="r"), None, torch.device("cpu"))
+centroids = ProjectedCentroids(np.load(sys.argv[1], mmap_mode="r"), None, torch.device("cpu"))
 towers = [(top(0), 0.05)] + [(top(1), 0.05)] * (sys.argv[2] == "both")
 settings = DistillSettings(student="s.json", preset="cid", candidate_ratio=0.1, min_candidates=4096)
 lookup = ClusterLookup(centroids, np.arange({BATCH}), towers, settings)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from loss_data import unit
 
-from clipcid_cli.algorithms.losses import centroids as projected_centroids
-from clipcid_cli.algorithms.losses.centroids import ProjectedCentroids
+from clipcid_cli.algorithms.losses import cluster
+from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids
 from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, principal_axes
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.clusters import TopClusters
@@ -41,9 +41,9 @@ def test_taken_rows_are_the_file_rows_projected(
 ) -> None:
     axes = axes_of(file) if is_projected else None
     width = CUT if is_projected else D
-    monkeypatch.setattr(projected_centroids, "_KEPT_BYTES", K * width * 4 - (not is_kept))
-    monkeypatch.setattr(projected_centroids, "_ROWS_AT_ONCE", 7)
-    centroids = ProjectedCentroids.of(file, axes, CPU)
+    monkeypatch.setattr(cluster, "_KEPT_BYTES", K * width * 4 - (not is_kept))
+    monkeypatch.setattr(cluster, "_ROWS_AT_ONCE", 7)
+    centroids = ProjectedCentroids(file, axes, CPU)
     assert (centroids.kept_Kd is not None) == is_kept
     assert (len(centroids), centroids.width) == (K, width)
     ids = np.random.default_rng(1).permutation(K)[:50]

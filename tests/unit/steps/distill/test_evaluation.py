@@ -29,6 +29,6 @@ def test_only_the_first_process_reads_the_held_out_part(
     student = load_model(parse_model(str(write_tiny_model(tmp_path / "tiny"))))
     nothing: Any = None
     second = Machine(1, 2, 1, torch.device("cpu"))
-    found = Evaluation.prepare(nothing, student, ZeroshotPlan([], [], nothing), second)
+    found = Evaluation(nothing, student, ZeroshotPlan([], [], nothing), second)
     assert found.held_out is None
     assert found.has_data == is_there

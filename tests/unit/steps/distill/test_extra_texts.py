@@ -23,8 +23,7 @@ from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill import batches
-from clipcid_cli.steps.distill.batch_maker import BatchMaker
-from clipcid_cli.steps.distill.batches import Batches, TrainingBatch
+from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings

@@ -11,7 +11,6 @@ import torch
 from conftest import TINY_CONFIG
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import Masking
 from clipcid_cli.steps.distill.student import load_student
 from clipcid_cli.steps.reporting import Reporter
@@ -34,7 +33,7 @@ def load(folder: Path, vision: dict[str, object], *losses: str) -> tuple[Masking
     path = folder / "student.json"
     path.write_text(json.dumps(TINY_CONFIG | {"vision_cfg": vision}))
     settings, notes = DistillSettings(student=str(path), preset="clip", loss=losses), Notes()
-    student = load_student(settings, Machine(0, 1, 0, torch.device("cpu")), notes)
+    student = load_student(settings, torch.device("cpu"), notes)
     return student.masking, notes.said
 
 

@@ -22,7 +22,8 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.clusters import TopClusters
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill.clusters import _teaches_text
+from clipcid_cli.steps.distill.clusters import use_clusters
+from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.distill.stored_teacher import open_stored
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -171,6 +172,9 @@ def test_an_online_teacher_without_a_name_is_the_embeddings_or_an_error_where_th
 )
 def test_which_towers_clusters_teach(asked: str, known: bool, freeze_text: bool, several: bool, taught: bool) -> None:
     nearest = TopClusters(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float16))
-    clusters = SimpleNamespace(captions=nearest if known else None)
+    made = SimpleNamespace(temperatures={"image": 0.1})
+    clusters: Any = SimpleNamespace(folder="c", centroids=[], captions=nearest if known else None, sidecar=made)
+    teacher: Any = SimpleNamespace(first_captions=False)
     settings = DistillSettings(student="s.json", preset="cid", cluster_towers=asked, freeze_text=freeze_text)
-    assert _teaches_text(clusters, settings, several) == taught  # type: ignore[arg-type]
+    counts = MatchCounts(several_captions=int(several))
+    assert use_clusters(settings, clusters, teacher, counts, Listener()).teach_text == taught

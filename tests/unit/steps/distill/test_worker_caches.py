@@ -17,9 +17,8 @@ from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.caches import ImageCache
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill import batch_maker
-from clipcid_cli.steps.distill.batch_maker import BatchMaker
-from clipcid_cli.steps.distill.batches import Batches
+from clipcid_cli.steps.distill import batches
+from clipcid_cli.steps.distill.batches import Batches, BatchMaker
 
 
 def test_workers_keep_images_of_small_data_alone(
@@ -28,7 +27,7 @@ def test_workers_keep_images_of_small_data_alone(
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny")
     run, model = join(tiny_shards, tmp_path / "tiny"), load_model(parse_model(str(tiny_model)))
     for most, kept in ((24, 1), (5, 2)):
-        monkeypatch.setattr(batch_maker, "_MAX_SAMPLES_KEPT", most)
+        monkeypatch.setattr(batches, "_MAX_SAMPLES_KEPT", most)
         maker = BatchMaker(run.settings, run.inputs, Processor.of(model))
         with patch.object(caches, "read_image", wraps=caches.read_image) as read:
             for dealt in Batches(run.inputs, maker, None, 24, 3, ALONE).deal(range(2)):
