@@ -14,7 +14,7 @@ import msgspec
 
 from clipcid_cli.commands.help_page import PageCommand
 from clipcid_cli.commands.options import build_parameters
-from clipcid_cli.runtime.imports import importing
+from clipcid_cli.runtime.libraries import importing
 from clipcid_cli.steps.settings.shared import SharedSettings
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def step_command(name: str, settings: type[SharedSettings], *, step: str, show: 
 
     Args:
         settings: Settings dataclass of the step; torch-free.
-        step: Dotted name of the step's module, imported only when the step runs. Its ``run(settings, reporter)``
-            returns the result, a `msgspec.Struct` whose fields are the keys of the JSON object.
+        step: Module imported only when the step runs. Its ``run(settings, reporter)`` returns the result, a
+            `msgspec.Struct` whose fields are the keys of the JSON object.
         show: Prints the result for a person.
         page: What the help page says before the flags, with examples.
     """
@@ -48,7 +48,7 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
     from clipcid_cli.commands.console import make_console, make_reporter
 
     console = make_console()
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    is_main = os.environ.get("RANK", "0") == "0"
     reporter = make_reporter(console, quiet=settings.quiet, is_main=is_main)
     with importing():
         module = importlib.import_module(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -91,10 +92,10 @@ class _Bars(Bars):
             yield Text(wrap(f"  {self.values}", self.console.width), style="dim")
 
 
+@dataclasses.dataclass
 class _Bar(Progress):
-    def __init__(self, bars: _Bars, task: TaskID) -> None:
-        self.bars = bars
-        self.task = task
+    bars: _Bars
+    task: TaskID
 
     def advance(self, amount: float = 1) -> None:
         self.bars.advance(self.task, amount)
@@ -140,14 +141,16 @@ def _show_bar(console: Console, label: str, total: float | None, unit: str) -> I
         end(well=True)
 
 
+@dataclasses.dataclass
 class _Lines(Progress):
-    def __init__(self, console: Console, label: str, total: float | None, unit: str) -> None:
-        self.console = console
-        self.label = label
-        self.total = total
-        self.unit = unit
-        self.done = 0.0
-        self.values = ""
+    console: Console
+    label: str
+    total: float | None
+    unit: str
+    done: float = 0.0
+    values: str = ""
+
+    def __post_init__(self) -> None:
         self.start = self.printed = time.monotonic()
 
     def advance(self, amount: float = 1) -> None:
@@ -175,11 +178,7 @@ def _print_lines(console: Console, label: str, total: float | None, unit: str) -
 def _describe_pace(
     done: float, total: float | None, unit: str, seconds: float, rate: float | None, *, ended: bool
 ) -> list[str]:
-    """Write how much is done, how fast, and the time left, or taken where it has ended.
-
-    Args:
-        rate: Units a second just now; over the whole time where it is not known.
-    """
+    """Write how much is done, how fast (without a `rate` over the whole time), and the time left, or taken in the end."""
     parts = [f"{done:,.0f}" + (f"/{total:,.0f}" if total is not None else "") + f" {unit}"]
     rate = rate or (done / seconds if seconds > 0 else 0.0)
     if rate > 0:

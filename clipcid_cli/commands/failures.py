@@ -43,11 +43,7 @@ class Failure(NamedTuple):
 
 
 def explain(error: Exception, command: str = "") -> Failure:
-    """Say what an error means, for the user.
-
-    Args:
-        command: The subcommand that ran, whose flags a fix may name.
-    """
+    """Say what an error means, for the user of a subcommand, whose flags a fix may name."""
     if isinstance(error, ClipcidError):
         # Another process of the run says it.
         return Failure("" if error.already_reported else error.message, error.fix, error.exit_code)

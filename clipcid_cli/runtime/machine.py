@@ -1,8 +1,6 @@
-"""The processes of one run and the device of each.
+"""The processes of one run, one or as many as torchrun started, and the device of each.
 
-One process, or as many as torchrun started. ``torch.distributed`` is the one engine: NCCL for tensors on GPUs, gloo for
-tensors on CPUs and for objects. Steps are written for any number of processes; with a single one, the calls here cost
-nothing.
+``torch.distributed`` is the one engine: NCCL for tensors on GPUs, gloo for tensors on CPUs and for objects.
 """
 
 from __future__ import annotations
@@ -39,7 +37,6 @@ class Machine:
     """This process among those of the run.
 
     Attributes:
-        rank: Number of this process, 0 … size − 1.
         local_rank: Number of this process on its host, from 0.
     """
 
@@ -177,11 +174,7 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
 
 
 def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
-    """Wait until all processes of the run have started.
-
-    Returns:
-        The store through which they find each other.
-    """
+    """Wait until all processes of the run have started, and return the store through which they find each other."""
     try:
         store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=limit)))
         store.set(f"clipcid/arrived/{rank}", b"")

@@ -22,12 +22,10 @@ def epoch_groups(
     most `group` shards this is a plain uniform shuffle.
 
     Args:
-        epoch: Number of the epoch, from 0.
         shard_sizes: Samples of each shard; rows are numbered through all shards in order.
-        group: Shards that are mixed at once.
 
     Yields:
-        The rows of each group, int64; all groups together hold each row once. A function of the arguments only.
+        The rows of each group, int64; all groups together hold each row once.
     """
     generator = np.random.default_rng(derive_seed("epoch", seed, epoch))
     starts = np.concatenate([[0], np.cumsum(shard_sizes, dtype=np.int64)])
@@ -37,11 +35,6 @@ def epoch_groups(
         mixed = np.concatenate(rows)
         generator.shuffle(mixed)
         yield mixed
-
-
-def epoch_shards(seed: int, epoch: int, num_shards: int) -> npt.NDArray[np.int64]:
-    """Return the order in which `epoch_groups` deals the shards, int64 [num_shards]."""
-    return np.random.default_rng(derive_seed("epoch", seed, epoch)).permutation(num_shards)
 
 
 class SampleOrder:
@@ -94,6 +87,7 @@ class SampleOrder:
         """List the shards of the group that begins with an epoch's shard number `first`, and of the next group."""
         count = len(self._shard_sizes)
         epochs = (self._epoch, self._epoch + 1)  # the next group may be the first of the next epoch
-        shards = np.concatenate([epoch_shards(self._seed, epoch, count) for epoch in epochs])
+        generators = [np.random.default_rng(derive_seed("epoch", self._seed, epoch)) for epoch in epochs]
+        shards = np.concatenate([generator.permutation(count) for generator in generators])  # as `epoch_groups` does
         end = min(first + SHARDS_MIXED, count) + SHARDS_MIXED
         return [shard for shard in shards[first:end].tolist() if self._shard_sizes[shard]]

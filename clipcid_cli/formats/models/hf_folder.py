@@ -157,11 +157,7 @@ def _refusals_of_the_system(folder: Path) -> Iterator[None]:
 
 
 def make_config(model: Mapping[str, Any], logit_scale: float) -> Any:
-    """Translate open_clip's ``model_cfg``, with its defaults, to a ``CLIPConfig``.
-
-    Args:
-        logit_scale: The learned parameter: the logarithm of the factor on cosines.
-    """
+    """Translate open_clip's ``model_cfg``, with its defaults, to a ``CLIPConfig``; the scale is the learned logarithm."""
     import transformers
 
     vision = {"width": 768, "head_width": 64} | model["vision_cfg"]

@@ -22,9 +22,6 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.onnx_file import IMAGE_EMBEDS, PIXEL_VALUES, PROTOBUF_LIMIT, read_metadata
 from clipcid_cli.formats.models.pixels import pixel_problems, square_side
 
-LOGITS = "logits"
-"""Name of an output of the graph."""
-
 # ONNX's text form; names begin with pre_ and class_, since those of the encoder are between.
 _PREPROCESS = Template("""
 preprocess (uint8[batch, height, width, 3] image) => (float[batch, 3, $side, $side] pixel_values)
@@ -87,8 +84,7 @@ def write_classifier(
     """Put preprocessing before an image encoder and class weights after it.
 
     The input ``image`` is uint8, RGB, [N, H, W, 3] (ONNX fixes the number of axes); the outputs are ``logits`` (scale ×
-    cosine + bias) and ``probabilities`` (their softmax), float32 [N, C]. Class names are in the metadata:
-    ``class_names``, a JSON list.
+    cosine + bias) and ``probabilities`` (their softmax), float32 [N, C].
 
     Args:
         encoder: From ``pixel_values`` to ``image_embeds``, with ``preprocess`` (one that `validate_for_classifier`

@@ -41,7 +41,6 @@ def write_onnx(
         example: An input with at least two rows: PyTorch would treat an axis of one as fixed.
         metadata: Texts stored in the file, such as how pixels are prepared.
     """
-    assert len(example) >= 2
     try:
         program = torch.onnx.export(
             module,

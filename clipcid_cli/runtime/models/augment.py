@@ -1,8 +1,7 @@
 """Random crops and colours of training images: a function of a seed per sample, so that workers hold no state.
 
 A view is a crop box in the image's own pixels and a colour map: numbers that show any model, at whatever size it takes, the
-same part of the image in the same colours. The crop is done per image in the worker (one resampling, on bytes); colour is a
-3 × 4 affine map per image that is applied to the whole batch together with the normalisation.
+same part of the image in the same colours. Crops are made by the workers; colours are changed with the normalisation.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from PIL import Image
 
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import full_size
-from clipcid_cli.runtime.models.tokenizer import Tokenizer
+from clipcid_cli.runtime.models.preprocess import Tokenizer
 
 # ITU-R 601 luma, as Pillow and torchvision turn images grey.
 _LUMA = np.array([0.299, 0.587, 0.114])
@@ -32,7 +31,7 @@ class Augmentation:
     """How training images are augmented.
 
     Attributes:
-        crop_scale: Smallest fraction of the image's area a crop keeps; the largest is 1. At 1 the whole image is taken.
+        crop_scale: Smallest fraction of the image's area that a crop keeps; at 1 the whole image is taken.
         color_jitter: Brightness, contrast and saturation are multiplied by factors in [1 − c, 1 + c].
     """
 
@@ -123,11 +122,11 @@ def identity_colors() -> npt.NDArray[np.float32]:
 
 
 def apply_colors(pixels: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
-    """Apply a colour map to each image.
+    """Apply a colour map to each image: out = map[:, :3] · rgb + 255 · map[:, 3].
 
     Args:
         pixels: uint8 or float [B, H, W, 3], 0…255.
-        colors: float32 [B, 3, 4]: out = map[:, :3] · rgb + 255 · map[:, 3].
+        colors: float32 [B, 3, 4].
 
     Returns:
         float32 [B, H, W, 3], clipped to 0…255.
@@ -169,14 +168,10 @@ class ViewPixels:
     preprocess: dict[str, Any]
 
     def __call__(self, image: Image.Image, view: View) -> npt.NDArray[np.uint8]:
-        """Crop and resize; colours are left to `apply_colors`.
+        """Crop, and resize to uint8 [H, W, 3] of the model's size, whatever the crop's shape; colours are left.
 
-        As in open_clip's training transform the result is square whatever the crop's shape.
-
-        Returns:
-            uint8 [H, W, 3] of the model's size, by its interpolation.
+        The interpolation is the model's, but bicubic also where open_clip draws it at random.
         """
-        # Bicubic also where open_clip draws the interpolation at random.
         name = self.preprocess.get("interpolation", "bicubic").upper()
         resampling = getattr(Image.Resampling, name, Image.Resampling.BICUBIC)
         box, full = view.box, full_size(image)
@@ -207,7 +202,7 @@ class Processor:
 
     @classmethod
     def of(cls, model: ClipModel) -> Processor:
-        """Return the processor of `model`."""
+        """Return the processor of a model."""
         return cls(ViewPixels(model.info.preprocess), model.tokenizer)
 
 

@@ -18,13 +18,18 @@ import torch
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.libraries import quiet_libraries
 from clipcid_cli.runtime.models.hub import reaching_hub
 from clipcid_cli.runtime.models.names import CONFIG_NAME, HF_CONFIG_NAME, ModelName, find_weights, read_config
-from clipcid_cli.runtime.models.preprocess import PixelTransform, hash_preprocess, normalize_pixels
+from clipcid_cli.runtime.models.preprocess import (
+    BoundedTokenizer,
+    PixelTransform,
+    hash_preprocess,
+    load_tokenizer,
+    normalize_pixels,
+)
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
-from clipcid_cli.runtime.models.tokenizer import BoundedTokenizer, load_tokenizer
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.runtime.quiet import quiet_libraries
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -113,10 +118,9 @@ class ClipModel:
         return self.device.type == "cpu" and sum(isinstance(module, torch.nn.Conv2d) for module in modules) > 1
 
     def pixel_transform(self) -> Transform:
-        """Return the model's own resize and crop: RGB image to uint8 [H, W, 3]; picklable.
+        """Return the model's own resize and crop, RGB image to uint8 [H, W, 3]; picklable.
 
-        `normalize` of its result equals open_clip's evaluation transform bit for bit. Bytes are passed between processes and
-        to the device: a quarter of float32.
+        `normalize` of its result equals open_clip's evaluation transform bit for bit.
         """
         from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
@@ -125,14 +129,7 @@ class ClipModel:
         return PixelTransform(whole.transforms[:-2])  # without its last two, ToTensor and Normalize
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalise pixels for the model's image tower.
-
-        Args:
-            pixels: uint8 [B, H, W, 3], 0…255, on any device.
-
-        Returns:
-            float32 [B, 3, H, W] on the model's device: (pixels / 255 − mean) / std of the model's preprocessing.
-        """
+        """Normalise pixels, uint8 [B, H, W, 3] on any device, for the image tower: float32 [B, 3, H, W] on the model's."""
         return normalize_pixels(pixels.to(self.device, non_blocking=True), self.info.preprocess)
 
     def encode_images(self, pixels: torch.Tensor, precision: Precision) -> torch.Tensor:
@@ -140,7 +137,6 @@ class ClipModel:
 
         Args:
             pixels: uint8 [B, H, W, 3] as `pixel_transform` gives them, or normalised float32 [B, 3, H, W].
-            precision: Number format of the products.
 
         Returns:
             float32 [B, D], unit rows, on the model's device.
@@ -152,29 +148,17 @@ class ClipModel:
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
     def encode_texts(self, tokens: torch.Tensor, precision: Precision) -> torch.Tensor:
-        """Embed texts.
-
-        Args:
-            tokens: int64 [B, L] as `tokenizer` gives them.
-            precision: Number format of the products.
-
-        Returns:
-            float32 [B, D], unit rows, on the model's device.
-        """
+        """Embed tokens, int64 [B, L] as `tokenizer` gives them, to unit rows, float32 [B, D] on the model's device."""
         with torch.inference_mode(), precision.autocast(self.device):
             features = self._towers.encode_texts(tokens)
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
 def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: int | None = None) -> ClipModel:
-    """Load a CLIP model.
+    """Load a CLIP model; a teacher's name goes through `with_default_tag` first.
 
     Args:
-        name: What to load. A teacher's name goes through `with_default_tag` first.
         fresh_seed: Seed of the random weights of an ``architecture`` or ``config``; such a name is an error without one.
-
-    Returns:
-        The model in evaluation mode with float32 weights, whatever the format in the file.
     """
     weights: Path | None = None
     with quiet_libraries():
@@ -307,10 +291,7 @@ def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any
 
 
 def _validate_finite(name: ModelName, module: torch.nn.Module) -> None:
-    """Refuse weights with NaN or infinite entries: every embedding would be NaN, and no comparison with it means anything.
-
-    Buffers are not looked at, since masks of attention hold infinities.
-    """
+    """Refuse weights with NaN or infinite entries, which make every embedding NaN; buffers of masks hold infinities."""
     for parameter, values in module.named_parameters():
         if values.numel() and not all(map(torch.isfinite, torch.aminmax(values.detach()))):
             bad = int((~torch.isfinite(values)).sum())
@@ -330,10 +311,7 @@ def builtin_templates(name: str) -> tuple[str, ...]:
 
 
 def builtin_class_names(name: str) -> dict[str, str]:
-    """Return open_clip's class names of ``imagenet`` in the order of the labels, by WordNet number (n01440764, …).
-
-    The numbers are timm's, which open_clip depends on.
-    """
+    """Return open_clip's class names of ``imagenet`` in the order of the labels, by timm's WordNet number (n01440764, …)."""
     from timm.data.imagenet_info import ImageNetInfo
 
     from clipcid_cli.runtime.models.lean_open_clip import open_clip

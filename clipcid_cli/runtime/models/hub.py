@@ -18,10 +18,6 @@ def reaching_hub(model: str, fix: str) -> Iterator[None]:
     """Let a library fetch from the hub; without a network, from the local cache only.
 
     huggingface_hub retries each file six times with growing pauses: 46 s for one model that cannot be reached.
-
-    Args:
-        model: Name of the model, for the error.
-        fix: The alternative, for the error.
     """
     offline = hub.HF_HUB_OFFLINE
     reachable = offline or _answers(hub.ENDPOINT)

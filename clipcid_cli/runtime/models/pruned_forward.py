@@ -31,10 +31,6 @@ class PrunedForward:
     """Encodes images and texts with an open_clip model, by the pruned passes where they know its structure.
 
     Features are [B, D], not normalised, with gradients.
-
-    Attributes:
-        prunes_images: Whether images take the pruned pass.
-        prunes_texts: Whether texts do.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -49,21 +45,13 @@ class PrunedForward:
         return self.encode_images(pixels), self.encode_texts(tokens)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Embed images.
-
-        Args:
-            pixels: Normalised, float32 [B, 3, height, width], on the model's device.
-        """
+        """Embed normalised pixels, float32 [B, 3, height, width], on the model's device."""
         if not self.prunes_images:
             return cast(Tensor, self._module.encode_image(pixels))
         return self._image_rows(self._visual._embeds(pixels), pooled=True)
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
-        """Embed texts.
-
-        Args:
-            tokens: int64 [B, L] as the tokenizer gives them; on the CPU, where counting them costs no wait.
-        """
+        """Embed tokens, int64 [B, L] as the tokenizer gives them; on the CPU, where counting them costs no wait."""
         device = self._module.logit_scale.device
         if not self.prunes_texts:
             return cast(Tensor, self._module.encode_text(tokens.to(device)))
@@ -78,12 +66,7 @@ class PrunedForward:
         return int(height * width)
 
     def encode_masked_images(self, pixels: Tensor, kept_Bn: Tensor) -> Tensor:
-        """Embed images from some of their patches; the others do not enter the tower, which has `num_patches`.
-
-        Args:
-            pixels: As `encode_images` takes them.
-            kept_Bn: Numbers of the patches that are seen, int64 [B, n], in [0, `num_patches`).
-        """
+        """Embed images from some of their patches, int64 [B, n] in [0, `num_patches`); the others do not enter the tower."""
         x_BLW = self._visual._embeds(pixels)
         # The class token comes first; positions are in the rows already.
         places_BL = F.pad(kept_Bn + 1, (1, 0))
@@ -99,9 +82,8 @@ class PrunedForward:
         """Embed images and texts, and each patch and token; the model `has_tokens`.
 
         Returns:
-            Features of images and texts as `encode_images` and `encode_texts` give them, up to rounding; those of each
-            patch, [B, P, D], and of each token up to the text's last, [B, L, D], then zeros: rows of the last layer, taken
-            the same way as the one that becomes the feature.
+            Features as `encode_images` and `encode_texts` give them, up to rounding; those of each patch, [B, P, D], and of
+            each token up to the text's last, [B, L, D], then zeros, taken the same way from the rows of the last layer.
         """
         image_BLD = self._image_rows(self._visual._embeds(pixels), pooled=False)
         packing = _pack(tokens, self._text, pixels.device)
@@ -171,11 +153,9 @@ def _pack(tokens: Tensor, text: Any, device: torch.device) -> _Packing:
 
 
 def _run_layers(transformer: Any, x: Tensor, packing: _Packing | None, *, pooled: bool) -> Tensor:
-    """Pass all layers; with gradient checkpointing only the input of each is kept for the backward pass.
+    """Pass all layers: rows of images, [B, L, W], or packed ones of texts, [T, W]; `pooled`, to those of features, [B, W].
 
-    Args:
-        x: Rows of images, [B, L, W], or packed ones of texts, [T, W].
-        pooled: Whether the last layer makes the rows that become features alone, [B, W].
+    With gradient checkpointing only the input of each layer is kept for the backward pass.
     """
     *layers, last = (partial(_run_block, block, packing=packing) for block in transformer.resblocks)
     if pooled:
@@ -227,7 +207,7 @@ def _split_heads(rows_BLW: Tensor, heads: int) -> Tensor:
 
 
 def _finish_block(block: Any, x: Tensor, attended: Tensor) -> Tensor:
-    """The part of a block after attention: projection, residual, MLP."""
+    """Pass the part of a block after attention: projection, residual, MLP."""
     x = x + block.ls_1(block.attn.out_proj(attended))
     return cast(Tensor, x + block.ls_2(block.mlp(block.ln_2(x))))
 

@@ -75,14 +75,7 @@ def image_tower_kind(clip: nn.Module) -> str:
 
 
 def freeze(clip: nn.Module, tower: str) -> list[nn.Module]:
-    """Freeze a tower's parameters.
-
-    Args:
-        tower: ``image`` or ``text``.
-
-    Returns:
-        The tower's modules, which stay in evaluation mode: no dropout, no new statistics.
-    """
+    """Freeze a tower, ``image`` or ``text``, and return its modules, which stay in evaluation mode."""
     for name, parameter in clip.named_parameters():
         if name not in ("logit_scale", "logit_bias") and name.startswith("visual.") == (tower == "image"):
             parameter.requires_grad_(False)

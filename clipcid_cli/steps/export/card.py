@@ -28,11 +28,7 @@ def render_card(
     parity: Mapping[str, Parity],
     files: Sequence[str],
 ) -> str:
-    """Write the model card in Markdown; the folder of a run's student leads to the sidecars of that run.
-
-    Args:
-        files: Names of those beside the card.
-    """
+    """Write the model card in Markdown; the folder of a run's student leads to the sidecars of that run."""
     work, run = WorkDirectory(settings.work), None
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
     if source.path is not None:
@@ -110,11 +106,7 @@ def _teacher(run: DistillSidecar) -> str:
 
 
 def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, float, str]]:
-    """Yield what was measured on exactly these weights, by the hash of the whole file.
-
-    Yields:
-        Data set, task, metric, value, hashes of class names and templates.
-    """
+    """Yield what was measured on exactly these weights: data set, task, metric, value, hashes of class names and templates."""
     for path in sorted(work.eval.glob("*.json")):
         try:
             content = read_metrics(path)

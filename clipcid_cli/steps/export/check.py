@@ -84,12 +84,17 @@ class Outputs:
 
 def evaluate(towers: Towers, inputs: CheckInputs) -> Outputs:
     """Run a model on the inputs."""
-    rows = {
-        "image": _encode(towers.images, inputs.compared_pixels),
-        "text": _encode(towers.texts, inputs.tokens),
+    pixels = inputs.compared_pixels
+    compared = {
+        "image": (towers.images, pixels),
+        "text": (towers.texts, inputs.tokens),
+        "dense": (towers.dense, pixels),
     }
-    if towers.dense is not None:
-        rows["dense"] = _encode(towers.dense, inputs.compared_pixels)
+    rows = {
+        output: torch.cat([encode(batch) for size in BATCH_SIZES for batch in torch.split(samples, size)])
+        for output, (encode, samples) in compared.items()
+        if encode is not None
+    }
     embedded, images_per_second = run_timed(towers.images, torch.split(inputs.pixels, _IMAGE_BATCH))
     nearest = None
     if inputs.candidates is not None:
@@ -98,16 +103,8 @@ def evaluate(towers: Towers, inputs: CheckInputs) -> Outputs:
     return Outputs(rows, nearest, images_per_second)
 
 
-def _encode(encode: Encode, samples: torch.Tensor) -> torch.Tensor:
-    return torch.cat([encode(batch) for size in BATCH_SIZES for batch in torch.split(samples, size)])
-
-
 def run_timed(compute: Callable[[Batch], torch.Tensor], batches: Iterable[Batch]) -> tuple[torch.Tensor, float]:
-    """Compute rows of images, batch after batch.
-
-    Returns:
-        All rows, and the images per second of the median batch.
-    """
+    """Compute rows of images, batch after batch, and tell the images per second of the median batch."""
     rows, seconds = list[torch.Tensor](), list[float]()
     for batch in batches:
         trial = time_trial(partial(compute, batch), warm_up=int(not rows))  # the first also pays for buffers
@@ -134,8 +131,7 @@ class Checker:
         """Compare an export with the model: its entry in `parity.json`; one that is over a limit is an error.
 
         Args:
-            kind: Number format of its weights, which determines the limits.
-            files: Its weights.
+            kind: Number format of its weights, `files`, which determines the limits.
             gated: Whether a loss of accuracy over the limit is an error.
         """
         found = evaluate(towers, self.inputs)

@@ -14,10 +14,10 @@ from clipcid_cli.formats.models.hf_folder import EOS_ID, write_hf_folder
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.models.pixels import square_side
 from clipcid_cli.formats.sidecar import Parity
+from clipcid_cli.runtime.libraries import quiet_libraries
 from clipcid_cli.runtime.models.clip_model import load_model
-from clipcid_cli.runtime.models.hf_model import HfClip
+from clipcid_cli.runtime.models.exported import HfClip
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.quiet import quiet_libraries
 from clipcid_cli.steps.export.check import Checker, towers_of
 from clipcid_cli.steps.export.inputs import SENTENCES
 
