@@ -106,7 +106,7 @@ def _teacher(run: DistillSidecar) -> str:
 
 
 def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, float, str]]:
-    """Yield what was measured on exactly these weights: data set, task, metric, value, hashes of class names and templates."""
+    """Yield what was measured on these very weights: data set, task, metric, value, hashes of class names and templates."""
     for path in sorted(work.eval.glob("*.json")):
         try:
             content = read_metrics(path)

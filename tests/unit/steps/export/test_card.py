@@ -120,7 +120,7 @@ def test_the_keep_ratio_is_of_the_list_that_the_run_applied(tiny_shards: Path, t
         Reporter(),
     )
     balance(6)  # the work directory moves on
-    student = parse_model(made["student"])
+    student = parse_model(made.student)
     card = render(load_model(student).info, student, work=work)
     assert "| Keep ratio | 0.75 (18 of 24 images) |" in card
 
