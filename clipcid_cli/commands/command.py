@@ -15,6 +15,7 @@ import msgspec
 from clipcid_cli.commands.help_page import PageCommand
 from clipcid_cli.commands.options import build_parameters
 from clipcid_cli.runtime.libraries import importing
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.shared import SharedSettings
 
 if TYPE_CHECKING:
@@ -45,11 +46,11 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
     # OpenMP's idle threads spin by default; two processes that compute and decode on few cores then slow each other
     # many times over. It must be set before torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", settings.openmp_spins)
-    from clipcid_cli.commands.console import make_console, make_reporter
+    from clipcid_cli.commands.console import ConsoleReporter, make_console
 
     console = make_console()
     is_main = os.environ.get("RANK", "0") == "0"
-    reporter = make_reporter(console, quiet=settings.quiet, is_main=is_main)
+    reporter = ConsoleReporter(console, quiet=settings.quiet) if is_main else Reporter()
     with importing():
         module = importlib.import_module(step)
     result = module.run(settings, reporter)

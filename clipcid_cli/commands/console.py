@@ -33,35 +33,26 @@ def make_console() -> Console:
     return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDTH_OF_A_FILE)
 
 
-def make_reporter(console: Console, *, quiet: bool, is_main: bool) -> Reporter:
-    """Choose who listens: the terminal on the first process, nobody on the others, warnings only when quiet."""
-    if not is_main:
-        return Reporter()
-    return QuietReporter(console) if quiet else ConsoleReporter(console)
+class ConsoleReporter(Reporter):
+    """A reporter that prints warnings and, unless it is quiet, notes and bars."""
 
-
-class QuietReporter(Reporter):
-    """A reporter that prints warnings only."""
-
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self.console = console
+        self.quiet = quiet
 
     def warn(self, text: str) -> None:
         """Print a warning."""
         lines = wrap(f"warning: {text}", self.console.width)
         self.console.print(Text.assemble((lines[:8], "bold yellow"), lines[8:]), soft_wrap=True)
 
-
-class ConsoleReporter(QuietReporter):
-    """A reporter that prints notes, warnings and bars."""
-
     def note(self, text: str) -> None:
         """Print a note."""
-        self.console.print(Text(wrap(text, self.console.width), style="dim"), soft_wrap=True)
+        if not self.quiet:
+            self.console.print(Text(wrap(text, self.console.width), style="dim"), soft_wrap=True)
 
     def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Progress]:
         """Show a live bar on a terminal, a line every few seconds elsewhere; nothing where there is nothing to do."""
-        if total == 0:
+        if self.quiet or total == 0:
             return super().progress(label, total, unit)
         show = _show_bar if self.console.is_terminal else _print_lines
         return show(self.console, label, total, unit)

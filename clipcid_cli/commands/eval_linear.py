@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.summary import count, format_percent, print_facts, print_table, shorten_metric
-from clipcid_cli.steps.evaluate.result import Draws, LinearResult, Preview
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from clipcid_cli.steps.evaluate.result import Draws, LinearResult, Preview
 
 _BARS = "▁▂▃▄▅▆▇█"
 _DIGITS = 2
@@ -18,6 +19,8 @@ _DIGITS = 2
 
 def show(answer: LinearResult | Preview, console: Console) -> None:
     """Print the metrics, how the strength was chosen, and the few-shot curve where there is one."""
+    from clipcid_cli.steps.evaluate.result import Preview
+
     facts = {"model": answer.model, "data": answer.dataset}
     files = {f"{name} file": path for name, path in answer.files.items()}
     if isinstance(answer, Preview):

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.scores import show_tables
 from clipcid_cli.commands.summary import count, format_percent, print_facts, print_table, shorten_metric
-from clipcid_cli.steps.evaluate.result import ComparisonResult, Preview, Previews, ZeroshotResults
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from clipcid_cli.steps.evaluate.result import ComparisonResult
     from clipcid_cli.steps.evaluate.zeroshot import Answer
 
 
 def show(answer: Answer, console: Console) -> None:
     """Print one line for each model on each data set, and where the files are; of a comparison its verdicts."""
+    from clipcid_cli.steps.evaluate.result import ComparisonResult, Preview, Previews, ZeroshotResults
+
     if isinstance(answer, ComparisonResult):
         _show_comparison(answer, console)
         return

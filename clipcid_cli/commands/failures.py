@@ -14,7 +14,7 @@ from typing import NamedTuple
 import click
 
 from clipcid_cli.commands.signals import UNREAD, is_unread
-from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.errors import ClipcidError, UsageError, in_one_line
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
@@ -51,7 +51,7 @@ def explain(error: Exception, command: str = "") -> Failure:
         return _explain_usage(error)
     if isinstance(error, BrokenPipeError) and any(map(is_unread, (sys.stdout, sys.stderr))):
         return Failure("", "", UNREAD)  # as with `| head`: nobody is left to read an error
-    text = " ".join(str(error).split())[:300] or type(error).__name__
+    text = in_one_line(error) or type(error).__name__
     if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
         message, fix = _explain_memory(text, command)
     elif isinstance(error, OSError):

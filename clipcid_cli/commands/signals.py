@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any
+from typing import IO
 
 UNREAD = 128 + signal.SIGPIPE
 """What a shell reports of a program that writes to a pipe nobody reads: 141."""
@@ -35,12 +35,8 @@ def end_on_signals() -> None:
     # Python writes the signal's number there at once, whatever the main thread is doing, where a handler is set.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in numbers:
-        signal.signal(number, _go_on)
+        signal.signal(number, lambda *_: None)  # the main thread goes on until the other one ends the process
     threading.Thread(target=_end, args=(reader, numbers), daemon=True).start()
-
-
-def _go_on(number: int, frame: Any) -> None:
-    """Let the main thread go on until the other one ends the process."""
 
 
 def _end(reader: int, numbers: list[signal.Signals]) -> None:

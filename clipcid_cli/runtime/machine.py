@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, in_one_line
 
 T = TypeVar("T")
 
@@ -132,9 +132,8 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
         device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
     """
     joined = dist.is_available() and dist.is_initialized()
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if joined:
-        rank, size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank() if joined else int(os.environ.get("RANK", "0"))
+    size = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _choose_device(device, local_rank)
     if chosen.type == "cuda":
@@ -193,7 +192,7 @@ def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
         ) from error
     except (RuntimeError, OSError) as error:
         raise ClipcidError(
-            f"Process {rank} could not meet the other {size - 1} of the run: {' '.join(str(error).split())[:200]}.",
+            f"Process {rank} could not meet the other {size - 1} of the run: {in_one_line(error, 200)}.",
             "Check MASTER_ADDR and MASTER_PORT (torchrun: --rdzv-endpoint): the host must be reachable, the port free.",
         ) from error
     return store
@@ -206,7 +205,7 @@ def _name_failures(store: Any, rank: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).split())[:300].rstrip(".: ")
+        text = in_one_line(error).rstrip(".: ")
         lost = isinstance(error, dist.DistError) or (
             isinstance(error, RuntimeError) and any(words in text for words in _LOST)
         )

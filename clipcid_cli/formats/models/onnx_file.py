@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, in_one_line
 
 # Names of an input and of outputs, as in Hugging Face's CLIPModel; `DENSE_EMBEDS` is ours.
 PIXEL_VALUES = "pixel_values"
@@ -52,9 +52,8 @@ def write_onnx(
             opset_version=opset,
         )
     except Exception as error:  # torch.export and the exporter raise many kinds for what they cannot express
-        reason = " ".join(str(error).split())[:300]
         raise ClipcidError(
-            f"{path.name}: PyTorch's exporter cannot express this model in ONNX opset {opset}: {reason}",
+            f"{path.name}: PyTorch's exporter cannot express this model in ONNX opset {opset}: {in_one_line(error)}",
             "Try another --opset, or export with --format open-clip; --debug shows where it stopped.",
         ) from error
     assert program is not None

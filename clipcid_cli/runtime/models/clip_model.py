@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, in_one_line
 from clipcid_cli.runtime.libraries import quiet_libraries
 from clipcid_cli.runtime.models.hub import reaching_hub
 from clipcid_cli.runtime.models.names import CONFIG_NAME, HF_CONFIG_NAME, ModelName, find_weights, read_config
@@ -112,10 +112,13 @@ class ClipModel:
         return PrunedForward(self.module)
 
     @cached_property
-    def _is_convolved_on_cpu(self) -> bool:
+    def _at_once(self) -> int:
+        """Images that the tower takes at once."""
         modules = cast(torch.nn.Module, self.module.visual).modules()
-        # A ViT cuts its patches with one.
-        return self.device.type == "cpu" and sum(isinstance(module, torch.nn.Conv2d) for module in modules) > 1
+        is_convolved = (
+            sum(isinstance(module, torch.nn.Conv2d) for module in modules) > 1
+        )  # a ViT cuts its patches with one
+        return _CONVOLVED_AT_ONCE if is_convolved and self.device.type == "cpu" else 2**20
 
     def pixel_transform(self) -> Transform:
         """Return the model's own resize and crop, RGB image to uint8 [H, W, 3]; picklable.
@@ -143,8 +146,7 @@ class ClipModel:
         """
         prepared = self.normalize(pixels) if pixels.dtype == torch.uint8 else pixels.to(self.device)
         with torch.inference_mode(), precision.autocast(self.device):
-            at_once = _CONVOLVED_AT_ONCE if self._is_convolved_on_cpu else len(prepared)
-            features = torch.cat([self._towers.encode_images(part) for part in torch.split(prepared, at_once)])
+            features = torch.cat([self._towers.encode_images(part) for part in torch.split(prepared, self._at_once)])
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
     def encode_texts(self, tokens: torch.Tensor, precision: Precision) -> torch.Tensor:
@@ -283,9 +285,8 @@ def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any
         import_towers(config)
         return cast(torch.nn.Module, open_clip.create_model(source, precision="fp32", device="cpu", **options))
     except Exception as error:  # open_clip raises whatever PyTorch, safetensors or json do for a file that does not fit
-        reason = " ".join(str(error).split())
         raise ClipcidError(
-            f"Model {name.spec} could not be loaded: {reason[:400]}{'…' if len(reason) > 400 else ''}",
+            f"Model {name.spec} could not be loaded: {in_one_line(error, 400)}",
             f"Check that the weights are complete and match the architecture in {CONFIG_NAME}; copy or download them again.",
         ) from error
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import huggingface_hub.constants as hub
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, in_one_line
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def reaching_hub(model: str, fix: str) -> Iterator[None]:
         if offline:
             why = "the hub is disabled (HF_HUB_OFFLINE)"
         elif reachable:
-            why = f"{hub.ENDPOINT} did not provide them: {' '.join(str(error).split())[:200]}"
+            why = f"{hub.ENDPOINT} did not provide them: {in_one_line(error, 200)}"
         raise ClipcidError(f"The weights of model {model} are not in the local cache, and {why}.", fix) from error
     finally:
         hub.HF_HUB_OFFLINE = offline

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, in_one_line
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
 
@@ -82,6 +82,6 @@ def load_tokenizer(spec: str, source: str) -> BoundedTokenizer:
         return BoundedTokenizer(open_clip.get_tokenizer(source))
     except Exception as error:  # transformers raises OSError, ValueError, ImportError and its own
         raise ClipcidError(
-            f"The tokenizer of model {spec} could not be loaded: {' '.join(str(error).split())[:400]}",
+            f"The tokenizer of model {spec} could not be loaded: {in_one_line(error, 400)}",
             "Put its files (tokenizer.json, tokenizer_config.json, …) in the folder of the model's configuration.",
         ) from error
