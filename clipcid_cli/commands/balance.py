@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.summary import count, format_phases, format_skipped, print_facts
 from clipcid_cli.steps.balance.result import Audit, BalanceCost, BalanceResult
 from clipcid_cli.steps.settings.balance import BalanceSettings
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def show(result: BalanceResult | BalanceCost, console: Console) -> None:

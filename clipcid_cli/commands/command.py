@@ -7,19 +7,17 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import msgspec
+from rich.console import Console
 
 from clipcid_cli.commands.help_page import PageCommand
 from clipcid_cli.commands.options import build_parameters
 from clipcid_cli.runtime.libraries import importing
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.shared import SharedSettings
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 Show = Callable[[Any, "Console"], None]
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.summary import count, format_seconds, format_skipped, print_facts
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded, TextsCost, TextsResult
 from clipcid_cli.steps.settings.embed import EmbedSettings
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def show(result: Embedded, console: Console) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.summary import count, format_percent, print_facts, print_table, shorten_metric
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from clipcid_cli.steps.evaluate.result import Draws, LinearResult, Preview
 
 _BARS = "▁▂▃▄▅▆▇█"

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.text import Text
 
 from clipcid_cli.commands.wrapping import wrap
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 _GAP = 2
 

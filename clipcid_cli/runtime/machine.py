@@ -34,15 +34,11 @@ _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """This process among those of the run.
-
-    Attributes:
-        local_rank: Number of this process on its host, from 0.
-    """
+    """This process among those of the run."""
 
     rank: int
     size: int
-    local_rank: int
+    local_rank: int  # among those of its host
     device: torch.device
 
     @property
@@ -125,11 +121,10 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
     """Join the run's processes (as torchrun's environment describes them) and choose this one's device.
 
     Where the caller has already initialised ``torch.distributed``, its group is used and left open; its backend must fit the
-    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``). On a host of several GPUs, LOCAL_RANK gives the
-    device.
+    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``).
 
     Args:
-        device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
+        device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``; of several GPUs that of LOCAL_RANK.
     """
     joined = dist.is_available() and dist.is_initialized()
     rank = dist.get_rank() if joined else int(os.environ.get("RANK", "0"))

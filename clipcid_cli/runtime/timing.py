@@ -24,15 +24,10 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 class Trial(NamedTuple, Generic[Result]):
-    """A timed piece of work.
+    """A timed piece of work."""
 
-    Attributes:
-        seconds: Median time of one run of it.
-        result: What its last run returned.
-    """
-
-    seconds: float
-    result: Result
+    seconds: float  # the median time of a run
+    result: Result  # of the last run
 
 
 def time_trial(

@@ -34,10 +34,6 @@ _KNOWN = (
 )
 
 
-def _is_square(size: Any) -> bool:
-    return size is None or square_side(size) is not None
-
-
 def _is_off(value: Any) -> bool:
     """Tell whether a setting says nothing. 0, which equals False in Python, is a value that is set."""
     return value is None or value is False or value in ("", {})
@@ -52,8 +48,7 @@ _EXPRESSED: dict[str, Callable[[Any], bool]] = {
     "proj_type": lambda projection: projection == "linear",
     "block_type": lambda block: block in (None, "default"),
     "layers": lambda layers: not isinstance(layers, list | tuple),
-    "image_size": _is_square,
-    "patch_size": _is_square,
+    **dict.fromkeys(("image_size", "patch_size"), lambda size: size is None or square_side(size) is not None),
     "act_kwargs": lambda options: (options or {}) in ({}, {"approximate": "none"}, {"approximate": "tanh"}),
     "norm_kwargs": lambda options: set(options or {}) <= {"eps"},
     "vocab_size": lambda size: size >= _VOCABULARY_SIZE,

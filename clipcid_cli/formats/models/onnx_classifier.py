@@ -1,9 +1,8 @@
 """A zero-shot classifier in one ONNX file: bytes of an image of any size in, one score per class out.
 
-Resizing and cropping are operators of the graph, so whoever runs it needs no preprocessing of their own. ONNX's antialiased
-cubic with coefficient −0.5 on bytes is Pillow's bicubic; ONNX Runtime gives the same bytes except for about one in
-10,000, which is off by one level. (Where tall images are squashed, Pillow 13 and later resize the height first, earlier ones
-and ONNX Runtime the width; bytes that are clipped in between then differ.)
+Resizing and cropping are operators of the graph. ONNX's antialiased cubic with coefficient −0.5 is Pillow's bicubic, but for
+about one byte in 10,000, which is off by one level. (Where tall images are squashed, Pillow 13 and later resize the height
+first, earlier ones and ONNX Runtime the width; bytes that are clipped in between then differ.)
 
 Legend of shapes: N images, H × W pixels of any size, S the model's side, C classes, D width of the embeddings.
 """

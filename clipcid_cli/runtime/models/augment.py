@@ -28,15 +28,10 @@ Box = tuple[float, float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """How training images are augmented.
+    """How training images are augmented."""
 
-    Attributes:
-        crop_scale: Smallest fraction of the image's area that a crop keeps; at 1 the whole image is taken.
-        color_jitter: Brightness, contrast and saturation are multiplied by factors in [1 − c, 1 + c].
-    """
-
-    crop_scale: float = 0.9
-    color_jitter: float = 0.0
+    crop_scale: float = 0.9  # smallest fraction of the image's area that a crop keeps; at 1 the whole image is taken
+    color_jitter: float = 0.0  # c: brightness, contrast and saturation are multiplied by factors in [1 − c, 1 + c]
     gray_probability: float = 0.0
 
     @property
@@ -45,21 +40,16 @@ class Augmentation:
         return self.color_jitter > 0 or self.gray_probability > 0
 
 
+# What `embed --view-kind strong` draws views by.
 STRONG = Augmentation(crop_scale=0.3, color_jitter=0.4, gray_probability=0.2)
-"""What `embed --view-kind strong` draws views by."""
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How an image is shown.
+    """How an image is shown."""
 
-    Attributes:
-        box: left, top, right, bottom of the crop, in pixels of the image at its full size.
-        colors: Colour map, float32 [3, 4], see `apply_colors`.
-    """
-
-    box: Box
-    colors: npt.NDArray[np.float32]
+    box: Box  # left, top, right, bottom of the crop, in pixels of the image at its full size
+    colors: npt.NDArray[np.float32]  # [3, 4], see `apply_colors`
 
     def pack(self) -> npt.NDArray[np.float32]:
         """Return it as float32 [16]: the box, then the colour map row by row. Box edges are whole numbers below 2²⁴."""
@@ -83,11 +73,9 @@ class MixedView:
     Source: Zhang et al. 2018 (mixup, arXiv 1710.09412).
 
     Attributes:
-        first: How the image itself is shown.
         weight: λ, in [½, 1], a float32 number.
         partner: Place of the other image, counted from this one's: in its batch, or among the rows of its shard. NaN where
             the other image has no row.
-        second: How the other image is shown.
     """
 
     first: View

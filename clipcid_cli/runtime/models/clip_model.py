@@ -46,30 +46,20 @@ _FOLDER_HINT = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """Description of a model, as sidecars record it.
+    """Description of a model, as sidecars record it."""
 
-    Attributes:
-        spec: The name it was loaded by, including the tag of its weights.
-        slug: The name for files and folders.
-        architecture: open_clip's name of the architecture, None for a folder or file; so is the tag of the weights.
-        weights_hash: ``blake2b:…`` of the weights file's bytes; ``fresh:SEED`` for random weights.
-        preprocess: open_clip's PreprocessCfg: size, mode, mean, std, interpolation, resize_mode, fill_color.
-        tokenizer: Class of the tokenizer and, where it has one, its Hugging Face name.
-        config: open_clip's ``model_cfg``, from which the architecture can be built.
-    """
-
-    spec: str
-    slug: str
-    architecture: str | None
+    spec: str  # the name it was loaded by, including the tag of its weights
+    slug: str  # the name for files and folders
+    architecture: str | None  # open_clip's name; None for a folder or file, as is the tag
     tag: str | None
-    weights_hash: str
-    preprocess: dict[str, Any]
+    weights_hash: str  # `blake2b:…` of the weights file's bytes; `fresh:SEED` for random weights
+    preprocess: dict[str, Any]  # open_clip's PreprocessCfg
     context_length: int
     embed_dim: int
     image_size: tuple[int, int]
     parameters: int
-    tokenizer: str
-    config: dict[str, Any]
+    tokenizer: str  # its class and, where it has one, its Hugging Face name
+    config: dict[str, Any]  # open_clip's `model_cfg`, from which the architecture can be built
 
     @property
     def preprocess_hash(self) -> str:
@@ -162,22 +152,16 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
     Args:
         fresh_seed: Seed of the random weights of an ``architecture`` or ``config``; such a name is an error without one.
     """
-    weights: Path | None = None
     with quiet_libraries():
-        match name.kind:
-            case "tag":
-                module, config, weights = _load_tag(name)
-                tokenizer = load_tokenizer(name.spec, cast(str, name.architecture))
-            case "hub":
-                module, config, weights = _load_hub(name)
-                tokenizer = load_tokenizer(name.spec, name.spec)
-            case "folder":
-                module, config, weights = _load_folder(name)
-                tokenizer = load_tokenizer(name.spec, f"local-dir:{name.path}")
-            case _:
-                if fresh_seed is None:
-                    raise ClipcidError(f"Model {name.spec} has no weights.", _FOLDER_HINT)
-                module, config, tokenizer = _start_fresh(name, fresh_seed)
+        if name.kind in ("architecture", "config"):
+            if fresh_seed is None:
+                raise ClipcidError(f"Model {name.spec} has no weights.", _FOLDER_HINT)
+            module, config, tokenizer = _start_fresh(name, fresh_seed)
+            weights_hash = f"fresh:{fresh_seed}"
+        else:
+            module, config, weights, source = _load_trained(name)
+            tokenizer = load_tokenizer(name.spec, source)
+            weights_hash = hash_weights(weights)
     _validate_finite(name, module)
     module.eval().to(device)
     # Through JSON, so that tuples become lists, as in sidecars.
@@ -189,7 +173,7 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
         slug=name.slug,
         architecture=name.architecture,
         tag=name.tag,
-        weights_hash=f"fresh:{fresh_seed}" if weights is None else hash_weights(weights),
+        weights_hash=weights_hash,
         preprocess=preprocess,
         context_length=int(tokenizer.whole.context_length),
         embed_dim=int(config["embed_dim"]),
@@ -201,9 +185,21 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
     return ClipModel(info, module, tokenizer, torch.device(device))
 
 
-def _load_tag(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
+def _load_trained(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path, str]:
+    """Load a model with its weights: the module, its configuration, the file of the weights, where the tokenizer is."""
     from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
+    if name.path is not None:
+        source, weights = f"local-dir:{name.path}", find_weights(name.path)
+        assert weights is not None, "or it would be a configuration"
+        config, _ = read_config(name.path)
+        own = _own_text_tower(config, name.path)
+        return _create(name, source, config, require_pretrained=True, **own), config, weights, source
+    if name.kind == "hub":
+        with reaching_hub(name.spec, _FOLDER_HINT):
+            weights = Path(open_clip.pretrained.download_pretrained_from_hf(name.spec.removeprefix("hf-hub:")))
+            config = open_clip.get_model_config(name.spec)
+        return _create(name, name.spec, config, require_pretrained=True), config, weights, name.spec
     architecture, tag = cast(str, name.architecture), cast(str, name.tag)
     known = open_clip.get_pretrained_cfg(architecture, tag)
     if not known:
@@ -221,50 +217,28 @@ def _load_tag(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
     module = _create(
         name, architecture, config, pretrained=str(weights), quick_gelu=quick_gelu, force_preprocess_cfg=preprocess
     )
-    return module, config, weights
-
-
-def _load_hub(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
-    from clipcid_cli.runtime.models.lean_open_clip import open_clip
-
-    with reaching_hub(name.spec, _FOLDER_HINT):
-        weights = Path(open_clip.pretrained.download_pretrained_from_hf(name.spec.removeprefix("hf-hub:")))
-        config = open_clip.get_model_config(name.spec)
-    return _create(name, name.spec, config, require_pretrained=True), config, weights
-
-
-def _load_folder(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path | None]:
-    folder = cast(Path, name.path)
-    config, _ = read_config(folder)
-    own = _own_text_tower(config, folder)
-    module = _create(name, f"local-dir:{folder}", config, require_pretrained=True, **own)
-    return module, config, find_weights(folder)
+    return module, config, weights, architecture
 
 
 def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str, Any], BoundedTokenizer]:
     """Build an architecture with random weights that depend on the seed only; global generators are unchanged."""
     from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
-    folder: Path | None = None
-    preprocess: dict[str, Any] = {}
-    own: dict[str, Any] = {}
-    if name.path is None:
-        config = open_clip.get_model_config(name.architecture)
-    else:
-        folder = name.path if name.path.is_dir() else name.path.parent
-        config, preprocess = read_config(name.path)
-        own = _own_text_tower(config, folder)
+    content: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
-        Path(scratch, CONFIG_NAME).write_text(json.dumps({"model_cfg": config | own, "preprocess_cfg": preprocess}))
+        if name.path is None:
+            config = content["model_cfg"] = open_clip.get_model_config(name.architecture)
+            tokenizer_source = cast(str, name.architecture)
+        else:
+            folder = name.path if name.path.is_dir() else name.path.parent
+            config, content["preprocess_cfg"] = read_config(name.path)
+            content["model_cfg"] = config | _own_text_tower(config, folder)
+            # The files of a Hugging Face tokenizer are next to the configuration.
+            tokenizer_source = f"local-dir:{folder if (folder / CONFIG_NAME).is_file() else scratch}"
+        Path(scratch, CONFIG_NAME).write_text(json.dumps({"preprocess_cfg": {}} | content))
         torch.manual_seed(seed)
         module = _create(name, f"local-dir:{scratch}", config, load_weights=False, pretrained_text=False)
-        if folder is None:
-            source = cast(str, name.architecture)
-        else:
-            # The files of a Hugging Face tokenizer are next to the configuration.
-            source = f"local-dir:{folder if (folder / CONFIG_NAME).is_file() else scratch}"
-        tokenizer = load_tokenizer(name.spec, source)
-    return module, config, tokenizer
+        return module, config, load_tokenizer(name.spec, tokenizer_source)
 
 
 def _own_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:

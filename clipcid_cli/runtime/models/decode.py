@@ -24,13 +24,9 @@ class Readable(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SkippedImage:
-    """The result for an image that cannot be used.
+    """The result for an image that cannot be used."""
 
-    Attributes:
-        reason: ``unreadable_image`` or ``too_many_pixels``, a key of `formats.skips.REASONS`.
-    """
-
-    reason: str
+    reason: str  # `unreadable_image` or `too_many_pixels`, a key of `formats.skips.REASONS`
 
 
 def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:

@@ -69,17 +69,11 @@ def towers_of(model: ClipModel, *, dense: bool = False) -> Towers:
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What a model, the original or an export, makes of the inputs.
+    """What a model, the original or an export, makes of the inputs."""
 
-    Attributes:
-        rows: By output, of the compared samples in batches of each size, one after another.
-        nearest: The most similar candidate of each image, int64 [N]; None where there are no candidates.
-        images_per_second: Of the image encoder, from the bytes of cropped images, by the median batch.
-    """
-
-    rows: dict[str, torch.Tensor]
-    nearest: torch.Tensor | None
-    images_per_second: float
+    rows: dict[str, torch.Tensor]  # by output, of the compared samples in batches of each size, one after another
+    nearest: torch.Tensor | None  # the most similar candidate of each image, int64 [N], where there are candidates
+    images_per_second: float  # of the image encoder, from the bytes of cropped images, by the median batch
 
 
 def evaluate(towers: Towers, inputs: CheckInputs) -> Outputs:

@@ -1,7 +1,4 @@
-"""What an export is compared with the original on: images, texts, and the classes or captions that images are matched with.
-
-They are real ones wherever there are any.
-"""
+"""What an export is compared with the original on: images, texts, and the classes or captions that are matched with them."""
 
 from __future__ import annotations
 
@@ -106,23 +103,15 @@ class Candidates:
 
 @dataclasses.dataclass(frozen=True)
 class CheckInputs:
-    """What both models are compared on.
-
-    Attributes:
-        pixels: Images of the samples after the model's resize and crop, uint8 [N, H, W, 3].
-        texts: Those whose rows are compared, `NUM_COMPARED_ROWS`; as `tokens` int64 [NUM_COMPARED_ROWS, L].
-        classes: Those of ``--classnames``, which a classifier is made of.
-        candidates: None where the images have neither class nor caption.
-        source: Where they come from, in words.
-    """
+    """What both models are compared on."""
 
     samples: list[Sample]
-    pixels: torch.Tensor
-    texts: list[str]
-    tokens: torch.Tensor
-    classes: Classes | None
-    candidates: Candidates | None
-    source: str
+    pixels: torch.Tensor  # of the samples after the model's resize and crop, uint8 [N, H, W, 3]
+    texts: list[str]  # whose rows are compared, NUM_COMPARED_ROWS
+    tokens: torch.Tensor  # of the texts, int64 [NUM_COMPARED_ROWS, L]
+    classes: Classes | None  # those of --classnames, which a classifier is made of
+    candidates: Candidates | None  # None where the images have neither class nor caption
+    source: str  # where they come from, in words
     skips: Skips
 
     @property

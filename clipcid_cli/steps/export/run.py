@@ -100,12 +100,11 @@ def _plan(settings: ExportSettings, reporter: Reporter) -> tuple[ModelName, Path
 def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
     """Find the model with averaged weights of a student's run."""
     fix = "Train with clipcid distill --ema DECAY, such as 0.999, or omit --ema."
-    folder = None if student.path is None else student.path.resolve()
-    if folder is None or not is_claimed(folder.parent, "distill"):
+    if student.path is None or not is_claimed(student.path.resolve().parent, "distill"):
         raise ClipcidError(
             f"--ema: {student.spec} is no student of clipcid distill, so there is no average of it.", fix
         )
-    run = RunFolder(folder.parent)
+    run = RunFolder(student.path.resolve().parent)
     path = sidecar_path(run.path, "distill")
     sidecar = read_sidecar(path, DistillSidecar)
     if sidecar is None:
