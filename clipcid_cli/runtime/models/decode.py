@@ -32,21 +32,18 @@ class SkippedImage:
 def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:
     """Read and decode an image, see `decode_image`; every step learns here that a sample has to be skipped, and why."""
     try:
-        return decode_image(source.read(), draft_size=draft_size)
+        return decode_image(source.read(), draft_size)
     except OSError:  # the file was removed or truncated after it was listed
         return SkippedImage("unreadable_image")
 
 
-def decode_image(
-    data: bytes, max_pixels: int = MAX_PIXELS, draft_size: tuple[int, int] | None = None
-) -> Image.Image | SkippedImage:
+def decode_image(data: bytes, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:
     """Decode the bytes of an image file to RGB; `had_alpha` and `full_size` tell what else is known of it.
 
     EXIF orientation is ignored, as in open_clip. Transparent pixels are shown on white, where open_clip would show the
     colour stored under them. Of an animation the first frame is taken.
 
     Args:
-        max_pixels: Largest width × height that is decoded.
         draft_size: Minimal (width, height) of the decoded image; a JPEG is decoded at ½, ¼ or ⅛ of its size where that is
             large enough. None decodes at full size.
     """
@@ -55,7 +52,7 @@ def decode_image(
             # Pillow warns of damaged metadata, which is not used.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
-            if image.width * image.height > max_pixels:
+            if image.width * image.height > MAX_PIXELS:
                 return SkippedImage("too_many_pixels")
             if draft_size is not None:
                 size = image.size
