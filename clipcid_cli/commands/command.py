@@ -26,7 +26,6 @@ def step_command(name: str, settings: type[SharedSettings], *, step: str, show: 
     """Make the click command of a step.
 
     Args:
-        settings: Settings dataclass of the step; torch-free.
         step: Module imported only when the step runs. Its ``run(settings, reporter)`` returns the result, a
             `msgspec.Struct` whose fields are the keys of the JSON object.
         show: Prints the result for a person.

@@ -56,11 +56,7 @@ _SMALL_PRODUCT = 5e7
 
 
 def default_workers(device: torch.device) -> int:
-    """Return the default number of worker processes: one per core beyond the first, on a CPU at most 8.
-
-    A GPU takes thousands of images a second, of which a core decodes some hundreds; a CPU computes with the cores that do
-    not decode.
-    """
+    """Return the default number of worker processes: one per core beyond the first, at most 8 where the CPU computes too."""
     free = count_cores() - 1
     return max(1, free if device.type == "cuda" else min(8, free))
 
@@ -90,8 +86,7 @@ def threads_for(product_size: float) -> Iterator[None]:
 def start_worker_server() -> None:
     """Start the server that workers are forked from, so that its imports run in parallel with the caller's.
 
-    A worker that it forks starts in milliseconds, without what the main process has loaded since: a model, CUDA, threads
-    that hold locks. Calling it again has no effect.
+    A worker that it forks starts in milliseconds, without what the main process has loaded since: a model, CUDA, locks.
     """
     _CONTEXT.set_forkserver_preload(_WORKER_IMPORTS)
     # The tracker removes the semaphores of a process that was killed; its warning of them would come after the prompt.

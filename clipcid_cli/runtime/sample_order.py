@@ -19,13 +19,7 @@ def epoch_groups(
     """Order one epoch's samples: shards are shuffled and dealt into groups, samples are shuffled within each group.
 
     Reading stays local to `group` shards at a time while every sample can still meet samples of any other shard; with at
-    most `group` shards this is a plain uniform shuffle.
-
-    Args:
-        shard_sizes: Samples of each shard; rows are numbered through all shards in order.
-
-    Yields:
-        The rows of each group, int64; all groups together hold each row once.
+    most `group` shards this is a plain uniform shuffle. Rows, int64, are numbered through all shards in order.
     """
     generator = np.random.default_rng(derive_seed("epoch", seed, epoch))
     starts = np.concatenate([[0], np.cumsum(shard_sizes, dtype=np.int64)])
@@ -47,11 +41,7 @@ class SampleOrder:
     def __init__(
         self, seed: int, shard_sizes: Sequence[int], on_group: Callable[[Sequence[int]], None] | None = None
     ) -> None:
-        """Prepare an order.
-
-        Args:
-            on_group: Called as each group begins with the numbers of its shards and of those of the next group.
-        """
+        """Prepare an order; `on_group` is told, as each group begins, its shards and those of the next group."""
         self._seed = seed
         self._shard_sizes = shard_sizes
         self._on_group = on_group

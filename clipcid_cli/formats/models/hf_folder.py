@@ -1,8 +1,7 @@
 """An open_clip model as a folder that ``CLIPModel`` and ``CLIPProcessor`` of transformers read, or why there is none.
 
-``CLIPModel`` is one architecture: a plain ViT with a class token, and a causal text transformer read at its end token. A
-setting of open_clip is either translated here or known to change nothing in evaluation; any other is refused by name, and
-none is dropped silently.
+``CLIPModel`` is one architecture: a plain ViT with a class token, and a causal text transformer read at its end token. Any
+setting of open_clip that is neither translated here nor known to change nothing in evaluation is refused by name.
 """
 
 from __future__ import annotations
@@ -110,12 +109,7 @@ def write_hf_folder(
     tensors: Mapping[str, torch.Tensor],
     tokenizer: Any,
 ) -> None:
-    """Write the folder of a model that `validate_for_hf` accepted.
-
-    Args:
-        tensors: State dict of the open_clip module, in the number format to store.
-        tokenizer: open_clip's ``SimpleTokenizer``.
-    """
+    """Write the folder of a model that `validate_for_hf` accepted, from its tensors and open_clip's ``SimpleTokenizer``."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

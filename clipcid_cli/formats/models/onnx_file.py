@@ -39,7 +39,6 @@ def write_onnx(
     Args:
         module: In evaluation mode, on the CPU; the input is called as the one argument of its ``forward``.
         example: An input with at least two rows: PyTorch would treat an axis of one as fixed.
-        metadata: Texts stored in the file, such as how pixels are prepared.
     """
     try:
         program = torch.onnx.export(
@@ -74,10 +73,9 @@ def write_quantized(source: Path, target: Path, kind: str) -> None:
     """Write a quantized variant of an ONNX file in standard operators; inputs, outputs and metadata stay as they are.
 
     Args:
-        kind: ``fp16``: weights and matrix products in 16 bits, half the size. ``int8``: weights of matrix products and
-            embedding tables in 8 bits, one scale per column, the other factor quantized at run time (dynamic
-            quantization); a quarter of the size. Weights use 7 of the 8 bits, so that sums of products do not overflow
-            the 16-bit accumulators of x86 processors without VNNI.
+        kind: ``fp16``: weights and matrix products in 16 bits. ``int8``: weights of matrix products and embedding tables in
+            8 bits, one scale per column, the other factor quantized at run time; 7 of the 8 bits are used, so that sums do
+            not overflow the 16-bit accumulators of x86 processors without VNNI.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic

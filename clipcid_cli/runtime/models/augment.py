@@ -110,14 +110,9 @@ def identity_colors() -> npt.NDArray[np.float32]:
 
 
 def apply_colors(pixels: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
-    """Apply a colour map to each image: out = map[:, :3] · rgb + 255 · map[:, 3].
+    """Apply a colour map, float32 [B, 3, 4], to each image: out = map[:, :3] · rgb + 255 · map[:, 3].
 
-    Args:
-        pixels: uint8 or float [B, H, W, 3], 0…255.
-        colors: float32 [B, 3, 4].
-
-    Returns:
-        float32 [B, H, W, 3], clipped to 0…255.
+    Pixels, in and out, are [B, H, W, 3] in 0…255; those that come out are float32.
     """
     batch, height, width, _ = pixels.shape
     flat = pixels.reshape(batch, height * width, 3).float()
@@ -156,11 +151,8 @@ class ViewPixels:
     preprocess: dict[str, Any]
 
     def __call__(self, image: Image.Image, view: View) -> npt.NDArray[np.uint8]:
-        """Crop, and resize to uint8 [H, W, 3] of the model's size, whatever the crop's shape; colours are left.
-
-        The interpolation is the model's, but bicubic also where open_clip draws it at random.
-        """
-        name = self.preprocess.get("interpolation", "bicubic").upper()
+        """Crop, and resize to uint8 [H, W, 3] of the model's size, whatever the crop's shape; colours are left."""
+        name = self.preprocess.get("interpolation", "bicubic").upper()  # open_clip also knows "random"
         resampling = getattr(Image.Resampling, name, Image.Resampling.BICUBIC)
         box, full = view.box, full_size(image)
         if full != image.size:

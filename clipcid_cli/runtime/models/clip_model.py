@@ -1,7 +1,4 @@
-"""CLIP models, loaded by open_clip.
-
-Legend of shapes: B samples, H × W pixels, L tokens, D width of the embedding.
-"""
+"""CLIP models, loaded by open_clip. Shapes: B samples, H × W pixels, L tokens, D width of the embedding."""
 
 from __future__ import annotations
 
@@ -126,14 +123,7 @@ class ClipModel:
         return normalize_pixels(pixels.to(self.device, non_blocking=True), self.info.preprocess)
 
     def encode_images(self, pixels: torch.Tensor, precision: Precision) -> torch.Tensor:
-        """Embed images.
-
-        Args:
-            pixels: uint8 [B, H, W, 3] as `pixel_transform` gives them, or normalised float32 [B, 3, H, W].
-
-        Returns:
-            float32 [B, D], unit rows, on the model's device.
-        """
+        """Embed pixels, uint8 [B, H, W, 3] or normalised float32 [B, 3, H, W], to unit rows, float32 [B, D]."""
         prepared = self.normalize(pixels) if pixels.dtype == torch.uint8 else pixels.to(self.device)
         with torch.inference_mode(), precision.autocast(self.device):
             features = torch.cat([self._towers.encode_images(part) for part in torch.split(prepared, self._at_once)])

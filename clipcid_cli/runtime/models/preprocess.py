@@ -35,15 +35,7 @@ class PixelTransform:
 
 
 def normalize_pixels(pixels: torch.Tensor, preprocess: dict[str, Any]) -> torch.Tensor:
-    """Scale and shift a batch of bytes as torchvision's ToTensor and Normalize do.
-
-    Args:
-        pixels: uint8 [B, H, W, 3], 0…255.
-        preprocess: PreprocessCfg with ``mean`` and ``std`` per channel.
-
-    Returns:
-        float32 [B, 3, H, W], contiguous, on the device of `pixels`.
-    """
+    """Scale and shift bytes, [B, H, W, 3], as torchvision's ToTensor and Normalize do: float32 [B, 3, H, W], contiguous."""
     mean, std = (_per_channel(tuple(preprocess[name]), pixels.device) for name in ("mean", "std"))
     channels_first = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return channels_first.div_(255).sub_(mean).div_(std)
