@@ -89,20 +89,17 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     losses, counts = run.made.losses, run.counts
     keep = run.keep_list  # the one that the run used; the work directory may hold another by now
     ratio = f"{keep.kept / keep.images:.4g} ({keep.kept:,} of {keep.images:,} images)" if keep else "1 (not balanced)"
+    # The teacher is the model whose embeddings the run read; each input is of one kind of rows.
+    folders = dict.fromkeys(Path(each.path).parent for each in run.inputs)
+    embedded = (_read(folder, "embed", EmbedSidecar) for folder in folders)
+    teacher = next((_short(found.model.spec) for found in embedded if found is not None), _UNKNOWN)
     return {
-        "Teacher": "none" if set(losses) == {"clip"} else _teacher(run),
+        "Teacher": "none" if set(losses) == {"clip"} else teacher,
         "Training data": f"{_short(run.data.spec)}; {counts['used']:,} of {counts['read']:,} samples used",
         "Keep ratio": ratio,
         "Losses": ", ".join(f"{name} × {loss['value']:g}" for name, loss in losses.items()),
         "Training": f"{run.result['steps']:,} steps, {run.result['samples']:,} samples",
     }
-
-
-def _teacher(run: DistillSidecar) -> str:
-    """Name the model whose embeddings the run read."""
-    folders = dict.fromkeys(Path(each.path).parent for each in run.inputs)  # each is of one kind of rows
-    embedded = (_read(folder, "embed", EmbedSidecar) for folder in folders)
-    return next((_short(found.model.spec) for found in embedded if found is not None), _UNKNOWN)
 
 
 def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, float, str]]:
