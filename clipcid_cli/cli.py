@@ -126,7 +126,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _say(text: str, head: str = "") -> None:
-    """Write to stderr, where that can be written to, in lines that fit a terminal; a log file can be searched."""
+    """Write to stderr, if it can be written to: in lines that fit a terminal, but whole to a log file, to be searched."""
     text = f"{head} {text}" if head else text
     if sys.stderr.isatty():
         text = wrap(text, shutil.get_terminal_size().columns)

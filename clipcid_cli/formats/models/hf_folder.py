@@ -109,7 +109,7 @@ def write_hf_folder(
     tensors: Mapping[str, torch.Tensor],
     tokenizer: Any,
 ) -> None:
-    """Write the folder of a model that `validate_for_hf` accepted, from its tensors and open_clip's ``SimpleTokenizer``."""
+    """Write the folder of a model that `validate_for_hf` accepted; its tokenizer is open_clip's ``SimpleTokenizer``."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()

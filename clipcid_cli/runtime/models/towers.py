@@ -39,7 +39,7 @@ class DenseImageTower(nn.Module):
     """Normalised pixels, float32 [B, 3, H, W], to unit rows [B, D] and the patches of the last layer [B, h, w, D].
 
     A patch's values are its token after the last block, the final norm and the projection that also makes the image's row,
-    not normalised. Row 0 is the top of the image. (MaskCLIP also takes values for the last block's attention.)
+    not normalised. Row 0 is the top of the image. (MaskCLIP also replaces the last block's attention by its values.)
     """
 
     def __init__(self, clip: nn.Module) -> None:
