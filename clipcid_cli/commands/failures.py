@@ -91,18 +91,18 @@ def _explain_memory(text: str, command: str) -> tuple[str, str]:
 
 def _explain_system(error: OSError, text: str) -> tuple[str, str]:
     what = f"{error.filename}: {error.strerror}" if error.filename is not None and error.strerror else text
+    again = "run the same command again: it continues where it stopped."
     if error.errno in _FULL:
-        fix = "Free some space, then run the same command again: it continues where it stopped."
+        fix = f"Free some space, then {again}"
     elif error.errno in (errno.EMFILE, errno.ENFILE):
         fix = "Allow more open files: ulimit -n 4096."
     elif isinstance(error, BrokenPipeError):
         what = "a process that this one was writing to has ended (broken pipe)"
         fix = (
-            "Its own error says why; without one it was killed, perhaps for memory: try fewer --workers. Run the same "
-            "command again: it continues where it stopped."
+            f"Its own error says why; without one it was killed, perhaps for memory: try fewer --workers. Then {again}"
         )
     elif isinstance(error, ConnectionError | TimeoutError):
-        fix = "Check the network, then run the same command again: it continues where it stopped."
+        fix = f"Check the network, then {again}"
     else:
         fix = "Check that it exists, what it is and its permissions, then run the same command again."
     return f"The system refused: {what.rstrip('.')}.", fix
