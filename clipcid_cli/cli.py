@@ -17,7 +17,7 @@ import click
 from clipcid_cli import __version__
 from clipcid_cli.commands.failures import explain, validate_world
 from clipcid_cli.commands.help_page import PageContext
-from clipcid_cli.commands.signals import end_on_signals, open_closed
+from clipcid_cli.commands.signals import end_on_signals, leave_end_to_signal, open_closed
 from clipcid_cli.commands.wrapping import wrap
 
 # Name → one line for `clipcid --help`, in the order of the work; each lives in commands/<name>.py and is imported only when
@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     open_closed()
     end_on_signals()
     code = run(sys.argv[1:] if arguments is None else arguments)
+    leave_end_to_signal()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
