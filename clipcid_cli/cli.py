@@ -15,12 +15,10 @@ from typing import NoReturn
 import click
 
 from clipcid_cli import __version__
-from clipcid_cli.commands.failures import Failure, explain, validate_world
+from clipcid_cli.commands.failures import explain, validate_world
 from clipcid_cli.commands.help_page import PageContext
-from clipcid_cli.commands.signals import end_on_signals, open_closed
+from clipcid_cli.commands.signals import end_on_signals, leave_end_to_signal, open_closed
 from clipcid_cli.commands.wrapping import wrap
-
-_TRUE = ("1", "true", "yes", "on")
 
 # Name → one line for `clipcid --help`, in the order of the work; each lives in commands/<name>.py and is imported only when
 # it is called, so that help and usage errors answer at once.
@@ -85,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     open_closed()
     end_on_signals()
     code = run(sys.argv[1:] if arguments is None else arguments)
+    leave_end_to_signal()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -95,8 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line, tell what went wrong, and return the exit code."""
-    debug = "--debug" in arguments or os.environ.get("CLIPCID_DEBUG", "").lower() in _TRUE
-    as_json = "--json" in arguments or os.environ.get("CLIPCID_JSON", "").lower() in _TRUE
+    debug, as_json = (
+        f"--{flag}" in arguments or os.environ.get(f"CLIPCID_{flag.upper()}", "").lower() in ("1", "true", "yes", "on")
+        for flag in ("debug", "json")
+    )
     try:
         validate_world()
         # click's own `main` makes exit 1 of every broken pipe; it is for shells that ask for completions.
@@ -114,29 +115,23 @@ def run(arguments: Sequence[str]) -> int:
         if debug and not isinstance(error, click.UsageError):
             traceback.print_exception(error)
         failure = explain(error, next((word for word in arguments if word in COMMANDS), ""))
-        _tell(failure, as_json=as_json)
+        if failure.message:
+            _say(failure.message, head="Error:")
+            if failure.fix:
+                _say(failure.fix)
+            if as_json and os.environ.get("RANK", "0") == "0":
+                with suppress(OSError):
+                    click.echo(json.dumps({"error": failure.message, "fix": failure.fix}))
         return failure.code
     return 0
 
 
-def _tell(failure: Failure, *, as_json: bool) -> None:
-    if not failure.message:
-        return
-    head, _, rest = _fit(f"Error: {failure.message}").partition(" ")
-    _say((head if "NO_COLOR" in os.environ else click.style(head, fg="red", bold=True)) + f" {rest}")
-    if failure.fix:
-        _say(_fit(failure.fix))
-    if as_json and os.environ.get("RANK", "0") == "0":
-        with suppress(OSError):
-            click.echo(json.dumps({"error": failure.message, "fix": failure.fix}))
-
-
-def _say(text: str) -> None:
-    """Write to stderr, where that can be written to."""
+def _say(text: str, head: str = "") -> None:
+    """Write to stderr, if it can be written to: in lines that fit a terminal, but whole to a log file, to be searched."""
+    text = f"{head} {text}" if head else text
+    if sys.stderr.isatty():
+        text = wrap(text, shutil.get_terminal_size().columns)
+    if head and "NO_COLOR" not in os.environ:
+        text = click.style(head, fg="red", bold=True) + text.removeprefix(head)
     with suppress(OSError):
         click.echo(text, err=True)
-
-
-def _fit(text: str) -> str:
-    """Break a text into lines for the terminal; a log file gets it whole, so that it can be searched."""
-    return wrap(text, shutil.get_terminal_size().columns) if sys.stderr.isatty() else text

@@ -43,11 +43,16 @@ class UsageError(ClipcidError):
     exit_code = 2
 
 
+def in_one_line(error: BaseException, limit: int = 300) -> str:
+    """Return what an error of another library says, on one line and not too long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
 def command_line(*words: str | Path, **flags: Any) -> str:
     """Return a command for a fix, such that it can be pasted into a shell.
 
     Args:
-        words: What comes before the flags.
         flags: Values by name, several in a tuple; None gives no flag, and neither does the default of `work`.
     """
     line = ["clipcid", *map(str, words)]

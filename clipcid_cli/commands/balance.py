@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.summary import count, file_facts, format_phases, format_skipped, print_facts
+from clipcid_cli.commands.summary import count, format_phases, format_skipped, print_facts
 from clipcid_cli.steps.balance.result import Audit, BalanceCost, BalanceResult
 from clipcid_cli.steps.settings.balance import BalanceSettings
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def show(result: BalanceResult | BalanceCost, console: Console) -> None:
@@ -56,7 +53,7 @@ def show(result: BalanceResult | BalanceCost, console: Console) -> None:
     if result.skipped:
         facts["skipped"] = format_skipped(result.skipped)
     facts["time"] = format_phases(result.seconds)
-    print_facts(console, "Balanced", facts | file_facts(result.files))
+    print_facts(console, "Balanced", facts, result.files)
 
 
 def _format_dropped(result: BalanceResult) -> str:

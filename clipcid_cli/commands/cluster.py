@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.summary import format_phases, print_facts
 from clipcid_cli.steps.cluster.result import ClusterCost, ClusterResult
 from clipcid_cli.steps.settings.cluster import ClusterSettings
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def show(result: ClusterResult | ClusterCost, console: Console) -> None:

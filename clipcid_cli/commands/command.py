@@ -7,18 +7,17 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import msgspec
+from rich.console import Console
 
 from clipcid_cli.commands.help_page import PageCommand
 from clipcid_cli.commands.options import build_parameters
-from clipcid_cli.runtime.imports import importing
+from clipcid_cli.runtime.libraries import importing
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.shared import SharedSettings
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 Show = Callable[[Any, "Console"], None]
 
@@ -27,9 +26,8 @@ def step_command(name: str, settings: type[SharedSettings], *, step: str, show: 
     """Make the click command of a step.
 
     Args:
-        settings: Settings dataclass of the step; torch-free.
-        step: Dotted name of the step's module, imported only when the step runs. Its ``run(settings, reporter)``
-            returns the result, a `msgspec.Struct` whose fields are the keys of the JSON object.
+        step: Module imported only when the step runs. Its ``run(settings, reporter)`` returns the result, a
+            `msgspec.Struct` whose fields are the keys of the JSON object.
         show: Prints the result for a person.
         page: What the help page says before the flags, with examples.
     """
@@ -45,11 +43,11 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
     # OpenMP's idle threads spin by default; two processes that compute and decode on few cores then slow each other
     # many times over. It must be set before torch loads.
     os.environ.setdefault("GOMP_SPINCOUNT", settings.openmp_spins)
-    from clipcid_cli.commands.console import make_console, make_reporter
+    from clipcid_cli.commands.console import ConsoleReporter, make_console
 
     console = make_console()
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    reporter = make_reporter(console, quiet=settings.quiet, is_main=is_main)
+    is_main = os.environ.get("RANK", "0") == "0"
+    reporter = ConsoleReporter(console, quiet=settings.quiet) if is_main else Reporter()
     with importing():
         module = importlib.import_module(step)
     result = module.run(settings, reporter)

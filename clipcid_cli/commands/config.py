@@ -14,10 +14,7 @@ from clipcid_cli.formats.reading import open_regular
 
 
 def load_config(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Click callback of ``--config``: make the file's table for this command the defaults of its flags.
-
-    Keys are spelled like flags, without the dashes in front (``num-clusters`` or ``num_clusters``).
-    """
+    """Click callback of ``--config``: make the file's table for this command, ``num-clusters = 9``, its flags' defaults."""
     if path is None or ctx.resilient_parsing:
         return path
     try:
@@ -65,11 +62,7 @@ def _read_table(ctx: click.Context, path: Path, table: dict[str, Any]) -> dict[s
 
 
 def _as_text(parameter: click.Parameter, value: Any) -> Any:
-    """Return a value as the command line would give it, so that click converts both alike: 4.9 is no whole number.
-
-    Raises:
-        TypeError: with what it should be.
-    """
+    """Return a value as the command line would give it, for click to convert; a TypeError says what it should be."""
     if isinstance(parameter, click.Option) and parameter.is_flag:
         if not isinstance(value, bool):
             raise TypeError("true or false")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -32,35 +33,26 @@ def make_console() -> Console:
     return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDTH_OF_A_FILE)
 
 
-def make_reporter(console: Console, *, quiet: bool, is_main: bool) -> Reporter:
-    """Choose who listens: the terminal on the first process, nobody on the others, warnings only when quiet."""
-    if not is_main:
-        return Reporter()
-    return QuietReporter(console) if quiet else ConsoleReporter(console)
+class ConsoleReporter(Reporter):
+    """A reporter that prints warnings and, unless it is quiet, notes and bars."""
 
-
-class QuietReporter(Reporter):
-    """A reporter that prints warnings only."""
-
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self.console = console
+        self.quiet = quiet
 
     def warn(self, text: str) -> None:
         """Print a warning."""
         lines = wrap(f"warning: {text}", self.console.width)
         self.console.print(Text.assemble((lines[:8], "bold yellow"), lines[8:]), soft_wrap=True)
 
-
-class ConsoleReporter(QuietReporter):
-    """A reporter that prints notes, warnings and bars."""
-
     def note(self, text: str) -> None:
         """Print a note."""
-        self.console.print(Text(wrap(text, self.console.width), style="dim"), soft_wrap=True)
+        if not self.quiet:
+            self.console.print(Text(wrap(text, self.console.width), style="dim"), soft_wrap=True)
 
     def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Progress]:
         """Show a live bar on a terminal, a line every few seconds elsewhere; nothing where there is nothing to do."""
-        if total == 0:
+        if self.quiet or total == 0:
             return super().progress(label, total, unit)
         show = _show_bar if self.console.is_terminal else _print_lines
         return show(self.console, label, total, unit)
@@ -91,10 +83,10 @@ class _Bars(Bars):
             yield Text(wrap(f"  {self.values}", self.console.width), style="dim")
 
 
+@dataclasses.dataclass
 class _Bar(Progress):
-    def __init__(self, bars: _Bars, task: TaskID) -> None:
-        self.bars = bars
-        self.task = task
+    bars: _Bars
+    task: TaskID
 
     def advance(self, amount: float = 1) -> None:
         self.bars.advance(self.task, amount)
@@ -140,14 +132,16 @@ def _show_bar(console: Console, label: str, total: float | None, unit: str) -> I
         end(well=True)
 
 
+@dataclasses.dataclass
 class _Lines(Progress):
-    def __init__(self, console: Console, label: str, total: float | None, unit: str) -> None:
-        self.console = console
-        self.label = label
-        self.total = total
-        self.unit = unit
-        self.done = 0.0
-        self.values = ""
+    console: Console
+    label: str
+    total: float | None
+    unit: str
+    done: float = 0.0
+    values: str = ""
+
+    def __post_init__(self) -> None:
         self.start = self.printed = time.monotonic()
 
     def advance(self, amount: float = 1) -> None:
@@ -175,11 +169,7 @@ def _print_lines(console: Console, label: str, total: float | None, unit: str) -
 def _describe_pace(
     done: float, total: float | None, unit: str, seconds: float, rate: float | None, *, ended: bool
 ) -> list[str]:
-    """Write how much is done, how fast, and the time left, or taken where it has ended.
-
-    Args:
-        rate: Units a second just now; over the whole time where it is not known.
-    """
+    """Write how much is done, how fast (without a `rate` over the whole time), and the time left, or taken in the end."""
     parts = [f"{done:,.0f}" + (f"/{total:,.0f}" if total is not None else "") + f" {unit}"]
     rate = rate or (done / seconds if seconds > 0 else 0.0)
     if rate > 0:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.scores import show_tables
-from clipcid_cli.commands.summary import count, file_facts, format_seconds, print_facts
+from clipcid_cli.commands.summary import count, format_seconds, print_facts
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from clipcid_cli.steps.distill.result import DistillCost, Distilled
 
 
@@ -33,7 +33,7 @@ def show(result: Distilled | DistillCost, console: Console) -> None:
     for name, found in _by_data(result.metrics).items():
         if name.removesuffix(", EMA") not in shown:
             facts[name] = _format_recalls(found)
-    print_facts(console, "Distilled", facts | file_facts(result.files))
+    print_facts(console, "Distilled", facts, result.files)
     if result.evaluations:
         console.print()
         show_tables(result.evaluations, console)

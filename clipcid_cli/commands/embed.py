@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.summary import count, file_facts, format_seconds, format_skipped, print_facts
+from clipcid_cli.commands.summary import count, format_seconds, format_skipped, print_facts
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded, TextsCost, TextsResult
 from clipcid_cli.steps.settings.embed import EmbedSettings
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def show(result: Embedded, console: Console) -> None:
@@ -22,29 +19,24 @@ def show(result: Embedded, console: Console) -> None:
             "time": f"about {format_seconds(result.seconds['encode'])}, if the data is read as fast",
         }
         print_facts(console, "Would embed", facts)
-    elif isinstance(result, TextsCost):
+        return
+    if isinstance(result, TextsCost):
         facts = {
             "texts": f"{result.texts:,}",
             "disk": f"{result.bytes / 1e6:,.1f} MB and the texts",
             "time": f"about {format_seconds(result.seconds['encode'])}",
         }
         print_facts(console, "Would embed", facts)
-    elif isinstance(result, TextsResult):
-        empty, rate = result.skipped.get("empty_line", 0), result.texts_per_second
-        facts = {
-            "texts": f"{result.texts:,}",
-            "skipped": count(empty, "empty line") if empty else "none",
-            "speed": f"{rate:,.0f} texts/s" if rate else "embedded earlier",
-        }
-        print_facts(console, "Embedded", facts | file_facts(result.files))
+        return
+    if isinstance(result, TextsResult):
+        empty = result.skipped.get("empty_line", 0)
+        skipped = count(empty, "empty line") if empty else "none"
+        noun, number, rate = "texts", result.texts, result.texts_per_second
     else:
-        rate = result.images_per_second
-        facts = {
-            "images": f"{result.images:,}",
-            "skipped": format_skipped(result.skipped) or "none",
-            "speed": f"{rate:,.0f} images/s" if rate else "embedded earlier",
-        }
-        print_facts(console, "Embedded", facts | file_facts(result.files))
+        skipped = format_skipped(result.skipped) or "none"
+        noun, number, rate = "images", result.images, result.images_per_second
+    speed = f"{rate:,.0f} {noun}/s" if rate else "embedded earlier"
+    print_facts(console, "Embedded", {noun: f"{number:,}", "skipped": skipped, "speed": speed}, result.files)
 
 
 command = step_command(

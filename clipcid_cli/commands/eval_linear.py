@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.summary import count, file_facts, format_percent, print_facts, print_table, shorten_metric
+from clipcid_cli.commands.summary import count, format_percent, print_facts, print_table, shorten_metric
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from clipcid_cli.steps.evaluate.result import Draws, LinearResult, Preview
-
 
 _BARS = "▁▂▃▄▅▆▇█"
 _DIGITS = 2
@@ -23,9 +22,9 @@ def show(answer: LinearResult | Preview, console: Console) -> None:
     from clipcid_cli.steps.evaluate.result import Preview
 
     facts = {"model": answer.model, "data": answer.dataset}
-    files = {f"{name} file": path for name, path in file_facts(answer.files).items()}
+    files = {f"{name} file": path for name, path in answer.files.items()}
     if isinstance(answer, Preview):
-        print_facts(console, "Would fit a linear probe", facts | files)
+        print_facts(console, "Would fit a linear probe", facts, files)
         return
     facts |= {name: f"{format_percent(value, _DIGITS)}%" for name, value in answer.metrics.items() if value is not None}
     facts["measured on"] = f"{count(answer.images, 'image')} of {count(answer.classes, 'class', 'classes')}"
@@ -36,7 +35,7 @@ def show(answer: LinearResult | Preview, console: Console) -> None:
         f"{format_percent(answer.validation_score, _DIGITS)}% on {count(answer.validation_images, 'image')}"
     )
     facts["by C"] = f"{tried[0]:.0e} {_sketch(answer.sweep.score)} {tried[-1]:.0e}"
-    print_facts(console, "Linear probe", facts | files)
+    print_facts(console, "Linear probe", facts, files)
     if answer.shots:
         console.print()
         _print_shots(answer, console)

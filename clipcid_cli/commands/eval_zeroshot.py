@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.scores import show_tables
-from clipcid_cli.commands.summary import count, file_facts, format_percent, print_facts, print_table, shorten_metric
+from clipcid_cli.commands.summary import count, format_percent, print_facts, print_table, shorten_metric
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from clipcid_cli.steps.evaluate.result import ComparisonResult
     from clipcid_cli.steps.evaluate.zeroshot import Answer
 
@@ -28,8 +28,8 @@ def show(answer: Answer, console: Console) -> None:
     kinds = ("metrics", "predictions")
     files = {kind: "\n".join(one.files[kind] for one in results if kind in one.files) for kind in kinds}
     if not isinstance(answer, Previews):
-        files |= {name: path for name, path in file_facts(answer.files).items() if name not in kinds}
-    print_facts(console, "", {name: paths for name, paths in files.items() if paths})
+        files |= {name: path for name, path in answer.files.items() if name not in kinds}
+    print_facts(console, "", {}, {name: paths for name, paths in files.items() if paths})
 
 
 def _show_comparison(answer: ComparisonResult, console: Console) -> None:
@@ -40,20 +40,18 @@ def _show_comparison(answer: ComparisonResult, console: Console) -> None:
         for kind, sides in (answer.prompts or {}).items()
     }
     print_facts(console, "", prompts)
-    rows = []
-    for name, judged in answer.differences.items():
-        low, high = judged.interval
-        rows.append(
-            (
-                shorten_metric(name),
-                format_percent(judged.first),
-                format_percent(judged.second),
-                f"{100 * judged.difference:+.2f}",
-                f"{100 * low:+.2f} … {100 * high:+.2f}",
-                "–" if judged.p_value is None else f"{judged.p_value:.2g}",
-                "yes" if judged.real else "no",
-            )
+    rows = [
+        (
+            shorten_metric(name),
+            format_percent(judged.first),
+            format_percent(judged.second),
+            f"{100 * judged.difference:+.2f}",
+            " … ".join(f"{100 * bound:+.2f}" for bound in judged.interval),
+            "–" if judged.p_value is None else f"{judged.p_value:.2g}",
+            "yes" if judged.real else "no",
         )
+        for name, judged in answer.differences.items()
+    ]
     title = f"B against A on {answer.dataset}, {count(answer.images, 'image')}"
     columns = ("metric", "A", "B", "B − A", "95% interval", "McNemar p", "significant")
     print_table(console, title, columns, rows)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.summary import print_facts, print_table
 from clipcid_cli.steps.settings.export import ExportSettings
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from clipcid_cli.steps.export.run import ExportResult
 
 

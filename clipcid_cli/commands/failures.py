@@ -14,7 +14,7 @@ from typing import NamedTuple
 import click
 
 from clipcid_cli.commands.signals import UNREAD, is_unread
-from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.errors import ClipcidError, UsageError, in_one_line
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
@@ -43,11 +43,7 @@ class Failure(NamedTuple):
 
 
 def explain(error: Exception, command: str = "") -> Failure:
-    """Say what an error means, for the user.
-
-    Args:
-        command: The subcommand that ran, whose flags a fix may name.
-    """
+    """Say what an error means, for the user of a subcommand, whose flags a fix may name."""
     if isinstance(error, ClipcidError):
         # Another process of the run says it.
         return Failure("" if error.already_reported else error.message, error.fix, error.exit_code)
@@ -55,7 +51,7 @@ def explain(error: Exception, command: str = "") -> Failure:
         return _explain_usage(error)
     if isinstance(error, BrokenPipeError) and any(map(is_unread, (sys.stdout, sys.stderr))):
         return Failure("", "", UNREAD)  # as with `| head`: nobody is left to read an error
-    text = " ".join(str(error).split())[:300] or type(error).__name__
+    text = in_one_line(error) or type(error).__name__
     if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
         message, fix = _explain_memory(text, command)
     elif isinstance(error, OSError):
@@ -95,18 +91,18 @@ def _explain_memory(text: str, command: str) -> tuple[str, str]:
 
 def _explain_system(error: OSError, text: str) -> tuple[str, str]:
     what = f"{error.filename}: {error.strerror}" if error.filename is not None and error.strerror else text
+    again = "run the same command again: it continues where it stopped."
     if error.errno in _FULL:
-        fix = "Free some space, then run the same command again: it continues where it stopped."
+        fix = f"Free some space, then {again}"
     elif error.errno in (errno.EMFILE, errno.ENFILE):
         fix = "Allow more open files: ulimit -n 4096."
     elif isinstance(error, BrokenPipeError):
         what = "a process that this one was writing to has ended (broken pipe)"
         fix = (
-            "Its own error says why; without one it was killed, perhaps for memory: try fewer --workers. Run the same "
-            "command again: it continues where it stopped."
+            f"Its own error says why; without one it was killed, perhaps for memory: try fewer --workers. Then {again}"
         )
     elif isinstance(error, ConnectionError | TimeoutError):
-        fix = "Check the network, then run the same command again: it continues where it stopped."
+        fix = f"Check the network, then {again}"
     else:
         fix = "Check that it exists, what it is and its permissions, then run the same command again."
     return f"The system refused: {what.rstrip('.')}.", fix

@@ -43,12 +43,7 @@ class Option(click.Option):
 
 
 def build_parameters(command: str, settings: type[SharedSettings]) -> list[click.Parameter]:
-    """Make the click parameters of a command, those under one heading of the help page together.
-
-    Args:
-        command: Name of the command, for ``CLIPCID_<COMMAND>_<FLAG>``.
-        settings: Its settings dataclass; types drive the parsing.
-    """
+    """Make the click parameters of a command from its settings' types, those under one heading of the help page together."""
     hints = typing.get_type_hints(settings)
 
     def distance(field: dataclasses.Field[Any]) -> int:

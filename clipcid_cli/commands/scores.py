@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.text import Text
 
 from clipcid_cli.commands.summary import format_percent, print_table, shorten_metric
 from clipcid_cli.commands.wrapping import wrap
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from clipcid_cli.steps.evaluate.result import ZeroshotResult
 
 

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any
+from typing import IO
 
 UNREAD = 128 + signal.SIGPIPE
 """What a shell reports of a program that writes to a pipe nobody reads: 141."""
@@ -19,6 +19,7 @@ _LONGEST_GOODBYE = 2.0
 """Seconds that what is done before the end may take."""
 
 _goodbyes = list[Callable[[], None]]()
+_told = threading.Event()
 
 
 def end_on_signals() -> None:
@@ -35,12 +36,8 @@ def end_on_signals() -> None:
     # Python writes the signal's number there at once, whatever the main thread is doing, where a handler is set.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in numbers:
-        signal.signal(number, _go_on)
+        signal.signal(number, lambda *_: _told.set())  # the main thread goes on until the other one ends the process
     threading.Thread(target=_end, args=(reader, numbers), daemon=True).start()
-
-
-def _go_on(number: int, frame: Any) -> None:
-    """Let the main thread go on until the other one ends the process."""
 
 
 def _end(reader: int, numbers: list[signal.Signals]) -> None:
@@ -54,6 +51,12 @@ def _end(reader: int, numbers: list[signal.Signals]) -> None:
         with suppress(OSError):
             os.write(2, _SENTENCE)  # past Python's stream, which has a lock, too
     os._exit(128 + number)
+
+
+def leave_end_to_signal() -> None:
+    """Where a signal has come, wait for the thread that ends the process: it may have cut short a library's call."""
+    if _told.is_set():
+        threading.Event().wait(2 * _LONGEST_GOODBYE)
 
 
 @contextmanager

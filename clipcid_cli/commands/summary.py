@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.text import Text
 
 from clipcid_cli.commands.wrapping import wrap
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 _GAP = 2
 
 
-def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
-    """Print a title and a list of names and values, the form of every step's summary."""
+def print_facts(console: Console, title: str, facts: dict[str, str], files: dict[str, str] | None = None) -> None:
+    """Print a title and a list of names and values, then of written files, the form of every step's summary."""
     if title:
         console.print(Text(title, style="bold"), soft_wrap=True)
+    facts = facts | {name.replace("_", " "): path for name, path in (files or {}).items()}
     indent = max(map(len, facts), default=0) + _GAP
     for name, value in facts.items():
         room = console.width - indent
@@ -36,8 +34,7 @@ def print_table(
 ) -> None:
     """Print a table, or where it is wider than the terminal, a ``column: value`` line for each cell.
 
-    Args:
-        left: How many columns, from the first, are aligned left; the others are numbers and aligned right.
+    The first `left` columns are aligned left; the others are numbers and aligned right.
     """
     console.print(Text(title, style="bold"), soft_wrap=True)
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
@@ -57,11 +54,6 @@ def print_table(
             console.print()
         for column, cell in zip(columns, row, strict=True):
             console.print(Text.assemble((f"{column}:", "cyan"), f" {cell.strip()}"), soft_wrap=True)
-
-
-def file_facts(files: dict[str, str]) -> dict[str, str]:
-    """Return the written files of a result as facts."""
-    return {name.replace("_", " "): path for name, path in files.items()}
 
 
 def format_skipped(skipped: dict[str, int]) -> str:

@@ -1,8 +1,6 @@
-"""The processes of one run and the device of each.
+"""The processes of one run, one or as many as torchrun started, and the device of each.
 
-One process, or as many as torchrun started. ``torch.distributed`` is the one engine: NCCL for tensors on GPUs, gloo for
-tensors on CPUs and for objects. Steps are written for any number of processes; with a single one, the calls here cost
-nothing.
+``torch.distributed`` is the one engine: NCCL for tensors on GPUs, gloo for tensors on CPUs and for objects.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, in_one_line
 
 T = TypeVar("T")
 
@@ -36,16 +34,11 @@ _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """This process among those of the run.
-
-    Attributes:
-        rank: Number of this process, 0 … size − 1.
-        local_rank: Number of this process on its host, from 0.
-    """
+    """This process among those of the run."""
 
     rank: int
     size: int
-    local_rank: int
+    local_rank: int  # among those of its host
     device: torch.device
 
     @property
@@ -128,16 +121,14 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
     """Join the run's processes (as torchrun's environment describes them) and choose this one's device.
 
     Where the caller has already initialised ``torch.distributed``, its group is used and left open; its backend must fit the
-    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``). On a host of several GPUs, LOCAL_RANK gives the
-    device.
+    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``).
 
     Args:
-        device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
+        device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``; of several GPUs that of LOCAL_RANK.
     """
     joined = dist.is_available() and dist.is_initialized()
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if joined:
-        rank, size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank() if joined else int(os.environ.get("RANK", "0"))
+    size = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = _choose_device(device, local_rank)
     if chosen.type == "cuda":
@@ -177,11 +168,7 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
 
 
 def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
-    """Wait until all processes of the run have started.
-
-    Returns:
-        The store through which they find each other.
-    """
+    """Wait until all processes of the run have started, and return the store through which they find each other."""
     try:
         store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=limit)))
         store.set(f"clipcid/arrived/{rank}", b"")
@@ -200,7 +187,7 @@ def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
         ) from error
     except (RuntimeError, OSError) as error:
         raise ClipcidError(
-            f"Process {rank} could not meet the other {size - 1} of the run: {' '.join(str(error).split())[:200]}.",
+            f"Process {rank} could not meet the other {size - 1} of the run: {in_one_line(error, 200)}.",
             "Check MASTER_ADDR and MASTER_PORT (torchrun: --rdzv-endpoint): the host must be reachable, the port free.",
         ) from error
     return store
@@ -213,7 +200,7 @@ def _name_failures(store: Any, rank: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).split())[:300].rstrip(".: ")
+        text = in_one_line(error).rstrip(".: ")
         lost = isinstance(error, dist.DistError) or (
             isinstance(error, RuntimeError) and any(words in text for words in _LOST)
         )

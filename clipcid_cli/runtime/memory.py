@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 # Of glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_NEVER = -1
+_TRIM_THRESHOLD = -1
+_MMAP_MAX = -4
 
 
 def memory_in_use(device: torch.device) -> int:
@@ -30,13 +30,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def memory_for_rows(device: torch.device, on_cpu: int = 2**31) -> int:
-    """Return how many bytes of rows a process may keep on its device: 60 % of what is free on a GPU.
-
-    The rest is for products and their like.
-
-    Args:
-        on_cpu: The answer for a CPU.
-    """
+    """Return how many bytes of rows a process may keep on its device: on a GPU 60 % of what is free."""
     if device.type != "cuda":
         return on_cpu
     free, _ = torch.cuda.mem_get_info(device)
@@ -46,14 +40,13 @@ def memory_for_rows(device: torch.device, on_cpu: int = 2**31) -> int:
 def keep_freed_memory() -> None:
     """Let this process keep the memory it frees, until it ends; for loops that allocate the same amounts again and again.
 
-    glibc maps each large tensor from the system and unmaps it when it is freed. A training step on a CPU frees and allocates
-    all its activations, and the system clears every page again: 7 % of the processor time of a step (a CLIP of 13 M
-    parameters at 64 px). Other C libraries, of musl and macOS, have no such setting.
+    glibc unmaps each large tensor that is freed, and the system clears every page that a training step maps again: 7 % of
+    the step's processor time on a CPU (a CLIP of 13 M parameters at 64 px). Other C libraries have no such setting.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_MAX, 0)
-        mallopt(_TRIM_THRESHOLD, _NEVER)
+        mallopt(_TRIM_THRESHOLD, -1)  # never
 
 
 def keep_few_kernels(number: int = 64) -> None:

@@ -26,7 +26,6 @@ class SavePace:
         Args:
             expected: Seconds that the first save is expected to take; later ones, as long as the last.
             shortest: Seconds between saves at least.
-            clock: Returns the time in seconds.
         """
         self._expected, self._shortest, self._clock = expected, shortest, clock
         self._spent, self._began = 0.0, clock()

@@ -21,8 +21,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from multiprocessing.context import ForkServerContext
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
@@ -34,6 +33,8 @@ from clipcid_cli.runtime.machine import count_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_CONTEXT = multiprocessing.get_context("forkserver")
 
 # What workers need, imported once by the server that they are forked from. Nothing here may import faiss.
 _WORKER_IMPORTS = [
@@ -48,13 +49,14 @@ _WORKER_IMPORTS = [
 # More threads would wait for Python's lock; on more cores each batch is computed by several.
 _MAX_THREADS = 16
 
+# Multiplications in one matrix product below which a second thread gains nothing: logistic regression on 900 × 384 features
+# and 50 classes (1.7e7) took 0.83 s with one thread and 0.89 s with two, and many times that with two when another program
+# held a core, since every small product waits for the slower thread.
+_SMALL_PRODUCT = 5e7
+
 
 def default_workers(device: torch.device) -> int:
-    """Return the default number of worker processes: one per core beyond the first, on a CPU at most 8.
-
-    A GPU takes thousands of images a second, of which a core decodes some hundreds; a CPU computes with the cores that do
-    not decode.
-    """
+    """Return the default number of worker processes: one per core beyond the first, at most 8 where the CPU computes too."""
     free = count_cores() - 1
     return max(1, free if device.type == "cuda" else min(8, free))
 
@@ -69,13 +71,24 @@ def threads_for_batches(device: torch.device) -> int:
     return min(torch.get_num_threads(), _MAX_THREADS) if device.type == "cpu" else 1
 
 
+@contextmanager
+def threads_for(product_size: float) -> Iterator[None]:
+    """Run many products of so many multiplications (rows × width × classes) on as many threads as gain something."""
+    before = torch.get_num_threads()
+    if product_size < _SMALL_PRODUCT:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def start_worker_server() -> None:
     """Start the server that workers are forked from, so that its imports run in parallel with the caller's.
 
-    A worker that it forks starts in milliseconds, without what the main process has loaded since: a model, CUDA, threads
-    that hold locks. Calling it again has no effect.
+    A worker that it forks starts in milliseconds, without what the main process has loaded since: a model, CUDA, locks.
     """
-    _context().set_forkserver_preload(_WORKER_IMPORTS)
+    _CONTEXT.set_forkserver_preload(_WORKER_IMPORTS)
     # The tracker removes the semaphores of a process that was killed; its warning of them would come after the prompt.
     sys.warnoptions.append("ignore")
     multiprocessing.resource_tracker.ensure_running()  # the server would start it, too, and let SIGINT through again
@@ -96,24 +109,21 @@ def ordered_map(
     ahead: int = 2,
     stall_seconds: float = 600.0,
 ) -> Generator[Result]:
-    """Apply a function by worker processes.
+    """Apply a function by worker processes; tensors come back through shared memory.
 
     Args:
-        function: Picklable; sent once to each worker. What it raises is raised here.
-        items: Taken as workers become free, so it may be a generator over any number of shards. Each is sent to a worker
-            and must be picklable and small (offsets in files, not their content).
+        function: Picklable; sent once to each worker.
+        items: Taken as workers become free. Each is sent to a worker and must be picklable and small (offsets in files, not
+            their content).
         workers: Number of processes; 0 works in this one.
         ahead: Items that wait for each worker, so that it never waits for this process.
         stall_seconds: Time to wait for a result before its worker counts as stalled.
-
-    Yields:
-        The result for each item. Tensors are passed through shared memory.
     """
     if workers == 0:
         yield from map(function, items)
         return
     start_worker_server()
-    pool = ProcessPoolExecutor(workers, _context(), initializer=_begin_work, initargs=(function,))
+    pool = ProcessPoolExecutor(workers, _CONTEXT, initializer=_begin_work, initargs=(function,))
     crew = pool._processes  # nothing public tells how a worker ended
     assert crew is not None, "a new pool has its processes"
 
@@ -148,17 +158,10 @@ def ordered_map(
 def thread_map(
     function: Callable[[Item], Result], items: Iterable[Item], threads: int, *, ahead: int = 2
 ) -> Generator[Result]:
-    """Apply a function by threads, which share this process's cores.
+    """Apply a function by threads, which share this process's cores; 1 computes in the caller's.
 
     Pillow and PyTorch release Python's lock while they work, so threads decode as well, and no process has to start first.
-
-    Args:
-        items: Taken by the caller's thread, as threads become free.
-        threads: Number of threads; 1 computes in the caller's.
-        ahead: Items that wait for each thread.
-
-    Yields:
-        The result for each item.
+    The items are taken by the caller's thread; `ahead` of them wait for each thread.
     """
     if threads == 1:
         yield from map(function, items)
@@ -172,14 +175,7 @@ def thread_map(
 
 
 def read_ahead(items: Iterable[Item], count: int) -> Generator[Item]:
-    """Take items in a thread of its own, so that waiting for a network overlaps with what the caller does.
-
-    Args:
-        count: Items that may wait to be taken.
-
-    Yields:
-        The items.
-    """
+    """Take up to `count` items ahead in a thread, so that waiting for a network overlaps with what the caller does."""
     stream, end = iter(items), object()
     pool = ThreadPoolExecutor(1)
 
@@ -202,11 +198,7 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item], device: 
     Args:
         function: On a GPU its copies and operators go to a stream of their own, which the caller's current stream waits
             for; the host does not. Its results are data classes of tensors.
-        items: Taken by the caller's thread.
         device: Where the function puts its tensors.
-
-    Yields:
-        The result for each item.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     cores = torch.get_num_threads()
@@ -322,7 +314,3 @@ def _describe_end(workers: Iterable[BaseProcess]) -> str:
         with suppress(ValueError):
             return f"killed by {signal.Signals(-code).name}"
     return "at its start" if code is None else f"exit code {code}"
-
-
-def _context() -> ForkServerContext:
-    return multiprocessing.get_context("forkserver")

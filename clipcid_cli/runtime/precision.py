@@ -18,16 +18,11 @@ Purpose = Literal["embed", "train", "evaluate"]
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """The number format of matrix products; weights and stored results keep their own.
+    """The number format of matrix products; weights and stored results keep their own."""
 
-    Attributes:
-        name: ``fp32``, ``bf16`` or ``fp16``; also ``int8`` in the search for near pairs.
-        reason: Why it was chosen, for the user.
-    """
-
-    name: str
+    name: str  # fp32, bf16 or fp16; also int8 in the search for near pairs
     dtype: torch.dtype
-    reason: str
+    reason: str  # why it was chosen, for the user
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Return PyTorch's autocast to this format; for fp32 a context without effect."""
@@ -43,12 +38,10 @@ _LEAST_TO_TRAIN = 8_000_000
 
 
 def choose_precision(requested: str, device: torch.device, purpose: Purpose, parameters: int) -> Precision:
-    """Choose the number format of a step.
+    """Choose the number format of a step: what is requested, ``fp32``, ``bf16`` or ``fp16``, or with ``auto`` the fastest.
 
-    Args:
-        requested: ``fp32``, ``bf16``, ``fp16``, or ``auto``: fp32 in evaluation; on a GPU fp16 to embed (rows are stored
-            in it) and bf16 to train; on a CPU with tile units (AMX) bf16, to train only if the model is large enough to
-            gain.
+    That is fp32 in evaluation; on a GPU fp16 to embed (rows are stored in it) and bf16 to train; on a CPU with tile units
+    (AMX) bf16, to train only if the model is large enough to gain.
     """
     if requested == "fp16" and device.type == "cpu":
         raise ClipcidError("--precision fp16 needs a GPU.", "Use --precision bf16 or fp32 on a CPU.")
@@ -66,14 +59,10 @@ def choose_precision(requested: str, device: torch.device, purpose: Purpose, par
 
 
 def choose_scan(requested: str, device: torch.device) -> Precision:
-    """Choose the format of the search for near pairs; the result is the same in each.
+    """Choose the format of the search for near pairs, as for embedding, but int8 on CPUs with AVX-512 VNNI without AMX.
 
-    Measured on 2 cores of a Xeon without AMX, products of 2,048 × 512 by 512 × 2,048, in 10⁹ operations per second:
-    fp32 386, bf16 178, int8 1,480.
-
-    Args:
-        requested: As for `choose_precision`; ``auto`` is its choice for embedding, but int8 on CPUs with int8 dot products
-            (AVX-512 VNNI) and without AMX.
+    The result is the same in each. Measured on 2 cores of such a Xeon, products of 2,048 × 512 by 512 × 2,048, in 10⁹
+    operations per second: fp32 386, bf16 178, int8 1,480.
     """
     if requested == "auto" and device.type == "cpu" and not has_amx() and "avx512_vnni" in _cpu_flags():
         return _precision("int8", "this CPU has int8 dot products (AVX-512 VNNI)")

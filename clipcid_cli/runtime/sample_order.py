@@ -19,15 +19,7 @@ def epoch_groups(
     """Order one epoch's samples: shards are shuffled and dealt into groups, samples are shuffled within each group.
 
     Reading stays local to `group` shards at a time while every sample can still meet samples of any other shard; with at
-    most `group` shards this is a plain uniform shuffle.
-
-    Args:
-        epoch: Number of the epoch, from 0.
-        shard_sizes: Samples of each shard; rows are numbered through all shards in order.
-        group: Shards that are mixed at once.
-
-    Yields:
-        The rows of each group, int64; all groups together hold each row once. A function of the arguments only.
+    most `group` shards this is a plain uniform shuffle. Rows, int64, are numbered through all shards in order.
     """
     generator = np.random.default_rng(derive_seed("epoch", seed, epoch))
     starts = np.concatenate([[0], np.cumsum(shard_sizes, dtype=np.int64)])
@@ -37,11 +29,6 @@ def epoch_groups(
         mixed = np.concatenate(rows)
         generator.shuffle(mixed)
         yield mixed
-
-
-def epoch_shards(seed: int, epoch: int, num_shards: int) -> npt.NDArray[np.int64]:
-    """Return the order in which `epoch_groups` deals the shards, int64 [num_shards]."""
-    return np.random.default_rng(derive_seed("epoch", seed, epoch)).permutation(num_shards)
 
 
 class SampleOrder:
@@ -54,11 +41,7 @@ class SampleOrder:
     def __init__(
         self, seed: int, shard_sizes: Sequence[int], on_group: Callable[[Sequence[int]], None] | None = None
     ) -> None:
-        """Prepare an order.
-
-        Args:
-            on_group: Called as each group begins with the numbers of its shards and of those of the next group.
-        """
+        """Prepare an order; `on_group` is told, as each group begins, its shards and those of the next group."""
         self._seed = seed
         self._shard_sizes = shard_sizes
         self._on_group = on_group
@@ -94,6 +77,7 @@ class SampleOrder:
         """List the shards of the group that begins with an epoch's shard number `first`, and of the next group."""
         count = len(self._shard_sizes)
         epochs = (self._epoch, self._epoch + 1)  # the next group may be the first of the next epoch
-        shards = np.concatenate([epoch_shards(self._seed, epoch, count) for epoch in epochs])
+        generators = [np.random.default_rng(derive_seed("epoch", self._seed, epoch)) for epoch in epochs]
+        shards = np.concatenate([generator.permutation(count) for generator in generators])  # as `epoch_groups` does
         end = min(first + SHARDS_MIXED, count) + SHARDS_MIXED
         return [shard for shard in shards[first:end].tolist() if self._shard_sizes[shard]]

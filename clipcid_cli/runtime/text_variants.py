@@ -15,7 +15,7 @@ from clipcid_cli.runtime.randomness import derive_seed
 RULES = 1
 """Number of the rules below, recorded beside embeddings of variants: other rules would make other texts."""
 
-_Draw = Callable[[], float]
+_Draw = Callable[[], float]  # numbers in [0, 1)
 
 # Parts of up to so many words in the mean are keywords; longer ones are clauses of prose.
 _KEYWORD_WORDS = 4
@@ -26,12 +26,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*")
 
 @dataclasses.dataclass(frozen=True)
 class TextVariants:
-    """The variants of each sample's captions; picklable.
-
-    Attributes:
-        number: V, at least 1.
-        seed: Decides, with the key, how each is made.
-    """
+    """The variants of each sample's captions, V ≥ 1 in number; picklable."""
 
     number: int
     seed: int
@@ -49,9 +44,6 @@ def vary_caption(caption: str, draw: _Draw) -> str:
     Keywords are parts between commas that have at most four words in the mean, in a caption of one sentence without a full
     stop. In prose, whole sentences are dropped and then clauses between commas, in the order that is left. A caption of one
     part is its own variant.
-
-    Args:
-        draw: Gives numbers in [0, 1).
     """
     caption = " ".join(caption.split())
     if caption.endswith((".", "!", "?", "。", "！", "？")) or len(_SENTENCE_END.split(caption)) > 1:

@@ -24,15 +24,10 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 class Trial(NamedTuple, Generic[Result]):
-    """A timed piece of work.
+    """A timed piece of work."""
 
-    Attributes:
-        seconds: Median time of one run of it.
-        result: What its last run returned.
-    """
-
-    seconds: float
-    result: Result
+    seconds: float  # the median time of a run
+    result: Result  # of the last run
 
 
 def time_trial(
@@ -46,8 +41,7 @@ def time_trial(
     """Run some work several times and take the median of its times.
 
     Args:
-        work: It may leave work queued on `device`, which is synchronised.
-        device: Where it computes.
+        device: Where it computes; synchronised.
         warm_up: Runs before those that are timed: the first one also allocates, compiles and fills caches.
         repeats: Smallest number of timed runs, at least 1.
         at_least: Seconds that the timed runs take together; short work is repeated until they have passed.

@@ -26,7 +26,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, Transform
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
-from clipcid_cli.runtime.models.tokenizer import Tokenizer
+from clipcid_cli.runtime.models.preprocess import Tokenizer
 from clipcid_cli.runtime.pipeline import ordered_map, read_ahead, thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import Precision
 

@@ -1,8 +1,7 @@
 """An open_clip model as a folder that ``CLIPModel`` and ``CLIPProcessor`` of transformers read, or why there is none.
 
-``CLIPModel`` is one architecture: a plain ViT with a class token, and a causal text transformer read at its end token. A
-setting of open_clip is either translated here or known to change nothing in evaluation; any other is refused by name, and
-none is dropped silently.
+``CLIPModel`` is one architecture: a plain ViT with a class token, and a causal text transformer read at its end token. Any
+setting of open_clip that is neither translated here nor known to change nothing in evaluation is refused by name.
 """
 
 from __future__ import annotations
@@ -34,10 +33,6 @@ _KNOWN = (
 )
 
 
-def _is_square(size: Any) -> bool:
-    return size is None or square_side(size) is not None
-
-
 def _is_off(value: Any) -> bool:
     """Tell whether a setting says nothing. 0, which equals False in Python, is a value that is set."""
     return value is None or value is False or value in ("", {})
@@ -52,8 +47,7 @@ _EXPRESSED: dict[str, Callable[[Any], bool]] = {
     "proj_type": lambda projection: projection == "linear",
     "block_type": lambda block: block in (None, "default"),
     "layers": lambda layers: not isinstance(layers, list | tuple),
-    "image_size": _is_square,
-    "patch_size": _is_square,
+    **dict.fromkeys(("image_size", "patch_size"), lambda size: size is None or square_side(size) is not None),
     "act_kwargs": lambda options: (options or {}) in ({}, {"approximate": "none"}, {"approximate": "tanh"}),
     "norm_kwargs": lambda options: set(options or {}) <= {"eps"},
     "vocab_size": lambda size: size >= _VOCABULARY_SIZE,
@@ -115,12 +109,7 @@ def write_hf_folder(
     tensors: Mapping[str, torch.Tensor],
     tokenizer: Any,
 ) -> None:
-    """Write the folder of a model that `validate_for_hf` accepted.
-
-    Args:
-        tensors: State dict of the open_clip module, in the number format to store.
-        tokenizer: open_clip's ``SimpleTokenizer``.
-    """
+    """Write the folder of a model that `validate_for_hf` accepted; its tokenizer is open_clip's ``SimpleTokenizer``."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -157,11 +146,7 @@ def _refusals_of_the_system(folder: Path) -> Iterator[None]:
 
 
 def make_config(model: Mapping[str, Any], logit_scale: float) -> Any:
-    """Translate open_clip's ``model_cfg``, with its defaults, to a ``CLIPConfig``.
-
-    Args:
-        logit_scale: The learned parameter: the logarithm of the factor on cosines.
-    """
+    """Translate open_clip's ``model_cfg``, with its defaults, to a ``CLIPConfig``; the scale is the learned logarithm."""
     import transformers
 
     vision = {"width": 768, "head_width": 64} | model["vision_cfg"]

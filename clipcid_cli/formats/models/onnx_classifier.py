@@ -1,9 +1,8 @@
 """A zero-shot classifier in one ONNX file: bytes of an image of any size in, one score per class out.
 
-Resizing and cropping are operators of the graph, so whoever runs it needs no preprocessing of their own. ONNX's antialiased
-cubic with coefficient −0.5 on bytes is Pillow's bicubic; ONNX Runtime gives the same bytes except for about one in
-10,000, which is off by one level. (Where tall images are squashed, Pillow 13 and later resize the height first, earlier ones
-and ONNX Runtime the width; bytes that are clipped in between then differ.)
+Resizing and cropping are operators of the graph. ONNX's antialiased cubic with coefficient −0.5 is Pillow's bicubic, but for
+about one byte in 10,000, which is off by one level. (Where tall images are squashed, Pillow 13 and later resize the height
+first, earlier ones and ONNX Runtime the width; bytes that are clipped in between then differ.)
 
 Legend of shapes: N images, H × W pixels of any size, S the model's side, C classes, D width of the embeddings.
 """
@@ -21,9 +20,6 @@ import numpy as np
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.onnx_file import IMAGE_EMBEDS, PIXEL_VALUES, PROTOBUF_LIMIT, read_metadata
 from clipcid_cli.formats.models.pixels import pixel_problems, square_side
-
-LOGITS = "logits"
-"""Name of an output of the graph."""
 
 # ONNX's text form; names begin with pre_ and class_, since those of the encoder are between.
 _PREPROCESS = Template("""
@@ -87,8 +83,7 @@ def write_classifier(
     """Put preprocessing before an image encoder and class weights after it.
 
     The input ``image`` is uint8, RGB, [N, H, W, 3] (ONNX fixes the number of axes); the outputs are ``logits`` (scale ×
-    cosine + bias) and ``probabilities`` (their softmax), float32 [N, C]. Class names are in the metadata:
-    ``class_names``, a JSON list.
+    cosine + bias) and ``probabilities`` (their softmax), float32 [N, C].
 
     Args:
         encoder: From ``pixel_values`` to ``image_embeds``, with ``preprocess`` (one that `validate_for_classifier`

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, in_one_line
 
 # Names of an input and of outputs, as in Hugging Face's CLIPModel; `DENSE_EMBEDS` is ours.
 PIXEL_VALUES = "pixel_values"
@@ -39,9 +39,7 @@ def write_onnx(
     Args:
         module: In evaluation mode, on the CPU; the input is called as the one argument of its ``forward``.
         example: An input with at least two rows: PyTorch would treat an axis of one as fixed.
-        metadata: Texts stored in the file, such as how pixels are prepared.
     """
-    assert len(example) >= 2
     try:
         program = torch.onnx.export(
             module,
@@ -53,9 +51,8 @@ def write_onnx(
             opset_version=opset,
         )
     except Exception as error:  # torch.export and the exporter raise many kinds for what they cannot express
-        reason = " ".join(str(error).split())[:300]
         raise ClipcidError(
-            f"{path.name}: PyTorch's exporter cannot express this model in ONNX opset {opset}: {reason}",
+            f"{path.name}: PyTorch's exporter cannot express this model in ONNX opset {opset}: {in_one_line(error)}",
             "Try another --opset, or export with --format open-clip; --debug shows where it stopped.",
         ) from error
     assert program is not None
@@ -76,10 +73,9 @@ def write_quantized(source: Path, target: Path, kind: str) -> None:
     """Write a quantized variant of an ONNX file in standard operators; inputs, outputs and metadata stay as they are.
 
     Args:
-        kind: ``fp16``: weights and matrix products in 16 bits, half the size. ``int8``: weights of matrix products and
-            embedding tables in 8 bits, one scale per column, the other factor quantized at run time (dynamic
-            quantization); a quarter of the size. Weights use 7 of the 8 bits, so that sums of products do not overflow
-            the 16-bit accumulators of x86 processors without VNNI.
+        kind: ``fp16``: weights and matrix products in 16 bits. ``int8``: weights of matrix products and embedding tables in
+            8 bits, one scale per column, the other factor quantized at run time; 7 of the 8 bits are used, so that sums do
+            not overflow the 16-bit accumulators of x86 processors without VNNI.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic

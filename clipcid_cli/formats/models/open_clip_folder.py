@@ -28,9 +28,7 @@ def write_model_folder(
     """Write a model folder. The configuration is written last, so a folder that has one is complete.
 
     Args:
-        preprocess: Its ``preprocess_cfg``: size, mean, std, interpolation, resize_mode, ….
-        tensors: State dict of the open_clip module; its own parameters, not those of a wrapper. open_clip loads any number
-            format into a float32 model.
+        tensors: State dict of the open_clip module, in any number format.
         tokenizer_from: Model folder whose tokenizer files, and configuration of a Hugging Face text tower, are copied.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

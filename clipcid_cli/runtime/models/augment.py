@@ -1,8 +1,7 @@
 """Random crops and colours of training images: a function of a seed per sample, so that workers hold no state.
 
 A view is a crop box in the image's own pixels and a colour map: numbers that show any model, at whatever size it takes, the
-same part of the image in the same colours. The crop is done per image in the worker (one resampling, on bytes); colour is a
-3 × 4 affine map per image that is applied to the whole batch together with the normalisation.
+same part of the image in the same colours. Crops are made by the workers; colours are changed with the normalisation.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from PIL import Image
 
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import full_size
-from clipcid_cli.runtime.models.tokenizer import Tokenizer
+from clipcid_cli.runtime.models.preprocess import Tokenizer
 
 # ITU-R 601 luma, as Pillow and torchvision turn images grey.
 _LUMA = np.array([0.299, 0.587, 0.114])
@@ -29,15 +28,10 @@ Box = tuple[float, float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """How training images are augmented.
+    """How training images are augmented."""
 
-    Attributes:
-        crop_scale: Smallest fraction of the image's area a crop keeps; the largest is 1. At 1 the whole image is taken.
-        color_jitter: Brightness, contrast and saturation are multiplied by factors in [1 − c, 1 + c].
-    """
-
-    crop_scale: float = 0.9
-    color_jitter: float = 0.0
+    crop_scale: float = 0.9  # smallest fraction of the image's area that a crop keeps; at 1 the whole image is taken
+    color_jitter: float = 0.0  # c: brightness, contrast and saturation are multiplied by factors in [1 − c, 1 + c]
     gray_probability: float = 0.0
 
     @property
@@ -46,21 +40,16 @@ class Augmentation:
         return self.color_jitter > 0 or self.gray_probability > 0
 
 
+# What `embed --view-kind strong` draws views by.
 STRONG = Augmentation(crop_scale=0.3, color_jitter=0.4, gray_probability=0.2)
-"""What `embed --view-kind strong` draws views by."""
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How an image is shown.
+    """How an image is shown."""
 
-    Attributes:
-        box: left, top, right, bottom of the crop, in pixels of the image at its full size.
-        colors: Colour map, float32 [3, 4], see `apply_colors`.
-    """
-
-    box: Box
-    colors: npt.NDArray[np.float32]
+    box: Box  # left, top, right, bottom of the crop, in pixels of the image at its full size
+    colors: npt.NDArray[np.float32]  # [3, 4], see `apply_colors`
 
     def pack(self) -> npt.NDArray[np.float32]:
         """Return it as float32 [16]: the box, then the colour map row by row. Box edges are whole numbers below 2²⁴."""
@@ -84,11 +73,9 @@ class MixedView:
     Source: Zhang et al. 2018 (mixup, arXiv 1710.09412).
 
     Attributes:
-        first: How the image itself is shown.
         weight: λ, in [½, 1], a float32 number.
         partner: Place of the other image, counted from this one's: in its batch, or among the rows of its shard. NaN where
             the other image has no row.
-        second: How the other image is shown.
     """
 
     first: View
@@ -123,14 +110,9 @@ def identity_colors() -> npt.NDArray[np.float32]:
 
 
 def apply_colors(pixels: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
-    """Apply a colour map to each image.
+    """Apply a colour map, float32 [B, 3, 4], to each image: out = map[:, :3] · rgb + 255 · map[:, 3].
 
-    Args:
-        pixels: uint8 or float [B, H, W, 3], 0…255.
-        colors: float32 [B, 3, 4]: out = map[:, :3] · rgb + 255 · map[:, 3].
-
-    Returns:
-        float32 [B, H, W, 3], clipped to 0…255.
+    Pixels, in and out, are [B, H, W, 3] in 0…255; those that come out are float32.
     """
     batch, height, width, _ = pixels.shape
     flat = pixels.reshape(batch, height * width, 3).float()
@@ -169,15 +151,8 @@ class ViewPixels:
     preprocess: dict[str, Any]
 
     def __call__(self, image: Image.Image, view: View) -> npt.NDArray[np.uint8]:
-        """Crop and resize; colours are left to `apply_colors`.
-
-        As in open_clip's training transform the result is square whatever the crop's shape.
-
-        Returns:
-            uint8 [H, W, 3] of the model's size, by its interpolation.
-        """
-        # Bicubic also where open_clip draws the interpolation at random.
-        name = self.preprocess.get("interpolation", "bicubic").upper()
+        """Crop, and resize to uint8 [H, W, 3] of the model's size, whatever the crop's shape; colours are left."""
+        name = self.preprocess.get("interpolation", "bicubic").upper()  # open_clip also knows "random"
         resampling = getattr(Image.Resampling, name, Image.Resampling.BICUBIC)
         box, full = view.box, full_size(image)
         if full != image.size:
@@ -207,7 +182,7 @@ class Processor:
 
     @classmethod
     def of(cls, model: ClipModel) -> Processor:
-        """Return the processor of `model`."""
+        """Return the processor of a model."""
         return cls(ViewPixels(model.info.preprocess), model.tokenizer)
 
 

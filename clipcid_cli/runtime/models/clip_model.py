@@ -1,7 +1,4 @@
-"""CLIP models, loaded by open_clip.
-
-Legend of shapes: B samples, H × W pixels, L tokens, D width of the embedding.
-"""
+"""CLIP models, loaded by open_clip. Shapes: B samples, H × W pixels, L tokens, D width of the embedding."""
 
 from __future__ import annotations
 
@@ -17,14 +14,19 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, in_one_line
+from clipcid_cli.runtime.libraries import quiet_libraries
 from clipcid_cli.runtime.models.hub import reaching_hub
 from clipcid_cli.runtime.models.names import CONFIG_NAME, HF_CONFIG_NAME, ModelName, find_weights, read_config
-from clipcid_cli.runtime.models.preprocess import PixelTransform, hash_preprocess, normalize_pixels
+from clipcid_cli.runtime.models.preprocess import (
+    BoundedTokenizer,
+    PixelTransform,
+    hash_preprocess,
+    load_tokenizer,
+    normalize_pixels,
+)
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
-from clipcid_cli.runtime.models.tokenizer import BoundedTokenizer, load_tokenizer
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.runtime.quiet import quiet_libraries
 
 Transform = Callable[[Image.Image], torch.Tensor]
 
@@ -41,30 +43,20 @@ _FOLDER_HINT = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """Description of a model, as sidecars record it.
+    """Description of a model, as sidecars record it."""
 
-    Attributes:
-        spec: The name it was loaded by, including the tag of its weights.
-        slug: The name for files and folders.
-        architecture: open_clip's name of the architecture, None for a folder or file; so is the tag of the weights.
-        weights_hash: ``blake2b:…`` of the weights file's bytes; ``fresh:SEED`` for random weights.
-        preprocess: open_clip's PreprocessCfg: size, mode, mean, std, interpolation, resize_mode, fill_color.
-        tokenizer: Class of the tokenizer and, where it has one, its Hugging Face name.
-        config: open_clip's ``model_cfg``, from which the architecture can be built.
-    """
-
-    spec: str
-    slug: str
-    architecture: str | None
+    spec: str  # the name it was loaded by, including the tag of its weights
+    slug: str  # the name for files and folders
+    architecture: str | None  # open_clip's name; None for a folder or file, as is the tag
     tag: str | None
-    weights_hash: str
-    preprocess: dict[str, Any]
+    weights_hash: str  # `blake2b:…` of the weights file's bytes; `fresh:SEED` for random weights
+    preprocess: dict[str, Any]  # open_clip's PreprocessCfg
     context_length: int
     embed_dim: int
     image_size: tuple[int, int]
     parameters: int
-    tokenizer: str
-    config: dict[str, Any]
+    tokenizer: str  # its class and, where it has one, its Hugging Face name
+    config: dict[str, Any]  # open_clip's `model_cfg`, from which the architecture can be built
 
     @property
     def preprocess_hash(self) -> str:
@@ -107,16 +99,18 @@ class ClipModel:
         return PrunedForward(self.module)
 
     @cached_property
-    def _is_convolved_on_cpu(self) -> bool:
+    def _at_once(self) -> int:
+        """Images that the tower takes at once."""
         modules = cast(torch.nn.Module, self.module.visual).modules()
-        # A ViT cuts its patches with one.
-        return self.device.type == "cpu" and sum(isinstance(module, torch.nn.Conv2d) for module in modules) > 1
+        is_convolved = (
+            sum(isinstance(module, torch.nn.Conv2d) for module in modules) > 1
+        )  # a ViT cuts its patches with one
+        return _CONVOLVED_AT_ONCE if is_convolved and self.device.type == "cpu" else 2**20
 
     def pixel_transform(self) -> Transform:
-        """Return the model's own resize and crop: RGB image to uint8 [H, W, 3]; picklable.
+        """Return the model's own resize and crop, RGB image to uint8 [H, W, 3]; picklable.
 
-        `normalize` of its result equals open_clip's evaluation transform bit for bit. Bytes are passed between processes and
-        to the device: a quarter of float32.
+        `normalize` of its result equals open_clip's evaluation transform bit for bit.
         """
         from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
@@ -125,73 +119,39 @@ class ClipModel:
         return PixelTransform(whole.transforms[:-2])  # without its last two, ToTensor and Normalize
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalise pixels for the model's image tower.
-
-        Args:
-            pixels: uint8 [B, H, W, 3], 0…255, on any device.
-
-        Returns:
-            float32 [B, 3, H, W] on the model's device: (pixels / 255 − mean) / std of the model's preprocessing.
-        """
+        """Normalise pixels, uint8 [B, H, W, 3] on any device, for the image tower: float32 [B, 3, H, W] on the model's."""
         return normalize_pixels(pixels.to(self.device, non_blocking=True), self.info.preprocess)
 
     def encode_images(self, pixels: torch.Tensor, precision: Precision) -> torch.Tensor:
-        """Embed images.
-
-        Args:
-            pixels: uint8 [B, H, W, 3] as `pixel_transform` gives them, or normalised float32 [B, 3, H, W].
-            precision: Number format of the products.
-
-        Returns:
-            float32 [B, D], unit rows, on the model's device.
-        """
+        """Embed pixels, uint8 [B, H, W, 3] or normalised float32 [B, 3, H, W], to unit rows, float32 [B, D]."""
         prepared = self.normalize(pixels) if pixels.dtype == torch.uint8 else pixels.to(self.device)
         with torch.inference_mode(), precision.autocast(self.device):
-            at_once = _CONVOLVED_AT_ONCE if self._is_convolved_on_cpu else len(prepared)
-            features = torch.cat([self._towers.encode_images(part) for part in torch.split(prepared, at_once)])
+            features = torch.cat([self._towers.encode_images(part) for part in torch.split(prepared, self._at_once)])
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
     def encode_texts(self, tokens: torch.Tensor, precision: Precision) -> torch.Tensor:
-        """Embed texts.
-
-        Args:
-            tokens: int64 [B, L] as `tokenizer` gives them.
-            precision: Number format of the products.
-
-        Returns:
-            float32 [B, D], unit rows, on the model's device.
-        """
+        """Embed tokens, int64 [B, L] as `tokenizer` gives them, to unit rows, float32 [B, D] on the model's device."""
         with torch.inference_mode(), precision.autocast(self.device):
             features = self._towers.encode_texts(tokens)
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
 def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: int | None = None) -> ClipModel:
-    """Load a CLIP model.
+    """Load a CLIP model; a teacher's name goes through `with_default_tag` first.
 
     Args:
-        name: What to load. A teacher's name goes through `with_default_tag` first.
         fresh_seed: Seed of the random weights of an ``architecture`` or ``config``; such a name is an error without one.
-
-    Returns:
-        The model in evaluation mode with float32 weights, whatever the format in the file.
     """
-    weights: Path | None = None
     with quiet_libraries():
-        match name.kind:
-            case "tag":
-                module, config, weights = _load_tag(name)
-                tokenizer = load_tokenizer(name.spec, cast(str, name.architecture))
-            case "hub":
-                module, config, weights = _load_hub(name)
-                tokenizer = load_tokenizer(name.spec, name.spec)
-            case "folder":
-                module, config, weights = _load_folder(name)
-                tokenizer = load_tokenizer(name.spec, f"local-dir:{name.path}")
-            case _:
-                if fresh_seed is None:
-                    raise ClipcidError(f"Model {name.spec} has no weights.", _FOLDER_HINT)
-                module, config, tokenizer = _start_fresh(name, fresh_seed)
+        if name.kind in ("architecture", "config"):
+            if fresh_seed is None:
+                raise ClipcidError(f"Model {name.spec} has no weights.", _FOLDER_HINT)
+            module, config, tokenizer = _start_fresh(name, fresh_seed)
+            weights_hash = f"fresh:{fresh_seed}"
+        else:
+            module, config, weights, source = _load_trained(name)
+            tokenizer = load_tokenizer(name.spec, source)
+            weights_hash = hash_weights(weights)
     _validate_finite(name, module)
     module.eval().to(device)
     # Through JSON, so that tuples become lists, as in sidecars.
@@ -203,7 +163,7 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
         slug=name.slug,
         architecture=name.architecture,
         tag=name.tag,
-        weights_hash=f"fresh:{fresh_seed}" if weights is None else hash_weights(weights),
+        weights_hash=weights_hash,
         preprocess=preprocess,
         context_length=int(tokenizer.whole.context_length),
         embed_dim=int(config["embed_dim"]),
@@ -215,9 +175,21 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
     return ClipModel(info, module, tokenizer, torch.device(device))
 
 
-def _load_tag(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
+def _load_trained(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path, str]:
+    """Load a model with its weights: the module, its configuration, the file of the weights, where the tokenizer is."""
     from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
+    if name.path is not None:
+        source, weights = f"local-dir:{name.path}", find_weights(name.path)
+        assert weights is not None, "or it would be a configuration"
+        config, _ = read_config(name.path)
+        own = _own_text_tower(config, name.path)
+        return _create(name, source, config, require_pretrained=True, **own), config, weights, source
+    if name.kind == "hub":
+        with reaching_hub(name.spec, _FOLDER_HINT):
+            weights = Path(open_clip.pretrained.download_pretrained_from_hf(name.spec.removeprefix("hf-hub:")))
+            config = open_clip.get_model_config(name.spec)
+        return _create(name, name.spec, config, require_pretrained=True), config, weights, name.spec
     architecture, tag = cast(str, name.architecture), cast(str, name.tag)
     known = open_clip.get_pretrained_cfg(architecture, tag)
     if not known:
@@ -235,50 +207,28 @@ def _load_tag(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
     module = _create(
         name, architecture, config, pretrained=str(weights), quick_gelu=quick_gelu, force_preprocess_cfg=preprocess
     )
-    return module, config, weights
-
-
-def _load_hub(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path]:
-    from clipcid_cli.runtime.models.lean_open_clip import open_clip
-
-    with reaching_hub(name.spec, _FOLDER_HINT):
-        weights = Path(open_clip.pretrained.download_pretrained_from_hf(name.spec.removeprefix("hf-hub:")))
-        config = open_clip.get_model_config(name.spec)
-    return _create(name, name.spec, config, require_pretrained=True), config, weights
-
-
-def _load_folder(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path | None]:
-    folder = cast(Path, name.path)
-    config, _ = read_config(folder)
-    own = _own_text_tower(config, folder)
-    module = _create(name, f"local-dir:{folder}", config, require_pretrained=True, **own)
-    return module, config, find_weights(folder)
+    return module, config, weights, architecture
 
 
 def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str, Any], BoundedTokenizer]:
     """Build an architecture with random weights that depend on the seed only; global generators are unchanged."""
     from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
-    folder: Path | None = None
-    preprocess: dict[str, Any] = {}
-    own: dict[str, Any] = {}
-    if name.path is None:
-        config = open_clip.get_model_config(name.architecture)
-    else:
-        folder = name.path if name.path.is_dir() else name.path.parent
-        config, preprocess = read_config(name.path)
-        own = _own_text_tower(config, folder)
+    content: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
-        Path(scratch, CONFIG_NAME).write_text(json.dumps({"model_cfg": config | own, "preprocess_cfg": preprocess}))
+        if name.path is None:
+            config = content["model_cfg"] = open_clip.get_model_config(name.architecture)
+            tokenizer_source = cast(str, name.architecture)
+        else:
+            folder = name.path if name.path.is_dir() else name.path.parent
+            config, content["preprocess_cfg"] = read_config(name.path)
+            content["model_cfg"] = config | _own_text_tower(config, folder)
+            # The files of a Hugging Face tokenizer are next to the configuration.
+            tokenizer_source = f"local-dir:{folder if (folder / CONFIG_NAME).is_file() else scratch}"
+        Path(scratch, CONFIG_NAME).write_text(json.dumps({"preprocess_cfg": {}} | content))
         torch.manual_seed(seed)
         module = _create(name, f"local-dir:{scratch}", config, load_weights=False, pretrained_text=False)
-        if folder is None:
-            source = cast(str, name.architecture)
-        else:
-            # The files of a Hugging Face tokenizer are next to the configuration.
-            source = f"local-dir:{folder if (folder / CONFIG_NAME).is_file() else scratch}"
-        tokenizer = load_tokenizer(name.spec, source)
-    return module, config, tokenizer
+        return module, config, load_tokenizer(name.spec, tokenizer_source)
 
 
 def _own_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -299,18 +249,14 @@ def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any
         import_towers(config)
         return cast(torch.nn.Module, open_clip.create_model(source, precision="fp32", device="cpu", **options))
     except Exception as error:  # open_clip raises whatever PyTorch, safetensors or json do for a file that does not fit
-        reason = " ".join(str(error).split())
         raise ClipcidError(
-            f"Model {name.spec} could not be loaded: {reason[:400]}{'…' if len(reason) > 400 else ''}",
+            f"Model {name.spec} could not be loaded: {in_one_line(error, 400)}",
             f"Check that the weights are complete and match the architecture in {CONFIG_NAME}; copy or download them again.",
         ) from error
 
 
 def _validate_finite(name: ModelName, module: torch.nn.Module) -> None:
-    """Refuse weights with NaN or infinite entries: every embedding would be NaN, and no comparison with it means anything.
-
-    Buffers are not looked at, since masks of attention hold infinities.
-    """
+    """Refuse weights with NaN or infinite entries, which make every embedding NaN; buffers of masks hold infinities."""
     for parameter, values in module.named_parameters():
         if values.numel() and not all(map(torch.isfinite, torch.aminmax(values.detach()))):
             bad = int((~torch.isfinite(values)).sum())
@@ -330,10 +276,7 @@ def builtin_templates(name: str) -> tuple[str, ...]:
 
 
 def builtin_class_names(name: str) -> dict[str, str]:
-    """Return open_clip's class names of ``imagenet`` in the order of the labels, by WordNet number (n01440764, …).
-
-    The numbers are timm's, which open_clip depends on.
-    """
+    """Return open_clip's class names of ``imagenet`` in the order of the labels, by timm's WordNet number (n01440764, …)."""
     from timm.data.imagenet_info import ImageNetInfo
 
     from clipcid_cli.runtime.models.lean_open_clip import open_clip

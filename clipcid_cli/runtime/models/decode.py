@@ -24,50 +24,35 @@ class Readable(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SkippedImage:
-    """The result for an image that cannot be used.
+    """The result for an image that cannot be used."""
 
-    Attributes:
-        reason: ``unreadable_image`` or ``too_many_pixels``, a key of `formats.skips.REASONS`.
-    """
-
-    reason: str
+    reason: str  # `unreadable_image` or `too_many_pixels`, a key of `formats.skips.REASONS`
 
 
 def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:
-    """Read and decode an image; every step learns here that a sample has to be skipped, and why.
-
-    Args:
-        draft_size: As in `decode_image`.
-    """
+    """Read and decode an image, see `decode_image`; every step learns here that a sample has to be skipped, and why."""
     try:
-        return decode_image(source.read(), draft_size=draft_size)
+        return decode_image(source.read(), draft_size)
     except OSError:  # the file was removed or truncated after it was listed
         return SkippedImage("unreadable_image")
 
 
-def decode_image(
-    data: bytes, max_pixels: int = MAX_PIXELS, draft_size: tuple[int, int] | None = None
-) -> Image.Image | SkippedImage:
-    """Decode an image.
+def decode_image(data: bytes, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:
+    """Decode the bytes of an image file to RGB; `had_alpha` and `full_size` tell what else is known of it.
 
     EXIF orientation is ignored, as in open_clip. Transparent pixels are shown on white, where open_clip would show the
-    colour stored under them (`had_alpha` tells whether there were any). Of an animation the first frame is taken.
+    colour stored under them. Of an animation the first frame is taken.
 
     Args:
-        data: The file's bytes.
-        max_pixels: Largest width × height; larger images are not decoded.
         draft_size: Minimal (width, height) of the decoded image; a JPEG is decoded at ½, ¼ or ⅛ of its size where that is
             large enough. None decodes at full size.
-
-    Returns:
-        An RGB image; see `had_alpha` and `full_size` for what else is known of it.
     """
     try:
         with warnings.catch_warnings():
             # Pillow warns of damaged metadata, which is not used.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
-            if image.width * image.height > max_pixels:
+            if image.width * image.height > MAX_PIXELS:
                 return SkippedImage("too_many_pixels")
             if draft_size is not None:
                 size = image.size
@@ -107,8 +92,6 @@ def full_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         layered = image.convert("RGBA")
         alpha = layered.getchannel("A")
@@ -117,4 +100,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             flat.paste(layered, mask=alpha)
             flat.info["flattened"] = True
             return flat
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+class ImageCache:
+    """Decoded images that a worker keeps between epochs, up to a number of bytes. It only saves time."""
+
+    def __init__(self, max_bytes: int, draft_size: tuple[int, int] | None = None) -> None:
+        """Nothing is kept yet; `draft_size` as in `decode_image`."""
+        self._bytes_left = max_bytes
+        self._draft_size = draft_size
+        self._images = dict[str, Image.Image]()
+
+    def read(self, key: str, source: Readable) -> Image.Image | SkippedImage:
+        """Return the image of the sample `key`, as `read_image` does."""
+        if key in self._images:
+            return self._images[key]
+        image = read_image(source, self._draft_size)
+        if isinstance(image, Image.Image):
+            size = 3 * image.width * image.height
+            if size <= self._bytes_left:
+                self._bytes_left -= size
+                self._images[key] = image
+        return image

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import huggingface_hub.constants as hub
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, in_one_line
 
 
 @contextlib.contextmanager
@@ -18,10 +18,6 @@ def reaching_hub(model: str, fix: str) -> Iterator[None]:
     """Let a library fetch from the hub; without a network, from the local cache only.
 
     huggingface_hub retries each file six times with growing pauses: 46 s for one model that cannot be reached.
-
-    Args:
-        model: Name of the model, for the error.
-        fix: The alternative, for the error.
     """
     offline = hub.HF_HUB_OFFLINE
     reachable = offline or _answers(hub.ENDPOINT)
@@ -33,7 +29,7 @@ def reaching_hub(model: str, fix: str) -> Iterator[None]:
         if offline:
             why = "the hub is disabled (HF_HUB_OFFLINE)"
         elif reachable:
-            why = f"{hub.ENDPOINT} did not provide them: {' '.join(str(error).split())[:200]}"
+            why = f"{hub.ENDPOINT} did not provide them: {in_one_line(error, 200)}"
         raise ClipcidError(f"The weights of model {model} are not in the local cache, and {why}.", fix) from error
     finally:
         hub.HF_HUB_OFFLINE = offline

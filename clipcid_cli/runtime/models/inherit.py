@@ -7,7 +7,7 @@ are taken is our choice (theirs are learned or chosen by importance).
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,26 +41,22 @@ def inherit(student: nn.Module, source: nn.Module, towers: str) -> list[str]:
     """Fill a student's weights from a larger model of the same kind, in place.
 
     Args:
-        student: An open_clip model with transformer towers.
-        source: Another, at least as deep and wide in each tower that is filled.
         towers: ``image``, ``text`` or ``both``.
 
     Returns:
         Names of the tensors that stay as they were: other patch sizes, other vocabularies, attention pooling.
     """
     found = source.state_dict()
-    left: list[str] = []
-    filled = False
+    left = list[str]()
+    filled = list[str]()
     for name, tensor in student.state_dict().items():
         tower = "image" if name.startswith("visual.") else "text"
         if name in ("logit_scale", "logit_bias") or towers not in ("both", tower):
             continue
         taken = _take(name, tensor.shape, student, source, found)
-        if taken is None:
-            left.append(name)
-        else:
+        if taken is not None:
             tensor.copy_(taken)
-            filled = True
+        (left if taken is None else filled).append(name)
     if not filled:
         raise ClipcidError(
             "No tensor of the --init-from model fits the student: the towers are of different kinds.",
@@ -85,10 +81,13 @@ def _take(
     layer = _LAYER.fullmatch(name)
     axes = next((axes for names, axes in _AXES.items() if names.fullmatch(name)), None)
     if layer is not None and axes is not None:
-        own, others = (_layers_of(model, layer[1]) for model in (student, source))
-        if not others:
+        if not any(other.startswith(layer[1]) for other in found):
             return None
-        from_name = f"{layer[1]}.{_source_layer(layer[1], int(layer[2]), len(own), len(others))}{layer[3]}"
+        own, others = (cast(Any, model.get_submodule(layer[1])) for model in (student, source))
+        if len(own) > len(others):
+            tower = layer[1].removesuffix(".resblocks")
+            raise _smaller(f"the student has {len(own)} layers in {tower}, the model {len(others)}")
+        from_name = f"{layer[1]}.{int(evenly_spaced(len(own), len(others))[int(layer[2])])}{layer[3]}"
         heads = (own[0].attn.num_heads, others[0].attn.num_heads)
     if from_name not in found or axes is None or len(axes) != found[from_name].ndim:
         return None
@@ -100,30 +99,14 @@ def _take(
         if kind == "=" and count != available:
             return None
         if count > available:
-            raise ClipcidError(
-                f"--init-from: {name} is {tuple(taken.shape)} there and {tuple(shape)} in the student, which is larger.",
-                "A student inherits from a model at least as deep and wide.",
-            )
+            raise _smaller(f"{name} is {tuple(taken.shape)} there and {tuple(shape)} in the student, which is larger")
         if count < available:
             taken = taken.index_select(axis, _choose(kind, count, available, heads))
     return taken
 
 
-def _layers_of(model: nn.Module, path: str) -> Any:
-    """Return the layers of a transformer by the name of their list; an empty list where the model has none there."""
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return []
-
-
-def _source_layer(path: str, layer: int, own: int, others: int) -> int:
-    if own > others:
-        raise ClipcidError(
-            f"--init-from: the student has {own} layers in {path.removesuffix('.resblocks')}, the model {others}.",
-            "A student inherits from a model at least as deep and wide.",
-        )
-    return int(evenly_spaced(own, others)[layer])
+def _smaller(what: str) -> ClipcidError:
+    return ClipcidError(f"--init-from: {what}.", "A student inherits from a model at least as deep and wide.")
 
 
 def _choose(kind: str, count: int, available: int, heads: tuple[int, int]) -> Tensor:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from clipcid_cli.runtime.imports import importing
+from clipcid_cli.runtime.libraries import importing
 
 __all__ = ["import_towers", "open_clip"]
 
@@ -30,9 +30,6 @@ def import_towers(config: Mapping[str, Any]) -> None:
     """Import transformers or timm into open_clip for an architecture that has a tower of theirs.
 
     Whoever builds such a model with open_clip itself in this process calls this first.
-
-    Args:
-        config: open_clip's model configuration, with ``vision_cfg`` and ``text_cfg``.
     """
     for owner, library, tower in (
         ("open_clip.hf_model", "transformers", config["text_cfg"].get("hf_model_name")),

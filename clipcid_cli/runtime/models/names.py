@@ -111,26 +111,17 @@ class _Preprocess(msgspec.Struct):
 
 @dataclasses.dataclass(frozen=True)
 class ModelName:
-    """A model as the user named it, see the module's docstring.
-
-    Attributes:
-        spec: The name as given.
-        architecture: Of kinds ``architecture`` and ``tag``.
-        path: The folder or file of kinds ``folder`` and ``config``.
-    """
+    """A model as the user named it, see the module's docstring."""
 
     spec: str
     kind: Kind
-    architecture: str | None = None
+    architecture: str | None = None  # of kinds `architecture` and `tag`
     tag: str | None = None
-    path: Path | None = None
+    path: Path | None = None  # the folder or file of kinds `folder` and `config`
 
     @property
     def slug(self) -> str:
-        """Name for files and folders: letters, digits, dot, dash and underscore only.
-
-        A folder has its own name; one called ``student`` or ``student-ema``, as in distill runs, is preceded by the run's.
-        """
+        """Name for files and folders, of ``[A-Za-z0-9._-]``; that of a distill run's student is preceded by the run's."""
         if self.path is not None:
             path = self.path.resolve()
             is_student = path.name in ("student", "student-ema")
@@ -198,11 +189,7 @@ def find_weights(folder: Path) -> Path | None:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read an architecture: a folder's ``open_clip_config.json``, such a file, or one with a bare ``model_cfg``.
-
-    Returns:
-        The ``model_cfg`` (embed_dim, vision_cfg, text_cfg, …) and the ``preprocess_cfg`` (may be empty).
-    """
+    """Read the ``model_cfg`` and ``preprocess_cfg`` of a folder or of such a file; a bare ``model_cfg`` has no other."""
     file = path / CONFIG_NAME if path.is_dir() else path
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

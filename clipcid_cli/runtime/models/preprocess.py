@@ -1,4 +1,4 @@
-"""A model's preprocessing: an image becomes bytes in the worker, and numbers on the device."""
+"""How a model takes images and texts: images become bytes in the worker and numbers on the device, texts become tokens."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ import hashlib
 import json
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
+
+from clipcid_cli.errors import ClipcidError, in_one_line
+
+Tokenizer = Callable[[list[str]], torch.Tensor]
+
+LONGEST_TEXT = 8_192
+"""Characters of a text that are tokenized: 100 for each of a CLIP's 77 tokens. What follows could hardly reach the model,
+and a tokenizer's cleaning of a caption of megabytes takes minutes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +35,7 @@ class PixelTransform:
 
 
 def normalize_pixels(pixels: torch.Tensor, preprocess: dict[str, Any]) -> torch.Tensor:
-    """Scale and shift a batch of bytes as torchvision's ToTensor and Normalize do.
-
-    Args:
-        pixels: uint8 [B, H, W, 3], 0…255.
-        preprocess: PreprocessCfg with ``mean`` and ``std`` per channel.
-
-    Returns:
-        float32 [B, 3, H, W], contiguous, on the device of `pixels`.
-    """
+    """Scale and shift bytes, [B, H, W, 3], as torchvision's ToTensor and Normalize do: float32 [B, 3, H, W], contiguous."""
     mean, std = (_per_channel(tuple(preprocess[name]), pixels.device) for name in ("mean", "std"))
     channels_first = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     return channels_first.div_(255).sub_(mean).div_(std)
@@ -48,12 +48,32 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tenso
 
 
 def hash_preprocess(preprocess: dict[str, Any], *, fast_decode: bool) -> str:
-    """Hash everything that determines the pixels a model sees.
-
-    Args:
-        fast_decode: Whether JPEGs are decoded at a reduced size.
-    """
+    """Hash everything that determines the pixels a model sees."""
     text = json.dumps(
         {"preprocess": preprocess, "fast_decode": fast_decode, "alpha": "white", "exif": "ignored"}, sort_keys=True
     )
     return "blake2b:" + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundedTokenizer:
+    """A tokenizer that reads the first `LONGEST_TEXT` characters of each text; picklable."""
+
+    whole: Any  # open_clip's own
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """Return int64 [B, L]."""
+        return cast(torch.Tensor, self.whole([text[:LONGEST_TEXT] for text in texts]))
+
+
+def load_tokenizer(spec: str, source: str) -> BoundedTokenizer:
+    """Load a model's tokenizer from an architecture, a hub name or a ``local-dir:`` folder, as open_clip takes it."""
+    from clipcid_cli.runtime.models.lean_open_clip import open_clip
+
+    try:
+        return BoundedTokenizer(open_clip.get_tokenizer(source))
+    except Exception as error:  # transformers raises OSError, ValueError, ImportError and its own
+        raise ClipcidError(
+            f"The tokenizer of model {spec} could not be loaded: {in_one_line(error, 400)}",
+            "Put its files (tokenizer.json, tokenizer_config.json, …) in the folder of the model's configuration.",
+        ) from error

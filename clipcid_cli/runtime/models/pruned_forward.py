@@ -1,16 +1,12 @@
-"""Forward passes without what a CLIP's features do not depend on.
+"""Forward passes without what a CLIP's features do not depend on; features and gradients stay equal up to rounding.
 
-Three things of open_clip's own passes are left out; features and gradients stay equal up to rounding:
+Left out are tokens after the one whose row becomes the text's feature, since attention in the text tower is causal (most
+captions fill a fifth of the context; a batch is packed, one text after the other, for everything but attention), in the last
+layer all rows but the one that becomes the feature, and copies that torch.nn.MultiheadAttention makes. A training step of a
+14 M student took 529 ms in place of 976 (2 cores).
 
-- Tokens after the one whose row becomes the text's feature. Attention in the text tower is causal, so they change nothing,
-  and in a context of 77 most captions, of some 15 tokens, have many of them. The tokens of a batch are packed, one text
-  after the other, for everything but attention.
-- In the last layer, all rows but the one that becomes the feature: the others are only needed as keys and values.
-- Copies that torch.nn.MultiheadAttention makes of queries, keys and values.
-
-A training step of a 14 M student took 529 ms in place of 976 (2 cores). This repeats what open_clip's modules do inside, in
-the releases that pyproject.toml admits; its tests compare features and gradients for every kind of tower. A tower of another
-kind takes open_clip's own pass.
+This repeats what open_clip's modules do inside, in the releases that pyproject.toml admits; its tests compare every kind of
+tower. A tower of another kind takes open_clip's own pass.
 
 Shapes: B texts or images, L tokens, T packed tokens of a batch, W width, H heads, D embedding.
 """
@@ -31,10 +27,6 @@ class PrunedForward:
     """Encodes images and texts with an open_clip model, by the pruned passes where they know its structure.
 
     Features are [B, D], not normalised, with gradients.
-
-    Attributes:
-        prunes_images: Whether images take the pruned pass.
-        prunes_texts: Whether texts do.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -49,21 +41,13 @@ class PrunedForward:
         return self.encode_images(pixels), self.encode_texts(tokens)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Embed images.
-
-        Args:
-            pixels: Normalised, float32 [B, 3, height, width], on the model's device.
-        """
+        """Embed normalised pixels, float32 [B, 3, height, width], on the model's device."""
         if not self.prunes_images:
             return cast(Tensor, self._module.encode_image(pixels))
         return self._image_rows(self._visual._embeds(pixels), pooled=True)
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
-        """Embed texts.
-
-        Args:
-            tokens: int64 [B, L] as the tokenizer gives them; on the CPU, where counting them costs no wait.
-        """
+        """Embed tokens, int64 [B, L] as the tokenizer gives them; on the CPU, where counting them costs no wait."""
         device = self._module.logit_scale.device
         if not self.prunes_texts:
             return cast(Tensor, self._module.encode_text(tokens.to(device)))
@@ -78,12 +62,7 @@ class PrunedForward:
         return int(height * width)
 
     def encode_masked_images(self, pixels: Tensor, kept_Bn: Tensor) -> Tensor:
-        """Embed images from some of their patches; the others do not enter the tower, which has `num_patches`.
-
-        Args:
-            pixels: As `encode_images` takes them.
-            kept_Bn: Numbers of the patches that are seen, int64 [B, n], in [0, `num_patches`).
-        """
+        """Embed images from some of their patches, int64 [B, n] in [0, `num_patches`); the others do not enter the tower."""
         x_BLW = self._visual._embeds(pixels)
         # The class token comes first; positions are in the rows already.
         places_BL = F.pad(kept_Bn + 1, (1, 0))
@@ -99,9 +78,8 @@ class PrunedForward:
         """Embed images and texts, and each patch and token; the model `has_tokens`.
 
         Returns:
-            Features of images and texts as `encode_images` and `encode_texts` give them, up to rounding; those of each
-            patch, [B, P, D], and of each token up to the text's last, [B, L, D], then zeros: rows of the last layer, taken
-            the same way as the one that becomes the feature.
+            Features as `encode_images` and `encode_texts` give them, up to rounding; those of each patch, [B, P, D], and of
+            each token up to the text's last, [B, L, D], then zeros, taken the same way from the rows of the last layer.
         """
         image_BLD = self._image_rows(self._visual._embeds(pixels), pooled=False)
         packing = _pack(tokens, self._text, pixels.device)
@@ -129,21 +107,13 @@ class PrunedForward:
 
 @dataclasses.dataclass(frozen=True)
 class _Packing:
-    """Texts one after the other, each up to the token whose row becomes its feature.
-
-    Attributes:
-        tokens_T: int64 [T].
-        positions_T: Place of each in its text, int64 [T].
-        places_T: Place of each in [B · longest], int64 [T].
-        ends_B: Place of each text's last token among the T, int64 [B].
-        valid_BL: Which of the [B, longest] places hold a token; bool.
-    """
+    """Texts one after the other, each up to the token whose row becomes its feature; int64 but for a mask."""
 
     tokens_T: Tensor
-    positions_T: Tensor
-    places_T: Tensor
-    ends_B: Tensor
-    valid_BL: Tensor
+    positions_T: Tensor  # of each token in its text
+    places_T: Tensor  # of each token in [B · longest]
+    ends_B: Tensor  # of each text's last token among the T
+    valid_BL: Tensor  # which of the [B, longest] places hold a token
 
     def spread(self, rows_TW: Tensor) -> Tensor:
         """Unpack rows to [B, longest, W], with zeros after each text's end."""
@@ -171,11 +141,9 @@ def _pack(tokens: Tensor, text: Any, device: torch.device) -> _Packing:
 
 
 def _run_layers(transformer: Any, x: Tensor, packing: _Packing | None, *, pooled: bool) -> Tensor:
-    """Pass all layers; with gradient checkpointing only the input of each is kept for the backward pass.
+    """Pass all layers: rows of images, [B, L, W], or packed ones of texts, [T, W]; `pooled`, to those of features, [B, W].
 
-    Args:
-        x: Rows of images, [B, L, W], or packed ones of texts, [T, W].
-        pooled: Whether the last layer makes the rows that become features alone, [B, W].
+    With gradient checkpointing only the input of each layer is kept for the backward pass.
     """
     *layers, last = (partial(_run_block, block, packing=packing) for block in transformer.resblocks)
     if pooled:
@@ -227,7 +195,7 @@ def _split_heads(rows_BLW: Tensor, heads: int) -> Tensor:
 
 
 def _finish_block(block: Any, x: Tensor, attended: Tensor) -> Tensor:
-    """The part of a block after attention: projection, residual, MLP."""
+    """Pass the part of a block after attention: projection, residual, MLP."""
     x = x + block.ls_1(block.attn.out_proj(attended))
     return cast(Tensor, x + block.ls_2(block.mlp(block.ln_2(x))))
 

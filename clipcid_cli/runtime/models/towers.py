@@ -39,8 +39,7 @@ class DenseImageTower(nn.Module):
     """Normalised pixels, float32 [B, 3, H, W], to unit rows [B, D] and the patches of the last layer [B, h, w, D].
 
     A patch's values are its token after the last block, the final norm and the projection that also makes the image's row,
-    not normalised. Row 0 is the top of the image. (MaskCLIP also replaces the last block's attention by its values; this
-    does not.)
+    not normalised. Row 0 is the top of the image. (MaskCLIP also replaces the last block's attention by its values.)
     """
 
     def __init__(self, clip: nn.Module) -> None:
@@ -75,14 +74,7 @@ def image_tower_kind(clip: nn.Module) -> str:
 
 
 def freeze(clip: nn.Module, tower: str) -> list[nn.Module]:
-    """Freeze a tower's parameters.
-
-    Args:
-        tower: ``image`` or ``text``.
-
-    Returns:
-        The tower's modules, which stay in evaluation mode: no dropout, no new statistics.
-    """
+    """Freeze a tower, ``image`` or ``text``, and return its modules, which stay in evaluation mode."""
     for name, parameter in clip.named_parameters():
         if name not in ("logit_scale", "logit_bias") and name.startswith("visual.") == (tower == "image"):
             parameter.requires_grad_(False)

@@ -26,8 +26,8 @@ from clipcid_cli.algorithms.metrics.intervals import Array, Metrics
 from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_ranks
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.sidecar import Calibration, Calibrations, ClassScore, Example
+from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import key_fractions
-from clipcid_cli.runtime.threads import threads_for
 from clipcid_cli.steps.evaluate.model import TaskRows
 from clipcid_cli.steps.reporting import Reporter
 

@@ -23,8 +23,8 @@ from clipcid_cli.algorithms.probe.probe import (
 from clipcid_cli.algorithms.probe.splits import draw_shots, split_by_class
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.features import Features
+from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.runtime.threads import threads_for
 from clipcid_cli.steps.evaluate.probe_plan import ProbePlan
 from clipcid_cli.steps.evaluate.result import Draws, FewShot
 from clipcid_cli.steps.reporting import Reporter

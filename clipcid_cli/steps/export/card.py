@@ -28,11 +28,7 @@ def render_card(
     parity: Mapping[str, Parity],
     files: Sequence[str],
 ) -> str:
-    """Write the model card in Markdown; the folder of a run's student leads to the sidecars of that run.
-
-    Args:
-        files: Names of those beside the card.
-    """
+    """Write the model card in Markdown; the folder of a run's student leads to the sidecars of that run."""
     work, run = WorkDirectory(settings.work), None
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
     if source.path is not None:
@@ -93,8 +89,12 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     losses, counts = run.made.losses, run.counts
     keep = run.keep_list  # the one that the run used; the work directory may hold another by now
     ratio = f"{keep.kept / keep.images:.4g} ({keep.kept:,} of {keep.images:,} images)" if keep else "1 (not balanced)"
+    # The teacher is the model whose embeddings the run read; each input is of one kind of rows.
+    folders = dict.fromkeys(Path(each.path).parent for each in run.inputs)
+    embedded = (_read(folder, "embed", EmbedSidecar) for folder in folders)
+    teacher = next((_short(found.model.spec) for found in embedded if found is not None), _UNKNOWN)
     return {
-        "Teacher": "none" if set(losses) == {"clip"} else _teacher(run),
+        "Teacher": "none" if set(losses) == {"clip"} else teacher,
         "Training data": f"{_short(run.data.spec)}; {counts['used']:,} of {counts['read']:,} samples used",
         "Keep ratio": ratio,
         "Losses": ", ".join(f"{name} × {loss['value']:g}" for name, loss in losses.items()),
@@ -102,19 +102,8 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     }
 
 
-def _teacher(run: DistillSidecar) -> str:
-    """Name the model whose embeddings the run read."""
-    folders = dict.fromkeys(Path(each.path).parent for each in run.inputs)  # each is of one kind of rows
-    embedded = (_read(folder, "embed", EmbedSidecar) for folder in folders)
-    return next((_short(found.model.spec) for found in embedded if found is not None), _UNKNOWN)
-
-
 def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, float, str]]:
-    """Yield what was measured on exactly these weights, by the hash of the whole file.
-
-    Yields:
-        Data set, task, metric, value, hashes of class names and templates.
-    """
+    """Yield what was measured on these very weights: data set, task, metric, value, hashes of class names and templates."""
     for path in sorted(work.eval.glob("*.json")):
         try:
             content = read_metrics(path)

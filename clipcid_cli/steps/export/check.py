@@ -69,27 +69,26 @@ def towers_of(model: ClipModel, *, dense: bool = False) -> Towers:
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What a model, the original or an export, makes of the inputs.
+    """What a model, the original or an export, makes of the inputs."""
 
-    Attributes:
-        rows: By output, of the compared samples in batches of each size, one after another.
-        nearest: The most similar candidate of each image, int64 [N]; None where there are no candidates.
-        images_per_second: Of the image encoder, from the bytes of cropped images, by the median batch.
-    """
-
-    rows: dict[str, torch.Tensor]
-    nearest: torch.Tensor | None
-    images_per_second: float
+    rows: dict[str, torch.Tensor]  # by output, of the compared samples in batches of each size, one after another
+    nearest: torch.Tensor | None  # the most similar candidate of each image, int64 [N], where there are candidates
+    images_per_second: float  # of the image encoder, from the bytes of cropped images, by the median batch
 
 
 def evaluate(towers: Towers, inputs: CheckInputs) -> Outputs:
     """Run a model on the inputs."""
-    rows = {
-        "image": _encode(towers.images, inputs.compared_pixels),
-        "text": _encode(towers.texts, inputs.tokens),
+    pixels = inputs.compared_pixels
+    compared = {
+        "image": (towers.images, pixels),
+        "text": (towers.texts, inputs.tokens),
+        "dense": (towers.dense, pixels),
     }
-    if towers.dense is not None:
-        rows["dense"] = _encode(towers.dense, inputs.compared_pixels)
+    rows = {
+        output: torch.cat([encode(batch) for size in BATCH_SIZES for batch in torch.split(samples, size)])
+        for output, (encode, samples) in compared.items()
+        if encode is not None
+    }
     embedded, images_per_second = run_timed(towers.images, torch.split(inputs.pixels, _IMAGE_BATCH))
     nearest = None
     if inputs.candidates is not None:
@@ -98,16 +97,8 @@ def evaluate(towers: Towers, inputs: CheckInputs) -> Outputs:
     return Outputs(rows, nearest, images_per_second)
 
 
-def _encode(encode: Encode, samples: torch.Tensor) -> torch.Tensor:
-    return torch.cat([encode(batch) for size in BATCH_SIZES for batch in torch.split(samples, size)])
-
-
 def run_timed(compute: Callable[[Batch], torch.Tensor], batches: Iterable[Batch]) -> tuple[torch.Tensor, float]:
-    """Compute rows of images, batch after batch.
-
-    Returns:
-        All rows, and the images per second of the median batch.
-    """
+    """Compute rows of images, batch after batch, and tell the images per second of the median batch."""
     rows, seconds = list[torch.Tensor](), list[float]()
     for batch in batches:
         trial = time_trial(partial(compute, batch), warm_up=int(not rows))  # the first also pays for buffers
@@ -134,8 +125,7 @@ class Checker:
         """Compare an export with the model: its entry in `parity.json`; one that is over a limit is an error.
 
         Args:
-            kind: Number format of its weights, which determines the limits.
-            files: Its weights.
+            kind: Number format of its weights, `files`, which determines the limits.
             gated: Whether a loss of accuracy over the limit is an error.
         """
         found = evaluate(towers, self.inputs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,10 +13,10 @@ from clipcid_cli.formats.models.hf_folder import EOS_ID, write_hf_folder
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.models.pixels import square_side
 from clipcid_cli.formats.sidecar import Parity
+from clipcid_cli.runtime.libraries import quiet_libraries
 from clipcid_cli.runtime.models.clip_model import load_model
-from clipcid_cli.runtime.models.hf_model import HfClip
+from clipcid_cli.runtime.models.exported import HfClip
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.quiet import quiet_libraries
 from clipcid_cli.steps.export.check import Checker, towers_of
 from clipcid_cli.steps.export.inputs import SENTENCES
 
@@ -87,9 +86,13 @@ def _check_processor(written: HfClip, checker: Checker) -> dict[str, int | float
     """Compare pixels with open_clip's. transformers crops some images one pixel aside: these are counted and left out."""
     inputs, preprocess = checker.inputs, checker.model.info.preprocess
     std = torch.tensor(preprocess["std"]).view(3, 1, 1)
+    side = square_side(preprocess["size"])
+    assert side is not None, "or it would have been refused"
     largest, shifted = 0.0, 0
     for image, pixels in zip(inputs.read_images(), inputs.pixels, strict=True):
-        if _is_crop_shifted(image.size, preprocess):
+        shorter, longer = sorted(image.size)
+        # Of a longer side's margin of 3 modulo 4, transformers rounds half down, torchvision up.
+        if preprocess["resize_mode"] == "shortest" and (side * longer // shorter - side) % 4 == 3:
             shifted += 1
             continue
         difference = written.prepare_images([image]) - checker.model.normalize(pixels[None])
@@ -105,14 +108,6 @@ def _check_processor(written: HfClip, checker: Checker) -> dict[str, int | float
         "max_difference_levels": round(largest, 4),
         "cropped_one_pixel_aside": shifted,
     }
-
-
-def _is_crop_shifted(size: tuple[int, int], preprocess: dict[str, Any]) -> bool:
-    """Tell whether the longer side's margin is 3 modulo 4: transformers rounds half of it down, torchvision up."""
-    side = square_side(preprocess["size"])
-    assert side is not None
-    shorter, longer = sorted(size)
-    return preprocess["resize_mode"] == "shortest" and (side * longer // shorter - side) % 4 == 3
 
 
 def _check_tokenizer(written: HfClip, checker: Checker) -> dict[str, int]:

@@ -1,7 +1,4 @@
-"""What an export is compared with the original on: images, texts, and the classes or captions that images are matched with.
-
-They are real ones wherever there are any.
-"""
+"""What an export is compared with the original on: images, texts, and the classes or captions that are matched with them."""
 
 from __future__ import annotations
 
@@ -106,24 +103,15 @@ class Candidates:
 
 @dataclasses.dataclass(frozen=True)
 class CheckInputs:
-    """What both models are compared on.
-
-    Attributes:
-        pixels: Images of the samples after the model's resize and crop, uint8 [N, H, W, 3].
-        texts: Those whose rows are compared, `NUM_COMPARED_ROWS`.
-        tokens: The same, int64 [NUM_COMPARED_ROWS, L].
-        classes: Those of ``--classnames``, which a classifier is made of.
-        candidates: None where the images have neither class nor caption.
-        source: Where they come from, in words.
-    """
+    """What both models are compared on."""
 
     samples: list[Sample]
-    pixels: torch.Tensor
-    texts: list[str]
-    tokens: torch.Tensor
-    classes: Classes | None
-    candidates: Candidates | None
-    source: str
+    pixels: torch.Tensor  # of the samples after the model's resize and crop, uint8 [N, H, W, 3]
+    texts: list[str]  # whose rows are compared, NUM_COMPARED_ROWS
+    tokens: torch.Tensor  # of the texts, int64 [NUM_COMPARED_ROWS, L]
+    classes: Classes | None  # those of --classnames, which a classifier is made of
+    candidates: Candidates | None  # None where the images have neither class nor caption
+    source: str  # where they come from, in words
     skips: Skips
 
     @property
@@ -157,36 +145,31 @@ def read_inputs(
 ) -> CheckInputs:
     """Read and decode what is compared: from the data, else drawn patterns and shipped sentences.
 
-    Args:
-        classes: Those of ``--classnames``, which labels then number; else those of the data, where it has any.
+    Labels number the classes of ``--classnames``, else those of the data, where it has any.
     """
     limit = settings.check_images or (_MANY_IMAGES if settings.data is not None or settings.quantize else _FEW_IMAGES)
     decoder, skips = Decoder.of(model, captions=False), Skips()
-    samples = [] if dataset is None else _choose(dataset, limit)
-    decoded = decoder(samples)
-    pixels = decoded.pixels
-    assert pixels is not None
+    listed = [] if dataset is None else _choose(dataset, limit)
+    decoded = decoder(listed)
     for place, reason in decoded.failures.items():
-        skips.add(reason, samples[place].key)
-    readable = [place for place in range(len(samples)) if place not in decoded.failures]
+        skips.add(reason, listed[place].key)
+    readable = [place for place in range(len(listed)) if place not in decoded.failures]
     if settings.data is not None:
         # Without --data it is what was embedded, which was held to this limit then.
-        skips.check(len(samples), settings.max_bad_fraction, settings.data)
+        skips.check(len(listed), settings.max_bad_fraction, settings.data)
         if not readable:
             raise ClipcidError(f"--data {settings.data} holds no readable image.", "Give other data with --data.")
     if dataset is not None and skips.total:
         reporter.warn(f"{skips.total:,} images of {dataset.spec} were skipped:\n{skips.describe()}")
-    candidates = None
+    source, candidates = "drawn patterns and shipped sentences", None
     if dataset is not None and readable:
-        source = dataset.spec
-        pixels = pixels[readable]
-        samples = [samples[place] for place in readable]
+        source, samples = dataset.spec, [listed[place] for place in readable]
         candidates = find_candidates(samples, dataset, classes or _own_classes(dataset, settings.data))
     else:
-        source = "drawn patterns and shipped sentences"
         samples = [_draw_pattern(number) for number in range(NUM_COMPARED_ROWS)]
-        pixels = decoder(samples).pixels
-        assert pixels is not None
+        decoded, readable = decoder(samples), list(range(NUM_COMPARED_ROWS))
+    assert decoded.pixels is not None
+    pixels = decoded.pixels[readable]
     reporter.note(f"Comparing on {len(pixels):,} images: {source}.")
     captions = [sample.captions[0] for sample in samples[: NUM_COMPARED_ROWS // 2] if sample.captions]
     texts = list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), NUM_COMPARED_ROWS))

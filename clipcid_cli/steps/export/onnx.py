@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,13 @@ from PIL import Image
 from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.export_folder import CLASSIFIER, IMAGE_ENCODER, TEXT_ENCODER, quantized_name
-from clipcid_cli.formats.models.onnx_classifier import LOGITS, validate_for_classifier, write_classifier
+from clipcid_cli.formats.models.onnx_classifier import validate_for_classifier, write_classifier
 from clipcid_cli.formats.models.onnx_file import DENSE_EMBEDS, IMAGE_EMBEDS, TEXT_EMBEDS, write_onnx, write_quantized
 from clipcid_cli.formats.sidecar import Parity
+from clipcid_cli.runtime.libraries import quiet_libraries
 from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.onnx_session import OnnxSession
+from clipcid_cli.runtime.models.exported import OnnxSession
 from clipcid_cli.runtime.models.towers import DenseImageTower, ImageTower, TextTower, has_patches, image_tower_kind
-from clipcid_cli.runtime.quiet import quiet_libraries
 from clipcid_cli.steps.export.check import Checker, run_timed
 from clipcid_cli.steps.export.inputs import ACCURACY, CheckInputs, Classes
 from clipcid_cli.steps.reporting import Reporter
@@ -63,9 +62,6 @@ def write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
 
     The image encoder takes ``pixel_values``, the text encoder ``input_ids``; they give unit rows, ``image_embeds`` and
     ``text_embeds`` (Hugging Face's names). How pixels and tokens are made is in each file's metadata.
-
-    Returns:
-        Entries of `parity.json`: ``onnx``, ``classifier`` and the quantized variants of both.
     """
     classes = checker.inputs.classes
     with quiet_libraries():
@@ -112,7 +108,7 @@ def _write_encoders(checker: Checker, folder: Path) -> None:
 
 def _check_encoders(checker: Checker, folder: Path, kind: str) -> Parity:
     files = [folder / quantized_name(name, kind) for name in (IMAGE_ENCODER, TEXT_ENCODER)]
-    image, text = (OnnxSession(path, torch.get_num_threads()) for path in files)
+    image, text = (OnnxSession(path) for path in files)
     normalize = checker.model.normalize
     towers = dataclasses.replace(
         checker.original,
@@ -143,8 +139,9 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
     for kind in ("fp32", *checker.settings.quantize):
         encoder, path = (folder / quantized_name(name, kind) for name in (IMAGE_ENCODER, CLASSIFIER))
         write_classifier(path, encoder, weights.numpy(), classes.names, classes.templates)
-        session = OnnxSession(path, torch.get_num_threads())
-        logits, rate = run_timed(partial(_run_classifier, session), inputs.read_images())
+        session = OnnxSession(path)
+        images = (torch.from_numpy(np.array(image)[None]) for image in inputs.read_images())
+        logits, rate = run_timed(session, images)  # of its outputs the first
         cosines, nearest = (logits - model.logit_bias) / model.logit_scale, logits.argmax(dim=1)
         form = _form("classifier", kind)
         found[form] = Parity(
@@ -160,7 +157,3 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
         )
         checker.validate(form, found[form])
     return found
-
-
-def _run_classifier(session: OnnxSession, image: Image.Image) -> torch.Tensor:
-    return session.run(torch.from_numpy(np.array(image)[None]))[LOGITS]

@@ -12,11 +12,10 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
-from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.fingerprint import FileRecord, record, refuse_changed
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, sync_files, validate_export_folder
 from clipcid_cli.formats.models.hf_folder import validate_for_hf
-from clipcid_cli.formats.output import Output, is_claimed, open_output
+from clipcid_cli.formats.output import is_claimed, open_output
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, Parity, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -27,7 +26,7 @@ from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.export.card import export_name, render_card
 from clipcid_cli.steps.export.check import Checker
 from clipcid_cli.steps.export.folders import write_hf, write_open_clip
-from clipcid_cli.steps.export.inputs import Classes, find_classes, find_data, read_inputs
+from clipcid_cli.steps.export.inputs import find_classes, find_data, read_inputs
 from clipcid_cli.steps.export.onnx import validate_for_onnx, validate_measurable, write_onnx_files
 from clipcid_cli.steps.model_choice import choose_model
 from clipcid_cli.steps.reporting import Reporter
@@ -49,16 +48,6 @@ class ExportResult(msgspec.Struct):
     seconds: dict[str, float] = {}
 
 
-@dataclasses.dataclass(frozen=True)
-class ExportPlan:
-    """Which model becomes which folder, the classes of ``--classnames``, and the data to compare on, if any."""
-
-    source: ModelName
-    folder: Path
-    classes: Classes | None
-    dataset: Dataset | None
-
-
 def run(settings: ExportSettings, reporter: Reporter) -> ExportResult:
     """Export a model; with many processes the first does it, on the CPU."""
     with open_machine("cpu") as machine:
@@ -66,17 +55,28 @@ def run(settings: ExportSettings, reporter: Reporter) -> ExportResult:
 
 
 def _run(settings: ExportSettings, reporter: Reporter) -> ExportResult:
-    plan = _plan(settings, reporter)
+    source, folder = _plan(settings, reporter)
+    classes, dataset = find_classes(settings), find_data(settings)
     if settings.dry_run:
-        reporter.note(f"Would write {', '.join(settings.format)} of {plan.source.spec} to {plan.folder}.")
-        return ExportResult(plan.source.spec)
-    sidecar = _export(plan, settings, reporter)
-    files = {Path(name).stem: str(plan.folder / name) for name in sidecar.written}
-    return ExportResult(plan.source.spec, files, sidecar.parity, sidecar.seconds)
+        reporter.note(f"Would write {', '.join(settings.format)} of {source.spec} to {folder}.")
+        return ExportResult(source.spec)
+    seconds = dict[str, float]()
+    with timed(seconds, "load"):
+        model = load_model(source, torch.device("cpu"))
+    # Refuse what a format cannot express before anything is read or written.
+    if "hf" in settings.format:
+        validate_for_hf(model.info.config, model.info.preprocess, model.info.tokenizer)
+    if "onnx" in settings.format:
+        validate_for_onnx(model, settings)
+    inputs = read_inputs(model, dataset, classes, settings, reporter)
+    validate_measurable(inputs, settings, reporter)
+    sidecar = _export(source, folder, Checker(model, inputs, settings), seconds, reporter)
+    files = {Path(name).stem: str(folder / name) for name in sidecar.written}
+    return ExportResult(source.spec, files, sidecar.parity, sidecar.seconds)
 
 
-def _plan(settings: ExportSettings, reporter: Reporter) -> ExportPlan:
-    """Find what is asked for, and refuse what is known to fail before the model is loaded."""
+def _plan(settings: ExportSettings, reporter: Reporter) -> tuple[ModelName, Path]:
+    """Find the model and the folder of its export, and refuse what is known to fail before the model is loaded."""
     source = choose_model(settings.model, settings.work, reporter)
     if settings.ema:
         source = _find_average(source, reporter)
@@ -88,25 +88,23 @@ def _plan(settings: ExportSettings, reporter: Reporter) -> ExportPlan:
                 f"--format {form} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
                 "Install them: pip install 'clipcid[export]'",
             )
-    classes = find_classes(settings)
     if source.path is not None and folder.resolve() == source.path.resolve():
         raise ClipcidError(
             f"Model {source.spec} is the folder {folder}, so its export would overwrite it.",
             "Give another folder with --out.",
         )
     validate_export_folder(folder, overwrite=settings.overwrite)
-    return ExportPlan(source, folder, classes, find_data(settings))
+    return source, folder
 
 
 def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
     """Find the model with averaged weights of a student's run."""
     fix = "Train with clipcid distill --ema DECAY, such as 0.999, or omit --ema."
-    folder = None if student.path is None else student.path.resolve()
-    if folder is None or not is_claimed(folder.parent, "distill"):
+    if student.path is None or not is_claimed(student.path.resolve().parent, "distill"):
         raise ClipcidError(
             f"--ema: {student.spec} is no student of clipcid distill, so there is no average of it.", fix
         )
-    run = RunFolder(folder.parent)
+    run = RunFolder(student.path.resolve().parent)
     path = sidecar_path(run.path, "distill")
     sidecar = read_sidecar(path, DistillSidecar)
     if sidecar is None:
@@ -126,71 +124,53 @@ def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
     return parse_model(str(average))
 
 
-def _export(plan: ExportPlan, settings: ExportSettings, reporter: Reporter) -> ExportSidecar:
-    """Make the export, unless it is there."""
-    seconds = dict[str, float]()
-    with timed(seconds, "load"):
-        model = load_model(plan.source, torch.device("cpu"))
-    # Refuse what a format cannot express before anything is read or written.
-    if "hf" in settings.format:
-        validate_for_hf(model.info.config, model.info.preprocess, model.info.tokenizer)
-    if "onnx" in settings.format:
-        validate_for_onnx(model, settings)
-    inputs = read_inputs(model, plan.dataset, plan.classes, settings, reporter)
-    validate_measurable(inputs, settings, reporter)
-    checker = Checker(model, inputs, settings)
+def _export(
+    source: ModelName, folder: Path, checker: Checker, seconds: dict[str, float], reporter: Reporter
+) -> ExportSidecar:
+    """Write and compare the export, unless it is there."""
+    info, inputs, settings = checker.model.info, checker.inputs, checker.settings
     decisive = output_settings(settings) | {
-        "model": model.info.slug,
+        "model": info.slug,
         "format": sorted(settings.format),
         "quantize": sorted(settings.quantize),
         "opset": settings.onnx_opset,
         "precision": settings.stored_precision,
     }
-    files = [FileRecord(model.info.spec, model.info.parameters, model.info.weights_hash)]
-    files += [record(path) for path in plan.classes.files] if plan.classes is not None else []
     wanted: dict[str, Any] = {
         "settings": decisive,
-        "inputs": [*files, inputs.fingerprint()],
+        "inputs": [
+            FileRecord(info.spec, info.parameters, info.weights_hash),
+            *(record(path) for path in (inputs.classes.files if inputs.classes is not None else ())),
+            inputs.fingerprint(),
+        ],
         "overwrite": settings.overwrite,
     }
-    with open_output(plan.folder, "export", ExportSidecar, **wanted, resumes=False) as output:
-        if output.finished is not None and all((plan.folder / name).exists() for name in output.finished.written):
+    with open_output(folder, "export", ExportSidecar, **wanted, resumes=False) as output:
+        if output.finished is not None and all((folder / name).exists() for name in output.finished.written):
             # Limits do not change the content, so an existing export is checked against those of this run.
             for name, found in output.finished.parity.items():
                 checker.validate(name, found)
-            reporter.note(f"{plan.folder} already holds this export.")
+            reporter.note(f"{folder} already holds this export.")
             return output.finished
         output.start()
         parity = dict[str, Parity]()
         for form in settings.format:
-            reporter.note(f"Writing {form} and comparing it with {plan.source.spec} …")
+            reporter.note(f"Writing {form} and comparing it with {source.spec} …")
             with timed(seconds, form):
                 parity |= _WRITERS[form](checker, output.work)
-        return _finish(output, plan.source, checker, parity, seconds)
-
-
-def _finish(
-    output: Output[ExportSidecar],
-    source: ModelName,
-    checker: Checker,
-    parity: dict[str, Parity],
-    seconds: dict[str, float],
-) -> ExportSidecar:
-    """Write what is known of the export beside it, and move everything into place."""
-    info, inputs = checker.model.info, checker.inputs
-    write_json(output.work / PARITY, checker.describe() | {"parity": msgspec.to_builtins(parity)})
-    written = sorted(path.name for path in output.work.iterdir() if not path.name.startswith("."))
-    write_text(output.work / CARD, render_card(info, source, checker.settings, parity, written))
-    sync_files(output.work)
-    return output.commit(
-        counts={
-            "images": len(inputs.pixels),
-            "texts": len(inputs.texts),
-            "skipped": dict(sorted(inputs.skips.counts.items())),
-        },
-        seconds=seconds,
-        outputs=[record(output.work / name, output.work) for name in written],
-        model=dataclasses.asdict(info),
-        written=sorted([*written, CARD]),
-        parity=parity,
-    )
+        write_json(output.work / PARITY, checker.describe() | {"parity": msgspec.to_builtins(parity)})
+        written = sorted(path.name for path in output.work.iterdir() if not path.name.startswith("."))
+        write_text(output.work / CARD, render_card(info, source, settings, parity, written))
+        sync_files(output.work)
+        return output.commit(
+            counts={
+                "images": len(inputs.pixels),
+                "texts": len(inputs.texts),
+                "skipped": dict(sorted(inputs.skips.counts.items())),
+            },
+            seconds=seconds,
+            outputs=[record(output.work / name, output.work) for name in written],
+            model=dataclasses.asdict(info),
+            written=sorted([*written, CARD]),
+            parity=parity,
+        )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.tokenizer import LONGEST_TEXT
+from clipcid_cli.runtime.models.preprocess import LONGEST_TEXT
 
 CLASSES = 6
 

@@ -40,8 +40,8 @@ from clipcid_cli import cli
 from clipcid_cli.runtime.pipeline import ordered_map
 
 def invoke(_):
-    from clipcid_cli.commands.console import make_console, make_reporter
-    with make_reporter(make_console(), quiet=False, is_main=True).progress("embed", 9, "images"):
+    from clipcid_cli.commands.console import ConsoleReporter, make_console
+    with ConsoleReporter(make_console()).progress("embed", 9, "images"):
         for _ in ordered_map(time.sleep, [0, 60], 1, ahead=0):
             os.write(1, b"ready\\n")  # past the bar, which shows what is printed
 

@@ -13,6 +13,7 @@ from conftest import make_image
 from PIL import Image
 
 from clipcid_cli.formats.data.samples import ByteRange
+from clipcid_cli.runtime.models import decode
 from clipcid_cli.runtime.models.decode import (
     SkippedImage,
     decode_image,
@@ -113,9 +114,11 @@ def test_a_file_is_read_or_skipped_with_a_reason(tmp_path: Path) -> None:
     assert read_size(whole) == (10_000, 9_000)
 
 
-def test_the_pixel_limit_is_inclusive() -> None:
-    assert decode_image(make_image(1), max_pixels=48 * 48).size == (48, 48)
-    assert decode_image(make_image(1), max_pixels=48 * 48 - 1) == SkippedImage("too_many_pixels")
+def test_the_pixel_limit_is_inclusive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MAX_PIXELS", 48 * 48)
+    assert decode_image(make_image(1)).size == (48, 48)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 48 * 48 - 1)
+    assert decode_image(make_image(1)) == SkippedImage("too_many_pixels")
 
 
 def test_a_draft_is_smaller_but_large_enough() -> None:

@@ -12,10 +12,10 @@ from conftest import make_image
 from PIL import Image
 from teaching_data import ALONE, embed_data, join
 
-from clipcid_cli.runtime.models import caches
+from clipcid_cli.runtime.models import decode
 from clipcid_cli.runtime.models.augment import Processor
-from clipcid_cli.runtime.models.caches import ImageCache
 from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.decode import ImageCache
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill import batches
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker
@@ -29,7 +29,7 @@ def test_workers_keep_images_of_small_data_alone(
     for most, kept in ((24, 1), (5, 2)):
         monkeypatch.setattr(batches, "_MAX_SAMPLES_KEPT", most)
         maker = BatchMaker(run.settings, run.inputs, Processor.of(model))
-        with patch.object(caches, "read_image", wraps=caches.read_image) as read:
+        with patch.object(decode, "read_image", wraps=decode.read_image) as read:
             for dealt in Batches(run.inputs, maker, None, 24, 3, ALONE).deal(range(2)):
                 maker(*dealt.work)
         assert read.call_count == 24 * kept

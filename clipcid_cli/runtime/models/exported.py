@@ -1,4 +1,4 @@
-"""Running a Hugging Face folder on this machine's CPU with transformers."""
+"""Running exported models on this machine's CPU: an ONNX file with ONNX Runtime, a Hugging Face folder with transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,31 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from clipcid_cli.runtime.quiet import quiet_libraries
+from clipcid_cli.runtime.libraries import quiet_libraries
+
+
+class OnnxSession:
+    """An ONNX model with one input, and outputs by name."""
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._input = self._session.get_inputs()[0].name
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self.engine = f"ONNX Runtime {onnxruntime.__version__}"
+
+    def __call__(self, batch: torch.Tensor) -> torch.Tensor:
+        """Run one batch of any size, as the PyTorch module takes it, and return the first output."""
+        return self.run(batch)[self._outputs[0]]
+
+    def run(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run one batch, and return every output by name."""
+        outputs = self._session.run(None, {self._input: batch.numpy()})
+        return {name: torch.from_numpy(output) for name, output in zip(self._outputs, outputs, strict=True)}
 
 
 class HfClip:
