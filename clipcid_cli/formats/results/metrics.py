@@ -7,6 +7,8 @@ Source: LAION-AI/CLIP_benchmark 1.6.2, cli.py (`eval` writes them, `build` makes
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from clipcid_cli.formats.atomic import pack_csv, write_json, write_text
+from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.fingerprint import refuse_changed
 from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import AnySidecar, EvaluationSidecar, read_sidecar, sidecar_path
@@ -77,7 +79,9 @@ def read_metrics(path: Path) -> Metrics:
 
 def write_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as csv; a value that is None or absent is an empty cell. Several processes may do so at once."""
-    import pandas as pd  # an evaluation that finds its results does not wait for it
-
-    frame = pd.DataFrame(rows, dtype=object)  # which leaves whole numbers whole beside empty cells
-    write_text(path, pack_csv(frame).decode(), shared=True)
+    text = io.StringIO(newline="")
+    # Not by pandas, whose import takes a twentieth of a short evaluation's time.
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue(), shared=True)

@@ -1,7 +1,9 @@
-"""open_clip, imported without transformers and timm, which few models need: ``from …lean_open_clip import open_clip``.
+"""open_clip, imported without what few models need: ``from …lean_open_clip import open_clip``.
 
-open_clip imports both where they are installed. `eval-zeroshot` on 32 images took 3.2 s with them and 2.6 s without, `embed`
-with a worker 4.4 and 3.7 s (2 cores, open_clip 3.3, transformers 5.24, timm 1.0).
+open_clip imports transformers and timm where they are installed, and torchvision imports PyTorch's compiler for one function
+that its operators call on a GPU. `eval-zeroshot` on 32 images took 3.2 s with all, 2.6 s without transformers and timm and
+2.0 s without the compiler either; `embed` with a worker 4.4, 3.7 and 2.9 s (2 cores, open_clip 3.3, transformers 5.24, timm
+1.0, PyTorch 2.13).
 """
 
 from __future__ import annotations
@@ -9,20 +11,36 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
+from types import ModuleType, SimpleNamespace
 from typing import Any
+
+import torch  # noqa: F401  # whole, before a part of it is left out
 
 from clipcid_cli.runtime.libraries import importing
 
 __all__ = ["import_towers", "open_clip"]
 
-# None is Python's own mark of a module that cannot be imported.
-_left_out = dict.fromkeys({"transformers", "timm"} - sys.modules.keys())
-sys.modules.update(_left_out)  # type: ignore[arg-type]  # its type does not include None
+
+def _is_compile_supported(device_type: str) -> bool:
+    from torch._dynamo.utils import is_compile_supported
+
+    return bool(is_compile_supported(device_type))
+
+
+_stand_ins: dict[str, Any] = {
+    # None is Python's own mark of a module that cannot be imported.
+    "transformers": None,
+    "timm": None,
+    "torch._dynamo": ModuleType("torch._dynamo"),
+    "torch._dynamo.utils": SimpleNamespace(is_compile_supported=_is_compile_supported),
+}
+_placed = {name: stand_in for name, stand_in in _stand_ins.items() if name not in sys.modules}
+sys.modules.update(_placed)
 try:
     with importing():
         import open_clip
 finally:
-    for name in _left_out:
+    for name in _placed:
         del sys.modules[name]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 from conftest import make_image
@@ -21,18 +22,28 @@ from clipcid_cli.steps.distill import batches
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker
 
 
-def test_workers_keep_images_of_small_data_alone(
+def test_workers_keep_images_and_tokens_of_small_data_alone(
     tmp_path: Path, tiny_shards: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny")
     run, model = join(tiny_shards, tmp_path / "tiny"), load_model(parse_model(str(tiny_model)))
     for most, kept in ((24, 1), (5, 2)):
         monkeypatch.setattr(batches, "_MAX_SAMPLES_KEPT", most)
-        maker = BatchMaker(run.settings, run.inputs, Processor.of(model))
+        tokenizer = Mock(wraps=model.tokenizer)
+        maker = BatchMaker(run.settings, run.inputs, dataclasses.replace(Processor.of(model), tokenizer=tokenizer))
         with patch.object(decode, "read_image", wraps=decode.read_image) as read:
             for dealt in Batches(run.inputs, maker, None, 24, 3, ALONE).deal(range(2)):
                 maker(*dealt.work)
         assert read.call_count == 24 * kept
+        assert tokenizer.call_count == kept
+
+
+def test_kept_tokens_are_the_tokenizers(tiny_model: Path) -> None:
+    tokenizer = load_model(parse_model(str(tiny_model))).tokenizer
+    for max_texts in (0, 100):
+        tokens = batches._TokenCache(tokenizer, max_texts)
+        for texts in (["a cat", "a dog", "a cat"], ["a sky", "a dog"]):
+            assert tokens(texts).equal(tokenizer(texts))
 
 
 def test_a_cache_without_room_gives_the_same_and_keeps_nothing() -> None:
