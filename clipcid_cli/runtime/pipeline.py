@@ -143,9 +143,18 @@ def ordered_map(
                 )
             yield future.result()
     except BrokenProcessPool as error:
+        for worker in list(crew.values()):
+            worker.terminate()  # the pool waits for all, and ends those alone that it knew when it broke
         pool.shutdown()
+        ended = _describe_end(crew.values())
+        if ended is None and error.__cause__ is not None:
+            reason = str(error.__cause__).strip("'\n").splitlines()[-1]
+            raise ClipcidError(
+                f"What a process that decodes images sent could not be received ({reason}).",
+                "If files are open too many, allow more: ulimit -n 4096",
+            ) from error
         raise ClipcidError(
-            f"A process that decodes images ended ({_describe_end(crew.values())}).",
+            f"A process that decodes images ended ({ended or 'at its start'}).",
             "If memory or the space in /dev/shm ran out, use fewer --workers or a smaller --batch-size.",
         ) from error
     finally:
@@ -306,11 +315,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _describe_end(workers: Iterable[BaseProcess]) -> str:
-    """Say how the first of the workers ended; the pool has terminated the others."""
+def _describe_end(workers: Iterable[BaseProcess]) -> str | None:
+    """Say how the first of the workers ended, if one did by itself; the others were terminated."""
     codes = [worker.exitcode for worker in workers]
     code = next((code for code in codes if code not in (None, -signal.SIGTERM)), None)
     if code is not None and code < 0:
         with suppress(ValueError):
             return f"killed by {signal.Signals(-code).name}"
-    return "at its start" if code is None else f"exit code {code}"
+    return None if code is None else f"exit code {code}"

@@ -9,7 +9,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -112,6 +112,13 @@ class TrainingBatch:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def copied(self) -> TrainingBatch:
+        """Return it out of shared memory."""
+        tensors: dict[str, Any] = {
+            name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **tensors)
 
     @classmethod
     def join(cls, parts: Sequence[TrainingBatch], device: torch.device) -> TrainingBatch:
@@ -344,7 +351,9 @@ class Batches:
                 yield from batch.work
 
         with closing(ordered_map(self._make, deal(), workers)) as made:
-            whole = ((dealt.popleft(), parts) for parts in zip(*[made] * self._count, strict=True))
+            # In shared memory each tensor of a part would hold an open file until its batch is whole.
+            parts = made if self._count == 1 else map(TrainingBatch.copied, made)
+            whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self._count, strict=True))
             with closing(prefetch(lambda pair: self.finish(*pair), whole, self._machine.device)) as finished:
                 yield from finished
 

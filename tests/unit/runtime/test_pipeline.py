@@ -152,6 +152,23 @@ def test_a_worker_that_dies_is_told(how: str, told: str) -> None:
     assert "--workers" in raised.value.fix
 
 
+class TwoPartsError(Exception):
+    """One that cannot be received: its class wants another argument than it was sent with."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(one)
+        self.two = two
+
+
+def fail_in_two_parts(number: int) -> int:
+    raise TwoPartsError(number, 2)
+
+
+def test_a_result_that_cannot_be_received_ends_all_workers_and_says_why() -> None:
+    with pytest.raises(ClipcidError, match=r"could not be received \(TypeError: .*two"):
+        list(ordered_map(fail_in_two_parts, range(3), 2))
+
+
 def test_a_worker_that_hangs_is_told() -> None:
     start = time.monotonic()
     with pytest.raises(ClipcidError, match=r"returned no batch for 2 seconds"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,7 @@ from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.decode import ImageCache
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill import batches
-from clipcid_cli.steps.distill.batches import Batches, BatchMaker
+from clipcid_cli.steps.distill.batches import Batches, BatchMaker, DealtBatch, TrainingBatch
 
 
 def test_workers_keep_images_and_tokens_of_small_data_alone(
@@ -56,3 +58,27 @@ def test_a_cache_without_room_gives_the_same_and_keeps_nothing() -> None:
     assert isinstance(fresh, Image.Image)
     assert first.tobytes() == fresh.tobytes()
     assert without.read("1", source) is not fresh
+
+
+def test_the_parts_of_a_large_batch_hold_no_files_open(
+    tmp_path: Path, tiny_shards: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed_data(tiny_shards, tiny_model, tmp_path / "tiny")
+    run, model = join(tiny_shards, tmp_path / "tiny"), load_model(parse_model(str(tiny_model)))
+    monkeypatch.setattr(batches, "_MAX_ITEMS", 1)
+    opened = list[int]()
+
+    def count_open() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    class Counted(Batches):
+        def finish(self, dealt: DealtBatch, parts: Sequence[TrainingBatch]) -> TrainingBatch:
+            opened.append(count_open())
+            return super().finish(dealt, parts)
+
+    loaded = Counted(run.inputs, BatchMaker(run.settings, run.inputs, Processor.of(model)), None, 24, 3, ALONE)
+    before = count_open()
+    with closing(loaded.load(range(2), 1)) as made:
+        assert len(next(made)) == 24
+    # A batch of 24 parts has four tensors each; the results of the few items that are on their way may be open.
+    assert opened[0] - before < 48
