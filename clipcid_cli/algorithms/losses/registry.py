@@ -72,6 +72,7 @@ LOSSES: Mapping[str, LossEntry] = {
             bias=-10.0,
             needs_teacher=False,
             one_tower=True,
+            space="own",
         ),
         LossEntry(
             "instance",

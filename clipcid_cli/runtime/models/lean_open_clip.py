@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -27,21 +28,31 @@ def _is_compile_supported(device_type: str) -> bool:
     return bool(is_compile_supported(device_type))
 
 
-_stand_ins: dict[str, Any] = {
-    # None is Python's own mark of a module that cannot be imported.
-    "transformers": None,
-    "timm": None,
-    "torch._dynamo": ModuleType("torch._dynamo"),
-    "torch._dynamo.utils": SimpleNamespace(is_compile_supported=_is_compile_supported),
-}
-_placed = {name: stand_in for name, stand_in in _stand_ins.items() if name not in sys.modules}
-sys.modules.update(_placed)
+@contextmanager
+def _left_out() -> Iterator[None]:
+    """Put stand-ins in the places of modules that are not imported yet, and take them away again."""
+    stand_ins: dict[str, Any] = {
+        # None is Python's own mark of a module that cannot be imported.
+        "transformers": None,
+        "timm": None,
+        "torch._dynamo": ModuleType("torch._dynamo"),
+        "torch._dynamo.utils": SimpleNamespace(is_compile_supported=_is_compile_supported),
+    }
+    placed = {name: stand_in for name, stand_in in stand_ins.items() if name not in sys.modules}
+    sys.modules.update(placed)
+    try:
+        yield
+    finally:
+        for name in placed:
+            del sys.modules[name]
+
+
 try:
+    with importing(), _left_out():
+        import open_clip
+except (ImportError, AttributeError):  # more of one of them is needed, as by a device that is a plug-in of PyTorch
     with importing():
         import open_clip
-finally:
-    for name in _placed:
-        del sys.modules[name]
 
 
 def import_towers(config: Mapping[str, Any]) -> None:

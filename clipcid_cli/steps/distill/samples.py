@@ -174,7 +174,7 @@ def find_samples(
     folder = matched_folder(dataset.index_folder, identity)
     wanted: dict[str, Any] = {"settings": {"matched": folder.name}, "inputs": [], "overwrite": True}
     matched = find_output(folder, STEP, Sidecar, **wanted).finished
-    if matched is None:
+    if matched is None or (scratch is None and any(folder.glob(f".{STEP}-*"))):  # what a killed run left beside them
         if scratch is not None:
             folder = matched_folder(scratch, identity)
         with lock_index(folder.parent):

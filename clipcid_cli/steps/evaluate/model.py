@@ -203,11 +203,11 @@ class EvaluatedModel:
 
         with self.reporter.progress(f"{self.model.info.slug} on {task.name}", None, "images") as progress:
             dealt = machine.gather(machine.on_all(encode_mine))
-        parts = [dealt[number % machine.size][number // machine.size] for number in range(len(sizes))]
-        for _, unread in parts:
-            skips.merge(unread)
-        encoded = join(part for part, _ in parts)
-        self._validate(task, read, len(encoded.samples), skips)
+            parts = [dealt[number % machine.size][number // machine.size] for number in range(len(sizes))]
+            for _, unread in parts:
+                skips.merge(unread)
+            encoded = join(part for part, _ in parts)
+            self._validate(task, read, len(encoded.samples), skips)
         return encoded, skips
 
     def _validate(self, task: ZeroshotTask, read: int, usable: int, skips: Skips) -> None:
