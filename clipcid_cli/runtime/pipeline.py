@@ -151,7 +151,7 @@ def ordered_map(
             reason = str(error.__cause__).strip("'\n").splitlines()[-1]
             raise ClipcidError(
                 f"What a process that decodes images sent could not be received ({reason}).",
-                "If files are open too many, allow more: ulimit -n 4096",
+                "If too many files are open, allow more: ulimit -n 4096",
             ) from error
         raise ClipcidError(
             f"A process that decodes images ended ({ended or 'at its start'}).",
