@@ -98,7 +98,7 @@ class _Header(tarfile.TarInfo):
             raise
         except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # type: ignore[attr-defined]  # the end
             raise
-        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]  # not in its stubs
             raise _DamageError(position, f"there is no tar header: {error}") from error
         except Exception as error:  # what tarfile's arithmetic makes of numbers that lie
             raise _DamageError(position, str(error)) from error
