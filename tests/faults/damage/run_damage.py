@@ -1,7 +1,7 @@
 """Damages every kind of file and counts what is lost: ``python tests/faults/damage/run_damage.py [--cases N] [--write]``.
 
-``--write`` puts the counts into tests/faults/RESULTS.md, each kind of file as soon as it is done; ``--only`` continues a stopped
-run. With ``--minutes`` as many cases are run as they allow, each kind of file its share.
+``--write`` puts the counts into tests/faults/RESULTS.md, each kind of file as soon as it is done; ``--only`` continues a
+stopped run. With ``--minutes`` as many cases are run as they allow, each kind of file its share.
 """
 
 from __future__ import annotations
