@@ -19,7 +19,7 @@ import torch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_error, write_json, write_text
 from clipcid_cli.formats.models.export_folder import MERGES, SPECIAL_TOKENS, VOCABULARY
-from clipcid_cli.formats.models.pixels import RESAMPLE, pixel_problems, square_side
+from clipcid_cli.formats.models.open_clip_folder import RESAMPLE, pixel_problems, square_side
 
 BOS_ID, EOS_ID = 49406, 49407
 _VOCABULARY_SIZE = 49408

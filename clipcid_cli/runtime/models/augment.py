@@ -15,9 +15,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer
 from clipcid_cli.runtime.models.decode import full_size
-from clipcid_cli.runtime.models.preprocess import Tokenizer
 
 # ITU-R 601 luma, as Pillow and torchvision turn images grey.
 _LUMA = np.array([0.299, 0.587, 0.114])
