@@ -90,12 +90,11 @@ def write_onnx(
     opset: int,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a module as an ONNX file, the first axis of its input of any size.
+    """Write a module, in evaluation mode on the CPU, as an ONNX file; its input is called as the argument of ``forward``.
 
     Weights above 2 GB, the limit of one protobuf, go to ``<name>.onnx.data`` next to it.
 
     Args:
-        module: In evaluation mode, on the CPU; the input is called as the one argument of its ``forward``.
         example: An input with at least two rows: PyTorch would treat an axis of one as fixed.
     """
     try:
@@ -123,7 +122,6 @@ def write_onnx(
 
 
 def _read_metadata(model: Any) -> dict[str, str]:
-    """Return the texts stored in a loaded ONNX model."""
     return {entry.key: entry.value for entry in model.metadata_props}
 
 

@@ -70,16 +70,11 @@ class MixedView:
     """How two images are shown as one, λ·first + (1 − λ)·second; at λ = 1 the first alone.
 
     Source: Zhang et al. 2018 (mixup, arXiv 1710.09412).
-
-    Attributes:
-        weight: λ, in [½, 1], a float32 number.
-        partner: Place of the other image, counted from this one's: in its batch, or among the rows of its shard. NaN where
-            the other image has no row.
     """
 
     first: View
-    weight: float
-    partner: float
+    weight: float  # λ, in [½, 1], a float32 number
+    partner: float  # place of the other image, from this one's in its batch or shard; NaN where that has no row
     second: View
 
     def pack(self) -> npt.NDArray[np.float32]:
@@ -134,10 +129,7 @@ def _colored(pixels: npt.NDArray[np.uint8], colors: npt.NDArray[np.float32]) -> 
 
 
 def choose_view(augmentation: Augmentation, width: int, height: int, seed: int) -> View:
-    """Draw a view of an image.
-
-    The crop is that of torchvision's RandomResizedCrop with area in [crop_scale, 1] and aspect ratio in [3/4, 4/3].
-    """
+    """Draw a view; its crop as torchvision's RandomResizedCrop, area in [crop_scale, 1] and aspect ratio in [3/4, 4/3]."""
     random = np.random.default_rng(seed)
     box = _choose_box(width, height, augmentation.crop_scale, random)
     return View(box, _choose_colors(augmentation, random))

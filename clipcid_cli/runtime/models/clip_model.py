@@ -157,10 +157,7 @@ class ClipModel:
         return 2**20 if is_vit or self.device.type != "cpu" else _CONVOLVED_AT_ONCE
 
     def pixel_transform(self) -> Transform:
-        """Return the model's own resize and crop, RGB image to uint8 [H, W, 3]; picklable.
-
-        `normalize` of its result equals open_clip's evaluation transform bit for bit.
-        """
+        """Return the model's own resize and crop; after `normalize`, open_clip's evaluation transform bit for bit."""
         from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
         preprocess = open_clip.transform.PreprocessCfg(**self.info.preprocess)
@@ -186,11 +183,7 @@ class ClipModel:
 
 
 def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: int | None = None) -> ClipModel:
-    """Load a CLIP model; a teacher's name goes through `with_default_tag` first.
-
-    Args:
-        fresh_seed: Seed of the random weights of an ``architecture`` or ``config``; such a name is an error without one.
-    """
+    """Load a CLIP model; an ``architecture`` or ``config`` needs a seed for random weights."""
     with quiet_libraries():
         if name.kind in ("architecture", "config"):
             if fresh_seed is None:
@@ -229,7 +222,8 @@ def _load_trained(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Pat
     from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
     if name.path is not None:
-        source, weights = f"local-dir:{name.path}", find_weights(name.path)
+        source = f"local-dir:{name.path}"
+        weights = find_weights(name.path)
         assert weights is not None, "or it would be a configuration"
         config, _ = read_config(name.path)
         own = _own_text_tower(config, name.path)
@@ -283,7 +277,7 @@ def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str,
 def _own_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the ``text_cfg`` that reads a Hugging Face text tower from the model's own folder, where its config.json is.
 
-    open_clip reads it from a hub or from a fixed path, which do not exist without a network or for a copied folder.
+    open_clip reads it from a hub or a fixed path, which a copied folder, or one without a network, does not have.
     """
     text = config["text_cfg"]
     if not text.get("hf_model_name") or not (folder / HF_CONFIG_NAME).is_file():

@@ -77,9 +77,8 @@ class ProbePlan:
     """A linear probe.
 
     Attributes:
-        dataset: Name of the data set.
-        classes: Names of the classes, in the order of the training split's labels.
-        metric: Metric by which the regularisation strength is chosen.
+        classes: In the order of the training split's labels.
+        metric: By which the regularisation strength is chosen.
         splits: ``train`` and ``test``; without ``val`` the strength is chosen on a part of the training split.
         path: The metrics file.
     """
@@ -98,8 +97,7 @@ def make_plan(settings: EvalLinearSettings, reporter: Reporter) -> ProbePlan:
     model = choose_model(settings.model, settings.work, reporter, positional_of="eval-linear")
     known = find_copy(settings.data, settings.data_root, reporter) if settings.data is not None else None
     folder = str(settings.data).rstrip("/") if known is None else str(known[1])
-    named = {"train": settings.train, "test": settings.test}
-    given = {split: f"{folder}/{split}" if data is None else data for split, data in named.items()}
+    given = {"train": settings.train or f"{folder}/train", "test": settings.test or f"{folder}/test"}
     name = _name(given["test"]) if known is None else known[0].name
     if settings.val is not None:
         given["val"] = settings.val
@@ -112,7 +110,8 @@ def make_plan(settings: EvalLinearSettings, reporter: Reporter) -> ProbePlan:
                 f"Give --{split}, or a DATA folder that holds train/ and test/; the first positional argument is the model.",
             )
         opened[split] = open_dataset(data, keys=settings.keys, columns=columns)
-    train, described = opened["train"], find_benchmark_folder(given["train"], "train")
+    train = opened["train"]
+    described = find_benchmark_folder(given["train"], "train")
     several = described.dataset_type == MULTI_LABEL
     if not several:
         first = next(sample for shard in train.shards for sample in shard.stream())
@@ -143,11 +142,7 @@ def _labels_of(train: Dataset, other: Dataset) -> tuple[int, ...] | None:
 
 
 def choose_metric(requested: str, name: str, *, several: bool) -> str:
-    """Return the metric by which the regularisation strength is chosen: the one requested, or the data set's customary one.
-
-    Args:
-        several: Whether an image may have several classes.
-    """
+    """Return the metric by which C is chosen: the requested one, or the customary one of such a data set."""
     possible = MULTI_LABEL_METRICS if several else SINGLE_LABEL_METRICS
     if requested == "auto":
         return customary_metric(name, possible)
@@ -181,7 +176,7 @@ def _min_classes(sample: Sample) -> int:
     """Return the smallest number of classes that one sample allows."""
     if sample.multi_hot is not None:
         return read_vector_length(sample)
-    numbers = sample.labels if sample.labels is not None else (sample.label,) if sample.label is not None else ()
+    numbers = (sample.label,) if sample.label is not None else sample.labels or ()
     return max(numbers, default=-1) + 1
 
 
@@ -192,7 +187,8 @@ def _name(data: str) -> str:
 
 
 def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
-    path, machine = plan.path, model.machine
+    path = plan.path
+    machine = model.machine
     data = machine.on_main(lambda: {split: task.fingerprints() for split, task in plan.splits.items()})
     inputs = [each for records in data.values() for each in records]
     with model.claim(path, LinearSidecar, _identity(plan), inputs, _MAY_DIFFER) as output:
@@ -217,7 +213,8 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
 
 def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord]) -> Features:
     """Return a model's features of one split, whose fingerprints are `data`: those of an earlier run, or new ones, kept."""
-    info, machine = model.model.info, model.machine
+    info = model.model.info
+    machine = model.machine
     identity = {
         "weights": info.weights_hash,
         "preprocess": info.preprocess_hash,
@@ -327,27 +324,27 @@ def _describe(solution: Solution) -> dict[str, Any]:
 
 
 class ProbeFits:
-    """All fits on one training split.
-
-    Attributes:
-        images: All that the final fit uses.
-        fitted: Those that every strength is fitted on.
-        held_out: Those that a strength is chosen on.
-    """
+    """All fits on one training split: a strength is chosen on images held out, the final fit uses all images."""
 
     def __init__(self, images: dict[str, Features], plan: ProbePlan, reporter: Reporter) -> None:
         """Divide the images of ``train``, where there are none of ``val``; what cannot be fitted or measured is an error."""
-        self.num_classes, self.metric, self.settings = len(plan.classes), plan.metric, plan.settings
+        self.num_classes = len(plan.classes)
+        self.metric = plan.metric
+        self.settings = plan.settings
         self.reporter = reporter
         self.grid = regularisation_grid()
-        train, val = images["train"], images.get("val")
-        if val is not None:
-            rows, labels = torch.cat([train.rows, val.rows]), torch.cat([train.labels, val.labels])
-            self.images, self.fitted, self.held_out = Features(rows, labels), train, val
+        train = images["train"]
+        if "val" in images:
+            val = images["val"]
+            self.images = Features(torch.cat([train.rows, val.rows]), torch.cat([train.labels, val.labels]))
+            self.fitted = train
+            self.held_out = val
         else:
             seed = derive_seed("probe", self.settings.seed)
             chosen = split_by_class(train.labels, self.settings.val_fraction, seed)
-            self.images, self.fitted, self.held_out = train, train[~chosen], train[chosen]
+            self.images = train
+            self.fitted = train[~chosen]
+            self.held_out = train[chosen]
         self._validate()
 
     def _validate(self) -> None:
@@ -454,11 +451,10 @@ class ProbeFits:
                 blocks.append(block)
                 progress.advance(len(block[0]))
         cosines, numbers = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-        training, own = self.images.labels.cpu(), test.labels.cpu()
-        metrics: dict[str, float] = {}
+        metrics = dict[str, float]()
         for k in counts:
-            scores = vote(cosines[:, :k], numbers[:, :k], training, self.num_classes)
-            found = measure_scores(scores, own, self.num_classes)
+            scores = vote(cosines[:, :k], numbers[:, :k], self.images.labels.cpu(), self.num_classes)
+            found = measure_scores(scores, test.labels.cpu(), self.num_classes)
             metrics |= {f"knn{k}_{name}": value for name, value in found.items()}
         return metrics
 
@@ -467,13 +463,16 @@ class ProbeFits:
 
         Each draw is a separate probe: its images are not held out, its strength is chosen on those that are, no refit.
         """
-        shot_counts, repeats = self.settings.shot_counts, self.settings.shot_repeats
-        found = list[FewShot]()
+        shot_counts = self.settings.shot_counts
+        repeats = self.settings.shot_repeats
         if not shot_counts:
             return []
+        found = []
         with self.reporter.progress("Few-shot probes", len(shot_counts) * repeats, "draws") as progress:
             for shots in shot_counts:
-                draws, chosen, metrics = [], [], []
+                draws = []
+                chosen = []
+                metrics = []
                 for repeat in range(repeats):
                     seed = derive_seed("shots", self.settings.seed, repeat)
                     drawn = self.fitted[draw_shots(self.fitted.labels, shots, seed)]

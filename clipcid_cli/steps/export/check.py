@@ -189,13 +189,16 @@ def read_inputs(
             raise ClipcidError(f"--data {settings.data} holds no readable image.", "Give other data with --data.")
     if dataset is not None and skips.total:
         reporter.warn(f"{skips.total:,} images of {dataset.spec} were skipped:\n{skips.describe()}")
-    source, candidates = "drawn patterns and shipped sentences", None
+    source = "drawn patterns and shipped sentences"
+    candidates = None
     if dataset is not None and readable:
-        source, samples = dataset.spec, [listed[place] for place in readable]
+        source = dataset.spec
+        samples = [listed[place] for place in readable]
         candidates = find_candidates(samples, dataset, classes or _own_classes(dataset, settings.data))
     else:
         samples = [_draw_pattern(number) for number in range(_COMPARED_ROWS)]
-        decoded, readable = decoder(samples), list(range(_COMPARED_ROWS))
+        readable = list(range(_COMPARED_ROWS))
+        decoded = decoder(samples)
     assert decoded.pixels is not None
     pixels = decoded.pixels[readable]
     reporter.note(f"Comparing on {len(pixels):,} images: {source}.")
@@ -355,7 +358,7 @@ class Checker:
         """Compare an export with the model: its entry in `parity.json`; one that is over a limit is an error.
 
         Args:
-            kind: Number format of its weights, `files`, which determines the limits.
+            kind: Number format of its weights, `files`: it determines the limits.
             gated: Whether a loss of accuracy over the limit is an error.
         """
         found = evaluate(towers, self.inputs)

@@ -127,7 +127,8 @@ def _check_processor(written: HfClip, checker: Checker) -> dict[str, int | float
     std = torch.tensor(preprocess["std"]).view(3, 1, 1)
     side = square_side(preprocess["size"])
     assert side is not None, "or it would have been refused"
-    largest, shifted = 0.0, 0
+    largest = 0.0
+    shifted = 0
     for image, pixels in zip(inputs.read_images(), inputs.pixels, strict=True):
         shorter, longer = sorted(image.size)
         # Of a longer side's margin of 3 modulo 4, transformers rounds half down, torchvision up.
@@ -182,7 +183,8 @@ def _write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
     The image encoder takes ``pixel_values``, the text encoder ``input_ids``; they give unit rows, ``image_embeds`` and
     ``text_embeds`` (Hugging Face's names). How pixels and tokens are made is in each file's metadata.
     """
-    classes, kinds = checker.inputs.classes, ("fp32", *checker.settings.quantize)
+    classes = checker.inputs.classes
+    kinds = ("fp32", *checker.settings.quantize)
     with quiet_libraries():
         _write_encoders(checker, folder)
         for kind in checker.settings.quantize:
@@ -246,7 +248,9 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
 
     ONNX Runtime resizes its pixels, Pillow the model's: that difference is part of what is measured.
     """
-    model, inputs, transform = checker.model, checker.inputs, checker.model.pixel_transform()
+    model = checker.model
+    inputs = checker.inputs
+    transform = model.pixel_transform()
     weights = class_weights(checker.original.encode_prompts(classes.prompts()))
 
     def classify(image: Image.Image) -> torch.Tensor:
