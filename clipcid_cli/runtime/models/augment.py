@@ -24,6 +24,10 @@ _ASPECT = math.log(4 / 3)
 
 Box = tuple[float, float, float, float]
 
+PACKED_VIEW = 16  # numbers of a packed view
+PACKED_MIX = 2 * PACKED_VIEW + 2  # numbers of one that may be mixed
+PARTNER = PACKED_VIEW + 1  # which of these is the partner's place
+
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
@@ -61,10 +65,6 @@ class View:
         return cls((left, top, right, bottom), packed[4:].reshape(3, 4))
 
 
-PACKED_VIEW = 16
-"""Numbers of a packed view."""
-
-
 @dataclasses.dataclass(frozen=True)
 class MixedView:
     """How two images are shown as one, λ·first + (1 − λ)·second; at λ = 1 the first alone.
@@ -90,12 +90,6 @@ class MixedView:
             return cls(first, 1.0, 0.0, first)
         weight, partner = packed[PACKED_VIEW : PACKED_VIEW + 2]
         return cls(first, float(weight), float(partner), View.unpack(packed[PACKED_VIEW + 2 :]))
-
-
-PACKED_MIX = 2 * PACKED_VIEW + 2
-"""Numbers of a packed view that may be mixed."""
-PARTNER = PACKED_VIEW + 1
-"""Which of them is the partner's place."""
 
 
 def identity_colors() -> npt.NDArray[np.float32]:

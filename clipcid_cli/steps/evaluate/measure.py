@@ -31,8 +31,7 @@ from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.steps.evaluate.model import TaskRows
 from clipcid_cli.steps.reporting import Reporter
 
-FITTED_FRACTION = 0.5
-"""Fraction of the images, by hash of the key, that a temperature is fitted on."""
+FITTED_FRACTION = 0.5  # of the images, by hash of the key: a temperature is fitted on them
 
 _CORRECT_EXAMPLES = 6
 _WRONG_EXAMPLES_PER_CLASS = 4
