@@ -21,8 +21,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.models.augment import Processor, apply_colors
-from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.preprocess import normalize_pixels
+from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill import run as distill

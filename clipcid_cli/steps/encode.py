@@ -24,9 +24,8 @@ from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.models.clip_model import ClipModel, Transform
+from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer, Transform
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
-from clipcid_cli.runtime.models.preprocess import Tokenizer
 from clipcid_cli.runtime.pipeline import ordered_map, read_ahead, thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import Precision
 

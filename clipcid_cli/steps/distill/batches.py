@@ -32,8 +32,8 @@ from clipcid_cli.runtime.models.augment import (
     identity_colors,
     mix_pixels,
 )
+from clipcid_cli.runtime.models.clip_model import Tokenizer
 from clipcid_cli.runtime.models.decode import ImageCache, SkippedImage, full_size
-from clipcid_cli.runtime.models.preprocess import Tokenizer
 from clipcid_cli.runtime.pipeline import join_on, ordered_map, prefetch
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.sample_order import SampleOrder

@@ -16,8 +16,8 @@ from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.clip_model import hash_preprocess
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.runtime.models.preprocess import hash_preprocess
 from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.sample_order import SHARDS_MIXED
 from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings

@@ -17,10 +17,9 @@ from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.reading import describe
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.runtime.models.augment import Masking, apply_colors
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model, normalize_pixels
 from clipcid_cli.runtime.models.inherit import inherit
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
-from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.models.towers import freeze, image_tower_kind
 from clipcid_cli.runtime.precision import Precision, choose_precision, fast_attention

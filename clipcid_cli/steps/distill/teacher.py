@@ -20,9 +20,8 @@ from clipcid_cli.formats.fingerprint import FileRecord, identity_of
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import apply_colors
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model, normalize_pixels
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.clusters import ClusterLookup, validate_width

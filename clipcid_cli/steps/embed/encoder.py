@@ -20,8 +20,7 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import PACKED_VIEW, PARTNER, Augmentation, ViewPixels, apply_colors
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
-from clipcid_cli.runtime.models.preprocess import hash_preprocess, normalize_pixels
+from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess, load_model, normalize_pixels
 from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.text_variants import TextVariants

@@ -92,7 +92,8 @@ def _compare_prompts(
 
 
 def _compare(first: Predictions, second: Predictions, settings: EvalZeroshotSettings) -> dict[str, PairedMetric]:
-    replicates, seed = settings.bootstrap, settings.seed
+    replicates = settings.bootstrap
+    seed = settings.seed
     if first.kind == CLASSIFICATION:
         one, other = (_ranks(side) for side in (first, second))
         return compare_accuracies(first.column("label"), one, other, first.num_classes, replicates, seed)

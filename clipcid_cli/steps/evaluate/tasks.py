@@ -57,7 +57,6 @@ class ZeroshotTask:
         class_names: In order of the labels; none for retrieval, as templates.
         held_out: Fraction of the samples that is used, by hash of the key; None uses all.
         label_of: Label of each class folder, where folders and class names are in different orders; else None.
-        customary: Name of the metric usually reported for the data set.
         prompt_lines: Which ``class_names`` and ``templates`` a score is of; None without prompts.
     """
 
@@ -136,7 +135,7 @@ class ZeroshotTask:
         return positive
 
     def describe(self) -> dict[str, Any]:
-        """Return what determines the metrics besides model and data, for the sidecar."""
+        """Return what determines the metrics besides model and data."""
         return {
             "dataset": self.name,
             "task": self.task,
