@@ -23,8 +23,7 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped
-from clipcid_cli.formats.atomic import write_error
-from clipcid_cli.formats.lock import lock
+from clipcid_cli.formats.atomic import lock, write_error
 from clipcid_cli.formats.parquet import is_text
 from clipcid_cli.formats.reading import reading
 

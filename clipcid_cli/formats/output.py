@@ -22,9 +22,8 @@ from typing import Any, Generic
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_error, write_json
-from clipcid_cli.formats.fingerprint import FileRecord, find_changed, identity_of
-from clipcid_cli.formats.lock import lock
+from clipcid_cli.formats.atomic import lock, write_error, write_json
+from clipcid_cli.formats.fingerprint import FileRecord, find_changed, find_lost, identity_of
 from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import (
     AnySidecar,
@@ -294,13 +293,9 @@ def _list_differences(there: Run, now: Run) -> dict[str, str]:
         for old, new in zip(there.inputs, now.inputs, strict=True):
             if old.content != new.content:
                 found[f"input {new.path}"] = f"{_describe(old)} there, {_describe(new)} now"
-        return found
-    left = {each.content for each in now.inputs}
-    gone = [Path(each.path).name for each in there.inputs if each.content not in left]
-    found["inputs"] = f"{len(there.inputs)} files there, {len(now.inputs)} now"
-    if gone:
-        more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
-        found["inputs"] += f"; changed or gone: {', '.join(gone[:3])}{more}"
+    else:
+        more = f"{len(there.inputs)} files there, {len(now.inputs)} now"
+        found["inputs"] = find_lost(there.inputs, now.inputs) or more
     return found
 
 

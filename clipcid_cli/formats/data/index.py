@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file, write_error, write_parquet
+from clipcid_cli.formats.atomic import atomic_file, lock, write_error, write_parquet
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Shard
@@ -35,7 +35,6 @@ from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy, fetch_ah
 from clipcid_cli.formats.data.tars import split_captions
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.join import find_repeat
-from clipcid_cli.formats.lock import lock
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.skips import Skips
 

@@ -23,11 +23,10 @@ from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.embeddings.command import data_command, remake
 from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
 from clipcid_cli.formats.embeddings.layouts import AGAIN, EmbeddingFile, find_files
-from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, record_together, refuse_replaced
-from clipcid_cli.formats.embeddings.row_files import RowFile, find_npy
-from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, identity_of, refuse_changed
-from clipcid_cli.formats.join import find_repeat
+from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, refuse_replaced
+from clipcid_cli.formats.embeddings.rows import RowFile, Rows, find_npy
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, identity_of, record_together, refuse_changed
+from clipcid_cli.formats.join import Listing, Values, find_repeat
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
 from clipcid_cli.formats.sidecar import EmbedSidecar, ModelRecord, read_sidecar, sidecar_path
@@ -164,6 +163,27 @@ class Embeddings:
                 AGAIN,
             )
         return counts
+
+    def listing(self) -> Listing:
+        """List the keys, one file in memory at a time.
+
+        The numbers of a key are its row and, where captions after the first are embedded, the first row of its own among
+        them and how many captions it has.
+        """
+        has_further = Kind.FURTHER in self.kinds
+
+        def read() -> Iterator[tuple[pa.Array, Values]]:
+            further = 0
+            for file in self.files:
+                columns = [np.arange(file.first, file.first + file.rows, dtype=np.int64)]
+                if has_further:
+                    counts = self.counts_of(file)
+                    ends = further + np.cumsum(counts - 1)
+                    columns += [ends - (counts - 1), counts]
+                    further = int(ends[-1]) if len(ends) else further
+                yield self.keys_of(file).combine_chunks(), np.stack(columns, axis=1)
+
+        return Listing(self.folder, read, 3 if has_further else 1)
 
     @property
     def has_uids(self) -> bool:

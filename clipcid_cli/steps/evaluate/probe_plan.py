@@ -8,10 +8,13 @@ from pathlib import Path
 from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
 from clipcid_cli.algorithms.metrics.classification import SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.data.benchmark_folder import BenchmarkFolder, find_benchmark_folder
-from clipcid_cli.formats.data.class_files import read_class_names
+from clipcid_cli.formats.data.benchmark import (
+    BenchmarkFolder,
+    customary_metric,
+    find_benchmark_folder,
+    read_class_names,
+)
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
-from clipcid_cli.formats.data.known_datasets import customary_metric
 from clipcid_cli.formats.data.samples import Sample, read_vector_length
 from clipcid_cli.formats.results.metrics import metrics_stem
 from clipcid_cli.formats.results.predictions import CLASSIFICATION, MULTI_LABEL

@@ -13,8 +13,15 @@ import torch
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.benchmark_folder import CLASS_NAMES, MissingSplitError, find_benchmark_folder
-from clipcid_cli.formats.data.class_files import DEFAULT_TEMPLATES, fill_template, read_class_names, read_templates
+from clipcid_cli.formats.data.benchmark import (
+    CLASS_NAMES,
+    DEFAULT_TEMPLATES,
+    MissingSplitError,
+    fill_template,
+    find_benchmark_folder,
+    read_class_names,
+    read_templates,
+)
 from clipcid_cli.formats.data.dataset import ByteRange, Dataset, Sample, open_dataset, open_described
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.skips import Skips

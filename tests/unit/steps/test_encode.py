@@ -11,8 +11,7 @@ from conftest import make_image, write_tar
 from PIL import Image
 from shard_server import serve
 
-from clipcid_cli.formats.data.dataset import Dataset, open_dataset
-from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
+from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images, open_dataset
 from clipcid_cli.formats.results.predictions import CLASSIFICATION, RETRIEVAL
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import open_machine
