@@ -55,8 +55,7 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[int]:
 def atomic_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     """Open `path` for writing such that it exists under its name only when complete; what it held before stays till then.
 
-    Args:
-        shared: Whether several processes may write the file at once: one waits for the other, and the last one's stays.
+    A file that is `shared` may be written by several processes at once: one waits for the other, and the last one's stays.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:

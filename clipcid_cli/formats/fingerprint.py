@@ -135,9 +135,7 @@ class Memo:
 def find_changed(folder: Path, records: Collection[FileRecord], since: Path, memo: Memo | None = None) -> str | None:
     """Find the first of recorded files that was removed, replaced or edited since; return what is wrong, a sentence.
 
-    Args:
-        folder: What their paths are relative to.
-        since: The file that records them, for the answer.
+    Their paths are relative to `folder`; `since` is the file that records them.
     """
     memo = memo or Memo()
     stats: dict[str, tuple[int, int]] = {}

@@ -78,8 +78,8 @@ class Output(Generic[AnySidecar]):
         """Make the work folder, unless it is there; call it on one process before anything is written.
 
         Args:
-            clear: For an output whose files are written in place: removes those of an earlier one, whose sidecar is
-                removed before. Called where there is nothing to resume.
+            clear: Removes the files of an earlier output that are written in place, after its sidecar was removed; called
+                where there is nothing to resume.
         """
         try:
             for work in find_works(self.folder, self.step):
@@ -234,7 +234,7 @@ def find_output(
 
 
 def _find_changed(sidecar: Sidecar, folder: Path, path: Path, resumes: bool) -> str | None:
-    """Find the first file of an output that was changed since; return what is wrong, a sentence."""
+    """Find the first file of an output that was changed since, as `fingerprint.find_changed` does."""
     try:
         recorded = sidecar.records(folder)
     except ClipcidError as error:

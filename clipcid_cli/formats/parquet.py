@@ -58,7 +58,7 @@ def write_row_groups(
 
     Args:
         read: Makes the columns of some rows.
-        store_schema: Whether the types are stored as Arrow has them; else all readers see large strings as strings.
+        store_schema: Whether Arrow's types are stored; else all readers see large strings as strings.
     """
     with (
         atomic_file(path) as file,
@@ -69,10 +69,10 @@ def write_row_groups(
             writer.write_table(pa.table(read(part), schema=schema), row_group_size=ROWS_AT_ONCE)
 
 
-def read_rows(path: Path, fix: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Read rows as Python objects, all columns or some."""
+def read_rows(path: Path, fix: str) -> list[dict[str, Any]]:
+    """Read rows as Python objects."""
     with _open(path, fix) as file:
-        rows: list[dict[str, Any]] = file.read(columns=columns, use_threads=_has_many_rows(file)).to_pylist()
+        rows: list[dict[str, Any]] = file.read(use_threads=_has_many_rows(file)).to_pylist()
         return rows
 
 

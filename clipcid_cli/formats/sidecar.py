@@ -110,14 +110,9 @@ class RowsSidecar(Sidecar, kw_only=True):
 
     def records(self, folder: Path) -> list[FileRecord]:
         """Return what is recorded of the files of the manifest too."""
-        from clipcid_cli.formats.parquet import read_rows  # few commands need it
+        from clipcid_cli.formats.embeddings.manifest import all_files, read_manifest  # few commands need it
 
-        path = folder / "manifest.parquet"
-        fix = "Make the embeddings again."
-        shards = read_rows(path, fix, ["files"])
-        with reading(path, "a manifest of embeddings", fix):
-            found = [file for shard in shards for file in shard["files"].values() if file is not None]
-            return self.outputs + msgspec.convert(found, list[FileRecord])
+        return self.outputs + all_files(read_manifest(folder, "Make the embeddings again."))
 
 
 class EmbedSidecar(RowsSidecar, kw_only=True):
@@ -396,11 +391,7 @@ def sidecar_path(folder: Path, step: str) -> Path:
 
 
 def read_sidecar(path: Path, kind: type[AnySidecar], fix: str | None = None) -> AnySidecar | None:
-    """Read a sidecar; None when there is none.
-
-    Args:
-        fix: What to do about one that is damaged, or of an earlier version.
-    """
+    """Read a sidecar; None when there is none. `fix` says what to do about one that is damaged, or of an earlier version."""
     if not path.exists():
         return None
     with reading(path, "a sidecar of clipcid", fix or "Remove it, or choose another folder."):

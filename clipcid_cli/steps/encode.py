@@ -69,7 +69,10 @@ def list_batches(
     """
 
     def list_shard(number: int) -> Iterator[Batch]:
-        skipped, rejected, samples, read = Skips(), Skips(), list[Sample](), 0
+        skipped = Skips()
+        rejected = Skips()
+        samples = list[Sample]()
+        read = 0
         for sample in stream(number, skipped):
             read += 1
             reason = reject(sample)

@@ -65,13 +65,9 @@ class BenchmarkFolder:
 
 
 def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
-    """Find the split and the text files of a data set.
+    """Find the split and the text files of a CLIP_benchmark folder or of one split's; other data is used as given.
 
-    Args:
-        data: A CLIP_benchmark folder, the folder of one of its splits, or any other data, which is used as given.
-
-    Raises:
-        MissingSplitError: when the folder has splits, but not this one.
+    A folder that has splits, but not this one, is a MissingSplitError.
     """
     folder = Path(data)
     if is_remote(data) or not folder.is_dir():
@@ -233,9 +229,7 @@ KNOWN_DATASETS = {
 def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | None:
     """Find the local copy of a data set of the usual suite; None for a name that is not in it.
 
-    Args:
-        name: As the user wrote it. A name of the suite means its data set even where a folder has that name too; a path is
-            written ``./name``.
+    A name of the suite means its data set even where a folder has that name too; a path is written ``./name``.
     """
     known = KNOWN_DATASETS.get(name)
     if known is None:
@@ -260,8 +254,7 @@ def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | Non
 def customary_metric(name: str, possible: Sequence[str]) -> str:
     """Return the metric a data set is usually reported by, or the first possible one where that is not known.
 
-    Args:
-        name: Its name in the suite, or that of its folder, with or without ``/`` and a split.
+    Its name is that in the suite or that of its folder, with or without ``/`` and a split.
     """
     folder = name.partition("/")[0]
     metrics = [known.metric for known in KNOWN_DATASETS.values() if folder in (known.name, known.folder)]

@@ -120,8 +120,8 @@ def open_dataset(
 ) -> Dataset:
     """Open image-text data.
 
-    Refused within seconds: when there is no such data, it contains no shard or image, a local shard is truncated or not a
-    tar, the first shards contain no image, or keys repeat across shards.
+    Refused within seconds: when it contains no shard or image, a local shard is truncated or not a tar, the first shards
+    contain no image, or keys repeat across shards.
 
     Args:
         spec: A folder of tar shards (CLIP_benchmark's among them), one tar, a brace pattern of tars, several of these

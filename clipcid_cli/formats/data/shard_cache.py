@@ -47,8 +47,7 @@ class ShardCache:
     def room_for(self, size: int, apart: Path) -> Iterator[None]:
         """Remove the copies least recently opened until `size` bytes more are within the limit; one process at a time.
 
-        Args:
-            apart: A file whose bytes do not count.
+        The bytes of the file `apart` do not count.
         """
         with lock(self.folder / ".lock"):
             files = list[tuple[int, int, Path]]()

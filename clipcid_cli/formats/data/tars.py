@@ -75,19 +75,19 @@ class _Header(tarfile.TarInfo):
         block = bytes(buf)
         size = block[124:136]
         checksum = block[148:156]
-        kind = block[156:157]
-        if kind == tarfile.REGTYPE and _OCTAL.fullmatch(size) and _OCTAL.fullmatch(checksum):
+        if block[156:157] == tarfile.REGTYPE and _OCTAL.fullmatch(size) and _OCTAL.fullmatch(checksum):
             blank = len(checksum) * ord(" ")  # what the checksum's own field counts as
             if sum(block) - sum(checksum) + blank == int(_text(checksum), 8):
                 # tarfile would read owner, mode and dates too, and take 17 µs a member in place of 8.
-                name, prefix = (_text(field).decode(encoding, errors) for field in (block[:100], block[345:500]))
+                name = _text(block[:100]).decode(encoding, errors)
+                prefix = _text(block[345:500]).decode(encoding, errors)
                 header = cls(f"{prefix}/{name}" if prefix else name)
                 header.size = int(_text(size), 8)
                 return header
         header = super().frombuf(buf, encoding, errors)
         if not _SIZE.fullmatch(size):
             raise tarfile.HeaderError(f"{size!r} is not a size")
-        if kind in _EXTENSIONS and header.size > _LARGEST_EXTENSION:
+        if header.type in _EXTENSIONS and header.size > _LARGEST_EXTENSION:
             raise tarfile.HeaderError(f"its extended header has {header.size:,} bytes")
         return header
 
@@ -195,14 +195,10 @@ def group_members(members: Iterable[Member]) -> Iterator[tuple[str, list[Member]
 
 
 def read_tar(path: str, name: str, skips: Skips, *, caption_lines: bool) -> Iterator[Sample]:
-    """Yield the samples of a tar in order.
+    """Yield the samples of a tar in order, and count keys without an image or that occur earlier.
 
     What is behind a URL or a command is read once, and the samples come with their bytes. Of a local file only the headers,
     captions and classes are read.
-
-    Args:
-        skips: Counts the keys that are left out: without an image, or that occur earlier.
-        caption_lines: As of `split_captions`.
     """
 
     def locate(member: Member | None) -> ByteRange | None:

@@ -136,7 +136,7 @@ class Embeddings:
         """Yield a column of the metadata at some rows, in pieces; one file's column is in memory at a time.
 
         Args:
-            read: Reads the column of one file, as :meth:`keys_of` does.
+            read: Reads the column of one file, as `keys_of` does.
             numbers: Numbers of the rows, integers [n], ascending.
         """
         # Of another type, all would be converted.
@@ -242,10 +242,8 @@ class Embeddings:
     def find_bad_rows(self, *, texts: bool) -> npt.NDArray[np.int64]:
         """Find rows that are zero or not finite, int64, ascending: their distances to others are undefined.
 
-        Verified folders are not read for this: `embed` leaves such rows out. Of others the answer is remembered.
-
-        Args:
-            texts: Whether text embeddings count too, where there are any.
+        With `texts` the text embeddings count too, where there are any. `embed` leaves such rows out, so that its folders
+        are not read for this; of others the answer is remembered.
         """
         if self.is_verified:
             return np.empty(0, dtype=np.int64)
@@ -299,20 +297,19 @@ def open_embeddings(
     """Open a folder of embeddings.
 
     Args:
-        keys: ``shard`` puts the shard's name before each key of another tool's folder, where keys repeat across shards;
-            the keys of `embed` are as its own option made them.
+        keys: ``shard`` puts the shard's name before each key of another tool's folder; the keys of `embed` are as its own
+            option made them.
         npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
         cache: Table in which the fingerprints of the files are remembered; None hashes them each time.
     """
-    folder = Path(folder)
     sidecar = read_embed_sidecar(folder)
+    memo = Memo(cache)
     if sidecar is None:
         if unfinished(folder, "embed"):
             raise ClipcidError(
                 f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
             )
-        return Embeddings(folder, find_files(folder, npz_array), None, Memo(cache), prefix_keys=keys == "shard")
-    memo = Memo(cache)
+        return Embeddings(folder, find_files(folder, npz_array), None, memo, prefix_keys=keys == "shard")
     fix = remake(folder, sidecar)
     refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "embed"), fix, memo)
     records, rows = open_recorded(folder, memo, fix)

@@ -159,7 +159,9 @@ def _check(files: Sequence[EmbeddingFile]) -> None:
     kinds = {kind for file in files for kind in file.parts if kind is not Kind.FURTHER}
     kinds |= {Kind.VIEW_PARAMS} if Kind.VIEWS in kinds else set()
     with_metadata = any(file.metadata is not None for file in files)
-    for parts, metadata in ((file.parts, file.metadata) for file in files):
+    for file in files:
+        parts = file.parts
+        metadata = file.metadata
         images = parts[Kind.IMAGES]
         _require_rows(images)
         if images.shape[1] != (width := first[Kind.IMAGES].shape[1]):
@@ -181,9 +183,9 @@ def _check(files: Sequence[EmbeddingFile]) -> None:
         for other, rows in counts.items():
             if rows != images.shape[0]:
                 raise ClipcidError(f"{images.label} has {images.shape[0]:,} rows and {other} has {rows:,}.", AGAIN)
-        for kind, file in parts.items():
+        for kind, rows_of in parts.items():
             if kind not in (Kind.IMAGES, Kind.TEXTS):
-                _check_extra(kind, file, images, first)
+                _check_extra(kind, rows_of, images, first)
 
 
 def _require_rows(file: RowFile) -> None:

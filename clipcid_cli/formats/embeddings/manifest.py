@@ -24,7 +24,7 @@ from clipcid_cli.formats import fingerprint
 from clipcid_cli.formats.atomic import write_error, write_json, write_npy, write_parquet
 from clipcid_cli.formats.data.samples import natural_key
 from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
-from clipcid_cli.formats.embeddings.rows import RowFile
+from clipcid_cli.formats.embeddings.rows import RowFile, find_npy
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, identity_of, refuse_changed
 from clipcid_cli.formats.parquet import read_rows
 from clipcid_cli.formats.reading import reading
@@ -113,11 +113,10 @@ def open_recorded(folder: Path, memo: Memo, fix: str) -> tuple[list[ShardRecord]
     records = read_manifest(folder, fix)
     # Looked at before they are compared: what is replaced in between is refused where it is mapped.
     stamps = _look_at_files(folder, records, fix)
-    with reading(folder / MANIFEST, "a manifest of embeddings", fix):
-        rows = _describe_rows(folder, records, stamps)
     refuse_replaced(folder, records, memo, fix)
     memo.save()
-    return records, rows
+    with reading(folder / MANIFEST, "a manifest of embeddings", fix):
+        return records, _describe_rows(folder, records, stamps)
 
 
 def refuse_replaced(folder: Path, records: Iterable[ShardRecord], memo: Memo, fix: str) -> None:
@@ -144,8 +143,12 @@ def _look_at_files(folder: Path, records: Sequence[ShardRecord], fix: str) -> di
 def _describe_rows(
     folder: Path, records: Sequence[ShardRecord], stamps: Mapping[str, Stamp]
 ) -> list[dict[Kind, RowFile]]:
-    """Describe the rows of each shard by kind: shapes follow from the sizes of the files, none of which is opened."""
-    shapes = _shapes_of_a_sample(records)
+    """Describe the rows of each shard by kind: of one the files are looked into, of the others sizes tell the shapes."""
+    # `embed` keeps no folder without a row.
+    whole = next((record for record in records if record.rows), records[0])
+    # Of a sample: (D,), or (V, D) where it has several rows.
+    shapes = {kind: find_npy(folder / whole.files[kind].path).shape[1:] for kind in Kind if kind in whole.files}
+    shapes.setdefault(Kind.FURTHER, shapes.get(Kind.IMAGES) or shapes[Kind.TEXTS])
     found: list[dict[Kind, RowFile]] = []
     for record in records:
         rows: dict[Kind, RowFile] = {}
@@ -153,7 +156,7 @@ def _describe_rows(
             file = record.files.get(kind)
             if file is None:
                 continue
-            values = _count_values(kind, file)
+            values = (file.size - _HEADER) // kind.dtype.itemsize
             number = values // shape[-1] if kind is Kind.FURTHER else record.rows
             if number * math.prod(shape) != values:
                 raise ValueError(f"{file.path} of {file.size:,} bytes does not hold {number:,} rows of {list(shape)}")
@@ -170,26 +173,6 @@ def _describe_rows(
             raise ValueError(f"{record.input.shard} has no metadata")
         found.append(rows)
     return found
-
-
-def _shapes_of_a_sample(records: Sequence[ShardRecord]) -> dict[Kind, tuple[int, ...]]:
-    """Return the shape of a sample's rows by kind, which all shards have in common: (D,), or (V, D)."""
-    # `embed` keeps no folder without a row.
-    whole = next((record for record in records if record.rows), records[0])
-    values = {kind: _count_values(kind, whole.files[kind]) // whole.rows for kind in Kind if kind in whole.files}
-    width = values.get(Kind.IMAGES) or values[Kind.TEXTS]
-    shapes: dict[Kind, tuple[int, ...]] = dict.fromkeys((Kind.IMAGES, Kind.TEXTS, Kind.FURTHER), (width,))
-    for kind in (Kind.VIEWS, Kind.VARIANTS):
-        if kind in values:
-            shapes[kind] = (values[kind] // width, width)
-    if Kind.VIEW_PARAMS in values:
-        views = shapes[Kind.VIEWS][0]
-        shapes[Kind.VIEW_PARAMS] = (views, values[Kind.VIEW_PARAMS] // views)
-    return shapes
-
-
-def _count_values(kind: Kind, file: FileRecord) -> int:
-    return (file.size - _HEADER) // kind.dtype.itemsize
 
 
 @dataclasses.dataclass

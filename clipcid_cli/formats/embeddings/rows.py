@@ -264,13 +264,9 @@ class Rows:
 
 
 def unit_rows(rows: npt.NDArray[Any]) -> Float16:
-    """Normalise rows and round them once to float16; float16 rows that are unit rows already are unchanged.
+    """Normalise rows [n, D] and round them once to float16; float16 rows that are unit rows already are unchanged.
 
-    Args:
-        rows: [n, D] of any floating-point format.
-
-    Returns:
-        float16 [n, D]; each row depends on its own values only. Zero rows and rows that are not finite become NaN.
+    Each row depends on its own values only. Zero rows and rows that are not finite become NaN.
     """
     exact = rows.astype(np.float64)
     norms = np.sqrt((exact * exact).sum(axis=1, keepdims=True))
@@ -356,11 +352,7 @@ def create_copy(folder: Path, rank: int, rows: int, width: int) -> Float16:
 
 
 def open_copies(folder: Path, sizes: Sequence[int], width: int) -> Rows:
-    """Return the copies of all processes, one process's after another's, mapped as long as they are referred to.
-
-    Args:
-        sizes: Rows that each copied.
-    """
+    """Return the copies of all processes, so many rows each, mapped as long as they are referred to."""
     copied = []
     for rank, size in enumerate(sizes):
         if size:

@@ -76,11 +76,7 @@ def _map_batches(path: str) -> list[pa.RecordBatch]:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedTexts:
-    """Finished embeddings of texts.
-
-    Attributes:
-        rows: The embeddings, [N, D].
-    """
+    """Finished embeddings of texts; `rows` are [N, D]."""
 
     folder: Path
     sidecar: TextsSidecar

@@ -111,7 +111,7 @@ def draw_views(
 
     Args:
         images: Those that can be read, by their rows.
-        pixels: What the views are written to, uint8 [V, B, H, W, 3], B at least the number of keys.
+        pixels: What the views are written to, uint8 [V, B, H, W, 3].
 
     Returns:
         The colour maps that the pixels still need, [B, V, 3, 4], and the numbers that reproduce the views, [B, V, P].
@@ -264,7 +264,8 @@ class EmbedEncoder:
 
     def describe(self) -> str:
         """Say how it encodes, and what it makes beside images and captions."""
-        precision, made = self.precision, self.decoder
+        precision = self.precision
+        made = self.decoder
         more = list[str]()
         if made.views is not None:
             mixing = f"; mixtures within batches of {made.batch_size} images" if made.views.mixes else ""
@@ -303,11 +304,11 @@ class EmbedEncoder:
 
     def _color(self, pixels: torch.Tensor, colors: torch.Tensor | None) -> torch.Tensor:
         """Apply the colour maps of views to their pixels."""
-        views, count = self.decoder.views, self.decoder.batch_size
+        views = self.decoder.views
         if views is None or colors is None or not views.strongest.changes_colors:
             return pixels
         maps = torch.eye(3, 4).repeat(len(pixels), 1, 1)
-        maps[count:] = colors.transpose(0, 1).reshape(-1, 3, 4)  # view after view, as the pixels
+        maps[self.decoder.batch_size :] = colors.transpose(0, 1).reshape(-1, 3, 4)  # view after view, as the pixels
         device = self.model.device
         shown = apply_colors(pixels.to(device, non_blocking=True), maps.to(device, non_blocking=True))
         return normalize_pixels(shown, self.model.info.preprocess)

@@ -123,7 +123,8 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
 
 def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
     """Compare the request with what the folder holds, as far as that is known before the model is loaded."""
-    folder, step = plan.folder, plan.step
+    folder = plan.folder
+    step = plan.step
     sidecar = read_sidecar(sidecar_path(folder, step), plan.sidecar_type)
     if sidecar is None:
         there = read_unfinished(folder, step)

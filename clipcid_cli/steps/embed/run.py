@@ -65,7 +65,7 @@ def run(settings: EmbedSettings, reporter: Reporter) -> Embedded:
 def make_embeddings(
     settings: EmbedSettings, machine: Machine, reporter: Reporter, without_text: str = _ADD_NO_TEXT
 ) -> Embedded:
-    """Embed with the processes of `machine`; `without_text` is that of the plan."""
+    """Embed with the processes of `machine`; `without_text` is as of `EmbedPlan`."""
     plan = machine.on_main(lambda: make_plan(settings, reporter, without_text))
     if plan.finished is not None:
         if not settings.dry_run:
@@ -135,7 +135,10 @@ def _embed_missing(
     if len(missing) < total:
         reporter.note(f"{total - len(missing)} of {total} shards are already embedded.")
     mine = missing[machine.rank :: machine.size]
-    seconds, embedded, read, skipped = {"read": 0.0, "write": 0.0}, 0, 0, Skips()
+    seconds = {"read": 0.0, "write": 0.0}
+    embedded = 0
+    read = 0
+    skipped = Skips()
     with_texts = encoder.decoder.tokenizer is not None
 
     def reject(sample: Sample) -> str | None:
@@ -256,7 +259,8 @@ def _commit(
 
 def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> EmbedResult | TextsResult:
     """Return the result for finished embeddings."""
-    counts, seconds = sidecar.counts, sidecar.seconds
+    counts = sidecar.counts
+    seconds = sidecar.seconds
     files = {TEXTS if plan.of_texts else "embeddings": str(plan.folder)}
     files["sidecar"] = str(sidecar_path(plan.folder, plan.step))
     if isinstance(sidecar, TextsSidecar):
@@ -267,7 +271,8 @@ def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> EmbedResult | TextsR
 def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, machine: Machine) -> EmbedCost | TextsCost:
     """Estimate what embedding would cost: from the median time of three batches, with captions of typical length."""
     samples = machine.on_main(plan.dataset.estimate_samples)
-    decoder, device = encoder.decoder, encoder.model.device
+    decoder = encoder.decoder
+    device = encoder.model.device
     texts = [TYPICAL_CAPTION] * decoder.batch_size  # tokens after a text's end are not encoded
     batch = decoder(())
     batch.tokens = decoder.tokenize(texts)
@@ -297,12 +302,13 @@ def ensure_embeddings(
 ) -> Path:
     """Find the embeddings another step needs in its work directory, and make them where they are missing.
 
+    Existing ones are taken whatever their batch size and precision.
+
     Args:
         text: Whether text embeddings are needed; None makes them where the data has captions.
 
     Returns:
-        Folder of finished embeddings of this model over this data. Existing ones are taken whatever their batch size and
-        precision.
+        Folder of finished embeddings of this model over this data.
     """
     name = with_default_tag(parse_model(model))
     folder = WorkDirectory(settings.work).embeddings(name.slug)

@@ -185,7 +185,7 @@ def read_inputs(
 
 def _choose(dataset: Dataset, limit: int) -> list[Sample]:
     """Return the first samples, or, of labelled data, evenly spaced ones, since it is often sorted by class."""
-    samples = (sample.without_data() for shard in dataset.shards for sample in shard.stream())
+    samples = (sample.without_image_data() for shard in dataset.shards for sample in shard.stream())
     chosen = list(itertools.islice(samples, limit))
     if not chosen or chosen[0].label is None:
         return chosen
