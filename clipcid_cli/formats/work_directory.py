@@ -97,7 +97,6 @@ class WorkDirectory:
         return sorted(path.parent for path in (self.path / "embeddings").glob("*/embed.json"))
 
     def _balanced(self) -> Path | None:
-        """Find the embeddings that `balance` used."""
         with suppress(ClipcidError):  # of an earlier version, or damaged: `balance --overwrite` replaces it
             balanced = read_sidecar(sidecar_path(self.balance, "balance"), BalanceSidecar)
             folder = None if balanced is None else self.path / balanced.embeddings

@@ -125,7 +125,6 @@ def _by_number(paths: list[Path]) -> dict[str, Path]:
 
 
 def _pair_by_name(archives: list[Path], npz_array: str | None) -> list[EmbeddingFile]:
-    """Match the arrays of each npz with the parquet of the same name."""
     names = _choose_arrays(archives[0], npz_array)
     files = list[EmbeddingFile]()
     for path in archives:

@@ -71,20 +71,6 @@ class ShardRecord(msgspec.Struct, frozen=True):
     files: dict[str, FileRecord]
 
 
-def _write_manifest(folder: Path, records: Sequence[ShardRecord]) -> None:
-    parts = [part for part in (*Kind, METADATA) if any(part in each.files for each in records)]
-    schema = pa.schema(
-        {
-            "input": _INPUT,
-            "identity": _TEXT,
-            **dict.fromkeys(("read", "rows", "laid_on_white"), _NUMBER),
-            "skipped": _SKIPPED,
-            "files": pa.struct([(part, _FILE) for part in parts]),
-        }
-    )
-    write_parquet(folder / MANIFEST, pa.Table.from_pylist(msgspec.to_builtins(records), schema))
-
-
 def read_manifest(folder: Path, fix: str) -> list[ShardRecord]:
     """Read the manifest of a folder."""
     rows = read_rows(folder / MANIFEST, fix)
@@ -196,7 +182,7 @@ class ShardRows:
 
 
 class EmbeddingWriter:
-    """Writer of the shards of one folder, each followed by its record, which makes it count as finished."""
+    """Writer of the shards of one folder, each followed by its record."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], inputs: Sequence[FileRecord]) -> None:
         """Prepare to write shards, whose rows these settings decide."""
@@ -277,6 +263,20 @@ class EmbeddingWriter:
     def _name(self, part: str, number: int) -> str:
         form = "parquet" if part == METADATA else "npy"
         return f"{part}/{part}_{number:0{self._digits}d}.{form}"
+
+
+def _write_manifest(folder: Path, records: Sequence[ShardRecord]) -> None:
+    parts = [part for part in (*Kind, METADATA) if any(part in each.files for each in records)]
+    schema = pa.schema(
+        {
+            "input": _INPUT,
+            "identity": _TEXT,
+            **dict.fromkeys(("read", "rows", "laid_on_white"), _NUMBER),
+            "skipped": _SKIPPED,
+            "files": pa.struct([(part, _FILE) for part in parts]),
+        }
+    )
+    write_parquet(folder / MANIFEST, pa.Table.from_pylist(msgspec.to_builtins(records), schema))
 
 
 def _make_metadata(shard: str, made: ShardRows) -> pa.Table:

@@ -169,7 +169,6 @@ def _read_header(file: IO[bytes]) -> tuple[Header, int]:
 
 @lru_cache(maxsize=MAPS_KEPT)
 def _map_file(file: RowFile) -> npt.NDArray[Any]:
-    """Map a file's rows, or give the map held."""
     return file.map()
 
 
@@ -308,7 +307,7 @@ def take_captions(
 
     Args:
         rows: Of first captions, of further ones where all are shown, and of variants where any are.
-        images: The samples' rows among the embeddings, int64 [B].
+        images: As of `take_images`.
         captions: Which caption each shows, int64 [B], 0 for the first.
         starts: Where the further captions of each begin, int64 [B].
         variants: Which variant each shows instead, int64 [B]; −1 for none.

@@ -334,7 +334,6 @@ def load_encoder(plan: EmbedPlan, machine: Machine) -> EmbedEncoder:
         )
     decoder = AugmentingDecoder(
         image_size=model.info.image_size,
-        context_length=model.info.context_length,
         transform=None if plan.of_texts else model.pixel_transform(),
         tokenizer=model.tokenizer if settings.text else None,
         # With views each sample makes 1 + V pictures: a batch's memory stays what it is.

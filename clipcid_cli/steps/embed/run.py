@@ -87,7 +87,7 @@ def make_embeddings(
     }
     if settings.dry_run:
         machine.on_main(lambda: find_output(plan.folder, plan.step, plan.sidecar_type, **wanted))
-        return estimate_cost(encoder, plan, machine)
+        return _estimate_cost(encoder, plan, machine)
     with claim_output(machine, plan.folder, plan.step, plan.sidecar_type, **wanted) as output:
         if output.finished is not None:
             return _describe(plan, output.finished)
@@ -98,6 +98,60 @@ def make_embeddings(
             ensure_index(plan.dataset, machine, encoder.workers, reporter)
         sidecar = machine.on_main(lambda: _commit(plan, encoder, output, writer.finish(), timings, reporter))
     return _describe(plan, sidecar)
+
+
+def ensure_embeddings(
+    settings: ReadingSettings,
+    machine: Machine,
+    reporter: Reporter,
+    *,
+    data: str | None,
+    model: str,
+    text: bool | None = None,
+) -> Path:
+    """Find the embeddings another step needs in its work directory, and make them where they are missing.
+
+    Existing ones are taken whatever their batch size and precision.
+
+    Args:
+        text: Whether text embeddings are needed; None makes them where the data has captions.
+
+    Returns:
+        Folder of finished embeddings of this model over this data.
+    """
+    name = with_default_tag(parse_model(model))
+    folder = WorkDirectory(settings.work).embeddings(name.slug)
+    request = EmbedSettings(
+        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(ReadingSettings)}
+        | {"batch_size": None, "precision": "auto"},
+        data=data,
+        model=model,
+        text=bool(text),
+    )
+    sidecar = machine.on_main(lambda: read_embed_sidecar(folder))
+    if sidecar is not None:
+        own = {field.name for field in dataclasses.fields(EmbedSettings)} - {"keys", "batch_size", "precision"}
+        made = {name: getattr(sidecar.made, name) for name in own.intersection(sidecar.settings)}
+        request = dataclasses.replace(request, **made | {"text": sidecar.made.text or bool(text)})
+    elif text is None:
+        request = dataclasses.replace(request, text=machine.on_main(lambda: choose_text(request, reporter)))
+    result = make_embeddings(request, machine, reporter, "" if text else embed_images_first(request, name))
+    if isinstance(result, EmbedCost):
+        raise ClipcidError(
+            f"There are no embeddings of {name.spec} in {folder}; making them would take about "
+            f"{result.seconds['encode']:,} s for {result.images:,} images.",
+            "--dry-run can estimate the cost of this step once they are made: "
+            + command_line("embed", data or "DATA", model=model, work=settings.work, **settings.data_flags),
+        )
+    return folder
+
+
+def embed_images_first(request: EmbedSettings, name: ModelName) -> str:
+    """Give the command for embeddings that a step without captions accepts; this run has begun ones with text."""
+    data = () if request.data is None else (request.data,)
+    flags: dict[str, Any] = {**request.data_flags, "work": request.work, "text": False, "overwrite": True}
+    flags.pop("caption_column", None)
+    return f"Embed the images alone first: {command_line('embed', *data, model=name.spec, **flags)}"
 
 
 def _remove_leftovers(plan: EmbedPlan) -> None:
@@ -258,7 +312,6 @@ def _commit(
 
 
 def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> EmbedResult | TextsResult:
-    """Return the result for finished embeddings."""
     counts = sidecar.counts
     seconds = sidecar.seconds
     files = {TEXTS if plan.of_texts else "embeddings": str(plan.folder)}
@@ -268,7 +321,7 @@ def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> EmbedResult | TextsR
     return EmbedResult(counts["images"], counts["skipped"], sidecar.images_per_second, seconds, files)
 
 
-def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, machine: Machine) -> EmbedCost | TextsCost:
+def _estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, machine: Machine) -> EmbedCost | TextsCost:
     """Estimate what embedding would cost: from the median time of three batches, with captions of typical length."""
     samples = machine.on_main(plan.dataset.estimate_samples)
     decoder = encoder.decoder
@@ -289,57 +342,3 @@ def estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, machine: Machine) -> E
     if plan.of_texts:
         return TextsCost(True, samples, samples * size, seconds)
     return EmbedCost(True, len(plan.shards), samples, samples * size, size, seconds)
-
-
-def ensure_embeddings(
-    settings: ReadingSettings,
-    machine: Machine,
-    reporter: Reporter,
-    *,
-    data: str | None,
-    model: str,
-    text: bool | None = None,
-) -> Path:
-    """Find the embeddings another step needs in its work directory, and make them where they are missing.
-
-    Existing ones are taken whatever their batch size and precision.
-
-    Args:
-        text: Whether text embeddings are needed; None makes them where the data has captions.
-
-    Returns:
-        Folder of finished embeddings of this model over this data.
-    """
-    name = with_default_tag(parse_model(model))
-    folder = WorkDirectory(settings.work).embeddings(name.slug)
-    request = EmbedSettings(
-        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(ReadingSettings)}
-        | {"batch_size": None, "precision": "auto"},
-        data=data,
-        model=model,
-        text=bool(text),
-    )
-    sidecar = machine.on_main(lambda: read_embed_sidecar(folder))
-    if sidecar is not None:
-        own = {field.name for field in dataclasses.fields(EmbedSettings)} - {"keys", "batch_size", "precision"}
-        made = {name: getattr(sidecar.made, name) for name in own.intersection(sidecar.settings)}
-        request = dataclasses.replace(request, **made | {"text": sidecar.made.text or bool(text)})
-    elif text is None:
-        request = dataclasses.replace(request, text=machine.on_main(lambda: choose_text(request, reporter)))
-    result = make_embeddings(request, machine, reporter, "" if text else embed_images_first(request, name))
-    if isinstance(result, EmbedCost):
-        raise ClipcidError(
-            f"There are no embeddings of {name.spec} in {folder}; making them would take about "
-            f"{result.seconds['encode']:,} s for {result.images:,} images.",
-            "--dry-run can estimate the cost of this step once they are made: "
-            + command_line("embed", data or "DATA", model=model, work=settings.work, **settings.data_flags),
-        )
-    return folder
-
-
-def embed_images_first(request: EmbedSettings, name: ModelName) -> str:
-    """Give the command for embeddings that a step without captions accepts; this run has begun ones with text."""
-    data = () if request.data is None else (request.data,)
-    flags: dict[str, Any] = {**request.data_flags, "work": request.work, "text": False, "overwrite": True}
-    flags.pop("caption_column", None)
-    return f"Embed the images alone first: {command_line('embed', *data, model=name.spec, **flags)}"
