@@ -25,14 +25,14 @@ from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.reading import read_regular, reading
 
 CLASS_NAMES = "classnames.txt"
-TEMPLATES = "zeroshot_classification_templates.txt"
-DATASET_TYPE = "dataset_type.txt"
-NUM_SHARDS = "nshards.txt"
+_TEMPLATES = "zeroshot_classification_templates.txt"
+_DATASET_TYPE = "dataset_type.txt"
+_NUM_SHARDS = "nshards.txt"
 # Names of the folders of splits; a folder that contains any other folder has no splits.
-SPLITS = frozenset({"train", "trainval", "test", "val", "valid", "validation"})
+_SPLITS = frozenset({"train", "trainval", "test", "val", "valid", "validation"})
 
 # Placeholders of the class name: CLIP_benchmark writes {c}, open_clip {}.
-PLACEHOLDERS = ("{c}", "{}")
+_PLACEHOLDERS = ("{c}", "{}")
 # Names accepted in place of a file: open_clip's lists (see `runtime.models.clip_model`).
 BUILTIN_TEMPLATES = ("openai", "simple")
 BUILTIN_CLASS_NAMES = ("imagenet",)
@@ -74,10 +74,10 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
         return BenchmarkFolder(_last_parts(data, 1), data)
     if is_benchmark(data):
         # The folder of a split; its text files are next to it, or in it where a data set has no splits.
-        if (folder / DATASET_TYPE).is_file() or (folder / CLASS_NAMES).is_file():
+        if (folder / _DATASET_TYPE).is_file() or (folder / CLASS_NAMES).is_file():
             return _describe(_last_parts(data, 1), data, folder)
         return _describe(_last_parts(data, 2), data, folder.resolve().parent)
-    splits = sorted(path.parent.name for path in folder.glob(f"*/{NUM_SHARDS}")) or _plain_splits(folder)
+    splits = sorted(path.parent.name for path in folder.glob(f"*/{_NUM_SHARDS}")) or _plain_splits(folder)
     if splits and split not in splits:
         raise MissingSplitError(
             f"{data} has no split {split!r}; it has {', '.join(splits)}.",
@@ -88,32 +88,32 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
 
 def is_benchmark(spec: str) -> bool:
     """Tell whether this is the folder of a split, with shards."""
-    return not is_remote(spec) and Path(spec, NUM_SHARDS).is_file()
+    return not is_remote(spec) and Path(spec, _NUM_SHARDS).is_file()
 
 
 def list_benchmark_tars(folder: Path) -> list[str]:
     """List the shards of a split, all of which must be there."""
-    text = (folder / NUM_SHARDS).read_text(encoding="utf-8", errors="replace").strip()
+    text = (folder / _NUM_SHARDS).read_text(encoding="utf-8", errors="replace").strip()
     if not text.isdigit() or int(text) == 0:
-        raise ClipcidError(f"{folder / NUM_SHARDS} contains {text[:40]!r}, not a number of shards.", "Fix the file.")
+        raise ClipcidError(f"{folder / _NUM_SHARDS} contains {text[:40]!r}, not a number of shards.", "Fix the file.")
     tars = [folder / f"{number}.tar" for number in range(int(text))]
     missing = [tar.name for tar in tars if not tar.is_file()]
     if missing:
         raise ClipcidError(
-            f"{folder} should contain {len(tars)} shards ({NUM_SHARDS}); {len(missing)} are missing, first {missing[0]}.",
-            f"Copy them there, or fix {NUM_SHARDS}.",
+            f"{folder} should contain {len(tars)} shards ({_NUM_SHARDS}); {len(missing)} are missing, first {missing[0]}.",
+            f"Copy them there, or fix {_NUM_SHARDS}.",
         )
     return [str(tar) for tar in tars]
 
 
 def _plain_splits(folder: Path) -> list[str]:
     inner = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return inner if SPLITS.issuperset(inner) else []
+    return inner if _SPLITS.issuperset(inner) else []
 
 
 def _describe(name: str, data: str, about: Path) -> BenchmarkFolder:
     kind, class_names, templates = (
-        about / file if (about / file).is_file() else None for file in (DATASET_TYPE, CLASS_NAMES, TEMPLATES)
+        about / file if (about / file).is_file() else None for file in (_DATASET_TYPE, CLASS_NAMES, _TEMPLATES)
     )
     dataset_type = None if kind is None else kind.read_text(encoding="utf-8").strip().lower()
     return BenchmarkFolder(name, data, dataset_type, class_names, templates)
@@ -134,7 +134,7 @@ def read_templates(path: Path) -> tuple[str, ...]:
     """Read prompt templates, one per line, each with ``{c}`` or ``{}`` for the class name."""
     templates = _read_lines(path, "template")
     for number, template in enumerate(templates, start=1):
-        if not any(placeholder in template for placeholder in PLACEHOLDERS):
+        if not any(placeholder in template for placeholder in _PLACEHOLDERS):
             raise ClipcidError(
                 f"{path}, line {number}: {template!r} has no placeholder for the class name.",
                 "Write {c} (as CLIP_benchmark does) or {} where it goes.",
@@ -144,7 +144,7 @@ def read_templates(path: Path) -> tuple[str, ...]:
 
 def fill_template(template: str, class_name: str) -> str:
     """Insert a class name into a template. Other braces stay: a template is text, never a format string."""
-    for placeholder in PLACEHOLDERS:
+    for placeholder in _PLACEHOLDERS:
         template = template.replace(placeholder, class_name)
     return template
 

@@ -289,23 +289,25 @@ def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None
         size = len(found)
         kind = "windows"
         with ThreadPoolExecutor(16) as pool:
-            for part in pool.map(_digest, [found[at : at + _HASHED_AT_ONCE] for at in range(0, size, _HASHED_AT_ONCE)]):
+            for part in pool.map(
+                _hash_samples, [found[at : at + _HASHED_AT_ONCE] for at in range(0, size, _HASHED_AT_ONCE)]
+            ):
                 digest.update(part)
     return FileRecord(f"{dataset.spec}#images", size, f"blake2b-{kind}:{digest.hexdigest()}")
 
 
-def _digest(samples: Sequence[Sample]) -> bytes:
+def _hash_samples(samples: Sequence[Sample]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
         content = (sample.key, sample.label, sample.labels, sample.captions)
         digest.update(repr(content).encode("utf-8", errors="surrogateescape"))
         for place in (sample.image, sample.multi_hot):
             if place is not None:
-                digest.update(_read(place))
+                digest.update(_read_ends(place))
     return digest.digest()
 
 
-def _read(place: ByteRange) -> bytes:
+def _read_ends(place: ByteRange) -> bytes:
     """Return the size and the bytes to hash; the URL of a remote image, nothing of a missing one."""
     if is_url(place.path):
         return place.path.encode("utf-8", errors="surrogateescape")

@@ -98,7 +98,7 @@ class _Mixture(NamedTuple):
     weight: float
 
 
-def draw_views(
+def _draw_views(
     views: Views,
     render: ViewPixels,
     keys: Sequence[str],
@@ -205,7 +205,7 @@ class AugmentingDecoder(Decoder):
             deque(prepare(), maxlen=0)
         else:
             keys = [sample.key for sample in samples]
-            made = draw_views(self.views, self.render, keys, prepare(), pixels[1:].numpy())
+            made = _draw_views(self.views, self.render, keys, prepare(), pixels[1:].numpy())
             decoded.colors, decoded.params = map(torch.from_numpy, made)
         decoded.pixels = pixels.flatten(0, 1)
         return decoded
