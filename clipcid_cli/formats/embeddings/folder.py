@@ -35,8 +35,9 @@ __all__ = ["EmbeddingFile", "Embeddings", "has_usable_row", "open_embeddings", "
 
 MAX_UNPACKED = 4 * 2**30
 """Limit on the memory of each process for compressed arrays, all files together."""
+# Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.
+_NAMES_AT_ONCE = 65_536
 _TEXT = pa.large_string()
-_SLASH = pa.scalar("/", _TEXT)
 _REMAKE = (
     "Give the command that made it again, with --overwrite; or copy the rows to another folder, without embed.json, and "
     "name that one."
@@ -113,22 +114,21 @@ class Embeddings:
 
     def keys_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
         """Read the keys of one file's rows: column ``key``, else ``image_path``, else ``uid``, else file and row."""
-        keys = _find_column(file, ("key", "image_path", "uid"))
-        if keys is None:
-            rows = pa.array(np.arange(file.rows)).cast(_TEXT)
-            keys = pa.chunked_array([pc.binary_join_element_wise(pa.scalar(file.name, _TEXT), rows, _SLASH)])
+        name = file.name
+        keys = _read_column(file, ("key", "image_path", "uid"), lambda row: f"{name}/{row}")
         if not self._prefix_keys:
             return keys
         shards = self.shards_of(file).combine_chunks()
-        return pa.chunked_array([pc.binary_join_element_wise(shards, keys.combine_chunks(), _SLASH)])
+        return pa.chunked_array([pc.binary_join_element_wise(shards, keys.combine_chunks(), pa.scalar("/", _TEXT))])
 
     def shards_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
         """Read the names of the shards of one file's rows; the file's name where another tool did not record them."""
-        return _read_column(file, ("shard",), file.name)
+        name = file.name
+        return _read_column(file, ("shard",), lambda row: name)
 
     def captions_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
         """Read the captions of one file's rows: column ``caption``, else DataComp's ``text``; empty where there is none."""
-        return replace_invalid(_read_column(file, ("caption", "text"), ""))
+        return replace_invalid(_read_column(file, ("caption", "text"), lambda row: ""))
 
     def take_column(
         self, read: Callable[[EmbeddingFile], pa.ChunkedArray], numbers: npt.NDArray[np.signedinteger[Any]]
@@ -193,7 +193,7 @@ class Embeddings:
 
     def uids_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
         """Read DataComp's identifiers of one file's rows, strings; empty where the metadata have no column ``uid``."""
-        return _read_column(file, ("uid",), "")
+        return _read_column(file, ("uid",), lambda row: "")
 
     def contents(self, part: str) -> list[FileRecord]:
         """Describe each shard's file of a kind or of metadata, where it has one."""
@@ -275,20 +275,15 @@ def _is_usable(block: npt.NDArray[np.float16]) -> npt.NDArray[np.bool_]:
     return np.asarray(np.isfinite(block).all(axis=1) & block.any(axis=1))
 
 
-def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: str) -> pa.ChunkedArray:
-    """Read the first of some columns that the metadata have; else the default in each row."""
-    column = _find_column(file, names)
-    return pa.chunked_array([pa.repeat(pa.scalar(default, _TEXT), file.rows)]) if column is None else column
-
-
-def _find_column(file: EmbeddingFile, names: tuple[str, ...]) -> pa.ChunkedArray | None:
-    """Read the first of some columns that the metadata have, nulls as empty strings."""
+def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: Callable[[int], str]) -> pa.ChunkedArray:
+    """Read the first of some columns that the metadata have, nulls as empty strings; else make the defaults."""
     column = None if file.metadata is None else read_first_column(file.metadata, names, _TEXT, AGAIN)
-    if column is None:
-        return None
-    if len(column) != file.rows:
-        raise ClipcidError(f"{file.metadata} has {len(column):,} rows; {file.rows:,} were found before.", AGAIN)
-    return column.fill_null("") if column.null_count else column
+    if column is not None:
+        if len(column) != file.rows:
+            raise ClipcidError(f"{file.metadata} has {len(column):,} rows; {file.rows:,} were found before.", AGAIN)
+        return column.fill_null("") if column.null_count else column
+    pieces = (range(file.rows)[at : at + _NAMES_AT_ONCE] for at in range(0, file.rows, _NAMES_AT_ONCE))
+    return pa.chunked_array([pa.array(map(default, piece), _TEXT) for piece in pieces], type=_TEXT)
 
 
 def read_embed_sidecar(folder: Path) -> EmbedSidecar | None:
