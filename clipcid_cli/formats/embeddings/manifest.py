@@ -248,7 +248,17 @@ class EmbeddingWriter:
         records = [self.read_record(number) for number in range(len(self._inputs))]
         finished = [record for record in records if record is not None]
         assert len(finished) == len(records), "every shard was written by one of the processes"
-        _write_manifest(self.folder, finished)
+        parts = [part for part in (*Kind, METADATA) if any(part in each.files for each in finished)]
+        schema = pa.schema(
+            {
+                "input": _INPUT,
+                "identity": _TEXT,
+                **dict.fromkeys(("read", "rows", "laid_on_white"), _NUMBER),
+                "skipped": _SKIPPED,
+                "files": pa.struct([(part, _FILE) for part in parts]),
+            }
+        )
+        write_parquet(self.folder / MANIFEST, pa.Table.from_pylist(msgspec.to_builtins(finished), schema))
         return finished
 
     def _write_record(self, number: int, record: ShardRecord) -> None:
@@ -263,20 +273,6 @@ class EmbeddingWriter:
     def _name(self, part: str, number: int) -> str:
         form = "parquet" if part == METADATA else "npy"
         return f"{part}/{part}_{number:0{self._digits}d}.{form}"
-
-
-def _write_manifest(folder: Path, records: Sequence[ShardRecord]) -> None:
-    parts = [part for part in (*Kind, METADATA) if any(part in each.files for each in records)]
-    schema = pa.schema(
-        {
-            "input": _INPUT,
-            "identity": _TEXT,
-            **dict.fromkeys(("read", "rows", "laid_on_white"), _NUMBER),
-            "skipped": _SKIPPED,
-            "files": pa.struct([(part, _FILE) for part in parts]),
-        }
-    )
-    write_parquet(folder / MANIFEST, pa.Table.from_pylist(msgspec.to_builtins(records), schema))
 
 
 def _make_metadata(shard: str, made: ShardRows) -> pa.Table:

@@ -137,7 +137,8 @@ def _draw_views(
             second = choose_view(views.augmentation, *image.size, seed)
             seconds.append((mixture, second, render(image, second)))
     for mixture, second, shown in seconds:
-        row, number = mixture.row, mixture.number
+        row = mixture.row
+        number = mixture.number
         first = firsts.get((row, number))
         if first is not None:
             mixed = MixedView(first, mixture.weight, mixture.other - row, second)
