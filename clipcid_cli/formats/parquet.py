@@ -69,10 +69,10 @@ def write_row_groups(
             writer.write_table(pa.table(read(part), schema=schema), row_group_size=ROWS_AT_ONCE)
 
 
-def read_rows(path: Path, fix: str) -> list[dict[str, Any]]:
-    """Read rows as Python objects."""
+def read_rows(path: Path, fix: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Read rows as Python objects, all columns or some."""
     with _open(path, fix) as file:
-        rows: list[dict[str, Any]] = file.read(use_threads=_has_many_rows(file)).to_pylist()
+        rows: list[dict[str, Any]] = file.read(columns=columns, use_threads=_has_many_rows(file)).to_pylist()
         return rows
 
 

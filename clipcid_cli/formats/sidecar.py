@@ -110,9 +110,14 @@ class RowsSidecar(Sidecar, kw_only=True):
 
     def records(self, folder: Path) -> list[FileRecord]:
         """Return what is recorded of the files of the manifest too."""
-        from clipcid_cli.formats.embeddings.manifest import all_files, read_manifest  # few commands need it
+        from clipcid_cli.formats.parquet import read_rows  # few commands need it
 
-        return self.outputs + all_files(read_manifest(folder, "Make the embeddings again."))
+        path = folder / "manifest.parquet"
+        fix = "Make the embeddings again."
+        shards = read_rows(path, fix, ["files"])
+        with reading(path, "a manifest of embeddings", fix):
+            found = [file for shard in shards for file in shard["files"].values() if file is not None]
+            return self.outputs + msgspec.convert(found, list[FileRecord])
 
 
 class EmbedSidecar(RowsSidecar, kw_only=True):
