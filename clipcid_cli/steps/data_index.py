@@ -51,7 +51,7 @@ def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample
     stamp = shard.stamp()
     listed = list[Sample]()
     for sample in shard.stream(skips):
-        listed.append(sample.without_data())
+        listed.append(sample.without_image_data())
         yield sample
     if dataset.index_folder is not None and index is None:
         write_part(dataset.index_folder, shard, stamp, listed, skips)

@@ -12,8 +12,7 @@ import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.near.exact import BoolArray
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
-from clipcid_cli.formats.data.class_files import read_class_names
+from clipcid_cli.formats.data.benchmark import find_benchmark_folder, read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.embeddings.folder import Embeddings

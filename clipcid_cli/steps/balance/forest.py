@@ -19,8 +19,7 @@ from clipcid_cli.algorithms.near.exact import BoolArray, ReadRows, row_type
 from clipcid_cli.algorithms.near.plan import Plan, hash_arrays, triangle
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.formats.arrays import Arrays
-from clipcid_cli.formats.embeddings.manifest import find_lost
-from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.fingerprint import FileRecord, find_lost
 from clipcid_cli.formats.results.forest import (
     ROW_FILES,
     RowFile,

@@ -25,7 +25,7 @@ from clipcid_cli.algorithms.near.plan import Plan, pieces, rectangle
 from clipcid_cli.algorithms.near.sample import Neighbours, draw_sample, find_neighbours
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.formats.arrays import Arrays, create_mapped, spool_arrays
-from clipcid_cli.formats.embeddings.grouped import create_copy, open_copies, remove_copies
+from clipcid_cli.formats.embeddings.rows import create_copy, open_copies, remove_copies
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.result import Audit

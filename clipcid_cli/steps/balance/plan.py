@@ -11,7 +11,7 @@ from clipcid_cli.formats.atomic import refuse_unwritable
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
-from clipcid_cli.formats.embeddings.manifest import find_lost
+from clipcid_cli.formats.fingerprint import find_lost
 from clipcid_cli.formats.output import WORK_OR_OUT
 from clipcid_cli.formats.results.forest import ROW_FILES, RowFile, read_row_files
 from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
@@ -22,7 +22,7 @@ from clipcid_cli.steps.balance.filters.against import Reference, open_references
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_clusters
 from clipcid_cli.steps.balance.samples import require_data
 from clipcid_cli.steps.balance.write_lists import check_uids
-from clipcid_cli.steps.embed.ensure import ensure_embeddings
+from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.grouped import remove_copies
 from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import remove_copies
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.forest import ROW_FILES, forest_path, write_row_files
 from clipcid_cli.formats.results.sets import CURVE, SET_TABLE

@@ -15,7 +15,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.dataset import Dataset, Shard
 from clipcid_cli.formats.data.remote import local_file
-from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
+from clipcid_cli.formats.data.tars import Copied, copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import find_repeat, join, parquet_listing
 from clipcid_cli.formats.output import Output, is_claimed

@@ -21,7 +21,7 @@ from clipcid_cli.algorithms.losses.batch import ClusterTargets
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.sample_rows import take_captions, take_images
+from clipcid_cli.formats.embeddings.rows import take_captions, take_images
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import (
     Augmentation,

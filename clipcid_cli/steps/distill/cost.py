@@ -18,7 +18,7 @@ from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.distill.result import DistillCost, TeacherCost
 from clipcid_cli.steps.distill.teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.trainer import Trainer
-from clipcid_cli.steps.embed.cost import TYPICAL_CAPTION
+from clipcid_cli.steps.embed.run import TYPICAL_CAPTION
 
 _MEASURED = 3
 # The first step also allocates, and compiles with --torchcompile.

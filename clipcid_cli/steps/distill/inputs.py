@@ -36,7 +36,7 @@ from clipcid_cli.steps.distill.stored_teacher import (
     validate_keys,
     validate_requested,
 )
-from clipcid_cli.steps.embed.ensure import ensure_embeddings
+from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.model_identity import find_mismatch
 from clipcid_cli.steps.reporting import Reporter

@@ -16,7 +16,6 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.index import DataIndex, Part, lock_index
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.sample_rows import sample_keys
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import Listing, Values, join, parquet_listing
 from clipcid_cli.formats.output import find_output, open_output
@@ -93,7 +92,7 @@ class Sources:
         if self.keep_list is not None:
             found["keep_list"] = parquet_listing(self.keep_list, "kept")
         if self.embeddings is not None:
-            found["embeddings"] = sample_keys(self.embeddings)
+            found["embeddings"] = self.embeddings.listing()
         if self.clusters is not None:
             found["clusters"] = parquet_listing(self.clusters.folder / TABLE)
         return found

@@ -28,10 +28,13 @@ from clipcid_cli.algorithms.probe.probe import (
 )
 from clipcid_cli.algorithms.probe.splits import draw_shots, split_by_class
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.data.benchmark_folder import BenchmarkFolder, find_benchmark_folder
-from clipcid_cli.formats.data.class_files import read_class_names
+from clipcid_cli.formats.data.benchmark import (
+    BenchmarkFolder,
+    customary_metric,
+    find_benchmark_folder,
+    read_class_names,
+)
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
-from clipcid_cli.formats.data.known_datasets import customary_metric
 from clipcid_cli.formats.data.samples import Sample, read_vector_length
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record

@@ -13,19 +13,23 @@ import torch
 from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
 from clipcid_cli.algorithms.metrics.classification import SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.benchmark_folder import BenchmarkFolder, find_benchmark_folder
-from clipcid_cli.formats.data.class_files import (
+from clipcid_cli.formats.data.benchmark import (
+    ACCURACY,
     BUILTIN_CLASS_NAMES,
     BUILTIN_TEMPLATES,
     DEFAULT_TEMPLATES,
+    RECALL,
+    BenchmarkFolder,
+    KnownDataset,
+    customary_metric,
     fill_template,
+    find_benchmark_folder,
+    find_known_dataset,
     hash_lines,
     read_class_names,
     read_templates,
 )
-from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, open_dataset, open_described
-from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
-from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, KnownDataset, customary_metric, find_known_dataset
+from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, fingerprint_images, open_dataset, open_described
 from clipcid_cli.formats.data.samples import read_classes
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.predictions import CLASSIFICATION, MULTI_LABEL, RETRIEVAL

@@ -19,8 +19,15 @@ from PIL import Image
 from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.algorithms.metrics.parity import RowDifference, compare_rows
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.benchmark_folder import CLASS_NAMES, MissingSplitError, find_benchmark_folder
-from clipcid_cli.formats.data.class_files import DEFAULT_TEMPLATES, fill_template, read_class_names, read_templates
+from clipcid_cli.formats.data.benchmark import (
+    CLASS_NAMES,
+    DEFAULT_TEMPLATES,
+    MissingSplitError,
+    fill_template,
+    find_benchmark_folder,
+    read_class_names,
+    read_templates,
+)
 from clipcid_cli.formats.data.dataset import ByteRange, Dataset, Sample, open_dataset, open_described
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import Parity, PredictionParity, RowParity
@@ -209,7 +216,7 @@ def read_inputs(
 
 def _choose(dataset: Dataset, limit: int) -> list[Sample]:
     """Return the first samples, or, of labelled data, evenly spaced ones, since it is often sorted by class."""
-    samples = (sample.without_data() for shard in dataset.shards for sample in shard.stream())
+    samples = (sample.without_image_data() for shard in dataset.shards for sample in shard.stream())
     chosen = list(itertools.islice(samples, limit))
     if not chosen or chosen[0].label is None:
         return chosen

@@ -16,7 +16,7 @@ from clipcid_cli.formats.sidecar import BalanceSidecar, ClusterSidecar, DataSpec
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.stored_teacher import validate_requested
-from clipcid_cli.steps.embed.ensure import embed_images_first
+from clipcid_cli.steps.embed.run import embed_images_first
 from clipcid_cli.steps.model_identity import cluster_with, embed_with
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings

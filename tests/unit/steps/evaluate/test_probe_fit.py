@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.known_datasets import KNOWN_DATASETS
+from clipcid_cli.formats.data.benchmark import KNOWN_DATASETS
 from clipcid_cli.formats.results.features import Features
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.evaluate.linear import ProbeFits, ProbePlan, choose_metric
