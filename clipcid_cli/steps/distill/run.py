@@ -9,8 +9,7 @@ from typing import Any
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output
-from clipcid_cli.formats.results.checkpoint import list_checkpoints
-from clipcid_cli.formats.results.run_folder import import_tensorboard
+from clipcid_cli.formats.results.run_folder import import_tensorboard, list_checkpoints
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import open_machine

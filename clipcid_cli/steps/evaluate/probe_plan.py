@@ -13,8 +13,7 @@ from clipcid_cli.formats.data.class_files import read_class_names
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
 from clipcid_cli.formats.data.known_datasets import customary_metric
 from clipcid_cli.formats.data.samples import Sample, read_vector_length
-from clipcid_cli.formats.results.metrics import metrics_stem
-from clipcid_cli.formats.results.predictions import CLASSIFICATION, MULTI_LABEL
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, metrics_stem
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, find_copy

@@ -28,7 +28,7 @@ from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, KnownDataset, customary_metric, find_known_dataset
 from clipcid_cli.formats.data.samples import read_classes
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.predictions import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
 from clipcid_cli.formats.sidecar import DistillSidecar, LinesRecord, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory

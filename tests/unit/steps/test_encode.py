@@ -13,7 +13,7 @@ from shard_server import serve
 
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
-from clipcid_cli.formats.results.predictions import CLASSIFICATION, RETRIEVAL
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, RETRIEVAL
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index
