@@ -15,10 +15,10 @@ from typing import NoReturn
 import click
 
 from clipcid_cli import __version__
+from clipcid_cli.commands.command import PageContext
 from clipcid_cli.commands.failures import explain, validate_world
-from clipcid_cli.commands.help_page import PageContext
 from clipcid_cli.commands.signals import end_on_signals, leave_end_to_signal, open_closed
-from clipcid_cli.commands.wrapping import wrap
+from clipcid_cli.commands.summary import wrap
 
 # Name → one line for `clipcid --help`, in the order of the work; each lives in commands/<name>.py and is imported only when
 # it is called, so that help and usage errors answer at once.

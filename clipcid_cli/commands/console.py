@@ -16,8 +16,7 @@ from rich.table import Column
 from rich.text import Text
 
 from clipcid_cli.commands.signals import said_at_end
-from clipcid_cli.commands.summary import format_seconds
-from clipcid_cli.commands.wrapping import wrap
+from clipcid_cli.commands.summary import format_seconds, wrap
 from clipcid_cli.steps.reporting import Progress, Reporter
 
 # A bar would fill a log file: where stderr is no terminal, a line now and then says as much.

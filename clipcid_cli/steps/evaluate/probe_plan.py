@@ -17,7 +17,7 @@ from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, met
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, find_copy
-from clipcid_cli.steps.model_choice import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 

@@ -30,7 +30,7 @@ from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_s
 from clipcid_cli.steps.evaluate.report import write_summary
 from clipcid_cli.steps.evaluate.result import ComparisonResult, Preview, Previews, ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
-from clipcid_cli.steps.model_choice import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings

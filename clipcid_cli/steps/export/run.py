@@ -28,7 +28,7 @@ from clipcid_cli.steps.export.check import Checker
 from clipcid_cli.steps.export.folders import write_hf, write_open_clip
 from clipcid_cli.steps.export.inputs import find_classes, find_data, read_inputs
 from clipcid_cli.steps.export.onnx import validate_for_onnx, validate_measurable, write_onnx_files
-from clipcid_cli.steps.model_choice import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.fields import output_settings

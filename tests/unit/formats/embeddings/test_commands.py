@@ -17,7 +17,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.stored_teacher import validate_requested
 from clipcid_cli.steps.embed.ensure import embed_images_first
-from clipcid_cli.steps.model_identity import cluster_with, embed_with
+from clipcid_cli.steps.models import cluster_with, embed_with
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings
