@@ -44,11 +44,8 @@ _WHOLE = re.compile(r"`[^`]*`|\[default: [^]]*\]")
 def step_command(name: str, settings: type[SharedSettings], *, step: str, show: Show, page: str) -> click.Command:
     """Make the click command of a step.
 
-    Args:
-        step: Module imported only when the step runs. Its ``run(settings, reporter)`` returns the result, a
-            `msgspec.Struct` whose fields are the keys of the JSON object.
-        show: Prints the result for a person.
-        page: What the help page says before the flags, with examples.
+    `step` is a module imported only when the step runs. Its ``run(settings, reporter)`` returns the result, a
+    `msgspec.Struct` whose fields are the keys of the JSON object; `show` prints it for a person.
     """
 
     def invoke(**values: Any) -> None:

@@ -13,6 +13,7 @@ _GAP = 2
 _PART = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\]"""  # of a word, as a shell reads it
 _WORD = re.compile(rf"(?:{_PART}|\S)+")
 _FLAG = re.compile(r"--?[A-Za-z]")
+_AFTER_SLASH = re.compile(r"(?<=/)(?=.)")
 # A command line, or a flag with its value, that ends a sentence: "Give --embeddings, or run: clipcid embed DATA".
 _COMMAND = re.compile(rf"(?P<before>.*:) (?P<command>(?:clipcid|torchrun) .*|--[a-z-]+ (?:{_PART})+)")
 
@@ -51,16 +52,15 @@ def _wrap_line(line: str, width: int) -> str:
         command = wrap_command(found["command"], width - 2).replace("\n", "\n  ")
         return f"{_wrap_line(found['before'], width)}\n  {command}"
     indent = " " * (len(line) - len(line.lstrip()))
-    lines = [indent]
-    for word in line.split():
-        parts = [word] if len(indent + word) <= width else re.split(r"(?<=/)(?=.)", word)
-        for index, part in enumerate(parts):
-            space = "" if index or lines[-1] == indent else " "
-            if len(lines[-1] + space + part) <= width or lines[-1] == indent:
-                lines[-1] += space + part
-            else:
-                lines.append(indent + part)
-    return "\n".join(lines)
+    return _Wrapper(width, indent, indent, break_long_words=False, break_on_hyphens=False).fill(line.strip())
+
+
+class _Wrapper(textwrap.TextWrapper):
+    def _split(self, text: str) -> list[str]:
+        """Split a text into what lines may end after: words, and of those too long for a line what a slash ends."""
+        room = self.width - len(self.initial_indent)
+        words = super()._split(text)
+        return [part for word in words for part in (_AFTER_SLASH.split(word) if len(word) > room else [word])]
 
 
 def print_facts(console: Console, title: str, facts: dict[str, str], files: dict[str, str] | None = None) -> None:

@@ -68,22 +68,14 @@ def row_files_path(folder: Path, neighbors: str) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class StoredForest:
-    """The columns of a forest and what belongs to it.
+    """The columns of a forest, [E] each, and what belongs to it."""
 
-    Attributes:
-        a: Smaller row of each edge, [E].
-        b: Larger row, [E].
-        distance: Ascending, [E].
-        cutoff: The distance up to which it was searched.
-        neighbors: ``exact`` or ``partitioned``; of rows that filters have left, followed by ``-filtered``.
-    """
-
-    a: IntArray
-    b: IntArray
-    distance: npt.NDArray[np.float32]
-    cutoff: float
+    a: IntArray  # the smaller row of each edge
+    b: IntArray  # the larger one
+    distance: npt.NDArray[np.float32]  # ascending
+    cutoff: float  # the distance up to which it was searched
     num_rows: int
-    neighbors: str = "exact"
+    neighbors: str = "exact"  # a key of `_STEPS`
 
 
 def open_forest(
@@ -110,12 +102,7 @@ def write_forest(
     seconds: dict[str, float],
     overwrite: bool,
 ) -> None:
-    """Write ``forest.parquet``, ``forest-rows.parquet`` and their sidecar ``forest.json``, or those of another kind.
-
-    Args:
-        row_files: The files through which its rows are numbered, of which it keeps a copy.
-        inputs: The embeddings it was made from.
-    """
+    """Write ``forest.parquet``, a copy of `row_files` and their sidecar ``forest.json``, or those of another kind."""
     with open_forest(folder, inputs, forest.neighbors, overwrite=overwrite) as output:
         output.start()
         path = forest_path(output.work, forest.neighbors)
@@ -177,22 +164,14 @@ def read_row_files(path: Path, fix: str) -> list[RowFile]:
 
 @dataclasses.dataclass(frozen=True)
 class SetTable:
-    """S sets of two or more images, in ascending order of their labels; arrays are [S].
+    """S sets of two or more images, in ascending order of their labels; arrays are [S]."""
 
-    Attributes:
-        label: The smallest row.
-        size: Number of images.
-        representative: The row that represents it.
-        farthest: The row farthest from that one, the smaller of equals; how far is `distance`.
-        diameter: Largest distance of two of its images; where not `is_exact`, at least half of that.
-    """
-
-    label: IntArray
-    size: npt.NDArray[np.int64]
-    representative: IntArray
-    farthest: IntArray
-    distance: npt.NDArray[np.float32]
-    diameter: npt.NDArray[np.float32]
+    label: IntArray  # the smallest row
+    size: npt.NDArray[np.int64]  # number of images
+    representative: IntArray  # a row
+    farthest: IntArray  # the row farthest from that one, the smaller of equals
+    distance: npt.NDArray[np.float32]  # of these two
+    diameter: npt.NDArray[np.float32]  # largest distance of two images; where not `is_exact`, at least half of that
     is_exact: npt.NDArray[np.bool_]
 
     def __len__(self) -> int:
@@ -224,12 +203,9 @@ def write_curve(
     largest: npt.NDArray[np.int64],
     num_images: int,
 ) -> None:
-    """Write the curve, whole or not at all.
+    """Write how many images are kept at each of C ascending cut-offs, and how many the largest set has, whole or not at all.
 
-    Args:
-        distances: Cut-offs, ascending, float32 [C]; written with the fewest digits that denote the same float32.
-        kept: Images kept at each, int64 [C].
-        largest: Images in the largest set at each, int64 [C].
+    Distances are written with the fewest digits that denote the same float32.
     """
     rows = zip(distances, kept.tolist(), largest.tolist(), strict=True)
     lines = [f"{distance!s},{count},{count / num_images:.6f},{size}" for distance, count, size in rows]

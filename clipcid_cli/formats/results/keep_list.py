@@ -51,17 +51,12 @@ _FIX = "Give another --keep-list, or make one: clipcid balance DATA --keep R"
 
 @dataclasses.dataclass
 class KeepList:
-    """Which images of a data set are kept. Only `kept` is in memory; keys and shards are read as they are needed.
-
-    Attributes:
-        kept: Which images are kept, bool [N], in row order.
-        has_reasons: Whether it says by what each image was dropped: not all are repeats.
-    """
+    """Which images of a data set are kept. Only `kept` is in memory; keys and shards are read as they are needed."""
 
     path: Path
-    kept: npt.NDArray[np.bool_]
+    kept: npt.NDArray[np.bool_]  # [N], in row order
     has_shards: bool
-    has_reasons: bool
+    has_reasons: bool  # whether it says by what each image was dropped: not all are repeats
     _held: tuple[int, pa.ChunkedArray] | None = None
 
     def __len__(self) -> int:

@@ -36,15 +36,11 @@ Column: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class SampleRows:
-    """The samples of one part, ``training`` or ``held_out``, in order of shard and place; picklable, and small.
-
-    Attributes:
-        sizes: Samples of each shard, int64 [S].
-    """
+    """The samples of one part, ``training`` or ``held_out``, in order of shard and place; picklable, and small."""
 
     folder: Path
     part: str
-    sizes: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]  # samples of each shard, [S]
 
     @property
     def total(self) -> int:

@@ -57,19 +57,14 @@ _ABOUT = b"clipcid"
 
 
 class Metrics(msgspec.Struct):
-    """CLIP_benchmark's fields.
-
-    Attributes:
-        task: ``zeroshot_classification``, ``zeroshot_retrieval`` or ``linear_probe``.
-        metrics: Values by name; null for one that has none, such as acc5 of four classes.
-    """
+    """CLIP_benchmark's fields."""
 
     dataset: str
     model: str
     pretrained: Any
-    task: str
+    task: str  # ``zeroshot_classification``, ``zeroshot_retrieval`` or ``linear_probe``
     language: Any
-    metrics: dict[str, Any]
+    metrics: dict[str, Any]  # null for one that has no value, such as acc5 of four classes
 
 
 def metrics_stem(dataset: str, model: str, task: str) -> str:

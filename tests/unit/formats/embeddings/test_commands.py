@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from sidecars import DATA, make_sidecar
 
-from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.errors import DEFAULT_WORK, ClipcidError, command_line
 from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.embeddings.command import DEFAULTS, data_command, texts_command
 from clipcid_cli.formats.sidecar import BalanceSidecar, ClusterSidecar, DataSpec, EmbedSidecar
@@ -22,7 +22,7 @@ from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
-from clipcid_cli.steps.settings.shared import DEFAULT_WORK, given_flags
+from clipcid_cli.steps.settings.shared import given_flags
 
 
 def sidecar(data: dict | None = None, **settings: object) -> EmbedSidecar:
