@@ -117,7 +117,8 @@ def build_parameters(command: str, settings: type[SharedSettings]) -> list[click
 
 
 def _make_parameter(command: str, field: dataclasses.Field[Any], kind: Any, multiple: bool) -> click.Parameter:
-    setting, flag = setting_of(field), flag_of(field)
+    setting = setting_of(field)
+    flag = flag_of(field)
     if setting.positional:
         default = None if multiple else field.default
         return click.Argument(
@@ -227,9 +228,10 @@ def _as_text(parameter: click.Parameter, value: Any) -> Any:
 
 
 def _item_as_text(kind: click.ParamType[Any], value: Any) -> str:
-    is_path, is_number = isinstance(kind, click.Path), isinstance(kind, click.IntRange | click.FloatRange)
+    is_path = isinstance(kind, click.Path)
     if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool) and not is_path):
         return str(value)
+    is_number = isinstance(kind, click.IntRange | click.FloatRange)
     raise TypeError("a path" if is_path else "a number" if is_number else "text")
 
 

@@ -94,10 +94,9 @@ def print_table(
                 cell.ljust(width) if index < left else cell.rjust(width)
                 for index, (cell, width) in enumerate(zip(row, widths, strict=True))
             ]
-            head, tail = cells[0], (" " * _GAP).join(["", *cells[1:]]).rstrip()
-            console.print(
-                Text.assemble((head, "cyan" if number else ""), tail, style="" if number else "bold"), soft_wrap=True
-            )
+            tail = (" " * _GAP).join(["", *cells[1:]]).rstrip()
+            text = Text.assemble((cells[0], "cyan" if number else ""), tail, style="" if number else "bold")
+            console.print(text, soft_wrap=True)
         return
     for number, row in enumerate(rows):
         if number:

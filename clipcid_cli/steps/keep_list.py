@@ -54,7 +54,8 @@ class ChosenKeepList:
             Which rows it keeps, bool [N]; those that it lacks are not kept.
         """
         found = join(keys, count, parquet_listing(self.path, "kept"), folder)[:, 0]
-        kept, missing = int(np.count_nonzero(found > 0)), int(np.count_nonzero(found < 0))
+        kept = int(np.count_nonzero(found > 0))
+        missing = int(np.count_nonzero(found < 0))
         self.report(source, count, kept=kept, missing=missing, reporter=reporter)
         return found > 0
 

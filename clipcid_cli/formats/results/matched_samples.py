@@ -28,7 +28,8 @@ from clipcid_cli.formats.atomic import atomic_file, write_npy
 from clipcid_cli.formats.fingerprint import hash_json
 
 STEP = "matched"
-TRAINING, HELD_OUT = "training", "held_out"
+TRAINING = "training"
+HELD_OUT = "held_out"
 _VERSION = 4
 
 Column: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]

@@ -45,9 +45,13 @@ SIDECARS = "sidecars"
 SUMMARY_TABLE = "results.csv"
 SUMMARY_REPORT = "report.html"
 
-CLASSIFICATION, MULTI_LABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
+CLASSIFICATION = "classification"
+MULTI_LABEL = "multilabel"
+RETRIEVAL = "retrieval"
 
-_INT, _FLOATS, _INTS = pa.int32(), pa.list_(pa.float32()), pa.list_(pa.int32())
+_INT = pa.int32()
+_INTS = pa.list_(pa.int32())
+_FLOATS = pa.list_(pa.float32())
 _COLUMNS: dict[str, dict[str, pa.DataType]] = {
     CLASSIFICATION: {"label": _INT, "predicted": _INT, "top": _INTS, "scores": _FLOATS},
     MULTI_LABEL: {"labels": _INTS, "predicted": _INT, "top": _INTS, "scores": _FLOATS, "class_scores": _FLOATS},

@@ -96,7 +96,9 @@ def validate_values(settings: Any) -> None:
     click checks the command line already, but for NaN; this also covers settings made in Python.
     """
     for field in dataclasses.fields(settings):
-        setting, flag, value = setting_of(field), flag_of(field), getattr(settings, field.name)
+        setting = setting_of(field)
+        flag = flag_of(field)
+        value = getattr(settings, field.name)
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, Path) and any("\ud800" <= letter <= "\udfff" for letter in str(item)):
                 # Linux allows any bytes, which Python keeps as lone surrogates.
