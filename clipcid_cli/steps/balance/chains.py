@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.algorithms.sets.diameters import find_diameters
 from clipcid_cli.algorithms.sets.star import count_kept, star_cover
-from clipcid_cli.formats.results.sets import SetTable
+from clipcid_cli.formats.results.forest import SetTable
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.sets import Sets
 

@@ -13,7 +13,7 @@ from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
 from clipcid_cli.errors import command_line
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg
-from clipcid_cli.formats.results.sets import SetTable
+from clipcid_cli.formats.results.forest import SetTable
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.steps.balance.balance_run import BalanceRun

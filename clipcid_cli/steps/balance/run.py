@@ -12,8 +12,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import remove_copies
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.forest import ROW_FILES, forest_path, write_row_files
-from clipcid_cli.formats.results.sets import CURVE, SET_TABLE
+from clipcid_cli.formats.results.forest import CURVE, ROW_FILES, SET_TABLE, forest_path, write_row_files
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.memory import keep_few_kernels

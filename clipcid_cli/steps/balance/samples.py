@@ -21,7 +21,7 @@ from clipcid_cli.formats.data.index import DataIndex
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.join import Keys, Listing, Values, join
-from clipcid_cli.formats.results.kept_lists import is_uid
+from clipcid_cli.formats.results.keep_list import is_uid
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps.balance.rows import take_texts
 from clipcid_cli.steps.settings.balance import BalanceSettings

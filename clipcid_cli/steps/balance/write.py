@@ -14,9 +14,8 @@ from clipcid_cli.algorithms.near.exact import BoolArray
 from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.results.forest import ROW_FILES
+from clipcid_cli.formats.results.forest import CURVE, ROW_FILES, SET_TABLE, SetTable, write_curve, write_set_table
 from clipcid_cli.formats.results.keep_list import Column, write_keep_list
-from clipcid_cli.formats.results.sets import CURVE, SET_TABLE, SetTable, write_curve, write_set_table
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chains import measure_sets

@@ -20,8 +20,7 @@ from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import find_repeat, join, parquet_listing
 from clipcid_cli.formats.output import Output, is_claimed
 from clipcid_cli.formats.reading import read_regular
-from clipcid_cli.formats.results.keep_list import KeepList, read_keep_list
-from clipcid_cli.formats.results.kept_lists import is_uid
+from clipcid_cli.formats.results.keep_list import KeepList, is_uid, read_keep_list
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.plan import BalancePlan

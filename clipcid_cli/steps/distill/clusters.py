@@ -21,7 +21,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher, StoredTeacher
-from clipcid_cli.steps.model_identity import cluster_with, validate_teacher
+from clipcid_cli.steps.models import cluster_with, validate_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 

@@ -38,7 +38,7 @@ from clipcid_cli.steps.distill.stored_teacher import (
 )
 from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
-from clipcid_cli.steps.model_identity import find_mismatch
+from clipcid_cli.steps.models import find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL

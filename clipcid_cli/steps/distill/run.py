@@ -9,13 +9,12 @@ from typing import Any
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output
-from clipcid_cli.formats.results.checkpoint import list_checkpoints
-from clipcid_cli.formats.results.run_folder import import_tensorboard
+from clipcid_cli.formats.results.run_folder import import_tensorboard, list_checkpoints
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.pipeline import start_worker_server
-from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.claim import claim_output, scratch_folder
 from clipcid_cli.steps.distill.cost import estimate_cost
 from clipcid_cli.steps.distill.inputs import find_embeddings
 from clipcid_cli.steps.distill.plan import check_named, identity, plan_run
@@ -28,7 +27,6 @@ from clipcid_cli.steps.evaluate.result import ZeroshotResults
 from clipcid_cli.steps.evaluate.zeroshot import evaluate
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.scratch import scratch_folder
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 

@@ -23,7 +23,7 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width,
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.embed.encoder import Views
-from clipcid_cli.steps.model_identity import embed_with, validate_teacher
+from clipcid_cli.steps.models import embed_with, validate_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL

@@ -13,14 +13,14 @@ from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.samples import close_copies
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.reading import reading
-from clipcid_cli.formats.results.checkpoint import (
+from clipcid_cli.formats.results.run_folder import (
+    TrainingLog,
     checkpoint_path,
     list_checkpoints,
     read_checkpoint,
     remove_old_checkpoints,
     write_checkpoint,
 )
-from clipcid_cli.formats.results.run_folder import TrainingLog
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine

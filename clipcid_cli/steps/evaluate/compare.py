@@ -12,14 +12,16 @@ from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compar
 from clipcid_cli.algorithms.metrics.intervals import Array, PairedMetric, compare
 from clipcid_cli.algorithms.metrics.retrieval import compare_recalls
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.metrics import Metrics, read_metrics, refuse_changed_metrics
-from clipcid_cli.formats.results.predictions import (
+from clipcid_cli.formats.results.metrics import (
     CLASSIFICATION,
     MULTI_LABEL,
     RETRIEVAL,
+    Metrics,
     Predictions,
     predictions_path,
+    read_metrics,
     read_predictions,
+    refuse_changed_metrics,
 )
 from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.steps.evaluate.result import ComparedLines, ComparisonResult, Difference

@@ -40,8 +40,7 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
-from clipcid_cli.formats.results.metrics import metrics_stem, read_metrics, write_metrics
-from clipcid_cli.formats.results.predictions import CLASSIFICATION, MULTI_LABEL
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, metrics_stem, read_metrics, write_metrics
 from clipcid_cli.formats.sidecar import LinearSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import open_machine
@@ -52,7 +51,7 @@ from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
 from clipcid_cli.steps.evaluate.result import Draws, FewShot, LinearResult, Preview, Sweep
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, find_copy
-from clipcid_cli.steps.model_choice import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings

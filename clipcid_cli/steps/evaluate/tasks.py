@@ -32,7 +32,7 @@ from clipcid_cli.formats.data.benchmark import (
 from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, fingerprint_images, open_dataset, open_described
 from clipcid_cli.formats.data.samples import read_classes
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.predictions import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
 from clipcid_cli.formats.sidecar import DistillSidecar, LinesRecord, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory

@@ -11,8 +11,14 @@ from clipcid_cli.algorithms.metrics.calibration import BINS
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.metrics import metrics_stem, read_metrics, read_metrics_sidecar, write_metrics
-from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
+from clipcid_cli.formats.results.metrics import (
+    metrics_stem,
+    predictions_path,
+    read_metrics,
+    read_metrics_sidecar,
+    write_metrics,
+    write_predictions,
+)
 from clipcid_cli.formats.sidecar import ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine, open_machine
@@ -24,7 +30,7 @@ from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_s
 from clipcid_cli.steps.evaluate.report import write_summary
 from clipcid_cli.steps.evaluate.result import ComparisonResult, Preview, Previews, ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
-from clipcid_cli.steps.model_choice import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings

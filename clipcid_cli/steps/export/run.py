@@ -24,7 +24,7 @@ from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.export.card import export_name, render_card
 from clipcid_cli.steps.export.check import Checker, find_classes, find_data, read_inputs, validate_measurable
 from clipcid_cli.steps.export.forms import PACKAGES, WRITERS, validate_forms
-from clipcid_cli.steps.model_choice import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.fields import output_settings

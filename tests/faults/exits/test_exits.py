@@ -22,7 +22,7 @@ from conftest import Run, clean_environment, clipcid_command, run_command, shard
 from clipcid_cli.cli import cli
 from clipcid_cli.commands.failures import explain
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.checkpoint import write_checkpoint
+from clipcid_cli.formats.results.run_folder import write_checkpoint
 from clipcid_cli.runtime.machine import meet
 
 # Runs whose main thread sleeps, in Python or in a library's call that no handler of Python's interrupts.
@@ -333,7 +333,7 @@ def test_a_full_disk_in_a_checkpoint_is_named(tmp_path: Path) -> None:
 import resource, signal
 from pathlib import Path
 import torch
-from clipcid_cli.formats.results.checkpoint import write_checkpoint
+from clipcid_cli.formats.results.run_folder import write_checkpoint
 from clipcid_cli.errors import ClipcidError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -12,7 +12,7 @@ from PIL import Image
 from shard_server import serve
 
 from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images, open_dataset
-from clipcid_cli.formats.results.predictions import CLASSIFICATION, RETRIEVAL
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, RETRIEVAL
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index

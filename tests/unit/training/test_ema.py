@@ -12,7 +12,7 @@ from torch import nn
 
 from clipcid_cli.algorithms.losses.parameters import LossParameters
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
-from clipcid_cli.formats.results.checkpoint import read_checkpoint, write_checkpoint
+from clipcid_cli.formats.results.run_folder import read_checkpoint, write_checkpoint
 from clipcid_cli.runtime.models.towers import freeze
 from clipcid_cli.training.ema import EMA
 from clipcid_cli.training.optimisers import Recipe
