@@ -34,13 +34,7 @@ _BELOW_ALL = -(2**25)
 
 @dataclasses.dataclass(frozen=True)
 class CoarseRows:
-    """Rows as integers times steps.
-
-    Attributes:
-        stored_BD: The rows, float16.
-        integers_BD: In a format of which products are fast, and exact.
-        step_B: What the integer 1 stands for, float32.
-    """
+    """Rows, float16, as integers, in a format whose products are fast and exact, times a step each, float32."""
 
     stored_BD: torch.Tensor
     integers_BD: torch.Tensor
@@ -85,19 +79,12 @@ class CoarseCentroids:
         self._near = [torch.cat([members[group] for group in near]) for near in near_GG.tolist()]
 
     def nearest(self, rows: CoarseRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compare rows with all centroids.
-
-        Returns:
-            The nearest, the first of equal ones, int64 [B], and about the similarities to them, float64 [B].
-        """
+        """Return the nearest of all centroids, the first of equal ones, and about the similarities to them, float64 [B]."""
         number_B, score_B, _ = _largest(rows.integers_BD, self._integers_KD)
         return number_B, score_B * self._units(rows)
 
     def nearest_other(self, rows: CoarseRows, own_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compare rows with all centroids, or with those around their own.
-
-        Args:
-            own_B: A centroid of each row, int64 [B].
 
         Returns:
             The nearest beside the own one, int64 [B], and about the similarities to it and to the own one, float64 [B].
@@ -134,11 +121,7 @@ def are_local(rows: CoarseRows, centroids_KD: torch.Tensor, dtype: torch.dtype) 
 def _largest(
     integers_BD: torch.Tensor, integers_KD: torch.Tensor, own_B: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return where products with rows are largest, the first of equal ones, how large, and those at `own_B`: int64 [B].
-
-    Args:
-        own_B: Places that are left out, int64 [B].
-    """
+    """Return where products are largest, the first of equal ones, how large, and those at `own_B`, which is left out."""
     size, device = PRODUCT_ROWS[integers_BD.device.type], integers_BD.device
     # Fresh memory for each product would take as long as the product.
     room = min(size, len(integers_BD)) * min(size, len(integers_KD))

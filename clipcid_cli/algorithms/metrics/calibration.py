@@ -23,13 +23,7 @@ Blocks = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """How well confidences fit.
-
-    Attributes:
-        expected_calibration_error: Over `BINS` bins, in [0, 1].
-        log_loss: Mean negative log-likelihood of the right classes, in nats.
-        images: Number of images.
-    """
+    """How well confidences fit: over `BINS` bins, and the mean negative log-likelihood of the right classes, in nats."""
 
     expected_calibration_error: float
     log_loss: float
@@ -42,9 +36,6 @@ def measure_calibration(blocks: Blocks, scale: float) -> Calibration:
     The confidence of an image is the probability of its most likely class, the first of equal ones. Images are put in bins
     of equal width, (m/15, (m + 1)/15]; the error is the mean over the images of |share right − mean confidence| of their
     bin.
-
-    Args:
-        scale: Factor on the cosines, at least 0.
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, eq. 3.
     """

@@ -15,13 +15,7 @@ _MERGED_AT_ONCE = 2**14
 
 @dataclasses.dataclass(frozen=True)
 class Edges:
-    """Weighted pairs of rows.
-
-    Attributes:
-        a: Smaller row of each pair, integers [E].
-        b: Larger row of each pair, integers [E].
-        weight: Distance of each pair, float32 [E], at least 0.
-    """
+    """Weighted pairs of rows: the smaller and the larger row, integers [E], and their distance, float32 [E], at least 0."""
 
     a: IntArray
     b: IntArray
@@ -44,11 +38,7 @@ class Edges:
         parts = [part for part in parts if len(part)] or [Edges.empty()]
         if len(parts) == 1:
             return parts[0]
-        return Edges(
-            np.concatenate([part.a for part in parts]),
-            np.concatenate([part.b for part in parts]),
-            np.concatenate([part.weight for part in parts]),
-        )
+        return Edges(*map(np.concatenate, zip(*((part.a, part.b, part.weight) for part in parts), strict=True)))
 
     def renumbered(self, numbers: IntArray) -> Edges:
         """Return the edges, ascending, with each row replaced by its number, int64 [N]; numbers keep the order of rows."""
@@ -61,21 +51,7 @@ class Edges:
 
 def sort_edges(edges: Edges) -> Edges:
     """Order edges by (weight, smaller row, larger row)."""
-    return edges if _ascends(edges) else edges[_order(edges)]
-
-
-def _ascends(edges: Edges) -> bool:
-    """Tell whether edges are in ascending order already, as those of a saved forest are."""
-    for start in range(0, len(edges) - 1, _MERGED_AT_ONCE):
-        stop = min(start + _MERGED_AT_ONCE, len(edges) - 1)
-        now, after = edges[start:stop], edges[start + 1 : stop + 1]
-        if (now.weight > after.weight).any():
-            return False
-        tied = np.flatnonzero(now.weight == after.weight)
-        now, after = now[tied], after[tied]
-        if ((now.a > after.a) | ((now.a == after.a) & (now.b > after.b))).any():
-            return False
-    return True
+    return edges[_order(edges)]
 
 
 def _order(edges: Edges) -> IntArray:

@@ -34,6 +34,9 @@ ReadRows = Callable[[IntArray], HalfArray]
 # A bound is changed by this share before it is rounded to float32: twice as much as rounding can change it.
 ROUNDING_MARGIN = 2.0**-22
 
+# Values of unit rows that are rounded are integers over this.
+_GRID = 2.0**24
+
 # Longest row for which the sums above are exact; unit rows rounded to float16 are within 1e-3 of length 1.
 LONGEST_ROW = 2.0
 
@@ -64,6 +67,25 @@ def root(values: torch.Tensor) -> torch.Tensor:
     On CPUs, PyTorch's float64 roots differ from that for one value in 150, depending on its place in the array.
     """
     return torch.from_numpy(np.sqrt(values.numpy())) if values.device.type == "cpu" else values.sqrt()
+
+
+def round_to_grid(rows_ND: torch.Tensor) -> torch.Tensor:
+    """Round unit rows, float64, to multiples of 2⁻²⁴, which float32 holds within [−1, 1]: entries move by at most 2⁻²⁵."""
+    return (rows_ND * _GRID).round().clamp(-_GRID, _GRID).div(_GRID).float()
+
+
+def fold_sum(values_ND: torch.Tensor) -> torch.Tensor:
+    """Sum each row, of width ≥ 1, by halving its width again and again: [N].
+
+    Only element-wise additions in a fixed order take part, so the bits are the same on every device, which a library's
+    own reduction does not promise.
+    """
+    while (width := values_ND.shape[1]) > 1:
+        first_NH, second_NH, *last = torch.split(values_ND, width // 2, dim=1)
+        values_ND = first_NH + second_NH
+        if last:
+            values_ND = torch.cat([values_ND, *last], dim=1)
+    return values_ND[:, 0]
 
 
 def squared_lengths(rows_ND: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The nearest of many for each row, exact: fast products propose, float64 decides; of equally near ones the smaller number.
 
 Rows and those they are compared with are float16, or float32 multiples of 2⁻²⁴ of length at most 1.01 (centroids, see
-:mod:`clipcid_cli.algorithms.near.centroids`): float64 holds all sums of their products exactly
+:mod:`clipcid_cli.algorithms.kmeans.centroids`): float64 holds all sums of their products exactly
 (:mod:`clipcid_cli.algorithms.near.exact`), so what is found depends on neither blocks, threads, formats nor devices.
 
 **One**: with |s − x·c| ≤ e for the score s of row x and centroid c (:mod:`clipcid_cli.algorithms.near.block`), and r the
@@ -65,7 +65,7 @@ _SLACK = 2.0**-23
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The nearest centroids of some rows, of those that were looked at.
+    """Of some rows the nearest of the centroids looked at.
 
     Attributes:
         number_B: Numbers of the centroids, int64 [B].
@@ -78,12 +78,12 @@ class Found:
     others_B: torch.Tensor
 
     def at(self, which: torch.Tensor | slice) -> Found:
-        """Return those of some of the rows."""
+        """Return what was found of some of the rows."""
         return Found(self.number_B[which], self.cosine_B[which], self.others_B[which])
 
     @staticmethod
     def join(parts: Sequence[Found]) -> Found:
-        """Return those of some rows after those of others."""
+        """Return what was found of some rows and then of others."""
         names = [field.name for field in dataclasses.fields(Found)]
         return Found(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
@@ -99,7 +99,8 @@ class NearestCentroid:
 
     def __init__(self, centroids_KD: torch.Tensor, dtype: torch.dtype, order_K: torch.Tensor | None = None) -> None:
         device = centroids_KD.device
-        self._centroids_KD, self._buffer = centroids_KD, _Buffer()
+        self._centroids_KD = centroids_KD
+        self._buffer = _Buffer()
         self._groups = _GROUPS[device.type]
         self._order_K = torch.arange(len(centroids_KD), device=device) if order_K is None else order_K
         self._place_K = torch.argsort(self._order_K)
@@ -235,8 +236,7 @@ def top_nearest(
     Callers on a CPU ask for blocks of some thousand rows, a thread each.
 
     Args:
-        rows_BD: Unit rows, float16 or float32 [B, D], on the device of the centroids.
-        centroids_KD: float32 [K, D].
+        rows_BD: Unit rows, float16 or float32, on the device of the centroids.
         m: Centroids per row, in [1, K].
         all_exact: Whether each cosine must be exact; else the first is, and the others round to the same float16.
 

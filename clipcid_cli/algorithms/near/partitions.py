@@ -30,9 +30,9 @@ import numpy as np
 import torch
 
 from clipcid_cli.algorithms.near.block import read_stored
+from clipcid_cli.algorithms.near.cutoff import Neighbours
 from clipcid_cli.algorithms.near.exact import IntArray, ReadRows, exact_dots, root, squared_lengths
 from clipcid_cli.algorithms.near.nearest import top_nearest
-from clipcid_cli.algorithms.near.sample import Neighbours
 
 # How many of a row's nearest centroids are looked at first. Of 20,000 synthetic rows of width 512 in 1,200 partitions, 173
 # have more that they may visit. These are multiplied with all, so many values at once.
@@ -61,7 +61,8 @@ class Partitions:
     """The partitions of some centroids, unit rows on the grid of 2⁻²⁴, float32."""
 
     def __init__(self, centroids_KD: torch.Tensor) -> None:
-        self.width, self.device = centroids_KD.shape[1], centroids_KD.device
+        self.width = centroids_KD.shape[1]
+        self.device = centroids_KD.device
         self._centroids_KD = centroids_KD
         self._squared_K = squared_lengths(centroids_KD)
 
@@ -120,9 +121,7 @@ def measure_margin(
     """Choose the margin from how near to borders sampled rows and their neighbours lie.
 
     Args:
-        rows: Row numbers, integers [N].
         sample: Places in `rows` of the sampled rows, int64 [S], ascending.
-        neighbours: Their nearest neighbours.
         reach: The distance to search to.
 
     Returns:

@@ -42,12 +42,7 @@ def connected_components(num_nodes: int, a: IntArray, b: IntArray) -> IntArray:
 
 @dataclasses.dataclass(frozen=True)
 class _Round:
-    """A round of Borůvka's algorithm among the M nodes that earlier rounds have left.
-
-    Attributes:
-        weight: Weight of each node's lightest edge, infinite where it has none.
-        parent: The node of the next round that it is merged into; of no meaning where it has no edge.
-    """
+    """A round of Borůvka's algorithm: of each node its lightest edge's weight (∞ for none), and the next round's node."""
 
     weight: FloatArray
     parent: IntArray
@@ -162,13 +157,7 @@ class ForestSink:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """How many images are kept at each cut-off.
-
-    Attributes:
-        distance: Cut-offs, float32 [C], strictly ascending.
-        kept: Components at each, int64 [C].
-        largest: Size of the largest component at each, int64 [C].
-    """
+    """Over the cut-off, float32 [C] and strictly ascending, the images kept and the size of the largest set, int64 [C]."""
 
     distance: FloatArray
     kept: IntArray
@@ -178,8 +167,7 @@ class Curve:
 def forest_curve(num_rows: int, forest: Edges, chosen: float | None) -> Curve:
     """Count components, and measure the largest, from the smallest weight of an ascending forest to its largest.
 
-    Args:
-        chosen: A cut-off that must be among the points, or None; others fall evenly on the number of images kept.
+    The chosen cut-off, if any, is among the points; the others fall evenly on the number of images kept.
     """
     ends = np.linspace(1, max(1, len(forest)), _CURVE_POINTS).astype(np.int64) - 1
     distances = forest.weight[np.unique(ends)] if len(forest) else np.zeros(1, np.float32)

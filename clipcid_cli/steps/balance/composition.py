@@ -17,7 +17,8 @@ from clipcid_cli.formats.data.class_files import read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.steps.balance.rows import BalanceRows, take_texts
+from clipcid_cli.steps.balance.balance_run import BalanceRows
+from clipcid_cli.steps.balance.samples import take_texts
 
 # Classes are stored with the images, so reading them reads the headers of every shard: some seconds for this many images.
 _MAX_LABELS = 2**17

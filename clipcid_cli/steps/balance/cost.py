@@ -21,7 +21,7 @@ from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES
 from clipcid_cli.steps.balance.filters.against import open_reference
-from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions, have_captions, keep_captioned
+from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions
 from clipcid_cli.steps.balance.partition import AUDIT_SAMPLE, ITERATIONS, ROWS_PER_PARTITION
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceCost, CaptionCost, MemoryCost, ReferenceCost, SearchCost
@@ -172,7 +172,7 @@ def _measure(plan: BalancePlan, scan: torch.dtype, machine: Machine) -> tuple[fl
     captions = None
     if settings.has_window:
         compared = time_trial(lambda: compare_captions(embeddings, rows, Progress()), warm_up=0)
-        window = CaptionWindow.of(settings, keep_captioned(compared.result, have_captions(embeddings, rows)))
+        window = CaptionWindow.of(settings, compared.result)
         if len(numbers) == num_rows:
             window.refuse_empty()
         inside = int(np.count_nonzero(~window.is_dropped)) / len(rows)

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
 
-from clipcid_cli.algorithms.near.edges import Edges
+from clipcid_cli.algorithms.near.block import load_block
+from clipcid_cli.algorithms.near.edges import Edges, sort_edges
 from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
-from clipcid_cli.errors import command_line
+from clipcid_cli.algorithms.near.search import near_pairs
+from clipcid_cli.algorithms.sets.star import count_kept, star_cover
+from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.atomic import write_text
-from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.reading import describe
+from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.results.sets import SetTable
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import REASONS
+from clipcid_cli.runtime.models.decode import SkippedImage, decode_image
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.chains import find_chains
 from clipcid_cli.steps.balance.composition import compare_classes
 from clipcid_cli.steps.balance.filters.against import NearReferences
-from clipcid_cli.steps.balance.gallery import Gallery, Picture
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceResult
+from clipcid_cli.steps.balance.samples import SampleFinder, open_data, open_recorded, take_texts
 from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
 
@@ -35,6 +44,13 @@ _SETS_SHOWN = 12
 _IMAGES_SHOWN = 9
 _PAIRS_SHOWN = 8
 _REFERENCES_SHOWN = 12
+_CHAINS_SHOWN = 8
+_STARS_SHOWN = 8
+# Different images of a set that stars are made of for the report: all their pairs take a fifth of a second on two cores.
+_MAX_STARRED = 4096
+# Pixels of the longer side of a picture.
+_SIDE = 96
+_UNKNOWN = "it is not recorded which data the embeddings were made from."
 
 
 def has_new_pictures(plan: BalancePlan, finished: BalanceSidecar) -> bool:
@@ -110,6 +126,45 @@ def write_report(
         ),
     )
     return recorded
+
+
+def find_chains(run: BalanceRun, sets: Sets, table: SetTable) -> list[dict[str, Any]]:
+    """Return the sets with most images beyond the cut-off, the widest of equals first; none for stars.
+
+    Returns:
+        What the table has of each, and: ``beyond``, how many of its images are farther than the cut-off from the one kept;
+        ``stars``, the images that stars would keep of it, those that represent most first, None where it has too many to
+        compare; ``shown``, those of its images that the report shows.
+    """
+    if sets.threshold is None or run.settings.linkage == "star":
+        return []
+    is_beyond = sets.distances > np.float32(sets.threshold)
+    beyond = np.bincount(sets.labels[is_beyond], minlength=len(sets.labels))[table.label]
+    order = np.lexsort((table.label, -table.diameter, -beyond))[:_CHAINS_SHOWN]
+    copies = run.rows.count_copies()
+    chains = []
+    for place in order[beyond[order] > 0].tolist():
+        chain = {name: column[place].item() for name, column in vars(table).items()}
+        stars = _find_stars(run, sets, chain["label"], sets.threshold, copies)
+        shown = [chain["representative"], chain["farthest"], *(stars or ())[:_STARS_SHOWN]]
+        chains.append(chain | {"beyond": int(beyond[place]), "stars": stars, "shown": shown})
+    return chains
+
+
+def _find_stars(run: BalanceRun, sets: Sets, label: int, cutoff: float, copies: IntArray) -> list[int] | None:
+    """Cover a set by stars, which never leave it, given how many rows equal each unique row, int64 [U]."""
+    rows = run.rows
+    place = np.flatnonzero(sets.labels[rows.unique] == label)
+    if len(place) > _MAX_STARRED:
+        return None
+    numbers = np.arange(len(place), dtype=rows.unique.dtype)
+    block = load_block(lambda some: rows.read(rows.unique[place[some]]), numbers, run.machine.device, run.scan.dtype)
+    pairs = sort_edges(Edges.concatenate(near_pairs(block, block, cutoff)))
+    representatives = star_cover(pairs, copies[place])
+    represented = np.bincount(representatives, weights=copies[place], minlength=len(place))
+    order = np.argsort(-represented, kind="stable")[: count_kept(representatives)]
+    found: list[int] = rows.unique[place[order]].tolist()
+    return found
 
 
 def _name_command(settings: BalanceSettings) -> str:
@@ -198,3 +253,75 @@ def _draw_curves(run: BalanceRun, sets: Sets, other: OtherLinkage | NotComputed)
     axes.set(xlabel="cut-off ε", ylabel="share kept", xlim=(0, 1.15 * farthest or 1), ylim=(0, 1.02))
     axes.legend(loc="lower left", frameon=False)
     return svg(figure, "Share of images kept over the cut-off")
+
+
+@dataclasses.dataclass
+class Picture:
+    """One image: its thumbnail as a ``data:`` URL, empty where it cannot be shown; its distance to the representative."""
+
+    key: str
+    source: str
+    kept: bool = False
+    distance: float = 0.0
+
+
+class Gallery:
+    """Loads pictures.
+
+    Attributes:
+        data: The data; None where it is not known, or cannot be opened.
+        closed: Why there is none.
+        shown: Number of pictures loaded.
+        unread: Why others could not be, by shard and key.
+    """
+
+    def __init__(self, settings: BalanceSettings, embeddings: Embeddings, *, recorded: bool = False) -> None:
+        """Open the data, or that alone which the embeddings record."""
+        self._embeddings = embeddings
+        self.data: Dataset | None = None
+        self.shown = 0
+        self.unread = dict[tuple[str, str], str]()
+        try:
+            self.data = open_recorded(settings, embeddings) if recorded else open_data(settings, embeddings)
+            self.closed = _UNKNOWN if self.data is None else ""
+        except ClipcidError as error:
+            self.closed = error.message
+
+    def load(self, numbers: IntArray) -> list[Picture]:
+        """Load the thumbnails of n rows of the embeddings; without the data there are keys only."""
+        embeddings = self._embeddings
+        shards, keys = (take_texts(embeddings, read, numbers) for read in (embeddings.shards_of, embeddings.keys_of))
+        sources = self.read(shards, keys)
+        return [Picture(key, source) for key, source in zip(keys, sources, strict=True)]
+
+    def read(self, shards: list[str], keys: list[str]) -> list[str]:
+        """Return thumbnails as ``data:`` URLs, empty where there is none."""
+        if self.data is None:
+            if self.closed != _UNKNOWN:
+                self.unread |= dict.fromkeys(zip(shards, keys, strict=True), self.closed)
+            return [""] * len(keys)
+        finder = SampleFinder(self.data)
+        found: list[Sample | None] | None = None
+        if finder.searches_all(shards):  # once for all of them
+            with suppress(ClipcidError, OSError):  # which each picture says again
+                found = finder.find(shards, keys)
+        sources = [""] * len(keys)
+        for number, (shard, key) in enumerate(zip(shards, keys, strict=True)):
+            where = f"shard {shard}"
+            try:
+                sample = finder.find([shard], [key])[0] if found is None else found[number]
+                if sample is None:
+                    self.unread[shard, key] = f"the data has no image {key}."
+                    continue
+                where = sample.image.path
+                image = decode_image(sample.image.read(), draft_size=(_SIDE, _SIDE))
+                if isinstance(image, SkippedImage):
+                    self.unread[shard, key] = f"{where} has an {REASONS[image.reason]}, {key}."
+                    continue
+                sources[number] = thumbnail(image, _SIDE)
+                self.shown += 1
+            except ClipcidError as error:
+                self.unread[shard, key] = error.message
+            except OSError as error:
+                self.unread[shard, key] = f"{error.filename or where} cannot be read: {describe(error)}."
+        return sources

@@ -17,10 +17,11 @@ from clipcid_cli.algorithms.probe.probe import (
     Solution,
     SweepPoint,
     choose_point,
+    draw_shots,
     regularisation_grid,
+    split_by_class,
     sweep_regularisation,
 )
-from clipcid_cli.algorithms.probe.splits import draw_shots, split_by_class
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.features import Features
 from clipcid_cli.runtime.pipeline import threads_for

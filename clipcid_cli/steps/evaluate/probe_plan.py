@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
-from clipcid_cli.algorithms.metrics.classification import SINGLE_LABEL_METRICS
+from clipcid_cli.algorithms.metrics.classification import MULTI_LABEL_METRICS, SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.benchmark_folder import BenchmarkFolder, find_benchmark_folder
 from clipcid_cli.formats.data.class_files import read_class_names

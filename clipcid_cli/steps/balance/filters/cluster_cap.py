@@ -23,7 +23,7 @@ from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_pa
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.result import ClusterCapResult
-from clipcid_cli.steps.balance.scores import SCORES
+from clipcid_cli.steps.balance.sets import SCORES
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
