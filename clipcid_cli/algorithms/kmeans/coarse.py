@@ -66,7 +66,8 @@ class CoarseCentroids:
         self._near = list[torch.Tensor]()
         if not grouped:
             return
-        num_groups, device = math.isqrt(num_centroids), centroids_KD.device
+        num_groups = math.isqrt(num_centroids)
+        device = centroids_KD.device
         leaders_GD = self._integers_KD[torch.arange(num_groups, device=device) * num_centroids // num_groups]
         self._group_K = _largest(self._integers_KD, leaders_GD)[0]
         members = torch.split(*_by_group(self._group_K, num_groups))
@@ -122,7 +123,8 @@ def _largest(
     integers_BD: torch.Tensor, integers_KD: torch.Tensor, own_B: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return where products are largest, the first of equal ones, how large, and those at `own_B`, which is left out."""
-    size, device = PRODUCT_ROWS[integers_BD.device.type], integers_BD.device
+    size = PRODUCT_ROWS[integers_BD.device.type]
+    device = integers_BD.device
     # Fresh memory for each product would take as long as the product.
     room = min(size, len(integers_BD)) * min(size, len(integers_KD))
     buffer = torch.empty(room, dtype=score_dtype(integers_BD.dtype)) if device.type == "cpu" else None
@@ -130,7 +132,8 @@ def _largest(
     found = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
     for rows_BD, own_B1 in zip(torch.split(integers_BD, size), torch.split(own_B[:, None], size), strict=True):
         best_B1, own_score_B1 = torch.full_like(own_B1, _BELOW_ALL), torch.full_like(own_B1, _BELOW_ALL)
-        number_B1, first = torch.zeros_like(own_B1), 0
+        number_B1 = torch.zeros_like(own_B1)
+        first = 0
         for part_CD in torch.split(integers_KD, size):
             score_BC = _multiply(rows_BD, part_CD, buffer)
             place_B1 = (own_B1 - first).clamp(0, len(part_CD) - 1)
@@ -140,7 +143,8 @@ def _largest(
             place_B1 = _first_largest(score_BC)[:, None]
             score_B1 = score_BC.gather(1, place_B1).long()
             number_B1 = torch.where(score_B1 > best_B1, place_B1 + first, number_B1)
-            best_B1, first = torch.maximum(best_B1, score_B1), first + len(part_CD)
+            best_B1 = torch.maximum(best_B1, score_B1)
+            first = first + len(part_CD)
         found.append((number_B1[:, 0], best_B1[:, 0], own_score_B1[:, 0]))
     number_B, best_B, own_score_B = (torch.cat(each) for each in zip(*found, strict=True))
     return number_B, best_B, own_score_B

@@ -152,7 +152,9 @@ def run_lloyd(
     # A resumed run makes none: they need the clusters before them.
     is_new = state.iterations == 0 and len(state.centroids_KD) > PLUS_PLUS_CLUSTERS
     num_loose = iterations // _ONE_LOOSE_IN
-    centroids_KD, drift, similarity_K = state.centroids_KD.to(device, copy=True), None, None
+    centroids_KD = state.centroids_KD.to(device, copy=True)
+    drift = None
+    similarity_K = None
     grouped = is_new and share.are_local(centroids_KD)
     num_coarse = int(_MOST_COARSE * iterations) if grouped else num_loose if is_new else 0
     coarse = num_coarse > 0
@@ -165,8 +167,10 @@ def run_lloyd(
         empty_E = (processes.sum_(share.sums.counts_K.clone()) == 0).nonzero()[:, 0]
         seeds_SD = share.farthest_rows(len(empty_E)) if len(empty_E) else centroids_KD[:0]
         similarity_K, moved_K = _move(centroids_KD, share.sums.sums_KD, empty_E[: len(seeds_SD)], seeds_SD, processes)
-        num_moved, done = int(moved_K.count_nonzero()), state.iterations + 1
-        converged, drift = not coarse and num_moved == 0, None if coarse else CentroidDrift.of(moved_K)
+        num_moved = int(moved_K.count_nonzero())
+        done = state.iterations + 1
+        converged = not coarse and num_moved == 0
+        drift = None if coarse else CentroidDrift.of(moved_K)
         if done >= num_coarse or (done >= num_loose and num_moved < _LEAST_MOVED * len(moved_K)):
             coarse = False
         similarity = float(fold_sum(similarity_K[None])[0]) / len(rows)
@@ -187,7 +191,10 @@ class _Share:
         kept_bytes: int,
     ) -> None:
         self.sums = ClusterSums(num_clusters, rows.width, device)
-        self._rows, self._dtype, self._device, self._processes = rows, dtype, device, processes
+        self._rows = rows
+        self._dtype = dtype
+        self._device = device
+        self._processes = processes
         start, self._stop = processes.share(len(rows))
         self._runs = range(start, self._stop, _RUN_ROWS[device.type])
         size = self._stop - start
@@ -197,7 +204,8 @@ class _Share:
         self._others_N = torch.empty(size, dtype=torch.float32, device=device)
         self._changing = threading.Lock()  # of sums, which runs share
         self._is_summed = False
-        self._coarse_rows, self._blocks = dict[int, CoarseRows](), dict[int, Block]()
+        self._coarse_rows = dict[int, CoarseRows]()
+        self._blocks = dict[int, Block]()
         self._num_kept = kept_bytes // ((2 + dtype.itemsize) * rows.width * self._runs.step)
 
     def are_local(self, centroids_KD: torch.Tensor) -> bool:
@@ -219,7 +227,8 @@ class _Share:
         coarse = CoarseCentroids(centroids_KD, self._dtype, grouped=grouped)
 
         def assign_run(first: int) -> None:
-            rows, place = self._load_coarse(first), self._places(first)
+            rows = self._load_coarse(first)
+            place = self._places(first)
             if lengths_K is None:
                 number_B, self._cosine_N[place] = coarse.nearest(rows)
             else:
@@ -253,7 +262,8 @@ class _Share:
 
     def _assign_all(self, nearest: NearestCentroid, first: int) -> None:
         """Compare rows of a run with all centroids."""
-        block, size = self._load(first), PRODUCT_ROWS[self._device.type]
+        block = self._load(first)
+        size = PRODUCT_ROWS[self._device.type]
         parts = torch.split(torch.arange(len(block), device=self._device), size)
         self._keep(first, block, Found.join([nearest.of(block, which_B) for which_B in parts]))
 
@@ -262,9 +272,11 @@ class _Share:
     ) -> None:
         """Compare rows of a run with the centroids that may have become nearer than their own."""
         place = self._places(first)
-        before_B, similar_B = self._label_N[place].long(), self._cosine_N[place]
+        before_B = self._label_N[place].long()
+        similar_B = self._cosine_N[place]
         others_B = torch.minimum(self._others_N[place].double(), similar_B)  # the nearest was at least as near
-        cosine_B, block = similar_B.clone(), None
+        cosine_B = similar_B.clone()
+        block = None
         moved_B = drift.moved_K[before_B].nonzero()[:, 0]
         if len(moved_B):
             block = self._load(first)
@@ -282,7 +294,8 @@ class _Share:
         """Keep what was found of a run; without a block its rows stay in their clusters."""
         place = self._places(first)
         # A bound below 4 remains one: rounding takes at most 2⁻²³ off.
-        self._cosine_N[place], self._others_N[place] = found.cosine_B, (found.others_B + 2.0**-22).float()
+        self._cosine_N[place] = found.cosine_B
+        self._others_N[place] = (found.others_B + 2.0**-22).float()
         if block is not None:
             self._put(first, block.stored, found.number_B)
 
@@ -293,7 +306,8 @@ class _Share:
             with self._changing:
                 self.sums.move(stored, None, number_B)
         elif len(changed_B := (number_B != label_B).nonzero()[:, 0]):
-            changed_BD, before_B = stored.index_select(0, changed_B), label_B[changed_B].long()
+            changed_BD = stored.index_select(0, changed_B)
+            before_B = label_B[changed_B].long()
             with self._changing:
                 self.sums.move(changed_BD, before_B, number_B[changed_B])
         label_B.copy_(number_B)
@@ -350,7 +364,8 @@ def _pieces(count_B: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, in
     """
     sorted_B, order_B = torch.sort(count_B, descending=True)
     sorted_B = sorted_B.cpu()  # a GPU is waited for once
-    at, end = 0, int((sorted_B > 0).sum())
+    at = 0
+    end = int((sorted_B > 0).sum())
     while at < end:
         leading = int(sorted_B[at])
         # Fewer centroids, more rows: not as many as there is room for, since each row may need fewer still.
@@ -377,7 +392,8 @@ def _move(
     at_once = _CENTROIDS_AT_ONCE[centroids_KD.device.type]
     for first in range(0, len(centroids_KD), at_once):
         part = slice(first, first + at_once)
-        sums_CD, old_CD = processes.sum_(sums_KD[part].clone()), centroids_KD[part]
+        sums_CD = processes.sum_(sums_KD[part].clone())
+        old_CD = centroids_KD[part]
         new_CD = centroids_of_sums(sums_CD, old_CD)
         if len(seeded_S):
             here_S = (seeded_S >= first) & (seeded_S < first + len(new_CD))

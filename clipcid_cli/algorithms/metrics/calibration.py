@@ -39,7 +39,9 @@ def measure_calibration(blocks: Blocks, scale: float) -> Calibration:
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, eq. 3.
     """
-    excess, log_loss, images = torch.zeros(BINS, dtype=torch.float64), 0.0, 0
+    excess = torch.zeros(BINS, dtype=torch.float64)
+    log_loss = 0.0
+    images = 0
     for cosines_BC, labels_B in blocks():
         log_p_BC = (scale * cosines_BC.double()).log_softmax(dim=1)
         right_B = cosines_BC.argmax(dim=1) == labels_B

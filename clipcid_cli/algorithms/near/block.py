@@ -109,11 +109,14 @@ def make_block(rows: IntArray, stored: torch.Tensor, scan_dtype: torch.dtype) ->
         raise ValueError(f"rows must be finite and no longer than {LONGEST_ROW}, not {longest:.3g}")
     if scan_dtype in (stored.dtype, torch.float32):
         return Block(rows, stored, stored.to(scan_dtype), squared, shortest, longest, 0.0, 1.0)
-    parts, step, width = torch.split(stored, ROWS_IN_CACHE), 1.0, stored.shape[1]
+    parts = torch.split(stored, ROWS_IN_CACHE)
+    step = 1.0
+    width = stored.shape[1]
     if scan_dtype == torch.int8:
         parts = tuple(rotate(part) for part in parts)
         step = choose_step(max(float(part.abs().max()) for part in parts))
-    copies, apart = list[torch.Tensor](), list[torch.Tensor]()
+    copies = list[torch.Tensor]()
+    apart = list[torch.Tensor]()
     for part in parts:
         copy = round_to_int8(part, step) if scan_dtype == torch.int8 else part.to(scan_dtype)
         copies.append(copy)
@@ -248,7 +251,8 @@ def _rotation(width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, flo
     which pairs are decided exactly, never the result.
     """
     signs = np.random.default_rng(0).integers(0, 2, size=width) * 2.0 - 1.0
-    matrices, apart = list[torch.Tensor](), 1.0
+    matrices = list[torch.Tensor]()
+    apart = 1.0
     for size in _factors(width):
         angles = 2.0 * np.pi / size * (np.outer(np.arange(size), np.arange(size)) % size)
         matrix = ((np.cos(angles) + np.sin(angles)) / math.sqrt(size)).astype(np.float32)

@@ -88,7 +88,8 @@ def merge_edges(one: Edges, other: Edges) -> tuple[Edges, BoolArray]:
     for last in [*one.weight[_MERGED_AT_ONCE - 1 :: _MERGED_AT_ONCE].tolist(), np.inf]:
         end_one, end_other = (int(np.searchsorted(each.weight, np.float32(last), "right")) for each in (one, other))
         part = Edges.concatenate([one[start_one:end_one], other[start_other:end_other]])
-        order, place = _order(part), slice(start_one + start_other, end_one + end_other)
+        order = _order(part)
+        place = slice(start_one + start_other, end_one + end_other)
         merged.a[place], merged.b[place], merged.weight[place] = part.a[order], part.b[order], part.weight[order]
         is_other[place] = order >= end_one - start_one
         start_one, start_other = end_one, end_other

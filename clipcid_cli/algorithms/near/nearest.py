@@ -130,18 +130,22 @@ class NearestCentroid:
         device = rows.stored.device
         which_B = torch.arange(len(rows.stored), device=device) if which_B is None else which_B
         # Unlike indexing, this copies whole rows.
-        size, scan_BD = len(which_B), rows.scan.index_select(0, which_B)
+        size = len(which_B)
+        scan_BD = rows.scan.index_select(0, which_B)
         nobody_B = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
         place_B = None if known is None else self._place_K[known.number_B]
         found = known or Found(torch.full((size,), _NONE, device=device), nobody_B, nobody_B)
-        found, looked_at = dataclasses.replace(found, others_B=nobody_B), 0
+        found = dataclasses.replace(found, others_B=nobody_B)
+        looked_at = 0
         # Some centroid is at least as similar as this.
-        nearest_B, candidates = found.cosine_B, list[tuple[torch.Tensor, torch.Tensor]]()
+        nearest_B = found.cosine_B
+        candidates = list[tuple[torch.Tensor, torch.Tensor]]()
         decide = partial(self._decide, rows.stored, which_B)
         for number_C, part in self._parts:
             if leading is not None:
                 number_C = number_C[: -(-(leading - looked_at) // self._groups) * self._groups]
-            unit, error = rows.step * part.step, rounded_error(rows, part)
+            unit = rows.step * part.step
+            error = rounded_error(rows, part)
             score_BC = multiply(scan_BD, part.scan[: len(number_C)], self._buffer.take(size * len(number_C), scan_BD))
             # Neither what fills the groups nor the known one is compared.
             lowest = torch.iinfo(score_BC.dtype).min if score_BC.dtype == torch.int32 else -torch.inf
@@ -243,7 +247,8 @@ def top_nearest(
     Returns:
         The centroids, int64 [B, m], and their cosines, float64 [B, m].
     """
-    wide_BD, num_centroids = rows_BD.float(), len(centroids_KD)
+    wide_BD = rows_BD.float()
+    num_centroids = len(centroids_KD)
     k = min(num_centroids, m + _SPARE)
     score_Bk, found_Bk = _propose(wide_BD, centroids_KD, k)
     unit = 2.0**-24 if wide_BD.device.type == "cpu" else ACCUMULATION_UNIT

@@ -43,7 +43,8 @@ _FARTHEST = 2.02
 # Similarities but the first are only known to float16.
 _SLACK = 2.0**-10
 # Rows whose neighbours determine the margin, and how many neighbours each.
-SAMPLE_ROWS, NEIGHBOURS = 1024, 8
+SAMPLE_ROWS = 1024
+NEIGHBOURS = 8
 # Few pairs exceed the largest distance to a plane that some thousand sampled ones have, hardly any twice that, and rows that
 # near to a border are few: with 1.5 times, 2 of 25,000 forest edges of 50,000 synthetic rows were lost.
 _MARGIN_FACTOR = 2.0
@@ -163,7 +164,8 @@ def group_rows(
     for lists, _ in entries():
         sizes += np.bincount(lists, minlength=num_lists)
     ends = np.cumsum(sizes)
-    found, free = allocate(int(ends[-1])), ends - sizes
+    found = allocate(int(ends[-1]))
+    free = ends - sizes
     for lists, rows in entries():
         counts = np.bincount(lists, minlength=num_lists)
         order = np.argsort(lists, kind="stable")

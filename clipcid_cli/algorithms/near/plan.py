@@ -22,7 +22,9 @@ Job = tuple[int, int]
 
 # Rows of a panel: of a search of all pairs as many as make a product fast, but few enough that a handful of processes get
 # equal shares and a killed run loses little; less where several lists are compared, so that few panels are mostly empty.
-_MAX_PANEL, _PANEL, _MIN_PANEL = 16_384, 8192, 2048
+_MAX_PANEL = 16_384
+_PANEL = 8192
+_MIN_PANEL = 2048
 _MIN_PANELS = 8
 
 # Of 400 million rows on 8 GPUs, each is a minute of work.

@@ -90,7 +90,8 @@ def _decide_products(a: Block, b: Block, cutoff: float, wants: Wants) -> Iterato
                 num_waiting += len(i_P)
                 if num_waiting > _MANY_PAIRS:
                     yield from _decide(a, b, waiting, cutoff, wants)
-                    waiting, num_waiting = [], 0
+                    waiting = []
+                    num_waiting = 0
     if waiting:
         yield from _decide(a, b, waiting, cutoff, wants)
 

@@ -186,9 +186,11 @@ class ProbeProblem:
 
     def _evaluate(self, parameters: torch.Tensor, decay: float) -> _Point:
         weights_CD, bias_C = parameters[:, :-1], parameters[:, -1]
-        num_images, at_once = len(self._rotated_ND), _rows_at_once(bias_C)
+        num_images = len(self._rotated_ND)
+        at_once = _rows_at_once(bias_C)
         gradient = torch.zeros_like(parameters)
-        loss, spread_C = torch.zeros_like(bias_C[0]), torch.zeros_like(bias_C)
+        loss = torch.zeros_like(bias_C[0])
+        spread_C = torch.zeros_like(bias_C)
         own: tuple[torch.Tensor, ...]  # where an image has a class
         for rows_BD, targets in zip(
             torch.split(self._rotated_ND, at_once), torch.split(self._targets, at_once), strict=True

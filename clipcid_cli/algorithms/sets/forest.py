@@ -58,7 +58,8 @@ def _contract(num_rows: int, edges: Edges) -> tuple[IntArray, list[_Round]]:
     rank = np.arange(none, dtype=kind)
     a, b = edges.a, edges.b
     num_nodes = num_rows
-    picked, rounds = list[IntArray](), list[_Round]()
+    picked = list[IntArray]()
+    rounds = list[_Round]()
     while len(rank):
         # Ranks ascend, so writing them in reverse leaves the lightest edge at each node.
         lightest = np.full(num_nodes, none, dtype=kind)
@@ -140,7 +141,9 @@ class ForestSink:
     def result(self) -> Edges:
         """Return the forest of all edges added so far, ascending by (weight, smaller row, larger row)."""
         if self._num_added:
-            added, self._added, self._num_added = sort_edges(Edges.concatenate(self._added)), [], 0
+            added = sort_edges(Edges.concatenate(self._added))
+            self._added = []
+            self._num_added = 0
             edges, is_fresh = merge_edges(self._forest, added)
             is_fresh[~is_fresh] = self._is_fresh
             self._forest, self._rounds = Edges.empty(), []  # their memory is needed
@@ -176,8 +179,11 @@ def forest_curve(num_rows: int, forest: Edges, chosen: float | None) -> Curve:
     distances = np.unique(distances)
     ends = np.searchsorted(forest.weight, distances, side="right")
     kind = row_type(num_rows)
-    labels, sizes = np.arange(num_rows, dtype=kind), np.ones(num_rows, dtype=kind)
-    largest, largest_at, start = 1, np.empty(len(ends), np.int64), 0
+    labels = np.arange(num_rows, dtype=kind)
+    sizes = np.ones(num_rows, dtype=kind)
+    largest = 1
+    largest_at = np.empty(len(ends), np.int64)
+    start = 0
     for point, end in enumerate(ends.tolist()):
         # Only components that these edges touch are relabelled, so the whole curve costs one pass.
         roots_a, roots_b = _find(labels, forest.a[start:end]), _find(labels, forest.b[start:end])
@@ -187,7 +193,8 @@ def forest_curve(num_rows: int, forest: Edges, chosen: float | None) -> Curve:
         total = np.bincount(joined, weights=sizes[roots], minlength=len(roots)).astype(kind)
         sizes[roots] = total
         largest = max(largest, int(total.max(initial=0)))
-        largest_at[point], start = largest, end
+        largest_at[point] = largest
+        start = end
     return Curve(distances, num_rows - ends, largest_at)
 
 

@@ -226,7 +226,8 @@ def _compare(read: ReadRows, members_SM: IntArray, device: torch.device) -> Floa
 
 def _sweep(read: ReadRows, members: IntArray, device: torch.device) -> float:
     """Return the largest distance found by going to the farthest row again and again."""
-    here, largest = members[:1], 0.0
+    here = members[:1]
+    largest = 0.0
     for _ in range(_SWEEPS):
         one = read_stored(read, here, device)
         starts = range(0, len(members), _ROWS_COMPARED)

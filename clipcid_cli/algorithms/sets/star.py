@@ -30,7 +30,8 @@ def star_cover(pairs: Edges, copies: IntArray) -> IntArray:
     Returns:
         The representative of each row, itself where it is kept, int64 [N].
     """
-    num_rows, degree = len(copies), copies - 1
+    num_rows = len(copies)
+    degree = copies - 1
     for one, other in ((pairs.a, pairs.b), (pairs.b, pairs.a)):  # whole numbers below 2⁵³, so the sums are exact
         degree = degree + np.bincount(one, weights=copies[other], minlength=num_rows).astype(np.int64)
     place = np.empty(num_rows, np.int64)

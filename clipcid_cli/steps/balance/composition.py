@@ -71,7 +71,8 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
             unread = f" The classes cannot be read: {error}"
     step = max(1, -(-len(rows) // _MAX_CAPTIONS))
     pieces = embeddings.take_column(embeddings.captions_of, rows.numbers[::step])
-    captions, kept = pa.chunked_array(pieces, pa.large_string()).combine_chunks(), kept[::step]
+    captions = pa.chunked_array(pieces, pa.large_string()).combine_chunks()
+    kept = kept[::step]
     has_caption = pc.not_equal(captions, "").to_numpy(zero_copy_only=False)
     before, after = (int(np.count_nonzero(each)) for each in (has_caption, has_caption & kept))
     if not before:

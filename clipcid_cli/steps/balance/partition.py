@@ -37,7 +37,8 @@ _ROWS_AT_ONCE = 16_384
 _ENTRIES_AT_ONCE = 2**20
 _ROWS_ASSIGNED = {"cpu": 2048, "cuda": 16_384}
 # Partitions need no fine centroids, only few rows near their borders.
-ROWS_PER_PARTITION, ITERATIONS = 64, 4
+ROWS_PER_PARTITION = 64
+ITERATIONS = 4
 # If none of this many kept images has another, the rate is at most 1.3e-4 (95 %).
 AUDIT_SAMPLE = 30_000
 

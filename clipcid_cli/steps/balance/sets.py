@@ -194,7 +194,8 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
         cover = StarCover(0.0, np.arange(num_unique))
     # Always the same steps, so that the cut-off does not depend on how far the forest reaches.
     # Below the threshold single linkage keeps more than asked, and stars never fewer than it.
-    reach, below = threshold, float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
+    reach = threshold
+    below = float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
     while cover is None:
         reach = min(_STAR_STEP * reach + 1e-6, FARTHEST)  # where one star covers all rows
         if reach > forest.cutoff:

@@ -79,7 +79,9 @@ def summarise(run: BalanceRun, found: Outcome) -> BalanceResult:
 def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
     """Explain what may surprise: ties at the cut-off, copies beyond the target, one very large group."""
     warnings = []
-    settings, images, kept = run.settings, run.rows.num_searched, sets.num_kept
+    settings = run.settings
+    images = run.rows.num_searched
+    kept = sets.num_kept
     missed = 0 if settings.keep is None else max(1, round(settings.keep * images)) - kept
     if missed > 0:
         cause = (
@@ -177,7 +179,8 @@ def _measure_sets(run: BalanceRun, sets: Sets) -> SetTable:
     del at_reach, first
     # Copies are at distance 0 of each other, and sets of copies alone have no diameter to find.
     found = find_diameters(rows.read, rows.unique, labels[rows.unique], run.machine.device)
-    diameter, is_exact = np.zeros(len(label), np.float32), np.ones(len(label), np.bool_)
+    diameter = np.zeros(len(label), np.float32)
+    is_exact = np.ones(len(label), np.bool_)
     place = np.searchsorted(label, found.label)
     diameter[place] = found.diameter
     is_exact[place] = found.is_exact

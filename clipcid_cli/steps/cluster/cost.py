@@ -29,7 +29,10 @@ _BYTES_A_ROW = 24
 
 def estimate_cost(plan: ClusterPlan, machine: Machine, reporter: Reporter) -> ClusterCost:
     """Say what the run takes, without writing anything."""
-    settings, rows, num_trained, num_clusters = plan.settings, plan.rows, len(plan.trained), plan.num_clusters
+    settings = plan.settings
+    rows = plan.rows
+    num_trained = len(plan.trained)
+    num_clusters = plan.num_clusters
     width = rows.width
     scan = choose_scan(settings.precision, machine.device).dtype
     iteration, assign = machine.on_main(lambda: _measure(plan, scan, machine))

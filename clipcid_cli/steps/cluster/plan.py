@@ -118,7 +118,8 @@ class ClusterPlan:
 
 def make_plan(settings: ClusterSettings, reporter: Reporter) -> ClusterPlan:
     """Look at everything that can be wrong, and say what was taken."""
-    folder, rows = WorkDirectory(settings.work).clusters, _choose_rows(settings, reporter)
+    folder = WorkDirectory(settings.work).clusters
+    rows = _choose_rows(settings, reporter)
     num_clusters = _choose_num_clusters(settings, rows, reporter)
     trained = rows
     if settings.train_rows is not None and settings.train_rows < len(rows):

@@ -89,7 +89,8 @@ def _train(plan: ClusterPlan, machine: Machine, progress: Path, reporter: Report
         reporter.note(f"Resuming after {iterations} iterations.")
         return LloydState(torch.from_numpy(found["centroids"]), iterations, bool(found["converged"]))
 
-    state, scan = machine.on_main(begin), choose_scan(settings.precision, machine.device)
+    state = machine.on_main(begin)
+    scan = choose_scan(settings.precision, machine.device)
     used = "all images" if len(trained) == num_rows else f"{len(trained):,} of {num_rows:,} images (--train-rows)"
     reporter.note(f"Centroids are computed from {used}, compared in {scan.name} ({scan.reason}) and decided in fp64.")
     states = run_lloyd(
