@@ -68,12 +68,7 @@ def centroids_of_sums(sums_KD: torch.Tensor, previous_KD: torch.Tensor) -> torch
 
 
 class ClusterSums:
-    """Exact sums of the rows of each cluster, kept up to date as rows move.
-
-    Attributes:
-        sums_KD: float64 [K, D].
-        counts_K: Rows of each cluster, int64 [K].
-    """
+    """Exact sums, float64, of the rows of each cluster, and their number, kept up to date as rows move."""
 
     def __init__(self, num_clusters: int, width: int, device: torch.device) -> None:
         self.sums_KD = torch.zeros(num_clusters, width, dtype=torch.float64, device=device)
@@ -138,12 +133,6 @@ def spread_out(rows_SD: torch.Tensor, num_clusters: int, random: np.random.Gener
     and the probabilities are integers, so the choice is the same for any number of threads and on any machine. A float32
     product of all rows with all, 4·S² bytes, tells which rows a trial can be nearer to: after the first few, a small share.
 
-    Args:
-        rows_SD: Unit rows, float16 [S, D] on the CPU.
-
-    Returns:
-        Different positions, int64 [K].
-
     Source: Arthur and Vassilvitskii 2007, k-means++, with the greedy trials of its section 5, as in scikit-learn.
     """
     exact_SD = rows_SD.double()
@@ -182,8 +171,7 @@ def choose_seeds(similarities_P: DoubleArray, numbers_P: IntArray, read: ReadRow
     Rows next to their centroid are left out: data with fewer different rows than clusters has clusters that must stay empty.
 
     Args:
-        similarities_P: Similarity of candidate rows to their own centroids.
-        numbers_P: Their numbers among all rows; equal similarities go by the smaller number.
+        similarities_P: Of candidate rows to their own centroids; equal ones go by the smaller number.
 
     Returns:
         Positions among the candidates, int64 [≤ count], the farthest first. The choice from parts of the candidates, made

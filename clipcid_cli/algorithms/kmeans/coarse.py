@@ -53,7 +53,6 @@ class CoarseCentroids:
     """Finds nearly the nearest of fixed centroids; several threads may ask at once.
 
     Args:
-        centroids_KD: float32 [K, D].
         dtype: Format of the exact search, which tells of which products are fast; it changes no answer.
         grouped: Whether a row that has a centroid is compared with those around it only.
     """

@@ -67,9 +67,7 @@ class Block:
         rows: Row numbers, integers [N].
         stored: The rows as stored, float16 or float32, [N, D].
         scan: Their copies, [N, D]; [N, 2] with a column of zeros for int8 of width 1.
-        squared: Squared lengths, exact, float64 [N].
-        shortest: Length of the shortest row.
-        longest: Length of the longest.
+        squared: Squared lengths, exact, float64 [N]; `shortest` and `longest` are lengths.
         residual: Bound of all residuals.
         step: Value of the integer 1 in an int8 copy; 1 for float formats.
     """

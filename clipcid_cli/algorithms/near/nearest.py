@@ -92,7 +92,7 @@ class NearestCentroid:
     """Finds the nearest of fixed centroids; several threads may ask at once.
 
     Args:
-        centroids_KD: float32 [K, D], on the device of the search.
+        centroids_KD: On the device of the search, float32.
         dtype: Format of the product that proposes; it changes the speed, never the answer.
         order_K: Numbers of the centroids in the order in which they are looked at, int64 [K]; by default as they come.
     """

@@ -122,8 +122,7 @@ def measure_margin(
     """Choose the margin from how near to borders sampled rows and their neighbours lie.
 
     Args:
-        sample: Places in `rows` of the sampled rows, int64 [S], ascending.
-        reach: The distance to search to.
+        sample: Places in `rows` of the sampled rows, ascending.
 
     Returns:
         The margin, and how many partitions a row visits with it on average.

@@ -40,8 +40,7 @@ class Plan:
     Attributes:
         rows: Row numbers in the order that panels are stretches of, integers [M]; a row may occur in several panels.
         starts: Where each panel starts in it, int64 [P]; it ends before `stops`.
-        first: The first panel j that each panel i is compared with, int64 [P]; itself is one.
-        last: The one after the last, int64 [P].
+        first: The first panel j that each panel i is compared with, int64 [P], up to before `last`; itself is one.
         strip: Panels i of a strip.
     """
 
@@ -149,7 +148,7 @@ def pieces(rows: IntArray, ends: IntArray, in_memory: int) -> Plan:
     """Compare the rows at home in each partition with each other and with its visitors.
 
     Args:
-        rows: Row numbers, integers [E]: those at home in the first partition, its visitors, those at home in the second, ….
+        rows: Those at home in the first partition, its visitors, those at home in the second, ….
         ends: Where each of these lists ends, int64 [2K].
     """
     starts, stops, _ = _cut(ends, _PANEL)

@@ -93,9 +93,6 @@ class ForestSink:
     The rounds that built the forest tell how light the path between two rows is: the heaviest edge of the path weighs as
     much as the heaviest lightest edge of the nodes that the rows are merged into, round by round, until both are one node
     (King 1997, "A simpler minimum spanning tree verification algorithm"). They take about 12 bytes a row, at most 16.
-
-    Args:
-        known: Edges known before.
     """
 
     def __init__(self, num_rows: int, known: Edges | None = None) -> None:

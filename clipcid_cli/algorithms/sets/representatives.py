@@ -179,12 +179,10 @@ def _from_members(read: ReadRows, bounds: IntArray, device: torch.device) -> Dou
 
 @dataclasses.dataclass(frozen=True)
 class Diameters:
-    """The diameters of sets of two or more rows.
+    """The diameters of sets of two or more rows, each with its smallest row, ascending.
 
     Attributes:
-        label: The smallest row of each set, ascending, integers [S].
-        diameter: Largest distance of two of its rows, float32 [S]; where it is not exact, at least half of that.
-        is_exact: Whether all pairs were compared, bool [S].
+        diameter: Largest distance of two of its rows, float32 [S]; at least half of it where not all pairs were compared.
     """
 
     label: IntArray

@@ -21,14 +21,10 @@ from clipcid_cli.algorithms.sets.forest import Curve
 
 
 def star_cover(pairs: Edges, copies: IntArray) -> IntArray:
-    """Cover rows by stars.
+    """Cover rows by stars, given all pairs within ε, each once: the representative of each row, itself where it is kept.
 
     Args:
-        pairs: All pairs within ε, each once, in any order.
         copies: How many equal rows each row stands for, itself included, int64 [N]. They count as neighbours.
-
-    Returns:
-        The representative of each row, itself where it is kept, int64 [N].
     """
     num_rows = len(copies)
     degree = copies - 1

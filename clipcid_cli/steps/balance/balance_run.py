@@ -149,11 +149,8 @@ class BalanceRun:
     """One run.
 
     Attributes:
-        rows: The rows of the keep list.
         skips: Rows that are not finite.
         scan: The format of the fast product.
-        near: What lies near references; None without any.
-        captions: What the window of caption similarity holds; None without one.
         began: When its output was begun, by `time.perf_counter`.
         seconds: Time by phase, but for that of writing.
     """

@@ -47,10 +47,7 @@ class Search:
 
     Attributes:
         label: Names it to the user.
-        plan: What is compared.
-        read: Reads rows of the plan.
         cutoff: Largest distance of the pairs that sinks are given, inclusive.
-        new_sink: Makes an empty sink.
         of: What decides what is found beside the inputs of the run, plan and cut-off.
         folder: Where it is saved; None for the time of the run.
     """

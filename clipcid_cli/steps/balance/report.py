@@ -1,4 +1,4 @@
-"""The report of `balance`: what is kept at each cut-off, how large the sets are and what some look like, and what changed."""
+"""The report of `balance`: what is kept at each cut-off, how large sets are and what some look like, and what changed."""
 
 from __future__ import annotations
 
@@ -286,13 +286,12 @@ class Picture:
 
 
 class Gallery:
-    """Loads pictures.
+    """Loads pictures, and counts those shown.
 
     Attributes:
         data: The data; None where it is not known, or cannot be opened.
         closed: Why there is none.
-        shown: Number of pictures loaded.
-        unread: Why others could not be, by shard and key.
+        unread: Why other pictures are not shown, by shard and key.
     """
 
     def __init__(self, settings: BalanceSettings, embeddings: Embeddings, *, recorded: bool = False) -> None:

@@ -73,8 +73,6 @@ class Sets:
         representatives: The representative of each row, itself where it is kept, integers [N]; −1 for what filters dropped.
         distances: Distance to it, float32 [N].
         threshold: The cut-off; None when nothing was to be merged.
-        curve: Images kept over the cut-off.
-        num_kept: Number of images kept.
         largest: Size of the largest set.
         uncovered_ratio: Share of the dropped repeats that are farther than the cut-off from their representative.
     """

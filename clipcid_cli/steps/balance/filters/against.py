@@ -48,13 +48,7 @@ _FOLDER = ".references"
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """One reference.
-
-    Attributes:
-        name: As given by the user.
-        identity: Hash of its files.
-        numbers: Its rows that are usable, int64 [R], ascending.
-    """
+    """One reference, by the name that the user gave, the hash of its files, and its usable rows, int64 [R], ascending."""
 
     name: str
     identity: str
@@ -171,8 +165,6 @@ class NearReferences:
     """Which rows lie near a reference.
 
     Attributes:
-        references: The references, in the order given.
-        threshold: The distance, inclusive.
         owner: Which reference has the row nearest to each row, int16 [N]; the first of equals, −1 where none is near enough.
         row: That row of its embeddings, integers [N]; of no meaning where there is none.
         distance: Its distance, float32 [N]; NaN where there is none.

@@ -29,11 +29,9 @@ _BARS = 80
 
 @dataclasses.dataclass(frozen=True)
 class CaptionWindow:
-    """The similarity of images to their captions, and the window that it must be in.
+    """The window, from −∞ or to ∞ where it has no such end, that the similarity of images to their captions must be in.
 
     Attributes:
-        low: Lower end, inclusive; −∞ for none.
-        high: Upper end, inclusive; ∞ for none.
         similarity: Cosine of each image and its caption, float32 [N]; NaN where there is no usable caption.
     """
 
