@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipcid_cli.algorithms.kmeans.centroids import first_centroids
+from clipcid_cli.algorithms.kmeans.centroids import first_centroids, rows_as_centroids
 from clipcid_cli.algorithms.kmeans.kmeans import temperature_for_perplexity
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
-from clipcid_cli.algorithms.near.nearest import top_nearest
+from clipcid_cli.algorithms.near.block import make_block
+from clipcid_cli.algorithms.near.nearest import NearestCentroid, top_nearest
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.fingerprint import record
@@ -39,12 +41,11 @@ from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.memory import memory_for_rows
 from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import choose_scan
-from clipcid_cli.runtime.timing import timed
+from clipcid_cli.runtime.timing import time_trial, timed
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.cluster.cost import estimate_cost
 from clipcid_cli.steps.cluster.plan import ClusterPlan, make_plan
 from clipcid_cli.steps.cluster.result import ClusterCost, ClusterResult
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.reporting import Reporter, format_duration
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.shared import given_flags
 
@@ -52,6 +53,14 @@ from clipcid_cli.steps.settings.shared import given_flags
 _ROWS_AT_ONCE = {"cpu": 2048, "cuda": 8192}
 # The temperature's median is taken over about this many rows, evenly spaced: more would not change its digits.
 _TEMPERATURE_ROWS = 65_536
+
+# A dry run times a batch of so many rows and centroids, for so many seconds at least.
+_BATCH = 1024
+_CENTROIDS = 4096
+_SHORTEST = 0.1
+# Libraries, products and other work in progress, and what a row takes in addition to its embedding.
+_BYTES_OF_LIBRARIES = 450 * 2**20
+_BYTES_A_ROW = 24
 
 
 def run(settings: ClusterSettings, reporter: Reporter) -> ClusterResult | ClusterCost:
@@ -61,7 +70,7 @@ def run(settings: ClusterSettings, reporter: Reporter) -> ClusterResult | Cluste
         with timed(seconds, "read"):
             plan = machine.on_main(lambda: make_plan(settings, reporter))
         if settings.dry_run:
-            return estimate_cost(plan, machine, reporter)
+            return _estimate_cost(plan, machine, reporter)
         with claim_output(machine, plan.folder, "cluster", ClusterSidecar, **plan.wanted) as output:
             if output.finished is not None:
                 reporter.note(f"These clusters are in {plan.folder} already.")
@@ -207,3 +216,52 @@ def _write(
         result=result,
     )
     return result
+
+
+def _estimate_cost(plan: ClusterPlan, machine: Machine, reporter: Reporter) -> ClusterCost:
+    """Say what the run takes, without writing anything."""
+    settings = plan.settings
+    rows = plan.rows
+    num_trained = len(plan.trained)
+    num_clusters = plan.num_clusters
+    width = rows.width
+    scan = choose_scan(settings.precision, machine.device).dtype
+    iteration, assign = machine.on_main(lambda: _measure(plan, scan, machine))
+    iteration *= num_trained
+    assign *= len(rows) * len(rows.towers)
+    kept = min(memory_for_rows(machine.device), (2 + scan.itemsize) * width * num_trained // machine.size)
+    memory = num_clusters * width * (4 + 8 + scan.itemsize) + kept
+    memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
+    reporter.note(
+        f"{num_trained:,} images × {num_clusters:,} clusters × width {width}: {format_duration(iteration)} for an "
+        f"iteration, at most {format_duration(iteration * settings.iterations)} for {settings.iterations} (fewer and fewer "
+        f"images are compared again), {format_duration(assign)} to assign {len(rows):,}; {memory / 2**30:.3g} GiB a process "
+        "above the mapped files."
+    )
+    seconds = {"kmeans_least": iteration, "kmeans_most": iteration * settings.iterations, "assign": assign}
+    return ClusterCost(
+        images=len(rows),
+        clusters=num_clusters,
+        flop=2 * num_trained * num_clusters * width * settings.iterations,
+        memory_bytes=memory,
+        seconds={name: round(value, 3) for name, value in seconds.items()},
+    )
+
+
+def _measure(plan: ClusterPlan, scan: torch.dtype, machine: Machine) -> tuple[float, float]:
+    """Time a batch of rows against some rows as centroids: seconds a row, of an iteration and of the assignment."""
+    device, rows = machine.device, plan.rows
+    chosen = np.linspace(0, len(rows) - 1, min(plan.num_clusters, _CENTROIDS), dtype=np.int64)
+    centroids_CD = rows_as_centroids(rows, chosen).to(device)
+    batch_BD = torch.from_numpy(rows.features(np.arange(min(len(rows), _BATCH)))).to(device)
+    nearest = NearestCentroid(centroids_CD, scan)
+    block = make_block(np.arange(len(batch_BD)), batch_BD, scan)
+
+    def seconds_a_row(work: Callable[[], object]) -> float:
+        return time_trial(work, device, at_least=_SHORTEST).seconds / len(batch_BD) / machine.size
+
+    prepare = seconds_a_row(lambda: make_block(block.rows, batch_BD, scan))
+    iterate = seconds_a_row(lambda: nearest.of(block))
+    assign = seconds_a_row(lambda: top_nearest(batch_BD, centroids_CD, plan.num_nearest))
+    scale = plan.num_clusters / len(centroids_CD)
+    return prepare + iterate * scale, assign * scale
