@@ -7,7 +7,6 @@ Source: docs/method.md#representatives: the paper's central image; ties, the oth
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
 from itertools import pairwise
@@ -177,30 +176,27 @@ def _from_members(read: ReadRows, bounds: IntArray, device: torch.device) -> Dou
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Diameters:
-    """The diameters of sets of two or more rows, each with its smallest row, ascending.
+def find_diameters(
+    read: ReadRows, rows: IntArray, labels: IntArray, sets: IntArray, device: torch.device
+) -> tuple[FloatArray, BoolArray]:
+    """Find the diameters of sets: the largest distance of two of their rows, 0 for a set of one.
 
-    Attributes:
-        diameter: Largest distance of two of its rows, float32 [S]; at least half of it where not all pairs were compared.
-    """
+    All pairs of a set are compared; of large sets only the rows farthest from one another in turn, which finds at least half
+    of the diameter.
 
-    label: IntArray
-    diameter: FloatArray
-    is_exact: BoolArray
+    Args:
+        labels: The set of each of the row numbers.
+        sets: The sets asked for, ascending.
 
-
-def find_diameters(read: ReadRows, rows: IntArray, labels: IntArray, device: torch.device) -> Diameters:
-    """Find the diameters of sets, given the set of each of some row numbers; sets of one row are omitted.
-
-    All pairs of a set are compared; of large sets only the rows farthest from one another in turn.
+    Returns:
+        The diameters, float32 [S], and which are exact, bool [S].
     """
     order = np.argsort(labels, kind="stable").astype(row_type(len(rows)))
-    label, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
-    several = sizes > 1
-    label, starts, sizes = label[several], starts[several], sizes[several]
-    diameter = np.zeros(len(starts), np.float32)
-    for size in np.unique(sizes).tolist():
+    ordered = labels[order]
+    starts = np.searchsorted(ordered, sets)
+    sizes = np.searchsorted(ordered, sets, side="right") - starts
+    diameter = np.zeros(len(sets), np.float32)
+    for size in np.unique(sizes[sizes > 1]).tolist():
         sets_S = np.flatnonzero(sizes == size)
         at_once = max(1, _ROWS_COMPARED // size)
         for part in (sets_S[at : at + at_once] for at in range(0, len(sets_S), at_once)):
@@ -209,7 +205,7 @@ def find_diameters(read: ReadRows, rows: IntArray, labels: IntArray, device: tor
                 diameter[part] = _compare(read, members_SM, device)
             else:
                 diameter[part] = [_sweep(read, members_M, device) for members_M in members_SM]
-    return Diameters(label, diameter, sizes <= MAX_COMPARED)
+    return diameter, sizes <= MAX_COMPARED
 
 
 def _compare(read: ReadRows, members_SM: IntArray, device: torch.device) -> FloatArray:

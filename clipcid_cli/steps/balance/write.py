@@ -177,13 +177,8 @@ def _measure_sets(run: BalanceRun, sets: Sets) -> SetTable:
     np.minimum.at(first, labels[at_reach], at_reach)
     farthest = first[label]
     del at_reach, first
-    # Copies are at distance 0 of each other, and sets of copies alone have no diameter to find.
-    found = find_diameters(rows.read, rows.unique, labels[rows.unique], run.machine.device)
-    diameter = np.zeros(len(label), np.float32)
-    is_exact = np.ones(len(label), np.bool_)
-    place = np.searchsorted(label, found.label)
-    diameter[place] = found.diameter
-    is_exact[place] = found.is_exact
+    # Copies are at distance 0 of each other.
+    diameter, is_exact = find_diameters(rows.read, rows.unique, labels[rows.unique], label, run.machine.device)
     return SetTable(label, size, sets.representatives[label], farthest, reach, diameter, is_exact)
 
 
