@@ -98,8 +98,8 @@ def squared_lengths(rows_ND: torch.Tensor) -> torch.Tensor:
 
 def exact_dots(a_MD: torch.Tensor, b_ND: torch.Tensor, i_P: torch.Tensor, j_P: torch.Tensor) -> torch.Tensor:
     """Return the dot products, float64, of pairs of stored rows of two blocks, float16 or float32, by their positions."""
-    rows, row_P = occurring(i_P, len(a_MD))
-    columns, column_P = occurring(j_P, len(b_ND))
+    rows, row_P = torch.unique(i_P, return_inverse=True)
+    columns, column_P = torch.unique(j_P, return_inverse=True)
     if len(rows) * len(columns) <= _ENTRIES_PER_PAIR * len(i_P):
         return (a_MD[rows].double() @ b_ND[columns].double().T)[row_P, column_P]
     at_once = _PAIRS_AT_ONCE[i_P.device.type]
@@ -134,11 +134,3 @@ def cosine_similarities(a_ND: HalfArray, b_ND: HalfArray) -> FloatArray:
         dots_N = (a_ND * b_ND).sum(axis=1)
         lengths_N = np.sqrt((a_ND * a_ND).sum(axis=1)) * np.sqrt((b_ND * b_ND).sum(axis=1))
         return np.asarray(np.where(np.isfinite(lengths_N), dots_N / lengths_N, np.nan), np.float32)
-
-
-def occurring(position_P: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which positions of [0, size) occur, ascending, and the place of each among them, int64 [P]; without a sort."""
-    occurs = torch.zeros(size, dtype=torch.bool, device=position_P.device)
-    occurs[position_P] = True
-    places = torch.cumsum(occurs, dim=0) - 1
-    return torch.nonzero(occurs)[:, 0], places[position_P]
