@@ -72,7 +72,8 @@ def make_plan(settings: BalanceSettings, machine: Machine, reporter: Reporter) -
         clusters = machine.on_main(lambda: _check_named(settings, reporter))
         embeddings = _find_embeddings(settings, machine, reporter)
     data = machine.on_main(lambda: _open_data(settings, embeddings))
-    references, wanted = list[Reference](), dict[str, Any]()
+    references = list[Reference]()
+    wanted = dict[str, Any]()
     if not settings.dry_run:
         references = open_references(settings, machine, embeddings, reporter)
         wanted = machine.on_main(lambda: _identify(settings, embeddings, clusters, references))
@@ -88,7 +89,8 @@ def _check_named(settings: BalanceSettings, reporter: Reporter) -> FoundClusters
 
 
 def _find_embeddings(settings: BalanceSettings, machine: Machine, reporter: Reporter) -> Embeddings:
-    work, folder = WorkDirectory(settings.work), settings.embeddings
+    work = WorkDirectory(settings.work)
+    folder = settings.embeddings
     if folder is None and settings.data is None and settings.model is None:
         folder = machine.on_main(work.find_embeddings)
         reporter.note(f"Embeddings: {folder}.")
@@ -169,7 +171,8 @@ def _identify(
 
 def _refuse_lost(folder: Path, embeddings: Embeddings) -> None:
     """Refuse embeddings that lack files of an output of `balance`, finished or not."""
-    now, fix = list_row_files(embeddings), f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT})."
+    now = list_row_files(embeddings)
+    fix = f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT})."
     for path in (folder / ROW_FILES, *folder.glob(f".balance-*/{ROW_FILES}")):
         if path.exists() and (lost := find_lost(read_row_files(path, fix), now)):
             raise ClipcidError(

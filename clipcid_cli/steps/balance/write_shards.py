@@ -44,7 +44,8 @@ def write_shards(plan: BalancePlan, target: Path, machine: Machine, reporter: Re
     A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and
     ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
     """
-    data, inputs = plan.data, [record(plan.keep_list)]
+    data = plan.data
+    inputs = [record(plan.keep_list)]
     assert data is not None  # the plan has opened it
     machine.on_main(lambda: _refuse_foreign(target))
     wanted = {"settings": {}, "inputs": inputs, "overwrite": plan.settings.overwrite}
@@ -58,7 +59,8 @@ def write_shards(plan: BalancePlan, target: Path, machine: Machine, reporter: Re
         mine = data.shards[machine.rank :: machine.size]
 
         def write() -> tuple[dict[str, int], list[FileRecord]]:
-            sizes, files = dict[str, int](), list[FileRecord]()
+            sizes = dict[str, int]()
+            files = list[FileRecord]()
             choose = _choose(keep, data, mine, target)
             with reporter.progress("shards", len(mine), "shards") as progress:
                 for shard in mine:
@@ -175,7 +177,8 @@ def _look_up(
 
     They are joined in a folder.
     """
-    keys, names = list[pa.Array](), list[pa.ChunkedArray]()
+    keys = list[pa.Array]()
+    names = list[pa.ChunkedArray]()
     numbers = {shard.name: number for number, shard in enumerate(data.shards)}
     by_uid = is_uid(keep.first_key)
     for shard in shards:

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.metrics.average_precision import precision_metrics
-from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compare_accuracies
+from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compare_accuracies, precision_metrics
 from clipcid_cli.algorithms.metrics.intervals import Array, PairedMetric, compare
 from clipcid_cli.algorithms.metrics.retrieval import compare_recalls
 from clipcid_cli.errors import ClipcidError

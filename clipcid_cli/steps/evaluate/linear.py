@@ -12,8 +12,12 @@ from typing import Any
 import msgspec
 import torch
 
-from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
-from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, SINGLE_LABEL_METRICS, measure_scores
+from clipcid_cli.algorithms.metrics.classification import (
+    ACCURACY_TOP_K,
+    MULTI_LABEL_METRICS,
+    SINGLE_LABEL_METRICS,
+    measure_scores,
+)
 from clipcid_cli.algorithms.probe.neighbours import nearest_neighbours, vote
 from clipcid_cli.algorithms.probe.probe import (
     PROMISED_DECREASE,
@@ -23,10 +27,11 @@ from clipcid_cli.algorithms.probe.probe import (
     Solution,
     SweepPoint,
     choose_point,
+    draw_shots,
     regularisation_grid,
+    split_by_class,
     sweep_regularisation,
 )
-from clipcid_cli.algorithms.probe.splits import draw_shots, split_by_class
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.benchmark import (
     BenchmarkFolder,

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.metrics.average_precision import average_precision, precision_metrics
 from clipcid_cli.algorithms.metrics.calibration import BINS, Blocks, fit_scale, measure_calibration
 from clipcid_cli.algorithms.metrics.classification import (
     ACCURACY_TOP_K,
     accuracy_metrics,
+    average_precision,
     count_ties,
+    precision_metrics,
     rank_classes,
     top_classes,
 )

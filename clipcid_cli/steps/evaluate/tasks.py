@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
-from clipcid_cli.algorithms.metrics.classification import SINGLE_LABEL_METRICS
+from clipcid_cli.algorithms.metrics.classification import MULTI_LABEL_METRICS, SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import (
     ACCURACY,
