@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
-from clipcid_cli.algorithms.losses.row_blocks import add, over_blocks, rows_between
+from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch, add, over_blocks, rows_between
 from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, project
 
 # Centroids that take at most this many bytes in the shared space are kept there: K = 32,768 at 512 dimensions.
@@ -144,8 +143,7 @@ def cluster(batch: LossBatch, scale: Tensor) -> Tensor:
     Source: CLIP-CID, arXiv 2408.09441 (k-means label, softmax and KL); weights, α and candidates are our reconstruction,
     docs/method.md#cluster-loss; the text tower is our addition.
     """
-    image, text = batch.student_in_teacher_space()
-    towers = ((image, batch.image_clusters), (text, batch.text_clusters))
+    towers = ((batch.image_BD, batch.image_clusters), (batch.text_BD, batch.text_clusters))
     sums = [
         soft_label_cross_entropy(features, targets, scale, batch.own)
         for features, targets in towers

@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.algorithms.losses.row_blocks import Similarities, add, rows_between
+from clipcid_cli.algorithms.losses.batch import LossBatch, Similarities, add, rows_between
 
 # Share of a sample's patches or tokens that is taught, rounded up.
 SELECTED = 0.25
@@ -44,7 +43,7 @@ def masked_feature_distance(batch: LossBatch) -> Tensor:
 
 def _squared_distances(batch: LossBatch) -> Tensor:
     first, stop, _ = batch.own.indices(len(batch))
-    image, text = (rows_between(rows, first, stop) for rows in batch.student_in_teacher_space())
+    image, text = (rows_between(rows, first, stop) for rows in (batch.image_BD, batch.text_BD))
     sums = []
     if batch.teacher_image_BD is not None:
         taught = rows_between(batch.teacher_image_BD, first, stop)

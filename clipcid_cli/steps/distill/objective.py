@@ -9,19 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.algorithms.losses.parameters import LossParameters
+from clipcid_cli.algorithms.losses.batch import LossBatch, rows_between
 from clipcid_cli.algorithms.losses.registry import load_loss
-from clipcid_cli.algorithms.losses.row_blocks import rows_between
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace
+from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.teacher import Teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.training.grad_cache import Features
-from clipcid_cli.training.gradients import gather_rows, sum_over_processes
+from clipcid_cli.training.gradients import Features, gather_rows, sum_over_processes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.algorithms.losses.learning_rate import default_rate
-from clipcid_cli.algorithms.losses.registry import LOSSES
+from clipcid_cli.algorithms.losses.registry import LOSSES, default_rate
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.results.clusters import read_cluster_sidecar
 from clipcid_cli.formats.results.keep_list import read_keep_list

@@ -27,7 +27,7 @@ from clipcid_cli.runtime.precision import Precision, choose_precision, fast_atte
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.training.grad_cache import Features, GradCache
+from clipcid_cli.training.gradients import Features, GradCache
 from clipcid_cli.training.train_state import TrainState
 
 # Runs both towers on normalised pixels (on the model's device) and tokens (on the CPU): features [b, d], not normalised.

@@ -35,8 +35,7 @@ from clipcid_cli.steps.distill.plan import Plan
 from clipcid_cli.steps.distill.student import Student, batch_norms
 from clipcid_cli.steps.distill.teacher import open_teacher
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.training.step_values import StepValues
-from clipcid_cli.training.train_state import TrainState
+from clipcid_cli.training.train_state import StepValues, TrainState
 
 
 class Trainer:

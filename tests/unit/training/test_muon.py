@@ -13,10 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from clipcid_cli.algorithms.losses.parameters import LossParameters
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace
-from clipcid_cli.training.muon import Muon, matrices_of, orthogonalise
-from clipcid_cli.training.optimisers import Recipe
+from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
+from clipcid_cli.training.optimisers import Muon, Recipe, matrices_of, orthogonalise
 from clipcid_cli.training.train_state import TrainState
 
 RECIPE = Recipe(
@@ -96,7 +94,7 @@ def test_matrices_of_the_towers_are_muons_and_tables_are_not() -> None:
     assert matrices_of(model) == set(layers) != set()
     state = TrainState(model, LossParameters(["instance"], 32, SharedSpace(64, is_learned=True), seed=0), RECIPE)
     grouped = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    everything = [*model.parameters(), *state.of_losses.parameters()]
+    everything = [*model.parameters(), *state.of_losses.shared_space()]
     assert sorted(map(id, grouped)) == sorted(map(id, everything))
 
 

@@ -12,8 +12,7 @@ import torch
 from conftest import TINY_CONFIG
 from torch import nn
 
-from clipcid_cli.algorithms.losses.parameters import LossParameters
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace
+from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
 from clipcid_cli.formats.results.checkpoint import read_checkpoint, write_checkpoint
 from clipcid_cli.training.optimisers import Recipe, backward_order
 from clipcid_cli.training.train_state import TrainState

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clipcid_cli.algorithms.losses.learning_rate import RATES, default_rate
-from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS
+from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, RATES, default_rate
 from clipcid_cli.steps.settings.distill import OPTIMIZERS
 
 
