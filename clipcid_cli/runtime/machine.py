@@ -1,4 +1,4 @@
-"""The processes of one run, one or as many as torchrun started, and the device of each.
+"""The processes of one run, one or as many as torchrun started, and device, cores and memory of each.
 
 ``torch.distributed`` is the one engine: NCCL for tensors on GPUs, gloo for tensors on CPUs and for objects.
 """
@@ -9,8 +9,11 @@ import dataclasses
 import datetime
 import json
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -237,3 +240,24 @@ def count_cores() -> int:
     """Return this process's share of the cores that a scheduler assigned to this job on this host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Return the bytes in use: of a GPU, what PyTorch has reserved there; else the resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        # Without /proc (macOS) the peak is the best there is; it is in bytes there, in KiB elsewhere.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+    return pages * resource.getpagesize()
+
+
+def memory_for_rows(device: torch.device, on_cpu: int = 2**31) -> int:
+    """Return how many bytes of rows a process may keep on its device: on a GPU 60 % of what is free."""
+    if device.type != "cuda":
+        return on_cpu
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(0.6 * free)

@@ -10,8 +10,7 @@ import torch
 from clipcid_cli.algorithms.kmeans.seeding import rows_as_centroids
 from clipcid_cli.algorithms.near.block import make_block
 from clipcid_cli.algorithms.near.nearest import NearestCentroid, top_nearest
-from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.memory import memory_for_rows
+from clipcid_cli.runtime.machine import Machine, memory_for_rows
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.cluster.assign import search_width

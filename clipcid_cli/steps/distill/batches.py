@@ -35,8 +35,7 @@ from clipcid_cli.runtime.models.augment import (
 from clipcid_cli.runtime.models.decode import ImageCache, SkippedImage, full_size
 from clipcid_cli.runtime.models.preprocess import Tokenizer
 from clipcid_cli.runtime.pipeline import join_on, ordered_map, prefetch
-from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.runtime.sample_order import SampleOrder
+from clipcid_cli.runtime.randomness import SampleOrder, derive_seed
 from clipcid_cli.steps.distill.clusters import ClusterLookup
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of

@@ -18,7 +18,7 @@ from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.models.preprocess import hash_preprocess
 from clipcid_cli.runtime.pipeline import default_workers
-from clipcid_cli.runtime.sample_order import SHARDS_MIXED
+from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
 from clipcid_cli.steps.distill.student import Student

@@ -94,7 +94,7 @@ def test_matrices_of_the_towers_are_muons_and_tables_are_not() -> None:
     assert matrices_of(model) == set(layers) != set()
     state = TrainState(model, LossParameters(["instance"], 32, SharedSpace(64, is_learned=True), seed=0), RECIPE)
     grouped = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    everything = [*model.parameters(), *state.of_losses.shared_space()]
+    everything = [*model.parameters(), *state.of_losses.parameters()]
     assert sorted(map(id, grouped)) == sorted(map(id, everything))
 
 
