@@ -25,7 +25,7 @@ from clipcid_cli.errors import ClipcidError, in_one_line
 
 T = TypeVar("T")
 
-# A process may wait long for another that reads slower shards; torchrun, not this limit, detects a lost process.
+# A process may wait long for another that reads slower shards; torchrun detects a lost one.
 _PATIENCE = datetime.timedelta(hours=12)
 
 MEETING = datetime.timedelta(minutes=10)
@@ -59,7 +59,7 @@ class Machine:
         return number * self.rank // self.size, number * (self.rank + 1) // self.size
 
     def barrier(self) -> None:
-        """Wait for every process."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
@@ -124,10 +124,7 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
     """Join the run's processes (as torchrun's environment describes them) and choose this one's device.
 
     Where the caller has already initialised ``torch.distributed``, its group is used and left open; its backend must fit the
-    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``).
-
-    Args:
-        device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``; of several GPUs that of LOCAL_RANK.
+    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``). Of several GPUs it is that of LOCAL_RANK.
     """
     joined = dist.is_available() and dist.is_initialized()
     rank = dist.get_rank() if joined else int(os.environ.get("RANK", "0"))

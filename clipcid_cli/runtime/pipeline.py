@@ -109,13 +109,10 @@ def ordered_map(
     ahead: int = 2,
     stall_seconds: float = 600.0,
 ) -> Generator[Result]:
-    """Apply a function by worker processes; tensors come back through shared memory.
+    """Apply a picklable function by worker processes, or with none in this one; tensors come back through shared memory.
 
     Args:
-        function: Picklable; sent once to each worker.
-        items: Taken as workers become free. Each is sent to a worker and must be picklable and small (offsets in files, not
-            their content).
-        workers: Number of processes; 0 works in this one.
+        items: Taken as workers become free; each is sent to one, so it must be small (offsets in files, not their content).
         ahead: Items that wait for each worker, so that it never waits for this process.
         stall_seconds: Time to wait for a result before its worker counts as stalled.
     """
@@ -204,10 +201,8 @@ def read_ahead(items: Iterable[Item], count: int) -> Generator[Item]:
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Generator[Result]:
     """Apply a function in a thread, to the next item while the caller works on the current one.
 
-    Args:
-        function: On a GPU its copies and operators go to a stream of their own, which the caller's current stream waits
-            for; the host does not. Its results are data classes of tensors.
-        device: Where the function puts its tensors.
+    Its results are data classes of tensors on the device. On a GPU its copies and operators go to a stream of their own, which
+    the caller's current stream waits for; the host does not.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     cores = torch.get_num_threads()

@@ -1,7 +1,4 @@
-"""Randomness that depends on names and numbers only, never on what ran before: seeds, and the order of training.
-
-So no process keeps a state.
-"""
+"""Randomness that depends on names and numbers only, never on what ran before: seeds, and the order of training."""
 
 from __future__ import annotations
 
@@ -60,7 +57,7 @@ class SampleOrder:
     def __init__(
         self, seed: int, shard_sizes: Sequence[int], on_group: Callable[[Sequence[int]], None] | None = None
     ) -> None:
-        """Prepare an order; `on_group` is told, as each group begins, its shards and those of the next group."""
+        """`on_group` is told, as each group begins, its shards and those of the next group."""
         self._seed = seed
         self._shard_sizes = shard_sizes
         self._on_group = on_group

@@ -45,7 +45,6 @@ def time_trial(
     """Run some work several times and take the median of its times.
 
     Args:
-        device: Where it computes; synchronised.
         warm_up: Runs before those that are timed: the first one also allocates, compiles and fills caches.
         repeats: Smallest number of timed runs, at least 1.
         at_least: Seconds that the timed runs take together; short work is repeated until they have passed.

@@ -41,7 +41,7 @@ class TrainState:
         Args:
             module: The student.
             of_losses: What the losses themselves learn; its ``log_scales`` are logarithms of logit scales, by loss.
-            dtype: Number format of the step's matrix products; float16 scales the loss up before the backward pass.
+            dtype: Of the step's matrix products; float16 scales the loss up before the backward pass.
             ema: Decay of the average of the weights.
         """
         self.module, self.of_losses, self.recipe = module, of_losses, recipe

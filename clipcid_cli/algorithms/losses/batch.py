@@ -32,9 +32,9 @@ class ClusterTargets:
     """Candidate centroids of one batch, and the teacher's distribution over them.
 
     Attributes:
-        centroids_SD: Candidate centroids, unit rows, float32.
-        log_correction_S: What is added to each candidate's logit so that the drawn ones represent all centroids that are
-            not active: 0 for active candidates, log((K − |A|) / |R|) for drawn ones; float32.
+        centroids_SD: Unit rows, float32.
+        log_correction_S: Added to the logits, so that the drawn candidates represent all centroids that are not active: 0
+            for active ones, log((K − |A|) / |R|) for drawn ones; float32.
         positions_Bm: Row of `centroids_SD` of each stored cluster of each sample, nearest first, int64; all are active.
         weights_Bm: Target distribution over them, rows sum to 1, float32.
     """
@@ -58,9 +58,9 @@ class LossBatch:
         student_scale: exp(logit_scale) of the student.
         image_BD: Student image features s' in the shared space; `image_Bd` itself when no map is learned.
         text_BD: Student text features v' there.
-        teacher_image_BD: Teacher image features t, in the shared space (on the principal axes for ``--teacher-space pca``).
-        teacher_text_BD: Teacher text features u, likewise.
-        teacher_scale: exp(logit_scale) of the teacher.
+        teacher_image_BD: Teacher image features t there.
+        teacher_text_BD: Teacher text features u there.
+        teacher_scale: Likewise.
         text_clusters: Those of the captions, with the same candidates; present for ``--cluster-towers both``.
         masked_image_BD: Student image features there of a pass that saw few patches of each image.
         image_tokens_bLD: Student features there of the patches of the own rows' images, or 0 where there is none.
@@ -90,7 +90,6 @@ class LossBatch:
     own: slice = dataclasses.field(default_factory=lambda: slice(None))
 
     def __len__(self) -> int:
-        """Return B."""
         return len(self.image_Bd)
 
     def teacher(self) -> tuple[Tensor, Tensor]:
@@ -131,7 +130,7 @@ class Similarities:
         return torch.mul(left_bD @ self.right_BD.T, self.scale)
 
     def of_each_row(self, function: Callable[[int, Tensor], Tensor], first: int, stop: int) -> Tensor:
-        """Return what `function(start, logits)` makes of the rows of each block, for left rows first … stop − 1, [b]."""
+        """Return what `function(start, logits)` makes of each of the left rows first … stop − 1, [b]."""
 
         def block(start: int, end: int) -> Tensor:
             return function(start, self.rows(start, end))
@@ -186,7 +185,6 @@ def sum_one_way(block_sum: Callable[..., Tensor], own: slice, *compared: Similar
     Args:
         block_sum: Called as ``f(first, *logits)``, with a [b, B] of each of `compared`, whose row r is of query first + r;
             returns the sum over its rows, a scalar.
-        own: The query rows of this process.
         compared: The left sides are the queries.
     """
     num_rows = len(compared[0].left_BD)

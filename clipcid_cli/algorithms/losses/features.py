@@ -95,7 +95,6 @@ def distance_of_selected(tokens_bLD: Tensor, target_bD: Tensor, other_bD: Tensor
 
     Args:
         tokens_bLD: Unit rows; rows of zeros are no tokens, and every sample has one at least.
-        target_bD: What they are pulled to.
         other_bD: What they are selected by: those of the largest dot product, a quarter of a sample's, rounded up.
     """
     with torch.no_grad():

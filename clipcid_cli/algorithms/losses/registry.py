@@ -21,10 +21,9 @@ class LossEntry:
     """One loss of the registry.
 
     Attributes:
-        name: Spelling on the command line and in logs.
         summary: What it compares, for docs/distill.md.
-        function: ``module:function`` of its implementation in this package, called as ``f(batch)`` with what it learns
-            itself: ``scale``, ``bias``, ``fusion``.
+        function: ``module:function`` in this folder, called as ``f(batch)`` with what it learns itself: ``scale``, ``bias``,
+            ``fusion``.
         scale: Where a logit scale of its own starts, which is kept in 1 … 100.
         bias: Where a bias of its own starts.
         fuses: Whether it learns layers that join student and teacher, one for images and one for captions.
@@ -170,19 +169,13 @@ LOSSES: Mapping[str, LossEntry] = {
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """Factor of a loss in the total.
-
-    Attributes:
-        value: The factor, or what is divided by the width.
-        per_width: Whether `value` is meant for a mean over the D dimensions of the shared space, so that our sum over
-            them takes value/D.
-    """
+    """Factor of a loss in the total; one `per_width` is of a mean over D dimensions, so that our sum takes value/D."""
 
     value: float
     per_width: bool = False
 
     def at(self, width: int) -> float:
-        """Return the factor for a shared space of `width` dimensions."""
+        """Return the factor in a space of so many dimensions."""
         return self.value / width if self.per_width else self.value
 
 
@@ -241,22 +234,8 @@ LARGEST_BY_WIDTH = 6e-3 * 96
 _LED_BY = {"captions": "captions", "teacher": "a teacher", "features": "a teacher's features"}
 
 
-@dataclasses.dataclass(frozen=True)
-class LearningRate:
-    """A peak learning rate, and why."""
-
-    value: float
-    reason: str
-
-
-def default_rate(losses: Iterable[str], optimizer: str, batch_size: int, width: int) -> LearningRate:
-    """Choose the peak learning rate of a run.
-
-    min(rate by what leads the losses · √(batch/64), 0.576/width), rounded to two digits.
-
-    Args:
-        batch_size: Samples of a global batch.
-        width: Dimensions of the student's embeddings.
+def default_rate(losses: Iterable[str], optimizer: str, batch_size: int, width: int) -> tuple[float, str]:
+    """Choose the peak learning rate, and say why: min(rate by what leads the losses · √(batch/64), 0.576/student's width).
 
     Source: our own, docs/method.md#training-recipe.
     """
@@ -268,4 +247,4 @@ def default_rate(losses: Iterable[str], optimizer: str, batch_size: int, width: 
     reason = f"losses led by {_LED_BY[kind]}: {rate:g} x sqrt(batch size/{AT_BATCH})"
     if wanted > largest:
         reason += f", at most {LARGEST_BY_WIDTH:g}/{width} for an embedding of {width} dimensions"
-    return LearningRate(float(f"{min(wanted, largest):.2g}"), reason)
+    return float(f"{min(wanted, largest):.2g}"), reason

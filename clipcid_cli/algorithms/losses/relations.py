@@ -144,12 +144,7 @@ def _each_other(first: int, left_bB: Tensor, right_bB: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class _Contrast:
-    """A contrastive loss over a global batch, of which gradients are taken.
-
-    Attributes:
-        of_left_B: Logarithm of the softmax's denominator of each left row as query, over the right rows; [B].
-        of_right_B: The same of each right row as query, over the left ones.
-    """
+    """A contrastive loss of which gradients are taken: its logits, and their logΣexp for each left and right row."""
 
     similarities: Similarities
     of_left_B: Tensor

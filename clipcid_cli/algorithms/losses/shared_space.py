@@ -24,7 +24,7 @@ class PrincipalAxes:
     """The first d principal axes of the teacher's rows.
 
     Attributes:
-        basis_Dd: The axes as orthonormal columns, float32 [D, d], on the device of the rows to be projected.
+        basis_Dd: Orthonormal columns, float32.
         kept: Share of the rows' squared length that lies in them, in [0, 1].
     """
 
@@ -42,16 +42,10 @@ def second_moment(blocks: Iterable[npt.NDArray[Any]], width: int) -> npt.NDArray
 
 
 def principal_axes(moment_DD: npt.NDArray[np.float64], width: int) -> PrincipalAxes:
-    """Find the d axes that keep most of the rows' squared length.
+    """Find the d axes that keep most of the rows' squared length, the strongest first.
 
     The mean is not subtracted: a rotation about the origin keeps every dot product, and so every cosine similarity up to
-    what is cut, which subtracting a mean would not.
-
-    Args:
-        moment_DD: Sum (or mean) over rows x of xᵀx, symmetric.
-
-    Returns:
-        The axes, the strongest first, each with its largest entry positive, whatever sign the solver chose.
+    what is cut, which subtracting a mean would not. Each axis has its largest entry positive, whatever the solver chose.
 
     Source: docs/method.md#shared-space.
     """
@@ -64,11 +58,7 @@ def principal_axes(moment_DD: npt.NDArray[np.float64], width: int) -> PrincipalA
 
 
 def project(rows_nD: Tensor, axes: PrincipalAxes | None) -> Tensor:
-    """Project rows of the teacher's space on the shared one, and normalise them again (float16 rows are unit only to 1e-3).
-
-    Args:
-        axes: None where the shared space is the teacher's.
-    """
+    """Project rows of the teacher's space on the shared one, and normalise them (float16 rows are unit only to 1e-3)."""
     if axes is not None:
         rows_nD = rows_nD @ axes.basis_Dd
     return F.normalize(rows_nD, dim=1)
@@ -79,8 +69,7 @@ class SharedSpace:
     """Where features of student and teacher are compared: the teacher's space, or its first principal axes.
 
     Attributes:
-        width: Its dimensions.
-        axes: The principal axes that the teacher's rows are projected on; None where its space is taken as it is.
+        axes: What the teacher's rows are projected on; None where its space is taken as it is.
         is_learned: Whether the student's features go through a learned layer per tower.
     """
 
@@ -92,11 +81,8 @@ class SharedSpace:
 class LossParameters(nn.Module):
     """The parameters of a run's losses, as `LossEntry` declares them.
 
-    Attributes:
-        log_scales: Logarithm of its logit scale by loss.
-        biases: Its bias by loss.
-        image_map: Layer from the student's image features into the shared space, d → D; None where that is not learned.
-        text_map: The same for captions.
+    `log_scales` are logarithms. `image_map` and `text_map` lead from the student's features into the shared space, d → D;
+    None where that is not learned.
     """
 
     def __init__(self, names: Iterable[str], student_width: int, space: SharedSpace, seed: int) -> None:

@@ -1,7 +1,4 @@
-"""The batches of a run: which samples each has, what a worker makes of some of them, and how they are joined.
-
-Batches are dealt in work items of at most 256 images: a worker needs memory for one of them, whatever the batch.
-"""
+"""The batches of a run: which samples each has, what a worker makes of at most 256 of them, and how they are joined."""
 
 from __future__ import annotations
 
@@ -87,13 +84,10 @@ class TrainingBatch:
         tokens: Of captions and of further texts, int64 [b + e, L].
         bad: (reason, key) of images that could not be decoded; they are white in `pixels`.
         kept_patches: Patches of each image that are seen where the others are masked, int64 [b, n].
-        teacher_image_bD: A stored teacher's rows of the images or views that are shown, float16.
-        teacher_text_bD: Those of the captions or variants that are shown.
-        teacher_extra_eD: Those of the further texts.
+        teacher_image_bD: A stored teacher's rows of what is shown, float16; so in what follows.
         teacher_pixels: The same views at an online teacher's size, uint8 [b, H, W, 3].
         teacher_tokens: The same captions by its tokenizer, int64 [b, L].
-        image_clusters: Targets of the global batch's images.
-        text_clusters: Those of its captions, where both towers are taught.
+        image_clusters: Targets of the global batch's images; of its captions, where both towers are taught.
     """
 
     pixels: Tensor
@@ -178,7 +172,7 @@ class BatchMaker:
         teacher: Processor | None = None,
         masking: Masking | None = None,
     ) -> None:
-        """Prepare a maker; an online teacher is shown the same views and captions as the student."""
+        """An online teacher is shown the same views and captions as the student."""
         stored = inputs.stored
         self._settings = settings
         self._samples = inputs.training
@@ -199,7 +193,7 @@ class BatchMaker:
         self._tokens = [_TokenCache(each.tokenizer, max_texts) for each in self._shown_to]
 
     def __call__(self, work: WorkItem) -> TrainingBatch:
-        """Make the part, in order; each image is written into its tensor before the next one is decoded."""
+        """Make the part; each image is written into its tensor before the next one is decoded."""
         bad, views, texts = list[tuple[str, str]](), list[int](), list[_Text]()
         count = len(work.items)
         pixels = [torch.empty(count, *each.pixels.size[::-1], 3, dtype=torch.uint8) for each in self._shown_to]
@@ -321,12 +315,7 @@ class Batches:
         seed: int,
         machine: Machine,
     ) -> None:
-        """Prepare batches of `batch_size` samples over all processes; of each, this one has a contiguous slice.
-
-        Args:
-            make: A `BatchMaker`, called in workers.
-            clusters: None where no loss needs them.
-        """
+        """Prepare batches of `batch_size` samples over all processes; `make`, a `BatchMaker`, is called in workers."""
         self._batch_size = batch_size
         self._inputs, self._samples = inputs, inputs.training
         self._extra_texts = None if inputs.stored is None else inputs.stored.extra_texts
@@ -337,7 +326,6 @@ class Batches:
         self._count = -(-batch_size // machine.size // _MAX_ITEMS)
 
     def __len__(self) -> int:
-        """Samples of one epoch."""
         return self._samples.total
 
     def load(self, steps: range, workers: int) -> Generator[TrainingBatch]:

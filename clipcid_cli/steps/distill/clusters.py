@@ -28,12 +28,7 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 
 @dataclasses.dataclass(frozen=True)
 class ChosenClusters:
-    """The clusters that teach.
-
-    Attributes:
-        teach_text: Whether they teach the text tower as well as the image tower.
-        temperatures: τ_T of the images' and of the captions' distribution: as requested, else as stored.
-    """
+    """The clusters that teach, with τ_T of the images' and of the captions' distribution: as requested, else as stored."""
 
     files: Clusters
     teach_text: bool
@@ -41,13 +36,13 @@ class ChosenClusters:
 
     @property
     def towers(self) -> list[tuple[TopClusters, float]]:
-        """The nearest centroids of the table's rows and τ_T: of the images, and of the captions where they teach too."""
+        """The nearest centroids of the table's rows and τ_T, of each tower that is taught."""
         images, captions = self.files.images, self.files.captions
         taught = [images] if captions is None or not self.teach_text else [images, captions]
         return list(zip(taught, self.temperatures, strict=False))
 
     def fingerprints(self) -> list[FileRecord]:
-        """Describe the files a run reads, for its sidecar."""
+        """Describe the files a run reads."""
         return [record(self.files.folder / name) for name in (TABLE, CENTROIDS)]
 
 
@@ -137,12 +132,7 @@ def use_clusters(
 
 @dataclasses.dataclass(frozen=True)
 class ClusterLookup:
-    """The cluster targets of any batch.
-
-    Attributes:
-        table_rows: Row of the clusters' table of each sample to train on, [N], mapped.
-        towers: What `ChosenClusters.towers` returns.
-    """
+    """The cluster targets of any batch; `table_rows` are of each sample to train on, mapped."""
 
     centroids: ProjectedCentroids
     table_rows: Column
@@ -152,11 +142,7 @@ class ClusterLookup:
     def targets(self, rows: npt.NDArray[np.int64], step: int) -> tuple[ClusterTargets, ClusterTargets | None]:
         """Return the targets of a global batch: of its images, and of its captions where both towers are taught.
 
-        They are those of the images, whatever view is shown, and of first captions.
-
-        Args:
-            rows: Rows of its samples among those to train on, int64 [B].
-            step: Number of the step; decides the draw of centroids.
+        They are those of the images, whatever view is shown, and of first captions; the step decides the draw of centroids.
         """
         settings, total = self.settings, len(self.centroids)
         table_rows = self.table_rows[rows].astype(np.int64)

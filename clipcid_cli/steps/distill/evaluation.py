@@ -86,7 +86,6 @@ class HeldOut:
 
     Attributes:
         rows: Their rows among all samples held out.
-        batches: Their pixels and first captions.
     """
 
     samples: list[Sample]
@@ -110,7 +109,7 @@ class HeldOut:
         return cls([samples[row] for row in rows], rows, [Decoded(*batch) for batch in batches])
 
     def encode(self, student: ClipModel) -> tuple[Tensor, Tensor]:
-        """Encode it in full precision; image and text rows, float32 [n, d], unit, on the CPU."""
+        """Encode images and first captions in full precision: unit rows, float32 [n, d] each, on the CPU."""
         student.module.eval()
         encoder = Encoder.of(student, _FP32, _BATCH)
         encoded = [encoder(batch) for batch in self.batches]
@@ -123,11 +122,9 @@ class Evaluation:
 
     Attributes:
         held_out: On the first process; None when there are too few samples.
-        has_data: Whether there is anything to measure, the same on all processes.
     """
 
     def __init__(self, inputs: Inputs, student: ClipModel, plan: ZeroshotPlan, machine: Machine) -> None:
-        """Read the held-out samples, on the first process."""
         self.held_out: HeldOut | None = None
         self._plan, self._machine = plan, machine
 
@@ -140,9 +137,8 @@ class Evaluation:
     def measure(self, student: ClipModel, state: TrainState) -> dict[str, float]:
         """Measure the student as it is, and with its averaged weights, in full precision; call it on every process.
 
-        Returns:
-            Metrics by name, those of a data set as ``NAME/METRIC`` without those that have no value (acc5 of four classes),
-            those of the average as ``ema/…``. Whole on the first process.
+        Metrics of a data set are called ``NAME/METRIC``, without those that have no value (acc5 of four classes), those of
+        the average ``ema/…``. They are whole on the first process.
         """
         metrics = self._measure(student)
         if state.ema is None:

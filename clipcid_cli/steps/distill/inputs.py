@@ -46,13 +46,7 @@ from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Everything a run reads.
-
-    Attributes:
-        keep_list: None where all samples are used.
-        teacher: None where no loss needs one.
-        clusters: Those of the teacher; None where no loss needs them.
-    """
+    """Everything a run reads; without a keep list all samples, without teacher or clusters where no loss needs them."""
 
     dataset: Dataset
     usable: UsableSamples
@@ -65,7 +59,7 @@ class Inputs:
 
     @property
     def stored(self) -> StoredTeacher | None:
-        """The teacher, where stored embeddings teach."""
+        """The teacher where it is one."""
         return self.teacher if isinstance(self.teacher, StoredTeacher) else None
 
     @property
@@ -74,7 +68,7 @@ class Inputs:
         return None if self.teacher is None else self.teacher.embeddings
 
     def refs(self, samples: SampleRows, rows: npt.NDArray[np.int64]) -> list[SampleRef]:
-        """Return where samples are, by their rows among those to train on or those held out."""
+        """Return where samples are, by their rows among `samples`."""
         shards, places = samples.shard_of(rows).tolist(), samples.column("places")[rows].tolist()
         parts = {shard: index_of(self.dataset).part(shard) for shard in set(shards)}
         return [SampleRef(parts[shard], place) for shard, place in zip(shards, places, strict=True)]

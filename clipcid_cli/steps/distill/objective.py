@@ -23,11 +23,9 @@ from clipcid_cli.training.gradients import Features, gather_rows, sum_over_proce
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The losses of a run.
+    """The losses of a run, with their weights.
 
     Attributes:
-        weights: Factor of each loss by name.
-        teacher: None where no loss needs one.
         local_loss: Whether each process computes the losses of its own rows only, against everybody's.
     """
 
@@ -46,7 +44,7 @@ class Objective:
         machine: Machine,
         reporter: Reporter,
     ) -> Objective:
-        """Make the losses that the settings ask for, with their own parameters."""
+        """Make the losses that the settings ask for."""
         space = SharedSpace(student_width) if teacher is None else teacher.space
         weights = {name: weight.at(space.width) for name, weight in settings.losses().items()}
         reporter.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + ".")

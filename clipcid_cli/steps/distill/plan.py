@@ -46,11 +46,10 @@ class Plan:
     """A run.
 
     Attributes:
-        evaluations: What `eval-zeroshot` measures in the end: the students on the data sets of ``--eval-data``.
-        batch_size: Samples of a global batch.
-        extra_texts: Further texts of a step, over all processes.
-        workers: Processes that prepare batches, for each training process.
-        log_every: Steps between lines of the training log, as in what follows.
+        evaluations: What `eval-zeroshot` measures in the end.
+        batch_size: Over all processes, as `extra_texts`.
+        workers: For each training process.
+        log_every: In steps, as what follows.
     """
 
     settings: DistillSettings
@@ -67,7 +66,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """Of the whole run."""
         return self.recipe.steps
 
 
@@ -89,7 +88,7 @@ def plan_run(
     machine: Machine,
     reporter: Reporter,
 ) -> Plan:
-    """Plan a run, on the first process; `embeddings` and `scratch` are as for `find_inputs`."""
+    """Plan a run, on the first process."""
     inputs = find_inputs(settings, embeddings, scratch, reporter)
     batch_size = choose_batch_size(settings, inputs.training.total, machine)
     extra_texts = inputs.num_extra_texts(batch_size)
@@ -177,12 +176,13 @@ def _choose_recipe(
     )
     if settings.optimizer == "muon":
         reporter.note("Optimizer: Muon for the layers of the towers, AdamW for all else.")
-    rate = default_rate(settings.losses(), settings.optimizer, batch_size, student_width)
-    if settings.lr is None:
-        reporter.note(f"Learning rate: {rate.value:g} ({rate.reason}).")
+    lr = settings.lr
+    if lr is None:
+        lr, reason = default_rate(settings.losses(), settings.optimizer, batch_size, student_width)
+        reporter.note(f"Learning rate: {lr:g} ({reason}).")
     return Recipe(
         optimizer=settings.optimizer,
-        lr=settings.lr or rate.value,
+        lr=lr,
         weight_decay=settings.wd,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,

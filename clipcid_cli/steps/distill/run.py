@@ -102,11 +102,7 @@ def write(
     samples_per_second: float,
     seconds: dict[str, float],
 ) -> DistillSidecar:
-    """Write student, report and, last, the sidecar; the time of it is added to `seconds`.
-
-    Args:
-        unreadable: Images that could not be read: reason by key.
-    """
+    """Write student, report and, last, the sidecar; the time of it is added to `seconds`."""
     started = time.perf_counter()
     plan, info = trainer.plan, trainer.student.model.info
     inputs, folder = plan.inputs, plan.folder

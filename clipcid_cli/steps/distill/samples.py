@@ -76,11 +76,7 @@ def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """The files that the data is matched with, where they are used.
-
-    Attributes:
-        required: Whether a sample without an embedding is left out of training.
-    """
+    """The files that the data is matched with, and whether a sample without an embedding is left out of training."""
 
     keep_list: Path | None = None
     embeddings: Embeddings | None = None
@@ -88,7 +84,7 @@ class Sources:
     clusters: Clusters | None = None
 
     def listings(self) -> dict[str, Listing]:
-        """Return the keys of each file with their numbers."""
+        """Return the keys of each file, with what is looked up by them."""
         found: dict[str, Listing] = {}
         if self.keep_list is not None:
             found["keep_list"] = parquet_listing(self.keep_list, "kept")
@@ -151,12 +147,7 @@ def find_samples(
     scratch: Path | None,
     reporter: Reporter,
 ) -> tuple[Path, MatchCounts]:
-    """Find the folder of the run's samples, matched by an earlier start or run of the same inputs; else match them now.
-
-    Args:
-        data_records: The fingerprints of the data and the keep list.
-        scratch: Where a dry run writes them.
-    """
+    """Find the folder of the run's samples, matched by an earlier start or run of the same inputs; else match them now."""
     assert dataset.index_folder is not None, "opened with a folder for the index"
     identity = {
         # Keys of foreign embeddings may be made of the files' names.

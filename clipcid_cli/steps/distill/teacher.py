@@ -48,11 +48,9 @@ class Teacher:
     """The teacher's part of every batch.
 
     Attributes:
-        space: Where its features and the student's are compared.
         scale: exp(logit_scale).
         clusters: None where no loss needs them.
-        model: What runs alongside the student, on the same views and captions; None where stored rows come with the batch.
-        precision: Number format of the model's products, to which it is cast; None without one.
+        model: What runs alongside the student, cast to `precision`; None where stored rows come with the batch.
     """
 
     space: SharedSpace
@@ -63,7 +61,7 @@ class Teacher:
 
     @torch.no_grad()
     def rows(self, batch: TrainingBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return t, u and u of the further texts of this process's part, unit rows in the shared space, float32 [b, D]."""
+        """Return t, u and u of the further texts of a part, unit rows in the shared space, float32 [b, D]."""
         image, text, extra = batch.teacher_image_bD, batch.teacher_text_bD, batch.teacher_extra_eD
         if self.model is not None:
             image, text = self._embed(self.model, batch)
@@ -91,7 +89,7 @@ class Teacher:
 
 
 def load_online_model(inputs: Inputs, machine: Machine) -> ClipModel | None:
-    """Load the teacher that runs alongside the student; None where none does."""
+    """Load the teacher that runs alongside the student, where one does."""
     teacher = inputs.teacher
     if not isinstance(teacher, OnlineTeacher):
         return None
@@ -115,11 +113,7 @@ def open_teacher(
     machine: Machine,
     reporter: Reporter,
 ) -> Teacher | None:
-    """Make the teacher ready; None where no loss needs one.
-
-    Args:
-        model: What `load_online_model` returned.
-    """
+    """Make the teacher ready, where a loss needs one; `model` is what `load_online_model` returned."""
     embeddings, chosen = inputs.embeddings, inputs.clusters
     if model is not None:
         width = model.info.embed_dim

@@ -39,12 +39,7 @@ from clipcid_cli.training.train_state import StepValues, TrainState
 
 
 class Trainer:
-    """A run in progress.
-
-    Attributes:
-        losses: Those of the last step that was read, by name.
-        metrics: Those of the last evaluation, by name.
-    """
+    """A run in progress; `losses` are of the last step that was read, `metrics` of the last evaluation."""
 
     def __init__(
         self,
