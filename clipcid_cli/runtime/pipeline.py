@@ -182,7 +182,8 @@ def thread_map(
 
 def read_ahead(items: Iterable[Item], count: int) -> Generator[Item]:
     """Take up to `count` items ahead in a thread, so that waiting for a network overlaps with what the caller does."""
-    stream, end = iter(items), object()
+    stream = iter(items)
+    end = object()
     pool = ThreadPoolExecutor(1)
 
     def take(_: None) -> Future[Any]:
@@ -201,8 +202,8 @@ def read_ahead(items: Iterable[Item], count: int) -> Generator[Item]:
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Generator[Result]:
     """Apply a function in a thread, to the next item while the caller works on the current one.
 
-    Its results are data classes of tensors on the device. On a GPU its copies and operators go to a stream of their own, which
-    the caller's current stream waits for; the host does not.
+    Its results are data classes of tensors on the device. On a GPU its copies and operators go to a stream of their own, for
+    which the caller's current stream waits; the host does not.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     cores = torch.get_num_threads()
@@ -237,8 +238,8 @@ def join_on(device: torch.device, parts: Sequence[Tensor]) -> Tensor:
     """Join tensors along their first axis on a device, as `to_device` copies one."""
     if len(parts) == 1:
         return to_device(parts[0], device)
-    first, rows = parts[0], sum(map(len, parts))
-    joined = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, pin_memory=device.type == "cuda")
+    first = parts[0]
+    joined = torch.empty((sum(map(len, parts)), *first.shape[1:]), dtype=first.dtype, pin_memory=device.type == "cuda")
     torch.cat(list(parts), out=joined)
     return joined.to(device, non_blocking=True)
 

@@ -80,7 +80,8 @@ class SampleOrder:
         if epoch != self._epoch or number < self._first:
             self._epoch = epoch
             self._groups = enumerate(epoch_groups(self._seed, epoch, self._shard_sizes))
-            self._first, self._rows = epoch * self._size, self._rows[:0]
+            self._first = epoch * self._size
+            self._rows = self._rows[:0]
         group = None
         while number >= self._first + len(self._rows):
             self._first += len(self._rows)

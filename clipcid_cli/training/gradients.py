@@ -90,8 +90,7 @@ def _detach(part: Features) -> Features:
     return Features._make(None if rows is None else rows.detach().requires_grad_() for rows in part)
 
 
-def num_processes() -> int:
-    """Return how many processes train together."""
+def _num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -112,25 +111,15 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows_bD: Tensor) -> Tensor:
-    """Collect all processes' rows, with gradients; PyTorch's own function for it is deprecated, and its successor private.
+    """Collect the rows of all processes, as many of each, with gradients; PyTorch's function for it is deprecated.
 
     When processes compute scalars of them and gradients are averaged over processes, each parameter's gradient is that of
     the scalars' mean, as a single process has it with the whole batch.
-
-    Args:
-        rows_bD: This process's rows; as many on every process.
     """
-    if num_processes() == 1:
+    if _num_processes() == 1:
         return rows_bD
     gathered: Tensor = _GatherRows.apply(rows_bD)  # type: ignore[no-untyped-call, unused-ignore]  # untyped in PyTorch 2.13, typed in 2.15
     return gathered
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Sum a tensor without gradient over the processes, in place; the same bits on each."""
-    if num_processes() > 1:
-        dist.all_reduce(values)
-    return values
 
 
 class GradientAverager:
@@ -142,14 +131,14 @@ class GradientAverager:
     """
 
     def __init__(self, groups: Sequence[Sequence[nn.Parameter]]) -> None:
-        """Hook into the parameters.
+        """Hook into the parameters; no bucket has those of two groups.
 
         Args:
             groups: Those of the towers in the order in which the backward pass reaches them, and at last those that it has
-                reached before it is watched. No bucket has parameters of two groups.
+                reached before it is watched.
         """
         self._parameters = [parameter for group in groups for parameter in group]
-        self._buckets = [_Bucket(part) for group in groups for part in _cut(group)] if num_processes() > 1 else []
+        self._buckets = [_Bucket(part) for group in groups for part in _cut(group)] if _num_processes() > 1 else []
         self._next = 0
         self._watching = False
         for bucket in self._buckets:
@@ -182,7 +171,8 @@ class GradientAverager:
             bucket.send()
         for bucket in self._buckets:
             bucket.receive()
-        self._next, self._watching = 0, False
+        self._next = 0
+        self._watching = False
 
 
 def _cut(group: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -209,7 +199,7 @@ class _Bucket:
 
     def receive(self) -> None:
         self._work.wait()
-        means = torch.split(self._flat.div_(num_processes()), [parameter.numel() for parameter in self.parameters])
+        means = torch.split(self._flat.div_(_num_processes()), [parameter.numel() for parameter in self.parameters])
         for parameter, mean in zip(self.parameters, means, strict=True):
             parameter.grad = mean.view_as(parameter)
         self.waiting = len(self.parameters)

@@ -44,7 +44,9 @@ class TrainState:
             dtype: Of the step's matrix products; float16 scales the loss up before the backward pass.
             ema: Decay of the average of the weights.
         """
-        self.module, self.of_losses, self.recipe = module, of_losses, recipe
+        self.module = module
+        self.of_losses = of_losses
+        self.recipe = recipe
         student_scale: Any = module.logit_scale
         of_each_loss: Any = of_losses.log_scales
         self.log_scales: dict[str, nn.Parameter] = {"student": student_scale, **of_each_loss}

@@ -201,7 +201,8 @@ def sum_both_ways(block_sum: Callable[..., Tensor], own: slice, *compared: Simil
 
     Where this process takes all rows and they fit one block, one matrix serves both ways.
     """
-    num_rows, device = len(compared[0].left_BD), compared[0].left_BD.device
+    num_rows = len(compared[0].left_BD)
+    device = compared[0].left_BD.device
     if own.indices(num_rows)[:2] == (0, num_rows) and num_rows**2 <= block_entries(device):
 
         def both_ways(first: int, stop: int) -> Tensor:

@@ -72,7 +72,8 @@ def token_distance(batch: LossBatch) -> Tensor:
     teacher_image, teacher_text = batch.teacher()
     assert batch.teacher_scale is not None
     first, stop, _ = batch.own.indices(len(batch))
-    image, text = rows_between(teacher_image, first, stop), rows_between(teacher_text, first, stop)
+    image = rows_between(teacher_image, first, stop)
+    text = rows_between(teacher_text, first, stop)
 
     def matching_share(start: int, logits_bB: Tensor) -> Tensor:
         return logits_bB.softmax(dim=1).diagonal(start)

@@ -243,7 +243,8 @@ def default_rate(losses: Iterable[str], optimizer: str, batch_size: int, width: 
     by_features = any(entry.compares_features for entry in entries)
     kind = "features" if by_features else "teacher" if any(entry.needs_teacher for entry in entries) else "captions"
     rate = RATES[optimizer][kind]
-    wanted, largest = rate * math.sqrt(batch_size / AT_BATCH), LARGEST_BY_WIDTH / width
+    wanted = rate * math.sqrt(batch_size / AT_BATCH)
+    largest = LARGEST_BY_WIDTH / width
     reason = f"losses led by {_LED_BY[kind]}: {rate:g} x sqrt(batch size/{AT_BATCH})"
     if wanted > largest:
         reason += f", at most {LARGEST_BY_WIDTH:g}/{width} for an embedding of {width} dimensions"

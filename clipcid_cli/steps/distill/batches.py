@@ -148,7 +148,8 @@ class _TokenCache:
     """A tokenizer that keeps the tokens of about `max_texts` texts, which are then found in a tenth of the time."""
 
     def __init__(self, tokenizer: Tokenizer, max_texts: int) -> None:
-        self._tokenizer, self._max_texts = tokenizer, max_texts
+        self._tokenizer = tokenizer
+        self._max_texts = max_texts
         self._tokens = dict[str, Tensor]()
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -194,7 +195,9 @@ class BatchMaker:
 
     def __call__(self, work: WorkItem) -> TrainingBatch:
         """Make the part; each image is written into its tensor before the next one is decoded."""
-        bad, views, texts = list[tuple[str, str]](), list[int](), list[_Text]()
+        bad = list[tuple[str, str]]()
+        views = list[int]()
+        texts = list[_Text]()
         count = len(work.items)
         pixels = [torch.empty(count, *each.pixels.size[::-1], 3, dtype=torch.uint8) for each in self._shown_to]
         colors = torch.empty(count, 3, 4)
@@ -220,7 +223,8 @@ class BatchMaker:
             kept_patches=None if self._masking is None else self._choose_patches(self._masking, work.items),
         )
         if len(self._shown_to) > 1:
-            batch.teacher_pixels, batch.teacher_tokens = pixels[1], self._tokens[1](words)
+            batch.teacher_pixels = pixels[1]
+            batch.teacher_tokens = self._tokens[1](words)
         self._add_stored_rows(batch, work, views, texts)
         return batch
 
@@ -233,7 +237,8 @@ class BatchMaker:
         """
         image = self._decode(sample, bad)
         if image is not None and self._num_views:
-            embedding_rows, places = self._samples.column("embeddings"), self._samples.column("places")
+            embedding_rows = self._samples.column("embeddings")
+            places = self._samples.column("places")
             embedded = int(embedding_rows[item.row])
             begin = derive_seed("view", self._settings.seed, sample.key) + item.epoch
             for offset in range(self._num_views):
@@ -266,7 +271,8 @@ class BatchMaker:
     def _choose_text(self, sample: Sample, epoch: int) -> _Text:
         """Choose one of a sample's captions, but the first alone where only that is embedded; or a variant of one."""
         captions = sample.captions
-        seed, dropout = self._settings.seed, self._settings.caption_dropout
+        seed = self._settings.seed
+        dropout = self._settings.caption_dropout
         if self._variants is not None:
             random = np.random.default_rng(derive_seed("variant", seed, epoch, sample.key))
             if random.uniform() < self._settings.variant_share:
@@ -316,14 +322,14 @@ class Batches:
         machine: Machine,
     ) -> None:
         """Prepare batches of `batch_size` samples over all processes; `make`, a `BatchMaker`, is called in workers."""
+        self._inputs = inputs
+        self._samples = inputs.training
+        self._make = make
+        self._clusters = clusters
         self._batch_size = batch_size
-        self._inputs, self._samples = inputs, inputs.training
-        self._extra_texts = None if inputs.stored is None else inputs.stored.extra_texts
-        self._num_texts = inputs.num_extra_texts(batch_size)
-        self._make, self._clusters = make, clusters
-        self._seed, self._machine = seed, machine
-        self._shard_sizes = self._samples.sizes.tolist()
-        self._count = -(-batch_size // machine.size // _MAX_ITEMS)
+        self._seed = seed
+        self._machine = machine
+        self._num_parts = -(-batch_size // machine.size // _MAX_ITEMS)
 
     def __len__(self) -> int:
         return self._samples.total
@@ -339,14 +345,14 @@ class Batches:
 
         with closing(ordered_map(self._make, deal(), workers)) as made:
             # In shared memory each tensor of a part would hold an open file until its batch is whole.
-            parts = made if self._count == 1 else map(TrainingBatch.copied, made)
-            whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self._count, strict=True))
+            parts = made if self._num_parts == 1 else map(TrainingBatch.copied, made)
+            whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self._num_parts, strict=True))
             with closing(prefetch(lambda pair: self.finish(*pair), whole, self._machine.device)) as finished:
                 yield from finished
 
     def deal(self, steps: range) -> Iterator[DealtBatch]:
         """Say what workers shall make of each step's batch; a start anywhere deals the same."""
-        order = SampleOrder(self._seed, self._shard_sizes, index_of(self._inputs.dataset).fetch_ahead)
+        order = SampleOrder(self._seed, self._samples.sizes.tolist(), index_of(self._inputs.dataset).fetch_ahead)
         own = slice(*self._machine.share(self._batch_size))
         for step in steps:
             first = step * self._batch_size
@@ -354,8 +360,10 @@ class Batches:
             epochs = np.arange(first, first + self._batch_size)[own] // len(self)
             refs = self._inputs.refs(self._samples, rows[own])
             items = [Item(*found) for found in zip(rows[own].tolist(), epochs.tolist(), refs, strict=True)]
-            pieces = zip(_cut(items, self._count), _cut(self._draw_texts(step, rows), self._count), strict=True)
-            yield DealtBatch(step, rows, [WorkItem(*piece) for piece in pieces])
+            texts = self._draw_texts(step, rows)
+            yield DealtBatch(
+                step, rows, list(map(WorkItem, _cut(items, self._num_parts), _cut(texts, self._num_parts)))
+            )
 
     def make(self, dealt: DealtBatch) -> list[TrainingBatch]:
         """Make the parts of a process here, as workers do."""
@@ -370,16 +378,17 @@ class Batches:
 
     def keys(self, step: int) -> list[str]:
         """Return the keys of a step's whole batch."""
-        rows = SampleOrder(self._seed, self._shard_sizes).rows(step * self._batch_size, (step + 1) * self._batch_size)
+        order = SampleOrder(self._seed, self._samples.sizes.tolist())
+        rows = order.rows(step * self._batch_size, (step + 1) * self._batch_size)
         return [ref.key for ref in self._inputs.refs(self._samples, rows)]
 
     def _draw_texts(self, step: int, rows: npt.NDArray[np.int64]) -> list[ExtraText]:
         """Draw this process's part of a step's further texts: a slice of what one process would take."""
-        extra = self._extra_texts
+        extra = None if self._inputs.stored is None else self._inputs.stored.extra_texts
         if extra is None:
             return []
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))
-        count = self._num_texts
+        count = self._inputs.num_extra_texts(self._batch_size)
         own = slice(*self._machine.share(count))
         if extra.variants is None:
             return [ExtraText(row) for row in random.integers(len(extra.rows), size=count)[own].tolist()]

@@ -35,7 +35,7 @@ _MAX_HELD_OUT = 5_000
 _BATCH = 256
 # What the names of metrics of the averaged weights begin with.
 EMA = "ema/"
-_FP32 = Precision("fp32", torch.float32, "evaluation")
+_FP32 = Precision("fp32", "evaluation")
 
 
 def zeroshot_settings(settings: DistillSettings) -> EvalZeroshotSettings:
@@ -126,7 +126,8 @@ class Evaluation:
 
     def __init__(self, inputs: Inputs, student: ClipModel, plan: ZeroshotPlan, machine: Machine) -> None:
         self.held_out: HeldOut | None = None
-        self._plan, self._machine = plan, machine
+        self._plan = plan
+        self._machine = machine
 
         def read() -> bool:
             self.held_out = HeldOut.read(inputs, student)
@@ -156,8 +157,8 @@ class Evaluation:
         if self.held_out is not None:
             images, texts = self.held_out.encode(student)
             metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
-        machine, name = self._machine, ModelName(student.info.spec, "tag")
-        model = EvaluatedModel(name, machine, self._plan.settings, Reporter(), student)
+        machine = self._machine
+        model = EvaluatedModel(ModelName(student.info.spec, "tag"), machine, self._plan.settings, Reporter(), student)
 
         def measure_task(task: ZeroshotTask) -> dict[str, float]:
             rows = model.encode(task)

@@ -69,7 +69,8 @@ class Inputs:
 
     def refs(self, samples: SampleRows, rows: npt.NDArray[np.int64]) -> list[SampleRef]:
         """Return where samples are, by their rows among `samples`."""
-        shards, places = samples.shard_of(rows).tolist(), samples.column("places")[rows].tolist()
+        shards = samples.shard_of(rows).tolist()
+        places = samples.column("places")[rows].tolist()
         parts = {shard: index_of(self.dataset).part(shard) for shard in set(shards)}
         return [SampleRef(parts[shard], place) for shard, place in zip(shards, places, strict=True)]
 
@@ -113,7 +114,8 @@ def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Repor
 
 def _find_for_axes(settings: DistillSettings) -> Path | None:
     """Find stored embeddings of an online teacher, where there are any: they name it, and have the shared space's axes."""
-    work, teacher = WorkDirectory(settings.work), named_teacher(settings)
+    work = WorkDirectory(settings.work)
+    teacher = named_teacher(settings)
     if teacher is None:
         return work.find_embeddings() if work.has_embeddings() else None
     folder = work.embeddings(teacher.slug)
@@ -167,8 +169,16 @@ def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | 
         if clusters is not None:
             chosen = use_clusters(settings, clusters, teacher, counts, reporter)
             fingerprints += chosen.fingerprints()
-    training, held_out = open_rows(matched, TRAINING), open_rows(matched, HELD_OUT)
-    return Inputs(dataset, usable, training, held_out, keep_list, teacher, chosen, fingerprints)
+    return Inputs(
+        dataset,
+        usable,
+        open_rows(matched, TRAINING),
+        open_rows(matched, HELD_OUT),
+        keep_list,
+        teacher,
+        chosen,
+        fingerprints,
+    )
 
 
 def _open_data(

@@ -199,7 +199,8 @@ def identity(plan: Plan, student: Student) -> dict[str, Any]:
     # Data and teacher are inputs, identified by their content, however they were named.
     for name in ("data", "teacher", "epochs", "init_from"):
         del given[name]
-    info, clusters = student.model.info, plan.inputs.clusters
+    info = student.model.info
+    clusters = plan.inputs.clusters
     given |= {
         "preset": settings.chosen_preset,
         "precision": student.precision.name,

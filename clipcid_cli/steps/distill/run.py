@@ -68,7 +68,8 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
                 if not (output.resumed and machine.on_main(lambda: list_checkpoints(folder.checkpoints))):
                     check_samples(plan.inputs.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
                 trainer = Trainer(plan, student, teacher, machine, reporter, output)
-                prepared, first = time.perf_counter(), trainer.state.step
+                prepared = time.perf_counter()
+                first = trainer.state.step
                 with closing(trainer.log):
                     trainer.train()
                 seconds = {"prepare": prepared - started, "train": time.perf_counter() - prepared}
@@ -104,8 +105,10 @@ def write(
 ) -> DistillSidecar:
     """Write student, report and, last, the sidecar; the time of it is added to `seconds`."""
     started = time.perf_counter()
-    plan, info = trainer.plan, trainer.student.model.info
-    inputs, folder = plan.inputs, plan.folder
+    plan = trainer.plan
+    inputs = plan.inputs
+    folder = plan.folder
+    info = trainer.student.model.info
     skips = Skips.of(unreadable)
     skips.merge(inputs.usable.skips)
     if skips.total:

@@ -54,7 +54,8 @@ def index_of(dataset: Dataset) -> DataIndex:
 def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
     """Count the samples that can be trained on, from the records of the data's index."""
     index = index_of(dataset)
-    skips, without_caption = Skips(), Skips()
+    skips = Skips()
+    without_caption = Skips()
     for number, found in enumerate(index.records):
         skips.merge(found.skips)
         if found.with_captions < found.samples:
@@ -194,7 +195,8 @@ def match_samples(
     bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
     counts = MatchCounts(bad_rows=len(bad))
     bar = reporter if len(shards) > _FEW_SHARDS else Reporter()
-    first, limits = 0, sources.limits(index)
+    limits = sources.limits(index)
+    first = 0
     with (
         writing_rows(folder, TRAINING, limits) as train,
         writing_rows(folder, HELD_OUT, limits) as hold_out,

@@ -243,7 +243,8 @@ def use_stored(
 def _known_variants(settings: DistillSettings, embeddings: Embeddings, number: int) -> TextVariants:
     """Return the embedded variants of captions, whose texts are made again by the recorded seed and rules."""
     made = {} if embeddings.sidecar is None else embeddings.sidecar.settings
-    rules, seed = made.get("text_variant_rules"), made.get("seed")
+    rules = made.get("text_variant_rules")
+    seed = made.get("seed")
     if rules == RULES and made.get("text_variants") == number and isinstance(seed, int):
         return TextVariants(number, seed)
     recorded = "no rules" if rules is None else f"rules {rules} for {made.get('text_variants')} variants, seed {seed}"
@@ -287,7 +288,8 @@ def _find_extra_texts(
 
 def _validate_texts(settings: DistillSettings, texts: EmbeddedTexts, embeddings: Embeddings) -> None:
     """Refuse texts that another model embedded."""
-    made, model = texts.sidecar.model, embeddings.model
+    made = texts.sidecar.model
+    model = embeddings.model
     if texts.rows.shape[1] == embeddings.width and (model is None or made.weights_hash == model.weights_hash):
         return
     of = "another tool's" if model is None else f"of {model.spec}, other weights"

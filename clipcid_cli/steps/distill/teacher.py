@@ -114,7 +114,8 @@ def open_teacher(
     reporter: Reporter,
 ) -> Teacher | None:
     """Make the teacher ready, where a loss needs one; `model` is what `load_online_model` returned."""
-    embeddings, chosen = inputs.embeddings, inputs.clusters
+    embeddings = inputs.embeddings
+    chosen = inputs.clusters
     if model is not None:
         width = model.info.embed_dim
     elif embeddings is not None:
