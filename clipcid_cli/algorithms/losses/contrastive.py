@@ -14,8 +14,14 @@ from clipcid_cli.algorithms.losses.batch import LossBatch, Similarities, add, su
 def contrast_both_ways(left_BD: Tensor, right_BD: Tensor, scale: Tensor, own: slice = slice(None)) -> Tensor:
     """2B times CE(A ↔ B; σ) of docs/method.md#notation, InfoNCE: each row of both sides picks its own among the other's.
 
+    Args:
+        left_BD: Unit rows.
+        right_BD: Unit rows; row i belongs to left row i.
+        scale: Logit scale σ (not its logarithm), a scalar.
+        own: The queries of this process.
+
     Returns:
-        Sum of the cross-entropies of the own queries, in nats; log B each for uninformative features.
+        Sum of the cross-entropies of the own queries, in nats, a scalar; log B each for uninformative features.
 
     Source: Radford et al. 2021 (CLIP, arXiv 2103.00020), figure 3; van den Oord et al. 2018 (arXiv 1807.03748), eq. 4.
     """

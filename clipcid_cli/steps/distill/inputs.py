@@ -46,7 +46,13 @@ from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Everything a run reads; without a keep list all samples, without teacher or clusters where no loss needs them."""
+    """Everything a run reads.
+
+    Attributes:
+        keep_list: None where all samples are used.
+        teacher: None where no loss needs one.
+        clusters: Those of the teacher; None where no loss needs them.
+    """
 
     dataset: Dataset
     usable: UsableSamples
@@ -114,8 +120,7 @@ def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Repor
 
 def _find_for_axes(settings: DistillSettings) -> Path | None:
     """Find stored embeddings of an online teacher, where there are any: they name it, and have the shared space's axes."""
-    work = WorkDirectory(settings.work)
-    teacher = named_teacher(settings)
+    work, teacher = WorkDirectory(settings.work), named_teacher(settings)
     if teacher is None:
         return work.find_embeddings() if work.has_embeddings() else None
     folder = work.embeddings(teacher.slug)
@@ -169,16 +174,8 @@ def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | 
         if clusters is not None:
             chosen = use_clusters(settings, clusters, teacher, counts, reporter)
             fingerprints += chosen.fingerprints()
-    return Inputs(
-        dataset,
-        usable,
-        open_rows(matched, TRAINING),
-        open_rows(matched, HELD_OUT),
-        keep_list,
-        teacher,
-        chosen,
-        fingerprints,
-    )
+    training, held_out = open_rows(matched, TRAINING), open_rows(matched, HELD_OUT)
+    return Inputs(dataset, usable, training, held_out, keep_list, teacher, chosen, fingerprints)
 
 
 def _open_data(

@@ -11,9 +11,10 @@ class Distilled(msgspec.Struct):
     """What a run made.
 
     Attributes:
-        losses: Of the last step that was logged.
-        metrics: Of the last evaluation during the training.
+        losses: Those of the last step that was logged.
+        metrics: Those of the last evaluation during the training.
         evaluations: What `eval-zeroshot` returns for ``--eval-data``.
+        seconds: Time by phase.
     """
 
     student: str

@@ -48,9 +48,11 @@ class Teacher:
     """The teacher's part of every batch.
 
     Attributes:
+        space: Where its features and the student's are compared.
         scale: exp(logit_scale).
         clusters: None where no loss needs them.
-        model: What runs alongside the student, cast to `precision`; None where stored rows come with the batch.
+        model: What runs alongside the student, on the same views and captions; None where stored rows come with the batch.
+        precision: Number format of the model's products, to which it is cast; None without one.
     """
 
     space: SharedSpace
