@@ -15,6 +15,7 @@ from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.pipeline import start_worker_server
+from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.distill.cost import estimate_cost
 from clipcid_cli.steps.distill.inputs import find_embeddings
@@ -68,11 +69,10 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
                 if not (output.resumed and machine.on_main(lambda: list_checkpoints(folder.checkpoints))):
                     check_samples(plan.inputs.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
                 trainer = Trainer(plan, student, teacher, machine, reporter, output)
-                prepared = time.perf_counter()
                 first = trainer.state.step
-                with closing(trainer.log):
+                seconds = {"prepare": time.perf_counter() - started}
+                with closing(trainer.log), timed(seconds, "train"):
                     trainer.train()
-                seconds = {"prepare": prepared - started, "train": time.perf_counter() - prepared}
                 speed = (plan.steps - first) * plan.batch_size / seconds["train"]
                 unreadable = trainer.unreadable_images()
                 sidecar = machine.on_main(lambda: write(trainer, output, unreadable, speed, seconds))
@@ -104,7 +104,6 @@ def write(
     seconds: dict[str, float],
 ) -> DistillSidecar:
     """Write student, report and, last, the sidecar; the time of it is added to `seconds`."""
-    started = time.perf_counter()
     plan = trainer.plan
     inputs = plan.inputs
     folder = plan.folder
@@ -113,9 +112,9 @@ def write(
     skips.merge(inputs.usable.skips)
     if skips.total:
         trainer.reporter.warn(f"{skips.total:,} samples were not used as they are:\n{skips.describe()}")
-    written = write_students(folder, trainer.student.model, str(plan.settings.student), trainer.state)
-    write_text(folder.report, write_report(trainer))
-    seconds["write"] = time.perf_counter() - started
+    with timed(seconds, "write"):
+        written = write_students(folder, trainer.student.model, str(plan.settings.student), trainer.state)
+        write_text(folder.report, write_report(trainer))
     return output.commit(
         counts={
             "read": inputs.usable.read,
