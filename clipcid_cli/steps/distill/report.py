@@ -43,10 +43,10 @@ def write_report(trainer: Trainer) -> str:
     scales = {name: name.removeprefix("scale_") for name in (log[0] if log else {}) if name.startswith("scale_")}
     measured: dict[str, Any] = {"headline": [], "recall_figure": None, "compared": [], "compared_on": 0, "examples": []}
     if held_out is not None:
-        rows = {"student": held_out.encode(trainer.student.model)}
+        rows = {"student": held_out.encode()}
         if trainer.state.ema is not None:
             with trainer.state.ema.swapped_in():
-                rows["average (EMA)"] = held_out.encode(trainer.student.model)
+                rows["average (EMA)"] = held_out.encode()
         recalls = {f"{side} recall at 1, held out": f"{side}_retrieval_recall@1" for side in _SIDES}
         measured = {
             "headline": [(title, trainer.metrics[name]) for title, name in recalls.items() if name in trainer.metrics],

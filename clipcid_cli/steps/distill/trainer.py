@@ -215,7 +215,7 @@ class Trainer:
     def _evaluate(self) -> None:
         if not self.evaluation.has_data:
             return
-        metrics = self.evaluation.measure(self.student.model, self.state)
+        metrics = self.evaluation.measure(self.state)
         if self.machine.is_main:
             self.log.add_evaluation(self.state.step, metrics)
         self.metrics = self.machine.broadcast(metrics)
