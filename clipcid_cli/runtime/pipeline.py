@@ -46,6 +46,11 @@ _WORKER_IMPORTS = [
     "clipcid_cli.formats.data.index",
 ]
 
+# Items that wait for each worker or thread, so that it never waits for this process.
+_AHEAD = 2
+# Time to wait for a result before its worker counts as stalled.
+_STALL_SECONDS = 600
+
 # More threads would wait for Python's lock; on more cores each batch is computed by several.
 _MAX_THREADS = 16
 
@@ -101,20 +106,10 @@ def start_worker_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def ordered_map(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    workers: int,
-    *,
-    ahead: int = 2,
-    stall_seconds: float = 600.0,
-) -> Generator[Result]:
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result]:
     """Apply a picklable function by worker processes, or with none in this one; tensors come back through shared memory.
 
-    Args:
-        items: Taken as workers become free; each is sent to one, so it must be small (offsets in files, not their content).
-        ahead: Items that wait for each worker, so that it never waits for this process.
-        stall_seconds: Time to wait for a result before its worker counts as stalled.
+    Items are taken as workers become free; each is sent to one, so it must be small (offsets in files, not their content).
     """
     if workers == 0:
         yield from map(function, items)
@@ -132,10 +127,10 @@ def ordered_map(
             raise BrokenProcessPool from error
 
     try:
-        for future in _in_order(submit, items, ahead * workers):
-            if not concurrent.futures.wait([future], stall_seconds).done:
+        for future in _in_order(submit, items, _AHEAD * workers):
+            if not concurrent.futures.wait([future], _STALL_SECONDS).done:
                 raise ClipcidError(
-                    f"A process that decodes images returned no batch for {stall_seconds:.0f} seconds: reading has stalled.",
+                    f"A process that decodes images returned no batch for {_STALL_SECONDS} seconds: reading has stalled.",
                     "Check the disk or network that holds the data; --workers 0 reads in the main process.",
                 )
             yield future.result()
@@ -161,13 +156,10 @@ def ordered_map(
             worker.kill()
 
 
-def thread_map(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int, *, ahead: int = 2
-) -> Generator[Result]:
-    """Apply a function by threads, which share this process's cores; 1 computes in the caller's.
+def thread_map(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result]:
+    """Apply a function by threads, which share this process's cores; 1 computes in the caller's, which takes the items.
 
     Pillow and PyTorch release Python's lock while they work, so threads decode as well, and no process has to start first.
-    The items are taken by the caller's thread; `ahead` of them wait for each thread.
     """
     if threads == 1:
         yield from map(function, items)
@@ -175,7 +167,7 @@ def thread_map(
     cores = torch.get_num_threads()
     torch.set_num_threads(max(1, cores // threads))
     try:
-        yield from _results(ThreadPoolExecutor(threads), function, items, ahead * threads)
+        yield from _results(ThreadPoolExecutor(threads), function, items, _AHEAD * threads)
     finally:
         torch.set_num_threads(cores)
 
