@@ -72,11 +72,10 @@ class GradCache:
             if number == max(0, last - 1):
                 before_last()
             part = self._last if number == last else self._encode(number)
-            gradients = [None if rows is None else rows.grad for rows in self._detached[number]]
             pairs = [
-                (rows, gradient)
-                for rows, gradient in zip(part, gradients, strict=True)
-                if rows is not None and rows.requires_grad and gradient is not None
+                (rows, detached.grad)
+                for rows, detached in zip(part, self._detached[number], strict=True)
+                if rows is not None and rows.requires_grad and detached is not None and detached.grad is not None
             ]
             if pairs:
                 torch.autograd.backward([rows for rows, _ in pairs], [gradient for _, gradient in pairs])

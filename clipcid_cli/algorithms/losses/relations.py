@@ -163,7 +163,8 @@ class _Contrast:
 
     def gradients(self, first: int, stop: int) -> Tensor:
         """Return the gradients by left rows first … stop − 1, [b, D]."""
-        logits_bB, right_BD = self.similarities.rows(first, stop), self.similarities.right_BD
+        logits_bB = self.similarities.rows(first, stop)
+        right_BD = self.similarities.right_BD
         as_query_bB = (logits_bB - rows_between(self.of_left_B, first, stop)[:, None]).exp()
         as_key_bB = (logits_bB - self.of_right_B).exp()
         pulled_bD = (as_query_bB + as_key_bB) / 2 @ right_BD - rows_between(right_BD, first, stop)
