@@ -119,7 +119,7 @@ def test_large_batch_keeps_no_matrix_for_the_backward_pass(monkeypatch: pytest.M
 
     def largest_kept() -> int:
         kept = [0]
-        batch = LossBatch(image, text, torch.tensor(1.0))
+        batch = LossBatch(image, text, torch.tensor(1.0), image, text)
         with torch.autograd.graph.saved_tensors_hooks(lambda kept_tensor: keep(kept, kept_tensor), lambda x: x):
             compute("clip", batch, SCALES).backward()
         return max(kept)
