@@ -84,7 +84,7 @@ class TrainingBatch:
         tokens: Of captions and of further texts, int64 [b + e, L].
         bad: (reason, key) of images that could not be decoded; they are white in `pixels`.
         kept_patches: Patches of each image that are seen where the others are masked, int64 [b, n].
-        teacher_image_bD: A stored teacher's rows of what is shown, float16; so in what follows.
+        teacher_image_bD: A stored teacher's rows of what is shown, float16; so for captions and further texts.
         teacher_pixels: The same views at an online teacher's size, uint8 [b, H, W, 3].
         teacher_tokens: The same captions by its tokenizer, int64 [b, L].
         image_clusters: Targets of the global batch's images; of its captions, where both towers are taught.
