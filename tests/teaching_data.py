@@ -34,7 +34,7 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 ALONE = Machine(0, 1, 0, torch.device("cpu"))
-FP32 = Precision("fp32", torch.float32, "a test")
+FP32 = Precision("fp32", "a test")
 STUDENT = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 24, "layers": 1, "width": 32, "head_width": 16, "patch_size": 12},

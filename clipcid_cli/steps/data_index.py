@@ -25,7 +25,7 @@ from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache, ca
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.pipeline import ordered_map
-from clipcid_cli.runtime.sample_order import SHARDS_MIXED
+from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps.reporting import Reporter
 
 # Fewer shards than this are listed before a worker has started.

@@ -25,8 +25,8 @@ from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, load_arrays, save_arrays
-from clipcid_cli.runtime.memory import memory_for_rows
-from clipcid_cli.runtime.pacing import SavePace
+from clipcid_cli.runtime.machine import memory_for_rows
+from clipcid_cli.runtime.timing import SavePace
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalanceRun
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
 

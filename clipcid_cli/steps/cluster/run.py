@@ -37,8 +37,7 @@ from clipcid_cli.formats.results.clusters import (
 )
 from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import Machine, open_machine
-from clipcid_cli.runtime.memory import memory_for_rows
+from clipcid_cli.runtime.machine import Machine, memory_for_rows, open_machine
 from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial, timed

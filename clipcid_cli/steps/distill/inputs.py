@@ -65,7 +65,7 @@ class Inputs:
 
     @property
     def stored(self) -> StoredTeacher | None:
-        """The teacher, where stored embeddings teach."""
+        """The teacher where it is one."""
         return self.teacher if isinstance(self.teacher, StoredTeacher) else None
 
     @property
@@ -74,8 +74,9 @@ class Inputs:
         return None if self.teacher is None else self.teacher.embeddings
 
     def refs(self, samples: SampleRows, rows: npt.NDArray[np.int64]) -> list[SampleRef]:
-        """Return where samples are, by their rows among those to train on or those held out."""
-        shards, places = samples.shard_of(rows).tolist(), samples.column("places")[rows].tolist()
+        """Return where samples are, by their rows among `samples`."""
+        shards = samples.shard_of(rows).tolist()
+        places = samples.column("places")[rows].tolist()
         parts = {shard: index_of(self.dataset).part(shard) for shard in set(shards)}
         return [SampleRef(parts[shard], place) for shard, place in zip(shards, places, strict=True)]
 

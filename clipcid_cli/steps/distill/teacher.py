@@ -62,7 +62,7 @@ class Teacher:
 
     @torch.no_grad()
     def rows(self, batch: TrainingBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return t, u and u of the further texts of this process's part, unit rows in the shared space, float32 [b, D]."""
+        """Return t, u and u of the further texts of a part, unit rows in the shared space, float32 [b, D]."""
         image, text, extra = batch.teacher_image_bD, batch.teacher_text_bD, batch.teacher_extra_eD
         if self.model is not None:
             image, text = self._embed(self.model, batch)
@@ -90,7 +90,7 @@ class Teacher:
 
 
 def load_online_model(inputs: Inputs, machine: Machine) -> ClipModel | None:
-    """Load the teacher that runs alongside the student; None where none does."""
+    """Load the teacher that runs alongside the student, where one does."""
     teacher = inputs.teacher
     if not isinstance(teacher, OnlineTeacher):
         return None
@@ -114,12 +114,9 @@ def open_teacher(
     machine: Machine,
     reporter: Reporter,
 ) -> Teacher | None:
-    """Make the teacher ready; None where no loss needs one.
-
-    Args:
-        model: What `load_online_model` returned.
-    """
-    embeddings, chosen = inputs.embeddings, inputs.clusters
+    """Make the teacher ready, where a loss needs one; `model` is what `load_online_model` returned."""
+    embeddings = inputs.embeddings
+    chosen = inputs.clusters
     if model is not None:
         width = model.info.embed_dim
     elif embeddings is not None:

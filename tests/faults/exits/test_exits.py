@@ -42,7 +42,7 @@ from clipcid_cli.runtime.pipeline import ordered_map
 def invoke(_):
     from clipcid_cli.commands.console import ConsoleReporter, make_console
     with ConsoleReporter(make_console()).progress("embed", 9, "images"):
-        for _ in ordered_map(time.sleep, [0, 60], 1, ahead=0):
+        for _ in ordered_map(time.sleep, [0, 60], 1):
             os.write(1, b"ready\\n")  # past the bar, which shows what is printed
 
 if __name__ == "__main__":
