@@ -14,7 +14,7 @@ from shard_server import serve
 from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images, open_dataset
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, RETRIEVAL
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
@@ -96,9 +96,9 @@ def read_part(dataset: Dataset) -> tuple[list[str], list[bytes], Skips]:
 def test_a_held_out_part_is_read_from_the_index_alone(data: Path, tmp_path: Path) -> None:
     expected = read_part(open_dataset(data))
     assert 4 < len(expected[0]) < 14
-    with open_machine("cpu") as machine, serve(data) as server:
+    with open_dist_context("cpu") as context, serve(data) as server:
         for spec in (str(data), f"{server.url}/{{0..2}}.tar"):
-            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), machine, 0, Reporter())
+            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), context, 0, Reporter())
             before = server.bytes_sent.total()
             assert read_part(dataset) == expected
         assert server.bytes_sent.total() - before == sum(map(len, expected[1]))
