@@ -7,16 +7,27 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
 
+from clipcid_cli.runtime import interruption
+
 UNREAD = 128 + signal.SIGPIPE
 """What a shell reports of a program that writes to a pipe nobody reads: 141."""
 
-_SENTENCE = b"Interrupted. Run the same command again to continue where it stopped.\n"
 _LONGEST_GOODBYE = 2.0
 """Seconds that what is done before the end may take."""
+
+_LONGEST_SAVE = 25.0
+"""Seconds that work which saves itself may take; torchrun, SLURM and Kubernetes kill a process 30 s after SIGTERM."""
+
+_UNNOTICED = 0.5
+"""Seconds of saving that need no word."""
+
+_SAME_SIGNAL = 1.0
+"""Seconds in which a further signal is the same one: torchrun passes on the Ctrl-C that its processes have got already."""
 
 _goodbyes = list[Callable[[], None]]()
 _told = threading.Event()
@@ -25,8 +36,9 @@ _told = threading.Event()
 def end_on_signals() -> None:
     """From now on, let Ctrl-C and SIGTERM end this process at once, with exit code 130 or 143 and one sentence.
 
-    It may end anywhere: every output is whole or absent at any moment. A thread ends it, since Python calls handlers in the
-    main thread alone, and not before a product or a wait inside a library is over. Workers end with it.
+    It may end anywhere: every output is whole or absent at any moment. Work that saves itself is given time to, see
+    ``runtime/interruption.py``. A thread ends the process, since Python calls handlers in the main thread alone, and not
+    before a product or a wait inside a library is over. Workers end with it.
     """
     numbers = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) not in (signal.SIG_IGN, None)]
     if threading.current_thread() is not threading.main_thread() or not numbers:
@@ -41,16 +53,42 @@ def end_on_signals() -> None:
 
 
 def _end(reader: int, numbers: list[signal.Signals]) -> None:
-    while (number := os.read(reader, 1)[0]) not in numbers:
-        pass
+    number = _wait_for_signal(reader, numbers)
+    saves = interruption.ask()
     # By another thread, since the main one may hold a lock that it waits for.
     saying = threading.Thread(target=lambda: [goodbye() for goodbye in _goodbyes], daemon=True)
     saying.start()
     saying.join(_LONGEST_GOODBYE)
+    if saves and not interruption.wait_until_saved(_UNNOTICED):
+        _say("Saving what is done. Ctrl-C again ends at once.")
+        threading.Thread(target=_end_at_second, args=(reader, numbers), daemon=True).start()
+        interruption.wait_until_saved(_LONGEST_SAVE)
+    _end_now(number)
+
+
+def _end_at_second(reader: int, numbers: list[signal.Signals]) -> None:
+    first = time.monotonic()
+    number = _wait_for_signal(reader, numbers)
+    while time.monotonic() - first < _SAME_SIGNAL:
+        number = _wait_for_signal(reader, numbers)
+    _end_now(number)
+
+
+def _wait_for_signal(reader: int, numbers: list[signal.Signals]) -> int:
+    while (number := os.read(reader, 1)[0]) not in numbers:
+        pass
+    return number
+
+
+def _end_now(number: int) -> None:
+    _say(f"Interrupted. Run the same command again to continue {interruption.describe_resumption()}.")
+    os._exit(128 + number)
+
+
+def _say(sentence: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
-            os.write(2, _SENTENCE)  # past Python's stream, which has a lock, too
-    os._exit(128 + number)
+            os.write(2, f"{sentence}\n".encode())  # past Python's stream, which has a lock, too
 
 
 def leave_end_to_signal() -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,8 +29,14 @@ T = TypeVar("T")
 # A process may wait long for another that reads slower shards; torchrun detects a lost one.
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=12)
 
+TRAINING_TIMEOUT = datetime.timedelta(minutes=20)
+"""How long processes wait for one another in training, where all of them do the same: a hung one idles every GPU."""
+
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for the others to start: importing PyTorch on many hosts from one disk takes minutes."""
+
+# Seconds in which processes that have waited in vain all say so: one that does not is the one that they waited for.
+_ROLL_CALL = 10.0
 
 # In errors of a collective that another process no longer takes part in; those of gloo have no class of their own.
 _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
@@ -84,6 +91,23 @@ class DistContext:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    @contextmanager
+    def limited_waits(self, limit: datetime.timedelta = TRAINING_TIMEOUT) -> Iterator[None]:
+        """Let the run fail in the block once a process waits so long for another, which the error names."""
+        if self.size == 1:
+            yield
+            return
+        group = dist.distributed_c10d._get_default_group()
+        hosts = group._get_backend(torch.device("cpu"))
+        before = hosts.options._timeout
+        # First on the hosts: after a timeout of its GPU a process is ended by PyTorch, without a word from us.
+        _set_pg_timeout(1.5 * limit)
+        hosts._set_default_timeout(limit)
+        try:
+            yield
+        finally:
+            _set_pg_timeout(before)
 
     def on_rank0(self, action: Callable[[], T]) -> T:
         """Run `action` on the first process only and return its result, or raise its error, on all."""
@@ -147,7 +171,7 @@ def open_dist_context(device: str = "auto") -> Iterator[DistContext]:
     on_gpu = chosen.type == "cuda"
     store = rendezvous_all(rank, size)
     try:
-        with _name_failures(store, rank):
+        with _name_failures(store, rank, size):
             dist.init_process_group(
                 # Objects, and numbers that only the host needs, never travel through a GPU.
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -194,8 +218,8 @@ def rendezvous_all(rank: int, size: int, limit: datetime.timedelta = RENDEZVOUS_
 
 
 @contextmanager
-def _name_failures(store: Any, rank: int) -> Iterator[None]:
-    """Tell the other processes of an error that only this one has; where it is the loss of another, say why that failed."""
+def _name_failures(store: Any, rank: int, size: int) -> Iterator[None]:
+    """Tell the other processes of an error that only this one has; where it is the loss of another, say whose and why."""
     key = "clipcid/failed"
     try:
         yield
@@ -212,11 +236,28 @@ def _name_failures(store: Any, rank: int) -> Iterator[None]:
         message = f"Another process of the run has ended, or cannot be reached: {text}."
         fix = "Its own error says why; without one it was killed, perhaps for memory."
         with suppress(RuntimeError, OSError, ValueError):
+            silent = _find_silent(store, rank, size, key)
             if store.check([key]):
                 other, named = json.loads(store.get(key))
                 message = f"Process {other} of the run failed: {named}."
                 fix = "What that process said tells how to fix it."
+            elif silent:
+                message = f"No answer from {silent}, which hangs or was killed: {text}."
+                fix = "Look at its host: memory, disk, GPU and network."
         raise ClipcidError(message, f"{fix} Then run the same command again: it continues where it stopped.") from error
+
+
+def _find_silent(store: Any, rank: int, size: int, failed: str) -> str:
+    """Name the processes that do not say, as this one does, that they have waited in vain; none once one has `failed`."""
+    store.set(f"clipcid/waited/{rank}", b"")
+    deadline = time.monotonic() + _ROLL_CALL
+    while True:
+        silent = [other for other in range(size) if not store.check([f"clipcid/waited/{other}"])]
+        if not silent or store.check([failed]) or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    shown = ", ".join(map(str, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
+    return f"process{'es' if len(silent) > 1 else ''} {shown} of the run" if silent else ""
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

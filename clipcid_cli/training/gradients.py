@@ -96,21 +96,21 @@ def _num_processes() -> int:
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_bD: Tensor) -> Tensor:
-        ctx.count = len(rows_bD)
-        parts = [torch.empty_like(rows_bD) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows_bD.contiguous())
-        return torch.cat(parts)
+        size = dist.get_world_size()
+        gathered_BD = rows_bD.new_empty(size * len(rows_bD), rows_bD.shape[1])
+        dist.all_gather(list(gathered_BD.chunk(size)), rows_bD.contiguous())
+        return gathered_BD
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient_BD = gradients[0].contiguous()
-        dist.all_reduce(gradient_BD)
-        start = dist.get_rank() * ctx.count
-        return gradient_BD[start : start + ctx.count]
+        parts = gradients[0].contiguous().chunk(dist.get_world_size())
+        own_bD = torch.empty_like(parts[0])
+        dist.reduce_scatter(own_bD, list(parts))
+        return own_bD
 
 
 def gather_rows(rows_bD: Tensor) -> Tensor:
-    """Collect the rows of all processes, as many of each, with gradients; PyTorch's function for it is deprecated.
+    """Collect the rows of all processes, as many of each, with gradients; PyTorch's functions for it are deprecated.
 
     When processes compute scalars of them and gradients are averaged over processes, each parameter's gradient is that of
     the scalars' mean, as a single process has it with the whole batch.

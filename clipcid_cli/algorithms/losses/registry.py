@@ -230,12 +230,18 @@ AT_BATCH = 64
 # largest that was tried on that student with AdamW; for a ViT-B/32, 512 wide, it gives 1.1e-3, where the CLIP-CID group
 # publishes 1e-3.
 LARGEST_BY_WIDTH = 6e-3 * 96
+# Such rates would undo what weights know that are trained already.
+OF_TRAINED = 0.1
 
 _LED_BY = {"captions": "captions", "teacher": "a teacher", "features": "a teacher's features"}
 
 
-def default_rate(losses: Iterable[str], optimizer: str, batch_size: int, width: int) -> tuple[float, str]:
+def default_rate(
+    losses: Iterable[str], optimizer: str, batch_size: int, width: int, *, trained: bool = False
+) -> tuple[float, str]:
     """Choose the peak learning rate, and say why: min(rate by what leads the losses · √(batch/64), 0.576/student's width).
+
+    It is a tenth of that for a student that starts from `trained` weights.
 
     Source: our own, docs/method.md#training-recipe.
     """
@@ -248,4 +254,8 @@ def default_rate(losses: Iterable[str], optimizer: str, batch_size: int, width: 
     reason = f"losses led by {_LED_BY[kind]}: {rate:g} x sqrt(batch size/{AT_BATCH})"
     if wanted > largest:
         reason += f", at most {LARGEST_BY_WIDTH:g}/{width} for an embedding of {width} dimensions"
-    return float(f"{min(wanted, largest):.2g}"), reason
+    lr = min(wanted, largest)
+    if trained:
+        lr *= OF_TRAINED
+        reason += f"; {OF_TRAINED:g} of that, since the student starts from trained weights"
+    return float(f"{lr:.2g}"), reason

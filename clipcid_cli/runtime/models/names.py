@@ -119,6 +119,11 @@ class ModelName:
     path: Path | None = None  # the folder or file of kinds `folder` and `config`
 
     @property
+    def has_weights(self) -> bool:
+        """Whether it names trained weights, not an architecture alone."""
+        return self.kind not in ("architecture", "config")
+
+    @property
     def slug(self) -> str:
         """Name for files and folders, of ``[A-Za-z0-9._-]``; that of a distill run's student is preceded by the run's."""
         if self.path is not None:

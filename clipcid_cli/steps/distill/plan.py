@@ -31,8 +31,8 @@ from clipcid_cli.steps.settings.fields import output_settings
 from clipcid_cli.training.optimisers import Recipe
 
 DEFAULT_EPOCHS = 32
-# Samples of a batch by default: at least so many (fewer if the data has fewer), and on GPUs up to so many for each as long
-# as that leaves so many steps.
+# Samples of a batch by default: at least so many (fewer if the data has fewer), with --steps for each GPU. Without --steps up
+# to so many for each GPU as long as that leaves so many steps.
 _SMALLEST_BATCH = 256
 _LARGEST_BATCH_PER_GPU = 512
 _ENOUGH_STEPS = 20_000
@@ -97,7 +97,7 @@ def plan_run(
             f"--extra-texts {extra_texts} does not divide among {context.size} processes.",
             f"Use a multiple of {context.size}.",
         )
-    recipe = _choose_recipe(settings, inputs, batch_size, student.model.info.embed_dim, reporter)
+    recipe = _choose_recipe(settings, inputs, batch_size, student, context, reporter)
     if extra_texts:
         reporter.note(f"Each step the text tower sees {extra_texts:,} further texts.")
     parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
@@ -133,7 +133,9 @@ def choose_batch_size(settings: DistillSettings, samples: int, context: DistCont
     batch_size = settings.batch_size
     if batch_size is None:
         batch_size = _SMALLEST_BATCH
-        if context.device.type == "cuda" and settings.steps is None:
+        if context.device.type == "cuda" and settings.steps is not None:
+            batch_size *= context.size
+        elif context.device.type == "cuda":
             shown = (settings.epochs or DEFAULT_EPOCHS) * samples
             while 2 * batch_size <= min(_LARGEST_BATCH_PER_GPU * context.size, shown // _ENOUGH_STEPS):
                 batch_size *= 2
@@ -154,7 +156,12 @@ def choose_batch_size(settings: DistillSettings, samples: int, context: DistCont
 
 
 def _choose_recipe(
-    settings: DistillSettings, inputs: Inputs, batch_size: int, student_width: int, reporter: Reporter
+    settings: DistillSettings,
+    inputs: Inputs,
+    batch_size: int,
+    student: Student,
+    context: DistContext,
+    reporter: Reporter,
 ) -> Recipe:
     """Decide number of steps, warm-up and learning rate, and say so."""
     samples = inputs.training.total
@@ -169,8 +176,9 @@ def _choose_recipe(
             f"{shards:,} shards in a new order each epoch, samples uniformly among {SHARDS_MIXED} shards at a time "
             f"({SHARDS_MIXED / shards:.1%} of the data)."
         )
+    each = f" ({batch_size // context.size:,} for each of {context.size} processes)" if context.size > 1 else ""
     reporter.note(
-        f"{samples:,} samples, {steps:,} steps of {batch_size:,}: {steps * batch_size / samples:.1f} epochs, "
+        f"{samples:,} samples, {steps:,} steps of {batch_size:,}{each}: {steps * batch_size / samples:.1f} epochs, "
         f"{warmup:,} steps of warm-up; {inputs.held_out.total:,} more samples are held out.\n"
         f"Shuffle: {shuffle}"
     )
@@ -178,7 +186,9 @@ def _choose_recipe(
         reporter.note("Optimizer: Muon for the layers of the towers, AdamW for all else.")
     lr = settings.lr
     if lr is None:
-        lr, reason = default_rate(settings.losses(), settings.optimizer, batch_size, student_width)
+        width = student.model.info.embed_dim
+        trained = student.starts_trained
+        lr, reason = default_rate(settings.losses(), settings.optimizer, batch_size, width, trained=trained)
         reporter.note(f"Learning rate: {lr:g} ({reason}).")
     return Recipe(
         optimizer=settings.optimizer,

@@ -23,6 +23,7 @@ from clipcid_cli.formats.results.run_folder import (
 )
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import DistContext, memory_in_use
 from clipcid_cli.runtime.libraries import keep_freed_memory
 from clipcid_cli.runtime.models.augment import Processor
@@ -36,6 +37,10 @@ from clipcid_cli.steps.distill.student import Student, batch_norms
 from clipcid_cli.steps.distill.teacher import open_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.training.train_state import StepValues, TrainState
+
+# Every so many steps the processes tell each other whether a signal asks one of them to end. What they exchange stays on the
+# hosts: GPUs do not wait, and where one process hangs the others notice it here.
+_STEPS_BETWEEN_WORDS = 8
 
 
 class Trainer:
@@ -84,6 +89,7 @@ class Trainer:
         self.log = TrainingLog(
             plan.folder, self.state.step, writes=writes, tensorboard=settings.report_to == "tensorboard"
         )
+        self._saved_step = self.state.step
         self._values = StepValues(context.device)
         self.losses: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
@@ -105,6 +111,8 @@ class Trainer:
         with (
             closing(self.batches.load(steps, plan.workers)) as batches,
             self.reporter.progress("distill", len(steps) * plan.batch_size, "samples") as progress,
+            self.context.limited_waits(),
+            interruption.ends_when_saved(lambda: f"from step {self._saved_step:,}"),
         ):
             for step in range(first + 1, plan.steps + 1):
                 before = time.monotonic()
@@ -114,6 +122,8 @@ class Trainer:
                 progress.advance(plan.batch_size)
                 intervals = (plan.log_every, plan.eval_every, plan.checkpoint_every)
                 logs, evaluates, saves = (step % every == 0 or step == plan.steps for every in intervals)
+                ends = self._is_asked_to_end(step)
+                saves = saves or ends
                 if logs or evaluates or saves:
                     line = self.read(step - first, lr)
                 if logs:
@@ -132,6 +142,12 @@ class Trainer:
                     self._evaluate()
                 if saves:
                     self._save()
+                if ends:
+                    interruption.end()
+                    raise ClipcidError(
+                        f"Another process of the run was interrupted, after step {step:,} was saved.",
+                        "Run the same command again: it continues there.",
+                    )
 
     def step(self, batch: TrainingBatch) -> float:
         """Make one optimiser step and return its learning rate; what it found stays on the device until it is read."""
@@ -212,6 +228,12 @@ class Trainer:
             "run's checkpoints stay.",
         )
 
+    def _is_asked_to_end(self, step: int) -> bool:
+        """Tell whether a signal asks any process to end, the same on all."""
+        if self.context.size > 1 and step % _STEPS_BETWEEN_WORDS:
+            return False
+        return any(self.context.gather(interruption.is_asked()))
+
     def _evaluate(self) -> None:
         if not self.evaluation.has_data:
             return
@@ -228,6 +250,7 @@ class Trainer:
             state = self.state.state_dict() | {"bad": bad}
             write_checkpoint(self.plan.folder.checkpoints, self.state.step, state)
         self.context.barrier()
+        self._saved_step = self.state.step
 
     def _resume(self, output: Output[DistillSidecar]) -> None:
         """Go on from the newest checkpoint of an unfinished run of the same settings and inputs, or clear the folder."""
