@@ -24,7 +24,7 @@ from click.core import ParameterSource
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.reading import read_regular
-from clipcid_cli.runtime.libraries import importing
+from clipcid_cli.runtime.libraries import importing, set_openmp_spins
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.fields import Setting, flag_of, setting_of
 from clipcid_cli.steps.settings.shared import SharedSettings
@@ -56,9 +56,8 @@ def step_command(name: str, settings: type[SharedSettings], *, step: str, show: 
 
 def run_step(settings: SharedSettings, step: str, show: Show) -> None:
     """Run a step and print its result: one JSON object on stdout with ``--json``, a summary on stderr without."""
-    # OpenMP's idle threads spin by default; two processes that compute and decode on few cores then slow each other
-    # many times over. It must be set before torch loads.
-    os.environ.setdefault("GOMP_SPINCOUNT", settings.openmp_spins)
+    # They spin long by default; two processes that compute and decode on few cores then slow each other many times over.
+    set_openmp_spins(settings.openmp_spins)
     from clipcid_cli.commands.console import ConsoleReporter, make_console
 
     console = make_console()

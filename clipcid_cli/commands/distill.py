@@ -23,6 +23,8 @@ def show(result: Distilled | DistillCost, console: Console) -> None:
     if isinstance(result, DistillCost):
         facts["student"] = f"{result.student}, {result.parameters / 1e6:.1f} M parameters"
         facts["speed"] = f"about {result.samples_per_second:,.0f} samples/s"
+        if result.bound_by == "data":
+            facts["speed"] += ", bound by decoding"
         facts["time"] = f"about {format_seconds(result.seconds['train'])}"
         facts["memory"] = f"{result.memory_bytes / 2**30:.1f} GiB in each process"
         print_facts(console, "Would train", facts)

@@ -6,9 +6,16 @@ import ctypes
 import gc
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+
+NO_SPINS = "0"
+# Other programs that run for a moment only are not seen at every look.
+_LOOKS = 5
+_SECONDS_BETWEEN_LOOKS = 0.01
 
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD = -1
@@ -47,6 +54,29 @@ def quiet_libraries() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def set_openmp_spins(spins: str) -> None:
+    """Say how long OpenMP's idle threads spin before they sleep, unless the user has; to be called before torch loads.
+
+    Beside programs that keep half of the cores busy they do not spin: a thread that waits for one without a core would keep
+    its own from that one. On 2 such cores a training took 30 samples/s with two threads that spin for 0.1 ms, 104 to 145
+    with two that do not, and 113 to 128 with one thread.
+    """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ["GOMP_SPINCOUNT"] = NO_SPINS if spins != NO_SPINS and _is_busy() else spins
+
+
+def _is_busy() -> bool:
+    """Tell whether other threads want at least half of the machine's cores, by Linux's count of those that can run."""
+    running = list[int]()
+    for _ in range(_LOOKS):
+        try:
+            running.append(int(Path("/proc/loadavg").read_text(encoding="ascii").split()[3].partition("/")[0]))
+        except OSError:
+            return False
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return min(running) - 1 >= max(1, (os.cpu_count() or 1) // 2)  # without this one
 
 
 def keep_freed_memory() -> None:

@@ -23,6 +23,7 @@ from clipcid_cli.steps.embed.run import TYPICAL_CAPTION
 _MEASURED = 3
 # The first step also allocates, and compiles with --torchcompile.
 _WARM_UP = 1
+_BINDING = {"data": "decoding", "model": "the model"}
 
 
 def estimate_cost(trainer: Trainer) -> DistillCost:
@@ -30,16 +31,25 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
     plan = trainer.plan
     reporter = trainer.reporter
     batch_seconds, step_seconds, memory = _measure_steps(trainer)
-    workers = max(1, plan.workers)
     # Workers prepare batches during the steps; without any, one follows the other.
-    seconds_per_step = step_seconds + batch_seconds if plan.workers == 0 else max(step_seconds, batch_seconds / workers)
-    by_workers = f", by {plan.workers} worker{'' if plan.workers == 1 else 's'}" if plan.workers else ""
+    data_seconds = batch_seconds / max(1, plan.workers)
+    seconds_per_step = step_seconds + data_seconds if plan.workers == 0 else max(step_seconds, data_seconds)
+    by_workers = f" by {plan.workers} worker{'' if plan.workers == 1 else 's'}" if plan.workers else ""
+    supply, demand = plan.batch_size / data_seconds, plan.batch_size / step_seconds
+    bound_by = "data" if supply < demand else "model"
     teacher = _measure_teacher(trainer, step_seconds)
     reporter.note(
+        f"The model takes {demand:,.0f} samples/s, and {supply:,.0f} are read and decoded{by_workers}: "
+        f"{_BINDING[bound_by]} binds. "
         f"A step of {plan.batch_size:,} takes {1e3 * step_seconds:,.0f} ms, preparing its batch "
-        f"{1e3 * batch_seconds:,.0f} ms of one core{by_workers} (medians of {_MEASURED}).\n"
+        f"{1e3 * batch_seconds:,.0f} ms of one core (medians of {_MEASURED}).\n"
         f"Held out: {plan.inputs.held_out.total:,} samples."
     )
+    if bound_by == "data":
+        reporter.note(
+            "More cores and --workers decode more, and so do smaller images: of 256 px on the shorter side a core prepares "
+            "twice as many as of 512 (img2dataset --image_size 256 --resize_mode keep_ratio). A mixture is two images."
+        )
     if teacher is not None:
         verb = "takes" if plan.inputs.stored is None else "would take"
         reporter.note(
@@ -55,6 +65,8 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
         seconds_per_step=round(seconds_per_step, 4),
         data_seconds_per_step=round(batch_seconds, 4),
         samples_per_second=round(plan.batch_size / seconds_per_step, 1),
+        data_samples_per_second=round(supply, 1),
+        bound_by=bound_by,
         seconds={"train": round(seconds_per_step * plan.steps, 3)},
         teacher=teacher,
     )

@@ -48,6 +48,11 @@ class Objective:
         space = SharedSpace(student_width) if teacher is None else teacher.space
         weights = {name: weight.at(space.width) for name, weight in settings.losses().items()}
         reporter.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + ".")
+        if "siglip" in weights and "clip" not in weights:
+            reporter.warn(
+                "siglip learns a scale and a bias of its own, which a student does not keep: no logit_bias is written, and "
+                "its logit_scale is not siglip's. Rankings are right; probabilities by a sigmoid are not."
+            )
         seed = derive_seed("loss parameters", settings.seed)
         parameters = LossParameters(weights, student_width, space, seed).to(context.device)
         return cls(weights, parameters, teacher, context, settings.local_loss and context.size > 1)

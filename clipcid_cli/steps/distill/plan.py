@@ -21,6 +21,7 @@ from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
+from clipcid_cli.steps.distill.stored_teacher import named_teacher
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
@@ -31,8 +32,8 @@ from clipcid_cli.steps.settings.fields import output_settings
 from clipcid_cli.training.optimisers import Recipe
 
 DEFAULT_EPOCHS = 32
-# Samples of a batch by default: at least so many (fewer if the data has fewer), with --steps for each GPU. Without --steps up
-# to so many for each GPU as long as that leaves so many steps.
+# Samples of a batch by default: at least so many (fewer if the data has fewer), with --steps so many for each GPU. On GPUs
+# without --steps up to so many for each as long as that leaves so many steps.
 _SMALLEST_BATCH = 256
 _LARGEST_BATCH_PER_GPU = 512
 _ENOUGH_STEPS = 20_000
@@ -72,6 +73,8 @@ class Plan:
 
 def validate_named(settings: DistillSettings, reporter: Reporter) -> list[ZeroshotTask]:
     """Look at what can be wrong with named inputs before hours of embedding; return the data sets of ``--eval-data``."""
+    if settings.needs_teacher:
+        named_teacher(settings)
     if settings.keep_list not in (None, NO_KEEP_LIST):
         read_keep_list(Path(settings.keep_list))
     if any(LOSSES[name].needs_clusters for name in settings.losses()):

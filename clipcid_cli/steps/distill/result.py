@@ -49,6 +49,8 @@ class DistillCost(msgspec.Struct):
     Attributes:
         memory_bytes: Of one process.
         data_seconds_per_step: Of one core.
+        data_samples_per_second: What all workers read and decode.
+        bound_by: ``data`` where that is less than the model takes, else ``model``.
         teacher: None where there is none, or it cannot be loaded here.
     """
 
@@ -60,6 +62,8 @@ class DistillCost(msgspec.Struct):
     seconds_per_step: float
     data_seconds_per_step: float
     samples_per_second: float
+    data_samples_per_second: float
+    bound_by: str
     seconds: dict[str, float]
     teacher: TeacherCost | None
     files: dict[str, str] = {}

@@ -151,7 +151,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     batch_size: int | None = _length(
         None,
         "Samples per batch over all processes; by default at most 256, on GPUs up to 512 for each if that leaves 20,000 "
-        "steps.",
+        "steps, and with --steps 256 for each.",
         within=AT_LEAST_1,
     )
     epochs: int | None = _length(None, "Passes over the data; by default 32.", within=AT_LEAST_1)
@@ -167,8 +167,9 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         "memory. The gradient is the same.",
     )
     gather_with_grad: bool = _memory(
-        False,
-        "Accepted for compatibility with open_clip; gradients always flow to the features of every process.",
+        True,
+        "As in open_clip, gradients flow to the features of every process; here always, so that --no-gather-with-grad is an "
+        "error.",
         operational=True,
     )
     grad_checkpointing: bool = _memory(
@@ -179,7 +180,11 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         "Decode large JPEGs at reduced resolution, at least twice the student's input size, or more with a small "
         "--crop-scale. Faster; pixels differ slightly. Evaluation does not use it.",
     )
-    torchcompile: bool = _memory(False, "Compile the towers with torch.compile; the first steps take longer.")
+    torchcompile: bool = _memory(
+        False,
+        "Compile the towers with torch.compile, but not an open_clip text tower, whose texts have another length in each "
+        "batch; the first steps take longer.",
+    )
     optimizer: str = _optimizer(
         "muon",
         "`muon` updates the layers of the towers by Muon, the rest by AdamW; `adamw` updates all by AdamW.",
@@ -187,8 +192,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     )
     lr: float | None = _optimizer(
         None,
-        "Peak learning rate; by default it follows from losses, optimizer, batch and the student's width, and the run says "
-        "how.",
+        "Peak learning rate; by default it follows from losses, optimizer, batch and the student's width, a tenth of that "
+        "for weights that are trained already, and the run says how.",
         within=ABOVE_0,
     )
     wd: float = _optimizer(
@@ -263,6 +268,12 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         if self.student is None:
             raise UsageError(
                 "No student was given.", "Give --student, e.g. --student ViT-B-32 or a .json file of an architecture."
+            )
+        if not self.gather_with_grad:
+            raise UsageError(
+                "--no-gather-with-grad: gradients always flow to the features of every process, or the losses of several "
+                "processes would not be those of one.",
+                "Omit it.",
             )
         if self.freeze_image and self.freeze_text:
             raise UsageError("--freeze-image with --freeze-text leaves nothing to train.", "Omit one of the two.")

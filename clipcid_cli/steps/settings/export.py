@@ -14,6 +14,7 @@ QUANTIZED = ("fp16", "int8")
 # The newest set that PyTorch 2.13 exports without converting; ONNX Runtime runs it from 1.17 on.
 DEFAULT_OPSET = 20
 
+_run = group("How it runs")
 _output = group("Output")
 _classes = group("Classes")
 _check = group("Verification")
@@ -25,6 +26,12 @@ class ExportSettings(SharedSettings):
 
     model: str | None = argument(
         None, "Model to export: a folder or architecture:tag. By default, the newest student in the work directory."
+    )
+    workers: int | None = _run(
+        None,
+        "Without effect: `export` decodes the few images of --data by itself.",
+        within=Range(0),
+        operational=True,
     )
     ema: bool = _output(
         False,

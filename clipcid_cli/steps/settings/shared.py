@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from clipcid_cli.errors import DEFAULT_WORK
+from clipcid_cli.runtime.libraries import NO_SPINS
 from clipcid_cli.steps.settings.fields import (
     AT_LEAST_1,
     FRACTION,
@@ -19,7 +20,6 @@ from clipcid_cli.steps.settings.fields import (
     validate_values,
 )
 
-NO_SPINS = "0"
 # About 0.1 ms: it bridges thousands of short parallel sections, and leaves the core to another process otherwise.
 BRIEF_SPINS = "10000"
 
