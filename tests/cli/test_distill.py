@@ -175,6 +175,7 @@ def test_divergence_stops_with_the_keys_of_the_batch(clipcid: Clipcid, distill_p
         (("--student", "student.json", "--freeze-image", "--freeze-text"), 2, ["nothing to train"]),
         (("--student", "student.json", "--batch-size", 8, "--accum-freq", 3), 2, ["8", "3", "multiple"]),
         (("--student", "student.json", "--init-from", "nowhere/"), 1, ["nowhere"]),
+        (("--student", "student.json", "--teacher", "ViT-L-99", "--embeddings", "no/rows"), 1, ["Model ViT-L-99"]),
     ],
 )
 def test_refuses(

@@ -315,6 +315,9 @@ def test_dry_run_measures_and_writes_nothing(clipcid: Clipcid, distill_place: Pa
     assert found["seconds_per_step"] > 0
     pace = max(found["seconds_per_step"], found["data_seconds_per_step"])  # one worker
     assert found["seconds"]["train"] == pytest.approx(pace * found["steps"], rel=0.1)
+    supply, demand = found["data_samples_per_second"], 8 / found["seconds_per_step"]
+    assert (found["bound_by"] == "data") == (supply < 1.01 * demand)
+    assert "decoding binds" in run.stderr or "the model binds" in run.stderr
     assert found["memory_bytes"] > 4 * found["parameters"]
     teacher = found["teacher"]
     assert 0 < teacher["share"] < 1

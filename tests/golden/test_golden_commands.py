@@ -26,6 +26,7 @@ DRY_RUNS: dict[str, tuple[object, ...]] = {
 }
 # What a dry run estimates: only that it is there is compared.
 ESTIMATES = {"pairs", "flop", "mapped", "resident", "disk", "memory_bytes", "seconds_per_step", "data_seconds_per_step"}
+ESTIMATES |= {"data_samples_per_second", "bound_by"}
 
 ERRORS: dict[str, tuple[int, tuple[object, ...]]] = {
     "no such command": (2, ("balanse",)),

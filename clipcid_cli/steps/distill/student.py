@@ -156,8 +156,8 @@ def _other_towers(model: ClipModel, loss: str, does: str, or_text: str = "") -> 
 def _compile_towers(pruned: PrunedForward) -> EncodeBoth:
     """Compile the forward passes with torch.compile, at the first call; but not of texts that are packed.
 
-    Packed texts have another shape in each batch, for which the compiler would work anew. Unpacked and compiled they took
-    {RATIO} times as long on a CPU.
+    Packed texts have another shape in each batch, for which the compiler would work anew; unpacked, captions that fill a
+    fifth of the context would take several times the work.
     """
     encode_images = torch.compile(pruned.encode_images)
     encode_texts = pruned.encode_texts if pruned.prunes_texts else torch.compile(pruned.encode_texts)

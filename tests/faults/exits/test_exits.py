@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Run, clean_environment, clipcid_command, run_command, shard_members, start_clipcid, write_tar
+from distill_data import SHORT
 
 from clipcid_cli.cli import cli
 from clipcid_cli.commands.failures import explain
@@ -121,6 +122,22 @@ def test_a_terminated_embed_is_continued(clipcid: Callable[..., Run], tiny_model
     assert code == 143, errors
     assert "Traceback" not in errors
     assert "shards are already embedded" in " ".join(clipcid(*command).stderr.split())
+
+
+def test_a_terminated_distill_saves_its_last_step_and_is_continued_from_it(distill_place: Path) -> None:
+    log = distill_place / "clipcid-work/distill/stopped/train.jsonl"
+    length = ("--steps", 100_000, "--checkpoint-every", 100_000, "--eval-every", 100_000)
+    process = start_clipcid("distill", *SHORT, *length, "--name", "stopped", cwd=distill_place)
+    while not log.exists() or not log.stat().st_size:
+        assert process.poll() is None, process.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    _, errors = process.read()
+    (checkpoint,) = (log.parent / "checkpoints").iterdir()
+    step = int(checkpoint.stem.removeprefix("step_"))
+    assert step > 0
+    assert f"Run the same command again to continue from step {step:,}." in errors
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])

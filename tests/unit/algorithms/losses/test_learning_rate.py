@@ -34,6 +34,12 @@ def test_rate_follows_losses_batch_and_width(
     assert default_rate(losses, optimizer, batch_size, width)[0] == expected
 
 
+def test_trained_weights_take_a_tenth_and_the_reason_says_so() -> None:
+    lr, reason = default_rate(("clip",), "muon", 4096, 512, trained=True)
+    assert lr == 1.1e-4
+    assert reason.endswith("; 0.1 of that, since the student starts from trained weights")
+
+
 def test_reason_says_which_part_of_the_rule_decides() -> None:
     assert default_rate(("clip",), "muon", 64, 96)[1] == "losses led by captions: 0.003 x sqrt(batch size/64)"
     assert default_rate(("fd",), "adamw", 256, 512)[1] == (

@@ -19,6 +19,7 @@ from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpa
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps.distill.evaluation import share_statistics
 from clipcid_cli.steps.distill.objective import Objective
+from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.training.gradients import Features, GradientAverager, gather_rows
 
 BATCH, EXTRA, WIDTH, TEACHER_WIDTH = 12, 6, 6, 9
@@ -114,6 +115,15 @@ def test_processes_together_equal_one(size: int, local: bool, tmp_path: Path) ->
         assert not np.array_equal(own[0], found[0][2][0]) or rank == 0
         for mine, first in zip(shared, found[0][2], strict=True):
             np.testing.assert_array_equal(mine, first)
+
+
+@pytest.mark.parametrize(("losses", "warns"), [(("siglip=1", "clip=0"), True), (("siglip=1",), False)])
+def test_what_siglip_learns_and_no_student_keeps_is_said(losses: tuple[str, ...], warns: bool) -> None:
+    said = list[str]()
+    reporter: Any = SimpleNamespace(note=lambda _: None, warn=said.append)
+    settings = DistillSettings(student="s.json", teacher="none", loss=losses)
+    Objective.of(settings, WIDTH, None, DistContext(0, 1, 0, torch.device("cpu")), reporter)
+    assert [("no logit_bias is written" in text) for text in said] == [True] * warns
 
 
 def test_one_process_gathers_nothing() -> None:

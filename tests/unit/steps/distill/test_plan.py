@@ -21,7 +21,7 @@ from clipcid_cli.steps.settings.distill import DistillSettings
         ("cpu", 3, 100, {"accum_freq": 2}, 96),
         ("cuda", 8, 400_000_000, {}, 4096),
         ("cuda", 1, 400_000_000, {}, 512),
-        ("cuda", 8, 400_000_000, {"steps": 1000}, 256),
+        ("cuda", 8, 400_000_000, {"steps": 1000}, 2048),
         ("cuda", 8, 640_000, {}, 1024),  # 32 epochs are 20,000 steps of 1,024
         ("cuda", 8, 639_999, {}, 512),
         ("cuda", 8, 640_000, {"epochs": 16}, 512),

@@ -39,6 +39,7 @@ ONLINE: dict[str, Any] = {"online_teacher": True, "preset": "clip-kd"}
             "Omit --cluster-towers, --label-share, --candidate-correction, or use --preset cid",
         ),
         (NOBODY | {"clusters": Path("x")}, "--clusters: for the cluster loss", "Omit --clusters."),
+        ({"gather_with_grad": False}, "--no-gather-with-grad: gradients always flow", "Omit it."),
         ({"extra_texts": 0} | TEXTS, "--texts names the texts for --extra-texts, but", "Omit one"),
     ],
 )
