@@ -242,8 +242,8 @@ def _name_failures(store: Any, rank: int, size: int) -> Iterator[None]:
                 message = f"Process {other} of the run failed: {named}."
                 fix = "What that process said tells how to fix it."
             elif silent:
-                message = f"No answer from {silent}, which hangs or was killed: {text}."
-                fix = "Look at its host: memory, disk, GPU and network."
+                message += f" No answer from {silent}: it hangs or was killed."
+                fix = "Look at its own error and its host: memory, disk, GPU, network."
         raise ClipcidError(message, f"{fix} Then run the same command again: it continues where it stopped.") from error
 
 
@@ -257,7 +257,7 @@ def _find_silent(store: Any, rank: int, size: int, failed: str) -> str:
             break
         time.sleep(0.2)
     shown = ", ".join(map(str, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
-    return f"process{'es' if len(silent) > 1 else ''} {shown} of the run" if silent else ""
+    return f"process {shown}" if silent else ""
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

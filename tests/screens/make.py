@@ -28,6 +28,7 @@ from scenes import SCENES, Scene
 from terminal import run_in_terminal
 
 from clipcid_cli.cli import main
+from clipcid_cli.runtime import interruption
 
 HERE = Path(__file__).parent
 WIDTHS = (80, 120)
@@ -42,7 +43,7 @@ _VARYING = re.compile(
     rf"|(?<![\w.-])(?!95%){_DIGITS}(?=(?:{_UNITS})(?!\w))"
     rf"|(?<![\w.-]){_DIGITS}(?:/{_DIGITS}(?= samples)|(?=/{_DIGITS} \w))"  # done of total; total of what was left to train
     r"|\b\d?\d:\d\d(?::\d\d)?\b"  # durations
-    rf"|(?<=iterations  ){' *'}{_DIGITS}|(?<=at step ){_DIGITS}|(?<=images/s: ){_DIGITS}"
+    rf"|(?<=iterations  ){' *'}{_DIGITS}|(?<=at step ){_DIGITS}|(?<=from step ){_DIGITS}|(?<=images/s: ){_DIGITS}"
 )
 # The last column of a table: images/s, or C.
 _LAST_COLUMN = re.compile(rf"(?<=[\d%*] ) *{_DIGITS}$", re.MULTILINE)
@@ -118,7 +119,8 @@ def _interrupt_after(pattern: str) -> None:
         elif is_named and not is_over and event == "open":
             is_over = True
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(60)  # until another thread has ended the process
+            if not interruption.ask():  # work that saves itself goes on to its next step
+                time.sleep(60)  # until another thread has ended the process
 
     sys.addaudithook(watch)
 

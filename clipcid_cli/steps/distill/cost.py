@@ -23,7 +23,6 @@ from clipcid_cli.steps.embed.run import TYPICAL_CAPTION
 _MEASURED = 3
 # The first step also allocates, and compiles with --torchcompile.
 _WARM_UP = 1
-_BINDING = {"data": "decoding", "model": "the model"}
 
 
 def estimate_cost(trainer: Trainer) -> DistillCost:
@@ -34,17 +33,20 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
     # Workers prepare batches during the steps; without any, one follows the other.
     data_seconds = batch_seconds / max(1, plan.workers)
     seconds_per_step = step_seconds + data_seconds if plan.workers == 0 else max(step_seconds, data_seconds)
-    by_workers = f" by {plan.workers} worker{'' if plan.workers == 1 else 's'}" if plan.workers else ""
     supply, demand = plan.batch_size / data_seconds, plan.batch_size / step_seconds
     bound_by = "data" if supply < demand else "model"
     teacher = _measure_teacher(trainer, step_seconds)
     reporter.note(
-        f"The model takes {demand:,.0f} samples/s, and {supply:,.0f} are read and decoded{by_workers}: "
-        f"{_BINDING[bound_by]} binds. "
         f"A step of {plan.batch_size:,} takes {1e3 * step_seconds:,.0f} ms, preparing its batch "
         f"{1e3 * batch_seconds:,.0f} ms of one core (medians of {_MEASURED}).\n"
         f"Held out: {plan.inputs.held_out.total:,} samples."
     )
+    if plan.workers:
+        workers = f"{plan.workers} worker" + ("" if plan.workers == 1 else "s")
+        reporter.note(
+            f"The model can take {demand:,.0f} samples/s, {workers} can read and decode {supply:,.0f}: "
+            f"{'decoding' if bound_by == 'data' else 'the model'} binds."
+        )
     if bound_by == "data":
         reporter.note(
             "More cores and --workers decode more, and so do smaller images: of 256 px on the shorter side a core prepares "

@@ -52,7 +52,8 @@ def test_a_process_that_hangs_is_named_by_those_that_wait() -> None:
     for worker in workers:
         worker.kill()
     assert (rank, kind) == (0, ClipcidError)
-    assert message.startswith("No answer from process 1 of the run, which hangs or was killed: ")
+    assert message.startswith("Another process of the run has ended, or cannot be reached: ")
+    assert message.endswith(" No answer from process 1: it hangs or was killed.")
 
 
 def test_the_others_name_the_process_that_failed_and_its_error() -> None:
