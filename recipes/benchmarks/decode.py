@@ -1,6 +1,7 @@
 """JPEG decoders beside Pillow: images a second on one core, up to the pixels a ViT-L-14 is shown, and whether they differ.
 
     python recipes/benchmarks/decode.py                 Pillow, Pillow's draft (--fast-decode), torchvision, simplejpeg
+    python recipes/benchmarks/decode.py --views         views of images of several sizes, and mixtures of two
 
 A decoder that is not installed is left out (`pip install simplejpeg`). Images are noise of all scales, as strong at each as
 in photographs, in JPEG of quality 90 with half the colour resolution. Rounds of all decoders alternate; CPU seconds.
@@ -24,11 +25,13 @@ from PIL import Image, features
 sys.path.insert(0, str(Path(__file__).parent))
 from balance import describe_machine
 
+from clipcid_cli.runtime.models.augment import Augmentation, MixedView, View, ViewPixels, choose_view, mix_pixels
 from clipcid_cli.runtime.models.clip_model import PixelTransform
 from clipcid_cli.runtime.models.decode import decode_image
 
 SIDE = 224
 SIZES = ((256, 256), (384, 288), (512, 512))
+SIZES_OF_VIEWS = ((256, 256), (384, 384), (512, 512), (1024, 768))
 Decode = Callable[[bytes], Image.Image]
 
 
@@ -75,13 +78,48 @@ def find_decoders() -> dict[str, Decode]:
     return found
 
 
+def show_view(jpegs: list[bytes], number: int) -> tuple[View, np.ndarray]:
+    """Decode an image and render a `strong` view of it, as a worker of `distill` does."""
+    image = decode_image(jpegs[number % len(jpegs)])
+    view = choose_view(Augmentation(0.3, 0.4, 0.2), *image.size, number)
+    return view, ViewPixels({"size": SIDE})(image, view)
+
+
+def show_mixture(jpegs: list[bytes], number: int) -> np.ndarray:
+    """Mix the views of two images."""
+    (view, pixels), (other, others) = show_view(jpegs, number), show_view(jpegs, number + 1)
+    return mix_pixels(MixedView(view, 0.6, 1.0, other), pixels, others)
+
+
+def print_views(num_images: int, rounds: int) -> None:
+    """Print the table of views and mixtures."""
+    print("| image | views, images/s a core | mixtures |\n|---|---|---|")
+    for width, height in SIZES_OF_VIEWS:
+        jpegs = make_jpegs(width, height, num_images)
+        speeds = []
+        for work in (show_view, show_mixture):
+            seconds = np.inf
+            for _ in range(rounds):
+                started = time.process_time()
+                for number in range(num_images):
+                    work(jpegs, number)
+                seconds = min(seconds, time.process_time() - started)
+            speeds.append(f"{num_images / seconds:,.0f}")
+        print(f"| {width} x {height} | {' | '.join(speeds)} |")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--views", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.views:
+        print(f"{describe_machine(1)}; Pillow {Image.__version__}\n")
+        print_views(arguments.images, arguments.rounds)
+        return
     steps = open_clip.image_transform(SIDE, is_train=False).transforms
     transform = PixelTransform(list(steps[:2]))  # resize and crop, as `embed`
     decoders = find_decoders()

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clipcid_cli.runtime.pipeline import to_device
+
 
 class PrunedForward:
     """Encodes with an open_clip model, where its structure is known by the pruned passes: [B, D], not normalised."""
@@ -134,7 +136,7 @@ def _pack(tokens: Tensor, text: Any, device: torch.device) -> _Packing:
     valid_BL = torch.arange(longest) <= ends[:, None]
     places_T = valid_BL.flatten().nonzero().squeeze(1)
     packed = (tokens[:, :longest][valid_BL], places_T % longest, places_T, torch.cumsum(ends + 1, 0) - 1, valid_BL)
-    return _Packing(*(tensor.to(device, non_blocking=True) for tensor in packed))
+    return _Packing(*(to_device(tensor, device) for tensor in packed))
 
 
 def _run_layers(transformer: Any, x: Tensor, packing: _Packing | None, *, pooled: bool) -> Tensor:
