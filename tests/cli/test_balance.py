@@ -195,7 +195,7 @@ def test_a_result_is_replaced_by_one_of_other_settings_or_more_data_and_it_says_
     keys = pd.DataFrame({"key": [f"{row:06d}" for row in range(200, NUM_ROWS)]})
     keys.to_parquet(folder / "metadata" / "metadata_1.parquet")
     told = " ".join(clipcid(*call, "--against", "eval").stderr.split())
-    assert f"{replaced} inputs: 3 files there, 5 now" in told
+    assert re.search(rf"{replaced} input \S*img_emb: \d+ bytes .* there, \d+ bytes .* now", told)
 
 
 def test_a_list_that_is_there_is_refused_before_the_search(
@@ -205,7 +205,7 @@ def test_a_list_that_is_there_is_refused_before_the_search(
     call = ("balance", "--embeddings", embeddings, "--keep", 0.5, "--write-keys", "k.txt")
     refused = clipcid(*call, check=False)
     assert refused.returncode == 1
-    assert "k.txt already exists, from another result. Add --overwrite" in " ".join(refused.stderr.split())
+    assert "k.txt already exists, and this run would replace it. Add --overwrite" in " ".join(refused.stderr.split())
     assert not (tmp_path / "clipcid-work" / "balance" / "forest.parquet").exists()
     clipcid(*call, "--overwrite")
     clipcid(*call)  # of a finished result, with the same content

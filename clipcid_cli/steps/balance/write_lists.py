@@ -42,7 +42,8 @@ def validate_new(settings: BalanceSettings) -> None:
     for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
         if path is not None and path.exists() and not settings.overwrite:
             raise ClipcidError(
-                f"{path} already exists, from another result.", "Add --overwrite to replace it, or choose another name."
+                f"{path} already exists, and this run would replace it.",
+                "Add --overwrite, or choose another name.",
             )
 
 
