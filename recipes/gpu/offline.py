@@ -80,7 +80,7 @@ def install(wheels: Path, place: Path) -> None:
     if missing := find_missing([str(own), *sys.path]):
         raise SystemExit(
             f"{sys.executable} and the wheels in {wheels} lack {', '.join(missing)}.\n"
-            f"Where there is a network: bash recipes/gpu/run.sh --prepare, which fetches what {PACKAGES.name} beside it lists."
+            f"Where there is a network: bash recipes/gpu/run.sh --prepare (it fetches what {PACKAGES.name} here lists)."
         )
 
 
