@@ -75,7 +75,10 @@ def install(wheels: Path, place: Path) -> None:
     (own / "checkout.pth").write_text("\n".join([str(ROOT), *sorted(inherited)]) + "\n")
     for name, module in PROGRAMS.items():
         program = place / "bin" / name
-        program.write_text(f"#!{place}/bin/python\nfrom {module} import main\n\nmain()\n")
+        # Worker processes import it, as they do every main program.
+        program.write_text(
+            f'#!{place}/bin/python\nfrom {module} import main\n\nif __name__ == "__main__":\n    main()\n'
+        )
         program.chmod(0o755)
     if missing := find_missing([str(own), *sys.path]):
         raise SystemExit(

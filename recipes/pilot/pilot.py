@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def try_out(trial: list[str], preset: str, factor: float = 1.0, default: float | None = None) -> Run | None:
-    """Train one student, or read what was trained; None where that fails, which it says itself."""
+    """Train one student, or read what was trained; None where `distill` fails, which says why."""
     rate = [] if default is None else ["--lr", f"{factor * default:g}"]
     command = [*trial, *rate, "--name", f"pilot-{preset}-x{factor:g}", "--json"]
     print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
@@ -88,6 +88,8 @@ def try_out(trial: list[str], preset: str, factor: float = 1.0, default: float |
     answer = json.loads(done.stdout)
     with open(answer["files"]["sidecar"], encoding="utf-8") as file:
         sidecar = json.load(file)
+    if not answer["metrics"]:
+        raise SystemExit("distill held out too few pairs to compare students by: raise --val-fraction.")
     recalls = [answer["metrics"][f"{kind}_retrieval_recall@1"] for kind in ("image", "text")]
     images = min(sidecar["counts"]["held_out"], MEASURED)
     return Run(preset, factor, sidecar["settings"]["lr"], sum(recalls) / 2, images, answer["samples_per_second"])
