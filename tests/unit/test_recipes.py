@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,36 @@ def test_the_manifest_starts_what_every_host_runs_with_variables_it_reads() -> N
         assert given - {"HF_HUB_OFFLINE"} <= set(re.findall(r"^#   ([A-Z ]+)  ", host, re.MULTILINE)) | set(
             re.findall(r"\$\{([A-Z_]+):?", host)
         )
+
+
+def test_an_environment_without_pip_runs_the_checkout_on_this_pythons_packages(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "only_there-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("only_there.py", "found = True\n")
+    with zipfile.ZipFile(wheels / "not_for_this-1-cp38-cp38-manylinux_2_28_x86_64.whl", "w") as wheel:
+        wheel.writestr("not_for_this.py", "")
+    offline = [sys.executable, str(ROOT / "recipes" / "gpu" / "offline.py"), "install"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([*offline, str(wheels), str(tmp_path / "venv")], env=environment, check=True)
+    programs = tmp_path / "venv" / "bin"
+    said = subprocess.run(
+        [programs / "python", "-c", "import only_there, clipcid_cli, torch; print(clipcid_cli.__file__)"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert Path(said.stdout.strip()).is_relative_to(ROOT)
+    assert not list((tmp_path / "venv").rglob("not_for_this.py"))
+    subprocess.run([programs / "clipcid", "--version"], env=environment, cwd=tmp_path, check=True)
+
+    # Of a Python that has nothing, what is missing is named.
+    done = subprocess.run(
+        [sys.executable, "-S", *offline[1:], str(wheels), str(tmp_path / "bare")],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "open_clip_torch>=3.3,<4" in done.stderr
+    assert "faiss" not in done.stderr
+    assert "recipes/gpu/run.sh --prepare" in done.stderr
 
 
 def test_a_pilot_names_the_command_to_go_on_with(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
