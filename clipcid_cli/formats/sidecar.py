@@ -145,6 +145,36 @@ class ForestSidecar(Sidecar, kw_only=True):
     cutoff: float
 
 
+class RepairFigures(msgspec.Struct):
+    """How well the images of pairs that were held out find their captions, before and after the repair of a teacher.
+
+    Attributes:
+        repaired: Whether the repair is taken.
+        steps: Those of the fit after which it was best.
+        log_rank: Mean of ln(1 + different captions nearer than the own), before and after.
+        standard_error: Of the difference of the two.
+        recall_at_1: Share of the images whose own caption is the nearest, before and after.
+        captions: Different captions of the pairs held out.
+        held_out: Those pairs.
+        fitted: Pairs that it was fitted to.
+    """
+
+    repaired: bool
+    steps: int
+    log_rank: tuple[float, float]
+    standard_error: float
+    recall_at_1: tuple[float, float]
+    captions: int
+    held_out: int
+    fitted: int
+
+
+class RepairSidecar(Sidecar, kw_only=True):
+    """``repair.json``, beside ``repair.npz`` where the repair is taken."""
+
+    result: RepairFigures
+
+
 class Pictures(msgspec.Struct):
     """The pictures of a report: how many are shown, shard and key of those that could not be read, and why not."""
 
@@ -169,6 +199,7 @@ class ClusterSidecar(Sidecar, kw_only=True):
         embeddings: Relative to the work directory.
         keep_list: None where all images were clustered.
         model: None for embeddings of another tool.
+        repair: The map by which the teacher's image rows were repaired; None where they were taken as they are.
         temperatures: By tower, τ_T of the soft labels.
     """
 
@@ -176,6 +207,7 @@ class ClusterSidecar(Sidecar, kw_only=True):
     keep_list: FileRecord | None
     flags: dict[str, Any]
     model: ModelRecord | None
+    repair: FileRecord | None = None
     num_nearest: int
     temperatures: dict[str, float]
     result: dict[str, Any]

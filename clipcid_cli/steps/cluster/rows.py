@@ -17,10 +17,12 @@ from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Float16, Rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
+from clipcid_cli.formats.sidecar import RepairFigures
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.keep_list import choose_keep_list
+from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
@@ -81,6 +83,7 @@ class ClusterRows:
         keep_list: The keep list that chose them; None for all.
         chosen: Which of all rows of the embeddings they are.
         joint: Whether the features are joint ones of image and caption.
+        repair: What was found of the repair of the teacher; None where nothing was judged.
         skips: Rows that cannot be used.
     """
 
@@ -88,6 +91,7 @@ class ClusterRows:
     keep_list: Path | None
     chosen: Selection
     joint: bool
+    repair: RepairFigures | None
     skips: Skips
     images: Rows
     texts: Rows | None
@@ -170,11 +174,13 @@ def choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
         raise ClipcidError(
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
+    embeddings, repair = repair_teacher(settings, embeddings, reporter)
     return ClusterRows(
         embeddings,
         keep_list=None if keep_list is None else keep_list.path,
         chosen=Selection(usable),
         joint=settings.features == "joint",
+        repair=repair,
         skips=skips,
         images=embeddings.rows(Kind.IMAGES),
         texts=embeddings.rows(Kind.TEXTS) if embeddings.has_texts else None,

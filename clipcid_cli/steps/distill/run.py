@@ -6,6 +6,8 @@ import time
 from contextlib import closing
 from typing import Any
 
+import msgspec
+
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output
@@ -135,5 +137,6 @@ def write(
             "samples_per_second": round(samples_per_second, 1),
             "losses": trainer.losses,
             "metrics": trainer.metrics,
-        },
+        }
+        | ({"repair": msgspec.to_builtins(inputs.repair)} if inputs.repair is not None and inputs.repair.repaired else {}),
     )
