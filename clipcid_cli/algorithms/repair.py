@@ -2,9 +2,12 @@
 
 A teacher's images may be good and their pairing with texts poor. Losses that compare a student with its rows, or with its
 other tower, then teach that pairing. The repair is fitted to pairs, from the identity on, and chosen and accepted by others,
-whose captions it has not seen. What it is judged by is the **log-rank**, the mean of ln(1 + number of different captions
-nearer to the image than its own): the loss it is fitted by falls for a mere change of sharpness, and the share of images
-nearest to their caption hardly tells where captions repeat.
+whose captions it has not seen.
+
+What it is judged by is the **log-rank**, from caption to image: the mean of ln(1 + number of images of other captions nearer
+to the caption than the pair's own). Other measures follow noise: the loss it is fitted by falls for a mere change of
+sharpness, and the rank of captions by an image for what all images have in common, such as which captions are frequent.
+Pairs of one caption rise and fall together, so the standard error counts captions where these are fewer.
 
 Shape letters: N pairs, B pairs of a step, D width, C different captions.
 
@@ -32,14 +35,14 @@ MAX_PAIRS = _MAX_FITTED + _MAX_HELD_OUT
 """Pairs that are enough for any data."""
 # With fewer held-out pairs, or fewer different captions of them, nothing can be told.
 _MIN_HELD_OUT = 64
-_MIN_CAPTIONS = 5
+_MIN_CAPTIONS = 2
 
 _BATCH = 512
 _LEARNING_RATE = 1e-3
 _MAX_STEPS = 150
 _JUDGED_EVERY = 5
 _PATIENCE = 25
-# A gain of at least so many standard errors is taken: with 2 or none, noise was followed (docs/method.md).
+# A gain of at least so many standard errors is taken.
 _CLEAR = 3.0
 # Entries of the map are multiples of this.
 _GRID = 2.0**-16
@@ -74,7 +77,7 @@ class Repair:
         steps: Steps after which it was best; 0 for none.
         log_rank: Mean log-rank of the held-out pairs, before and after.
         standard_error: Of the difference of the two.
-        recall_at_1: Share of the held-out images whose own caption is the nearest of the different ones, before and after.
+        recall_at_1: Share of the held-out pairs of which no image of another caption is nearer to the caption.
     """
 
     map_DD: Tensor | None
@@ -130,8 +133,8 @@ def fit_repair(fitted: Pairs, held_out: Pairs, scale: float, seed: int) -> Repai
         if step == _MAX_STEPS or step - best_step >= _PATIENCE:
             break
     gain_N = before_N - best_N
-    standard_error = float(gain_N.std()) / math.sqrt(len(gain_N))
-    is_clear = best_step > 0 and float(gain_N.mean()) > _CLEAR * standard_error
+    error = standard_error(gain_N, judge.number_N)
+    is_clear = best_step > 0 and float(gain_N.mean()) >= _CLEAR * error
     return Repair(
         map_DD=best_map if is_clear else None,
         fitted=len(fitted),
@@ -139,7 +142,7 @@ def fit_repair(fitted: Pairs, held_out: Pairs, scale: float, seed: int) -> Repai
         captions=len(judge.texts_CD),
         steps=best_step,
         log_rank=(float(before_N.mean()), float(best_N.mean())),
-        standard_error=standard_error,
+        standard_error=error,
         recall_at_1=(_nearest(before_N), _nearest(best_N)),
     )
 
@@ -157,22 +160,39 @@ def _on_grid(map_DD: Tensor) -> Tensor:
 
 
 class _Judge:
-    """Tells how well images find their captions among the different ones.
+    """Tells how well captions find their images among those of other captions.
 
     Attributes:
         texts_CD: The rows of the different captions.
+        number_N: Which of them is each pair's.
     """
 
     def __init__(self, pairs: Pairs) -> None:
-        _, firsts, number_N = np.unique(pairs.captions_N.numpy(), return_index=True, return_inverse=True)
-        self.texts_CD = pairs.texts_ND[torch.from_numpy(firsts)]
-        self._images_ND, self._own_N1 = pairs.images_ND, torch.from_numpy(number_N)[:, None]
+        _, firsts, numbers = np.unique(pairs.captions_N.numpy(), return_index=True, return_inverse=True)
+        self.texts_CD, self.number_N = pairs.texts_ND[torch.from_numpy(firsts)], torch.from_numpy(numbers)
+        self._images_ND = pairs.images_ND
+        self._is_other_NN = self.number_N[:, None] != self.number_N
 
     def __call__(self, map_DD: Tensor) -> Tensor:
-        """Return the log-rank of each pair with this map, float64 [N]; lengths of rows do not matter to it."""
-        cosines_NC = self._images_ND @ map_DD @ self.texts_CD.T
-        nearer_N = (cosines_NC > cosines_NC.gather(1, self._own_N1)).sum(dim=1)
+        """Return the log-rank of each pair with this map, float64 [N]."""
+        cosines_CN = self.texts_CD @ F.normalize(self._images_ND @ map_DD, dim=1).T
+        cosines_NN = cosines_CN[self.number_N]
+        nearer_N = ((cosines_NN > cosines_NN.diagonal()[:, None]) & self._is_other_NN).sum(dim=1)
         return nearer_N.double().log1p()
+
+
+def standard_error(values_N: Tensor, captions_N: Tensor) -> float:
+    """Return that of the mean of some values, float64: the larger of what single pairs and what whole captions give.
+
+    Args:
+        captions_N: Number of each one's caption, from 0, int64; at least two differ.
+    """
+    offsets_N = values_N - values_N.mean()
+    of_captions_C = torch.zeros(int(captions_N.max()) + 1, dtype=offsets_N.dtype).index_add(0, captions_N, offsets_N)
+    total = len(of_captions_C)
+    by_pairs = float(values_N.std()) / math.sqrt(len(values_N))
+    by_captions = math.sqrt(float(of_captions_C.square().sum()) * total / (total - 1)) / len(values_N)
+    return max(by_pairs, by_captions)
 
 
 def _nearest(log_rank_N: Tensor) -> float:

@@ -146,14 +146,14 @@ class ForestSidecar(Sidecar, kw_only=True):
 
 
 class RepairFigures(msgspec.Struct):
-    """How well the images of pairs that were held out find their captions, before and after the repair of a teacher.
+    """How well the captions of pairs that were held out find their images, before and after the repair of a teacher.
 
     Attributes:
         repaired: Whether the repair is taken.
         steps: Those of the fit after which it was best.
-        log_rank: Mean of ln(1 + different captions nearer than the own), before and after.
+        log_rank: Mean of ln(1 + images of other captions nearer to the caption than its own), before and after.
         standard_error: Of the difference of the two.
-        recall_at_1: Share of the images whose own caption is the nearest, before and after.
+        recall_at_1: Share of the pairs of which no image of another caption is nearer, before and after.
         captions: Different captions of the pairs held out.
         held_out: Those pairs.
         fitted: Pairs that it was fitted to.

@@ -215,7 +215,7 @@ class Embeddings:
         ]
 
     def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
-        """Describe images and metadata, and rows of further kinds and the map of images, where there are any, an entry each."""
+        """Describe images and metadata, and of further kinds and the map of images those there are, for a sidecar."""
         if self.sidecar is not None:
             refuse_replaced(self.folder, self._records, self._memo, remake(self.folder, self.sidecar))
         parts = [part for part in (Kind.IMAGES, METADATA, *kinds) if self._files_of(part)]

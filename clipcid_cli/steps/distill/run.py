@@ -138,5 +138,9 @@ def write(
             "losses": trainer.losses,
             "metrics": trainer.metrics,
         }
-        | ({"repair": msgspec.to_builtins(inputs.repair)} if inputs.repair is not None and inputs.repair.repaired else {}),
+        | (
+            {"repair": msgspec.to_builtins(inputs.repair)}
+            if inputs.repair is not None and inputs.repair.repaired
+            else {}
+        ),
     )

@@ -150,8 +150,8 @@ class KeptSettings(EmbeddingsSettings):
     )
     repair: str = _input(
         "auto",
-        "`auto` repairs how the teacher pairs images with captions, by a linear map of its images' embeddings, where held-out "
-        "pairs show that it is clearly better; `none` leaves the teacher as it is.",
+        "`auto` repairs how the teacher pairs images with captions, by a linear map of its images' embeddings, where "
+        "held-out pairs show that it is clearly better; `none` leaves the teacher as it is.",
         choices=("auto", "none"),
         operational=True,  # outputs record the map that was used
     )

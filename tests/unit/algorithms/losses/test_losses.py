@@ -177,9 +177,7 @@ def keep(kept: list[int], tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("entries", [3 * B, B * B])
 @pytest.mark.parametrize("own", [ALL, SOME])
-def test_different_captions_change_no_bit(
-    name: str, entries: int, own: slice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_different_captions_change_no_bit(name: str, entries: int, own: slice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_blocks, "BLOCK_ENTRIES", entries)
     batch = make_batch(make_numbers(), own=own)
     expected = with_gradients(name, dataclasses.replace(batch, captions_B=None))
