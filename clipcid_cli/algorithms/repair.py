@@ -88,7 +88,7 @@ class Repair:
 
 def are_enough(pairs: Pairs) -> bool:
     """Tell whether a repair can be judged by these pairs."""
-    return len(pairs) >= _MIN_PAIRS and len(pairs.captions_N.unique()) >= _MIN_CAPTIONS
+    return len(pairs) >= _MIN_PAIRS and len(np.unique(pairs.captions_N)) >= _MIN_CAPTIONS
 
 
 def fit_repair(pairs: Pairs, scale: float, seed: int) -> Repair:
@@ -132,7 +132,7 @@ def fit_repair(pairs: Pairs, scale: float, seed: int) -> Repair:
     return Repair(
         map_DD=map_DD,
         pairs=len(pairs),
-        captions=len(captions.unique()),
+        captions=len(np.unique(captions)),
         steps=best_step,
         log_rank=(float(before_N.mean()), float(best_N.mean())),
         standard_error=error,
@@ -142,7 +142,7 @@ def fit_repair(pairs: Pairs, scale: float, seed: int) -> Repair:
 
 def deal_captions(captions_N: Tensor, seed: int) -> Tensor:
     """Deal different captions, four at least, to folds of about as many pairs; return the fold of each pair, int64 [N]."""
-    captions, number_N, counts = np.unique(captions_N.numpy(), return_inverse=True, return_counts=True)
+    captions, number_N, counts = np.unique(captions_N, return_inverse=True, return_counts=True)
     num_folds = min(_FOLDS, len(captions) // 2)
     order = np.random.default_rng(seed).permutation(len(captions))
     middles = np.cumsum(counts[order]) - counts[order] / 2
@@ -188,7 +188,7 @@ class _Judge:
     """
 
     def __init__(self, pairs: Pairs) -> None:
-        _, firsts, numbers = np.unique(pairs.captions_N.numpy(), return_index=True, return_inverse=True)
+        _, firsts, numbers = np.unique(pairs.captions_N, return_index=True, return_inverse=True)
         self.captions_N, self._number_N = pairs.captions_N, torch.from_numpy(numbers)
         self._images_ND, self._texts_CD = pairs.images_ND, pairs.texts_ND[torch.from_numpy(firsts)]
         self._is_other_NN = self._number_N[:, None] != self._number_N
@@ -203,10 +203,9 @@ class _Judge:
 
 def standard_error(values_N: Tensor, captions_N: Tensor) -> float:
     """Return that of the mean of some values, float64: the larger of what single pairs and what whole captions give."""
-    _, number_N = captions_N.unique(return_inverse=True)
-    offsets_N = values_N - values_N.mean()
-    total = int(number_N.max()) + 1
-    of_captions_C = torch.zeros(total, dtype=offsets_N.dtype).index_add(0, number_N, offsets_N)
+    _, number_N = np.unique(captions_N, return_inverse=True)
+    of_captions_C = np.bincount(number_N, weights=values_N - values_N.mean())
+    total = len(of_captions_C)
     by_pairs = float(values_N.std()) / math.sqrt(len(values_N))
-    by_captions = math.sqrt(float(of_captions_C.square().sum()) * total / (total - 1)) / len(values_N)
+    by_captions = math.sqrt(float((of_captions_C**2).sum()) * total / (total - 1)) / len(values_N)
     return max(by_pairs, by_captions)
