@@ -176,6 +176,8 @@ def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | 
     if online is not None:
         teacher = dataclasses.replace(online, embeddings=embeddings)
         reporter.note(f"Teacher: {online.name.spec}, run alongside the student on the same views and captions.")
+        if embeddings is None and settings.repair != "none":
+            reporter.note("It is left as it is: a repair is fitted to stored embeddings, of which there are none.")
     elif embeddings is not None:
         teacher = use_stored(settings, embeddings, counts, reporter)
     if teacher is not None:
