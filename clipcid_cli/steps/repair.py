@@ -65,8 +65,9 @@ def repair_teacher(
         if not are_enough(pairs):
             reporter.note("Teacher left as it is: too few pairs, or different captions, to judge a repair by.")
             return embeddings, None
-        with reporter.progress("repair", None, "pairs"):
+        with reporter.progress("repair", len(pairs), "pairs") as bar:
             found = _decide(folder, pairs, scale, wanted)
+            bar.advance(len(pairs))
     reporter.note(describe_repair(found.result))
     if not found.result.repaired:
         return embeddings, found.result
