@@ -92,15 +92,8 @@ def _decide(folder: Path, pairs: Pairs, scale: float, wanted: dict[str, Any]) ->
         if repair.map_DD is not None:
             write_repair(output.work, repair.map_DD.numpy())
         written = [] if repair.map_DD is None else [record(output.work / REPAIR, output.work)]
-        figures = RepairFigures(
-            repaired=repair.map_DD is not None,
-            steps=repair.steps,
-            log_rank=repair.log_rank,
-            standard_error=repair.standard_error,
-            recall_at_1=repair.recall_at_1,
-            pairs=repair.pairs,
-            captions=repair.captions,
-        )
+        judged = {name: value for name, value in vars(repair).items() if name != "map_DD"}
+        figures = RepairFigures(repaired=repair.map_DD is not None, **judged)
         return output.commit(counts={}, seconds=seconds, outputs=written, result=figures)
 
 

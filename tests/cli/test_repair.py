@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Run, make_image, write_tar
+from conftest import Run, make_image, start_clipcid, write_tar
 from distill_data import STUDENT, losses, student_bytes
 
 Clipcid = Callable[..., Run]
@@ -147,3 +147,13 @@ def test_a_repair_of_other_rows_is_made_again(clipcid: Clipcid, turned: Path, pl
     again = clipcid(*CLUSTER, "--overwrite")
     assert "Teacher left as it is" in words(again)
     assert not (turned / "clipcid-work" / "repair" / "teacher" / "repair.npz").exists()
+
+
+def test_a_second_run_waits_for_the_first(turned: Path) -> None:
+    runs = [start_clipcid(*DISTILL, "--name", name, cwd=turned) for name in ("one", "two")]
+    for run in runs:
+        code, (_, said) = run.wait(120), run.read()
+        assert code == 0, said
+        assert "repaired (--repair none" in " ".join(said.split())
+    results = [losses(turned / "clipcid-work" / "distill" / name) for name in ("one", "two")]
+    assert results[0] == results[1]
