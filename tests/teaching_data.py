@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from balance_data import Listener
+from clipcid_cli.runtime.machine import Machine, open_machine
 from conftest import make_caption, make_image, write_tar
 from torch import Tensor
 
@@ -19,10 +20,8 @@ from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.runtime.models.augment import Processor, apply_colors
-from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.preprocess import normalize_pixels
+from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill import run as distill
@@ -35,7 +34,7 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 ALONE = Machine(0, 1, 0, torch.device("cpu"))
-FP32 = Precision("fp32", torch.float32, "a test")
+FP32 = Precision("fp32", "a test")
 STUDENT = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 24, "layers": 1, "width": 32, "head_width": 16, "patch_size": 12},

@@ -67,7 +67,8 @@ def explain(error: Exception, command: str = "") -> Failure:
 
 def _explain_usage(error: click.UsageError) -> Failure:
     command = error.ctx.command_path if error.ctx is not None else "clipcid"
-    message, fix = error.format_message(), f"See {command} --help."
+    message = error.format_message()
+    fix = f"See {command} --help."
     extra = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", message)
     params = [] if error.ctx is None else error.ctx.command.params
     if extra is not None and any(isinstance(each, click.Argument) and each.name == "data" for each in params):

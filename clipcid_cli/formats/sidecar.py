@@ -258,11 +258,7 @@ class LinesRecord(msgspec.Struct):
 
 
 class EvaluationSidecar(Sidecar, kw_only=True):
-    """One in ``eval/sidecars/``.
-
-    Attributes:
-        prompts: Of a classification, ``class_names`` and ``templates``.
-    """
+    """One in ``eval/sidecars/``; `prompts` are those of a classification, ``class_names`` and ``templates``."""
 
     prompts: dict[str, LinesRecord] | None = None
 
@@ -325,11 +321,7 @@ class Example(msgspec.Struct):
 
 
 class ZeroshotSidecar(EvaluationSidecar, kw_only=True):
-    """One of `eval-zeroshot`.
-
-    Attributes:
-        calibration: None where an image has no class or several.
-    """
+    """One of `eval-zeroshot`; without calibration where an image has no class or several."""
 
     images_per_second: float
     customary: str
@@ -350,8 +342,7 @@ class LinearSidecar(EvaluationSidecar, kw_only=True):
 class RowParity(msgspec.Struct, kw_only=True, omit_defaults=True):
     """How close the rows of an exported tower are to the original's, over samples in batches of several sizes.
 
-    Attributes:
-        shape: Of patches, ``["batch", h, w, D]``.
+    The shape is that of patches, ``["batch", h, w, D]``.
     """
 
     batch_sizes: tuple[int, ...]
@@ -426,11 +417,7 @@ def sidecar_path(folder: Path, step: str) -> Path:
 
 
 def read_sidecar(path: Path, kind: type[AnySidecar], fix: str | None = None) -> AnySidecar | None:
-    """Read a sidecar; None when there is none.
-
-    Args:
-        fix: What to do about one that is damaged, or of an earlier version.
-    """
+    """Read a sidecar; None when there is none. `fix` says what to do about one that is damaged, or of an earlier version."""
     if not path.exists():
         return None
     with reading(path, "a sidecar of clipcid", fix or "Remove it, or choose another folder."):

@@ -101,7 +101,6 @@ class WorkDirectory:
         return sorted(path.parent for path in (self.path / "embeddings").glob("*/embed.json"))
 
     def _balanced(self) -> Path | None:
-        """Find the embeddings that `balance` used."""
         with suppress(ClipcidError):  # of an earlier version, or damaged: `balance --overwrite` replaces it
             balanced = read_sidecar(sidecar_path(self.balance, "balance"), BalanceSidecar)
             folder = None if balanced is None else self.path / balanced.embeddings
@@ -111,8 +110,7 @@ class WorkDirectory:
     def find_keep_list(self) -> Path | None:
         """Find the keep list of a finished `balance`; None when there was no `balance` here.
 
-        An unfinished one is refused: to continue without its list would take all images. So is a list that was edited since:
-        which of the two is meant, the user must say.
+        An unfinished one is refused: to go on without its list would take all images. So is a list that was edited since.
         """
         path = self.balance / KEEP_LIST
         record = sidecar_path(self.balance, "balance")
@@ -177,7 +175,6 @@ def remake_clusters(folder: Path, sidecar: ClusterSidecar, work: Path | None, **
     """Return the fix that makes clusters again: a command where they are those of the step's work directory.
 
     Args:
-        work: The work directory of the step; None where it is not known.
         more: Flags in which the new ones differ.
     """
     if work is None or folder.resolve() != WorkDirectory(work).clusters.resolve():

@@ -1,4 +1,4 @@
-"""The processes of one run, one or as many as torchrun started, and the device of each.
+"""The processes of one run, one or as many as torchrun started, and device, cores and memory of each.
 
 ``torch.distributed`` is the one engine: NCCL for tensors on GPUs, gloo for tensors on CPUs and for objects.
 """
@@ -9,8 +9,11 @@ import dataclasses
 import datetime
 import json
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +25,7 @@ from clipcid_cli.errors import ClipcidError, in_one_line
 
 T = TypeVar("T")
 
-# A process may wait long for another that reads slower shards; torchrun, not this limit, detects a lost process.
+# A process may wait long for another that reads slower shards; torchrun detects a lost one.
 _PATIENCE = datetime.timedelta(hours=12)
 
 MEETING = datetime.timedelta(minutes=10)
@@ -56,7 +59,7 @@ class Machine:
         return number * self.rank // self.size, number * (self.rank + 1) // self.size
 
     def barrier(self) -> None:
-        """Wait for every process."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
@@ -121,10 +124,7 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
     """Join the run's processes (as torchrun's environment describes them) and choose this one's device.
 
     Where the caller has already initialised ``torch.distributed``, its group is used and left open; its backend must fit the
-    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``).
-
-    Args:
-        device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``; of several GPUs that of LOCAL_RANK.
+    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``). Of several GPUs it is that of LOCAL_RANK.
     """
     joined = dist.is_available() and dist.is_initialized()
     rank = dist.get_rank() if joined else int(os.environ.get("RANK", "0"))
@@ -237,3 +237,24 @@ def count_cores() -> int:
     """Return this process's share of the cores that a scheduler assigned to this job on this host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Return the bytes in use: of a GPU, what PyTorch has reserved there; else the resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        # Without /proc (macOS) the peak is the best there is; it is in bytes there, in KiB elsewhere.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+    return pages * resource.getpagesize()
+
+
+def memory_for_rows(device: torch.device, on_cpu: int = 2**31) -> int:
+    """Return how many bytes of rows a process may keep on its device: on a GPU 60 % of what is free."""
+    if device.type != "cuda":
+        return on_cpu
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(0.6 * free)

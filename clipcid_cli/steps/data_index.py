@@ -25,7 +25,7 @@ from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache, ca
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.pipeline import ordered_map
-from clipcid_cli.runtime.sample_order import SHARDS_MIXED
+from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps.reporting import Reporter
 
 # Fewer shards than this are listed before a worker has started.
@@ -51,7 +51,7 @@ def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample
     stamp = shard.stamp()
     listed = list[Sample]()
     for sample in shard.stream(skips):
-        listed.append(sample.without_data())
+        listed.append(sample.without_image_data())
         yield sample
     if dataset.index_folder is not None and index is None:
         write_part(dataset.index_folder, shard, stamp, listed, skips)

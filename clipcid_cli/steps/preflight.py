@@ -47,7 +47,8 @@ def check_samples(dataset: Dataset, machine: Machine, seed: int, *, dry_run: boo
         return found
 
     looks = [each for part in machine.gather(machine.on_all(look)) for each in part]
-    samples, bad = sum(number for number, _ in looks), Skips()
+    samples = sum(number for number, _ in looks)
+    bad = Skips()
     for _, skips in looks:
         bad.merge(skips)
     total = len(dataset.shards)

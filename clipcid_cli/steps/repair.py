@@ -13,11 +13,10 @@ import pyarrow.compute as pc
 import torch
 
 from clipcid_cli.algorithms.repair import MAX_PAIRS, Pairs, are_enough, fit_repair
-from clipcid_cli.formats.atomic import write_error
+from clipcid_cli.formats.atomic import lock, write_error
 from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.lock import lock
 from clipcid_cli.formats.output import find_output, open_output
 from clipcid_cli.formats.results.repair import REPAIR, STEP, read_repair, write_repair
 from clipcid_cli.formats.sidecar import RepairFigures, RepairSidecar

@@ -12,9 +12,10 @@ import json
 import time
 from pathlib import Path
 
+from clipcid_cli.runtime.machine import open_machine
+
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.reporting import Reporter
 

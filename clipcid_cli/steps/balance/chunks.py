@@ -25,8 +25,8 @@ from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, load_arrays, save_arrays
-from clipcid_cli.runtime.memory import memory_for_rows
-from clipcid_cli.runtime.pacing import SavePace
+from clipcid_cli.runtime.machine import memory_for_rows
+from clipcid_cli.runtime.timing import SavePace
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalanceRun
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
 
@@ -47,10 +47,7 @@ class Search:
 
     Attributes:
         label: Names it to the user.
-        plan: What is compared.
-        read: Reads rows of the plan.
         cutoff: Largest distance of the pairs that sinks are given, inclusive.
-        new_sink: Makes an empty sink.
         of: What decides what is found beside the inputs of the run, plan and cut-off.
         folder: Where it is saved; None for the time of the run.
     """
@@ -67,7 +64,8 @@ class Search:
         """Return where it is saved, under a name that hashes what decides what its chunks find."""
 
         def name() -> str:
-            plan, cutoff = self.plan, np.float32(self.cutoff).view(np.uint32)
+            plan = self.plan
+            cutoff = np.float32(self.cutoff).view(np.uint32)
             decisive = [_VERSION, run.inputs, plan.identity, plan.num_chunks, cutoff, self.of]
             return hashlib.blake2b("\n".join(map(str, decisive)).encode(), digest_size=8).hexdigest()
 
@@ -76,7 +74,9 @@ class Search:
 
 def run_chunks(run: BalanceRun, search: Search) -> Edges:
     """Search all chunks of a plan that are not saved yet, and return what all found; the same on every process."""
-    machine, number, place = run.machine, search.plan.num_chunks, search.place(run)
+    machine = run.machine
+    number = search.plan.num_chunks
+    place = search.place(run)
     done = machine.on_main(lambda: _load(place))
     if done:
         run.reporter.note(f"Resuming the search: {len(done):,} of {number:,} parts are done.")
@@ -99,7 +99,9 @@ def run_chunks(run: BalanceRun, search: Search) -> Edges:
 
 def _search(run: BalanceRun, search: Search, left: list[int], place: Path) -> None:
     """Search this process's share of the chunks that are left."""
-    machine, plan, sink = run.machine, search.plan, search.new_sink()
+    machine = run.machine
+    plan = search.plan
+    sink = search.new_sink()
     _load(place, sink)
     sink.drain()  # what is saved
     # Of the largest panel, as stored and, unless that is the same, as it is multiplied.
@@ -115,7 +117,8 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path) -> No
     # Adding up the pairs of hundreds of millions of jobs would take minutes; most compare nearly equal numbers.
     total = plan.num_pairs * len(mine) // plan.num_chunks
     num_rows = int((plan.stops - plan.starts)[plan.first < plan.last].sum())
-    pace, since = SavePace(_SECONDS_TO_SAVE_A_ROW * num_rows), list[int]()
+    pace = SavePace(_SECONDS_TO_SAVE_A_ROW * num_rows)
+    since = list[int]()
     with run.reporter.progress(search.label, total, "pairs") as progress:
         for chunk in mine:
             jobs = plan.jobs(chunk)

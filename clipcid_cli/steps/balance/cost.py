@@ -21,7 +21,7 @@ from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES
 from clipcid_cli.steps.balance.filters.against import open_reference
-from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions, have_captions, keep_captioned
+from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions
 from clipcid_cli.steps.balance.partition import AUDIT_SAMPLE, ITERATIONS, ROWS_PER_PARTITION
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceCost, CaptionCost, MemoryCost, ReferenceCost, SearchCost
@@ -59,7 +59,10 @@ def _estimate(
     plan: BalancePlan, references: list[Embeddings | EmbedCost], machine: Machine, reporter: Reporter
 ) -> BalanceCost:
     plan.check_sizes()
-    settings, images, width, clusters = plan.settings, plan.embeddings.num_rows, plan.embeddings.width, plan.clusters
+    settings = plan.settings
+    images = plan.embeddings.num_rows
+    width = plan.embeddings.width
+    clusters = plan.clusters
     scan = choose_scan(settings.precision, machine.device).dtype
     a_row, a_pair, captions = _measure(plan, scan, machine)
     searched = round(_share_inside(captions) * images)
@@ -128,7 +131,9 @@ def _share_inside(captions: CaptionCost | None) -> float:
 
 
 def _describe(result: BalanceCost, num_processes: int) -> Iterator[str]:
-    captions, against, searched = result.caption_window, result.against or [], result.searched
+    captions = result.caption_window
+    against = result.against or []
+    searched = result.searched
     most = "at most " if captions is not None and not captions.inside else ""
     of = f" of {most}{searched:,} of them" if searched < result.images else ""
     processes = f", {num_processes} processes" if num_processes > 1 else ""
@@ -157,7 +162,8 @@ def _describe(result: BalanceCost, num_processes: int) -> Iterator[str]:
 def _measure(plan: BalancePlan, scan: torch.dtype, machine: Machine) -> tuple[float, float, CaptionCost | None]:
     """Measure on some finite rows the seconds to prepare a row and to compare a pair; and, with a window, captions."""
     settings, embeddings = plan.settings, plan.embeddings
-    read, num_rows = embeddings.rows(Kind.IMAGES).take, embeddings.num_rows
+    read = embeddings.rows(Kind.IMAGES).take
+    num_rows = embeddings.num_rows
     numbers = np.arange(num_rows)
     if num_rows > _SAMPLED:
         starts = np.linspace(0, num_rows - _SAMPLED // _STRETCHES, _STRETCHES).astype(np.int64)
@@ -172,7 +178,7 @@ def _measure(plan: BalancePlan, scan: torch.dtype, machine: Machine) -> tuple[fl
     captions = None
     if settings.has_window:
         compared = time_trial(lambda: compare_captions(embeddings, rows, Progress()), warm_up=0)
-        window = CaptionWindow.of(settings, keep_captioned(compared.result, have_captions(embeddings, rows)))
+        window = CaptionWindow.of(settings, compared.result)
         if len(numbers) == num_rows:
             window.refuse_empty()
         inside = int(np.count_nonzero(~window.is_dropped)) / len(rows)

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from clipcid_cli.algorithms.kmeans.centroids import rows_as_centroids
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
-from clipcid_cli.algorithms.kmeans.seeding import rows_as_centroids
 from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
 from clipcid_cli.algorithms.near.block import read_stored
+from clipcid_cli.algorithms.near.cutoff import Neighbours, draw_sample, find_neighbours
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
 from clipcid_cli.algorithms.near.partitions import (
     NEIGHBOURS,
@@ -22,10 +23,9 @@ from clipcid_cli.algorithms.near.partitions import (
     measure_margin,
 )
 from clipcid_cli.algorithms.near.plan import Plan, pieces, rectangle
-from clipcid_cli.algorithms.near.sample import Neighbours, draw_sample, find_neighbours
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.formats.arrays import Arrays, create_mapped, spool_arrays
-from clipcid_cli.formats.embeddings.grouped import create_copy, open_copies, remove_copies
+from clipcid_cli.formats.embeddings.rows import create_copy, open_copies, remove_copies
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.result import Audit
@@ -37,7 +37,8 @@ _ROWS_AT_ONCE = 16_384
 _ENTRIES_AT_ONCE = 2**20
 _ROWS_ASSIGNED = {"cpu": 2048, "cuda": 16_384}
 # Partitions need no fine centroids, only few rows near their borders.
-ROWS_PER_PARTITION, ITERATIONS = 64, 4
+ROWS_PER_PARTITION = 64
+ITERATIONS = 4
 # If none of this many kept images has another, the rate is at most 1.3e-4 (95 %).
 AUDIT_SAMPLE = 30_000
 
@@ -62,7 +63,8 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
     read, unique = rows.read, rows.unique
     partitions = _find_partitions(run)
     number = len(unique)
-    sample, share = draw_sample(number, SAMPLE_ROWS, seed=1), machine.share(number)
+    sample = draw_sample(number, SAMPLE_ROWS, seed=1)
+    share = machine.share(number)
     neighbours = find_sampled(run, sample, NEIGHBOURS)
     margin, visits = machine.on_main(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
     if number * number / len(partitions) * (0.5 + visits) > _MAX_FRACTION * number * (number - 1) / 2:
@@ -155,21 +157,15 @@ class _Sample:
     def width(self) -> int:
         return self.run.embeddings.width
 
-    def features(self, start: int, stop: int) -> HalfArray:
-        return self.run.rows.read(self.rows[start:stop])
-
-    def features_at(self, positions: IntArray) -> HalfArray:
-        return self.run.rows.read(self.rows[positions])
+    def features(self, numbers: IntArray) -> HalfArray:
+        return self.run.rows.read(self.rows[numbers])
 
 
 def _copy(run: BalanceRun, home: IntArray, partitions: Partitions) -> IntArray:
     """Copy this process's share of the unique rows, partition by partition: the rows of one are then read at once.
 
-    Args:
-        home: Home of each row of the share, int32 [M].
-
     Returns:
-        The place of each among the copies of all processes, integers [M].
+        The place of each row of the share, whose homes are given, among the copies of all processes, integers [M].
     """
     rows = run.rows
     start, stop = run.machine.share(len(rows.unique))

@@ -11,7 +11,7 @@ from clipcid_cli.formats.atomic import refuse_unwritable
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
-from clipcid_cli.formats.embeddings.manifest import find_lost
+from clipcid_cli.formats.fingerprint import find_lost
 from clipcid_cli.formats.output import WORK_OR_OUT
 from clipcid_cli.formats.results.forest import ROW_FILES, RowFile, read_row_files
 from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
@@ -22,7 +22,7 @@ from clipcid_cli.steps.balance.filters.against import Reference, open_references
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_clusters
 from clipcid_cli.steps.balance.samples import require_data
 from clipcid_cli.steps.balance.write_lists import check_uids
-from clipcid_cli.steps.embed.ensure import ensure_embeddings
+from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
@@ -72,7 +72,8 @@ def make_plan(settings: BalanceSettings, machine: Machine, reporter: Reporter) -
         clusters = machine.on_main(lambda: _check_named(settings, reporter))
         embeddings = _find_embeddings(settings, machine, reporter)
     data = machine.on_main(lambda: _open_data(settings, embeddings))
-    references, wanted = list[Reference](), dict[str, Any]()
+    references = list[Reference]()
+    wanted = dict[str, Any]()
     if not settings.dry_run:
         references = open_references(settings, machine, embeddings, reporter)
         wanted = machine.on_main(lambda: _identify(settings, embeddings, clusters, references))
@@ -88,7 +89,8 @@ def _check_named(settings: BalanceSettings, reporter: Reporter) -> FoundClusters
 
 
 def _find_embeddings(settings: BalanceSettings, machine: Machine, reporter: Reporter) -> Embeddings:
-    work, folder = WorkDirectory(settings.work), settings.embeddings
+    work = WorkDirectory(settings.work)
+    folder = settings.embeddings
     if folder is None and settings.data is None and settings.model is None:
         folder = machine.on_main(work.find_embeddings)
         reporter.note(f"Embeddings: {folder}.")
@@ -169,7 +171,8 @@ def _identify(
 
 def _refuse_lost(folder: Path, embeddings: Embeddings) -> None:
     """Refuse embeddings that lack files of an output of `balance`, finished or not."""
-    now, fix = list_row_files(embeddings), f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT})."
+    now = list_row_files(embeddings)
+    fix = f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT})."
     for path in (folder / ROW_FILES, *folder.glob(f".balance-*/{ROW_FILES}")):
         if path.exists() and (lost := find_lost(read_row_files(path, fix), now)):
             raise ClipcidError(

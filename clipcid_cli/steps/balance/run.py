@@ -9,17 +9,18 @@ import msgspec
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.grouped import remove_copies
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import remove_copies
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.forest import ROW_FILES, forest_path, write_row_files
-from clipcid_cli.formats.results.sets import CURVE, SET_TABLE
+from clipcid_cli.formats.results.forest import CURVE, ROW_FILES, SET_TABLE, forest_path, write_row_files
 from clipcid_cli.formats.sidecar import BalanceSidecar
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime.libraries import keep_few_kernels
 from clipcid_cli.runtime.machine import Machine, open_machine
-from clipcid_cli.runtime.memory import keep_few_kernels
 from clipcid_cli.runtime.precision import choose_scan
 from clipcid_cli.runtime.timing import timed
-from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.balance_run import BalanceRows, BalanceRun, read_rows
 from clipcid_cli.steps.balance.cost import estimate_cost
 from clipcid_cli.steps.balance.filters.against import find_near
 from clipcid_cli.steps.balance.filters.captions import find_captions
@@ -28,7 +29,7 @@ from clipcid_cli.steps.balance.partition import audit_kept
 from clipcid_cli.steps.balance.plan import BalancePlan, list_row_files, make_plan
 from clipcid_cli.steps.balance.report import REPORT, has_new_pictures
 from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
-from clipcid_cli.steps.balance.rows import count_skipped, read_rows
+from clipcid_cli.steps.balance.samples import take_texts
 from clipcid_cli.steps.balance.sets import compare_linkages, make_sets
 from clipcid_cli.steps.balance.shared_arrays import clear_shared
 from clipcid_cli.steps.balance.write import Outcome, write
@@ -87,6 +88,22 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar], reporter: 
     return None
 
 
+def _count_skipped(embeddings: Embeddings, rows: BalanceRows, max_bad_fraction: float, reporter: Reporter) -> Skips:
+    """Count and name the rows that are not finite."""
+    if not len(rows):
+        raise ClipcidError(
+            f"None of the {embeddings.num_rows:,} rows of {embeddings.folder} is finite.", "Make the embeddings again."
+        )
+    is_bad = np.ones(embeddings.num_rows, np.bool_)
+    is_bad[rows.numbers] = False
+    keys = take_texts(embeddings, embeddings.keys_of, np.flatnonzero(is_bad))
+    skips = Skips.of(dict.fromkeys(keys, "nan_row"))
+    skips.check(embeddings.num_rows, max_bad_fraction, str(embeddings.folder))
+    if skips.total:
+        reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
+    return skips
+
+
 def begin(plan: BalancePlan, machine: Machine, output: Output[BalanceSidecar], reporter: Reporter) -> BalanceRun:
     """Read all rows once, and drop what filters drop: each is a mask over the rows of the keep list."""
     began = time.perf_counter()
@@ -100,7 +117,7 @@ def begin(plan: BalancePlan, machine: Machine, output: Output[BalanceSidecar], r
         machine=machine,
         reporter=reporter,
         rows=rows,
-        skips=count_skipped(embeddings, rows, settings.max_bad_fraction, reporter),
+        skips=_count_skipped(embeddings, rows, settings.max_bad_fraction, reporter),
         scan=choose_scan(settings.precision, machine.device),
         began=began,
         seconds=plan.seconds,

@@ -15,13 +15,12 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.dataset import Dataset, Shard
 from clipcid_cli.formats.data.remote import local_file
-from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
+from clipcid_cli.formats.data.tars import Copied, copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import find_repeat, join, parquet_listing
 from clipcid_cli.formats.output import Output, is_claimed
 from clipcid_cli.formats.reading import read_regular
-from clipcid_cli.formats.results.keep_list import KeepList, read_keep_list
-from clipcid_cli.formats.results.kept_lists import is_uid
+from clipcid_cli.formats.results.keep_list import KeepList, is_uid, read_keep_list
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.steps.balance.plan import BalancePlan
@@ -45,7 +44,8 @@ def write_shards(plan: BalancePlan, target: Path, machine: Machine, reporter: Re
     A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and
     ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
     """
-    data, inputs = plan.data, [record(plan.keep_list)]
+    data = plan.data
+    inputs = [record(plan.keep_list)]
     assert data is not None  # the plan has opened it
     machine.on_main(lambda: _refuse_foreign(target))
     wanted = {"settings": {}, "inputs": inputs, "overwrite": plan.settings.overwrite}
@@ -59,7 +59,8 @@ def write_shards(plan: BalancePlan, target: Path, machine: Machine, reporter: Re
         mine = data.shards[machine.rank :: machine.size]
 
         def write() -> tuple[dict[str, int], list[FileRecord]]:
-            sizes, files = dict[str, int](), list[FileRecord]()
+            sizes = dict[str, int]()
+            files = list[FileRecord]()
             choose = _choose(keep, data, mine, target)
             with reporter.progress("shards", len(mine), "shards") as progress:
                 for shard in mine:
@@ -176,7 +177,8 @@ def _look_up(
 
     They are joined in a folder.
     """
-    keys, names = list[pa.Array](), list[pa.ChunkedArray]()
+    keys = list[pa.Array]()
+    names = list[pa.ChunkedArray]()
     numbers = {shard.name: number for number, shard in enumerate(data.shards)}
     by_uid = is_uid(keep.first_key)
     for shard in shards:

@@ -36,9 +36,9 @@ from clipcid_cli.steps.distill.stored_teacher import (
     validate_keys,
     validate_requested,
 )
-from clipcid_cli.steps.embed.ensure import ensure_embeddings
+from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
-from clipcid_cli.steps.model_identity import find_mismatch
+from clipcid_cli.steps.models import find_mismatch
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -68,7 +68,7 @@ class Inputs:
 
     @property
     def stored(self) -> StoredTeacher | None:
-        """The teacher, where stored embeddings teach."""
+        """The teacher where it is one."""
         return self.teacher if isinstance(self.teacher, StoredTeacher) else None
 
     @property
@@ -77,8 +77,9 @@ class Inputs:
         return None if self.teacher is None else self.teacher.embeddings
 
     def refs(self, samples: SampleRows, rows: npt.NDArray[np.int64]) -> list[SampleRef]:
-        """Return where samples are, by their rows among those to train on or those held out."""
-        shards, places = samples.shard_of(rows).tolist(), samples.column("places")[rows].tolist()
+        """Return where samples are, by their rows among `samples`."""
+        shards = samples.shard_of(rows).tolist()
+        places = samples.column("places")[rows].tolist()
         parts = {shard: index_of(self.dataset).part(shard) for shard in set(shards)}
         return [SampleRef(parts[shard], place) for shard, place in zip(shards, places, strict=True)]
 

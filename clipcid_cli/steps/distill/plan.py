@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.algorithms.losses.learning_rate import default_rate
-from clipcid_cli.algorithms.losses.registry import LOSSES
+from clipcid_cli.algorithms.losses.registry import LOSSES, default_rate
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.results.clusters import read_cluster_sidecar
 from clipcid_cli.formats.results.keep_list import read_keep_list
@@ -16,10 +15,10 @@ from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.models.clip_model import hash_preprocess
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.runtime.models.preprocess import hash_preprocess
 from clipcid_cli.runtime.pipeline import default_workers
-from clipcid_cli.runtime.sample_order import SHARDS_MIXED
+from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
 from clipcid_cli.steps.distill.student import Student
@@ -47,11 +46,10 @@ class Plan:
     """A run.
 
     Attributes:
-        evaluations: What `eval-zeroshot` measures in the end: the students on the data sets of ``--eval-data``.
-        batch_size: Samples of a global batch.
-        extra_texts: Further texts of a step, over all processes.
-        workers: Processes that prepare batches, for each training process.
-        log_every: Steps between lines of the training log, as in what follows.
+        evaluations: What `eval-zeroshot` measures in the end.
+        batch_size: Over all processes, as `extra_texts`.
+        workers: For each training process.
+        log_every: In steps, as what follows.
     """
 
     settings: DistillSettings
@@ -68,7 +66,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """Of the whole run."""
         return self.recipe.steps
 
 
@@ -90,7 +88,7 @@ def plan_run(
     machine: Machine,
     reporter: Reporter,
 ) -> Plan:
-    """Plan a run, on the first process; `embeddings` and `scratch` are as for `find_inputs`."""
+    """Plan a run, on the first process."""
     inputs = find_inputs(settings, embeddings, scratch, reporter)
     batch_size = choose_batch_size(settings, inputs.training.total, machine)
     extra_texts = inputs.num_extra_texts(batch_size)
@@ -178,12 +176,13 @@ def _choose_recipe(
     )
     if settings.optimizer == "muon":
         reporter.note("Optimizer: Muon for the layers of the towers, AdamW for all else.")
-    rate = default_rate(settings.losses(), settings.optimizer, batch_size, student_width)
-    if settings.lr is None:
-        reporter.note(f"Learning rate: {rate.value:g} ({rate.reason}).")
+    lr = settings.lr
+    if lr is None:
+        lr, reason = default_rate(settings.losses(), settings.optimizer, batch_size, student_width)
+        reporter.note(f"Learning rate: {lr:g} ({reason}).")
     return Recipe(
         optimizer=settings.optimizer,
-        lr=settings.lr or rate.value,
+        lr=lr,
         weight_decay=settings.wd,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
@@ -200,7 +199,8 @@ def identity(plan: Plan, student: Student) -> dict[str, Any]:
     # Data and teacher are inputs, identified by their content, however they were named.
     for name in ("data", "teacher", "epochs", "init_from"):
         del given[name]
-    info, clusters = student.model.info, plan.inputs.clusters
+    info = student.model.info
+    clusters = plan.inputs.clusters
     given |= {
         "preset": settings.chosen_preset,
         "precision": student.precision.name,

@@ -11,13 +11,13 @@ import msgspec
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output
-from clipcid_cli.formats.results.checkpoint import list_checkpoints
-from clipcid_cli.formats.results.run_folder import import_tensorboard
+from clipcid_cli.formats.results.run_folder import import_tensorboard, list_checkpoints
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import open_machine
 from clipcid_cli.runtime.pipeline import start_worker_server
-from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps.claim import claim_output, scratch_folder
 from clipcid_cli.steps.distill.cost import estimate_cost
 from clipcid_cli.steps.distill.inputs import find_embeddings
 from clipcid_cli.steps.distill.plan import check_named, identity, plan_run
@@ -30,7 +30,6 @@ from clipcid_cli.steps.evaluate.result import ZeroshotResults
 from clipcid_cli.steps.evaluate.zeroshot import evaluate
 from clipcid_cli.steps.preflight import check_samples
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.scratch import scratch_folder
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -70,10 +69,10 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
                 if not (output.resumed and machine.on_main(lambda: list_checkpoints(folder.checkpoints))):
                     check_samples(plan.inputs.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
                 trainer = Trainer(plan, student, teacher, machine, reporter, output)
-                prepared, first = time.perf_counter(), trainer.state.step
-                with closing(trainer.log):
+                first = trainer.state.step
+                seconds = {"prepare": time.perf_counter() - started}
+                with closing(trainer.log), timed(seconds, "train"):
                     trainer.train()
-                seconds = {"prepare": prepared - started, "train": time.perf_counter() - prepared}
                 speed = (plan.steps - first) * plan.batch_size / seconds["train"]
                 unreadable = trainer.unreadable_images()
                 sidecar = machine.on_main(lambda: write(trainer, output, unreadable, speed, seconds))
@@ -104,21 +103,18 @@ def write(
     samples_per_second: float,
     seconds: dict[str, float],
 ) -> DistillSidecar:
-    """Write student, report and, last, the sidecar; the time of it is added to `seconds`.
-
-    Args:
-        unreadable: Images that could not be read: reason by key.
-    """
-    started = time.perf_counter()
-    plan, info = trainer.plan, trainer.student.model.info
-    inputs, folder = plan.inputs, plan.folder
+    """Write student, report and, last, the sidecar; the time of it is added to `seconds`."""
+    plan = trainer.plan
+    inputs = plan.inputs
+    folder = plan.folder
+    info = trainer.student.model.info
     skips = Skips.of(unreadable)
     skips.merge(inputs.usable.skips)
     if skips.total:
         trainer.reporter.warn(f"{skips.total:,} samples were not used as they are:\n{skips.describe()}")
-    written = write_students(folder, trainer.student.model, str(plan.settings.student), trainer.state)
-    write_text(folder.report, write_report(trainer))
-    seconds["write"] = time.perf_counter() - started
+    with timed(seconds, "write"):
+        written = write_students(folder, trainer.student.model, str(plan.settings.student), trainer.state)
+        write_text(folder.report, write_report(trainer))
     return output.commit(
         counts={
             "read": inputs.usable.read,

@@ -20,15 +20,14 @@ from clipcid_cli.formats.fingerprint import FileRecord, identity_of
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.augment import apply_colors
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model, normalize_pixels
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.clusters import ClusterLookup, validate_width
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher
-from clipcid_cli.steps.model_identity import cluster_with
+from clipcid_cli.steps.models import cluster_with
 from clipcid_cli.steps.repair import MAX_SCALE, teacher_scale
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -65,7 +64,7 @@ class Teacher:
 
     @torch.no_grad()
     def rows(self, batch: TrainingBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return t, u and u of the further texts of this process's part, unit rows in the shared space, float32 [b, D]."""
+        """Return t, u and u of the further texts of a part, unit rows in the shared space, float32 [b, D]."""
         image, text, extra = batch.teacher_image_bD, batch.teacher_text_bD, batch.teacher_extra_eD
         if self.model is not None:
             image, text = self._embed(self.model, batch)
@@ -94,7 +93,7 @@ class Teacher:
 
 
 def load_online_model(inputs: Inputs, machine: Machine) -> ClipModel | None:
-    """Load the teacher that runs alongside the student; None where none does."""
+    """Load the teacher that runs alongside the student, where one does."""
     teacher = inputs.teacher
     if not isinstance(teacher, OnlineTeacher):
         return None
@@ -118,12 +117,9 @@ def open_teacher(
     machine: Machine,
     reporter: Reporter,
 ) -> Teacher | None:
-    """Make the teacher ready; None where no loss needs one.
-
-    Args:
-        model: What `load_online_model` returned.
-    """
-    embeddings, chosen = inputs.embeddings, inputs.clusters
+    """Make the teacher ready, where a loss needs one; `model` is what `load_online_model` returned."""
+    embeddings = inputs.embeddings
+    chosen = inputs.clusters
     if model is not None:
         width = model.info.embed_dim
     elif embeddings is not None:

@@ -13,18 +13,18 @@ from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.samples import close_copies
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.reading import reading
-from clipcid_cli.formats.results.checkpoint import (
+from clipcid_cli.formats.results.run_folder import (
+    TrainingLog,
     checkpoint_path,
     list_checkpoints,
     read_checkpoint,
     remove_old_checkpoints,
     write_checkpoint,
 )
-from clipcid_cli.formats.results.run_folder import TrainingLog
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.memory import keep_freed_memory, memory_in_use
+from clipcid_cli.runtime.libraries import keep_freed_memory
+from clipcid_cli.runtime.machine import Machine, memory_in_use
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.randomness import derive_seed
@@ -35,17 +35,11 @@ from clipcid_cli.steps.distill.plan import Plan
 from clipcid_cli.steps.distill.student import Student, batch_norms
 from clipcid_cli.steps.distill.teacher import open_teacher
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.training.step_values import StepValues
-from clipcid_cli.training.train_state import TrainState
+from clipcid_cli.training.train_state import StepValues, TrainState
 
 
 class Trainer:
-    """A run in progress.
-
-    Attributes:
-        losses: Those of the last step that was read, by name.
-        metrics: Those of the last evaluation, by name.
-    """
+    """A run in progress; `losses` are of the last step that was read, `metrics` of the last evaluation."""
 
     def __init__(
         self,
@@ -57,12 +51,17 @@ class Trainer:
         output: Output[DistillSidecar] | None = None,
     ) -> None:
         """Assemble a run, from its last checkpoint on where it has one; without an `output` it writes nothing."""
-        self.plan, self.student, self.machine, self.reporter, self._output = plan, student, machine, reporter, output
-        settings = plan.settings
+        self.plan = plan
+        self.student = student
+        self.machine = machine
+        self.reporter = reporter
+        self._output = output
         keep_freed_memory()
-        model, inputs = student.model, plan.inputs
-        processors = Processor.of(model), None if teacher_model is None else Processor.of(teacher_model)
-        maker = BatchMaker(settings, inputs, *processors, student.masking)
+        settings = plan.settings
+        inputs = plan.inputs
+        model = student.model
+        beside = None if teacher_model is None else Processor.of(teacher_model)
+        maker = BatchMaker(settings, inputs, Processor.of(model), beside, student.masking)
         width = model.info.embed_dim
         teacher = open_teacher(settings, inputs, teacher_model, width, machine, reporter)
         self.objective = Objective.of(settings, width, teacher, machine, reporter)
@@ -91,7 +90,8 @@ class Trainer:
 
     def train(self) -> None:
         """Make the steps that are left: steps, and what is logged, measured and saved between them."""
-        plan, first = self.plan, self.state.step
+        plan = self.plan
+        first = self.state.step
         if first == 0:
             self._evaluate()
         if first == plan.steps:
@@ -99,7 +99,9 @@ class Trainer:
             self.losses, self.metrics = plan.folder.last_values()
             return
         close_copies()
-        steps, waited, started = range(first, plan.steps), 0.0, time.monotonic()
+        steps = range(first, plan.steps)
+        waited = 0.0
+        started = time.monotonic()
         with (
             closing(self.batches.load(steps, plan.workers)) as batches,
             self.reporter.progress("distill", len(steps) * plan.batch_size, "samples") as progress,
@@ -133,7 +135,8 @@ class Trainer:
 
     def step(self, batch: TrainingBatch) -> float:
         """Make one optimiser step and return its learning rate; what it found stays on the device until it is read."""
-        state, student = self.state, self.student
+        state = self.state
+        student = self.student
         self._note_unreadable(batch)
         student.train()
         parts = range(self.plan.settings.accum_freq)
@@ -195,7 +198,8 @@ class Trainer:
 
     def _stop_diverged(self, step: int, loss: float, norm: float, losses: dict[str, float]) -> None:
         """Save the keys of the batch whose loss or gradient is not finite, the same on all processes, and raise."""
-        path, where = self.plan.folder.diverged(step), ""
+        path = self.plan.folder.diverged(step)
+        where = ""
         if self._output is not None:
             where = f" The batch's keys are in {path}."
             if self.machine.is_main:
@@ -211,7 +215,7 @@ class Trainer:
     def _evaluate(self) -> None:
         if not self.evaluation.has_data:
             return
-        metrics = self.evaluation.measure(self.student.model, self.state)
+        metrics = self.evaluation.measure(self.state)
         if self.machine.is_main:
             self.log.add_evaluation(self.state.step, metrics)
         self.metrics = self.machine.broadcast(metrics)
@@ -238,7 +242,8 @@ class Trainer:
                 )
             self.machine.on_main(folder.clear)
             return
-        path, state = checkpoint_path(folder.checkpoints, steps[-1]), read_checkpoint(folder.checkpoints, steps[-1])
+        path = checkpoint_path(folder.checkpoints, steps[-1])
+        state = read_checkpoint(folder.checkpoints, steps[-1])
         with reading(path, "the state of this run", "Remove it to resume from the one before, or use --resume never."):
             self.state.load_state_dict(state)
             bad: dict[str, str] = dict(state["bad"])

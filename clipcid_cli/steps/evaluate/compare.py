@@ -7,19 +7,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.metrics.average_precision import precision_metrics
-from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compare_accuracies
+from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compare_accuracies, precision_metrics
 from clipcid_cli.algorithms.metrics.intervals import Array, PairedMetric, compare
 from clipcid_cli.algorithms.metrics.retrieval import compare_recalls
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.metrics import Metrics, read_metrics, refuse_changed_metrics
-from clipcid_cli.formats.results.predictions import (
+from clipcid_cli.formats.results.metrics import (
     CLASSIFICATION,
     MULTI_LABEL,
     RETRIEVAL,
+    Metrics,
     Predictions,
     predictions_path,
+    read_metrics,
     read_predictions,
+    refuse_changed_metrics,
 )
 from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.steps.evaluate.result import ComparedLines, ComparisonResult, Difference
@@ -92,7 +93,8 @@ def _compare_prompts(
 
 
 def _compare(first: Predictions, second: Predictions, settings: EvalZeroshotSettings) -> dict[str, PairedMetric]:
-    replicates, seed = settings.bootstrap, settings.seed
+    replicates = settings.bootstrap
+    seed = settings.seed
     if first.kind == CLASSIFICATION:
         one, other = (_ranks(side) for side in (first, second))
         return compare_accuracies(first.column("label"), one, other, first.num_classes, replicates, seed)

@@ -16,13 +16,12 @@ from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.metrics import SIDECARS, Metrics
-from clipcid_cli.formats.results.predictions import RETRIEVAL
+from clipcid_cli.formats.results.metrics import RETRIEVAL, SIDECARS, Metrics
 from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.machine import Machine
 from clipcid_cli.runtime.models.clip_model import ClipModel, hash_weights, load_model
-from clipcid_cli.runtime.models.names import ModelName, find_weights
+from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName, find_weights
 from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.timing import timed
@@ -42,7 +41,6 @@ class TaskRows:
     Attributes:
         encoded: All samples that can be used, in order: ``img_emb``, and for retrieval ``text_emb``.
         weights: Class weights, float32 [C, D], unit rows; None without prompts.
-        seconds: Time of ``classes`` and ``encode``.
     """
 
     task: ZeroshotTask
@@ -68,45 +66,42 @@ def warn_of_skips(name: str, skips: Skips, reporter: Reporter) -> None:
         reporter.warn(f"{name}: {skips.total} samples were skipped.\n{skips.describe()}")
 
 
+@dataclasses.dataclass
 class EvaluatedModel:
     """A model under evaluation, loaded when something of it must be computed; called alike on every process.
 
     Attributes:
+        loaded: The model itself, where it is loaded already.
         workers: Processes that decode; None decodes by the threads that compute, as on a CPU where nothing is asked for.
     """
 
-    def __init__(
-        self,
-        name: ModelName,
-        machine: Machine,
-        settings: ReadingSettings,
-        reporter: Reporter,
-        model: ClipModel | None = None,
-    ) -> None:
-        """Prepare to evaluate a model: `model`, where it is loaded already."""
-        self.name, self.machine, self.settings, self.reporter = name, machine, settings, reporter
-        self.precision = choose_precision(settings.precision, machine.device, "evaluate", parameters=0)
-        self.batch_size = settings.batch_size or BATCH_SIZES[machine.device.type]
-        self.workers = settings.workers
-        if self.workers is None and machine.device.type == "cuda":
-            self.workers = default_workers(machine.device)
+    name: ModelName
+    machine: Machine
+    settings: ReadingSettings
+    reporter: Reporter
+    loaded: ClipModel | None = None
+
+    def __post_init__(self) -> None:
+        """Choose how it computes."""
+        device = self.machine.device
+        self.precision = choose_precision(self.settings.precision, device, "evaluate", parameters=0)
+        self.batch_size = self.settings.batch_size or BATCH_SIZES[device.type]
+        self.workers = self.settings.workers
+        if self.workers is None and device.type == "cuda":
+            self.workers = default_workers(device)
         if self.workers:
             start_worker_server()  # its imports run while the model loads
-        self._loaded = model
 
-    @property
+    @cached_property
     def model(self) -> ClipModel:
         """The model itself."""
-        if self._loaded is None:
-            self._loaded = self.machine.on_all(lambda: load_model(self.name, self.machine.device))
-        return self._loaded
+        return self.loaded or self.machine.on_all(lambda: load_model(self.name, self.machine.device))
 
     @cached_property
     def fingerprints(self) -> list[FileRecord]:
-        """Weights and configuration; those of a folder without loading them.
+        """Weights, by `ModelInfo.weights_hash`, and configuration; those of a folder without loading them.
 
-        The hash covers the whole weights file and equals `ModelInfo.weights_hash`, by which an export finds the metrics
-        that belong to its model.
+        By that hash an export finds the metrics that belong to its model.
         """
         folder = self.name.path
         if folder is None or self.name.kind != "folder":
@@ -117,7 +112,7 @@ class EvaluatedModel:
             weights = find_weights(folder)
             assert weights is not None, "a folder without weights is not a model"
             described = FileRecord(str(weights), weights.stat().st_size, hash_weights(weights))
-            return [record(folder / "open_clip_config.json"), described]
+            return [record(folder / CONFIG_NAME), described]
 
         return self.machine.on_main(describe)
 
@@ -129,12 +124,10 @@ class EvaluatedModel:
         data: list[FileRecord],
         may_differ: Collection[str],
     ) -> AbstractContextManager[Output[AnyEvaluation]]:
-        """Claim a metrics file, whose sidecar lies in a folder of its own.
+        """Claim a metrics file, whose sidecar lies in a folder of its own; `identity` and `data` decide it beside the model.
 
         Args:
-            identity: What decides the metrics beside the model.
-            data: Fingerprints of what it is measured on.
-            may_differ: Settings that do not decide all of them.
+            may_differ: Settings that do not decide all metrics.
         """
         of_model = {"model": self.name.slug, "precision": self.precision.name, "batch_size": self.batch_size}
         return claim_output(
@@ -174,8 +167,11 @@ class EvaluatedModel:
 
     def _encode_samples(self, task: ZeroshotTask, encoder: Encoder) -> tuple[Encoded, Skips]:
         """Encode all batches, dealt to the processes in turn."""
-        machine, dataset = self.machine, task.dataset
-        skips, read, sizes = Skips(), 0, list[int]()
+        machine = self.machine
+        dataset = task.dataset
+        skips = Skips()
+        sizes = list[int]()
+        read = 0
         decoder = Decoder.of(self.model, captions=task.kind == RETRIEVAL)
 
         def deal() -> Iterator[Batch]:

@@ -29,7 +29,8 @@ def render_card(
     files: Sequence[str],
 ) -> str:
     """Write the model card in Markdown; the folder of a run's student leads to the sidecars of that run."""
-    work, run = WorkDirectory(settings.work), None
+    work = WorkDirectory(settings.work)
+    run = None
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
     if source.path is not None:
         folder = RunFolder(source.path.resolve().parent)

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from clipcid_cli.runtime.machine import meet
 from conftest import Run, clean_environment, clipcid_command, run_command, shard_members, start_clipcid, write_tar
 
 from clipcid_cli.cli import cli
 from clipcid_cli.commands.failures import explain
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.checkpoint import write_checkpoint
-from clipcid_cli.runtime.machine import meet
+from clipcid_cli.formats.results.run_folder import write_checkpoint
 
 # Runs whose main thread sleeps, in Python or in a library's call that no handler of Python's interrupts.
 _SLEEPS = """
@@ -42,7 +42,7 @@ from clipcid_cli.runtime.pipeline import ordered_map
 def invoke(_):
     from clipcid_cli.commands.console import ConsoleReporter, make_console
     with ConsoleReporter(make_console()).progress("embed", 9, "images"):
-        for _ in ordered_map(time.sleep, [0, 60], 1, ahead=0):
+        for _ in ordered_map(time.sleep, [0, 60], 1):
             os.write(1, b"ready\\n")  # past the bar, which shows what is printed
 
 if __name__ == "__main__":
@@ -333,7 +333,7 @@ def test_a_full_disk_in_a_checkpoint_is_named(tmp_path: Path) -> None:
 import resource, signal
 from pathlib import Path
 import torch
-from clipcid_cli.formats.results.checkpoint import write_checkpoint
+from clipcid_cli.formats.results.run_folder import write_checkpoint
 from clipcid_cli.errors import ClipcidError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -9,10 +9,10 @@ import time
 
 import torch
 import torch.distributed as dist
+from clipcid_cli.runtime.machine import open_machine
 from conftest import process_context
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.machine import open_machine
 
 
 def process(rank: int, port: int, results: multiprocessing.Queue) -> None:

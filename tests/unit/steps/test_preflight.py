@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from balance_data import Listener
+from clipcid_cli.runtime.machine import Machine, open_machine
 from conftest import make_image, shard_members, write_tar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import Machine, open_machine
 from clipcid_cli.steps import preflight
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.preflight import check_samples, choose_order

@@ -48,13 +48,7 @@ _FOLDER = ".references"
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """One reference.
-
-    Attributes:
-        name: As given by the user.
-        identity: Hash of its files.
-        numbers: Its rows that are usable, int64 [R], ascending.
-    """
+    """One reference, by the name that the user gave, the hash of its files, and its usable rows, int64 [R], ascending."""
 
     name: str
     identity: str
@@ -171,8 +165,6 @@ class NearReferences:
     """Which rows lie near a reference.
 
     Attributes:
-        references: The references, in the order given.
-        threshold: The distance, inclusive.
         owner: Which reference has the row nearest to each row, int16 [N]; the first of equals, −1 where none is near enough.
         row: That row of its embeddings, integers [N]; of no meaning where there is none.
         distance: Its distance, float32 [N]; NaN where there is none.
@@ -213,7 +205,8 @@ class NearReferences:
             return pa.array([each.name for each in self.references]).take(pa.array(owner, mask=owner < 0))
 
         def read_keys(part: slice) -> pa.Array:
-            owner, found = self.owner[part], pa.nulls(part.stop - part.start, pa.string())
+            owner = self.owner[part]
+            found = pa.nulls(part.stop - part.start, pa.string())
             for number in np.unique(owner[owner >= 0]).tolist():
                 if number not in keys:
                     embeddings = self.references[number].embeddings
@@ -236,15 +229,18 @@ def find_near(run: BalanceRun, references: list[Reference]) -> NearReferences:
 
     What was compared stays for later runs in the folder of `balance`.
     """
-    rows, threshold = run.rows, run.settings.reference_distance
+    rows = run.rows
+    threshold = run.settings.reference_distance
     assert threshold is not None  # the settings have checked it
     found = [_compare(run, reference, threshold) for reference in references]
     run.machine.on_main(lambda: forget_others(run.output.folder, {name for _, name in found}))
 
     def merge() -> Arrays:
-        owner, near = np.full(len(rows), -1, np.int16), np.zeros(len(references), np.int64)
+        owner = np.full(len(rows), -1, np.int16)
+        near = np.zeros(len(references), np.int64)
         kind = row_type(max(each.embeddings.num_rows for each in references))
-        row, distance = np.zeros(len(rows), kind), np.full(len(rows), np.inf, np.float32)
+        row = np.zeros(len(rows), kind)
+        distance = np.full(len(rows), np.inf, np.float32)
         copies = np.ones(len(rows), np.int32)
         np.add.at(copies, rows.copies.a, 1)
         for number, (reference, (pairs, _)) in enumerate(zip(references, found, strict=True)):
@@ -268,7 +264,8 @@ def _compare(run: BalanceRun, reference: Reference, threshold: float) -> tuple[E
 
     Rows of the reference are numbered after those to balance.
     """
-    images, num_rows = reference.embeddings.rows(Kind.IMAGES), len(run.rows)
+    images = reference.embeddings.rows(Kind.IMAGES)
+    num_rows = len(run.rows)
 
     def read(numbers: IntArray) -> HalfArray:
         return run.rows.read(numbers) if numbers[0] < num_rows else images.take(reference.numbers[numbers - num_rows])

@@ -23,7 +23,7 @@ from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_pa
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.result import ClusterCapResult
-from clipcid_cli.steps.balance.scores import SCORES
+from clipcid_cli.steps.balance.sets import SCORES
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -36,7 +36,6 @@ class ClusterCap:
     Attributes:
         most: Images that stay of each cluster at most.
         cluster: Cluster of each row, int32 [N]; −1 where it is in none.
-        is_dropped: Which rows are dropped, bool [N].
         before: Images of each cluster before, int64 [K].
     """
 
@@ -67,11 +66,9 @@ class ClusterCap:
 
 @dataclasses.dataclass(frozen=True)
 class FoundClusters:
-    """The clusters of ``--max-per-cluster``.
+    """The clusters of ``--max-per-cluster``, the hash of their table, and how many images are in them.
 
     Attributes:
-        identity: Hash of their table.
-        images: How many are in them.
         skipped: How many are in none, since their rows are not usable.
     """
 

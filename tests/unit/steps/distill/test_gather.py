@@ -12,16 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from clipcid_cli.runtime.machine import Machine
 from conftest import process_context
 
-from clipcid_cli.algorithms.losses.parameters import LossParameters
 from clipcid_cli.algorithms.losses.registry import LOSSES
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
 from clipcid_cli.steps.distill.evaluation import share_statistics
 from clipcid_cli.steps.distill.objective import Objective
-from clipcid_cli.training.grad_cache import Features
-from clipcid_cli.training.gradients import GradientAverager, gather_rows
+from clipcid_cli.training.gradients import Features, GradientAverager, gather_rows
 
 BATCH, EXTRA, WIDTH, TEACHER_WIDTH = 12, 6, 6, 9
 SPACE = SharedSpace(TEACHER_WIDTH, is_learned=True)
