@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from balance_data import Listener
-from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from conftest import make_caption, make_image, write_tar
 from torch import Tensor
 
@@ -33,7 +33,7 @@ from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
-ALONE = Machine(0, 1, 0, torch.device("cpu"))
+ALONE = DistContext(0, 1, 0, torch.device("cpu"))
 FP32 = Precision("fp32", "a test")
 STUDENT = {
     "embed_dim": 24,
@@ -101,8 +101,8 @@ def train(work: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Any]]
 def index_data(dataset: Dataset, folder: Path) -> Dataset:
     """Return a data set with an index of its own."""
     dataset = dataclasses.replace(dataset, index_folder=folder / "index")
-    with open_machine("cpu") as machine:
-        return ensure_index(dataset, machine, 0, Listener())
+    with open_dist_context("cpu") as context:
+        return ensure_index(dataset, context, 0, Listener())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,8 +86,8 @@ def _explain_memory(text: str, command: str) -> tuple[str, str]:
     less = _LESS_MEMORY.get(command, "a smaller --batch-size")
     if not on_gpu and command in _WITH_WORKERS:
         less += " or fewer --workers"
-    machine = "a GPU with more memory" if on_gpu else "a machine with more memory"
-    return f"{what}: {text.rstrip('.')}.", f"Use {less}; or use {machine}."
+    context = "a GPU with more memory" if on_gpu else "a machine with more memory"
+    return f"{what}: {text.rstrip('.')}.", f"Use {less}; or use {context}."
 
 
 def _explain_system(error: OSError, text: str) -> tuple[str, str]:

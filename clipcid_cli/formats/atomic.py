@@ -97,7 +97,7 @@ def named_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
             )
 
 
-def refuse_unwritable(path: Path) -> None:
+def validate_writable(path: Path) -> None:
     """Refuse a path at which no file can be made, before the work whose result it is to hold; nothing is made."""
     if path.is_dir():
         raise write_error(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))

@@ -167,7 +167,7 @@ def find_changed(folder: Path, records: Collection[FileRecord], since: Path, mem
     )
 
 
-def refuse_changed(
+def validate_unchanged(
     folder: Path, records: Collection[FileRecord], since: Path, fix: str, memo: Memo | None = None
 ) -> None:
     """Raise what `find_changed` finds; `fix` says what makes the files again."""

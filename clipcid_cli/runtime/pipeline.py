@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.machine import count_cores
+from clipcid_cli.runtime.distributed import count_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

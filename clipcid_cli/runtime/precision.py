@@ -62,7 +62,7 @@ def choose_precision(requested: str, device: torch.device, purpose: Purpose, par
     return Precision("bf16", "this CPU has bf16 tile units (AMX)")
 
 
-def choose_scan(requested: str, device: torch.device) -> Precision:
+def choose_coarse_dtype(requested: str, device: torch.device) -> Precision:
     """Choose the format of the search for near pairs, as for embedding, but int8 on CPUs with AVX-512 VNNI without AMX.
 
     The result is the same in each. Measured on 2 cores of such a Xeon, products of 2,048 × 512 by 512 × 2,048, in 10⁹

@@ -23,7 +23,7 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer, Transform
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
 from clipcid_cli.runtime.pipeline import ordered_map, read_ahead, thread_map, threads_for_batches
@@ -251,7 +251,7 @@ class Encoder:
         """Encode any number of texts but 0."""
         return torch.cat([self.texts(block).cpu() for block in torch.split(tokens, self.batch_size)])
 
-    def encode_prompts(self, prompts: Sequence[Sequence[str]], machine: Machine | None = None) -> torch.Tensor:
+    def encode_prompts(self, prompts: Sequence[Sequence[str]], context: DistContext | None = None) -> torch.Tensor:
         """Encode T texts of each of C classes to float32 [C, T, D], dealing the classes to the processes of a machine."""
         templates = len(prompts[0])
         at_once = max(1, self.batch_size // templates)
@@ -263,11 +263,11 @@ class Encoder:
             return rows.view(-1, templates, rows.shape[1])
 
         threads = threads_for_batches(self.device)
-        if machine is None:
+        if context is None:
             return torch.cat(list(thread_map(encode_classes, starts, threads)))
-        mine = list(thread_map(encode_classes, starts[machine.rank :: machine.size], threads))
-        dealt = machine.gather(mine)
-        return torch.cat([dealt[turn % machine.size][turn // machine.size] for turn in range(len(starts))])
+        mine = list(thread_map(encode_classes, starts[context.rank :: context.size], threads))
+        dealt = context.gather(mine)
+        return torch.cat([dealt[turn % context.size][turn // context.size] for turn in range(len(starts))])
 
 
 def decode(

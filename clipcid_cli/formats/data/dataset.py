@@ -18,7 +18,7 @@ from clipcid_cli.formats.data.index import DataIndex, index_folder, open_index, 
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
 from clipcid_cli.formats.data.samples import ByteRange, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
-from clipcid_cli.formats.data.tars import check_tar
+from clipcid_cli.formats.data.tars import validate_tar
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.reading import open_regular
 from clipcid_cli.formats.sidecar import DataSpec
@@ -157,7 +157,7 @@ def open_dataset(
         folder = index_folder(index_root, kind, {"keys": keys, **dataclasses.asdict(columns)})
         dataset = dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, shards))
     if dataset.index is None:
-        _check_shards(dataset)
+        _validate_shards(dataset)
     return dataset
 
 
@@ -173,12 +173,12 @@ def _estimate_samples(shard: Shard) -> int:
     return round(size * (_PROBED - 1) / (first[-1].image.offset - first[0].image.offset))
 
 
-def _check_shards(dataset: Dataset) -> None:
+def _validate_shards(dataset: Dataset) -> None:
     """Look into the shards: all are whole, some of the first have an image, and keys differ, as far as that is quick."""
     tars = [shard for shard in dataset.shards if shard.slices is None]
     local = [Path(shard.source) for shard in tars if not is_remote(shard.source)]
     with ThreadPoolExecutor(16) as pool:
-        for _ in pool.map(check_tar, local):
+        for _ in pool.map(validate_tar, local):
             pass
     skips = Skips()
     if all(next(shard.stream(skips), None) is None for shard in dataset.shards[:_LOOKED_AT]):

@@ -156,7 +156,7 @@ def read_members(path: str | Path) -> Iterator[Member]:
             raise ClipcidError(f"Shard {path} {problem}.", _FIX) from error
 
 
-def check_tar(path: Path) -> None:
+def validate_tar(path: Path) -> None:
     """Check that a tar is complete by its first and last block; by all headers if it does not end with two empty blocks."""
     with _open(str(path)) as file:
         size = os.fstat(file.fileno()).st_size

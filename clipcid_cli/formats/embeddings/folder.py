@@ -24,9 +24,9 @@ from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.embeddings.command import data_command, remake
 from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
 from clipcid_cli.formats.embeddings.layouts import AGAIN, EmbeddingFile, find_files
-from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, refuse_replaced
+from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, validate_replaceable
 from clipcid_cli.formats.embeddings.rows import RowFile, Rows, find_npy
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, identity_of, record_together, refuse_changed
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, identity_of, record_together, validate_unchanged
 from clipcid_cli.formats.join import Listing, Values, find_repeat
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
@@ -237,7 +237,7 @@ class Embeddings:
     def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
         """Describe images and metadata, and of further kinds and the map of images those there are, for a sidecar."""
         if self.sidecar is not None:
-            refuse_replaced(self.folder, self._records, self._memo, remake(self.folder, self.sidecar))
+            validate_replaceable(self.folder, self._records, self._memo, remake(self.folder, self.sidecar))
         parts = [part for part in (Kind.IMAGES, METADATA, *kinds) if self._files_of(part)]
         found = [record_together(self._name_together(part), self.contents(part)) for part in parts]
         return found if self.image_map is None else [*found, self.image_map.record]
@@ -253,7 +253,7 @@ class Embeddings:
         path, member = (file.path, file.member) if isinstance(file, RowFile) else (file, None)
         return str(path.parent) if member is None else f"{path.parent}[{member}]"
 
-    def refuse_repeated_keys(self) -> None:
+    def validate_unique_keys(self) -> None:
         """Refuse keys of two rows in a folder of another tool; `embed` has checked its own."""
         if self.is_verified:
             return
@@ -338,7 +338,7 @@ def open_embeddings(
             )
         return Embeddings(folder, find_files(folder, npz_array), None, memo, prefix_keys=keys == "shard")
     fix = remake(folder, sidecar)
-    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "embed"), fix, memo)
+    validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, "embed"), fix, memo)
     records, rows = open_recorded(folder, memo, fix)
     metadata = (folder / record.files[METADATA].path for record in records)
     return Embeddings(folder, list(map(EmbeddingFile, rows, metadata)), sidecar, memo, records)

@@ -162,7 +162,7 @@ def _check(files: Sequence[EmbeddingFile]) -> None:
         parts = file.parts
         metadata = file.metadata
         images = parts[Kind.IMAGES]
-        _require_rows(images)
+        _validate_rows(images)
         if images.shape[1] != (width := first[Kind.IMAGES].shape[1]):
             raise ClipcidError(f"{images.label} has width {images.shape[1]}, the files before it {width}.", _SEPARATE)
         missing = [kind.replace("text_emb", "text embeddings") for kind in Kind if kind in kinds and kind not in parts]
@@ -173,7 +173,7 @@ def _check(files: Sequence[EmbeddingFile]) -> None:
         counts = {str(metadata): count_rows(metadata, AGAIN)} if metadata is not None else {}
         if Kind.TEXTS in parts:
             texts = parts[Kind.TEXTS]
-            _require_rows(texts)
+            _validate_rows(texts)
             if texts.shape[1] != width:
                 raise ClipcidError(
                     f"{texts.label} has width {texts.shape[1]}, the image embeddings have {width}.", _SEPARATE
@@ -184,10 +184,10 @@ def _check(files: Sequence[EmbeddingFile]) -> None:
                 raise ClipcidError(f"{images.label} has {images.shape[0]:,} rows and {other} has {rows:,}.", AGAIN)
         for kind, rows_of in parts.items():
             if kind not in (Kind.IMAGES, Kind.TEXTS):
-                _check_extra(kind, rows_of, images, first)
+                _validate_extra(kind, rows_of, images, first)
 
 
-def _require_rows(file: RowFile) -> None:
+def _validate_rows(file: RowFile) -> None:
     if len(file.shape) != 2 or not file.shape[1] or not np.issubdtype(file.dtype, np.floating):
         raise ClipcidError(
             f"{file.label} holds {file.dtype} {list(file.shape)}, not rows of floating-point numbers.",
@@ -195,7 +195,7 @@ def _require_rows(file: RowFile) -> None:
         )
 
 
-def _check_extra(kind: Kind, file: RowFile, images: RowFile, first: dict[Kind, RowFile]) -> None:
+def _validate_extra(kind: Kind, file: RowFile, images: RowFile, first: dict[Kind, RowFile]) -> None:
     """Refuse further rows whose format or shape is not that of `embed`, beside these images and the first shard's files."""
     rows, width = images.shape
     if kind is Kind.FURTHER:

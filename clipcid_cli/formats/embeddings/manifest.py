@@ -25,7 +25,7 @@ from clipcid_cli.formats.atomic import write_error, write_json, write_npy, write
 from clipcid_cli.formats.data.samples import natural_key
 from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
 from clipcid_cli.formats.embeddings.rows import RowFile, find_npy
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, identity_of, refuse_changed
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, identity_of, validate_unchanged
 from clipcid_cli.formats.parquet import read_rows
 from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.skips import Skips
@@ -99,15 +99,15 @@ def open_recorded(folder: Path, memo: Memo, fix: str) -> tuple[list[ShardRecord]
     records = read_manifest(folder, fix)
     # Looked at before they are compared: what is replaced in between is refused where it is mapped.
     stamps = _look_at_files(folder, records, fix)
-    refuse_replaced(folder, records, memo, fix)
+    validate_replaceable(folder, records, memo, fix)
     memo.save()
     with reading(folder / MANIFEST, "a manifest of embeddings", fix):
         return records, _describe_rows(folder, records, stamps)
 
 
-def refuse_replaced(folder: Path, records: Iterable[ShardRecord], memo: Memo, fix: str) -> None:
+def validate_replaceable(folder: Path, records: Iterable[ShardRecord], memo: Memo, fix: str) -> None:
     """Refuse files that were replaced or removed since the manifest was written."""
-    refuse_changed(folder, all_files(records), folder / MANIFEST, fix, memo)
+    validate_unchanged(folder, all_files(records), folder / MANIFEST, fix, memo)
 
 
 def _look_at_files(folder: Path, records: Sequence[ShardRecord], fix: str) -> dict[str, Stamp]:

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays
 from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.fingerprint import refuse_changed
+from clipcid_cli.formats.fingerprint import validate_unchanged
 from clipcid_cli.formats.parquet import count_rows, read_columns
 from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
@@ -90,7 +90,7 @@ def open_clusters(folder: Path, work: Path | None = None, is_checked: bool = Fal
     """
     sidecar = read_cluster_sidecar(folder)
     fix = remake_clusters(folder, sidecar, work)
-    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "cluster"), fix)
+    validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, "cluster"), fix)
     num_rows = count_rows(folder / TABLE, fix)
     with reading(folder / CENTROIDS, "centroids", fix):
         centroids = np.load(folder / CENTROIDS, mmap_mode="r", allow_pickle=False)

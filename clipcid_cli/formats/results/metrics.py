@@ -36,7 +36,7 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_parquet, write_text
-from clipcid_cli.formats.fingerprint import refuse_changed
+from clipcid_cli.formats.fingerprint import validate_unchanged
 from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import AnySidecar, EvaluationSidecar, read_sidecar, sidecar_path
 
@@ -86,12 +86,12 @@ def read_metrics_sidecar(path: Path, kind: type[AnySidecar]) -> AnySidecar | Non
     return read_sidecar(sidecar_path(path.parent / SIDECARS, path.stem), kind)
 
 
-def refuse_changed_metrics(path: Path, fix: str) -> EvaluationSidecar | None:
+def validate_unchanged_metrics(path: Path, fix: str) -> EvaluationSidecar | None:
     """Refuse a metrics file, or its predictions, that differ from what their sidecar records; return that, if any."""
     sidecar = read_metrics_sidecar(path, EvaluationSidecar)
     if sidecar is not None:
         folder = path.parent / SIDECARS
-        refuse_changed(folder, sidecar.outputs, sidecar_path(folder, path.stem), fix)
+        validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, path.stem), fix)
     return sidecar
 
 

@@ -21,7 +21,7 @@ from clipcid_cli.formats.fingerprint import FileRecord, identity_of
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.balance.shared_arrays import collect_arrays, share_arrays
 from clipcid_cli.steps.reporting import Reporter
@@ -89,7 +89,7 @@ class BalanceRows:
         """Return how many searched rows equal each unique one, itself included, int64 [U]."""
         return 1 + np.bincount(np.searchsorted(self.unique, self.copies.a), minlength=len(self.unique))
 
-    def restrict(self, machine: Machine, folder: Path, is_searched: BoolArray) -> BalanceRows:
+    def restrict(self, context: DistContext, folder: Path, is_searched: BoolArray) -> BalanceRows:
         """Return the rows with those alone to be searched that are true, bool [N]; the same on every process."""
 
         def choose() -> Arrays:
@@ -106,7 +106,7 @@ class BalanceRows:
             copies = sort_edges(_join(left[is_copy], searched[is_copy]))
             return searched[~is_copy], copies.a, copies.b
 
-        unique, a, b = share_arrays(machine, folder, choose)
+        unique, a, b = share_arrays(context, folder, choose)
         return dataclasses.replace(self, unique=unique, copies=_join(a, b), is_searched=is_searched)
 
 
@@ -114,9 +114,9 @@ def _join(a: IntArray, b: IntArray) -> Edges:
     return Edges(a, b, np.zeros(len(b), np.float32))
 
 
-def read_rows(machine: Machine, folder: Path, images: Rows, reporter: Reporter) -> BalanceRows:
+def read_rows(context: DistContext, folder: Path, images: Rows, reporter: Reporter) -> BalanceRows:
     """Read every row once, each process its share, to find rows that are not finite and rows that are equal."""
-    start, stop = machine.share(len(images))
+    start, stop = context.share(len(images))
     hashes = np.empty(stop - start, np.uint64)
     finite = np.empty(stop - start, np.bool_)
     for begin in range(start, stop, _ROWS_AT_ONCE):
@@ -124,7 +124,7 @@ def read_rows(machine: Machine, folder: Path, images: Rows, reporter: Reporter) 
         part = slice(begin - start, begin - start + len(rows))
         hashes[part] = hash_rows(rows)
         finite[part] = np.isfinite(rows).all(axis=1)
-    parts = collect_arrays(machine, folder, (hashes, finite))
+    parts = collect_arrays(context, folder, (hashes, finite))
     del hashes, finite
 
     def survey() -> Arrays:
@@ -138,7 +138,7 @@ def read_rows(machine: Machine, folder: Path, images: Rows, reporter: Reporter) 
         copies = sort_edges(copies)
         return numbers, unique, copies.a, copies.b
 
-    numbers, unique, a, b = share_arrays(machine, folder, survey)
+    numbers, unique, a, b = share_arrays(context, folder, survey)
     if len(b):
         reporter.note(f"{len(b):,} rows are exact copies of earlier ones.")
     return BalanceRows(images, numbers, unique, _join(a, b))
@@ -158,7 +158,7 @@ class BalanceRun:
     settings: BalanceSettings
     embeddings: Embeddings
     output: Output[BalanceSidecar]
-    machine: Machine
+    context: DistContext
     reporter: Reporter
     rows: BalanceRows
     skips: Skips
@@ -181,7 +181,7 @@ class BalanceRun:
     @property
     def rows_in_memory(self) -> int:
         """How many rows plans can rely on to fit into the memory for panels."""
-        return _PLANNED_BYTES[self.machine.device.type] // (self.embeddings.width * _BYTES_AN_ENTRY)
+        return _PLANNED_BYTES[self.context.device.type] // (self.embeddings.width * _BYTES_AN_ENTRY)
 
     def phases(self) -> dict[str, float]:
         """Return the time by phase until now: what is neither searched nor audited is written."""

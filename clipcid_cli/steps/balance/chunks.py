@@ -25,7 +25,7 @@ from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, load_arrays, save_arrays
-from clipcid_cli.runtime.machine import memory_for_rows
+from clipcid_cli.runtime.distributed import memory_for_rows
 from clipcid_cli.runtime.timing import SavePace
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalanceRun
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
@@ -69,21 +69,21 @@ class Search:
             decisive = [_VERSION, run.inputs, plan.identity, plan.num_chunks, cutoff, self.of]
             return hashlib.blake2b("\n".join(map(str, decisive)).encode(), digest_size=8).hexdigest()
 
-        return (self.folder or run.work / ".search") / run.machine.on_main(name)
+        return (self.folder or run.work / ".search") / run.context.on_rank0(name)
 
 
 def run_chunks(run: BalanceRun, search: Search) -> Edges:
     """Search all chunks of a plan that are not saved yet, and return what all found; the same on every process."""
-    machine = run.machine
+    context = run.context
     number = search.plan.num_chunks
     place = search.place(run)
-    done = machine.on_main(lambda: _load(place))
+    done = context.on_rank0(lambda: _load(place))
     if done:
         run.reporter.note(f"Resuming the search: {len(done):,} of {number:,} parts are done.")
     left = [chunk for chunk in range(number) if chunk not in done]
     if left:
         _search(run, search, left, place)
-    machine.barrier()
+    context.barrier()
 
     def finish() -> Arrays:
         sink = search.new_sink()
@@ -94,12 +94,12 @@ def run_chunks(run: BalanceRun, search: Search) -> Edges:
         found = sink.result()
         return found.a, found.b, found.weight
 
-    return Edges(*share_arrays(machine, run.work, finish))
+    return Edges(*share_arrays(context, run.work, finish))
 
 
 def _search(run: BalanceRun, search: Search, left: list[int], place: Path) -> None:
     """Search this process's share of the chunks that are left."""
-    machine = run.machine
+    context = run.context
     plan = search.plan
     sink = search.new_sink()
     _load(place, sink)
@@ -108,11 +108,11 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path) -> No
     an_entry = 2 + (0 if run.scan.dtype == torch.float16 else run.scan.dtype.itemsize)
     size = int((plan.stops - plan.starts).max()) * run.embeddings.width * an_entry
 
-    @lru_cache(maxsize=max(2, memory_for_rows(machine.device, on_cpu=CACHE_BYTES) // size))
+    @lru_cache(maxsize=max(2, memory_for_rows(context.device, on_cpu=CACHE_BYTES) // size))
     def load(panel: int) -> Block:
-        return load_block(search.read, plan.panel(panel), machine.device, run.scan.dtype)
+        return load_block(search.read, plan.panel(panel), context.device, run.scan.dtype)
 
-    stretches = np.array_split(left, _STRETCHES * machine.size)[machine.rank :: machine.size]
+    stretches = np.array_split(left, _STRETCHES * context.size)[context.rank :: context.size]
     mine = np.concatenate(stretches).tolist()
     # Adding up the pairs of hundreds of millions of jobs would take minutes; most compare nearly equal numbers.
     total = plan.num_pairs * len(mine) // plan.num_chunks

@@ -100,7 +100,7 @@ def _find(run: BalanceRun, cutoff: float | None, num_edges: int) -> tuple[Forest
         forest = _search_all(run, forest.edges, reach)
     if earlier is None or forest.cutoff >= earlier[0].cutoff:  # the earlier one stays where it may be extended later
         seconds = time.perf_counter() - started
-        run.machine.on_main(lambda: _write(run, forest, seconds))
+        run.context.on_rank0(lambda: _write(run, forest, seconds))
     return forest, False
 
 
@@ -128,7 +128,7 @@ def _search_all(run: BalanceRun, known: Edges, reach: float) -> Forest:
 
 def _search(run: BalanceRun, plan: Plan, read: ReadRows, known: Edges, reach: float) -> Forest:
     # What is saved leaves out what is known, and what that rules out.
-    beside = run.machine.on_main(lambda: hash_arrays(known.a, known.b, known.weight))
+    beside = run.context.on_rank0(lambda: hash_arrays(known.a, known.b, known.weight))
     search = Search("search", plan, read, reach, lambda: ForestSink(len(run.rows), known), of=beside)
     return Forest(run_chunks(run, search), reach)
 
@@ -149,7 +149,7 @@ def _read(run: BalanceRun) -> Forest | None:
         stored = read_forest(run.output.folder, _inputs(run), _kind(run), overwrite=run.settings.overwrite)
         return () if stored is None else (stored.a, stored.b, stored.distance, np.array([stored.cutoff]))
 
-    found = share_arrays(run.machine, run.work, read)
+    found = share_arrays(run.context, run.work, read)
     return Forest(Edges(*found[:3]), float(found[3][0])) if found else None
 
 
@@ -181,7 +181,7 @@ def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
         edges, _ = merge_edges(Edges(rows[stored.a], rows[stored.b], stored.distance), run.rows.copies)
         return edges.a, edges.b, edges.weight, np.array([stored.cutoff]), is_new
 
-    found = share_arrays(run.machine, run.work, read)
+    found = share_arrays(run.context, run.work, read)
     return (Forest(Edges(*found[:3]), float(found[3][0])), found[4]) if found else None
 
 

@@ -177,7 +177,7 @@ def _find_stars(run: BalanceRun, sets: Sets, label: int, cutoff: float, copies: 
     if len(place) > _MAX_STARRED:
         return None
     numbers = np.arange(len(place), dtype=rows.unique.dtype)
-    block = load_block(lambda some: rows.read(rows.unique[place[some]]), numbers, run.machine.device, run.scan.dtype)
+    block = load_block(lambda some: rows.read(rows.unique[place[some]]), numbers, run.context.device, run.scan.dtype)
     pairs = sort_edges(Edges.concatenate(near_pairs(block, block, cutoff)))
     representatives = star_cover(pairs, copies[place])
     represented = np.bincount(representatives, weights=copies[place], minlength=len(place))

@@ -44,7 +44,7 @@ def open_recorded(settings: BalanceSettings, embeddings: Embeddings) -> Dataset 
     return open_described(embeddings.sidecar.data, index_root=WorkDirectory(settings.work).indexes)
 
 
-def require_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:
+def validate_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:
     """Open the data as :func:`open_data` does, for a purpose that needs it."""
     data = open_data(settings, embeddings)
     if data is None:

@@ -43,7 +43,7 @@ from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.filters.captions import compare_captions, have_captions
 from clipcid_cli.steps.balance.forest import Forest, find_forest
 from clipcid_cli.steps.balance.result import OtherLinkageResult
-from clipcid_cli.steps.balance.samples import SampleFinder, require_data, take_texts
+from clipcid_cli.steps.balance.samples import SampleFinder, validate_data, take_texts
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
 from clipcid_cli.steps.reporting import Progress
 
@@ -142,14 +142,14 @@ def _share_sets(
             representatives = np.where(rows.is_searched, representatives, kind(-1))
         return labels, representatives, distances
 
-    labels, representatives, distances = share_arrays(run.machine, run.work, write)
+    labels, representatives, distances = share_arrays(run.context, run.work, write)
 
     def measure() -> tuple[Curve, int, int, float]:
         num_kept = count_kept(representatives)
         beyond = 0.0 if threshold is None else share_beyond(distances, threshold, rows.num_searched - num_kept)
         return make_curve(), num_kept, int(np.bincount(labels).max()), beyond
 
-    return Sets(labels, representatives, distances, threshold, *run.machine.on_main(measure))
+    return Sets(labels, representatives, distances, threshold, *run.context.on_rank0(measure))
 
 
 def _make_components(run: BalanceRun, forest: Edges, threshold: float | None) -> Sets:
@@ -234,7 +234,7 @@ def _find_pairs(
         members = unique[(np.bincount(label_U, minlength=1) > 1)[label_U]]
         return (members[np.argsort(labels[members], kind="stable")],)
 
-    (members,) = share_arrays(run.machine, run.work, find_members)
+    (members,) = share_arrays(run.context, run.work, find_members)
     plan = components(members, labels[members], run.rows_in_memory)
     if max_compared is not None and plan.num_pairs > max_compared:
         return NotComputed(
@@ -263,12 +263,12 @@ def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage
     if threshold is None:
         return NotComputed("nothing was to be merged")
     if run.settings.linkage == "star":
-        return run.machine.on_main(lambda: _single(run.rows, forest, threshold))
+        return run.context.on_rank0(lambda: _single(run.rows, forest, threshold))
     pairs = _find_pairs(run, sets.labels, threshold, _MAX_FOUND, _MAX_COMPARED)
     if isinstance(pairs, NotComputed):
         run.reporter.note(f"What --linkage star would keep at this cut-off is not computed: {pairs.reason}.")
         return pairs
-    return run.machine.on_main(lambda: _star(run.rows, pairs, threshold))
+    return run.context.on_rank0(lambda: _star(run.rows, pairs, threshold))
 
 
 def _single(rows: BalanceRows, forest: Edges, threshold: float) -> OtherLinkage:
@@ -294,7 +294,7 @@ def _choose_representatives(run: BalanceRun, labels: IntArray) -> IntArray:
     if select == "central":
         return central_rows(read, labels)
     if select == "medoid":
-        return medoid_rows(read, labels, run.machine.device)
+        return medoid_rows(read, labels, run.context.device)
     scores = np.zeros(len(labels))
     # The rows of sets of two or more: the others need no score.
     members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
@@ -328,7 +328,7 @@ def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
 
 def _resolution(run: BalanceRun, rows: IntArray) -> DoubleArray:
     """Return width × height of images; 0 where one cannot be found or read."""
-    finder = SampleFinder(require_data(run.settings, run.embeddings, "--select resolution"))
+    finder = SampleFinder(validate_data(run.settings, run.embeddings, "--select resolution"))
     numbers = run.rows.numbers[rows]
     pixels = np.zeros(len(rows))
     with ThreadPoolExecutor(_THREADS) as pool, run.reporter.progress("image sizes", len(rows), "images") as progress:

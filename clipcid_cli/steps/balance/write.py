@@ -101,8 +101,8 @@ def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
 
 def write(run: BalanceRun, found: Outcome) -> BalanceResult:
     """Write the output on the first process; return its result on all."""
-    run.machine.barrier()  # until here another process may read what it has mapped
-    return run.machine.on_main(lambda: _write(run, found))
+    run.context.barrier()  # until here another process may read what it has mapped
+    return run.context.on_rank0(lambda: _write(run, found))
 
 
 def _write(run: BalanceRun, found: Outcome) -> BalanceResult:
@@ -177,7 +177,7 @@ def _measure_sets(run: BalanceRun, sets: Sets) -> SetTable:
     farthest = first[label]
     del at_reach, first
     # Copies are at distance 0 of each other.
-    diameter, is_exact = find_diameters(rows.read, rows.unique, labels[rows.unique], label, run.machine.device)
+    diameter, is_exact = find_diameters(rows.read, rows.unique, labels[rows.unique], label, run.context.device)
     return SetTable(label, size, sets.representatives[label], farthest, reach, diameter, is_exact)
 
 

@@ -30,7 +30,7 @@ from clipcid_cli.steps.settings.balance import BalanceSettings
 _ROWS_AT_ONCE = 4096
 
 
-def check_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
+def validate_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
     """Check that the first sample has an identifier, so that no search is wasted."""
     if settings.write_uids is not None:
         first = next(file for file in embeddings.files if file.rows)

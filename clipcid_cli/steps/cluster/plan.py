@@ -179,7 +179,7 @@ def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
             f"--features joint needs text embeddings, but {folder} has none.",
             f"Use --features image, or embed the captions too: {data_command(folder, embeddings.sidecar, text=True)}",
         )
-    embeddings.refuse_repeated_keys()
+    embeddings.validate_unique_keys()
     usable = np.ones(embeddings.num_rows, dtype=np.bool_)
     bad = embeddings.find_bad_rows(texts=True)
     usable[bad] = False

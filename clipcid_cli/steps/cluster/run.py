@@ -37,9 +37,9 @@ from clipcid_cli.formats.results.clusters import (
 )
 from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import Machine, memory_for_rows, open_machine
+from clipcid_cli.runtime.distributed import DistContext, memory_for_rows, open_dist_context
 from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
-from clipcid_cli.runtime.precision import choose_scan
+from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import time_trial, timed
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.cluster.plan import ClusterPlan, make_plan
@@ -65,27 +65,27 @@ _BYTES_A_ROW = 24
 def run(settings: ClusterSettings, reporter: Reporter) -> ClusterResult | ClusterCost:
     """Cluster embeddings."""
     seconds = dict[str, float]()
-    with open_machine(settings.device) as machine:
+    with open_dist_context(settings.device) as context:
         with timed(seconds, "read"):
-            plan = machine.on_main(lambda: make_plan(settings, reporter))
+            plan = context.on_rank0(lambda: make_plan(settings, reporter))
         if settings.dry_run:
-            return _estimate_cost(plan, machine, reporter)
-        with claim_output(machine, plan.folder, "cluster", ClusterSidecar, **plan.wanted) as output:
+            return _estimate_cost(plan, context, reporter)
+        with claim_output(context, plan.folder, "cluster", ClusterSidecar, **plan.wanted) as output:
             if output.finished is not None:
                 reporter.note(f"These clusters are in {plan.folder} already.")
                 result = msgspec.convert(output.finished.result, ClusterResult)
             else:
-                machine.on_main(output.start)
+                context.on_rank0(output.start)
                 with timed(seconds, "kmeans"):
-                    state = _train(plan, machine, output.work / PROGRESS, reporter)
+                    state = _train(plan, context, output.work / PROGRESS, reporter)
                 with timed(seconds, "assign"):
-                    _assign(plan, machine, state.centroids_KD, output.work, reporter)
-                result = machine.on_main(lambda: _write(plan, state, output, seconds, reporter))
+                    _assign(plan, context, state.centroids_KD, output.work, reporter)
+                result = context.on_rank0(lambda: _write(plan, state, output, seconds, reporter))
         names = {"centroids": CENTROIDS, "clusters": TABLE, "sidecar": "cluster.json"}
         return msgspec.structs.replace(result, files={name: str(plan.folder / file) for name, file in names.items()})
 
 
-def _train(plan: ClusterPlan, machine: Machine, progress: Path, reporter: Reporter) -> LloydState:
+def _train(plan: ClusterPlan, context: DistContext, progress: Path, reporter: Reporter) -> LloydState:
     """Run k-means until no centroid moves, or all iterations are done; every process takes its even share of the rows."""
     settings, trained, num_rows = plan.settings, plan.trained, len(plan.rows)
 
@@ -97,8 +97,8 @@ def _train(plan: ClusterPlan, machine: Machine, progress: Path, reporter: Report
         reporter.note(f"Resuming after {iterations} iterations.")
         return LloydState(torch.from_numpy(found["centroids"]), iterations, bool(found["converged"]))
 
-    state = machine.on_main(begin)
-    scan = choose_scan(settings.precision, machine.device)
+    state = context.on_rank0(begin)
+    scan = choose_coarse_dtype(settings.precision, context.device)
     used = "all images" if len(trained) == num_rows else f"{len(trained):,} of {num_rows:,} images (--train-rows)"
     reporter.note(f"Centroids are computed from {used}, compared in {scan.name} ({scan.reason}) and decided in fp64.")
     states = run_lloyd(
@@ -106,18 +106,18 @@ def _train(plan: ClusterPlan, machine: Machine, progress: Path, reporter: Report
         state,
         iterations=settings.iterations,
         dtype=scan.dtype,
-        device=machine.device,
+        device=context.device,
         processes=Processes(
-            machine.share,
-            machine.sum_,
-            machine.gather,
-            lambda compute, runs: thread_map(compute, runs, threads_for_batches(machine.device)),
+            context.share,
+            context.sum_,
+            context.gather,
+            lambda compute, runs: thread_map(compute, runs, threads_for_batches(context.device)),
         ),
-        kept_bytes=memory_for_rows(machine.device),
+        kept_bytes=memory_for_rows(context.device),
     )
     with reporter.progress("k-means", settings.iterations - state.iterations, "iterations") as bar:
         for state in states:
-            if machine.is_main and state.resumable:
+            if context.is_main and state.resumable:
                 so_far = {"iterations": state.iterations, "converged": state.converged}
                 save_arrays(progress, {"centroids": state.centroids_KD.numpy(), **so_far})
             bar.advance()
@@ -125,13 +125,13 @@ def _train(plan: ClusterPlan, machine: Machine, progress: Path, reporter: Report
     return state
 
 
-def _assign(plan: ClusterPlan, machine: Machine, centroids_KD: torch.Tensor, folder: Path, reporter: Reporter) -> None:
+def _assign(plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor, folder: Path, reporter: Reporter) -> None:
     """Write the parts of the table that are not there yet, dealt to the processes."""
     bounds = part_bounds(len(plan.rows))
-    mine = range(machine.rank, len(bounds), machine.size)
+    mine = range(context.rank, len(bounds), context.size)
     left = [part for part in mine if not part_path(folder, part).exists()]
-    centroids_KD = centroids_KD.to(machine.device)
-    size = _ROWS_AT_ONCE[machine.device.type]
+    centroids_KD = centroids_KD.to(context.device)
+    size = _ROWS_AT_ONCE[context.device.type]
     blocks = (
         (part, first, min(first + size, bounds[part][1])) for part in left for first in range(*bounds[part], size)
     )
@@ -140,7 +140,7 @@ def _assign(plan: ClusterPlan, machine: Machine, centroids_KD: torch.Tensor, fol
         part, start, stop = block
         tops = {}
         for tower, read in plan.rows.towers.items():
-            rows_BD = torch.from_numpy(read(np.arange(start, stop))).to(machine.device)
+            rows_BD = torch.from_numpy(read(np.arange(start, stop))).to(context.device)
             found_Bm, cosine_Bm = top_nearest(rows_BD, centroids_KD, plan.num_nearest)
             tops[tower] = found_Bm.cpu().numpy(), cosine_Bm.cpu().numpy()
         return part, part_arrays(tops)
@@ -149,13 +149,13 @@ def _assign(plan: ClusterPlan, machine: Machine, centroids_KD: torch.Tensor, fol
     with reporter.progress("assign", own, "images") as progress:
         progress.advance(own - open_)
         # One set of threads for all parts: new ones for each would share a core until the system has spread them.
-        found = thread_map(look_up, blocks, threads_for_batches(machine.device))
+        found = thread_map(look_up, blocks, threads_for_batches(context.device))
         for part, blocks_of_part in itertools.groupby(found, key=itemgetter(0)):
             pieces = [arrays for _, arrays in blocks_of_part]
             arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
             save_arrays(part_path(folder, part), arrays)
             progress.advance(bounds[part][1] - bounds[part][0])
-    machine.barrier()
+    context.barrier()
 
 
 def _summarise(plan: ClusterPlan, folder: Path) -> tuple[float, npt.NDArray[np.int64], dict[str, float]]:
@@ -219,18 +219,18 @@ def _write(
     return result
 
 
-def _estimate_cost(plan: ClusterPlan, machine: Machine, reporter: Reporter) -> ClusterCost:
+def _estimate_cost(plan: ClusterPlan, context: DistContext, reporter: Reporter) -> ClusterCost:
     """Say what the run takes, without writing anything."""
     settings = plan.settings
     rows = plan.rows
     num_trained = len(plan.trained)
     num_clusters = plan.num_clusters
     width = rows.width
-    scan = choose_scan(settings.precision, machine.device).dtype
-    iteration, assign = machine.on_main(lambda: _measure(plan, scan, machine))
+    scan = choose_coarse_dtype(settings.precision, context.device).dtype
+    iteration, assign = context.on_rank0(lambda: _measure(plan, scan, context))
     iteration *= num_trained
     assign *= len(rows) * len(rows.towers)
-    kept = min(memory_for_rows(machine.device), (2 + scan.itemsize) * width * num_trained // machine.size)
+    kept = min(memory_for_rows(context.device), (2 + scan.itemsize) * width * num_trained // context.size)
     memory = num_clusters * width * (4 + 8 + scan.itemsize) + kept
     memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
     reporter.note(
@@ -249,9 +249,9 @@ def _estimate_cost(plan: ClusterPlan, machine: Machine, reporter: Reporter) -> C
     )
 
 
-def _measure(plan: ClusterPlan, scan: torch.dtype, machine: Machine) -> tuple[float, float]:
+def _measure(plan: ClusterPlan, scan: torch.dtype, context: DistContext) -> tuple[float, float]:
     """Time a batch of rows against some rows as centroids: seconds a row, of an iteration and of the assignment."""
-    device, rows = machine.device, plan.rows
+    device, rows = context.device, plan.rows
     chosen = np.linspace(0, len(rows) - 1, min(plan.num_clusters, _CENTROIDS), dtype=np.int64)
     centroids_CD = rows_as_centroids(rows, chosen).to(device)
     batch_BD = torch.from_numpy(rows.features(np.arange(min(len(rows), _BATCH)))).to(device)
@@ -259,7 +259,7 @@ def _measure(plan: ClusterPlan, scan: torch.dtype, machine: Machine) -> tuple[fl
     block = make_block(np.arange(len(batch_BD)), batch_BD, scan)
 
     def seconds_a_row(work: Callable[[], object]) -> float:
-        return time_trial(work, device, at_least=_SHORTEST).seconds / len(batch_BD) / machine.size
+        return time_trial(work, device, at_least=_SHORTEST).seconds / len(batch_BD) / context.size
 
     prepare = seconds_a_row(lambda: make_block(block.rows, batch_BD, scan))
     iterate = seconds_a_row(lambda: nearest.of(block))

@@ -19,7 +19,7 @@ from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import take_captions, take_images
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import (
     Augmentation,
     Masking,
@@ -319,7 +319,7 @@ class Batches:
         clusters: ClusterLookup | None,
         batch_size: int,
         seed: int,
-        machine: Machine,
+        context: DistContext,
     ) -> None:
         """Prepare batches of `batch_size` samples over all processes; `make`, a `BatchMaker`, is called in workers."""
         self._inputs = inputs
@@ -328,8 +328,8 @@ class Batches:
         self._clusters = clusters
         self._batch_size = batch_size
         self._seed = seed
-        self._machine = machine
-        self._num_parts = -(-batch_size // machine.size // _MAX_ITEMS)
+        self._machine = context
+        self._num_parts = -(-batch_size // context.size // _MAX_ITEMS)
 
     def __len__(self) -> int:
         return self._samples.total

@@ -10,7 +10,7 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.machine import memory_in_use
+from clipcid_cli.runtime.distributed import memory_in_use
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.precision import Precision, choose_precision
@@ -62,7 +62,7 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
 
 def _measure_steps(trainer: Trainer) -> tuple[float, float, int]:
     """Return the time to prepare a batch and to train on it, medians in seconds, and the memory in use."""
-    device = trainer.machine.device
+    device = trainer.context.device
     prepared, trained = list[float](), list[float]()
     for dealt in trainer.batches.deal(range(_WARM_UP + _MEASURED)):
         made = time_trial(partial(trainer.batches.make, dealt), warm_up=0)
@@ -79,7 +79,7 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
     taught_by = trainer.objective.teacher
     if taught_by is None:
         return None
-    machine = trainer.machine
+    context = trainer.context
     inputs = trainer.plan.inputs
     embeddings = inputs.embeddings
     stored = inputs.stored
@@ -90,11 +90,11 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
         if spec is None:
             return None
         try:
-            teacher = load_model(with_default_tag(parse_model(spec)), machine.device)
+            teacher = load_model(with_default_tag(parse_model(spec)), context.device)
         except ClipcidError as error:
             trainer.reporter.note(f"The time that the teacher would take in the loop is not measured: {error.message}")
             return None
-    images, texts = _time_teacher(teacher, trainer.plan.batch_size // machine.size, trainer.plan.settings.precision)
+    images, texts = _time_teacher(teacher, trainer.plan.batch_size // context.size, trainer.plan.settings.precision)
     seconds = images + texts
     # What is embedded once may be more than what is trained on: all images, not only the kept ones.
     rows = inputs.usable.total if embeddings is None else embeddings.num_rows

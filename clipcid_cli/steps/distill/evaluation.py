@@ -14,7 +14,7 @@ from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.precision import Precision
@@ -125,17 +125,17 @@ class Evaluation:
         held_out: On the first process; None when there are too few samples.
     """
 
-    def __init__(self, inputs: Inputs, student: ClipModel, plan: ZeroshotPlan, machine: Machine) -> None:
+    def __init__(self, inputs: Inputs, student: ClipModel, plan: ZeroshotPlan, context: DistContext) -> None:
         self.held_out: HeldOut | None = None
         self._student = student
         self._plan = plan
-        self._machine = machine
+        self._machine = context
 
         def read() -> bool:
             self.held_out = HeldOut.read(inputs, student)
             return self.held_out is not None
 
-        self.has_data = machine.on_main(read) or bool(plan.tasks)
+        self.has_data = context.on_rank0(read) or bool(plan.tasks)
 
     def measure(self, state: TrainState) -> dict[str, float]:
         """Measure the student as it is, and with its averaged weights, in full precision; call it on every process.
@@ -153,19 +153,19 @@ class Evaluation:
         return metrics | {f"{EMA}{name}": value for name, value in averaged.items()}
 
     def _measure(self) -> dict[str, float]:
-        machine = self._machine
+        context = self._machine
         student = self._student
         student.module.eval()
-        share_statistics(student.module, machine)
+        share_statistics(student.module, context)
         metrics: dict[str, float] = {}
         if self.held_out is not None:
             images, texts = self.held_out.encode()
             metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
-        model = EvaluatedModel(ModelName(student.info.spec, "tag"), machine, self._plan.settings, Reporter(), student)
+        model = EvaluatedModel(ModelName(student.info.spec, "tag"), context, self._plan.settings, Reporter(), student)
 
         def measure_task(task: ZeroshotTask) -> dict[str, float]:
             rows = model.encode(task)
-            return machine.on_main(lambda: measure(rows, machine.device, Reporter()).draws.values())
+            return context.on_rank0(lambda: measure(rows, context.device, Reporter()).draws.values())
 
         for task in self._plan.tasks:
             found = measure_task(task).items()
@@ -173,14 +173,14 @@ class Evaluation:
         return metrics
 
 
-def share_statistics(module: nn.Module, machine: Machine) -> None:
+def share_statistics(module: nn.Module, context: DistContext) -> None:
     """Give every process the first one's running statistics of batch normalisation, which are those that are written.
 
     In training each process gathers those of its own rows, and reads none.
     """
     buffers = [buffer for layer in batch_norms(module) for buffer in layer.buffers()]
-    if machine.size == 1 or not buffers:
+    if context.size == 1 or not buffers:
         return
-    first = machine.broadcast([buffer.cpu() for buffer in buffers] if machine.is_main else [])
+    first = context.broadcast([buffer.cpu() for buffer in buffers] if context.is_main else [])
     for buffer, value in zip(buffers, first, strict=True):
         buffer.copy_(value)

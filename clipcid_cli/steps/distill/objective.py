@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clipcid_cli.algorithms.losses.batch import LossBatch, rows_between
 from clipcid_cli.algorithms.losses.registry import load_loss
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.teacher import Teacher
@@ -32,7 +32,7 @@ class Objective:
     weights: dict[str, float]
     parameters: LossParameters
     teacher: Teacher | None
-    machine: Machine
+    context: DistContext
     local_loss: bool
 
     @classmethod
@@ -41,7 +41,7 @@ class Objective:
         settings: DistillSettings,
         student_width: int,
         teacher: Teacher | None,
-        machine: Machine,
+        context: DistContext,
         reporter: Reporter,
     ) -> Objective:
         """Make the losses that the settings ask for."""
@@ -49,8 +49,8 @@ class Objective:
         weights = {name: weight.at(space.width) for name, weight in settings.losses().items()}
         reporter.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + ".")
         seed = derive_seed("loss parameters", settings.seed)
-        parameters = LossParameters(weights, student_width, space, seed).to(machine.device)
-        return cls(weights, parameters, teacher, machine, settings.local_loss and machine.size > 1)
+        parameters = LossParameters(weights, student_width, space, seed).to(context.device)
+        return cls(weights, parameters, teacher, context, settings.local_loss and context.size > 1)
 
     def __call__(self, features: Features, student_scale: Tensor, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         """Compute the loss of a step from each process's features; call it on every process.
@@ -66,13 +66,13 @@ class Objective:
         values = torch.stack([term.detach() for term in terms])
         if not self.local_loss:
             return total, values
-        return total * self.machine.size, self.machine.sum_(values)
+        return total * self.context.size, self.context.sum_(values)
 
     def _gather(self, features: Features, student_scale: Tensor, batch: TrainingBatch) -> LossBatch:
         """Collect everybody's features, and the teacher's, as unit rows of the shared space."""
-        size = self.machine.size
+        size = self.context.size
         count = len(features.image)
-        start = self.machine.rank * count if self.local_loss else 0
+        start = self.context.rank * count if self.local_loss else 0
         own = self._project(features)
         num_extra = len(features.text) - count  # texts without images come last
         extra = own.get("text_BD", own["text_Bd"])[count:] if num_extra else None

@@ -14,7 +14,7 @@ from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import hash_preprocess
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.pipeline import default_workers
@@ -70,7 +70,7 @@ class Plan:
         return self.recipe.steps
 
 
-def check_named(settings: DistillSettings, reporter: Reporter) -> list[ZeroshotTask]:
+def validate_named(settings: DistillSettings, reporter: Reporter) -> list[ZeroshotTask]:
     """Look at what can be wrong with named inputs before hours of embedding; return the data sets of ``--eval-data``."""
     if settings.keep_list not in (None, NO_KEEP_LIST):
         read_keep_list(Path(settings.keep_list))
@@ -85,17 +85,17 @@ def plan_run(
     embeddings: Path | None,
     tasks: list[ZeroshotTask],
     scratch: Path | None,
-    machine: Machine,
+    context: DistContext,
     reporter: Reporter,
 ) -> Plan:
     """Plan a run, on the first process."""
     inputs = find_inputs(settings, embeddings, scratch, reporter)
-    batch_size = choose_batch_size(settings, inputs.training.total, machine)
+    batch_size = choose_batch_size(settings, inputs.training.total, context)
     extra_texts = inputs.num_extra_texts(batch_size)
-    if extra_texts % machine.size:
+    if extra_texts % context.size:
         raise UsageError(
-            f"--extra-texts {extra_texts} does not divide among {machine.size} processes.",
-            f"Use a multiple of {machine.size}.",
+            f"--extra-texts {extra_texts} does not divide among {context.size} processes.",
+            f"Use a multiple of {context.size}.",
         )
     recipe = _choose_recipe(settings, inputs, batch_size, student.model.info.embed_dim, reporter)
     if extra_texts:
@@ -117,30 +117,30 @@ def plan_run(
         recipe=recipe,
         batch_size=batch_size,
         extra_texts=extra_texts,
-        workers=default_workers(machine.device) if settings.workers is None else settings.workers,
+        workers=default_workers(context.device) if settings.workers is None else settings.workers,
         log_every=max(1, steps // _MAX_LOG_LINES),
         eval_every=settings.eval_every or max(1, steps // 10),
         checkpoint_every=settings.checkpoint_every or max(1, min(1_000, steps // 10)),
     )
 
 
-def choose_batch_size(settings: DistillSettings, samples: int, machine: Machine) -> int:
+def choose_batch_size(settings: DistillSettings, samples: int, context: DistContext) -> int:
     """Return the size of a global batch, which all processes and parts divide; refuse one that is larger than the data.
 
     By default it is the largest power of two that leaves enough steps, within the bounds.
     """
-    divisor = machine.size * settings.accum_freq
+    divisor = context.size * settings.accum_freq
     batch_size = settings.batch_size
     if batch_size is None:
         batch_size = _SMALLEST_BATCH
-        if machine.device.type == "cuda" and settings.steps is None:
+        if context.device.type == "cuda" and settings.steps is None:
             shown = (settings.epochs or DEFAULT_EPOCHS) * samples
-            while 2 * batch_size <= min(_LARGEST_BATCH_PER_GPU * machine.size, shown // _ENOUGH_STEPS):
+            while 2 * batch_size <= min(_LARGEST_BATCH_PER_GPU * context.size, shown // _ENOUGH_STEPS):
                 batch_size *= 2
         batch_size = max(divisor, min(batch_size, samples) // divisor * divisor)
     if batch_size % divisor:
         raise UsageError(
-            f"--batch-size {batch_size} does not divide into {machine.size} x {settings.accum_freq} equal parts "
+            f"--batch-size {batch_size} does not divide into {context.size} x {settings.accum_freq} equal parts "
             "(processes x --accum-freq).",
             f"Use a multiple of {divisor}.",
         )

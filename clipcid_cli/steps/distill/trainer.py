@@ -24,7 +24,7 @@ from clipcid_cli.formats.results.run_folder import (
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.libraries import keep_freed_memory
-from clipcid_cli.runtime.machine import Machine, memory_in_use
+from clipcid_cli.runtime.distributed import DistContext, memory_in_use
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.randomness import derive_seed
@@ -46,14 +46,14 @@ class Trainer:
         plan: Plan,
         student: Student,
         teacher_model: ClipModel | None,
-        machine: Machine,
+        context: DistContext,
         reporter: Reporter,
         output: Output[DistillSidecar] | None = None,
     ) -> None:
         """Assemble a run, from its last checkpoint on where it has one; without an `output` it writes nothing."""
         self.plan = plan
         self.student = student
-        self.machine = machine
+        self.context = context
         self.reporter = reporter
         self._output = output
         keep_freed_memory()
@@ -63,8 +63,8 @@ class Trainer:
         beside = None if teacher_model is None else Processor.of(teacher_model)
         maker = BatchMaker(settings, inputs, Processor.of(model), beside, student.masking)
         width = model.info.embed_dim
-        teacher = open_teacher(settings, inputs, teacher_model, width, machine, reporter)
-        self.objective = Objective.of(settings, width, teacher, machine, reporter)
+        teacher = open_teacher(settings, inputs, teacher_model, width, context, reporter)
+        self.objective = Objective.of(settings, width, teacher, context, reporter)
         reporter.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
         self.state = TrainState(
             model.module, self.objective.parameters, plan.recipe, student.precision.dtype, ema=settings.ema
@@ -72,19 +72,19 @@ class Trainer:
         self.bad: dict[str, str] = {}
         if output is not None:
             self._resume(output)
-        if settings.accum_freq * machine.size > 1 and batch_norms(model.module):
+        if settings.accum_freq * context.size > 1 and batch_norms(model.module):
             reporter.warn(
                 "The student has batch normalisation, whose statistics are those of each part of a batch: "
                 "--accum-freq and several processes change what it learns."
             )
         clusters = None if teacher is None else teacher.clusters
-        self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, machine)
-        self.evaluation = Evaluation(inputs, model, plan.evaluations, machine)
-        writes = output is not None and machine.is_main
+        self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, context)
+        self.evaluation = Evaluation(inputs, model, plan.evaluations, context)
+        writes = output is not None and context.is_main
         self.log = TrainingLog(
             plan.folder, self.state.step, writes=writes, tensorboard=settings.report_to == "tensorboard"
         )
-        self._values = StepValues(machine.device)
+        self._values = StepValues(context.device)
         self.losses: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
 
@@ -126,7 +126,7 @@ class Trainer:
                         lr=lr,
                         **{f"σ {name}": line[f"scale_{name}"] for name in self.state.log_scales},
                         waiting=f"{waited / seconds:.0%}",
-                        memory=f"{memory_in_use(self.machine.device) / 2**30:.1f} GiB",
+                        memory=f"{memory_in_use(self.context.device) / 2**30:.1f} GiB",
                     )
                 if evaluates:
                     self._evaluate()
@@ -140,10 +140,10 @@ class Trainer:
         self._note_unreadable(batch)
         student.train()
         parts = range(self.plan.settings.accum_freq)
-        seeds = [derive_seed("step", self.plan.settings.seed, state.step, self.machine.rank, part) for part in parts]
+        seeds = [derive_seed("step", self.plan.settings.seed, state.step, self.context.rank, part) for part in parts]
         encoded = student.encode(batch, seeds)
         # Where the cluster loss is small it is the difference of two large terms: TF32 would leave nothing of its gradient.
-        with exact_accumulation(self.machine.device):
+        with exact_accumulation(self.context.device):
             total, losses = self.objective(encoded.features, student.model.module.logit_scale.exp(), batch)  # type: ignore[operator]
             state.backward(total)
         student.backward(encoded, before_last=state.averager.watch)
@@ -177,7 +177,7 @@ class Trainer:
 
     def unreadable_images(self) -> dict[str, str]:
         """Return the unreadable images that any process met so far, reason by key; call it on every process."""
-        return {key: reason for bad in self.machine.gather(self.bad) for key, reason in bad.items()}
+        return {key: reason for bad in self.context.gather(self.bad) for key, reason in bad.items()}
 
     def _learned(self) -> dict[str, Any]:
         """Return what is logged of logit scales, as logarithms, and of biases, by name."""
@@ -202,7 +202,7 @@ class Trainer:
         where = ""
         if self._output is not None:
             where = f" The batch's keys are in {path}."
-            if self.machine.is_main:
+            if self.context.is_main:
                 values = {name: value if math.isfinite(value) else str(value) for name, value in losses.items()}
                 found = {"step": step, "losses": values, "loss": str(loss), "gradient_norm": str(norm)}
                 write_json(path, found | {"keys": self.batches.keys(step)})
@@ -216,18 +216,18 @@ class Trainer:
         if not self.evaluation.has_data:
             return
         metrics = self.evaluation.measure(self.state)
-        if self.machine.is_main:
+        if self.context.is_main:
             self.log.add_evaluation(self.state.step, metrics)
-        self.metrics = self.machine.broadcast(metrics)
+        self.metrics = self.context.broadcast(metrics)
 
     def _save(self) -> None:
         self.log.flush()
         bad = self.unreadable_images()
         Skips.of(bad).check(len(self.batches), self.plan.settings.max_bad_fraction, "the training data")
-        if self.machine.is_main:
+        if self.context.is_main:
             state = self.state.state_dict() | {"bad": bad}
             write_checkpoint(self.plan.folder.checkpoints, self.state.step, state)
-        self.machine.barrier()
+        self.context.barrier()
 
     def _resume(self, output: Output[DistillSidecar]) -> None:
         """Go on from the newest checkpoint of an unfinished run of the same settings and inputs, or clear the folder."""
@@ -240,19 +240,19 @@ class Trainer:
                     f"--resume latest, but {folder.path} has no checkpoint of an unfinished run with these settings.",
                     "Omit --resume to start one.",
                 )
-            self.machine.on_main(folder.clear)
+            self.context.on_rank0(folder.clear)
             return
         path = checkpoint_path(folder.checkpoints, steps[-1])
         state = read_checkpoint(folder.checkpoints, steps[-1])
         with reading(path, "the state of this run", "Remove it to resume from the one before, or use --resume never."):
             self.state.load_state_dict(state)
             bad: dict[str, str] = dict(state["bad"])
-        if self.machine.is_main:
+        if self.context.is_main:
             self.bad = bad
 
         def rewind() -> None:
             folder.rewind(self.state.step)
             remove_old_checkpoints(folder.checkpoints)
 
-        self.machine.on_main(rewind)
+        self.context.on_rank0(rewind)
         self.reporter.note(f"Resuming at step {self.state.step:,} of {self.plan.steps:,}.")

@@ -22,7 +22,7 @@ from PIL import Image
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import (
     PACKED_MIX,
     PACKED_VIEW,
@@ -314,18 +314,18 @@ class EmbedEncoder:
         return normalize_pixels(shown, self.model.info.preprocess)
 
 
-def load_encoder(plan: EmbedPlan, machine: Machine) -> EmbedEncoder:
+def load_encoder(plan: EmbedPlan, context: DistContext) -> EmbedEncoder:
     """Load the model on every process."""
     settings = plan.settings
-    workers = default_workers(machine.device) if settings.workers is None else settings.workers
+    workers = default_workers(context.device) if settings.workers is None else settings.workers
     if workers:
         start_worker_server()
-    model = machine.on_all(lambda: load_model(plan.name, machine.device))
-    precision = choose_precision(settings.precision, machine.device, "embed", model.info.parameters)
+    model = context.on_all(lambda: load_model(plan.name, context.device))
+    precision = choose_precision(settings.precision, context.device, "embed", model.info.parameters)
     model.cast_products(precision)
     augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
     views = Views(settings.views, settings.view_kinds, augmentation, settings.seed) if settings.views else None
-    batch_size = settings.batch_size or BATCH_SIZES[machine.device.type]
+    batch_size = settings.batch_size or BATCH_SIZES[context.device.type]
     if views is not None and views.mixes and batch_size < (min_size := 2 * (1 + views.number)):
         raise UsageError(
             f"--view-kind mix mixes the images of a batch, but with --batch-size {batch_size} and {views.number} views it "

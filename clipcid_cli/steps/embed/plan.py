@@ -115,7 +115,7 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
                 f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
             )
     plan = EmbedPlan(settings, without_text, step, folder, name, dataset, describe_shards(dataset))
-    _refuse_foreign_folder(folder, step)
+    _validate_own_folder(folder, step)
     with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
         return _look_at_output(plan)
     return plan
@@ -200,7 +200,7 @@ def describe_shards(dataset: Dataset) -> list[FileRecord]:
     return [msgspec.structs.replace(record, shard=shard.name) for record, shard in found]
 
 
-def _refuse_foreign_folder(folder: Path, step: str) -> None:
+def _validate_own_folder(folder: Path, step: str) -> None:
     """Refuse a folder with embeddings that this step did not write, since it would replace files there."""
     other, held, wanted = (
         (EMBED, "images", "texts alone") if step == TEXTS else (TEXTS, "texts without images", "the data")

@@ -48,7 +48,7 @@ from clipcid_cli.formats.results.features import Features, features_path, read_f
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, metrics_stem, read_metrics, write_metrics
 from clipcid_cli.formats.sidecar import LinearSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import derive_seed
@@ -57,7 +57,7 @@ from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
 from clipcid_cli.steps.evaluate.result import Draws, FewShot, LinearResult, Preview, Sweep
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, find_copy
 from clipcid_cli.steps.models import choose_model
-from clipcid_cli.steps.preflight import check_samples
+from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 
@@ -69,14 +69,14 @@ _MAY_DIFFER = frozenset({"shots", "shot_repeats", "knn"})
 
 def run(settings: EvalLinearSettings, reporter: Reporter) -> LinearResult | Preview:
     """Fit and measure a linear probe."""
-    with open_machine(settings.device) as machine:
-        plan = machine.on_main(lambda: make_plan(settings, reporter))
+    with open_dist_context(settings.device) as context:
+        plan = context.on_rank0(lambda: make_plan(settings, reporter))
         for task in plan.splits.values():
-            check_samples(task.dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
+            validate_samples(task.dataset, context, settings.seed, dry_run=settings.dry_run, reporter=reporter)
         if settings.dry_run:
             reporter.note(f"Would fit {plan.name.spec} on {plan.splits['train'].dataset.spec} and write {plan.path}.")
             return Preview(plan.dataset, plan.name.spec, _TASK, {"metrics": str(plan.path)})
-        return _evaluate(plan, EvaluatedModel(plan.name, machine, settings, reporter))
+        return _evaluate(plan, EvaluatedModel(plan.name, context, settings, reporter))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +195,8 @@ def _name(data: str) -> str:
 
 def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
     path = plan.path
-    machine = model.machine
-    data = machine.on_main(lambda: {split: task.fingerprints() for split, task in plan.splits.items()})
+    context = model.context
+    data = context.on_rank0(lambda: {split: task.fingerprints() for split, task in plan.splits.items()})
     inputs = [each for records in data.values() for each in records]
     with model.claim(path, LinearSidecar, _identity(plan), inputs, _MAY_DIFFER) as output:
         # An earlier probe that also has a few-shot curve, or nearest neighbours, answers the question without them.
@@ -209,19 +209,19 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
             model.reporter.note(f"{path} already holds {model.name.spec} on {plan.dataset}.")
             return _make_result(usable, path, reused=True)
 
-        found = machine.on_main(find_result)
+        found = context.on_rank0(find_result)
         if found is not None:
             return found
         seconds: dict[str, float] = {}
         with timed(seconds, "encode"):
             features = {split: extract_features(model, task, data[split]) for split, task in plan.splits.items()}
-        return machine.on_main(lambda: _write(plan, model, features, seconds, output))
+        return context.on_rank0(lambda: _write(plan, model, features, seconds, output))
 
 
 def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord]) -> Features:
     """Return a model's features of one split, whose fingerprints are `data`: those of an earlier run, or new ones, kept."""
     info = model.model.info
-    machine = model.machine
+    context = model.context
     identity = {
         "weights": info.weights_hash,
         "preprocess": info.preprocess_hash,
@@ -234,13 +234,13 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
         "batch_size": model.batch_size,
     }
     path = features_path(WorkDirectory(model.settings.work).features, info.slug, identity)
-    kept = machine.on_main(lambda: read_features(path))
+    kept = context.on_rank0(lambda: read_features(path))
     if kept is not None:
         model.reporter.note(f"{task.name}: features of {len(kept):,} images from {path}.")
         return kept
     rows = model.encode(task)
-    features = machine.on_all(lambda: Features(rows.encoded.rows[Kind.IMAGES], rows.labels, rows.skips))
-    machine.on_main(lambda: write_features(path, features))
+    features = context.on_all(lambda: Features(rows.encoded.rows[Kind.IMAGES], rows.labels, rows.skips))
+    context.on_rank0(lambda: write_features(path, features))
     return features
 
 
@@ -275,7 +275,7 @@ def _write(
     reporter = model.reporter
     for split, found in features.items():
         warn_of_skips(plan.splits[split].name, found.skips, reporter)
-    images = {split: found.to(model.machine.device) for split, found in features.items()}
+    images = {split: found.to(model.context.device) for split, found in features.items()}
     test = images["test"]
     with timed(seconds, "sweep"):
         fits = ProbeFits(images, plan, reporter)

@@ -19,7 +19,7 @@ from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.metrics import RETRIEVAL, SIDECARS, Metrics
 from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel, hash_weights, load_model
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName, find_weights
 from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
@@ -76,14 +76,14 @@ class EvaluatedModel:
     """
 
     name: ModelName
-    machine: Machine
+    context: DistContext
     settings: ReadingSettings
     reporter: Reporter
     loaded: ClipModel | None = None
 
     def __post_init__(self) -> None:
         """Choose how it computes."""
-        device = self.machine.device
+        device = self.context.device
         self.precision = choose_precision(self.settings.precision, device, "evaluate", parameters=0)
         self.batch_size = self.settings.batch_size or BATCH_SIZES[device.type]
         self.workers = self.settings.workers
@@ -95,7 +95,7 @@ class EvaluatedModel:
     @cached_property
     def model(self) -> ClipModel:
         """The model itself."""
-        return self.loaded or self.machine.on_all(lambda: load_model(self.name, self.machine.device))
+        return self.loaded or self.context.on_all(lambda: load_model(self.name, self.context.device))
 
     @cached_property
     def fingerprints(self) -> list[FileRecord]:
@@ -114,7 +114,7 @@ class EvaluatedModel:
             described = FileRecord(str(weights), weights.stat().st_size, hash_weights(weights))
             return [record(folder / CONFIG_NAME), described]
 
-        return self.machine.on_main(describe)
+        return self.context.on_rank0(describe)
 
     def claim(
         self,
@@ -131,7 +131,7 @@ class EvaluatedModel:
         """
         of_model = {"model": self.name.slug, "precision": self.precision.name, "batch_size": self.batch_size}
         return claim_output(
-            self.machine,
+            self.context,
             path.parent / SIDECARS,
             path.stem,
             kind,
@@ -154,7 +154,7 @@ class EvaluatedModel:
         return TaskRows(task, encoded, weights, skips, seconds)
 
     def _encode_classes(self, task: ZeroshotTask, encoder: Encoder) -> torch.Tensor:
-        rows = encoder.encode_prompts([task.prompts(name) for name in task.class_names], self.machine)
+        rows = encoder.encode_prompts([task.prompts(name) for name in task.class_names], self.context)
         bad = ~torch.isfinite(rows).flatten(1).all(dim=1)
         if bool(bad.any()):
             first = task.class_names[int(bad.int().argmax())]
@@ -167,7 +167,7 @@ class EvaluatedModel:
 
     def _encode_samples(self, task: ZeroshotTask, encoder: Encoder) -> tuple[Encoded, Skips]:
         """Encode all batches, dealt to the processes in turn."""
-        machine = self.machine
+        context = self.context
         dataset = task.dataset
         skips = Skips()
         sizes = list[int]()
@@ -182,24 +182,24 @@ class EvaluatedModel:
                 skips.merge(batch.skipped)
                 read += batch.read or 0
                 sizes.append(len(batch.samples))
-                if number % machine.size == machine.rank:
+                if number % context.size == context.rank:
                     yield batch
 
         def encode_mine() -> list[tuple[Encoded, Skips]]:
             mine = list[tuple[Encoded, Skips]]()
             shown = 0
-            for batch, encoded in encode(deal(), decoder, encoder, machine.device, self.workers):
+            for batch, encoded in encode(deal(), decoder, encoder, context.device, self.workers):
                 mine.append((encoded.usable(), encoded.count_skips(dataset.shards[batch.shard])))
                 # The other processes are about as far: count every batch up to this one.
-                done = (len(mine) - 1) * machine.size + machine.rank + 1
+                done = (len(mine) - 1) * context.size + context.rank + 1
                 progress.advance(sum(sizes[shown:done]))
                 shown = done
             progress.advance(sum(sizes[shown:]))
             return mine
 
         with self.reporter.progress(f"{self.model.info.slug} on {task.name}", None, "images") as progress:
-            dealt = machine.gather(machine.on_all(encode_mine))
-            parts = [dealt[number % machine.size][number // machine.size] for number in range(len(sizes))]
+            dealt = context.gather(context.on_all(encode_mine))
+            parts = [dealt[number % context.size][number // context.size] for number in range(len(sizes))]
             for _, unread in parts:
                 skips.merge(unread)
             encoded = join(part for part, _ in parts)

@@ -107,8 +107,8 @@ def _write_hf(checker: Checker, folder: Path) -> dict[str, Parity]:
     )
     found = checker.check("hf", checker.settings.stored_precision, towers, [folder / HF_WEIGHTS])
     found.engine = written.engine
-    found.processor = _check_processor(written, checker)
-    found.tokenizer = _check_tokenizer(written, checker)
+    found.processor = _validate_processor(written, checker)
+    found.tokenizer = _validate_tokenizer(written, checker)
     return {"hf": found}
 
 
@@ -121,7 +121,7 @@ def _stored_tensors(checker: Checker) -> dict[str, torch.Tensor]:
     }
 
 
-def _check_processor(written: HfClip, checker: Checker) -> dict[str, int | float]:
+def _validate_processor(written: HfClip, checker: Checker) -> dict[str, int | float]:
     """Compare pixels with open_clip's. transformers crops some images one pixel aside: these are counted and left out."""
     inputs, preprocess = checker.inputs, checker.model.info.preprocess
     std = torch.tensor(preprocess["std"]).view(3, 1, 1)
@@ -150,7 +150,7 @@ def _check_processor(written: HfClip, checker: Checker) -> dict[str, int | float
     }
 
 
-def _check_tokenizer(written: HfClip, checker: Checker) -> dict[str, int]:
+def _validate_tokenizer(written: HfClip, checker: Checker) -> dict[str, int]:
     """Compare the tokens of the folder's tokenizer with open_clip's.
 
     open_clip first cleans a text (curly quotes, HTML entities, broken encodings), which transformers does not: texts that
@@ -190,7 +190,7 @@ def _write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
         for kind in checker.settings.quantize:
             for name in (IMAGE_ENCODER, TEXT_ENCODER):
                 write_quantized(folder / name, folder / quantized_name(name, kind), kind)
-    found = {_form("onnx", kind): _check_encoders(checker, folder, kind) for kind in kinds}
+    found = {_form("onnx", kind): _validate_encoders(checker, folder, kind) for kind in kinds}
     if classes is not None:
         found |= _write_classifiers(checker, folder, classes)
     return found
@@ -227,7 +227,7 @@ def _write_encoders(checker: Checker, folder: Path) -> None:
         write_onnx(folder / name, module.eval(), example, gives, opset=opset, metadata=metadata)
 
 
-def _check_encoders(checker: Checker, folder: Path, kind: str) -> Parity:
+def _validate_encoders(checker: Checker, folder: Path, kind: str) -> Parity:
     files = [folder / quantized_name(name, kind) for name in (IMAGE_ENCODER, TEXT_ENCODER)]
     image, text = (OnnxSession(path) for path in files)
     normalize = checker.model.normalize

@@ -11,13 +11,13 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
-from clipcid_cli.formats.fingerprint import FileRecord, record, refuse_changed
+from clipcid_cli.formats.fingerprint import FileRecord, record, validate_unchanged
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, sync_files, validate_export_folder
 from clipcid_cli.formats.output import is_claimed, open_output
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, Parity, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.runtime.timing import timed
@@ -41,8 +41,8 @@ class ExportResult(msgspec.Struct):
 
 def run(settings: ExportSettings, reporter: Reporter) -> ExportResult:
     """Export a model; with many processes the first does it, on the CPU."""
-    with open_machine("cpu") as machine:
-        return machine.on_main(lambda: _run(settings, reporter))
+    with open_dist_context("cpu") as context:
+        return context.on_rank0(lambda: _run(settings, reporter))
 
 
 def _run(settings: ExportSettings, reporter: Reporter) -> ExportResult:
@@ -98,7 +98,7 @@ def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
         raise ClipcidError(f"--ema: the run in {run.path} is unfinished.", "Run its command again, which finishes it.")
     if sidecar.made.ema is None:
         raise ClipcidError(f"--ema: the run in {run.path} kept no average of the weights.", fix)
-    refuse_changed(
+    validate_unchanged(
         run.path,
         sidecar.outputs,
         path,

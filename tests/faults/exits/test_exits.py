@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clipcid_cli.runtime.machine import meet
+from clipcid_cli.runtime.distributed import rendezvous_all
 from conftest import Run, clean_environment, clipcid_command, run_command, shard_members, start_clipcid, write_tar
 
 from clipcid_cli.cli import cli
@@ -218,7 +218,7 @@ def test_a_process_that_never_arrives_is_missed_after_the_limit(monkeypatch: pyt
     with pytest.raises(
         ClipcidError, match=r"waited 0\.05 minutes for the other 1 of the run, and not all of them arrived"
     ):
-        meet(0, 2, datetime.timedelta(seconds=3))
+        rendezvous_all(0, 2, datetime.timedelta(seconds=3))
     assert time.monotonic() - started < 30
 
 
@@ -236,19 +236,19 @@ def test_a_port_that_is_taken_is_named_at_once(monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         with pytest.raises(ClipcidError, match=rf"Process 0 could not meet the other 1 of the run: .*{port}"):
-            meet(0, 2, datetime.timedelta(seconds=3))
+            rendezvous_all(0, 2, datetime.timedelta(seconds=3))
 
 
 _PEER = """
 import os, sys
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 try:
-    with open_machine("cpu") as machine:
-        machine.gather(machine.rank)
-        if machine.rank == 1:
+    with open_dist_context("cpu") as context:
+        context.gather(context.rank)
+        if context.rank == 1:
             os._exit(9)
-        machine.gather(0)
+        context.gather(0)
 except ClipcidError as error:
     print(error.message)
 """
@@ -278,17 +278,17 @@ def test_a_process_that_is_killed_in_the_middle_is_missed_at_once() -> None:
 _CONNECTION = """
 import datetime, os, sys, time
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime import machine as module
-from clipcid_cli.runtime.machine import meet, open_machine
+from clipcid_cli.runtime import distributed as module
+from clipcid_cli.runtime.distributed import rendezvous_all, open_dist_context
 limit, dies = float(sys.argv[1]), sys.argv[2] == "dies"
 if dies and os.environ["RANK"] == "1":
-    meet(1, 2)
+    rendezvous_all(1, 2)
     os._exit(9)
 module.MEETING = datetime.timedelta(seconds=limit)
 try:
-    with open_machine("cpu") as machine:
-        time.sleep(2 * limit * machine.rank)  # a collective may wait for longer
-        print(machine.gather(machine.rank))
+    with open_dist_context("cpu") as context:
+        time.sleep(2 * limit * context.rank)  # a collective may wait for longer
+        print(context.gather(context.rank))
 except ClipcidError as error:
     print(error.message)
 """

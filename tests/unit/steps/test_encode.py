@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from conftest import make_image, write_tar
 from PIL import Image
 from shard_server import serve
@@ -96,9 +96,9 @@ def read_part(dataset: Dataset) -> tuple[list[str], list[bytes], Skips]:
 def test_a_held_out_part_is_read_from_the_index_alone(data: Path, tmp_path: Path) -> None:
     expected = read_part(open_dataset(data))
     assert 4 < len(expected[0]) < 14
-    with open_machine("cpu") as machine, serve(data) as server:
+    with open_dist_context("cpu") as context, serve(data) as server:
         for spec in (str(data), f"{server.url}/{{0..2}}.tar"):
-            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), machine, 0, Reporter())
+            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), context, 0, Reporter())
             before = server.bytes_sent.total()
             assert read_part(dataset) == expected
         assert server.bytes_sent.total() - before == sum(map(len, expected[1]))

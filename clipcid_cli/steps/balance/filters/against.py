@@ -28,7 +28,7 @@ from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
@@ -56,7 +56,7 @@ class Reference:
     numbers: IntArray
 
 
-def refuse_missing(settings: BalanceSettings) -> None:
+def validate_none_missing(settings: BalanceSettings) -> None:
     """Refuse references that are neither embeddings nor data, before anything is embedded."""
     for name in settings.against:
         if not _holds_embeddings(Path(name)):
@@ -67,34 +67,34 @@ def refuse_missing(settings: BalanceSettings) -> None:
 
 
 def open_references(
-    settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
+    settings: BalanceSettings, context: DistContext, embeddings: Embeddings, reporter: Reporter
 ) -> list[Reference]:
     """Open what ``--against`` names; images are embedded first, as the embeddings to balance were."""
     found = list[Reference]()
     for name in settings.against:
-        reference = open_reference(settings, machine, embeddings, name, reporter)
+        reference = open_reference(settings, context, embeddings, name, reporter)
         assert isinstance(reference, Embeddings)  # this is no dry run
-        bad = machine.on_main(partial(reference.find_bad_rows, texts=False))
+        bad = context.on_rank0(partial(reference.find_bad_rows, texts=False))
         if len(bad):
             reporter.warn(f"{len(bad):,} rows of {name} are zero or not finite, and nothing is compared with them.")
-        identity = identity_of({}, machine.on_main(reference.fingerprints))
+        identity = identity_of({}, context.on_rank0(reference.fingerprints))
         found.append(Reference(name, identity, reference, np.delete(np.arange(reference.num_rows), bad)))
     return found
 
 
 def open_reference(
-    settings: BalanceSettings, machine: Machine, embeddings: Embeddings, name: str, reporter: Reporter
+    settings: BalanceSettings, context: DistContext, embeddings: Embeddings, name: str, reporter: Reporter
 ) -> Embeddings | EmbedCost:
     """Open the embeddings of a reference; where there are none make them, or in a dry run return what that would cost."""
     folder = Path(name)
     if not _holds_embeddings(folder):
-        folder, made = _embed(settings, machine, embeddings, name, reporter)
+        folder, made = _embed(settings, context, embeddings, name, reporter)
         if isinstance(made, EmbedCost):
             return made
     cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
     reference = open_embeddings(folder, settings.keys, settings.npz_array, cache)
-    _refuse_other_model(embeddings, reference, name)
-    if not machine.on_main(partial(has_usable_row, reference.rows(Kind.IMAGES))):
+    _validate_same_model(embeddings, reference, name)
+    if not context.on_rank0(partial(has_usable_row, reference.rows(Kind.IMAGES))):
         raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Make them again.")
     return reference
 
@@ -105,7 +105,7 @@ def _holds_embeddings(folder: Path) -> bool:
 
 
 def _embed(
-    settings: BalanceSettings, machine: Machine, embeddings: Embeddings, data: str, reporter: Reporter
+    settings: BalanceSettings, context: DistContext, embeddings: Embeddings, data: str, reporter: Reporter
 ) -> tuple[Path, Embedded]:
     """Embed reference images as the embeddings to balance were, into the folder; what is there already is taken."""
     model = settings.model if embeddings.sidecar is None else embeddings.sidecar.model.spec
@@ -122,17 +122,17 @@ def _embed(
     if embeddings.sidecar is not None:
         made_so = embeddings.sidecar.made
         given |= {"fast_decode": made_so.fast_decode, "precision": made_so.precision}
-        if made_so.precision == "fp16" and machine.device.type == "cpu":
+        if made_so.precision == "fp16" and context.device.type == "cpu":
             given["precision"] = "fp32"
             reporter.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
     try:
-        made = make_embeddings(EmbedSettings(**given), machine, reporter)
+        made = make_embeddings(EmbedSettings(**given), context, reporter)
     except ClipcidError as error:
         raise ClipcidError(f"--against {data}: {error.message}", error.fix) from error
     return folder, made
 
 
-def _refuse_other_model(embeddings: Embeddings, reference: Embeddings, name: str) -> None:
+def _validate_same_model(embeddings: Embeddings, reference: Embeddings, name: str) -> None:
     """Refuse a reference of another width; where both say how they were made, of another model or preprocessing."""
     fix = "Embed it with the same model: give the images themselves (--against DATA)."
     if embeddings.width != reference.width:
@@ -233,7 +233,7 @@ def find_near(run: BalanceRun, references: list[Reference]) -> NearReferences:
     threshold = run.settings.reference_distance
     assert threshold is not None  # the settings have checked it
     found = [_compare(run, reference, threshold) for reference in references]
-    run.machine.on_main(lambda: forget_others(run.output.folder, {name for _, name in found}))
+    run.context.on_rank0(lambda: forget_others(run.output.folder, {name for _, name in found}))
 
     def merge() -> Arrays:
         owner = np.full(len(rows), -1, np.int16)
@@ -253,7 +253,7 @@ def find_near(run: BalanceRun, references: list[Reference]) -> NearReferences:
         distance[owner < 0] = np.nan
         return owner, row, distance, near
 
-    owner, row, distance, near = share_arrays(run.machine, run.work, merge)
+    owner, row, distance, near = share_arrays(run.context, run.work, merge)
     number = np.count_nonzero(owner >= 0)
     run.reporter.note(f"{number:,} of {len(rows):,} images are within {threshold:g} of a reference.")
     return NearReferences(references, threshold, owner, row, distance, near.tolist())

@@ -67,7 +67,7 @@ class CaptionWindow:
         """Return the columns of the keep list."""
         return [float_column("caption_similarity", self.similarity)]
 
-    def refuse_empty(self) -> None:
+    def validate_not_empty(self) -> None:
         """Refuse a window that no image is in."""
         if not self.is_dropped.all():
             return
@@ -105,17 +105,17 @@ class CaptionWindow:
 def find_captions(run: BalanceRun) -> CaptionWindow:
     """Compare every image with its caption, each process a share of them; the same on every process."""
     rows = run.rows
-    start, stop = run.machine.share(len(rows))
+    start, stop = run.context.share(len(rows))
     mine = rows.numbers[start:stop]
     with run.reporter.progress("captions", len(mine), "images") as progress:
-        parts = collect_arrays(run.machine, run.work, (compare_captions(run.embeddings, mine, progress),))
+        parts = collect_arrays(run.context, run.work, (compare_captions(run.embeddings, mine, progress),))
 
     def merge() -> tuple[FloatArray]:
         similarity = np.concatenate([part for (part,) in parts])
-        CaptionWindow.of(run.settings, similarity).refuse_empty()
+        CaptionWindow.of(run.settings, similarity).validate_not_empty()
         return (similarity,)
 
-    window = CaptionWindow.of(run.settings, *share_arrays(run.machine, run.work, merge))
+    window = CaptionWindow.of(run.settings, *share_arrays(run.context, run.work, merge))
     number = np.count_nonzero(~window.is_dropped)
     run.reporter.note(f"{number:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
     return window

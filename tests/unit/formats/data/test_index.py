@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from conftest import make_caption, make_image, shard_members, write_tar
 
 from clipcid_cli.errors import ClipcidError
@@ -24,9 +24,9 @@ from clipcid_cli.steps.reporting import Reporter
 
 
 def indexed(spec: Path, root: Path, workers: int = 0, **settings: str) -> Dataset:
-    with open_machine("cpu") as machine:
+    with open_dist_context("cpu") as context:
         dataset = open_dataset(spec, index_root=root, **settings)
-        return ensure_index(dataset, machine, workers, Reporter())
+        return ensure_index(dataset, context, workers, Reporter())
 
 
 def write_folder(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from conftest import make_caption
 from safetensors.torch import load_file
 from sidecars import edit_sidecar
@@ -95,7 +95,7 @@ def test_processes_share_what_one_would_take(of_lines: bool, work: Path, tiny_sh
     maker = BatchMaker(run.settings, run.inputs, Processor.of(teacher))
 
     def make(step: int, rank: int, size: int) -> TrainingBatch:
-        batches = Batches(run.inputs, maker, None, 6, 3, Machine(rank, size, rank, torch.device("cpu")))
+        batches = Batches(run.inputs, maker, None, 6, 3, DistContext(rank, size, rank, torch.device("cpu")))
         [dealt] = batches.deal(range(step, step + 1))
         return batches.finish(dealt, batches.make(dealt))
 
