@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pandas as pd
-from clipcid_cli.runtime.distributed import open_dist_context
 
 from clipcid_cli.formats.sidecar import BalanceSidecar
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.plan import make_plan
 from clipcid_cli.steps.balance.run import begin, run

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from clipcid_cli.runtime.distributed import open_dist_context
-
 from clipcid_cli.algorithms.losses.registry import PRESETS
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 

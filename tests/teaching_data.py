@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from balance_data import Listener
-from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from conftest import make_caption, make_image, write_tar
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.augment import Processor, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
 from clipcid_cli.runtime.precision import Precision

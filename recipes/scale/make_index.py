@@ -12,10 +12,9 @@ import json
 import time
 from pathlib import Path
 
-from clipcid_cli.runtime.distributed import open_dist_context
-
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.reporting import Reporter
 

@@ -16,8 +16,8 @@ from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.forest import CURVE, ROW_FILES, SET_TABLE, forest_path, write_row_files
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.libraries import keep_few_kernels
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
+from clipcid_cli.runtime.libraries import keep_few_kernels
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRows, BalanceRun, read_rows

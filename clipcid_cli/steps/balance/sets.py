@@ -43,7 +43,7 @@ from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.filters.captions import compare_captions, have_captions
 from clipcid_cli.steps.balance.forest import Forest, find_forest
 from clipcid_cli.steps.balance.result import OtherLinkageResult
-from clipcid_cli.steps.balance.samples import SampleFinder, validate_data, take_texts
+from clipcid_cli.steps.balance.samples import SampleFinder, take_texts, validate_data
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
 from clipcid_cli.steps.reporting import Progress
 

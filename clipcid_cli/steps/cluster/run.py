@@ -125,7 +125,9 @@ def _train(plan: ClusterPlan, context: DistContext, progress: Path, reporter: Re
     return state
 
 
-def _assign(plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor, folder: Path, reporter: Reporter) -> None:
+def _assign(
+    plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor, folder: Path, reporter: Reporter
+) -> None:
     """Write the parts of the table that are not there yet, dealt to the processes."""
     bounds = part_bounds(len(plan.rows))
     mine = range(context.rank, len(bounds), context.size)

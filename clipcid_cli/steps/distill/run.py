@@ -20,7 +20,7 @@ from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.claim import claim_output, scratch_folder
 from clipcid_cli.steps.distill.cost import estimate_cost
 from clipcid_cli.steps.distill.inputs import find_embeddings
-from clipcid_cli.steps.distill.plan import validate_named, identity, plan_run
+from clipcid_cli.steps.distill.plan import identity, plan_run, validate_named
 from clipcid_cli.steps.distill.report import write_report
 from clipcid_cli.steps.distill.result import DistillCost, Distilled
 from clipcid_cli.steps.distill.student import load_student, write_students

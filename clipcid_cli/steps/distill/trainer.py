@@ -23,8 +23,8 @@ from clipcid_cli.formats.results.run_folder import (
 )
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.libraries import keep_freed_memory
 from clipcid_cli.runtime.distributed import DistContext, memory_in_use
+from clipcid_cli.runtime.libraries import keep_freed_memory
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.randomness import derive_seed

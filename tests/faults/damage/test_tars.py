@@ -11,7 +11,7 @@ import pytest
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import open_dataset
-from clipcid_cli.formats.data.tars import validate_tar, read_members
+from clipcid_cli.formats.data.tars import read_members, validate_tar
 
 
 def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from clipcid_cli.runtime.distributed import rendezvous_all
 from conftest import Run, clean_environment, clipcid_command, run_command, shard_members, start_clipcid, write_tar
 
 from clipcid_cli.cli import cli
 from clipcid_cli.commands.failures import explain
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.run_folder import write_checkpoint
+from clipcid_cli.runtime.distributed import rendezvous_all
 
 # Runs whose main thread sleeps, in Python or in a library's call that no handler of Python's interrupts.
 _SLEEPS = """

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.tars import Member, validate_tar, group_members, read_members
+from clipcid_cli.formats.data.tars import Member, group_members, read_members, validate_tar
 
 # Long names need a GNU or pax record, or ustar's prefix; letters beyond ASCII a pax record.
 NAMES = st.lists(st.text(st.sampled_from("abcxyz019._-äß漢"), min_size=1, max_size=60), min_size=1, max_size=5).map(

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Slices, cut
 from clipcid_cli.formats.results.matched_samples import open_rows
 from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.batches import Batches, Item
 from clipcid_cli.steps.distill.inputs import Inputs

@@ -9,10 +9,10 @@ import time
 
 import torch
 import torch.distributed as dist
-from clipcid_cli.runtime.distributed import open_dist_context
 from conftest import process_context
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.distributed import open_dist_context
 
 
 def process(rank: int, port: int, results: multiprocessing.Queue) -> None:

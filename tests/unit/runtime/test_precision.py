@@ -7,7 +7,7 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime import precision
-from clipcid_cli.runtime.precision import choose_precision, choose_coarse_dtype, has_amx
+from clipcid_cli.runtime.precision import choose_coarse_dtype, choose_precision, has_amx
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

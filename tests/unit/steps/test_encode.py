@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clipcid_cli.runtime.distributed import open_dist_context
 from conftest import make_image, write_tar
 from PIL import Image
 from shard_server import serve
@@ -15,6 +14,7 @@ from shard_server import serve
 from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images, open_dataset
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, RETRIEVAL
 from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask

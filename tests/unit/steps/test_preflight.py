@@ -11,15 +11,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from balance_data import Listener
-from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from conftest import make_image, shard_members, write_tar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.steps import preflight
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.preflight import validate_samples, choose_order
+from clipcid_cli.steps.preflight import choose_order, validate_samples
 from clipcid_cli.steps.reporting import Reporter
 
 
@@ -47,7 +47,9 @@ def check(dataset: Dataset, context: DistContext, *, dry_run: bool = True) -> li
     return listener.told
 
 
-def test_all_shards_are_looked_at_and_it_is_said_what_was_found(shards: Path, context: DistContext, tmp_path: Path) -> None:
+def test_all_shards_are_looked_at_and_it_is_said_what_was_found(
+    shards: Path, context: DistContext, tmp_path: Path
+) -> None:
     dataset = open_dataset(shards, index_root=tmp_path)
     told = check(dataset, context)  # the first three samples of each: the cut image is the fifth
     assert told == [f"{shards}: checked 6 of 6 shards, 18 samples: all can be decoded."]
@@ -60,7 +62,9 @@ def test_all_shards_are_looked_at_and_it_is_said_what_was_found(shards: Path, co
         ]
 
 
-def test_a_shard_that_cannot_be_read_is_an_error_that_names_it(shards: Path, context: DistContext, tmp_path: Path) -> None:
+def test_a_shard_that_cannot_be_read_is_an_error_that_names_it(
+    shards: Path, context: DistContext, tmp_path: Path
+) -> None:
     folder = shutil.copytree(shards, tmp_path / "data")
     dataset = open_dataset(folder, index_root=tmp_path)
     (folder / "00002.tar").unlink()

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from clipcid_cli.runtime.distributed import open_dist_context
 from conftest import make_caption, make_image, shard_members, write_tar
 
 from clipcid_cli.errors import ClipcidError
@@ -19,6 +18,7 @@ from clipcid_cli.formats.data import tars
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.reporting import Reporter
 

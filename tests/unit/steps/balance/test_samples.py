@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from balance_data import Listener
-from clipcid_cli.runtime.distributed import open_dist_context
 from uid_data import NUM_ROWS, UIDS, write_data
 
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance.samples import SampleFinder, read_uid
 from clipcid_cli.steps.data_index import ensure_index
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from balance_data import balance, make_rows, write_embeddings
-from clipcid_cli.runtime.distributed import open_dist_context
 from conftest import process_context
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance import shared_arrays
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from clipcid_cli.runtime.distributed import DistContext
 from conftest import write_tiny_model
 
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.evaluation import Evaluation, HeldOut

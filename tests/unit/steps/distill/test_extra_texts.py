@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clipcid_cli.runtime.distributed import DistContext
 from conftest import make_caption
 from safetensors.torch import load_file
 from sidecars import edit_sidecar
@@ -19,6 +18,7 @@ from clipcid_cli.algorithms.losses.features import feature_distance
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data import texts as text_data
 from clipcid_cli.formats.embeddings.text_folder import open_texts
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from clipcid_cli.runtime.distributed import DistContext
 from conftest import process_context
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps.distill.evaluation import share_statistics
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.training.gradients import Features, GradientAverager, gather_rows

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from clipcid_cli.runtime.distributed import DistContext
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps.distill.plan import choose_batch_size
 from clipcid_cli.steps.settings.distill import DistillSettings
 

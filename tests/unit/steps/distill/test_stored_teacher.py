@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from balance_data import Listener, write_embeddings
-from clipcid_cli.runtime.distributed import open_dist_context
 
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, second_moment
 from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.distill import teacher
 from clipcid_cli.steps.distill.teacher import choose_space
 from clipcid_cli.steps.settings.distill import DistillSettings

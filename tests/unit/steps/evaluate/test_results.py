@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from clipcid_cli.runtime.distributed import open_dist_context
 from conftest import make_image, write_tar
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.evaluate import linear as eval_linear
