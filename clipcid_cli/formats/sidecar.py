@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -165,6 +166,12 @@ class RepairFigures(msgspec.Struct):
     recall_at_1: tuple[float, float]
     pairs: int
     captions: int
+
+    @property
+    def trust(self) -> float:
+        """In (0, 1]: what the repair left of 1 + rank, in the geometric mean; 1 where there was nothing to repair."""
+        before, after = self.log_rank
+        return math.exp(after - before) if self.repaired else 1.0
 
 
 class RepairSidecar(Sidecar, kw_only=True):

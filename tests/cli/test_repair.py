@@ -104,8 +104,13 @@ def test_cluster_and_distill_take_one_repair(clipcid: Clipcid, turned: Path) -> 
 
 
 def test_the_repaired_rows_teach(clipcid: Clipcid, turned: Path) -> None:
-    for name, flags in (("repaired", ()), ("raw", ("--repair", "none"))):
-        clipcid(*DISTILL, "--name", name, *flags)
+    told = {
+        name: words(clipcid(*DISTILL, "--name", name, *flags))
+        for name, flags in (("repaired", ()), ("raw", ("--repair", "none")))
+    }
+    before, after = json.loads((turned / "clipcid-work/repair/teacher/repair.json").read_text())["result"]["log_rank"]
+    assert f"(trust in the teacher {np.exp(after - before):.2f}, by its repair)" in told["repaired"]
+    assert "trust" not in told["raw"]
     runs = turned / "clipcid-work" / "distill"
     assert losses(runs / "repaired") != losses(runs / "raw")
     # A repair that was removed is made again to the same bytes: the run is the one that is there.

@@ -72,6 +72,11 @@ class Inputs:
         return self.teacher if isinstance(self.teacher, StoredTeacher) else None
 
     @property
+    def trust(self) -> float:
+        """How far the teacher's pairing of images with captions is to be trusted, in (0, 1]."""
+        return 1.0 if self.repair is None else self.repair.trust
+
+    @property
     def embeddings(self) -> Embeddings | None:
         """The teacher's stored embeddings, where there are any."""
         return None if self.teacher is None else self.teacher.embeddings
