@@ -122,7 +122,7 @@ def test_what_siglip_learns_and_no_student_keeps_is_said(losses: tuple[str, ...]
     said = list[str]()
     reporter: Any = SimpleNamespace(note=lambda _: None, warn=said.append)
     settings = DistillSettings(student="s.json", teacher="none", loss=losses)
-    Objective.of(settings, WIDTH, None, DistContext(0, 1, 0, torch.device("cpu")), reporter)
+    Objective.of(settings, 1.0, WIDTH, None, DistContext(0, 1, 0, torch.device("cpu")), reporter)
     assert [("no logit_bias is written" in text) for text in said] == [True] * warns
 
 
