@@ -97,6 +97,15 @@ def test_metrics_are_those_of_scikit_learn_on_the_same_features(
     again = clipcid("eval-linear", tiny_model, colours, "--json").json
     assert again == result | {"reused": True}
 
+    # Features that no model makes are not believed.
+    for path in (work / "features").glob("*.npz"):
+        with np.load(path) as file:
+            np.savez(path, **dict(file) | {"rows": np.zeros_like(file["rows"])})
+    shutil.rmtree(work / "eval")
+    again = clipcid("eval-linear", tiny_model, colours, "--json")
+    assert "is damaged: the features of colours train are computed again" in " ".join(again.stderr.split())
+    assert again.json["metrics"] == metrics
+
     check_shots(clipcid, result, [tiny_model, colours, "--shots", "4,1,19", "--shot-repeats", 3, "--knn", "20,3"])
 
 
