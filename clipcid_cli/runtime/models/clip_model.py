@@ -366,7 +366,7 @@ def _validate_towers(model: ClipModel) -> None:
     info = model.info
     module = cast(Any, model.module)
     height, width = info.image_size
-    takes = {
+    takes: dict[str, Callable[[], torch.Tensor]] = {
         f"an image of {height} × {width} pixels": lambda: module.encode_image(
             model.normalize(torch.zeros(1, height, width, 3, dtype=torch.uint8))
         ),
