@@ -344,7 +344,8 @@ def test_one_bad_image_among_few_held_out(clipcid: Callable[..., Run], tiny_mode
     assert run.json["skipped"] == {"unreadable_image": 1}
     assert run.json["images"] == len(held_out) - 1
     assert 1 / len(held_out) > 0.01
-    refused = clipcid("eval-zeroshot", "--max-bad-fraction", 0.001, "--overwrite", check=False)
+    shutil.rmtree(tmp_path / "clipcid-work" / "eval")
+    refused = clipcid("eval-zeroshot", "--max-bad-fraction", 0.001, check=False)
     assert "1 of 120 samples" in " ".join(refused.stderr.split())
 
 

@@ -97,7 +97,7 @@ assert not any(name.startswith("clipcid") for name in sys.modules)
     assert parity["parity"]["onnx"]["tokenizer"]["same"] == parity["parity"]["onnx"]["tokenizer"]["texts"]
     for found in (parity["reference"], *parity["parity"].values()):
         assert 0 < found["latency_ms"]["p50"] <= found["latency_ms"]["p95"]
-    printed = run_documented_example("Tokenizer.from_file", 10, folder, *texts, uses="tokenizers")
+    printed = run_documented_example("Tokenizer.from_file", 11, folder, *texts, uses="tokenizers")
     np.testing.assert_allclose(json.loads(printed[0]), expected["text"] @ expected["text"].T, atol=1e-4)
     answers = parity["parity"]["onnx"]["zeroshot"]
     assert (answers["measure"], answers["images"]) == ("text_retrieval_recall@1", 24)

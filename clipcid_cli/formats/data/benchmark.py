@@ -31,7 +31,8 @@ _DATASET_TYPE = "dataset_type.txt"
 _NUM_SHARDS = "nshards.txt"
 # Names of the folders of splits; a folder that contains any other folder has no splits.
 _SPLITS = frozenset({"train", "trainval", "test", "val", "valid", "validation"})
-_LETTER = re.compile(r"[^\W\d_]")
+_NUMBERED_SHARDS = re.compile(r"[\d{}.,-]+\.tar")
+
 # Placeholders of the class name: CLIP_benchmark writes {c}, open_clip {}.
 _PLACEHOLDERS = ("{c}", "{}")
 # Names accepted in place of a file: open_clip's lists (see `runtime.models.clip_model`).
@@ -127,7 +128,7 @@ def name_data(data: str) -> str:
         data = str(Path(data).resolve())
     parts = data.rstrip("/").split("/")
     first = len(parts) - 1
-    while first > 0 and (parts[first] in _SPLITS or not _LETTER.search(parts[first].removesuffix(".tar"))):
+    while first > 0 and (parts[first] in _SPLITS or _NUMBERED_SHARDS.fullmatch(parts[first])):
         first -= 1
     return "/".join(parts[first:])
 

@@ -35,16 +35,15 @@ def write_clip_tokenizer(folder: Path, tokenizer: Any) -> Any:
 
 
 def write_tokenizer_file(folder: Path, tokenizer: Any) -> bool:
-    """Write `tokenizer.json` of an open_clip tokenizer; tell whether one can express it."""
+    """Write `tokenizer.json` of an open_clip tokenizer; tell whether such a file can express it."""
     if not hasattr(tokenizer, "tokenizer"):
         with TemporaryDirectory() as scratch:
             fast = write_clip_tokenizer(Path(scratch), tokenizer).backend_tokenizer
     else:
-        # A Hugging Face tokenizer; open_clip itself replaces some tokens of some models.
-        if not tokenizer.tokenizer.is_fast or tokenizer.tokenizer_mode or tokenizer.strip_sep_token:
+        own = tokenizer.tokenizer  # Hugging Face's, some of whose tokens open_clip replaces
+        if not own.is_fast or tokenizer.tokenizer_mode or tokenizer.strip_sep_token:
             return False
-        fast = copy.deepcopy(tokenizer.tokenizer.backend_tokenizer)
-        own = tokenizer.tokenizer
+        fast = copy.deepcopy(own.backend_tokenizer)
         _fix_length(fast, int(tokenizer.context_length), own.pad_token_id, own.pad_token)
     write_bytes(folder / TOKENIZER, fast.to_str().encode())
     return True

@@ -381,6 +381,8 @@ def _validate_towers(model: ClipModel) -> None:
             # Not in inference mode: what a module keeps of its first pass could not be trained.
             with torch.no_grad():
                 widths.append(int(encode().shape[-1]))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # a module raises whatever its layers do with a shape that does not fit
             raise ClipcidError(f"Model {info.spec} cannot encode {what}: {in_one_line(error, 400)}", fix) from error
     if widths != [info.embed_dim] * 2:

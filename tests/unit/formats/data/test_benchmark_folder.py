@@ -40,6 +40,7 @@ def test_split_folder_finds_the_files_beside_it(food: Path) -> None:
         ("/data/cars/val/{00000..00003}.tar", "cars/val/{00000..00003}.tar"),
         ("/data/cars/0.tar", "cars/0.tar"),
         ("/data/cars.tar", "cars.tar"),
+        ("/data/2024/test", "2024/test"),
         ("/data/cars.csv", "cars.csv"),
         ("s3://bucket/cars/train", "cars/train"),
     ],
