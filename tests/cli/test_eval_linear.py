@@ -298,7 +298,7 @@ def test_bad_input_gives_one_error_and_leaves_nothing(
     lonely = write_split(tmp_path / "lonely", 1, 7)
     cases: list[tuple[list[object], int, str]] = [
         ([], 2, "--train and --test are missing"),
-        ([tiny_model], 2, "--train and --test are missing"),
+        (["test"], 2, "--train and --test are missing. test was read as the model"),
         ([tiny_model, "--train", colours / "train"], 2, "--test is missing"),
         ([tiny_model, tmp_path / "nowhere"], 1, "no data at"),
         ([tiny_model, colours, "--test", lonely, "--train", colours / "test"], 1, "1 classes that"),
