@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ import types
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from clipcid_cli.errors import UsageError
+from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.runtime.libraries import importing
 from clipcid_cli.steps.reporting import Reporter
@@ -49,7 +51,11 @@ def step_command(name: str, settings: type[SharedSettings], *, step: str, show: 
     """
 
     def invoke(**values: Any) -> None:
-        run_step(settings(**values), step, show)
+        try:
+            run_step(settings(**values), step, show)
+        except ClipcidError as error:
+            error.message += _name_sources(error.message)
+            raise
 
     return PageCommand(name, callback=invoke, params=build_parameters(name, settings), help=page)
 
@@ -77,6 +83,18 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
         show(result, console)
 
 
+def _name_sources(message: str) -> str:
+    """Say of the flags that an error names, and that were not typed, which variable or file gives them; else nothing."""
+    context = click.get_current_context()
+    flags = re.findall(r"--[a-z][a-z-]*", message)
+    sources = {
+        option.opts[0]: option.get_source(context)
+        for option in context.command.params
+        if isinstance(option, Option) and option.opts[0] in flags
+    }
+    return "".join(f" ({flag} is from {source}.)" for flag, source in sources.items() if source is not None)
+
+
 class Option(click.Option):
     """A flag that knows its heading on the help page."""
 
@@ -93,11 +111,18 @@ class Option(click.Option):
 
     def get_error_hint(self, ctx: click.Context | None) -> str:
         """Name the flag, or the variable or file that its value is from."""
-        source = None if ctx is None or self.name is None else ctx.get_parameter_source(self.name)
+        source = None if ctx is None else self.get_source(ctx)
+        if source is None or source == self.envvar:
+            return source or super().get_error_hint(ctx)
+        return f"{super().get_error_hint(ctx)} in {source}"
+
+    def get_source(self, ctx: click.Context) -> str | None:
+        """Return the variable or the file that the value is from; None where it was typed or is the default."""
+        assert self.name is not None
+        source = ctx.get_parameter_source(self.name)
         if source is ParameterSource.ENVIRONMENT:
             return str(self.envvar)
-        hint = super().get_error_hint(ctx)
-        return f"{hint} in {ctx.params['config']}" if ctx and source is ParameterSource.DEFAULT_MAP else hint
+        return str(ctx.params["config"]) if source is ParameterSource.DEFAULT_MAP else None
 
 
 def build_parameters(command: str, settings: type[SharedSettings]) -> list[click.Parameter]:
@@ -150,6 +175,22 @@ def _parse_type(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
+class _FloatRange(click.FloatRange):
+    """A range that asks whether a number of percent was meant as a share."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse a number and check its range."""
+        try:
+            return float(super().convert(value, param, ctx))
+        except click.BadParameter as error:
+            number = math.nan
+            with suppress(ValueError):
+                number = float(value)
+            if not (self.min == 0 and self.max == 1 and 2 <= number <= 100):
+                raise
+            self.fail(f"{error.message} Did you mean {number / 100:g}?", param, ctx)
+
+
 def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
     if setting.choices is not None:
         return click.Choice(setting.choices)
@@ -164,7 +205,7 @@ def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
         number = click.IntRange(int(setting.within.minimum), None if maximum is None else int(maximum))
         number.name = "whole number"
     else:
-        number = click.FloatRange(setting.within.minimum, maximum, min_open=setting.within.min_open)
+        number = _FloatRange(setting.within.minimum, maximum, min_open=setting.within.min_open)
         number.name = "number"
     return number
 

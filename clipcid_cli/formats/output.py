@@ -35,7 +35,7 @@ from clipcid_cli.formats.sidecar import (
     write_sidecar,
 )
 
-WORK_OR_OUT = "--work, or --out where the command has it"
+WORK = "--work"
 
 _RUN = ".run.json"
 _TOLD = 8
@@ -51,6 +51,7 @@ class Output(Generic[AnySidecar]):
         root: The work folder; its tree is that of `top`.
         finished: The sidecar when the output is complete and of the same settings and inputs.
         earlier: That of a complete output that differs only as it may.
+        differences: How the complete output that is there differs, by setting and input.
         begun: Unfinished work to continue from: `root`, or that of a run that differs only as it may.
     """
 
@@ -62,6 +63,7 @@ class Output(Generic[AnySidecar]):
     run: Run
     finished: AnySidecar | None = None
     earlier: AnySidecar | None = None
+    differences: dict[str, str] = dataclasses.field(default_factory=dict)
     begun: Path | None = None
 
     @property
@@ -157,7 +159,7 @@ def open_output(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
-    with _lock_output(folder, step):
+    with _lock_output(folder, step, wanted.get("elsewhere", WORK)):
         works = find_works(folder, step)
         for root in works:
             killed = Output(folder, top or folder, root, step, kind, Run(settings={}, inputs=[]))
@@ -185,7 +187,7 @@ def find_output(
     overwrite: bool,
     may_differ: Collection[str] = (),
     resumes: bool = True,
-    elsewhere: str = WORK_OR_OUT,
+    elsewhere: str = WORK,
     top: Path | None = None,
 ) -> Output[AnySidecar]:
     """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks.
@@ -219,6 +221,7 @@ def find_output(
             output.finished = existing
             return output
         output.earlier = None if serious or changed is not None else existing
+        output.differences = differences
 
     output.begun = root if begun else None
     for work in [each for each in works if each != root]:
@@ -265,19 +268,24 @@ def _read_run(work: Path) -> Run | None:
         return msgspec.convert(json.loads((work / _RUN).read_bytes()), Run)
 
 
-def other_run_error(holds: str, serious: dict[str, str], elsewhere: str = WORK_OR_OUT) -> ClipcidError:
+def other_run_error(holds: str, serious: dict[str, str], elsewhere: str = WORK) -> ClipcidError:
     """Return the error for what is there of other settings or inputs."""
-    told = [f"  {name}: {difference}" for name, difference in serious.items()]
-    told[_TOLD:] = [f"  … and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
     return ClipcidError(
-        "\n".join([f"{holds} made with other settings or inputs:", *told]),
+        f"{holds} made with other settings or inputs:\n{list_differences(serious)}",
         f"Add --overwrite to replace it, or write elsewhere ({elsewhere}).",
     )
 
 
+def list_differences(differences: dict[str, str]) -> str:
+    """Write differences of settings and inputs, a line each."""
+    told = [f"  {name}: {difference}" for name, difference in differences.items()]
+    told[_TOLD:] = [f"  … and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
+    return "\n".join(told)
+
+
 def _compare(there: Run, now: Run, may_differ: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return all differences of two runs, and those that are errors."""
-    differences = _list_differences(there, now)
+    differences = _find_differences(there, now)
     serious = {
         name: told
         for name, told in differences.items()
@@ -286,7 +294,7 @@ def _compare(there: Run, now: Run, may_differ: Collection[str]) -> tuple[dict[st
     return differences, serious
 
 
-def _list_differences(there: Run, now: Run) -> dict[str, str]:
+def _find_differences(there: Run, now: Run) -> dict[str, str]:
     """Return for each setting and input that differs how: ``{"settings.keep": "0.5 there, 0.6 now"}``."""
     found = _compare_values("settings", there.settings, now.settings)
     if len(there.inputs) == len(now.inputs):
@@ -322,7 +330,7 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def _lock_output(folder: Path, step: str) -> Iterator[None]:
+def _lock_output(folder: Path, step: str, elsewhere: str) -> Iterator[None]:
     path = folder / f".{step}.lock"
     with ExitStack() as stack:
         try:
@@ -333,7 +341,7 @@ def _lock_output(folder: Path, step: str) -> Iterator[None]:
                 holder = path.read_text(errors="replace").strip()
             raise ClipcidError(
                 f"Another run ({holder or 'of unknown process number'}) is writing to {folder}.",
-                f"Wait for it, stop it, or work elsewhere ({WORK_OR_OUT}).",
+                f"Wait for it, stop it, or write elsewhere ({elsewhere}).",
             ) from error
         except OSError as error:  # also of a file system without locks
             raise write_error(path, error) from error

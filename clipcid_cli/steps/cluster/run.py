@@ -17,7 +17,7 @@ import torch
 from clipcid_cli.algorithms.kmeans.centroids import first_centroids, rows_as_centroids
 from clipcid_cli.algorithms.kmeans.kmeans import temperature_for_perplexity
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
-from clipcid_cli.algorithms.near.block import make_block
+from clipcid_cli.algorithms.near.block import bytes_an_entry, make_block
 from clipcid_cli.algorithms.near.nearest import NearestCentroid, top_nearest
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.atomic import write_npy
@@ -196,6 +196,7 @@ def _write(
         largest_cluster=int(sizes.max()),
         skipped=rows.skips.counts,
         iterations=state.iterations,
+        repair=rows.repair if embeddings.image_map is not None else None,
         seconds={name: round(value, 3) for name, value in seconds.items()},
     )
     if result.empty_clusters:
@@ -210,6 +211,7 @@ def _write(
         outputs=[record(output.work / name, output.work) for name in (CENTROIDS, TABLE, *arrays)],
         embeddings=WorkDirectory(plan.settings.work).name_of(embeddings.folder),
         keep_list=None if rows.keep_list is None else record(rows.keep_list),
+        repair=None if embeddings.image_map is None else embeddings.image_map.record,
         flags=given_flags(plan.settings),
         model=None if embeddings.sidecar is None else embeddings.sidecar.model,
         num_nearest=plan.num_nearest,
@@ -230,7 +232,7 @@ def _estimate_cost(plan: ClusterPlan, context: DistContext, reporter: Reporter) 
     iteration, assign = context.on_rank0(lambda: _measure(plan, scan, context))
     iteration *= num_trained
     assign *= len(rows) * len(rows.towers)
-    kept = min(memory_for_rows(context.device), (2 + scan.itemsize) * width * num_trained // context.size)
+    kept = min(memory_for_rows(context.device), bytes_an_entry(scan) * width * num_trained // context.size)
     memory = num_clusters * width * (4 + 8 + scan.itemsize) + kept
     memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
     reporter.note(
