@@ -227,12 +227,12 @@ def _load_trained(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Pat
         assert weights is not None, "or it would be a configuration"
         config, _ = read_config(name.path)
         own = _own_text_tower(config, name.path)
-        return _create(name, source, config, validate_pretrained=True, **own), config, weights, source
+        return _create(name, source, config, require_pretrained=True, **own), config, weights, source
     if name.kind == "hub":
         with _reaching_hub(name.spec):
             weights = Path(open_clip.pretrained.download_pretrained_from_hf(name.spec.removeprefix("hf-hub:")))
             config = open_clip.get_model_config(name.spec)
-        return _create(name, name.spec, config, validate_pretrained=True), config, weights, name.spec
+        return _create(name, name.spec, config, require_pretrained=True), config, weights, name.spec
     architecture, tag = cast(str, name.architecture), cast(str, name.tag)
     known = open_clip.get_pretrained_cfg(architecture, tag)
     if not known:
