@@ -72,7 +72,7 @@ class ExportSettings(SharedSettings):
         metavar="DATA",
         operational=True,
     )
-    validate_images: int | None = _check(
+    check_images: int | None = _check(
         None,
         "Maximum number of images for comparing zero-shot predictions and speed; by default 1,000 with --data or "
         "--quantize, else 64.",
