@@ -60,7 +60,7 @@ def test_result_and_files(embedded: Run, tiny_shards: Path, tiny_model: Path) ->
     sidecar = json.loads((folder / "embed.json").read_text())
     assert [Path(entry["path"]).name for entry in sidecar["inputs"]] == [tiny_shards.name]
     assert [entry["path"] for entry in sidecar["outputs"]] == ["manifest.parquet"]
-    assert sidecar["counts"] == {"images": 24, "read": 24, "skipped": {}, "laid_on_white": 0}
+    assert sidecar["counts"] == {"images": 24, "read": 24, "skipped": {}, "laid_on_white": 0, "from_16_bit": 0}
     assert sidecar["data"]["spec"] == str(tiny_shards)
     assert sidecar["model"]["spec"] == str(tiny_model)
     assert sidecar["settings"]["precision"] == "fp32"

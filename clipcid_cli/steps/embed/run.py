@@ -250,6 +250,7 @@ def _make_rows(encoder: EmbedEncoder, shard: Shard, parts: Sequence[Encoded], la
         read=last.read,
         skipped=skipped,
         laid_on_white=made.laid_on_white,
+        from_16_bit=made.from_16_bit,
         keys=[sample.key for sample in made.samples],
         captions=[sample.captions[0] if sample.captions else "" for sample in made.samples],
         counts=counts if several else None,
@@ -298,10 +299,19 @@ def _commit(
         laid_on_white = sum(each.laid_on_white for each in records)
         if laid_on_white:
             reporter.note(f"{laid_on_white:,} images have transparent pixels, which were shown on white.")
+        from_16_bit = sum(each.from_16_bit for each in records)
+        if from_16_bit:
+            reporter.note(f"{from_16_bit:,} images have 16 bits of grey, which were scaled to 8; open_clip shows white there.")
         if skips.total:
             reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
         entries |= {
-            "counts": {"images": rows, "read": read, "skipped": skipped, "laid_on_white": laid_on_white},
+            "counts": {
+                "images": rows,
+                "read": read,
+                "skipped": skipped,
+                "laid_on_white": laid_on_white,
+                "from_16_bit": from_16_bit,
+            },
             "seconds": {phase: fmean(each[phase] for _, each in timings) for phase in ("read", "encode", "write")},
             "images_per_second": speed,
             "data": plan.dataset.describe(),
