@@ -11,7 +11,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.command import data_command, texts_command
-from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.embeddings.text_folder import EmbeddedTexts, TextLines, open_texts
@@ -23,6 +23,7 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width,
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.embed.encoder import Views
+from clipcid_cli.steps.given_embeddings import open_given
 from clipcid_cli.steps.models import embed_with, validate_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -156,7 +157,7 @@ def choose_online(settings: DistillSettings, embeddings: Embeddings | None) -> O
 
 def open_stored(settings: DistillSettings, folder: Path, cache: Path | None, reporter: Reporter) -> Embeddings:
     """Open the teacher's embeddings and check that the teacher made them, and for the captions that the losses need."""
-    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache)
+    embeddings = open_given(settings, folder, cache, reporter)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     teacher = named_teacher(settings) if settings.needs_teacher else None
     if teacher is not None and embeddings.sidecar is not None:

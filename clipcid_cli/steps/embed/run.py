@@ -301,7 +301,7 @@ def _commit(
             reporter.note(f"{laid_on_white:,} images have transparent pixels, which were shown on white.")
         from_16_bit = sum(each.from_16_bit for each in records)
         if from_16_bit:
-            reporter.note(f"{from_16_bit:,} images have 16 bits of grey, which were scaled to 8; open_clip shows white there.")
+            reporter.note(f"{from_16_bit:,} images have 16 bits of grey, which were scaled to 8.")
         if skips.total:
             reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
         entries |= {

@@ -65,7 +65,7 @@ def collect(
     bad: float = 0.01,
 ) -> CheckInputs:
     classes = None if names is None else Classes(tuple(names), ("a {c}",))
-    settings = ExportSettings(data=str(data), validate_images=count, max_bad_fraction=bad)
+    settings = ExportSettings(data=str(data), check_images=count, max_bad_fraction=bad)
     return read_inputs(model, find_data(settings), classes, settings, reporter or Reporter())
 
 
