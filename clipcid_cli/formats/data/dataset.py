@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -35,6 +36,9 @@ _SEPARATOR = "::"  # webdataset's, between several folders, tars or patterns
 # Up to this size, keys are compared across all shards when data is opened; of larger data, or data that will have an index,
 # only those of the first two shards are, and all once they have been read.
 _SMALL = 2**30
+
+_MAX_SHARDS = 1_000_000  # of a pattern: LAION-5B has some 232,000
+_NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
 
 _LOOKED_AT = 10  # shards, for an image
 _ESTIMATED_FROM = 4
@@ -228,6 +232,11 @@ def _find_tars(spec: str) -> list[str] | None:
 
 
 def _expand(spec: str) -> list[str]:
+    number = _count_expansions(spec)
+    if number > _MAX_SHARDS:
+        raise ClipcidError(
+            f"{spec} names {number:,} shards, more than {_MAX_SHARDS:,}.", "Check the numbers between the braces."
+        )
     from webdataset.shardlists import expand_urls  # 0.2 s, which only patterns cost
 
     try:
@@ -239,6 +248,15 @@ def _expand(spec: str) -> list[str]:
             f"{spec}: webdataset takes ${{NAME}} from the environment variable WDS_NAME, which is not set.",
             "Set it, or write the value in place of it.",
         ) from error
+
+
+def _count_expansions(spec: str) -> int:
+    """Count what the numbers between braces make, before a list of it fills the memory."""
+    return sum(
+        math.prod(abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1 for first, last, step in found)
+        for part in spec.split(_SEPARATOR)
+        if (found := _NUMBERS.findall(part))
+    )
 
 
 def _normalize(spec: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+import torch
 
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.data.samples import Sample
@@ -36,7 +38,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
-from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
+from clipcid_cli.runtime.pipeline import estimate_host_memory, thread_map, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial, timed
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index, stream_shard
@@ -351,4 +353,8 @@ def _estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext)
     size = encoder.bytes_per_sample
     if plan.of_texts:
         return TextsCost(True, samples, samples * size, seconds)
-    return EmbedCost(True, len(plan.shards), samples, samples * size, size, seconds)
+    item = sum(each.nbytes for each in vars(batch).values() if isinstance(each, torch.Tensor))
+    memory = context.on_all(lambda: estimate_host_memory(item, item, encoder.workers))
+    folder = plan.folder.absolute()
+    free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+    return EmbedCost(True, len(plan.shards), samples, samples * size, size, seconds, free, memory.total, memory.shared)
