@@ -130,7 +130,11 @@ def format_seconds(seconds: float) -> str:
 def format_bytes(number: int) -> str:
     """Write a size: ``12.3 MB``, ``1.23 TB``."""
     unit = next((unit for unit in ("TB", "GB") if number >= _UNITS[unit]), "MB")
-    return f"{number / _UNITS[unit]:,.3g} {unit}" if number < 1000 * _UNITS[unit] else f"{number / _UNITS[unit]:,.0f} {unit}"
+    return (
+        f"{number / _UNITS[unit]:,.3g} {unit}"
+        if number < 1000 * _UNITS[unit]
+        else f"{number / _UNITS[unit]:,.0f} {unit}"
+    )
 
 
 def format_host_memory(total: int, shared: int) -> str:
