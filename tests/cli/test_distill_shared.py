@@ -316,6 +316,7 @@ def test_dry_run_measures_and_writes_nothing(clipcid: Clipcid, distill_place: Pa
     pace = max(found["seconds_per_step"], found["data_seconds_per_step"])  # one worker
     assert found["seconds"]["train"] == pytest.approx(pace * found["steps"], rel=0.1)
     assert found["memory_bytes"] > 4 * found["parameters"]
+    assert found["host_memory_bytes"] > found["shared_memory_bytes"]
     teacher = found["teacher"]
     assert 0 < teacher["share"] < 1
     # All 24 images were embedded; a part of them is held out of training.

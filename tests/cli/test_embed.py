@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import signal
 import time
@@ -291,12 +292,39 @@ def test_other_forms_of_data(clipcid: Call, tiny_model: Path, tmp_path: Path) ->
     assert again.json == listed.json
 
 
+def test_lines_of_a_text_are_captions_where_that_is_asked_for(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
+    members = [(f"{number}.png", make_image(number)) for number in range(4)]
+    members += [(f"{number}.txt", b"a red door\nan old door") for number in range(4)]
+    write_tar(tmp_path / "data" / "0.tar", sorted(members))
+    (tmp_path / "photos").mkdir()
+    for name, content in members:
+        (tmp_path / "photos" / name).write_bytes(content)
+    for data in ("data", "photos"):
+        whole = clipcid("embed", data, "--model", tiny_model, "--work", f"{data}-whole")
+        assert re.search(r"with\s+--caption-lines", whole.stderr)
+        lines = clipcid("embed", data, "--model", tiny_model, "--work", f"{data}-lines", "--caption-lines")
+        assert "--caption-lines" not in lines.stderr
+        folder = tmp_path / f"{data}-lines" / "embeddings" / "tiny"
+        assert np.load(folder / "captions_emb" / "captions_emb_0000.npy").shape[0] == 4
+        other = clipcid("embed", data, "--model", tiny_model, "--work", f"{data}-lines", check=False)
+        assert "caption_lines: true there" in other.stderr
+    clipcid("embed", "--model", tiny_model, "--work", "data-lines", "--caption-lines")  # the data as recorded
+
+
 def test_dry_run_writes_nothing(clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     run = clipcid("embed", tiny_shards, "--model", tiny_model, "--dry-run", "--json")
     assert (run.json["images"], run.json["shards"], run.json["bytes"]) == (24, 2, 24 * 32 * 2 * 2)
     assert "checked 2 of 2 shards, 6 samples: all can be decoded." in run.stderr
-    run = clipcid("embed", tiny_shards, "--model", tiny_model, "--views", 3, "--dry-run", "--json")
+    run = clipcid("embed", tiny_shards, "--model", tiny_model, "--views", 3, "--dry-run", "--json", "--workers", 1)
     assert run.json["bytes"] == 24 * 32 * 2 * 2 + 24 * 3 * (32 * 2 + 16 * 4)
+    assert run.json["free_bytes"] > run.json["bytes"]
+    assert run.json["host_memory_bytes"] > run.json["shared_memory_bytes"] > 0
+    shown = clipcid("embed", tiny_shards, "--model", tiny_model, "--dry-run", "--workers", 2).stderr
+    assert re.search(r"disk +0\.00307 MB of .* that are free", shown)
+    assert re.search(r"memory +up to .* of each host, .* of it in\s+/dev/shm", shown)
+    many = ("--dry-run", "--workers", 20_000_000)
+    run = clipcid("embed", tiny_shards, "--model", tiny_model, *many, check=False)
+    assert re.search(r"workers of this host and their batches take up to\s+[\d,.]+\s+GB", run.stderr)
     assert not (tmp_path / "clipcid-work").exists()
 
 

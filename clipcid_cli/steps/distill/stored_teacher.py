@@ -188,9 +188,18 @@ def _embed_again(settings: DistillSettings, embeddings: Embeddings, **more: Any)
 
 
 def validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
-    """Refuse embeddings whose keys are of another form than the data's."""
-    keys = None if embeddings.sidecar is None else embeddings.sidecar.made.keys
-    if keys not in (None, dataset.keys):
+    """Refuse embeddings whose keys or captions are of another form than the data's."""
+    if embeddings.sidecar is None:
+        return
+    made = embeddings.sidecar.made
+    keys = made.keys
+    if made.caption_lines != dataset.caption_lines:
+        flag = "--caption-lines" if made.caption_lines else "--no-caption-lines"
+        raise ClipcidError(
+            f"The embeddings in {embeddings.folder} were made with {flag}, the data is not read so: captions differ.",
+            f"Add {flag}.",
+        )
+    if keys != dataset.keys:
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} were made with --keys {keys}, the data is read with --keys "
             f"{dataset.keys}: they cannot be joined.",

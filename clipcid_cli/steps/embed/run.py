@@ -343,6 +343,8 @@ def _estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext)
     batch.tokens = decoder.tokenize(texts)
     if decoder.text_variants is not None:
         batch.variants = decoder.tokenize(texts * decoder.text_variants.number)
+    item = sum(each.nbytes for each in vars(batch).values() if isinstance(each, torch.Tensor))
+    memory = context.on_all(lambda: estimate_host_memory(item, item, encoder.workers))
     threads = threads_for_batches(device)
 
     def encode_together() -> None:
@@ -353,8 +355,6 @@ def _estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext)
     size = encoder.bytes_per_sample
     if plan.of_texts:
         return TextsCost(True, samples, samples * size, seconds)
-    item = sum(each.nbytes for each in vars(batch).values() if isinstance(each, torch.Tensor))
-    memory = context.on_all(lambda: estimate_host_memory(item, item, encoder.workers))
     folder = plan.folder.absolute()
     free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
     return EmbedCost(True, len(plan.shards), samples, samples * size, size, seconds, free, memory.total, memory.shared)

@@ -109,8 +109,9 @@ def validate_values(settings: Any) -> None:
                     "Rename the folder or file: parquet files can only be opened by names that are text.",
                 )
             if isinstance(item, Path) and _URL.match(str(item)):
+                url = str(item).replace(":/", "://")
                 raise UsageError(
-                    f"{flag} is a URL, {item}: only data is read from URLs; folders and files must be on a disk.",
+                    f"{flag} is a URL, {url}: only data is read from URLs; folders and files must be on a disk.",
                     "Give a local path, or that of a mounted bucket.",
                 )
             if isinstance(item, str | Path) and "\0" in str(item):

@@ -127,7 +127,7 @@ def test_values_given_in_python_are_checked_too() -> None:
         ExampleSettings(kind="z")
     with pytest.raises(UsageError, match=r"--work holds a NUL character: 'a\\x00b'"):  # as a file of settings can say
         ExampleSettings(work=Path("a\0b"))
-    with pytest.raises(UsageError, match="--work is a URL, s3:/bucket/w: only data is read from URLs"):
+    with pytest.raises(UsageError, match="--work is a URL, s3://bucket/w: only data is read from URLs"):
         ExampleSettings(work=Path("s3://bucket/w"))
 
 
