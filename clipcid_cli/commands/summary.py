@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 _GAP = 2
-_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 1000}
 _PART = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\]"""  # of a word, as a shell reads it
 _WORD = re.compile(rf"(?:{_PART}|\S)+")
 _FLAG = re.compile(r"--?[A-Za-z]")
@@ -128,18 +128,14 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(number: int) -> str:
-    """Write a size: ``12.3 MB``, ``1.23 TB``."""
-    unit = next((unit for unit in ("TB", "GB") if number >= _UNITS[unit]), "MB")
-    return (
-        f"{number / _UNITS[unit]:,.3g} {unit}"
-        if number < 1000 * _UNITS[unit]
-        else f"{number / _UNITS[unit]:,.0f} {unit}"
-    )
+    """Write a size by three digits: ``92.1 kB``, ``1.23 TB``."""
+    unit = next((unit for unit, size in _UNITS.items() if number >= size), "kB")
+    return f"{float(f'{number / _UNITS[unit]:.3g}'):,g} {unit}"
 
 
 def format_host_memory(total: int, shared: int) -> str:
     """Write what a run takes of a host."""
-    return f"up to {format_bytes(total)} of each host, {format_bytes(shared)} of it in /dev/shm"
+    return f"up to {total / 1e9:,.1f} GB of each host, {shared / 1e9:,.1f} GB of it in /dev/shm"
 
 
 def format_percent(value: float | None, digits: int = 1) -> str:

@@ -240,6 +240,14 @@ def png_with_alpha() -> bytes:
     return buffer.getvalue()
 
 
+def png_of_16_bits() -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((40, 40), 26_000, np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def test_what_is_skipped_is_counted_and_named(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
     members = [
         *shard_members(0, 20),
@@ -248,18 +256,21 @@ def test_what_is_skipped_is_counted_and_named(clipcid: Call, tiny_model: Path, t
         ("mute.png", make_image(30)),
         ("alpha.png", png_with_alpha()),
         ("alpha.txt", b"clear"),
+        ("deep.png", png_of_16_bits()),
+        ("deep.txt", b"grey"),
         ("000003.png", make_image(31)),
         ("000003.txt", b"again"),
     ]
     data = write_tar(tmp_path / "a.tar", members)
     run = clipcid("embed", data, "--model", tiny_model, "--json", "--max-bad-fraction", 0.2)
-    assert run.json["images"] == 21
+    assert run.json["images"] == 22
     assert run.json["skipped"] == {"duplicate_key": 1, "no_caption": 1, "unreadable_image": 1}
     assert "unreadable image: a/bad" in run.stderr
     assert "1 images have transparent pixels" in " ".join(run.stderr.split())
+    assert "1 images have 16 bits of grey" in " ".join(run.stderr.split())
     strict = clipcid("embed", data, "--model", tiny_model, "--out", tmp_path / "strict", check=False)
     assert strict.returncode == 1
-    assert "3 of 24 samples" in strict.stderr
+    assert "3 of 25 samples" in strict.stderr
     assert "--max-bad-fraction" in strict.stderr
     assert "--no-text" in strict.stderr
     assert not (tmp_path / "strict" / "embed.json").exists()
@@ -320,7 +331,7 @@ def test_dry_run_writes_nothing(clipcid: Call, tiny_shards: Path, tiny_model: Pa
     assert run.json["free_bytes"] > run.json["bytes"]
     assert run.json["host_memory_bytes"] > run.json["shared_memory_bytes"] > 0
     shown = clipcid("embed", tiny_shards, "--model", tiny_model, "--dry-run", "--workers", 2).stderr
-    assert re.search(r"disk +0\.00307 MB of .* that are free", shown)
+    assert re.search(r"disk +3\.07 kB, 128 bytes an image", shown)
     assert re.search(r"memory +up to .* of each host, .* of it in\s+/dev/shm", shown)
     many = ("--dry-run", "--workers", 20_000_000)
     run = clipcid("embed", tiny_shards, "--model", tiny_model, *many, check=False)
