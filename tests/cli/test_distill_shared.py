@@ -120,7 +120,7 @@ def test_the_data_is_checked_until_there_is_a_checkpoint(whole: Path, monkeypatc
     def end(*_arguments: object) -> None:
         raise ClipcidError("The run ends early.", "")
 
-    monkeypatch.setattr(run, "check_samples", check)
+    monkeypatch.setattr(run, "validate_samples", check)
     with monkeypatch.context() as patch:
         patch.setattr(run, "write", end)
         with pytest.raises(ClipcidError, match=r"cannot be read"):
