@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ import types
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,22 @@ def _parse_type(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
+class _FloatRange(click.FloatRange):
+    """A range that asks whether a number of percent was meant as a share."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse a number and check its range."""
+        try:
+            return float(super().convert(value, param, ctx))
+        except click.BadParameter as error:
+            number = math.nan
+            with suppress(ValueError):
+                number = float(value)
+            if not (self.min == 0 and self.max == 1 and 2 <= number <= 100):
+                raise
+            self.fail(f"{error.message} Did you mean {number / 100:g}?", param, ctx)
+
+
 def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
     if setting.choices is not None:
         return click.Choice(setting.choices)
@@ -164,7 +182,7 @@ def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
         number = click.IntRange(int(setting.within.minimum), None if maximum is None else int(maximum))
         number.name = "whole number"
     else:
-        number = click.FloatRange(setting.within.minimum, maximum, min_open=setting.within.min_open)
+        number = _FloatRange(setting.within.minimum, maximum, min_open=setting.within.min_open)
         number.name = "number"
     return number
 

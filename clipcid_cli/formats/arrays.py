@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
@@ -23,24 +24,36 @@ if TYPE_CHECKING:
 Arrays = tuple[npt.NDArray[Any], ...]
 Number = TypeVar("Number", bound=np.generic)
 
+_HASH = "hash"
+
 _STRINGS_AT_ONCE = 2**20
 
 
 def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Save arrays and numbers of unfinished work by name, whole or not at all."""
+    """Save arrays and numbers of unfinished work by name, with a hash of them, whole or not at all."""
     with atomic_file(path) as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays | {_HASH: _hash(arrays)})
 
 
 def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
-    """Load what `save_arrays` saved; None where there is nothing, or it is damaged: it is then computed again."""
+    """Load what `save_arrays` saved; None where there is nothing, or it is damaged or edited: it is then computed again."""
     try:
-        with np.load(io.BytesIO(read_regular(path)), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        with np.load(io.BytesIO(read_regular(path)), allow_pickle=False) as saved:
+            arrays = {name: saved[name] for name in saved.files}
+        return arrays if arrays.pop(_HASH) == _hash(arrays) else None
     except MemoryError:
         raise
     except Exception:  # NumPy and zipfile raise what they like for a damaged archive
         return None
+
+
+def _hash(arrays: dict[str, Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in arrays.items():
+        array = np.asarray(value)
+        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def create_mapped(

@@ -51,6 +51,7 @@ class Output(Generic[AnySidecar]):
         root: The work folder; its tree is that of `top`.
         finished: The sidecar when the output is complete and of the same settings and inputs.
         earlier: That of a complete output that differs only as it may.
+        differences: How the complete output that is there differs, by setting and input.
         begun: Unfinished work to continue from: `root`, or that of a run that differs only as it may.
     """
 
@@ -62,6 +63,7 @@ class Output(Generic[AnySidecar]):
     run: Run
     finished: AnySidecar | None = None
     earlier: AnySidecar | None = None
+    differences: dict[str, str] = dataclasses.field(default_factory=dict)
     begun: Path | None = None
 
     @property
@@ -219,6 +221,7 @@ def find_output(
             output.finished = existing
             return output
         output.earlier = None if serious or changed is not None else existing
+        output.differences = differences
 
     output.begun = root if begun else None
     for work in [each for each in works if each != root]:
@@ -267,17 +270,22 @@ def _read_run(work: Path) -> Run | None:
 
 def other_run_error(holds: str, serious: dict[str, str], elsewhere: str = WORK_OR_OUT) -> ClipcidError:
     """Return the error for what is there of other settings or inputs."""
-    told = [f"  {name}: {difference}" for name, difference in serious.items()]
-    told[_TOLD:] = [f"  … and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
     return ClipcidError(
-        "\n".join([f"{holds} made with other settings or inputs:", *told]),
+        f"{holds} made with other settings or inputs:\n{list_differences(serious)}",
         f"Add --overwrite to replace it, or write elsewhere ({elsewhere}).",
     )
 
 
+def list_differences(differences: dict[str, str]) -> str:
+    """Write differences of settings and inputs, a line each."""
+    told = [f"  {name}: {difference}" for name, difference in differences.items()]
+    told[_TOLD:] = [f"  … and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
+    return "\n".join(told)
+
+
 def _compare(there: Run, now: Run, may_differ: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return all differences of two runs, and those that are errors."""
-    differences = _list_differences(there, now)
+    differences = _find_differences(there, now)
     serious = {
         name: told
         for name, told in differences.items()
@@ -286,7 +294,7 @@ def _compare(there: Run, now: Run, may_differ: Collection[str]) -> tuple[dict[st
     return differences, serious
 
 
-def _list_differences(there: Run, now: Run) -> dict[str, str]:
+def _find_differences(there: Run, now: Run) -> dict[str, str]:
     """Return for each setting and input that differs how: ``{"settings.keep": "0.5 there, 0.6 now"}``."""
     found = _compare_values("settings", there.settings, now.settings)
     if len(there.inputs) == len(now.inputs):

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.join import Keys, join, parquet_listing
@@ -35,13 +37,22 @@ class ChosenKeepList:
     def report(self, source: str, total: int, *, kept: int, missing: int, reporter: Reporter) -> None:
         """Report that it was taken; one that lacks too many of the step's samples was made from other data."""
         if missing > self.max_missing * total:
-            raise ClipcidError(
-                f"Keep list {self.path} lacks {missing:,} of the {total:,} {self.samples} of {source}: it was made from "
-                "other data.",
-                "Give the data or embeddings it was made from, another --keep-list, or --keep-list none to use all "
-                f"{self.samples}.",
-            )
+            raise self._other_data(f"lacks {missing:,} of the {total:,} {self.samples} of {source}")
         reporter.note(f"Keep list: {self.path}, {kept:,} of {total:,} {self.samples} kept.")
+
+    def validate_related(self, keys: pa.Array, source: str) -> None:
+        """Refuse a list that has none of some keys of `source`, n strings."""
+        for listed, _ in parquet_listing(self.path).read():
+            if pc.any(pc.is_in(listed, value_set=keys.cast(listed.type))).as_py():
+                return
+        raise self._other_data(f"has none of the {self.samples} of {source}")
+
+    def _other_data(self, how: str) -> ClipcidError:
+        return ClipcidError(
+            f"Keep list {self.path} {how}: it was made from other data.",
+            "Give the data or embeddings it was made from, another --keep-list, or --keep-list none to use all "
+            f"{self.samples}.",
+        )
 
     def find_kept(
         self, keys: Keys, count: int, folder: Path | None, source: str, reporter: Reporter

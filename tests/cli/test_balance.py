@@ -132,6 +132,7 @@ def test_rows_that_are_not_finite_are_counted_and_named(
     [
         (["--keep", "0"], 2, "0.0 is not in the range 0<x<=1"),
         (["--keep", "1.5"], 2, "1.5 is not in the range 0<x<=1"),
+        (["--keep", "56.3"], 2, "56.3 is not in the range 0<x<=1. Did you mean 0.563?"),
         (["--keep", "nan"], 2, "nan is not in the range 0<x<=1"),
         (["--threshold", "-1"], 2, "-1.0 is not in the range 0<=x<=2"),
         ([], 2, "No amount to keep was given"),
@@ -191,6 +192,38 @@ def test_killed_and_given_again_writes_the_same_bytes(
     clipcid(*arguments, "--work", "killed")
     assert read_outputs(tmp_path / "killed") == read_outputs(tmp_path / "whole")
     assert not list((tmp_path / "killed" / "balance").glob(".balance-*"))
+
+
+def test_a_result_is_replaced_by_one_of_other_settings_or_more_data_and_it_says_how_they_differ(
+    clipcid: Callable[..., Run], rows: np.ndarray, tmp_path: Path
+) -> None:
+    folder = write_embeddings(tmp_path / "e", rows[:200], num_files=1)
+    write_embeddings(tmp_path / "eval", make_rows(5, seed=4))
+    call = ("balance", "--embeddings", folder, "--threshold", 0.5)
+    replaced = "of other settings or inputs, will be replaced:"
+    assert replaced not in clipcid(*call).stderr
+    assert replaced not in clipcid(*call).stderr
+    told = clipcid(*call, "--against", "eval").stderr
+    assert replaced in " ".join(told.split())
+    assert 'settings.against: null there, [["eval"' in told
+    np.save(folder / "img_emb" / "img_emb_1.npy", rows[200:])
+    keys = pd.DataFrame({"key": [f"{row:06d}" for row in range(200, NUM_ROWS)]})
+    keys.to_parquet(folder / "metadata" / "metadata_1.parquet")
+    told = " ".join(clipcid(*call, "--against", "eval").stderr.split())
+    assert re.search(rf"{replaced} input \S*img_emb: \d+ bytes .* there, \d+ bytes .* now", told)
+
+
+def test_a_list_that_is_there_is_refused_before_the_search(
+    clipcid: Callable[..., Run], embeddings: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "k.txt").write_text("mine\n")
+    call = ("balance", "--embeddings", embeddings, "--keep", 0.5, "--write-keys", "k.txt")
+    refused = clipcid(*call, check=False)
+    assert refused.returncode == 1
+    assert "k.txt already exists, and this run would replace it. Add --overwrite" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "clipcid-work" / "balance" / "forest.parquet").exists()
+    clipcid(*call, "--overwrite")
+    clipcid(*call)  # of a finished result, with the same content
 
 
 def tar_names(path: Path) -> list[str]:

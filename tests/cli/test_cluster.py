@@ -236,6 +236,28 @@ def test_keys_that_repeat_across_files_need_a_flag(clipcid: Callable[..., Run], 
         assert 'settings.keys: "sample" there, "shard" now' in " ".join(refused.stderr.split())
 
 
+def test_embeddings_of_other_data_than_the_keep_list_are_told_before_their_keys(
+    clipcid: Callable[..., Run], tmp_path: Path
+) -> None:
+    mine = write_embeddings(tmp_path / "mine", make_rows(1))
+    other = write_embeddings(tmp_path / "other", make_rows(2))
+    for number in range(2):  # keys that repeat, and are in the list too
+        path = other / f"metadata/metadata_{number:04d}.parquet"
+        pq.write_table(pa.table({"key": [f"{row:05d}" for row in range(NUM_ROWS // 2)]}), path)
+    clipcid("balance", "--embeddings", mine, "--keep", 0.8)
+    refused = clipcid("cluster", "--embeddings", other, check=False)
+    assert refused.returncode == 1
+    told = " ".join(refused.stderr.split())
+    assert "keep.parquet has none of the rows of" in told
+    assert "it was made from other data" in told
+    assert "--keys shard" not in told
+    # A list of their own, made with the flag that is lacking here.
+    clipcid("balance", "--embeddings", other, "--keep", 0.8, "--keys", "shard", "--work", "w")
+    refused = clipcid("cluster", "--embeddings", other, "--work", "w", check=False)
+    assert "Add --keys shard" in " ".join(refused.stderr.split())
+    clipcid("cluster", "--embeddings", other, "--work", "w", "--keys", "shard")
+
+
 def test_a_few_rows_that_are_not_finite_are_counted_and_named(clipcid: Callable[..., Run], embeddings: Path) -> None:
     break_rows(embeddings)
     run = clipcid("cluster", "--embeddings", embeddings, "--max-bad-fraction", "0.05", "--json")

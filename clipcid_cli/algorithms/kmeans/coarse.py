@@ -48,6 +48,11 @@ class CoarseRows:
         integers = [_round(part_BD, step_B[:, None], dtype) for part_BD, step_B in zip(parts, steps, strict=True)]
         return cls(stored_BD, torch.cat(integers), torch.cat(steps))
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows on the device."""
+        return self.stored_BD.nbytes + self.integers_BD.nbytes
+
 
 class CoarseCentroids:
     """Finds nearly the nearest of fixed centroids; several threads may ask at once.

@@ -206,7 +206,7 @@ class _Share:
         self._is_summed = False
         self._coarse_rows = dict[int, CoarseRows]()
         self._blocks = dict[int, Block]()
-        self._num_kept = kept_bytes // ((2 + dtype.itemsize) * rows.width * self._runs.step)
+        self._kept_bytes = kept_bytes
 
     def are_local(self, centroids_KD: torch.Tensor) -> bool:
         """Tell of rows from all over the data whether comparing with centroids around their own is enough."""
@@ -347,7 +347,7 @@ class _Share:
         if first in kept:
             return kept[first]
         prepared = prepare(torch.from_numpy(self._rows.features(self._numbers(first))).to(self._device))
-        if len(kept) < self._num_kept:
+        if (len(kept) + 1) * prepared.num_bytes <= self._kept_bytes:  # all runs but the last are as long
             kept[first] = prepared
         return prepared
 

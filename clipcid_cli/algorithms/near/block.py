@@ -84,6 +84,16 @@ class Block:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the rows on the device."""
+        return self.stored.nbytes + (0 if self.scan is self.stored else self.scan.nbytes)
+
+
+def bytes_an_entry(scan_dtype: torch.dtype) -> int:
+    """Return the bytes that an entry of a row takes: as stored in float16, and its copy unless that is the same."""
+    return 2 if scan_dtype == torch.float16 else 2 + scan_dtype.itemsize
+
 
 def load_block(read: ReadRows, rows: IntArray, device: torch.device, scan_dtype: torch.dtype) -> Block:
     """Read rows, by their numbers, and prepare them for comparison."""

@@ -102,9 +102,16 @@ def exact_dots(a_MD: torch.Tensor, b_ND: torch.Tensor, i_P: torch.Tensor, j_P: t
     columns, column_P = torch.unique(j_P, return_inverse=True)
     if len(rows) * len(columns) <= _ENTRIES_PER_PAIR * len(i_P):
         return (a_MD[rows].double() @ b_ND[columns].double().T)[row_P, column_P]
+    return dots_of_pairs(a_MD, b_ND, i_P, j_P)
+
+
+def dots_of_pairs(a_MD: torch.Tensor, b_ND: torch.Tensor, i_P: torch.Tensor, j_P: torch.Tensor) -> torch.Tensor:
+    """Return the same without looking for rows that occur several times, for which the host would wait for a GPU."""
     at_once = _PAIRS_AT_ONCE[i_P.device.type]
+    if len(i_P) <= at_once:
+        return paired_dots(a_MD.index_select(0, i_P), b_ND.index_select(0, j_P))
     pairs = zip(torch.split(i_P, at_once), torch.split(j_P, at_once), strict=True)
-    return torch.cat([paired_dots(a_MD.index_select(0, i), b_ND.index_select(0, j)) for i, j in pairs])
+    return torch.cat([dots_of_pairs(a_MD, b_ND, i, j) for i, j in pairs])
 
 
 def paired_dots(a_PD: torch.Tensor, b_PD: torch.Tensor) -> torch.Tensor:

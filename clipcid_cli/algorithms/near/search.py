@@ -5,7 +5,8 @@ computed exactly (:mod:`clipcid_cli.algorithms.near.exact`).
 
 On a GPU the host would wait several times for sizes of results that it must know to go on. So a fixed number of the largest
 scores is taken there, their pairs are computed, and the host picks those within the distance, by one wait. Where more scores
-than that reach the bound the blocks are *crowded*, and are searched as on a CPU.
+than that reach the bound the blocks are *crowded*: they are searched again for many more pairs, as the next ones are at
+once, and where even those are too few as on a CPU.
 
 Shape letters: M and N rows of two blocks, S stretches of a row of scores, s scores of a stretch, P pairs.
 
@@ -14,6 +15,7 @@ Source: docs/method.md#fast-search-exact-result.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, pairwise
 
@@ -28,9 +30,9 @@ from clipcid_cli.algorithms.near.exact import (
     BoolArray,
     FloatArray,
     IntArray,
+    dots_of_pairs,
     edge_weights,
     exact_dots,
-    paired_dots,
 )
 
 # Tells, from rows a, rows b and lower bounds of their distances, which pairs are worth computing.
@@ -45,31 +47,47 @@ _STRETCH = 128
 _STRETCHES_AT_ONCE = 2**11
 # Candidates of as many products as it takes that are decided together.
 _MANY_PAIRS = 2**16
-# Pairs that are computed for two blocks on a GPU, and stretches that are looked into.
-_MAX_QUEUED = 16_384
+# Pairs that are computed for two blocks on a GPU, and stretches that are looked into: of most blocks, and of crowded ones.
+_FEW_QUEUED = 2**14
+_MANY_QUEUED = 2**18
+
+
+@dataclasses.dataclass
+class Crowding:
+    """Whether the blocks that were read last had more near pairs than the few that are queued of most."""
+
+    is_crowded: bool = False
 
 
 def near_pairs_of(blocks: Iterable[tuple[Block, Block]], cutoff: float, wants: Wants) -> Iterator[Iterator[Edges]]:
     """Search as :func:`near_pairs` many pairs of blocks; on a GPU each is queued before the one before it is read."""
-    found = (near_pairs(a, b, cutoff, wants) for a, b in blocks)
+    crowding = Crowding()
+    found = (near_pairs(a, b, cutoff, wants, crowding) for a, b in blocks)
     for one, _ in pairwise(chain(found, [iter(())])):
         yield one
 
 
 def near_pairs(
-    a: Block, b: Block, cutoff: float, wants: Wants = lambda a, b, _: np.ones(len(a), np.bool_)
+    a: Block,
+    b: Block,
+    cutoff: float,
+    wants: Wants = lambda a, b, _: np.ones(len(a), np.bool_),
+    crowding: Crowding | None = None,
 ) -> Iterator[Edges]:
     """Find the pairs of one row of each block that are within a distance.
 
     Args:
         b: Another block, or the same: then each pair is found once.
         cutoff: Largest distance, inclusive.
+        crowding: Of the blocks before.
 
     Returns:
         Those of them that are wanted, with exact weights, a < b, in pieces of bounded size. They are computed as the pieces
         are taken; on a GPU the work is queued before.
     """
-    return _decide_products(a, b, cutoff, wants) if a.scan.device.type == "cpu" else queue(a, b, cutoff, wants)
+    if a.scan.device.type == "cpu":
+        return _decide_products(a, b, cutoff, wants)
+    return queue(a, b, cutoff, wants, crowding or Crowding())
 
 
 def _decide_products(a: Block, b: Block, cutoff: float, wants: Wants) -> Iterator[Edges]:
@@ -134,9 +152,10 @@ def _decide(
         yield Edges(small[wanted][within], large[wanted][within], weight[within])
 
 
-def queue(a: Block, b: Block, cutoff: float, wants: Wants) -> Iterator[Edges]:
+def queue(a: Block, b: Block, cutoff: float, wants: Wants, crowding: Crowding) -> Iterator[Edges]:
     """As :func:`near_pairs` does on a GPU: queue all that is to be computed, and return what waits for it and reads it."""
     device = a.scan.device
+    most = _MANY_QUEUED if crowding.is_crowded else _FEW_QUEUED
     # Rows of zeros make whole stretches of the scores. Their scores are 0, and so are those of each pair's second place:
     # where even 0 reaches the lowest score the blocks are crowded, or all of their pairs are computed.
     padding = -len(b) % _STRETCH
@@ -145,13 +164,13 @@ def queue(a: Block, b: Block, cutoff: float, wants: Wants) -> Iterator[Edges]:
     if a is b:
         score_MN.triu_(1)
     stretch_Ss = score_MN.view(-1, _STRETCH)
-    largest_S, place_S = _top(stretch_Ss.amax(dim=1))
-    score_P, place_P = _top(stretch_Ss[place_S].view(-1))
+    largest_S, place_S = _top(stretch_Ss.amax(dim=1), most)
+    score_P, place_P = _top(stretch_Ss[place_S].view(-1), most)
     entry_P = torch.add(place_P % _STRETCH, place_S[place_P // _STRETCH], alpha=_STRETCH)
     i_P, j_P = entry_P // width, entry_P % width
     if padding:
         j_P.clamp_(max=len(b) - 1)
-    weight_P = edge_weights(a.squared[i_P], b.squared[j_P], paired_dots(a.stored[i_P], b.stored[j_P]))
+    weight_P = edge_weights(a.squared[i_P], b.squared[j_P], dots_of_pairs(a.stored, b.stored, i_P, j_P))
     is_crowded = torch.maximum(largest_S.amin(), score_P.amin()) >= float(lowest_score(a, b, cutoff))
     # All are exact in float64: one copy to the host's pinned memory, which does not wait.
     results = torch.cat([entry_P.double(), weight_P.double(), is_crowded.double()[None]]).to("cpu", non_blocking=True)
@@ -163,12 +182,16 @@ def queue(a: Block, b: Block, cutoff: float, wants: Wants) -> Iterator[Edges]:
         if done is not None:
             done.synchronize()
         found = results.numpy()
-        if found[-1]:
-            yield from _decide_products(a, b, cutoff, wants)
+        crowding.is_crowded = bool(found[-1])
+        if crowding.is_crowded:
+            is_last = most == _MANY_QUEUED
+            yield from _decide_products(a, b, cutoff, wants) if is_last else queue(a, b, cutoff, wants, crowding)
             return
         entry, weight = np.split(found[:-1], 2)
         i, j = np.divmod(entry.astype(np.int64), width)
         near = (weight <= np.float32(cutoff)) & (j < len(b))
+        # Not all scores that reach the bound are of near pairs.
+        crowding.is_crowded = int(np.count_nonzero(near)) > _FEW_QUEUED // 2
         if a is b:
             near &= i < j
         one, other = a.rows[i[near]], b.rows[j[near]]
@@ -180,7 +203,7 @@ def queue(a: Block, b: Block, cutoff: float, wants: Wants) -> Iterator[Edges]:
     return read()
 
 
-def _top(score_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the largest scores, in any order, and their places."""
-    values, places = score_S.topk(min(_MAX_QUEUED, len(score_S)), sorted=False)
+def _top(score_S: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the largest scores, so many at most, in any order, and their places."""
+    values, places = score_S.topk(min(most, len(score_S)), sorted=False)
     return values, places

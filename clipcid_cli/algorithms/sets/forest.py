@@ -99,10 +99,13 @@ class ForestSink:
         self._num_rows = num_rows
         self._rounds: list[_Round] = []
         self._forest, self._is_fresh = Edges.empty(), np.empty(0, np.bool_)
+        # Since the last merge; those drained before are saved already.
+        self._drained = list[Edges]()
         self._added = list[Edges]()
         self._num_added = 0
         if known is not None:
             self.add(known)
+            self.result()
             self.drain()
 
     def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> BoolArray:
@@ -138,20 +141,26 @@ class ForestSink:
     def result(self) -> Edges:
         """Return the forest of all edges added so far, ascending by (weight, smaller row, larger row)."""
         if self._num_added:
-            added = sort_edges(Edges.concatenate(self._added))
-            self._added = []
+            drained, added = (sort_edges(Edges.concatenate(each)) for each in (self._drained, self._added))
+            self._drained, self._added = [], []
             self._num_added = 0
-            edges, is_fresh = merge_edges(self._forest, added)
-            is_fresh[~is_fresh] = self._is_fresh
+            found, is_added = merge_edges(drained, added)
+            del drained, added
+            edges, is_found = merge_edges(self._forest, found)
+            is_fresh = np.empty(len(edges), np.bool_)
+            is_fresh[is_found], is_fresh[~is_found] = is_added, self._is_fresh
+            del found
             self._forest, self._rounds = Edges.empty(), []  # their memory is needed
             chosen, self._rounds = _contract(self._num_rows, edges)
             self._forest, self._is_fresh = edges[chosen], is_fresh[chosen]
         return self._forest
 
     def drain(self) -> Edges:
-        """Return the edges of the forest that have come into it since the last call."""
-        fresh = self.result()[self._is_fresh]
+        """Return the edges added since the last call, but for those that a merge has ruled out; nothing is merged for it."""
+        fresh = Edges.concatenate([self._forest[self._is_fresh], *self._added])
         self._is_fresh = np.zeros_like(self._is_fresh)
+        self._drained.append(Edges.concatenate(self._added))
+        self._added = []
         return fresh
 
 

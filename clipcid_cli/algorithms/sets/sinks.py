@@ -1,7 +1,8 @@
 """What searches collect of the pairs they find, beside their forest: the nearest ones, or all.
 
 A sink is asked which pairs are worth computing and given those found, in any order and some of them twice. Now and then it
-is drained: of the pairs added since, it returns those that still matter. What all drains returned comes to the same result.
+is drained: of the pairs added since, it returns those that may still matter. What all drains returned comes to the same
+result.
 (:class:`clipcid_cli.algorithms.sets.forest.ForestSink` is the other one.)
 """
 

@@ -1,22 +1,22 @@
 """Searches for near pairs on all processes, resumable: what a chunk of a plan found is saved, and what is saved is done.
 
 A process saves the numbers of the chunks that it has done since its last save, and what its sink has gathered from them, in
-one file, whole or not at all. A later run, of any number of processes, reads all files and does the other chunks. A file
-that is lost or damaged costs its chunks.
+one file, whole or not at all. A later run, of any number of processes, merges all files and does the other chunks. A file
+that is lost or damaged costs its chunks. Files are merged by all processes: each its share, then in pairs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from clipcid_cli.algorithms.near.block import Block, load_block
+from clipcid_cli.algorithms.near.block import Block, bytes_an_entry, load_block
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import ReadRows
 from clipcid_cli.algorithms.near.plan import Plan
@@ -28,15 +28,13 @@ from clipcid_cli.formats.arrays import Arrays, load_arrays, save_arrays
 from clipcid_cli.runtime.distributed import memory_for_rows
 from clipcid_cli.runtime.timing import SavePace
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalanceRun
-from clipcid_cli.steps.balance.shared_arrays import share_arrays
+from clipcid_cli.steps.balance.shared_arrays import reduce_arrays
 
 # Each process has so many stretches of what is left: near rows, which take longer, are often beside each other, so everyone
 # should have jobs of a panel with itself. More stretches read more panels twice.
 _STRETCHES = 4
 # Another number wherever the same plan would have other chunks, or a part would hold something else.
-_VERSION = 1
-# What the first save is expected to take, mostly to merge a forest: measured at 1 and 4 million rows, 1.8 and 9.9 s.
-_SECONDS_TO_SAVE_A_ROW = 2.5e-6
+_VERSION = 2
 
 Sink = ForestSink | NearestOf | PairsWithin
 
@@ -77,38 +75,39 @@ def run_chunks(run: BalanceRun, search: Search) -> Edges:
     context = run.context
     number = search.plan.num_chunks
     place = search.place(run)
-    done = context.on_rank0(lambda: _load(place))
+    saved = context.on_rank0(lambda: _survey(place))
+    done = set(chain.from_iterable(saved.values()))
     if done:
         run.reporter.note(f"Resuming the search: {len(done):,} of {number:,} parts are done.")
     left = [chunk for chunk in range(number) if chunk not in done]
     if left:
-        _search(run, search, left, place)
-    context.barrier()
+        _search(run, search, left, place, _merge(run, search, place, saved) if saved else None)
+        context.barrier()
 
-    def finish() -> Arrays:
-        sink = search.new_sink()
-        if lost := number - len(_load(place, sink)):
+    def list_all() -> list[str]:
+        saved = _survey(place)
+        if lost := number - sum(map(len, saved.values())):
             raise ClipcidError(
                 f"{place}: the results of {lost:,} of {number:,} parts cannot be read.", "Run the same command again."
             )
-        found = sink.result()
-        return found.a, found.b, found.weight
+        return list(saved)
 
-    return Edges(*share_arrays(context, run.work, finish))
+    return _merge(run, search, place, context.on_rank0(list_all))
 
 
-def _search(run: BalanceRun, search: Search, left: list[int], place: Path) -> None:
-    """Search this process's share of the chunks that are left."""
+def _search(run: BalanceRun, search: Search, left: list[int], place: Path, known: Edges | None) -> None:
+    """Search this process's share of the chunks that are left; what is saved is known."""
     context = run.context
     plan = search.plan
     sink = search.new_sink()
-    _load(place, sink)
-    sink.drain()  # what is saved
-    # Of the largest panel, as stored and, unless that is the same, as it is multiplied.
-    an_entry = 2 + (0 if run.scan.dtype == torch.float16 else run.scan.dtype.itemsize)
-    size = int((plan.stops - plan.starts).max()) * run.embeddings.width * an_entry
+    if known is not None:
+        sink.add(known)
+        sink.result()
+        sink.drain()
+        del known
+    largest = int((plan.stops - plan.starts).max()) * run.embeddings.width * bytes_an_entry(run.scan.dtype)
 
-    @lru_cache(maxsize=max(2, memory_for_rows(context.device, on_cpu=CACHE_BYTES) // size))
+    @lru_cache(maxsize=max(2, memory_for_rows(context.device, on_cpu=CACHE_BYTES) // largest))
     def load(panel: int) -> Block:
         return load_block(search.read, plan.panel(panel), context.device, run.scan.dtype)
 
@@ -116,8 +115,7 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path) -> No
     mine = np.concatenate(stretches).tolist()
     # Adding up the pairs of hundreds of millions of jobs would take minutes; most compare nearly equal numbers.
     total = plan.num_pairs * len(mine) // plan.num_chunks
-    num_rows = int((plan.stops - plan.starts)[plan.first < plan.last].sum())
-    pace = SavePace(_SECONDS_TO_SAVE_A_ROW * num_rows)
+    pace = SavePace(expected=0.0)
     since = list[int]()
     with run.reporter.progress(search.label, total, "pairs") as progress:
         for chunk in mine:
@@ -136,16 +134,36 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path) -> No
                 since = []
 
 
-def _load(place: Path, sink: Sink | None = None) -> set[int]:
-    """Return the numbers of the chunks that are saved, and add what they found to a sink, that of each chunk once.
+def _survey(place: Path) -> dict[str, list[int]]:
+    """Return the names of the files that can be read, with the numbers of their chunks.
 
     Two files can hold one chunk where a file could not be read for a while. Only one of them counts.
     """
+    found = dict[str, list[int]]()
     done = set[int]()
     for path in sorted(place.glob("*.npz")):
         saved = load_arrays(path)
         if saved is not None and done.isdisjoint(chunks := saved["chunks"].tolist()):
+            found[path.name] = chunks
             done.update(chunks)
-            if sink is not None:
-                sink.add(Edges(saved["a"], saved["b"], saved["weight"]))
-    return done
+    return found
+
+
+def _merge(run: BalanceRun, search: Search, place: Path, names: Iterable[str]) -> Edges:
+    """Return what files hold together; the same on every process."""
+    context = run.context
+    sink = search.new_sink()
+
+    def load() -> None:
+        for name in list(names)[context.rank :: context.size]:
+            saved = load_arrays(place / name)
+            if saved is None:
+                raise ClipcidError(f"{place / name} can no longer be read.", "Run the same command again.")
+            sink.add(Edges(saved["a"], saved["b"], saved["weight"]))
+
+    def result() -> Arrays:
+        found = sink.result()
+        return found.a, found.b, found.weight
+
+    context.on_all(load)
+    return Edges(*reduce_arrays(context, run.work, result, lambda arrays: sink.add(Edges(*arrays))))

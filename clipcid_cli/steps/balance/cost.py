@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.near.block import Block, load_block
+from clipcid_cli.algorithms.near.block import Block, bytes_an_entry, load_block
 from clipcid_cli.algorithms.near.duplicates import hash_rows
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.partitions import SAMPLE_ROWS, default_num_partitions
@@ -92,7 +92,7 @@ def _estimate(
         against.append(ReferenceCost(name, rows, made is not None, embed_seconds, compared.pairs, compared.seconds))
 
     other_rows = sum(each.rows for each in against)
-    cached = min(CACHE_BYTES, (2 + scan.itemsize) * width * max(searched, other_rows))
+    cached = min(CACHE_BYTES, bytes_an_entry(scan) * width * max(searched, other_rows))
     an_image = _BYTES_OF_LISTS + _BYTES_OF_NUMBER * ((captions is not None) + (clusters is not None))
     an_image += _BYTES_OF_REFERENCE * (len(references) + 1 if references else 0)
     disk = images * an_image + sum(made.bytes for made in to_embed if made is not None)

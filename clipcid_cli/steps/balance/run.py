@@ -12,7 +12,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import remove_copies
-from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.output import Output, list_differences
 from clipcid_cli.formats.results.forest import CURVE, ROW_FILES, SET_TABLE, forest_path, write_row_files
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
@@ -33,7 +33,7 @@ from clipcid_cli.steps.balance.samples import take_texts
 from clipcid_cli.steps.balance.sets import compare_linkages, make_sets
 from clipcid_cli.steps.balance.shared_arrays import clear_shared
 from clipcid_cli.steps.balance.write import Outcome, write
-from clipcid_cli.steps.balance.write_lists import write_kept
+from clipcid_cli.steps.balance.write_lists import validate_new, write_kept
 from clipcid_cli.steps.balance.write_shards import write_shards
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter
@@ -79,6 +79,11 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar], reporter: 
             reporter.note(f"{plan.folder} already holds this result.")
             return msgspec.convert(output.finished.result, BalanceResult)
         reporter.note("Pictures that the report does not show can be read now: it is written again.")
+    else:
+        validate_new(plan.settings)
+    if output.differences:
+        told = list_differences(output.differences)
+        reporter.note(f"The result in {plan.folder}, of other settings or inputs, will be replaced:\n{told}")
     plan.validate_sizes()
     output.start()
     write_row_files(output.work / ROW_FILES, list_row_files(plan.embeddings))

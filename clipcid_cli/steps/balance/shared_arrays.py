@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,40 @@ def collect_arrays(context: DistContext, folder: Path, arrays: Arrays) -> list[A
 
     context.on_rank0(read)
     return found
+
+
+def reduce_arrays(
+    context: DistContext, folder: Path, result: Callable[[], Arrays], add: Callable[[Arrays], None]
+) -> Arrays:
+    """Join in pairs what processes have, round by round: half of them add what others have to their own.
+
+    Args:
+        result: Returns what this process has, as arrays.
+        add: Adds what another process has.
+
+    Returns:
+        What the first process has in the end, read-only, on every process.
+    """
+    step = 1
+    while step < context.size:
+        place = context.on_rank0(lambda: _new_folder(folder))
+        counts = context.gather(context.on_all(partial(_give, context, place, step, result)))
+        other = context.rank + step
+        if context.rank % (2 * step) == 0 and other < context.size:
+            add(_map(place, other, counts[other]))
+        context.barrier()
+        context.on_rank0(partial(shutil.rmtree, place, ignore_errors=True))
+        step *= 2
+    return share_arrays(context, folder, result)
+
+
+def _give(context: DistContext, place: Path, step: int, result: Callable[[], Arrays]) -> int:
+    """Write what this process has where it is its turn; return the number of arrays."""
+    if context.rank % (2 * step) != step:
+        return 0
+    arrays = result()
+    _write(place, context.rank, arrays)
+    return len(arrays)
 
 
 def clear_shared(folder: Path) -> None:

@@ -37,6 +37,16 @@ def validate_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
         _UidFinder(settings, embeddings).find(first, np.array([0]))
 
 
+def validate_new(settings: BalanceSettings) -> None:
+    """Refuse lists that are there before a search; after it their content is compared."""
+    for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
+        if path is not None and path.exists() and not settings.overwrite:
+            raise ClipcidError(
+                f"{path} already exists, and this run would replace it.",
+                "Add --overwrite, or choose another name.",
+            )
+
+
 def write_kept(settings: BalanceSettings, embeddings: Embeddings, keep_list: Path, reporter: Reporter) -> None:
     """Write the lists that the settings name; no search is needed for them."""
     overwrite = settings.overwrite

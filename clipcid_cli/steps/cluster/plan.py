@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters, joint_features
-from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, row_type
+from clipcid_cli.algorithms.near.exact import HalfArray, IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -23,6 +24,7 @@ from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.steps.cluster.selection import Selection
 from clipcid_cli.steps.given_embeddings import open_given
 from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.reporting import Reporter
@@ -39,26 +41,31 @@ class ClusterRows:
 
     Attributes:
         keep_list: The keep list that chose them; None for all.
-        places: Where they are among all rows of the embeddings, integers [N], ascending.
+        chosen: Which of all rows of the embeddings they are.
         joint: Whether the features are joint ones of image and caption.
         skips: Rows that cannot be used.
     """
 
     embeddings: Embeddings
     keep_list: Path | None
-    places: IntArray
+    chosen: Selection
     joint: bool
     skips: Skips
     images: Rows
     texts: Rows | None
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.chosen)
 
     @property
     def width(self) -> int:
         """Width D of the features."""
         return self.embeddings.width
+
+    @property
+    def _texts(self) -> Rows:
+        assert self.texts is not None  # they are asked for
+        return self.texts
 
     @property
     def towers(self) -> dict[str, Callable[[IntArray], HalfArray]]:
@@ -70,22 +77,22 @@ class ClusterRows:
     def sample(self, count: int, seed: int) -> ClusterRows:
         """Return `count` of the rows, each set of them as likely as another. They share the mapped files."""
         random = np.random.default_rng(derive_seed("cluster rows", seed))
-        chosen = np.sort(random.choice(len(self), count, replace=False, shuffle=False))
-        return dataclasses.replace(self, places=self.places[chosen])
+        drawn = np.sort(random.choice(len(self), count, replace=False, shuffle=False))
+        return dataclasses.replace(self, chosen=self.chosen.subset(drawn))
 
     def features(self, numbers: IntArray) -> HalfArray:
         """Read what is clustered of some rows: unit rows, float16 [n, D]."""
-        images = self.images.take(self.places[numbers])
-        return joint_features(images, self.captions(numbers)) if self.joint else images
+        places = self.chosen.places(numbers)
+        images = self.images.take(places)
+        return joint_features(images, self._texts.take(places)) if self.joint else images
 
     def captions(self, numbers: IntArray) -> HalfArray:
         """Read the embeddings of the captions of some rows: unit rows, float16 [n, D]."""
-        assert self.texts is not None  # they are asked for
-        return self.texts.take(self.places[numbers])
+        return self._texts.take(self.chosen.places(numbers))
 
     def keys(self, start: int, stop: int) -> pa.ChunkedArray:
         """Read the keys of rows start … stop − 1, strings."""
-        pieces = self.embeddings.take_column(self.embeddings.keys_of, self.places[start:stop])
+        pieces = self.embeddings.take_column(self.embeddings.keys_of, self.chosen.places(np.arange(start, stop)))
         return pa.chunked_array(pieces, pa.large_string())
 
     def fingerprint(self) -> list[FileRecord]:
@@ -176,7 +183,14 @@ def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
             f"--features joint needs text embeddings, but {folder} has none.",
             f"Use --features image, or embed the captions too: {data_command(folder, embeddings.sidecar, text=True)}",
         )
-    embeddings.validate_unique_keys()
+    keep_list = choose_keep_list(settings.keep_list, work, "rows", settings.max_bad_fraction, reporter)
+    try:
+        embeddings.validate_unique_keys()
+    except ClipcidError:
+        # Where the list is of other data, --keys shard would not help.
+        if keep_list is not None and settings.keys == "sample":
+            keep_list.validate_related(_prefix_some_keys(embeddings), str(folder))
+        raise
     usable = np.ones(embeddings.num_rows, dtype=np.bool_)
     bad = embeddings.find_bad_rows(texts=True)
     usable[bad] = False
@@ -186,7 +200,6 @@ def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))
     if skips.total:
         reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
-    keep_list = choose_keep_list(settings.keep_list, work, "rows", settings.max_bad_fraction, reporter)
     if keep_list is not None:
         scratch = None if settings.dry_run else work.path  # a dry run leaves it as it is
         usable &= keep_list.find_kept(
@@ -199,9 +212,16 @@ def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     return ClusterRows(
         embeddings,
         keep_list=None if keep_list is None else keep_list.path,
-        places=np.flatnonzero(usable).astype(row_type(len(usable))),
+        chosen=Selection(usable),
         joint=settings.features == "joint",
         skips=skips,
         images=embeddings.rows(Kind.IMAGES),
         texts=embeddings.rows(Kind.TEXTS) if embeddings.has_texts else None,
     )
+
+
+def _prefix_some_keys(embeddings: Embeddings) -> pa.Array:
+    """Return the keys of the first file with rows as ``--keys shard`` makes them."""
+    first = next(file for file in embeddings.files if file.rows)
+    shards, keys = (read(first).combine_chunks() for read in (embeddings.shards_of, embeddings.keys_of))
+    return pc.binary_join_element_wise(shards, keys, pa.scalar("/", keys.type))

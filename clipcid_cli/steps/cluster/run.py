@@ -17,7 +17,7 @@ import torch
 from clipcid_cli.algorithms.kmeans.centroids import first_centroids, rows_as_centroids
 from clipcid_cli.algorithms.kmeans.kmeans import temperature_for_perplexity
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
-from clipcid_cli.algorithms.near.block import make_block
+from clipcid_cli.algorithms.near.block import bytes_an_entry, make_block
 from clipcid_cli.algorithms.near.nearest import NearestCentroid, top_nearest
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.atomic import write_npy
@@ -230,7 +230,7 @@ def _estimate_cost(plan: ClusterPlan, context: DistContext, reporter: Reporter) 
     iteration, assign = context.on_rank0(lambda: _measure(plan, scan, context))
     iteration *= num_trained
     assign *= len(rows) * len(rows.towers)
-    kept = min(memory_for_rows(context.device), (2 + scan.itemsize) * width * num_trained // context.size)
+    kept = min(memory_for_rows(context.device), bytes_an_entry(scan) * width * num_trained // context.size)
     memory = num_clusters * width * (4 + 8 + scan.itemsize) + kept
     memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
     reporter.note(

@@ -217,10 +217,14 @@ def test_rows_made_to_round_the_worst_way_lose_no_pair(seed: int, dtype: torch.d
 
 @settings(max_examples=40)
 @given(
-    st.integers(1, 300), st.integers(1, 300), st.booleans(), st.sampled_from([16, 16_384]), st.integers(0, 2**32 - 1)
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.booleans(),
+    st.sampled_from([(16, 16), (16, 256), (16_384, 2**18)]),
+    st.integers(0, 2**32 - 1),
 )
 def test_blocks_queued_as_on_a_gpu_have_the_same_pairs_crowded_or_not(
-    m: int, n: int, is_diagonal: bool, most: int, seed: int
+    m: int, n: int, is_diagonal: bool, queued: tuple[int, int], seed: int
 ) -> None:
     n = 0 if is_diagonal else n
     rows = unit_rows(seed, m + n, 16, 40, 0.2)
@@ -228,8 +232,9 @@ def test_blocks_queued_as_on_a_gpu_have_the_same_pairs_crowded_or_not(
         a = load_block(rows.__getitem__, np.arange(m), CPU, dtype)
         b = load_block(rows.__getitem__, np.arange(m, m + n), CPU, dtype) if n else a
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(search, "_MAX_QUEUED", most)
-            found = Edges.concatenate(search.queue(a, b, 0.1, all_of_them))
+            for name, most in zip(("_FEW_QUEUED", "_MANY_QUEUED"), queued, strict=True):
+                patch.setattr(search, name, most)
+            found = Edges.concatenate(search.queue(a, b, 0.1, all_of_them, search.Crowding()))
         near = [edge for edge in as_list(all_edges(rows)) if edge[0] <= np.float32(0.1)]
         assert sorted(as_list(found)) == sorted(edge for edge in near if is_diagonal or edge[1] < m <= edge[2])
 
@@ -238,7 +243,22 @@ def test_blocks_queued_on_a_gpu_are_not_crowded_by_copies_that_fit(monkeypatch: 
     rows = unit_rows(3, 129, 32, 1, 0.01)
     panel = load_block(rows.__getitem__, np.arange(129), CPU, torch.float32)
     monkeypatch.setattr(search, "_decide_products", None)
-    assert sum(map(len, search.queue(panel, panel, 0.5, all_of_them))) == 129 * 128 // 2
+    assert sum(map(len, search.queue(panel, panel, 0.5, all_of_them, search.Crowding()))) == 129 * 128 // 2
+
+
+def test_more_pairs_are_queued_where_the_blocks_before_were_crowded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "_FEW_QUEUED", 1000)
+    monkeypatch.setattr(search, "_decide_products", None)  # nothing is searched in small blocks
+    products = list[int]()
+    multiply = search.multiply
+    monkeypatch.setattr(search, "multiply", lambda *blocks: products.append(1) or multiply(*blocks))
+    near = load_block(unit_rows(3, 129, 32, 1, 0.01).__getitem__, np.arange(129), CPU, torch.float32)
+    far = load_block(unit_rows(4, 129, 32, 129, 1.0).__getitem__, np.arange(129), CPU, torch.float32)
+    crowding = search.Crowding()
+    for panel, expected in ((near, 2), (near, 1), (far, 1), (near, 2)):
+        products.clear()
+        found = sum(map(len, search.queue(panel, panel, 0.5, all_of_them, crowding)))
+        assert (found > 1000, len(products)) == (panel is near, expected)
 
 
 @pytest.mark.parametrize("dtype", SCAN_DTYPES, ids=str)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
+from clipcid_cli.algorithms.sets import forest as forest_module
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 
@@ -55,7 +56,8 @@ def test_what_is_drained_comes_to_the_result(make: Callable[[], Any]) -> None:
         assert tell(sort_edges(feed(make(), Edges.concatenate(drained), 2).result())) == whole
 
 
-def test_a_forest_drains_what_is_new_in_it() -> None:
+def test_a_forest_drains_what_is_new_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forest_module, "_MIN_FOLD", 64)
     pairs = some_pairs(3)
     forest = ForestSink(NUM_ROWS, pairs).result()
     drained = list[Edges]()
