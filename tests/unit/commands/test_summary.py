@@ -65,3 +65,15 @@ def test_a_log_gets_a_line_of_numbers_in_the_end_and_nothing_where_there_is_noth
 def test_sizes_have_three_digits_and_a_unit() -> None:
     found = [format_bytes(number) for number in (0, 512, 92_160, 999_600_000, 60_312_000_000, 11_480_000_000_000)]
     assert found == ["0 kB", "0.512 kB", "92.2 kB", "1,000 MB", "60.3 GB", "11.5 TB"]
+
+
+def test_a_bar_keeps_eight_columns_beside_any_label_and_the_largest_numbers() -> None:
+    for label, total in (("search", 8e16), ("embed", 400_000_000), ("student on classification test", 123_456)):
+        shown = io.StringIO()
+        terminal = Console(file=shown, width=80, force_terminal=True, color_system=None)
+        with ConsoleReporter(terminal).progress(label, total, "images") as progress:
+            progress.advance(total / 2)
+        last = [line for line in shown.getvalue().splitlines() if "━" in line][-1]
+        assert "━" * 8 in last
+        assert last.rstrip().endswith(" s")
+    assert "trillion" not in last
