@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.summary import print_facts, print_table
+from clipcid_cli.commands.summary import print_facts, print_table, shorten_metric, wrap
 from clipcid_cli.steps.settings.export import ExportSettings
 
 if TYPE_CHECKING:
@@ -17,19 +18,28 @@ if TYPE_CHECKING:
 
 def show(result: ExportResult, console: Console) -> None:
     """Print one line for each form, how close it is to the model it came from, and where the files are."""
-    columns = ("form", "image cosine", "text cosine", "same answers", "MB", "images/s")
+    answers = next((found.zeroshot for found in result.parity.values() if found.zeroshot is not None), None)
+    accuracy = "accuracy" if answers is None else shorten_metric(answers.measure)
+    columns = ("form", "cosine", f"{accuracy} %", "same", "MB", "images/s", "ms p50 / p95")
     rows = [
         (
             form,
-            *("" if tower is None else f"{tower.min_cosine:.7f}" for tower in (found.image, found.text)),
+            "" if found.min_cosine is None else f"{found.min_cosine:.7f}",
+            "" if found.zeroshot is None else str(found.zeroshot),
             "" if found.same_answers is None else f"{found.same_answers:.1%}",
             f"{found.bytes / 1e6:,.1f}",
             f"{found.images_per_second:,.0f}",
+            "" if found.latency_ms is None else str(found.latency_ms),
         )
         for form, found in result.parity.items()
     ]
     if rows:
         print_table(console, "Exported", columns, rows)
+        note = (
+            "cosine: the smallest with the original; same: images with the same answer; ms: of single images"
+            f"; {accuracy}: of the original → here" * (answers is not None)
+        )
+        console.print(Text(wrap(note, console.width), style="dim"), soft_wrap=True)
         console.print()
     facts = {"model": result.model}
     if result.files:

@@ -336,7 +336,9 @@ def _lock_output(folder: Path, step: str, elsewhere: str) -> Iterator[None]:
         try:
             held = stack.enter_context(lock(path, wait=False))
         except BlockingIOError as error:
-            holder = path.read_text(errors="replace").strip()
+            holder = ""
+            with suppress(OSError):  # it has ended since
+                holder = path.read_text(errors="replace").strip()
             raise ClipcidError(
                 f"Another run ({holder or 'of unknown process number'}) is writing to {folder}.",
                 f"Wait for it, stop it, or write elsewhere ({elsewhere}).",
@@ -346,4 +348,8 @@ def _lock_output(folder: Path, step: str, elsewhere: str) -> Iterator[None]:
         with suppress(OSError):  # a full disk; the name only serves the message above
             os.ftruncate(held, 0)
             os.pwrite(held, f"process {os.getpid()}\n".encode(), 0)
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # whoever waits for it sees that it is gone, and makes it anew
+                path.unlink()

@@ -379,6 +379,19 @@ class PredictionParity(msgspec.Struct, kw_only=True):
     drop: float
     gated: bool
 
+    def __str__(self) -> str:
+        return f"{100 * self.pytorch:.1f} → {100 * self.value:.1f}"
+
+
+class Latency(msgspec.Struct):
+    """Milliseconds that single images take: the median, and what one in twenty exceeds."""
+
+    p50: float
+    p95: float
+
+    def __str__(self) -> str:
+        return f"{self.p50:.1f} / {self.p95:.1f}"
+
 
 class Parity(msgspec.Struct, kw_only=True, omit_defaults=True):
     """How close one exported form is to the original, its size and speed: an entry of `parity.json`.
@@ -395,6 +408,7 @@ class Parity(msgspec.Struct, kw_only=True, omit_defaults=True):
     agreement: float | None = None
     bytes: int
     images_per_second: float
+    latency_ms: Latency | None = None
     pytorch_images_per_second: float | None = None
     zeroshot: PredictionParity | None
     opset: int | None = None
@@ -406,6 +420,11 @@ class Parity(msgspec.Struct, kw_only=True, omit_defaults=True):
     def same_answers(self) -> float | None:
         """Fraction of the images with the same answer, where there are answers."""
         return self.agreement if self.zeroshot is None else self.zeroshot.agreement
+
+    @property
+    def min_cosine(self) -> float | None:
+        """The smallest cosine of any output with the original's; None of a classifier, which has none."""
+        return min((rows.min_cosine for rows in (self.image, self.text, self.dense) if rows is not None), default=None)
 
 
 class ExportSidecar(Sidecar, kw_only=True):

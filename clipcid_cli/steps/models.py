@@ -24,8 +24,8 @@ def choose_model(spec: str | None, work: Path, reporter: Reporter, *, positional
 
     Args:
         spec: The model as named on the command line; None takes the student of the run that finished last.
-        positional_of: Subcommand whose first positional `spec` is. A path there that is no model is probably data, and the
-            error then says so.
+        positional_of: Subcommand whose first positional `spec` is. What is no model there may be data, and the error then
+            says so.
     """
     if spec is None:
         student = WorkDirectory(work).find_student()
@@ -34,11 +34,13 @@ def choose_model(spec: str | None, work: Path, reporter: Reporter, *, positional
     try:
         name = with_default_tag(parse_model(spec))
     except ClipcidError as error:
-        if positional_of is None or not Path(spec).exists() or (Path(spec) / "student").is_dir():
+        if positional_of is None or (Path(spec) / "student").is_dir():
             raise
+        fix = f"Put the model first: clipcid {positional_of} MODEL {spec}"
+        if not Path(spec).exists():
+            fix = f"{error.fix}\nIf {spec} is the data: {fix[0].lower()}{fix[1:]}"
         raise ClipcidError(
-            f"{error.message}\n{spec} was read as the model, because the first positional argument is the model.",
-            f"Put the model first: clipcid {positional_of} MODEL {spec}",
+            f"{error.message}\n{spec} was read as the model, because the first positional argument is the model.", fix
         ) from error
     if name.spec != spec:
         reporter.note(f"Weights: {name.spec}.")

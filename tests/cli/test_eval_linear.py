@@ -97,6 +97,15 @@ def test_metrics_are_those_of_scikit_learn_on_the_same_features(
     again = clipcid("eval-linear", tiny_model, colours, "--json").json
     assert again == result | {"reused": True}
 
+    # Features that no model makes are not believed.
+    for path in (work / "features").glob("*.npz"):
+        with np.load(path) as file:
+            np.savez(path, **dict(file) | {"rows": np.zeros_like(file["rows"])})
+    shutil.rmtree(work / "eval")
+    again = clipcid("eval-linear", tiny_model, colours, "--json")
+    assert "is damaged: the features of colours train are computed again" in " ".join(again.stderr.split())
+    assert again.json["metrics"] == metrics
+
     check_shots(clipcid, result, [tiny_model, colours, "--shots", "4,1,19", "--shot-repeats", 3, "--knn", "20,3"])
 
 
@@ -289,7 +298,7 @@ def test_bad_input_gives_one_error_and_leaves_nothing(
     lonely = write_split(tmp_path / "lonely", 1, 7)
     cases: list[tuple[list[object], int, str]] = [
         ([], 2, "--train and --test are missing"),
-        ([tiny_model], 2, "--train and --test are missing"),
+        (["test"], 2, "--train and --test are missing. test was read as the model"),
         ([tiny_model, "--train", colours / "train"], 2, "--test is missing"),
         ([tiny_model, tmp_path / "nowhere"], 1, "no data at"),
         ([tiny_model, colours, "--test", lonely, "--train", colours / "test"], 1, "1 classes that"),

@@ -272,6 +272,11 @@ def test_predictions_comparison_and_report(
         assert refused.returncode == 1
         assert message in " ".join(refused.stderr.split())
     assert clipcid("eval-zeroshot", "--compare", files[0], check=False).returncode == 2
+    # Folders of models in place of metrics files: the error names those.
+    folders = " ".join(clipcid("eval-zeroshot", "--compare", tiny_model, other, check=False).stderr.split())
+    assert "--compare takes two metrics files" in folders
+    assert all(Path(file).name in folders for file in files[:2])
+    assert Path(files[2]).name not in folders
 
 
 def test_dry_run_writes_nothing(
@@ -322,6 +327,47 @@ def test_with_nothing_named_the_newest_student_and_what_was_held_out(
     assert "held out are no sample" in " ".join(nothing.stderr.split())
 
 
+def test_one_bad_image_among_few_held_out(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
+    """The limit on unusable samples is of all data: of the few held out, one is a large part."""
+    keys = [f"{number:04d}" for number in range(120)]
+    digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
+    held_out = [place for place, digest in enumerate(digests) if int.from_bytes(digest, "little") / 2**64 < 0.05]
+    images = {key: make_image(number) for number, key in enumerate(keys)}
+    images[keys[held_out[0]]] = b"not an image"
+    parts = [((f"{key}.png", image), (f"{key}.txt", make_caption(int(key)).encode())) for key, image in images.items()]
+    write_tar(tmp_path / "data" / "0.tar", itertools.chain.from_iterable(parts))
+    clipcid(
+        "distill", "data", "--teacher", "none", "--student", tiny_model / "open_clip_config.json", "--steps", 1,
+        "--batch-size", 8, "--val-fraction", 0.05,
+    )  # fmt: skip
+    run = clipcid("eval-zeroshot", "--json")
+    assert run.json["skipped"] == {"unreadable_image": 1}
+    assert run.json["images"] == len(held_out) - 1
+    assert 1 / len(held_out) > 0.01
+    shutil.rmtree(tmp_path / "clipcid-work" / "eval")
+    refused = clipcid("eval-zeroshot", "--max-bad-fraction", 0.001, check=False)
+    assert "1 of 120 samples" in " ".join(refused.stderr.split())
+
+
+def test_two_sets_of_prompts_live_side_by_side(
+    clipcid: Callable[..., Run], tiny_model: Path, classification: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "names.txt").write_text("".join(f"{name}s\n" for name in CLASS_NAMES))
+    calls = ([], ["--templates", "simple"], ["--templates", "openai"], ["--classnames", "names.txt"])
+    results = [clipcid("eval-zeroshot", tiny_model, classification, *call, "--json").json for call in calls]
+    stem = "things_tiny_zeroshot_classification"
+    named = results[-1]["prompts"]["class_names"]["hash"]
+    assert [Path(result["files"]["metrics"]).name for result in results] == [
+        f"{stem}.json",
+        f"{stem}_templates-simple.json",
+        f"{stem}_templates-openai.json",
+        f"{stem}_classnames-{named}.json",
+    ]
+    again = clipcid("eval-zeroshot", tiny_model, classification, *calls[1], "--json").json
+    assert again["reused"]
+    assert again["metrics"] == results[1]["metrics"]
+
+
 def make_bad_data(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.tar").write_text("I am no tar\n")
@@ -350,6 +396,7 @@ def make_bad_data(tmp_path: Path) -> None:
             "has no placeholder for the class name",
         ),
         (["NoSuchModel", "labels"], "no architecture NoSuchModel"),
+        (["NoSuchModel", "labels"], "was read as the model"),
         (["labels"], "the first positional argument is the model"),
         ([], "No model was named"),
     ],

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,17 @@ def test_class_folders_with_names_in_another_order(
     ).json
     # Matched by name, only the letter Z differs; the tokenizer lowers it.
     assert listed["metrics"] == by_folder.json["metrics"]
+
+
+def test_splits_of_two_data_sets_have_names_that_tell(
+    clipcid: Callable[..., Run], tiny_model: Path, folders: Path, tmp_path: Path
+) -> None:
+    for name in ("cars", "pets"):
+        shutil.copytree(folders, tmp_path / name / "test")
+    results = clipcid("eval-zeroshot", tiny_model, "cars/test", "pets/test", "--json").json["results"]
+    assert [result["dataset"] for result in results] == ["cars/test", "pets/test"]
+    names = [Path(result["files"]["metrics"]).name for result in results]
+    assert names == [f"{name}-test_tiny_zeroshot_classification.json" for name in ("cars", "pets")]
 
 
 def test_list_with_labels(clipcid: Callable[..., Run], tiny_model: Path, folders: Path, tmp_path: Path) -> None:

@@ -39,8 +39,9 @@ def test_every_form_computes_what_the_model_does(
     folder = tmp_path / "clipcid-work" / "export" / "quick"
     assert sorted(name for name in os.listdir(folder) if not name.startswith(".")) == [
         "README.md", "export.json", "image_encoder.onnx", "open_clip_config.json", "open_clip_model.safetensors",
-        "parity.json", "text_encoder.onnx",
+        "parity.json", "text_encoder.onnx", "tokenizer.json",
     ]  # fmt: skip
+    assert not list(folder.glob(".*")), "nothing of the run is left in what is exported"
     assert all((tmp_path / path).is_file() for path in result["files"].values())
 
     # Other images and texts than those export compared on, at a batch size it did not try.
@@ -93,6 +94,11 @@ assert not any(name.startswith("clipcid") for name in sys.modules)
             assert parity["parity"][form][tower]["batch_sizes"] == [1, 2, 5, 16]
             assert parity["parity"][form][tower]["min_cosine"] > 0.99999
     assert parity["parity"]["onnx"]["opset"] == 20
+    assert parity["parity"]["onnx"]["tokenizer"]["same"] == parity["parity"]["onnx"]["tokenizer"]["texts"]
+    for found in (parity["reference"], *parity["parity"].values()):
+        assert 0 < found["latency_ms"]["p50"] <= found["latency_ms"]["p95"]
+    printed = run_documented_example("Tokenizer.from_file", 11, folder, *texts, uses="tokenizers")
+    np.testing.assert_allclose(json.loads(printed[0]), expected["text"] @ expected["text"].T, atol=1e-4)
     answers = parity["parity"]["onnx"]["zeroshot"]
     assert (answers["measure"], answers["images"]) == ("text_retrieval_recall@1", 24)
     assert answers["agreement"] == 1
@@ -134,6 +140,9 @@ def test_forms_for_other_programs(
     assert parity["hf"]["processor"]["max_difference_levels"] < 4
     assert parity["hf"]["processor"]["cropped_one_pixel_aside"] == 8
     assert parity["hf"]["tokenizer"]["same_once_mended"] == 0
+    said = " ".join(run.stderr.split())
+    assert "The check of quantized files can hardly fail here: acc1 of the model itself is" in said
+    assert "a guess would reach 33.3%" in said
     whole, small = folder / "text_encoder.onnx", folder / "text_encoder_int8.onnx"
     assert small.stat().st_size < 0.3 * whole.stat().st_size
     assert (folder / "text_encoder_fp16.onnx").stat().st_size < 0.55 * whole.stat().st_size
@@ -180,7 +189,8 @@ def test_forms_for_other_programs(
     sticker = images[0].convert("RGBA")
     sticker.paste((0, 0, 0, 0), (0, 0, 50, 70))
     sticker.save(tmp_path / "sticker.png")
-    answer = run_documented_example(folder / "classifier.onnx", tmp_path / "sticker.png")
+    classifier = folder / "classifier.onnx"
+    answer = run_documented_example('"class_names"', 15, classifier, tmp_path / "sticker.png", uses="PIL")
     order = probabilities[0].argsort(descending=True)
     assert [line.split(maxsplit=1)[1] for line in answer] == [names[place] for place in order]
     assert [line.split()[0] for line in answer] == [f"{float(probabilities[0][place]):.1%}" for place in order]
@@ -216,15 +226,16 @@ assert not any(name.startswith(("clipcid", "open_clip")) for name in sys.modules
     assert "| `classifier_int8.onnx` |" in card
 
 
-def run_documented_example(classifier: Path, image: Path) -> list[str]:
-    """Run the program of docs/export.md as it stands; it may import no more than the page says."""
+def run_documented_example(word: str, lines: int, *arguments: object, uses: str) -> list[str]:
+    """Run the program of docs/export.md that has a word as it stands; it may import no more than the page says."""
     page = Path(__file__).parents[2] / "clipcid_cli" / "docs" / "export.md"
     blocks = page.read_text(encoding="utf-8").split("```python\n")[1:]
-    (program,) = [block.split("```")[0] for block in blocks if "onnxruntime.InferenceSession" in block]
-    assert len(program.strip().splitlines()) <= 15
-    program += "\nassert not {'torch', 'onnx', 'open_clip', 'clipcid_cli', 'transformers'} & set(sys.modules)\n"
+    (program,) = [block.split("```")[0] for block in blocks if word in block]
+    assert len(program.strip().splitlines()) <= lines
+    absent = {"torch", "onnx", "open_clip", "clipcid_cli", "transformers", "PIL", "tokenizers"} - {uses}
+    program += f"\nassert not {absent!r} & set(sys.modules)\n"
     done = subprocess.run(
-        [sys.executable, "-c", program, classifier, image], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=True
     )
     return done.stdout.splitlines()
 
@@ -232,7 +243,7 @@ def run_documented_example(classifier: Path, image: Path) -> list[str]:
 def run_card_example(folder: Path, image: Path) -> str:
     """Run the program of a model card as it stands, beside the files it names."""
     blocks = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
-    (program,) = [block.split("```")[0] for block in blocks if "onnxruntime.InferenceSession" in block]
+    (program,) = [block.split("```")[0] for block in blocks if '"class_names"' in block]
     shutil.copy(image, folder / "photo.jpg")  # Pillow goes by what is in it
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.strip()
@@ -278,7 +289,8 @@ def test_another_form_in_the_same_folder_needs_overwrite(
     assert "settings.format" in refused.stderr
     torchrun(2, "export", tiny_model, "--out", "here", "--format", "onnx", "--overwrite")
     names = {name for name in os.listdir(tmp_path / "here") if not name.startswith(".")}
-    assert names == {"README.md", "export.json", "image_encoder.onnx", "text_encoder.onnx", "parity.json"}
+    written = {"README.md", "export.json", "image_encoder.onnx", "text_encoder.onnx", "tokenizer.json", "parity.json"}
+    assert names == written
 
 
 def test_files_of_others_are_not_replaced(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
@@ -322,6 +334,7 @@ def test_a_model_is_not_written_over_itself(clipcid: Callable[..., Run], tiny_mo
         (["nowhere/model"], 1, "no architecture nowhere-model"),
         (["empty"], 1, "has no open_clip_config.json"),
         (["damaged"], 1, "could not be loaded"),
+        (["UNFIT", "--format", "onnx"], 1, "unfit cannot encode a text of 12 tokens"),
         (["MODEL", "--data", "nowhere"], 1, "There is no data at"),
         (["MODEL", "--format", "tflite"], 2, "'tflite' is not one of"),
         (["MODEL", "--format", "onnx", "--format", "onnx"], 2, "given twice"),
@@ -349,9 +362,13 @@ def test_bad_input_is_one_clear_error(
     wide = {**TINY_CONFIG, "vision_cfg": {**TINY_CONFIG["vision_cfg"], "image_size": [16, 32]}}
     if "WIDE" in arguments:
         write_tiny_model(tmp_path / "wide", wide)
+    if "UNFIT" in arguments:
+        write_tiny_model(
+            tmp_path / "unfit", {**TINY_CONFIG, "text_cfg": {**TINY_CONFIG["text_cfg"], "vocab_size": 100}}
+        )
     for path in tiny_model.iterdir():
         (tmp_path / "damaged" / path.name).write_bytes(path.read_bytes()[:2000])
-    places = {"MODEL": tiny_model, "WIDE": tmp_path / "wide"}
+    places = {"MODEL": tiny_model, "WIDE": tmp_path / "wide", "UNFIT": tmp_path / "unfit"}
     run = clipcid("export", *[places.get(word, word) for word in arguments], check=False)
     assert run.returncode == code, run
     assert message in " ".join(run.stderr.split()), run

@@ -46,9 +46,8 @@ _WINDOW = "--min-caption-similarity 0.7 --max-caption-similarity 0.9"
 _DISTILL = "clipcid distill --student student.json --name taught --steps 40 --batch-size 32"
 _EVAL = f"clipcid eval-zeroshot {STUDENT} classes retrieval --model teacher --predictions"
 _METRICS = "clipcid-work/eval/classes_{}_zeroshot_classification.json"
-_COMPARE_TEMPLATES = (
-    f"clipcid eval-zeroshot --compare {_METRICS.format('teacher')} simple{_METRICS.format('teacher')[12:]}"
-)
+_SIMPLE = _METRICS.replace(".json", "_templates-simple.json")
+_COMPARE_TEMPLATES = f"clipcid eval-zeroshot --compare {_METRICS.format('teacher')} {_SIMPLE.format('teacher')}"
 _COMPARE = f"clipcid eval-zeroshot --compare {_METRICS.format('taught-student')} {_METRICS.format('teacher')}"
 
 SCENES: dict[str, tuple[Scene, ...]] = {
@@ -170,12 +169,10 @@ SCENES: dict[str, tuple[Scene, ...]] = {
         Scene("dry run", f"{_EVAL} --dry-run", exact=True),
         Scene("result of two models", _EVAL),
         Scene("nothing to do", _EVAL),
-        Scene("other settings", "clipcid eval-zeroshot teacher classes --templates simple", exact=True),
+        Scene("other settings", "clipcid eval-zeroshot teacher classes --batch-size 32", exact=True),
         Scene("result on the held-out samples", "clipcid eval-zeroshot"),
         Scene("comparison", _COMPARE),
-        Scene(
-            "other templates", "clipcid eval-zeroshot teacher classes --templates simple --predictions --work simple"
-        ),
+        Scene("other templates", "clipcid eval-zeroshot teacher classes --templates simple --predictions"),
         Scene("comparison across templates", _COMPARE_TEMPLATES),
     ),
     "eval-linear": (

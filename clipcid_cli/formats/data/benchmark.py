@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ _DATASET_TYPE = "dataset_type.txt"
 _NUM_SHARDS = "nshards.txt"
 # Names of the folders of splits; a folder that contains any other folder has no splits.
 _SPLITS = frozenset({"train", "trainval", "test", "val", "valid", "validation"})
+_NUMBERED_SHARDS = re.compile(r"[\d{}.,-]+\.tar")
 
 # Placeholders of the class name: CLIP_benchmark writes {c}, open_clip {}.
 _PLACEHOLDERS = ("{c}", "{}")
@@ -72,19 +74,20 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
     """
     folder = Path(data)
     if is_remote(data) or not folder.is_dir():
-        return BenchmarkFolder(_last_parts(data, 1), data)
+        return BenchmarkFolder(name_data(data), data)
     if is_benchmark(data):
         # The folder of a split; its text files are next to it, or in it where a data set has no splits.
         if (folder / _DATASET_TYPE).is_file() or (folder / CLASS_NAMES).is_file():
-            return _describe(_last_parts(data, 1), data, folder)
-        return _describe(_last_parts(data, 2), data, folder.resolve().parent)
+            return _describe(name_data(data), data, folder)
+        whole = folder.resolve().parent
+        return _describe(f"{name_data(str(whole))}/{folder.resolve().name}", data, whole)
     splits = sorted(path.parent.name for path in folder.glob(f"*/{_NUM_SHARDS}")) or _plain_splits(folder)
     if splits and split not in splits:
         raise MissingSplitError(
             f"{data} has no split {split!r}; it has {', '.join(splits)}.",
             f"Choose one with --split, e.g. --split {splits[0]}.",
         )
-    return _describe(_last_parts(data, 1), str(folder / split) if splits else data, folder)
+    return _describe(name_data(data), str(folder / split) if splits else data, folder)
 
 
 def is_benchmark(spec: str) -> bool:
@@ -120,10 +123,15 @@ def _describe(name: str, data: str, about: Path) -> BenchmarkFolder:
     return BenchmarkFolder(name, data, dataset_type, class_names, templates)
 
 
-def _last_parts(data: str, number: int) -> str:
+def name_data(data: str) -> str:
+    """Name data by the end of its path, from the first part that tells: ``cars/test``, ``pairs/{00000..00099}.tar``."""
     if not is_remote(data):
         data = str(Path(data).resolve())
-    return "/".join(data.rstrip("/").split("/")[-number:])
+    parts = data.rstrip("/").split("/")
+    first = len(parts) - 1
+    while first > 0 and (parts[first] in _SPLITS or _NUMBERED_SHARDS.fullmatch(parts[first])):
+        first -= 1
+    return "/".join(parts[first:])
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:

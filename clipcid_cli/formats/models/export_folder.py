@@ -16,6 +16,7 @@ HF_WEIGHTS = "model.safetensors"
 SPECIAL_TOKENS = "special_tokens_map.json"
 VOCABULARY = "vocab.json"
 MERGES = "merges.txt"
+TOKENIZER = "tokenizer.json"
 IMAGE_ENCODER = "image_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
 CLASSIFIER = "classifier.onnx"
@@ -24,7 +25,7 @@ CARD = "README.md"
 
 # Files of a Hugging Face tokenizer, which open_clip, too, reads from the model's folder.
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     SPECIAL_TOKENS,
     "added_tokens.json",
@@ -48,7 +49,7 @@ CONTENT = {
     HF_CONFIG: "architecture, as transformers reads it",
     HF_WEIGHTS: "weights, as transformers reads them",
     "preprocessor_config.json": "preprocessing, as transformers reads it",
-    "tokenizer.json": "CLIP's byte-pair encoding",
+    TOKENIZER: "texts to tokens, padded and cut to the model's length",
     PARITY: "how each export was compared with the original",
 } | {
     quantized_name(name, kind): what + words

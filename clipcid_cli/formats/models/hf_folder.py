@@ -6,7 +6,6 @@ setting of open_clip that is neither translated here nor known to change nothing
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_error, write_json, write_text
-from clipcid_cli.formats.models.export_folder import MERGES, SPECIAL_TOKENS, VOCABULARY
+from clipcid_cli.formats.atomic import write_error, write_json
+from clipcid_cli.formats.models.export_folder import SPECIAL_TOKENS
 from clipcid_cli.formats.models.open_clip_folder import RESAMPLE, pixel_problems, square_side
+from clipcid_cli.formats.models.tokenizer_file import BOS_ID, EOS_ID, write_clip_tokenizer
 
-BOS_ID, EOS_ID = 49406, 49407
 _VOCABULARY_SIZE = 49408
 
 # Settings that are translated, or have no effect on a model that only encodes.
@@ -117,14 +116,7 @@ def write_hf_folder(
     with torch.device("meta"):
         empty = transformers.CLIPModel(config)
     empty.load_state_dict(dict(_rename_tensors(tensors)), assign=True)
-    # Its own special tokens are called otherwise, and are the last two.
-    words = {text: number for text, number in tokenizer.encoder.items() if number < BOS_ID}
-    words |= {"<|startoftext|>": BOS_ID, "<|endoftext|>": EOS_ID}
-    write_text(folder / VOCABULARY, json.dumps(words, ensure_ascii=False) + "\n")
-    merges = "".join(f"{left} {right}\n" for left, right in tokenizer.bpe_ranks)
-    write_text(folder / MERGES, "#version: 0.2\n" + merges)
-    length = config.text_config.max_position_embeddings
-    written_tokenizer = transformers.CLIPTokenizerFast.from_pretrained(folder, model_max_length=length)
+    written_tokenizer = write_clip_tokenizer(folder, tokenizer)
     with _refusals_of_the_system(folder):
         empty.save_pretrained(folder, max_shard_size="1TB")  # in one file
         make_image_processor(preprocess).save_pretrained(folder)

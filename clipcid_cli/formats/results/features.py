@@ -16,6 +16,9 @@ from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.fingerprint import hash_json
 from clipcid_cli.formats.skips import Skips
 
+# How far from 1 the length of a row may be: rounding, also of models that compute in 16 bits.
+_LENGTH_TOLERANCE = 1e-2
+
 
 @dataclasses.dataclass(frozen=True)
 class Features:
@@ -52,7 +55,10 @@ def write_features(path: Path, features: Features) -> None:
 def read_features(path: Path) -> Features | None:
     """Read features; None where there are none, or they are damaged: the data set is then encoded again."""
     found = load_arrays(path)
-    if found is None:
+    if found is None or not {"rows", "labels", "skips"}.issubset(found):
         return None
     rows, labels = (torch.from_numpy(found[name]) for name in ("rows", "labels"))
+    lengths = torch.linalg.vector_norm(rows, dim=-1)
+    if rows.ndim != 2 or len(rows) != len(labels) or not bool(((lengths - 1).abs() < _LENGTH_TOLERANCE).all()):
+        return None
     return Features(rows, labels, Skips(**json.loads(str(found["skips"]))))

@@ -71,9 +71,10 @@ class Metrics(msgspec.Struct):
     metrics: dict[str, Any]  # null for one that has no value, such as acc5 of four classes
 
 
-def metrics_stem(dataset: str, model: str, task: str) -> str:
+def metrics_stem(dataset: str, model: str, task: str, *variant: str) -> str:
     """Return the name of a metrics file without its suffix, e.g. ``food101_ViT-B-32_zeroshot_classification``."""
-    return "_".join(re.sub(r"[^\w.-]+", "-", part).strip("-.") or "unnamed" for part in (dataset, model, task))
+    parts = (dataset, model, task, *variant)
+    return "_".join(re.sub(r"[^\w.-]+", "-", part).strip("-.") or "unnamed" for part in parts)
 
 
 def write_metrics(path: Path, metrics: Metrics) -> None:

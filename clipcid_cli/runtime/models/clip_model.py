@@ -214,7 +214,9 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
         tokenizer=" ".join(filter(None, (type(tokenizer.whole).__name__, tokenizer_name))),
         config=config,
     )
-    return ClipModel(info, module, tokenizer, torch.device(device))
+    model = ClipModel(info, module, tokenizer, torch.device(device))
+    _validate_towers(model)
+    return model
 
 
 def _load_trained(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path, str]:
@@ -357,6 +359,38 @@ def _validate_finite(name: ModelName, module: torch.nn.Module) -> None:
                 f"{parameter}.",
                 "Choose another model, or an earlier checkpoint: a training that diverged leaves such weights.",
             )
+
+
+def _validate_towers(model: ClipModel) -> None:
+    """Refuse towers that cannot take the images and texts that the configuration declares, or make rows of other widths."""
+    info = model.info
+    module = cast(Any, model.module)
+    height, width = info.image_size
+    takes: dict[str, Callable[[], torch.Tensor]] = {
+        f"an image of {height} × {width} pixels": lambda: module.encode_image(
+            model.normalize(torch.zeros(1, height, width, 3, dtype=torch.uint8))
+        ),
+        f"a text of {info.context_length} tokens": lambda: module.encode_text(
+            model.tokenizer(["a photo"]).to(model.device)
+        ),
+    }
+    fix = f"Compare vision_cfg, text_cfg and embed_dim in {CONFIG_NAME} with the weights."
+    widths = list[int]()
+    for what, encode in takes.items():
+        try:
+            # Not in inference mode: what a module keeps of its first pass could not be trained.
+            with torch.no_grad():
+                widths.append(int(encode().shape[-1]))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a module raises whatever its layers do with a shape that does not fit
+            raise ClipcidError(f"Model {info.spec} cannot encode {what}: {in_one_line(error, 400)}", fix) from error
+    if widths != [info.embed_dim] * 2:
+        raise ClipcidError(
+            f"Model {info.spec}: its image tower makes rows of {widths[0]:,} values, its text tower of {widths[1]:,}; "
+            f"embed_dim is {info.embed_dim:,}.",
+            fix,
+        )
 
 
 def builtin_templates(name: str) -> tuple[str, ...]:

@@ -110,6 +110,14 @@ class OnnxSession:
         return {name: torch.from_numpy(output) for name, output in zip(self._outputs, outputs, strict=True)}
 
 
+def read_tokens(path: Path, texts: list[str]) -> Tensor:
+    """Return the tokens that a `tokenizer.json` makes of texts, int64 [B, L]."""
+    import transformers
+
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path)).backend_tokenizer
+    return torch.tensor([encoding.ids for encoding in fast.encode_batch(texts)])
+
+
 class HfClip:
     """A ``CLIPModel`` with its processor, loaded by transformers in float32 from a folder that `write_hf_folder` wrote."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,21 @@ from clipcid_cli.formats.results.metrics import (
     validate_unchanged_metrics,
 )
 from clipcid_cli.formats.sidecar import EvaluationSidecar
+from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps.evaluate.result import ComparedLines, ComparisonResult, Difference
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+
+# Metrics files that an error names.
+_NAMED = 8
 
 
 def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> ComparisonResult:
     """Compare two results on the same images."""
     paths = settings.compared
+    for path in paths:
+        if path.is_dir():
+            raise _folder_error(path, WorkDirectory(settings.work))
     again = "Run eval-zeroshot --predictions --overwrite for that model and data set again."
     sidecars = [validate_unchanged_metrics(path, again) for path in paths]
     records = [read_metrics(path) for path in paths]
@@ -50,6 +58,19 @@ def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> Compa
         differences=differences,
         files={},
     )
+
+
+def _folder_error(folder: Path, work: WorkDirectory) -> ClipcidError:
+    """Return the error for a model's folder in place of a metrics file, which names the metrics files of that model."""
+    files = list[str]()
+    for path in sorted(work.eval.glob("*.json")):
+        with suppress(ClipcidError):  # not ours, or damaged
+            if Path(str(read_metrics(path).pretrained)).resolve().is_relative_to(folder.resolve()):
+                files.append(str(path))
+    fix = "Measure the model first: clipcid eval-zeroshot MODEL DATA --predictions"
+    if files:
+        fix = "Give one of its metrics files:\n" + "\n".join(f"  {file}" for file in files[:_NAMED])
+    return ClipcidError(f"{folder} is a folder; --compare takes two metrics files.", fix)
 
 
 def _validate_same_data(first: Predictions, second: Predictions) -> None:

@@ -37,6 +37,7 @@ from clipcid_cli.formats.data.benchmark import (
     BenchmarkFolder,
     customary_metric,
     find_benchmark_folder,
+    name_data,
     read_class_names,
 )
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
@@ -62,7 +63,6 @@ from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 
 _TASK = "linear_probe"
-_SPLITS = ("train", "test", "val", "validation")
 # The probe itself does not depend on them.
 _MAY_DIFFER = frozenset({"shots", "shot_repeats", "knn"})
 
@@ -105,7 +105,8 @@ def make_plan(settings: EvalLinearSettings, reporter: Reporter) -> ProbePlan:
     known = find_copy(settings.data, settings.data_root, reporter) if settings.data is not None else None
     folder = str(settings.data).rstrip("/") if known is None else str(known[1])
     given = {"train": settings.train or f"{folder}/train", "test": settings.test or f"{folder}/test"}
-    name = _name(given["test"]) if known is None else known[0].name
+    # Both splits have the name of their data set.
+    name = name_data(given["test"]).partition("/")[0] if known is None else known[0].name
     if settings.val is not None:
         given["val"] = settings.val
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
@@ -187,12 +188,6 @@ def _min_classes(sample: Sample) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _name(data: str) -> str:
-    """Name the data set after the folder that holds its splits."""
-    parts = (data if "://" in data else str(Path(data).resolve())).rstrip("/").split("/")
-    return parts[-2] if parts[-1] in _SPLITS and len(parts) > 1 else parts[-1]
-
-
 def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
     path = plan.path
     context = model.context
@@ -235,6 +230,8 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
     }
     path = features_path(WorkDirectory(model.settings.work).features, info.slug, identity)
     kept = context.on_rank0(lambda: read_features(path))
+    if kept is None and path.exists():
+        model.reporter.warn(f"{path} is damaged: the features of {task.name} are computed again.")
     if kept is not None:
         model.reporter.note(f"{task.name}: features of {len(kept):,} images from {path}.")
         return kept

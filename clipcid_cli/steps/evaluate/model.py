@@ -211,7 +211,7 @@ class EvaluatedModel:
         need = "Classification needs an image and a class (a .cls, a `label` column or a folder) for each sample."
         if task.kind == RETRIEVAL:
             need = "Retrieval needs an image and at least one caption (a .txt or a caption column) for each sample."
-        skips.check(read, self.settings.max_bad_fraction, task.dataset.spec, need)
+        skips.check(task.read or read, self.settings.max_bad_fraction, task.dataset.spec, need)
         if not read and task.held_out is not None:
             raise ClipcidError(
                 f"Of {task.dataset.spec} the {task.held_out:.2%} held out are no sample.",

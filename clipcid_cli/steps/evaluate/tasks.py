@@ -43,6 +43,7 @@ from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 _NAME_ONE = "Name one: clipcid eval-zeroshot MODEL DATA"
+_BUILTIN = (*BUILTIN_CLASS_NAMES, *BUILTIN_TEMPLATES)
 # As CLIP_benchmark calls them: images with several classes are a classification, too.
 _TASKS = {
     CLASSIFICATION: "zeroshot_classification",
@@ -59,8 +60,10 @@ class ZeroshotTask:
         kind: ``classification``, ``multilabel`` where an image may have any number of classes, or ``retrieval``.
         class_names: In order of the labels; none for retrieval, as templates.
         held_out: Fraction of the samples that is used, by hash of the key; None uses all.
+        read: Of a held-out part: samples of the whole data, to which the limit on unusable ones belongs.
         label_of: Label of each class folder, where folders and class names are in different orders; else None.
         prompt_lines: Which ``class_names`` and ``templates`` a score is of; None without prompts.
+        variant: Ends the names of the files, where flags replace the data set's own prompts: ``templates-openai``.
     """
 
     name: str
@@ -69,9 +72,11 @@ class ZeroshotTask:
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     held_out: float | None = None
+    read: int | None = None
     label_of: tuple[int, ...] | None = None
     customary: str = ACCURACY
     prompt_lines: dict[str, LinesRecord] | None = None
+    variant: tuple[str, ...] = ()
 
     @property
     def task(self) -> str:
@@ -165,20 +170,20 @@ def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName], 
     folders = [name.path.resolve().parent for name in models if name.path is not None]
     runs = [folder for folder in folders if sidecar_path(folder, "distill").exists()]
     found = [
-        (sidecar.made.val_fraction, run, sidecar.data)
+        (sidecar.made.val_fraction, run, sidecar)
         for run in runs or [WorkDirectory(settings.work).find_student().parent]
         if (sidecar := read_sidecar(sidecar_path(run, "distill"), DistillSidecar)) is not None
     ]
     # What is held out has a hash of the key below the fraction: of one data set the smallest part is in all others.
-    fraction, run, described = min(found, key=lambda each: each[0])
-    if any(data != described for _, _, data in found):
+    fraction, run, trained = min(found, key=lambda each: each[0])
+    if any(other.data != trained.data for _, _, other in found):
         raise ClipcidError("The models were trained on different data, and no data set was named.", _NAME_ONE)
     if fraction == 0:
         raise ClipcidError(f"{run} held nothing out (--val-fraction 0), and no data set was named.", _NAME_ONE)
-    dataset = open_described(described, WorkDirectory(settings.work).indexes)
+    dataset = open_described(trained.data, WorkDirectory(settings.work).indexes)
     reporter.note(f"Data: the {fraction:.2%} of {dataset.spec} that {run} held out.")
     name = f"{find_benchmark_folder(dataset.spec).name}-held-out"
-    return ZeroshotTask(name, RETRIEVAL, dataset, held_out=fraction, customary=RECALL)
+    return ZeroshotTask(name, RETRIEVAL, dataset, held_out=fraction, read=int(trained.counts["read"]), customary=RECALL)
 
 
 def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotTask:
@@ -197,6 +202,11 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
         prompts = known.templates if prompts is None and folder.templates is None else prompts
     class_names, names_from, label_of = _find_class_names(names, folder, dataset, reporter)
     templates, templates_from = _find_templates(prompts, folder, reporter)
+    lines = {
+        "class_names": LinesRecord(names_from, len(class_names), hash_lines(class_names)),
+        "templates": LinesRecord(templates_from, len(templates), hash_lines(templates)),
+    }
+    given = {"class_names": settings.classnames, "templates": settings.templates}
     return ZeroshotTask(
         folder.name,
         kind,
@@ -205,10 +215,12 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
         templates,
         label_of=label_of,
         customary=customary_metric(folder.name, MULTI_LABEL_METRICS if kind == MULTI_LABEL else SINGLE_LABEL_METRICS),
-        prompt_lines={
-            "class_names": LinesRecord(names_from, len(class_names), hash_lines(class_names)),
-            "templates": LinesRecord(templates_from, len(templates), hash_lines(templates)),
-        },
+        prompt_lines=lines,
+        variant=tuple(
+            f"{kind.replace('_', '')}-{flag if flag in _BUILTIN else lines[kind].hash}"
+            for kind, flag in given.items()
+            if flag is not None
+        ),
     )
 
 

@@ -82,7 +82,10 @@ class ZeroshotPlan:
 
     def metrics_path(self, name: ModelName, task: ZeroshotTask) -> Path:
         """Return the metrics file of a pair."""
-        return WorkDirectory(self.settings.work).eval / f"{metrics_stem(task.name, name.slug, task.task)}.json"
+        return (
+            WorkDirectory(self.settings.work).eval
+            / f"{metrics_stem(task.name, name.slug, task.task, *task.variant)}.json"
+        )
 
     def validate_unmeasured(self) -> None:
         """Refuse, before models are trained, the metrics files of earlier ones in the same folders."""

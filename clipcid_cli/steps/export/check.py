@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 from PIL import Image
 
@@ -30,7 +31,7 @@ from clipcid_cli.formats.data.benchmark import (
 )
 from clipcid_cli.formats.data.dataset import ByteRange, Dataset, Sample, open_dataset, open_described
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.sidecar import Parity, PredictionParity, RowParity
+from clipcid_cli.formats.sidecar import Latency, Parity, PredictionParity, RowParity
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ClipModel
@@ -50,6 +51,8 @@ _COMPARED_ROWS = 16
 _BATCH_SIZES = (1, 2, 5, _COMPARED_ROWS)
 _IMAGE_BATCH, _TEXT_BATCH = 32, 64
 _FEW_IMAGES, _MANY_IMAGES = 64, 1000
+# Images that are timed one by one.
+_TIMED_SINGLY = 32
 
 # The fraction of images that find their own text: among the classes, or among the captions of all images.
 ACCURACY, RECALL = "acc1", "text_retrieval_recall@1"
@@ -314,6 +317,7 @@ class Outputs:
     rows: dict[str, torch.Tensor]  # by output, of the compared samples in batches of each size, one after another
     nearest: torch.Tensor | None  # the most similar candidate of each image, int64 [N], where there are candidates
     images_per_second: float  # of the image encoder, from the bytes of cropped images, by the median batch
+    latency: Latency  # of the same, from one image
 
 
 def evaluate(towers: Towers, inputs: CheckInputs) -> Outputs:
@@ -329,22 +333,34 @@ def evaluate(towers: Towers, inputs: CheckInputs) -> Outputs:
         for output, (encode, samples) in compared.items()
         if encode is not None
     }
-    embedded, images_per_second = run_timed(towers.images, torch.split(inputs.pixels, _IMAGE_BATCH))
+    embedded, seconds = run_timed(towers.images, torch.split(inputs.pixels, _IMAGE_BATCH))
+    _, seconds_of_one = run_timed(towers.images, torch.split(inputs.pixels[:_TIMED_SINGLY], 1))
     nearest = None
     if inputs.candidates is not None:
         weights = class_weights(towers.encode_prompts(inputs.candidates.prompts))
         nearest = (embedded @ weights.T).argmax(dim=1)
-    return Outputs(rows, nearest, images_per_second)
+    return Outputs(rows, nearest, rate_of(seconds), latency_of(seconds_of_one))
 
 
-def run_timed(compute: Callable[[Batch], torch.Tensor], batches: Iterable[Batch]) -> tuple[torch.Tensor, float]:
-    """Compute rows of images, batch after batch, and tell the images per second of the median batch."""
+def run_timed(compute: Callable[[Batch], torch.Tensor], batches: Iterable[Batch]) -> tuple[torch.Tensor, list[float]]:
+    """Compute rows of images, batch after batch, and tell the seconds an image of each batch."""
     rows, seconds = list[torch.Tensor](), list[float]()
     for batch in batches:
         trial = time_trial(partial(compute, batch), warm_up=int(not rows))  # the first also pays for buffers
         rows.append(trial.result)
         seconds.append(trial.seconds / len(trial.result))
-    return torch.cat(rows), round(1 / statistics.median(seconds), 2)
+    return torch.cat(rows), seconds
+
+
+def rate_of(seconds: Sequence[float]) -> float:
+    """Return the images per second of the median batch."""
+    return round(1 / statistics.median(seconds), 2)
+
+
+def latency_of(seconds: Sequence[float]) -> Latency:
+    """Return the latency of images that were computed one by one."""
+    median, slow = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64))
+    return Latency(round(1000 * float(median), 2), round(1000 * float(slow), 2))
 
 
 class Checker:
@@ -377,6 +393,7 @@ class Checker:
             dense=rows.get("dense"),
             bytes=sum(path.stat().st_size for path in files),
             images_per_second=found.images_per_second,
+            latency_ms=found.latency,
             zeroshot=self.compare_predictions(found.nearest, gated=gated),
         )
         self.validate(name, parity)
@@ -411,6 +428,22 @@ class Checker:
             drop=before - value,
             gated=gated,
         )
+
+    def warn_near_chance(self, reporter: Reporter) -> None:
+        """Say where the original answers so little better than a guess that no loss by quantization could be seen."""
+        candidates, expected = self.inputs.candidates, self.expected.nearest
+        if not self.settings.quantize or candidates is None or expected is None:
+            return
+        labels = candidates.labels
+        right = float((expected == labels).double().mean())
+        guess = float(torch.bincount(labels).max()) / len(labels)
+        chance = guess + 2 * math.sqrt(guess * (1 - guess) / len(labels))  # two standard deviations
+        if right - self.settings.max_accuracy_drop <= chance:
+            reporter.warn(
+                f"The check of quantized files can hardly fail here: {candidates.measure} of the model itself is "
+                f"{right:.1%} on {len(labels):,} images, and a guess would reach {guess:.1%}. Compare on images that the "
+                "model knows (--data), or lower --max-accuracy-drop."
+            )
 
     def validate(self, name: str, found: Parity) -> None:
         """Raise when an export's entry in `parity.json`, of this run or an earlier one, is over a limit of this run."""
@@ -463,6 +496,7 @@ class Checker:
                 "threads": torch.get_num_threads(),
                 "bytes": sum(tensor.nbytes for tensor in self.model.module.state_dict().values()),
                 "images_per_second": self.expected.images_per_second,
+                "latency_ms": msgspec.to_builtins(self.expected.latency),
                 "inputs": self.inputs.source,
                 "images": len(self.inputs.pixels),
             },

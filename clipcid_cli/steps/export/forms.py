@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,10 @@ from clipcid_cli.formats.models.export_folder import (
     IMAGE_ENCODER,
     OPEN_CLIP_WEIGHTS,
     TEXT_ENCODER,
+    TOKENIZER,
     quantized_name,
 )
-from clipcid_cli.formats.models.hf_folder import EOS_ID, validate_for_hf, write_hf_folder
+from clipcid_cli.formats.models.hf_folder import validate_for_hf, write_hf_folder
 from clipcid_cli.formats.models.onnx_file import (
     DENSE_EMBEDS,
     IMAGE_EMBEDS,
@@ -31,6 +34,7 @@ from clipcid_cli.formats.models.onnx_file import (
     write_quantized,
 )
 from clipcid_cli.formats.models.open_clip_folder import square_side, write_model_folder
+from clipcid_cli.formats.models.tokenizer_file import EOS_ID, write_tokenizer_file
 from clipcid_cli.formats.sidecar import Parity
 from clipcid_cli.runtime.libraries import quiet_libraries
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
@@ -43,8 +47,18 @@ from clipcid_cli.runtime.models.towers import (
     TextTower,
     has_patches,
     image_tower_kind,
+    read_tokens,
 )
-from clipcid_cli.steps.export.check import ACCURACY, SENTENCES, Checker, Classes, run_timed, towers_of
+from clipcid_cli.steps.export.check import (
+    ACCURACY,
+    SENTENCES,
+    Checker,
+    Classes,
+    latency_of,
+    rate_of,
+    run_timed,
+    towers_of,
+)
 from clipcid_cli.steps.settings.export import ExportSettings
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -108,7 +122,7 @@ def _write_hf(checker: Checker, folder: Path) -> dict[str, Parity]:
     found = checker.check("hf", checker.settings.stored_precision, towers, [folder / HF_WEIGHTS])
     found.engine = written.engine
     found.processor = _validate_processor(written, checker)
-    found.tokenizer = _validate_tokenizer(written, checker)
+    found.tokenizer = _validate_tokens("hf", written.prepare_texts, checker)
     return {"hf": found}
 
 
@@ -150,22 +164,22 @@ def _validate_processor(written: HfClip, checker: Checker) -> dict[str, int | fl
     }
 
 
-def _validate_tokenizer(written: HfClip, checker: Checker) -> dict[str, int]:
-    """Compare the tokens of the folder's tokenizer with open_clip's.
+def _validate_tokens(form: str, tokenize: Callable[[list[str]], torch.Tensor], checker: Checker) -> dict[str, int]:
+    """Compare the tokens of a written tokenizer with open_clip's.
 
-    open_clip first cleans a text (curly quotes, HTML entities, broken encodings), which transformers does not: texts that
-    this changes are counted, and must give the same tokens once they are cleaned.
+    open_clip first cleans a text (curly quotes, HTML entities, broken encodings), which others do not: texts that this
+    changes are counted, and must give the same tokens once they are cleaned.
     """
     candidates, tokenizer = checker.inputs.candidates, checker.model.tokenizer
     prompts = [text for texts in candidates.prompts for text in texts] if candidates is not None else []
     texts = list(dict.fromkeys([*_TOKENIZER_TEXTS, *SENTENCES, *checker.inputs.texts, *prompts]))
-    mended = _find_different(texts, tokenizer(texts), written.prepare_texts(texts))
+    mended = _find_different(texts, tokenizer(texts), tokenize(texts))
     if mended:
-        cleaned = written.prepare_texts([tokenizer.whole.clean_fn(text) for text in mended])
+        cleaned = tokenize([tokenizer.whole.clean_fn(text) for text in mended])
         if different := _find_different(mended, tokenizer(mended), cleaned):
             raise ClipcidError(
-                f"hf: the tokenizer makes other tokens of {different[0][:60]!r} than open_clip's.",
-                "Report this text; --format open-clip and onnx are not affected.",
+                f"{form}: the tokenizer makes other tokens of {different[0][:60]!r} than open_clip's.",
+                "Report this text; --format open-clip is not affected.",
             )
     return {"texts": len(texts), "same": len(texts) - len(mended), "same_once_mended": len(mended)}
 
@@ -181,16 +195,20 @@ def _write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
     """Write both encoders, and where there are classes a classifier, as ONNX files, run them with ONNX Runtime, and compare.
 
     The image encoder takes ``pixel_values``, the text encoder ``input_ids``; they give unit rows, ``image_embeds`` and
-    ``text_embeds`` (Hugging Face's names). How pixels and tokens are made is in each file's metadata.
+    ``text_embeds`` (Hugging Face's names). How pixels are made is in each file's metadata; `tokenizer.json` makes tokens.
     """
     classes = checker.inputs.classes
     kinds = ("fp32", *checker.settings.quantize)
+    tokens = None
     with quiet_libraries():
         _write_encoders(checker, folder)
+        if write_tokenizer_file(folder, checker.model.tokenizer.whole):
+            tokens = _validate_tokens("onnx", partial(read_tokens, folder / TOKENIZER), checker)
         for kind in checker.settings.quantize:
             for name in (IMAGE_ENCODER, TEXT_ENCODER):
                 write_quantized(folder / name, folder / quantized_name(name, kind), kind)
     found = {_form("onnx", kind): _validate_encoders(checker, folder, kind) for kind in kinds}
+    found["onnx"].tokenizer = tokens
     if classes is not None:
         found |= _write_classifiers(checker, folder, classes)
     return found
@@ -256,7 +274,7 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
     def classify(image: Image.Image) -> torch.Tensor:
         return checker.original.images(transform(image)[None]) @ weights.T
 
-    expected, images_per_second = run_timed(classify, inputs.read_images())
+    expected, pytorch_seconds = run_timed(classify, inputs.read_images())
     # Labels then index the classes of --classnames, which are the candidates of the encoders, too.
     labelled = inputs.candidates is not None and inputs.candidates.measure == ACCURACY
     found = dict[str, Parity]()
@@ -265,7 +283,7 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
         write_classifier(path, encoder, weights.numpy(), classes.names, classes.templates)
         session = OnnxSession(path)
         images = (torch.from_numpy(np.array(image)[None]) for image in inputs.read_images())
-        logits, rate = run_timed(session, images)  # of its outputs the first
+        logits, seconds = run_timed(session, images)  # of its outputs the first
         cosines = (logits - model.logit_bias) / model.logit_scale
         nearest = logits.argmax(dim=1)
         form = _form("classifier", kind)
@@ -275,8 +293,9 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
             max_cosine_difference=float((expected - cosines).abs().max()),
             agreement=float((expected.argmax(dim=1) == nearest).double().mean()),
             bytes=path.stat().st_size,
-            images_per_second=rate,
-            pytorch_images_per_second=images_per_second,
+            images_per_second=rate_of(seconds),
+            latency_ms=latency_of(seconds),
+            pytorch_images_per_second=rate_of(pytorch_seconds),
             zeroshot=checker.compare_predictions(nearest, gated=kind != "fp32") if labelled else None,
             engine=session.engine,
         )
@@ -287,4 +306,4 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
 # Each writes the files of a format, loads them, and compares what they compute with the original: entries of parity.json.
 WRITERS = {"open-clip": _write_open_clip, "hf": _write_hf, "onnx": _write_onnx_files}
 # What they need of the extra `export`.
-PACKAGES = {"open-clip": (), "hf": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+PACKAGES = {"open-clip": (), "hf": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime", "transformers")}

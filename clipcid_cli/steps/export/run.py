@@ -142,8 +142,10 @@ def _export(
             reporter.note(f"{folder} already holds this export.")
             return output.finished
         output.start()
+        checker.warn_near_chance(reporter)
         parity = dict[str, Parity]()
-        for form in settings.format:
+        # In this order, since onnx completes the tokenizer's file of the others.
+        for form in [form for form in WRITERS if form in settings.format]:
             reporter.note(f"Writing {form} and comparing it with {source.spec} …")
             with timed(seconds, form):
                 parity |= WRITERS[form](checker, output.work)

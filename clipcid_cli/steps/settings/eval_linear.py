@@ -66,8 +66,12 @@ class EvalLinearSettings(EvaluationSettings):
         _ = self.shot_counts, self.neighbour_counts
         if self.data is None and (self.train is None or self.test is None):
             missing = [flag for flag, value in (("--train", self.train), ("--test", self.test)) if value is None]
+            verb = "is" if len(missing) == 1 else "are"
+            message = f"There is no data to evaluate on: {' and '.join(missing)} {verb} missing."
+            if self.model is not None:
+                message += f"\n{self.model} was read as the model, because the first positional argument is the model."
             raise UsageError(
-                f"There is no data to evaluate on: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing.",
+                message,
                 "Give --train and --test, or a folder with train/ and test/: clipcid eval-linear MODEL DATA",
             )
 

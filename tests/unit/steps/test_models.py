@@ -45,8 +45,11 @@ def test_data_in_place_of_the_model_is_recognised(tmp_path: Path) -> None:
     with pytest.raises(ClipcidError, match="was read as the model") as caught:
         choose_model(str(tmp_path), tmp_path, Listener(), positional_of="eval-linear")
     assert caught.value.fix == f"Put the model first: clipcid eval-linear MODEL {tmp_path}"
-    # A flag names the model only, and a name that is no path is no data.
-    for spec, positional_of in ((str(tmp_path), None), ("no-such-model", "eval-linear")):
-        with pytest.raises(ClipcidError) as caught:
-            choose_model(spec, tmp_path, Listener(), positional_of=positional_of)
-        assert "was read as" not in caught.value.message
+    # What is neither may be either, misspelt.
+    with pytest.raises(ClipcidError, match="no-such-model was read as the model") as caught:
+        choose_model("no-such-model", tmp_path, Listener(), positional_of="eval-linear")
+    assert "If no-such-model is the data: put the model first" in caught.value.fix
+    # A flag names the model only.
+    with pytest.raises(ClipcidError) as caught:
+        choose_model(str(tmp_path), tmp_path, Listener())
+    assert "was read as" not in caught.value.message

@@ -33,6 +33,22 @@ def test_split_folder_finds_the_files_beside_it(food: Path) -> None:
     assert found.class_names == food / "classnames.txt"
 
 
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("/data/cars/test", "cars/test"),
+        ("/data/cars/val/{00000..00003}.tar", "cars/val/{00000..00003}.tar"),
+        ("/data/cars/0.tar", "cars/0.tar"),
+        ("/data/cars.tar", "cars.tar"),
+        ("/data/2024/test", "2024/test"),
+        ("/data/cars.csv", "cars.csv"),
+        ("s3://bucket/cars/train", "cars/train"),
+    ],
+)
+def test_a_name_begins_with_what_tells(data: str, name: str) -> None:
+    assert find_benchmark_folder(data).name == name
+
+
 def test_dataset_type_is_read(food: Path) -> None:
     (food / "dataset_type.txt").write_text("Retrieval\n")
     assert find_benchmark_folder(str(food)).dataset_type == "retrieval"

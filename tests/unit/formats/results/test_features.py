@@ -14,7 +14,7 @@ from clipcid_cli.formats.skips import Skips
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     skips = Skips()
     skips.add("unreadable_image", "a/0")
-    rows = torch.randn(5, 8)
+    rows = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
     path = features_path(tmp_path, "tiny", {"weights": "abc"})
     assert read_features(path) is None
     write_features(path, Features(rows, torch.arange(5), skips))
@@ -41,4 +41,11 @@ def test_damaged_features_are_none(tmp_path: Path, content: bytes) -> None:
     write_features(path, Features(torch.eye(3), torch.arange(3)))
     whole = path.read_bytes()
     path.write_bytes(content or whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    assert read_features(path) is None
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(3, 4), torch.eye(4)[:2], torch.full((3, 4), float("nan"))])
+def test_rows_that_no_model_makes_are_none(tmp_path: Path, rows: torch.Tensor) -> None:
+    path = tmp_path / "tiny-0.npz"
+    write_features(path, Features(rows, torch.arange(3)))
     assert read_features(path) is None

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_CONFIG, write_tiny_model
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
@@ -181,6 +182,28 @@ def test_broken_weights_are_one_clear_error(kind: str, tiny_model: Path, tmp_pat
         load_model(parse_model(str(folder)))
     assert str(folder) in raised.value.message
     assert "copy or download them again" in raised.value.fix
+
+
+@pytest.mark.parametrize(
+    ("tower", "entries", "message"),
+    [
+        ("text_cfg", {"vocab_size": 100}, "cannot encode a text of 12 tokens"),
+        ("vision_cfg", {"image_size": 4}, "cannot encode an image of 4 × 4 pixels"),
+        (
+            "text_cfg",
+            {"width": 48, "proj_type": "none"},
+            "image tower makes rows of 32 values, its text tower of 48; embed_dim is 32",
+        ),
+    ],
+    ids=["vocabulary", "image", "widths"],
+)
+def test_towers_that_do_not_fit_are_named_when_loaded(
+    tmp_path: Path, tower: str, entries: dict[str, object], message: str
+) -> None:
+    folder = write_tiny_model(tmp_path / "unfit", {**TINY_CONFIG, tower: {**TINY_CONFIG[tower], **entries}})
+    with pytest.raises(ClipcidError, match=message) as raised:
+        load_model(parse_model(str(folder)))
+    assert "embed_dim in open_clip_config.json" in raised.value.fix
 
 
 def test_weights_that_no_hub_gives_name_the_local_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

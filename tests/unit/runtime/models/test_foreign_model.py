@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
+from clipcid_cli.formats.models.tokenizer_file import write_tokenizer_file
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.lean_open_clip import import_towers
 from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.runtime.models.towers import read_tokens
 from clipcid_cli.runtime.precision import choose_precision
 
 TEXTS = ["a red square", "two green circles , striped"]
@@ -70,6 +72,16 @@ def test_rows_and_tokens_are_open_clips(foreign: Path) -> None:
     assert (tokens != 1).all(), "a word is unknown: the tokenizer is not the model's own"
     assert torch.equal(model.encode_texts(tokens, FP32), texts)
     assert (model.info.embed_dim, model.info.context_length, model.info.image_size) == (48, 9, (64, 64))
+
+
+def test_its_tokenizer_is_one_file(foreign: Path, tmp_path: Path) -> None:
+    whole = load_model(parse_model(str(foreign))).tokenizer.whole
+    texts = [*TEXTS, "red " * 20]
+    assert write_tokenizer_file(tmp_path, whole)
+    assert torch.equal(read_tokens(tmp_path / "tokenizer.json", texts), whole(texts))
+    assert torch.equal(whole(texts), load_model(parse_model(str(foreign))).tokenizer(texts)), (
+        "its own is left as it was"
+    )
 
 
 def test_transformers_is_imported_for_its_text_towers_only(foreign: Path, tiny_model: Path) -> None:
