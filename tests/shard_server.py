@@ -22,6 +22,7 @@ class ShardServer(http.server.ThreadingHTTPServer):
         requests: Requests for content by file.
         bytes_sent: Bytes of content by file.
         dropped: Connections dropped.
+        overloaded: So many of the next requests are answered by 503.
     """
 
     daemon_threads = True
@@ -31,7 +32,7 @@ class ShardServer(http.server.ThreadingHTTPServer):
         self.folder, self.drop_every, self.delay, self.sends_ranges = folder, drop_every, delay, sends_ranges
         self.requests: Counter[str] = Counter()
         self.bytes_sent: Counter[str] = Counter()
-        self.dropped, self.damaged = 0, ""
+        self.dropped, self.damaged, self.overloaded = 0, "", 0
         self.lock = threading.Lock()
 
     @property
@@ -53,6 +54,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         server, name = self.server, self.path.lstrip("/")
         time.sleep(server.delay)
         path = server.folder / name
+        with server.lock:
+            server.overloaded -= 1
+            refuses = server.overloaded >= 0
+        if refuses:
+            self.send_error(503)
+            return
         if not path.is_file():
             self.send_error(404)
             return

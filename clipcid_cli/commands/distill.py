@@ -8,7 +8,7 @@ from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.eval_zeroshot import show_tables
-from clipcid_cli.commands.summary import count, format_seconds, print_facts
+from clipcid_cli.commands.summary import count, format_host_memory, format_seconds, print_facts
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def show(result: Distilled | DistillCost, console: Console) -> None:
             facts["speed"] += ", bound by decoding"
         facts["time"] = f"about {format_seconds(result.seconds['train'])}"
         facts["memory"] = f"{result.memory_bytes / 2**30:.1f} GiB in each process"
+        facts["host memory"] = format_host_memory(result.host_memory_bytes, result.shared_memory_bytes)
         print_facts(console, "Would train", facts)
         return
     facts["speed"] = f"{result.samples_per_second:,.0f} samples/s"

@@ -5,7 +5,14 @@ from __future__ import annotations
 from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.summary import count, format_seconds, format_skipped, print_facts
+from clipcid_cli.commands.summary import (
+    count,
+    format_bytes,
+    format_host_memory,
+    format_seconds,
+    format_skipped,
+    print_facts,
+)
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded, TextsCost, TextsResult
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -15,9 +22,12 @@ def show(result: Embedded, console: Console) -> None:
     if isinstance(result, EmbedCost):
         facts = {
             "images": f"about {result.images:,} in {count(result.shards, 'shard')}",
-            "disk": f"{result.bytes / 1e6:,.0f} MB, {result.bytes_per_image:,} bytes an image",
+            "disk": f"{format_bytes(result.bytes)}, {result.bytes_per_image:,} bytes an image",
             "time": f"about {format_seconds(result.seconds['encode'])}, if the data is read as fast",
+            "memory": format_host_memory(result.host_memory_bytes, result.shared_memory_bytes),
         }
+        if result.bytes > result.free_bytes:
+            facts["disk"] += f": more than the {format_bytes(result.free_bytes)} that are free"
         print_facts(console, "Would embed", facts)
         return
     if isinstance(result, TextsCost):

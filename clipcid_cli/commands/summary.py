@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 _GAP = 2
+_UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 1000}
 _PART = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\]"""  # of a word, as a shell reads it
 _WORD = re.compile(rf"(?:{_PART}|\S)+")
 _FLAG = re.compile(r"--?[A-Za-z]")
@@ -124,6 +125,17 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02d}:{rest:02d}"
     return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
+
+
+def format_bytes(number: int) -> str:
+    """Write a size by three digits: ``92.1 kB``, ``1.23 TB``."""
+    unit = next((unit for unit, size in _UNITS.items() if number >= size), "kB")
+    return f"{float(f'{number / _UNITS[unit]:.3g}'):,g} {unit}"
+
+
+def format_host_memory(total: int, shared: int) -> str:
+    """Write what a run takes of a host."""
+    return f"up to {total / 1e9:,.1f} GB of each host, {shared / 1e9:,.1f} GB of it in /dev/shm"
 
 
 def format_percent(value: float | None, digits: int = 1) -> str:

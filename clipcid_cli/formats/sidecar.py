@@ -58,14 +58,15 @@ class Sidecar(Run, kw_only=True):
         return {each.path for each in self.records(folder)}
 
 
-class DataSpec(msgspec.Struct):
-    """What opens data again: its name, ``--keys``, and the columns of a list."""
+class DataSpec(msgspec.Struct, omit_defaults=True):
+    """What opens data again: its name, ``--keys``, the columns of a list, and whether a line of a ``.txt`` is a caption."""
 
     spec: str
     keys: str
     image: str
     caption: str
     key: str
+    caption_lines: bool = False
 
 
 class ModelRecord(msgspec.Struct, kw_only=True):
@@ -95,6 +96,7 @@ class EmbedMade(msgspec.Struct):
     precision: str
     batch_size: int
     preprocess: str
+    caption_lines: bool = False
     views: int = 0
     view_kind: tuple[str, ...] = ("crop",)
     crop_scale: float = 0.9

@@ -14,6 +14,7 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -23,13 +24,13 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.distributed import count_cores
+from clipcid_cli.runtime.distributed import count_cores, memory_in_use
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -50,6 +51,9 @@ _WORKER_IMPORTS = [
 _AHEAD = 2
 # Time to wait for a result before its worker counts as stalled.
 _STALL_SECONDS = 600
+
+# Private memory of a worker beside the item it makes: 22 MB measured, and a large image.
+_WORKER_BYTES = 64 * 2**20
 
 # More threads would wait for Python's lock; on more cores each batch is computed by several.
 _MAX_THREADS = 16
@@ -74,6 +78,39 @@ def threads_for_batches(device: torch.device) -> int:
     32 ms against 38 (2 cores with AMX), and the embeddings were the same bit for bit.
     """
     return min(torch.get_num_threads(), _MAX_THREADS) if device.type == "cpu" else 1
+
+
+class HostMemory(NamedTuple):
+    """Bytes that the processes of a run take of this host, at most: all of it, and what of it is in /dev/shm."""
+
+    total: int
+    shared: int
+
+
+def estimate_host_memory(item_bytes: int, batch_bytes: int, workers: int) -> HostMemory:
+    """Estimate what a run takes of this host, with as many other processes like this one; an error where there is less.
+
+    Args:
+        item_bytes: What a worker makes of one item, which waits in /dev/shm.
+        batch_bytes: What is held of a batch in this process.
+        workers: Of each process.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    shared = processes * item_bytes * (_AHEAD * workers + 1) if workers else 0
+    own = memory_in_use(torch.device("cpu")) + 2 * batch_bytes + workers * (_WORKER_BYTES + item_bytes)
+    needed = HostMemory(processes * own + shared, shared)
+    page = os.sysconf("SC_PAGE_SIZE")
+    limits = [(needed.total, os.sysconf("SC_PHYS_PAGES") * page, "memory")]
+    with suppress(OSError):  # only Linux has it
+        limits.append((needed.shared, shutil.disk_usage("/dev/shm").free, "free space in /dev/shm"))
+    for takes, there, what in limits:
+        if takes > there:
+            raise ClipcidError(
+                f"The {processes} x {workers} workers of this host and their batches take up to {takes / 1e9:,.1f} GB, and "
+                f"it has {there / 1e9:,.1f} GB of {what}.",
+                "Use fewer --workers or a smaller --batch-size; in a container, more --shm-size.",
+            )
+    return needed
 
 
 @contextmanager

@@ -104,6 +104,17 @@ def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:
     return dataclasses.replace(dataset, index=dataclasses.replace(index, cache=cache))
 
 
+def warn_of_copies(dataset: Dataset, context: DistContext, reporter: Reporter) -> None:
+    """Say what it costs that each host reads all shards behind URLs, and what to do about it."""
+    if context.spans_hosts and any(is_remote(shard.file) for shard in dataset.shards):
+        assert dataset.index is not None
+        size = sum(record.fingerprint.size for record in dataset.index.records)
+        volume = f", {size / 1e9:,.1f} GB" if size else ""  # that of commands is not known
+        reporter.warn(
+            f"Each host fetches all shards in every epoch{volume}: put CLIPCID_CACHE on a disk that the hosts share."
+        )
+
+
 def _finish(dataset: Dataset, folder: Path) -> DataIndex:
     """Declare the index complete, unless another run has in the meantime."""
     index = open_index(folder, dataset.shards)

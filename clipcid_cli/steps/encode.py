@@ -25,7 +25,7 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer, Transform
-from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
+from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image, was_16_bit
 from clipcid_cli.runtime.pipeline import ordered_map, read_ahead, thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import Precision
 
@@ -99,12 +99,14 @@ class Decoded:
         tokens: Captions, sample after sample, int64 [M, L]; None where none are wanted.
         failures: Why samples cannot be used, by their position.
         laid_on_white: Images with transparent pixels, which are shown on white.
+        from_16_bit: Images of 16 bits of grey, which are scaled.
     """
 
     pixels: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     failures: dict[int, str] = dataclasses.field(default_factory=dict)
     laid_on_white: int = 0
+    from_16_bit: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +151,7 @@ class Decoder:
                 decoded.failures[row] = image.reason
                 continue
             decoded.laid_on_white += had_alpha(image)
+            decoded.from_16_bit += was_16_bit(image)
             yield row, image
 
     def tokenize(self, texts: list[str]) -> torch.Tensor | None:
@@ -171,6 +174,7 @@ class Encoded:
     rows: dict[Kind, torch.Tensor]
     failures: dict[int, str] = dataclasses.field(default_factory=dict)
     laid_on_white: int = 0
+    from_16_bit: int = 0
 
     @property
     def captions(self) -> torch.Tensor:
@@ -194,7 +198,12 @@ class Encoded:
         kept = self.kept
         texts = torch.isin(self.owners, kept)
         rows = {kind: found[texts if kind is Kind.TEXTS else kept] for kind, found in self.rows.items()}
-        return Encoded([self.samples[row] for row in kept.tolist()], rows, laid_on_white=self.laid_on_white)
+        return Encoded(
+            [self.samples[row] for row in kept.tolist()],
+            rows,
+            laid_on_white=self.laid_on_white,
+            from_16_bit=self.from_16_bit,
+        )
 
     def count_skips(self, shard: Shard) -> Skips:
         """Count the samples of a shard that cannot be used."""
@@ -209,6 +218,7 @@ def join(parts: Iterable[Encoded]) -> Encoded:
         [sample for part in usable for sample in part.samples],
         {kind: torch.cat([part.rows[kind] for part in usable if kind in part.rows]) for kind in kinds},
         laid_on_white=sum(part.laid_on_white for part in usable),
+        from_16_bit=sum(part.from_16_bit for part in usable),
     )
 
 
@@ -307,7 +317,7 @@ def encode(
     def compute(batch: Batch, decoded: Decoded) -> tuple[Batch, Encoded]:
         """Encode a batch, and note samples any of whose rows is not finite: nothing can be compared with it."""
         samples = batch.samples
-        encoded = Encoded(samples, {}, dict(decoded.failures), decoded.laid_on_white)
+        encoded = Encoded(samples, {}, dict(decoded.failures), decoded.laid_on_white, decoded.from_16_bit)
         if not samples:
             return batch, encoded
         owners = encoded.owners

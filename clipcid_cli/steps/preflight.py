@@ -31,8 +31,8 @@ _GOLDEN_RATIO = (5**0.5 - 1) / 2
 def validate_samples(dataset: Dataset, context: DistContext, seed: int, *, dry_run: bool, reporter: Reporter) -> None:
     """Look at a few samples of every shard, or of as many as there is time for, and report images that cannot be decoded.
 
-    Such images are no error: a step skips and counts them. A shard that cannot be read is one. A dry run also reports that
-    all is well.
+    Such images are no error: a step skips and counts them. A shard that cannot be read is one. A dry run also names the
+    images, or reports that all is well.
     """
     mine = choose_order(dataset, seed, dry_run=dry_run)[context.rank :: context.size]
 
@@ -56,7 +56,8 @@ def validate_samples(dataset: Dataset, context: DistContext, seed: int, *, dry_r
     if len(looks) < total:
         looked += " (evenly spread)"
     if bad.total:
-        reporter.warn(f"{looked}: {bad.total:,} cannot be decoded.\n{bad.describe()}")
+        # A run names what it leaves out at its end.
+        reporter.warn(f"{looked}: {bad.total:,} cannot be decoded." + f"\n{bad.describe()}" * dry_run)
     elif dry_run:
         reporter.note(f"{looked}: all can be decoded.")
 

@@ -43,6 +43,21 @@ def read_outputs(work: Path) -> dict[str, bytes]:
     return {name: (work / "balance" / name).read_bytes() for name in OUTPUTS}
 
 
+def test_the_named_column_is_the_key(clipcid: Callable[..., Run], rows: np.ndarray, tmp_path: Path) -> None:
+    folder = write_embeddings(tmp_path / "foreign", rows)
+    names = iter(range(NUM_ROWS))
+    for path in sorted((folder / "metadata").glob("*.parquet")):
+        frame = pd.read_parquet(path)
+        frame.assign(number=[f"n{next(names)}" for _ in range(len(frame))]).to_parquet(path)
+    given = ("--embeddings", folder, "--key-column", "number")
+    said = clipcid("balance", *given, "--keep", 0.563).stderr
+    assert re.search(r"the key is column number of\s+the metadata", said)
+    keep = pd.read_parquet(tmp_path / "clipcid-work" / "balance" / "keep.parquet")
+    assert keep.key.tolist() == [f"n{row}" for row in range(NUM_ROWS)]
+    assert clipcid("cluster", *given, "--num-clusters", 4, "--json").json["images"] == keep.kept.sum()
+    assert "no column 'x'" in clipcid("balance", "--embeddings", folder, "--key-column", "x", "--keep", 0.5).stderr
+
+
 def test_keep_ratio_gives_the_partition_of_single_linkage(
     clipcid: Callable[..., Run], embeddings: Path, rows: np.ndarray, tmp_path: Path
 ) -> None:

@@ -120,7 +120,7 @@ def test_the_data_is_checked_until_there_is_a_checkpoint(whole: Path, monkeypatc
     def end(*_arguments: object) -> None:
         raise ClipcidError("The run ends early.", "")
 
-    monkeypatch.setattr(run, "check_samples", check)
+    monkeypatch.setattr(run, "validate_samples", check)
     with monkeypatch.context() as patch:
         patch.setattr(run, "write", end)
         with pytest.raises(ClipcidError, match=r"cannot be read"):
@@ -319,6 +319,7 @@ def test_dry_run_measures_and_writes_nothing(clipcid: Clipcid, distill_place: Pa
     assert (found["bound_by"] == "data") == (supply < 1.01 * demand)
     assert "decoding binds" in run.stderr or "the model binds" in run.stderr
     assert found["memory_bytes"] > 4 * found["parameters"]
+    assert found["host_memory_bytes"] > found["shared_memory_bytes"]
     teacher = found["teacher"]
     assert 0 < teacher["share"] < 1
     # All 24 images were embedded; a part of them is held out of training.

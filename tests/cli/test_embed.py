@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import signal
 import time
@@ -60,7 +61,7 @@ def test_result_and_files(embedded: Run, tiny_shards: Path, tiny_model: Path) ->
     sidecar = json.loads((folder / "embed.json").read_text())
     assert [Path(entry["path"]).name for entry in sidecar["inputs"]] == [tiny_shards.name]
     assert [entry["path"] for entry in sidecar["outputs"]] == ["manifest.parquet"]
-    assert sidecar["counts"] == {"images": 24, "read": 24, "skipped": {}, "laid_on_white": 0}
+    assert sidecar["counts"] == {"images": 24, "read": 24, "skipped": {}, "laid_on_white": 0, "from_16_bit": 0}
     assert sidecar["data"]["spec"] == str(tiny_shards)
     assert sidecar["model"]["spec"] == str(tiny_model)
     assert sidecar["settings"]["precision"] == "fp32"
@@ -239,6 +240,14 @@ def png_with_alpha() -> bytes:
     return buffer.getvalue()
 
 
+def png_of_16_bits() -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((40, 40), 26_000, np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def test_what_is_skipped_is_counted_and_named(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
     members = [
         *shard_members(0, 20),
@@ -247,18 +256,21 @@ def test_what_is_skipped_is_counted_and_named(clipcid: Call, tiny_model: Path, t
         ("mute.png", make_image(30)),
         ("alpha.png", png_with_alpha()),
         ("alpha.txt", b"clear"),
+        ("deep.png", png_of_16_bits()),
+        ("deep.txt", b"grey"),
         ("000003.png", make_image(31)),
         ("000003.txt", b"again"),
     ]
     data = write_tar(tmp_path / "a.tar", members)
     run = clipcid("embed", data, "--model", tiny_model, "--json", "--max-bad-fraction", 0.2)
-    assert run.json["images"] == 21
+    assert run.json["images"] == 22
     assert run.json["skipped"] == {"duplicate_key": 1, "no_caption": 1, "unreadable_image": 1}
     assert "unreadable image: a/bad" in run.stderr
     assert "1 images have transparent pixels" in " ".join(run.stderr.split())
+    assert "1 images have 16 bits of grey" in " ".join(run.stderr.split())
     strict = clipcid("embed", data, "--model", tiny_model, "--out", tmp_path / "strict", check=False)
     assert strict.returncode == 1
-    assert "3 of 24 samples" in strict.stderr
+    assert "3 of 25 samples" in strict.stderr
     assert "--max-bad-fraction" in strict.stderr
     assert "--no-text" in strict.stderr
     assert not (tmp_path / "strict" / "embed.json").exists()
@@ -291,12 +303,39 @@ def test_other_forms_of_data(clipcid: Call, tiny_model: Path, tmp_path: Path) ->
     assert again.json == listed.json
 
 
+def test_lines_of_a_text_are_captions_where_that_is_asked_for(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
+    members = [(f"{number}.png", make_image(number)) for number in range(4)]
+    members += [(f"{number}.txt", b"a red door\nan old door") for number in range(4)]
+    write_tar(tmp_path / "data" / "0.tar", sorted(members))
+    (tmp_path / "photos").mkdir()
+    for name, content in members:
+        (tmp_path / "photos" / name).write_bytes(content)
+    for data in ("data", "photos"):
+        whole = clipcid("embed", data, "--model", tiny_model, "--work", f"{data}-whole")
+        assert re.search(r"with\s+--caption-lines", whole.stderr)
+        lines = clipcid("embed", data, "--model", tiny_model, "--work", f"{data}-lines", "--caption-lines")
+        assert "--caption-lines" not in lines.stderr
+        folder = tmp_path / f"{data}-lines" / "embeddings" / "tiny"
+        assert np.load(folder / "captions_emb" / "captions_emb_0000.npy").shape[0] == 4
+        other = clipcid("embed", data, "--model", tiny_model, "--work", f"{data}-lines", check=False)
+        assert "caption_lines: true there" in other.stderr
+    clipcid("embed", "--model", tiny_model, "--work", "data-lines", "--caption-lines")  # the data as recorded
+
+
 def test_dry_run_writes_nothing(clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     run = clipcid("embed", tiny_shards, "--model", tiny_model, "--dry-run", "--json")
     assert (run.json["images"], run.json["shards"], run.json["bytes"]) == (24, 2, 24 * 32 * 2 * 2)
     assert "checked 2 of 2 shards, 6 samples: all can be decoded." in run.stderr
-    run = clipcid("embed", tiny_shards, "--model", tiny_model, "--views", 3, "--dry-run", "--json")
+    run = clipcid("embed", tiny_shards, "--model", tiny_model, "--views", 3, "--dry-run", "--json", "--workers", 1)
     assert run.json["bytes"] == 24 * 32 * 2 * 2 + 24 * 3 * (32 * 2 + 16 * 4)
+    assert run.json["free_bytes"] > run.json["bytes"]
+    assert run.json["host_memory_bytes"] > run.json["shared_memory_bytes"] > 0
+    shown = clipcid("embed", tiny_shards, "--model", tiny_model, "--dry-run", "--workers", 2).stderr
+    assert re.search(r"disk +3\.07 kB, 128 bytes an image", shown)
+    assert re.search(r"memory +up to .* of each host, .* of it in\s+/dev/shm", shown)
+    many = ("--dry-run", "--workers", 20_000_000)
+    run = clipcid("embed", tiny_shards, "--model", tiny_model, *many, check=False)
+    assert re.search(r"workers of this host and their batches take up to\s+[\d,.]+\s+GB", run.stderr)
     assert not (tmp_path / "clipcid-work").exists()
 
 

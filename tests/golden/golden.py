@@ -107,7 +107,7 @@ def plain(value: Any, name: str = "") -> Any:
     """Replace what differs from run to run in an answer of ``--json``: times, sizes, hashes, versions, paths."""
     if name in {"seconds", "files"} and isinstance(value, dict):
         return sorted(value)
-    if name in {"seconds", "hash", "bytes", "engine"} or name.endswith("_per_second"):
+    if name in {"seconds", "hash", "bytes", "free_bytes", "engine"} or name.endswith(("_per_second", "_memory_bytes")):
         return "…"
     if isinstance(value, dict):
         return {key: plain(item, key) for key, item in value.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -36,6 +37,9 @@ _SEPARATOR = "::"  # webdataset's, between several folders, tars or patterns
 # only those of the first two shards are, and all once they have been read.
 _SMALL = 2**30
 
+_MAX_SHARDS = 1_000_000  # of a pattern: LAION-5B has some 232,000
+_NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
+
 _LOOKED_AT = 10  # shards, for an image
 _ESTIMATED_FROM = 4
 _PROBED = 100
@@ -55,6 +59,7 @@ class Dataset:
         spec: Its name as given; local paths are absolute.
         kind: ``webdataset``, ``benchmark`` (CLIP_benchmark's folder), ``images``, ``list`` or ``texts``.
         keys: ``sample`` or ``shard``: whether a key is the sample's own or begins with its shard's name.
+        caption_lines: Whether each line of a ``.txt`` is a caption, where that was asked for.
         index: Its index, where it is finished and no shard has changed since.
     """
 
@@ -64,6 +69,7 @@ class Dataset:
     classes: tuple[str, ...] | None = None
     keys: str = "sample"
     columns: Columns = dataclasses.field(default_factory=Columns)
+    caption_lines: bool = False
     index_folder: Path | None = None
     index: DataIndex | None = None
 
@@ -96,7 +102,8 @@ class Dataset:
 
     def describe(self) -> DataSpec:
         """Return the name and the options of the data, from which `open_described` opens it again."""
-        return DataSpec(self.spec, self.keys, self.columns.image, self.columns.caption, self.columns.key)
+        columns = self.columns
+        return DataSpec(self.spec, self.keys, columns.image, columns.caption, columns.key, self.caption_lines)
 
 
 def names_command(spec: str) -> bool:
@@ -112,11 +119,18 @@ def open_described(description: DataSpec, index_root: Path | None = None) -> Dat
             "If you trust the command, give it as the data.",
         )
     columns = Columns(description.image, description.caption, description.key)
-    return open_dataset(description.spec, keys=description.keys, columns=columns, index_root=index_root)
+    return open_dataset(
+        description.spec, description.keys, columns, index_root, caption_lines=description.caption_lines
+    )
 
 
 def open_dataset(
-    spec: str | Path, keys: str = "sample", columns: Columns | None = None, index_root: Path | None = None
+    spec: str | Path,
+    keys: str = "sample",
+    columns: Columns | None = None,
+    index_root: Path | None = None,
+    *,
+    caption_lines: bool = False,
 ) -> Dataset:
     """Open image-text data.
 
@@ -129,6 +143,7 @@ def open_dataset(
             ``pipe:`` command is run by a shell: pass on only what the user wrote.
         keys: ``shard`` puts the shard's name before each key, for data whose keys repeat across shards.
         index_root: Folder of indexes. Data with an up-to-date index is opened without reading its shards.
+        caption_lines: Whether each line of a ``.txt`` is a caption, as always in CLIP_benchmark's folders.
     """
     spec = _SEPARATOR.join(map(_normalize, str(spec).split(_SEPARATOR)))
     columns = columns or Columns()
@@ -141,20 +156,22 @@ def open_dataset(
         kind = "benchmark" if is_benchmark(spec) else "webdataset"
         names = zip(_name_tars(tars), tars, strict=True)
         shards = tuple(
-            Shard(name, tar, prefix_keys=prefix_keys, caption_lines=kind == "benchmark") for name, tar in names
+            Shard(name, tar, prefix_keys=prefix_keys, caption_lines=caption_lines or kind == "benchmark")
+            for name, tar in names
         )
     else:
         kind = "images"
-        images = Images(spec)
+        images = Images(spec, caption_lines=caption_lines)
         shards = cut(images, spec, prefix_keys=prefix_keys)
         classes = images.class_names
         if not shards:
             inner = sorted({str(path.parent) for path in Path(spec).glob("*/*.tar")}, key=natural_key)
             fix = f"Its folders {', '.join(inner[:6])} contain shards: give one of them." if inner else _FORMS
             raise ClipcidError(f"{spec} contains no .tar shard and no image.", fix)
-    dataset = Dataset(spec, kind, shards, classes, keys, columns)
+    dataset = Dataset(spec, kind, shards, classes, keys, columns, caption_lines)
     if index_root is not None:
-        folder = index_folder(index_root, kind, {"keys": keys, **dataclasses.asdict(columns)})
+        read_so = {"keys": keys, **dataclasses.asdict(columns)} | ({"caption_lines": True} if caption_lines else {})
+        folder = index_folder(index_root, kind, read_so)
         dataset = dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, shards))
     if dataset.index is None:
         _validate_shards(dataset)
@@ -228,6 +245,11 @@ def _find_tars(spec: str) -> list[str] | None:
 
 
 def _expand(spec: str) -> list[str]:
+    number = _count_expansions(spec)
+    if number > _MAX_SHARDS:
+        raise ClipcidError(
+            f"{spec} names {number:,} shards, more than {_MAX_SHARDS:,}.", "Check the numbers between the braces."
+        )
     from webdataset.shardlists import expand_urls  # 0.2 s, which only patterns cost
 
     try:
@@ -239,6 +261,15 @@ def _expand(spec: str) -> list[str]:
             f"{spec}: webdataset takes ${{NAME}} from the environment variable WDS_NAME, which is not set.",
             "Set it, or write the value in place of it.",
         ) from error
+
+
+def _count_expansions(spec: str) -> int:
+    """Count what the numbers between braces make, before a list of it fills the memory."""
+    return sum(
+        math.prod(abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1 for first, last, step in found)
+        for part in spec.split(_SEPARATOR)
+        if (found := _NUMBERS.findall(part))
+    )
 
 
 def _normalize(spec: str) -> str:

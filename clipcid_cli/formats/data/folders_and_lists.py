@@ -24,6 +24,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_url, local_file
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Sample, natural_key
 from clipcid_cli.formats.data.shard import Slices
+from clipcid_cli.formats.data.tars import split_captions
 from clipcid_cli.formats.reading import describe, open_regular, read_regular
 from clipcid_cli.formats.skips import Skips
 
@@ -78,6 +79,7 @@ class Images(Slices):
 
     source: str  # the folder, or the list or its URL
     columns: Columns | None = None  # of a list
+    caption_lines: bool = False  # whether each line of a ``.txt`` is a caption
 
     @cached_property
     def _listed(self) -> _Listed:
@@ -108,7 +110,7 @@ class Images(Slices):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what names the images, not what was listed."""
-        return {"source": self.source, "columns": self.columns}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def forget(self) -> None:
         """Give up what was listed."""
@@ -148,7 +150,7 @@ class Images(Slices):
         if row["text"]:
             with contextlib.suppress(OSError):  # a caption that cannot be read is a missing one, and counted as such
                 text = read_regular(os.path.join(folder, os.fsdecode(row["text"])))
-                captions = list(filter(None, [text.decode("utf-8", errors="replace").strip()]))
+                captions = split_captions(text, a_line_each=self.caption_lines)
         return Sample(
             key=os.fsdecode(row["key"]),
             image=ByteRange(path if is_url(path) else os.path.join(folder, path)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import re
 import shutil
 import subprocess
@@ -22,11 +23,13 @@ from clipcid_cli.formats.fingerprint import FileRecord
 _PIPE = "pipe:"
 # Seconds before each further attempt at a connection that broke. Bytes received start the count anew.
 _WAITS = (0.25, 0.5, 1.0, 2.0, 4.0)
+# And then, where waiting will help and a run would die: overloaded servers ask for minutes.
+_LATER_WAITS = (8.0, 16.0, 32.0, 60.0, 60.0, 120.0)
 # Bytes requested at once: a stream waits for the server once per request.
 _REQUEST = 2**23
 # Errors that another attempt would repeat.
 _LASTING = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)
-_LASTING_STATUSES = set(range(400, 500)) - {408, 425, 429}  # timeouts and "too many requests" pass
+_PASSING_STATUSES = {408, 425, 429, *range(500, 600)}  # timeouts, "too many requests", "service unavailable"
 
 # The headers by which servers version a file (HTTP, S3, GCS, Azure, Hugging Face), the surest first.
 _VERSIONS = (
@@ -35,6 +38,9 @@ _VERSIONS = (
 )
 
 Result = TypeVar("Result")
+
+_answered = set[str]()
+"""Servers that have answered this process: what breaks there was no wrong address."""
 
 
 def is_url(spec: str) -> bool:
@@ -142,9 +148,12 @@ class _CommandOutput:
 
 
 def read_remote(url: str, offset: int = 0, size: int | None = None) -> bytes:
-    """Read `size` bytes of the file behind a URL, or all of it, by one request; an OSError where it is shorter."""
+    """Read `size` bytes of the file behind a URL, or all of it, by one request; an OSError where it is shorter.
+
+    A whole file is one image of a list, of which some may be missing: its server is not waited for long.
+    """
     end = None if size is None else offset + size
-    data: bytes = _ask(url, lambda filesystem, inner: filesystem.cat_file(inner, offset or None, end))
+    data: bytes = _ask(url, lambda filesystem, inner: filesystem.cat_file(inner, offset or None, end), size is not None)
     if size is None:
         return data
     if len(data) > size:  # the server sends no parts of files
@@ -203,31 +212,55 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
         ) from error
 
 
-def _ask(url: str, question: Callable[[Any, str], Result]) -> Result:
+def expect_answers(url: str) -> None:
+    """Be patient with the server of a URL: another process has heard from it."""
+    _answered.add(_server_of(url))
+
+
+def _server_of(url: str) -> str:
+    return "/".join(url.split("/")[:3])
+
+
+def _ask(url: str, question: Callable[[Any, str], Result], patient: bool = True) -> Result:
     """Ask the file system of a URL about the path within it; again where the connection breaks."""
-    return _retry(url, lambda: question(*_open_filesystem(url)))
+    return _retry(url, lambda: question(*_open_filesystem(url)), patient)
 
 
-def _retry(path: str, attempt: Callable[[], Result]) -> Result:
-    """Return what `attempt` does, tried again after each of `_WAITS`."""
-    for wait in (*_WAITS, None):
+def _retry(path: str, attempt: Callable[[], Result], patient: bool = True) -> Result:
+    """Return what `attempt` does, tried again after each of `_WAITS`.
+
+    With `patient` also after `_LATER_WAITS`, where the server says that it is overloaded or has answered before. A command
+    has its own way to wait, and does not say why it failed.
+    """
+    for attempts in itertools.count(1):
         try:
-            return attempt()
+            result = attempt()
         except ClipcidError:
             raise
         except Exception as error:  # every fsspec backend raises its client's own errors
-            if wait is None or _is_lasting(error):
-                raise _fetch_error(path, error, len(_WAITS) + 1 if wait is None else 1) from error
-        time.sleep(wait)
+            status = _status_of(error)
+            waits: tuple[float, ...] = _WAITS
+            if patient and not is_pipe(path) and (status in _PASSING_STATUSES or _server_of(path) in _answered):
+                waits += _LATER_WAITS
+            if attempts > len(waits) or _is_lasting(error, status):
+                raise _fetch_error(path, error, attempts) from error
+            time.sleep(waits[attempts - 1])
+        else:
+            _answered.add(_server_of(path))
+            return result
     raise AssertionError("the last attempt returns or raises")
 
 
-def _is_lasting(error: Exception) -> bool:
-    cause = error.__cause__ or error  # HTTP servers that do not answer count as "not found" with fsspec
-    status = getattr(cause, "status", None)
-    if isinstance(status, int):
-        return status in _LASTING_STATUSES
-    return isinstance(cause, _LASTING)
+def _status_of(error: Exception) -> int | None:
+    status = getattr(error.__cause__ or error, "status", None)
+    return status if isinstance(status, int) else None
+
+
+def _is_lasting(error: Exception, status: int | None) -> bool:
+    if status is not None:
+        return 400 <= status < 500 and status not in _PASSING_STATUSES
+    # HTTP servers that do not answer count as "not found" with fsspec.
+    return isinstance(error.__cause__ or error, _LASTING)
 
 
 def _fetch_error(path: str, error: Exception, attempts: int) -> ClipcidError:

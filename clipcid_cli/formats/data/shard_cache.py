@@ -20,7 +20,7 @@ from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import lock, write_error
-from clipcid_cli.formats.data.remote import describe_file, open_remote
+from clipcid_cli.formats.data.remote import describe_file, expect_answers, open_remote
 from clipcid_cli.formats.fingerprint import FileRecord
 
 FETCHED_AT_ONCE = 4
@@ -119,6 +119,7 @@ class ShardCopy:
             if self.local.exists():
                 partial.unlink()
                 return
+            expect_answers(self.shard.path)  # by whom it was listed
             found = describe_file(self.shard.path)
             if found != self.shard:
                 raise ClipcidError(

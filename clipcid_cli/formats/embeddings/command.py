@@ -60,7 +60,7 @@ def _flags_of_data(described: DataSpec | None, data: str | None, flags: dict[str
     if described is None or (data is not None and data != described.spec):
         return flags
     recorded = {f"{name}_column": getattr(described, name) for name in dataclasses.asdict(Columns())}
-    recorded["keys"] = described.keys
+    recorded |= {"keys": described.keys, "caption_lines": described.caption_lines}
     return flags | recorded if data is None else recorded | flags
 
 

@@ -39,6 +39,9 @@ MAX_UNPACKED = 4 * 2**30
 # Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.
 _NAMES_AT_ONCE = 65_536
 _TEXT = pa.large_string()
+KEY_COLUMN = "key"
+# Of metadata without one, in this order.
+_OTHER_KEYS = ("image_path", "uid")
 _REMAKE = (
     "Give the command that made it again, with --overwrite; or copy the rows to another folder, without embed.json, and "
     "name that one."
@@ -75,7 +78,8 @@ class Embeddings:
         sidecar: EmbedSidecar | None,
         memo: Memo,
         records: Sequence[ShardRecord] = (),
-        prefix_keys: bool = False,
+        keys: str = "sample",
+        key_column: str = KEY_COLUMN,
     ) -> None:
         """Take the files of each shard, and of a folder of `embed` what its manifest records."""
         self.folder = folder
@@ -91,7 +95,8 @@ class Embeddings:
         self.files = tuple(dataclasses.replace(file, first=first) for file, first in zip(files, firsts, strict=True))
         self._memo = memo
         self._records = records
-        self._prefix_keys = prefix_keys
+        self._keys = keys
+        self._key_columns = tuple(dict.fromkeys((key_column, KEY_COLUMN, *_OTHER_KEYS)))
 
     @property
     def model(self) -> ModelRecord | None:
@@ -138,11 +143,25 @@ class Embeddings:
         """Return how many rows of a kind each sample has: V of views, W of variants; 0 where there are none."""
         return self.files[0].parts[kind].shape[1] if kind in self.kinds else 0
 
+    @property
+    def key_column(self) -> str | None:
+        """The column of the metadata that holds the keys; None where file and row are the key."""
+        metadata = self.files[0].metadata
+        columns = () if metadata is None else column_names(metadata, AGAIN)
+        return next((name for name in self._key_columns if name in columns), None)
+
+    @property
+    def key_rule(self) -> str | None:
+        """How keys are made of another tool's metadata; `embed` has made those of its own folders."""
+        if self.is_verified:
+            return None
+        return self._keys if self._key_columns[0] == KEY_COLUMN else f"{self._keys}, by {self._key_columns[0]}"
+
     def keys_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
-        """Read the keys of one file's rows: column ``key``, else ``image_path``, else ``uid``, else file and row."""
+        """Read the keys of one file's rows from the column that was named, else the usual ones; else file and row."""
         name = file.name
-        keys = _read_column(file, ("key", "image_path", "uid"), lambda row: f"{name}/{row}")
-        if not self._prefix_keys:
+        keys = _read_column(file, self._key_columns, lambda row: f"{name}/{row}")
+        if self.is_verified or self._keys == "sample":
             return keys
         shards = self.shards_of(file).combine_chunks()
         return pa.chunked_array([pc.binary_join_element_wise(shards, keys.combine_chunks(), pa.scalar("/", _TEXT))])
@@ -319,7 +338,11 @@ def read_embed_sidecar(folder: Path) -> EmbedSidecar | None:
 
 
 def open_embeddings(
-    folder: Path, keys: str = "sample", npz_array: str | None = None, cache: Path | None = None
+    folder: Path,
+    keys: str = "sample",
+    npz_array: str | None = None,
+    cache: Path | None = None,
+    key_column: str = KEY_COLUMN,
 ) -> Embeddings:
     """Open a folder of embeddings.
 
@@ -328,6 +351,7 @@ def open_embeddings(
             option made them.
         npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
         cache: Table in which the fingerprints of the files are remembered; None hashes them each time.
+        key_column: Column of another tool's metadata with the keys; where there is none, the usual ones.
     """
     sidecar = read_embed_sidecar(folder)
     memo = Memo(cache)
@@ -336,7 +360,7 @@ def open_embeddings(
             raise ClipcidError(
                 f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
             )
-        return Embeddings(folder, find_files(folder, npz_array), None, memo, prefix_keys=keys == "shard")
+        return Embeddings(folder, find_files(folder, npz_array), None, memo, keys=keys, key_column=key_column)
     fix = remake(folder, sidecar)
     validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, "embed"), fix, memo)
     records, rows = open_recorded(folder, memo, fix)

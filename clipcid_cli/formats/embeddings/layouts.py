@@ -67,12 +67,10 @@ def find_files(folder: Path, npz_array: str | None) -> list[EmbeddingFile]:
     inside = folder / Kind.IMAGES
     images = _list(inside if inside.is_dir() else folder, ".npy")
     archives = _list_archives(folder)
-    if images and npz_array is None:
-        files = _pair_by_number(folder, images)
-    elif archives:
+    if archives and (npz_array is not None or not images):
         files = _pair_by_name(archives, npz_array)
-    elif images:
-        raise ClipcidError(f"{folder} contains no .npz, so there is no array {npz_array}.", "Omit --npz-array.")
+    elif images:  # which the name of an array does not concern
+        files = _pair_by_number(folder, images)
     else:
         raise ClipcidError(
             f"{folder} contains no embeddings (img_emb/*.npy, or *.npz).",

@@ -60,6 +60,7 @@ class ShardRecord(msgspec.Struct, frozen=True):
         identity: Hash of what decides its rows: settings, content and name.
         read: Samples listed, usable or not.
         laid_on_white: Images with transparent pixels, which were shown on white.
+        from_16_bit: Images of 16 bits of grey, which were scaled.
     """
 
     input: FileRecord
@@ -69,6 +70,7 @@ class ShardRecord(msgspec.Struct, frozen=True):
     laid_on_white: int
     skipped: list[Skipped]
     files: dict[str, FileRecord]
+    from_16_bit: int = 0
 
 
 def read_manifest(folder: Path, fix: str) -> list[ShardRecord]:
@@ -168,6 +170,7 @@ class ShardRows:
     Attributes:
         read: Samples listed, usable or not.
         laid_on_white: Images with transparent pixels, which were shown on white.
+        from_16_bit: Images of 16 bits of grey, which were scaled.
         captions: The first of each sample, empty where there is none.
         counts: Numbers of captions; None where no sample has several.
     """
@@ -179,6 +182,7 @@ class ShardRows:
     captions: Sequence[str]
     counts: Sequence[int] | None
     rows: dict[Kind, npt.NDArray[Any]]
+    from_16_bit: int = 0
 
 
 class EmbeddingWriter:
@@ -215,6 +219,7 @@ class EmbeddingWriter:
             read=made.read,
             rows=len(made.keys),
             laid_on_white=made.laid_on_white,
+            from_16_bit=made.from_16_bit,
             skipped=skipped,
             files={part: fingerprint.record(self._path(part, number), self.folder) for part in parts},
         )
@@ -253,7 +258,7 @@ class EmbeddingWriter:
             {
                 "input": _INPUT,
                 "identity": _TEXT,
-                **dict.fromkeys(("read", "rows", "laid_on_white"), _NUMBER),
+                **dict.fromkeys(("read", "rows", "laid_on_white", "from_16_bit"), _NUMBER),
                 "skipped": _SKIPPED,
                 "files": pa.struct([(part, _FILE) for part in parts]),
             }

@@ -7,6 +7,7 @@ import io
 import warnings
 from typing import Protocol
 
+import numpy as np
 from PIL import Image
 
 # Pillow's own warning level. It bounds what one image can cost: 89 M pixels are 268 MB as RGB.
@@ -38,10 +39,11 @@ def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> I
 
 
 def decode_image(data: bytes, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:
-    """Decode the bytes of an image file to RGB; `had_alpha` and `full_size` tell what else is known of it.
+    """Decode the bytes of an image file to RGB; `had_alpha`, `was_16_bit` and `full_size` tell what else is known of it.
 
     EXIF orientation is ignored, as in open_clip. Transparent pixels are shown on white, where open_clip would show the
-    colour stored under them. Of an animation the first frame is taken.
+    colour stored under them, and 16-bit grey is scaled, where open_clip would cut it off at 255. Of an animation the first
+    frame is taken.
 
     Args:
         draft_size: Minimal (width, height) of the decoded image; a JPEG is decoded at ½, ¼ or ⅛ of its size where that is
@@ -81,6 +83,11 @@ def had_alpha(image: Image.Image) -> bool:
     return bool(image.info.get("flattened", False))
 
 
+def was_16_bit(image: Image.Image) -> bool:
+    """Tell whether `decode_image` scaled the image from 16 bits of grey."""
+    return bool(image.info.get("scaled", False))
+
+
 def full_size(image: Image.Image) -> tuple[int, int]:
     """Return the (width, height) that an image of `decode_image` has in its file."""
     size: tuple[int, int] = image.info.get("full_size", image.size)
@@ -88,6 +95,12 @@ def full_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    # Of a PNG or PGM, mode I is 16 bits too.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        levels = (np.asarray(image).astype(np.int64) + 128) // 257
+        grey = Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+        grey.info["scaled"] = True
+        return grey
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         layered = image.convert("RGBA")
         alpha = layered.getchannel("A")

@@ -9,7 +9,7 @@ from typing import Any
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import validate_writable
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
 from clipcid_cli.formats.fingerprint import find_lost
 from clipcid_cli.formats.output import WORK
@@ -23,6 +23,7 @@ from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_cl
 from clipcid_cli.steps.balance.samples import validate_data
 from clipcid_cli.steps.balance.write_lists import validate_uids
 from clipcid_cli.steps.embed.run import ensure_embeddings
+from clipcid_cli.steps.given_embeddings import open_given
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
@@ -98,7 +99,7 @@ def _find_embeddings(settings: BalanceSettings, context: DistContext, reporter: 
         model = settings.model or context.on_rank0(lambda: _model_of(work)) or DEFAULT_MODEL
         folder = ensure_embeddings(settings, context, reporter, data=settings.data, model=model)
     cache = None if settings.dry_run else work.fingerprints
-    return open_embeddings(folder, settings.keys, settings.npz_array, cache)
+    return open_given(settings, folder, cache, reporter)
 
 
 def _model_of(work: WorkDirectory) -> str | None:
@@ -153,8 +154,7 @@ def _identify(
     identity = {name: getattr(settings, name) for name in names} | {
         "seed": settings.seed if settings.select == "random" else None,
         "texts": None if texts is None else texts.hash,
-        # `embed` has made the keys of its own folders.
-        "keys": settings.keys if any(each.sidecar is None for each in opened) else None,
+        "keys": next((each.key_rule for each in opened if each.key_rule is not None), None),
         "clusters": None if clusters is None else clusters.identity,
         "against": [[each.name, each.identity] for each in references] or None,
         "against_threshold": settings.reference_distance if references else None,

@@ -29,7 +29,8 @@ from clipcid_cli.steps.settings.balance import BalanceSettings
 def open_named(settings: BalanceSettings, data: str) -> Dataset:
     """Open the data that a setting names, with its index where there is one."""
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-    return open_dataset(data, settings.keys, columns, WorkDirectory(settings.work).indexes)
+    indexes = WorkDirectory(settings.work).indexes
+    return open_dataset(data, settings.keys, columns, indexes, caption_lines=settings.caption_lines)
 
 
 def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:

@@ -15,7 +15,7 @@ from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters, joint_fea
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.command import data_command
-from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
@@ -25,6 +25,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.cluster.selection import Selection
+from clipcid_cli.steps.given_embeddings import open_given
 from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.reporting import Reporter
@@ -147,8 +148,7 @@ def make_plan(settings: ClusterSettings, reporter: Reporter) -> ClusterPlan:
         "train_rows": None if trained is rows else settings.train_rows,
         "seed": settings.seed,
         "images": len(rows),
-        # `embed` has made the keys of its own folders.
-        "keys": settings.keys if rows.embeddings.sidecar is None else None,
+        "keys": rows.embeddings.key_rule,
     }
     wanted: dict[str, Any] = {"overwrite": settings.overwrite, "elsewhere": "--work, with --embeddings"}
     # Another tool's files are hashed for it, which a dry run does where there is something to compare them with.
@@ -179,7 +179,7 @@ def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     work = WorkDirectory(settings.work)
     folder = settings.embeddings if settings.embeddings is not None else work.find_embeddings()
     cache = None if settings.dry_run else work.fingerprints
-    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache)
+    embeddings = open_given(settings, folder, cache, reporter)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     if settings.features == "joint" and not embeddings.has_texts:
         raise ClipcidError(

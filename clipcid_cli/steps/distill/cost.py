@@ -13,8 +13,10 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.distributed import memory_in_use
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
+from clipcid_cli.runtime.pipeline import HostMemory, estimate_host_memory
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.result import DistillCost, TeacherCost
 from clipcid_cli.steps.distill.teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.trainer import Trainer
@@ -35,6 +37,7 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
     seconds_per_step = step_seconds + data_seconds if plan.workers == 0 else max(step_seconds, data_seconds)
     supply, demand = plan.batch_size / data_seconds, plan.batch_size / step_seconds
     bound_by = "data" if supply < demand else "model"
+    host = _estimate_host_memory(trainer)
     teacher = _measure_teacher(trainer, step_seconds)
     reporter.note(
         f"A step of {plan.batch_size:,} takes {1e3 * step_seconds:,.0f} ms, preparing its batch "
@@ -64,6 +67,8 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
         samples=plan.steps * plan.batch_size,
         parameters=trainer.student.model.info.parameters,
         memory_bytes=memory,
+        host_memory_bytes=host.total,
+        shared_memory_bytes=host.shared,
         seconds_per_step=round(seconds_per_step, 4),
         data_seconds_per_step=round(batch_seconds, 4),
         samples_per_second=round(plan.batch_size / seconds_per_step, 1),
@@ -86,6 +91,17 @@ def _measure_steps(trainer: Trainer) -> tuple[float, float, int]:
         trained.append(step.seconds)
     trainer.read(len(trained), step.result)  # which refuses steps that diverged
     return statistics.median(prepared[_WARM_UP:]), statistics.median(trained[_WARM_UP:]), memory_in_use(device)
+
+
+def _estimate_host_memory(trainer: Trainer) -> HostMemory:
+    dealt = next(trainer.batches.deal(range(1)))
+    sizes = [_size_of(part) for part in trainer.batches.make(dealt)]
+    workers = trainer.plan.workers
+    return trainer.context.on_all(lambda: estimate_host_memory(max(sizes), sum(sizes), workers))
+
+
+def _size_of(part: TrainingBatch) -> int:
+    return sum(value.nbytes for value in vars(part).values() if isinstance(value, torch.Tensor))
 
 
 def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | None:

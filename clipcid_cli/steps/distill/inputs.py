@@ -201,7 +201,9 @@ def _open_data(
     work = WorkDirectory(settings.work)
     if settings.data is not None:
         columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-        dataset = open_dataset(settings.data, settings.keys, columns, work.indexes)
+        dataset = open_dataset(
+            settings.data, settings.keys, columns, work.indexes, caption_lines=settings.caption_lines
+        )
     else:
         dataset = open_described(work.find_data(None if embeddings is None else embeddings.folder), work.indexes)
         reporter.note(f"Data: {dataset.spec}, from which the embeddings were made.")

@@ -50,7 +50,8 @@ class DistillCost(msgspec.Struct):
     """What a run would take.
 
     Attributes:
-        memory_bytes: Of one process.
+        memory_bytes: Of one process, on its device.
+        host_memory_bytes: Of all processes of a host, with what waits in /dev/shm.
         data_seconds_per_step: Of one core.
         data_samples_per_second: What all workers read and decode.
         bound_by: ``data`` where that is less than the model takes, else ``model``.
@@ -62,6 +63,8 @@ class DistillCost(msgspec.Struct):
     samples: int
     parameters: int
     memory_bytes: int
+    host_memory_bytes: int
+    shared_memory_bytes: int
     seconds_per_step: float
     data_seconds_per_step: float
     samples_per_second: float

@@ -18,6 +18,7 @@ from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.claim import claim_output, scratch_folder
+from clipcid_cli.steps.data_index import warn_of_copies
 from clipcid_cli.steps.distill.cost import estimate_cost
 from clipcid_cli.steps.distill.inputs import find_embeddings
 from clipcid_cli.steps.distill.plan import identity, plan_run, validate_named
@@ -45,6 +46,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
         student = context.on_all(lambda: load_student(settings, context.device, reporter))
         embeddings = find_embeddings(settings, context, reporter)
         plan = context.on_rank0(lambda: plan_run(settings, student, embeddings, tasks, scratch, context, reporter))
+        warn_of_copies(plan.inputs.dataset, context, reporter)
         teacher = load_online_model(plan.inputs, context)
         folder = plan.folder
         wanted: dict[str, Any] = {

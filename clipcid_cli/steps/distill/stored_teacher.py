@@ -11,7 +11,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.command import data_command, texts_command
-from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.embeddings.text_folder import EmbeddedTexts, TextLines, open_texts
@@ -23,6 +23,7 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width,
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.embed.encoder import Views
+from clipcid_cli.steps.given_embeddings import open_given
 from clipcid_cli.steps.models import embed_with, validate_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -156,7 +157,7 @@ def choose_online(settings: DistillSettings, embeddings: Embeddings | None) -> O
 
 def open_stored(settings: DistillSettings, folder: Path, cache: Path | None, reporter: Reporter) -> Embeddings:
     """Open the teacher's embeddings and check that the teacher made them, and for the captions that the losses need."""
-    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache)
+    embeddings = open_given(settings, folder, cache, reporter)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     teacher = named_teacher(settings) if settings.needs_teacher else None
     if teacher is not None and embeddings.sidecar is not None:
@@ -187,9 +188,18 @@ def _embed_again(settings: DistillSettings, embeddings: Embeddings, **more: Any)
 
 
 def validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
-    """Refuse embeddings whose keys are of another form than the data's."""
-    keys = None if embeddings.sidecar is None else embeddings.sidecar.made.keys
-    if keys not in (None, dataset.keys):
+    """Refuse embeddings whose keys or captions are of another form than the data's."""
+    if embeddings.sidecar is None:
+        return
+    made = embeddings.sidecar.made
+    keys = made.keys
+    if made.caption_lines != dataset.caption_lines:
+        flag = "--caption-lines" if made.caption_lines else "--no-caption-lines"
+        raise ClipcidError(
+            f"The embeddings in {embeddings.folder} were made with {flag}, the data is not read so: captions differ.",
+            f"Add {flag}.",
+        )
+    if keys != dataset.keys:
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} were made with --keys {keys}, the data is read with --keys "
             f"{dataset.keys}: they cannot be joined.",

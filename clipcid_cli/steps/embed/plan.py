@@ -11,6 +11,7 @@ import msgspec
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.manifest import read_manifest, read_unfinished
@@ -87,6 +88,8 @@ class EmbedPlan:
         if self.of_texts:
             return {}
         found = {"text": settings.text, "keys": self.dataset.keys, "fast_decode": settings.fast_decode}
+        if self.dataset.caption_lines:
+            found["caption_lines"] = True
         if settings.views:
             for name in ("views", "crop_scale", "color_jitter", "gray_probability", "seed"):
                 found[name] = getattr(settings, name)
@@ -115,6 +118,11 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
             raise ClipcidError(
                 f"{dataset.spec}: none of the samples looked at (a shard) has a caption.",
                 f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
+            )
+        if settings.text and _has_unused_lines(dataset):
+            reporter.note(
+                "A .txt of several lines is one caption, of which a model reads the beginning; with --caption-lines each "
+                "line is a caption."
             )
     plan = EmbedPlan(settings, without_text, step, folder, name, dataset, describe_shards(dataset))
     _validate_own_folder(folder, step)
@@ -173,7 +181,7 @@ def _open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
         reporter.note(f"Taking the data of the embeddings in {settings.work}: {dataset.spec}.")
         return dataset
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-    return open_dataset(settings.data, settings.keys, columns, work.indexes)
+    return open_dataset(settings.data, settings.keys, columns, work.indexes, caption_lines=settings.caption_lines)
 
 
 def choose_text(settings: EmbedSettings, reporter: Reporter) -> bool:
@@ -195,6 +203,14 @@ def _has_captions(dataset: Dataset) -> bool:
         if first is not None:
             return bool(first.captions) or any(sample.captions for sample in samples)
     return False
+
+
+def _has_unused_lines(dataset: Dataset) -> bool:
+    """Tell whether the first sample's ``.txt`` has several lines that are taken as one caption."""
+    if dataset.kind not in ("webdataset", "images") or dataset.caption_lines or is_remote(dataset.shards[0].file):
+        return False
+    first = next(dataset.shards[0].stream(), None)
+    return first is not None and any("\n" in caption for caption in first.captions)
 
 
 def describe_shards(dataset: Dataset) -> list[FileRecord]:

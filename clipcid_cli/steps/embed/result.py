@@ -32,7 +32,12 @@ class TextsResult(msgspec.Struct):
 
 
 class EmbedCost(msgspec.Struct):
-    """What embedding would take, estimated from a few batches."""
+    """What embedding would take, estimated from a few batches.
+
+    Attributes:
+        free_bytes: Of the disk of the output.
+        host_memory_bytes: Of all processes of a host, with what waits in /dev/shm.
+    """
 
     dry_run: bool
     shards: int
@@ -40,6 +45,9 @@ class EmbedCost(msgspec.Struct):
     bytes: int
     bytes_per_image: int
     seconds: dict[str, float]
+    free_bytes: int
+    host_memory_bytes: int
+    shared_memory_bytes: int
 
 
 class TextsCost(msgspec.Struct):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+import torch
 
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.data.samples import Sample
@@ -36,7 +38,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
-from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
+from clipcid_cli.runtime.pipeline import estimate_host_memory, thread_map, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial, timed
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index, stream_shard
@@ -251,6 +253,7 @@ def _make_rows(encoder: EmbedEncoder, shard: Shard, parts: Sequence[Encoded], la
         read=last.read,
         skipped=skipped,
         laid_on_white=made.laid_on_white,
+        from_16_bit=made.from_16_bit,
         keys=[sample.key for sample in made.samples],
         captions=[sample.captions[0] if sample.captions else "" for sample in made.samples],
         counts=counts if several else None,
@@ -299,10 +302,19 @@ def _commit(
         laid_on_white = sum(each.laid_on_white for each in records)
         if laid_on_white:
             reporter.note(f"{laid_on_white:,} images have transparent pixels, which were shown on white.")
+        from_16_bit = sum(each.from_16_bit for each in records)
+        if from_16_bit:
+            reporter.note(f"{from_16_bit:,} images have 16 bits of grey, which were scaled to 8.")
         if skips.total:
             reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
         entries |= {
-            "counts": {"images": rows, "read": read, "skipped": skipped, "laid_on_white": laid_on_white},
+            "counts": {
+                "images": rows,
+                "read": read,
+                "skipped": skipped,
+                "laid_on_white": laid_on_white,
+                "from_16_bit": from_16_bit,
+            },
             "seconds": {phase: fmean(each[phase] for _, each in timings) for phase in ("read", "encode", "write")},
             "images_per_second": speed,
             "data": plan.dataset.describe(),
@@ -332,6 +344,8 @@ def _estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext)
     batch.tokens = decoder.tokenize(texts)
     if decoder.text_variants is not None:
         batch.variants = decoder.tokenize(texts * decoder.text_variants.number)
+    item = sum(each.nbytes for each in vars(batch).values() if isinstance(each, torch.Tensor))
+    memory = context.on_all(lambda: estimate_host_memory(item, item, encoder.workers))
     threads = threads_for_batches(device)
 
     def encode_together() -> None:
@@ -342,4 +356,6 @@ def _estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext)
     size = encoder.bytes_per_sample
     if plan.of_texts:
         return TextsCost(True, samples, samples * size, seconds)
-    return EmbedCost(True, len(plan.shards), samples, samples * size, size, seconds)
+    folder = plan.folder.absolute()
+    free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+    return EmbedCost(True, len(plan.shards), samples, samples * size, size, seconds, free, memory.total, memory.shared)

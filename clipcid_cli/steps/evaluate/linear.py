@@ -117,7 +117,7 @@ def make_plan(settings: EvalLinearSettings, reporter: Reporter) -> ProbePlan:
                 f"There is no data at {data}.",
                 f"Give --{split}, or a DATA folder that holds train/ and test/; the first positional argument is the model.",
             )
-        opened[split] = open_dataset(data, keys=settings.keys, columns=columns)
+        opened[split] = open_dataset(data, settings.keys, columns, caption_lines=settings.caption_lines)
     train = opened["train"]
     described = find_benchmark_folder(given["train"], "train")
     several = described.dataset_type == MULTI_LABEL

@@ -192,7 +192,7 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
     if known is not None:
         folder = dataclasses.replace(folder, name=known.name)
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-    dataset = open_dataset(folder.data, keys=settings.keys, columns=columns)
+    dataset = open_dataset(folder.data, settings.keys, columns, caption_lines=settings.caption_lines)
     kind = _choose_task(folder, dataset, settings)
     if kind == RETRIEVAL:
         return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from clipcid_cli.errors import UsageError
 
 _KEY = "clipcid"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of which a Path keeps one slash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,12 @@ def validate_values(settings: Any) -> None:
                 raise UsageError(
                     f"{flag} is {str(item)!a}, which is not UTF-8.",
                     "Rename the folder or file: parquet files can only be opened by names that are text.",
+                )
+            if isinstance(item, Path) and _URL.match(str(item)):
+                url = str(item).replace(":/", "://")
+                raise UsageError(
+                    f"{flag} is a URL, {url}: only data is read from URLs; folders and files must be on a disk.",
+                    "Give a local path, or that of a mounted bucket.",
                 )
             if isinstance(item, str | Path) and "\0" in str(item):
                 raise UsageError(

@@ -85,6 +85,11 @@ class KeyedSettings(SharedSettings):
         "keys repeat across shards.",
         choices=("sample", "shard"),
     )
+    key_column: str = _read(
+        "key",
+        "Column with the keys, of a list or of the metadata of another tool's embeddings; without one, the path of a list "
+        "is the key, of embeddings the column `image_path`, else `uid`, else file and row.",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +98,10 @@ class ReadingSettings(KeyedSettings):
 
     image_column: str = _read("filepath", "Column of a csv, tsv or parquet list with the image paths.")
     caption_column: str = _read("title", "Column of a list with the captions.")
-    key_column: str = _read("key", "Column of a list with the keys; without one, the path is the key.")
+    caption_lines: bool = _read(
+        False,
+        "Each line of a .txt is a caption of its own, as always in CLIP_benchmark's folders; else the whole text is one.",
+    )
     max_bad_fraction: float = _read(
         0.01,
         "Fail when more than this share of the samples is unusable (unreadable images, missing captions, …).",
@@ -103,7 +111,7 @@ class ReadingSettings(KeyedSettings):
     @property
     def data_flags(self) -> dict[str, Any]:
         """The flags by which data is read, as far as they differ from their defaults: for the command of a fix."""
-        of_data = ("keys", "image_column", "caption_column", "key_column")
+        of_data = ("keys", "image_column", "caption_column", "caption_lines", "key_column")
         return {field.name: getattr(self, field.name) for field in given_fields(self) if field.name in of_data}
 
 

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from clipcid_cli.commands.console import ConsoleReporter
-from clipcid_cli.commands.summary import print_facts, print_table, wrap, wrap_command
+from clipcid_cli.commands.summary import format_bytes, print_facts, print_table, wrap, wrap_command
 
 
 def console(width: int) -> tuple[Console, io.StringIO]:
@@ -60,6 +60,11 @@ def test_a_log_gets_a_line_of_numbers_in_the_end_and_nothing_where_there_is_noth
     assert shown.getvalue().startswith("embed: 3/3 images, ")
     assert shown.getvalue().endswith(" s, loss=0.5\n")
     assert shown.getvalue().count("\n") == 1
+
+
+def test_sizes_have_three_digits_and_a_unit() -> None:
+    found = [format_bytes(number) for number in (0, 512, 92_160, 999_600_000, 60_312_000_000, 11_480_000_000_000)]
+    assert found == ["0 kB", "0.512 kB", "92.2 kB", "1,000 MB", "60.3 GB", "11.5 TB"]
 
 
 def test_a_bar_keeps_eight_columns_beside_any_label_and_the_largest_numbers() -> None:

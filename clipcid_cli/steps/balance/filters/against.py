@@ -21,7 +21,7 @@ from clipcid_cli.algorithms.near.plan import rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, map_strings
-from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row, open_embeddings
+from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.fingerprint import identity_of
@@ -37,6 +37,7 @@ from clipcid_cli.steps.balance.samples import open_named
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embed.run import make_embeddings
+from clipcid_cli.steps.given_embeddings import open_given
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -92,7 +93,7 @@ def open_reference(
         if isinstance(made, EmbedCost):
             return made
     cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
-    reference = open_embeddings(folder, settings.keys, settings.npz_array, cache)
+    reference = open_given(settings, folder, cache, reporter)
     _validate_same_model(embeddings, reference, name)
     if not context.on_rank0(partial(has_usable_row, reference.rows(Kind.IMAGES))):
         raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Make them again.")

@@ -15,6 +15,7 @@ from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray
 from clipcid_cli.algorithms.sets.representatives import best_of_groups
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.embeddings.folder import KEY_COLUMN
 from clipcid_cli.formats.fingerprint import record, validate_unchanged
 from clipcid_cli.formats.join import join, parquet_listing
 from clipcid_cli.formats.results.clusters import TABLE, read_labels
@@ -109,7 +110,14 @@ def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundCluster
 def _flags_for_all(settings: BalanceSettings) -> dict[str, Any]:
     """Return the flags by which all images are clustered: a later keep list may keep others than the one that is there."""
     keys = None if settings.keys == "sample" else settings.keys
-    return {"embeddings": settings.embeddings, "npz_array": settings.npz_array, "keys": keys, "keep_list": "none"}
+    key_column = None if settings.key_column == KEY_COLUMN else settings.key_column
+    return {
+        "embeddings": settings.embeddings,
+        "npz_array": settings.npz_array,
+        "keys": keys,
+        "key_column": key_column,
+        "keep_list": "none",
+    }
 
 
 def _cluster_all(settings: BalanceSettings, **more: Any) -> str:

@@ -279,6 +279,8 @@ def write_bad_parquet(folder: Path) -> Path:
         (lambda folder: folder, "contains no .tar shard and no image"),
         (lambda folder: f"{folder}/{{0..3}}.tar", "0.tar cannot be read: No such file"),
         (lambda folder: f"{folder}/{{0..3.tar", "the braces are unbalanced"),
+        (lambda folder: f"{folder}/{{0..99999999}}.tar", "names 100,000,000 shards, more than 1,000,000"),
+        (lambda folder: f"{folder}/{{0..9999}}-{{1..2000}}.tar", "names 20,000,000 shards"),
         (write_text_tar, "notes.tar is not a tar file"),
         (write_cut_tar, r"is truncated: 00000\d\.\w+ should end at byte [\d,]+, the file has 1,900"),
         (write_compressed, r"is compressed \(gzip\)"),

@@ -77,7 +77,7 @@ def test_it_says_what_a_listing_says_and_later_starts_open_no_shard(
     assert dataset.estimate_samples() == sum(len(shard.samples()) for shard in plain.shards)
     with monkeypatch.context() as patch:
         patch.setattr(tars, "read_members", lambda path: pytest.fail("a tar was listed again"))
-        patch.setattr(dataset_module, "check_tar", lambda path: pytest.fail("a tar was opened again"))
+        patch.setattr(dataset_module, "validate_tar", lambda path: pytest.fail("a tar was opened again"))
         again = open_dataset(path, index_root=tmp_path / "index", **settings)
         assert again.index == dataset.index
     for number, shard in enumerate(plain.shards):

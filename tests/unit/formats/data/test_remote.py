@@ -55,6 +55,22 @@ def test_what_stays_broken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         describe_file("nosuch://x")
 
 
+def test_an_overloaded_server_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sum(remote._WAITS + remote._LATER_WAITS) > 300
+    monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))
+    monkeypatch.setattr(remote, "_LATER_WAITS", (0.01,) * 30)
+    (tmp_path / "a.bin").write_bytes(bytes(range(200)))
+    with serve(tmp_path) as server:
+        server.overloaded = 20  # of a HEAD and a GET each
+        with pytest.raises(OSError, match=r"could not be fetched \(tried 3 times\)"):
+            ByteRange(f"{server.url}/a.bin").read()  # one image of a list
+        server.overloaded = 20
+        assert open_remote(f"{server.url}/a.bin").read() == bytes(range(200))
+        server.drop_every = 1
+        with pytest.raises(ClipcidError, match=r"could not be fetched \(tried 33 times\)"):  # it has answered
+            read_remote(f"{server.url}/a.bin", 20, 30)
+
+
 @pytest.mark.parametrize("sends_ranges", [True, False])
 def test_ranges(sends_ranges: bool, tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(bytes(range(200)))

@@ -21,6 +21,7 @@ from clipcid_cli.runtime.models.decode import (
     had_alpha,
     read_image,
     read_size,
+    was_16_bit,
 )
 
 
@@ -30,15 +31,22 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "I;16", "RGB"])
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGB"])
 def test_opaque_images_are_what_open_clip_sees(mode: str) -> None:
-    deep = Image.fromarray(np.arange(48 * 48, dtype=np.uint16).reshape(48, 48))
-    image = deep if mode == "I;16" else Image.open(io.BytesIO(make_image(3))).convert(mode)
-    data = encode(image, "TIFF")
+    data = encode(Image.open(io.BytesIO(make_image(3))).convert(mode), "TIFF")
     decoded = decode_image(data)
     assert decoded.mode == "RGB"
     assert np.array_equal(decoded, Image.open(io.BytesIO(data)).convert("RGB"))
     assert not had_alpha(decoded)
+    assert not was_16_bit(decoded)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bits_of_grey_are_scaled_and_told(kind: str) -> None:
+    deep = np.linspace(0, 65_535, 48 * 48).round().astype(np.uint16).reshape(48, 48)
+    decoded = decode_image(encode(Image.fromarray(deep), kind))
+    assert (decoded.mode, was_16_bit(decoded)) == ("RGB", True)
+    np.testing.assert_array_equal(np.asarray(decoded), np.rint(deep / 257)[:, :, None].repeat(3, axis=2))
 
 
 def test_transparent_pixels_are_laid_on_white_and_told() -> None:

@@ -127,6 +127,8 @@ def test_values_given_in_python_are_checked_too() -> None:
         ExampleSettings(kind="z")
     with pytest.raises(UsageError, match=r"--work holds a NUL character: 'a\\x00b'"):  # as a file of settings can say
         ExampleSettings(work=Path("a\0b"))
+    with pytest.raises(UsageError, match="--work is a URL, s3://bucket/w: only data is read from URLs"):
+        ExampleSettings(work=Path("s3://bucket/w"))
 
 
 def test_the_help_page_groups_the_flags_and_states_defaults_and_ranges(group: click.Group) -> None:
