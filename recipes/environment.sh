@@ -10,7 +10,12 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     }
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     echo "Installing clipcid into $venv (PyTorch is large: minutes on a fresh machine) ..." >&2
-    "$venv/bin/python" -m pip install --quiet --editable '.[test]' >&2
+    if [ -t 2 ]; then
+        "$venv/bin/python" -m pip install --editable '.[test]' >&2
+    else # a line for each package that is fetched
+        "$venv/bin/python" -m pip install --progress-bar off --editable '.[test]' |
+            awk '/^Collecting/ { print "  " $2; fflush() }' >&2
+    fi
     touch "$stamp"
 fi
 export PATH="$(cd "$venv" && pwd)/bin:$PATH"

@@ -24,7 +24,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from clipcid_cli.errors import UsageError
+from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.runtime.libraries import importing
 from clipcid_cli.steps.reporting import Reporter
@@ -51,7 +51,11 @@ def step_command(name: str, settings: type[SharedSettings], *, step: str, show: 
     """
 
     def invoke(**values: Any) -> None:
-        run_step(settings(**values), step, show)
+        try:
+            run_step(settings(**values), step, show)
+        except ClipcidError as error:
+            error.message += _name_sources(error.message)
+            raise
 
     return PageCommand(name, callback=invoke, params=build_parameters(name, settings), help=page)
 
@@ -79,6 +83,18 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
         show(result, console)
 
 
+def _name_sources(message: str) -> str:
+    """Say of the flags that an error names, and that were not typed, which variable or file gives them; else nothing."""
+    context = click.get_current_context()
+    flags = re.findall(r"--[a-z][a-z-]*", message)
+    sources = {
+        option.opts[0]: option.get_source(context)
+        for option in context.command.params
+        if isinstance(option, Option) and option.opts[0] in flags
+    }
+    return "".join(f" ({flag} is from {source}.)" for flag, source in sources.items() if source is not None)
+
+
 class Option(click.Option):
     """A flag that knows its heading on the help page."""
 
@@ -95,11 +111,18 @@ class Option(click.Option):
 
     def get_error_hint(self, ctx: click.Context | None) -> str:
         """Name the flag, or the variable or file that its value is from."""
-        source = None if ctx is None or self.name is None else ctx.get_parameter_source(self.name)
+        source = None if ctx is None else self.get_source(ctx)
+        if source is None or source == self.envvar:
+            return source or super().get_error_hint(ctx)
+        return f"{super().get_error_hint(ctx)} in {source}"
+
+    def get_source(self, ctx: click.Context) -> str | None:
+        """Return the variable or the file that the value is from; None where it was typed or is the default."""
+        assert self.name is not None
+        source = ctx.get_parameter_source(self.name)
         if source is ParameterSource.ENVIRONMENT:
             return str(self.envvar)
-        hint = super().get_error_hint(ctx)
-        return f"{hint} in {ctx.params['config']}" if ctx and source is ParameterSource.DEFAULT_MAP else hint
+        return str(ctx.params["config"]) if source is ParameterSource.DEFAULT_MAP else None
 
 
 def build_parameters(command: str, settings: type[SharedSettings]) -> list[click.Parameter]:

@@ -23,8 +23,12 @@ from clipcid_cli.steps.reporting import Progress, Reporter
 _SECONDS_BETWEEN_LINES = 15.0
 # Wide enough that a log file gets each message on one line, to be searched.
 _WIDTH_OF_A_FILE = 10_000
-# What a label leaves at least, or it has a line of its own: "✓ ━ 123,456/400,000 images  1,234/s  12:34 left".
-_ROOM_BESIDE_LABEL = 42
+# Columns of a bar. A label that leaves it less beside the longest pace has a line of its own.
+_SHORTEST_BAR = 8
+_LONGEST_BAR = 16
+_LONGEST_RATE = "  12,345/s  12:34:56 left"
+# Numbers of a total ten times as large are written in these, as of the 8e16 pairs among 400 million images.
+_SCALES = ((1e12, " trillion"), (1e9, " billion"))
 
 
 def make_console() -> Console:
@@ -83,6 +87,7 @@ class _Shown(Progress):
         self.label = label
         self.total = total
         self.unit = unit
+        self.scale, self.word = next((each for each in _SCALES if (total or 0) >= 10 * each[0]), (1.0, ""))
         self.values = ""
         self.mark: RenderableType = Spinner("dots", style="progress.spinner")
         self.bar = ProgressBar(total)
@@ -114,10 +119,11 @@ class _Shown(Progress):
     def __rich__(self) -> RenderableType:
         """Draw the bar; above it a label too long to stand beside it, below it the current values."""
         width = self.console.width
-        columns = [Column(), Column(max_width=16), Column(no_wrap=True)]
+        columns = [Column(), Column(min_width=_SHORTEST_BAR, max_width=_LONGEST_BAR), Column(no_wrap=True)]
         cells: list[RenderableType] = [self.mark, self.bar, Text("  ".join(self._describe_pace()))]
         lines: list[RenderableType] = []
-        if len(self.label) + _ROOM_BESIDE_LABEL <= width:
+        beside = f"✓ {self.label} {_SHORTEST_BAR * '━'} {self._describe_done(self.total or 0)}{_LONGEST_RATE}"
+        if len(beside) <= width:
             columns.insert(1, Column(no_wrap=True))
             cells.insert(1, Text(self.label))
         else:
@@ -131,13 +137,18 @@ class _Shown(Progress):
 
     def _describe_pace(self) -> list[str]:
         done = self.bar.completed
-        parts = [f"{done:,.0f}" + (f"/{self.total:,.0f}" if self.total is not None else "") + f" {self.unit}"]
+        parts = [self._describe_done(done)]
         seconds = (self.ended or time.monotonic()) - self.started
         rate = done / seconds if seconds > 0 else 0.0
         if rate > 0:
-            parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
+            shown = rate / self.scale
+            parts.append((f"{shown:,.0f}" if shown >= 10 else f"{shown:.2g}") + f"{self.word}/s")
         if self.ended is not None:
             parts.append(format_seconds(seconds))
         elif self.total is not None and rate > 0:
             parts.append(f"{format_seconds(max(0.0, self.total - done) / rate)} left")
         return parts
+
+    def _describe_done(self, done: float) -> str:
+        total = "" if self.total is None else f"/{self.total / self.scale:,.0f}"
+        return f"{done / self.scale:,.0f}{total}{self.word} {self.unit}"

@@ -122,7 +122,10 @@ def write_error(path: Path, error: OSError) -> ClipcidError:
         fix = (
             "Free some space or choose another folder, then run the same command again: it continues where it stopped."
         )
-    return ClipcidError(f"Could not write {path}: {error.strerror or error}.", fix)
+    reason = error.strerror or str(error)
+    if error.errno is None and " requested and " in reason:  # NumPy counts elements and does not say why
+        reason = "the disk is full, or a limit of file sizes is reached"
+    return ClipcidError(f"Could not write {path}: {reason}.", fix)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

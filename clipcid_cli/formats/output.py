@@ -35,7 +35,7 @@ from clipcid_cli.formats.sidecar import (
     write_sidecar,
 )
 
-WORK_OR_OUT = "--work, or --out where the command has it"
+WORK = "--work"
 
 _RUN = ".run.json"
 _TOLD = 8
@@ -159,7 +159,7 @@ def open_output(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
-    with _lock_output(folder, step):
+    with _lock_output(folder, step, wanted.get("elsewhere", WORK)):
         works = find_works(folder, step)
         for root in works:
             killed = Output(folder, top or folder, root, step, kind, Run(settings={}, inputs=[]))
@@ -187,7 +187,7 @@ def find_output(
     overwrite: bool,
     may_differ: Collection[str] = (),
     resumes: bool = True,
-    elsewhere: str = WORK_OR_OUT,
+    elsewhere: str = WORK,
     top: Path | None = None,
 ) -> Output[AnySidecar]:
     """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks.
@@ -268,7 +268,7 @@ def _read_run(work: Path) -> Run | None:
         return msgspec.convert(json.loads((work / _RUN).read_bytes()), Run)
 
 
-def other_run_error(holds: str, serious: dict[str, str], elsewhere: str = WORK_OR_OUT) -> ClipcidError:
+def other_run_error(holds: str, serious: dict[str, str], elsewhere: str = WORK) -> ClipcidError:
     """Return the error for what is there of other settings or inputs."""
     return ClipcidError(
         f"{holds} made with other settings or inputs:\n{list_differences(serious)}",
@@ -330,7 +330,7 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def _lock_output(folder: Path, step: str) -> Iterator[None]:
+def _lock_output(folder: Path, step: str, elsewhere: str) -> Iterator[None]:
     path = folder / f".{step}.lock"
     with ExitStack() as stack:
         try:
@@ -339,7 +339,7 @@ def _lock_output(folder: Path, step: str) -> Iterator[None]:
             holder = path.read_text(errors="replace").strip()
             raise ClipcidError(
                 f"Another run ({holder or 'of unknown process number'}) is writing to {folder}.",
-                f"Wait for it, stop it, or work elsewhere ({WORK_OR_OUT}).",
+                f"Wait for it, stop it, or write elsewhere ({elsewhere}).",
             ) from error
         except OSError as error:  # also of a file system without locks
             raise write_error(path, error) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,6 +146,40 @@ class ForestSidecar(Sidecar, kw_only=True):
     cutoff: float
 
 
+class RepairFigures(msgspec.Struct):
+    """How captions that a repair of a teacher was not fitted to find their images, before and after it.
+
+    Attributes:
+        repaired: Whether the repair is taken.
+        steps: Those of the fit after which it was best.
+        log_rank: Mean of ln(1 + images of other captions nearer to the caption than its own), before and after.
+        standard_error: Of the difference of the two.
+        recall_at_1: Share of the images whose own caption is the nearest, before and after.
+        pairs: Pairs that it was fitted to and judged by.
+        captions: Different captions of those.
+    """
+
+    repaired: bool
+    steps: int
+    log_rank: tuple[float, float]
+    standard_error: float
+    recall_at_1: tuple[float, float]
+    pairs: int
+    captions: int
+
+    @property
+    def trust(self) -> float:
+        """In (0, 1]: what the repair left of 1 + rank, in the geometric mean; 1 where there was nothing to repair."""
+        before, after = self.log_rank
+        return math.exp(after - before) if self.repaired else 1.0
+
+
+class RepairSidecar(Sidecar, kw_only=True):
+    """``repair.json``, beside ``repair.npz`` where the repair is taken."""
+
+    result: RepairFigures
+
+
 class Pictures(msgspec.Struct):
     """The pictures of a report: how many are shown, shard and key of those that could not be read, and why not."""
 
@@ -169,6 +204,7 @@ class ClusterSidecar(Sidecar, kw_only=True):
         embeddings: Relative to the work directory.
         keep_list: None where all images were clustered.
         model: None for embeddings of another tool.
+        repair: The map by which the teacher's image rows were repaired; None where they were taken as they are.
         temperatures: By tower, τ_T of the soft labels.
     """
 
@@ -176,6 +212,7 @@ class ClusterSidecar(Sidecar, kw_only=True):
     keep_list: FileRecord | None
     flags: dict[str, Any]
     model: ModelRecord | None
+    repair: FileRecord | None = None
     num_nearest: int
     temperatures: dict[str, float]
     result: dict[str, Any]

@@ -56,6 +56,10 @@ class WorkDirectory:
         """Return the file of the second moment of embeddings, in which `distill` finds principal axes."""
         return self.path / ".second-moments" / f"{identity}.npy"
 
+    def repair(self, embeddings: Path) -> Path:
+        """Return the folder of what was decided of the repair of a teacher, by the folder of its embeddings."""
+        return self.path / "repair" / embeddings.resolve().name
+
     def distill(self, name: str) -> Path:
         """Return the folder of one training run."""
         return self.path / "distill" / name

@@ -96,7 +96,11 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="try open_clip's settings instead, each once")
     parser.add_argument("--without", nargs="*", default=[], help="forms to leave out, by the ends of their names")
     arguments = parser.parse_args()
-    assert (arguments.steps % PEER_LOG_STEPS, arguments.skip % PEER_LOG_STEPS) == (0, 0), "steps must be whole windows"
+    for flag, steps in (("--steps", arguments.steps), ("--skip", arguments.skip)):
+        if steps % PEER_LOG_STEPS:
+            parser.error(
+                f"{flag} is {steps}; it must be a multiple of {PEER_LOG_STEPS}, as open_clip logs that many steps at a time."
+            )
     print(describe_machine(os.cpu_count() or 1))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -126,7 +130,11 @@ class Bench:
         self.samples = json.loads((self.shards / "about.json").read_text())
         print("shards: {samples:,} JPEGs, captions of {median:.0f} tokens (longest {longest})".format(**self.samples))
         needed = arguments.steps * arguments.batch_size
-        assert needed <= self.samples["samples"], f"{needed:,} samples are needed, so that none is seen twice"
+        if needed > self.samples["samples"]:
+            raise SystemExit(
+                f"{arguments.steps} steps of {arguments.batch_size} need {needed:,} samples, so that none is seen twice; "
+                f"the shards hold {self.samples['samples']:,}. Give more --images, or fewer --steps."
+            )
         self.embed_seconds = self.prepare()
 
     def prepare(self) -> float:
@@ -213,7 +221,8 @@ class Bench:
             if done >= given.skip:
                 counted, spent = counted + step - done, spent + (step - done) * float(mean)
             done = step
-        assert done == given.steps, f"open_clip made {done} of {given.steps} steps"
+        if done != given.steps:
+            raise SystemExit(f"open_clip logged {done} of {given.steps} steps; its log is in {logs}.")
         return {"samples_per_second": counted * given.batch_size / spent, **run}
 
     def run_clipcid(self, *words: Any) -> dict[str, float]:

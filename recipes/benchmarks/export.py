@@ -163,7 +163,8 @@ def prepare_data(data: Path, limit: int, scratch: Path) -> dict[str, Any]:
     from clipcid_cli.runtime.models.decode import decode_image
 
     folder = find_benchmark_folder(str(data))
-    assert folder.class_names is not None, "the benchmark needs classes"
+    if folder.class_names is None:
+        raise SystemExit(f"{data} has no classnames.txt, of which the benchmark makes its classes.")
     names = read_class_names(folder.class_names)
     template = (read_templates(folder.templates) if folder.templates else DEFAULT_TEMPLATES)[0]
     samples = [sample for shard in open_dataset(folder.data).shards for sample in shard.samples()]

@@ -113,11 +113,14 @@ def run_balance(embeddings: Path, ratio: float, linkage: str, keys: list[str]) -
             stderr=subprocess.DEVNULL,
         )
         keep = pd.read_parquet(Path(work) / "balance" / "keep.parquet")
-    assert keep["key"].tolist() == keys, "every image is listed once, in order"
-    assert keep.groupby("component")["kept"].sum().eq(1).all(), "one image of each set is kept"
+    if keep["key"].tolist() != keys:
+        raise SystemExit("The keep list does not have every image once, in the order of the embeddings.")
+    if not keep.groupby("component")["kept"].sum().eq(1).all():
+        raise SystemExit("The keep list does not keep one image of each set.")
     row_of = {key: row for row, key in enumerate(keys)}
     stands_for = keep["representative"].map(row_of).to_numpy()
-    assert (keep["component"].to_numpy()[stands_for] == keep["component"].to_numpy()).all(), "it is one of the set"
+    if not (keep["component"].to_numpy()[stands_for] == keep["component"].to_numpy()).all():
+        raise SystemExit("The keep list has images whose representative is of another set.")
     return stands_for
 
 
@@ -164,7 +167,8 @@ def remove_randomly(rows: np.ndarray, num_kept: int, seed: int) -> np.ndarray:
 
 def check_partition(stands_for: np.ndarray) -> None:
     """Every row is in the set of exactly one kept row, and kept rows are in their own."""
-    assert np.array_equal(stands_for[stands_for], stands_for)
+    if not np.array_equal(stands_for[stands_for], stands_for):
+        raise SystemExit("Some rows stand for others that are not kept.")
 
 
 def measure(stands_for: np.ndarray, emoji: np.ndarray, vendor: np.ndarray) -> list[str]:

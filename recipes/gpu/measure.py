@@ -1,7 +1,7 @@
 """Measure one part of the package on this machine, beside what it competes with; a line of JSON a figure.
 
-    python recipes/gpu/measure.py balance --scratch DIR            on the first GPU
-    python recipes/gpu/measure.py balance --scratch DIR --cpu      in small, to see that it runs
+    python recipes/gpu/measure.py balance --scratch DIR --figures FILE            on the first GPU
+    python recipes/gpu/measure.py balance --scratch DIR --figures FILE --cpu      in small, to see that it runs
 
 Parts: product, balance, cluster, embed, distill, loss, evaluate. `distill` and `evaluate` use the images, models and
 embeddings of `embed`, and make those that are missing. Each figure has its own unit; `ratio` is the figure beside the
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import io
 import json
 import subprocess
@@ -70,21 +71,23 @@ CPU = Sizes(512, 8_192, (20_000, 256), 256, 64, ("ViT-S-32-alt",), "ViT-S-32-alt
 class Bench:
     """A device, its sizes, and the folder that everything is in."""
 
-    def __init__(self, scratch: Path, cpu: bool) -> None:
-        self.scratch, self.sizes = scratch, CPU if cpu else GPU
+    def __init__(self, scratch: Path, figures: Path, cpu: bool) -> None:
+        self.scratch, self.figures = scratch, figures
+        self.sizes = CPU if cpu else GPU
         self.device = torch.device("cpu" if cpu else "cuda")
         self.precision = torch.float32 if cpu else torch.float16
 
     def report(
         self, part: str, what: str, value: float, unit: str, beside: str = "", ratio: float | None = None
     ) -> None:
-        """Print a figure.
+        """Add a figure to the file, at once: what ends this program later leaves it there. A later one may take its place.
 
         Args:
             beside: What it is compared with, and that one's figure.
         """
         figure = {"part": part, "what": what, "value": value, "unit": unit, "beside": beside, "ratio": ratio}
-        print(json.dumps(figure), flush=True)
+        with self.figures.open("a") as file:
+            file.write(json.dumps(figure) + "\n")
 
     def clipcid(self, *words: object) -> dict[str, Any]:
         """Run a command in the scratch folder; return its JSON."""
@@ -112,7 +115,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def report_rate(self, part: str, what: str, value: float, rates: dict[str, float]) -> None:
-        """Print operations a second, beside the quickest of some rates of plain products; alone where there is none."""
+        """Report operations a second, beside the quickest of some rates of plain products; alone where there is none."""
         if not rates:
             self.report(part, what, value / 1e12, "TFLOP/s")
             return
@@ -151,15 +154,19 @@ def balance(bench: Bench) -> None:
 
 
 def cluster(bench: Bench) -> None:
-    """k-means beside faiss, on its GPU where this build has one."""
-    import faiss
-
+    """k-means beside faiss, where that is installed, on its GPU where this build has one."""
     num_rows, num_clusters = bench.sizes.cluster_rows
     rows = make_rows(num_rows, None, 1)
     write_rows(bench.scratch / "cluster-rows", rows)
     options = ("--num-clusters", num_clusters, "--iterations", 10, "--keep-list", "none", "--overwrite")
     answer = bench.clipcid("cluster", "--embeddings", "cluster-rows", *options)
     own = answer["seconds"]["kmeans"]
+    what = f"{num_rows:,} rows, {num_clusters:,} clusters, at most 10 iterations"
+    bench.report("cluster", what, own, "s")
+    if importlib.util.find_spec("faiss") is None:
+        return
+    import faiss
+
     on_gpu = bench.device.type == "cuda" and faiss.get_num_gpus() > 0
     peer = faiss.Kmeans(
         rows.shape[1], num_clusters, niter=10, spherical=True, gpu=on_gpu, max_points_per_centroid=num_rows
@@ -169,7 +176,6 @@ def cluster(bench: Bench) -> None:
     peer.train(wide)
     seconds = time.perf_counter() - started
     where = "GPU" if on_gpu else "CPU"
-    what = f"{num_rows:,} rows, {num_clusters:,} clusters, at most 10 iterations"
     bench.report("cluster", what, own, "s", f"faiss on its {where}, {seconds:.2f} s", seconds / own)
 
 
@@ -181,11 +187,11 @@ def embed(bench: Bench) -> None:
     for name in bench.sizes.models:
         flops = write_random_model(name, bench.scratch / name)
         own = bench.clipcid("embed", "shards", "--model", name, "--overwrite")["images_per_second"]
-        theirs = embed_with_open_clip(bench.scratch / name, bench.scratch / "shards", bench.device)
-        bench.report(
-            "embed", f"{name}, {bench.sizes.images:,} pairs", own, "pairs/s", f"open_clip, {theirs:,.0f}", own / theirs
-        )
+        what = f"{name}, {bench.sizes.images:,} pairs"
+        bench.report("embed", what, own, "pairs/s")
         bench.report_rate("embed", f"{name}: operations", own * flops, bench.rates("bfloat16", "float32"))
+        theirs = embed_with_open_clip(bench.scratch / name, bench.scratch / "shards", bench.device)
+        bench.report("embed", what, own, "pairs/s", f"open_clip, {theirs:,.0f}", own / theirs)
 
 
 def write_shards(bench: Bench) -> None:
@@ -301,9 +307,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--figures", type=Path, required=True, help="file that the figures are added to")
     parser.add_argument("--cpu", action="store_true", help="small sizes, on the CPU")
     arguments = parser.parse_args()
-    globals()[arguments.part](Bench(arguments.scratch, arguments.cpu))
+    globals()[arguments.part](Bench(arguments.scratch, arguments.figures, arguments.cpu))
 
 
 if __name__ == "__main__":

@@ -367,6 +367,6 @@ def test_missing_onnx_names_the_extra(tiny_model: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "pip install 'clipcid[export]'" in done.stderr
+    assert "pip install '.[export]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "clipcid-work").exists()

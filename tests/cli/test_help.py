@@ -58,7 +58,19 @@ sys.exit(code)
 def test_an_unknown_command_is_a_usage_error(clipcid: Callable[..., Run]) -> None:
     run = clipcid("balanse", check=False)
     assert run.returncode == 2
-    assert "balanse" in run.stderr
+    assert "No such command 'balanse'. Did you mean balance?" in run.stderr
+
+
+def test_an_error_says_which_variable_or_file_a_flag_is_from(clipcid: Callable[..., Run], tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text("[balance]\nkeep = 0.5\nagainst-threshold = 0.3\n")
+    run = clipcid("balance", "--config", str(config), check=False)
+    assert run.returncode == 2
+    assert f"without --against. (--against-threshold is from {config}.)" in " ".join(run.stderr.split())
+    run = clipcid("balance", "--json", check=False, env={"CLIPCID_BALANCE_KEEP": "nan"})
+    assert run.json["error"].endswith("(--keep is from CLIPCID_BALANCE_KEEP.)")
+    run = clipcid("balance", "--keep", "nan", check=False)
+    assert "is from" not in run.stderr
 
 
 def test_an_empty_request_for_completions_is_none(clipcid: Callable[..., Run]) -> None:

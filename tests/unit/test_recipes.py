@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import clipcid_command
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.py"))
@@ -74,3 +81,122 @@ def test_contenders_get_five_seeds_and_all_else_three(plan: Any) -> None:
         *plan.cid_variants({}),
     ]
     assert all(seeds[setting.name] >= {0, 1, 2} for setting in three)
+
+
+def programs(folder: Path, **scripts: str) -> dict[str, str]:
+    """Write programs that stand for those of a cluster; return an environment that finds them first."""
+    folder.mkdir()
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def submit(tmp_path: Path, srun: str, **variables: str) -> tuple[int, list[str]]:
+    """Run the job's script with a `srun`; its exit code, and what was asked of SLURM."""
+    scontrol = f'if [ "$1" = show ]; then echo node1; else echo "$@" >> {tmp_path}/asked; fi'
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
+    # SLURM tells the script of the end of its time by a signal.
+    environment = programs(tmp_path / "bin", srun=srun, scontrol=scontrol) | job | {"CLIPCID_VENV": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", str(ROOT / "recipes" / "many-hosts" / "clipcid.sbatch")], env=environment | variables, check=False
+    )
+    asked = tmp_path / "asked"
+    return done.returncode, asked.read_text().split() if asked.exists() else []
+
+
+def test_a_job_that_fails_goes_back_to_the_queue_a_limited_number_of_times(tmp_path: Path) -> None:
+    for number, (srun, variables, expected) in enumerate(
+        (
+            ("exit 0", {}, (0, [])),
+            ("exit 3", {"QUICK": "0"}, (3, ["requeue", "7"])),
+            ("exit 3", {"QUICK": "0", "SLURM_RESTART_COUNT": "9"}, (3, [])),
+            ("exit 3", {}, (3, [])),  # at once: it would fail again
+        )
+    ):
+        place = tmp_path / str(number)
+        place.mkdir()
+        assert submit(place, srun, **variables) == expected, variables
+
+
+def test_a_job_whose_time_is_over_ends_its_hosts_and_goes_back_to_the_queue(tmp_path: Path) -> None:
+    srun = f"trap 'touch {tmp_path}/ended; exit 143' TERM; kill -USR1 $PPID; for _ in {{1..100}}; do sleep 0.1; done"
+    _, asked = submit(tmp_path, srun)
+    assert (tmp_path / "ended").exists()
+    assert asked == ["requeue", "7"]
+
+
+def test_the_manifest_starts_what_every_host_runs_with_variables_it_reads() -> None:
+    yaml = pytest.importorskip("yaml")
+    folder = ROOT / "recipes" / "many-hosts"
+    job = yaml.safe_load((folder / "pytorchjob.yaml").read_text())
+    host = (folder / "host.sh").read_text()
+    for replica in job["spec"]["pytorchReplicaSpecs"].values():
+        (container,) = replica["template"]["spec"]["containers"]
+        assert (ROOT / container["command"][-1].split()[-1]).is_file()
+        given = {each["name"] for each in container["env"]} | {"HEAD", "HOSTS"}
+        assert given - {"HF_HUB_OFFLINE"} <= set(re.findall(r"^#   ([A-Z ]+)  ", host, re.MULTILINE)) | set(
+            re.findall(r"\$\{([A-Z_]+):?", host)
+        )
+
+
+def test_an_environment_without_pip_runs_the_checkout_on_this_pythons_packages(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "only_there-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("only_there.py", "found = True\n")
+    with zipfile.ZipFile(wheels / "not_for_this-1-cp38-cp38-manylinux_2_28_x86_64.whl", "w") as wheel:
+        wheel.writestr("not_for_this.py", "")
+    offline = [sys.executable, str(ROOT / "recipes" / "gpu" / "offline.py"), "install"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([*offline, str(wheels), str(tmp_path / "venv")], env=environment, check=True)
+    programs = tmp_path / "venv" / "bin"
+    said = subprocess.run(
+        [programs / "python", "-c", "import only_there, clipcid_cli, torch; print(clipcid_cli.__file__)"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert Path(said.stdout.strip()).is_relative_to(ROOT)
+    assert not list((tmp_path / "venv").rglob("not_for_this.py"))
+    subprocess.run([programs / "clipcid", "--version"], env=environment, cwd=tmp_path, check=True)
+
+    # Of a Python that has nothing, what is missing is named.
+    done = subprocess.run(
+        [sys.executable, "-S", *offline[1:], str(wheels), str(tmp_path / "bare")],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "open_clip_torch>=3.3,<4" in done.stderr
+    assert "faiss" not in done.stderr
+    assert "recipes/gpu/run.sh --prepare" in done.stderr
+
+
+def test_a_pilot_names_the_command_to_go_on_with(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
+    student = tmp_path / "student.json"
+    student.write_text(json.dumps(json.loads((tiny_model / "open_clip_config.json").read_text())["model_cfg"]))
+    pilot = [sys.executable, str(ROOT / "recipes" / "pilot" / "pilot.py"), "--steps", "40"]
+    trials = ["--presets", "clip", "cid", "--factors", "2"]
+    flags = [
+        str(tiny_shards),
+        "--student",
+        str(student),
+        "--batch-size",
+        "8",
+        "--val-fraction",
+        "0.2",
+        "--workers",
+        "0",
+    ]
+    launch = ["--launch", clipcid_command()[0]]
+    done = subprocess.run(
+        [*pilot, *trials, *launch, *flags, "--teacher", "none"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "| clip |" in done.stdout
+    assert "(× 2)" in done.stdout
+    assert "| cid |" not in done.stdout, "it needs a teacher, and says so"
+    assert "preset cid" in " ".join(done.stderr.split())
+    command = done.stdout.splitlines()[-1]
+    assert command.startswith("Go on with: ")
+    assert "--preset clip --lr" in command
+    assert command.endswith("--steps 40")

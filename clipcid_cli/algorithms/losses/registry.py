@@ -203,9 +203,18 @@ PRESETS: Mapping[str, Mapping[str, Weight]] = {
 DEFAULT_PRESET = "fd-instance"
 
 
-def select_losses(preset: str, overrides: Mapping[str, float]) -> dict[str, Weight]:
-    """Return a run's losses in registry order: the preset's with the weights of `overrides`, without those of weight 0."""
-    weights = {**PRESETS[preset], **{name: Weight(value) for name, value in overrides.items()}}
+def select_losses(preset: str, overrides: Mapping[str, float], trust: float = 1.0) -> dict[str, Weight]:
+    """Return a run's losses in registry order: the preset's with the weights of `overrides`, without those of weight 0.
+
+    Args:
+        trust: In the teacher's pairing of images with captions, in (0, 1]. Where it is below 1, `fd-instance` follows the
+            teacher's features less, and captions more.
+    """
+    weights = dict(PRESETS[preset])
+    if preset == DEFAULT_PRESET and trust < 1.0:
+        fd = dataclasses.replace(_FD, value=trust * _FD.value)
+        weights = {"clip": Weight(1 - 0.9 * trust), "instance": Weight(1 - 2 / 3 * trust), "fd": fd}
+    weights |= {name: Weight(value) for name, value in overrides.items()}
     return {name: weights[name] for name in LOSSES if name in weights and weights[name].value > 0.0}
 
 

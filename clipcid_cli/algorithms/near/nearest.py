@@ -22,6 +22,7 @@ group) pairs, k proposed.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import os
 import threading
@@ -283,7 +284,7 @@ def top_nearest(
 
 def _propose(wide_BD: torch.Tensor, centroids_KD: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the k largest float32 products of each row, [B, k] and descending, and their centroids, int64 [B, k]."""
-    if wide_BD.device.type == "cpu":
+    if wide_BD.device.type == "cpu" and importlib.util.find_spec("faiss") is not None:  # faiss is quicker there
         if torch.backends.cpu.get_cpu_capability() == "AVX512":
             # On processors it does not know, faiss's OpenBLAS takes kernels that need twice as long (AMD EPYC, width 192).
             os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
@@ -293,7 +294,7 @@ def _propose(wide_BD: torch.Tensor, centroids_KD: torch.Tensor, k: int) -> tuple
         found = faiss.knn(wide_BD.numpy(), centroids_KD.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
         return torch.from_numpy(found[0]), torch.from_numpy(found[1])
     score_Bk, found_Bk = wide_BD[:, :0], wide_BD[:, :0].long()
-    at_once = _PRODUCT_CENTROIDS["cuda"]
+    at_once = _PRODUCT_CENTROIDS[wide_BD.device.type]
     for first in range(0, len(centroids_KD), at_once):
         with exact_accumulation(wide_BD.device):
             score_BC = wide_BD @ centroids_KD[first : first + at_once].T

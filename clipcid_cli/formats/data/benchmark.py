@@ -16,6 +16,7 @@ and table 9 (metrics).
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -233,6 +234,11 @@ def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | Non
     """
     known = KNOWN_DATASETS.get(name)
     if known is None:
+        close = [] if Path(name).exists() else difflib.get_close_matches(name, KNOWN_DATASETS, n=1, cutoff=0.75)
+        if close:
+            raise ClipcidError(
+                f"There is neither a file or folder {name} nor a data set of that name.", f"Did you mean {close[0]}?"
+            )
         return None
     places = [root / folder for folder in (known.folder, known.name) if folder is not None]
     found = next((place for place in places if place.is_dir()), None)

@@ -6,6 +6,7 @@ read, each row by itself.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
@@ -31,7 +32,7 @@ from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
 from clipcid_cli.formats.sidecar import EmbedSidecar, ModelRecord, read_sidecar, sidecar_path
 
-__all__ = ["EmbeddingFile", "Embeddings", "has_usable_row", "open_embeddings", "read_embed_sidecar"]
+__all__ = ["EmbeddingFile", "Embeddings", "RowMap", "has_usable_row", "open_embeddings", "read_embed_sidecar"]
 
 MAX_UNPACKED = 4 * 2**30
 """Limit on the memory of each process for compressed arrays, all files together."""
@@ -44,12 +45,28 @@ _REMAKE = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class RowMap:
+    """What image rows are multiplied by, before they are normalised again.
+
+    Attributes:
+        map_DD: float32 [D, D], entries multiples of 2⁻¹⁶.
+        record: Of the file that it was read from.
+    """
+
+    map_DD: npt.NDArray[np.float32]
+    record: FileRecord
+
+
 class Embeddings:
     """The embeddings of one model over one data set.
 
     Attributes:
         sidecar: That of `embed`; None for a folder of another tool.
+        image_map: What rows of images and views are multiplied by; None where they are read as they are stored.
     """
+
+    image_map: RowMap | None = None
 
     def __init__(
         self,
@@ -106,7 +123,16 @@ class Embeddings:
                 "Save them uncompressed: numpy.savez(new, **numpy.load(old)).",
             )
         is_params = kind is Kind.VIEW_PARAMS
-        return Rows(files, files[0].shape[-1], as_stored=self.is_verified or is_params)
+        map_DD = None
+        if self.image_map is not None and kind in (Kind.IMAGES, Kind.VIEWS):
+            map_DD = self.image_map.map_DD
+        return Rows(files, files[0].shape[-1], as_stored=self.is_verified or is_params, map_DD=map_DD)
+
+    def mapped(self, image_map: RowMap) -> Embeddings:
+        """Return them with other rows of images and views."""
+        found = copy.copy(self)
+        found.image_map = image_map
+        return found
 
     def num_each(self, kind: Kind) -> int:
         """Return how many rows of a kind each sample has: V of views, W of variants; 0 where there are none."""
@@ -209,11 +235,12 @@ class Embeddings:
         ]
 
     def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
-        """Describe images and metadata, and the rows of further kinds where there are any, for a sidecar: an entry each."""
+        """Describe images and metadata, and of further kinds and the map of images those there are, for a sidecar."""
         if self.sidecar is not None:
             validate_replaceable(self.folder, self._records, self._memo, remake(self.folder, self.sidecar))
         parts = [part for part in (Kind.IMAGES, METADATA, *kinds) if self._files_of(part)]
-        return [record_together(self._name_together(part), self.contents(part)) for part in parts]
+        found = [record_together(self._name_together(part), self.contents(part)) for part in parts]
+        return found if self.image_map is None else [*found, self.image_map.record]
 
     def _files_of(self, part: str) -> list[RowFile | Path]:
         if part == METADATA:

@@ -175,13 +175,22 @@ def _map_file(file: RowFile) -> npt.NDArray[Any]:
 class Rows:
     """Rows [N, D] in several files, mapped as they are needed; read in slices or picked one by one."""
 
-    def __init__(self, files: Sequence[RowFile], width: int, as_stored: bool, hold: bool = False) -> None:
+    def __init__(
+        self,
+        files: Sequence[RowFile],
+        width: int,
+        as_stored: bool,
+        hold: bool = False,
+        map_DD: npt.NDArray[np.float32] | None = None,
+    ) -> None:
         """Prepare to read.
 
         Args:
             files: Of [n, D], or of [n, V, D], which are n·V rows.
             as_stored: Whether rows are taken as they are: unit float16 for sure, or no embeddings at all.
             hold: Whether to map all files now, for as long as this object lives; else as they are needed, among `MAPS_KEPT`.
+            map_DD: What rows are multiplied by before they are normalised again. Where its entries are multiples of 2⁻¹⁶,
+                each row is to the bit the same on any machine and among any others: products are added without error.
         """
         self._files = files
         # Compressed arrays are unpacked once and stay: unpacking them again would take longer than all else.
@@ -191,6 +200,7 @@ class Rows:
         self._starts = np.concatenate([[0], np.cumsum([math.prod(file.shape[:-1]) for file in files], dtype=np.int64)])
         self.shape = (int(self._starts[-1]), width)
         self._dtype = files[0].dtype if as_stored and files else np.dtype(np.float16)
+        self._map_DD = None if map_DD is None else map_DD.astype(np.float64)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -252,7 +262,9 @@ class Rows:
         if self._is_unit[number] is None:
             self._is_unit[number] = holds_unit_rows(self._rows(number))
         if not self._is_unit[number]:
-            return unit_rows(part)
+            part = unit_rows(part)
+        if self._map_DD is not None:
+            return unit_rows(part.astype(np.float64) @ self._map_DD)
         # An array in an archive may begin at an odd byte.
         return part if part.flags.aligned and part.flags.c_contiguous else np.array(part, order="C")
 

@@ -142,7 +142,7 @@ def import_tensorboard() -> Any:
     except ImportError as error:
         raise ClipcidError(
             "--report-to tensorboard needs TensorBoard, which is not installed.",
-            "pip install 'clipcid[logging]', or omit --report-to: train.jsonl holds the same numbers.",
+            "In the checkout of clipcid: pip install '.[logging]'; or omit --report-to: train.jsonl holds the same numbers.",
         ) from error
     return tensorboard
 

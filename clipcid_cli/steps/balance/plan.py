@@ -12,7 +12,7 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
 from clipcid_cli.formats.fingerprint import find_lost
-from clipcid_cli.formats.output import WORK_OR_OUT
+from clipcid_cli.formats.output import WORK
 from clipcid_cli.formats.results.forest import ROW_FILES, RowFile, read_row_files
 from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
@@ -172,7 +172,7 @@ def _identify(
 def _validate_none_lost(folder: Path, embeddings: Embeddings) -> None:
     """Refuse embeddings that lack files of an output of `balance`, finished or not."""
     now = list_row_files(embeddings)
-    fix = f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT})."
+    fix = f"Add --overwrite to replace it, or write elsewhere ({WORK})."
     for path in (folder / ROW_FILES, *folder.glob(f".balance-*/{ROW_FILES}")):
         if path.exists() and (lost := find_lost(read_row_files(path, fix), now)):
             raise ClipcidError(

@@ -48,7 +48,7 @@ def write_shards(plan: BalancePlan, target: Path, context: DistContext, reporter
     inputs = [record(plan.keep_list)]
     assert data is not None  # the plan has opened it
     context.on_rank0(lambda: _validate_own(target))
-    wanted = {"settings": {}, "inputs": inputs, "overwrite": plan.settings.overwrite}
+    wanted = {"settings": {}, "inputs": inputs, "overwrite": plan.settings.overwrite, "elsewhere": "--write-shards"}
     with claim_output(context, target, _STEP, Sidecar, **wanted) as output:
         if output.finished is not None:
             reporter.note(f"{target} already holds these shards.")

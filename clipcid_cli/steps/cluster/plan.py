@@ -20,12 +20,13 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import find_output, is_claimed
-from clipcid_cli.formats.sidecar import ClusterSidecar
+from clipcid_cli.formats.sidecar import ClusterSidecar, RepairFigures
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.cluster.selection import Selection
 from clipcid_cli.steps.keep_list import choose_keep_list
+from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
@@ -42,6 +43,7 @@ class ClusterRows:
         keep_list: The keep list that chose them; None for all.
         chosen: Which of all rows of the embeddings they are.
         joint: Whether the features are joint ones of image and caption.
+        repair: What was found of the repair of the teacher; None where nothing was judged.
         skips: Rows that cannot be used.
     """
 
@@ -49,6 +51,7 @@ class ClusterRows:
     keep_list: Path | None
     chosen: Selection
     joint: bool
+    repair: RepairFigures | None
     skips: Skips
     images: Rows
     texts: Rows | None
@@ -209,11 +212,13 @@ def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
         raise ClipcidError(
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
+    embeddings, repair = repair_teacher(settings, embeddings, reporter)
     return ClusterRows(
         embeddings,
         keep_list=None if keep_list is None else keep_list.path,
         chosen=Selection(usable),
         joint=settings.features == "joint",
+        repair=repair,
         skips=skips,
         images=embeddings.rows(Kind.IMAGES),
         texts=embeddings.rows(Kind.TEXTS) if embeddings.has_texts else None,

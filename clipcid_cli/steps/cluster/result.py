@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from clipcid_cli.formats.sidecar import RepairFigures
+
 
 class ClusterResult(msgspec.Struct, omit_defaults=True, kw_only=True):
     """The clusters made.
@@ -11,6 +13,7 @@ class ClusterResult(msgspec.Struct, omit_defaults=True, kw_only=True):
     Attributes:
         objective: Mean similarity of the images to their own centroid.
         skipped: Rows by reason.
+        repair: That of the teacher, where it was repaired.
         seconds: ``read, kmeans, assign, write``.
         files: The path of each file by its name; the sidecar holds the result without them.
     """
@@ -22,6 +25,7 @@ class ClusterResult(msgspec.Struct, omit_defaults=True, kw_only=True):
     largest_cluster: int
     skipped: dict[str, int]
     iterations: int
+    repair: RepairFigures | None = None
     seconds: dict[str, float]
     files: dict[str, str] = {}
 

@@ -196,6 +196,7 @@ def _write(
         largest_cluster=int(sizes.max()),
         skipped=rows.skips.counts,
         iterations=state.iterations,
+        repair=rows.repair if embeddings.image_map is not None else None,
         seconds={name: round(value, 3) for name, value in seconds.items()},
     )
     if result.empty_clusters:
@@ -210,6 +211,7 @@ def _write(
         outputs=[record(output.work / name, output.work) for name in (CENTROIDS, TABLE, *arrays)],
         embeddings=WorkDirectory(plan.settings.work).name_of(embeddings.folder),
         keep_list=None if rows.keep_list is None else record(rows.keep_list),
+        repair=None if embeddings.image_map is None else embeddings.image_map.record,
         flags=given_flags(plan.settings),
         model=None if embeddings.sidecar is None else embeddings.sidecar.model,
         num_nearest=plan.num_nearest,

@@ -101,7 +101,8 @@ def use_clusters(
     counts: MatchCounts,
     reporter: Reporter,
 ) -> ChosenClusters:
-    """Let clusters teach; those of other images are refused."""
+    """Let clusters teach; those of other images, or of the teacher before its repair, are refused."""
+    _validate_repair(settings, clusters, teacher)
     if counts.without_cluster:
         few = counts.without_cluster
         lacking = f"{few:,} of {counts.candidates:,} samples to train on are not in {clusters.folder}"
@@ -128,6 +129,21 @@ def use_clusters(
     image = settings.cluster_temperature or stored["image"]
     caption = settings.cluster_temperature or stored.get("caption", image)
     return ChosenClusters(clusters, teach_text, (image, caption))
+
+
+def _validate_repair(settings: DistillSettings, clusters: Clusters, teacher: StoredTeacher | OnlineTeacher) -> None:
+    """Refuse clusters of image rows that were repaired where the teacher's are not, or differently."""
+    embeddings = teacher.embeddings
+    image_map = None if embeddings is None else embeddings.image_map
+    made, used = clusters.sidecar.repair, None if image_map is None else image_map.record
+    if (None if made is None else made.content) == (None if used is None else used.content):
+        return
+    of = "the teacher as it is" if made is None else "a repaired teacher"
+    now = "as it is" if used is None else "repaired"
+    raise ClipcidError(
+        f"The clusters in {clusters.folder} are of {of}, and this run has its teacher {now}.",
+        _cluster_again(settings, clusters, embeddings, repair=settings.repair),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
-from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import EmbedSidecar, RepairFigures, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
@@ -39,6 +39,7 @@ from clipcid_cli.steps.distill.stored_teacher import (
 from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.models import find_mismatch
+from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
@@ -51,6 +52,7 @@ class Inputs:
     Attributes:
         keep_list: None where all samples are used.
         teacher: None where no loss needs one.
+        repair: What was found of the repair of the teacher; None where nothing was judged.
         clusters: Those of the teacher; None where no loss needs them.
     """
 
@@ -60,6 +62,7 @@ class Inputs:
     held_out: SampleRows
     keep_list: ChosenKeepList | None
     teacher: StoredTeacher | OnlineTeacher | None
+    repair: RepairFigures | None
     clusters: ChosenClusters | None
     fingerprints: list[FileRecord]
 
@@ -67,6 +70,11 @@ class Inputs:
     def stored(self) -> StoredTeacher | None:
         """The teacher where it is one."""
         return self.teacher if isinstance(self.teacher, StoredTeacher) else None
+
+    @property
+    def trust(self) -> float:
+        """How far the teacher's pairing of images with captions is to be trusted, in (0, 1]."""
+        return 1.0 if self.repair is None else self.repair.trust
 
     @property
     def embeddings(self) -> Embeddings | None:
@@ -98,7 +106,7 @@ def find_embeddings(settings: DistillSettings, context: DistContext, reporter: R
     if settings.embeddings is not None:
         return settings.embeddings
     if settings.online_teacher:
-        return context.on_rank0(lambda: _find_for_axes(settings))
+        return context.on_rank0(lambda: _find_of_online(settings))
     work = WorkDirectory(settings.work)
     teacher = settings.teacher
     if teacher is None:
@@ -118,15 +126,18 @@ def find_embeddings(settings: DistillSettings, context: DistContext, reporter: R
     return ensure_embeddings(settings, context, reporter, data=settings.data, model=teacher, text=text)
 
 
-def _find_for_axes(settings: DistillSettings) -> Path | None:
-    """Find stored embeddings of an online teacher, where there are any: they name it, and have the shared space's axes."""
+def _find_of_online(settings: DistillSettings) -> Path | None:
+    """Find stored embeddings of an online teacher, where there are any.
+
+    They name it, and tell the axes of the shared space and whether it is repaired.
+    """
     work, teacher = WorkDirectory(settings.work), named_teacher(settings)
     if teacher is None:
         return work.find_embeddings() if work.has_embeddings() else None
     folder = work.embeddings(teacher.slug)
     sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
     is_its = sidecar is not None and find_mismatch(sidecar.model, teacher) is None
-    return folder if is_its and settings.teacher_space != "project" else None
+    return folder if is_its else None
 
 
 def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | None, reporter: Reporter) -> Inputs:
@@ -163,10 +174,16 @@ def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | 
         missing = usable.total - counts.listed
         keep_list.report(dataset.spec, usable.total, kept=counts.kept, missing=missing, reporter=reporter)
 
-    teacher: StoredTeacher | OnlineTeacher | None = online
+    repair = None
+    if embeddings is not None:
+        embeddings, repair = repair_teacher(settings, embeddings, reporter)
+    teacher: StoredTeacher | OnlineTeacher | None = None
     chosen = None
     if online is not None:
+        teacher = dataclasses.replace(online, embeddings=embeddings)
         reporter.note(f"Teacher: {online.name.spec}, run alongside the student on the same views and captions.")
+        if embeddings is None and settings.repair != "none":
+            reporter.note("It is left as it is: a repair is fitted to stored embeddings, of which there are none.")
     elif embeddings is not None:
         teacher = use_stored(settings, embeddings, counts, reporter)
     if teacher is not None:
@@ -175,7 +192,7 @@ def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | 
             chosen = use_clusters(settings, clusters, teacher, counts, reporter)
             fingerprints += chosen.fingerprints()
     training, held_out = open_rows(matched, TRAINING), open_rows(matched, HELD_OUT)
-    return Inputs(dataset, usable, training, held_out, keep_list, teacher, chosen, fingerprints)
+    return Inputs(dataset, usable, training, held_out, keep_list, teacher, repair, chosen, fingerprints)
 
 
 def _open_data(

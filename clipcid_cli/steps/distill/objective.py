@@ -39,15 +39,18 @@ class Objective:
     def of(
         cls,
         settings: DistillSettings,
+        trust: float,
         student_width: int,
         teacher: Teacher | None,
         context: DistContext,
         reporter: Reporter,
     ) -> Objective:
-        """Make the losses that the settings ask for."""
+        """Make the losses that the settings ask for, at such trust in the teacher."""
         space = SharedSpace(student_width) if teacher is None else teacher.space
-        weights = {name: weight.at(space.width) for name, weight in settings.losses().items()}
-        reporter.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + ".")
+        chosen = settings.losses(trust)
+        weights = {name: weight.at(space.width) for name, weight in chosen.items()}
+        why = "" if chosen == settings.losses() else f" (trust in the teacher {trust:.2f}, by its repair)"
+        reporter.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + f"{why}.")
         seed = derive_seed("loss parameters", settings.seed)
         parameters = LossParameters(weights, student_width, space, seed).to(context.device)
         return cls(weights, parameters, teacher, context, settings.local_loss and context.size > 1)

@@ -206,7 +206,7 @@ def identity(plan: Plan, student: Student) -> dict[str, Any]:
         "precision": student.precision.name,
         "warmup": plan.recipe.warmup,
         "lr": plan.recipe.lr,
-        "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses().items()},
+        "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses(plan.inputs.trust).items()},
         "student": {
             "config": info.config,
             "weights": info.weights_hash,

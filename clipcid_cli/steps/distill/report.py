@@ -21,6 +21,7 @@ from clipcid_cli.steps.distill.evaluation import EMA, HeldOut
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher
 from clipcid_cli.steps.distill.trainer import Trainer
+from clipcid_cli.steps.repair import describe_repair
 from clipcid_cli.steps.settings.fields import output_settings
 
 if TYPE_CHECKING:
@@ -162,6 +163,8 @@ def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
         found.append(("teacher", f"{inputs.teacher.name.spec}, run alongside the student"))
     if inputs.embeddings is not None:
         found.append(("embeddings", str(inputs.embeddings.folder)))
+    if inputs.repair is not None:
+        found.append(("repair", describe_repair(inputs.repair)))
     if inputs.clusters is not None:
         found.append(("clusters", str(inputs.clusters.files.folder)))
     return found

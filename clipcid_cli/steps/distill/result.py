@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
+from clipcid_cli.formats.sidecar import RepairFigures
 from clipcid_cli.steps.evaluate.result import Preview, ZeroshotResult
 
 
-class Distilled(msgspec.Struct):
+class Distilled(msgspec.Struct, omit_defaults=True):
     """What a run made.
 
     Attributes:
@@ -15,6 +16,7 @@ class Distilled(msgspec.Struct):
         metrics: Those of the last evaluation during the training.
         evaluations: What `eval-zeroshot` returns for ``--eval-data``.
         seconds: Time by phase.
+        repair: That of the teacher, where it was repaired.
     """
 
     student: str
@@ -26,6 +28,7 @@ class Distilled(msgspec.Struct):
     evaluations: list[ZeroshotResult]
     seconds: dict[str, float]
     files: dict[str, str]
+    repair: RepairFigures | None = None
 
 
 class TeacherCost(msgspec.Struct):

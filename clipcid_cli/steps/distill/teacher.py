@@ -28,14 +28,13 @@ from clipcid_cli.steps.distill.clusters import ClusterLookup, validate_width
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher
 from clipcid_cli.steps.models import cluster_with
+from clipcid_cli.steps.repair import MAX_SCALE, teacher_scale
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 SAMPLES_AT_ONCE = 256
 """Samples that an online teacher takes at once, whatever the batch; no activations are kept."""
 
-# The scale at which CLIP training ends; taken where another tool's embeddings do not record it.
-_MAX_SCALE = 100.0
 # Cut to the student's width only where that keeps at least this share of the teacher's variance.
 _ENOUGH_VARIANCE = 0.98
 # Principal axes are found from at most this many evenly spaced rows of each tower.
@@ -52,6 +51,8 @@ class Teacher:
         clusters: None where no loss needs them.
         model: What runs alongside the student, on the same views and captions; None where stored rows come with the batch.
         precision: Number format of the model's products, to which it is cast; None without one.
+        image_map_DD: What its image features are multiplied by, float32; None where they are taken as they are. Stored rows
+            come with it.
     """
 
     space: SharedSpace
@@ -59,6 +60,7 @@ class Teacher:
     clusters: ClusterLookup | None
     model: ClipModel | None = None
     precision: Precision | None = None
+    image_map_DD: Tensor | None = None
 
     @torch.no_grad()
     def rows(self, batch: TrainingBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -86,7 +88,8 @@ class Teacher:
                 pixels = normalize_pixels(apply_colors(pixels, batch.colors[part]), model.info.preprocess)
             images.append(model.encode_images(pixels, self.precision))
             texts.append(model.encode_texts(batch.teacher_tokens[part], self.precision))
-        return torch.cat(images), torch.cat(texts)
+        image = torch.cat(images)
+        return image if self.image_map_DD is None else image.float() @ self.image_map_DD, torch.cat(texts)
 
 
 def load_online_model(inputs: Inputs, context: DistContext) -> ClipModel | None:
@@ -132,10 +135,11 @@ def open_teacher(
         centroids = ProjectedCentroids(chosen.files.centroids, space.axes, context.device)
         clusters = ClusterLookup(centroids, inputs.training.column("clusters"), chosen.towers, settings)
     if model is None:
-        recorded = None if embeddings is None or embeddings.model is None else embeddings.model.logit_scale
-        if recorded is None and any(LOSSES[name].needs_teacher_scale for name in settings.losses()):
-            reporter.note(f"The embeddings do not record the teacher's logit scale; using {_MAX_SCALE:g}.")
-        return Teacher(space, _MAX_SCALE if recorded is None else float(recorded), clusters)
+        assert embeddings is not None, "the width is theirs"
+        is_recorded = embeddings.model is not None and embeddings.model.logit_scale is not None
+        if not is_recorded and any(LOSSES[name].needs_teacher_scale for name in settings.losses()):
+            reporter.note(f"The embeddings do not record the teacher's logit scale; using {MAX_SCALE:g}.")
+        return Teacher(space, teacher_scale(embeddings), clusters)
     info = model.info
     precision = choose_precision(settings.precision, context.device, "embed", info.parameters)
     model.cast_products(precision)
@@ -143,7 +147,9 @@ def open_teacher(
         f"Online teacher: {info.parameters / 1e6:.1f} M parameters, {info.image_size[0]} px, {info.context_length} tokens, "
         f"precision {precision.name} ({precision.reason})."
     )
-    return Teacher(space, model.logit_scale, clusters, model, precision)
+    image_map = None if embeddings is None else embeddings.image_map
+    map_DD = None if image_map is None else torch.from_numpy(image_map.map_DD).to(context.device)
+    return Teacher(space, model.logit_scale, clusters, model, precision, map_DD)
 
 
 def choose_space(

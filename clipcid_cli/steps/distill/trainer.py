@@ -64,7 +64,7 @@ class Trainer:
         maker = BatchMaker(settings, inputs, Processor.of(model), beside, student.masking)
         width = model.info.embed_dim
         teacher = open_teacher(settings, inputs, teacher_model, width, context, reporter)
-        self.objective = Objective.of(settings, width, teacher, context, reporter)
+        self.objective = Objective.of(settings, inputs.trust, width, teacher, context, reporter)
         reporter.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
         self.state = TrainState(
             model.module, self.objective.parameters, plan.recipe, student.precision.dtype, ema=settings.ema

@@ -28,6 +28,8 @@ from clipcid_cli.steps.settings.embed import EmbedSettings
 
 EMBED = "embed"
 """Name of the sidecar of embeddings of images and captions; of those of texts alone it is `TEXTS`."""
+# The flags that choose another place; other commands, which embed too, have no --out.
+ELSEWHERE = "--work, or --out of clipcid embed"
 # Settings in the sidecar that are known once the model is loaded.
 _OF_MODEL = ("weights", "tokenizer", "precision", "batch_size", "preprocess")
 
@@ -142,13 +144,14 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
                 inputs=[plan.input],
                 overwrite=plan.settings.overwrite,
                 may_differ={"inputs"},
+                elsewhere=ELSEWHERE,
             )
             if found.finished is not None:
                 return dataclasses.replace(plan, finished=found.finished)
         there = [record.input for record in read_manifest(folder, "Add --overwrite to make it again.")]
     lost = find_lost(there, plan.shards)
     if lost and not plan.settings.overwrite:
-        raise other_run_error(f"{folder} holds {step} output", {"inputs": lost})
+        raise other_run_error(f"{folder} holds {step} output", {"inputs": lost}, ELSEWHERE)
     begun = unfinished(folder, step)
     is_begun = begun is not None and [each.content for each in begun.inputs] == [plan.input.content]
     return dataclasses.replace(plan, is_begun=is_begun, may_grow=not lost)

@@ -41,7 +41,7 @@ from clipcid_cli.runtime.timing import time_trial, timed
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index, stream_shard
 from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder, recount_partners
-from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, choose_text, describe_shards, make_plan
+from clipcid_cli.steps.embed.plan import ELSEWHERE, EmbeddedSidecar, EmbedPlan, choose_text, describe_shards, make_plan
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded, EmbedResult, TextsCost, TextsResult
 from clipcid_cli.steps.encode import Batch, Encoded, encode, join, list_batches
 from clipcid_cli.steps.preflight import validate_samples
@@ -83,6 +83,7 @@ def make_embeddings(
         "settings": made,
         "inputs": [plan.input],
         "overwrite": settings.overwrite,
+        "elsewhere": ELSEWHERE,
         "may_differ": {"inputs"} if plan.may_grow else set(),
     }
     if settings.dry_run:

@@ -73,7 +73,7 @@ def _plan(settings: ExportSettings, reporter: Reporter) -> tuple[ModelName, Path
         if missing:
             raise ClipcidError(
                 f"--format {form} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
-                "Install them: pip install 'clipcid[export]'",
+                "Install them, in the checkout of clipcid: pip install '.[export]'",
             )
     if source.path is not None and folder.resolve() == source.path.resolve():
         raise ClipcidError(
@@ -132,6 +132,7 @@ def _export(
         settings=decisive,
         inputs=[weights, *lists, inputs.fingerprint()],
         overwrite=settings.overwrite,
+        elsewhere="--work or --out",
         resumes=False,
     ) as output:
         if output.finished is not None and all((folder / name).exists() for name in output.finished.written):

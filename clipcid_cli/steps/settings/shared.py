@@ -138,7 +138,7 @@ class EmbeddingsSettings(KeyedSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeptSettings(EmbeddingsSettings):
-    """Settings of every step that reads the embeddings of kept images."""
+    """Settings of every step that learns from the embeddings of kept images."""
 
     keep_list: str | None = _input(
         None,
@@ -146,6 +146,13 @@ class KeptSettings(EmbeddingsSettings):
         "there is one.",
         metavar="FILE",
         operational=True,
+    )
+    repair: str = _input(
+        "auto",
+        "`auto` repairs how the teacher pairs images with captions, by a linear map of its images' embeddings, where "
+        "held-out pairs show that it is clearly better; `none` leaves the teacher as it is.",
+        choices=("auto", "none"),
+        operational=True,  # outputs record the map that was used
     )
 
 

@@ -115,5 +115,7 @@ def test_two_runs_in_one_folder(clipcid: Callable[..., Run], tiny_model: Path, t
         first.send_signal(signal.SIGCONT)
         first.wait(60)
     assert second.returncode == 1
-    assert f"Another run (process {first.pids[0]}) is writing" in " ".join(second.stderr.split())
+    said = " ".join(second.stderr.split())
+    assert f"Another run (process {first.pids[0]}) is writing" in said
+    assert "write elsewhere (--work, or --out of clipcid embed)" in said
     assert first.poll() == 0

@@ -60,3 +60,15 @@ def test_a_log_gets_a_line_of_numbers_in_the_end_and_nothing_where_there_is_noth
     assert shown.getvalue().startswith("embed: 3/3 images, ")
     assert shown.getvalue().endswith(" s, loss=0.5\n")
     assert shown.getvalue().count("\n") == 1
+
+
+def test_a_bar_keeps_eight_columns_beside_any_label_and_the_largest_numbers() -> None:
+    for label, total in (("search", 8e16), ("embed", 400_000_000), ("student on classification test", 123_456)):
+        shown = io.StringIO()
+        terminal = Console(file=shown, width=80, force_terminal=True, color_system=None)
+        with ConsoleReporter(terminal).progress(label, total, "images") as progress:
+            progress.advance(total / 2)
+        last = [line for line in shown.getvalue().splitlines() if "━" in line][-1]
+        assert "━" * 8 in last
+        assert last.rstrip().endswith(" s")
+    assert "trillion" not in last

@@ -66,6 +66,15 @@ def test_what_was_committed_is_found_finished(tmp_path: Path) -> None:
     assert is_claimed(tmp_path, "balance")
 
 
+def test_a_run_beside_another_is_told_the_flag_of_its_command(tmp_path: Path) -> None:
+    with open_it(tmp_path), pytest.raises(ClipcidError, match="Another run") as found, open_it(tmp_path):
+        pytest.fail("it was locked")
+    assert found.value.fix == "Wait for it, stop it, or write elsewhere (--work)."
+    with open_it(tmp_path), pytest.raises(ClipcidError) as found, open_it(tmp_path, elsewhere="--name"):
+        pytest.fail("it was locked")
+    assert found.value.fix.endswith("(--name).")
+
+
 def test_a_folder_in_the_place_of_a_lock_is_one_error(tmp_path: Path) -> None:
     (tmp_path / ".balance.lock").mkdir()
     with pytest.raises(ClipcidError, match=r"Could not write .*\.balance\.lock") as found, open_it(tmp_path):

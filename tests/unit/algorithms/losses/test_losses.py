@@ -18,6 +18,7 @@ from loss_data import (
     B,
     compute,
     formula,
+    log_softmax,
     make_batch,
     make_numbers,
     slopes,
@@ -209,6 +210,21 @@ def test_gradient_distance_compares_the_gradients_of_the_contrastive_loss() -> N
     _, (by_image, by_text, *_) = with_gradients("clip", batch)
     expected = float((by_image**2).sum() + (by_text**2).sum()) * B
     assert float(compute("gd", batch, SCALES)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["clip", "instance", "icl"])
+def test_equal_captions_match_without_targets_of_their_own(name: str) -> None:
+    """Targets uniform over equal captions would change nothing: their rows are equal, and so are the logits."""
+    numbers, caption = make_numbers(), np.array([0, 1, 0, 2, 1, 0, 3])
+    numbers |= {side: numbers[side][caption] for side in "vu"}
+    pairs = [("s", "v")] if name == "clip" else [("s", "u"), ("v", "t")]
+    ways = pairs if name == "icl" else [*pairs, *((right, left) for left, right in pairs)]
+    scale = STUDENT_SCALE if name == "clip" else SCALE
+    losses = []
+    for left, right in ways:
+        for query, row in enumerate(numbers[left]):
+            losses.append(-log_softmax(scale * numbers[right] @ row)[caption == caption[query]].mean())
+    assert float(compute(name, make_batch(numbers), SCALES)) == pytest.approx(np.mean(losses), rel=1e-12)
 
 
 def test_fusion_layers_learn_from_any_share_of_rows() -> None:

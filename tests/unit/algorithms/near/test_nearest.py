@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,17 @@ def test_the_top_ones_are_those_of_a_float64_product(case: str, m: int, all_exac
     assert torch.equal(similarities.half(), cosines[:, :m].half())
     if all_exact:
         assert torch.equal(similarities, cosines[:, :m])
+
+
+@pytest.mark.parametrize("case", ["copies", "several parts", "one centroid"])
+def test_without_faiss_the_top_ones_are_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)  # as where it is not installed
+    rows, centroids = make_case(case)
+    cosines, numbers = rank(rows, centroids)
+    m = min(16, len(centroids))
+    found, similarities = top_nearest(rows, centroids, m)
+    assert torch.equal(found, numbers[:, :m])
+    assert torch.equal(similarities.half(), cosines[:, :m].half())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

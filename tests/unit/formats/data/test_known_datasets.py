@@ -42,6 +42,15 @@ def test_a_copy_is_found_under_either_name(tmp_path: Path) -> None:
     assert find_known_dataset("pets", tmp_path) == (KNOWN_DATASETS["pets"], tmp_path / "wds_vtab-pets")
 
 
+def test_a_name_that_is_nothing_but_close_to_one_of_the_suite_is_told_it(tmp_path: Path) -> None:
+    with pytest.raises(ClipcidError, match="imagenett") as found:
+        find_known_dataset("imagenett", tmp_path)
+    assert found.value.fix == "Did you mean imagenet?"
+    assert find_known_dataset("photos", tmp_path) is None
+    (tmp_path / "imagenett").mkdir()
+    assert find_known_dataset(str(tmp_path / "imagenett"), tmp_path) is None
+
+
 class Listener(Reporter):
     """Keeps notes."""
 

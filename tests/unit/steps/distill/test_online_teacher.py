@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from teaching_data import (
 )
 
 from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.embeddings.folder import RowMap
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.cluster import run as cluster
@@ -61,6 +64,23 @@ def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny
     # Same view, another size: the larger picture made small is the smaller one, but for the filter.
     small = torch.nn.functional.interpolate(batch.teacher_pixels.permute(0, 3, 1, 2).float(), 32, mode="area")
     assert (small - batch.pixels.permute(0, 3, 1, 2)).abs().mean() < 8
+
+
+def test_it_is_repaired_as_its_stored_rows_are(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
+    model, told = load_model(parse_model(str(tiny_model))), []
+    noise = np.random.default_rng(0).normal(size=(32, 32))
+    image_map = RowMap(np.round(noise * 2**16).astype(np.float32) / 2**16, FileRecord("repair.npz", 1, "a"))
+    for online in (None, model):
+        run = join(tiny_shards, work / "embeddings" / "tiny", online_teacher=online is not None, crop_scale=1.0)
+        assert run.inputs.teacher is not None
+        raw = run.teach(run.show(model, 0, online)[1], 32, online)
+        teacher = dataclasses.replace(run.inputs.teacher, embeddings=run.embeddings.mapped(image_map))
+        repaired = dataclasses.replace(run, inputs=dataclasses.replace(run.inputs, teacher=teacher))
+        told.append(repaired.teach(repaired.show(model, 0, online)[1], 32, online))
+        assert torch.equal(told[-1][1], raw[1])
+        assert (told[-1][0] - raw[0]).abs().max() > 0.1
+    for one, other in zip(told[0][:2], told[1][:2], strict=True):
+        assert (one - other).abs().max() < 1e-3
 
 
 def test_on_whole_images_it_gives_the_stored_targets(tiny_shards: Path, tiny_model: Path, work: Path) -> None:

@@ -1,0 +1,139 @@
+"""The repair of a teacher: decided once for its embeddings, by the step that needs it first, and applied by each."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from clipcid_cli.algorithms.repair import MAX_PAIRS, Pairs, are_enough, fit_repair
+from clipcid_cli.formats.atomic import lock, write_error
+from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.fingerprint import record
+from clipcid_cli.formats.output import find_output, open_output
+from clipcid_cli.formats.results.repair import REPAIR, STEP, read_repair, write_repair
+from clipcid_cli.formats.sidecar import RepairFigures, RepairSidecar
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.pipeline import threads_for
+from clipcid_cli.runtime.randomness import derive_seed, key_fractions
+from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.shared import KeptSettings
+
+MAX_SCALE = 100.0
+"""The scale at which CLIP training ends; taken where another tool's embeddings do not record it."""
+# Pairs are taken of files with about so many rows, drawn at random: more files cost time and tell nothing more.
+_ROWS_CONSIDERED = 4 * MAX_PAIRS
+# `distill` holds out this share by default, those of the lowest fractions.
+_HELD_OUT_BY_RUNS = 0.01
+# One seed for all runs: they learn from one teacher, and from its clusters.
+_SEED = 0
+
+
+def repair_teacher(
+    settings: KeptSettings, embeddings: Embeddings, reporter: Reporter
+) -> tuple[Embeddings, RepairFigures | None]:
+    """Return embeddings with repaired image rows where that is better, else as they are, and what was found; say it.
+
+    Call it on the first process. Nothing is found where nothing could be judged, or not yet: in a dry run.
+    """
+    if settings.repair == "none" or not embeddings.has_texts:
+        return embeddings, None
+    folder = WorkDirectory(settings.work).repair(embeddings.folder)
+    scale = teacher_scale(embeddings)
+    found: RepairSidecar | None = None
+    if folder.is_dir() or not settings.dry_run:
+        wanted: dict[str, Any] = {
+            "settings": {"scale": scale},
+            "inputs": embeddings.fingerprints([Kind.TEXTS]),
+            "overwrite": True,
+        }
+        found = find_output(folder, STEP, RepairSidecar, **wanted).finished
+    if found is None and settings.dry_run:
+        reporter.note("Teacher: a run decides whether it is repaired (--repair none leaves it as it is).")
+        return embeddings, None
+    if found is None:
+        pairs = _read_pairs(embeddings)
+        if not are_enough(pairs):
+            reporter.note("Teacher left as it is: too few pairs, or different captions, to judge a repair by.")
+            return embeddings, None
+        with reporter.progress("repair", len(pairs), "pairs") as bar:
+            found = _decide(folder, pairs, scale, wanted)
+            bar.advance(len(pairs))
+    reporter.note(describe_repair(found.result))
+    if not found.result.repaired:
+        return embeddings, found.result
+    return embeddings.mapped(RowMap(read_repair(folder), record(folder / REPAIR))), found.result
+
+
+def _decide(folder: Path, pairs: Pairs, scale: float, wanted: dict[str, Any]) -> RepairSidecar:
+    """Fit, judge and record a repair, unless another run does, which is waited for."""
+    seconds = dict[str, float]()
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(folder / ".lock"))
+        except OSError as error:
+            raise write_error(folder, error) from error
+        output = stack.enter_context(open_output(folder, STEP, RepairSidecar, **wanted))
+        if output.finished is not None:
+            return output.finished
+        with timed(seconds, "fit"), threads_for(0):  # one thread: the same bytes whatever their number
+            repair = fit_repair(pairs, scale, _SEED)
+        output.start()
+        if repair.map_DD is not None:
+            write_repair(output.work, repair.map_DD.numpy())
+        written = [] if repair.map_DD is None else [record(output.work / REPAIR, output.work)]
+        judged = {name: value for name, value in vars(repair).items() if name != "map_DD"}
+        figures = RepairFigures(repaired=repair.map_DD is not None, **judged)
+        return output.commit(counts={}, seconds=seconds, outputs=written, result=figures)
+
+
+def describe_repair(found: RepairFigures) -> str:
+    """Say what was decided, and by what."""
+    before, after = found.recall_at_1
+    if found.repaired:
+        return f"Teacher's held-out R@1 {before:.1%} → {after:.1%}: repaired (--repair none leaves it as it is)."
+    return f"Teacher left as it is: held-out R@1 {before:.1%}, and no clear gain from a repair."
+
+
+def teacher_scale(embeddings: Embeddings) -> float:
+    """Return the logit scale of the model, exp(logit_scale), as recorded, else the usual one."""
+    recorded = None if embeddings.model is None else embeddings.model.logit_scale
+    return MAX_SCALE if recorded is None else float(recorded)
+
+
+def _read_pairs(embeddings: Embeddings) -> Pairs:
+    """Read pairs, at most `MAX_PAIRS`: those of the highest key fractions of some files, and none that runs hold out.
+
+    Where there are more pairs than are needed, none that any ``--val-fraction`` holds out is read.
+    """
+    numbers, fractions, captions = list[npt.NDArray[np.int64]](), list[npt.NDArray[np.float64]](), list[pa.Array]()
+    order = np.random.default_rng(_SEED).permutation(len(embeddings.files))
+    left = _ROWS_CONSIDERED
+    for file in (embeddings.files[place] for place in order):
+        if left <= 0:
+            break
+        count = min(file.rows, left)
+        left -= count
+        numbers.append(file.first + np.arange(count))
+        fractions.append(key_fractions(embeddings.keys_of(file)[:count].to_pylist()))
+        captions += embeddings.captions_of(file)[:count].chunks
+    number_M, fraction_M, caption_M = np.concatenate(numbers), np.concatenate(fractions), pa.chunked_array(captions)
+    usable_M = (fraction_M >= _HELD_OUT_BY_RUNS) & (pc.utf8_length(caption_M).to_numpy() > 0)
+    places = np.flatnonzero(usable_M)
+    places = places[np.argsort(-fraction_M[places], kind="stable")[:MAX_PAIRS]]
+    images, texts = (
+        torch.from_numpy(embeddings.rows(kind).take(number_M[places])).float() for kind in (Kind.IMAGES, Kind.TEXTS)
+    )
+    hashes = torch.tensor([derive_seed(caption) for caption in caption_M.take(places).to_pylist()])
+    is_finite = images.isfinite().all(dim=1) & texts.isfinite().all(dim=1)
+    pairs = Pairs(torch.nn.functional.normalize(images), torch.nn.functional.normalize(texts), hashes)
+    return pairs.take(is_finite.nonzero()[:, 0])

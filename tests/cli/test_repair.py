@@ -1,0 +1,164 @@
+"""The repair of a teacher from the command line: what is decided, where it is kept, and that nothing else moves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import Run, make_image, start_clipcid, write_tar
+from distill_data import STUDENT, losses, student_bytes
+
+Clipcid = Callable[..., Run]
+NUM_PAIRS, NUM_CAPTIONS, WIDTH = 400, 100, 64
+DISTILL = ("distill", "pairs.tar", "--embeddings", "teacher", "--student", "student.json", "--batch-size", 32)
+DISTILL += ("--steps", 3, "--workers", 0, "--val-fraction", 0.1)
+CLUSTER = ("cluster", "--embeddings", "teacher", "--num-clusters", 16, "--iterations", 3)
+
+
+def unit(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def make_place(folder: Path, *, turned: bool) -> Path:
+    """Write pairs, whose captions repeat, and the rows of a teacher: a sound one, or one whose images were all rotated."""
+    random = np.random.default_rng(0)
+    number = np.arange(NUM_PAIRS) % NUM_CAPTIONS
+    captions = unit(random.normal(size=(NUM_CAPTIONS, WIDTH)))
+    images = unit(captions[number] + 0.05 * random.normal(size=(NUM_PAIRS, WIDTH)))
+    if turned:
+        images = images @ np.linalg.qr(random.normal(size=(WIDTH, WIDTH)))[0]
+    keys = [f"{row:05d}" for row in range(NUM_PAIRS)]
+    for kind, rows in (("img_emb", images), ("text_emb", captions[number])):
+        (folder / "teacher" / kind).mkdir(parents=True)
+        np.save(folder / "teacher" / kind / f"{kind}_0000.npy", rows.astype(np.float16))
+    (folder / "teacher" / "metadata").mkdir()
+    table = pa.table({"key": keys, "caption": [f"number {caption}" for caption in number]})
+    pq.write_table(table, folder / "teacher" / "metadata" / "metadata_0000.parquet")
+    members = []
+    for row, (key, caption) in enumerate(zip(keys, number, strict=True)):
+        members += [(f"{key}.png", make_image(row, side=24)), (f"{key}.txt", f"number {caption}".encode())]
+    write_tar(folder / "pairs.tar", members)
+    (folder / "student.json").write_text(json.dumps(STUDENT))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {"turned": True, "sound": False}
+    return {name: make_place(tmp_path_factory.mktemp(name), turned=turned) for name, turned in made.items()}
+
+
+@pytest.fixture
+def turned(places: dict[str, Path], tmp_path: Path) -> Path:
+    return link(places["turned"], tmp_path)
+
+
+@pytest.fixture
+def sound(places: dict[str, Path], tmp_path: Path) -> Path:
+    return link(places["sound"], tmp_path)
+
+
+def link(place: Path, folder: Path) -> Path:
+    for path in place.iterdir():
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+def words(run: Run) -> str:
+    return " ".join(run.stderr.split())
+
+
+def test_cluster_and_distill_take_one_repair(clipcid: Clipcid, turned: Path) -> None:
+    clustered = clipcid(*CLUSTER, "--json")
+    repair = turned / "clipcid-work" / "repair" / "teacher"
+    sidecar = json.loads((repair / "repair.json").read_text())
+    figures = sidecar["result"]
+    assert clustered.json["repair"] == figures
+    assert figures["recall_at_1"][0] < 0.2 < 0.3 < figures["recall_at_1"][1]
+    assert "repaired (--repair none leaves it as it is)" in words(clustered)
+    with np.load(repair / "repair.npz") as arrays:
+        assert arrays["image_map"].shape == (WIDTH, WIDTH)
+        assert arrays["image_map"].dtype == np.float32
+    before = (repair / "repair.npz").stat().st_mtime_ns
+
+    taught = clipcid(*DISTILL, "--preset", "cid", "--name", "cid", "--json")
+    assert taught.json["repair"] == figures
+    assert (repair / "repair.npz").stat().st_mtime_ns == before
+    run = turned / "clipcid-work" / "distill" / "cid"
+    hashes = {each["hash"] for each in json.loads((run / "distill.json").read_text())["inputs"]}
+    assert sidecar["outputs"][0]["hash"] in hashes
+    assert "repaired" in (run / "report.html").read_text()
+
+    refused = clipcid(*DISTILL, "--preset", "cid", "--name", "other", "--repair", "none", check=False)
+    assert refused.returncode == 1
+    assert "are of a repaired teacher, and this run has its teacher as it is" in words(refused)
+    assert "clipcid cluster" in words(refused)
+    assert "--repair none" in words(refused)
+
+
+def test_the_repaired_rows_teach(clipcid: Clipcid, turned: Path) -> None:
+    told = {
+        name: words(clipcid(*DISTILL, "--name", name, *flags))
+        for name, flags in (("repaired", ()), ("raw", ("--repair", "none")))
+    }
+    before, after = json.loads((turned / "clipcid-work/repair/teacher/repair.json").read_text())["result"]["log_rank"]
+    assert f"(trust in the teacher {np.exp(after - before):.2f}, by its repair)" in told["repaired"]
+    assert "trust" not in told["raw"]
+    runs = turned / "clipcid-work" / "distill"
+    assert losses(runs / "repaired") != losses(runs / "raw")
+    # A repair that was removed is made again to the same bytes: the run is the one that is there.
+    shutil.rmtree(turned / "clipcid-work" / "repair")
+    assert "finished" in words(clipcid(*DISTILL, "--name", "repaired"))
+
+
+def test_a_sound_teacher_stays_to_the_bit(clipcid: Clipcid, sound: Path) -> None:
+    work = sound / "clipcid-work"
+    chosen = clipcid(*DISTILL, "--name", "auto", "--json")
+    clipcid(*DISTILL, "--name", "none", "--repair", "none")
+    assert "Teacher left as it is" in words(chosen)
+    assert "repair" not in chosen.json
+    assert student_bytes(work / "distill" / "auto") == student_bytes(work / "distill" / "none")
+    assert [path.name for path in (work / "repair" / "teacher").glob("[!.]*")] == ["repair.json"]
+    # The same run, however it was asked for: nothing is refused, nothing trained again.
+    assert "finished" in words(clipcid(*DISTILL, "--name", "auto", "--repair", "none"))
+
+
+def test_a_dry_run_decides_nothing(clipcid: Clipcid, turned: Path) -> None:
+    dry = clipcid(*CLUSTER, "--dry-run")
+    assert "a run decides whether it is repaired" in words(dry)
+    assert not (turned / "clipcid-work").exists()
+    clipcid(*CLUSTER)
+    assert "repaired (--repair none leaves it as it is)" in words(clipcid(*CLUSTER, "--dry-run"))
+
+
+def test_two_processes_make_the_same_bytes(clipcid: Clipcid, torchrun: Clipcid, turned: Path) -> None:
+    clipcid(*CLUSTER, "--work", "one")
+    torchrun(2, *CLUSTER, "--work", "two")
+    for file in ("repair/teacher/repair.npz", "clusters/centroids.npy", "clusters/clusters.parquet"):
+        assert (turned / "one" / file).read_bytes() == (turned / "two" / file).read_bytes()
+
+
+def test_a_repair_of_other_rows_is_made_again(clipcid: Clipcid, turned: Path, places: dict[str, Path]) -> None:
+    clipcid(*CLUSTER)
+    (turned / "teacher").unlink()
+    (turned / "teacher").symlink_to(places["sound"] / "teacher")
+    again = clipcid(*CLUSTER, "--overwrite")
+    assert "Teacher left as it is" in words(again)
+    assert not (turned / "clipcid-work" / "repair" / "teacher" / "repair.npz").exists()
+
+
+def test_a_second_run_waits_for_the_first(turned: Path) -> None:
+    runs = [start_clipcid(*DISTILL, "--name", name, cwd=turned) for name in ("one", "two")]
+    for run in runs:
+        code, (_, said) = run.wait(120), run.read()
+        assert code == 0, said
+        assert "repaired (--repair none" in " ".join(said.split())
+    results = [losses(turned / "clipcid-work" / "distill" / name) for name in ("one", "two")]
+    assert results[0] == results[1]
