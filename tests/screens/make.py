@@ -35,7 +35,7 @@ WIDTHS = (80, 120)
 _FOLDER = "/home/me/clip-data"  # as long as the real one, so that lines break alike
 _DIGITS = r"\d[\d,]*"
 _UNITS = r"/s|%|\s(?:images/s|samples/s|s|ms|MB|GB|MiB|GiB|bytes|pairs|iterations|hours)"
-_HASH = re.compile(r"(?<=blake2b:)[0-9a-f]{32}")
+_HASH = re.compile(r"(?<=blake2b:)[0-9a-f]{32}|(?<=\", \")[0-9a-f]{16}(?=\"\])")
 # What differs from run to run, or between machines.
 _VARYING = re.compile(
     rf"(?<![\w.-])(?:{_DIGITS})?\.?\d+e[+-]?\d+"  # 1.5e-06
@@ -99,7 +99,7 @@ def _play(scene: Scene, place: Path, width: int) -> str:
     text, code = run_in_terminal(run, width)
     if log:
         text += (place / log).read_text(encoding="utf-8")
-    text = _HASH.sub("0" * 32, text.replace(str(place), _FOLDER))
+    text = _HASH.sub(lambda found: "0" * len(found[0]), text.replace(str(place), _FOLDER))
     if not scene.exact:
         text = _LAST_COLUMN.sub(_hide, _VARYING.sub(_hide, text))
     return f"=== {scene.about}\n$ {scene.command}\n{text.lstrip()}[exit {code}]\n"

@@ -133,6 +133,7 @@ class ForestSink:
         a, b = (each.astype(row_type(self._num_rows), copy=False) for each in (edges.a, edges.b))
         self._added.append(Edges(a, b, edges.weight))
         self._num_added += len(edges)
+        del edges, a, b  # to merge needs their memory
         if self._num_added >= max(_MIN_FOLD, len(self._forest) // 4):
             self.result()
         elif len(self._added) >= _MAX_PIECES:
