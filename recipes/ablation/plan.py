@@ -28,7 +28,7 @@ LARGE_STEPS = 500
 LARGE_RATES = (6e-3, 3e-3, 1.5e-3)
 # On photographs: 7.8 M parameters at 64 px, of which 6.3 M are token embeddings; eight epochs of 3,068.
 PHOTOGRAPH_STUDENT, PHOTOGRAPH_STEPS = "../foreign-teacher/student", 400
-PHOTOGRAPH_RATES = (3e-3, 6e-3, 1.5e-3)
+PHOTOGRAPH_RATES = (3e-3, 1.5e-3, 6e-3)
 WIDTHS = {STUDENT: 96, LARGE_STUDENT: 192, PHOTOGRAPH_STUDENT: 128}
 CLUSTERS = "joint-256"
 BOTH_TOWERS = ("--cluster-towers", "both")
@@ -37,6 +37,10 @@ FEW = ("--candidate-ratio", "0.1", "--min-candidates", "1")
 # What a run may read beside images and their captions; `inputs.py` makes it. Stored views of strong crops and of mixed
 # images; variants of captions; texts without images.
 EXTRAS = ("strong", "mix", "variants", "texts")
+# Stored views of an image, of all kinds together; and the numbers of mixed views alone that are tried.
+VIEWS, FEWER_VIEWS = 8, (2, 4, 8)
+# Shares of the pairs whose captions are exchanged with one another.
+NOISE = (0.2, 0.5, 0.8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +101,13 @@ class Setting:
         weights: Weights of all losses, for `student`.
         lr: Peak learning rate.
         extras: Names of `EXTRAS`.
+        views: How many stored views of an image, where `extras` has any.
         optimizer: ``muon`` or ``adamw``.
         student: The name of its file, without suffix.
         keep: Keep list: ``all``, ``single``, ``star`` or ``random``.
         clusters: Which clusters, ``FEATURES-K`` or ``FEATURES-K-pPERPLEXITY``; None where no loss asks.
+        repair: ``--repair`` of ``distill`` and ``cluster``.
+        noise: Share of the pairs whose captions are exchanged with one another.
         flags: Further flags of ``distill``.
     """
 
@@ -108,12 +115,15 @@ class Setting:
     weights: Mapping[str, float]
     lr: float
     extras: tuple[str, ...] = ()
+    views: int = VIEWS
     optimizer: str = "muon"
     student: str = STUDENT
     steps: int = STEPS
     batch_size: int = BATCH_SIZE
     keep: str = "all"
     clusters: str | None = None
+    repair: str = "auto"
+    noise: float = 0.0
     flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -145,7 +155,8 @@ def recipe(name: str, lr: float, factor: float) -> Setting:
     weights = {first: held, **{loss: weight * factor for loss, weight in others}}
     label = f"{name}/lr{lr:g}" + ("" if factor == 1 else f"-x{factor:.2g}")
     clusters: dict[str, Any] = {"clusters": CLUSTERS, "flags": BOTH_TOWERS} if "cluster" in weights else {}
-    return Setting(label, weights, lr, RECIPES[name].extras, RECIPES[name].optimizer, **clusters)
+    extras, optimizer = RECIPES[name].extras, RECIPES[name].optimizer
+    return Setting(label, weights, lr, extras, optimizer=optimizer, **clusters)
 
 
 def rates_tried(name: str) -> list[Setting]:
@@ -243,9 +254,10 @@ def large_students(name: str, log: Log) -> list[Setting]:
     return _at_rates(tuned(name, log), "large", LARGE_STUDENT, LARGE_STEPS, LARGE_RATES)
 
 
-def photograph_students(name: str, log: Log) -> list[Setting]:
-    """Return a recipe at the weights that are best on drawings, for photographs, at each rate."""
-    return _at_rates(tuned(name, log), "photographs", PHOTOGRAPH_STUDENT, PHOTOGRAPH_STEPS, PHOTOGRAPH_RATES)
+def photograph_students(name: str, drawings: Log) -> list[Setting]:
+    """Return a recipe at the weights that are best on drawings, for photographs and pairs alone, at each rate."""
+    base = dataclasses.replace(tuned(name, drawings), extras=())
+    return _at_rates(base, "photographs", PHOTOGRAPH_STUDENT, PHOTOGRAPH_STEPS, PHOTOGRAPH_RATES)
 
 
 def _at_rates(base: Setting, label: str, student: str, steps: int, rates: Iterable[float]) -> list[Setting]:
@@ -255,10 +267,31 @@ def _at_rates(base: Setting, label: str, student: str, steps: int, rates: Iterab
     return [dataclasses.replace(changed, name=f"{base.name}/{label}-lr{lr:g}", lr=lr) for lr in rates]
 
 
+def unrepaired(name: str, log: Log, drawings: Log) -> Setting:
+    """Return a recipe at its best rate on photographs with the teacher as it is."""
+    return _changed(best(photograph_students(name, drawings), log), "no repair", repair="none")
+
+
 def photograph_changes(log: Log, drawings: Log) -> list[Setting]:
-    """Return `fd-instance` at its best rate on photographs on the pairs alone, and with more of what the captions say."""
-    base = best(photograph_students("fd-instance", drawings), log)
-    return [_changed(base, "no extras", extras=()), *nearer_to_captions(base)]
+    """Return `fd-instance` at its best rate on photographs with what is stored beside the pairs."""
+    return [fewer_views(best(photograph_students("fd-instance", drawings), log), FEWER_VIEWS[0])]
+
+
+def fewer_views(base: Setting, views: int) -> Setting:
+    """Return a setting that reads this many mixed views and texts, no strong views and no variants."""
+    return _changed(base, f"{views} mixed views, texts", extras=("mix", "texts"), views=views)
+
+
+def worth_storing(log: Log) -> list[Setting]:
+    """Return `fd-instance` at its best trial with less stored for each pair."""
+    base = tuned("fd-instance", log)
+    fewest = _changed(base, f"{FEWER_VIEWS[0]} mixed views", extras=("mix",), views=FEWER_VIEWS[0])
+    return [*(fewer_views(base, views) for views in FEWER_VIEWS), fewest]
+
+
+def noisy(name: str, share: float, log: Log) -> Setting:
+    """Return a recipe at its best trial on the pairs alone, with some captions exchanged."""
+    return _changed(tuned(name, log), f"{share:.0%} exchanged", extras=(), noise=share)
 
 
 def large_batches(name: str, log: Log) -> list[Setting]:
@@ -325,13 +358,16 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds((longer(name, log) for name in SCALED), FIRST_SEEDS)
     yield _seeds((best(large_students(name, log), log) for name in SCALED), FIRST_SEEDS)
     yield _seeds(cid_variants(log), FIRST_SEEDS)
+    yield _seeds(worth_storing(log), FIRST_SEEDS)
+    yield _seeds((noisy(name, share, log) for share in NOISE for name in SCALED), SEEDS[:1])
 
 
 def photographs(log: Log, drawings: Log) -> Iterator[list[Run]]:
-    """Yield the runs on photographs: trials of the rates, and the best with each of the first seeds."""
+    """Yield the runs on photographs: trials of the rates, and the best with each of the first seeds, repaired and not."""
     settings = {name: photograph_students(name, drawings) for name in SCALED}
     yield _seeds((setting for of in settings.values() for setting in of), SEEDS[:1])
     yield _seeds((best(of, log) for of in settings.values()), FIRST_SEEDS)
+    yield _seeds((unrepaired(name, log, drawings) for name in SCALED if name != "clip"), FIRST_SEEDS)
     yield _seeds(photograph_changes(log, drawings), FIRST_SEEDS)
 
 
