@@ -14,8 +14,6 @@ from clipcid_cli.algorithms.losses.cluster import cluster_targets, draw_candidat
 from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
 
 B, D, K, M = 7, 5, 12, 3
-# Some captions are equal.
-CAPTIONS = np.array([0, 1, 0, 2, 1, 0, 3])
 SCALE, BIAS, STUDENT_SCALE, TEACHER_SCALE, TAU, ALPHA = 9.0, -1.5, 14.0, 10.0, 0.2, 0.5
 
 # Student s, v and teacher t, u [B, D]; centroids C; stored clusters and similarities; the loss's own σ and bias, and the
@@ -60,7 +58,6 @@ def make_batch(numbers: Numbers, towers: str = "tu", cluster_towers: str = "s", 
         teacher_scale=TEACHER_SCALE,
         image_clusters=targets(numbers["top"]) if "s" in cluster_towers else None,
         text_clusters=targets(numbers["caption_top"]) if "v" in cluster_towers else None,
-        captions_B=torch.from_numpy(CAPTIONS),
         own=own,
     )
 
@@ -126,9 +123,8 @@ def log_softmax(row: np.ndarray) -> np.ndarray:
     return row - top - np.log(sum(np.exp(value - top) for value in row))
 
 
-def cross_entropy(row: np.ndarray, matching: list[int]) -> float:
-    """Of a target that is uniform over some places."""
-    return -float(np.mean(log_softmax(row)[matching]))
+def cross_entropy(row: np.ndarray, own: int) -> float:
+    return -float(log_softmax(row)[own])
 
 
 def divergence(target: np.ndarray, row: np.ndarray) -> float:
@@ -169,23 +165,22 @@ def formula_rows(  # one branch a loss
     across = [pair for pair, tower in (((s, u), "u"), ((v, t), "t")) if tower in towers]
     beside = [pair for pair, tower in (((s, t), "t"), ((v, u), "u")) if tower in towers]
 
-    def both_ways(i: int, a: np.ndarray, b: np.ndarray, sigma: float, matching: list[int]) -> float:
-        return (cross_entropy(sigma * b @ a[i], matching) + cross_entropy(sigma * a @ b[i], matching)) / 2
+    def both_ways(i: int, a: np.ndarray, b: np.ndarray, sigma: float) -> float:
+        return (cross_entropy(sigma * b @ a[i], i) + cross_entropy(sigma * a @ b[i], i)) / 2
 
     def row(i: int) -> float:
-        equal = [j for j in range(len(v)) if CAPTIONS[j] == CAPTIONS[i]]
         match name:
             case "clip":
-                return both_ways(i, s, v, student_scale, equal)
+                return both_ways(i, s, v, student_scale)
             case "siglip":
-                signs = [1 if j in equal else -1 for j in range(len(v))]
+                signs = [1 if j == i else -1 for j in range(len(v))]
                 return float(sum(np.log1p(np.exp(-z * (scale * s[i] @ v[j] + n["bias"]))) for j, z in enumerate(signs)))
             case "instance":
-                return float(np.mean([both_ways(i, a, b, scale, equal) for a, b in across]))
+                return float(np.mean([both_ways(i, a, b, scale) for a, b in across]))
             case "instance-intra":
-                return float(np.mean([both_ways(i, a, b, scale, [i]) for a, b in beside]))
+                return float(np.mean([both_ways(i, a, b, scale) for a, b in beside]))
             case "icl":
-                return float(np.mean([cross_entropy(scale * b @ a[i], equal) for a, b in across]))
+                return float(np.mean([cross_entropy(scale * b @ a[i], i) for a, b in across]))
             case "fd":
                 return float(sum(sum((a[i] - b[i]) ** 2) for a, b in beside))
             case "mfd":
@@ -201,7 +196,7 @@ def formula_rows(  # one branch a loss
             case "afd":
                 joined = (np.hstack([s, t]), np.hstack([v, u]))
                 fused = [unit(rows @ n["F"][k].T + n["added"][k]) for k, rows in enumerate(joined)]
-                return both_ways(i, *fused, scale, equal)
+                return both_ways(i, *fused, scale)
             case "td":
                 to_text, to_image = TEACHER_SCALE * u @ t[i], TEACHER_SCALE * t @ u[i]
                 confidence = (np.exp(log_softmax(to_text)[i]) + np.exp(log_softmax(to_image)[i])) / 2
@@ -218,8 +213,7 @@ def formula_rows(  # one branch a loss
             case "vrd":
                 teacher_first = divergence(scale_fixed * f["v"] @ u[i], scale * s @ t[i])
                 student_first = divergence(scale_fixed * u @ f["v"][i], scale * t @ s[i])
-                contrasts = both_ways(i, t, s, scale, [i]) + both_ways(i, u, v, scale, [i])
-                return (teacher_first + student_first) / 2 + contrasts
+                return (teacher_first + student_first) / 2 + both_ways(i, t, s, scale) + both_ways(i, u, v, scale)
             case "xrd":
                 p, q = student_fixed * v @ t[i], student_fixed * s @ u[i]
                 fixed_p, fixed_q = student_fixed * f["v"] @ t[i], student_fixed * f["s"] @ u[i]

@@ -1,15 +1,16 @@
 """The repair of a teacher: a linear map of its image rows, after which they meet the text rows.
 
-A teacher's images may be good and their pairing with texts poor. Losses that compare a student with its rows, or with its
-other tower, then teach that pairing. The repair is fitted to pairs, from the identity on, and chosen and accepted by others,
-whose captions it has not seen.
+A teacher's images may be good and their pairing with texts poor. Losses that compare a student with the teacher then teach
+that pairing. The repair is fitted to pairs, from the identity on. How many steps of that are best, and whether the repair is
+better than none, is told by pairs whose captions it has not seen: captions are dealt to five folds, and each fold judges a
+repair that was fitted to the others.
 
-What it is judged by is the **log-rank**, from caption to image: the mean of ln(1 + number of images of other captions nearer
-to the caption than the pair's own). Other measures follow noise: the loss it is fitted by falls for a mere change of
-sharpness, and the rank of captions by an image for what all images have in common, such as which captions are frequent.
-Pairs of one caption rise and fall together, so the standard error counts captions where these are fewer.
+It is judged by the **log-rank**, from caption to image: the mean of ln(1 + number of images of other captions nearer to the
+caption than the pair's own). Other measures follow noise: the loss it is fitted by falls for a mere change of sharpness, and
+the rank of captions by an image for what all images have in common, such as which captions are frequent. Pairs of one
+caption rise and fall together, so the standard error is that of captions where it is the larger.
 
-Shape letters: N pairs, B pairs of a step, D width, C different captions.
+Shape letters: N pairs, D width, C different captions.
 
 Source: ours, docs/method.md#repair-of-the-teacher.
 """
@@ -27,15 +28,12 @@ from torch import Tensor
 
 from clipcid_cli.algorithms.losses.contrastive import contrast_both_ways
 
-# The pairs of which captions are held out, and the most of them; the most that are fitted to.
-_HELD_OUT = 0.2
-_MAX_HELD_OUT = 4_096
-_MAX_FITTED = 32_768
-MAX_PAIRS = _MAX_FITTED + _MAX_HELD_OUT
-"""Pairs that are enough for any data."""
-# With fewer held-out pairs, or fewer different captions of them, nothing can be told.
-_MIN_HELD_OUT = 64
-_MIN_CAPTIONS = 2
+MAX_PAIRS = 10_000
+"""Pairs that are enough for any data; judging costs the square of their number."""
+# With fewer pairs, or different captions, nothing can be told.
+_MIN_PAIRS = 250
+_MIN_CAPTIONS = 4
+_FOLDS = 5
 
 _BATCH = 512
 _LEARNING_RATE = 1e-3
@@ -71,18 +69,16 @@ class Repair:
     Attributes:
         map_DD: The map A, float32 [D, D]; None where it does not help clearly, and the rows stay as they are. Entries are
             multiples of 2⁻¹⁶: products of float16 rows and A, added in float64, are exact in any order.
-        fitted: Pairs that it was fitted to.
-        held_out: Pairs by which it was chosen and accepted.
+        pairs: Pairs that were read.
         captions: Different captions of those.
-        steps: Steps after which it was best; 0 for none.
-        log_rank: Mean log-rank of the held-out pairs, before and after.
+        steps: Steps of the fit after which it was best; 0 for none.
+        log_rank: Mean log-rank of the pairs, before and after.
         standard_error: Of the difference of the two.
-        recall_at_1: Share of the held-out pairs of which no image of another caption is nearer to the caption.
+        recall_at_1: Share of the images whose own caption is the nearest of those of its fold, before and after.
     """
 
     map_DD: Tensor | None
-    fitted: int
-    held_out: int
+    pairs: int
     captions: int
     steps: int
     log_rank: tuple[float, float]
@@ -90,110 +86,126 @@ class Repair:
     recall_at_1: tuple[float, float]
 
 
-def split_by_caption(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs] | None:
-    """Divide pairs into those to fit to and those held out, which have no caption in common; None where they are too few."""
-    captions, number_N, counts = np.unique(pairs.captions_N.numpy(), return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(captions))
-    wanted = min(_MAX_HELD_OUT, _HELD_OUT * len(pairs))
-    num_held_out = 1 + int(np.searchsorted(np.cumsum(counts[order]), wanted))
-    is_held_out = np.isin(number_N, order[:num_held_out])
-    held_out = np.flatnonzero(is_held_out)[:_MAX_HELD_OUT]
-    fitted = np.flatnonzero(~is_held_out)[:_MAX_FITTED]
-    if num_held_out < _MIN_CAPTIONS or min(len(held_out), len(fitted)) < _MIN_HELD_OUT:
-        return None
-    return pairs.take(torch.from_numpy(fitted)), pairs.take(torch.from_numpy(held_out))
+def are_enough(pairs: Pairs) -> bool:
+    """Tell whether a repair can be judged by these pairs."""
+    return len(pairs) >= _MIN_PAIRS and len(np.unique(pairs.captions_N)) >= _MIN_CAPTIONS
 
 
-def fit_repair(fitted: Pairs, held_out: Pairs, scale: float, seed: int) -> Repair:
-    """Fit A, from the identity on, to min CE(norm(tA) ↔ u; scale), where equal captions match, and judge it.
+def fit_repair(pairs: Pairs, scale: float, seed: int) -> Repair:
+    """Fit A, from the identity on, to min CE(norm(tA) ↔ u; scale), and judge it.
 
     The bytes depend on the arguments, PyTorch and the kind of processor, and on the number of its threads: call it with one.
 
     Args:
+        pairs: Enough of them, see `are_enough`.
         scale: The teacher's logit scale (not its logarithm).
     """
-    width = held_out.images_ND.shape[1]
-    judge = _Judge(held_out)
-    before_N = best_N = judge(torch.eye(width))
-    map_DD = torch.eye(width, requires_grad=True)
-    optimiser = torch.optim.Adam([map_DD], lr=_LEARNING_RATE)
-    best_map, best_step = torch.eye(width), 0
-    for step, batch in enumerate(_draw_batches(fitted, seed), 1):
-        moved_BD = F.normalize(batch.images_ND @ map_DD, dim=1)
-        loss = contrast_both_ways(moved_BD, batch.texts_ND, torch.tensor(scale), captions_B=batch.captions_N)
-        optimiser.zero_grad()
-        (loss / (2 * len(batch))).backward()
-        optimiser.step()
-        if step % _JUDGED_EVERY:
-            continue
-        found = _on_grid(map_DD.detach())
-        found_N = judge(found)
-        if found_N.mean() < best_N.mean():
-            best_map, best_step, best_N = found, step, found_N
-        if step == _MAX_STEPS or step - best_step >= _PATIENCE:
-            break
+    fold_N = deal_captions(pairs.captions_N, seed)
+    folds = range(int(fold_N.max()) + 1)
+    fits = [_Fit(pairs.take(fold_N != fold), scale, seed) for fold in folds]
+    judges = [_Judge(pairs.take(fold_N == fold)) for fold in folds]
+    captions = torch.cat([judge.captions_N for judge in judges])
+
+    def judge() -> tuple[Tensor, float]:
+        found = [judge(fit.map_DD.detach()) for judge, fit in zip(judges, fits, strict=True)]
+        return torch.cat([ranks for ranks, _ in found]), sum(nearest for _, nearest in found) / len(pairs)
+
+    before_N, recall_before = best_N, recall = judge()
+    best_step = 0
+    for step in range(1, _MAX_STEPS + 1):
+        for fit in fits:
+            fit.step()
+        if step % _JUDGED_EVERY == 0:
+            found_N, found_recall = judge()
+            if found_N.mean() < best_N.mean():
+                best_step, best_N, recall = step, found_N, found_recall
+            if step - best_step >= _PATIENCE:
+                break
     gain_N = before_N - best_N
-    error = standard_error(gain_N, judge.number_N)
-    is_clear = best_step > 0 and float(gain_N.mean()) >= _CLEAR * error
+    error = standard_error(gain_N, captions)
+    map_DD = None
+    if best_step and float(gain_N.mean()) >= _CLEAR * error:
+        whole = _Fit(pairs, scale, seed)
+        for _ in range(best_step):
+            whole.step()
+        map_DD = (whole.map_DD.detach() / _GRID).round() * _GRID
     return Repair(
-        map_DD=best_map if is_clear else None,
-        fitted=len(fitted),
-        held_out=len(held_out),
-        captions=len(judge.texts_CD),
+        map_DD=map_DD,
+        pairs=len(pairs),
+        captions=len(np.unique(captions)),
         steps=best_step,
         log_rank=(float(before_N.mean()), float(best_N.mean())),
         standard_error=error,
-        recall_at_1=(_nearest(before_N), _nearest(best_N)),
+        recall_at_1=(recall_before, recall),
     )
 
 
+def deal_captions(captions_N: Tensor, seed: int) -> Tensor:
+    """Deal different captions, four at least, to folds of about as many pairs; return the fold of each pair, int64 [N]."""
+    captions, number_N, counts = np.unique(captions_N, return_inverse=True, return_counts=True)
+    num_folds = min(_FOLDS, len(captions) // 2)
+    order = np.random.default_rng(seed).permutation(len(captions))
+    middles = np.cumsum(counts[order]) - counts[order] / 2
+    fold_C = np.empty(len(captions), dtype=np.int64)
+    fold_C[order] = middles * num_folds // len(number_N)
+    return torch.from_numpy(fold_C[number_N])
+
+
+class _Fit:
+    """A repair in the making."""
+
+    def __init__(self, pairs: Pairs, scale: float, seed: int) -> None:
+        width = pairs.images_ND.shape[1]
+        self.map_DD = torch.eye(width, requires_grad=True)
+        self._scale = torch.tensor(scale)
+        self._optimiser = torch.optim.Adam([self.map_DD], lr=_LEARNING_RATE)
+        self._batches = _draw_batches(pairs, seed)
+
+    def step(self) -> None:
+        batch = next(self._batches)
+        moved = F.normalize(batch.images_ND @ self.map_DD, dim=1)
+        total = contrast_both_ways(moved, batch.texts_ND, self._scale)
+        self._optimiser.zero_grad()
+        (total / (2 * len(batch))).backward()  # type: ignore[no-untyped-call]
+        self._optimiser.step()
+
+
 def _draw_batches(pairs: Pairs, seed: int) -> Iterator[Pairs]:
-    """Yield batches of the pairs in a new order for each pass, without end."""
+    """Yield batches of the pairs without end, in a new order for each pass."""
     generator = torch.Generator().manual_seed(seed)
+    size = min(_BATCH, len(pairs))
     while True:
-        for places in torch.randperm(len(pairs), generator=generator).split(_BATCH):
-            yield pairs.take(places)
-
-
-def _on_grid(map_DD: Tensor) -> Tensor:
-    return (map_DD / _GRID).round() * _GRID
+        order = torch.randperm(len(pairs), generator=generator)
+        for start in range(0, len(pairs) - size + 1, size):
+            yield pairs.take(order[start : start + size])
 
 
 class _Judge:
-    """Tells how well captions find their images among those of other captions.
+    """Tells how well the captions of a fold find their images, and images their captions.
 
     Attributes:
-        texts_CD: The rows of the different captions.
-        number_N: Which of them is each pair's.
+        captions_N: The caption of each of its pairs.
     """
 
     def __init__(self, pairs: Pairs) -> None:
-        _, firsts, numbers = np.unique(pairs.captions_N.numpy(), return_index=True, return_inverse=True)
-        self.texts_CD, self.number_N = pairs.texts_ND[torch.from_numpy(firsts)], torch.from_numpy(numbers)
-        self._images_ND = pairs.images_ND
-        self._is_other_NN = self.number_N[:, None] != self.number_N
+        _, firsts, numbers = np.unique(pairs.captions_N, return_index=True, return_inverse=True)
+        self.captions_N, self._number_N = pairs.captions_N, torch.from_numpy(numbers)
+        self._images_ND, self._texts_CD = pairs.images_ND, pairs.texts_ND[torch.from_numpy(firsts)]
+        self._is_other_NN = self._number_N[:, None] != self._number_N
 
-    def __call__(self, map_DD: Tensor) -> Tensor:
-        """Return the log-rank of each pair with this map, float64 [N]."""
-        cosines_CN = self.texts_CD @ F.normalize(self._images_ND @ map_DD, dim=1).T
-        cosines_NN = cosines_CN[self.number_N]
+    def __call__(self, map_DD: Tensor) -> tuple[Tensor, int]:
+        """Return the log-rank of each pair with this map, float64 [N], and how many images are nearest to their caption."""
+        cosines_CN = self._texts_CD @ F.normalize(self._images_ND @ map_DD, dim=1).T
+        cosines_NN = cosines_CN[self._number_N]
         nearer_N = ((cosines_NN > cosines_NN.diagonal()[:, None]) & self._is_other_NN).sum(dim=1)
-        return nearer_N.double().log1p()
+        return nearer_N.double().log1p(), int((cosines_CN.argmax(dim=0) == self._number_N).sum())
 
 
 def standard_error(values_N: Tensor, captions_N: Tensor) -> float:
-    """Return that of the mean of some values, float64: the larger of what single pairs and what whole captions give.
-
-    Args:
-        captions_N: Number of each one's caption, from 0, int64; at least two differ.
-    """
-    offsets_N = values_N - values_N.mean()
-    of_captions_C = torch.zeros(int(captions_N.max()) + 1, dtype=offsets_N.dtype).index_add(0, captions_N, offsets_N)
+    """Return that of the mean of some values, float64: the larger of what single pairs and what whole captions give."""
+    _, number_N = np.unique(captions_N, return_inverse=True)
+    of_captions_C = np.bincount(number_N, weights=values_N - values_N.mean())
     total = len(of_captions_C)
     by_pairs = float(values_N.std()) / math.sqrt(len(values_N))
-    by_captions = math.sqrt(float(of_captions_C.square().sum()) * total / (total - 1)) / len(values_N)
+    by_captions = math.sqrt(float((of_captions_C**2).sum()) * total / (total - 1)) / len(values_N)
     return max(by_pairs, by_captions)
-
-
-def _nearest(log_rank_N: Tensor) -> float:
-    return float((log_rank_N == 0).double().mean())

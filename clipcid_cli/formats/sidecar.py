@@ -146,17 +146,16 @@ class ForestSidecar(Sidecar, kw_only=True):
 
 
 class RepairFigures(msgspec.Struct):
-    """How well the captions of pairs that were held out find their images, before and after the repair of a teacher.
+    """How captions that a repair of a teacher was not fitted to find their images, before and after it.
 
     Attributes:
         repaired: Whether the repair is taken.
         steps: Those of the fit after which it was best.
         log_rank: Mean of ln(1 + images of other captions nearer to the caption than its own), before and after.
         standard_error: Of the difference of the two.
-        recall_at_1: Share of the pairs of which no image of another caption is nearer, before and after.
-        captions: Different captions of the pairs held out.
-        held_out: Those pairs.
-        fitted: Pairs that it was fitted to.
+        recall_at_1: Share of the images whose own caption is the nearest, before and after.
+        pairs: Pairs that it was fitted to and judged by.
+        captions: Different captions of those.
     """
 
     repaired: bool
@@ -164,9 +163,8 @@ class RepairFigures(msgspec.Struct):
     log_rank: tuple[float, float]
     standard_error: float
     recall_at_1: tuple[float, float]
+    pairs: int
     captions: int
-    held_out: int
-    fitted: int
 
 
 class RepairSidecar(Sidecar, kw_only=True):

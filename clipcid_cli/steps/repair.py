@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from clipcid_cli.algorithms.repair import MAX_PAIRS, Pairs, fit_repair, split_by_caption
+from clipcid_cli.algorithms.repair import MAX_PAIRS, Pairs, are_enough, fit_repair
 from clipcid_cli.formats.atomic import write_error
 from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap
 from clipcid_cli.formats.embeddings.kinds import Kind
@@ -59,40 +61,46 @@ def repair_teacher(
         reporter.note("Teacher: a run decides whether it is repaired (--repair none leaves it as it is).")
         return embeddings, None
     if found is None:
-        split = split_by_caption(_read_pairs(embeddings), _SEED)
-        if split is None:
+        pairs = _read_pairs(embeddings)
+        if not are_enough(pairs):
             reporter.note("Teacher left as it is: too few pairs, or different captions, to judge a repair by.")
             return embeddings, None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            waiting = lock(folder / ".lock")
-        except OSError as error:
-            raise write_error(folder, error) from error
-        with waiting, open_output(folder, STEP, RepairSidecar, **wanted) as output:
-            found = output.finished  # another run may just have made it
-            if found is None:
-                output.start()
-                seconds = dict[str, float]()
-                with timed(seconds, "fit"), threads_for(0):  # one thread: the same bytes whatever their number
-                    repair = fit_repair(*split, scale, _SEED)
-                if repair.map_DD is not None:
-                    write_repair(output.work, repair.map_DD.numpy())
-                figures = RepairFigures(
-                    repaired=repair.map_DD is not None,
-                    steps=repair.steps,
-                    log_rank=repair.log_rank,
-                    standard_error=repair.standard_error,
-                    recall_at_1=repair.recall_at_1,
-                    captions=repair.captions,
-                    held_out=repair.held_out,
-                    fitted=repair.fitted,
-                )
-                written = [] if repair.map_DD is None else [record(output.work / REPAIR, output.work)]
-                found = output.commit(counts={}, seconds=seconds, outputs=written, result=figures)
+        with reporter.progress("repair", None, "pairs"):
+            found = _decide(folder, pairs, scale, wanted)
     reporter.note(describe_repair(found.result))
     if not found.result.repaired:
         return embeddings, found.result
     return embeddings.mapped(RowMap(read_repair(folder), record(folder / REPAIR))), found.result
+
+
+def _decide(folder: Path, pairs: Pairs, scale: float, wanted: dict[str, Any]) -> RepairSidecar:
+    """Fit, judge and record a repair, unless another run does, which is waited for."""
+    seconds = dict[str, float]()
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(folder / ".lock"))
+        except OSError as error:
+            raise write_error(folder, error) from error
+        output = stack.enter_context(open_output(folder, STEP, RepairSidecar, **wanted))
+        if output.finished is not None:
+            return output.finished
+        with timed(seconds, "fit"), threads_for(0):  # one thread: the same bytes whatever their number
+            repair = fit_repair(pairs, scale, _SEED)
+        output.start()
+        if repair.map_DD is not None:
+            write_repair(output.work, repair.map_DD.numpy())
+        written = [] if repair.map_DD is None else [record(output.work / REPAIR, output.work)]
+        figures = RepairFigures(
+            repaired=repair.map_DD is not None,
+            steps=repair.steps,
+            log_rank=repair.log_rank,
+            standard_error=repair.standard_error,
+            recall_at_1=repair.recall_at_1,
+            pairs=repair.pairs,
+            captions=repair.captions,
+        )
+        return output.commit(counts={}, seconds=seconds, outputs=written, result=figures)
 
 
 def describe_repair(found: RepairFigures) -> str:

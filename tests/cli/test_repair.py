@@ -80,7 +80,7 @@ def test_cluster_and_distill_take_one_repair(clipcid: Clipcid, turned: Path) -> 
     sidecar = json.loads((repair / "repair.json").read_text())
     figures = sidecar["result"]
     assert clustered.json["repair"] == figures
-    assert figures["recall_at_1"][0] < 0.1 < 0.2 < figures["recall_at_1"][1]
+    assert figures["recall_at_1"][0] < 0.2 < 0.3 < figures["recall_at_1"][1]
     assert "repaired (--repair none leaves it as it is)" in words(clustered)
     with np.load(repair / "repair.npz") as arrays:
         assert arrays["image_map"].shape == (WIDTH, WIDTH)

@@ -52,7 +52,6 @@ class LossBatch:
         extra_text_ED: Student features v' of texts without images: this process's own, all where `own` is all.
         teacher_extra_text_ED: The teacher's features u of the same texts.
         num_extra: Texts without images in the global batch.
-        captions_B: Numbers of the captions that are shown, int64: equal for equal captions.
         own: The rows whose queries this process takes, step 1; all by default.
     """
 
@@ -72,7 +71,6 @@ class LossBatch:
     extra_text_ED: Tensor | None = None
     teacher_extra_text_ED: Tensor | None = None
     num_extra: int = 0
-    captions_B: Tensor | None = None
     own: slice = dataclasses.field(default_factory=lambda: slice(None))
 
     def __len__(self) -> int:

@@ -1,13 +1,8 @@
-"""Contrastive losses: the matching row of the other side is told from all other rows of the global batch.
-
-Where images are told from captions, equal captions match equally well: the target is uniform over them. Where all captions
-of a batch differ, losses and gradients are to the bit those of one matching row.
-"""
+"""Contrastive losses: the matching row of the other side is told from all other rows of the global batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +12,7 @@ from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.row_blocks import Similarities, add, sum_both_ways, sum_one_way
 
 
-def contrast_both_ways(
-    left_BD: Tensor, right_BD: Tensor, scale: Tensor, own: slice = slice(None), captions_B: Tensor | None = None
-) -> Tensor:
+def contrast_both_ways(left_BD: Tensor, right_BD: Tensor, scale: Tensor, own: slice = slice(None)) -> Tensor:
     """2B times CE(A ↔ B; σ) of docs/method.md#notation, InfoNCE: each row of both sides picks its own among the other's.
 
     Args:
@@ -27,41 +20,19 @@ def contrast_both_ways(
         right_BD: Unit rows; row i belongs to left row i.
         scale: Logit scale σ (not its logarithm), a scalar.
         own: The queries of this process.
-        captions_B: As for `matching_cross_entropy`.
 
     Returns:
         Sum of the cross-entropies of the own queries, in nats, a scalar; log B each for uninformative features.
 
     Source: Radford et al. 2021 (CLIP, arXiv 2103.00020), figure 3; van den Oord et al. 2018 (arXiv 1807.03748), eq. 4.
     """
-    block_sum = partial(matching_cross_entropy, captions_B=captions_B)
-    return sum_both_ways(block_sum, own, Similarities(left_BD, right_BD, scale))
+    return sum_both_ways(matching_cross_entropy, own, Similarities(left_BD, right_BD, scale))
 
 
-def matching_cross_entropy(first: int, logits_bB: Tensor, captions_B: Tensor | None = None) -> Tensor:
-    """Sum over rows r of −Σ_j q_j·log softmax(row)[j], a scalar; q is uniform over the columns that match row first + r.
-
-    Args:
-        captions_B: Numbers of the captions, int64: columns with the caption of row first + r match it; None: that column
-            alone does.
-
-    Source: uniform targets over equal captions are our addition, docs/method.md#equal-captions.
-    """
+def matching_cross_entropy(first: int, logits_bB: Tensor) -> Tensor:
+    """Sum over rows r of −log softmax(row)[first + r], a scalar."""
     matching = torch.arange(first, first + len(logits_bB), device=logits_bB.device)
-    total = F.cross_entropy(logits_bB, matching, reduction="sum")
-    if captions_B is None:
-        return total
-    equal_bB = _equal_captions(first, logits_bB, captions_B)
-    # From all of the target on the row's own column to q: exactly 0 where no other caption is equal.
-    shift_bB = -equal_bB / equal_bB.sum(dim=1, keepdim=True)
-    shift_bB.diagonal(first).add_(1)
-    return total + (logits_bB * shift_bB).sum()
-
-
-def _equal_captions(first: int, logits_bB: Tensor, captions_B: Tensor) -> Tensor:
-    """Return 1 where a column's caption is that of row first + r, else 0, [b, B]."""
-    own_b = captions_B[first : first + len(logits_bB)]
-    return (own_b[:, None] == captions_B).to(logits_bB.dtype)
+    return F.cross_entropy(logits_bB, matching, reduction="sum")
 
 
 def clip(batch: LossBatch) -> Tensor:
@@ -69,27 +40,20 @@ def clip(batch: LossBatch) -> Tensor:
 
     Source: Radford et al. 2021 (arXiv 2103.00020).
     """
-    total = contrast_both_ways(batch.image_Bd, batch.text_Bd, batch.student_scale, batch.own, batch.captions_B)
+    total = contrast_both_ways(batch.image_Bd, batch.text_Bd, batch.student_scale, batch.own)
     return total / (2 * len(batch))
 
 
 def siglip(batch: LossBatch, scale: Tensor, bias: Tensor) -> Tensor:
-    """−1/B Σ_i Σ_j log σ(z_ij·(scale·s_i·v_j + bias)): each pair alone is told matching or not.
+    """−1/B Σ_i Σ_j log σ(z_ij·(scale·s_i·v_j + bias)), z = 1 where i = j, else −1: each pair alone is told matching or not.
 
-    z = 1 where i = j or their captions are equal, else −1.
-
-    Source: Zhai et al. 2023 (SigLIP, arXiv 2303.15343), eq. 1; equal captions are our addition.
+    Source: Zhai et al. 2023 (SigLIP, arXiv 2303.15343), eq. 1.
     """
 
     def block_sum(first: int, logits_bB: Tensor) -> Tensor:
         pairs_bB = logits_bB + bias
         # −log σ(−x) is softplus(x), and −log σ(x) is that less x.
-        total = F.softplus(pairs_bB).sum() - pairs_bB.diagonal(first).sum()
-        if batch.captions_B is None:
-            return total
-        others_bB = _equal_captions(first, logits_bB, batch.captions_B)
-        others_bB.diagonal(first).sub_(1)
-        return total - (pairs_bB * others_bB).sum()
+        return F.softplus(pairs_bB).sum() - pairs_bB.diagonal(first).sum()
 
     compared = Similarities(batch.image_Bd, batch.text_Bd, scale)
     return sum_one_way(block_sum, batch.own, compared) / len(batch)
@@ -103,10 +67,7 @@ def instance(batch: LossBatch, scale: Tensor) -> Tensor:
 
     Source: CLIP-CID, arXiv 2408.09441 (idea); reconstruction, docs/method.md#instance-loss.
     """
-    sums = [
-        contrast_both_ways(student, teacher, scale, batch.own, batch.captions_B)
-        for student, teacher in batch.cross_tower_pairs()
-    ]
+    sums = [contrast_both_ways(student, teacher, scale, batch.own) for student, teacher in batch.cross_tower_pairs()]
     return add(sums) / (2 * len(sums) * len(batch))
 
 
@@ -126,9 +87,8 @@ def interactive(batch: LossBatch, scale: Tensor) -> Tensor:
 
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), interactive contrastive learning.
     """
-    block_sum = partial(matching_cross_entropy, captions_B=batch.captions_B)
     sums = [
-        sum_one_way(block_sum, batch.own, Similarities(student, teacher, scale))
+        sum_one_way(matching_cross_entropy, batch.own, Similarities(student, teacher, scale))
         for student, teacher in batch.cross_tower_pairs()
     ]
     return add(sums) / (len(sums) * len(batch))
@@ -147,4 +107,4 @@ def fused(batch: LossBatch, scale: Tensor, fusion: Iterable[Callable[[Tensor], T
     """
     sides = zip((batch.image_Bd, batch.text_Bd), batch.teacher(), fusion, strict=True)
     image, text = (F.normalize(fuse(torch.cat([student, teacher], dim=1)), dim=1) for student, teacher, fuse in sides)
-    return contrast_both_ways(image, text, scale, batch.own, batch.captions_B) / (2 * len(batch))
+    return contrast_both_ways(image, text, scale, batch.own) / (2 * len(batch))

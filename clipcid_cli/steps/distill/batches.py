@@ -86,7 +86,6 @@ class TrainingBatch:
         pixels: uint8 [b, H, W, 3].
         colors: Colour maps, float32 [b, 3, 4]; None where none changes anything.
         tokens: Of captions and of further texts, int64 [b + e, L].
-        captions: A hash of each caption, int64 [b].
         bad: (reason, key) of images that could not be decoded; they are white in `pixels`.
         kept_patches: Patches of each image that are seen where the others are masked, int64 [b, n].
         teacher_image_bD: A stored teacher's rows of the images or views that are shown, float16.
@@ -101,7 +100,6 @@ class TrainingBatch:
     pixels: Tensor
     colors: Tensor | None
     tokens: Tensor
-    captions: Tensor
     bad: list[tuple[str, str]]
     kept_patches: Tensor | None = None
     teacher_image_bD: Tensor | None = None
@@ -225,7 +223,6 @@ class BatchMaker:
             pixels=pixels[0],
             colors=colors if self._augmentation.changes_colors else None,
             tokens=self._tokens[0](words + further),
-            captions=torch.tensor([derive_seed(text) for text in words]),
             bad=bad,
             kept_patches=None if self._masking is None else self._choose_patches(self._masking, work.items),
         )

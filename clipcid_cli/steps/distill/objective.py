@@ -91,7 +91,6 @@ class Objective:
             text_tokens_bLD=self._project_tokens(features.text_tokens, self.parameters.text_map, count),
             extra_text_ED=self._gather_compared(extra),
             num_extra=size * num_extra,
-            captions_B=gather_rows(batch.captions),
             own=slice(start, start + count) if self.local_loss else slice(0, size * count),
         )
         if self.teacher is None:

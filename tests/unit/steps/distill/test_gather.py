@@ -25,17 +25,9 @@ from clipcid_cli.training.gradients import GradientAverager, gather_rows
 
 BATCH, EXTRA, WIDTH, TEACHER_WIDTH = 12, 6, 6, 9
 SPACE = SharedSpace(TEACHER_WIDTH, is_learned=True)
+WITHOUT_CLUSTERS: Any = SimpleNamespace(image_clusters=None, text_clusters=None)
 # `gd` is a thousand times as large as the others.
 WEIGHTS = {name: 1e-3 if name == "gd" else 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
-
-
-# Equal captions lie in the parts of both of two processes.
-CAPTIONS = torch.arange(BATCH) % 5
-
-
-def shown(captions: torch.Tensor) -> Any:
-    """What an objective reads of a batch of these captions."""
-    return SimpleNamespace(captions=captions, image_clusters=None, text_clusters=None)
 
 
 def make_objective(machine: Machine, extra: torch.Tensor | None = None, *, local: bool = False) -> Objective:
@@ -72,7 +64,7 @@ def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.
     text = torch.cat([text, towers[1](extra[own_extra])])
     text_tokens = torch.cat([text_tokens, text_tokens[: EXTRA // size]])  # of texts without images no loss reads any
     features = Features(image, text, towers[0](images[own].relu()), image_tokens, text_tokens)
-    total, values = objective(features, scale.exp(), shown(CAPTIONS[own]))
+    total, values = objective(features, scale.exp(), WITHOUT_CLUSTERS)
     averager.watch()
     total.backward()  # type: ignore[no-untyped-call]
     averager.finish()
@@ -139,7 +131,7 @@ def test_masked_images_reach_no_other_loss() -> None:
         objective = dataclasses.replace(objective, weights=WEIGHTS | {"mfd": 0.0})
         image, text = torch.randn(2, BATCH, WIDTH, generator=torch.Generator().manual_seed(2))
         features = Features(image, text, masked.requires_grad_(), image[:, None], text[:, None])
-        others, found = objective(features, torch.tensor(5.0), shown(CAPTIONS))
+        others, found = objective(features, torch.tensor(5.0), WITHOUT_CLUSTERS)
         return found, torch.autograd.grad(others, masked)[0]
 
     (some, gradient), (other, _) = losses(torch.ones(BATCH, WIDTH)), losses(torch.eye(BATCH, WIDTH))
