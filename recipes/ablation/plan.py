@@ -273,7 +273,7 @@ def photograph_changes(log: Log, drawings: Log) -> list[Setting]:
 
 
 def repaired(log: Log, drawings: Log) -> list[Setting]:
-    """Return the taught recipes at their best rate on photographs with the teacher repaired, on the pairs alone and with views."""
+    """Return the taught recipes at their best rate on photographs with the teacher repaired; one also reads views."""
     found = []
     for name in SCALED:
         base = best(photograph_students(name, drawings), log)
