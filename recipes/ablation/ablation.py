@@ -244,7 +244,7 @@ def describe(run: plan.Run) -> dict[str, Any]:
         "optimizer": setting.optimizer,
         "lr": setting.lr,
         "extras": list(setting.extras),
-        "views": setting.views,
+        "stored": setting.stored,
         "student": setting.student,
         "keep": setting.keep,
         "clusters": setting.clusters,

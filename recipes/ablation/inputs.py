@@ -26,8 +26,6 @@ KEEP = "0.563"
 TUNING_SHARE = 0.4
 # Share of the trained concepts of which students see one vendor's drawings only.
 WITHHELD_SHARE = 0.5
-# Variants of a caption.
-TEXT_VARIANTS = 8
 VENDORS = ("google", "twitter")
 
 
@@ -106,13 +104,12 @@ class Inputs:
         stored = sorted({"variants" if extra == "texts" else extra for extra in setting.extras})
         kinds = [kind for kind in ("strong", "mix") if kind in stored]
         pairs = self.pairs_of(setting)
-        name = "+".join([pairs.stem, *stored])
+        name = "+".join([pairs.stem, *stored, str(setting.stored)])
         flags: list[object] = []
         if kinds:
-            name += f"-{setting.views}"
-            flags += ["--views", setting.views, "--view-kind", ",".join(kinds)]
+            flags += ["--views", setting.stored, "--view-kind", ",".join(kinds)]
         if "variants" in stored:
-            flags += ["--text-variants", TEXT_VARIANTS]
+            flags += ["--text-variants", setting.stored]
         work = self.work / "embedded" / name
         folder = work / "embeddings" / "teacher"
         if folder not in self._embedded:

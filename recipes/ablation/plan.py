@@ -37,8 +37,8 @@ FEW = ("--candidate-ratio", "0.1", "--min-candidates", "1")
 # What a run may read beside images and their captions; `inputs.py` makes it. Stored views of strong crops and of mixed
 # images; variants of captions; texts without images.
 EXTRAS = ("strong", "mix", "variants", "texts")
-# Stored views of an image, of all kinds together; and the numbers of mixed views alone that are tried.
-VIEWS, FEWER_VIEWS = 8, (2, 4, 8)
+# Stored views of an image, of all kinds together, and as many variants of its caption; and what is tried without strong views.
+STORED, MIXED_ALONE = 8, (2, 4, 8)
 # Shares of the pairs whose captions are exchanged with one another.
 NOISE = (0.2, 0.5, 0.8)
 
@@ -101,7 +101,7 @@ class Setting:
         weights: Weights of all losses, for `student`.
         lr: Peak learning rate.
         extras: Names of `EXTRAS`.
-        views: How many stored views of an image, where `extras` has any.
+        stored: How many views of an image are stored, and how many variants of its caption, where `extras` has them.
         optimizer: ``muon`` or ``adamw``.
         student: The name of its file, without suffix.
         keep: Keep list: ``all``, ``single``, ``star`` or ``random``.
@@ -115,7 +115,7 @@ class Setting:
     weights: Mapping[str, float]
     lr: float
     extras: tuple[str, ...] = ()
-    views: int = VIEWS
+    stored: int = STORED
     optimizer: str = "muon"
     student: str = STUDENT
     steps: int = STEPS
@@ -280,19 +280,19 @@ def repaired(log: Log, drawings: Log) -> list[Setting]:
         if base.is_taught:
             found.append(_changed(base, "repaired", repair="auto", extras=()))
     ours = found[SCALED[1:].index("fd-instance")]
-    return [*found, fewer_views(ours, FEWER_VIEWS[0])]
+    return [*found, mixed_alone(ours, MIXED_ALONE[0])]
 
 
-def fewer_views(base: Setting, views: int) -> Setting:
-    """Return a setting that reads this many mixed views and texts, no strong views and no variants."""
-    return _changed(base, f"{views} mixed views, texts", extras=("mix", "texts"), views=views)
+def mixed_alone(base: Setting, stored: int) -> Setting:
+    """Return a setting that reads this many mixed views and texts, but no strong views and no variants."""
+    return _changed(base, f"{stored} mixed views, {stored} texts", extras=("mix", "texts"), stored=stored)
 
 
 def worth_storing(log: Log) -> list[Setting]:
     """Return `fd-instance` at its best trial with less stored for each pair."""
     base = tuned("fd-instance", log)
-    fewest = _changed(base, f"{FEWER_VIEWS[0]} mixed views", extras=("mix",), views=FEWER_VIEWS[0])
-    return [*(fewer_views(base, views) for views in FEWER_VIEWS), fewest]
+    fewest = _changed(base, f"{MIXED_ALONE[0]} mixed views", extras=("mix",), stored=MIXED_ALONE[0])
+    return [*(mixed_alone(base, stored) for stored in MIXED_ALONE), fewest]
 
 
 def noisy(name: str, share: float, log: Log) -> Setting:
