@@ -91,7 +91,7 @@ class Inputs:
         """Return what a setting is trained on: the pairs, or those with some captions exchanged."""
         if not setting.noise:
             return self.pairs
-        folder = self.work / f"exchanged-{setting.noise:g}"
+        folder = self.work / f"exchanged-{round(100 * setting.noise)}"
         if not folder.exists():
             exchange_captions(self.pairs, folder, setting.noise)
         return folder

@@ -37,7 +37,8 @@ FEW = ("--candidate-ratio", "0.1", "--min-candidates", "1")
 # What a run may read beside images and their captions; `inputs.py` makes it. Stored views of strong crops and of mixed
 # images; variants of captions; texts without images.
 EXTRAS = ("strong", "mix", "variants", "texts")
-# Stored views of an image, of all kinds together, and as many variants of its caption; and what is tried without strong views.
+# Stored views of an image, of all kinds together, and as many variants of its caption; and the numbers of mixed views alone
+# that are tried.
 STORED, MIXED_ALONE = 8, (2, 4, 8)
 # Shares of the pairs whose captions are exchanged with one another.
 NOISE = (0.2, 0.5, 0.8)
