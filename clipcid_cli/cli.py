@@ -15,10 +15,9 @@ from typing import NoReturn
 import click
 
 from clipcid_cli import __version__
+from clipcid_cli.commands.command import PageContext
 from clipcid_cli.commands.failures import explain, validate_world
-from clipcid_cli.commands.help_page import PageContext
 from clipcid_cli.commands.signals import end_on_signals, leave_end_to_signal, open_closed
-from clipcid_cli.commands.wrapping import wrap
 
 # Name → one line for `clipcid --help`, in the order of the work; each lives in commands/<name>.py and is imported only when
 # it is called, so that help and usage errors answer at once.
@@ -130,6 +129,8 @@ def _say(text: str, head: str = "") -> None:
     """Write to stderr, if it can be written to: in lines that fit a terminal, but whole to a log file, to be searched."""
     text = f"{head} {text}" if head else text
     if sys.stderr.isatty():
+        from clipcid_cli.commands.summary import wrap  # and with it rich, which a help page does without
+
         text = wrap(text, shutil.get_terminal_size().columns)
     if head and "NO_COLOR" not in os.environ:
         text = click.style(head, fg="red", bold=True) + text.removeprefix(head)

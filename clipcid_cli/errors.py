@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-_DEFAULT_WORK = Path("clipcid-work")
+DEFAULT_WORK = Path("clipcid-work")
 
 
 class ClipcidError(Exception):
@@ -60,7 +60,7 @@ def command_line(*words: str | Path, **flags: Any) -> str:
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             line.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None and not (name == "work" and value == _DEFAULT_WORK):
+        elif value is not None and not (name == "work" and value == DEFAULT_WORK):
             for each in value if isinstance(value, tuple) else (value,):
                 line += [f"--{flag}", str(each)]
     return shlex.join(line)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from clipcid_cli.formats.sidecar import BalanceSidecar
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.plan import make_plan
 from clipcid_cli.steps.balance.run import begin, run
@@ -107,11 +107,11 @@ def begun(work: Path, embeddings: Path, listener: Reporter | None = None, **sett
     """Begin the step, up to its search."""
     listener = listener or Listener()
     chosen = BalanceSettings(work=work, embeddings=embeddings, device="cpu", precision="fp32", **settings)
-    with open_machine("cpu") as machine:
-        plan = make_plan(chosen, machine, listener)
-        with claim_output(machine, plan.folder, "balance", BalanceSidecar, **plan.wanted) as output:
+    with open_dist_context("cpu") as context:
+        plan = make_plan(chosen, context, listener)
+        with claim_output(context, plan.folder, "balance", BalanceSidecar, **plan.wanted) as output:
             output.start()
-            yield begin(plan, machine, output, listener)
+            yield begin(plan, context, output, listener)
 
 
 def read_keep(work: Path) -> pd.DataFrame:

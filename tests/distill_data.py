@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from clipcid_cli.algorithms.losses.registry import PRESETS
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -79,7 +79,7 @@ def train(
 
 if __name__ == "__main__":
     # Joined once: every run of this process meets the others in the same group.
-    with open_machine("cpu"):
+    with open_dist_context("cpu"):
         for way in sys.argv[2:]:
             name, *given = way.split(",")
             train(Path(sys.argv[1]), name, **{flag: int(value) for flag, value in (word.split("=") for word in given)})

@@ -1,11 +1,11 @@
-"""The tables of docs/faults.md: each between a mark of its own and the next `end`."""
+"""The tables of tests/faults/RESULTS.md: each between a mark of its own and the next `end`."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
-DOCUMENT = Path(__file__).parents[1] / "clipcid_cli" / "docs" / "faults.md"
+DOCUMENT = Path(__file__).parent / "faults" / "RESULTS.md"
 _END = "<!-- end -->"
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from clipcid_cli.algorithms.kmeans.centroids import first_centroids
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
-from clipcid_cli.algorithms.kmeans.seeding import first_centroids
 
 
 class ArrayRows:
@@ -28,10 +28,7 @@ class ArrayRows:
     def width(self) -> int:
         return self.values.shape[1]
 
-    def features(self, start: int, stop: int) -> npt.NDArray[np.float16]:
-        return self.values[start:stop]
-
-    def features_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+    def features(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
         return self.values[positions]
 
 

@@ -19,10 +19,9 @@ from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.augment import Processor, apply_colors
-from clipcid_cli.runtime.models.clip_model import ClipModel
-from clipcid_cli.runtime.models.preprocess import normalize_pixels
+from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill import run as distill
@@ -34,8 +33,8 @@ from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
-ALONE = Machine(0, 1, 0, torch.device("cpu"))
-FP32 = Precision("fp32", torch.float32, "a test")
+ALONE = DistContext(0, 1, 0, torch.device("cpu"))
+FP32 = Precision("fp32", "a test")
 STUDENT = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 24, "layers": 1, "width": 32, "head_width": 16, "patch_size": 12},
@@ -102,8 +101,8 @@ def train(work: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Any]]
 def index_data(dataset: Dataset, folder: Path) -> Dataset:
     """Return a data set with an index of its own."""
     dataset = dataclasses.replace(dataset, index_folder=folder / "index")
-    with open_machine("cpu") as machine:
-        return ensure_index(dataset, machine, 0, Listener())
+    with open_dist_context("cpu") as context:
+        return ensure_index(dataset, context, 0, Listener())
 
 
 @dataclasses.dataclass(frozen=True)

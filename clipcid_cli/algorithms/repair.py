@@ -39,7 +39,7 @@ _BATCH = 512
 _LEARNING_RATE = 1e-3
 _MAX_STEPS = 150
 _JUDGED_EVERY = 5
-_PATIENCE = 25
+_STOP_AFTER = 25
 # A gain of at least so many standard errors is taken.
 _CLEAR = 3.0
 # Entries of the map are multiples of this.
@@ -119,7 +119,7 @@ def fit_repair(pairs: Pairs, scale: float, seed: int) -> Repair:
             found_N, found_recall = judge()
             if found_N.mean() < best_N.mean():
                 best_step, best_N, recall = step, found_N, found_recall
-            if step - best_step >= _PATIENCE:
+            if step - best_step >= _STOP_AFTER:
                 break
     gain_N = before_N - best_N
     error = standard_error(gain_N, captions)

@@ -14,7 +14,9 @@ def show(result: BalanceResult | BalanceCost, console: Console) -> None:
     """Print how much is kept, at which cut-off, and where the files are; the cost of a dry run is in its notes."""
     if isinstance(result, BalanceCost):
         return
-    threshold, other, searched, cap = result.threshold, result.other_linkage, result.searched, result.cluster_cap
+    threshold = result.threshold
+    other = result.other_linkage
+    cap = result.cluster_cap
     facts = {
         "kept": f"{result.kept:,} of {count(result.images, 'image')} ({result.keep_ratio:.1%})",
         "cut-off": "none, since nothing is merged" if threshold is None else f"{threshold:.6g} (Euclidean distance)",
@@ -30,7 +32,7 @@ def show(result: BalanceResult | BalanceCost, console: Console) -> None:
     if other is not None:
         before = "" if cap is None else " before clusters are capped"
         facts[f"with {other.linkage}"] = (
-            f"{other.kept:,} ({other.kept / searched:.1%}) would be kept at this cut-off{before}, "
+            f"{other.kept:,} ({other.kept / result.searched:.1%}) would be kept at this cut-off{before}, "
             f"and {other.uncovered_ratio:.1%} of the {repeats} be farther"
         )
     elif threshold is not None:

@@ -1,35 +1,51 @@
-"""How every subcommand is made: parse the settings, run the step, print the result."""
+"""How every subcommand is made of its settings: flags and their help page, the configuration file, the run of its step."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import importlib
+import inspect
 import json
 import os
+import re
 import sys
-from collections.abc import Callable
+import tomllib
+import types
+import typing
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
-from rich.console import Console
+from click.core import ParameterSource
 
-from clipcid_cli.commands.help_page import PageCommand
-from clipcid_cli.commands.options import build_parameters
+from clipcid_cli.errors import UsageError
+from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.runtime.libraries import importing
 from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.fields import Setting, flag_of, setting_of
 from clipcid_cli.steps.settings.shared import SharedSettings
 
+if typing.TYPE_CHECKING:
+    from rich.console import Console
+
 Show = Callable[[Any, "Console"], None]
+
+_SHARED = {field.name for field in dataclasses.fields(SharedSettings)}
+# click breaks lines at hyphens and spaces; these two stand in for those that must not be broken at until the page is done.
+_HYPHEN = "\N{NON-BREAKING HYPHEN}"
+_SPACE = "\N{NO-BREAK SPACE}"
+_WHOLE = re.compile(r"`[^`]*`|\[default: [^]]*\]")
 
 
 def step_command(name: str, settings: type[SharedSettings], *, step: str, show: Show, page: str) -> click.Command:
     """Make the click command of a step.
 
-    Args:
-        step: Module imported only when the step runs. Its ``run(settings, reporter)`` returns the result, a
-            `msgspec.Struct` whose fields are the keys of the JSON object.
-        show: Prints the result for a person.
-        page: What the help page says before the flags, with examples.
+    `step` is a module imported only when the step runs. Its ``run(settings, reporter)`` returns the result, a
+    `msgspec.Struct` whose fields are the keys of the JSON object; `show` prints it for a person.
     """
 
     def invoke(**values: Any) -> None:
@@ -59,3 +75,205 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
         sys.stdout.flush()
     elif not settings.quiet:
         show(result, console)
+
+
+class Option(click.Option):
+    """A flag that knows its heading on the help page."""
+
+    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the spelling and the explanation; of a switch that is off by default, only how to turn it on."""
+        record = super().get_help_record(ctx)
+        if record is None or not self.secondary_opts or self.default is True:
+            return record
+        return self.opts[0], record[1]
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """Name the flag, or the variable or file that its value is from."""
+        source = None if ctx is None or self.name is None else ctx.get_parameter_source(self.name)
+        if source is ParameterSource.ENVIRONMENT:
+            return str(self.envvar)
+        hint = super().get_error_hint(ctx)
+        return f"{hint} in {ctx.params['config']}" if ctx and source is ParameterSource.DEFAULT_MAP else hint
+
+
+def build_parameters(command: str, settings: type[SharedSettings]) -> list[click.Parameter]:
+    """Make the click parameters of a command from its settings' types, those under one heading of the help page together."""
+    hints = typing.get_type_hints(settings)
+
+    def distance(field: dataclasses.Field[Any]) -> int:
+        """How far from the command itself the class is that declares a field: its own headings come first."""
+        return max(far for far, base in enumerate(settings.__mro__) if field.name in inspect.get_annotations(base))
+
+    fields = sorted(dataclasses.fields(settings), key=distance)
+    headings = list(dict.fromkeys(setting_of(field).group for field in fields))
+    return [
+        _make_parameter(command, field, *_parse_type(hints[field.name]))
+        for field in sorted(dataclasses.fields(settings), key=lambda field: headings.index(setting_of(field).group))
+    ]
+
+
+def _make_parameter(command: str, field: dataclasses.Field[Any], kind: Any, multiple: bool) -> click.Parameter:
+    setting = setting_of(field)
+    flag = flag_of(field)
+    if setting.positional:
+        default = None if multiple else field.default
+        return click.Argument(
+            [field.name], help=setting.help, required=False, default=default, nargs=-1 if multiple else 1
+        )
+    scope = "" if field.name in _SHARED else f"{command}_"
+    given: dict[str, Any] = {
+        "group": setting.group,
+        "help": setting.help,
+        "default": field.default,
+        "show_default": field.default is not False,
+        "envvar": f"CLIPCID_{scope}{flag.removeprefix('--')}".replace("-", "_").upper(),
+    }
+    if field.name == "config":  # before every other flag, since it sets their defaults
+        given |= {"is_eager": True, "callback": load_config}
+    if kind is bool:
+        # Every switch has its opposite, since a config file or the environment may have turned it on.
+        return Option([f"{flag}/--no-{flag.removeprefix('--')}", field.name], **given)
+    metavar = setting.metavar or {int: "N", float: "X"}.get(kind)
+    return Option([flag, field.name], type=_click_type(kind, setting), multiple=multiple, metavar=metavar, **given)
+
+
+def _parse_type(hint: Any) -> tuple[Any, bool]:
+    """Strip ``| None`` and ``tuple[…, ...]`` off a field's type."""
+    if isinstance(hint, types.UnionType):
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
+    if setting.choices is not None:
+        return click.Choice(setting.choices)
+    if kind is Path:
+        return click.Path(path_type=Path)
+    if kind is str:
+        return click.STRING
+    assert setting.within is not None, "every number has a range"
+    maximum = None if setting.within.maximum == float("inf") else setting.within.maximum
+    number: click.IntRange | click.FloatRange
+    if kind is int:
+        number = click.IntRange(int(setting.within.minimum), None if maximum is None else int(maximum))
+        number.name = "whole number"
+    else:
+        number = click.FloatRange(setting.within.minimum, maximum, min_open=setting.within.min_open)
+        number.name = "number"
+    return number
+
+
+def load_config(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Click callback of ``--config``: make the file's table for this command, ``num-clusters = 9``, its flags' defaults."""
+    if path is None or ctx.resilient_parsing:
+        return path
+    try:
+        tables = tomllib.loads(read_regular(path).decode("utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"--config {path} cannot be read: {error.strerror or error}.", "Give the path of a TOML file."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"--config {path} is not TOML: {error}.", "Write one table per command, e.g. [balance]."
+        ) from error
+    assert ctx.parent is not None
+    assert isinstance(ctx.parent.command, click.Group)
+    commands = ctx.parent.command.list_commands(ctx.parent)
+    for name, table in tables.items():
+        if name not in commands or not isinstance(table, dict):
+            raise UsageError(f"{path}: [{name}] is not a command.", f"Tables are: {', '.join(commands)}.")
+    ctx.default_map = _read_table(ctx, path, tables.get(ctx.command.name or "", {}))
+    return path
+
+
+def _read_table(ctx: click.Context, path: Path, table: dict[str, Any]) -> dict[str, Any]:
+    spellings: dict[str, click.Parameter] = {}
+    for parameter in ctx.command.params:
+        assert parameter.name is not None
+        for flag in (parameter.name, *parameter.opts):
+            spellings[flag.lstrip("-").replace("-", "_")] = parameter
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        found = spellings.get(key.replace("-", "_"))
+        if found is None or found.name in (None, "config"):
+            close = difflib.get_close_matches(key.replace("-", "_"), spellings, n=1)
+            hint = f"Did you mean {close[0].replace('_', '-')}?" if close else "Keys are spelled like the flags."
+            raise UsageError(f"{path}: [{ctx.command.name}] has an unknown key {key!r}.", hint)
+        try:
+            values[found.name] = _as_text(found, value)
+        except TypeError as error:
+            raise UsageError(
+                f"{path}: [{ctx.command.name}] {key} is {value!r}, not {error}.",
+                "Write it as the flag's help describes it.",
+            ) from error
+    return values
+
+
+def _as_text(parameter: click.Parameter, value: Any) -> Any:
+    """Return a value as the command line would give it, for click to convert; a TypeError says what it should be."""
+    if isinstance(parameter, click.Option) and parameter.is_flag:
+        if not isinstance(value, bool):
+            raise TypeError("true or false")
+        return value
+    if parameter.multiple or parameter.nargs == -1:
+        return [_item_as_text(parameter.type, item) for item in (value if isinstance(value, list) else [value])]
+    return _item_as_text(parameter.type, value)
+
+
+def _item_as_text(kind: click.ParamType[Any], value: Any) -> str:
+    is_path = isinstance(kind, click.Path)
+    if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool) and not is_path):
+        return str(value)
+    is_number = isinstance(kind, click.IntRange | click.FloatRange)
+    raise TypeError("a path" if is_path else "a number" if is_number else "text")
+
+
+class HelpPage(click.HelpFormatter):
+    """click's formatter, without line breaks inside ``clip-retrieval``, ``--keep`` or ``[default: 0.9]``."""
+
+    def write_text(self, text: str) -> None:
+        """Write paragraphs."""
+        super().write_text(_protect(text))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 34, col_spacing: int = 2) -> None:
+        """Write a list of names and their explanations."""
+        super().write_dl([(name, _protect(text)) for name, text in rows], col_max, col_spacing)
+
+    def getvalue(self) -> str:
+        """Return the page."""
+        return super().getvalue().replace(_HYPHEN, "-").replace(_SPACE, " ")
+
+
+def _protect(text: str) -> str:
+    """Forbid line breaks at hyphens, in what stands between backticks, and in defaults."""
+    return _WHOLE.sub(lambda whole: whole[0].replace(" ", _SPACE), text).replace("-", _HYPHEN)
+
+
+class PageContext(click.Context):
+    """click's context, whose help pages are of our formatter."""
+
+    formatter_class = HelpPage
+
+
+class PageCommand(click.Command):
+    """A command whose ``--help`` lists its flags under headings."""
+
+    context_class = PageContext
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each group of flags, in their order."""
+        groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and not isinstance(parameter, click.Argument):
+                groups[getattr(parameter, "group", "Other options")].append(record)
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records)

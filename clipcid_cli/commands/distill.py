@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.scores import show_tables
+from clipcid_cli.commands.eval_zeroshot import show_tables
 from clipcid_cli.commands.summary import count, format_seconds, print_facts
 from clipcid_cli.steps.settings.distill import DistillSettings
 

@@ -1,18 +1,18 @@
-"""`clipcid eval-zeroshot`."""
+"""`clipcid eval-zeroshot`, and the tables of scores that `distill` prints too: one for each task and set of metrics."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
 from clipcid_cli.commands.command import step_command
-from clipcid_cli.commands.scores import show_tables
-from clipcid_cli.commands.summary import count, format_percent, print_facts, print_table, shorten_metric
+from clipcid_cli.commands.summary import count, format_percent, print_facts, print_table, shorten_metric, wrap
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.evaluate.result import ComparisonResult
+    from clipcid_cli.steps.evaluate.result import ComparisonResult, ZeroshotResult
     from clipcid_cli.steps.evaluate.zeroshot import Answer
 
 
@@ -55,6 +55,74 @@ def _show_comparison(answer: ComparisonResult, console: Console) -> None:
     title = f"B against A on {answer.dataset}, {count(answer.images, 'image')}"
     columns = ("metric", "A", "B", "B − A", "95% interval", "McNemar p", "significant")
     print_table(console, title, columns, rows)
+
+
+def show_tables(results: list[ZeroshotResult], console: Console) -> None:
+    """Print a line for each model on each data set, in a table for each task, with a blank line after each table."""
+    # Tables of one task may differ in their metrics: data with several classes an image has its own.
+    tables: dict[tuple[str, tuple[str, ...]], list[ZeroshotResult]] = {}
+    for one in results:
+        tables.setdefault((one.task, tuple(one.metrics)), []).append(one)
+    for rows in tables.values():
+        _show_table(rows, console)
+        console.print()
+
+
+def _show_table(rows: list[ZeroshotResult], console: Console) -> None:
+    metrics = _columns(list(rows[0].metrics))
+    title = rows[0].task.replace("_", " ").replace("zeroshot", "zero-shot").capitalize()
+    columns: dict[str, list[str]] = {}
+    models = [one.shown_model for one in rows]
+    for name, word, values in (("model", "of", models), ("data", "on", [one.dataset for one in rows])):
+        if len(set(values)) == 1:
+            title += f" {word} {values[0]}"
+        else:
+            columns[name] = values
+    left = len(columns)
+    columns |= {column: [_cell(one, names) for one in rows] for column, names in metrics.items()}
+    columns["images"] = [f"{one.images:,}" for one in rows]
+    columns["images/s"] = [f"{one.images_per_second:,.0f}" for one in rows]
+    print_table(console, title, list(columns), list(zip(*columns.values(), strict=True)), left=left)
+    note = "* the metric usually reported for this data"
+    if any(len(names) == 1 and names[0] in one.intervals for names in metrics.values() for one in rows):
+        note += "; ± half the 95% bootstrap interval"
+    notes = [note, *_describe_prompts(rows)]
+    console.print(Text(wrap("\n".join(notes), console.width), style="dim"), soft_wrap=True)
+
+
+def _describe_prompts(rows: list[ZeroshotResult]) -> list[str]:
+    """Write the class names and templates of each data set, by which a score can be compared with others."""
+    several = len({one.dataset for one in rows}) > 1
+    return list(
+        dict.fromkeys(
+            f"{one.dataset + ', ' if several else ''}{kind.replace('_', ' ')}: {lines}"
+            for one in rows
+            for kind, lines in (one.prompts or {}).items()
+        )
+    )
+
+
+def _cell(one: ZeroshotResult, names: list[str]) -> str:
+    """Write the values of one column, the customary one with a star; a single one with half its interval."""
+    if len(names) > 1:
+        return " / ".join(format_percent(one.metrics[name]) + "*" * (name == one.customary) for name in names)
+    (name,) = names
+    text = format_percent(one.metrics[name])
+    if one.metrics[name] is None:
+        return text
+    bounds = one.intervals.get(name)
+    half = f" ±{50 * (bounds[1] - bounds[0]):.1f}" if bounds is not None else ""
+    return f"{text}{half}{'*' if name == one.customary else ' '}"
+
+
+def _columns(names: list[str]) -> dict[str, list[str]]:
+    """Put the recalls of one direction into one column, so that a table fits a terminal."""
+    columns: dict[str, list[str]] = {}
+    for name in names:
+        direction, recall, _ = name.partition("_retrieval_recall@")
+        at = "/".join(other.rpartition("@")[2] for other in names if other.startswith(direction + recall))
+        columns.setdefault(f"{direction} R@{at}" if recall else shorten_metric(name), []).append(name)
+    return columns
 
 
 command = step_command(

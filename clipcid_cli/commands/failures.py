@@ -67,7 +67,8 @@ def explain(error: Exception, command: str = "") -> Failure:
 
 def _explain_usage(error: click.UsageError) -> Failure:
     command = error.ctx.command_path if error.ctx is not None else "clipcid"
-    message, fix = error.format_message(), f"See {command} --help."
+    message = error.format_message()
+    fix = f"See {command} --help."
     extra = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", message)
     params = [] if error.ctx is None else error.ctx.command.params
     if extra is not None and any(isinstance(each, click.Argument) and each.name == "data" for each in params):
@@ -85,8 +86,8 @@ def _explain_memory(text: str, command: str) -> tuple[str, str]:
     less = _LESS_MEMORY.get(command, "a smaller --batch-size")
     if not on_gpu and command in _WITH_WORKERS:
         less += " or fewer --workers"
-    machine = "a GPU with more memory" if on_gpu else "a machine with more memory"
-    return f"{what}: {text.rstrip('.')}.", f"Use {less}; or use {machine}."
+    context = "a GPU with more memory" if on_gpu else "a machine with more memory"
+    return f"{what}: {text.rstrip('.')}.", f"Use {less}; or use {context}."
 
 
 def _explain_system(error: OSError, text: str) -> tuple[str, str]:

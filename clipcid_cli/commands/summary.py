@@ -1,16 +1,66 @@
-"""The result of a step for a person: lists of facts and tables that fit the terminal without cutting a name."""
+"""Text for a terminal: broken into lines, never inside a name; lists of facts and tables that fit without cutting one."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from clipcid_cli.commands.wrapping import wrap
-
 _GAP = 2
+_PART = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\]"""  # of a word, as a shell reads it
+_WORD = re.compile(rf"(?:{_PART}|\S)+")
+_FLAG = re.compile(r"--?[A-Za-z]")
+_AFTER_SLASH = re.compile(r"(?<=/)(?=.)")
+# A command line, or a flag with its value, that ends a sentence: "Give --embeddings, or run: clipcid embed DATA".
+_COMMAND = re.compile(rf"(?P<before>.*:) (?P<command>(?:clipcid|torchrun) .*|--[a-z-]+ (?:{_PART})+)")
+
+
+def wrap(text: str, width: int) -> str:
+    """Break each line of a text that is wider than `width`, keeping its indentation.
+
+    Lines end between words; a path that is too long for a line, after a slash. A longer word stays whole.
+    """
+    return "\n".join(_wrap_line(line, width) for line in text.split("\n"))
+
+
+def wrap_command(command: str, width: int) -> str:
+    r"""Break a command line before its flags with a trailing ``\``, as a shell reads it."""
+    parts: list[str] = []
+    for word in _WORD.findall(command):
+        if _FLAG.match(word) or not parts:
+            parts.append(word)
+        else:
+            parts[-1] += f" {word}"
+    lines = parts[:1]
+    for flag in parts[1:]:
+        if len(lines[-1]) + 1 + len(flag) + 2 > width:
+            lines[-1] += " \\"
+            lines.append(f"    {flag}")
+        else:
+            lines[-1] += f" {flag}"
+    return "\n".join(lines)
+
+
+def _wrap_line(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    found = _COMMAND.fullmatch(line)
+    if found is not None:
+        command = wrap_command(found["command"], width - 2).replace("\n", "\n  ")
+        return f"{_wrap_line(found['before'], width)}\n  {command}"
+    indent = " " * (len(line) - len(line.lstrip()))
+    return _Wrapper(width, indent, indent, break_long_words=False, break_on_hyphens=False).fill(line.strip())
+
+
+class _Wrapper(textwrap.TextWrapper):
+    def _split(self, text: str) -> list[str]:
+        """Split a text into what lines may end after: words, and of those too long for a line what a slash ends."""
+        room = self.width - len(self.initial_indent)
+        words = super()._split(text)
+        return [part for word in words for part in (_AFTER_SLASH.split(word) if len(word) > room else [word])]
 
 
 def print_facts(console: Console, title: str, facts: dict[str, str], files: dict[str, str] | None = None) -> None:
@@ -44,10 +94,9 @@ def print_table(
                 cell.ljust(width) if index < left else cell.rjust(width)
                 for index, (cell, width) in enumerate(zip(row, widths, strict=True))
             ]
-            head, tail = cells[0], (" " * _GAP).join(["", *cells[1:]]).rstrip()
-            console.print(
-                Text.assemble((head, "cyan" if number else ""), tail, style="" if number else "bold"), soft_wrap=True
-            )
+            tail = (" " * _GAP).join(["", *cells[1:]]).rstrip()
+            text = Text.assemble((cells[0], "cyan" if number else ""), tail, style="" if number else "bold")
+            console.print(text, soft_wrap=True)
         return
     for number, row in enumerate(rows):
         if number:

@@ -51,8 +51,7 @@ def create_mapped(
     Its blocks are reserved first: where the disk is full, writing to a mapped file without them kills the process (SIGBUS).
 
     Args:
-        place: The file, or the folder of one without a name.
-        unnamed: Whether the file has no name; it then lasts as long as the array.
+        place: The file; where `unnamed`, the folder of a file without a name, which lasts as long as the array.
     """
     size = math.prod(shape) * dtype.itemsize
     if not size:
@@ -71,12 +70,7 @@ def create_mapped(
 
 
 def spool_arrays(folder: Path, dtypes: Sequence[Any], parts: Iterable[Sequence[npt.NDArray[Any]]]) -> Arrays:
-    """Write arrays that come part by part to files without a name; return them whole, mapped.
-
-    Args:
-        dtypes: Of each array, K of them.
-        parts: K arrays [n] each, of these dtypes.
-    """
+    """Write K arrays that come part by part, [n] each, to files without a name; return them whole, mapped."""
     try:
         with ExitStack() as stack:
             files = [stack.enter_context(TemporaryFile(dir=folder)) for _ in dtypes]

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all.
+"""Files appear whole or not at all, and the one lock that keeps two writers apart.
 
 Everything is written to a hidden sibling, flushed to the disk, and renamed. The sibling's name is fixed, so the next run
 overwrites what a killed one left; the lock of the output folder keeps two writers apart, or else one of the sibling.
@@ -7,33 +7,55 @@ overwrites what a killed one left; the lock of the output folder keeps two write
 from __future__ import annotations
 
 import errno
+import fcntl
 import filecmp
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.lock import lock
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
+
 
 # What the system says of a disk that is full, over its quota or limit, or failing.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 @contextmanager
+def lock(path: Path, *, wait: bool = True) -> Iterator[int]:
+    """Hold a file, made where it is missing, and give its descriptor, open for reading and writing.
+
+    The kernel ends a lock with its process, however that ends; it holds between the hosts of a shared disk.
+
+    Args:
+        wait: Whether to wait for the process that holds it; if not, that is a BlockingIOError.
+    """
+    held = False
+    while not held:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with suppress(FileNotFoundError):  # removed or renamed before it was held
+                held = os.path.samestat(os.fstat(descriptor), path.stat())
+            if held:
+                yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
 def atomic_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     """Open `path` for writing such that it exists under its name only when complete; what it held before stays till then.
 
-    Args:
-        shared: Whether several processes may write the file at once: one waits for the other, and the last one's stays.
+    A file that is `shared` may be written by several processes at once: one waits for the other, and the last one's stays.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -75,7 +97,7 @@ def named_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
             )
 
 
-def refuse_unwritable(path: Path) -> None:
+def validate_writable(path: Path) -> None:
     """Refuse a path at which no file can be made, before the work whose result it is to hold; nothing is made."""
     if path.is_dir():
         raise write_error(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))

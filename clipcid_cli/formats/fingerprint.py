@@ -1,8 +1,7 @@
 """Fingerprints: one rule by which a file is still the one it was, and a memo of the hashes that were taken.
 
-The same size and time of modification are enough; of another time, as in a copy, the hash decides. The hash of a file is
-taken once: it is remembered with size and time in one table for all files of a work directory. Only speed depends on the
-table: it may be removed at any time.
+The same size and time of modification are enough; of another time, as in a copy, the hash decides. A hash is taken once and
+remembered with size and time in one table of the work directory, on which only speed depends.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
@@ -53,23 +52,36 @@ class FileRecord(msgspec.Struct, frozen=True, omit_defaults=True):
 
 def record(path: Path, folder: Path | None = None) -> FileRecord:
     """Hash a file; its path is recorded relative to `folder`, where that is given."""
-    digest = hashlib.blake2b(digest_size=16)
     with open_regular(path) as file:
         stat = os.fstat(file.fileno())
         if stat.st_size <= _WHOLE_FILE:
-            digest.update(file.read())
-            kind = "blake2b"
+            found = f"blake2b:{hashlib.blake2b(file.read(), digest_size=16).hexdigest()}"
         else:
-            digest.update(str(stat.st_size).encode())
-            for start in (0, (stat.st_size - _WINDOW) // 2, stat.st_size - _WINDOW):
-                file.seek(start)
-                digest.update(file.read(_WINDOW))
-            kind = "blake2b-sampled"
-    return FileRecord(_name(path, folder), stat.st_size, f"{kind}:{digest.hexdigest()}", stat.st_mtime_ns)
+            found = hash_windows(file, stat.st_size, _WINDOW)
+    return FileRecord(_name(path, folder), stat.st_size, found, stat.st_mtime_ns)
+
+
+def hash_windows(file: IO[bytes], size: int, window: int) -> str:
+    """Hash the size of a file and so many of its bytes at the head, in the middle and at the tail."""
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    for start in (0, max(0, (size - window) // 2), max(0, size - window)):
+        file.seek(start)
+        digest.update(file.read(window))
+    return f"blake2b-sampled:{digest.hexdigest()}"
 
 
 def _name(path: Path, folder: Path | None) -> str:
     return str(path) if folder is None else os.path.relpath(path, folder)
+
+
+def record_together(path: str, contents: Iterable[FileRecord]) -> FileRecord:
+    """Describe several files, in order, as one input: their size in all, and one hash over sizes and hashes."""
+    size = 0
+    digest = hashlib.blake2b(digest_size=16)
+    for each in contents:
+        size += each.size
+        digest.update(f"{each.size} {each.hash}\n".encode())
+    return FileRecord(path, size, f"blake2b:{digest.hexdigest()}")
 
 
 def identity_of(settings: dict[str, Any], inputs: Iterable[FileRecord]) -> str:
@@ -123,12 +135,14 @@ class Memo:
 def find_changed(folder: Path, records: Collection[FileRecord], since: Path, memo: Memo | None = None) -> str | None:
     """Find the first of recorded files that was removed, replaced or edited since; return what is wrong, a sentence.
 
-    Args:
-        folder: What their paths are relative to.
-        since: The file that records them, for the answer.
+    Their paths are relative to `folder`; `since` is the file that records them.
     """
     memo = memo or Memo()
-    stats = _look_at(folder, records)
+    stats: dict[str, tuple[int, int]] = {}
+    for each in records:
+        with suppress(OSError, ValueError):  # missing, or its name is none
+            stat = os.stat(os.path.join(folder, each.path))  # half the time of pathlib's, for 150,000 files
+            stats[each.path] = (stat.st_size, stat.st_mtime_ns)
     suspects = [each for each in records if stats.get(each.path) != (each.size, each.time)]
 
     def is_same(suspect: FileRecord) -> bool:
@@ -153,7 +167,7 @@ def find_changed(folder: Path, records: Collection[FileRecord], since: Path, mem
     )
 
 
-def refuse_changed(
+def validate_unchanged(
     folder: Path, records: Collection[FileRecord], since: Path, fix: str, memo: Memo | None = None
 ) -> None:
     """Raise what `find_changed` finds; `fix` says what makes the files again."""
@@ -162,11 +176,20 @@ def refuse_changed(
         raise ClipcidError(changed, fix)
 
 
-def _look_at(folder: Path, records: Collection[FileRecord]) -> dict[str, tuple[int, int]]:
-    """Return size and time, by the recorded path, of the files that are there."""
-    found: dict[str, tuple[int, int]] = {}
-    for each in records:
-        with suppress(OSError, ValueError):  # missing, or its name is none
-            stat = os.stat(os.path.join(folder, each.path))  # half the time of pathlib's, for 150,000 files
-            found[each.path] = (stat.st_size, stat.st_mtime_ns)
-    return found
+def find_lost(there: Sequence[FileRecord], now: Collection[FileRecord]) -> str:
+    """Tell which of some files are no longer among those of now as they were; empty where all are, in the same order."""
+    rest = iter([each.content for each in now])
+    if all(each.content in rest for each in there):
+        return ""
+    contents = {each.content for each in now}
+    names = {each.content[:2]: each.shard for each in now}
+    changed = [each for each in there if each.content not in contents]
+    renamed = [each for each in changed if each.content[:2] in names]
+    gone = [Path(each.path).name for each in changed if each.content[:2] not in names]
+    told = f"{len(there)} files there, {len(now)} now"
+    if renamed:
+        first = renamed[0]
+        told += f"; {len(renamed)} shards have another name, such as {first.shard}, now {names[first.content[:2]]}"
+    if gone:
+        told += f"; changed or gone: {', '.join(gone[:3])}" + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
+    return told

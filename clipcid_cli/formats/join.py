@@ -23,8 +23,7 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped
-from clipcid_cli.formats.atomic import write_error
-from clipcid_cli.formats.lock import lock
+from clipcid_cli.formats.atomic import lock, write_error
 from clipcid_cli.formats.parquet import is_text
 from clipcid_cli.formats.reading import reading
 
@@ -88,8 +87,7 @@ def join(keys: Keys, count: int, listing: Listing, folder: Path | None) -> Value
     A key that the listing has twice is an error, one of its keys that is not looked up is not.
 
     Args:
-        keys: The keys to look up, all different; quickest where the listing has them in the same order, with some left out.
-        count: N, how many there are.
+        keys: N = `count` keys, all different; quickest where the listing has them in the same order, with some left out.
         folder: Where there is room, made where it is missing; None: the system's folder for temporary files. Nothing stays.
     """
     shape = count, listing.width
@@ -255,9 +253,8 @@ def _scratch_folder(folder: Path | None) -> Iterator[Path]:
                 stack.callback(_remove_if_empty, place)  # a list of other data leaves nothing
             stack.enter_context(lock(held))
             stack.callback(held.unlink, missing_ok=True)
-            stack.callback(
-                shutil.rmtree, scratch, ignore_errors=True
-            )  # over NFS a mapped file stays until it is closed
+            # Over NFS a mapped file stays until it is closed.
+            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
             scratch.mkdir()
         except OSError as error:
             raise write_error(place, error) from error

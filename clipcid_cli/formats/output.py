@@ -22,9 +22,8 @@ from typing import Any, Generic
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_error, write_json
-from clipcid_cli.formats.fingerprint import FileRecord, find_changed, identity_of
-from clipcid_cli.formats.lock import lock
+from clipcid_cli.formats.atomic import lock, write_error, write_json
+from clipcid_cli.formats.fingerprint import FileRecord, find_changed, find_lost, identity_of
 from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import (
     AnySidecar,
@@ -79,8 +78,8 @@ class Output(Generic[AnySidecar]):
         """Make the work folder, unless it is there; call it on one process before anything is written.
 
         Args:
-            clear: For an output whose files are written in place: removes those of an earlier one, whose sidecar is
-                removed before. Called where there is nothing to resume.
+            clear: Removes the files of an earlier output that are written in place, after its sidecar was removed; called
+                where there is nothing to resume.
         """
         try:
             for work in find_works(self.folder, self.step):
@@ -235,7 +234,7 @@ def find_output(
 
 
 def _find_changed(sidecar: Sidecar, folder: Path, path: Path, resumes: bool) -> str | None:
-    """Find the first file of an output that was changed since; return what is wrong, a sentence."""
+    """Find the first file of an output that was changed since, as `fingerprint.find_changed` does."""
     try:
         recorded = sidecar.records(folder)
     except ClipcidError as error:
@@ -294,13 +293,9 @@ def _list_differences(there: Run, now: Run) -> dict[str, str]:
         for old, new in zip(there.inputs, now.inputs, strict=True):
             if old.content != new.content:
                 found[f"input {new.path}"] = f"{_describe(old)} there, {_describe(new)} now"
-        return found
-    left = {each.content for each in now.inputs}
-    gone = [Path(each.path).name for each in there.inputs if each.content not in left]
-    found["inputs"] = f"{len(there.inputs)} files there, {len(now.inputs)} now"
-    if gone:
-        more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
-        found["inputs"] += f"; changed or gone: {', '.join(gone[:3])}{more}"
+    else:
+        more = f"{len(there.inputs)} files there, {len(now.inputs)} now"
+        found["inputs"] = find_lost(there.inputs, now.inputs) or more
     return found
 
 

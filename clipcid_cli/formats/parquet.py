@@ -58,7 +58,7 @@ def write_row_groups(
 
     Args:
         read: Makes the columns of some rows.
-        store_schema: Whether the types are stored as Arrow has them; else all readers see large strings as strings.
+        store_schema: Whether Arrow's types are stored; else all readers see large strings as strings.
     """
     with (
         atomic_file(path) as file,

@@ -42,7 +42,7 @@ def read_regular(path: Path | str) -> bytes:
 
 @contextmanager
 def reading(path: Path, expected: str, fix: str) -> Iterator[IO[bytes]]:
-    """Open `path` for reading, unbuffered; whatever but a ClipcidError is raised while it is read becomes one error.
+    """Open `path` for reading, unbuffered; whatever is raised while it is read becomes one error.
 
     Args:
         expected: What the file should be, with its article: "a parquet file".

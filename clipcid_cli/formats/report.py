@@ -41,11 +41,7 @@ def make_figure() -> Figure:
 
 
 def svg(figure: Figure, label: str) -> Markup:
-    """Turn a figure into inline SVG that follows the page's light or dark colours; its frames are faded.
-
-    Args:
-        label: Description of the figure for screen readers.
-    """
+    """Turn a figure into inline SVG that follows the page's light or dark colours; `label` is for screen readers."""
     import matplotlib as mpl
 
     for axes in figure.axes:

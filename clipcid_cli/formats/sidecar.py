@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -166,6 +167,12 @@ class RepairFigures(msgspec.Struct):
     pairs: int
     captions: int
 
+    @property
+    def trust(self) -> float:
+        """In (0, 1]: what the repair left of 1 + rank, in the geometric mean; 1 where there was nothing to repair."""
+        before, after = self.log_rank
+        return math.exp(after - before) if self.repaired else 1.0
+
 
 class RepairSidecar(Sidecar, kw_only=True):
     """``repair.json``, beside ``repair.npz`` where the repair is taken."""
@@ -258,11 +265,7 @@ class LinesRecord(msgspec.Struct):
 
 
 class EvaluationSidecar(Sidecar, kw_only=True):
-    """One in ``eval/sidecars/``.
-
-    Attributes:
-        prompts: Of a classification, ``class_names`` and ``templates``.
-    """
+    """One in ``eval/sidecars/``; `prompts` are those of a classification, ``class_names`` and ``templates``."""
 
     prompts: dict[str, LinesRecord] | None = None
 
@@ -325,11 +328,7 @@ class Example(msgspec.Struct):
 
 
 class ZeroshotSidecar(EvaluationSidecar, kw_only=True):
-    """One of `eval-zeroshot`.
-
-    Attributes:
-        calibration: None where an image has no class or several.
-    """
+    """One of `eval-zeroshot`; without calibration where an image has no class or several."""
 
     images_per_second: float
     customary: str
@@ -350,8 +349,7 @@ class LinearSidecar(EvaluationSidecar, kw_only=True):
 class RowParity(msgspec.Struct, kw_only=True, omit_defaults=True):
     """How close the rows of an exported tower are to the original's, over samples in batches of several sizes.
 
-    Attributes:
-        shape: Of patches, ``["batch", h, w, D]``.
+    The shape is that of patches, ``["batch", h, w, D]``.
     """
 
     batch_sizes: tuple[int, ...]
@@ -426,11 +424,7 @@ def sidecar_path(folder: Path, step: str) -> Path:
 
 
 def read_sidecar(path: Path, kind: type[AnySidecar], fix: str | None = None) -> AnySidecar | None:
-    """Read a sidecar; None when there is none.
-
-    Args:
-        fix: What to do about one that is damaged, or of an earlier version.
-    """
+    """Read a sidecar; None when there is none. `fix` says what to do about one that is damaged, or of an earlier version."""
     if not path.exists():
         return None
     with reading(path, "a sidecar of clipcid", fix or "Remove it, or choose another folder."):

@@ -43,11 +43,7 @@ class Skips:
         return skips
 
     def add(self, reason: str, name: str) -> None:
-        """Count one sample.
-
-        Args:
-            name: What a user would search for: its key, with the shard where that helps.
-        """
+        """Count one sample; its name is what a user would search for: its key, with the shard where that helps."""
         assert reason in REASONS, reason
         self.merge(Skips({reason: 1}, {reason: [name]}))
 
@@ -68,11 +64,10 @@ class Skips:
         return "\n".join(lines)
 
     def check(self, read: int, max_bad_fraction: float, where: str, fix: str = "") -> None:
-        """Raise an error when too many of the samples that were read are unusable.
+        """Raise an error when too many of the samples that were read, usable or not, are unusable.
 
         Args:
-            read: Number of samples examined, usable or not.
-            max_bad_fraction: Largest allowed fraction, in [0, 1].
+            max_bad_fraction: In [0, 1].
             fix: A further remedy, for the error.
         """
         if self.total <= max_bad_fraction * read:

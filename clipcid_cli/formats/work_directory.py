@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError, command_line
-from clipcid_cli.formats.fingerprint import refuse_changed
+from clipcid_cli.formats.fingerprint import validate_unchanged
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.sidecar import (
     BalanceSidecar,
@@ -101,7 +101,6 @@ class WorkDirectory:
         return sorted(path.parent for path in (self.path / "embeddings").glob("*/embed.json"))
 
     def _balanced(self) -> Path | None:
-        """Find the embeddings that `balance` used."""
         with suppress(ClipcidError):  # of an earlier version, or damaged: `balance --overwrite` replaces it
             balanced = read_sidecar(sidecar_path(self.balance, "balance"), BalanceSidecar)
             folder = None if balanced is None else self.path / balanced.embeddings
@@ -111,8 +110,7 @@ class WorkDirectory:
     def find_keep_list(self) -> Path | None:
         """Find the keep list of a finished `balance`; None when there was no `balance` here.
 
-        An unfinished one is refused: to continue without its list would take all images. So is a list that was edited since:
-        which of the two is meant, the user must say.
+        An unfinished one is refused: to go on without its list would take all images. So is a list that was edited since.
         """
         path = self.balance / KEEP_LIST
         record = sidecar_path(self.balance, "balance")
@@ -121,7 +119,7 @@ class WorkDirectory:
             edited = shlex.join(["--keep-list", str(path)])
             again = command_line("balance", **_flags_of(sidecar, self.path), overwrite=True)
             fix = f"Name the list as it is now: {edited}\nOr make it again: {again}"
-            refuse_changed(self.balance, sidecar.outputs, record, fix)
+            validate_unchanged(self.balance, sidecar.outputs, record, fix)
             return path
         if path.exists() or unfinished(self.balance, "balance") is not None:
             raise ClipcidError(
@@ -137,7 +135,7 @@ class WorkDirectory:
         if sidecar is None or not (self.clusters / CLUSTERS).exists():
             raise self._missing("clusters", self.clusters, "--clusters", "cluster", **flags)
         table = [each for each in sidecar.outputs if each.path == CLUSTERS]
-        refuse_changed(self.clusters, table, record, remake_clusters(self.clusters, sidecar, self.path))
+        validate_unchanged(self.clusters, table, record, remake_clusters(self.clusters, sidecar, self.path))
         return self.clusters
 
     def find_student(self) -> Path:
@@ -153,7 +151,7 @@ class WorkDirectory:
         student = run / "student"
         fix = f"Name the model as it is now: {student}; or train it again, by its command and --overwrite."
         sidecar = read_sidecar(runs[-1], DistillSidecar, fix)
-        refuse_changed(run, [] if sidecar is None else sidecar.outputs, runs[-1], fix)
+        validate_unchanged(run, [] if sidecar is None else sidecar.outputs, runs[-1], fix)
         return student
 
     def find_data(self, embeddings: Path | None = None) -> DataSpec:
@@ -177,7 +175,6 @@ def remake_clusters(folder: Path, sidecar: ClusterSidecar, work: Path | None, **
     """Return the fix that makes clusters again: a command where they are those of the step's work directory.
 
     Args:
-        work: The work directory of the step; None where it is not known.
         more: Flags in which the new ones differ.
     """
     if work is None or folder.resolve() != WorkDirectory(work).clusters.resolve():

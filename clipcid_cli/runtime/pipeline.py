@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.machine import count_cores
+from clipcid_cli.runtime.distributed import count_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -45,6 +45,11 @@ _WORKER_IMPORTS = [
     "clipcid_cli.formats.data.samples",
     "clipcid_cli.formats.data.index",
 ]
+
+# Items that wait for each worker or thread, so that it never waits for this process.
+_AHEAD = 2
+# Time to wait for a result before its worker counts as stalled.
+_STALL_SECONDS = 600
 
 # More threads would wait for Python's lock; on more cores each batch is computed by several.
 _MAX_THREADS = 16
@@ -101,23 +106,10 @@ def start_worker_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def ordered_map(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    workers: int,
-    *,
-    ahead: int = 2,
-    stall_seconds: float = 600.0,
-) -> Generator[Result]:
-    """Apply a function by worker processes; tensors come back through shared memory.
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result]:
+    """Apply a picklable function by worker processes, or with none in this one; tensors come back through shared memory.
 
-    Args:
-        function: Picklable; sent once to each worker.
-        items: Taken as workers become free. Each is sent to a worker and must be picklable and small (offsets in files, not
-            their content).
-        workers: Number of processes; 0 works in this one.
-        ahead: Items that wait for each worker, so that it never waits for this process.
-        stall_seconds: Time to wait for a result before its worker counts as stalled.
+    Items are taken as workers become free; each is sent to one, so it must be small (offsets in files, not their content).
     """
     if workers == 0:
         yield from map(function, items)
@@ -135,10 +127,10 @@ def ordered_map(
             raise BrokenProcessPool from error
 
     try:
-        for future in _in_order(submit, items, ahead * workers):
-            if not concurrent.futures.wait([future], stall_seconds).done:
+        for future in _in_order(submit, items, _AHEAD * workers):
+            if not concurrent.futures.wait([future], _STALL_SECONDS).done:
                 raise ClipcidError(
-                    f"A process that decodes images returned no batch for {stall_seconds:.0f} seconds: reading has stalled.",
+                    f"A process that decodes images returned no batch for {_STALL_SECONDS} seconds: reading has stalled.",
                     "Check the disk or network that holds the data; --workers 0 reads in the main process.",
                 )
             yield future.result()
@@ -164,13 +156,10 @@ def ordered_map(
             worker.kill()
 
 
-def thread_map(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int, *, ahead: int = 2
-) -> Generator[Result]:
-    """Apply a function by threads, which share this process's cores; 1 computes in the caller's.
+def thread_map(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result]:
+    """Apply a function by threads, which share this process's cores; 1 computes in the caller's, which takes the items.
 
     Pillow and PyTorch release Python's lock while they work, so threads decode as well, and no process has to start first.
-    The items are taken by the caller's thread; `ahead` of them wait for each thread.
     """
     if threads == 1:
         yield from map(function, items)
@@ -178,14 +167,15 @@ def thread_map(
     cores = torch.get_num_threads()
     torch.set_num_threads(max(1, cores // threads))
     try:
-        yield from _results(ThreadPoolExecutor(threads), function, items, ahead * threads)
+        yield from _results(ThreadPoolExecutor(threads), function, items, _AHEAD * threads)
     finally:
         torch.set_num_threads(cores)
 
 
 def read_ahead(items: Iterable[Item], count: int) -> Generator[Item]:
     """Take up to `count` items ahead in a thread, so that waiting for a network overlaps with what the caller does."""
-    stream, end = iter(items), object()
+    stream = iter(items)
+    end = object()
     pool = ThreadPoolExecutor(1)
 
     def take(_: None) -> Future[Any]:
@@ -204,10 +194,8 @@ def read_ahead(items: Iterable[Item], count: int) -> Generator[Item]:
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Generator[Result]:
     """Apply a function in a thread, to the next item while the caller works on the current one.
 
-    Args:
-        function: On a GPU its copies and operators go to a stream of their own, which the caller's current stream waits
-            for; the host does not. Its results are data classes of tensors.
-        device: Where the function puts its tensors.
+    Its results are data classes of tensors on the device. On a GPU its copies and operators go to a stream of their own, for
+    which the caller's current stream waits; the host does not.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     cores = torch.get_num_threads()
@@ -242,8 +230,8 @@ def join_on(device: torch.device, parts: Sequence[Tensor]) -> Tensor:
     """Join tensors along their first axis on a device, as `to_device` copies one."""
     if len(parts) == 1:
         return to_device(parts[0], device)
-    first, rows = parts[0], sum(map(len, parts))
-    joined = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, pin_memory=device.type == "cuda")
+    first = parts[0]
+    joined = torch.empty((sum(map(len, parts)), *first.shape[1:]), dtype=first.dtype, pin_memory=device.type == "cuda")
     torch.cat(list(parts), out=joined)
     return joined.to(device, non_blocking=True)
 

@@ -21,8 +21,12 @@ class Precision:
     """The number format of matrix products; weights and stored results keep their own."""
 
     name: str  # fp32, bf16 or fp16; also int8 in the search for near pairs
-    dtype: torch.dtype
     reason: str  # why it was chosen, for the user
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """PyTorch's name of it."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}[self.name]
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """Return PyTorch's autocast to this format; for fp32 a context without effect."""
@@ -46,26 +50,26 @@ def choose_precision(requested: str, device: torch.device, purpose: Purpose, par
     if requested == "fp16" and device.type == "cpu":
         raise ClipcidError("--precision fp16 needs a GPU.", "Use --precision bf16 or fp32 on a CPU.")
     if requested != "auto":
-        return _precision(requested, "requested")
+        return Precision(requested, "requested")
     if purpose == "evaluate":
-        return _precision("fp32", "evaluation uses full precision")
+        return Precision("fp32", "evaluation uses full precision")
     if device.type == "cuda":
-        return _precision("fp16", "rows are stored in it") if purpose == "embed" else _precision("bf16", "GPU")
+        return Precision("fp16", "rows are stored in it") if purpose == "embed" else Precision("bf16", "GPU")
     if not has_amx():
-        return _precision("fp32", "this CPU has no bf16 tile units (AMX)")
+        return Precision("fp32", "this CPU has no bf16 tile units (AMX)")
     if purpose == "train" and parameters < _LEAST_TO_TRAIN:
-        return _precision("fp32", f"{parameters / 1e6:.1f} M parameters are too few to gain from bf16 on a CPU")
-    return _precision("bf16", "this CPU has bf16 tile units (AMX)")
+        return Precision("fp32", f"{parameters / 1e6:.1f} M parameters are too few to gain from bf16 on a CPU")
+    return Precision("bf16", "this CPU has bf16 tile units (AMX)")
 
 
-def choose_scan(requested: str, device: torch.device) -> Precision:
+def choose_coarse_dtype(requested: str, device: torch.device) -> Precision:
     """Choose the format of the search for near pairs, as for embedding, but int8 on CPUs with AVX-512 VNNI without AMX.
 
     The result is the same in each. Measured on 2 cores of such a Xeon, products of 2,048 × 512 by 512 × 2,048, in 10⁹
     operations per second: fp32 386, bf16 178, int8 1,480.
     """
     if requested == "auto" and device.type == "cpu" and not has_amx() and "avx512_vnni" in _cpu_flags():
-        return _precision("int8", "this CPU has int8 dot products (AVX-512 VNNI)")
+        return Precision("int8", "this CPU has int8 dot products (AVX-512 VNNI)")
     return choose_precision(requested, device, "embed", parameters=0)
 
 
@@ -92,8 +96,3 @@ def _cpu_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
-
-
-def _precision(name: str, reason: str) -> Precision:
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-    return Precision(name, dtypes[name], reason)

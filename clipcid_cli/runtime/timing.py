@@ -1,4 +1,4 @@
-"""How long a piece of work takes: of a run, for ``--dry-run``, and for choices between ways of equal results."""
+"""How long a piece of work takes, of a run and for ``--dry-run``, and when to save work in progress."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ import torch
 Result = TypeVar("Result")
 
 _CPU = torch.device("cpu")
+
+# Largest share of the time that saves take, and seconds between two of them at least.
+_SHARE = 0.05
+_SHORTEST = 60.0
 
 
 @contextmanager
@@ -41,7 +45,6 @@ def time_trial(
     """Run some work several times and take the median of its times.
 
     Args:
-        device: Where it computes; synchronised.
         warm_up: Runs before those that are timed: the first one also allocates, compiles and fills caches.
         repeats: Smallest number of timed runs, at least 1.
         at_least: Seconds that the timed runs take together; short work is repeated until they have passed.
@@ -61,3 +64,31 @@ def time_trial(
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class SavePace:
+    """Paces saves: at most one a minute, and none while saves would take more than a twentieth of the time passed.
+
+    So what is lost when the process is killed is at most a minute of work, or twenty times what a save takes.
+    """
+
+    def __init__(self, expected: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start the clock; the first save is expected to take so many seconds, later ones as long as the last."""
+        self._expected = expected
+        self._clock = clock
+        self._spent = 0.0
+        self._began = self._saved = clock()
+
+    def is_due(self) -> bool:
+        """Tell whether to save now."""
+        now = self._clock()
+        return now - self._saved > _SHORTEST and self._spent + self._expected <= _SHARE * (now - self._began)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measure a save."""
+        before = self._clock()
+        yield
+        self._saved = self._clock()
+        self._expected = self._saved - before
+        self._spent += self._expected

@@ -1,25 +1,48 @@
-"""Claiming an output from any number of processes."""
+"""Where a step writes, told to all its processes: the output that it claims, or the scratch folder of a dry run."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.output import Output, open_output
 from clipcid_cli.formats.sidecar import AnySidecar
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 
 
 @contextmanager
 def claim_output(
-    machine: Machine, folder: Path, step: str, kind: type[AnySidecar], **wanted: Any
+    context: DistContext, folder: Path, step: str, kind: type[AnySidecar], **wanted: Any
 ) -> Iterator[Output[AnySidecar]]:
     """Lock an output on the first process and give its state to all processes.
 
     The arguments are those of `find_output`. Only the first process may call ``start`` and ``commit`` of the result.
     """
     with ExitStack() as stack:
-        yield machine.on_main(lambda: stack.enter_context(open_output(folder, step, kind, **wanted)))
-        machine.barrier()
+        yield context.on_rank0(lambda: stack.enter_context(open_output(folder, step, kind, **wanted)))
+        context.barrier()
+
+
+@contextmanager
+def scratch_folder(context: DistContext, *, dry_run: bool) -> Iterator[Path | None]:
+    """Make a folder for what a run keeps in the work directory, which a dry run leaves as it is; None for a run."""
+    if not dry_run:
+        yield None
+        return
+
+    def require(folder: Path) -> None:
+        if not folder.is_dir():
+            raise ClipcidError(
+                f"--dry-run keeps temporary files in {folder}, which not every host has.",
+                "Set TMPDIR to a folder that all hosts share, or run it on one host.",
+            )
+
+    with tempfile.TemporaryDirectory(prefix="clipcid-") if context.is_main else nullcontext("") as own:
+        folder = Path(context.broadcast(own))
+        context.on_all(lambda: require(folder))
+        yield folder
+        context.barrier()

@@ -10,15 +10,11 @@ from clipcid_cli.errors import ClipcidError
 
 
 class ClassMatch(NamedTuple):
-    """A class name for each folder of a class.
+    """A class name for each folder of a class."""
 
-    Attributes:
-        labels: For each folder, the number of its class name.
-        by: ``name``: folders have the names of the classes; ``number``: their names 0, 1, … are line numbers of the list;
-            ``order``: the lines of the list are in the order of the folders' names.
-    """
-
-    labels: tuple[int, ...]
+    labels: tuple[int, ...]  # for each folder, the number of its class name
+    # Whether folders have the names of the classes; their names 0, 1, … are line numbers of the list; or the lines of the
+    # list are in the order of the folders' names.
     by: Literal["name", "number", "order"]
 
 

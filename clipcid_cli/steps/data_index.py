@@ -23,9 +23,9 @@ from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache, cache_folder
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.pipeline import ordered_map
-from clipcid_cli.runtime.sample_order import SHARDS_MIXED
+from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps.reporting import Reporter
 
 # Fewer shards than this are listed before a worker has started.
@@ -51,7 +51,7 @@ def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample
     stamp = shard.stamp()
     listed = list[Sample]()
     for sample in shard.stream(skips):
-        listed.append(sample.without_data())
+        listed.append(sample.without_image_data())
         yield sample
     if dataset.index_folder is not None and index is None:
         write_part(dataset.index_folder, shard, stamp, listed, skips)
@@ -63,14 +63,14 @@ def _list_shard(dataset: Dataset, number: int) -> None:
         pass
 
 
-def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Reporter) -> Dataset:
+def ensure_index(dataset: Dataset, context: DistContext, workers: int, reporter: Reporter) -> Dataset:
     """Return the data with its index, listing the shards that are not in it yet.
 
     Processes divide the shards among them, and each its part among its workers (0: itself); a stopped run continues.
     """
     folder = dataset.index_folder
     assert folder is not None, "opened without a folder for the index"
-    if all(machine.gather(dataset.index is not None)):
+    if all(context.gather(dataset.index is not None)):
         return dataset
 
     def find_missing() -> list[int]:
@@ -82,10 +82,10 @@ def ensure_index(dataset: Dataset, machine: Machine, workers: int, reporter: Rep
             for _ in ordered_map(lister, numbers, workers if len(numbers) > _FEW_SHARDS else 0):
                 progress.advance()
 
-    with lock_index(folder) if machine.is_main else contextlib.nullcontext():
-        missing = machine.on_main(find_missing)
-        machine.on_all(lambda: list_all(missing[machine.rank :: machine.size]))
-        return dataset.with_index(machine.on_main(lambda: _finish(dataset, folder)))
+    with lock_index(folder) if context.is_main else contextlib.nullcontext():
+        missing = context.on_rank0(find_missing)
+        context.on_all(lambda: list_all(missing[context.rank :: context.size]))
+        return dataset.with_index(context.on_rank0(lambda: _finish(dataset, folder)))
 
 
 def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:

@@ -23,10 +23,9 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.models.clip_model import ClipModel, Transform
+from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer, Transform
 from clipcid_cli.runtime.models.decode import SkippedImage, had_alpha, read_image
-from clipcid_cli.runtime.models.preprocess import Tokenizer
 from clipcid_cli.runtime.pipeline import ordered_map, read_ahead, thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import Precision
 
@@ -69,7 +68,10 @@ def list_batches(
     """
 
     def list_shard(number: int) -> Iterator[Batch]:
-        skipped, rejected, samples, read = Skips(), Skips(), list[Sample](), 0
+        skipped = Skips()
+        rejected = Skips()
+        samples = list[Sample]()
+        read = 0
         for sample in stream(number, skipped):
             read += 1
             reason = reject(sample)
@@ -90,11 +92,11 @@ def list_batches(
 
 @dataclasses.dataclass
 class Decoded:
-    """What a worker makes of a batch; pixels or tokens are None where none are wanted.
+    """What a worker makes of a batch.
 
     Attributes:
-        pixels: uint8 [B, H, W, 3], zeros where an image cannot be decoded.
-        tokens: Captions, sample after sample, int64 [M, L].
+        pixels: uint8 [B, H, W, 3], zeros where an image cannot be decoded; None where no images are wanted.
+        tokens: Captions, sample after sample, int64 [M, L]; None where none are wanted.
         failures: Why samples cannot be used, by their position.
         laid_on_white: Images with transparent pixels, which are shown on white.
     """
@@ -111,16 +113,12 @@ class Decoder:
 
     Attributes:
         image_size: H and W.
-        context_length: L.
-        transform: None where no images are wanted.
-        tokenizer: None where no captions are wanted.
         batch_size: Rows of pixels, of which tokens have a multiple: missing rows are zero. None makes no more than there are
             samples and captions.
         fast_decode: Whether JPEGs are decoded at a reduced size, of at least twice H × W.
     """
 
     image_size: tuple[int, int]
-    context_length: int
     transform: Transform | None
     tokenizer: Tokenizer | None
     batch_size: int | None = None
@@ -130,7 +128,7 @@ class Decoder:
     def of(cls, model: ClipModel, *, captions: bool) -> Decoder:
         """Return what prepares samples for a model."""
         tokenizer = model.tokenizer if captions else None
-        return cls(model.info.image_size, model.info.context_length, model.pixel_transform(), tokenizer)
+        return cls(model.info.image_size, model.pixel_transform(), tokenizer)
 
     def __call__(self, samples: Sequence[Sample]) -> Decoded:
         """Decode a batch."""
@@ -157,11 +155,8 @@ class Decoder:
         """Tokenise texts; None where there is no tokenizer."""
         if self.tokenizer is None:
             return None
-        size = self.batch_size or 1
-        tokens = torch.zeros(-(-len(texts) // size) * size, self.context_length, dtype=torch.int64)
-        if texts:
-            tokens[: len(texts)] = self.tokenizer(texts)
-        return tokens
+        tokens = self.tokenizer(texts or [""])[: len(texts)]  # some fail without a text
+        return torch.nn.functional.pad(tokens, (0, 0, 0, -len(texts) % (self.batch_size or 1)))
 
 
 @dataclasses.dataclass
@@ -223,8 +218,7 @@ class Encoder:
 
     Attributes:
         images: uint8 [B, H, W, 3] to [B, D].
-        texts: int64 [M, L] to [M, D].
-        batch_size: Texts that are encoded together.
+        texts: int64 [M, L] to [M, D], `batch_size` of them together.
     """
 
     images: Callable[[torch.Tensor], torch.Tensor]
@@ -235,7 +229,7 @@ class Encoder:
 
     @classmethod
     def of(cls, model: ClipModel, precision: Precision, batch_size: int) -> Encoder:
-        """Return the towers of a model that compute in a number format."""
+        """Return the towers of a model."""
         return cls(
             partial(model.encode_images, precision=precision),
             partial(model.encode_texts, precision=precision),
@@ -257,7 +251,7 @@ class Encoder:
         """Encode any number of texts but 0."""
         return torch.cat([self.texts(block).cpu() for block in torch.split(tokens, self.batch_size)])
 
-    def encode_prompts(self, prompts: Sequence[Sequence[str]], machine: Machine | None = None) -> torch.Tensor:
+    def encode_prompts(self, prompts: Sequence[Sequence[str]], context: DistContext | None = None) -> torch.Tensor:
         """Encode T texts of each of C classes to float32 [C, T, D], dealing the classes to the processes of a machine."""
         templates = len(prompts[0])
         at_once = max(1, self.batch_size // templates)
@@ -269,11 +263,11 @@ class Encoder:
             return rows.view(-1, templates, rows.shape[1])
 
         threads = threads_for_batches(self.device)
-        if machine is None:
+        if context is None:
             return torch.cat(list(thread_map(encode_classes, starts, threads)))
-        mine = list(thread_map(encode_classes, starts[machine.rank :: machine.size], threads))
-        dealt = machine.gather(mine)
-        return torch.cat([dealt[turn % machine.size][turn // machine.size] for turn in range(len(starts))])
+        mine = list(thread_map(encode_classes, starts[context.rank :: context.size], threads))
+        dealt = context.gather(mine)
+        return torch.cat([dealt[turn % context.size][turn // context.size] for turn in range(len(starts))])
 
 
 def decode(

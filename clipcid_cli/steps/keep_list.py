@@ -20,18 +20,13 @@ NO_KEEP_LIST = "none"
 
 @dataclasses.dataclass(frozen=True)
 class ChosenKeepList:
-    """A keep list, and how many of the images that it lists it keeps.
-
-    Attributes:
-        samples: What the step's samples are called in messages: ``rows`` or ``samples``.
-        max_missing: Largest fraction of them that the list may lack.
-    """
+    """A keep list, and how many of the images that it lists it keeps."""
 
     path: Path
     kept: int
     images: int
-    samples: str
-    max_missing: float
+    samples: str  # what the step's samples are called in messages: ``rows`` or ``samples``
+    max_missing: float  # largest fraction of them that the list may lack
 
     def describe(self) -> dict[str, Any]:
         """Return where it is and its counts as JSON values, for a sidecar."""
@@ -51,15 +46,16 @@ class ChosenKeepList:
     def find_kept(
         self, keys: Keys, count: int, folder: Path | None, source: str, reporter: Reporter
     ) -> npt.NDArray[np.bool_]:
-        """Look up rows, and report that the list was taken: which of them it keeps, bool [N].
+        """Look up the N rows of `source` by their keys, all different, and report that the list was taken.
 
-        Args:
-            keys: The keys of the rows, all different; those that the list lacks are not kept.
-            folder: Where a list in another order than the rows is joined with them, see `join`.
-            source: What the rows are of.
+        A list in another order than the rows is joined with them in `folder`, see `join`.
+
+        Returns:
+            Which rows it keeps, bool [N]; those that it lacks are not kept.
         """
         found = join(keys, count, parquet_listing(self.path, "kept"), folder)[:, 0]
-        kept, missing = int(np.count_nonzero(found > 0)), int(np.count_nonzero(found < 0))
+        kept = int(np.count_nonzero(found > 0))
+        missing = int(np.count_nonzero(found < 0))
         self.report(source, count, kept=kept, missing=missing, reporter=reporter)
         return found > 0
 
@@ -69,9 +65,7 @@ def choose_keep_list(
 ) -> ChosenKeepList | None:
     """Choose the keep list of a step; None where all samples are to be used, which is reported.
 
-    Args:
-        option: Value of ``--keep-list``: a file, ``none``, or None for the work directory's list where there is one.
-        samples: As in `ChosenKeepList`, like what follows.
+    `option` is the value of ``--keep-list``: a file, ``none``, or None for the work directory's list where there is one.
     """
     path = work.find_keep_list() if option is None else Path(option)
     if path is None or option == NO_KEEP_LIST:

@@ -16,7 +16,7 @@ import numpy as np
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_remote, is_url
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.reporting import Reporter
@@ -28,13 +28,13 @@ _THREADS = 16
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
-def check_samples(dataset: Dataset, machine: Machine, seed: int, *, dry_run: bool, reporter: Reporter) -> None:
+def validate_samples(dataset: Dataset, context: DistContext, seed: int, *, dry_run: bool, reporter: Reporter) -> None:
     """Look at a few samples of every shard, or of as many as there is time for, and report images that cannot be decoded.
 
     Such images are no error: a step skips and counts them. A shard that cannot be read is one. A dry run also reports that
     all is well.
     """
-    mine = choose_order(dataset, seed, dry_run=dry_run)[machine.rank :: machine.size]
+    mine = choose_order(dataset, seed, dry_run=dry_run)[context.rank :: context.size]
 
     def look() -> list[tuple[int, Skips]]:
         found = list[tuple[int, Skips]]()
@@ -46,8 +46,9 @@ def check_samples(dataset: Dataset, machine: Machine, seed: int, *, dry_run: boo
                 found += pool.map(partial(_look, dataset), mine[first : first + _THREADS])
         return found
 
-    looks = [each for part in machine.gather(machine.on_all(look)) for each in part]
-    samples, bad = sum(number for number, _ in looks), Skips()
+    looks = [each for part in context.gather(context.on_all(look)) for each in part]
+    samples = sum(number for number, _ in looks)
+    bad = Skips()
     for _, skips in looks:
         bad.merge(skips)
     total = len(dataset.shards)

@@ -13,11 +13,10 @@ import pyarrow.compute as pc
 import torch
 
 from clipcid_cli.algorithms.repair import MAX_PAIRS, Pairs, are_enough, fit_repair
-from clipcid_cli.formats.atomic import write_error
+from clipcid_cli.formats.atomic import lock, write_error
 from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.lock import lock
 from clipcid_cli.formats.output import find_output, open_output
 from clipcid_cli.formats.results.repair import REPAIR, STEP, read_repair, write_repair
 from clipcid_cli.formats.sidecar import RepairFigures, RepairSidecar
@@ -65,8 +64,9 @@ def repair_teacher(
         if not are_enough(pairs):
             reporter.note("Teacher left as it is: too few pairs, or different captions, to judge a repair by.")
             return embeddings, None
-        with reporter.progress("repair", None, "pairs"):
+        with reporter.progress("repair", len(pairs), "pairs") as bar:
             found = _decide(folder, pairs, scale, wanted)
+            bar.advance(len(pairs))
     reporter.note(describe_repair(found.result))
     if not found.result.repaired:
         return embeddings, found.result
@@ -91,15 +91,8 @@ def _decide(folder: Path, pairs: Pairs, scale: float, wanted: dict[str, Any]) ->
         if repair.map_DD is not None:
             write_repair(output.work, repair.map_DD.numpy())
         written = [] if repair.map_DD is None else [record(output.work / REPAIR, output.work)]
-        figures = RepairFigures(
-            repaired=repair.map_DD is not None,
-            steps=repair.steps,
-            log_rank=repair.log_rank,
-            standard_error=repair.standard_error,
-            recall_at_1=repair.recall_at_1,
-            pairs=repair.pairs,
-            captions=repair.captions,
-        )
+        judged = {name: value for name, value in vars(repair).items() if name != "map_DD"}
+        figures = RepairFigures(repaired=repair.map_DD is not None, **judged)
         return output.commit(counts={}, seconds=seconds, outputs=written, result=figures)
 
 

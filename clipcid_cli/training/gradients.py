@@ -1,10 +1,18 @@
-"""Many processes, one batch: features are gathered and gradients averaged such that the result is a single process's."""
+"""One batch in many parts and processes: features first, their gradients later, the result that of a single process.
+
+A contrastive loss needs the features of the whole batch at once, but not the towers' activations. So `GradCache` has the
+losses computed on features detached from the towers, and propagates the gradients of the features through the towers
+afterwards. With several parts each part's activations live alone: all but the last part are encoded twice, first without
+and then with what the backward pass needs.
+
+Source: Gao et al. 2021 (GradCache, arXiv 2101.06983); open_clip's ``--accum-freq`` does the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,8 +22,74 @@ from torch import Tensor, nn
 _BUCKET_BYTES = 25 * 2**20
 
 
-def num_processes() -> int:
-    """Return how many processes train together."""
+class Features(NamedTuple):
+    """What the student makes of a batch or a part of it, not normalised.
+
+    Attributes:
+        image: [b, d].
+        text: Of captions and of e texts without images, [b + e, d].
+        masked_image: Of the images by a pass that saw few patches, [b, d].
+        image_tokens: Of the images' patches, [b, P, d].
+        text_tokens: Of the texts' tokens, [b + e, L, d], zeros after each text's last.
+    """
+
+    image: Tensor
+    text: Tensor
+    masked_image: Tensor | None = None
+    image_tokens: Tensor | None = None
+    text_tokens: Tensor | None = None
+
+
+class GradCache:
+    """One forward and one backward pass over a batch; the same for any number of parts.
+
+    Attributes:
+        features: Those of all parts, detached from the towers.
+    """
+
+    def __init__(self, encode: Callable[[int], Features], seeds: Sequence[int]) -> None:
+        """Encode the batch: each part by its number, with a seed of its own for dropout and the like."""
+        self._encode_part = encode
+        self._seeds = seeds
+        last = len(seeds) - 1
+        with torch.no_grad():
+            parts = [self._encode(number) for number in range(last)]
+        self._last = self._encode(last)
+        self._detached = [_detach(part) for part in (*parts, self._last)]
+        self.features = Features._make(
+            None if kind[0] is None else torch.cat(kind) for kind in zip(*self._detached, strict=True)
+        )
+
+    def backward(self, before_last: Callable[[], None]) -> None:
+        """Propagate the gradients that the losses' backward pass gave the features through the towers.
+
+        Args:
+            before_last: Called before the last part, after which every gradient is complete.
+        """
+        # The last part's activations exist already; freed first, they leave room for the others'.
+        last = len(self._detached) - 1
+        for number in (last, *range(last)):
+            if number == max(0, last - 1):
+                before_last()
+            part = self._last if number == last else self._encode(number)
+            pairs = [
+                (rows, detached.grad)
+                for rows, detached in zip(part, self._detached[number], strict=True)
+                if rows is not None and rows.requires_grad and detached is not None and detached.grad is not None
+            ]
+            if pairs:
+                torch.autograd.backward([rows for rows, _ in pairs], [gradient for _, gradient in pairs])
+
+    def _encode(self, number: int) -> Features:
+        torch.manual_seed(self._seeds[number])  # nothing to save, nothing to restore
+        return self._encode_part(number)
+
+
+def _detach(part: Features) -> Features:
+    return Features._make(None if rows is None else rows.detach().requires_grad_() for rows in part)
+
+
+def _num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -36,25 +110,15 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows_bD: Tensor) -> Tensor:
-    """Collect all processes' rows, with gradients; PyTorch's own function for it is deprecated, and its successor private.
+    """Collect the rows of all processes, as many of each, with gradients; PyTorch's function for it is deprecated.
 
     When processes compute scalars of them and gradients are averaged over processes, each parameter's gradient is that of
     the scalars' mean, as a single process has it with the whole batch.
-
-    Args:
-        rows_bD: This process's rows; as many on every process.
     """
-    if num_processes() == 1:
+    if _num_processes() == 1:
         return rows_bD
     gathered: Tensor = _GatherRows.apply(rows_bD)  # type: ignore[no-untyped-call, unused-ignore]  # untyped in PyTorch 2.13, typed in 2.15
     return gathered
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Sum a tensor without gradient over the processes, in place; the same bits on each."""
-    if num_processes() > 1:
-        dist.all_reduce(values)
-    return values
 
 
 class GradientAverager:
@@ -66,14 +130,14 @@ class GradientAverager:
     """
 
     def __init__(self, groups: Sequence[Sequence[nn.Parameter]]) -> None:
-        """Hook into the parameters.
+        """Hook into the parameters; no bucket has those of two groups.
 
         Args:
             groups: Those of the towers in the order in which the backward pass reaches them, and at last those that it has
-                reached before it is watched. No bucket has parameters of two groups.
+                reached before it is watched.
         """
         self._parameters = [parameter for group in groups for parameter in group]
-        self._buckets = [_Bucket(part) for group in groups for part in _cut(group)] if num_processes() > 1 else []
+        self._buckets = [_Bucket(part) for group in groups for part in _cut(group)] if _num_processes() > 1 else []
         self._next = 0
         self._watching = False
         for bucket in self._buckets:
@@ -106,7 +170,8 @@ class GradientAverager:
             bucket.send()
         for bucket in self._buckets:
             bucket.receive()
-        self._next, self._watching = 0, False
+        self._next = 0
+        self._watching = False
 
 
 def _cut(group: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -133,8 +198,21 @@ class _Bucket:
 
     def receive(self) -> None:
         self._work.wait()
-        means = torch.split(self._flat.div_(num_processes()), [parameter.numel() for parameter in self.parameters])
+        means = torch.split(self._flat.div_(_num_processes()), [parameter.numel() for parameter in self.parameters])
         for parameter, mean in zip(self.parameters, means, strict=True):
             parameter.grad = mean.view_as(parameter)
         self.waiting = len(self.parameters)
         del self._flat
+
+
+def backward_order(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the parameters of the text and the image tower, each in the order in which their gradients arrive.
+
+    Texts are encoded last, so their tower comes first. Layers arrive from the last to the first; embeddings of tokens and
+    positions at the very end, wherever a model defines them.
+    """
+    towers: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    stems: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, parameter in reversed(list(module.named_parameters())):
+        (stems if "embed" in name else towers)[name.startswith("visual.")].append(parameter)
+    return towers[0] + stems[0], towers[1] + stems[1]

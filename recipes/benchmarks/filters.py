@@ -28,7 +28,7 @@ from balance import describe_machine, unit
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import open_output
 from clipcid_cli.formats.sidecar import ClusterSidecar
-from clipcid_cli.steps.balance import balance_run, report, run, sets, write
+from clipcid_cli.steps.balance import report, run, sets, write
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -68,8 +68,8 @@ def main() -> None:
         )
         result = timed(run.run, "whole command", taken)(settings, Reporter())
     print(
-        f"dropped: {result['against']['dropped']:,} near a reference, {result['caption_window']['below']:,} below the "
-        f"window, {result['components']:,} left of the search, of which the cap drops {result['cluster_cap']['dropped']:,}"
+        f"dropped: {result.against.dropped:,} near a reference, {result.caption_window.below:,} below the "
+        f"window, {result.components:,} left of the search, of which the cap drops {result.cluster_cap.dropped:,}"
     )
     print(f"{'part':>40} {'CPU s':>8} {'wall s':>8}")
     for name, (cpu, wall) in taken.items():
@@ -80,14 +80,14 @@ def watch_parts() -> dict[str, tuple[float, float]]:
     """Take the time of the functions that are the parts; returns where it is added up."""
     taken: dict[str, tuple[float, float]] = {}
     parts: list[tuple[Any, str, str]] = [
-        (balance_run, "find_rows", "read rows, find copies"),
-        (balance_run, "find_near", "--against"),
-        (balance_run, "find_captions", "caption window"),
+        (run, "read_rows", "read rows, find copies"),
+        (run, "find_near", "--against"),
+        (run, "find_captions", "caption window"),
         (sets, "distances_to", "distances to the kept images"),
         (run, "make_sets", "search and sets"),
         (run, "audit_kept", "audit"),
         (run, "cap_clusters", "--max-per-cluster"),
-        (write, "measure_sets", "diameters, farthest images"),
+        (write, "_measure_sets", "diameters, farthest images"),
         (report, "find_chains", "chains of the report"),
         (write, "_write_tables", "keep list, sets, curve"),
         (write, "write_report", "report, chains included"),

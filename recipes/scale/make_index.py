@@ -14,7 +14,7 @@ from pathlib import Path
 
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.reporting import Reporter
 
@@ -26,9 +26,9 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
-    with open_machine("cpu") as machine:
+    with open_dist_context("cpu") as machine:
         began = time.perf_counter()
-        dataset = machine.on_main(
+        dataset = machine.on_rank0(
             lambda: open_dataset(arguments.data, index_root=WorkDirectory(arguments.work).indexes)
         )
         opened = time.perf_counter()

@@ -25,7 +25,7 @@ from clipcid_cli.steps.distill import run
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.distill.trainer import Trainer
-from clipcid_cli.training.grad_cache import Features
+from clipcid_cli.training.gradients import Features
 
 Clipcid = Callable[..., Run]
 SCRIPT = Path(__file__).parents[1] / "distill_data.py"

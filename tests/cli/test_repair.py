@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Run, make_image, write_tar
+from conftest import Run, make_image, start_clipcid, write_tar
 from distill_data import STUDENT, losses, student_bytes
 
 Clipcid = Callable[..., Run]
@@ -103,14 +104,18 @@ def test_cluster_and_distill_take_one_repair(clipcid: Clipcid, turned: Path) -> 
 
 
 def test_the_repaired_rows_teach(clipcid: Clipcid, turned: Path) -> None:
-    """The report measures the teacher on the held-out samples: as its rows are read."""
-    for name, flags in (("repaired", ()), ("raw", ("--repair", "none"))):
-        clipcid(*DISTILL, "--name", name, *flags)
+    told = {
+        name: words(clipcid(*DISTILL, "--name", name, *flags))
+        for name, flags in (("repaired", ()), ("raw", ("--repair", "none")))
+    }
+    before, after = json.loads((turned / "clipcid-work/repair/teacher/repair.json").read_text())["result"]["log_rank"]
+    assert f"(trust in the teacher {np.exp(after - before):.2f}, by its repair)" in told["repaired"]
+    assert "trust" not in told["raw"]
     runs = turned / "clipcid-work" / "distill"
     assert losses(runs / "repaired") != losses(runs / "raw")
-    assert not (turned / "clipcid-work" / "clusters").exists()
-    again = clipcid(*DISTILL, "--name", "repaired", "--json")
-    assert "finished" in words(again)
+    # A repair that was removed is made again to the same bytes: the run is the one that is there.
+    shutil.rmtree(turned / "clipcid-work" / "repair")
+    assert "finished" in words(clipcid(*DISTILL, "--name", "repaired"))
 
 
 def test_a_sound_teacher_stays_to_the_bit(clipcid: Clipcid, sound: Path) -> None:
@@ -147,3 +152,13 @@ def test_a_repair_of_other_rows_is_made_again(clipcid: Clipcid, turned: Path, pl
     again = clipcid(*CLUSTER, "--overwrite")
     assert "Teacher left as it is" in words(again)
     assert not (turned / "clipcid-work" / "repair" / "teacher" / "repair.npz").exists()
+
+
+def test_a_second_run_waits_for_the_first(turned: Path) -> None:
+    runs = [start_clipcid(*DISTILL, "--name", name, cwd=turned) for name in ("one", "two")]
+    for run in runs:
+        code, (_, said) = run.wait(120), run.read()
+        assert code == 0, said
+        assert "repaired (--repair none" in " ".join(said.split())
+    results = [losses(turned / "clipcid-work" / "distill" / name) for name in ("one", "two")]
+    assert results[0] == results[1]

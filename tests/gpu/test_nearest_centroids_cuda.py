@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from clipcid_cli.algorithms.kmeans.centroids import ClusterSums, centroids_of_sums
 from clipcid_cli.algorithms.near.block import make_block
-from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums
 from clipcid_cli.algorithms.near.nearest import NearestCentroid, top_nearest
 
 pytestmark = pytest.mark.gpu

@@ -66,7 +66,7 @@ import numpy as np
 import torch
 from clipcid_cli.algorithms.near import nearest
 from clipcid_cli.algorithms.near.block import make_block
-from clipcid_cli.algorithms.near.centroids import round_to_grid
+from clipcid_cli.algorithms.near.exact import round_to_grid
 unit = torch.nn.functional.normalize(torch.randn(1, 16, generator=torch.Generator().manual_seed(0)).double())
 rows = torch.nn.functional.normalize(unit + 0.1 * torch.eye(16).double()).half().cuda()
 nearest._MAX_GROUPS = 1024
@@ -116,7 +116,7 @@ import numpy as np
 import torch
 from clipcid_cli.algorithms.near import nearest
 from clipcid_cli.algorithms.near.block import make_block
-from clipcid_cli.algorithms.near.centroids import round_to_grid
+from clipcid_cli.algorithms.near.exact import round_to_grid
 nearest._PRODUCT_CENTROIDS, nearest._GROUPS = {"cuda": 64}, {"cuda": 64}
 random = torch.Generator().manual_seed(0)
 rows, centroids = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS
-from clipcid_cli.formats.results import clusters, keep_list, metrics, predictions, sets
+from clipcid_cli.formats.results import clusters, forest, keep_list, metrics
 from clipcid_cli.formats.work_directory import WorkDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +128,7 @@ def columns_under(heading: str) -> list[str]:
 
 def test_the_documented_columns_are_those_that_are_written() -> None:
     assert columns_under("Keep list") == keep_list._SCHEMA.names
-    assert columns_under("Sets") == sets._SCHEMA.names
+    assert columns_under("Sets") == forest._SETS.names
     assert columns_under("Clusters") == clusters._SCHEMA.names
     assert columns_under("Metrics") == list(metrics.Metrics.__struct_fields__)
 
@@ -151,8 +151,8 @@ def test_the_documented_columns_of_predictions_are_those_that_are_written() -> N
         ("retrieval", "retrieval"),
     ):
         (line,) = re.findall(rf"^\| {row} \| (`key`.*) \|$", page, flags=re.MULTILINE)
-        named = [name for name in re.findall(r"`(\w+)`", line) if name in {"key", *predictions._COLUMNS[kind]}]
-        assert list(dict.fromkeys(named)) == ["key", *predictions._COLUMNS[kind]], row
+        named = [name for name in re.findall(r"`(\w+)`", line) if name in {"key", *metrics._COLUMNS[kind]}]
+        assert list(dict.fromkeys(named)) == ["key", *metrics._COLUMNS[kind]], row
 
 
 def test_pictures_are_small_and_fetch_nothing() -> None:

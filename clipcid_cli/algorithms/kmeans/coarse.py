@@ -34,13 +34,7 @@ _BELOW_ALL = -(2**25)
 
 @dataclasses.dataclass(frozen=True)
 class CoarseRows:
-    """Rows as integers times steps.
-
-    Attributes:
-        stored_BD: The rows, float16.
-        integers_BD: In a format of which products are fast, and exact.
-        step_B: What the integer 1 stands for, float32.
-    """
+    """Rows, float16, as integers, in a format whose products are fast and exact, times a step each, float32."""
 
     stored_BD: torch.Tensor
     integers_BD: torch.Tensor
@@ -59,7 +53,6 @@ class CoarseCentroids:
     """Finds nearly the nearest of fixed centroids; several threads may ask at once.
 
     Args:
-        centroids_KD: float32 [K, D].
         dtype: Format of the exact search, which tells of which products are fast; it changes no answer.
         grouped: Whether a row that has a centroid is compared with those around it only.
     """
@@ -72,7 +65,8 @@ class CoarseCentroids:
         self._near = list[torch.Tensor]()
         if not grouped:
             return
-        num_groups, device = math.isqrt(num_centroids), centroids_KD.device
+        num_groups = math.isqrt(num_centroids)
+        device = centroids_KD.device
         leaders_GD = self._integers_KD[torch.arange(num_groups, device=device) * num_centroids // num_groups]
         self._group_K = _largest(self._integers_KD, leaders_GD)[0]
         members = torch.split(*_by_group(self._group_K, num_groups))
@@ -85,19 +79,12 @@ class CoarseCentroids:
         self._near = [torch.cat([members[group] for group in near]) for near in near_GG.tolist()]
 
     def nearest(self, rows: CoarseRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compare rows with all centroids.
-
-        Returns:
-            The nearest, the first of equal ones, int64 [B], and about the similarities to them, float64 [B].
-        """
+        """Return the nearest of all centroids, the first of equal ones, and about the similarities to them, float64 [B]."""
         number_B, score_B, _ = _largest(rows.integers_BD, self._integers_KD)
         return number_B, score_B * self._units(rows)
 
     def nearest_other(self, rows: CoarseRows, own_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compare rows with all centroids, or with those around their own.
-
-        Args:
-            own_B: A centroid of each row, int64 [B].
 
         Returns:
             The nearest beside the own one, int64 [B], and about the similarities to it and to the own one, float64 [B].
@@ -134,12 +121,9 @@ def are_local(rows: CoarseRows, centroids_KD: torch.Tensor, dtype: torch.dtype) 
 def _largest(
     integers_BD: torch.Tensor, integers_KD: torch.Tensor, own_B: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return where products with rows are largest, the first of equal ones, how large, and those at `own_B`: int64 [B].
-
-    Args:
-        own_B: Places that are left out, int64 [B].
-    """
-    size, device = PRODUCT_ROWS[integers_BD.device.type], integers_BD.device
+    """Return where products are largest, the first of equal ones, how large, and those at `own_B`, which is left out."""
+    size = PRODUCT_ROWS[integers_BD.device.type]
+    device = integers_BD.device
     # Fresh memory for each product would take as long as the product.
     room = min(size, len(integers_BD)) * min(size, len(integers_KD))
     buffer = torch.empty(room, dtype=score_dtype(integers_BD.dtype)) if device.type == "cpu" else None
@@ -147,7 +131,8 @@ def _largest(
     found = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
     for rows_BD, own_B1 in zip(torch.split(integers_BD, size), torch.split(own_B[:, None], size), strict=True):
         best_B1, own_score_B1 = torch.full_like(own_B1, _BELOW_ALL), torch.full_like(own_B1, _BELOW_ALL)
-        number_B1, first = torch.zeros_like(own_B1), 0
+        number_B1 = torch.zeros_like(own_B1)
+        first = 0
         for part_CD in torch.split(integers_KD, size):
             score_BC = _multiply(rows_BD, part_CD, buffer)
             place_B1 = (own_B1 - first).clamp(0, len(part_CD) - 1)
@@ -157,7 +142,8 @@ def _largest(
             place_B1 = _first_largest(score_BC)[:, None]
             score_B1 = score_BC.gather(1, place_B1).long()
             number_B1 = torch.where(score_B1 > best_B1, place_B1 + first, number_B1)
-            best_B1, first = torch.maximum(best_B1, score_B1), first + len(part_CD)
+            best_B1 = torch.maximum(best_B1, score_B1)
+            first = first + len(part_CD)
         found.append((number_B1[:, 0], best_B1[:, 0], own_score_B1[:, 0]))
     number_B, best_B, own_score_B = (torch.cat(each) for each in zip(*found, strict=True))
     return number_B, best_B, own_score_B

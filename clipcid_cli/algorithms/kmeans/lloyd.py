@@ -1,10 +1,27 @@
 """Lloyd's iterations of spherical k-means over rows shared among processes.
 
 Each process assigns its share of the rows; the sums of all make the next centroids. An iteration is a function of the rows
-and the centroids alone (:mod:`clipcid_cli.algorithms.kmeans.kmeans`), so the centroids are all that a checkpoint needs: a
-resumed run finds its labels and sums again by assigning, and ends with the same bytes. After the first iteration rows are
-compared only with centroids that may have become nearer than their own (:mod:`clipcid_cli.algorithms.kmeans.bounds`), and
-only rows that changed their cluster change the sums.
+and the centroids alone, since nearest centroids (:mod:`clipcid_cli.algorithms.near.nearest`) and sums
+(:mod:`clipcid_cli.algorithms.kmeans.centroids`) are exact. So the centroids are all that a checkpoint needs: a resumed run
+finds its labels and sums again by assigning, and ends with the same bytes. After the first iteration only rows that changed
+their cluster change the sums.
+
+**Bounds** tell which centroids a row must be compared with again after all have moved a little. Of a row x are known its
+nearest centroid a, the exact similarity s = x·c_a, and a bound u with x·c_j ≤ u for all j ≠ a; as a is nearest, u ≤ s may be
+taken. The centroids move to c', by δ_j = |c'_j − c_j|, and s' = x·c'_a is computed exactly. By Cauchy–Schwarz
+x·c'_j ≤ u + |x|·δ_j, so
+
+- when s' > u: centroids with |x|·δ_j < s' − u stay behind a. The row is compared with those of at least a part θ of
+  that gap; the others keep the bound u + |x|·δ with δ their largest movement. A smaller θ compares more now and keeps u
+  lower, which saves comparisons later.
+- when s' ≤ u and s' ≥ s, which is s' = u = s: centroids that did not move stay behind a, and in ties too, since they lost
+  to a before by the same rule. The row is compared with those that moved.
+- else (s' ≤ u and s' < s): with all.
+
+In the order of their movement, farthest first, the centroids to compare with are always the leading ones, so rows that need
+about equally many share one matrix product. What is found is exact; bounds only decide what is looked at. In the manner
+of Hamerly 2010 and of Ding et al. 2015 (Yinyang k-means), with one bound a row: small clusters that move far cost only
+themselves.
 
 **Coarse iterations.** Of many clusters, whose first centroids are single rows, nearly all move far in the first iterations,
 where bounds spare little. Those compare rows roughly and with some centroids only
@@ -33,13 +50,17 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.kmeans.bounds import CentroidDrift, distances_moved
+from clipcid_cli.algorithms.kmeans.centroids import (
+    PLUS_PLUS_CLUSTERS,
+    ClusterSums,
+    RowReader,
+    centroids_of_sums,
+    choose_seeds,
+    rows_as_centroids,
+)
 from clipcid_cli.algorithms.kmeans.coarse import CoarseCentroids, CoarseRows, are_local
-from clipcid_cli.algorithms.kmeans.kmeans import RowReader, sums_of_similarities
-from clipcid_cli.algorithms.kmeans.seeding import PLUS_PLUS_CLUSTERS, choose_seeds, rows_as_centroids
 from clipcid_cli.algorithms.near.block import Block, make_block
-from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums, fold_sum
-from clipcid_cli.algorithms.near.exact import DoubleArray, IntArray, exact_dots
+from clipcid_cli.algorithms.near.exact import DoubleArray, IntArray, exact_dots, fold_sum, root
 from clipcid_cli.algorithms.near.nearest import PRODUCT_ROWS, Found, NearestCentroid
 
 # Rows read and prepared at once. On a CPU a run is computed by a thread, which is 1.3 times as fast as all threads on each
@@ -58,6 +79,11 @@ _ROWS_TO_JUDGE = 2048
 _ONE_LOOSE_IN = 6
 _LOOSENESS = 16.0
 _LEAST_REST = 0.3
+
+# Bounds: the longest row, as unit ones are rounded to float16; the part θ; what covers the rounding of the movements.
+_LONGEST_ROW = 1.01
+_SHARE_OF_GAP = 0.5
+_ROUNDED_UP = 1 + 1e-9
 
 Prepared = TypeVar("Prepared", CoarseRows, Block)
 
@@ -115,8 +141,6 @@ def run_lloyd(
     rows.
 
     Args:
-        rows: The rows of all processes.
-        state: Where to begin.
         iterations: Most iterations in all, those of `state` included.
         dtype: Format of the product that proposes, see `NearestCentroid`.
         kept_bytes: Prepared rows that this process keeps from iteration to iteration; others are read and prepared anew.
@@ -128,7 +152,9 @@ def run_lloyd(
     # A resumed run makes none: they need the clusters before them.
     is_new = state.iterations == 0 and len(state.centroids_KD) > PLUS_PLUS_CLUSTERS
     num_loose = iterations // _ONE_LOOSE_IN
-    centroids_KD, drift, similarity_K = state.centroids_KD.to(device, copy=True), None, None
+    centroids_KD = state.centroids_KD.to(device, copy=True)
+    drift = None
+    similarity_K = None
     grouped = is_new and share.are_local(centroids_KD)
     num_coarse = int(_MOST_COARSE * iterations) if grouped else num_loose if is_new else 0
     coarse = num_coarse > 0
@@ -141,8 +167,10 @@ def run_lloyd(
         empty_E = (processes.sum_(share.sums.counts_K.clone()) == 0).nonzero()[:, 0]
         seeds_SD = share.farthest_rows(len(empty_E)) if len(empty_E) else centroids_KD[:0]
         similarity_K, moved_K = _move(centroids_KD, share.sums.sums_KD, empty_E[: len(seeds_SD)], seeds_SD, processes)
-        num_moved, done = int(moved_K.count_nonzero()), state.iterations + 1
-        converged, drift = not coarse and num_moved == 0, None if coarse else CentroidDrift.of(moved_K)
+        num_moved = int(moved_K.count_nonzero())
+        done = state.iterations + 1
+        converged = not coarse and num_moved == 0
+        drift = None if coarse else CentroidDrift.of(moved_K)
         if done >= num_coarse or (done >= num_loose and num_moved < _LEAST_MOVED * len(moved_K)):
             coarse = False
         similarity = float(fold_sum(similarity_K[None])[0]) / len(rows)
@@ -163,7 +191,10 @@ class _Share:
         kept_bytes: int,
     ) -> None:
         self.sums = ClusterSums(num_clusters, rows.width, device)
-        self._rows, self._dtype, self._device, self._processes = rows, dtype, device, processes
+        self._rows = rows
+        self._dtype = dtype
+        self._device = device
+        self._processes = processes
         start, self._stop = processes.share(len(rows))
         self._runs = range(start, self._stop, _RUN_ROWS[device.type])
         size = self._stop - start
@@ -173,13 +204,14 @@ class _Share:
         self._others_N = torch.empty(size, dtype=torch.float32, device=device)
         self._changing = threading.Lock()  # of sums, which runs share
         self._is_summed = False
-        self._coarse_rows, self._blocks = dict[int, CoarseRows](), dict[int, Block]()
+        self._coarse_rows = dict[int, CoarseRows]()
+        self._blocks = dict[int, Block]()
         self._num_kept = kept_bytes // ((2 + dtype.itemsize) * rows.width * self._runs.step)
 
     def are_local(self, centroids_KD: torch.Tensor) -> bool:
         """Tell of rows from all over the data whether comparing with centroids around their own is enough."""
         numbers = np.linspace(0, len(self._rows) - 1, min(len(self._rows), _ROWS_TO_JUDGE), dtype=np.int64)
-        stored = torch.from_numpy(self._rows.features_at(numbers)).to(self._device)
+        stored = torch.from_numpy(self._rows.features(numbers)).to(self._device)
         return are_local(CoarseRows.of(stored, self._dtype), centroids_KD, self._dtype)
 
     def assign_coarsely(
@@ -195,7 +227,8 @@ class _Share:
         coarse = CoarseCentroids(centroids_KD, self._dtype, grouped=grouped)
 
         def assign_run(first: int) -> None:
-            rows, place = self._load_coarse(first), self._places(first)
+            rows = self._load_coarse(first)
+            place = self._places(first)
             if lengths_K is None:
                 number_B, self._cosine_N[place] = coarse.nearest(rows)
             else:
@@ -229,7 +262,8 @@ class _Share:
 
     def _assign_all(self, nearest: NearestCentroid, first: int) -> None:
         """Compare rows of a run with all centroids."""
-        block, size = self._load(first), PRODUCT_ROWS[self._device.type]
+        block = self._load(first)
+        size = PRODUCT_ROWS[self._device.type]
         parts = torch.split(torch.arange(len(block), device=self._device), size)
         self._keep(first, block, Found.join([nearest.of(block, which_B) for which_B in parts]))
 
@@ -238,9 +272,11 @@ class _Share:
     ) -> None:
         """Compare rows of a run with the centroids that may have become nearer than their own."""
         place = self._places(first)
-        before_B, similar_B = self._label_N[place].long(), self._cosine_N[place]
+        before_B = self._label_N[place].long()
+        similar_B = self._cosine_N[place]
         others_B = torch.minimum(self._others_N[place].double(), similar_B)  # the nearest was at least as near
-        cosine_B, block = similar_B.clone(), None
+        cosine_B = similar_B.clone()
+        block = None
         moved_B = drift.moved_K[before_B].nonzero()[:, 0]
         if len(moved_B):
             block = self._load(first)
@@ -258,7 +294,8 @@ class _Share:
         """Keep what was found of a run; without a block its rows stay in their clusters."""
         place = self._places(first)
         # A bound below 4 remains one: rounding takes at most 2⁻²³ off.
-        self._cosine_N[place], self._others_N[place] = found.cosine_B, (found.others_B + 2.0**-22).float()
+        self._cosine_N[place] = found.cosine_B
+        self._others_N[place] = (found.others_B + 2.0**-22).float()
         if block is not None:
             self._put(first, block.stored, found.number_B)
 
@@ -269,7 +306,8 @@ class _Share:
             with self._changing:
                 self.sums.move(stored, None, number_B)
         elif len(changed_B := (number_B != label_B).nonzero()[:, 0]):
-            changed_BD, before_B = stored.index_select(0, changed_B), label_B[changed_B].long()
+            changed_BD = stored.index_select(0, changed_B)
+            before_B = label_B[changed_B].long()
             with self._changing:
                 self.sums.move(changed_BD, before_B, number_B[changed_B])
         label_B.copy_(number_B)
@@ -279,7 +317,7 @@ class _Share:
 
         def choose(parts: Iterable[tuple[DoubleArray, IntArray]]) -> tuple[DoubleArray, IntArray]:
             similarity_P, number_P = (np.concatenate(found) for found in zip(*parts, strict=True))
-            chosen = choose_seeds(similarity_P, number_P, self._rows.features_at, count)
+            chosen = choose_seeds(similarity_P, number_P, self._rows.features, count)
             return similarity_P[chosen], number_P[chosen]
 
         def of_run(first: int) -> tuple[DoubleArray, IntArray]:
@@ -293,9 +331,13 @@ class _Share:
         """Return where a run is among the rows of this process."""
         return slice(first - self._runs.start, first - self._runs.start + self._runs.step)
 
+    def _numbers(self, first: int) -> IntArray:
+        """Return the numbers of the rows of a run among all."""
+        return np.arange(first, min(self._stop, first + self._runs.step))
+
     def _load(self, first: int) -> Block:
-        numbers = np.arange(first, min(self._stop, first + self._runs.step))
-        return self._load_as(self._blocks, first, lambda stored: make_block(numbers, stored, self._dtype))
+        prepare = partial(make_block, self._numbers(first), scan_dtype=self._dtype)
+        return self._load_as(self._blocks, first, prepare)
 
     def _load_coarse(self, first: int) -> CoarseRows:
         return self._load_as(self._coarse_rows, first, lambda stored: CoarseRows.of(stored, self._dtype))
@@ -304,8 +346,7 @@ class _Share:
         """Read and prepare a run of rows, or return it as it was kept."""
         if first in kept:
             return kept[first]
-        features = self._rows.features(first, min(self._stop, first + self._runs.step))
-        prepared = prepare(torch.from_numpy(np.array(features)).to(self._device))
+        prepared = prepare(torch.from_numpy(self._rows.features(self._numbers(first))).to(self._device))
         if len(kept) < self._num_kept:
             kept[first] = prepared
         return prepared
@@ -323,7 +364,8 @@ def _pieces(count_B: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, in
     """
     sorted_B, order_B = torch.sort(count_B, descending=True)
     sorted_B = sorted_B.cpu()  # a GPU is waited for once
-    at, end = 0, int((sorted_B > 0).sum())
+    at = 0
+    end = int((sorted_B > 0).sum())
     while at < end:
         leading = int(sorted_B[at])
         # Fewer centroids, more rows: not as many as there is room for, since each row may need fewer still.
@@ -350,12 +392,56 @@ def _move(
     at_once = _CENTROIDS_AT_ONCE[centroids_KD.device.type]
     for first in range(0, len(centroids_KD), at_once):
         part = slice(first, first + at_once)
-        sums_CD, old_CD = processes.sum_(sums_KD[part].clone()), centroids_KD[part]
+        sums_CD = processes.sum_(sums_KD[part].clone())
+        old_CD = centroids_KD[part]
         new_CD = centroids_of_sums(sums_CD, old_CD)
         if len(seeded_S):
             here_S = (seeded_S >= first) & (seeded_S < first + len(new_CD))
             new_CD[seeded_S[here_S] - first] = seeds_SD[here_S]
-        similarity_K[part] = sums_of_similarities(sums_CD, new_CD)
+        similarity_K[part] = fold_sum(sums_CD * new_CD.double())
         moved_K[part] = distances_moved(old_CD, new_CD)
         centroids_KD[part] = new_CD
     return similarity_K, moved_K
+
+
+@dataclasses.dataclass(frozen=True)
+class CentroidDrift:
+    """How the centroids moved.
+
+    Attributes:
+        order_K: Numbers of the centroids, those that moved farthest first, int64 [K].
+        moved_K: Which centroids moved at all, bool [K], by number.
+        reach_K: How much more similar a row can be to any centroid after the first n of the order than it was to any other
+            than its nearest, by n from 0 to K: float64 [K + 1]; −∞ after all K.
+    """
+
+    order_K: torch.Tensor
+    moved_K: torch.Tensor
+    reach_K: torch.Tensor
+
+    @classmethod
+    def of(cls, distances_K: torch.Tensor) -> CentroidDrift:
+        """Order the centroids by how far they moved, float64 [K]."""
+        reach_K, order_K = torch.sort(distances_K * (_LONGEST_ROW * _ROUNDED_UP), descending=True, stable=True)
+        return cls(order_K, distances_K > 0, torch.cat([reach_K, torch.full_like(reach_K[:1], -torch.inf)]))
+
+    def leading(self, before_B: torch.Tensor, now_B: torch.Tensor, others_B: torch.Tensor) -> torch.Tensor:
+        """Tell how many of the centroids, in their order, rows must be compared with.
+
+        Args:
+            before_B: Similarity s to the nearest centroid before, float64 [B].
+            now_B: Similarity s' to that centroid now, float64 [B].
+            others_B: Bound u ≤ s of the similarity to any other centroid before, float64 [B].
+
+        Returns:
+            Numbers of centroids, int64 [B] in [0, K]. Those after them are less similar than the nearest; those after n, any
+            number, are at most u plus ``reach_K[n]``.
+        """
+        gap_B = now_B - others_B
+        count_B = torch.searchsorted(-self.reach_K[:-1], -_SHARE_OF_GAP * gap_B, right=True)
+        return torch.where(gap_B > 0, count_B, torch.where(now_B >= before_B, self.moved_K.sum(), len(self.order_K)))
+
+
+def distances_moved(before_KD: torch.Tensor, after_KD: torch.Tensor) -> torch.Tensor:
+    """Return how far centroids moved, from float32 [K, D] each: float64 [K], 0 for those that did not and for no others."""
+    return root(fold_sum((after_KD.double() - before_KD.double()).square()))

@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
-from clipcid_cli.algorithms.losses.row_blocks import add, over_blocks, rows_between
+from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch, add, over_blocks, rows_between
 from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, project
 
 # Centroids that take at most this many bytes in the shared space are kept there: K = 32,768 at 512 dimensions.
@@ -32,14 +31,11 @@ _ROWS_AT_ONCE = 8192
 class ProjectedCentroids:
     """Centroids in the shared space: few are projected once and kept, of many only those that are asked for are read.
 
-    Few take at most 64 MiB, or an eighth of a GPU's memory.
-
-    Attributes:
-        kept_Kd: All rows in the shared space, where they are few enough.
+    Few take at most 64 MiB, or an eighth of a GPU's memory; `kept_Kd` holds them.
     """
 
     def __init__(self, stored_KD: npt.NDArray[np.float32], axes: PrincipalAxes | None, device: torch.device) -> None:
-        """Take unit rows in the teacher's space, mapped from a file; `axes` is None where the shared space is that one."""
+        """Take unit rows in the teacher's space, mapped from a file."""
         self._stored_KD, self._axes, self._device = stored_KD, axes, device
         self.width = int(stored_KD.shape[1] if axes is None else axes.basis_Dd.shape[1])
         max_bytes = _KEPT_BYTES
@@ -50,7 +46,6 @@ class ProjectedCentroids:
             self.kept_Kd = self.take(np.arange(len(self)))
 
     def __len__(self) -> int:
-        """Return K."""
         return len(self._stored_KD)
 
     def take(self, ids: npt.NDArray[np.int64]) -> Tensor:
@@ -73,7 +68,7 @@ class ClusterCandidates:
     Attributes:
         ids: Their cluster numbers, each once: active ones ascending, then drawn ones ascending; int64 [S].
         num_active: How many of them are active.
-        log_correction: log((K − |A|)/|R|), added to the logits of drawn candidates; 0 when nothing or everything is drawn.
+        log_correction: log((K − |A|)/|R|), 0 when nothing or everything is drawn.
     """
 
     ids: npt.NDArray[np.int64]
@@ -87,9 +82,9 @@ def draw_candidates(
     """Draw the candidate centroids of a global batch, on every process the same.
 
     Args:
-        top_clusters: Stored clusters of the batch's samples, any shape, values in [0, K).
+        top_clusters: Stored clusters of the batch's samples, any shape.
         ratio: Share r of all K centroids to draw from the rest.
-        minimum: Smallest number of candidates, active ones included (all K when there are fewer).
+        minimum: Smallest number of candidates, active ones included.
 
     Source: docs/method.md#candidates; the share is UNICOM's partial-FC, the correction ours.
     """
@@ -117,9 +112,8 @@ def cluster_targets(
     """Prepare what the loss needs of one batch, on the device of the centroids.
 
     Args:
-        candidates: Every id of `top_clusters` is an active one.
         centroids_SD: The candidates, unit rows, float32.
-        top_clusters: Stored clusters of each sample, nearest first, [B, m].
+        top_clusters: Stored clusters of each sample, active ones, nearest first, [B, m].
         top_similarities: Cosine similarities to them, [B, m].
         temperature: τ_T of the teacher's distribution softmax(similarity/τ_T), over the m stored clusters: the others
             would get a share below e^((last − first)/τ_T) each.
@@ -144,8 +138,7 @@ def cluster(batch: LossBatch, scale: Tensor) -> Tensor:
     Source: CLIP-CID, arXiv 2408.09441 (k-means label, softmax and KL); weights, α and candidates are our reconstruction,
     docs/method.md#cluster-loss; the text tower is our addition.
     """
-    image, text = batch.student_in_teacher_space()
-    towers = ((image, batch.image_clusters), (text, batch.text_clusters))
+    towers = ((batch.image_BD, batch.image_clusters), (batch.text_BD, batch.text_clusters))
     sums = [
         soft_label_cross_entropy(features, targets, scale, batch.own)
         for features, targets in towers

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.algorithms.losses.row_blocks import Similarities, add, sum_both_ways, sum_one_way
+from clipcid_cli.algorithms.losses.batch import LossBatch, Similarities, add, sum_both_ways, sum_one_way
 
 
 def contrast_both_ways(left_BD: Tensor, right_BD: Tensor, scale: Tensor, own: slice = slice(None)) -> Tensor:

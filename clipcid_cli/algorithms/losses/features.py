@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.algorithms.losses.row_blocks import Similarities, add, rows_between
+from clipcid_cli.algorithms.losses.batch import LossBatch, Similarities, add, rows_between
 
 # Share of a sample's patches or tokens that is taught, rounded up.
 SELECTED = 0.25
@@ -44,7 +43,7 @@ def masked_feature_distance(batch: LossBatch) -> Tensor:
 
 def _squared_distances(batch: LossBatch) -> Tensor:
     first, stop, _ = batch.own.indices(len(batch))
-    image, text = (rows_between(rows, first, stop) for rows in batch.student_in_teacher_space())
+    image, text = (rows_between(rows, first, stop) for rows in (batch.image_BD, batch.text_BD))
     sums = []
     if batch.teacher_image_BD is not None:
         taught = rows_between(batch.teacher_image_BD, first, stop)
@@ -73,7 +72,8 @@ def token_distance(batch: LossBatch) -> Tensor:
     teacher_image, teacher_text = batch.teacher()
     assert batch.teacher_scale is not None
     first, stop, _ = batch.own.indices(len(batch))
-    image, text = rows_between(teacher_image, first, stop), rows_between(teacher_text, first, stop)
+    image = rows_between(teacher_image, first, stop)
+    text = rows_between(teacher_text, first, stop)
 
     def matching_share(start: int, logits_bB: Tensor) -> Tensor:
         return logits_bB.softmax(dim=1).diagonal(start)
@@ -96,7 +96,6 @@ def distance_of_selected(tokens_bLD: Tensor, target_bD: Tensor, other_bD: Tensor
 
     Args:
         tokens_bLD: Unit rows; rows of zeros are no tokens, and every sample has one at least.
-        target_bD: What they are pulled to.
         other_bD: What they are selected by: those of the largest dot product, a quarter of a sample's, rounded up.
     """
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The one table of losses: name, what it is, what it needs, and the presets that combine them.
+"""The one table of losses: name, what it is, what it needs, the presets that combine them, and the learning rate they take.
 
 Command-line choices, help texts, documentation and tests read this file. It does not import torch, so that usage errors
 answer at once; the functions themselves are imported by `load_loss`.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 # Where CLIP's logit scale starts.
@@ -20,10 +21,9 @@ class LossEntry:
     """One loss of the registry.
 
     Attributes:
-        name: Spelling on the command line and in logs.
         summary: What it compares, for docs/distill.md.
-        function: ``module:function`` of its implementation in this package, called as ``f(batch)`` with what it learns
-            itself: ``scale``, ``bias``, ``fusion``.
+        function: ``module:function`` in this folder, called as ``f(batch)`` with what it learns itself: ``scale``, ``bias``,
+            ``fusion``.
         scale: Where a logit scale of its own starts, which is kept in 1 … 100.
         bias: Where a bias of its own starts.
         fuses: Whether it learns layers that join student and teacher, one for images and one for captions.
@@ -128,7 +128,7 @@ LOSSES: Mapping[str, LossEntry] = {
         LossEntry(
             "gd",
             "squared distance of the gradients that the contrastive loss has by student and by teacher features",
-            "gradients:gradient_distance",
+            "relations:gradient_distance",
             needs_teacher_scale=True,
         ),
         LossEntry(
@@ -169,19 +169,13 @@ LOSSES: Mapping[str, LossEntry] = {
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """Factor of a loss in the total.
-
-    Attributes:
-        value: The factor, or what is divided by the width.
-        per_width: Whether `value` is meant for a mean over the D dimensions of the shared space, so that our sum over
-            them takes value/D.
-    """
+    """Factor of a loss in the total; one `per_width` is of a mean over D dimensions, so that our sum takes value/D."""
 
     value: float
     per_width: bool = False
 
     def at(self, width: int) -> float:
-        """Return the factor for a shared space of `width` dimensions."""
+        """Return the factor in a space of so many dimensions."""
         return self.value / width if self.per_width else self.value
 
 
@@ -209,9 +203,18 @@ PRESETS: Mapping[str, Mapping[str, Weight]] = {
 DEFAULT_PRESET = "fd-instance"
 
 
-def select_losses(preset: str, overrides: Mapping[str, float]) -> dict[str, Weight]:
-    """Return a run's losses in registry order: the preset's with the weights of `overrides`, without those of weight 0."""
-    weights = {**PRESETS[preset], **{name: Weight(value) for name, value in overrides.items()}}
+def select_losses(preset: str, overrides: Mapping[str, float], trust: float = 1.0) -> dict[str, Weight]:
+    """Return a run's losses in registry order: the preset's with the weights of `overrides`, without those of weight 0.
+
+    Args:
+        trust: In the teacher's pairing of images with captions, in (0, 1]. Where it is below 1, `fd-instance` follows the
+            teacher's features less, and captions more.
+    """
+    weights = dict(PRESETS[preset])
+    if preset == DEFAULT_PRESET and trust < 1.0:
+        fd = dataclasses.replace(_FD, value=trust * _FD.value)
+        weights = {"clip": Weight(1 - 0.9 * trust), "instance": Weight(1 - 2 / 3 * trust), "fd": fd}
+    weights |= {name: Weight(value) for name, value in overrides.items()}
     return {name: weights[name] for name in LOSSES if name in weights and weights[name].value > 0.0}
 
 
@@ -220,3 +223,38 @@ def load_loss(name: str) -> Callable[..., Any]:
     module, function = LOSSES[name].function.split(":")
     loaded: Callable[..., Any] = getattr(importlib.import_module(f"clipcid_cli.algorithms.losses.{module}"), function)
     return loaded
+
+
+# What was best for the student of recipes/ablation, 96 wide, with batches of 64 and 2,000 steps, or within a point of it on
+# the tuning split (captions alone with AdamW: 2 points below 2e-3), by what leads the losses: captions alone, a teacher, or
+# a teacher's features themselves (`fd` with AdamW: 1, 3 and 6e-3 gave R@1 of 41.8, 55.0 and 59.3). All of one data set,
+# with one seed; see recipes/ablation/README.md.
+RATES = {
+    "muon": {"captions": 3e-3, "teacher": 6e-3, "features": 6e-3},
+    "adamw": {"captions": 1e-3, "teacher": 3e-3, "features": 6e-3},
+}
+AT_BATCH = 64
+# Adam's best rate grows as the square root of the batch (Malladi et al. 2022, arXiv 2205.10287), up to where training
+# becomes unstable, which is inverse to the width (Yang et al. 2022, arXiv 2203.03466). The product of rate and width is the
+# largest that was tried on that student with AdamW; for a ViT-B/32, 512 wide, it gives 1.1e-3, where the CLIP-CID group
+# publishes 1e-3.
+LARGEST_BY_WIDTH = 6e-3 * 96
+
+_LED_BY = {"captions": "captions", "teacher": "a teacher", "features": "a teacher's features"}
+
+
+def default_rate(losses: Iterable[str], optimizer: str, batch_size: int, width: int) -> tuple[float, str]:
+    """Choose the peak learning rate, and say why: min(rate by what leads the losses · √(batch/64), 0.576/student's width).
+
+    Source: our own, docs/method.md#training-recipe.
+    """
+    entries = [LOSSES[name] for name in losses]
+    by_features = any(entry.compares_features for entry in entries)
+    kind = "features" if by_features else "teacher" if any(entry.needs_teacher for entry in entries) else "captions"
+    rate = RATES[optimizer][kind]
+    wanted = rate * math.sqrt(batch_size / AT_BATCH)
+    largest = LARGEST_BY_WIDTH / width
+    reason = f"losses led by {_LED_BY[kind]}: {rate:g} x sqrt(batch size/{AT_BATCH})"
+    if wanted > largest:
+        reason += f", at most {LARGEST_BY_WIDTH:g}/{width} for an embedding of {width} dimensions"
+    return float(f"{min(wanted, largest):.2g}"), reason

@@ -1,14 +1,18 @@
-"""Losses on in-batch similarities: the student's B × B logits follow the teacher's."""
+"""Losses on in-batch similarities: the student's B × B logits follow the teacher's, or the gradients that they make.
+
+Shape legend: B global batch, b rows of a block, D width.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.algorithms.losses.row_blocks import Similarities, sum_both_ways
+from clipcid_cli.algorithms.losses.batch import LossBatch, Similarities, add, over_blocks, rows_between, sum_both_ways
 
 # MobileCLIP and TinyCLIP sharpen the teacher's similarities with the largest scale CLIP training reaches.
 AFFINITY_SCALE = 100.0
@@ -49,11 +53,10 @@ def vertical_relation(batch: LossBatch, scale: Tensor) -> Tensor:
     Source: Chung et al. 2026 (CLIP-RD, arXiv 2603.25383), vertical relational distillation; the one scale is ours,
     docs/method.md#losses-of-other-papers.
     """
-    image, text = batch.student_in_teacher_space()
     teacher_image, teacher_text = batch.teacher()
-    total = sum_both_ways(
-        _vertical, batch.own, Similarities(teacher_image, image, scale), Similarities(teacher_text, text, scale)
-    )
+    images = Similarities(teacher_image, batch.image_BD, scale)
+    captions = Similarities(teacher_text, batch.text_BD, scale)
+    total = sum_both_ways(_vertical, batch.own, images, captions)
     return total / (2 * len(batch))
 
 
@@ -69,24 +72,48 @@ def cross_relation(batch: LossBatch) -> Tensor:
     Source: Chung et al. 2026 (CLIP-RD, arXiv 2603.25383), cross relational distillation; σ is ours,
     docs/method.md#losses-of-other-papers.
     """
-    image, text = batch.student_in_teacher_space()
     teacher_image, teacher_text = batch.teacher()
     scale = batch.student_scale.detach()
-    total = sum_both_ways(
-        _each_other, batch.own, Similarities(teacher_image, text, scale), Similarities(teacher_text, image, scale)
-    )
+    to_captions = Similarities(teacher_image, batch.text_BD, scale)
+    to_images = Similarities(teacher_text, batch.image_BD, scale)
+    total = sum_both_ways(_each_other, batch.own, to_captions, to_images)
     return total / (4 * len(batch))
+
+
+def gradient_distance(batch: LossBatch) -> Tensor:
+    """`gd` = mean over the batch of |∇s'_i − ∇t_i|² + |∇v'_i − ∇u_i|², summed over the width.
+
+    ∇ is the gradient by that row of B times CE(A ↔ B; σ), the contrastive loss: with P = softmax over the rows of
+    σ·A Bᵀ and Q = softmax over its columns, ∇a_i = σ·Σ_j (½[P_ij + Q_ij] − 1[i = j])·b_j. Both sides take their own σ, the
+    student's as a constant: learned here it would fall until no gradient is left, which is what a sure teacher has.
+
+    Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), gradient distillation: its equation, of the whole contrastive loss,
+    where the published code compares the two directions apart, divides by σ where it should multiply, and averages over
+    batch² and width; the constant σ is ours, docs/method.md#losses-of-other-papers.
+    """
+    assert batch.teacher_scale is not None
+    student = _Contrast.of(Similarities(batch.image_BD, batch.text_BD, batch.student_scale.detach()))
+    with torch.no_grad():
+        teacher = _Contrast.of(Similarities(*batch.teacher(), batch.teacher_scale))
+    first, stop, _ = batch.own.indices(len(batch))
+
+    def distances(moving: _Contrast, fixed: _Contrast) -> list[Tensor]:
+        def block(start: int, end: int) -> Tensor:
+            with torch.no_grad():
+                wanted_bD = fixed.gradients(start, end)
+            return (moving.gradients(start, end) - wanted_bD).square().sum()
+
+        return over_blocks(block, first, stop, len(batch), batch.image_BD.device)
+
+    sums = distances(student, teacher) + distances(student.transposed(), teacher.transposed())
+    return add(sums) / len(batch)
 
 
 def _compare(batch: LossBatch, teacher_scale: float, block_sum: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
     """Mean of both directions of `block_sum(first, student logits, teacher logits)`, over all queries."""
-    image, text = batch.teacher()
-    total = sum_both_ways(
-        block_sum,
-        batch.own,
-        Similarities(batch.image_Bd, batch.text_Bd, batch.student_scale),
-        Similarities(image, text, teacher_scale),
-    )
+    student = Similarities(batch.image_Bd, batch.text_Bd, batch.student_scale)
+    teacher = Similarities(*batch.teacher(), teacher_scale)
+    total = sum_both_ways(block_sum, batch.own, student, teacher)
     return total / (2 * len(batch))
 
 
@@ -113,3 +140,32 @@ def _each_other(first: int, left_bB: Tensor, right_bB: Tensor) -> Tensor:
     return F.kl_div(left, right.detach(), reduction="sum", log_target=True) + F.kl_div(
         right, left.detach(), reduction="sum", log_target=True
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Contrast:
+    """A contrastive loss of which gradients are taken: its logits, and their logΣexp for each left and right row."""
+
+    similarities: Similarities
+    of_left_B: Tensor
+    of_right_B: Tensor
+
+    @classmethod
+    def of(cls, similarities: Similarities) -> _Contrast:
+        def normaliser(_: int, logits_bB: Tensor) -> Tensor:
+            return logits_bB.logsumexp(dim=1)
+
+        sides = (similarities, similarities.transposed())
+        return cls(similarities, *(side.of_each_row(normaliser, 0, len(side.left_BD)) for side in sides))
+
+    def transposed(self) -> _Contrast:
+        return _Contrast(self.similarities.transposed(), self.of_right_B, self.of_left_B)
+
+    def gradients(self, first: int, stop: int) -> Tensor:
+        """Return the gradients by left rows first … stop − 1, [b, D]."""
+        logits_bB = self.similarities.rows(first, stop)
+        right_BD = self.similarities.right_BD
+        as_query_bB = (logits_bB - rows_between(self.of_left_B, first, stop)[:, None]).exp()
+        as_key_bB = (logits_bB - self.of_right_B).exp()
+        pulled_bD = (as_query_bB + as_key_bB) / 2 @ right_BD - rows_between(right_BD, first, stop)
+        return pulled_bD * self.similarities.scale

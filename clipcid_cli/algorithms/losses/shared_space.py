@@ -1,4 +1,4 @@
-"""The space in which features of student and teacher are compared, whatever their widths.
+"""The space in which features of student and teacher are compared, whatever their widths, and what the losses learn.
 
 Shape legend: D teacher width, d student width.
 """
@@ -6,6 +6,7 @@ Shape legend: D teacher width, d student width.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from clipcid_cli.algorithms.losses.registry import LOSSES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,7 @@ class PrincipalAxes:
     """The first d principal axes of the teacher's rows.
 
     Attributes:
-        basis_Dd: The axes as orthonormal columns, float32 [D, d], on the device of the rows to be projected.
+        basis_Dd: Orthonormal columns, float32.
         kept: Share of the rows' squared length that lies in them, in [0, 1].
     """
 
@@ -39,16 +42,10 @@ def second_moment(blocks: Iterable[npt.NDArray[Any]], width: int) -> npt.NDArray
 
 
 def principal_axes(moment_DD: npt.NDArray[np.float64], width: int) -> PrincipalAxes:
-    """Find the d axes that keep most of the rows' squared length.
+    """Find the d axes that keep most of the rows' squared length, the strongest first.
 
     The mean is not subtracted: a rotation about the origin keeps every dot product, and so every cosine similarity up to
-    what is cut, which subtracting a mean would not.
-
-    Args:
-        moment_DD: Sum (or mean) over rows x of xᵀx, symmetric.
-
-    Returns:
-        The axes, the strongest first, each with its largest entry positive, whatever sign the solver chose.
+    what is cut, which subtracting a mean would not. Each axis has its largest entry positive, whatever the solver chose.
 
     Source: docs/method.md#shared-space.
     """
@@ -61,11 +58,7 @@ def principal_axes(moment_DD: npt.NDArray[np.float64], width: int) -> PrincipalA
 
 
 def project(rows_nD: Tensor, axes: PrincipalAxes | None) -> Tensor:
-    """Project rows of the teacher's space on the shared one, and normalise them again (float16 rows are unit only to 1e-3).
-
-    Args:
-        axes: None where the shared space is the teacher's.
-    """
+    """Project rows of the teacher's space on the shared one, and normalise them (float16 rows are unit only to 1e-3)."""
     if axes is not None:
         rows_nD = rows_nD @ axes.basis_Dd
     return F.normalize(rows_nD, dim=1)
@@ -76,11 +69,47 @@ class SharedSpace:
     """Where features of student and teacher are compared: the teacher's space, or its first principal axes.
 
     Attributes:
-        width: Its dimensions.
-        axes: The principal axes that the teacher's rows are projected on; None where its space is taken as it is.
+        axes: What the teacher's rows are projected on; None where its space is taken as it is.
         is_learned: Whether the student's features go through a learned layer per tower.
     """
 
     width: int
     axes: PrincipalAxes | None = None
     is_learned: bool = False
+
+
+class LossParameters(nn.Module):
+    """The parameters of a run's losses, as `LossEntry` declares them.
+
+    `log_scales` are logarithms. `image_map` and `text_map` lead from the student's features into the shared space, d → D;
+    None where that is not learned.
+    """
+
+    def __init__(self, names: Iterable[str], student_width: int, space: SharedSpace, seed: int) -> None:
+        """Make those of the losses `names`; the seed decides the layers' first weights."""
+        super().__init__()
+        entries = [LOSSES[name] for name in names]
+        self.log_scales = nn.ParameterDict(
+            {entry.name: torch.tensor(math.log(entry.scale)) for entry in entries if entry.scale is not None}
+        )
+        self.biases = nn.ParameterDict(
+            {entry.name: torch.tensor(entry.bias) for entry in entries if entry.bias is not None}
+        )
+        self.image_map: nn.Linear | None = None
+        self.text_map: nn.Linear | None = None
+        self.fusions = nn.ModuleDict()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if space.is_learned:
+                self.image_map = nn.Linear(student_width, space.width)
+                self.text_map = nn.Linear(student_width, space.width)
+            for entry in entries:
+                if entry.fuses:
+                    widths = student_width + space.width, student_width
+                    self.fusions[entry.name] = nn.ModuleList([nn.Linear(*widths), nn.Linear(*widths)])
+
+    def of(self, name: str) -> dict[str, Any]:
+        """Return the arguments that a loss is called with beside its batch."""
+        scales: dict[str, Any] = {"scale": self.log_scales[name].exp()} if name in self.log_scales else {}
+        others: dict[str, Any] = {"bias": self.biases, "fusion": self.fusions}
+        return scales | {kind: learned[name] for kind, learned in others.items() if name in learned}

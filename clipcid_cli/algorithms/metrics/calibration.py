@@ -23,13 +23,7 @@ Blocks = Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """How well confidences fit.
-
-    Attributes:
-        expected_calibration_error: Over `BINS` bins, in [0, 1].
-        log_loss: Mean negative log-likelihood of the right classes, in nats.
-        images: Number of images.
-    """
+    """How well confidences fit: over `BINS` bins, and the mean negative log-likelihood of the right classes, in nats."""
 
     expected_calibration_error: float
     log_loss: float
@@ -43,12 +37,11 @@ def measure_calibration(blocks: Blocks, scale: float) -> Calibration:
     of equal width, (m/15, (m + 1)/15]; the error is the mean over the images of |share right − mean confidence| of their
     bin.
 
-    Args:
-        scale: Factor on the cosines, at least 0.
-
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, eq. 3.
     """
-    excess, log_loss, images = torch.zeros(BINS, dtype=torch.float64), 0.0, 0
+    excess = torch.zeros(BINS, dtype=torch.float64)
+    log_loss = 0.0
+    images = 0
     for cosines_BC, labels_B in blocks():
         log_p_BC = (scale * cosines_BC.double()).log_softmax(dim=1)
         right_B = cosines_BC.argmax(dim=1) == labels_B

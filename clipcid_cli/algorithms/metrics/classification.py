@@ -1,6 +1,9 @@
-"""Classification: prompts become one weight vector per class, images go to the class of the largest score.
+"""Classification: prompts become one weight vector per class, images go to the class of the largest score, or to several.
 
-Shape letters: C classes, T templates, N images, D width of the embeddings, U cells and B draws of :mod:`.intervals`.
+Where images have several classes, each class ranks all images, and is measured by its average precision.
+
+Shape letters: C classes, T templates, N images, P of them that have a class, D width of the embeddings, U cells and B draws
+of :mod:`.intervals`.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.metrics.average_precision import precision_metrics
 from clipcid_cli.algorithms.metrics.intervals import (
     Array,
     Metrics,
@@ -26,15 +28,11 @@ from clipcid_cli.algorithms.metrics.intervals import (
 ACCURACY_TOP_K = 5
 SINGLE_LABEL_METRICS = ("acc1", "acc5", "mean_per_class_recall")
 
+MULTI_LABEL_METRICS = ("mean_average_precision", "mean_average_precision_11_point")
+
 
 def class_weights(prompts_CTD: torch.Tensor) -> torch.Tensor:
     """Average the prompts of each class into one weight vector: the normalised mean of the normalised prompts.
-
-    Args:
-        prompts_CTD: Text embeddings, float [C, T, D], one per class and template, of any length.
-
-    Returns:
-        Unit rows [C, D] in the dtype of the prompts.
 
     Source: Radford et al. 2021 (CLIP), §3.1.4, prompt ensembling in embedding space.
     """
@@ -50,8 +48,7 @@ def rank_classes(scores_NC: torch.Tensor, labels_N: torch.Tensor) -> tuple[torch
     exactly when the rank of its class is 0.
 
     Args:
-        scores_NC: Scores, float [N, C]; −∞ for a class that is out of the question.
-        labels_N: Right classes, int64 [N], in [0, C).
+        scores_NC: −∞ for a class that is out of the question.
 
     Returns:
         The predicted classes, int64 [N], and the ranks of the right classes, int64 [N] in [0, C]; C where the right
@@ -67,11 +64,7 @@ def rank_classes(scores_NC: torch.Tensor, labels_N: torch.Tensor) -> tuple[torch
 
 
 def top_classes(scores_NC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the 5 classes of the largest scores (all, where there are fewer); equal scores rank in the order of the classes.
-
-    Returns:
-        Their scores [N, 5], descending, and their numbers, int64 [N, 5].
-    """
+    """Return the 5 largest scores (all, where there are fewer), descending, and their classes; equal ones in their order."""
     sorted_NC, classes_NC = scores_NC.sort(dim=1, descending=True, stable=True)
     return sorted_NC[:, :ACCURACY_TOP_K], classes_NC[:, :ACCURACY_TOP_K]
 
@@ -90,8 +83,7 @@ def accuracy_metrics(labels_N: Array, ranks_N: Array, num_classes: int) -> Metri
     images predicted right. All in [0, 1].
 
     Args:
-        labels_N: Right classes, int64 [N].
-        ranks_N: How many classes come before the right one, int64 [N], as `rank_classes` returns them.
+        ranks_N: How many classes come before the right one, as `rank_classes` returns them.
 
     Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_classification.py; its NaN for acc5 is kept.
     """
@@ -132,8 +124,7 @@ def measure_scores(blocks: Iterable[torch.Tensor], labels: torch.Tensor, num_cla
     """Measure a classifier by its scores of some images.
 
     Args:
-        blocks: Scores of block after block of the images, float [B, C], on the labels' device; −∞ where a class is out of
-            the question.
+        blocks: Scores of block after block of the images, [B, C], on the labels' device.
         labels: Classes, int64 [N], or whether an image has a class, bool [N, C].
 
     Returns:
@@ -148,3 +139,65 @@ def measure_scores(blocks: Iterable[torch.Tensor], labels: torch.Tensor, num_cla
         ranks.append(rank_classes(scores_BC, labels[first : first + len(scores_BC)])[1])
         first += len(scores_BC)
     return accuracy_metrics(labels.cpu().numpy(), torch.cat(ranks).cpu().numpy(), num_classes).values()
+
+
+def precision_metrics(scores_NC: Array, positive_NC: Array) -> Metrics:
+    """Return the mean of each form of `average_precision` over the classes that have images.
+
+    Raises:
+        ValueError: when a score is NaN.
+    """
+    if np.isnan(scores_NC).any():
+        raise ValueError("scores hold NaN, which have no order")
+
+    def of_draws(draws_BN: Array) -> dict[str, Array]:
+        forms = average_precision(draws_BN, scores_NC, positive_NC)
+        return dict(zip(MULTI_LABEL_METRICS, map(mean_of_drawn, forms), strict=True))
+
+    return Metrics(np.ones(len(scores_NC), np.int64), of_draws)
+
+
+def average_precision(draws_BN: Array, scores_NC: Array, positive_NC: Array) -> tuple[Array, Array]:
+    """Measure how early the images of each class come when all images are sorted by their score for it.
+
+    Images of equal score count together, so the order of the images never matters.
+
+    Args:
+        draws_BN: How often each image counts, int64.
+        positive_NC: Whether it has the class.
+
+    Returns:
+        The area under the stepwise precision-recall curve, and the mean over the recalls 0, 0.1, … 1 of the best precision
+        at that recall or more, float64 [B, C] each; NaN where no image of the class was drawn.
+
+    Source: the area as scikit-learn's average_precision_score; LAION-AI/CLIP_benchmark 1.6.2
+        (metrics/zeroshot_classification.py, average_precision_per_class) is the same where no scores are equal, and counts
+        a class without images as 0 where we omit it. The eleven points as Everingham et al. 2010 (PASCAL VOC), §4.2.
+    """
+    forms = np.full((2, len(draws_BN), scores_NC.shape[1]), np.nan)
+    for number in range(scores_NC.shape[1]):
+        order_N = np.argsort(-scores_NC[:, number], kind="stable")
+        if positive_NC[:, number].any():
+            forms[:, :, number] = _class_precision(
+                draws_BN[:, order_N], scores_NC[order_N, number], positive_NC[order_N, number]
+            )
+    return forms[0], forms[1]
+
+
+def _class_precision(draws_BN: Array, scores_N: Array, positive_N: Array) -> tuple[Array, Array]:
+    """Return both forms of one class, float64 [B], from its images in descending order of score."""
+    places_P = np.flatnonzero(positive_N)
+    # Images of equal score count together: their precision is that of the last of them.
+    last_P = np.searchsorted(-scores_N, -scores_N[places_P], side="right") - 1
+    own_BP = draws_BN[:, places_P]
+    found_BP = np.cumsum(own_BP, axis=1)[:, np.searchsorted(places_P, last_P, side="right") - 1]
+    seen_BP = np.cumsum(draws_BN, axis=1)[:, last_P]
+    total_B1 = own_BP.sum(axis=1, keepdims=True)
+    precision_BP = found_BP / np.maximum(seen_BP, 1)
+    area_B = (own_BP * precision_BP).sum(axis=1) / np.maximum(total_B1[:, 0], 1)
+    best_BP = np.maximum.accumulate(precision_BP[:, ::-1], axis=1)[:, ::-1]  # the best precision at this recall or more
+    # Recall ≥ t / 10 in whole numbers (10 · found ≥ t · total): 0.1 · 3 is not 0.3 in floating point.
+    reached_B = [np.argmax(10 * found_BP >= tenths * total_B1, axis=1) for tenths in range(11)]
+    points_B = np.mean([best_BP[np.arange(len(best_BP)), place_B] for place_B in reached_B], axis=0)
+    drawn_B = total_B1[:, 0] > 0
+    return np.where(drawn_B, area_B, np.nan), np.where(drawn_B, points_B, np.nan)

@@ -33,7 +33,7 @@ class Metrics:
     """The metrics of one model on one data set.
 
     Attributes:
-        images_U: Number of images in each cell, int64 [U].
+        images_U: Number of images in each cell.
         of_draws: From draws (how many images of each cell count, int64 [B, U]) to the metrics of each, float64 [B], by name;
             NaN where a draw has none.
     """
@@ -134,10 +134,7 @@ def compare(
 
 
 def mcnemar(first_N: Array, second_N: Array) -> float:
-    """Return the probability of disagreements at least as uneven if both models are equally good, given which are right.
-
-    Returns:
-        The exact two-sided p-value, in (0, 1]; 1 where the models never disagree.
+    """Return the two-sided p-value, in (0, 1], of which images two models have right if both are equally good.
 
     Source: McNemar 1947, in its exact (binomial) form.
     """

@@ -33,9 +33,7 @@ def retrieval_ranks(images_ND: torch.Tensor, texts_MD: torch.Tensor, image_of_te
     """Count the wrong answers ranked before the right one, in both directions; equal similarities rank in row order.
 
     Args:
-        images_ND: Image embeddings, float [N, D], unit rows, N ≥ 1.
-        texts_MD: Caption embeddings, float [M, D], unit rows, M ≥ 1.
-        image_of_text_M: The image each caption belongs to, int64 [M] in [0, N).
+        image_of_text_M: The image each caption belongs to; rows are of length 1, N and M at least 1.
 
     Returns:
         The ranks; the largest int64 where an image has no caption, or the similarity is NaN.

@@ -13,10 +13,18 @@ s = â·b̂ + δ before it is rounded to the format of the output, and by Cauchy
 
 (Higham, Accuracy and Stability of Numerical Algorithms, §3.1; rounded products count as a part of their step).
 
-For int8 the same holds of the rotated rows Ta (:mod:`clipcid_cli.algorithms.near.int8`): â is integers times a step, the
-residual |Ta − â| includes the error of the computed rotation, and the rotation's distortion η adds at most 3η·|a|·|b|: one η
-for a·b against Ta·Tb, the others because |Ta| may exceed |a| by the factor 1 + η. Integers are added up without error, so
-δ = 0; its term stays, and is larger than that of η. Together
+**int8.** The largest entry decides the step of all others, and embeddings of CLIP models have columns many times as large as
+the rest. So rows are rotated first, by an orthogonal matrix T that spreads the length of a few columns over all: on features
+of photographs of width 1,280 it cut the residual from 0.039 to 0.012. With D = a·b, a row with random signs is read as a
+matrix [a, b] and multiplied by Hartley's orthogonal matrices of a and b: T = (H_a ⊗ H_b)·diag(±1) costs a + b
+multiplications an entry instead of D, and a single column ends in entries of at most 2/√D. A step s then scales the row to
+integers of at most 127; s has 8 significant bits, which makes s times an integer exact in float32.
+
+Of the rotated rows Ta the same holds as above: â is integers times a step, and the residual |Ta − â| includes the error of
+the computed rotation. With η = |TᵀT − I|, the distortion, |Ta| ≤ |a|·√(1 + η) and |a·b − Ta·Tb| = |aᵀ(TᵀT − I)b| ≤ η·|a||b|.
+So the rotation adds at most 3η·|a|·|b|: one η for a·b against Ta·Tb, the others because |Ta| may exceed |a| by the factor
+1 + η. Integers are added up in int32 without error up to a width of 133,000, so δ = 0; its term stays, and is larger than
+that of η. Together
 
     |s − a·b| ≤ ρ_a·R_b + (R_a + ρ_a)·ρ_b + (D·u + 3η)·(R_a + ρ_a)·(R_b + ρ_b).
 
@@ -34,18 +42,21 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from clipcid_cli.algorithms.near.exact import LONGEST_ROW, ROWS_IN_CACHE, IntArray, ReadRows, squared_lengths
-from clipcid_cli.algorithms.near.int8 import choose_step, distortion, rotate, rotation_error, round_to_int8
 
 # Largest relative error u of one step of a float32 accumulation, 2⁻²⁴ where it is rounded; matrix units may truncate and
 # align a few products at a time, which four times that covers.
 ACCUMULATION_UNIT = 2.0**-22
 # Differences of a row and its copy and their lengths, computed in float32, have relative errors far below this.
 _ROUNDED_UP = 1.0 + 1e-4
+_LARGEST_INT8 = 127
+# The rounding of a CPU's own float32 arithmetic.
+_ROUNDING_UNIT = 2.0**-24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +67,7 @@ class Block:
         rows: Row numbers, integers [N].
         stored: The rows as stored, float16 or float32, [N, D].
         scan: Their copies, [N, D]; [N, 2] with a column of zeros for int8 of width 1.
-        squared: Squared lengths, exact, float64 [N].
-        shortest: Length of the shortest row.
-        longest: Length of the longest.
+        squared: Squared lengths, exact, float64 [N]; `shortest` and `longest` are lengths.
         residual: Bound of all residuals.
         step: Value of the integer 1 in an int8 copy; 1 for float formats.
     """
@@ -77,7 +86,7 @@ class Block:
 
 
 def load_block(read: ReadRows, rows: IntArray, device: torch.device, scan_dtype: torch.dtype) -> Block:
-    """Read rows, by their numbers, and prepare them for comparison, see :func:`make_block`."""
+    """Read rows, by their numbers, and prepare them for comparison."""
     return make_block(rows, read_stored(read, rows, device), scan_dtype)
 
 
@@ -87,12 +96,7 @@ def read_stored(read: ReadRows, rows: IntArray, device: torch.device) -> torch.T
 
 
 def make_block(rows: IntArray, stored: torch.Tensor, scan_dtype: torch.dtype) -> Block:
-    """Prepare rows for comparison.
-
-    Args:
-        rows: Row numbers, integers [N], N ≥ 1.
-        stored: The rows, float16 or float32 [N, D].
-        scan_dtype: Format of the copies: bfloat16, float16, float32, or int8 on a CPU.
+    """Prepare rows for comparison, [N, D] with N ≥ 1; the copies are bfloat16, float16, float32 or, on a CPU, int8.
 
     Raises:
         ValueError: when a row is not finite or longer than ``LONGEST_ROW``, for which the distances would be inexact.
@@ -103,11 +107,14 @@ def make_block(rows: IntArray, stored: torch.Tensor, scan_dtype: torch.dtype) ->
         raise ValueError(f"rows must be finite and no longer than {LONGEST_ROW}, not {longest:.3g}")
     if scan_dtype in (stored.dtype, torch.float32):
         return Block(rows, stored, stored.to(scan_dtype), squared, shortest, longest, 0.0, 1.0)
-    parts, step, width = torch.split(stored, ROWS_IN_CACHE), 1.0, stored.shape[1]
+    parts = torch.split(stored, ROWS_IN_CACHE)
+    step = 1.0
+    width = stored.shape[1]
     if scan_dtype == torch.int8:
         parts = tuple(rotate(part) for part in parts)
         step = choose_step(max(float(part.abs().max()) for part in parts))
-    copies, apart = list[torch.Tensor](), list[torch.Tensor]()
+    copies = list[torch.Tensor]()
+    apart = list[torch.Tensor]()
     for part in parts:
         copy = round_to_int8(part, step) if scan_dtype == torch.int8 else part.to(scan_dtype)
         copies.append(copy)
@@ -120,11 +127,7 @@ def make_block(rows: IntArray, stored: torch.Tensor, scan_dtype: torch.dtype) ->
 
 
 def multiply(a_MD: torch.Tensor, b_ND: torch.Tensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the scores of two blocks' copies, [M, N], in the format of :func:`score_dtype`.
-
-    Args:
-        buffer: Where to put them, at least M·N entries of the scores' format.
-    """
+    """Return the scores of two blocks' copies, [M, N], in the format of :func:`score_dtype`; in a buffer of M·N or more."""
     out = None if buffer is None else buffer[: len(a_MD) * len(b_ND)].view(len(a_MD), len(b_ND))
     with exact_accumulation(a_MD.device):
         if a_MD.dtype == torch.int8:
@@ -202,3 +205,64 @@ def exact_accumulation(device: torch.device) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(matmul, name, value)
+
+
+def rotate(rows_ND: torch.Tensor) -> torch.Tensor:
+    """Return the rotated rows T·a, float32 [N, D], each off by at most :func:`rotation_error` times its length."""
+    signs_D, left_aa, right_bb, _ = _rotation(rows_ND.shape[1])
+    blocks = (rows_ND * signs_D).view(-1, len(right_bb)) @ right_bb.T
+    return (left_aa @ blocks.view(-1, len(left_aa), len(right_bb))).view(rows_ND.shape)
+
+
+def rotation_error(width: int) -> float:
+    """Bound how far a computed rotated row of length 1 is from the exact one.
+
+    A product with H_b makes an entry off by at most b·2⁻²⁴·|(H_b)_i| times the length of its part of the row (Higham §3.1),
+    all b of them by √b times that; so does the one with H_a, which hands the first error on as it is.
+    """
+    return 1.001 * sum(math.sqrt(size) * (size + 1) for size in _factors(width)) * _ROUNDING_UNIT
+
+
+def distortion(width: int) -> float:
+    """Return |TᵀT − I| in the spectral norm, at most."""
+    return _rotation(width)[-1]
+
+
+def round_to_int8(rotated_ND: torch.Tensor, step: float) -> torch.Tensor:
+    """Return the integers q nearest to a rotated row over the step, int8 [N, D]; [N, 2] with a column of zeros for D = 1."""
+    rounded_ND = (rotated_ND / step).round_().to(torch.int8)
+    # PyTorch 2.13 returns what was in memory for products of one column.
+    return rounded_ND if rounded_ND.shape[1] > 1 else torch.nn.functional.pad(rounded_ND, (0, 1))
+
+
+def choose_step(largest: float) -> float:
+    """Return the smallest number of 8 significant bits that scales the largest entry to 127 at most; 1 for 0."""
+    fraction, exponent = math.frexp(largest / _LARGEST_INT8)
+    return math.ldexp(math.ceil(fraction * 2**8), exponent - 8) if largest else 1.0
+
+
+@lru_cache(maxsize=4)
+def _rotation(width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Return the signs, float32 [D], H_a and H_b, float32, and how far T is from an orthogonal matrix, at most.
+
+    With HᵀH = I + E, TᵀT differs from I by a term of norm at most |E_a| + |E_b| + |E_a||E_b|. Another matrix would change
+    which pairs are decided exactly, never the result.
+    """
+    signs = np.random.default_rng(0).integers(0, 2, size=width) * 2.0 - 1.0
+    matrices = list[torch.Tensor]()
+    apart = 1.0
+    for size in _factors(width):
+        angles = 2.0 * np.pi / size * (np.outer(np.arange(size), np.arange(size)) % size)
+        matrix = ((np.cos(angles) + np.sin(angles)) / math.sqrt(size)).astype(np.float32)
+        matrices.append(torch.from_numpy(matrix))
+        wide = matrix.astype(np.float64)
+        # The float64 product is itself off by less than 1e-12 at any width that embeddings have.
+        apart *= 1.0 + float(np.linalg.norm(wide.T @ wide - np.eye(size))) + 1e-9
+    left_aa, right_bb = matrices
+    return torch.from_numpy(signs).float(), left_aa, right_bb, apart - 1.0
+
+
+def _factors(width: int) -> tuple[int, int]:
+    """Return a ≤ b with a·b = D, as near each other as can be."""
+    left = next(size for size in range(math.isqrt(width), 0, -1) if width % size == 0)
+    return left, width // left

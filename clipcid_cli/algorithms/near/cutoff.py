@@ -1,4 +1,4 @@
-"""The distance up to which to search for a given number of forest edges.
+"""What a sample of the rows tells before all are compared: their nearest neighbours, and how far a search must reach.
 
 A search to a distance finds every forest edge up to it. To keep n of N images it must reach the (N − n)-th smallest edge of
 a forest that is not known yet, and should not go much further. Edges to nearest neighbours are all in the forest, and each
@@ -9,19 +9,31 @@ neighbour is within ε, and R(ε) those of them that are theirs in turn,
 
 which a sample tells. Up to half of the rows the forest has few more edges than these.
 
+Shape letters: N rows, S sampled rows, P pairs of one and a neighbour.
+
 Source: docs/method.md#first-cut-off.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import numpy as np
+import torch
 
-from clipcid_cli.algorithms.near.exact import LONGEST_ROW, DoubleArray, FloatArray, IntArray
-from clipcid_cli.algorithms.near.sample import Neighbours, draw_sample
+from clipcid_cli.algorithms.near.block import load_block, multiply, rounded_error
+from clipcid_cli.algorithms.near.exact import (
+    LONGEST_ROW,
+    DoubleArray,
+    FloatArray,
+    IntArray,
+    ReadRows,
+    exact_dots,
+    round_distances,
+)
 
 # No two rows are farther apart.
 FARTHEST = 2.0 * LONGEST_ROW
@@ -33,6 +45,80 @@ _DEVIATIONS = 2.0
 # Stars drop fewer rows than there are edges: F must be 1.40 to 1.76 times the share up to 0.44, and 0.90 to 0.94 of all rows
 # at 0.7 (measured).
 _FACTOR_OF_STARS = 1.8
+# Rows compared with the sample at once.
+_ROWS_AT_ONCE = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbours:
+    """The nearest neighbours of sampled rows, ascending by (sampled row, distance, neighbour).
+
+    Attributes:
+        row: A sampled row, by its place in the sample, integers [P].
+        other: A neighbour, by its place among all rows, integers [P].
+        squared: Their squared distance, exact, float64 [P].
+    """
+
+    row: IntArray
+    other: IntArray
+    squared: DoubleArray
+
+    @property
+    def distance(self) -> FloatArray:
+        """Their distance, float32 [P]."""
+        found: FloatArray = round_distances(torch.from_numpy(self.squared)).numpy()
+        return found
+
+    @staticmethod
+    def nearest(parts: Iterable[Neighbours], count: int) -> Neighbours:
+        """Choose the nearest `count` neighbours of each row; of equally near ones the smaller."""
+        columns = zip(*((part.row, part.other, part.squared) for part in parts), strict=True)
+        row, other, squared = map(np.concatenate, columns)
+        order = np.lexsort((other, squared, row))
+        row, other, squared = row[order], other[order], squared[order]
+        near = np.arange(len(row)) - np.searchsorted(row, row) < count
+        return Neighbours(row[near], other[near], squared[near])
+
+
+def draw_sample(num_rows: int, size: int, seed: int) -> IntArray:
+    """Draw the places of sampled rows, int64 [S], ascending."""
+    return np.sort(np.random.default_rng(seed).choice(num_rows, min(size, num_rows), replace=False))
+
+
+def find_neighbours(
+    read: ReadRows,
+    rows: IntArray,
+    sample: IntArray,
+    count: int,
+    device: torch.device,
+    share: tuple[int, int],
+) -> Neighbours:
+    """Find so many nearest neighbours of sampled rows, given by their places among all, in a range of all rows."""
+    start, stop = share
+    # In float32: rows are compared once, and to prepare them for int8 would take longer than their product.
+    sampled = load_block(read, rows[sample], device, torch.float32)
+    # The value of a pair a, b is a·b − |b|²/2 = (|a|² − d²)/2; here the least that matters.
+    least_S = torch.full((len(sample),), -math.inf, dtype=torch.float64, device=device)
+    found = Neighbours(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
+    for at in range(start, stop, _ROWS_AT_ONCE):
+        part = load_block(read, rows[at : min(at + _ROWS_AT_ONCE, stop)], device, torch.float32)
+        value_SN = multiply(sampled.scan, part.scan) - (part.squared / 2.0).float()
+        error = rounded_error(sampled, part)
+        met = np.flatnonzero((sample >= at) & (sample < at + len(part)))
+        value_SN[torch.from_numpy(met), torch.from_numpy(sample[met] - at)] = -math.inf
+        if at == start:
+            least_S = value_SN.topk(min(count, len(part))).values.amin(dim=1).double() - error
+        proposed_SN = (value_SN >= (least_S - error).float()[:, None]) & (value_SN > -math.inf)
+        row_P, other_P = proposed_SN.nonzero(as_tuple=True)
+        if len(row_P):
+            dots_P = exact_dots(sampled.stored, part.stored, row_P, other_P)
+            squared_P = sampled.squared[row_P] + part.squared[other_P] - 2.0 * dots_P
+            new = Neighbours(*(each.cpu().numpy() for each in (row_P, other_P + at, squared_P)))
+            found = Neighbours.nearest([found, new], count)
+            full = np.flatnonzero(np.arange(len(found.row)) - np.searchsorted(found.row, found.row) == count - 1)
+            row, farthest = (torch.from_numpy(each[full]).to(device) for each in (found.row, found.squared))
+            least_S[row] = (sampled.squared[row] - farthest) / 2.0
+    return found
 
 
 def first_cutoff(nearest_S: FloatArray, edges_S: DoubleArray, share: float) -> float:
@@ -54,11 +140,10 @@ def first_cutoff(nearest_S: FloatArray, edges_S: DoubleArray, share: float) -> f
 
 
 def wider_cutoff(nearest_S: FloatArray, cutoff: float, found: int, needed: int) -> float:
-    """Choose the distance of the next search, after one to `cutoff` that found too few of the edges needed.
+    """Choose a larger distance after a search to `cutoff` that found too few of the edges needed.
 
-    Returns:
-        A larger distance: where F has grown in the proportion that is missing, and at least 5 % more, so that some search
-        reaches ``FARTHEST``, at which the forest is complete.
+    It is where F has grown in the proportion that is missing, and at least 5 % more, so that some search reaches
+    ``FARTHEST``, at which the forest is complete.
     """
     within = int(np.searchsorted(nearest_S, np.float32(cutoff), side="right"))
     return min(max(_at(nearest_S, math.ceil(1.05 * within * needed / max(1, found))), 1.05 * cutoff, 1e-3), FARTHEST)
@@ -78,7 +163,9 @@ class CutoffEstimator:
     """
 
     def __init__(self, num_rows: int, find_nearest: Callable[[IntArray], Neighbours], for_stars: bool) -> None:
-        self._num_rows, self._find_nearest, self._for_stars = num_rows, find_nearest, for_stars
+        self._num_rows = num_rows
+        self._find_nearest = find_nearest
+        self._for_stars = for_stars
 
     def choose(self, searched: float, found: int, needed: int) -> float:
         """Return the distance of the next search, after one to `searched` (0: none) that found some of those needed."""

@@ -36,13 +36,13 @@ def collapse_duplicates(read: ReadRows, rows: IntArray, hashes: HashArray) -> tu
     """Find rows that are equal to an earlier one.
 
     Args:
-        rows: Row numbers to compare, int64 [N], ascending.
-        hashes: Their :func:`hash_rows`, uint64 [N]; rows of one hash are compared.
+        rows: Row numbers to compare, integers [N], ascending.
+        hashes: Their :func:`hash_rows`; rows of one hash are compared.
 
     Returns:
-        The unique rows, each the first of its kind, int64, ascending; and the edges, all of weight 0, that join each copy to
-        the first of its kind. Kruskal's algorithm would take these edges from the complete graph of the copies, since ties
-        go to the smaller row.
+        The unique rows, each the first of its kind, ascending; and the edges, all of weight 0, that join each copy to the
+        first of its kind. Kruskal's algorithm would take these edges from the complete graph of the copies, since ties go to
+        the smaller row.
     """
     if not len(rows):
         return rows, Edges.empty()
@@ -54,7 +54,8 @@ def collapse_duplicates(read: ReadRows, rows: IntArray, hashes: HashArray) -> tu
     begins = np.append(True, np.diff(place) > 1)[: len(place)]
     copies, firsts = order[place], order[np.maximum.accumulate(np.where(begins, place - 1, 0))]
     del order
-    smaller, larger = [], []
+    smaller = list[IntArray]()
+    larger = list[IntArray]()
     while len(copies):
         equal = np.concatenate(
             [

@@ -15,13 +15,7 @@ _MERGED_AT_ONCE = 2**14
 
 @dataclasses.dataclass(frozen=True)
 class Edges:
-    """Weighted pairs of rows.
-
-    Attributes:
-        a: Smaller row of each pair, integers [E].
-        b: Larger row of each pair, integers [E].
-        weight: Distance of each pair, float32 [E], at least 0.
-    """
+    """Weighted pairs of rows: the smaller and the larger row, integers [E], and their distance, float32 [E], at least 0."""
 
     a: IntArray
     b: IntArray
@@ -44,11 +38,7 @@ class Edges:
         parts = [part for part in parts if len(part)] or [Edges.empty()]
         if len(parts) == 1:
             return parts[0]
-        return Edges(
-            np.concatenate([part.a for part in parts]),
-            np.concatenate([part.b for part in parts]),
-            np.concatenate([part.weight for part in parts]),
-        )
+        return Edges(*map(np.concatenate, zip(*((part.a, part.b, part.weight) for part in parts), strict=True)))
 
     def renumbered(self, numbers: IntArray) -> Edges:
         """Return the edges, ascending, with each row replaced by its number, int64 [N]; numbers keep the order of rows."""
@@ -61,21 +51,7 @@ class Edges:
 
 def sort_edges(edges: Edges) -> Edges:
     """Order edges by (weight, smaller row, larger row)."""
-    return edges if _ascends(edges) else edges[_order(edges)]
-
-
-def _ascends(edges: Edges) -> bool:
-    """Tell whether edges are in ascending order already, as those of a saved forest are."""
-    for start in range(0, len(edges) - 1, _MERGED_AT_ONCE):
-        stop = min(start + _MERGED_AT_ONCE, len(edges) - 1)
-        now, after = edges[start:stop], edges[start + 1 : stop + 1]
-        if (now.weight > after.weight).any():
-            return False
-        tied = np.flatnonzero(now.weight == after.weight)
-        now, after = now[tied], after[tied]
-        if ((now.a > after.a) | ((now.a == after.a) & (now.b > after.b))).any():
-            return False
-    return True
+    return edges[_order(edges)]
 
 
 def _order(edges: Edges) -> IntArray:
@@ -112,7 +88,8 @@ def merge_edges(one: Edges, other: Edges) -> tuple[Edges, BoolArray]:
     for last in [*one.weight[_MERGED_AT_ONCE - 1 :: _MERGED_AT_ONCE].tolist(), np.inf]:
         end_one, end_other = (int(np.searchsorted(each.weight, np.float32(last), "right")) for each in (one, other))
         part = Edges.concatenate([one[start_one:end_one], other[start_other:end_other]])
-        order, place = _order(part), slice(start_one + start_other, end_one + end_other)
+        order = _order(part)
+        place = slice(start_one + start_other, end_one + end_other)
         merged.a[place], merged.b[place], merged.weight[place] = part.a[order], part.b[order], part.weight[order]
         is_other[place] = order >= end_one - start_one
         start_one, start_other = end_one, end_other

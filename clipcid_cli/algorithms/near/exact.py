@@ -34,6 +34,9 @@ ReadRows = Callable[[IntArray], HalfArray]
 # A bound is changed by this share before it is rounded to float32: twice as much as rounding can change it.
 ROUNDING_MARGIN = 2.0**-22
 
+# Values of unit rows that are rounded are integers over this.
+_GRID = 2.0**24
+
 # Longest row for which the sums above are exact; unit rows rounded to float16 are within 1e-3 of length 1.
 LONGEST_ROW = 2.0
 
@@ -66,6 +69,25 @@ def root(values: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.sqrt(values.numpy())) if values.device.type == "cpu" else values.sqrt()
 
 
+def round_to_grid(rows_ND: torch.Tensor) -> torch.Tensor:
+    """Round unit rows, float64, to multiples of 2⁻²⁴, which float32 holds within [−1, 1]: entries move by at most 2⁻²⁵."""
+    return (rows_ND * _GRID).round().clamp(-_GRID, _GRID).div(_GRID).float()
+
+
+def fold_sum(values_ND: torch.Tensor) -> torch.Tensor:
+    """Sum each row, of width ≥ 1, by halving its width again and again: [N].
+
+    Only element-wise additions in a fixed order take part, so the bits are the same on every device, which a library's
+    own reduction does not promise.
+    """
+    while (width := values_ND.shape[1]) > 1:
+        first_NH, second_NH, *last = torch.split(values_ND, width // 2, dim=1)
+        values_ND = first_NH + second_NH
+        if last:
+            values_ND = torch.cat([values_ND, *last], dim=1)
+    return values_ND[:, 0]
+
+
 def squared_lengths(rows_ND: torch.Tensor) -> torch.Tensor:
     """Return |a|² of stored rows, float16 or float32, [N, D], as float64 [N], exact; not finite where a row is not."""
     # Squares of float16 numbers are exact in float32.
@@ -76,8 +98,8 @@ def squared_lengths(rows_ND: torch.Tensor) -> torch.Tensor:
 
 def exact_dots(a_MD: torch.Tensor, b_ND: torch.Tensor, i_P: torch.Tensor, j_P: torch.Tensor) -> torch.Tensor:
     """Return the dot products, float64, of pairs of stored rows of two blocks, float16 or float32, by their positions."""
-    rows, row_P = occurring(i_P, len(a_MD))
-    columns, column_P = occurring(j_P, len(b_ND))
+    rows, row_P = torch.unique(i_P, return_inverse=True)
+    columns, column_P = torch.unique(j_P, return_inverse=True)
     if len(rows) * len(columns) <= _ENTRIES_PER_PAIR * len(i_P):
         return (a_MD[rows].double() @ b_ND[columns].double().T)[row_P, column_P]
     at_once = _PAIRS_AT_ONCE[i_P.device.type]
@@ -112,11 +134,3 @@ def cosine_similarities(a_ND: HalfArray, b_ND: HalfArray) -> FloatArray:
         dots_N = (a_ND * b_ND).sum(axis=1)
         lengths_N = np.sqrt((a_ND * a_ND).sum(axis=1)) * np.sqrt((b_ND * b_ND).sum(axis=1))
         return np.asarray(np.where(np.isfinite(lengths_N), dots_N / lengths_N, np.nan), np.float32)
-
-
-def occurring(position_P: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which positions of [0, size) occur, ascending, and the place of each among them, int64 [P]; without a sort."""
-    occurs = torch.zeros(size, dtype=torch.bool, device=position_P.device)
-    occurs[position_P] = True
-    places = torch.cumsum(occurs, dim=0) - 1
-    return torch.nonzero(occurs)[:, 0], places[position_P]

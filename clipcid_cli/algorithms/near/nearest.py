@@ -1,7 +1,7 @@
 """The nearest of many for each row, exact: fast products propose, float64 decides; of equally near ones the smaller number.
 
 Rows and those they are compared with are float16, or float32 multiples of 2⁻²⁴ of length at most 1.01 (centroids, see
-:mod:`clipcid_cli.algorithms.near.centroids`): float64 holds all sums of their products exactly
+:mod:`clipcid_cli.algorithms.kmeans.centroids`): float64 holds all sums of their products exactly
 (:mod:`clipcid_cli.algorithms.near.exact`), so what is found depends on neither blocks, threads, formats nor devices.
 
 **One**: with |s − x·c| ≤ e for the score s of row x and centroid c (:mod:`clipcid_cli.algorithms.near.block`), and r the
@@ -65,7 +65,7 @@ _SLACK = 2.0**-23
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The nearest centroids of some rows, of those that were looked at.
+    """Of some rows the nearest of the centroids looked at.
 
     Attributes:
         number_B: Numbers of the centroids, int64 [B].
@@ -78,12 +78,12 @@ class Found:
     others_B: torch.Tensor
 
     def at(self, which: torch.Tensor | slice) -> Found:
-        """Return those of some of the rows."""
+        """Return what was found of some of the rows."""
         return Found(self.number_B[which], self.cosine_B[which], self.others_B[which])
 
     @staticmethod
     def join(parts: Sequence[Found]) -> Found:
-        """Return those of some rows after those of others."""
+        """Return what was found of some rows and then of others."""
         names = [field.name for field in dataclasses.fields(Found)]
         return Found(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
@@ -92,14 +92,15 @@ class NearestCentroid:
     """Finds the nearest of fixed centroids; several threads may ask at once.
 
     Args:
-        centroids_KD: float32 [K, D], on the device of the search.
+        centroids_KD: On the device of the search, float32.
         dtype: Format of the product that proposes; it changes the speed, never the answer.
         order_K: Numbers of the centroids in the order in which they are looked at, int64 [K]; by default as they come.
     """
 
     def __init__(self, centroids_KD: torch.Tensor, dtype: torch.dtype, order_K: torch.Tensor | None = None) -> None:
         device = centroids_KD.device
-        self._centroids_KD, self._buffer = centroids_KD, _Buffer()
+        self._centroids_KD = centroids_KD
+        self._buffer = _Buffer()
         self._groups = _GROUPS[device.type]
         self._order_K = torch.arange(len(centroids_KD), device=device) if order_K is None else order_K
         self._place_K = torch.argsort(self._order_K)
@@ -129,18 +130,22 @@ class NearestCentroid:
         device = rows.stored.device
         which_B = torch.arange(len(rows.stored), device=device) if which_B is None else which_B
         # Unlike indexing, this copies whole rows.
-        size, scan_BD = len(which_B), rows.scan.index_select(0, which_B)
+        size = len(which_B)
+        scan_BD = rows.scan.index_select(0, which_B)
         nobody_B = torch.full((size,), -torch.inf, dtype=torch.float64, device=device)
         place_B = None if known is None else self._place_K[known.number_B]
         found = known or Found(torch.full((size,), _NONE, device=device), nobody_B, nobody_B)
-        found, looked_at = dataclasses.replace(found, others_B=nobody_B), 0
+        found = dataclasses.replace(found, others_B=nobody_B)
+        looked_at = 0
         # Some centroid is at least as similar as this.
-        nearest_B, candidates = found.cosine_B, list[tuple[torch.Tensor, torch.Tensor]]()
+        nearest_B = found.cosine_B
+        candidates = list[tuple[torch.Tensor, torch.Tensor]]()
         decide = partial(self._decide, rows.stored, which_B)
         for number_C, part in self._parts:
             if leading is not None:
                 number_C = number_C[: -(-(leading - looked_at) // self._groups) * self._groups]
-            unit, error = rows.step * part.step, rounded_error(rows, part)
+            unit = rows.step * part.step
+            error = rounded_error(rows, part)
             score_BC = multiply(scan_BD, part.scan[: len(number_C)], self._buffer.take(size * len(number_C), scan_BD))
             # Neither what fills the groups nor the known one is compared.
             lowest = torch.iinfo(score_BC.dtype).min if score_BC.dtype == torch.int32 else -torch.inf
@@ -235,15 +240,15 @@ def top_nearest(
     Callers on a CPU ask for blocks of some thousand rows, a thread each.
 
     Args:
-        rows_BD: Unit rows, float16 or float32 [B, D], on the device of the centroids.
-        centroids_KD: float32 [K, D].
+        rows_BD: Unit rows, float16 or float32, on the device of the centroids.
         m: Centroids per row, in [1, K].
         all_exact: Whether each cosine must be exact; else the first is, and the others round to the same float16.
 
     Returns:
         The centroids, int64 [B, m], and their cosines, float64 [B, m].
     """
-    wide_BD, num_centroids = rows_BD.float(), len(centroids_KD)
+    wide_BD = rows_BD.float()
+    num_centroids = len(centroids_KD)
     k = min(num_centroids, m + _SPARE)
     score_Bk, found_Bk = _propose(wide_BD, centroids_KD, k)
     unit = 2.0**-24 if wide_BD.device.type == "cpu" else ACCUMULATION_UNIT

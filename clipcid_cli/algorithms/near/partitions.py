@@ -30,9 +30,9 @@ import numpy as np
 import torch
 
 from clipcid_cli.algorithms.near.block import read_stored
+from clipcid_cli.algorithms.near.cutoff import Neighbours
 from clipcid_cli.algorithms.near.exact import IntArray, ReadRows, exact_dots, root, squared_lengths
 from clipcid_cli.algorithms.near.nearest import top_nearest
-from clipcid_cli.algorithms.near.sample import Neighbours
 
 # How many of a row's nearest centroids are looked at first. Of 20,000 synthetic rows of width 512 in 1,200 partitions, 173
 # have more that they may visit. These are multiplied with all, so many values at once.
@@ -43,7 +43,8 @@ _FARTHEST = 2.02
 # Similarities but the first are only known to float16.
 _SLACK = 2.0**-10
 # Rows whose neighbours determine the margin, and how many neighbours each.
-SAMPLE_ROWS, NEIGHBOURS = 1024, 8
+SAMPLE_ROWS = 1024
+NEIGHBOURS = 8
 # Few pairs exceed the largest distance to a plane that some thousand sampled ones have, hardly any twice that, and rows that
 # near to a border are few: with 1.5 times, 2 of 25,000 forest edges of 50,000 synthetic rows were lost.
 _MARGIN_FACTOR = 2.0
@@ -61,7 +62,8 @@ class Partitions:
     """The partitions of some centroids, unit rows on the grid of 2⁻²⁴, float32."""
 
     def __init__(self, centroids_KD: torch.Tensor) -> None:
-        self.width, self.device = centroids_KD.shape[1], centroids_KD.device
+        self.width = centroids_KD.shape[1]
+        self.device = centroids_KD.device
         self._centroids_KD = centroids_KD
         self._squared_K = squared_lengths(centroids_KD)
 
@@ -120,10 +122,7 @@ def measure_margin(
     """Choose the margin from how near to borders sampled rows and their neighbours lie.
 
     Args:
-        rows: Row numbers, integers [N].
-        sample: Places in `rows` of the sampled rows, int64 [S], ascending.
-        neighbours: Their nearest neighbours.
-        reach: The distance to search to.
+        sample: Places in `rows` of the sampled rows, ascending.
 
     Returns:
         The margin, and how many partitions a row visits with it on average.
@@ -164,7 +163,8 @@ def group_rows(
     for lists, _ in entries():
         sizes += np.bincount(lists, minlength=num_lists)
     ends = np.cumsum(sizes)
-    found, free = allocate(int(ends[-1])), ends - sizes
+    found = allocate(int(ends[-1]))
+    free = ends - sizes
     for lists, rows in entries():
         counts = np.bincount(lists, minlength=num_lists)
         order = np.argsort(lists, kind="stable")

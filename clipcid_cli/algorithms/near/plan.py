@@ -22,7 +22,9 @@ Job = tuple[int, int]
 
 # Rows of a panel: of a search of all pairs as many as make a product fast, but few enough that a handful of processes get
 # equal shares and a killed run loses little; less where several lists are compared, so that few panels are mostly empty.
-_MAX_PANEL, _PANEL, _MIN_PANEL = 16_384, 8192, 2048
+_MAX_PANEL = 16_384
+_PANEL = 8192
+_MIN_PANEL = 2048
 _MIN_PANELS = 8
 
 # Of 400 million rows on 8 GPUs, each is a minute of work.
@@ -37,10 +39,8 @@ class Plan:
 
     Attributes:
         rows: Row numbers in the order that panels are stretches of, integers [M]; a row may occur in several panels.
-        starts: Where each panel starts in it, int64 [P].
-        stops: Where it stops, int64 [P].
-        first: The first panel j that each panel i is compared with, int64 [P]; itself is one.
-        last: The one after the last, int64 [P].
+        starts: Where each panel starts in it, int64 [P]; it ends before `stops`.
+        first: The first panel j that each panel i is compared with, int64 [P], up to before `last`; itself is one.
         strip: Panels i of a strip.
     """
 
@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def num_chunks(self) -> int:
-        """Number of chunks: of the plan alone."""
+        """How many chunks there are; the plan alone decides."""
         return min(len(self), _MAX_CHUNKS)
 
     @property
@@ -115,12 +115,10 @@ def hash_arrays(*arrays: npt.NDArray[Any]) -> str:
 
 
 def triangle(rows: IntArray, in_memory: int, num_first: int | None = None) -> Plan:
-    """Compare all pairs of rows; or those that have one of the first rows.
+    """Compare all pairs of rows, each given once; or those that have one of the first rows.
 
     Args:
-        rows: Row numbers, integers [N], each once.
         in_memory: How many rows fit into the memory for panels.
-        num_first: Number of the first rows.
     """
     panel_rows = min(_MAX_PANEL, -(-(len(rows) // _MIN_PANELS + 1) // _MIN_PANEL) * _MIN_PANEL)
     starts, stops, ahead = _cut([len(rows) if num_first is None else num_first, len(rows)], panel_rows)
@@ -138,12 +136,7 @@ def rectangle(rows: IntArray, others: IntArray, in_memory: int) -> Plan:
 
 
 def components(members: IntArray, labels: IntArray, in_memory: int) -> Plan:
-    """Compare the rows of each component, and others that share their panels.
-
-    Args:
-        members: Row numbers by component, integers [M].
-        labels: Component of each of them, integers [M], ascending.
-    """
+    """Compare rows of one component, and others that share their panels, given the component of each, ascending."""
     starts, stops, _ = _cut([len(members)], _MIN_PANEL)
     # A panel shares a component with those that begin with what it ends with.
     last = np.searchsorted(labels[starts], labels[stops - 1], side="right")
@@ -155,7 +148,7 @@ def pieces(rows: IntArray, ends: IntArray, in_memory: int) -> Plan:
     """Compare the rows at home in each partition with each other and with its visitors.
 
     Args:
-        rows: Row numbers, integers [E]: those at home in the first partition, its visitors, those at home in the second, ….
+        rows: Those at home in the first partition, its visitors, those at home in the second, ….
         ends: Where each of these lists ends, int64 [2K].
     """
     starts, stops, _ = _cut(ends, _PANEL)
@@ -166,11 +159,7 @@ def pieces(rows: IntArray, ends: IntArray, in_memory: int) -> Plan:
 
 
 def _cut(ends: Sequence[int] | IntArray, panel_rows: int) -> tuple[IntArray, IntArray, int]:
-    """Cut lists of rows, given where each ends, into panels that are each of one list.
-
-    Returns:
-        Where each panel starts, where it stops, and how many panels the first list has.
-    """
+    """Cut lists of rows, given where each ends, into panels: their starts, their stops, and how many the first list has."""
     lengths = np.diff(ends, prepend=0)
     counts = -(-lengths // panel_rows)
     place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -15,6 +15,7 @@ Source: docs/method.md#fast-search-exact-result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -49,19 +50,10 @@ _MAX_QUEUED = 16_384
 
 
 def near_pairs_of(blocks: Iterable[tuple[Block, Block]], cutoff: float, wants: Wants) -> Iterator[Iterator[Edges]]:
-    """Search pairs of blocks one after another; on a GPU each is queued before the results of the one before it are read.
-
-    Yields:
-        What :func:`near_pairs` returns for each.
-    """
-    before: Iterator[Edges] | None = None
-    for a, b in blocks:
-        following = near_pairs(a, b, cutoff, wants)
-        if before is not None:
-            yield before
-        before = following
-    if before is not None:
-        yield before
+    """Search as :func:`near_pairs` many pairs of blocks; on a GPU each is queued before the one before it is read."""
+    found = (near_pairs(a, b, cutoff, wants) for a, b in blocks)
+    for one, _ in pairwise(chain(found, [iter(())])):
+        yield one
 
 
 def near_pairs(
@@ -72,11 +64,10 @@ def near_pairs(
     Args:
         b: Another block, or the same: then each pair is found once.
         cutoff: Largest distance, inclusive.
-        wants: Which pairs are worth computing; by default all.
 
     Returns:
-        The pairs within the distance that are wanted, with exact weights, a < b, in pieces of bounded size. They are
-        computed as the pieces are taken; on a GPU the work is queued before.
+        Those of them that are wanted, with exact weights, a < b, in pieces of bounded size. They are computed as the pieces
+        are taken; on a GPU the work is queued before.
     """
     return _decide_products(a, b, cutoff, wants) if a.scan.device.type == "cpu" else queue(a, b, cutoff, wants)
 
@@ -99,7 +90,8 @@ def _decide_products(a: Block, b: Block, cutoff: float, wants: Wants) -> Iterato
                 num_waiting += len(i_P)
                 if num_waiting > _MANY_PAIRS:
                     yield from _decide(a, b, waiting, cutoff, wants)
-                    waiting, num_waiting = [], 0
+                    waiting = []
+                    num_waiting = 0
     if waiting:
         yield from _decide(a, b, waiting, cutoff, wants)
 
@@ -124,11 +116,7 @@ def _find_candidates(score_MN: torch.Tensor, lowest: torch.Tensor) -> Iterator[t
 def _decide(
     a: Block, b: Block, found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], cutoff: float, wants: Wants
 ) -> Iterator[Edges]:
-    """Yield the candidates that are wanted and within the distance, with exact weights.
-
-    Args:
-        found: Positions in both blocks, int64 [P], and scores [P].
-    """
+    """Yield those of the candidates, positions in both blocks and scores, that are wanted and within the distance."""
     i_P, j_P, score_P = (torch.cat(parts) for parts in zip(*found, strict=True))
     highest_P = score_P.double() * (a.step * b.step) + rounded_error(a, b)
     squared_P = a.squared[i_P] + b.squared[j_P] - 2.0 * highest_P

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
-from clipcid_cli.algorithms.near.centroids import round_to_grid
+from clipcid_cli.algorithms.near.exact import round_to_grid
 from clipcid_cli.algorithms.near.nearest import top_nearest
 
 TEMPERATURE = 0.07
@@ -28,12 +28,7 @@ _SCORES = 2**22
 def nearest_neighbours(
     images_ND: torch.Tensor, training_MD: torch.Tensor, k: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Find the training images most similar to each image.
-
-    Args:
-        images_ND: Unit rows, float32 [N, D].
-        training_MD: Unit rows, float32 [M, D], on the same device.
-        k: Neighbours of each image, in [1, M].
+    """Find the training images most similar to each image, unit rows in float32.
 
     Yields:
         For block after block of images the cosines, float64 [B, k], descending, and the row numbers, int64 [B, k], both on
@@ -51,8 +46,6 @@ def vote(
     """Score classes by the votes of an image's neighbours, each of weight exp(cosine / 0.07).
 
     Args:
-        cosine_Nk: As :func:`nearest_neighbours` returns them, float64 [N, k], k ≥ 1.
-        number_Nk: Likewise, int64 [N, k].
         labels: Classes of the training images, int64 [M], or whether one has a class, bool [M, C].
 
     Yields:

@@ -1,4 +1,4 @@
-"""Linear probe: logistic regression on frozen features, solved to a stated gradient norm.
+"""Linear probe: logistic regression on frozen features, solved to a stated gradient norm; and the images for it.
 
 Shape letters: N images, D width, C classes, B images of a block.
 
@@ -59,11 +59,9 @@ class LinearClassifier:
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """The result of a fit.
+    """The result of a fit: the classifier, F there, and the largest entry of F's gradient, in the given coordinates.
 
     Attributes:
-        objective: F at the classifier.
-        gradient_norm: Largest entry of F's gradient there, in the given coordinates.
         converged: Whether the gradient norm is within the tolerance, and the next step promises to decrease F by at
             most `PROMISED_DECREASE` of it; False where the iterations ran out, or rounding left no descent.
     """
@@ -77,12 +75,10 @@ class Solution:
 
 @dataclasses.dataclass(frozen=True)
 class _Point:
-    """F at some parameters, in centred, rotated coordinates.
+    """F at some parameters, weights and intercepts last, in centred, rotated coordinates: [C, D + 1] all.
 
     Attributes:
-        parameters: Weights, and intercepts last, [C, D + 1].
-        gradient: Of F, [C, D + 1].
-        diagonal: Estimate of the diagonal of F's Hessian, [C, D + 1].
+        diagonal: Estimate of the diagonal of F's Hessian.
     """
 
     parameters: torch.Tensor
@@ -103,7 +99,6 @@ class ProbeProblem:
     """Logistic regression on one set of features, for any number of strengths; in float64.
 
     Args:
-        features_ND: Features, float32 [N, D]; unit rows in the protocol.
         labels: Classes, int64 [N], in [0, C); or whether an image has a class, bool [N, C].
         num_classes: C; classes without an image are never predicted.
 
@@ -191,9 +186,11 @@ class ProbeProblem:
 
     def _evaluate(self, parameters: torch.Tensor, decay: float) -> _Point:
         weights_CD, bias_C = parameters[:, :-1], parameters[:, -1]
-        num_images, at_once = len(self._rotated_ND), _rows_at_once(bias_C)
+        num_images = len(self._rotated_ND)
+        at_once = _rows_at_once(bias_C)
         gradient = torch.zeros_like(parameters)
-        loss, spread_C = torch.zeros_like(bias_C[0]), torch.zeros_like(bias_C)
+        loss = torch.zeros_like(bias_C[0])
+        spread_C = torch.zeros_like(bias_C)
         own: tuple[torch.Tensor, ...]  # where an image has a class
         for rows_BD, targets in zip(
             torch.split(self._rotated_ND, at_once), torch.split(self._targets, at_once), strict=True
@@ -268,12 +265,7 @@ def sweep_regularisation(problem: ProbeProblem, grid: Sequence[float]) -> Iterat
 
 @dataclasses.dataclass(frozen=True)
 class SweepPoint:
-    """One strength of regularisation, and how well its classifier does on the validation images.
-
-    Attributes:
-        c: Inverse strength, as scikit-learn's ``C``.
-        score: The metric by which a strength is chosen, in [0, 1].
-    """
+    """One strength of regularisation C, and the score of its classifier on the validation images, in [0, 1]."""
 
     c: float
     score: float
@@ -287,3 +279,45 @@ def choose_point(points: Sequence[SweepPoint]) -> SweepPoint:
 
 def _rows_at_once(bias_C: torch.Tensor) -> int:
     return max(1, _LOGITS[bias_C.device.type] // len(bias_C))
+
+
+def stratum(labels: torch.Tensor) -> torch.Tensor:
+    """Return the class by which each image is stratified: its own or, of several, the rarest; −1 for one without."""
+    if labels.ndim == 1:
+        return labels
+    images_C = labels.sum(dim=0)
+    own_NC = torch.where(labels, images_C, len(labels) + 1)
+    return torch.where(labels.any(dim=1), own_NC.argmin(dim=1), -1)
+
+
+def split_by_class(labels: torch.Tensor, fraction: float, seed: int) -> torch.Tensor:
+    """Choose validation images, bool [N], the same share of every class (see `stratum`); a function of the arguments only.
+
+    It is rounded; every class with at least two images keeps one on either side.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels_N = stratum(labels.cpu())
+    chosen_N = torch.zeros(len(labels_N), dtype=torch.bool)
+    for label in sorted(set(labels_N.tolist())):
+        members = (labels_N == label).nonzero()[:, 0]
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        chosen_N[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return chosen_N
+
+
+def draw_shots(labels: torch.Tensor, shots: int, seed: int) -> torch.Tensor:
+    """Draw so many images of every class, all of one with fewer; where images have several classes, the union of such draws.
+
+    Draws of one seed are nested: those of fewer shots are part of those of more.
+
+    Returns:
+        Indices of the images drawn, ascending, int64; a function of the arguments only.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = labels.cpu()
+    classes = sorted(set(labels.tolist())) if labels.ndim == 1 else range(labels.shape[1])
+    drawn_N = torch.zeros(len(labels), dtype=torch.bool)
+    for label in classes:
+        members = (labels == label if labels.ndim == 1 else labels[:, label]).nonzero()[:, 0]
+        drawn_N[members[torch.randperm(len(members), generator=generator)[:shots]]] = True
+    return drawn_N.nonzero()[:, 0]

@@ -1,1 +1,1 @@
-"""From pairs to groups of near images: forest, star cover, representatives, composition of the data."""
+"""From pairs to sets of near images: forest, star cover, representatives."""

@@ -42,12 +42,7 @@ def connected_components(num_nodes: int, a: IntArray, b: IntArray) -> IntArray:
 
 @dataclasses.dataclass(frozen=True)
 class _Round:
-    """A round of Borůvka's algorithm among the M nodes that earlier rounds have left.
-
-    Attributes:
-        weight: Weight of each node's lightest edge, infinite where it has none.
-        parent: The node of the next round that it is merged into; of no meaning where it has no edge.
-    """
+    """A round of Borůvka's algorithm: of each node its lightest edge's weight (∞ for none), and the next round's node."""
 
     weight: FloatArray
     parent: IntArray
@@ -63,7 +58,8 @@ def _contract(num_rows: int, edges: Edges) -> tuple[IntArray, list[_Round]]:
     rank = np.arange(none, dtype=kind)
     a, b = edges.a, edges.b
     num_nodes = num_rows
-    picked, rounds = list[IntArray](), list[_Round]()
+    picked = list[IntArray]()
+    rounds = list[_Round]()
     while len(rank):
         # Ranks ascend, so writing them in reverse leaves the lightest edge at each node.
         lightest = np.full(num_nodes, none, dtype=kind)
@@ -97,9 +93,6 @@ class ForestSink:
     The rounds that built the forest tell how light the path between two rows is: the heaviest edge of the path weighs as
     much as the heaviest lightest edge of the nodes that the rows are merged into, round by round, until both are one node
     (King 1997, "A simpler minimum spanning tree verification algorithm"). They take about 12 bytes a row, at most 16.
-
-    Args:
-        known: Edges known before.
     """
 
     def __init__(self, num_rows: int, known: Edges | None = None) -> None:
@@ -145,7 +138,9 @@ class ForestSink:
     def result(self) -> Edges:
         """Return the forest of all edges added so far, ascending by (weight, smaller row, larger row)."""
         if self._num_added:
-            added, self._added, self._num_added = sort_edges(Edges.concatenate(self._added)), [], 0
+            added = sort_edges(Edges.concatenate(self._added))
+            self._added = []
+            self._num_added = 0
             edges, is_fresh = merge_edges(self._forest, added)
             is_fresh[~is_fresh] = self._is_fresh
             self._forest, self._rounds = Edges.empty(), []  # their memory is needed
@@ -162,13 +157,7 @@ class ForestSink:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """How many images are kept at each cut-off.
-
-    Attributes:
-        distance: Cut-offs, float32 [C], strictly ascending.
-        kept: Components at each, int64 [C].
-        largest: Size of the largest component at each, int64 [C].
-    """
+    """Over the cut-off, float32 [C] and strictly ascending, the images kept and the size of the largest set, int64 [C]."""
 
     distance: FloatArray
     kept: IntArray
@@ -178,8 +167,7 @@ class Curve:
 def forest_curve(num_rows: int, forest: Edges, chosen: float | None) -> Curve:
     """Count components, and measure the largest, from the smallest weight of an ascending forest to its largest.
 
-    Args:
-        chosen: A cut-off that must be among the points, or None; others fall evenly on the number of images kept.
+    The chosen cut-off, if any, is among the points; the others fall evenly on the number of images kept.
     """
     ends = np.linspace(1, max(1, len(forest)), _CURVE_POINTS).astype(np.int64) - 1
     distances = forest.weight[np.unique(ends)] if len(forest) else np.zeros(1, np.float32)
@@ -188,8 +176,11 @@ def forest_curve(num_rows: int, forest: Edges, chosen: float | None) -> Curve:
     distances = np.unique(distances)
     ends = np.searchsorted(forest.weight, distances, side="right")
     kind = row_type(num_rows)
-    labels, sizes = np.arange(num_rows, dtype=kind), np.ones(num_rows, dtype=kind)
-    largest, largest_at, start = 1, np.empty(len(ends), np.int64), 0
+    labels = np.arange(num_rows, dtype=kind)
+    sizes = np.ones(num_rows, dtype=kind)
+    largest = 1
+    largest_at = np.empty(len(ends), np.int64)
+    start = 0
     for point, end in enumerate(ends.tolist()):
         # Only components that these edges touch are relabelled, so the whole curve costs one pass.
         roots_a, roots_b = _find(labels, forest.a[start:end]), _find(labels, forest.b[start:end])
@@ -199,7 +190,8 @@ def forest_curve(num_rows: int, forest: Edges, chosen: float | None) -> Curve:
         total = np.bincount(joined, weights=sizes[roots], minlength=len(roots)).astype(kind)
         sizes[roots] = total
         largest = max(largest, int(total.max(initial=0)))
-        largest_at[point], start = largest, end
+        largest_at[point] = largest
+        start = end
     return Curve(distances, num_rows - ends, largest_at)
 
 

@@ -1,8 +1,8 @@
-"""The representative of each set of near images, and how far the others are from it.
+"""The representative of each set of near images, how far the others are from it, and how wide the set is.
 
-Shape letters: N rows, D width, S sets, M rows of some sets, which lie one after another.
+Shape letters: N rows, D width, S sets, M rows of a set, or of some sets that lie one after another, B rows of a chunk.
 
-Source: docs/method.md#representatives: the paper's central image; ties and the other choices are ours.
+Source: docs/method.md#representatives: the paper's central image; ties, the other choices and diameters are ours.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from clipcid_cli.algorithms.near.exact import (
     distance_matrix,
     edge_weights,
     paired_dots,
+    row_type,
     squared_lengths,
 )
 from clipcid_cli.algorithms.sets.star import is_kept
@@ -34,12 +35,14 @@ _ROWS_AT_ONCE = 1024
 # 200,000 rows of width 16 in 1,000 files took 0.20 s; read 1,024 at a time, twice, they took 3.3 (AMD EPYC, one process).
 _ROWS_READ = 2**15
 
+# Sets of more rows are swept. At this size all pairs take half a second on two cores where N is 100,000.
+MAX_COMPARED = 1024
+_ROWS_COMPARED = 4096
+_SWEEPS = 3
+
 
 def central_rows(read: ReadRows, labels: IntArray) -> IntArray:
-    """Choose the row nearest to the mean of each set.
-
-    Args:
-        labels: Set of each row, the smallest row in it, integers [N].
+    """Choose the row nearest to the mean of each set, given the set of each row as its smallest row, integers [N].
 
     Returns:
         Each row's representative, integers [N]. Means are float64 means of the stored rows, whose sums are exact; of equal
@@ -79,12 +82,7 @@ def best_rows(scores: DoubleArray, labels: IntArray) -> IntArray:
 
 
 def best_of_groups(scores: DoubleArray, labels: IntArray, most: int) -> BoolArray:
-    """Tell which rows are among the best of their group, bool [N]; of equal ones the smaller position.
-
-    Args:
-        scores: Higher is better, float64 [N], not NaN.
-        most: How many rows of a group at most.
-    """
+    """Tell which rows have the highest scores (not NaN) of their group, at most so many; of equal ones the first."""
     order = np.lexsort((-scores, labels))
     ordered = labels[order]
     chosen = np.zeros(len(order), np.bool_)
@@ -176,3 +174,61 @@ def _from_members(read: ReadRows, bounds: IntArray, device: torch.device) -> Dou
             sums.append(reduce(torch.add, parts))
     found: DoubleArray = torch.cat(sums).cpu().numpy()
     return found
+
+
+def find_diameters(
+    read: ReadRows, rows: IntArray, labels: IntArray, sets: IntArray, device: torch.device
+) -> tuple[FloatArray, BoolArray]:
+    """Find the diameters of sets: the largest distance of two of their rows, 0 for a set of one.
+
+    All pairs of a set are compared; of large sets only the rows farthest from one another in turn, which finds at least half
+    of the diameter.
+
+    Args:
+        labels: The set of each of the row numbers.
+        sets: The sets asked for, ascending.
+
+    Returns:
+        The diameters, float32 [S], and which are exact, bool [S].
+    """
+    order = np.argsort(labels, kind="stable").astype(row_type(len(rows)))
+    ordered = labels[order]
+    starts = np.searchsorted(ordered, sets)
+    sizes = np.searchsorted(ordered, sets, side="right") - starts
+    diameter = np.zeros(len(sets), np.float32)
+    for size in np.unique(sizes[sizes > 1]).tolist():
+        sets_S = np.flatnonzero(sizes == size)
+        at_once = max(1, _ROWS_COMPARED // size)
+        for part in (sets_S[at : at + at_once] for at in range(0, len(sets_S), at_once)):
+            members_SM = rows[order[starts[part][:, None] + np.arange(size)]]
+            if size <= MAX_COMPARED:
+                diameter[part] = _compare(read, members_SM, device)
+            else:
+                diameter[part] = [_sweep(read, members_M, device) for members_M in members_SM]
+    return diameter, sizes <= MAX_COMPARED
+
+
+def _compare(read: ReadRows, members_SM: IntArray, device: torch.device) -> FloatArray:
+    """Return the largest distance within each of S sets of one size, float32 [S]."""
+    stored = read_stored(read, members_SM.reshape(-1), device)
+    squared_SM = squared_lengths(stored).view(members_SM.shape)
+    wide_SMD = stored.double().view(*members_SM.shape, -1)
+    weight_SMM = edge_weights(squared_SM[:, :, None], squared_SM[:, None, :], torch.bmm(wide_SMD, wide_SMD.mT))
+    found: FloatArray = weight_SMM.amax(dim=(1, 2)).cpu().numpy()
+    return found
+
+
+def _sweep(read: ReadRows, members: IntArray, device: torch.device) -> float:
+    """Return the largest distance found by going to the farthest row again and again."""
+    here = members[:1]
+    largest = 0.0
+    for _ in range(_SWEEPS):
+        one = read_stored(read, here, device)
+        starts = range(0, len(members), _ROWS_COMPARED)
+        parts = (read_stored(read, members[at : at + _ROWS_COMPARED], device) for at in starts)
+        distance = torch.cat([distance_matrix(one, part)[0] for part in parts])
+        farthest = int(distance.argmax())
+        if float(distance[farthest]) <= largest:
+            break
+        here, largest = members[farthest : farthest + 1], float(distance[farthest])
+    return largest

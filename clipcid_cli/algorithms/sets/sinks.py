@@ -14,11 +14,7 @@ from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray
 
 
 class NearestOf:
-    """The nearest other row of each of some rows; of equally near ones the smallest.
-
-    Args:
-        rows: Those rows, integers [S], ascending.
-    """
+    """The nearest other row of each of some rows, ascending; of equally near ones the smallest."""
 
     def __init__(self, rows: IntArray) -> None:
         self._rows = rows
@@ -67,16 +63,13 @@ class NearestOf:
 
 
 class PairsWithin:
-    """All pairs within components, up to a number.
-
-    Args:
-        labels: Component of each row, integers [N].
-        most: Where more are found, no more are wanted.
-    """
+    """All pairs within components, given that of each row; where more than so many are found, no more are wanted."""
 
     def __init__(self, labels: IntArray, most: int) -> None:
-        self._labels, self._most = labels, most
-        self._pairs, self._number = list[Edges](), 0
+        self._labels = labels
+        self._most = most
+        self._pairs = list[Edges]()
+        self._number = 0
 
     def wants(self, a: IntArray, b: IntArray, at_least: FloatArray) -> BoolArray:
         """Tell which pairs are of one component."""

@@ -21,16 +21,13 @@ from clipcid_cli.algorithms.sets.forest import Curve
 
 
 def star_cover(pairs: Edges, copies: IntArray) -> IntArray:
-    """Cover rows by stars.
+    """Cover rows by stars, given all pairs within ε, each once: the representative of each row, itself where it is kept.
 
     Args:
-        pairs: All pairs within ε, each once, in any order.
         copies: How many equal rows each row stands for, itself included, int64 [N]. They count as neighbours.
-
-    Returns:
-        The representative of each row, itself where it is kept, int64 [N].
     """
-    num_rows, degree = len(copies), copies - 1
+    num_rows = len(copies)
+    degree = copies - 1
     for one, other in ((pairs.a, pairs.b), (pairs.b, pairs.a)):  # whole numbers below 2⁵³, so the sums are exact
         degree = degree + np.bincount(one, weights=copies[other], minlength=num_rows).astype(np.int64)
     place = np.empty(num_rows, np.int64)
@@ -75,11 +72,9 @@ class StarCover(NamedTuple):
 
 
 def find_star_cutoff(pairs: Edges, copies: IntArray, num_kept: int, above: float = -1.0) -> StarCover | None:
-    """Find the ε that keeps a given number of rows at most, by bisection over the distances of the pairs.
+    """Find the ε that keeps a given number of rows at most, by bisection over the distances of ascending pairs.
 
     Args:
-        pairs: All pairs up to some distance, ascending by weight.
-        copies: As for :func:`star_cover`.
         above: Lower limit of ε, exclusive.
 
     Returns:
@@ -121,13 +116,9 @@ def label_by_smallest(representatives: IntArray) -> IntArray:
 
 
 def star_curve(pairs: Edges, copies: IntArray, chosen: float, num_points: int) -> Curve:
-    """Count rows kept, and measure the largest star, over the cut-off.
+    """Count rows kept, and measure the largest star, over the cut-off up to the largest distance of ascending pairs.
 
-    Args:
-        pairs: All pairs up to some distance, ascending by weight.
-        copies: As for :func:`star_cover`.
-        chosen: A cut-off that must be among the points.
-        num_points: Number of other points, evenly from 0 to the largest distance of the pairs; each costs a cover.
+    Each point costs a cover: the chosen cut-off, and so many others.
     """
     farthest = float(pairs.weight[-1]) if len(pairs) else 0.0
     distances = np.unique(np.append(np.linspace(0.0, farthest, num_points), chosen).astype(np.float32))

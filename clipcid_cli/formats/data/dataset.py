@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.benchmark_folder import is_benchmark, list_benchmark_tars
+from clipcid_cli.formats.data.benchmark import is_benchmark, list_benchmark_tars
 from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, Columns, Images
 from clipcid_cli.formats.data.index import DataIndex, index_folder, open_index, repeated_key
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
 from clipcid_cli.formats.data.samples import ByteRange, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
-from clipcid_cli.formats.data.tars import check_tar
+from clipcid_cli.formats.data.tars import validate_tar
 from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.reading import open_regular
 from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
 
@@ -37,6 +40,11 @@ _LOOKED_AT = 10  # shards, for an image
 _ESTIMATED_FROM = 4
 _PROBED = 100
 _SAMPLES_OF_COMMAND = 10_000  # as img2dataset makes shards
+
+# Of these forms only the head and the tail of an image are hashed.
+_COMPRESSED = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8")
+_WINDOW = 4096
+_HASHED_AT_ONCE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +120,8 @@ def open_dataset(
 ) -> Dataset:
     """Open image-text data.
 
-    Refused within seconds: when there is no such data, it contains no shard or image, a local shard is truncated or not a
-    tar, the first shards contain no image, or keys repeat across shards.
+    Refused within seconds: when it contains no shard or image, a local shard is truncated or not a tar, the first shards
+    contain no image, or keys repeat across shards.
 
     Args:
         spec: A folder of tar shards (CLIP_benchmark's among them), one tar, a brace pattern of tars, several of these
@@ -149,7 +157,7 @@ def open_dataset(
         folder = index_folder(index_root, kind, {"keys": keys, **dataclasses.asdict(columns)})
         dataset = dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, shards))
     if dataset.index is None:
-        _check_shards(dataset)
+        _validate_shards(dataset)
     return dataset
 
 
@@ -165,12 +173,12 @@ def _estimate_samples(shard: Shard) -> int:
     return round(size * (_PROBED - 1) / (first[-1].image.offset - first[0].image.offset))
 
 
-def _check_shards(dataset: Dataset) -> None:
+def _validate_shards(dataset: Dataset) -> None:
     """Look into the shards: all are whole, some of the first have an image, and keys differ, as far as that is quick."""
     tars = [shard for shard in dataset.shards if shard.slices is None]
     local = [Path(shard.source) for shard in tars if not is_remote(shard.source)]
     with ThreadPoolExecutor(16) as pool:
-        for _ in pool.map(check_tar, local):
+        for _ in pool.map(validate_tar, local):
             pass
     skips = Skips()
     if all(next(shard.stream(skips), None) is None for shard in dataset.shards[:_LOOKED_AT]):
@@ -255,3 +263,61 @@ def _path_in_command(command: str) -> str:
     """Return the last word of a command that ends in ``.tar``, else the command without what a name cannot hold."""
     words = re.findall(r"[^\s'\"|;&<>()=]+\.tar(?![^\s'\"|;&<>()])", command, re.IGNORECASE)
     return words[-1] if words else re.sub(r"[^\w.-]+", "-", command)[-64:].strip("-.")
+
+
+def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None) -> FileRecord:
+    """Describe all images of a data set, or those of its samples that are used, in order; `size` is their number.
+
+    A shard's own fingerprint may miss an image that was replaced by another of the same size. Here every image counts: its
+    size, bytes, classes and captions. Of JPEG, PNG, WebP and GIF the first and last 4 KiB are read: different compressed
+    images of the same size differ there, in their tables, their data or a checksum. Of other forms (BMP, TIFF, …), where a
+    white border may fill both ends, all bytes are.
+
+    Of a remote image only the name is included. Tars behind a URL are not read for it: their own fingerprints are included,
+    and `size` is their bytes.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if any(is_remote(shard.file) for shard in dataset.shards):
+        shards = dataset.fingerprints()
+        size = sum(each.size for each in shards)
+        kind = "shards"
+        digest.update(repr([(each.size, each.hash) for each in shards]).encode())
+    else:
+        if samples is None:
+            samples = (sample for shard in dataset.shards for sample in shard.samples())
+        found = list(samples)
+        size = len(found)
+        kind = "windows"
+        with ThreadPoolExecutor(16) as pool:
+            for part in pool.map(
+                _hash_samples, [found[at : at + _HASHED_AT_ONCE] for at in range(0, size, _HASHED_AT_ONCE)]
+            ):
+                digest.update(part)
+    return FileRecord(f"{dataset.spec}#images", size, f"blake2b-{kind}:{digest.hexdigest()}")
+
+
+def _hash_samples(samples: Sequence[Sample]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in samples:
+        content = (sample.key, sample.label, sample.labels, sample.captions)
+        digest.update(repr(content).encode("utf-8", errors="surrogateescape"))
+        for place in (sample.image, sample.multi_hot):
+            if place is not None:
+                digest.update(_read_ends(place))
+    return digest.digest()
+
+
+def _read_ends(place: ByteRange) -> bytes:
+    """Return the size and the bytes to hash; the URL of a remote image, nothing of a missing one."""
+    if is_url(place.path):
+        return place.path.encode("utf-8", errors="surrogateescape")
+    try:
+        with open_regular(place.path) as file:
+            size = os.fstat(file.fileno()).st_size if place.size is None else place.size
+            head = os.pread(file.fileno(), min(size, _WINDOW), place.offset)
+            rest = size - len(head)
+            if head.startswith(_COMPRESSED):
+                rest = min(rest, _WINDOW)
+            return b"%d:" % size + head + os.pread(file.fileno(), rest, place.offset + size - rest)
+    except OSError:
+        return b""  # counted as unreadable when it is decoded

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file, write_error, write_parquet
+from clipcid_cli.formats.atomic import atomic_file, lock, write_error, write_parquet
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Shard
@@ -35,7 +35,6 @@ from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy, fetch_ah
 from clipcid_cli.formats.data.tars import split_captions
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.join import find_repeat
-from clipcid_cli.formats.lock import lock
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.skips import Skips
 
@@ -78,7 +77,7 @@ class IndexedShard:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The samples of one shard; small, to be sent to another process: read where they are needed, and held there."""
+    """The samples of one shard, to be sent to another process: read where they are needed, and held there."""
 
     path: str
     digest: str
@@ -105,15 +104,13 @@ class Part:
         return len(self.table)
 
     def sample(self, place: int) -> Sample:
-        """Return a sample by its place in the shard; captions that are in the shard's file are read from it."""
-        table = self.table
-        key, image, captions, captions_at, attributes = (
-            table[name][place].as_py() for name in ("key", "image", "captions", "captions_at", "attributes")
-        )
+        """Return a sample by its place; captions that are in the shard's file are read from it."""
+        row = self.table.slice(place, 1).to_pylist()[0]
+        captions = row["captions"]
         if captions is None:
             assert self.shard is not None, "captions are in the shard's own file"
             try:
-                text = self._locate(captions_at).read()
+                text = self._locate(row["captions_at"]).read()
             except OSError as error:
                 raise ClipcidError(
                     f"The captions in {self.shard.file} cannot be read: {error}.",
@@ -121,10 +118,10 @@ class Part:
                 ) from error
             captions = split_captions(text, a_line_each=self.shard.caption_lines)
         return Sample(
-            key=key,
-            image=self._locate(image),
+            key=row["key"],
+            image=self._locate(row["image"]),
             captions=tuple(captions),
-            attributes=None if attributes is None else self._locate(attributes),
+            attributes=None if row["attributes"] is None else self._locate(row["attributes"]),
         )
 
     def _locate(self, found: dict[str, Any]) -> ByteRange:
@@ -187,7 +184,7 @@ def index_folder(root: Path, kind: str, settings: dict[str, Any]) -> Path:
 
 
 def write_part(folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequence[Sample], skips: Skips) -> None:
-    """Write down what the listing of one shard found; `stamp` is from before it, so that a change meanwhile is noticed."""
+    """Write down what the listing of a shard found; `stamp` is from before it, so that a change meanwhile is noticed."""
     record = IndexedShard(
         samples=len(samples),
         with_captions=sum(bool(sample.captions) for sample in samples),

@@ -142,11 +142,7 @@ class _CommandOutput:
 
 
 def read_remote(url: str, offset: int = 0, size: int | None = None) -> bytes:
-    """Read `size` bytes of the file behind a URL, or all of it, by one request.
-
-    Raises:
-        OSError: when it is shorter.
-    """
+    """Read `size` bytes of the file behind a URL, or all of it, by one request; an OSError where it is shorter."""
     end = None if size is None else offset + size
     data: bytes = _ask(url, lambda filesystem, inner: filesystem.cat_file(inner, offset or None, end))
     if size is None:
@@ -176,12 +172,11 @@ def describe_file(path: str) -> FileRecord:
 
 def list_folder(url: str) -> list[str]:
     """List the addresses of what a folder behind a URL holds."""
-    return _ask(
-        url,
-        lambda filesystem, inner: [
-            str(filesystem.unstrip_protocol(name)) for name in filesystem.ls(inner, detail=False)
-        ],
-    )
+
+    def list_names(filesystem: Any, inner: str) -> list[str]:
+        return [str(filesystem.unstrip_protocol(name)) for name in filesystem.ls(inner, detail=False)]
+
+    return _ask(url, list_names)
 
 
 @contextlib.contextmanager

@@ -45,10 +45,9 @@ class ByteRange:
     copy: ShardCopy | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def read(self) -> bytes:
-        """Read the bytes. Commands are never run here: a path may come from a file that someone else wrote.
+        """Read the bytes; an OSError where the file is missing or has become shorter.
 
-        Raises:
-            OSError: when the file is missing or has become shorter.
+        Commands are never run here: a path may come from a file that someone else wrote.
         """
         if self.data is not None:
             return self.data
@@ -67,10 +66,6 @@ class ByteRange:
         if len(data) != self.size:
             raise OSError(f"{self.path} ends {self.size - len(data)} bytes early")
         return data
-
-    def without_data(self) -> ByteRange:
-        """Return where the bytes are."""
-        return self if self.data is None else dataclasses.replace(self, data=None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,15 +89,10 @@ class Sample:
     captions_at: ByteRange | None = None
 
     def without_image_data(self) -> Sample:
-        """Return the sample without the bytes of its image, which are most of it."""
-        return self if self.image.data is None else dataclasses.replace(self, image=self.image.without_data())
-
-    def without_data(self) -> Sample:
-        """Return the sample without the bytes that came with a stream."""
+        """Return the sample without the bytes of its image, where they came with a stream: they are most of it."""
         if self.image.data is None:
             return self
-        parts = {name: getattr(self, name) for name in ("image", "multi_hot", "attributes", "captions_at")}
-        return dataclasses.replace(self, **{name: part and part.without_data() for name, part in parts.items()})
+        return dataclasses.replace(self, image=dataclasses.replace(self.image, data=None))
 
 
 def read_classes(sample: Sample, num_classes: int) -> tuple[int, ...] | None:

@@ -69,14 +69,13 @@ class Shard:
         return key if self.slices is not None or self.prefix_keys else f"{self.name}/{key}"
 
     def samples(self, skips: Skips | None = None) -> list[Sample]:
-        """List its samples as `stream` yields them, without their bytes."""
-        return [sample.without_data() for sample in self.stream(skips)]
+        """List its samples as `stream` yields them, without the bytes of their images."""
+        return [sample.without_image_data() for sample in self.stream(skips)]
 
     def stream(self, skips: Skips | None = None) -> Iterator[Sample]:
         """Yield its samples in order while it is read; those of a shard behind a URL or a command come with their bytes.
 
-        Samples without an image, and those with a key that occurs earlier, are omitted and counted in `skips`, which is
-        complete once all samples were taken.
+        Samples without an image, and those with a key that occurs earlier, are omitted and counted in `skips`.
         """
         skips = Skips() if skips is None else skips
         if self.slices is None:
@@ -93,9 +92,9 @@ class Shard:
         return describe_file(self.source) if is_remote(self.source) else fingerprint_tar(self.source)
 
     def stamp(self) -> tuple[int, int]:
-        """Return two numbers that change when the shard does, at the cost of a look at its file's size and time.
+        """Return two numbers that change when the shard does: size and time of its file.
 
-        (0, 0) for a file that is gone or behind a URL, which is not asked for at each start.
+        (0, 0) for one that is gone or behind a URL, which is not asked for at each start.
         """
         if self.slices is not None:
             return self.slices.stamp(self.number)

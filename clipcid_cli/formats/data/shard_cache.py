@@ -19,10 +19,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_error
+from clipcid_cli.formats.atomic import lock, write_error
 from clipcid_cli.formats.data.remote import describe_file, open_remote
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.lock import lock
 
 FETCHED_AT_ONCE = 4
 """Copies that a process fetches ahead at a time."""
@@ -48,8 +47,7 @@ class ShardCache:
     def room_for(self, size: int, apart: Path) -> Iterator[None]:
         """Remove the copies least recently opened until `size` bytes more are within the limit; one process at a time.
 
-        Args:
-            apart: A file whose bytes do not count.
+        The bytes of the file `apart` do not count.
         """
         with lock(self.folder / ".lock"):
             files = list[tuple[int, int, Path]]()

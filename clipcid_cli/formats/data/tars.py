@@ -1,12 +1,14 @@
-"""Tar shards: the place of each member, read from the headers alone, so that any sample is one read away."""
+"""Tar shards: the place of each member, read from the headers alone, so that any sample is one read away.
+
+New shards are made of existing ones by copying members byte for byte.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
@@ -14,9 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, open_remote
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Sample
-from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.fingerprint import FileRecord, hash_windows
 from clipcid_cli.formats.reading import open_regular
 from clipcid_cli.formats.skips import Skips
 
@@ -31,6 +34,11 @@ _OCTAL = re.compile(rb"[ ]*[0-7]+[ ]*(\0.*)?", re.DOTALL)
 _SIZE = re.compile(rb"\x80.*|[ ]*[0-7]*[ ]*(\0.*)?", re.DOTALL)  # GNU's binary form of a large number, or octal digits
 _EXTENSIONS = b"xXgLK"  # types of headers that say more of the next member
 _LARGEST_EXTENSION = 2**20  # bytes of a long name or of pax records; real ones have a few hundred
+# A tar ends with two empty blocks and is padded to records of twenty, as tar programs write it.
+_END = bytes(2 * _BLOCK)
+_RECORD = 20 * _BLOCK
+_COPY = 2**24  # bytes at a time
+
 _FIX = "Make the shard again, or remove it from the data."
 
 
@@ -67,19 +75,19 @@ class _Header(tarfile.TarInfo):
         block = bytes(buf)
         size = block[124:136]
         checksum = block[148:156]
-        kind = block[156:157]
-        if kind == tarfile.REGTYPE and _OCTAL.fullmatch(size) and _OCTAL.fullmatch(checksum):
+        if block[156:157] == tarfile.REGTYPE and _OCTAL.fullmatch(size) and _OCTAL.fullmatch(checksum):
             blank = len(checksum) * ord(" ")  # what the checksum's own field counts as
             if sum(block) - sum(checksum) + blank == int(_text(checksum), 8):
                 # tarfile would read owner, mode and dates too, and take 17 µs a member in place of 8.
-                name, prefix = (_text(field).decode(encoding, errors) for field in (block[:100], block[345:500]))
+                name = _text(block[:100]).decode(encoding, errors)
+                prefix = _text(block[345:500]).decode(encoding, errors)
                 header = cls(f"{prefix}/{name}" if prefix else name)
                 header.size = int(_text(size), 8)
                 return header
         header = super().frombuf(buf, encoding, errors)
         if not _SIZE.fullmatch(size):
             raise tarfile.HeaderError(f"{size!r} is not a size")
-        if kind in _EXTENSIONS and header.size > _LARGEST_EXTENSION:
+        if header.type in _EXTENSIONS and header.size > _LARGEST_EXTENSION:
             raise tarfile.HeaderError(f"its extended header has {header.size:,} bytes")
         return header
 
@@ -148,7 +156,7 @@ def read_members(path: str | Path) -> Iterator[Member]:
             raise ClipcidError(f"Shard {path} {problem}.", _FIX) from error
 
 
-def check_tar(path: Path) -> None:
+def validate_tar(path: Path) -> None:
     """Check that a tar is complete by its first and last block; by all headers if it does not end with two empty blocks."""
     with _open(str(path)) as file:
         size = os.fstat(file.fileno()).st_size
@@ -175,11 +183,7 @@ def fingerprint_tar(path: str) -> FileRecord:
     """Describe a local tar by a hash of its size and windows of 64 KiB: `fingerprint.record` would read most tars whole."""
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
-        digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-        for start in (0, max(0, (size - _WINDOW) // 2), max(0, size - _WINDOW)):
-            file.seek(start)
-            digest.update(file.read(_WINDOW))
-    return FileRecord(path, size, f"blake2b-sampled:{digest.hexdigest()}")
+        return FileRecord(path, size, hash_windows(file, size, _WINDOW))
 
 
 def group_members(members: Iterable[Member]) -> Iterator[tuple[str, list[Member]]]:
@@ -191,14 +195,10 @@ def group_members(members: Iterable[Member]) -> Iterator[tuple[str, list[Member]
 
 
 def read_tar(path: str, name: str, skips: Skips, *, caption_lines: bool) -> Iterator[Sample]:
-    """Yield the samples of a tar in order.
+    """Yield the samples of a tar in order, and count keys without an image or that occur earlier.
 
     What is behind a URL or a command is read once, and the samples come with their bytes. Of a local file only the headers,
     captions and classes are read.
-
-    Args:
-        skips: Counts the keys that are left out: without an image, or that occur earlier.
-        caption_lines: As of `split_captions`.
     """
 
     def locate(member: Member | None) -> ByteRange | None:
@@ -262,3 +262,47 @@ def _naming(path: str) -> Iterator[None]:
         raise ClipcidError(
             f"Shard {path} cannot be read: {error.strerror or error}.", "Check the path and its permissions."
         ) from error
+
+
+class Copied(NamedTuple):
+    """How many samples a shard has, and how many of them were copied."""
+
+    samples: int
+    read: int
+
+
+def count_samples(source: Path) -> int:
+    """Count the samples of a tar, including those without an image."""
+    return sum(1 for _ in group_members(read_members(source)))
+
+
+def copy_samples(source: Path, target: Path, keys: Set[str]) -> Copied:
+    """Copy the samples with the given keys from one tar to another.
+
+    Every byte of their members, headers and padding included, is the source's; nothing is decoded or renamed. Of a key that
+    occurs twice the first sample is taken, as when reading.
+
+    Args:
+        keys: Keys of samples as stored, without a shard's name.
+    """
+    read = 0
+    copied = set[str]()
+    ranges = list[tuple[int, int]]()
+    for key, members in group_members(read_members(source)):
+        read += 1
+        if key not in keys or key in copied:
+            continue
+        copied.add(key)
+        for member in members:
+            start = member.start
+            if ranges and ranges[-1][1] == start:  # adjacent members are copied together
+                start = ranges.pop()[0]
+            ranges.append((start, member.end))
+    with source.open("rb") as reader, atomic_file(target) as writer:
+        for start, end in ranges:
+            for offset in range(start, end, _COPY):
+                size = min(_COPY, end - offset)
+                # The padding of the last member may be missing in a tar without an end.
+                writer.write(os.pread(reader.fileno(), size, offset).ljust(size, b"\0"))
+        writer.write(_END + bytes(-(writer.tell() + len(_END)) % _RECORD))
+    return Copied(len(copied), read)

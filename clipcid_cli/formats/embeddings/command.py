@@ -23,12 +23,11 @@ DEFAULTS = {
 
 
 def data_command(folder: Path, sidecar: EmbedSidecar | None, data: str | None = None, **more: Any) -> str:
-    """Return the command that replaces embeddings of data by ones of the same settings.
+    """Return the command that replaces embeddings by ones of the same settings, but for the flags `more`.
 
     Args:
         sidecar: Theirs; None for those of another tool, which are not replaced.
         data: The data; None for that of the sidecar.
-        more: Flags in which the new ones differ, and by which `data` is read.
     """
     if sidecar is None:
         return embed_command(**{"model": "MODEL", "described": None, "data": data, **more})

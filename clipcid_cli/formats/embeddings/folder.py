@@ -24,11 +24,10 @@ from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.embeddings.command import data_command, remake
 from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
 from clipcid_cli.formats.embeddings.layouts import AGAIN, EmbeddingFile, find_files
-from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, record_together, refuse_replaced
-from clipcid_cli.formats.embeddings.row_files import RowFile, find_npy
-from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, identity_of, refuse_changed
-from clipcid_cli.formats.join import find_repeat
+from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, validate_replaceable
+from clipcid_cli.formats.embeddings.rows import RowFile, Rows, find_npy
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, identity_of, record_together, validate_unchanged
+from clipcid_cli.formats.join import Listing, Values, find_repeat
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
 from clipcid_cli.formats.sidecar import EmbedSidecar, ModelRecord, read_sidecar, sidecar_path
@@ -163,7 +162,7 @@ class Embeddings:
         """Yield a column of the metadata at some rows, in pieces; one file's column is in memory at a time.
 
         Args:
-            read: Reads the column of one file, as :meth:`keys_of` does.
+            read: Reads the column of one file, as `keys_of` does.
             numbers: Numbers of the rows, integers [n], ascending.
         """
         # Of another type, all would be converted.
@@ -191,6 +190,27 @@ class Embeddings:
             )
         return counts
 
+    def listing(self) -> Listing:
+        """List the keys, one file in memory at a time.
+
+        The numbers of a key are its row and, where captions after the first are embedded, the first row of its own among
+        them and how many captions it has.
+        """
+        has_further = Kind.FURTHER in self.kinds
+
+        def read() -> Iterator[tuple[pa.Array, Values]]:
+            further = 0
+            for file in self.files:
+                columns = [np.arange(file.first, file.first + file.rows, dtype=np.int64)]
+                if has_further:
+                    counts = self.counts_of(file)
+                    ends = further + np.cumsum(counts - 1)
+                    columns += [ends - (counts - 1), counts]
+                    further = int(ends[-1]) if len(ends) else further
+                yield self.keys_of(file).combine_chunks(), np.stack(columns, axis=1)
+
+        return Listing(self.folder, read, 3 if has_further else 1)
+
     @property
     def has_uids(self) -> bool:
         """Whether the metadata have a column ``uid``."""
@@ -217,7 +237,7 @@ class Embeddings:
     def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
         """Describe images and metadata, and of further kinds and the map of images those there are, for a sidecar."""
         if self.sidecar is not None:
-            refuse_replaced(self.folder, self._records, self._memo, remake(self.folder, self.sidecar))
+            validate_replaceable(self.folder, self._records, self._memo, remake(self.folder, self.sidecar))
         parts = [part for part in (Kind.IMAGES, METADATA, *kinds) if self._files_of(part)]
         found = [record_together(self._name_together(part), self.contents(part)) for part in parts]
         return found if self.image_map is None else [*found, self.image_map.record]
@@ -233,7 +253,7 @@ class Embeddings:
         path, member = (file.path, file.member) if isinstance(file, RowFile) else (file, None)
         return str(path.parent) if member is None else f"{path.parent}[{member}]"
 
-    def refuse_repeated_keys(self) -> None:
+    def validate_unique_keys(self) -> None:
         """Refuse keys of two rows in a folder of another tool; `embed` has checked its own."""
         if self.is_verified:
             return
@@ -249,10 +269,8 @@ class Embeddings:
     def find_bad_rows(self, *, texts: bool) -> npt.NDArray[np.int64]:
         """Find rows that are zero or not finite, int64, ascending: their distances to others are undefined.
 
-        Verified folders are not read for this: `embed` leaves such rows out. Of others the answer is remembered.
-
-        Args:
-            texts: Whether text embeddings count too, where there are any.
+        With `texts` the text embeddings count too, where there are any. `embed` leaves such rows out, so that its folders
+        are not read for this; of others the answer is remembered.
         """
         if self.is_verified:
             return np.empty(0, dtype=np.int64)
@@ -306,22 +324,21 @@ def open_embeddings(
     """Open a folder of embeddings.
 
     Args:
-        keys: ``shard`` puts the shard's name before each key of another tool's folder, where keys repeat across shards;
-            the keys of `embed` are as its own option made them.
+        keys: ``shard`` puts the shard's name before each key of another tool's folder; the keys of `embed` are as its own
+            option made them.
         npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
         cache: Table in which the fingerprints of the files are remembered; None hashes them each time.
     """
-    folder = Path(folder)
     sidecar = read_embed_sidecar(folder)
+    memo = Memo(cache)
     if sidecar is None:
         if unfinished(folder, "embed"):
             raise ClipcidError(
                 f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
             )
-        return Embeddings(folder, find_files(folder, npz_array), None, Memo(cache), prefix_keys=keys == "shard")
-    memo = Memo(cache)
+        return Embeddings(folder, find_files(folder, npz_array), None, memo, prefix_keys=keys == "shard")
     fix = remake(folder, sidecar)
-    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "embed"), fix, memo)
+    validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, "embed"), fix, memo)
     records, rows = open_recorded(folder, memo, fix)
     metadata = (folder / record.files[METADATA].path for record in records)
     return Embeddings(folder, list(map(EmbeddingFile, rows, metadata)), sidecar, memo, records)

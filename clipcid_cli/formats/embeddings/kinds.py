@@ -43,14 +43,3 @@ class Kind(enum.StrEnum):
     def dtype(self) -> np.dtype[Any]:
         """Number format of the files that `embed` writes."""
         return np.dtype(np.float32 if self is Kind.VIEW_PARAMS else np.float16)
-
-
-def file_name(kind: str, number: int, digits: int) -> str:
-    """Return the name of a shard's file in a folder of embeddings."""
-    form = "parquet" if kind == METADATA else "npy"
-    return f"{kind}/{kind}_{number:0{digits}d}.{form}"
-
-
-def count_digits(shards: int) -> int:
-    """Return how many digits the numbers of so many shards have in file names."""
-    return max(4, len(str(shards - 1)))

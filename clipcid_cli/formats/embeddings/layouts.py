@@ -22,7 +22,7 @@ import numpy as np
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import natural_key
 from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
-from clipcid_cli.formats.embeddings.row_files import RowFile, find_member, find_npy, list_arrays
+from clipcid_cli.formats.embeddings.rows import RowFile, find_member, find_npy, list_arrays
 from clipcid_cli.formats.parquet import count_rows
 
 AGAIN = "Copy or make the folder again."
@@ -125,7 +125,6 @@ def _by_number(paths: list[Path]) -> dict[str, Path]:
 
 
 def _pair_by_name(archives: list[Path], npz_array: str | None) -> list[EmbeddingFile]:
-    """Match the arrays of each npz with the parquet of the same name."""
     names = _choose_arrays(archives[0], npz_array)
     files = list[EmbeddingFile]()
     for path in archives:
@@ -159,9 +158,11 @@ def _check(files: Sequence[EmbeddingFile]) -> None:
     kinds = {kind for file in files for kind in file.parts if kind is not Kind.FURTHER}
     kinds |= {Kind.VIEW_PARAMS} if Kind.VIEWS in kinds else set()
     with_metadata = any(file.metadata is not None for file in files)
-    for parts, metadata in ((file.parts, file.metadata) for file in files):
+    for file in files:
+        parts = file.parts
+        metadata = file.metadata
         images = parts[Kind.IMAGES]
-        _require_rows(images)
+        _validate_rows(images)
         if images.shape[1] != (width := first[Kind.IMAGES].shape[1]):
             raise ClipcidError(f"{images.label} has width {images.shape[1]}, the files before it {width}.", _SEPARATE)
         missing = [kind.replace("text_emb", "text embeddings") for kind in Kind if kind in kinds and kind not in parts]
@@ -172,7 +173,7 @@ def _check(files: Sequence[EmbeddingFile]) -> None:
         counts = {str(metadata): count_rows(metadata, AGAIN)} if metadata is not None else {}
         if Kind.TEXTS in parts:
             texts = parts[Kind.TEXTS]
-            _require_rows(texts)
+            _validate_rows(texts)
             if texts.shape[1] != width:
                 raise ClipcidError(
                     f"{texts.label} has width {texts.shape[1]}, the image embeddings have {width}.", _SEPARATE
@@ -181,12 +182,12 @@ def _check(files: Sequence[EmbeddingFile]) -> None:
         for other, rows in counts.items():
             if rows != images.shape[0]:
                 raise ClipcidError(f"{images.label} has {images.shape[0]:,} rows and {other} has {rows:,}.", AGAIN)
-        for kind, file in parts.items():
+        for kind, rows_of in parts.items():
             if kind not in (Kind.IMAGES, Kind.TEXTS):
-                _check_extra(kind, file, images, first)
+                _validate_extra(kind, rows_of, images, first)
 
 
-def _require_rows(file: RowFile) -> None:
+def _validate_rows(file: RowFile) -> None:
     if len(file.shape) != 2 or not file.shape[1] or not np.issubdtype(file.dtype, np.floating):
         raise ClipcidError(
             f"{file.label} holds {file.dtype} {list(file.shape)}, not rows of floating-point numbers.",
@@ -194,7 +195,7 @@ def _require_rows(file: RowFile) -> None:
         )
 
 
-def _check_extra(kind: Kind, file: RowFile, images: RowFile, first: dict[Kind, RowFile]) -> None:
+def _validate_extra(kind: Kind, file: RowFile, images: RowFile, first: dict[Kind, RowFile]) -> None:
     """Refuse further rows whose format or shape is not that of `embed`, beside these images and the first shard's files."""
     rows, width = images.shape
     if kind is Kind.FURTHER:

@@ -1,31 +1,43 @@
-"""``manifest.parquet``: what `embed` made of each shard, a row a shard, in the order of the rows."""
+"""A folder of embeddings as `embed` writes it, shard by shard, and its ``manifest.parquet``: a row a shard, in order.
+
+Each shard is followed by a record, which makes it count as finished; the manifest holds the records of all. Several
+processes may write different shards of a folder at once.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy.typing as npt
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_parquet
-from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
-from clipcid_cli.formats.embeddings.row_files import RowFile
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, refuse_changed
+from clipcid_cli.formats import fingerprint
+from clipcid_cli.formats.atomic import write_error, write_json, write_npy, write_parquet
+from clipcid_cli.formats.data.samples import natural_key
+from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
+from clipcid_cli.formats.embeddings.rows import RowFile, find_npy
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, identity_of, validate_unchanged
 from clipcid_cli.formats.parquet import read_rows
 from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.skips import Skips
 
 MANIFEST = "manifest.parquet"
+# Records of finished shards, until all are finished.
+_RECORDS = ".shards"
 # Bytes that numpy writes before the values of an array of few dimensions.
 _HEADER = 128
 
-_TEXT, _NUMBER = pa.string(), pa.int64()
+_TEXT = pa.string()
+_NUMBER = pa.int64()
 _INPUT = pa.struct([("shard", _TEXT), ("path", _TEXT), ("size", _NUMBER), ("hash", _TEXT)])
 _SKIPPED = pa.list_(pa.struct([("reason", _TEXT), ("count", _NUMBER), ("examples", pa.list_(_TEXT))]))
 _FILE = pa.struct([("path", _TEXT), ("size", _NUMBER), ("time", _NUMBER), ("hash", _TEXT)])
@@ -59,21 +71,6 @@ class ShardRecord(msgspec.Struct, frozen=True):
     files: dict[str, FileRecord]
 
 
-def write_manifest(folder: Path, records: Sequence[ShardRecord]) -> None:
-    """Write the manifest of a folder."""
-    parts = [part for part in (*Kind, METADATA) if any(part in each.files for each in records)]
-    schema = pa.schema(
-        {
-            "input": _INPUT,
-            "identity": _TEXT,
-            **dict.fromkeys(("read", "rows", "laid_on_white"), _NUMBER),
-            "skipped": _SKIPPED,
-            "files": pa.struct([(part, _FILE) for part in parts]),
-        }
-    )
-    write_parquet(folder / MANIFEST, pa.Table.from_pylist(msgspec.to_builtins(records), schema))
-
-
 def read_manifest(folder: Path, fix: str) -> list[ShardRecord]:
     """Read the manifest of a folder."""
     rows = read_rows(folder / MANIFEST, fix)
@@ -102,16 +99,15 @@ def open_recorded(folder: Path, memo: Memo, fix: str) -> tuple[list[ShardRecord]
     records = read_manifest(folder, fix)
     # Looked at before they are compared: what is replaced in between is refused where it is mapped.
     stamps = _look_at_files(folder, records, fix)
-    with reading(folder / MANIFEST, "a manifest of embeddings", fix):
-        rows = _describe_rows(folder, records, stamps)
-    refuse_replaced(folder, records, memo, fix)
+    validate_replaceable(folder, records, memo, fix)
     memo.save()
-    return records, rows
+    with reading(folder / MANIFEST, "a manifest of embeddings", fix):
+        return records, _describe_rows(folder, records, stamps)
 
 
-def refuse_replaced(folder: Path, records: Iterable[ShardRecord], memo: Memo, fix: str) -> None:
+def validate_replaceable(folder: Path, records: Iterable[ShardRecord], memo: Memo, fix: str) -> None:
     """Refuse files that were replaced or removed since the manifest was written."""
-    refuse_changed(folder, all_files(records), folder / MANIFEST, fix, memo)
+    validate_unchanged(folder, all_files(records), folder / MANIFEST, fix, memo)
 
 
 def _look_at_files(folder: Path, records: Sequence[ShardRecord], fix: str) -> dict[str, Stamp]:
@@ -133,75 +129,194 @@ def _look_at_files(folder: Path, records: Sequence[ShardRecord], fix: str) -> di
 def _describe_rows(
     folder: Path, records: Sequence[ShardRecord], stamps: Mapping[str, Stamp]
 ) -> list[dict[Kind, RowFile]]:
-    """Describe the rows of each shard by kind: shapes follow from the sizes of the files, none of which is opened.
-
-    Raises:
-        LookupError, ValueError, ZeroDivisionError: when records do not fit together.
-    """
-    shapes = _shapes_of_a_sample(records)
+    """Describe the rows of each shard by kind: of one the files are looked into, of the others sizes tell the shapes."""
+    # `embed` keeps no folder without a row.
+    whole = next((record for record in records if record.rows), records[0])
+    # Of a sample: (D,), or (V, D) where it has several rows.
+    shapes = {kind: find_npy(folder / whole.files[kind].path).shape[1:] for kind in Kind if kind in whole.files}
+    shapes.setdefault(Kind.FURTHER, shapes.get(Kind.IMAGES) or shapes[Kind.TEXTS])
     found: list[dict[Kind, RowFile]] = []
     for record in records:
         rows: dict[Kind, RowFile] = {}
-        for kind in (each for each in shapes if each in record.files):
-            file = record.files[kind]
-            shape = shapes[kind]
-            values = _count_values(kind, file)
+        for kind, shape in shapes.items():
+            file = record.files.get(kind)
+            if file is None:
+                continue
+            values = (file.size - _HEADER) // kind.dtype.itemsize
             number = values // shape[-1] if kind is Kind.FURTHER else record.rows
             if number * math.prod(shape) != values:
                 raise ValueError(f"{file.path} of {file.size:,} bytes does not hold {number:,} rows of {list(shape)}")
-            stamp = stamps.get(file.path, (0, 0))
-            place = folder / file.path
-            rows[kind] = RowFile(place, (number, *shape), kind.dtype, _HEADER, stamp, size=file.size, hash=file.hash)
+            rows[kind] = RowFile(
+                folder / file.path,
+                (number, *shape),
+                kind.dtype,
+                _HEADER,
+                stamps.get(file.path, (0, 0)),
+                size=file.size,
+                hash=file.hash,
+            )
         if Kind.IMAGES in rows and METADATA not in record.files:
             raise ValueError(f"{record.input.shard} has no metadata")
         found.append(rows)
     return found
 
 
-def _shapes_of_a_sample(records: Sequence[ShardRecord]) -> dict[Kind, tuple[int, ...]]:
-    """Return the shape of a sample's rows by kind, which all shards have in common: (D,), or (V, D)."""
-    # `embed` keeps no folder without a row.
-    whole = next((record for record in records if record.rows), records[0])
-    values = {kind: _count_values(kind, whole.files[kind]) // whole.rows for kind in Kind if kind in whole.files}
-    width = values.get(Kind.IMAGES) or values[Kind.TEXTS]
-    shapes: dict[Kind, tuple[int, ...]] = dict.fromkeys((Kind.IMAGES, Kind.TEXTS, Kind.FURTHER), (width,))
-    for kind in (Kind.VIEWS, Kind.VARIANTS):
-        if kind in values:
-            shapes[kind] = (values[kind] // width, width)
-    if Kind.VIEW_PARAMS in values:
-        views = shapes[Kind.VIEWS][0]
-        shapes[Kind.VIEW_PARAMS] = (views, values[Kind.VIEW_PARAMS] // views)
-    return shapes
+@dataclasses.dataclass
+class ShardRows:
+    """What was made of a shard: n rows of each kind.
+
+    Attributes:
+        read: Samples listed, usable or not.
+        laid_on_white: Images with transparent pixels, which were shown on white.
+        captions: The first of each sample, empty where there is none.
+        counts: Numbers of captions; None where no sample has several.
+    """
+
+    read: int
+    skipped: Skips
+    laid_on_white: int
+    keys: Sequence[str]
+    captions: Sequence[str]
+    counts: Sequence[int] | None
+    rows: dict[Kind, npt.NDArray[Any]]
 
 
-def _count_values(kind: Kind, file: FileRecord) -> int:
-    return (file.size - _HEADER) // kind.dtype.itemsize
+class EmbeddingWriter:
+    """Writer of the shards of one folder, each followed by its record."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], inputs: Sequence[FileRecord]) -> None:
+        """Prepare to write shards, whose rows these settings decide."""
+        self.folder = folder
+        self._inputs = inputs
+        self._identities = [identity_of(settings, [each]) for each in inputs]
+        self._digits = max(4, len(str(len(inputs) - 1)))
+
+    def write(self, number: int, made: ShardRows) -> None:
+        """Write a shard, with its metadata where it has images; the first has number 0."""
+        # The record of another run must never accompany rows of this one, even if it is killed in between.
+        self._record_path(number).unlink(missing_ok=True)
+        for kind in Kind:
+            if kind in made.rows:
+                write_npy(self._path(kind, number), made.rows[kind])
+            else:
+                self._path(kind, number).unlink(missing_ok=True)
+        given = self._inputs[number]
+        parts: list[str] = [*made.rows]
+        if Kind.IMAGES in made.rows:
+            write_parquet(self._path(METADATA, number), _make_metadata(str(given.shard), made))
+            parts.append(METADATA)
+        skipped = [
+            Skipped(reason, count, [_printable(name) for name in made.skipped.examples.get(reason, [])])
+            for reason, count in sorted(made.skipped.counts.items())
+        ]
+        record = ShardRecord(
+            input=msgspec.structs.replace(given, path=_printable(given.path)),
+            identity=self._identities[number],
+            read=made.read,
+            rows=len(made.keys),
+            laid_on_white=made.laid_on_white,
+            skipped=skipped,
+            files={part: fingerprint.record(self._path(part, number), self.folder) for part in parts},
+        )
+        self._write_record(number, record)
+
+    def read_record(self, number: int) -> ShardRecord | None:
+        """Read the outcome of a shard; None when it is unfinished, was changed or damaged, or is of another plan."""
+        path = self._record_path(number)
+        record = _read_record(path)
+        if record is None or record.identity != self._identities[number]:
+            return None
+        return record if find_changed(self.folder, record.files.values(), path) is None else None
+
+    def take(self, folder: Path, records: Sequence[ShardRecord]) -> None:
+        """Take over the shards of a finished folder, whatever their numbers there, whose files are those it records."""
+        there = {record.identity: record for record in records}
+        for number, identity in enumerate(self._identities):
+            earlier = there.get(identity)
+            if earlier is None or self._record_path(number).exists():
+                continue
+            if find_changed(folder, earlier.files.values(), folder / MANIFEST) is not None:
+                continue
+            files: dict[str, FileRecord] = {}
+            for part, file in earlier.files.items():
+                _link(folder / file.path, self._path(part, number))
+                files[part] = msgspec.structs.replace(file, path=self._name(part, number))
+            self._write_record(number, msgspec.structs.replace(earlier, files=files))
+
+    def finish(self) -> list[ShardRecord]:
+        """Write the manifest once all shards are finished, and return it."""
+        records = [self.read_record(number) for number in range(len(self._inputs))]
+        finished = [record for record in records if record is not None]
+        assert len(finished) == len(records), "every shard was written by one of the processes"
+        parts = [part for part in (*Kind, METADATA) if any(part in each.files for each in finished)]
+        schema = pa.schema(
+            {
+                "input": _INPUT,
+                "identity": _TEXT,
+                **dict.fromkeys(("read", "rows", "laid_on_white"), _NUMBER),
+                "skipped": _SKIPPED,
+                "files": pa.struct([(part, _FILE) for part in parts]),
+            }
+        )
+        write_parquet(self.folder / MANIFEST, pa.Table.from_pylist(msgspec.to_builtins(finished), schema))
+        return finished
+
+    def _write_record(self, number: int, record: ShardRecord) -> None:
+        write_json(self._record_path(number), msgspec.to_builtins(record))
+
+    def _record_path(self, number: int) -> Path:
+        return self.folder / _RECORDS / f"{number:0{self._digits}d}.json"
+
+    def _path(self, part: str, number: int) -> Path:
+        return self.folder / self._name(part, number)
+
+    def _name(self, part: str, number: int) -> str:
+        form = "parquet" if part == METADATA else "npy"
+        return f"{part}/{part}_{number:0{self._digits}d}.{form}"
 
 
-def record_together(path: str, contents: Iterable[FileRecord]) -> FileRecord:
-    """Describe several files, in order, as one input: their size in all, and one hash over sizes and hashes."""
-    size = 0
-    digest = hashlib.blake2b(digest_size=16)
-    for each in contents:
-        size += each.size
-        digest.update(f"{each.size} {each.hash}\n".encode())
-    return FileRecord(path, size, f"blake2b:{digest.hexdigest()}")
+def _make_metadata(shard: str, made: ShardRows) -> pa.Table:
+    try:
+        columns = {
+            "key": pa.array(made.keys, pa.string()),
+            "shard": pa.array([shard] * len(made.keys), pa.string()),
+            "caption": pa.array(made.captions, pa.string()),
+        }
+    except UnicodeEncodeError as error:
+        raise ClipcidError(
+            f"Shard {shard}: the name of a file is not UTF-8: {ascii(error.object)[1:-1]}.",
+            "Rename the file; keys and names of shards are text.",
+        ) from error
+    if made.counts is not None:
+        columns[COUNTS_COLUMN] = pa.array(made.counts, pa.int32())
+    return pa.table(columns)
 
 
-def find_lost(there: Sequence[FileRecord], now: Collection[FileRecord]) -> str:
-    """Tell which of some files are no longer among those of now as they were; empty where all are, in the same order."""
-    rest = iter([each.content for each in now])
-    if all(each.content in rest for each in there):
-        return ""
-    contents = {each.content for each in now}
-    names = {each.content[:2]: each.shard for each in now}
-    changed = [each for each in there if each.content not in contents]
-    renamed = [each for each in changed if each.content[:2] in names]
-    gone = [Path(each.path).name for each in changed if each.content[:2] not in names]
-    told = f"{len(there)} files there, {len(now)} now"
-    if renamed:
-        first = renamed[0]
-        told += f"; {len(renamed)} shards have another name, such as {first.shard}, now {names[first.content[:2]]}"
-    if gone:
-        told += f"; changed or gone: {', '.join(gone[:3])}" + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
-    return told
+def read_unfinished(folder: Path, step: str) -> list[FileRecord]:
+    """Return the shards that an unfinished run of a folder has embedded, in order, whatever its settings are."""
+    paths = sorted(folder.glob(f".{step}-*/{_RECORDS}/*.json"), key=lambda path: natural_key(path.name))
+    return [record.input for path in paths if (record := _read_record(path)) is not None]
+
+
+def _read_record(path: Path) -> ShardRecord | None:
+    with suppress(OSError, msgspec.DecodeError):  # missing, or damaged
+        return msgspec.json.decode(path.read_bytes(), type=ShardRecord)
+    return None
+
+
+def _printable(name: str) -> str:
+    """Return a name without letters that stand for bytes that are not UTF-8, as those of files may have."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it with its time where the file system has no links."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+    except OSError as error:
+        raise write_error(target, error) from error

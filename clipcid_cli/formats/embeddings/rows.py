@@ -1,45 +1,179 @@
 """Rows of embeddings: mapped from any number of files, few of them at a time, and unit float16 whatever the files hold.
 
-A mapped file takes a descriptor, of which a process has 1,024, and one of the system's 65,530 maps: data of 41,000
-shards has more files than either. So a process keeps the maps it used last, `MAPS_KEPT` of them, whoever asked for them.
+Files are ``.npy``, or the arrays of ``.npz`` archives, described by their headers. numpy's ``savez`` stores its members
+without compression, so an array is a contiguous part of the archive that can be mapped like a ``.npy``; members of
+``savez_compressed`` can only be unpacked into memory.
+
+A mapped file takes a descriptor, of which a process has 1,024, and one of the system's 65,530 maps: data of 41,000 shards
+has more files than either. So a process keeps the maps it used last, `MAPS_KEPT` of them, whoever asked for them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.embeddings.row_files import RowFile
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import create_mapped
+from clipcid_cli.formats.atomic import write_error
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.reading import reading
 
 Float16 = npt.NDArray[np.float16]
-
-BLOCK_ROWS = 65_536
+Numbers = npt.NDArray[np.int64]
 
 MAPS_KEPT = 96
 """Files that a process holds mapped; mapping one anew takes 50 µs, reading one of at most 64 KiB 5 µs."""
 
-_ROWS_IN_CACHE = 512
+_FIX = "Copy or make it again, or choose other embeddings."
+# Arrays of at most this size are read whole: that takes a tenth of the time to map a file, and no descriptor.
+_SMALL = 2**16
+_LOCAL_HEADER = 30
+_ENCRYPTED = 1
 
+_BLOCK_ROWS = 65_536
+_ROWS_IN_CACHE = 512
 # A float16 row whose norm is this close to 1 is used unchanged: rounding D ≤ 4,096 entries of a unit row changes it by less.
 _UNIT_TOLERANCE = 2e-3
 
+_COPIES = ".grouped"
+
+Header = tuple[tuple[int, ...], bool, np.dtype[Any]]  # shape, whether by column, number format
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowFile:
+    """An array of rows in a file.
+
+    Attributes:
+        offset: First byte of its values; None where they are compressed.
+        stamp: Inode and time of the file when it was looked at.
+        by_column: Whether it is stored in Fortran order.
+        member: Name of the array in an archive; None where the file is the array.
+        size: Bytes of the file, or of the member.
+        hash: Of the content, where something records it; None where the file must be read for it.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int | None
+    stamp: tuple[int, int]
+    by_column: bool = False
+    member: str | None = None
+    size: int = 0
+    hash: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Name of the rows for errors."""
+        return str(self.path) if self.member is None else f"{self.path}[{self.member}]"
+
+    @property
+    def unpacked(self) -> int:
+        """Bytes of memory that mapping takes; 0 where the rows stay on the disk."""
+        return self.size if self.offset is None else 0
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.member))
+
+    def map(self) -> npt.NDArray[Any]:
+        """Return the array: mapped, read where it is small, unpacked where it is compressed."""
+        if 0 in self.shape:  # nothing to map
+            return np.empty(self.shape, self.dtype)
+        order: Literal["C", "F"] = "F" if self.by_column else "C"
+        size = math.prod(self.shape) * self.dtype.itemsize
+        with reading(self.path, "an array", _FIX) as file:
+            stat = os.fstat(file.fileno())
+            if (stat.st_ino, stat.st_mtime_ns) != self.stamp:
+                raise OSError("it was replaced after this run had begun")
+            if self.offset is None:
+                with np.load(file, allow_pickle=False) as archive:
+                    return np.asarray(archive[self.member])
+            if size > _SMALL:
+                return np.memmap(file, self.dtype, "r", self.offset, self.shape, order)
+            data = os.pread(file.fileno(), size, self.offset)
+            if len(data) < size:
+                raise OSError(f"it ends {size - len(data):,} bytes early")
+            return np.frombuffer(data, self.dtype).reshape(self.shape, order=order)
+
+
+def find_npy(path: Path) -> RowFile:
+    """Look at an npy's header; the file is not mapped for it."""
+    with reading(path, "an .npy", _FIX) as file:
+        (shape, by_column, dtype), offset = _read_header(file)
+        stat = os.fstat(file.fileno())
+        needed = offset + math.prod(shape) * dtype.itemsize
+        if stat.st_size < needed:
+            raise OSError(f"it is cut off: its header promises {needed:,} bytes, and it has {stat.st_size:,}")
+    return RowFile(path, shape, dtype, offset, (stat.st_ino, stat.st_mtime_ns), by_column, size=stat.st_size)
+
+
+def list_arrays(path: Path) -> list[str]:
+    """Return the names of the arrays in an archive, in its order."""
+    with reading(path, "an .npz", _FIX), zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+
+
+def find_member(path: Path, name: str) -> RowFile:
+    """Find an array of an archive by its headers; its values are not read."""
+    with reading(path, f"an .npz with an array {name}", _FIX) as file, zipfile.ZipFile(file) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            raise ClipcidError(
+                f"{path} contains no array {name}; its arrays: {', '.join(list_arrays(path)) or 'none'}.",
+                "Choose one that every .npz of the folder contains with --npz-array.",
+            )
+        member = archive.getinfo(f"{name}.npy")
+        if member.flag_bits & _ENCRYPTED:
+            raise ClipcidError(f"{path} is encrypted.", "Write it again without a password.")
+        with archive.open(member) as values:
+            (shape, by_column, dtype), begin = _read_header(values)
+        if begin + math.prod(shape) * dtype.itemsize > member.file_size:
+            raise ValueError(f"it promises {dtype} {list(shape)} and has {member.file_size:,} bytes")
+        offset = None
+        if member.compress_type == zipfile.ZIP_STORED:
+            file.seek(member.header_offset)
+            header = file.read(_LOCAL_HEADER)
+            # The last four bytes are the lengths of the name and of the extra field, which may differ from those in the
+            # archive's directory.
+            lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+            offset = member.header_offset + _LOCAL_HEADER + lengths + begin
+        stat = os.fstat(file.fileno())
+    stamp = (stat.st_ino, stat.st_mtime_ns)
+    # The archive's own checksum of all bytes tells one array from another.
+    return RowFile(path, shape, dtype, offset, stamp, by_column, name, member.file_size, f"crc32:{member.CRC:08x}")
+
+
+def _read_header(file: IO[bytes]) -> tuple[Header, int]:
+    """Read an npy's header at the place of the file: what it says, and how many bytes it takes."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_column, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects (a pickle)")
+    if any(length < 0 for length in shape):
+        raise ValueError(f"it holds {dtype} {list(shape)}")
+    return (shape, by_column, dtype), file.tell()
+
 
 @lru_cache(maxsize=MAPS_KEPT)
-def map_file(file: RowFile) -> npt.NDArray[Any]:
-    """Map a file's rows, or give the map held."""
+def _map_file(file: RowFile) -> npt.NDArray[Any]:
     return file.map()
 
 
 class Rows:
-    """Rows [N, D] in several files, mapped into memory as they are needed; read in slices or picked one by one."""
+    """Rows [N, D] in several files, mapped as they are needed; read in slices or picked one by one."""
 
     def __init__(
         self,
@@ -52,7 +186,7 @@ class Rows:
         """Prepare to read.
 
         Args:
-            files: Files of [n, D], or of [n, V, D], which are n·V rows.
+            files: Of [n, D], or of [n, V, D], which are n·V rows.
             as_stored: Whether rows are taken as they are: unit float16 for sure, or no embeddings at all.
             hold: Whether to map all files now, for as long as this object lives; else as they are needed, among `MAPS_KEPT`.
             map_DD: What rows are multiplied by before they are normalised again. Where its entries are multiples of 2⁻¹⁶,
@@ -119,7 +253,7 @@ class Rows:
     def _rows(self, number: int) -> npt.NDArray[Any]:
         rows = self._held.get(number)
         if rows is None:
-            rows = map_file(self._files[number])
+            rows = _map_file(self._files[number])
             if self._files[number].unpacked:
                 self._held[number] = rows
         return rows.reshape(-1, self.shape[1])
@@ -134,20 +268,16 @@ class Rows:
         # An array in an archive may begin at an odd byte.
         return part if part.flags.aligned and part.flags.c_contiguous else np.array(part, order="C")
 
-    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[tuple[int, Float16]]:
+    def blocks(self, size: int = _BLOCK_ROWS) -> Iterator[tuple[int, Float16]]:
         """Yield (number of the first row, rows) for consecutive blocks of `size` rows; the last may be shorter."""
         for start in range(0, len(self), size):
             yield start, self.read(start, min(start + size, len(self)))
 
 
 def unit_rows(rows: npt.NDArray[Any]) -> Float16:
-    """Normalise rows and round them once to float16; float16 rows that are unit rows already are unchanged.
+    """Normalise rows [n, D] and round them once to float16; float16 rows that are unit rows already are unchanged.
 
-    Args:
-        rows: [n, D] of any floating-point format.
-
-    Returns:
-        float16 [n, D]; each row depends on its own values only. Zero rows and rows that are not finite become NaN.
+    Each row depends on its own values only. Zero rows and rows that are not finite become NaN.
     """
     exact = rows.astype(np.float64)
     norms = np.sqrt((exact * exact).sum(axis=1, keepdims=True))
@@ -168,3 +298,86 @@ def holds_unit_rows(rows: npt.NDArray[Any]) -> bool:
         if not np.all(np.abs(norms - 1) <= _UNIT_TOLERANCE):
             return False
     return True
+
+
+def take_images(rows: Mapping[Kind, Rows], images: Numbers, views: Numbers) -> Float16:
+    """Return the rows of what B samples show of their images, float16 [B, D].
+
+    Args:
+        rows: Of images, and of views where any are shown.
+        images: The samples' rows among the embeddings, int64 [B].
+        views: Which view each shows, int64 [B]; −1 for none of them.
+    """
+    viewed = (views >= 0) & (Kind.VIEWS in rows)
+    return _pick(rows, {Kind.IMAGES: (~viewed, images), Kind.VIEWS: (viewed, _place(rows, Kind.VIEWS, images, views))})
+
+
+def take_captions(
+    rows: Mapping[Kind, Rows], images: Numbers, captions: Numbers, starts: Numbers, variants: Numbers
+) -> Float16:
+    """Return the rows of the captions that B samples show, float16 [B, D].
+
+    Args:
+        rows: Of first captions, of further ones where all are shown, and of variants where any are.
+        images: As of `take_images`.
+        captions: Which caption each shows, int64 [B], 0 for the first.
+        starts: Where the further captions of each begin, int64 [B].
+        variants: Which variant each shows instead, int64 [B]; −1 for none.
+    """
+    varied = (variants >= 0) & (Kind.VARIANTS in rows)
+    later = (captions > 0) & (Kind.FURTHER in rows) & ~varied
+    choices = {
+        Kind.TEXTS: (~(varied | later), images),
+        Kind.FURTHER: (later, starts + captions - 1),
+        Kind.VARIANTS: (varied, _place(rows, Kind.VARIANTS, images, variants)),
+    }
+    return _pick(rows, choices)
+
+
+def _place(rows: Mapping[Kind, Rows], kind: Kind, images: Numbers, each: Numbers) -> Numbers:
+    """Return the places of rows of which each image has several: of which image, and which of its rows."""
+    return images * (len(rows[kind]) // len(rows[Kind.IMAGES])) + each if kind in rows else each
+
+
+def _pick(rows: Mapping[Kind, Rows], choices: Mapping[Kind, tuple[npt.NDArray[np.bool_], Numbers]]) -> Float16:
+    """Read the rows of B samples, each from one kind: for which of them, bool [B], and where they are, int64 [B]."""
+    first = next(iter(choices))
+    found = np.empty((len(choices[first][0]), rows[first].shape[1]), np.float16)
+    for kind, (where, places) in choices.items():
+        if where.any():
+            found[where] = rows[kind].take(places[where])
+    return found
+
+
+def create_copy(folder: Path, rank: int, rows: int, width: int) -> Float16:
+    """Create the file of a process's copies of rows and map it, float16 [rows, width].
+
+    A group of rows that are read together lies in as many files as there are shards, and opening each file for every group
+    takes longer than to compare the rows. So each process copies a share of all rows, group by group, for a while.
+    """
+    try:
+        (folder / _COPIES).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder / _COPIES, error) from error
+    return create_mapped(_copy_path(folder, rank), np.dtype(np.float16), (rows, width))
+
+
+def open_copies(folder: Path, sizes: Sequence[int], width: int) -> Rows:
+    """Return the copies of all processes, so many rows each, mapped as long as they are referred to."""
+    copied = []
+    for rank, size in enumerate(sizes):
+        if size:
+            path = _copy_path(folder, rank)
+            stat = path.stat()
+            stamp = (stat.st_ino, stat.st_mtime_ns)
+            copied.append(RowFile(path, (size, width), np.dtype(np.float16), 0, stamp))
+    return Rows(copied, width, as_stored=True, hold=True)
+
+
+def remove_copies(folder: Path) -> None:
+    """Remove all copies, those of a run that was killed too."""
+    shutil.rmtree(folder / _COPIES, ignore_errors=True)
+
+
+def _copy_path(folder: Path, rank: int) -> Path:
+    return folder / _COPIES / f"{rank}.rows"

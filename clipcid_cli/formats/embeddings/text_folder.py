@@ -20,9 +20,9 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.embeddings.command import texts_command
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.manifest import MANIFEST, open_recorded, record_together
+from clipcid_cli.formats.embeddings.manifest import MANIFEST, open_recorded
 from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, refuse_changed
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, record_together, validate_unchanged
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.sidecar import TextsSidecar, read_sidecar, sidecar_path
 
@@ -76,11 +76,7 @@ def _map_batches(path: str) -> list[pa.RecordBatch]:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedTexts:
-    """Finished embeddings of texts.
-
-    Attributes:
-        rows: The embeddings, [N, D].
-    """
+    """Finished embeddings of texts; `rows` are [N, D]."""
 
     folder: Path
     sidecar: TextsSidecar
@@ -103,7 +99,7 @@ def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
         raise ClipcidError(f"{state} in {folder}.", f"Run: {texts_command(model, out=folder)}")
     fix = _remake(folder, sidecar)
     memo = Memo()
-    refuse_changed(folder, sidecar.outputs, path, fix, memo)
+    validate_unchanged(folder, sidecar.outputs, path, fix, memo)
     records, found = open_recorded(folder, memo, fix)
     files = [rows[Kind.TEXTS] for rows in found]
     lines = TextLines(str(folder / TEXTS_FILE))

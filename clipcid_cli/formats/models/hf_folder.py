@@ -19,7 +19,7 @@ import torch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_error, write_json, write_text
 from clipcid_cli.formats.models.export_folder import MERGES, SPECIAL_TOKENS, VOCABULARY
-from clipcid_cli.formats.models.pixels import RESAMPLE, pixel_problems, square_side
+from clipcid_cli.formats.models.open_clip_folder import RESAMPLE, pixel_problems, square_side
 
 BOS_ID, EOS_ID = 49406, 49407
 _VOCABULARY_SIZE = 49408
@@ -34,7 +34,7 @@ _KNOWN = (
 
 
 def _is_off(value: Any) -> bool:
-    """Tell whether a setting says nothing. 0, which equals False in Python, is a value that is set."""
+    """Tell whether a setting says nothing; 0, which equals False in Python, says something."""
     return value is None or value is False or value in ("", {})
 
 
@@ -116,7 +116,7 @@ def write_hf_folder(
     config = make_config(model, float(tensors["logit_scale"]))
     with torch.device("meta"):
         empty = transformers.CLIPModel(config)
-    empty.load_state_dict(dict(rename_tensors(tensors)), assign=True)
+    empty.load_state_dict(dict(_rename_tensors(tensors)), assign=True)
     # Its own special tokens are called otherwise, and are the last two.
     words = {text: number for text, number in tokenizer.encoder.items() if number < BOS_ID}
     words |= {"<|startoftext|>": BOS_ID, "<|endoftext|>": EOS_ID}
@@ -205,7 +205,7 @@ def make_image_processor(preprocess: Mapping[str, Any]) -> Any:
     )
 
 
-def rename_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def _rename_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of an open_clip CLIP under Hugging Face's names.
 
     open_clip stores queries, keys and values in one matrix, and projections as [width, D], multiplied from the right.

@@ -16,6 +16,9 @@ from safetensors.torch import save
 from clipcid_cli.formats.atomic import write_bytes, write_json
 from clipcid_cli.formats.models.export_folder import HF_CONFIG, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, TOKENIZER_FILES
 
+# Filters that Hugging Face and ONNX have too: PIL's numbers, as Hugging Face stores them.
+RESAMPLE = {"bilinear": 2, "bicubic": 3}
+
 
 def write_model_folder(
     folder: Path,
@@ -40,3 +43,20 @@ def write_model_folder(
             if (tokenizer_from / name).is_file():
                 shutil.copyfile(tokenizer_from / name, folder / name)
     write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": dict(config), "preprocess_cfg": dict(preprocess)})
+
+
+def square_side(size: Any) -> int | None:
+    """Return the side of a square given as one number or two; None when it is not square."""
+    if isinstance(size, list | tuple):
+        return int(size[0]) if len(set(size)) == 1 else None
+    return int(size)
+
+
+def pixel_problems(preprocess: Mapping[str, Any]) -> list[str]:
+    """Name the entries of a ``preprocess_cfg`` that neither Hugging Face nor an ONNX graph can express."""
+    expressible = {
+        "size": square_side(preprocess["size"]) is not None,
+        "resize_mode": preprocess["resize_mode"] in ("shortest", "squash"),
+        "interpolation": preprocess["interpolation"] in RESAMPLE,
+    }
+    return [f"preprocess_cfg.{name} is {preprocess[name]!r}" for name, good in expressible.items() if not good]

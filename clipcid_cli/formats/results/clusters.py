@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays
 from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.fingerprint import refuse_changed
+from clipcid_cli.formats.fingerprint import validate_unchanged
 from clipcid_cli.formats.parquet import count_rows, read_columns
 from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
@@ -44,12 +44,7 @@ _MAX_PARTS = 256
 
 @dataclasses.dataclass(frozen=True)
 class TopClusters:
-    """The nearest centroids of some rows, the most similar first.
-
-    Attributes:
-        clusters: int32 [N, m].
-        similarities: Cosine similarities, float16 [N, m], descending.
-    """
+    """The nearest centroids of some rows and the cosine similarities to them, [N, m], the most similar first."""
 
     clusters: npt.NDArray[np.int32]
     similarities: npt.NDArray[np.float16]
@@ -57,18 +52,12 @@ class TopClusters:
 
 @dataclasses.dataclass(frozen=True)
 class Clusters:
-    """A finished `cluster` output; arrays are mapped, not read.
-
-    Attributes:
-        centroids: Unit rows, float32 [K, D].
-        images: Those nearest to each image's features (its joint features, where those were clustered).
-        captions: Those nearest to the captions' embeddings; None when there were none.
-    """
+    """A finished `cluster` output; arrays are mapped, not read."""
 
     folder: Path
-    centroids: npt.NDArray[np.float32]
-    images: TopClusters
-    captions: TopClusters | None
+    centroids: npt.NDArray[np.float32]  # unit rows, [K, D]
+    images: TopClusters  # of their joint features, where those were clustered
+    captions: TopClusters | None  # None where captions were not embedded
     sidecar: ClusterSidecar
 
     @property
@@ -101,7 +90,7 @@ def open_clusters(folder: Path, work: Path | None = None, is_checked: bool = Fal
     """
     sidecar = read_cluster_sidecar(folder)
     fix = remake_clusters(folder, sidecar, work)
-    refuse_changed(folder, sidecar.outputs, sidecar_path(folder, "cluster"), fix)
+    validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, "cluster"), fix)
     num_rows = count_rows(folder / TABLE, fix)
     with reading(folder / CENTROIDS, "centroids", fix):
         centroids = np.load(folder / CENTROIDS, mmap_mode="r", allow_pickle=False)

@@ -19,15 +19,10 @@ from clipcid_cli.formats.skips import Skips
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Features of some images.
+    """Features of some images."""
 
-    Attributes:
-        rows: Unit rows, float32 [N, D].
-        labels: Class of each image, int64 [N], or whether it has each class, bool [N, C].
-    """
-
-    rows: torch.Tensor
-    labels: torch.Tensor
+    rows: torch.Tensor  # unit rows, float32 [N, D]
+    labels: torch.Tensor  # class of each image, int64 [N], or whether it has each class, bool [N, C]
     skips: Skips = dataclasses.field(default_factory=Skips)
 
     def __len__(self) -> int:

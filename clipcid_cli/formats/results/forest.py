@@ -1,6 +1,8 @@
-"""The single-linkage forest: ``forest.parquet``, and files of like names for those of other searches.
+"""The single-linkage forest, and its sets at the cut-off.
 
-``rows.parquet`` holds the files of embeddings through which rows are numbered; each forest has a copy.
+``forest.parquet``, and files of like names for other searches, hold the edges; ``rows.parquet`` the files of embeddings
+through which rows are numbered, of which each forest has a copy; ``sets.parquet`` the sets of near images; ``curve.csv`` how
+many images each cut-off keeps.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_bytes, write_parquet
+from clipcid_cli.formats.atomic import write_bytes, write_parquet, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, open_output
 from clipcid_cli.formats.parquet import read_columns, read_rows, write_row_groups
@@ -25,6 +27,8 @@ from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import ForestSidecar
 
 ROW_FILES = "rows.parquet"
+SET_TABLE = "sets.parquet"
+CURVE = "curve.csv"
 
 # All pairs are compared, or only those in and near partitions, where some edges may be missed; of all rows, or of those that
 # filters have left. Each kind has files of its own, so that none is ever used, or replaced, as another.
@@ -34,8 +38,19 @@ _STEPS = {
     "exact-filtered": "forest-filtered",
     "partitioned-filtered": "forest-partitioned-filtered",
 }
-_SCHEMA = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("distance", pa.float32())])
+_EDGES = pa.schema([("a", pa.int64()), ("b", pa.int64()), ("distance", pa.float32())])
 _ROW_FILES = pa.schema([("path", pa.string()), ("rows", pa.int64()), ("size", pa.int64()), ("hash", pa.string())])
+_SETS = pa.schema(
+    {
+        "component": pa.int64(),
+        "size": pa.int64(),
+        "representative": pa.string(),
+        "farthest": pa.string(),
+        "farthest_distance": pa.float32(),
+        "diameter": pa.float32(),
+        "diameter_is_exact": pa.bool_(),
+    }
+)
 
 # Row numbers: int32 below 2³¹ rows, else int64.
 IntArray = npt.NDArray[np.signedinteger[Any]]
@@ -53,30 +68,29 @@ def row_files_path(folder: Path, neighbors: str) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class StoredForest:
-    """The columns of a forest and what belongs to it.
+    """The columns of a forest, [E] each, and what belongs to it."""
 
-    Attributes:
-        a: Smaller row of each edge, [E].
-        b: Larger row, [E].
-        distance: Ascending, [E].
-        cutoff: The distance up to which it was searched.
-        neighbors: ``exact`` or ``partitioned``; of rows that filters have left, followed by ``-filtered``.
-    """
-
-    a: IntArray
-    b: IntArray
-    distance: npt.NDArray[np.float32]
-    cutoff: float
+    a: IntArray  # the smaller row of each edge
+    b: IntArray  # the larger one
+    distance: npt.NDArray[np.float32]  # ascending
+    cutoff: float  # the distance up to which it was searched
     num_rows: int
-    neighbors: str = "exact"
+    neighbors: str = "exact"  # a key of `_STEPS`
 
 
 def open_forest(
     folder: Path, inputs: Sequence[FileRecord], neighbors: str, *, overwrite: bool
 ) -> AbstractContextManager[Output[ForestSidecar]]:
     """Open the forest of some embeddings in the folder of `balance`; one of others is replaced without a word."""
-    wanted: dict[str, Any] = {"settings": {"neighbors": neighbors}, "inputs": inputs, "may_differ": ("inputs",)}
-    return open_output(folder, _STEPS[neighbors], ForestSidecar, **wanted, overwrite=overwrite)
+    return open_output(
+        folder,
+        _STEPS[neighbors],
+        ForestSidecar,
+        settings={"neighbors": neighbors},
+        inputs=inputs,
+        may_differ=("inputs",),
+        overwrite=overwrite,
+    )
 
 
 def write_forest(
@@ -88,17 +102,12 @@ def write_forest(
     seconds: dict[str, float],
     overwrite: bool,
 ) -> None:
-    """Write ``forest.parquet``, ``forest-rows.parquet`` and their sidecar ``forest.json``, or those of another kind.
-
-    Args:
-        row_files: The files through which its rows are numbered, of which it keeps a copy.
-        inputs: The embeddings it was made from.
-    """
+    """Write ``forest.parquet``, a copy of `row_files` and their sidecar ``forest.json``, or those of another kind."""
     with open_forest(folder, inputs, forest.neighbors, overwrite=overwrite) as output:
         output.start()
         path = forest_path(output.work, forest.neighbors)
         columns = forest.a, forest.b, forest.distance
-        write_row_groups(path, _SCHEMA, len(forest.a), lambda part: [column[part] for column in columns])
+        write_row_groups(path, _EDGES, len(forest.a), lambda part: [column[part] for column in columns])
         own = row_files_path(output.work, forest.neighbors)
         write_bytes(own, row_files.read_bytes())
         output.commit(
@@ -119,7 +128,7 @@ def read_forest(
         return None
     path = forest_path(folder, neighbors)
     fix = "Add --overwrite to search it again."
-    table = read_columns(path, dict(zip(_SCHEMA.names, _SCHEMA.types, strict=True)), fix)
+    table = read_columns(path, dict(zip(_EDGES.names, _EDGES.types, strict=True)), fix)
     a, b, distance = (column.to_numpy() for column in table.columns)
     num_rows = sidecar.counts["images"]
     in_range = a.min(initial=0) >= 0 and (a < b).all() and b.max(initial=-1) < num_rows
@@ -151,3 +160,53 @@ def read_row_files(path: Path, fix: str) -> list[RowFile]:
     rows = read_rows(path, fix)
     with reading(path, "a list of files of embeddings", fix):
         return msgspec.convert(rows, list[RowFile])
+
+
+@dataclasses.dataclass(frozen=True)
+class SetTable:
+    """S sets of two or more images, in ascending order of their labels; arrays are [S]."""
+
+    label: IntArray  # the smallest row
+    size: npt.NDArray[np.int64]  # number of images
+    representative: IntArray  # a row
+    farthest: IntArray  # the row farthest from that one, the smaller of equals
+    distance: npt.NDArray[np.float32]  # of these two
+    diameter: npt.NDArray[np.float32]  # largest distance of two images; where not `is_exact`, at least half of that
+    is_exact: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+def write_set_table(path: Path, table: SetTable, keys: pa.Array) -> None:
+    """Write the table, whole or not at all; `keys` are those of all rows, strings."""
+
+    def read(part: slice) -> list[Any]:
+        return [
+            table.label[part],
+            table.size[part],
+            keys.take(pa.array(table.representative[part])),
+            keys.take(pa.array(table.farthest[part])),
+            table.distance[part],
+            table.diameter[part],
+            table.is_exact[part],
+        ]
+
+    write_row_groups(path, _SETS, len(table), read)
+
+
+def write_curve(
+    path: Path,
+    *,
+    distances: npt.NDArray[np.float32],
+    kept: npt.NDArray[np.int64],
+    largest: npt.NDArray[np.int64],
+    num_images: int,
+) -> None:
+    """Write how many images are kept at each of C ascending cut-offs, and how many the largest set has, whole or not at all.
+
+    Distances are written with the fewest digits that denote the same float32.
+    """
+    rows = zip(distances, kept.tolist(), largest.tolist(), strict=True)
+    lines = [f"{distance!s},{count},{count / num_images:.6f},{size}" for distance, count, size in rows]
+    write_text(path, "\n".join(["distance,kept,keep_ratio,largest_component", *lines, ""]))

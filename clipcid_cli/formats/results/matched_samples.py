@@ -28,7 +28,8 @@ from clipcid_cli.formats.atomic import atomic_file, write_npy
 from clipcid_cli.formats.fingerprint import hash_json
 
 STEP = "matched"
-TRAINING, HELD_OUT = "training", "held_out"
+TRAINING = "training"
+HELD_OUT = "held_out"
 _VERSION = 4
 
 Column: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]
@@ -36,15 +37,11 @@ Column: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class SampleRows:
-    """The samples of one part, ``training`` or ``held_out``, in order of shard and place; picklable, and small.
-
-    Attributes:
-        sizes: Samples of each shard, int64 [S].
-    """
+    """The samples of one part, ``training`` or ``held_out``, in order of shard and place; picklable, and small."""
 
     folder: Path
     part: str
-    sizes: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]  # samples of each shard, [S]
 
     @property
     def total(self) -> int:

@@ -14,10 +14,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_text
+from clipcid_cli.formats.atomic import atomic_file, write_text
 from clipcid_cli.formats.reading import describe, reading
 
+# Should the newest checkpoint be damaged on a failing disk, the run is not lost.
+_CHECKPOINTS_KEPT = 2
 # Seconds after which logged lines reach the disk.
 _FLUSH_SECONDS = 2.0
 
@@ -63,6 +67,40 @@ class RunFolder:
         losses = {name.removeprefix("loss_"): value for name, value in step.items() if name.startswith("loss_")}
         evaluation = (read_lines(self.results_log) or [{}])[-1]
         return losses, {name: value for name, value in evaluation.items() if name != "step"}
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the file of the checkpoint made after `step` steps."""
+    return folder / f"step_{step:08d}.pt"
+
+
+def list_checkpoints(folder: Path) -> list[int]:
+    """Return the steps of the existing checkpoints, ascending."""
+    return sorted(int(path.stem.removeprefix("step_")) for path in folder.glob(f"step_{'[0-9]' * 8}.pt"))
+
+
+def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Write a checkpoint (tensors, numbers, texts, and dicts and lists of them), then remove all but the newest ones."""
+    with atomic_file(checkpoint_path(folder, step)) as file:
+        torch.save(state, file)
+    remove_old_checkpoints(folder)
+
+
+def remove_old_checkpoints(folder: Path) -> None:
+    """Remove all but the newest checkpoints."""
+    for old in list_checkpoints(folder)[:-_CHECKPOINTS_KEPT]:
+        checkpoint_path(folder, old).unlink(missing_ok=True)
+
+
+def read_checkpoint(folder: Path, step: int) -> dict[str, Any]:
+    """Read a checkpoint; only tensors and plain values are admitted, so the file cannot run code."""
+    path = checkpoint_path(folder, step)
+    fix = "Remove it to resume from the one before, or start over with --resume never."
+    with reading(path, "a checkpoint", fix):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}, not the state of a run")
+        return state
 
 
 def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:

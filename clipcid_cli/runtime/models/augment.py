@@ -15,15 +15,18 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer
 from clipcid_cli.runtime.models.decode import full_size
-from clipcid_cli.runtime.models.preprocess import Tokenizer
 
 # ITU-R 601 luma, as Pillow and torchvision turn images grey.
 _LUMA = np.array([0.299, 0.587, 0.114])
 _ASPECT = math.log(4 / 3)
 
 Box = tuple[float, float, float, float]
+
+PACKED_VIEW = 16  # numbers of a packed view
+PACKED_MIX = 2 * PACKED_VIEW + 2  # numbers of one that may be mixed
+PARTNER = PACKED_VIEW + 1  # which of these is the partner's place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,25 +65,16 @@ class View:
         return cls((left, top, right, bottom), packed[4:].reshape(3, 4))
 
 
-PACKED_VIEW = 16
-"""Numbers of a packed view."""
-
-
 @dataclasses.dataclass(frozen=True)
 class MixedView:
     """How two images are shown as one, λ·first + (1 − λ)·second; at λ = 1 the first alone.
 
     Source: Zhang et al. 2018 (mixup, arXiv 1710.09412).
-
-    Attributes:
-        weight: λ, in [½, 1], a float32 number.
-        partner: Place of the other image, counted from this one's: in its batch, or among the rows of its shard. NaN where
-            the other image has no row.
     """
 
     first: View
-    weight: float
-    partner: float
+    weight: float  # λ, in [½, 1], a float32 number
+    partner: float  # place of the other image, from this one's in its batch or shard; NaN where that has no row
     second: View
 
     def pack(self) -> npt.NDArray[np.float32]:
@@ -96,12 +90,6 @@ class MixedView:
             return cls(first, 1.0, 0.0, first)
         weight, partner = packed[PACKED_VIEW : PACKED_VIEW + 2]
         return cls(first, float(weight), float(partner), View.unpack(packed[PACKED_VIEW + 2 :]))
-
-
-PACKED_MIX = 2 * PACKED_VIEW + 2
-"""Numbers of a packed view that may be mixed."""
-PARTNER = PACKED_VIEW + 1
-"""Which of them is the partner's place."""
 
 
 def identity_colors() -> npt.NDArray[np.float32]:
@@ -135,10 +123,7 @@ def _colored(pixels: npt.NDArray[np.uint8], colors: npt.NDArray[np.float32]) -> 
 
 
 def choose_view(augmentation: Augmentation, width: int, height: int, seed: int) -> View:
-    """Draw a view of an image.
-
-    The crop is that of torchvision's RandomResizedCrop with area in [crop_scale, 1] and aspect ratio in [3/4, 4/3].
-    """
+    """Draw a view; its crop as torchvision's RandomResizedCrop, area in [crop_scale, 1] and aspect ratio in [3/4, 4/3]."""
     random = np.random.default_rng(seed)
     box = _choose_box(width, height, augmentation.crop_scale, random)
     return View(box, _choose_colors(augmentation, random))

@@ -1,34 +1,39 @@
-"""CLIP models, loaded by open_clip. Shapes: B samples, H × W pixels, L tokens, D width of the embedding."""
+"""CLIP models, loaded by open_clip: how they take images and texts, and the rows they make of them.
+
+Shapes: B samples, H × W pixels, L tokens, D width of the embedding.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import socket
 import tempfile
-from collections.abc import Callable
-from functools import cached_property
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
+import huggingface_hub.constants as hub
 import torch
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError, in_one_line
 from clipcid_cli.runtime.libraries import quiet_libraries
-from clipcid_cli.runtime.models.hub import reaching_hub
 from clipcid_cli.runtime.models.names import CONFIG_NAME, HF_CONFIG_NAME, ModelName, find_weights, read_config
-from clipcid_cli.runtime.models.preprocess import (
-    BoundedTokenizer,
-    PixelTransform,
-    hash_preprocess,
-    load_tokenizer,
-    normalize_pixels,
-)
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.precision import Precision
 
 Transform = Callable[[Image.Image], torch.Tensor]
+Tokenizer = Callable[[list[str]], torch.Tensor]
+
+LONGEST_TEXT = 8_192
+"""Characters of a text that are tokenized: 100 for each of a CLIP's 77 tokens. What follows could hardly reach the model,
+and a tokenizer's cleaning of a caption of megabytes takes minutes."""
 
 # Images that a tower of convolutions takes at once on a CPU: what a layer makes of so many stays in the caches. 64 at once
 # took 144 ms an image with an RN50 and 44 with an EfficientNet-Lite0, 8 at once 84 and 14 (2 cores of an EPYC). ViTs gain
@@ -39,6 +44,51 @@ _FOLDER_HINT = (
     "Pass a local folder instead, as in --model /path/to/folder (--teacher and --student likewise), that holds "
     f"{CONFIG_NAME} and the weights; open_clip's local-dir:/path/to/folder means the same."
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelTransform:
+    """The steps of open_clip's transform on a PIL image, then conversion to bytes."""
+
+    steps: list[Callable[[Image.Image], Image.Image]]
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """RGB image of any size to uint8 [H, W, 3], 0…255."""
+        for step in self.steps:
+            image = step(image)
+        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+
+
+def normalize_pixels(pixels: torch.Tensor, preprocess: dict[str, Any]) -> torch.Tensor:
+    """Scale and shift bytes, [B, H, W, 3], as torchvision's ToTensor and Normalize do: float32 [B, 3, H, W], contiguous."""
+    mean, std = (_per_channel(tuple(preprocess[name]), pixels.device) for name in ("mean", "std"))
+    channels_first = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return channels_first.div_(255).sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return float32 [3, 1, 1]; kept, since every copy to a GPU makes the host wait."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
+
+
+def hash_preprocess(preprocess: dict[str, Any], *, fast_decode: bool) -> str:
+    """Hash everything that determines the pixels a model sees."""
+    text = json.dumps(
+        {"preprocess": preprocess, "fast_decode": fast_decode, "alpha": "white", "exif": "ignored"}, sort_keys=True
+    )
+    return "blake2b:" + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundedTokenizer:
+    """A tokenizer that reads the first `LONGEST_TEXT` characters of each text; picklable."""
+
+    whole: Any  # open_clip's own
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        """Return int64 [B, L]."""
+        return cast(torch.Tensor, self.whole([text[:LONGEST_TEXT] for text in texts]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +152,12 @@ class ClipModel:
     def _at_once(self) -> int:
         """Images that the tower takes at once."""
         modules = cast(torch.nn.Module, self.module.visual).modules()
-        is_convolved = (
-            sum(isinstance(module, torch.nn.Conv2d) for module in modules) > 1
-        )  # a ViT cuts its patches with one
-        return _CONVOLVED_AT_ONCE if is_convolved and self.device.type == "cpu" else 2**20
+        convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in modules)
+        is_vit = convolutions <= 1  # which cuts its patches
+        return 2**20 if is_vit or self.device.type != "cpu" else _CONVOLVED_AT_ONCE
 
     def pixel_transform(self) -> Transform:
-        """Return the model's own resize and crop, RGB image to uint8 [H, W, 3]; picklable.
-
-        `normalize` of its result equals open_clip's evaluation transform bit for bit.
-        """
+        """Return the model's own resize and crop; after `normalize`, open_clip's evaluation transform bit for bit."""
         from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
         preprocess = open_clip.transform.PreprocessCfg(**self.info.preprocess)
@@ -137,11 +183,7 @@ class ClipModel:
 
 
 def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: int | None = None) -> ClipModel:
-    """Load a CLIP model; a teacher's name goes through `with_default_tag` first.
-
-    Args:
-        fresh_seed: Seed of the random weights of an ``architecture`` or ``config``; such a name is an error without one.
-    """
+    """Load a CLIP model; an ``architecture`` or ``config`` needs a seed for random weights."""
     with quiet_libraries():
         if name.kind in ("architecture", "config"):
             if fresh_seed is None:
@@ -150,7 +192,7 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
             weights_hash = f"fresh:{fresh_seed}"
         else:
             module, config, weights, source = _load_trained(name)
-            tokenizer = load_tokenizer(name.spec, source)
+            tokenizer = _load_tokenizer(name.spec, source)
             weights_hash = hash_weights(weights)
     _validate_finite(name, module)
     module.eval().to(device)
@@ -180,13 +222,14 @@ def _load_trained(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Pat
     from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
     if name.path is not None:
-        source, weights = f"local-dir:{name.path}", find_weights(name.path)
+        source = f"local-dir:{name.path}"
+        weights = find_weights(name.path)
         assert weights is not None, "or it would be a configuration"
         config, _ = read_config(name.path)
         own = _own_text_tower(config, name.path)
         return _create(name, source, config, require_pretrained=True, **own), config, weights, source
     if name.kind == "hub":
-        with reaching_hub(name.spec, _FOLDER_HINT):
+        with _reaching_hub(name.spec):
             weights = Path(open_clip.pretrained.download_pretrained_from_hf(name.spec.removeprefix("hf-hub:")))
             config = open_clip.get_model_config(name.spec)
         return _create(name, name.spec, config, require_pretrained=True), config, weights, name.spec
@@ -198,7 +241,7 @@ def _load_trained(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Pat
             f"Model {name.spec}: open_clip has no weights {tag} for {architecture}.",
             f"Tags it has: {', '.join(tags)}. " + _FOLDER_HINT if tags else _FOLDER_HINT,
         )
-    with reaching_hub(name.spec, _FOLDER_HINT):
+    with _reaching_hub(name.spec):
         weights = Path(open_clip.pretrained.download_pretrained(known))
     # The activation must be the one the weights were trained with: the tag's, whatever the architecture's.
     quick_gelu = bool(known.get("quick_gelu", False))
@@ -228,13 +271,13 @@ def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str,
         Path(scratch, CONFIG_NAME).write_text(json.dumps({"preprocess_cfg": {}} | content))
         torch.manual_seed(seed)
         module = _create(name, f"local-dir:{scratch}", config, load_weights=False, pretrained_text=False)
-        return module, config, load_tokenizer(name.spec, tokenizer_source)
+        return module, config, _load_tokenizer(name.spec, tokenizer_source)
 
 
 def _own_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the ``text_cfg`` that reads a Hugging Face text tower from the model's own folder, where its config.json is.
 
-    open_clip reads it from a hub or from a fixed path, which do not exist without a network or for a copied folder.
+    open_clip reads it from a hub or a fixed path, which a copied folder, or one without a network, does not have.
     """
     text = config["text_cfg"]
     if not text.get("hf_model_name") or not (folder / HF_CONFIG_NAME).is_file():
@@ -253,6 +296,55 @@ def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any
             f"Model {name.spec} could not be loaded: {in_one_line(error, 400)}",
             f"Check that the weights are complete and match the architecture in {CONFIG_NAME}; copy or download them again.",
         ) from error
+
+
+def _load_tokenizer(spec: str, source: str) -> BoundedTokenizer:
+    """Load a model's tokenizer from an architecture, a hub name or a ``local-dir:`` folder, as open_clip takes it."""
+    from clipcid_cli.runtime.models.lean_open_clip import open_clip
+
+    try:
+        return BoundedTokenizer(open_clip.get_tokenizer(source))
+    except Exception as error:  # transformers raises OSError, ValueError, ImportError and its own
+        raise ClipcidError(
+            f"The tokenizer of model {spec} could not be loaded: {in_one_line(error, 400)}",
+            "Put its files (tokenizer.json, tokenizer_config.json, …) in the folder of the model's configuration.",
+        ) from error
+
+
+@contextlib.contextmanager
+def _reaching_hub(model: str) -> Iterator[None]:
+    """Let a library fetch from the hub; without a network, from the local cache only.
+
+    huggingface_hub retries each file six times with growing pauses: 46 s for one model that cannot be reached.
+    """
+    offline = hub.HF_HUB_OFFLINE
+    reachable = offline or _answers(hub.ENDPOINT)
+    hub.HF_HUB_OFFLINE = offline or not reachable
+    try:
+        yield
+    except Exception as error:  # the http client, the hub's client and open_clip each raise their own
+        why = f"{hub.ENDPOINT} cannot be reached from here"
+        if offline:
+            why = "the hub is disabled (HF_HUB_OFFLINE)"
+        elif reachable:
+            why = f"{hub.ENDPOINT} did not provide them: {in_one_line(error, 200)}"
+        raise ClipcidError(
+            f"The weights of model {model} are not in the local cache, and {why}.", _FOLDER_HINT
+        ) from error
+    finally:
+        hub.HF_HUB_OFFLINE = offline
+
+
+def _answers(url: str) -> bool:
+    """Tell whether the host of `url` accepts connections; a proxy is assumed to."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme in urllib.request.getproxies():
+        return True
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    with contextlib.suppress(OSError):
+        socket.create_connection((parts.hostname, port), timeout=5.0).close()
+        return True
+    return False
 
 
 def _validate_finite(name: ModelName, module: torch.nn.Module) -> None:

@@ -69,14 +69,10 @@ def decode_image(data: bytes, draft_size: tuple[int, int] | None = None) -> Imag
 def read_size(source: Readable) -> tuple[int, int] | SkippedImage:
     """Read an image's (width, height) from its header, without decoding it."""
     try:
-        data = source.read()
-    except OSError:  # as in read_image
-        return SkippedImage("unreadable_image")
-    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Image.open(io.BytesIO(data)).size
-    except Exception:  # as in decode_image
+            return Image.open(io.BytesIO(source.read())).size
+    except Exception:  # as in read_image and decode_image
         return SkippedImage("unreadable_image")
 
 

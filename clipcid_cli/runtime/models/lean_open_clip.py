@@ -56,10 +56,7 @@ except (ImportError, AttributeError):  # more of one of them is needed, as by a 
 
 
 def import_towers(config: Mapping[str, Any]) -> None:
-    """Import transformers or timm into open_clip for an architecture that has a tower of theirs.
-
-    Whoever builds such a model with open_clip itself in this process calls this first.
-    """
+    """Import transformers or timm into open_clip, before it builds an architecture that has a tower of theirs."""
     for owner, library, tower in (
         ("open_clip.hf_model", "transformers", config["text_cfg"].get("hf_model_name")),
         ("open_clip.timm_model", "timm", config["vision_cfg"].get("timm_model_name")),

@@ -24,8 +24,7 @@ from clipcid_cli.errors import ClipcidError
 Kind = Literal["architecture", "tag", "hub", "folder", "config"]
 
 CONFIG_NAME = "open_clip_config.json"
-HF_CONFIG_NAME = "config.json"
-"""Configuration of a Hugging Face text tower, next to the model's own."""
+HF_CONFIG_NAME = "config.json"  # of a Hugging Face text tower, next to the model's own
 
 # The order in which open_clip 3.3 picks one of several weight files of a folder (factory._find_checkpoint_in_dir).
 _WEIGHT_NAMES = (

@@ -24,10 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class PrunedForward:
-    """Encodes images and texts with an open_clip model, by the pruned passes where they know its structure.
-
-    Features are [B, D], not normalised, with gradients.
-    """
+    """Encodes with an open_clip model, where its structure is known by the pruned passes: [B, D], not normalised."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module: Any = module
@@ -141,15 +138,12 @@ def _pack(tokens: Tensor, text: Any, device: torch.device) -> _Packing:
 
 
 def _run_layers(transformer: Any, x: Tensor, packing: _Packing | None, *, pooled: bool) -> Tensor:
-    """Pass all layers: rows of images, [B, L, W], or packed ones of texts, [T, W]; `pooled`, to those of features, [B, W].
-
-    With gradient checkpointing only the input of each layer is kept for the backward pass.
-    """
+    """Pass all layers: rows of images, [B, L, W], or packed ones of texts, [T, W]; `pooled` gives features' rows, [B, W]."""
     *layers, last = (partial(_run_block, block, packing=packing) for block in transformer.resblocks)
     if pooled:
         last = partial(_run_pooled_block, transformer.resblocks[-1], packing=packing)
     for layer in (*layers, last):
-        # Nothing in a layer is random, so there is no generator's state to restore.
+        # With checkpoints only the input of a layer is kept. Nothing in one is random: no generator's state to restore.
         again = transformer.grad_checkpointing
         x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False) if again else layer(x)
     return x

@@ -1,21 +1,29 @@
-"""What all parts of one `balance` share once its rows are known."""
+"""What all parts of one `balance` share: its rows, which of them are equal and which filters have left; and its settings."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_rows
+from clipcid_cli.algorithms.near.edges import Edges, sort_edges
+from clipcid_cli.algorithms.near.exact import BoolArray, HalfArray, IntArray, row_type
+from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.fingerprint import identity_of
+from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.fingerprint import FileRecord, identity_of
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.steps.balance.rows import BalanceRows
+from clipcid_cli.steps.balance.shared_arrays import collect_arrays, share_arrays
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -29,6 +37,111 @@ CACHE_BYTES = 2**30
 # alone: what is free differs from run to run, and plans must not.
 _PLANNED_BYTES = {"cpu": CACHE_BYTES, "cuda": 2**32}
 _BYTES_AN_ENTRY = 2 + 4
+# What is computed from so few rows stays in the processor's cache.
+_ROWS_AT_ONCE = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceRows:
+    """The finite rows of the embeddings, numbered 0 … N − 1 in their order, as in the keep list.
+
+    Attributes:
+        images: All rows of the embeddings.
+        numbers: Numbers of the finite ones among them, integers [N], ascending.
+        unique: The rows to search: those that equal no earlier one, integers [U], ascending.
+        copies: Edges of weight 0, ascending, that join each other row to the first of its kind.
+        is_searched: Which rows filters have left, bool [N]: `unique` and `copies` are of these alone. None without filters.
+    """
+
+    images: Rows
+    numbers: IntArray
+    unique: IntArray
+    copies: Edges
+    is_searched: BoolArray | None = None
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def num_searched(self) -> int:
+        """Number of rows that filters have left."""
+        return len(self.unique) + len(self.copies)
+
+    def describe_choice(self) -> list[FileRecord]:
+        """Describe which rows filters have left, as an input of what is made of them; nothing without filters."""
+        if self.is_searched is None:
+            return []
+        digest = hashlib.blake2b(np.packbits(self.is_searched).tobytes(), digest_size=16).hexdigest()
+        return [FileRecord("rows that filters have left", self.num_searched, f"blake2b:{digest}")]
+
+    def read(self, rows: IntArray) -> HalfArray:
+        """Read some rows, float16 [n, D]."""
+        return self.images.take(self.numbers[rows])
+
+    def unique_positions(self) -> IntArray:
+        """Return the position in `unique` of the row that each searched row equals, integers [N]."""
+        positions = np.zeros(len(self), self.unique.dtype)
+        positions[self.unique] = np.arange(len(self.unique), dtype=self.unique.dtype)
+        positions[self.copies.b] = positions[self.copies.a]
+        return positions
+
+    def count_copies(self) -> IntArray:
+        """Return how many searched rows equal each unique one, itself included, int64 [U]."""
+        return 1 + np.bincount(np.searchsorted(self.unique, self.copies.a), minlength=len(self.unique))
+
+    def restrict(self, context: DistContext, folder: Path, is_searched: BoolArray) -> BalanceRows:
+        """Return the rows with those alone to be searched that are true, bool [N]; the same on every process."""
+
+        def choose() -> Arrays:
+            kind = self.numbers.dtype
+            searched = np.flatnonzero(is_searched).astype(kind)
+            first = np.arange(len(self), dtype=kind)
+            first[self.copies.b] = self.copies.a
+            first = first[searched]
+            # Of rows that equal one another the first that is left; written in reverse, it remains.
+            left = np.empty(len(self), kind)
+            left[first[::-1]] = searched[::-1]
+            left = left[first]
+            is_copy = left != searched
+            copies = sort_edges(_join(left[is_copy], searched[is_copy]))
+            return searched[~is_copy], copies.a, copies.b
+
+        unique, a, b = share_arrays(context, folder, choose)
+        return dataclasses.replace(self, unique=unique, copies=_join(a, b), is_searched=is_searched)
+
+
+def _join(a: IntArray, b: IntArray) -> Edges:
+    return Edges(a, b, np.zeros(len(b), np.float32))
+
+
+def read_rows(context: DistContext, folder: Path, images: Rows, reporter: Reporter) -> BalanceRows:
+    """Read every row once, each process its share, to find rows that are not finite and rows that are equal."""
+    start, stop = context.share(len(images))
+    hashes = np.empty(stop - start, np.uint64)
+    finite = np.empty(stop - start, np.bool_)
+    for begin in range(start, stop, _ROWS_AT_ONCE):
+        rows = images.read(begin, min(begin + _ROWS_AT_ONCE, stop))
+        part = slice(begin - start, begin - start + len(rows))
+        hashes[part] = hash_rows(rows)
+        finite[part] = np.isfinite(rows).all(axis=1)
+    parts = collect_arrays(context, folder, (hashes, finite))
+    del hashes, finite
+
+    def survey() -> Arrays:
+        kind = row_type(len(images))
+        hash_N, finite_N = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+        numbers = np.flatnonzero(finite_N).astype(kind)
+        if len(numbers) < len(hash_N):
+            hash_N = hash_N[numbers]
+        rows = np.arange(len(numbers), dtype=kind)
+        unique, copies = collapse_duplicates(lambda some: images.take(numbers[some]), rows, hash_N)
+        copies = sort_edges(copies)
+        return numbers, unique, copies.a, copies.b
+
+    numbers, unique, a, b = share_arrays(context, folder, survey)
+    if len(b):
+        reporter.note(f"{len(b):,} rows are exact copies of earlier ones.")
+    return BalanceRows(images, numbers, unique, _join(a, b))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,11 +149,8 @@ class BalanceRun:
     """One run.
 
     Attributes:
-        rows: The rows of the keep list.
         skips: Rows that are not finite.
         scan: The format of the fast product.
-        near: What lies near references; None without any.
-        captions: What the window of caption similarity holds; None without one.
         began: When its output was begun, by `time.perf_counter`.
         seconds: Time by phase, but for that of writing.
     """
@@ -48,7 +158,7 @@ class BalanceRun:
     settings: BalanceSettings
     embeddings: Embeddings
     output: Output[BalanceSidecar]
-    machine: Machine
+    context: DistContext
     reporter: Reporter
     rows: BalanceRows
     skips: Skips
@@ -71,7 +181,7 @@ class BalanceRun:
     @property
     def rows_in_memory(self) -> int:
         """How many rows plans can rely on to fit into the memory for panels."""
-        return _PLANNED_BYTES[self.machine.device.type] // (self.embeddings.width * _BYTES_AN_ENTRY)
+        return _PLANNED_BYTES[self.context.device.type] // (self.embeddings.width * _BYTES_AN_ENTRY)
 
     def phases(self) -> dict[str, float]:
         """Return the time by phase until now: what is neither searched nor audited is written."""

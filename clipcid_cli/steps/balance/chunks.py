@@ -25,8 +25,8 @@ from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, load_arrays, save_arrays
-from clipcid_cli.runtime.memory import memory_for_rows
-from clipcid_cli.runtime.pacing import SavePace
+from clipcid_cli.runtime.distributed import memory_for_rows
+from clipcid_cli.runtime.timing import SavePace
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalanceRun
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
 
@@ -47,10 +47,7 @@ class Search:
 
     Attributes:
         label: Names it to the user.
-        plan: What is compared.
-        read: Reads rows of the plan.
         cutoff: Largest distance of the pairs that sinks are given, inclusive.
-        new_sink: Makes an empty sink.
         of: What decides what is found beside the inputs of the run, plan and cut-off.
         folder: Where it is saved; None for the time of the run.
     """
@@ -67,23 +64,26 @@ class Search:
         """Return where it is saved, under a name that hashes what decides what its chunks find."""
 
         def name() -> str:
-            plan, cutoff = self.plan, np.float32(self.cutoff).view(np.uint32)
+            plan = self.plan
+            cutoff = np.float32(self.cutoff).view(np.uint32)
             decisive = [_VERSION, run.inputs, plan.identity, plan.num_chunks, cutoff, self.of]
             return hashlib.blake2b("\n".join(map(str, decisive)).encode(), digest_size=8).hexdigest()
 
-        return (self.folder or run.work / ".search") / run.machine.on_main(name)
+        return (self.folder or run.work / ".search") / run.context.on_rank0(name)
 
 
 def run_chunks(run: BalanceRun, search: Search) -> Edges:
     """Search all chunks of a plan that are not saved yet, and return what all found; the same on every process."""
-    machine, number, place = run.machine, search.plan.num_chunks, search.place(run)
-    done = machine.on_main(lambda: _load(place))
+    context = run.context
+    number = search.plan.num_chunks
+    place = search.place(run)
+    done = context.on_rank0(lambda: _load(place))
     if done:
         run.reporter.note(f"Resuming the search: {len(done):,} of {number:,} parts are done.")
     left = [chunk for chunk in range(number) if chunk not in done]
     if left:
         _search(run, search, left, place)
-    machine.barrier()
+    context.barrier()
 
     def finish() -> Arrays:
         sink = search.new_sink()
@@ -94,28 +94,31 @@ def run_chunks(run: BalanceRun, search: Search) -> Edges:
         found = sink.result()
         return found.a, found.b, found.weight
 
-    return Edges(*share_arrays(machine, run.work, finish))
+    return Edges(*share_arrays(context, run.work, finish))
 
 
 def _search(run: BalanceRun, search: Search, left: list[int], place: Path) -> None:
     """Search this process's share of the chunks that are left."""
-    machine, plan, sink = run.machine, search.plan, search.new_sink()
+    context = run.context
+    plan = search.plan
+    sink = search.new_sink()
     _load(place, sink)
     sink.drain()  # what is saved
     # Of the largest panel, as stored and, unless that is the same, as it is multiplied.
     an_entry = 2 + (0 if run.scan.dtype == torch.float16 else run.scan.dtype.itemsize)
     size = int((plan.stops - plan.starts).max()) * run.embeddings.width * an_entry
 
-    @lru_cache(maxsize=max(2, memory_for_rows(machine.device, on_cpu=CACHE_BYTES) // size))
+    @lru_cache(maxsize=max(2, memory_for_rows(context.device, on_cpu=CACHE_BYTES) // size))
     def load(panel: int) -> Block:
-        return load_block(search.read, plan.panel(panel), machine.device, run.scan.dtype)
+        return load_block(search.read, plan.panel(panel), context.device, run.scan.dtype)
 
-    stretches = np.array_split(left, _STRETCHES * machine.size)[machine.rank :: machine.size]
+    stretches = np.array_split(left, _STRETCHES * context.size)[context.rank :: context.size]
     mine = np.concatenate(stretches).tolist()
     # Adding up the pairs of hundreds of millions of jobs would take minutes; most compare nearly equal numbers.
     total = plan.num_pairs * len(mine) // plan.num_chunks
     num_rows = int((plan.stops - plan.starts)[plan.first < plan.last].sum())
-    pace, since = SavePace(_SECONDS_TO_SAVE_A_ROW * num_rows), list[int]()
+    pace = SavePace(_SECONDS_TO_SAVE_A_ROW * num_rows)
+    since = list[int]()
     with run.reporter.progress(search.label, total, "pairs") as progress:
         for chunk in mine:
             jobs = plan.jobs(chunk)

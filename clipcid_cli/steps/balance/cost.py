@@ -16,12 +16,12 @@ from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.precision import choose_scan
+from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES
 from clipcid_cli.steps.balance.filters.against import open_reference
-from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions, have_captions, keep_captioned
+from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions
 from clipcid_cli.steps.balance.partition import AUDIT_SAMPLE, ITERATIONS, ROWS_PER_PARTITION
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceCost, CaptionCost, MemoryCost, ReferenceCost, SearchCost
@@ -48,24 +48,27 @@ _BYTES_OF_NUMBER = 4
 _BYTES_OF_PLACES = 16
 
 
-def estimate_cost(plan: BalancePlan, machine: Machine, reporter: Reporter) -> BalanceCost:
+def estimate_cost(plan: BalancePlan, context: DistContext, reporter: Reporter) -> BalanceCost:
     """Estimate a new search; with an existing forest, `balance` takes seconds."""
     settings, embeddings = plan.settings, plan.embeddings
-    references = [open_reference(settings, machine, embeddings, name, reporter) for name in settings.against]
-    return machine.on_main(lambda: _estimate(plan, references, machine, reporter))
+    references = [open_reference(settings, context, embeddings, name, reporter) for name in settings.against]
+    return context.on_rank0(lambda: _estimate(plan, references, context, reporter))
 
 
 def _estimate(
-    plan: BalancePlan, references: list[Embeddings | EmbedCost], machine: Machine, reporter: Reporter
+    plan: BalancePlan, references: list[Embeddings | EmbedCost], context: DistContext, reporter: Reporter
 ) -> BalanceCost:
-    plan.check_sizes()
-    settings, images, width, clusters = plan.settings, plan.embeddings.num_rows, plan.embeddings.width, plan.clusters
-    scan = choose_scan(settings.precision, machine.device).dtype
-    a_row, a_pair, captions = _measure(plan, scan, machine)
+    plan.validate_sizes()
+    settings = plan.settings
+    images = plan.embeddings.num_rows
+    width = plan.embeddings.width
+    clusters = plan.clusters
+    scan = choose_coarse_dtype(settings.precision, context.device).dtype
+    a_row, a_pair, captions = _measure(plan, scan, context)
     searched = round(_share_inside(captions) * images)
 
     def cost(pairs: float, compared: float, rows: float) -> SearchCost:
-        seconds = (a_pair * compared + a_row * rows) / machine.size
+        seconds = (a_pair * compared + a_row * rows) / context.size
         return SearchCost(int(pairs), 2 * int(pairs) * width, seconds)
 
     # Rows are prepared once, and once more for the cut-off; in partitions also for the margin, each visit and the audit.
@@ -114,7 +117,7 @@ def _estimate(
         ),
         disk=disk,
     )
-    for line in _describe(result, machine.size):
+    for line in _describe(result, context.size):
         reporter.note(line)
     if clusters is not None:
         reporter.note(f"After it, clusters are capped: {clusters.folder}, {clusters.images:,} images.")
@@ -128,7 +131,9 @@ def _share_inside(captions: CaptionCost | None) -> float:
 
 
 def _describe(result: BalanceCost, num_processes: int) -> Iterator[str]:
-    captions, against, searched = result.caption_window, result.against or [], result.searched
+    captions = result.caption_window
+    against = result.against or []
+    searched = result.searched
     most = "at most " if captions is not None and not captions.inside else ""
     of = f" of {most}{searched:,} of them" if searched < result.images else ""
     processes = f", {num_processes} processes" if num_processes > 1 else ""
@@ -154,10 +159,11 @@ def _describe(result: BalanceCost, num_processes: int) -> Iterator[str]:
     yield f"{memory}; disk: {result.disk / 2**20:,.0f} MiB."
 
 
-def _measure(plan: BalancePlan, scan: torch.dtype, machine: Machine) -> tuple[float, float, CaptionCost | None]:
+def _measure(plan: BalancePlan, scan: torch.dtype, context: DistContext) -> tuple[float, float, CaptionCost | None]:
     """Measure on some finite rows the seconds to prepare a row and to compare a pair; and, with a window, captions."""
     settings, embeddings = plan.settings, plan.embeddings
-    read, num_rows = embeddings.rows(Kind.IMAGES).take, embeddings.num_rows
+    read = embeddings.rows(Kind.IMAGES).take
+    num_rows = embeddings.num_rows
     numbers = np.arange(num_rows)
     if num_rows > _SAMPLED:
         starts = np.linspace(0, num_rows - _SAMPLED // _STRETCHES, _STRETCHES).astype(np.int64)
@@ -172,11 +178,11 @@ def _measure(plan: BalancePlan, scan: torch.dtype, machine: Machine) -> tuple[fl
     captions = None
     if settings.has_window:
         compared = time_trial(lambda: compare_captions(embeddings, rows, Progress()), warm_up=0)
-        window = CaptionWindow.of(settings, keep_captioned(compared.result, have_captions(embeddings, rows)))
+        window = CaptionWindow.of(settings, compared.result)
         if len(numbers) == num_rows:
-            window.refuse_empty()
+            window.validate_not_empty()
         inside = int(np.count_nonzero(~window.is_dropped)) / len(rows)
-        seconds = compared.seconds * num_rows / len(rows) / machine.size
+        seconds = compared.seconds * num_rows / len(rows) / context.size
         captions = CaptionCost(len(rows), inside, seconds)
     one, other = np.array_split(np.random.default_rng(0).permutation(rows), 2)
     if not len(other):
@@ -185,13 +191,13 @@ def _measure(plan: BalancePlan, scan: torch.dtype, machine: Machine) -> tuple[fl
 
     def prepare() -> tuple[Block, Block]:
         hash_rows(read(one))
-        return load_block(read, one, machine.device, scan), load_block(read, other, machine.device, scan)
+        return load_block(read, one, context.device, scan), load_block(read, other, context.device, scan)
 
     def compare() -> None:
         block, others = prepared.result
         for _ in near_pairs(block, others, cutoff):
             pass
 
-    prepared = time_trial(prepare, machine.device)
-    tile = time_trial(compare, machine.device, at_least=0.1)
+    prepared = time_trial(prepare, context.device)
+    tile = time_trial(compare, context.device, at_least=0.1)
     return prepared.seconds / len(rows), tile.seconds / (len(one) * len(other)), captions

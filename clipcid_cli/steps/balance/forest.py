@@ -19,8 +19,7 @@ from clipcid_cli.algorithms.near.exact import BoolArray, ReadRows, row_type
 from clipcid_cli.algorithms.near.plan import Plan, hash_arrays, triangle
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.formats.arrays import Arrays
-from clipcid_cli.formats.embeddings.manifest import find_lost
-from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.fingerprint import FileRecord, find_lost
 from clipcid_cli.formats.results.forest import (
     ROW_FILES,
     RowFile,
@@ -63,7 +62,10 @@ def find_forest(run: BalanceRun, *, cutoff: float | None = None, num_edges: int 
 
 
 def _find(run: BalanceRun, cutoff: float | None, num_edges: int) -> tuple[Forest, bool]:
-    started, rows, settings, note = time.perf_counter(), run.rows, run.settings, run.reporter.note
+    started = time.perf_counter()
+    rows = run.rows
+    settings = run.settings
+    note = run.reporter.note
 
     def is_enough(forest: Forest) -> bool:
         if len(forest.edges) == rows.num_searched - 1:
@@ -98,13 +100,14 @@ def _find(run: BalanceRun, cutoff: float | None, num_edges: int) -> tuple[Forest
         forest = _search_all(run, forest.edges, reach)
     if earlier is None or forest.cutoff >= earlier[0].cutoff:  # the earlier one stays where it may be extended later
         seconds = time.perf_counter() - started
-        run.machine.on_main(lambda: _write(run, forest, seconds))
+        run.context.on_rank0(lambda: _write(run, forest, seconds))
     return forest, False
 
 
 def _search_new(run: BalanceRun, earlier: Forest, is_new: BoolArray) -> Forest:
     """Compare the rows that an earlier forest is not of with all."""
-    unique, number = run.rows.unique, np.count_nonzero(~is_new)
+    unique = run.rows.unique
+    number = np.count_nonzero(~is_new)
     run.reporter.note(f"A forest of {number:,} of the {len(is_new):,} images exists: only the others are compared.")
     new, old = unique[is_new[unique]], unique[~is_new[unique]]
     plan = triangle(np.concatenate([new, old]), run.rows_in_memory, len(new))
@@ -125,7 +128,7 @@ def _search_all(run: BalanceRun, known: Edges, reach: float) -> Forest:
 
 def _search(run: BalanceRun, plan: Plan, read: ReadRows, known: Edges, reach: float) -> Forest:
     # What is saved leaves out what is known, and what that rules out.
-    beside = run.machine.on_main(lambda: hash_arrays(known.a, known.b, known.weight))
+    beside = run.context.on_rank0(lambda: hash_arrays(known.a, known.b, known.weight))
     search = Search("search", plan, read, reach, lambda: ForestSink(len(run.rows), known), of=beside)
     return Forest(run_chunks(run, search), reach)
 
@@ -146,7 +149,7 @@ def _read(run: BalanceRun) -> Forest | None:
         stored = read_forest(run.output.folder, _inputs(run), _kind(run), overwrite=run.settings.overwrite)
         return () if stored is None else (stored.a, stored.b, stored.distance, np.array([stored.cutoff]))
 
-    found = share_arrays(run.machine, run.work, read)
+    found = share_arrays(run.context, run.work, read)
     return Forest(Edges(*found[:3]), float(found[3][0])) if found else None
 
 
@@ -165,7 +168,8 @@ def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
         if sidecar is None or not sidecar.cutoff:
             return ()
         files, earlier = map(_read_images, (run.work / ROW_FILES, row_files_path(folder, "exact")))
-        is_new, lost = _find_new(run, files, earlier), find_lost(earlier, files)
+        is_new = _find_new(run, files, earlier)
+        lost = find_lost(earlier, files)
         stored = read_forest(folder, sidecar.inputs, overwrite=overwrite)
         if lost or stored is None or stored.num_rows != np.count_nonzero(~is_new):
             run.reporter.note(
@@ -177,7 +181,7 @@ def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
         edges, _ = merge_edges(Edges(rows[stored.a], rows[stored.b], stored.distance), run.rows.copies)
         return edges.a, edges.b, edges.weight, np.array([stored.cutoff]), is_new
 
-    found = share_arrays(run.machine, run.work, read)
+    found = share_arrays(run.context, run.work, read)
     return (Forest(Edges(*found[:3]), float(found[3][0])), found[4]) if found else None
 
 
@@ -190,7 +194,9 @@ def _read_images(path: Path) -> list[RowFile]:
 def _find_new(run: BalanceRun, files: list[RowFile], earlier: list[RowFile]) -> BoolArray:
     """Return which rows are of none of the earlier files, bool [N]."""
     numbers = run.rows.numbers
-    is_new, left, end = np.ones(len(numbers), np.bool_), iter(earlier), 0
+    is_new = np.ones(len(numbers), np.bool_)
+    left = iter(earlier)
+    end = 0
     known = next(left, None)
     for file in files:
         start, end = end, end + (file.rows or 0)

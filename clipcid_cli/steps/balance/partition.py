@@ -8,10 +8,11 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from clipcid_cli.algorithms.kmeans.centroids import rows_as_centroids
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
-from clipcid_cli.algorithms.kmeans.seeding import rows_as_centroids
 from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
 from clipcid_cli.algorithms.near.block import read_stored
+from clipcid_cli.algorithms.near.cutoff import Neighbours, draw_sample, find_neighbours
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
 from clipcid_cli.algorithms.near.partitions import (
     NEIGHBOURS,
@@ -22,10 +23,9 @@ from clipcid_cli.algorithms.near.partitions import (
     measure_margin,
 )
 from clipcid_cli.algorithms.near.plan import Plan, pieces, rectangle
-from clipcid_cli.algorithms.near.sample import Neighbours, draw_sample, find_neighbours
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.formats.arrays import Arrays, create_mapped, spool_arrays
-from clipcid_cli.formats.embeddings.grouped import create_copy, open_copies, remove_copies
+from clipcid_cli.formats.embeddings.rows import create_copy, open_copies, remove_copies
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.result import Audit
@@ -37,7 +37,8 @@ _ROWS_AT_ONCE = 16_384
 _ENTRIES_AT_ONCE = 2**20
 _ROWS_ASSIGNED = {"cpu": 2048, "cuda": 16_384}
 # Partitions need no fine centroids, only few rows near their borders.
-ROWS_PER_PARTITION, ITERATIONS = 64, 4
+ROWS_PER_PARTITION = 64
+ITERATIONS = 4
 # If none of this many kept images has another, the rate is at most 1.3e-4 (95 %).
 AUDIT_SAMPLE = 30_000
 
@@ -51,20 +52,21 @@ def partitioned(run: BalanceRun, reach: float) -> Iterator[tuple[Plan, ReadRows]
     """
     try:
         yield _partition(run, reach)
-        run.machine.barrier()
+        run.context.barrier()
     finally:
-        if run.machine.is_main:
+        if run.context.is_main:
             remove_copies(run.work)
 
 
 def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
-    machine, rows, reporter = run.machine, run.rows, run.reporter
+    context, rows, reporter = run.context, run.rows, run.reporter
     read, unique = rows.read, rows.unique
     partitions = _find_partitions(run)
     number = len(unique)
-    sample, share = draw_sample(number, SAMPLE_ROWS, seed=1), machine.share(number)
+    sample = draw_sample(number, SAMPLE_ROWS, seed=1)
+    share = context.share(number)
     neighbours = find_sampled(run, sample, NEIGHBOURS)
-    margin, visits = machine.on_main(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
+    margin, visits = context.on_rank0(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
     if number * number / len(partitions) * (0.5 + visits) > _MAX_FRACTION * number * (number - 1) / 2:
         return None
     reporter.note(
@@ -75,18 +77,18 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
 
         def assign() -> Iterator[Arrays]:
             """Yield homes of rows, and entries of rows in lists: of each partition, those at home and its visitors."""
-            at_once = _ROWS_ASSIGNED[machine.device.type]
+            at_once = _ROWS_ASSIGNED[context.device.type]
             for at in range(*share, at_once):
                 numbers = unique[at : min(at + at_once, share[1])]
-                home_B, row_P, other_P, _ = partitions.visits(read_stored(read, numbers, machine.device), margin)
+                home_B, row_P, other_P, _ = partitions.visits(read_stored(read, numbers, context.device), margin)
                 home, visited, visitor = (each.cpu().numpy() for each in (home_B, other_P, row_P))
                 yield home, np.concatenate([2 * home, 2 * visited + 1]), np.concatenate([numbers, numbers[visitor]])
                 progress.advance(len(numbers))
 
         # Some dozens of entries a row: on the disk.
-        assigned = machine.on_all(lambda: spool_arrays(run.work, (np.int32, np.int32, unique.dtype), assign()))
-    places = machine.on_all(lambda: _copy(run, assigned[0], partitions))
-    parts = collect_arrays(machine, run.work, (*assigned[1:], places))
+        assigned = context.on_all(lambda: spool_arrays(run.work, (np.int32, np.int32, unique.dtype), assign()))
+    places = context.on_all(lambda: _copy(run, assigned[0], partitions))
+    parts = collect_arrays(context, run.work, (*assigned[1:], places))
 
     def allocate(length: int) -> IntArray:
         return create_mapped(run.work, np.dtype(unique.dtype), (length,), unnamed=True)
@@ -101,9 +103,9 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
         place_of[unique] = np.concatenate([places for *_, places in parts])
         return *group_rows(entries, 2 * len(partitions), allocate), place_of
 
-    listed, ends, place_of = share_arrays(machine, run.work, group)
-    sizes = machine.gather(share[1] - share[0])
-    copies = machine.on_all(lambda: open_copies(run.work, sizes, partitions.width))
+    listed, ends, place_of = share_arrays(context, run.work, group)
+    sizes = context.gather(share[1] - share[0])
+    copies = context.on_all(lambda: open_copies(run.work, sizes, partitions.width))
 
     def read_copies(numbers: IntArray) -> HalfArray:
         return copies.take(place_of[numbers].astype(np.int64))
@@ -113,15 +115,15 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
 
 def find_sampled(run: BalanceRun, sample: IntArray, count: int) -> Neighbours:
     """Find so many nearest neighbours of some unique rows, by their places, ascending: each process in its share of all."""
-    machine, unique = run.machine, run.rows.unique
-    share = machine.share(len(unique))
-    found = machine.on_all(lambda: find_neighbours(run.rows.read, unique, sample, count, machine.device, share))
-    return Neighbours.nearest(machine.gather(found), count)
+    context, unique = run.context, run.rows.unique
+    share = context.share(len(unique))
+    found = context.on_all(lambda: find_neighbours(run.rows.read, unique, sample, count, context.device, share))
+    return Neighbours.nearest(context.gather(found), count)
 
 
 def _find_partitions(run: BalanceRun) -> Partitions:
     """Find centroids by k-means on a sample of the unique rows; the same on every process."""
-    machine, unique = run.machine, run.rows.unique
+    context, unique = run.context, run.rows.unique
     number = default_num_partitions(len(unique))
     reader = _Sample(run, unique[draw_sample(len(unique), ROWS_PER_PARTITION * number, seed=0)])
     # Drawn evenly, so that a crowd is cut into as many as its size asks for.
@@ -131,14 +133,14 @@ def _find_partitions(run: BalanceRun) -> Partitions:
         LloydState(centroids_KD),
         iterations=ITERATIONS,
         dtype=run.scan.dtype,
-        device=machine.device,
-        processes=Processes(machine.share, machine.sum_, machine.gather),
+        device=context.device,
+        processes=Processes(context.share, context.sum_, context.gather),
     )
     with run.reporter.progress("partitions", ITERATIONS, "iterations") as progress:
         for state in states:
             centroids_KD = state.centroids_KD
             progress.advance()
-    return Partitions(centroids_KD.to(machine.device))
+    return Partitions(centroids_KD.to(context.device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,25 +157,19 @@ class _Sample:
     def width(self) -> int:
         return self.run.embeddings.width
 
-    def features(self, start: int, stop: int) -> HalfArray:
-        return self.run.rows.read(self.rows[start:stop])
-
-    def features_at(self, positions: IntArray) -> HalfArray:
-        return self.run.rows.read(self.rows[positions])
+    def features(self, numbers: IntArray) -> HalfArray:
+        return self.run.rows.read(self.rows[numbers])
 
 
 def _copy(run: BalanceRun, home: IntArray, partitions: Partitions) -> IntArray:
     """Copy this process's share of the unique rows, partition by partition: the rows of one are then read at once.
 
-    Args:
-        home: Home of each row of the share, int32 [M].
-
     Returns:
-        The place of each among the copies of all processes, integers [M].
+        The place of each row of the share, whose homes are given, among the copies of all processes, integers [M].
     """
     rows = run.rows
-    start, stop = run.machine.share(len(rows.unique))
-    copies = create_copy(run.work, run.machine.rank, stop - start, partitions.width)
+    start, stop = run.context.share(len(rows.unique))
+    copies = create_copy(run.work, run.context.rank, stop - start, partitions.width)
     places = np.empty(stop - start, row_type(len(rows)))
     places[np.argsort(home, kind="stable")] = np.arange(stop - start)
     with run.reporter.progress("group", stop - start, "images") as progress:
@@ -181,7 +177,7 @@ def _copy(run: BalanceRun, home: IntArray, partitions: Partitions) -> IntArray:
             numbers = rows.unique[start + at : min(start + at + _ROWS_AT_ONCE, stop)]
             copies[places[at : at + len(numbers)]] = rows.read(numbers)
             progress.advance(len(numbers))
-    if run.machine.spans_hosts and isinstance(copies, np.memmap):
+    if run.context.spans_hosts and isinstance(copies, np.memmap):
         copies.flush()
     return places + start
 

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import refuse_unwritable
+from clipcid_cli.formats.atomic import validate_writable
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
-from clipcid_cli.formats.embeddings.manifest import find_lost
+from clipcid_cli.formats.fingerprint import find_lost
 from clipcid_cli.formats.output import WORK_OR_OUT
 from clipcid_cli.formats.results.forest import ROW_FILES, RowFile, read_row_files
 from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.timing import timed
-from clipcid_cli.steps.balance.filters.against import Reference, open_references, refuse_missing
+from clipcid_cli.steps.balance.filters.against import Reference, open_references, validate_none_missing
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_clusters
-from clipcid_cli.steps.balance.samples import require_data
-from clipcid_cli.steps.balance.write_lists import check_uids
-from clipcid_cli.steps.embed.ensure import ensure_embeddings
+from clipcid_cli.steps.balance.samples import validate_data
+from clipcid_cli.steps.balance.write_lists import validate_uids
+from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
@@ -58,43 +58,45 @@ class BalancePlan:
         """Where the keep list is once it is finished."""
         return self.folder / KEEP_LIST
 
-    def check_sizes(self) -> None:
+    def validate_sizes(self) -> None:
         """Check that the data is there where ``--select resolution`` reads it; what is finished needs none."""
         settings = self.settings
         if settings.select == "resolution" and (settings.keep != 1.0 or settings.max_per_cluster is not None):
-            require_data(settings, self.embeddings, "--select resolution")
+            validate_data(settings, self.embeddings, "--select resolution")
 
 
-def make_plan(settings: BalanceSettings, machine: Machine, reporter: Reporter) -> BalancePlan:
+def make_plan(settings: BalanceSettings, context: DistContext, reporter: Reporter) -> BalancePlan:
     """Look at what the settings name, before hours of embedding; then make what embeddings there are none of."""
     seconds = dict[str, float]()
     with timed(seconds, "embed"):
-        clusters = machine.on_main(lambda: _check_named(settings, reporter))
-        embeddings = _find_embeddings(settings, machine, reporter)
-    data = machine.on_main(lambda: _open_data(settings, embeddings))
-    references, wanted = list[Reference](), dict[str, Any]()
+        clusters = context.on_rank0(lambda: _validate_named(settings, reporter))
+        embeddings = _find_embeddings(settings, context, reporter)
+    data = context.on_rank0(lambda: _open_data(settings, embeddings))
+    references = list[Reference]()
+    wanted = dict[str, Any]()
     if not settings.dry_run:
-        references = open_references(settings, machine, embeddings, reporter)
-        wanted = machine.on_main(lambda: _identify(settings, embeddings, clusters, references))
+        references = open_references(settings, context, embeddings, reporter)
+        wanted = context.on_rank0(lambda: _identify(settings, embeddings, clusters, references))
     return BalancePlan(settings, embeddings, data, clusters, references, wanted, seconds)
 
 
-def _check_named(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
+def _validate_named(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
     for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
         if path is not None:
-            refuse_unwritable(path)
-    refuse_missing(settings)
+            validate_writable(path)
+    validate_none_missing(settings)
     return find_clusters(settings, reporter)
 
 
-def _find_embeddings(settings: BalanceSettings, machine: Machine, reporter: Reporter) -> Embeddings:
-    work, folder = WorkDirectory(settings.work), settings.embeddings
+def _find_embeddings(settings: BalanceSettings, context: DistContext, reporter: Reporter) -> Embeddings:
+    work = WorkDirectory(settings.work)
+    folder = settings.embeddings
     if folder is None and settings.data is None and settings.model is None:
-        folder = machine.on_main(work.find_embeddings)
+        folder = context.on_rank0(work.find_embeddings)
         reporter.note(f"Embeddings: {folder}.")
     elif folder is None:
-        model = settings.model or machine.on_main(lambda: _model_of(work)) or DEFAULT_MODEL
-        folder = ensure_embeddings(settings, machine, reporter, data=settings.data, model=model)
+        model = settings.model or context.on_rank0(lambda: _model_of(work)) or DEFAULT_MODEL
+        folder = ensure_embeddings(settings, context, reporter, data=settings.data, model=model)
     cache = None if settings.dry_run else work.fingerprints
     return open_embeddings(folder, settings.keys, settings.npz_array, cache)
 
@@ -112,7 +114,7 @@ def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | N
     """Open the data that ``--write-shards`` copies from, and check that embeddings have what other settings need."""
     data = None
     if settings.write_shards is not None:
-        data = require_data(settings, embeddings, "--write-shards")
+        data = validate_data(settings, embeddings, "--write-shards")
         if any(shard.slices is not None for shard in data.shards):
             raise ClipcidError(
                 f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
@@ -124,7 +126,7 @@ def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | N
                 raise ClipcidError(
                     f"--write-shards {settings.write_shards} would overwrite the data itself.", "Give another folder."
                 )
-    check_uids(settings, embeddings)
+    validate_uids(settings, embeddings)
     for kind in _kinds_read(settings):
         embeddings.rows(kind)  # refuses those without
     return data
@@ -158,7 +160,7 @@ def _identify(
         "against_threshold": settings.reference_distance if references else None,
     }
     if not settings.overwrite:
-        _refuse_lost(WorkDirectory(settings.work).balance, embeddings)
+        _validate_none_lost(WorkDirectory(settings.work).balance, embeddings)
     return {
         "settings": identity,
         "inputs": inputs,
@@ -167,9 +169,10 @@ def _identify(
     }
 
 
-def _refuse_lost(folder: Path, embeddings: Embeddings) -> None:
+def _validate_none_lost(folder: Path, embeddings: Embeddings) -> None:
     """Refuse embeddings that lack files of an output of `balance`, finished or not."""
-    now, fix = list_row_files(embeddings), f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT})."
+    now = list_row_files(embeddings)
+    fix = f"Add --overwrite to replace it, or write elsewhere ({WORK_OR_OUT})."
     for path in (folder / ROW_FILES, *folder.glob(f".balance-*/{ROW_FILES}")):
         if path.exists() and (lost := find_lost(read_row_files(path, fix), now)):
             raise ClipcidError(

@@ -1,28 +1,41 @@
-"""The report of `balance`: how much is kept at each cut-off, how large the sets are, and what some of them look like."""
+"""The report of `balance`: what is kept at each cut-off, how large sets are and what some look like, and what changed."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from markupsafe import Markup
 
-from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
-from clipcid_cli.errors import command_line
+from clipcid_cli.algorithms.near.block import load_block
+from clipcid_cli.algorithms.near.edges import Edges, sort_edges
+from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray
+from clipcid_cli.algorithms.near.search import near_pairs
+from clipcid_cli.algorithms.sets.star import count_kept, star_cover
+from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.atomic import write_text
-from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg
-from clipcid_cli.formats.results.sets import SetTable
+from clipcid_cli.formats.data.benchmark import find_benchmark_folder, read_class_names
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.remote import is_remote
+from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.reading import describe
+from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
+from clipcid_cli.formats.results.forest import SetTable
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import REASONS
-from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.chains import find_chains
-from clipcid_cli.steps.balance.composition import compare_classes
+from clipcid_cli.runtime.models.decode import SkippedImage, decode_image
+from clipcid_cli.steps.balance.balance_run import BalanceRows, BalanceRun
 from clipcid_cli.steps.balance.filters.against import NearReferences
-from clipcid_cli.steps.balance.gallery import Gallery, Picture
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceResult
+from clipcid_cli.steps.balance.samples import SampleFinder, open_data, open_recorded, take_texts
 from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
 
@@ -35,6 +48,28 @@ _SETS_SHOWN = 12
 _IMAGES_SHOWN = 9
 _PAIRS_SHOWN = 8
 _REFERENCES_SHOWN = 12
+_CHAINS_SHOWN = 8
+_STARS_SHOWN = 8
+# Different images of a set that stars are made of for the report: all their pairs take a fifth of a second on two cores.
+_MAX_STARRED = 4096
+# Pixels of the longer side of a picture.
+_SIDE = 96
+_UNKNOWN = "it is not recorded which data the embeddings were made from."
+# Classes are stored with the images, so reading them reads the headers of every shard: some seconds for this many images.
+_MAX_LABELS = 2**17
+# Beyond this many images, the captions of every second, third, … are read; a share is then known within 0.2 points.
+_MAX_CAPTIONS = 2**19
+_CAPTIONS_AT_ONCE = 2**16
+_CHANGES_SHOWN = 15
+_MIN_WORD = 3
+# English words of three letters and more that do not describe an image.
+_ENGLISH = (
+    "about above after again all also and any are because been before being below between both but can could did does "
+    "doing down during each few for from further had has have having her here hers him his how into its itself just may "
+    "might more most much must nor not now off once only other our out over own per same she should some such than that "
+    "the their them then there these they this those through too under until upon very via was were what when where which "
+    "while who whom why will with within without would you your"
+)
 
 
 def has_new_pictures(plan: BalancePlan, finished: BalanceSidecar) -> bool:
@@ -110,6 +145,45 @@ def write_report(
         ),
     )
     return recorded
+
+
+def find_chains(run: BalanceRun, sets: Sets, table: SetTable) -> list[dict[str, Any]]:
+    """Return the sets with most images beyond the cut-off, the widest of equals first; none for stars.
+
+    Returns:
+        What the table has of each, and: ``beyond``, how many of its images are farther than the cut-off from the one kept;
+        ``stars``, the images that stars would keep of it, those that represent most first, None where it has too many to
+        compare; ``shown``, those of its images that the report shows.
+    """
+    if sets.threshold is None or run.settings.linkage == "star":
+        return []
+    is_beyond = sets.distances > np.float32(sets.threshold)
+    beyond = np.bincount(sets.labels[is_beyond], minlength=len(sets.labels))[table.label]
+    order = np.lexsort((table.label, -table.diameter, -beyond))[:_CHAINS_SHOWN]
+    copies = run.rows.count_copies()
+    chains = []
+    for place in order[beyond[order] > 0].tolist():
+        chain = {name: column[place].item() for name, column in vars(table).items()}
+        stars = _find_stars(run, sets, chain["label"], sets.threshold, copies)
+        shown = [chain["representative"], chain["farthest"], *(stars or ())[:_STARS_SHOWN]]
+        chains.append(chain | {"beyond": int(beyond[place]), "stars": stars, "shown": shown})
+    return chains
+
+
+def _find_stars(run: BalanceRun, sets: Sets, label: int, cutoff: float, copies: IntArray) -> list[int] | None:
+    """Cover a set by stars, which never leave it, given how many rows equal each unique row, int64 [U]."""
+    rows = run.rows
+    place = np.flatnonzero(sets.labels[rows.unique] == label)
+    if len(place) > _MAX_STARRED:
+        return None
+    numbers = np.arange(len(place), dtype=rows.unique.dtype)
+    block = load_block(lambda some: rows.read(rows.unique[place[some]]), numbers, run.context.device, run.scan.dtype)
+    pairs = sort_edges(Edges.concatenate(near_pairs(block, block, cutoff)))
+    representatives = star_cover(pairs, copies[place])
+    represented = np.bincount(representatives, weights=copies[place], minlength=len(place))
+    order = np.argsort(-represented, kind="stable")[: count_kept(representatives)]
+    found: list[int] = rows.unique[place[order]].tolist()
+    return found
 
 
 def _name_command(settings: BalanceSettings) -> str:
@@ -198,3 +272,171 @@ def _draw_curves(run: BalanceRun, sets: Sets, other: OtherLinkage | NotComputed)
     axes.set(xlabel="cut-off ε", ylabel="share kept", xlim=(0, 1.15 * farthest or 1), ylim=(0, 1.02))
     axes.legend(loc="lower left", frameon=False)
     return svg(figure, "Share of images kept over the cut-off")
+
+
+@dataclasses.dataclass
+class Picture:
+    """One image: its thumbnail as a ``data:`` URL, empty where it cannot be shown; its distance to the representative."""
+
+    key: str
+    source: str
+    kept: bool = False
+    distance: float = 0.0
+
+
+class Gallery:
+    """Loads pictures, and counts those shown.
+
+    Attributes:
+        data: The data; None where it is not known, or cannot be opened.
+        closed: Why there is none.
+        unread: Why other pictures are not shown, by shard and key.
+    """
+
+    def __init__(self, settings: BalanceSettings, embeddings: Embeddings, *, recorded: bool = False) -> None:
+        """Open the data, or that alone which the embeddings record."""
+        self._embeddings = embeddings
+        self.data: Dataset | None = None
+        self.shown = 0
+        self.unread = dict[tuple[str, str], str]()
+        try:
+            self.data = open_recorded(settings, embeddings) if recorded else open_data(settings, embeddings)
+            self.closed = _UNKNOWN if self.data is None else ""
+        except ClipcidError as error:
+            self.closed = error.message
+
+    def load(self, numbers: IntArray) -> list[Picture]:
+        """Load the thumbnails of n rows of the embeddings; without the data there are keys only."""
+        embeddings = self._embeddings
+        shards, keys = (take_texts(embeddings, read, numbers) for read in (embeddings.shards_of, embeddings.keys_of))
+        sources = self.read(shards, keys)
+        return [Picture(key, source) for key, source in zip(keys, sources, strict=True)]
+
+    def read(self, shards: list[str], keys: list[str]) -> list[str]:
+        """Return thumbnails as ``data:`` URLs, empty where there is none."""
+        if self.data is None:
+            if self.closed != _UNKNOWN:
+                self.unread |= dict.fromkeys(zip(shards, keys, strict=True), self.closed)
+            return [""] * len(keys)
+        finder = SampleFinder(self.data)
+        found: list[Sample | None] | None = None
+        if finder.searches_all(shards):  # once for all of them
+            with suppress(ClipcidError, OSError):  # which each picture says again
+                found = finder.find(shards, keys)
+        sources = [""] * len(keys)
+        for number, (shard, key) in enumerate(zip(shards, keys, strict=True)):
+            where = f"shard {shard}"
+            try:
+                sample = finder.find([shard], [key])[0] if found is None else found[number]
+                if sample is None:
+                    self.unread[shard, key] = f"the data has no image {key}."
+                    continue
+                where = sample.image.path
+                image = decode_image(sample.image.read(), draft_size=(_SIDE, _SIDE))
+                if isinstance(image, SkippedImage):
+                    self.unread[shard, key] = f"{where} has an {REASONS[image.reason]}, {key}."
+                    continue
+                sources[number] = thumbnail(image, _SIDE)
+                self.shown += 1
+            except ClipcidError as error:
+                self.unread[shard, key] = error.message
+            except OSError as error:
+                self.unread[shard, key] = f"{error.filename or where} cannot be read: {describe(error)}."
+        return sources
+
+
+@dataclasses.dataclass(frozen=True)
+class ShareChanges:
+    """The classes or words whose share changed most, the largest change first, and what was counted and what was not.
+
+    Attributes:
+        kind: ``class``, ``word``, or empty where there are neither classes nor captions.
+        risen: Those with a larger share of the kept images than of all: ``name``, the images ``before`` and ``after``,
+            ``share_before`` and ``share_after``.
+        fallen: Those with a smaller share.
+    """
+
+    kind: str
+    note: str
+    risen: list[dict[Any, Any]]
+    fallen: list[dict[Any, Any]]
+
+
+def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> ShareChanges:
+    """Compare the kept images, bool [N], with all: by class where the data has classes, else by the words of captions.
+
+    Classes are read where the data is local and has at most `_MAX_LABELS` images; captions are in the metadata.
+    """
+    unread = ""
+    if data is not None and not any(is_remote(shard.file) for shard in data.shards):
+        try:
+            if any(sample.label is not None for sample in data.shards[0].samples()):
+                if len(rows) <= _MAX_LABELS:
+                    return _compare_labels(data, embeddings, rows, kept)
+                unread = f" The classes of more than {_MAX_LABELS:,} images are not read for a report."
+        except (ClipcidError, OSError) as error:
+            unread = f" The classes cannot be read: {error}"
+    step = max(1, -(-len(rows) // _MAX_CAPTIONS))
+    pieces = embeddings.take_column(embeddings.captions_of, rows.numbers[::step])
+    captions = pa.chunked_array(pieces, pa.large_string()).combine_chunks()
+    kept = kept[::step]
+    has_caption = pc.not_equal(captions, "").to_numpy(zero_copy_only=False)
+    before, after = (int(np.count_nonzero(each)) for each in (has_caption, has_caption & kept))
+    if not before:
+        return ShareChanges("", f"There are neither classes nor captions to compare.{unread}", [], [])
+    sample = f" (a sample of one image in {step})" if step > 1 else ""
+    note = (
+        f"Share of images whose caption has the word, among the {before:,} images and the {after:,} kept ones that have a "
+        f"caption{sample}. Words of fewer than three letters and common English words are omitted.{unread}"
+    )
+    return ShareChanges("word", note, *_find_changes(count_words(captions, kept), before, after))
+
+
+def _compare_labels(data: Dataset, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> ShareChanges:
+    found = {sample.key: sample.label for shard in data.shards for sample in shard.samples()}
+    labels = pd.Series(map(found.get, take_texts(embeddings, embeddings.keys_of, rows.numbers)), dtype="Int64")
+    grouped = pd.DataFrame({"label": labels, "kept": kept}).groupby("label")["kept"]
+    counts = pd.DataFrame({"before": grouped.size(), "after": grouped.sum()})
+    counts["name"] = _name_classes(data, counts.index.tolist())
+    before, after = (int(counts[each].sum()) for each in ("before", "after"))
+    note = (
+        f"Share of each of {len(counts):,} classes, among the {before:,} images and the {after:,} kept ones that have "
+    )
+    return ShareChanges("class", f"{note}one.", *_find_changes(counts, before, after))
+
+
+def _name_classes(data: Dataset, labels: list[int]) -> list[str]:
+    """Name the classes by their folders, by the data set's list of names, or else by number."""
+    path = find_benchmark_folder(data.spec).class_names if data.kind == "benchmark" else None
+    names = data.classes if data.classes is not None else () if path is None else read_class_names(path)
+    return [names[label] if label < len(names) else f"class {label}" for label in labels]
+
+
+def count_words(captions: pa.LargeStringArray, kept: BoolArray) -> pd.DataFrame:
+    """Count the images whose caption has a word, runs of letters of any script in lower case; the omitted ones left out.
+
+    Returns:
+        For each word, in the order of their characters, its ``name``, and the images ``before`` and, of the kept, ``after``.
+    """
+    counts = list[pd.DataFrame]()
+    for at in range(0, len(captions), _CAPTIONS_AT_ONCE):
+        lists = pc.split_pattern_regex(pc.utf8_lower(captions.slice(at, _CAPTIONS_AT_ONCE)), r"[^\p{L}\p{M}]+")
+        words = pc.list_flatten(lists).dictionary_encode()
+        names = np.array(words.dictionary.to_pylist(), object)
+        # Each pair of a caption and a word once, however often the word occurs in it.
+        pairs = pd.unique(pc.list_parent_indices(lists).to_numpy() * len(names) + words.indices.to_numpy())
+        caption, word = np.divmod(pairs, len(names))
+        before, after = (np.bincount(each, minlength=len(names)) for each in (word, word[kept[at + caption]]))
+        counts.append(pd.DataFrame({"before": before, "after": after}, names))
+    found = pd.concat(counts).groupby(level=0).sum().rename_axis("name").reset_index()
+    is_counted = (found["name"].str.len() >= _MIN_WORD) & ~found["name"].isin(_ENGLISH.split())
+    return found.loc[is_counted]
+
+
+def _find_changes(counts: pd.DataFrame, before: int, after: int) -> list[list[dict[Any, Any]]]:
+    """Return what rose most and what fell most in its share of the images with a class or caption, ties in order."""
+    shares = counts.assign(share_before=counts["before"] / before, share_after=counts["after"] / max(1, after))
+    rise = shares["share_after"] - shares["share_before"]
+    risen = rise[rise > 0].sort_values(ascending=False, kind="stable")
+    fallen = rise[rise < 0].sort_values(kind="stable")
+    return [shares.loc[each.index[:_CHANGES_SHOWN]].to_dict("records") for each in (risen, fallen)]

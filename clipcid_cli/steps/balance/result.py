@@ -18,8 +18,7 @@ class Audit(msgspec.Struct):
 
     Attributes:
         near: Sampled images that have another kept image within the threshold.
-        low: Lower end of the 95 % interval of their rate among all kept images.
-        high: Upper end; both are the rate itself when the sample holds all kept images.
+        low: The 95 % interval, up to `high`, of their rate among all kept images; the rate itself where all were sampled.
     """
 
     sampled: int

@@ -9,17 +9,18 @@ import msgspec
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.grouped import remove_copies
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import remove_copies
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.forest import ROW_FILES, forest_path, write_row_files
-from clipcid_cli.formats.results.sets import CURVE, SET_TABLE
+from clipcid_cli.formats.results.forest import CURVE, ROW_FILES, SET_TABLE, forest_path, write_row_files
 from clipcid_cli.formats.sidecar import BalanceSidecar
-from clipcid_cli.runtime.machine import Machine, open_machine
-from clipcid_cli.runtime.memory import keep_few_kernels
-from clipcid_cli.runtime.precision import choose_scan
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime.distributed import DistContext, open_dist_context
+from clipcid_cli.runtime.libraries import keep_few_kernels
+from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import timed
-from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.balance_run import BalanceRows, BalanceRun, read_rows
 from clipcid_cli.steps.balance.cost import estimate_cost
 from clipcid_cli.steps.balance.filters.against import find_near
 from clipcid_cli.steps.balance.filters.captions import find_captions
@@ -28,7 +29,7 @@ from clipcid_cli.steps.balance.partition import audit_kept
 from clipcid_cli.steps.balance.plan import BalancePlan, list_row_files, make_plan
 from clipcid_cli.steps.balance.report import REPORT, has_new_pictures
 from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
-from clipcid_cli.steps.balance.rows import count_skipped, read_rows
+from clipcid_cli.steps.balance.samples import take_texts
 from clipcid_cli.steps.balance.sets import compare_linkages, make_sets
 from clipcid_cli.steps.balance.shared_arrays import clear_shared
 from clipcid_cli.steps.balance.write import Outcome, write
@@ -41,20 +42,20 @@ from clipcid_cli.steps.settings.balance import BalanceSettings
 
 def run(settings: BalanceSettings, reporter: Reporter) -> BalanceResult | BalanceCost:
     """Balance a data set."""
-    with open_machine(settings.device) as machine:
-        plan = make_plan(settings, machine, reporter)
+    with open_dist_context(settings.device) as context:
+        plan = make_plan(settings, context, reporter)
         if settings.neighbors == "partitioned":  # the tiles of partitions are of many sizes
             keep_few_kernels()
         if settings.dry_run:
-            return estimate_cost(plan, machine, reporter)
-        with claim_output(machine, plan.folder, "balance", BalanceSidecar, **plan.wanted) as output:
-            result = machine.on_main(lambda: _take_or_start(plan, output, reporter))
+            return estimate_cost(plan, context, reporter)
+        with claim_output(context, plan.folder, "balance", BalanceSidecar, **plan.wanted) as output:
+            result = context.on_rank0(lambda: _take_or_start(plan, output, reporter))
             if result is None:
-                balance = begin(plan, machine, output, reporter)
+                balance = begin(plan, context, output, reporter)
                 result = write(balance, _compute(balance, plan.clusters))
-            machine.on_main(lambda: write_kept(settings, plan.embeddings, plan.keep_list, reporter))
+            context.on_rank0(lambda: write_kept(settings, plan.embeddings, plan.keep_list, reporter))
             if settings.write_shards is not None:
-                write_shards(plan, settings.write_shards, machine, reporter)
+                write_shards(plan, settings.write_shards, context, reporter)
         files = {
             "keep_list": plan.keep_list,
             "forest": forest_path(plan.folder, settings.forest_kind),
@@ -78,30 +79,46 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar], reporter: 
             reporter.note(f"{plan.folder} already holds this result.")
             return msgspec.convert(output.finished.result, BalanceResult)
         reporter.note("Pictures that the report does not show can be read now: it is written again.")
-    plan.check_sizes()
+    plan.validate_sizes()
     output.start()
     write_row_files(output.work / ROW_FILES, list_row_files(plan.embeddings))
     clear_shared(output.work)
     remove_copies(output.work)  # of a search in partitions that was killed
-    plan.embeddings.refuse_repeated_keys()
+    plan.embeddings.validate_unique_keys()
     return None
 
 
-def begin(plan: BalancePlan, machine: Machine, output: Output[BalanceSidecar], reporter: Reporter) -> BalanceRun:
+def _count_skipped(embeddings: Embeddings, rows: BalanceRows, max_bad_fraction: float, reporter: Reporter) -> Skips:
+    """Count and name the rows that are not finite."""
+    if not len(rows):
+        raise ClipcidError(
+            f"None of the {embeddings.num_rows:,} rows of {embeddings.folder} is finite.", "Make the embeddings again."
+        )
+    is_bad = np.ones(embeddings.num_rows, np.bool_)
+    is_bad[rows.numbers] = False
+    keys = take_texts(embeddings, embeddings.keys_of, np.flatnonzero(is_bad))
+    skips = Skips.of(dict.fromkeys(keys, "nan_row"))
+    skips.check(embeddings.num_rows, max_bad_fraction, str(embeddings.folder))
+    if skips.total:
+        reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
+    return skips
+
+
+def begin(plan: BalancePlan, context: DistContext, output: Output[BalanceSidecar], reporter: Reporter) -> BalanceRun:
     """Read all rows once, and drop what filters drop: each is a mask over the rows of the keep list."""
     began = time.perf_counter()
     settings, embeddings = plan.settings, plan.embeddings
     with timed(plan.seconds, "search"):
-        rows = read_rows(machine, output.work, embeddings.rows(Kind.IMAGES), reporter)
+        rows = read_rows(context, output.work, embeddings.rows(Kind.IMAGES), reporter)
     run = BalanceRun(
         settings=settings,
         embeddings=embeddings,
         output=output,
-        machine=machine,
+        context=context,
         reporter=reporter,
         rows=rows,
-        skips=count_skipped(embeddings, rows, settings.max_bad_fraction, reporter),
-        scan=choose_scan(settings.precision, machine.device),
+        skips=_count_skipped(embeddings, rows, settings.max_bad_fraction, reporter),
+        scan=choose_coarse_dtype(settings.precision, context.device),
         began=began,
         seconds=plan.seconds,
     )
@@ -117,7 +134,7 @@ def begin(plan: BalancePlan, machine: Machine, output: Output[BalanceSidecar], r
             "Give a smaller --against-threshold, or a wider window of caption similarity.",
         )
     if settings.has_filters:
-        rows = rows.restrict(machine, output.work, is_left)
+        rows = rows.restrict(context, output.work, is_left)
     if plan.clusters is not None:
         plan.clusters.warn_of_few(settings, rows.num_searched, reporter)
     return dataclasses.replace(run, rows=rows, near=near, captions=captions)

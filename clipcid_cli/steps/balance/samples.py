@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
@@ -19,11 +19,10 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, names_command, open_dataset, open_described
 from clipcid_cli.formats.data.index import DataIndex
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
 from clipcid_cli.formats.join import Keys, Listing, Values, join
-from clipcid_cli.formats.results.kept_lists import is_uid
+from clipcid_cli.formats.results.keep_list import is_uid
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.steps.balance.rows import take_texts
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
@@ -45,7 +44,7 @@ def open_recorded(settings: BalanceSettings, embeddings: Embeddings) -> Dataset 
     return open_described(embeddings.sidecar.data, index_root=WorkDirectory(settings.work).indexes)
 
 
-def require_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:
+def validate_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:
     """Open the data as :func:`open_data` does, for a purpose that needs it."""
     data = open_data(settings, embeddings)
     if data is None:
@@ -66,6 +65,16 @@ def read_uid(sample: Sample | None) -> str | None:
         return None
     uid = attributes.get("uid") if isinstance(attributes, dict) else None
     return str(uid) if is_uid(uid) else None
+
+
+def take_texts(
+    embeddings: Embeddings, read: Callable[[EmbeddingFile], pa.ChunkedArray], numbers: IntArray
+) -> list[str]:
+    """Read a column of strings at rows in any order; n strings."""
+    order = np.argsort(numbers, kind="stable")
+    found = np.empty(len(numbers), object)
+    found[order] = [text for piece in embeddings.take_column(read, numbers[order]) for text in piece.to_pylist()]
+    return list(found)
 
 
 class SampleFinder:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from clipcid_cli.algorithms.near.cutoff import FARTHEST
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
+from clipcid_cli.algorithms.near.exact import BoolArray, DoubleArray, FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.near.plan import components, hash_arrays
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
 from clipcid_cli.algorithms.sets.representatives import (
@@ -17,6 +19,7 @@ from clipcid_cli.algorithms.sets.representatives import (
     central_rows,
     distances_to,
     medoid_rows,
+    random_scores,
     share_beyond,
 )
 from clipcid_cli.algorithms.sets.sinks import PairsWithin
@@ -31,14 +34,18 @@ from clipcid_cli.algorithms.sets.star import (
 )
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.runtime.models.decode import read_size
 from clipcid_cli.runtime.timing import timed
-from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.balance_run import BalanceRows, BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
+from clipcid_cli.steps.balance.filters.captions import compare_captions, have_captions
 from clipcid_cli.steps.balance.forest import Forest, find_forest
 from clipcid_cli.steps.balance.result import OtherLinkageResult
-from clipcid_cli.steps.balance.rows import BalanceRows
-from clipcid_cli.steps.balance.scores import SCORES
+from clipcid_cli.steps.balance.samples import SampleFinder, take_texts, validate_data
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
+from clipcid_cli.steps.reporting import Progress
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
 _STAR_STEP = 1.05
@@ -52,6 +59,9 @@ _MAX_FOUND = 2**23
 # Pairs of a star cover, and the memory that each takes while they are sorted and covered (measured).
 _MAX_COLLECTED = 2**26
 _BYTES_A_PAIR = 75
+# Images whose sizes are looked up together, and threads that read them.
+_ROWS_AT_ONCE = 4096
+_THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +73,6 @@ class Sets:
         representatives: The representative of each row, itself where it is kept, integers [N]; −1 for what filters dropped.
         distances: Distance to it, float32 [N].
         threshold: The cut-off; None when nothing was to be merged.
-        curve: Images kept over the cut-off.
-        num_kept: Number of images kept.
         largest: Size of the largest set.
         uncovered_ratio: Share of the dropped repeats that are farther than the cut-off from their representative.
     """
@@ -134,14 +142,14 @@ def _share_sets(
             representatives = np.where(rows.is_searched, representatives, kind(-1))
         return labels, representatives, distances
 
-    labels, representatives, distances = share_arrays(run.machine, run.work, write)
+    labels, representatives, distances = share_arrays(run.context, run.work, write)
 
     def measure() -> tuple[Curve, int, int, float]:
         num_kept = count_kept(representatives)
         beyond = 0.0 if threshold is None else share_beyond(distances, threshold, rows.num_searched - num_kept)
         return make_curve(), num_kept, int(np.bincount(labels).max()), beyond
 
-    return Sets(labels, representatives, distances, threshold, *run.machine.on_main(measure))
+    return Sets(labels, representatives, distances, threshold, *run.context.on_rank0(measure))
 
 
 def _make_components(run: BalanceRun, forest: Edges, threshold: float | None) -> Sets:
@@ -184,7 +192,8 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
         cover = StarCover(0.0, np.arange(num_unique))
     # Always the same steps, so that the cut-off does not depend on how far the forest reaches.
     # Below the threshold single linkage keeps more than asked, and stars never fewer than it.
-    reach, below = threshold, float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
+    reach = threshold
+    below = float(np.nextafter(np.float32(threshold), np.float32(-1.0)))
     while cover is None:
         reach = min(_STAR_STEP * reach + 1e-6, FARTHEST)  # where one star covers all rows
         if reach > forest.cutoff:
@@ -225,7 +234,7 @@ def _find_pairs(
         members = unique[(np.bincount(label_U, minlength=1) > 1)[label_U]]
         return (members[np.argsort(labels[members], kind="stable")],)
 
-    (members,) = share_arrays(run.machine, run.work, find_members)
+    (members,) = share_arrays(run.context, run.work, find_members)
     plan = components(members, labels[members], run.rows_in_memory)
     if max_compared is not None and plan.num_pairs > max_compared:
         return NotComputed(
@@ -254,12 +263,12 @@ def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage
     if threshold is None:
         return NotComputed("nothing was to be merged")
     if run.settings.linkage == "star":
-        return run.machine.on_main(lambda: _single(run.rows, forest, threshold))
+        return run.context.on_rank0(lambda: _single(run.rows, forest, threshold))
     pairs = _find_pairs(run, sets.labels, threshold, _MAX_FOUND, _MAX_COMPARED)
     if isinstance(pairs, NotComputed):
         run.reporter.note(f"What --linkage star would keep at this cut-off is not computed: {pairs.reason}.")
         return pairs
-    return run.machine.on_main(lambda: _star(run.rows, pairs, threshold))
+    return run.context.on_rank0(lambda: _star(run.rows, pairs, threshold))
 
 
 def _single(rows: BalanceRows, forest: Edges, threshold: float) -> OtherLinkage:
@@ -285,9 +294,64 @@ def _choose_representatives(run: BalanceRun, labels: IntArray) -> IntArray:
     if select == "central":
         return central_rows(read, labels)
     if select == "medoid":
-        return medoid_rows(read, labels, run.machine.device)
+        return medoid_rows(read, labels, run.context.device)
     scores = np.zeros(len(labels))
     # The rows of sets of two or more: the others need no score.
     members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
     scores[members] = SCORES[select](run, members)
     return best_rows(scores, labels)
+
+
+def _random(run: BalanceRun, rows: IntArray) -> DoubleArray:
+    if run.rows.is_searched is not None:  # by the place among the rows that filters have left
+        rows = np.cumsum(run.rows.is_searched)[rows] - 1
+    return random_scores(rows, run.settings.seed)
+
+
+def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
+    """Return the similarity of images to their captions.
+
+    It is −inf where there is no caption, or its embedding is zero or not finite; the latter are counted in a warning.
+    """
+    embeddings, numbers = run.embeddings, run.rows.numbers[rows]
+    similarity = compare_captions(embeddings, numbers, Progress()).astype(np.float64)
+    unusable = numbers[np.isnan(similarity)]
+    captioned = unusable[have_captions(embeddings, unusable)]
+    skips = Skips.of(dict.fromkeys(take_texts(embeddings, embeddings.keys_of, captioned), "nan_row"))
+    if skips.total:
+        run.reporter.warn(
+            f"{skips.total:,} text embeddings of images in groups are zero or not finite: such an image is kept only where "
+            f"no other image of its group has a usable one.\n{skips.describe()}"
+        )
+    return np.nan_to_num(similarity, nan=-np.inf)
+
+
+def _resolution(run: BalanceRun, rows: IntArray) -> DoubleArray:
+    """Return width × height of images; 0 where one cannot be found or read."""
+    finder = SampleFinder(validate_data(run.settings, run.embeddings, "--select resolution"))
+    numbers = run.rows.numbers[rows]
+    pixels = np.zeros(len(rows))
+    with ThreadPoolExecutor(_THREADS) as pool, run.reporter.progress("image sizes", len(rows), "images") as progress:
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            samples = finder.find_rows(run.embeddings, numbers[start : start + _ROWS_AT_ONCE])
+            pixels[start : start + len(samples)] = list(pool.map(_pixels, samples))
+            progress.advance(len(samples))
+    missing = int(np.count_nonzero(pixels == 0))
+    if missing:
+        run.reporter.warn(f"The size of {missing:,} of {len(rows):,} images is unknown; they are kept last.")
+    return pixels
+
+
+def _pixels(sample: Sample | None) -> int:
+    size = None if sample is None else read_size(sample.image)
+    return math.prod(size) if isinstance(size, tuple) else 0
+
+
+SCORES: dict[str, Callable[[BalanceRun, IntArray], DoubleArray]] = {
+    "first": lambda run, rows: np.zeros(len(rows)),
+    "random": _random,
+    "similarity": _similarity,
+    "resolution": _resolution,
+}
+"""Rules of ``--select`` that score each image, float64 [n], given rows in ascending order: the highest is kept, of equal
+ones the first."""

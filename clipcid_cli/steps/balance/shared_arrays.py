@@ -16,12 +16,12 @@ import numpy as np
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.atomic import write_error, write_npy
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 
 _FOLDER = ".shared"
 
 
-def share_arrays(machine: Machine, folder: Path, make: Callable[[], Arrays]) -> Arrays:
+def share_arrays(context: DistContext, folder: Path, make: Callable[[], Arrays]) -> Arrays:
     """Make arrays on the first process and return them, read-only, on every process.
 
     Where all processes are on one host, the files are gone when this returns: the maps keep their content. Another host
@@ -30,7 +30,7 @@ def share_arrays(machine: Machine, folder: Path, make: Callable[[], Arrays]) -> 
     Args:
         folder: A folder that all processes reach.
     """
-    if machine.size == 1:
+    if context.size == 1:
         return make()
 
     def write() -> tuple[Path, int]:
@@ -39,27 +39,27 @@ def share_arrays(machine: Machine, folder: Path, make: Callable[[], Arrays]) -> 
         _write(place, 0, arrays)
         return place, len(arrays)
 
-    place, number = machine.on_main(write)
-    found = machine.on_all(lambda: _map(place, 0, number))
-    if not machine.spans_hosts:
-        machine.on_main(lambda: shutil.rmtree(place, ignore_errors=True))
+    place, number = context.on_rank0(write)
+    found = context.on_all(lambda: _map(place, 0, number))
+    if not context.spans_hosts:
+        context.on_rank0(lambda: shutil.rmtree(place, ignore_errors=True))
     return found
 
 
-def collect_arrays(machine: Machine, folder: Path, arrays: Arrays) -> list[Arrays]:
+def collect_arrays(context: DistContext, folder: Path, arrays: Arrays) -> list[Arrays]:
     """Return the arrays of every process, in order of rank, on the first one; nothing on the others."""
-    if machine.size == 1:
+    if context.size == 1:
         return [arrays]
-    place = machine.on_main(lambda: _new_folder(folder))
-    machine.on_all(lambda: _write(place, machine.rank, arrays))
+    place = context.on_rank0(lambda: _new_folder(folder))
+    context.on_all(lambda: _write(place, context.rank, arrays))
 
     found: list[Arrays] = []
 
     def read() -> None:
-        found.extend(_map(place, rank, len(arrays)) for rank in range(machine.size))
+        found.extend(_map(place, rank, len(arrays)) for rank in range(context.size))
         shutil.rmtree(place, ignore_errors=True)  # by the host that has mapped them: NFS keeps their content for it
 
-    machine.on_main(read)
+    context.on_rank0(read)
     return found
 
 

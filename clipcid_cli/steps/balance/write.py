@@ -11,15 +11,14 @@ import pyarrow as pa
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray
+from clipcid_cli.algorithms.sets.representatives import find_diameters
 from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.results.forest import ROW_FILES
+from clipcid_cli.formats.results.forest import CURVE, ROW_FILES, SET_TABLE, SetTable, write_curve, write_set_table
 from clipcid_cli.formats.results.keep_list import Column, write_keep_list
-from clipcid_cli.formats.results.sets import CURVE, SET_TABLE, SetTable, write_curve, write_set_table
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.chains import measure_sets
 from clipcid_cli.steps.balance.filters.against import NearReferences, forget_others
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow
 from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
@@ -79,7 +78,9 @@ def summarise(run: BalanceRun, found: Outcome) -> BalanceResult:
 def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
     """Explain what may surprise: ties at the cut-off, copies beyond the target, one very large group."""
     warnings = []
-    settings, images, kept = run.settings, run.rows.num_searched, sets.num_kept
+    settings = run.settings
+    images = run.rows.num_searched
+    kept = sets.num_kept
     missed = 0 if settings.keep is None else max(1, round(settings.keep * images)) - kept
     if missed > 0:
         cause = (
@@ -100,8 +101,8 @@ def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
 
 def write(run: BalanceRun, found: Outcome) -> BalanceResult:
     """Write the output on the first process; return its result on all."""
-    run.machine.barrier()  # until here another process may read what it has mapped
-    return run.machine.on_main(lambda: _write(run, found))
+    run.context.barrier()  # until here another process may read what it has mapped
+    return run.context.on_rank0(lambda: _write(run, found))
 
 
 def _write(run: BalanceRun, found: Outcome) -> BalanceResult:
@@ -147,7 +148,7 @@ def _write_tables(run: BalanceRun, found: Outcome) -> SetTable:
         distances=sets.distances,
         more=columns + [column for each in filters for column in each.columns(folder)],
     )
-    measured = measure_sets(run, sets)
+    measured = _measure_sets(run, sets)
     write_set_table(folder / SET_TABLE, measured, keys)
     curve = sets.curve
     write_curve(
@@ -158,6 +159,26 @@ def _write_tables(run: BalanceRun, found: Outcome) -> SetTable:
         num_images=run.rows.num_searched,
     )
     return measured
+
+
+def _measure_sets(run: BalanceRun, sets: Sets) -> SetTable:
+    """Measure every set of two or more images: its diameter, and the image farthest from the one kept."""
+    rows, labels, distances = run.rows, sets.labels, sets.distances
+    sizes = np.bincount(labels, minlength=len(labels))
+    label = np.flatnonzero(sizes > 1).astype(labels.dtype)
+    size = sizes[label]
+    del sizes
+    reach = np.zeros(len(labels), np.float32)
+    np.maximum.at(reach, labels, distances)
+    at_reach = np.flatnonzero(distances == reach[labels]).astype(labels.dtype)
+    reach = reach[label]
+    first = np.full(len(labels), len(labels), labels.dtype)
+    np.minimum.at(first, labels[at_reach], at_reach)
+    farthest = first[label]
+    del at_reach, first
+    # Copies are at distance 0 of each other.
+    diameter, is_exact = find_diameters(rows.read, rows.unique, labels[rows.unique], label, run.context.device)
+    return SetTable(label, size, sets.representatives[label], farthest, reach, diameter, is_exact)
 
 
 def _say_reasons(filters: Sequence[NearReferences | CaptionWindow | ClusterCap], is_kept: BoolArray) -> Column:

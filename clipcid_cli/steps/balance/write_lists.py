@@ -15,8 +15,14 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
 from clipcid_cli.formats.join import join, parquet_listing
-from clipcid_cli.formats.results.keep_list import read_dropped, read_keep_list
-from clipcid_cli.formats.results.kept_lists import are_uids, write_keys, write_pairs, write_uids
+from clipcid_cli.formats.results.keep_list import (
+    are_uids,
+    read_dropped,
+    read_keep_list,
+    write_keys,
+    write_pairs,
+    write_uids,
+)
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -24,7 +30,7 @@ from clipcid_cli.steps.settings.balance import BalanceSettings
 _ROWS_AT_ONCE = 4096
 
 
-def check_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
+def validate_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
     """Check that the first sample has an identifier, so that no search is wasted."""
     if settings.write_uids is not None:
         first = next(file for file in embeddings.files if file.rows)

@@ -15,15 +15,14 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.dataset import Dataset, Shard
 from clipcid_cli.formats.data.remote import local_file
-from clipcid_cli.formats.data.tar_writer import Copied, copy_samples, count_samples
+from clipcid_cli.formats.data.tars import Copied, copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import find_repeat, join, parquet_listing
 from clipcid_cli.formats.output import Output, is_claimed
 from clipcid_cli.formats.reading import read_regular
-from clipcid_cli.formats.results.keep_list import KeepList, read_keep_list
-from clipcid_cli.formats.results.kept_lists import is_uid
+from clipcid_cli.formats.results.keep_list import KeepList, is_uid, read_keep_list
 from clipcid_cli.formats.sidecar import Sidecar
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.samples import read_uid
 from clipcid_cli.steps.claim import claim_output
@@ -39,27 +38,29 @@ _STEP = "write-shards"
 Choose = Callable[[Shard], tuple[set[str], int]]
 
 
-def write_shards(plan: BalancePlan, target: Path, machine: Machine, reporter: Reporter) -> None:
+def write_shards(plan: BalancePlan, target: Path, context: DistContext, reporter: Reporter) -> None:
     """Write the new shards, divided among the processes; a run that was killed continues with those not written yet.
 
     A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and
     ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
     """
-    data, inputs = plan.data, [record(plan.keep_list)]
+    data = plan.data
+    inputs = [record(plan.keep_list)]
     assert data is not None  # the plan has opened it
-    machine.on_main(lambda: _refuse_foreign(target))
+    context.on_rank0(lambda: _validate_own(target))
     wanted = {"settings": {}, "inputs": inputs, "overwrite": plan.settings.overwrite}
-    with claim_output(machine, target, _STEP, Sidecar, **wanted) as output:
+    with claim_output(context, target, _STEP, Sidecar, **wanted) as output:
         if output.finished is not None:
             reporter.note(f"{target} already holds these shards.")
             return
-        machine.on_main(output.start)
+        context.on_rank0(output.start)
         keep = read_keep_list(plan.keep_list)
         dropped_as = "dropped" if keep.has_reasons else "repeat"
-        mine = data.shards[machine.rank :: machine.size]
+        mine = data.shards[context.rank :: context.size]
 
         def write() -> tuple[dict[str, int], list[FileRecord]]:
-            sizes, files = dict[str, int](), list[FileRecord]()
+            sizes = dict[str, int]()
+            files = list[FileRecord]()
             choose = _choose(keep, data, mine, target)
             with reporter.progress("shards", len(mine), "shards") as progress:
                 for shard in mine:
@@ -69,7 +70,7 @@ def write_shards(plan: BalancePlan, target: Path, machine: Machine, reporter: Re
                     progress.advance()
             return sizes, files
 
-        parts = machine.gather(machine.on_all(write))
+        parts = context.gather(context.on_all(write))
 
         def finish() -> None:
             sizes = {name: size for part, _ in parts for name, size in part.items()}
@@ -88,7 +89,7 @@ def write_shards(plan: BalancePlan, target: Path, machine: Machine, reporter: Re
             files = [*(file for _, part in parts for file in part), record(output.work / _SIZES, output.work)]
             output.commit(counts={"samples": written, "missing": missing, "shards": by_file}, seconds={}, outputs=files)
 
-        machine.on_main(finish)
+        context.on_rank0(finish)
 
 
 def _write_shard(shard: Shard, choose: Choose, output: Output[Sidecar], dropped_as: str) -> int:
@@ -134,7 +135,7 @@ def _write_shard(shard: Shard, choose: Choose, output: Output[Sidecar], dropped_
     return copied.samples
 
 
-def _refuse_foreign(target: Path) -> None:
+def _validate_own(target: Path) -> None:
     """Refuse a folder whose shards another program wrote."""
     if is_claimed(target, _STEP):
         return
@@ -176,7 +177,8 @@ def _look_up(
 
     They are joined in a folder.
     """
-    keys, names = list[pa.Array](), list[pa.ChunkedArray]()
+    keys = list[pa.Array]()
+    names = list[pa.ChunkedArray]()
     numbers = {shard.name: number for number, shard in enumerate(data.shards)}
     by_uid = is_uid(keep.first_key)
     for shard in shards:

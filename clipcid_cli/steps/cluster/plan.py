@@ -1,22 +1,99 @@
-"""What `cluster` will do, once everything that can be wrong has been looked at."""
+"""What `cluster` works on: which embeddings, which of their rows are kept, and into how many clusters they are put."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters
+import numpy as np
+import pyarrow as pa
+
+from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters, joint_features
+from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, row_type
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.command import data_command
+from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import find_output, is_claimed
-from clipcid_cli.formats.sidecar import ClusterSidecar
+from clipcid_cli.formats.sidecar import ClusterSidecar, RepairFigures
+from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.steps.cluster.rows import ClusterRows, choose_rows
+from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.steps.keep_list import choose_keep_list
+from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 # As many as faiss asks for before it warns.
 _MIN_PER_CENTROID = 39
+NUM_NEAREST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterRows:
+    """The rows to cluster, numbered 0 … N − 1 in the order of the embeddings.
+
+    Attributes:
+        keep_list: The keep list that chose them; None for all.
+        places: Where they are among all rows of the embeddings, integers [N], ascending.
+        joint: Whether the features are joint ones of image and caption.
+        repair: What was found of the repair of the teacher; None where nothing was judged.
+        skips: Rows that cannot be used.
+    """
+
+    embeddings: Embeddings
+    keep_list: Path | None
+    places: IntArray
+    joint: bool
+    repair: RepairFigures | None
+    skips: Skips
+    images: Rows
+    texts: Rows | None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def width(self) -> int:
+        """Width D of the features."""
+        return self.embeddings.width
+
+    @property
+    def towers(self) -> dict[str, Callable[[IntArray], HalfArray]]:
+        """What reads the rows of each tower whose nearest centroids are stored."""
+        if self.texts is None:
+            return {"image": self.features}
+        return {"image": self.features, "caption": self.captions}
+
+    def sample(self, count: int, seed: int) -> ClusterRows:
+        """Return `count` of the rows, each set of them as likely as another. They share the mapped files."""
+        random = np.random.default_rng(derive_seed("cluster rows", seed))
+        chosen = np.sort(random.choice(len(self), count, replace=False, shuffle=False))
+        return dataclasses.replace(self, places=self.places[chosen])
+
+    def features(self, numbers: IntArray) -> HalfArray:
+        """Read what is clustered of some rows: unit rows, float16 [n, D]."""
+        images = self.images.take(self.places[numbers])
+        return joint_features(images, self.captions(numbers)) if self.joint else images
+
+    def captions(self, numbers: IntArray) -> HalfArray:
+        """Read the embeddings of the captions of some rows: unit rows, float16 [n, D]."""
+        assert self.texts is not None  # they are asked for
+        return self.texts.take(self.places[numbers])
+
+    def keys(self, start: int, stop: int) -> pa.ChunkedArray:
+        """Read the keys of rows start … stop − 1, strings."""
+        pieces = self.embeddings.take_column(self.embeddings.keys_of, self.places[start:stop])
+        return pa.chunked_array(pieces, pa.large_string())
+
+    def fingerprint(self) -> list[FileRecord]:
+        """Describe every input file."""
+        found = self.embeddings.fingerprints([Kind.TEXTS])
+        return found if self.keep_list is None else [*found, record(self.keep_list)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +113,16 @@ class ClusterPlan:
     num_clusters: int
     wanted: dict[str, Any]
 
+    @property
+    def num_nearest(self) -> int:
+        """Return m, the number of nearest centroids stored of each image and caption: docs/method.md#soft-labels."""
+        return min(NUM_NEAREST, self.num_clusters)
+
 
 def make_plan(settings: ClusterSettings, reporter: Reporter) -> ClusterPlan:
     """Look at everything that can be wrong, and say what was taken."""
-    folder, rows = WorkDirectory(settings.work).clusters, choose_rows(settings, reporter)
+    folder = WorkDirectory(settings.work).clusters
+    rows = _choose_rows(settings, reporter)
     num_clusters = _choose_num_clusters(settings, rows, reporter)
     trained = rows
     if settings.train_rows is not None and settings.train_rows < len(rows):
@@ -82,3 +165,48 @@ def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter:
             f"Give --num-clusters at most {count:,}; the default would be {default:,}.",
         )
     return settings.num_clusters
+
+
+def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
+    """Find the embeddings and the keep list, join them by key and say which were taken."""
+    work = WorkDirectory(settings.work)
+    folder = settings.embeddings if settings.embeddings is not None else work.find_embeddings()
+    cache = None if settings.dry_run else work.fingerprints
+    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache)
+    reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
+    if settings.features == "joint" and not embeddings.has_texts:
+        raise ClipcidError(
+            f"--features joint needs text embeddings, but {folder} has none.",
+            f"Use --features image, or embed the captions too: {data_command(folder, embeddings.sidecar, text=True)}",
+        )
+    embeddings.validate_unique_keys()
+    usable = np.ones(embeddings.num_rows, dtype=np.bool_)
+    bad = embeddings.find_bad_rows(texts=True)
+    usable[bad] = False
+    skips = Skips.of(
+        {key: "nan_row" for piece in embeddings.take_column(embeddings.keys_of, bad) for key in piece.to_pylist()}
+    )
+    skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))
+    if skips.total:
+        reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
+    keep_list = choose_keep_list(settings.keep_list, work, "rows", settings.max_bad_fraction, reporter)
+    if keep_list is not None:
+        scratch = None if settings.dry_run else work.path  # a dry run leaves it as it is
+        usable &= keep_list.find_kept(
+            lambda: map(embeddings.keys_of, embeddings.files), embeddings.num_rows, scratch, str(folder), reporter
+        )
+    if not usable.any():
+        raise ClipcidError(
+            f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
+        )
+    embeddings, repair = repair_teacher(settings, embeddings, reporter)
+    return ClusterRows(
+        embeddings,
+        keep_list=None if keep_list is None else keep_list.path,
+        places=np.flatnonzero(usable).astype(row_type(len(usable))),
+        joint=settings.features == "joint",
+        repair=repair,
+        skips=skips,
+        images=embeddings.rows(Kind.IMAGES),
+        texts=embeddings.rows(Kind.TEXTS) if embeddings.has_texts else None,
+    )

@@ -1,7 +1,4 @@
-"""The batches of a run: which samples each has, what a worker makes of some of them, and how they are joined.
-
-Batches are dealt in work items of at most 256 images: a worker needs memory for one of them, whatever the batch.
-"""
+"""The batches of a run: which samples each has, what a worker makes of at most 256 of them, and how they are joined."""
 
 from __future__ import annotations
 
@@ -21,8 +18,8 @@ from clipcid_cli.algorithms.losses.batch import ClusterTargets
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.sample_rows import take_captions, take_images
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.formats.embeddings.rows import take_captions, take_images
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import (
     Augmentation,
     Masking,
@@ -32,11 +29,10 @@ from clipcid_cli.runtime.models.augment import (
     identity_colors,
     mix_pixels,
 )
+from clipcid_cli.runtime.models.clip_model import Tokenizer
 from clipcid_cli.runtime.models.decode import ImageCache, SkippedImage, full_size
-from clipcid_cli.runtime.models.preprocess import Tokenizer
 from clipcid_cli.runtime.pipeline import join_on, ordered_map, prefetch
-from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.runtime.sample_order import SampleOrder
+from clipcid_cli.runtime.randomness import SampleOrder, derive_seed
 from clipcid_cli.steps.distill.clusters import ClusterLookup
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
@@ -88,13 +84,10 @@ class TrainingBatch:
         tokens: Of captions and of further texts, int64 [b + e, L].
         bad: (reason, key) of images that could not be decoded; they are white in `pixels`.
         kept_patches: Patches of each image that are seen where the others are masked, int64 [b, n].
-        teacher_image_bD: A stored teacher's rows of the images or views that are shown, float16.
-        teacher_text_bD: Those of the captions or variants that are shown.
-        teacher_extra_eD: Those of the further texts.
+        teacher_image_bD: A stored teacher's rows of what is shown, float16; so for captions and further texts.
         teacher_pixels: The same views at an online teacher's size, uint8 [b, H, W, 3].
         teacher_tokens: The same captions by its tokenizer, int64 [b, L].
-        image_clusters: Targets of the global batch's images.
-        text_clusters: Those of its captions, where both towers are taught.
+        image_clusters: Targets of the global batch's images; of its captions, where both towers are taught.
     """
 
     pixels: Tensor
@@ -155,7 +148,8 @@ class _TokenCache:
     """A tokenizer that keeps the tokens of about `max_texts` texts, which are then found in a tenth of the time."""
 
     def __init__(self, tokenizer: Tokenizer, max_texts: int) -> None:
-        self._tokenizer, self._max_texts = tokenizer, max_texts
+        self._tokenizer = tokenizer
+        self._max_texts = max_texts
         self._tokens = dict[str, Tensor]()
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -179,7 +173,7 @@ class BatchMaker:
         teacher: Processor | None = None,
         masking: Masking | None = None,
     ) -> None:
-        """Prepare a maker; an online teacher is shown the same views and captions as the student."""
+        """An online teacher is shown the same views and captions as the student."""
         stored = inputs.stored
         self._settings = settings
         self._samples = inputs.training
@@ -200,8 +194,10 @@ class BatchMaker:
         self._tokens = [_TokenCache(each.tokenizer, max_texts) for each in self._shown_to]
 
     def __call__(self, work: WorkItem) -> TrainingBatch:
-        """Make the part, in order; each image is written into its tensor before the next one is decoded."""
-        bad, views, texts = list[tuple[str, str]](), list[int](), list[_Text]()
+        """Make the part; each image is written into its tensor before the next one is decoded."""
+        bad = list[tuple[str, str]]()
+        views = list[int]()
+        texts = list[_Text]()
         count = len(work.items)
         pixels = [torch.empty(count, *each.pixels.size[::-1], 3, dtype=torch.uint8) for each in self._shown_to]
         colors = torch.empty(count, 3, 4)
@@ -227,7 +223,8 @@ class BatchMaker:
             kept_patches=None if self._masking is None else self._choose_patches(self._masking, work.items),
         )
         if len(self._shown_to) > 1:
-            batch.teacher_pixels, batch.teacher_tokens = pixels[1], self._tokens[1](words)
+            batch.teacher_pixels = pixels[1]
+            batch.teacher_tokens = self._tokens[1](words)
         self._add_stored_rows(batch, work, views, texts)
         return batch
 
@@ -240,7 +237,8 @@ class BatchMaker:
         """
         image = self._decode(sample, bad)
         if image is not None and self._num_views:
-            embedding_rows, places = self._samples.column("embeddings"), self._samples.column("places")
+            embedding_rows = self._samples.column("embeddings")
+            places = self._samples.column("places")
             embedded = int(embedding_rows[item.row])
             begin = derive_seed("view", self._settings.seed, sample.key) + item.epoch
             for offset in range(self._num_views):
@@ -273,7 +271,8 @@ class BatchMaker:
     def _choose_text(self, sample: Sample, epoch: int) -> _Text:
         """Choose one of a sample's captions, but the first alone where only that is embedded; or a variant of one."""
         captions = sample.captions
-        seed, dropout = self._settings.seed, self._settings.caption_dropout
+        seed = self._settings.seed
+        dropout = self._settings.caption_dropout
         if self._variants is not None:
             random = np.random.default_rng(derive_seed("variant", seed, epoch, sample.key))
             if random.uniform() < self._settings.variant_share:
@@ -320,25 +319,19 @@ class Batches:
         clusters: ClusterLookup | None,
         batch_size: int,
         seed: int,
-        machine: Machine,
+        context: DistContext,
     ) -> None:
-        """Prepare batches of `batch_size` samples over all processes; of each, this one has a contiguous slice.
-
-        Args:
-            make: A `BatchMaker`, called in workers.
-            clusters: None where no loss needs them.
-        """
+        """Prepare batches of `batch_size` samples over all processes; `make`, a `BatchMaker`, is called in workers."""
+        self._inputs = inputs
+        self._samples = inputs.training
+        self._make = make
+        self._clusters = clusters
         self._batch_size = batch_size
-        self._inputs, self._samples = inputs, inputs.training
-        self._extra_texts = None if inputs.stored is None else inputs.stored.extra_texts
-        self._num_texts = inputs.num_extra_texts(batch_size)
-        self._make, self._clusters = make, clusters
-        self._seed, self._machine = seed, machine
-        self._shard_sizes = self._samples.sizes.tolist()
-        self._count = -(-batch_size // machine.size // _MAX_ITEMS)
+        self._seed = seed
+        self._machine = context
+        self._num_parts = -(-batch_size // context.size // _MAX_ITEMS)
 
     def __len__(self) -> int:
-        """Samples of one epoch."""
         return self._samples.total
 
     def load(self, steps: range, workers: int) -> Generator[TrainingBatch]:
@@ -352,14 +345,14 @@ class Batches:
 
         with closing(ordered_map(self._make, deal(), workers)) as made:
             # In shared memory each tensor of a part would hold an open file until its batch is whole.
-            parts = made if self._count == 1 else map(TrainingBatch.copied, made)
-            whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self._count, strict=True))
+            parts = made if self._num_parts == 1 else map(TrainingBatch.copied, made)
+            whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self._num_parts, strict=True))
             with closing(prefetch(lambda pair: self.finish(*pair), whole, self._machine.device)) as finished:
                 yield from finished
 
     def deal(self, steps: range) -> Iterator[DealtBatch]:
         """Say what workers shall make of each step's batch; a start anywhere deals the same."""
-        order = SampleOrder(self._seed, self._shard_sizes, index_of(self._inputs.dataset).fetch_ahead)
+        order = SampleOrder(self._seed, self._samples.sizes.tolist(), index_of(self._inputs.dataset).fetch_ahead)
         own = slice(*self._machine.share(self._batch_size))
         for step in steps:
             first = step * self._batch_size
@@ -367,8 +360,10 @@ class Batches:
             epochs = np.arange(first, first + self._batch_size)[own] // len(self)
             refs = self._inputs.refs(self._samples, rows[own])
             items = [Item(*found) for found in zip(rows[own].tolist(), epochs.tolist(), refs, strict=True)]
-            pieces = zip(_cut(items, self._count), _cut(self._draw_texts(step, rows), self._count), strict=True)
-            yield DealtBatch(step, rows, [WorkItem(*piece) for piece in pieces])
+            texts = self._draw_texts(step, rows)
+            yield DealtBatch(
+                step, rows, list(map(WorkItem, _cut(items, self._num_parts), _cut(texts, self._num_parts)))
+            )
 
     def make(self, dealt: DealtBatch) -> list[TrainingBatch]:
         """Make the parts of a process here, as workers do."""
@@ -383,16 +378,17 @@ class Batches:
 
     def keys(self, step: int) -> list[str]:
         """Return the keys of a step's whole batch."""
-        rows = SampleOrder(self._seed, self._shard_sizes).rows(step * self._batch_size, (step + 1) * self._batch_size)
+        order = SampleOrder(self._seed, self._samples.sizes.tolist())
+        rows = order.rows(step * self._batch_size, (step + 1) * self._batch_size)
         return [ref.key for ref in self._inputs.refs(self._samples, rows)]
 
     def _draw_texts(self, step: int, rows: npt.NDArray[np.int64]) -> list[ExtraText]:
         """Draw this process's part of a step's further texts: a slice of what one process would take."""
-        extra = self._extra_texts
+        extra = None if self._inputs.stored is None else self._inputs.stored.extra_texts
         if extra is None:
             return []
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))
-        count = self._num_texts
+        count = self._inputs.num_extra_texts(self._batch_size)
         own = slice(*self._machine.share(count))
         if extra.variants is None:
             return [ExtraText(row) for row in random.integers(len(extra.rows), size=count)[own].tolist()]

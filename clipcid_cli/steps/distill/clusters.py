@@ -21,19 +21,14 @@ from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher, StoredTeacher
-from clipcid_cli.steps.model_identity import cluster_with, validate_teacher
+from clipcid_cli.steps.models import cluster_with, validate_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class ChosenClusters:
-    """The clusters that teach.
-
-    Attributes:
-        teach_text: Whether they teach the text tower as well as the image tower.
-        temperatures: τ_T of the images' and of the captions' distribution: as requested, else as stored.
-    """
+    """The clusters that teach, with τ_T of the images' and of the captions' distribution: as requested, else as stored."""
 
     files: Clusters
     teach_text: bool
@@ -41,13 +36,13 @@ class ChosenClusters:
 
     @property
     def towers(self) -> list[tuple[TopClusters, float]]:
-        """The nearest centroids of the table's rows and τ_T: of the images, and of the captions where they teach too."""
-        images, captions = self.files.images, self.files.captions
-        taught = [images] if captions is None or not self.teach_text else [images, captions]
+        """The nearest centroids of the table's rows and τ_T, of each tower that is taught."""
+        captions = self.files.captions
+        taught = [self.files.images] if captions is None or not self.teach_text else [self.files.images, captions]
         return list(zip(taught, self.temperatures, strict=False))
 
     def fingerprints(self) -> list[FileRecord]:
-        """Describe the files a run reads, for its sidecar."""
+        """Describe the files a run reads."""
         return [record(self.files.folder / name) for name in (TABLE, CENTROIDS)]
 
 
@@ -109,10 +104,10 @@ def use_clusters(
     """Let clusters teach; those of other images, or of the teacher before its repair, are refused."""
     _validate_repair(settings, clusters, teacher)
     if counts.without_cluster:
-        few, of = counts.without_cluster, counts.candidates
-        lacking = f"{few:,} of {of:,} samples to train on are not in {clusters.folder}"
+        few = counts.without_cluster
+        lacking = f"{few:,} of {counts.candidates:,} samples to train on are not in {clusters.folder}"
         # With stored embeddings, what `embed` left out is known; beside an online teacher the clusters alone tell.
-        if not settings.online_teacher or few > settings.max_bad_fraction * of:
+        if not settings.online_teacher or few > settings.max_bad_fraction * counts.candidates:
             or_not = ", or these could not be embedded (--max-bad-fraction)" if settings.online_teacher else ""
             raise ClipcidError(
                 f"{lacking}: the clusters were made from another keep list{or_not}.",
@@ -130,9 +125,9 @@ def use_clusters(
         reporter.warn("--cluster-towers both: captions after an image's first are taught the clusters of the first.")
     towers = "both towers" if teach_text else "the image tower"
     reporter.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centroids, for {towers}.")
-    stored, asked = clusters.sidecar.temperatures, settings.cluster_temperature
-    image = stored["image"] if asked is None else asked
-    caption = stored.get("caption", image) if asked is None else asked
+    stored = clusters.sidecar.temperatures
+    image = settings.cluster_temperature or stored["image"]
+    caption = settings.cluster_temperature or stored.get("caption", image)
     return ChosenClusters(clusters, teach_text, (image, caption))
 
 
@@ -153,12 +148,7 @@ def _validate_repair(settings: DistillSettings, clusters: Clusters, teacher: Sto
 
 @dataclasses.dataclass(frozen=True)
 class ClusterLookup:
-    """The cluster targets of any batch.
-
-    Attributes:
-        table_rows: Row of the clusters' table of each sample to train on, [N], mapped.
-        towers: What `ChosenClusters.towers` returns.
-    """
+    """The cluster targets of any batch; `table_rows` are of each sample to train on, mapped."""
 
     centroids: ProjectedCentroids
     table_rows: Column
@@ -168,13 +158,10 @@ class ClusterLookup:
     def targets(self, rows: npt.NDArray[np.int64], step: int) -> tuple[ClusterTargets, ClusterTargets | None]:
         """Return the targets of a global batch: of its images, and of its captions where both towers are taught.
 
-        They are those of the images, whatever view is shown, and of first captions.
-
-        Args:
-            rows: Rows of its samples among those to train on, int64 [B].
-            step: Number of the step; decides the draw of centroids.
+        They are those of the images, whatever view is shown, and of first captions; the step decides the draw of centroids.
         """
-        settings, total = self.settings, len(self.centroids)
+        settings = self.settings
+        total = len(self.centroids)
         table_rows = self.table_rows[rows].astype(np.int64)
         active = np.concatenate([top.clusters[table_rows].reshape(-1) for top, _ in self.towers])
         if active.min() < 0 or active.max() >= total:

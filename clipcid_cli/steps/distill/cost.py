@@ -10,7 +10,7 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.memory import memory_in_use
+from clipcid_cli.runtime.distributed import memory_in_use
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.precision import Precision, choose_precision
@@ -18,7 +18,7 @@ from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps.distill.result import DistillCost, TeacherCost
 from clipcid_cli.steps.distill.teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.trainer import Trainer
-from clipcid_cli.steps.embed.cost import TYPICAL_CAPTION
+from clipcid_cli.steps.embed.run import TYPICAL_CAPTION
 
 _MEASURED = 3
 # The first step also allocates, and compiles with --torchcompile.
@@ -27,7 +27,8 @@ _WARM_UP = 1
 
 def estimate_cost(trainer: Trainer) -> DistillCost:
     """Estimate what a run takes, for ``--dry-run``."""
-    plan, reporter = trainer.plan, trainer.reporter
+    plan = trainer.plan
+    reporter = trainer.reporter
     batch_seconds, step_seconds, memory = _measure_steps(trainer)
     workers = max(1, plan.workers)
     # Workers prepare batches during the steps; without any, one follows the other.
@@ -61,7 +62,7 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
 
 def _measure_steps(trainer: Trainer) -> tuple[float, float, int]:
     """Return the time to prepare a batch and to train on it, medians in seconds, and the memory in use."""
-    device = trainer.machine.device
+    device = trainer.context.device
     prepared, trained = list[float](), list[float]()
     for dealt in trainer.batches.deal(range(_WARM_UP + _MEASURED)):
         made = time_trial(partial(trainer.batches.make, dealt), warm_up=0)
@@ -75,21 +76,25 @@ def _measure_steps(trainer: Trainer) -> tuple[float, float, int]:
 
 def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | None:
     """Measure the teacher on one batch of noise; None where there is none, or it cannot be loaded here."""
-    inputs, machine, taught_by = trainer.plan.inputs, trainer.machine, trainer.objective.teacher
+    taught_by = trainer.objective.teacher
     if taught_by is None:
         return None
-    embeddings, stored, teacher = inputs.embeddings, inputs.stored, taught_by.model
+    context = trainer.context
+    inputs = trainer.plan.inputs
+    embeddings = inputs.embeddings
+    stored = inputs.stored
+    teacher = taught_by.model
     if teacher is None:
         recorded = None if embeddings is None or embeddings.model is None else embeddings.model.spec
         spec = trainer.plan.settings.teacher or recorded
         if spec is None:
             return None
         try:
-            teacher = load_model(with_default_tag(parse_model(spec)), machine.device)
+            teacher = load_model(with_default_tag(parse_model(spec)), context.device)
         except ClipcidError as error:
             trainer.reporter.note(f"The time that the teacher would take in the loop is not measured: {error.message}")
             return None
-    images, texts = _time_teacher(teacher, trainer.plan.batch_size // machine.size, trainer.plan.settings.precision)
+    images, texts = _time_teacher(teacher, trainer.plan.batch_size // context.size, trainer.plan.settings.precision)
     seconds = images + texts
     # What is embedded once may be more than what is trained on: all images, not only the kept ones.
     rows = inputs.usable.total if embeddings is None else embeddings.num_rows
@@ -98,18 +103,14 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
         texts_per_image += len(embeddings.rows(Kind.FURTHER)) / rows
     if stored is not None and stored.variants is not None:
         texts_per_image += stored.variants.number
-    passes = passes_to_embed(images, texts, 0 if stored is None else stored.num_views, texts_per_image)
+    # In passes over images and one caption of each.
+    passes = ((1 + (0 if stored is None else stored.num_views)) * images + texts_per_image * texts) / seconds
     return TeacherCost(
         parameters=teacher.info.parameters,
         seconds=seconds,
         share=min(1.0, seconds / (step_seconds + (seconds if stored is not None else 0))),
         break_even=passes * rows / inputs.training.total,
     )
-
-
-def passes_to_embed(images: float, texts: float, num_views: int, texts_per_image: float) -> float:
-    """Return what embedding takes, in passes over images and one caption of each, which take `images` + `texts` seconds."""
-    return ((1 + num_views) * images + texts_per_image * texts) / (images + texts)
 
 
 def _time_teacher(teacher: ClipModel, count: int, requested: str) -> tuple[float, float]:
@@ -120,10 +121,9 @@ def _time_teacher(teacher: ClipModel, count: int, requested: str) -> tuple[float
     pixels = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
     tokens = teacher.tokenizer([TYPICAL_CAPTION] * count)
 
-    def measure(encode: Callable[[torch.Tensor, Precision], object], inputs: torch.Tensor) -> float:
-        def encode_all() -> None:
-            for part in torch.split(inputs, SAMPLES_AT_ONCE):
-                encode(part, precision)
+    def measure(encode: Callable[[torch.Tensor, Precision], torch.Tensor], inputs: torch.Tensor) -> float:
+        def encode_all() -> list[torch.Tensor]:
+            return [encode(part, precision) for part in torch.split(inputs, SAMPLES_AT_ONCE)]
 
         return time_trial(encode_all, teacher.device, warm_up=_WARM_UP, repeats=_MEASURED).seconds
 

@@ -14,7 +14,7 @@ from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.precision import Precision
@@ -35,7 +35,7 @@ _MAX_HELD_OUT = 5_000
 _BATCH = 256
 # What the names of metrics of the averaged weights begin with.
 EMA = "ema/"
-_FP32 = Precision("fp32", torch.float32, "evaluation")
+_FP32 = Precision("fp32", "evaluation")
 
 
 def zeroshot_settings(settings: DistillSettings) -> EvalZeroshotSettings:
@@ -86,9 +86,9 @@ class HeldOut:
 
     Attributes:
         rows: Their rows among all samples held out.
-        batches: Their pixels and first captions.
     """
 
+    student: ClipModel
     samples: list[Sample]
     rows: list[int]
     batches: list[Decoded]
@@ -107,12 +107,12 @@ class HeldOut:
         assert decoded.tokens is not None
         kept = slice(None) if len(rows) == len(samples) else rows
         batches = zip(*(torch.split(rows[kept], _BATCH) for rows in (decoded.pixels, decoded.tokens)), strict=True)
-        return cls([samples[row] for row in rows], rows, [Decoded(*batch) for batch in batches])
+        return cls(student, [samples[row] for row in rows], rows, [Decoded(*batch) for batch in batches])
 
-    def encode(self, student: ClipModel) -> tuple[Tensor, Tensor]:
-        """Encode it in full precision; image and text rows, float32 [n, d], unit, on the CPU."""
-        student.module.eval()
-        encoder = Encoder.of(student, _FP32, _BATCH)
+    def encode(self) -> tuple[Tensor, Tensor]:
+        """Encode images and first captions in full precision: unit rows, float32 [n, d] each, on the CPU."""
+        self.student.module.eval()
+        encoder = Encoder.of(self.student, _FP32, _BATCH)
         encoded = [encoder(batch) for batch in self.batches]
         images, texts = (torch.cat([rows[kind] for rows in encoded]) for kind in (Kind.IMAGES, Kind.TEXTS))
         return images, texts
@@ -123,49 +123,49 @@ class Evaluation:
 
     Attributes:
         held_out: On the first process; None when there are too few samples.
-        has_data: Whether there is anything to measure, the same on all processes.
     """
 
-    def __init__(self, inputs: Inputs, student: ClipModel, plan: ZeroshotPlan, machine: Machine) -> None:
-        """Read the held-out samples, on the first process."""
+    def __init__(self, inputs: Inputs, student: ClipModel, plan: ZeroshotPlan, context: DistContext) -> None:
         self.held_out: HeldOut | None = None
-        self._plan, self._machine = plan, machine
+        self._student = student
+        self._plan = plan
+        self._machine = context
 
         def read() -> bool:
             self.held_out = HeldOut.read(inputs, student)
             return self.held_out is not None
 
-        self.has_data = machine.on_main(read) or bool(plan.tasks)
+        self.has_data = context.on_rank0(read) or bool(plan.tasks)
 
-    def measure(self, student: ClipModel, state: TrainState) -> dict[str, float]:
+    def measure(self, state: TrainState) -> dict[str, float]:
         """Measure the student as it is, and with its averaged weights, in full precision; call it on every process.
 
-        Returns:
-            Metrics by name, those of a data set as ``NAME/METRIC`` without those that have no value (acc5 of four classes),
-            those of the average as ``ema/…``. Whole on the first process.
+        Metrics of a data set are called ``NAME/METRIC``, without those that have no value (acc5 of four classes), those of
+        the average ``ema/…``. They are whole on the first process.
         """
-        metrics = self._measure(student)
+        metrics = self._measure()
         if state.ema is None:
             return metrics
         averaged = metrics  # before the first step
         if state.step:
             with state.ema.swapped_in():
-                averaged = self._measure(student)
+                averaged = self._measure()
         return metrics | {f"{EMA}{name}": value for name, value in averaged.items()}
 
-    def _measure(self, student: ClipModel) -> dict[str, float]:
+    def _measure(self) -> dict[str, float]:
+        context = self._machine
+        student = self._student
         student.module.eval()
-        share_statistics(student.module, self._machine)
+        share_statistics(student.module, context)
         metrics: dict[str, float] = {}
         if self.held_out is not None:
-            images, texts = self.held_out.encode(student)
+            images, texts = self.held_out.encode()
             metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
-        machine, name = self._machine, ModelName(student.info.spec, "tag")
-        model = EvaluatedModel(name, machine, self._plan.settings, Reporter(), student)
+        model = EvaluatedModel(ModelName(student.info.spec, "tag"), context, self._plan.settings, Reporter(), student)
 
         def measure_task(task: ZeroshotTask) -> dict[str, float]:
             rows = model.encode(task)
-            return machine.on_main(lambda: measure(rows, machine.device, Reporter()).draws.values())
+            return context.on_rank0(lambda: measure(rows, context.device, Reporter()).draws.values())
 
         for task in self._plan.tasks:
             found = measure_task(task).items()
@@ -173,14 +173,14 @@ class Evaluation:
         return metrics
 
 
-def share_statistics(module: nn.Module, machine: Machine) -> None:
+def share_statistics(module: nn.Module, context: DistContext) -> None:
     """Give every process the first one's running statistics of batch normalisation, which are those that are written.
 
     In training each process gathers those of its own rows, and reads none.
     """
     buffers = [buffer for layer in batch_norms(module) for buffer in layer.buffers()]
-    if machine.size == 1 or not buffers:
+    if context.size == 1 or not buffers:
         return
-    first = machine.broadcast([buffer.cpu() for buffer in buffers] if machine.is_main else [])
+    first = context.broadcast([buffer.cpu() for buffer in buffers] if context.is_main else [])
     for buffer, value in zip(buffers, first, strict=True):
         buffer.copy_(value)

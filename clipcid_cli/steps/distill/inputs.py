@@ -19,7 +19,7 @@ from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
 from clipcid_cli.formats.sidecar import EmbedSidecar, RepairFigures, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.steps.data_index import cache_shards, ensure_index
@@ -36,9 +36,9 @@ from clipcid_cli.steps.distill.stored_teacher import (
     validate_keys,
     validate_requested,
 )
-from clipcid_cli.steps.embed.ensure import ensure_embeddings
+from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
-from clipcid_cli.steps.model_identity import find_mismatch
+from clipcid_cli.steps.models import find_mismatch
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -68,8 +68,13 @@ class Inputs:
 
     @property
     def stored(self) -> StoredTeacher | None:
-        """The teacher, where stored embeddings teach."""
+        """The teacher where it is one."""
         return self.teacher if isinstance(self.teacher, StoredTeacher) else None
+
+    @property
+    def trust(self) -> float:
+        """How far the teacher's pairing of images with captions is to be trusted, in (0, 1]."""
+        return 1.0 if self.repair is None else self.repair.trust
 
     @property
     def embeddings(self) -> Embeddings | None:
@@ -77,8 +82,9 @@ class Inputs:
         return None if self.teacher is None else self.teacher.embeddings
 
     def refs(self, samples: SampleRows, rows: npt.NDArray[np.int64]) -> list[SampleRef]:
-        """Return where samples are, by their rows among those to train on or those held out."""
-        shards, places = samples.shard_of(rows).tolist(), samples.column("places")[rows].tolist()
+        """Return where samples are, by their rows among `samples`."""
+        shards = samples.shard_of(rows).tolist()
+        places = samples.column("places")[rows].tolist()
         parts = {shard: index_of(self.dataset).part(shard) for shard in set(shards)}
         return [SampleRef(parts[shard], place) for shard, place in zip(shards, places, strict=True)]
 
@@ -90,7 +96,7 @@ class Inputs:
         return batch_size if extra.number is None else extra.number
 
 
-def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Reporter) -> Path | None:
+def find_embeddings(settings: DistillSettings, context: DistContext, reporter: Reporter) -> Path | None:
     """Find the teacher's embeddings, and make them where there are none; None when no loss needs them.
 
     Without ``--teacher`` it is the one whose embeddings the work directory holds.
@@ -100,24 +106,24 @@ def find_embeddings(settings: DistillSettings, machine: Machine, reporter: Repor
     if settings.embeddings is not None:
         return settings.embeddings
     if settings.online_teacher:
-        return machine.on_main(lambda: _find_of_online(settings))
+        return context.on_rank0(lambda: _find_of_online(settings))
     work = WorkDirectory(settings.work)
     teacher = settings.teacher
     if teacher is None:
         try:
-            return machine.on_main(work.find_embeddings)
+            return context.on_rank0(work.find_embeddings)
         except ClipcidError:
             if settings.data is None or work.has_embeddings():
                 raise
         teacher = DEFAULT_MODEL
         reporter.note(f"Teacher: {teacher}, the default.")
     folder = work.embeddings(with_default_tag(parse_model(teacher)).slug)
-    exists = machine.on_main(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
+    exists = context.on_rank0(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
     if not exists:
         validate_requested(settings, folder, None, model=teacher)
     # Existing embeddings of images only may suffice; new ones are of captions too.
     text = True if losses_of_captions(settings) or not exists else None
-    return ensure_embeddings(settings, machine, reporter, data=settings.data, model=teacher, text=text)
+    return ensure_embeddings(settings, context, reporter, data=settings.data, model=teacher, text=text)
 
 
 def _find_of_online(settings: DistillSettings) -> Path | None:
@@ -176,6 +182,8 @@ def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | 
     if online is not None:
         teacher = dataclasses.replace(online, embeddings=embeddings)
         reporter.note(f"Teacher: {online.name.spec}, run alongside the student on the same views and captions.")
+        if embeddings is None and settings.repair != "none":
+            reporter.note("It is left as it is: a repair is fitted to stored embeddings, of which there are none.")
     elif embeddings is not None:
         teacher = use_stored(settings, embeddings, counts, reporter)
     if teacher is not None:
@@ -200,6 +208,6 @@ def _open_data(
     if scratch is not None and dataset.index is None:
         dataset = dataclasses.replace(dataset, index_folder=scratch / "index")
     # By this process and its workers, while the others wait for what is found; `embed` has mostly done it before.
-    alone = Machine(0, 1, 0, torch.device("cpu"))
+    alone = DistContext(0, 1, 0, torch.device("cpu"))
     workers = default_workers(alone.device) if settings.workers is None else settings.workers
     return cache_shards(ensure_index(dataset, alone, workers, reporter), settings.cache_size)

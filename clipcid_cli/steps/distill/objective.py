@@ -9,53 +9,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.algorithms.losses.parameters import LossParameters
+from clipcid_cli.algorithms.losses.batch import LossBatch, rows_between
 from clipcid_cli.algorithms.losses.registry import load_loss
-from clipcid_cli.algorithms.losses.row_blocks import rows_between
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.teacher import Teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.training.grad_cache import Features
-from clipcid_cli.training.gradients import gather_rows, sum_over_processes
+from clipcid_cli.training.gradients import Features, gather_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The losses of a run.
+    """The losses of a run, with their weights.
 
     Attributes:
-        weights: Factor of each loss by name.
-        teacher: None where no loss needs one.
         local_loss: Whether each process computes the losses of its own rows only, against everybody's.
     """
 
     weights: dict[str, float]
     parameters: LossParameters
     teacher: Teacher | None
-    machine: Machine
+    context: DistContext
     local_loss: bool
 
     @classmethod
     def of(
         cls,
         settings: DistillSettings,
+        trust: float,
         student_width: int,
         teacher: Teacher | None,
-        machine: Machine,
+        context: DistContext,
         reporter: Reporter,
     ) -> Objective:
-        """Make the losses that the settings ask for, with their own parameters."""
+        """Make the losses that the settings ask for, at such trust in the teacher."""
         space = SharedSpace(student_width) if teacher is None else teacher.space
-        weights = {name: weight.at(space.width) for name, weight in settings.losses().items()}
-        reporter.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + ".")
+        chosen = settings.losses(trust)
+        weights = {name: weight.at(space.width) for name, weight in chosen.items()}
+        why = "" if chosen == settings.losses() else f" (trust in the teacher {trust:.2f}, by its repair)"
+        reporter.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + f"{why}.")
         seed = derive_seed("loss parameters", settings.seed)
-        parameters = LossParameters(weights, student_width, space, seed).to(machine.device)
-        return cls(weights, parameters, teacher, machine, settings.local_loss and machine.size > 1)
+        parameters = LossParameters(weights, student_width, space, seed).to(context.device)
+        return cls(weights, parameters, teacher, context, settings.local_loss and context.size > 1)
 
     def __call__(self, features: Features, student_scale: Tensor, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         """Compute the loss of a step from each process's features; call it on every process.
@@ -71,12 +69,13 @@ class Objective:
         values = torch.stack([term.detach() for term in terms])
         if not self.local_loss:
             return total, values
-        return total * self.machine.size, sum_over_processes(values)
+        return total * self.context.size, self.context.sum_(values)
 
     def _gather(self, features: Features, student_scale: Tensor, batch: TrainingBatch) -> LossBatch:
         """Collect everybody's features, and the teacher's, as unit rows of the shared space."""
-        size, count = self.machine.size, len(features.image)
-        start = self.machine.rank * count if self.local_loss else 0
+        size = self.context.size
+        count = len(features.image)
+        start = self.context.rank * count if self.local_loss else 0
         own = self._project(features)
         num_extra = len(features.text) - count  # texts without images come last
         extra = own.get("text_BD", own["text_Bd"])[count:] if num_extra else None
@@ -110,11 +109,11 @@ class Objective:
     def _project(self, features: Features) -> dict[str, Tensor]:
         """Return the unit rows that losses compare, by their names in `LossBatch`."""
         # float32 from here on, whatever the towers ran in: the losses subtract numbers that are nearly equal.
-        image, text = features.image.float(), features.text.float()
-        rows = {"image_Bd": image, "text_Bd": text}
-        image_map, text_map = self.parameters.image_map, self.parameters.text_map
+        rows = {"image_Bd": features.image.float(), "text_Bd": features.text.float()}
+        image_map = self.parameters.image_map
+        text_map = self.parameters.text_map
         if image_map is not None and text_map is not None:
-            rows |= {"image_BD": image_map(image), "text_BD": text_map(text)}
+            rows |= {"image_BD": image_map(rows["image_Bd"]), "text_BD": text_map(rows["text_Bd"])}
         if features.masked_image is not None:
             masked = features.masked_image.float()
             rows["masked_image_BD"] = masked if image_map is None else image_map(masked)

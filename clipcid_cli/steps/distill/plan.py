@@ -7,19 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.algorithms.losses.learning_rate import default_rate
-from clipcid_cli.algorithms.losses.registry import LOSSES
+from clipcid_cli.algorithms.losses.registry import LOSSES, default_rate
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.results.clusters import read_cluster_sidecar
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.models.clip_model import hash_preprocess
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.runtime.models.preprocess import hash_preprocess
 from clipcid_cli.runtime.pipeline import default_workers
-from clipcid_cli.runtime.sample_order import SHARDS_MIXED
+from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
 from clipcid_cli.steps.distill.student import Student
@@ -47,11 +46,10 @@ class Plan:
     """A run.
 
     Attributes:
-        evaluations: What `eval-zeroshot` measures in the end: the students on the data sets of ``--eval-data``.
-        batch_size: Samples of a global batch.
-        extra_texts: Further texts of a step, over all processes.
-        workers: Processes that prepare batches, for each training process.
-        log_every: Steps between lines of the training log, as in what follows.
+        evaluations: What `eval-zeroshot` measures in the end.
+        batch_size: Over all processes, as `extra_texts`.
+        workers: For each training process.
+        log_every: In steps, as what follows.
     """
 
     settings: DistillSettings
@@ -68,11 +66,11 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """Of the whole run."""
         return self.recipe.steps
 
 
-def check_named(settings: DistillSettings, reporter: Reporter) -> list[ZeroshotTask]:
+def validate_named(settings: DistillSettings, reporter: Reporter) -> list[ZeroshotTask]:
     """Look at what can be wrong with named inputs before hours of embedding; return the data sets of ``--eval-data``."""
     if settings.keep_list not in (None, NO_KEEP_LIST):
         read_keep_list(Path(settings.keep_list))
@@ -87,17 +85,17 @@ def plan_run(
     embeddings: Path | None,
     tasks: list[ZeroshotTask],
     scratch: Path | None,
-    machine: Machine,
+    context: DistContext,
     reporter: Reporter,
 ) -> Plan:
-    """Plan a run, on the first process; `embeddings` and `scratch` are as for `find_inputs`."""
+    """Plan a run, on the first process."""
     inputs = find_inputs(settings, embeddings, scratch, reporter)
-    batch_size = choose_batch_size(settings, inputs.training.total, machine)
+    batch_size = choose_batch_size(settings, inputs.training.total, context)
     extra_texts = inputs.num_extra_texts(batch_size)
-    if extra_texts % machine.size:
+    if extra_texts % context.size:
         raise UsageError(
-            f"--extra-texts {extra_texts} does not divide among {machine.size} processes.",
-            f"Use a multiple of {machine.size}.",
+            f"--extra-texts {extra_texts} does not divide among {context.size} processes.",
+            f"Use a multiple of {context.size}.",
         )
     recipe = _choose_recipe(settings, inputs, batch_size, student.model.info.embed_dim, reporter)
     if extra_texts:
@@ -119,30 +117,30 @@ def plan_run(
         recipe=recipe,
         batch_size=batch_size,
         extra_texts=extra_texts,
-        workers=default_workers(machine.device) if settings.workers is None else settings.workers,
+        workers=default_workers(context.device) if settings.workers is None else settings.workers,
         log_every=max(1, steps // _MAX_LOG_LINES),
         eval_every=settings.eval_every or max(1, steps // 10),
         checkpoint_every=settings.checkpoint_every or max(1, min(1_000, steps // 10)),
     )
 
 
-def choose_batch_size(settings: DistillSettings, samples: int, machine: Machine) -> int:
+def choose_batch_size(settings: DistillSettings, samples: int, context: DistContext) -> int:
     """Return the size of a global batch, which all processes and parts divide; refuse one that is larger than the data.
 
     By default it is the largest power of two that leaves enough steps, within the bounds.
     """
-    divisor = machine.size * settings.accum_freq
+    divisor = context.size * settings.accum_freq
     batch_size = settings.batch_size
     if batch_size is None:
         batch_size = _SMALLEST_BATCH
-        if machine.device.type == "cuda" and settings.steps is None:
+        if context.device.type == "cuda" and settings.steps is None:
             shown = (settings.epochs or DEFAULT_EPOCHS) * samples
-            while 2 * batch_size <= min(_LARGEST_BATCH_PER_GPU * machine.size, shown // _ENOUGH_STEPS):
+            while 2 * batch_size <= min(_LARGEST_BATCH_PER_GPU * context.size, shown // _ENOUGH_STEPS):
                 batch_size *= 2
         batch_size = max(divisor, min(batch_size, samples) // divisor * divisor)
     if batch_size % divisor:
         raise UsageError(
-            f"--batch-size {batch_size} does not divide into {machine.size} x {settings.accum_freq} equal parts "
+            f"--batch-size {batch_size} does not divide into {context.size} x {settings.accum_freq} equal parts "
             "(processes x --accum-freq).",
             f"Use a multiple of {divisor}.",
         )
@@ -178,12 +176,13 @@ def _choose_recipe(
     )
     if settings.optimizer == "muon":
         reporter.note("Optimizer: Muon for the layers of the towers, AdamW for all else.")
-    rate = default_rate(settings.losses(), settings.optimizer, batch_size, student_width)
-    if settings.lr is None:
-        reporter.note(f"Learning rate: {rate.value:g} ({rate.reason}).")
+    lr = settings.lr
+    if lr is None:
+        lr, reason = default_rate(settings.losses(), settings.optimizer, batch_size, student_width)
+        reporter.note(f"Learning rate: {lr:g} ({reason}).")
     return Recipe(
         optimizer=settings.optimizer,
-        lr=settings.lr or rate.value,
+        lr=lr,
         weight_decay=settings.wd,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
@@ -200,13 +199,14 @@ def identity(plan: Plan, student: Student) -> dict[str, Any]:
     # Data and teacher are inputs, identified by their content, however they were named.
     for name in ("data", "teacher", "epochs", "init_from"):
         del given[name]
-    info, clusters = student.model.info, plan.inputs.clusters
+    info = student.model.info
+    clusters = plan.inputs.clusters
     given |= {
         "preset": settings.chosen_preset,
         "precision": student.precision.name,
         "warmup": plan.recipe.warmup,
         "lr": plan.recipe.lr,
-        "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses().items()},
+        "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses(plan.inputs.trust).items()},
         "student": {
             "config": info.config,
             "weights": info.weights_hash,

@@ -37,24 +37,26 @@ _SIDES = ("image", "text")
 
 def write_report(trainer: Trainer) -> str:
     """Render the report of a finished run, an HTML page."""
-    plan, metrics, held_out = trainer.plan, trainer.metrics, trainer.evaluation.held_out
-    log, results = read_lines(plan.folder.train_log), read_lines(plan.folder.results_log)
+    plan = trainer.plan
+    held_out = trainer.evaluation.held_out
+    log = read_lines(plan.folder.train_log)
+    results = read_lines(plan.folder.results_log)
     scales = {name: name.removeprefix("scale_") for name in (log[0] if log else {}) if name.startswith("scale_")}
     measured: dict[str, Any] = {"headline": [], "recall_figure": None, "compared": [], "compared_on": 0, "examples": []}
     if held_out is not None:
-        rows = {"student": held_out.encode(trainer.student.model)}
+        rows = {"student": held_out.encode()}
         if trainer.state.ema is not None:
             with trainer.state.ema.swapped_in():
-                rows["average (EMA)"] = held_out.encode(trainer.student.model)
+                rows["average (EMA)"] = held_out.encode()
         recalls = {f"{side} recall at 1, held out": f"{side}_retrieval_recall@1" for side in _SIDES}
         measured = {
-            "headline": [(title, metrics[name]) for title, name in recalls.items() if name in metrics],
+            "headline": [(title, trainer.metrics[name]) for title, name in recalls.items() if name in trainer.metrics],
             "recall_figure": _draw_recalls(results) if len(results) > 1 else None,
             "compared": _compare(held_out, rows, plan.inputs),
             "compared_on": len(held_out.samples),
             "examples": _find_examples(held_out.samples, *rows["student"]),
         }
-    weights, losses = trainer.objective.weights, {f"loss_{name}": name for name in trainer.objective.weights}
+    weights = trainer.objective.weights
     return render_report(
         "distill.html",
         name=plan.folder.path.name,
@@ -64,19 +66,20 @@ def write_report(trainer: Trainer) -> str:
         batch_size=plan.batch_size,
         training=plan.inputs.training.total,
         held_out=plan.inputs.held_out.total,
-        loss_figure=_draw("Losses", log, losses, smooth=True, ylabel="loss"),
+        loss_figure=_draw("Losses", log, {f"loss_{name}": name for name in weights}, smooth=True, ylabel="loss"),
         named_figure=_draw_named(results) if len(results) > 1 else None,
         rate_figure=_draw("Learning rate", log, {"lr": ""}, ylabel="learning rate"),
         scale_figure=_draw("Logit scales", log, scales, ylabel="logit scale"),
         inputs=_list_inputs(plan.inputs),
-        settings=output_settings(trainer.plan.settings),
+        settings=output_settings(plan.settings),
         **measured,
     )
 
 
 def _compare(held_out: HeldOut, students: dict[str, tuple[Tensor, Tensor]], inputs: Inputs) -> list[dict[str, Any]]:
     """Measure students (rows of both towers) and teacher on the held-out samples with a stored embedding."""
-    stored, rows = inputs.embeddings, students
+    stored = inputs.embeddings
+    rows = students
     if stored is not None and stored.has_texts:
         places = inputs.held_out.column("embeddings")[held_out.rows].astype(np.int64)
         known = np.flatnonzero(places >= 0)

@@ -35,7 +35,7 @@ class TeacherCost(msgspec.Struct):
     """What the teacher takes.
 
     Attributes:
-        seconds: Time for the images and captions of one process's part of a batch.
+        seconds: For the images and captions of one process's part of a batch.
         share: Its share of a step that runs it.
         break_even: Epochs after which embedding everything once has cost less than running the teacher in each step.
     """
@@ -50,10 +50,9 @@ class DistillCost(msgspec.Struct):
     """What a run would take.
 
     Attributes:
-        memory_bytes: Memory in use by a process.
-        data_seconds_per_step: Time of one core to prepare a batch.
+        memory_bytes: Of one process.
+        data_seconds_per_step: Of one core.
         teacher: None where there is none, or it cannot be loaded here.
-        evaluations: What would be measured in the end.
     """
 
     student: str

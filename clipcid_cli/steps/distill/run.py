@@ -11,16 +11,16 @@ import msgspec
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output
-from clipcid_cli.formats.results.checkpoint import list_checkpoints
-from clipcid_cli.formats.results.run_folder import import_tensorboard
+from clipcid_cli.formats.results.run_folder import import_tensorboard, list_checkpoints
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.pipeline import start_worker_server
-from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps.claim import claim_output, scratch_folder
 from clipcid_cli.steps.distill.cost import estimate_cost
 from clipcid_cli.steps.distill.inputs import find_embeddings
-from clipcid_cli.steps.distill.plan import check_named, identity, plan_run
+from clipcid_cli.steps.distill.plan import identity, plan_run, validate_named
 from clipcid_cli.steps.distill.report import write_report
 from clipcid_cli.steps.distill.result import DistillCost, Distilled
 from clipcid_cli.steps.distill.student import load_student, write_students
@@ -28,9 +28,8 @@ from clipcid_cli.steps.distill.teacher import describe_weights, load_online_mode
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.evaluate.result import ZeroshotResults
 from clipcid_cli.steps.evaluate.zeroshot import evaluate
-from clipcid_cli.steps.preflight import check_samples
+from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.scratch import scratch_folder
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -41,12 +40,12 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
         start_worker_server()
     if settings.report_to == "tensorboard":
         import_tensorboard()  # before hours of embedding, and on every process, so that none waits for one that failed
-    with open_machine(settings.device) as machine, scratch_folder(machine, dry_run=settings.dry_run) as scratch:
-        tasks = machine.on_main(lambda: check_named(settings, reporter))
-        student = machine.on_all(lambda: load_student(settings, machine.device, reporter))
-        embeddings = find_embeddings(settings, machine, reporter)
-        plan = machine.on_main(lambda: plan_run(settings, student, embeddings, tasks, scratch, machine, reporter))
-        teacher = load_online_model(plan.inputs, machine)
+    with open_dist_context(settings.device) as context, scratch_folder(context, dry_run=settings.dry_run) as scratch:
+        tasks = context.on_rank0(lambda: validate_named(settings, reporter))
+        student = context.on_all(lambda: load_student(settings, context.device, reporter))
+        embeddings = find_embeddings(settings, context, reporter)
+        plan = context.on_rank0(lambda: plan_run(settings, student, embeddings, tasks, scratch, context, reporter))
+        teacher = load_online_model(plan.inputs, context)
         folder = plan.folder
         wanted: dict[str, Any] = {
             "settings": identity(plan, student),
@@ -55,30 +54,30 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
             "elsewhere": "--name",
         }
         if settings.dry_run:
-            machine.on_main(lambda: find_output(folder.path, "distill", DistillSidecar, **wanted))
-            check_samples(plan.inputs.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
-            cost = estimate_cost(Trainer(plan, student, teacher, machine, reporter))
+            context.on_rank0(lambda: find_output(folder.path, "distill", DistillSidecar, **wanted))
+            validate_samples(plan.inputs.dataset, context, settings.seed, dry_run=True, reporter=reporter)
+            cost = estimate_cost(Trainer(plan, student, teacher, context, reporter))
             cost.evaluations = plan.evaluations.preview(reporter)
             return cost
-        with claim_output(machine, folder.path, "distill", DistillSidecar, **wanted) as output:
+        with claim_output(context, folder.path, "distill", DistillSidecar, **wanted) as output:
             sidecar = output.finished
             if sidecar is not None:
                 reporter.note(f"{folder.path} holds this run already, finished.")
             else:
-                machine.on_main(lambda: output.start(folder.clear))
+                context.on_rank0(lambda: output.start(folder.clear))
                 # An unfinished run without a checkpoint may have ended because of what this finds.
-                if not (output.resumed and machine.on_main(lambda: list_checkpoints(folder.checkpoints))):
-                    check_samples(plan.inputs.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
-                trainer = Trainer(plan, student, teacher, machine, reporter, output)
-                prepared, first = time.perf_counter(), trainer.state.step
-                with closing(trainer.log):
+                if not (output.resumed and context.on_rank0(lambda: list_checkpoints(folder.checkpoints))):
+                    validate_samples(plan.inputs.dataset, context, settings.seed, dry_run=False, reporter=reporter)
+                trainer = Trainer(plan, student, teacher, context, reporter, output)
+                first = trainer.state.step
+                seconds = {"prepare": time.perf_counter() - started}
+                with closing(trainer.log), timed(seconds, "train"):
                     trainer.train()
-                seconds = {"prepare": prepared - started, "train": time.perf_counter() - prepared}
                 speed = (plan.steps - first) * plan.batch_size / seconds["train"]
                 unreadable = trainer.unreadable_images()
-                sidecar = machine.on_main(lambda: write(trainer, output, unreadable, speed, seconds))
+                sidecar = context.on_rank0(lambda: write(trainer, output, unreadable, speed, seconds))
             # After the sidecar: a run that is killed here is finished, and evaluates what is left when it is run again.
-            evaluated = evaluate(plan.evaluations, machine, reporter) if tasks else ZeroshotResults([], {})
+            evaluated = evaluate(plan.evaluations, context, reporter) if tasks else ZeroshotResults([], {})
     files = {
         "student": folder.student,
         **({"student_ema": folder.student_ema} if sidecar.made.ema is not None else {}),
@@ -104,21 +103,18 @@ def write(
     samples_per_second: float,
     seconds: dict[str, float],
 ) -> DistillSidecar:
-    """Write student, report and, last, the sidecar; the time of it is added to `seconds`.
-
-    Args:
-        unreadable: Images that could not be read: reason by key.
-    """
-    started = time.perf_counter()
-    plan, info = trainer.plan, trainer.student.model.info
-    inputs, folder = plan.inputs, plan.folder
+    """Write student, report and, last, the sidecar; the time of it is added to `seconds`."""
+    plan = trainer.plan
+    inputs = plan.inputs
+    folder = plan.folder
+    info = trainer.student.model.info
     skips = Skips.of(unreadable)
     skips.merge(inputs.usable.skips)
     if skips.total:
         trainer.reporter.warn(f"{skips.total:,} samples were not used as they are:\n{skips.describe()}")
-    written = write_students(folder, trainer.student.model, str(plan.settings.student), trainer.state)
-    write_text(folder.report, write_report(trainer))
-    seconds["write"] = time.perf_counter() - started
+    with timed(seconds, "write"):
+        written = write_students(folder, trainer.student.model, str(plan.settings.student), trainer.state)
+        write_text(folder.report, write_report(trainer))
     return output.commit(
         counts={
             "read": inputs.usable.read,

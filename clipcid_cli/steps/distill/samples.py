@@ -16,7 +16,6 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.index import DataIndex, Part, lock_index
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.sample_rows import sample_keys
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import Listing, Values, join, parquet_listing
 from clipcid_cli.formats.output import find_output, open_output
@@ -54,7 +53,8 @@ def index_of(dataset: Dataset) -> DataIndex:
 def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
     """Count the samples that can be trained on, from the records of the data's index."""
     index = index_of(dataset)
-    skips, without_caption = Skips(), Skips()
+    skips = Skips()
+    without_caption = Skips()
     for number, found in enumerate(index.records):
         skips.merge(found.skips)
         if found.with_captions < found.samples:
@@ -76,11 +76,7 @@ def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """The files that the data is matched with, where they are used.
-
-    Attributes:
-        required: Whether a sample without an embedding is left out of training.
-    """
+    """The files that the data is matched with, and whether a sample without an embedding is left out of training."""
 
     keep_list: Path | None = None
     embeddings: Embeddings | None = None
@@ -88,12 +84,12 @@ class Sources:
     clusters: Clusters | None = None
 
     def listings(self) -> dict[str, Listing]:
-        """Return the keys of each file with their numbers."""
+        """Return the keys of each file, with what is looked up by them."""
         found: dict[str, Listing] = {}
         if self.keep_list is not None:
             found["keep_list"] = parquet_listing(self.keep_list, "kept")
         if self.embeddings is not None:
-            found["embeddings"] = sample_keys(self.embeddings)
+            found["embeddings"] = self.embeddings.listing()
         if self.clusters is not None:
             found["clusters"] = parquet_listing(self.clusters.folder / TABLE)
         return found
@@ -151,12 +147,7 @@ def find_samples(
     scratch: Path | None,
     reporter: Reporter,
 ) -> tuple[Path, MatchCounts]:
-    """Find the folder of the run's samples, matched by an earlier start or run of the same inputs; else match them now.
-
-    Args:
-        data_records: The fingerprints of the data and the keep list.
-        scratch: Where a dry run writes them.
-    """
+    """Find the folder of the run's samples, matched by an earlier start or run of the same inputs; else match them now."""
     assert dataset.index_folder is not None, "opened with a folder for the index"
     identity = {
         # Keys of foreign embeddings may be made of the files' names.
@@ -203,7 +194,8 @@ def match_samples(
     bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
     counts = MatchCounts(bad_rows=len(bad))
     bar = reporter if len(shards) > _FEW_SHARDS else Reporter()
-    first, limits = 0, sources.limits(index)
+    limits = sources.limits(index)
+    first = 0
     with (
         writing_rows(folder, TRAINING, limits) as train,
         writing_rows(folder, HELD_OUT, limits) as hold_out,

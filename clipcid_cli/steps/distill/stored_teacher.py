@@ -22,8 +22,8 @@ from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
 from clipcid_cli.steps.distill.samples import MatchCounts
-from clipcid_cli.steps.embed.views import Views
-from clipcid_cli.steps.model_identity import embed_with, validate_teacher
+from clipcid_cli.steps.embed.encoder import Views
+from clipcid_cli.steps.models import embed_with, validate_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
@@ -33,12 +33,7 @@ _ANY = Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)
 
 
 class ExtraText(NamedTuple):
-    """A further text, as it is sent to a worker.
-
-    Attributes:
-        row: Its row among the teacher's embeddings of such texts.
-        sample: The sample of whose captions it is a variant; None for a line.
-    """
+    """A further text, as it is sent to a worker: its row among those embedded, and the sample of which it is a variant."""
 
     row: int
     sample: SampleRef | None = None
@@ -50,7 +45,6 @@ class ExtraTexts:
 
     Attributes:
         rows: The teacher's embeddings of all there are.
-        lines: The lines; None for variants.
         number: Texts a step, over all processes; None for as many as the batch has samples.
         fingerprints: Of the files of the lines.
     """
@@ -62,7 +56,7 @@ class ExtraTexts:
     fingerprints: list[FileRecord]
 
     def read(self, text: ExtraText) -> str:
-        """Return the words."""
+        """Return the words of a text."""
         if self.lines is not None:
             return self.lines[text.row]
         assert self.variants is not None
@@ -161,11 +155,7 @@ def choose_online(settings: DistillSettings, embeddings: Embeddings | None) -> O
 
 
 def open_stored(settings: DistillSettings, folder: Path, cache: Path | None, reporter: Reporter) -> Embeddings:
-    """Open the teacher's embeddings and check that the teacher made them, and for the captions that the losses need.
-
-    Args:
-        cache: Table in which the fingerprints of the files are remembered.
-    """
+    """Open the teacher's embeddings and check that the teacher made them, and for the captions that the losses need."""
     embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache)
     reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     teacher = named_teacher(settings) if settings.needs_teacher else None
@@ -210,11 +200,7 @@ def validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
 def use_stored(
     settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts, reporter: Reporter
 ) -> StoredTeacher:
-    """Let stored embeddings teach: all that they hold of the data, unless the settings say otherwise.
-
-    Args:
-        counts: What matching them with the data found.
-    """
+    """Let stored embeddings teach: all that they hold of the data, unless the settings say otherwise."""
     again = _embed_again(settings, embeddings)
     if counts.without_embedding > settings.max_bad_fraction * counts.candidates:
         raise ClipcidError(
@@ -257,7 +243,8 @@ def use_stored(
 def _known_variants(settings: DistillSettings, embeddings: Embeddings, number: int) -> TextVariants:
     """Return the embedded variants of captions, whose texts are made again by the recorded seed and rules."""
     made = {} if embeddings.sidecar is None else embeddings.sidecar.settings
-    rules, seed = made.get("text_variant_rules"), made.get("seed")
+    rules = made.get("text_variant_rules")
+    seed = made.get("seed")
     if rules == RULES and made.get("text_variants") == number and isinstance(seed, int):
         return TextVariants(number, seed)
     recorded = "no rules" if rules is None else f"rules {rules} for {made.get('text_variants')} variants, seed {seed}"
@@ -301,7 +288,8 @@ def _find_extra_texts(
 
 def _validate_texts(settings: DistillSettings, texts: EmbeddedTexts, embeddings: Embeddings) -> None:
     """Refuse texts that another model embedded."""
-    made, model = texts.sidecar.model, embeddings.model
+    made = texts.sidecar.model
+    model = embeddings.model
     if texts.rows.shape[1] == embeddings.width and (model is None or made.weights_hash == model.weights_hash):
         return
     of = "another tool's" if model is None else f"of {model.spec}, other weights"
@@ -323,12 +311,7 @@ def validate_requested(
     variants: int = 0,
     model: str | None = None,
 ) -> None:
-    """Refuse embeddings without the views and text variants that were asked for by name.
-
-    Args:
-        sidecar: Theirs; None where another tool made them, or there are none yet.
-        model: The teacher, where there are none yet.
-    """
+    """Refuse embeddings without the views and text variants that were asked for by name; those of `model` are to be made."""
     missing: dict[str, dict[str, Any]] = {}
     if settings.views == "stored" and not views:
         missing["--views stored"] = {"views": 8, "view_kind": ("strong", "mix"), "fast_decode": False}

@@ -17,17 +17,16 @@ from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.reading import describe
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.runtime.models.augment import Masking, apply_colors
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model, normalize_pixels
 from clipcid_cli.runtime.models.inherit import inherit
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
-from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.models.towers import freeze, image_tower_kind
 from clipcid_cli.runtime.precision import Precision, choose_precision, fast_attention
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.training.grad_cache import Features, GradCache
+from clipcid_cli.training.gradients import Features, GradCache
 from clipcid_cli.training.train_state import TrainState
 
 # Runs both towers on normalised pixels (on the model's device) and tokens (on the CPU): features [b, d], not normalised.
@@ -40,11 +39,10 @@ class Student:
 
     Attributes:
         model: Its ``info.weights_hash`` identifies its initial weights.
-        pruned: The passes of both towers that omit what features do not depend on.
-        encode_both: Those, or the compiled passes.
+        encode_both: The pruned passes, or the compiled ones.
         frozen: Modules that stay in evaluation mode.
         reads_tokens: Whether a loss reads features of patches and tokens.
-        masking: The further pass over images whose patches are masked; None where no loss has one.
+        masking: Of a further pass over the images; None where no loss has one.
     """
 
     model: ClipModel
@@ -191,8 +189,7 @@ def _checkpoint_layers(model: ClipModel) -> None:
 def write_students(folder: RunFolder, student: ClipModel, source: str, state: TrainState) -> list[Path]:
     """Write the trained model, and the one with averaged weights where there is one, as open_clip folders.
 
-    Args:
-        source: What was trained, as the user named it; tokenizer files of a folder are taken along.
+    Where the `source` that was trained is a folder, its tokenizer files are taken along.
     """
     info = student.info
     path = parse_model(source).path

@@ -18,17 +18,16 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, identity_of
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import apply_colors
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model, normalize_pixels
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.preprocess import normalize_pixels
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.clusters import ClusterLookup, validate_width
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher
-from clipcid_cli.steps.model_identity import cluster_with
+from clipcid_cli.steps.models import cluster_with
 from clipcid_cli.steps.repair import MAX_SCALE, teacher_scale
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -65,7 +64,7 @@ class Teacher:
 
     @torch.no_grad()
     def rows(self, batch: TrainingBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return t, u and u of the further texts of this process's part, unit rows in the shared space, float32 [b, D]."""
+        """Return t, u and u of the further texts of a part, unit rows in the shared space, float32 [b, D]."""
         image, text, extra = batch.teacher_image_bD, batch.teacher_text_bD, batch.teacher_extra_eD
         if self.model is not None:
             image, text = self._embed(self.model, batch)
@@ -93,12 +92,12 @@ class Teacher:
         return image if self.image_map_DD is None else image.float() @ self.image_map_DD, torch.cat(texts)
 
 
-def load_online_model(inputs: Inputs, machine: Machine) -> ClipModel | None:
-    """Load the teacher that runs alongside the student; None where none does."""
+def load_online_model(inputs: Inputs, context: DistContext) -> ClipModel | None:
+    """Load the teacher that runs alongside the student, where one does."""
     teacher = inputs.teacher
     if not isinstance(teacher, OnlineTeacher):
         return None
-    model = machine.on_all(lambda: load_model(teacher.name, machine.device))
+    model = context.on_all(lambda: load_model(teacher.name, context.device))
     model.module.requires_grad_(False)
     return model
 
@@ -115,28 +114,25 @@ def open_teacher(
     inputs: Inputs,
     model: ClipModel | None,
     student_width: int,
-    machine: Machine,
+    context: DistContext,
     reporter: Reporter,
 ) -> Teacher | None:
-    """Make the teacher ready; None where no loss needs one.
-
-    Args:
-        model: What `load_online_model` returned.
-    """
-    embeddings, chosen = inputs.embeddings, inputs.clusters
+    """Make the teacher ready, where a loss needs one; `model` is what `load_online_model` returned."""
+    embeddings = inputs.embeddings
+    chosen = inputs.clusters
     if model is not None:
         width = model.info.embed_dim
     elif embeddings is not None:
         width = embeddings.width
     else:
         return None
-    space = choose_space(settings, width, embeddings, student_width, machine, reporter)
+    space = choose_space(settings, width, embeddings, student_width, context, reporter)
     clusters = None
     if chosen is not None:
         if model is not None:
             spec = model.info.spec
             validate_width(chosen.files, f"teacher {spec}", width, cluster_with(parse_model(spec), settings))
-        centroids = ProjectedCentroids(chosen.files.centroids, space.axes, machine.device)
+        centroids = ProjectedCentroids(chosen.files.centroids, space.axes, context.device)
         clusters = ClusterLookup(centroids, inputs.training.column("clusters"), chosen.towers, settings)
     if model is None:
         assert embeddings is not None, "the width is theirs"
@@ -145,14 +141,14 @@ def open_teacher(
             reporter.note(f"The embeddings do not record the teacher's logit scale; using {MAX_SCALE:g}.")
         return Teacher(space, teacher_scale(embeddings), clusters)
     info = model.info
-    precision = choose_precision(settings.precision, machine.device, "embed", info.parameters)
+    precision = choose_precision(settings.precision, context.device, "embed", info.parameters)
     model.cast_products(precision)
     reporter.note(
         f"Online teacher: {info.parameters / 1e6:.1f} M parameters, {info.image_size[0]} px, {info.context_length} tokens, "
         f"precision {precision.name} ({precision.reason})."
     )
     image_map = None if embeddings is None else embeddings.image_map
-    map_DD = None if image_map is None else torch.from_numpy(image_map.map_DD).to(machine.device)
+    map_DD = None if image_map is None else torch.from_numpy(image_map.map_DD).to(context.device)
     return Teacher(space, model.logit_scale, clusters, model, precision, map_DD)
 
 
@@ -161,7 +157,7 @@ def choose_space(
     teacher_width: int,
     embeddings: Embeddings | None,
     student_width: int,
-    machine: Machine,
+    context: DistContext,
     reporter: Reporter,
 ) -> SharedSpace:
     """Choose the space in which student and teacher are compared; all processes take the first one's axes.
@@ -182,11 +178,11 @@ def choose_space(
             f"{by_layer} There are no stored embeddings to find the axes of --teacher-space pca in (clipcid embed)."
         )
     else:
-        axes = machine.on_main(lambda: principal_axes(_find_second_moment(settings, embeddings), student_width))
+        axes = context.on_rank0(lambda: principal_axes(_find_second_moment(settings, embeddings), student_width))
         dimensions = f"{student_width} of the teacher's {teacher_width} dimensions"
         if requested == "pca" or axes.kept >= _ENOUGH_VARIANCE:
             reporter.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its variance.")
-            basis = axes.basis_Dd.to(machine.device)
+            basis = axes.basis_Dd.to(context.device)
             return SharedSpace(student_width, dataclasses.replace(axes, basis_Dd=basis))
         reporter.note(
             f"{dimensions} keep only {axes.kept:.1%} of its variance, so a learned layer per student tower maps to all of "

@@ -13,18 +13,18 @@ from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.samples import close_copies
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.reading import reading
-from clipcid_cli.formats.results.checkpoint import (
+from clipcid_cli.formats.results.run_folder import (
+    TrainingLog,
     checkpoint_path,
     list_checkpoints,
     read_checkpoint,
     remove_old_checkpoints,
     write_checkpoint,
 )
-from clipcid_cli.formats.results.run_folder import TrainingLog
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.memory import keep_freed_memory, memory_in_use
+from clipcid_cli.runtime.distributed import DistContext, memory_in_use
+from clipcid_cli.runtime.libraries import keep_freed_memory
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.randomness import derive_seed
@@ -35,37 +35,36 @@ from clipcid_cli.steps.distill.plan import Plan
 from clipcid_cli.steps.distill.student import Student, batch_norms
 from clipcid_cli.steps.distill.teacher import open_teacher
 from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.training.step_values import StepValues
-from clipcid_cli.training.train_state import TrainState
+from clipcid_cli.training.train_state import StepValues, TrainState
 
 
 class Trainer:
-    """A run in progress.
-
-    Attributes:
-        losses: Those of the last step that was read, by name.
-        metrics: Those of the last evaluation, by name.
-    """
+    """A run in progress; `losses` are of the last step that was read, `metrics` of the last evaluation."""
 
     def __init__(
         self,
         plan: Plan,
         student: Student,
         teacher_model: ClipModel | None,
-        machine: Machine,
+        context: DistContext,
         reporter: Reporter,
         output: Output[DistillSidecar] | None = None,
     ) -> None:
         """Assemble a run, from its last checkpoint on where it has one; without an `output` it writes nothing."""
-        self.plan, self.student, self.machine, self.reporter, self._output = plan, student, machine, reporter, output
-        settings = plan.settings
+        self.plan = plan
+        self.student = student
+        self.context = context
+        self.reporter = reporter
+        self._output = output
         keep_freed_memory()
-        model, inputs = student.model, plan.inputs
-        processors = Processor.of(model), None if teacher_model is None else Processor.of(teacher_model)
-        maker = BatchMaker(settings, inputs, *processors, student.masking)
+        settings = plan.settings
+        inputs = plan.inputs
+        model = student.model
+        beside = None if teacher_model is None else Processor.of(teacher_model)
+        maker = BatchMaker(settings, inputs, Processor.of(model), beside, student.masking)
         width = model.info.embed_dim
-        teacher = open_teacher(settings, inputs, teacher_model, width, machine, reporter)
-        self.objective = Objective.of(settings, width, teacher, machine, reporter)
+        teacher = open_teacher(settings, inputs, teacher_model, width, context, reporter)
+        self.objective = Objective.of(settings, inputs.trust, width, teacher, context, reporter)
         reporter.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
         self.state = TrainState(
             model.module, self.objective.parameters, plan.recipe, student.precision.dtype, ema=settings.ema
@@ -73,25 +72,26 @@ class Trainer:
         self.bad: dict[str, str] = {}
         if output is not None:
             self._resume(output)
-        if settings.accum_freq * machine.size > 1 and batch_norms(model.module):
+        if settings.accum_freq * context.size > 1 and batch_norms(model.module):
             reporter.warn(
                 "The student has batch normalisation, whose statistics are those of each part of a batch: "
                 "--accum-freq and several processes change what it learns."
             )
         clusters = None if teacher is None else teacher.clusters
-        self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, machine)
-        self.evaluation = Evaluation(inputs, model, plan.evaluations, machine)
-        writes = output is not None and machine.is_main
+        self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, context)
+        self.evaluation = Evaluation(inputs, model, plan.evaluations, context)
+        writes = output is not None and context.is_main
         self.log = TrainingLog(
             plan.folder, self.state.step, writes=writes, tensorboard=settings.report_to == "tensorboard"
         )
-        self._values = StepValues(machine.device)
+        self._values = StepValues(context.device)
         self.losses: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
 
     def train(self) -> None:
         """Make the steps that are left: steps, and what is logged, measured and saved between them."""
-        plan, first = self.plan, self.state.step
+        plan = self.plan
+        first = self.state.step
         if first == 0:
             self._evaluate()
         if first == plan.steps:
@@ -99,7 +99,9 @@ class Trainer:
             self.losses, self.metrics = plan.folder.last_values()
             return
         close_copies()
-        steps, waited, started = range(first, plan.steps), 0.0, time.monotonic()
+        steps = range(first, plan.steps)
+        waited = 0.0
+        started = time.monotonic()
         with (
             closing(self.batches.load(steps, plan.workers)) as batches,
             self.reporter.progress("distill", len(steps) * plan.batch_size, "samples") as progress,
@@ -124,7 +126,7 @@ class Trainer:
                         lr=lr,
                         **{f"σ {name}": line[f"scale_{name}"] for name in self.state.log_scales},
                         waiting=f"{waited / seconds:.0%}",
-                        memory=f"{memory_in_use(self.machine.device) / 2**30:.1f} GiB",
+                        memory=f"{memory_in_use(self.context.device) / 2**30:.1f} GiB",
                     )
                 if evaluates:
                     self._evaluate()
@@ -133,14 +135,15 @@ class Trainer:
 
     def step(self, batch: TrainingBatch) -> float:
         """Make one optimiser step and return its learning rate; what it found stays on the device until it is read."""
-        state, student = self.state, self.student
+        state = self.state
+        student = self.student
         self._note_unreadable(batch)
         student.train()
         parts = range(self.plan.settings.accum_freq)
-        seeds = [derive_seed("step", self.plan.settings.seed, state.step, self.machine.rank, part) for part in parts]
+        seeds = [derive_seed("step", self.plan.settings.seed, state.step, self.context.rank, part) for part in parts]
         encoded = student.encode(batch, seeds)
         # Where the cluster loss is small it is the difference of two large terms: TF32 would leave nothing of its gradient.
-        with exact_accumulation(self.machine.device):
+        with exact_accumulation(self.context.device):
             total, losses = self.objective(encoded.features, student.model.module.logit_scale.exp(), batch)  # type: ignore[operator]
             state.backward(total)
         student.backward(encoded, before_last=state.averager.watch)
@@ -174,7 +177,7 @@ class Trainer:
 
     def unreadable_images(self) -> dict[str, str]:
         """Return the unreadable images that any process met so far, reason by key; call it on every process."""
-        return {key: reason for bad in self.machine.gather(self.bad) for key, reason in bad.items()}
+        return {key: reason for bad in self.context.gather(self.bad) for key, reason in bad.items()}
 
     def _learned(self) -> dict[str, Any]:
         """Return what is logged of logit scales, as logarithms, and of biases, by name."""
@@ -195,10 +198,11 @@ class Trainer:
 
     def _stop_diverged(self, step: int, loss: float, norm: float, losses: dict[str, float]) -> None:
         """Save the keys of the batch whose loss or gradient is not finite, the same on all processes, and raise."""
-        path, where = self.plan.folder.diverged(step), ""
+        path = self.plan.folder.diverged(step)
+        where = ""
         if self._output is not None:
             where = f" The batch's keys are in {path}."
-            if self.machine.is_main:
+            if self.context.is_main:
                 values = {name: value if math.isfinite(value) else str(value) for name, value in losses.items()}
                 found = {"step": step, "losses": values, "loss": str(loss), "gradient_norm": str(norm)}
                 write_json(path, found | {"keys": self.batches.keys(step)})
@@ -211,19 +215,19 @@ class Trainer:
     def _evaluate(self) -> None:
         if not self.evaluation.has_data:
             return
-        metrics = self.evaluation.measure(self.student.model, self.state)
-        if self.machine.is_main:
+        metrics = self.evaluation.measure(self.state)
+        if self.context.is_main:
             self.log.add_evaluation(self.state.step, metrics)
-        self.metrics = self.machine.broadcast(metrics)
+        self.metrics = self.context.broadcast(metrics)
 
     def _save(self) -> None:
         self.log.flush()
         bad = self.unreadable_images()
         Skips.of(bad).check(len(self.batches), self.plan.settings.max_bad_fraction, "the training data")
-        if self.machine.is_main:
+        if self.context.is_main:
             state = self.state.state_dict() | {"bad": bad}
             write_checkpoint(self.plan.folder.checkpoints, self.state.step, state)
-        self.machine.barrier()
+        self.context.barrier()
 
     def _resume(self, output: Output[DistillSidecar]) -> None:
         """Go on from the newest checkpoint of an unfinished run of the same settings and inputs, or clear the folder."""
@@ -236,18 +240,19 @@ class Trainer:
                     f"--resume latest, but {folder.path} has no checkpoint of an unfinished run with these settings.",
                     "Omit --resume to start one.",
                 )
-            self.machine.on_main(folder.clear)
+            self.context.on_rank0(folder.clear)
             return
-        path, state = checkpoint_path(folder.checkpoints, steps[-1]), read_checkpoint(folder.checkpoints, steps[-1])
+        path = checkpoint_path(folder.checkpoints, steps[-1])
+        state = read_checkpoint(folder.checkpoints, steps[-1])
         with reading(path, "the state of this run", "Remove it to resume from the one before, or use --resume never."):
             self.state.load_state_dict(state)
             bad: dict[str, str] = dict(state["bad"])
-        if self.machine.is_main:
+        if self.context.is_main:
             self.bad = bad
 
         def rewind() -> None:
             folder.rewind(self.state.step)
             remove_old_checkpoints(folder.checkpoints)
 
-        self.machine.on_main(rewind)
+        self.context.on_rank0(rewind)
         self.reporter.note(f"Resuming at step {self.state.step:,} of {self.plan.steps:,}.")

@@ -1,4 +1,6 @@
-"""What `embed` makes of samples beside images and captions, views and text variants, and its rows of float16.
+"""What `embed` makes of samples: rows of float16 of images and captions, and beside them of views and text variants.
+
+A view is drawn from the seed, the image's key, its batch and the view's number alone.
 
 Shape letters beside those of `steps.encode`: B samples of a full batch, V views of each, P numbers that describe one, W text
 variants of each.
@@ -8,26 +10,152 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.machine import Machine
-from clipcid_cli.runtime.models.augment import PACKED_VIEW, PARTNER, Augmentation, ViewPixels, apply_colors
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
-from clipcid_cli.runtime.models.preprocess import hash_preprocess, normalize_pixels
+from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.models.augment import (
+    PACKED_MIX,
+    PACKED_VIEW,
+    PARTNER,
+    STRONG,
+    Augmentation,
+    MixedView,
+    View,
+    ViewPixels,
+    apply_colors,
+    choose_view,
+    identity_colors,
+    mix_pixels,
+)
+from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess, load_model, normalize_pixels
 from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.embed.plan import EmbedPlan
-from clipcid_cli.steps.embed.views import Views, draw_views
 from clipcid_cli.steps.encode import BATCH_SIZES, Decoded, Decoder, Encoded, Encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """Which augmented views of each image are embedded in addition to its evaluation crop.
+
+    Attributes:
+        number: V, at least 1.
+        kinds: View v is of kind v modulo their number: `crop`, `strong` or `mix`.
+        augmentation: How views of kind `crop`, and both images of a `mix`, are drawn.
+    """
+
+    number: int
+    kinds: tuple[str, ...]
+    augmentation: Augmentation
+    seed: int
+
+    def kind(self, number: int) -> str:
+        """Return the kind of a view."""
+        return self.kinds[number % len(self.kinds)]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any view shows two images."""
+        return "mix" in self.kinds[: self.number]
+
+    @property
+    def packed_size(self) -> int:
+        """Numbers stored of each view."""
+        return PACKED_MIX if self.mixes else PACKED_VIEW
+
+    @property
+    def strongest(self) -> Augmentation:
+        """The smallest crops and strongest colours of any kind."""
+        drawn = self.augmentation
+        if "strong" not in self.kinds[: self.number]:
+            return drawn
+        return Augmentation(
+            crop_scale=min(drawn.crop_scale, STRONG.crop_scale),
+            color_jitter=max(drawn.color_jitter, STRONG.color_jitter),
+            gray_probability=max(drawn.gray_probability, STRONG.gray_probability),
+        )
+
+
+class _Mixture(NamedTuple):
+    """A view that shows a second image of the batch too: rows of both in the batch, and λ, the weight of the first."""
+
+    row: int
+    number: int  # of the view
+    other: int
+    weight: float
+
+
+def _draw_views(
+    views: Views,
+    render: ViewPixels,
+    keys: Sequence[str],
+    images: Iterable[tuple[int, Image.Image]],
+    pixels: npt.NDArray[np.uint8],
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Draw the views of a batch as its images are decoded: of each only crops are held.
+
+    A mixture whose second image cannot be read is a view of the first alone.
+
+    Args:
+        images: Those that can be read, by their rows.
+        pixels: What the views are written to, uint8 [V, B, H, W, 3].
+
+    Returns:
+        The colour maps that the pixels still need, [B, V, 3, 4], and the numbers that reproduce the views, [B, V, P].
+    """
+    shape = pixels.shape[1], views.number
+    colors = np.zeros((*shape, 3, 4), dtype=np.float32)
+    params = np.zeros((*shape, views.packed_size), dtype=np.float32)
+    firsts = dict[tuple[int, int], View]()
+    seconds = list[tuple[_Mixture, View, npt.NDArray[np.uint8]]]()
+    wanted = defaultdict[int, list[_Mixture]](list)
+    for mixture in _choose_mixtures(views, keys):
+        wanted[mixture.other].append(mixture)
+    for row, image in images:
+        for number in range(views.number):
+            drawn = STRONG if views.kind(number) == "strong" else views.augmentation
+            view = choose_view(drawn, *image.size, derive_seed("view", views.seed, number, keys[row]))
+            pixels[number, row] = render(image, view)
+            firsts[row, number] = view
+            colors[row, number] = view.colors
+            params[row, number] = MixedView(view, 1.0, 0.0, view).pack()[: views.packed_size]
+        for mixture in wanted[row]:
+            seed = derive_seed("mixed view", views.seed, mixture.number, keys[mixture.row])
+            second = choose_view(views.augmentation, *image.size, seed)
+            seconds.append((mixture, second, render(image, second)))
+    for mixture, second, shown in seconds:
+        row = mixture.row
+        number = mixture.number
+        first = firsts.get((row, number))
+        if first is not None:
+            mixed = MixedView(first, mixture.weight, mixture.other - row, second)
+            pixels[number, row] = mix_pixels(mixed, pixels[number, row], shown)
+            colors[row, number] = identity_colors()
+            params[row, number] = mixed.pack()
+    return colors, params
+
+
+def _choose_mixtures(views: Views, keys: Sequence[str]) -> Iterator[_Mixture]:
+    """Choose the second image of each mixture among the others of the batch; none where an image is alone."""
+    numbers = [number for number in range(views.number) if views.kind(number) == "mix"]
+    for row, key in enumerate(keys if len(keys) > 1 else ()):
+        for number in numbers:
+            random = np.random.default_rng(derive_seed("mix", views.seed, number, key))
+            other = int(random.integers(len(keys) - 1))
+            weight = float(np.float32(random.uniform(0.5, 1)))  # as it is stored
+            yield _Mixture(row, number, other + (other >= row), weight)
 
 
 @dataclasses.dataclass
@@ -77,7 +205,7 @@ class AugmentingDecoder(Decoder):
             deque(prepare(), maxlen=0)
         else:
             keys = [sample.key for sample in samples]
-            made = draw_views(self.views, self.render, keys, prepare(), pixels[1:].numpy())
+            made = _draw_views(self.views, self.render, keys, prepare(), pixels[1:].numpy())
             decoded.colors, decoded.params = map(torch.from_numpy, made)
         decoded.pixels = pixels.flatten(0, 1)
         return decoded
@@ -136,7 +264,8 @@ class EmbedEncoder:
 
     def describe(self) -> str:
         """Say how it encodes, and what it makes beside images and captions."""
-        precision, made = self.precision, self.decoder
+        precision = self.precision
+        made = self.decoder
         more = list[str]()
         if made.views is not None:
             mixing = f"; mixtures within batches of {made.batch_size} images" if made.views.mixes else ""
@@ -175,28 +304,28 @@ class EmbedEncoder:
 
     def _color(self, pixels: torch.Tensor, colors: torch.Tensor | None) -> torch.Tensor:
         """Apply the colour maps of views to their pixels."""
-        views, count = self.decoder.views, self.decoder.batch_size
+        views = self.decoder.views
         if views is None or colors is None or not views.strongest.changes_colors:
             return pixels
         maps = torch.eye(3, 4).repeat(len(pixels), 1, 1)
-        maps[count:] = colors.transpose(0, 1).reshape(-1, 3, 4)  # view after view, as the pixels
+        maps[self.decoder.batch_size :] = colors.transpose(0, 1).reshape(-1, 3, 4)  # view after view, as the pixels
         device = self.model.device
         shown = apply_colors(pixels.to(device, non_blocking=True), maps.to(device, non_blocking=True))
         return normalize_pixels(shown, self.model.info.preprocess)
 
 
-def load_encoder(plan: EmbedPlan, machine: Machine) -> EmbedEncoder:
+def load_encoder(plan: EmbedPlan, context: DistContext) -> EmbedEncoder:
     """Load the model on every process."""
     settings = plan.settings
-    workers = default_workers(machine.device) if settings.workers is None else settings.workers
+    workers = default_workers(context.device) if settings.workers is None else settings.workers
     if workers:
         start_worker_server()
-    model = machine.on_all(lambda: load_model(plan.name, machine.device))
-    precision = choose_precision(settings.precision, machine.device, "embed", model.info.parameters)
+    model = context.on_all(lambda: load_model(plan.name, context.device))
+    precision = choose_precision(settings.precision, context.device, "embed", model.info.parameters)
     model.cast_products(precision)
     augmentation = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
     views = Views(settings.views, settings.view_kinds, augmentation, settings.seed) if settings.views else None
-    batch_size = settings.batch_size or BATCH_SIZES[machine.device.type]
+    batch_size = settings.batch_size or BATCH_SIZES[context.device.type]
     if views is not None and views.mixes and batch_size < (min_size := 2 * (1 + views.number)):
         raise UsageError(
             f"--view-kind mix mixes the images of a batch, but with --batch-size {batch_size} and {views.number} views it "
@@ -205,7 +334,6 @@ def load_encoder(plan: EmbedPlan, machine: Machine) -> EmbedEncoder:
         )
     decoder = AugmentingDecoder(
         image_size=model.info.image_size,
-        context_length=model.info.context_length,
         transform=None if plan.of_texts else model.pixel_transform(),
         tokenizer=model.tokenizer if settings.text else None,
         # With views each sample makes 1 + V pictures: a batch's memory stays what it is.

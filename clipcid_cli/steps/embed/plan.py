@@ -13,17 +13,16 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.embeddings.layouts import find_rows
-from clipcid_cli.formats.embeddings.manifest import find_lost, read_manifest, record_together
+from clipcid_cli.formats.embeddings.manifest import read_manifest, read_unfinished
 from clipcid_cli.formats.embeddings.text_folder import TEXTS
-from clipcid_cli.formats.embeddings.writer import read_unfinished
-from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.fingerprint import FileRecord, find_lost, record_together
 from clipcid_cli.formats.output import find_output, is_claimed, other_run_error, unfinished
 from clipcid_cli.formats.sidecar import EmbedSidecar, TextsSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.text_variants import RULES
-from clipcid_cli.steps.model_identity import find_mismatch
+from clipcid_cli.steps.models import find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -116,7 +115,7 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
                 f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
             )
     plan = EmbedPlan(settings, without_text, step, folder, name, dataset, describe_shards(dataset))
-    _refuse_foreign_folder(folder, step)
+    _validate_own_folder(folder, step)
     with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
         return _look_at_output(plan)
     return plan
@@ -124,7 +123,8 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
 
 def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
     """Compare the request with what the folder holds, as far as that is known before the model is loaded."""
-    folder, step = plan.folder, plan.step
+    folder = plan.folder
+    step = plan.step
     sidecar = read_sidecar(sidecar_path(folder, step), plan.sidecar_type)
     if sidecar is None:
         there = read_unfinished(folder, step)
@@ -200,7 +200,7 @@ def describe_shards(dataset: Dataset) -> list[FileRecord]:
     return [msgspec.structs.replace(record, shard=shard.name) for record, shard in found]
 
 
-def _refuse_foreign_folder(folder: Path, step: str) -> None:
+def _validate_own_folder(folder: Path, step: str) -> None:
     """Refuse a folder with embeddings that this step did not write, since it would replace files there."""
     other, held, wanted = (
         (EMBED, "images", "texts alone") if step == TEXTS else (TEXTS, "texts without images", "the data")

@@ -4,65 +4,79 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import PIL
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.formats.embeddings.folder import read_embed_sidecar
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, merge_skips, read_manifest
+from clipcid_cli.formats.embeddings.manifest import (
+    MANIFEST,
+    EmbeddingWriter,
+    ShardRecord,
+    ShardRows,
+    merge_skips,
+    read_manifest,
+)
 from clipcid_cli.formats.embeddings.text_folder import TEXTS, TEXTS_FILE, write_texts
-from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output, find_works, open_output
 from clipcid_cli.formats.sidecar import TextsSidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import Machine, open_machine
-from clipcid_cli.runtime.timing import timed
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.distributed import DistContext, open_dist_context
+from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
+from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
+from clipcid_cli.runtime.timing import time_trial, timed
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index, stream_shard
-from clipcid_cli.steps.embed.cost import estimate_cost
 from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder, recount_partners
-from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, describe_shards, make_plan
-from clipcid_cli.steps.embed.result import Embedded, EmbedResult, TextsResult
+from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, choose_text, describe_shards, make_plan
+from clipcid_cli.steps.embed.result import EmbedCost, Embedded, EmbedResult, TextsCost, TextsResult
 from clipcid_cli.steps.encode import Batch, Encoded, encode, join, list_batches
-from clipcid_cli.steps.preflight import check_samples
+from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
+from clipcid_cli.steps.settings.shared import ReadingSettings
 
 _ADD_NO_TEXT = "Add --no-text to embed the images alone."
+# About as long as the median caption on the web, for estimates.
+TYPICAL_CAPTION = "a photo of a cat on a red chair"
 # From this many samples on, too many unusable ones end the step before all data is read.
 _EARLY_CHECK = 10_000
 
 
 def run(settings: EmbedSettings, reporter: Reporter) -> Embedded:
     """Embed a data set or a file of texts."""
-    with open_machine(settings.device) as machine:
-        return make_embeddings(settings, machine, reporter)
+    with open_dist_context(settings.device) as context:
+        return make_embeddings(settings, context, reporter)
 
 
 def make_embeddings(
-    settings: EmbedSettings, machine: Machine, reporter: Reporter, without_text: str = _ADD_NO_TEXT
+    settings: EmbedSettings, context: DistContext, reporter: Reporter, without_text: str = _ADD_NO_TEXT
 ) -> Embedded:
-    """Embed with the processes of `machine`; `without_text` is that of the plan."""
-    plan = machine.on_main(lambda: make_plan(settings, reporter, without_text))
+    """Embed with the processes of `context`; `without_text` is as of `EmbedPlan`."""
+    plan = context.on_rank0(lambda: make_plan(settings, reporter, without_text))
     if plan.finished is not None:
         if not settings.dry_run:
-            machine.on_main(lambda: _remove_leftovers(plan))
+            context.on_rank0(lambda: _remove_leftovers(plan))
         reporter.note(f"{plan.folder} already holds the embeddings of {plan.dataset.spec} with {plan.name.spec}.")
         return _describe(plan, plan.finished)
     shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards):,} shards"
     reporter.note(f"Embedding {plan.dataset.spec} ({shards}) with {plan.name.spec}.")
     if not plan.of_texts and (settings.dry_run or not plan.is_begun):
-        check_samples(plan.dataset, machine, settings.seed, dry_run=settings.dry_run, reporter=reporter)
-    encoder = load_encoder(plan, machine)
+        validate_samples(plan.dataset, context, settings.seed, dry_run=settings.dry_run, reporter=reporter)
+    encoder = load_encoder(plan, context)
     reporter.note(encoder.describe())
     made = plan.requested | encoder.settings
     wanted: dict[str, Any] = {
@@ -72,18 +86,72 @@ def make_embeddings(
         "may_differ": {"inputs"} if plan.may_grow else set(),
     }
     if settings.dry_run:
-        machine.on_main(lambda: find_output(plan.folder, plan.step, plan.sidecar_type, **wanted))
-        return estimate_cost(encoder, plan, machine)
-    with claim_output(machine, plan.folder, plan.step, plan.sidecar_type, **wanted) as output:
+        context.on_rank0(lambda: find_output(plan.folder, plan.step, plan.sidecar_type, **wanted))
+        return _estimate_cost(encoder, plan, context)
+    with claim_output(context, plan.folder, plan.step, plan.sidecar_type, **wanted) as output:
         if output.finished is not None:
             return _describe(plan, output.finished)
         writer = EmbeddingWriter(output.work, made, plan.shards)
-        machine.on_main(lambda: _start(output, writer))
-        timings = _embed_missing(plan, encoder, writer, machine, reporter)
+        context.on_rank0(lambda: _start(output, writer))
+        timings = _embed_missing(plan, encoder, writer, context, reporter)
         if not plan.of_texts:
-            ensure_index(plan.dataset, machine, encoder.workers, reporter)
-        sidecar = machine.on_main(lambda: _commit(plan, encoder, output, writer.finish(), timings, reporter))
+            ensure_index(plan.dataset, context, encoder.workers, reporter)
+        sidecar = context.on_rank0(lambda: _commit(plan, encoder, output, writer.finish(), timings, reporter))
     return _describe(plan, sidecar)
+
+
+def ensure_embeddings(
+    settings: ReadingSettings,
+    context: DistContext,
+    reporter: Reporter,
+    *,
+    data: str | None,
+    model: str,
+    text: bool | None = None,
+) -> Path:
+    """Find the embeddings another step needs in its work directory, and make them where they are missing.
+
+    Existing ones are taken whatever their batch size and precision.
+
+    Args:
+        text: Whether text embeddings are needed; None makes them where the data has captions.
+
+    Returns:
+        Folder of finished embeddings of this model over this data.
+    """
+    name = with_default_tag(parse_model(model))
+    folder = WorkDirectory(settings.work).embeddings(name.slug)
+    request = EmbedSettings(
+        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(ReadingSettings)}
+        | {"batch_size": None, "precision": "auto"},
+        data=data,
+        model=model,
+        text=bool(text),
+    )
+    sidecar = context.on_rank0(lambda: read_embed_sidecar(folder))
+    if sidecar is not None:
+        own = {field.name for field in dataclasses.fields(EmbedSettings)} - {"keys", "batch_size", "precision"}
+        made = {name: getattr(sidecar.made, name) for name in own.intersection(sidecar.settings)}
+        request = dataclasses.replace(request, **made | {"text": sidecar.made.text or bool(text)})
+    elif text is None:
+        request = dataclasses.replace(request, text=context.on_rank0(lambda: choose_text(request, reporter)))
+    result = make_embeddings(request, context, reporter, "" if text else embed_images_first(request, name))
+    if isinstance(result, EmbedCost):
+        raise ClipcidError(
+            f"There are no embeddings of {name.spec} in {folder}; making them would take about "
+            f"{result.seconds['encode']:,} s for {result.images:,} images.",
+            "--dry-run can estimate the cost of this step once they are made: "
+            + command_line("embed", data or "DATA", model=model, work=settings.work, **settings.data_flags),
+        )
+    return folder
+
+
+def embed_images_first(request: EmbedSettings, name: ModelName) -> str:
+    """Give the command for embeddings that a step without captions accepts; this run has begun ones with text."""
+    data = () if request.data is None else (request.data,)
+    flags: dict[str, Any] = {**request.data_flags, "work": request.work, "text": False, "overwrite": True}
+    flags.pop("caption_column", None)
+    return f"Embed the images alone first: {command_line('embed', *data, model=name.spec, **flags)}"
 
 
 def _remove_leftovers(plan: EmbedPlan) -> None:
@@ -104,7 +172,7 @@ def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
 
 
 def _embed_missing(
-    plan: EmbedPlan, encoder: EmbedEncoder, writer: EmbeddingWriter, machine: Machine, reporter: Reporter
+    plan: EmbedPlan, encoder: EmbedEncoder, writer: EmbeddingWriter, context: DistContext, reporter: Reporter
 ) -> list[tuple[int, dict[str, float]]]:
     """Embed the shards that are not finished, divided among the processes, and write each one when it is complete.
 
@@ -117,11 +185,14 @@ def _embed_missing(
         missing = [number for number in range(total) if writer.read_record(number) is None]
         return missing, plan.dataset.estimate_samples() * len(missing) / total
 
-    missing, expected = machine.on_main(find_missing)
+    missing, expected = context.on_rank0(find_missing)
     if len(missing) < total:
         reporter.note(f"{total - len(missing)} of {total} shards are already embedded.")
-    mine = missing[machine.rank :: machine.size]
-    seconds, embedded, read, skipped = {"read": 0.0, "write": 0.0}, 0, 0, Skips()
+    mine = missing[context.rank :: context.size]
+    seconds = {"read": 0.0, "write": 0.0}
+    embedded = 0
+    read = 0
+    skipped = Skips()
     with_texts = encoder.decoder.tokenizer is not None
 
     def reject(sample: Sample) -> str | None:
@@ -154,7 +225,7 @@ def _embed_missing(
                 skipped.check(read, plan.max_bad_fraction, plan.dataset.spec)
         # What was spent neither waiting for workers nor writing.
         seconds["encode"] = time.perf_counter() - start - sum(seconds.values())
-        return machine.gather((embedded, seconds))
+        return context.gather((embedded, seconds))
 
 
 def _make_rows(encoder: EmbedEncoder, shard: Shard, parts: Sequence[Encoded], last: Batch) -> ShardRows:
@@ -241,10 +312,33 @@ def _commit(
 
 
 def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> EmbedResult | TextsResult:
-    """Return the result for finished embeddings."""
-    counts, seconds = sidecar.counts, sidecar.seconds
+    counts = sidecar.counts
+    seconds = sidecar.seconds
     files = {TEXTS if plan.of_texts else "embeddings": str(plan.folder)}
     files["sidecar"] = str(sidecar_path(plan.folder, plan.step))
     if isinstance(sidecar, TextsSidecar):
         return TextsResult(counts["texts"], counts["skipped"], sidecar.texts_per_second, seconds, files)
     return EmbedResult(counts["images"], counts["skipped"], sidecar.images_per_second, seconds, files)
+
+
+def _estimate_cost(encoder: EmbedEncoder, plan: EmbedPlan, context: DistContext) -> EmbedCost | TextsCost:
+    """Estimate what embedding would cost: from the median time of three batches, with captions of typical length."""
+    samples = context.on_rank0(plan.dataset.estimate_samples)
+    decoder = encoder.decoder
+    device = encoder.model.device
+    texts = [TYPICAL_CAPTION] * decoder.batch_size  # tokens after a text's end are not encoded
+    batch = decoder(())
+    batch.tokens = decoder.tokenize(texts)
+    if decoder.text_variants is not None:
+        batch.variants = decoder.tokenize(texts * decoder.text_variants.number)
+    threads = threads_for_batches(device)
+
+    def encode_together() -> None:
+        deque(thread_map(lambda _: encoder(batch), range(threads), threads), maxlen=0)
+
+    taken = time_trial(encode_together, device, repeats=3).seconds
+    seconds = {"encode": round(taken / threads * samples / decoder.batch_size / context.size, 1)}
+    size = encoder.bytes_per_sample
+    if plan.of_texts:
+        return TextsCost(True, samples, samples * size, seconds)
+    return EmbedCost(True, len(plan.shards), samples, samples * size, size, seconds)

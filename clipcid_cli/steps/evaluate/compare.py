@@ -7,19 +7,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.metrics.average_precision import precision_metrics
-from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compare_accuracies
+from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compare_accuracies, precision_metrics
 from clipcid_cli.algorithms.metrics.intervals import Array, PairedMetric, compare
 from clipcid_cli.algorithms.metrics.retrieval import compare_recalls
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.metrics import Metrics, read_metrics, refuse_changed_metrics
-from clipcid_cli.formats.results.predictions import (
+from clipcid_cli.formats.results.metrics import (
     CLASSIFICATION,
     MULTI_LABEL,
     RETRIEVAL,
+    Metrics,
     Predictions,
     predictions_path,
+    read_metrics,
     read_predictions,
+    validate_unchanged_metrics,
 )
 from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.steps.evaluate.result import ComparedLines, ComparisonResult, Difference
@@ -31,10 +32,10 @@ def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> Compa
     """Compare two results on the same images."""
     paths = settings.compared
     again = "Run eval-zeroshot --predictions --overwrite for that model and data set again."
-    sidecars = [refuse_changed_metrics(path, again) for path in paths]
+    sidecars = [validate_unchanged_metrics(path, again) for path in paths]
     records = [read_metrics(path) for path in paths]
     first, second = (read_predictions(predictions_path(path)) for path in paths)
-    _refuse_other_data(first, second)
+    _validate_same_data(first, second)
     names = _tell_apart(records, paths)
     prompts = None if first.kind == RETRIEVAL else _compare_prompts(sidecars, names, reporter)
     differences = {name: _judge(name, metric, names) for name, metric in _compare(first, second, settings).items()}
@@ -51,7 +52,7 @@ def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> Compa
     )
 
 
-def _refuse_other_data(first: Predictions, second: Predictions) -> None:
+def _validate_same_data(first: Predictions, second: Predictions) -> None:
     fix = "Compare results of the same data set: run eval-zeroshot --predictions for both models on it."
     if first.kind != second.kind:
         raise ClipcidError(f"One result is of {first.kind}, the other of {second.kind}.", fix)
@@ -92,7 +93,8 @@ def _compare_prompts(
 
 
 def _compare(first: Predictions, second: Predictions, settings: EvalZeroshotSettings) -> dict[str, PairedMetric]:
-    replicates, seed = settings.bootstrap, settings.seed
+    replicates = settings.bootstrap
+    seed = settings.seed
     if first.kind == CLASSIFICATION:
         one, other = (_ranks(side) for side in (first, second))
         return compare_accuracies(first.column("label"), one, other, first.num_classes, replicates, seed)

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.metrics.average_precision import average_precision, precision_metrics
 from clipcid_cli.algorithms.metrics.calibration import BINS, Blocks, fit_scale, measure_calibration
 from clipcid_cli.algorithms.metrics.classification import (
     ACCURACY_TOP_K,
     accuracy_metrics,
+    average_precision,
     count_ties,
+    precision_metrics,
     rank_classes,
     top_classes,
 )
@@ -31,8 +32,7 @@ from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.steps.evaluate.model import TaskRows
 from clipcid_cli.steps.reporting import Reporter
 
-FITTED_FRACTION = 0.5
-"""Fraction of the images, by hash of the key, that a temperature is fitted on."""
+FITTED_FRACTION = 0.5  # of the images, by hash of the key: a temperature is fitted on them
 
 _CORRECT_EXAMPLES = 6
 _WRONG_EXAMPLES_PER_CLASS = 4
@@ -47,7 +47,7 @@ class TaskResult:
 
     Attributes:
         draws: The metrics, of all images and of random draws of them; CLIP_benchmark's names where it has one.
-        columns: Makes the columns of the predictions file, what was predicted for each image, but for the keys.
+        columns: Makes the columns of the predictions file but for the keys.
         texts: Number of prompts or captions used.
     """
 
@@ -75,8 +75,10 @@ def _score(rows: TaskRows, weights: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _measure_classification(rows: TaskRows, weights: torch.Tensor, reporter: Reporter) -> TaskResult:
     """Measure the accuracy of images that have one class each."""
-    task, num_classes = rows.task, len(weights)
-    ranked, ties = [], 0
+    task = rows.task
+    num_classes = len(weights)
+    ranked = []
+    ties = 0
     for scores, own in zip(_score(rows, weights), torch.split(rows.labels, _SCORED_AT_ONCE), strict=True):
         ranked.append(rank_classes(scores, own))
         ties += count_ties(scores)
@@ -100,12 +102,13 @@ def _measure_classification(rows: TaskRows, weights: torch.Tensor, reporter: Rep
         scores_of_top, numbers_of_top = (torch.cat(parts).tolist() for parts in zip(*top, strict=True))
         return {"label": labels, "predicted": predicted, "top": numbers_of_top, "scores": scores_of_top}
 
+    per_class = _score_classes(task.class_names, labels, predicted)
     return TaskResult(
         draws=accuracy_metrics(labels, ranks, num_classes),
         columns=columns,
         texts=num_classes * len(task.templates),
-        per_class=_score_classes(task.class_names, labels, predicted),
-        examples=_choose_examples(rows, labels, predicted),
+        per_class=per_class,
+        examples=_choose_examples(rows, labels, predicted, per_class),
     )
 
 
@@ -123,28 +126,27 @@ def _score_classes(names: tuple[str, ...], labels: Array, predicted: Array) -> l
     return scores
 
 
-def _choose_examples(rows: TaskRows, labels: Array, predicted: Array) -> list[Example]:
+def _choose_examples(rows: TaskRows, labels: Array, predicted: Array, per_class: list[ClassScore]) -> list[Example]:
     """Take the first images that are right, and the first wrong ones of each of the worst classes."""
-    right = labels == predicted
-    images, correct = np.bincount(labels), np.bincount(labels[right], minlength=labels.max() + 1)
-    recall = np.where(images > 0, correct / np.maximum(images, 1), np.inf)
-    worst = [number for number in np.argsort(recall, kind="stable")[:_WORST_CLASSES] if recall[number] < 1]
-    chosen = list(np.flatnonzero(right)[:_CORRECT_EXAMPLES])
-    for number in worst:
-        chosen += list(np.flatnonzero(~right & (labels == number))[:_WRONG_EXAMPLES_PER_CLASS])
+    recall = [1.0 if score.value is None else score.value for score in per_class]
+    wrong = labels != predicted
+    chosen = list(np.flatnonzero(~wrong)[:_CORRECT_EXAMPLES])
+    for number in np.argsort(recall, kind="stable")[:_WORST_CLASSES]:
+        chosen += list(np.flatnonzero(wrong & (labels == number))[:_WRONG_EXAMPLES_PER_CLASS])
     names = rows.task.class_names
     examples = []
     for row in chosen:
         sample = rows.encoded.samples[row]
         place = sample.image
-        label, guess = names[labels[row]], names[predicted[row]]
-        examples.append(Example(sample.key, label, guess, place.path, place.offset, place.size))
+        told = names[labels[row]], names[predicted[row]]
+        examples.append(Example(sample.key, *told, place.path, place.offset, place.size))
     return examples
 
 
 def _measure_multi_label(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
     """Measure the average precision of images that may have any number of classes."""
-    task, positive = rows.task, rows.labels
+    task = rows.task
+    positive = rows.labels
     scores = torch.cat(list(_score(rows, weights)))
     draws = precision_metrics(scores.numpy(), positive.numpy())
     areas = average_precision(draws.images_U[None], scores.numpy(), positive.numpy())[0][0].tolist()
@@ -198,12 +200,12 @@ def calibrate(rows: TaskRows, scale: float) -> Calibrations | None:
     weights = rows.weights
     if weights is None or rows.task.multi_label:
         return None
-    images, labels = rows.encoded.rows[Kind.IMAGES], rows.labels
     is_fitted = torch.from_numpy(key_fractions(rows.keys) < FITTED_FRACTION)
 
     def block(chosen: torch.Tensor) -> Blocks:
         """Return what computes the cosines of some of the images."""
-        parts = zip(*(torch.split(part[chosen], _SCORED_AT_ONCE) for part in (images, labels)), strict=True)
+        columns = rows.encoded.rows[Kind.IMAGES], rows.labels
+        parts = zip(*(torch.split(column[chosen], _SCORED_AT_ONCE) for column in columns), strict=True)
         pairs = [(part, own) for part, own in parts if len(part)]
         return lambda: ((part @ weights.T, own) for part, own in pairs)
 

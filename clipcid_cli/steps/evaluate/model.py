@@ -16,13 +16,12 @@ from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.metrics import SIDECARS, Metrics
-from clipcid_cli.formats.results.predictions import RETRIEVAL
+from clipcid_cli.formats.results.metrics import RETRIEVAL, SIDECARS, Metrics
 from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel, hash_weights, load_model
-from clipcid_cli.runtime.models.names import ModelName, find_weights
+from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName, find_weights
 from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.timing import timed
@@ -42,7 +41,6 @@ class TaskRows:
     Attributes:
         encoded: All samples that can be used, in order: ``img_emb``, and for retrieval ``text_emb``.
         weights: Class weights, float32 [C, D], unit rows; None without prompts.
-        seconds: Time of ``classes`` and ``encode``.
     """
 
     task: ZeroshotTask
@@ -68,45 +66,42 @@ def warn_of_skips(name: str, skips: Skips, reporter: Reporter) -> None:
         reporter.warn(f"{name}: {skips.total} samples were skipped.\n{skips.describe()}")
 
 
+@dataclasses.dataclass
 class EvaluatedModel:
     """A model under evaluation, loaded when something of it must be computed; called alike on every process.
 
     Attributes:
+        loaded: The model itself, where it is loaded already.
         workers: Processes that decode; None decodes by the threads that compute, as on a CPU where nothing is asked for.
     """
 
-    def __init__(
-        self,
-        name: ModelName,
-        machine: Machine,
-        settings: ReadingSettings,
-        reporter: Reporter,
-        model: ClipModel | None = None,
-    ) -> None:
-        """Prepare to evaluate a model: `model`, where it is loaded already."""
-        self.name, self.machine, self.settings, self.reporter = name, machine, settings, reporter
-        self.precision = choose_precision(settings.precision, machine.device, "evaluate", parameters=0)
-        self.batch_size = settings.batch_size or BATCH_SIZES[machine.device.type]
-        self.workers = settings.workers
-        if self.workers is None and machine.device.type == "cuda":
-            self.workers = default_workers(machine.device)
+    name: ModelName
+    context: DistContext
+    settings: ReadingSettings
+    reporter: Reporter
+    loaded: ClipModel | None = None
+
+    def __post_init__(self) -> None:
+        """Choose how it computes."""
+        device = self.context.device
+        self.precision = choose_precision(self.settings.precision, device, "evaluate", parameters=0)
+        self.batch_size = self.settings.batch_size or BATCH_SIZES[device.type]
+        self.workers = self.settings.workers
+        if self.workers is None and device.type == "cuda":
+            self.workers = default_workers(device)
         if self.workers:
             start_worker_server()  # its imports run while the model loads
-        self._loaded = model
 
-    @property
+    @cached_property
     def model(self) -> ClipModel:
         """The model itself."""
-        if self._loaded is None:
-            self._loaded = self.machine.on_all(lambda: load_model(self.name, self.machine.device))
-        return self._loaded
+        return self.loaded or self.context.on_all(lambda: load_model(self.name, self.context.device))
 
     @cached_property
     def fingerprints(self) -> list[FileRecord]:
-        """Weights and configuration; those of a folder without loading them.
+        """Weights, by `ModelInfo.weights_hash`, and configuration; those of a folder without loading them.
 
-        The hash covers the whole weights file and equals `ModelInfo.weights_hash`, by which an export finds the metrics
-        that belong to its model.
+        By that hash an export finds the metrics that belong to its model.
         """
         folder = self.name.path
         if folder is None or self.name.kind != "folder":
@@ -117,9 +112,9 @@ class EvaluatedModel:
             weights = find_weights(folder)
             assert weights is not None, "a folder without weights is not a model"
             described = FileRecord(str(weights), weights.stat().st_size, hash_weights(weights))
-            return [record(folder / "open_clip_config.json"), described]
+            return [record(folder / CONFIG_NAME), described]
 
-        return self.machine.on_main(describe)
+        return self.context.on_rank0(describe)
 
     def claim(
         self,
@@ -129,16 +124,14 @@ class EvaluatedModel:
         data: list[FileRecord],
         may_differ: Collection[str],
     ) -> AbstractContextManager[Output[AnyEvaluation]]:
-        """Claim a metrics file, whose sidecar lies in a folder of its own.
+        """Claim a metrics file, whose sidecar lies in a folder of its own; `identity` and `data` decide it beside the model.
 
         Args:
-            identity: What decides the metrics beside the model.
-            data: Fingerprints of what it is measured on.
-            may_differ: Settings that do not decide all of them.
+            may_differ: Settings that do not decide all metrics.
         """
         of_model = {"model": self.name.slug, "precision": self.precision.name, "batch_size": self.batch_size}
         return claim_output(
-            self.machine,
+            self.context,
             path.parent / SIDECARS,
             path.stem,
             kind,
@@ -161,7 +154,7 @@ class EvaluatedModel:
         return TaskRows(task, encoded, weights, skips, seconds)
 
     def _encode_classes(self, task: ZeroshotTask, encoder: Encoder) -> torch.Tensor:
-        rows = encoder.encode_prompts([task.prompts(name) for name in task.class_names], self.machine)
+        rows = encoder.encode_prompts([task.prompts(name) for name in task.class_names], self.context)
         bad = ~torch.isfinite(rows).flatten(1).all(dim=1)
         if bool(bad.any()):
             first = task.class_names[int(bad.int().argmax())]
@@ -174,8 +167,11 @@ class EvaluatedModel:
 
     def _encode_samples(self, task: ZeroshotTask, encoder: Encoder) -> tuple[Encoded, Skips]:
         """Encode all batches, dealt to the processes in turn."""
-        machine, dataset = self.machine, task.dataset
-        skips, read, sizes = Skips(), 0, list[int]()
+        context = self.context
+        dataset = task.dataset
+        skips = Skips()
+        sizes = list[int]()
+        read = 0
         decoder = Decoder.of(self.model, captions=task.kind == RETRIEVAL)
 
         def deal() -> Iterator[Batch]:
@@ -186,24 +182,24 @@ class EvaluatedModel:
                 skips.merge(batch.skipped)
                 read += batch.read or 0
                 sizes.append(len(batch.samples))
-                if number % machine.size == machine.rank:
+                if number % context.size == context.rank:
                     yield batch
 
         def encode_mine() -> list[tuple[Encoded, Skips]]:
             mine = list[tuple[Encoded, Skips]]()
             shown = 0
-            for batch, encoded in encode(deal(), decoder, encoder, machine.device, self.workers):
+            for batch, encoded in encode(deal(), decoder, encoder, context.device, self.workers):
                 mine.append((encoded.usable(), encoded.count_skips(dataset.shards[batch.shard])))
                 # The other processes are about as far: count every batch up to this one.
-                done = (len(mine) - 1) * machine.size + machine.rank + 1
+                done = (len(mine) - 1) * context.size + context.rank + 1
                 progress.advance(sum(sizes[shown:done]))
                 shown = done
             progress.advance(sum(sizes[shown:]))
             return mine
 
         with self.reporter.progress(f"{self.model.info.slug} on {task.name}", None, "images") as progress:
-            dealt = machine.gather(machine.on_all(encode_mine))
-            parts = [dealt[number % machine.size][number // machine.size] for number in range(len(sizes))]
+            dealt = context.gather(context.on_all(encode_mine))
+            parts = [dealt[number % context.size][number // context.size] for number in range(len(sizes))]
             for _, unread in parts:
                 skips.merge(unread)
             encoded = join(part for part, _ in parts)

@@ -33,7 +33,6 @@ class ZeroshotResult(Metrics, kw_only=True):
         customary: Name of the metric usually reported for the data set.
         intervals: The 95 % interval of each metric; none with ``--bootstrap 0``.
         files: ``metrics``, and ``predictions`` where they were asked for; of a single pair ``table`` and ``report`` too.
-        reused: Whether an earlier run measured it.
     """
 
     prompts: dict[str, LinesRecord] | None
@@ -69,11 +68,7 @@ class ComparedLines(msgspec.Struct):
 
 
 class Difference(msgspec.Struct):
-    """One metric of both sides, second minus first; see `PairedMetric`.
-
-    Attributes:
-        real: Whether it is more than the choice of images explains; `verdict` says so in words.
-    """
+    """One metric of both sides, second minus first; `real` where it is more than the choice of images explains."""
 
     first: float
     second: float
@@ -109,7 +104,7 @@ class FewShot(msgspec.Struct):
 
     Attributes:
         images: Most images that were drawn.
-        c: The strength chosen for each draw; at the end of the range that was tried `at_edge` times.
+        c: The strength chosen for each draw; an end of the range that was tried `at_edge` times.
     """
 
     shots: int
@@ -134,7 +129,6 @@ class LinearResult(Metrics, kw_only=True):
         images: Of the test split.
         train_images: All that the final fit uses.
         skipped: By split.
-        reused: Whether an earlier run measured it.
     """
 
     metric: str

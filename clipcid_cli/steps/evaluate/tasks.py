@@ -10,25 +10,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.metrics.average_precision import MULTI_LABEL_METRICS
-from clipcid_cli.algorithms.metrics.classification import SINGLE_LABEL_METRICS
+from clipcid_cli.algorithms.metrics.classification import MULTI_LABEL_METRICS, SINGLE_LABEL_METRICS
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.benchmark_folder import BenchmarkFolder, find_benchmark_folder
-from clipcid_cli.formats.data.class_files import (
+from clipcid_cli.formats.data.benchmark import (
+    ACCURACY,
     BUILTIN_CLASS_NAMES,
     BUILTIN_TEMPLATES,
     DEFAULT_TEMPLATES,
+    RECALL,
+    BenchmarkFolder,
+    KnownDataset,
+    customary_metric,
     fill_template,
+    find_benchmark_folder,
+    find_known_dataset,
     hash_lines,
     read_class_names,
     read_templates,
 )
-from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, open_dataset, open_described
-from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
-from clipcid_cli.formats.data.known_datasets import ACCURACY, RECALL, KnownDataset, customary_metric, find_known_dataset
+from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, fingerprint_images, open_dataset, open_described
 from clipcid_cli.formats.data.samples import read_classes
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.predictions import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
 from clipcid_cli.formats.sidecar import DistillSidecar, LinesRecord, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -57,7 +60,6 @@ class ZeroshotTask:
         class_names: In order of the labels; none for retrieval, as templates.
         held_out: Fraction of the samples that is used, by hash of the key; None uses all.
         label_of: Label of each class folder, where folders and class names are in different orders; else None.
-        customary: Name of the metric usually reported for the data set.
         prompt_lines: Which ``class_names`` and ``templates`` a score is of; None without prompts.
     """
 
@@ -136,7 +138,7 @@ class ZeroshotTask:
         return positive
 
     def describe(self) -> dict[str, Any]:
-        """Return what determines the metrics besides model and data, for the sidecar."""
+        """Return what determines the metrics besides model and data."""
         return {
             "dataset": self.name,
             "task": self.task,

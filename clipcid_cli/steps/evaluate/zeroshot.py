@@ -11,11 +11,17 @@ from clipcid_cli.algorithms.metrics.calibration import BINS
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.metrics import metrics_stem, read_metrics, read_metrics_sidecar, write_metrics
-from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
+from clipcid_cli.formats.results.metrics import (
+    metrics_stem,
+    predictions_path,
+    read_metrics,
+    read_metrics_sidecar,
+    write_metrics,
+    write_predictions,
+)
 from clipcid_cli.formats.sidecar import ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.evaluate.compare import compare_results
@@ -24,8 +30,8 @@ from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_s
 from clipcid_cli.steps.evaluate.report import write_summary
 from clipcid_cli.steps.evaluate.result import ComparisonResult, Preview, Previews, ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
-from clipcid_cli.steps.model_choice import choose_model
-from clipcid_cli.steps.preflight import check_samples
+from clipcid_cli.steps.models import choose_model
+from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -36,14 +42,14 @@ def run(settings: EvalZeroshotSettings, reporter: Reporter) -> Answer:
     """Evaluate models on data sets; one pair is returned by itself. ``--compare`` compares two earlier results."""
     if settings.compare:
         return compare_results(settings, reporter)
-    with open_machine(settings.device) as machine:
-        plan = machine.on_main(lambda: make_plan(settings, reporter))
+    with open_dist_context(settings.device) as context:
+        plan = context.on_rank0(lambda: make_plan(settings, reporter))
         if settings.dry_run:
             for task in plan.tasks:
-                check_samples(task.dataset, machine, settings.seed, dry_run=True, reporter=reporter)
+                validate_samples(task.dataset, context, settings.seed, dry_run=True, reporter=reporter)
             previews = plan.preview(reporter)
             return previews[0] if len(previews) == 1 else Previews(previews)
-        answer = evaluate(plan, machine, reporter)
+        answer = evaluate(plan, context, reporter)
     if len(answer.results) > 1:
         return answer
     (only,) = answer.results
@@ -105,28 +111,26 @@ def make_plan(settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotPla
     return ZeroshotPlan(names, plan_tasks(settings, reporter, names), settings)
 
 
-def evaluate(plan: ZeroshotPlan, machine: Machine, reporter: Reporter) -> ZeroshotResults:
-    """Measure every model on every data set and write the metrics files, the table and the report; on every process.
-
-    `distill` ends with it, too.
-    """
+def evaluate(plan: ZeroshotPlan, context: DistContext, reporter: Reporter) -> ZeroshotResults:
+    """Measure every model on every data set, and write all files; on every process. `distill` ends with it, too."""
     settings = plan.settings
     for task in plan.tasks:
-        check_samples(task.dataset, machine, settings.seed, dry_run=False, reporter=reporter)
-    data = machine.on_main(lambda: [task.fingerprints() for task in plan.tasks])
+        validate_samples(task.dataset, context, settings.seed, dry_run=False, reporter=reporter)
+    data = context.on_rank0(lambda: [task.fingerprints() for task in plan.tasks])
     results = list[ZeroshotResult]()
     for name in plan.names:
-        model = EvaluatedModel(name, machine, settings, reporter)
+        model = EvaluatedModel(name, context, settings, reporter)
         for task, inputs in zip(plan.tasks, data, strict=True):
             results.append(_evaluate_pair(plan, model, task, inputs))
-    files = machine.on_main(lambda: write_summary(WorkDirectory(settings.work), results, reporter))
+    files = context.on_rank0(lambda: write_summary(WorkDirectory(settings.work), results, reporter))
     return ZeroshotResults(results, files)
 
 
 def _evaluate_pair(
     plan: ZeroshotPlan, model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord]
 ) -> ZeroshotResult:
-    settings, path = plan.settings, plan.metrics_path(model.name, task)
+    settings = plan.settings
+    path = plan.metrics_path(model.name, task)
     identity = task.describe() | {
         "bootstrap": settings.bootstrap,
         "calibration": {"bins": BINS, "fitted_share": FITTED_FRACTION},
@@ -135,34 +139,34 @@ def _evaluate_pair(
     # These change the intervals and the calibration only.
     may_differ = ("bootstrap", "seed", "calibration")
     with model.claim(path, ZeroshotSidecar, identity, data, may_differ) as output:
-        finished = output.finished
 
         def find_result() -> ZeroshotResult | None:
-            if finished is None or not path.is_file():
+            if output.finished is None or not path.is_file():
                 return None
             if settings.predictions and not predictions_path(path).is_file():
                 model.reporter.note(f"{path} has no predictions; measuring {model.name.spec} on {task.name} again.")
                 return None
             model.reporter.note(f"{path} already holds {model.name.spec} on {task.name}.")
-            return _make_result(finished, task, path, reused=True)
+            return _make_result(output.finished, task, path, reused=True)
 
-        found = model.machine.on_main(find_result)
+        found = model.context.on_rank0(find_result)
         if found is not None:
             return found
         rows = model.encode(task)
-        return model.machine.on_main(lambda: _write(plan, model, rows, output))
+        return model.context.on_rank0(lambda: _write(plan, model, rows, output))
 
 
 def _write(
     plan: ZeroshotPlan, model: EvaluatedModel, rows: TaskRows, output: Output[ZeroshotSidecar]
 ) -> ZeroshotResult:
     """Measure a model by its rows, and write the files of the pair."""
-    settings, task = plan.settings, rows.task
+    settings = plan.settings
+    task = rows.task
     path = plan.metrics_path(model.name, task)
     warn_of_skips(task.name, rows.skips, model.reporter)
     seconds = dict(rows.seconds)
     with timed(seconds, "compare"):
-        found = measure(rows, model.machine.device, model.reporter)
+        found = measure(rows, model.context.device, model.reporter)
         intervals = found.draws.intervals(settings.bootstrap, settings.seed)
         calibration = calibrate(rows, model.model.logit_scale)
     output.start()
@@ -173,8 +177,7 @@ def _write(
     if settings.predictions or (earlier.is_file() and (output.finished or output.earlier) is not None):
         columns = {"key": rows.keys, **found.columns()}
         written.append(output.work / earlier.name)
-        slug, num_classes = model.model.info.slug, len(task.class_names)
-        write_predictions(written[1], task.kind, slug, task.name, num_classes, columns)
+        write_predictions(written[1], task.kind, model.model.info.slug, task.name, len(task.class_names), columns)
     images = len(rows.encoded.samples)
     sidecar = output.commit(
         counts={"images": images, "texts": found.texts, "skipped": rows.skips.counts},

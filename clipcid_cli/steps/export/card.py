@@ -9,7 +9,7 @@ from clipcid_cli import __version__
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.export_folder import CONTENT
 from clipcid_cli.formats.report import render_report
-from clipcid_cli.formats.results.metrics import read_metrics, refuse_changed_metrics
+from clipcid_cli.formats.results.metrics import read_metrics, validate_unchanged_metrics
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import AnySidecar, DistillSidecar, EmbedSidecar, Parity, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -29,7 +29,8 @@ def render_card(
     files: Sequence[str],
 ) -> str:
     """Write the model card in Markdown; the folder of a run's student leads to the sidecars of that run."""
-    work, run = WorkDirectory(settings.work), None
+    work = WorkDirectory(settings.work)
+    run = None
     weights = f"{info.tag} of open_clip" if info.tag is not None else info.weights_hash
     if source.path is not None:
         folder = RunFolder(source.path.resolve().parent)
@@ -107,7 +108,7 @@ def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str,
     for path in sorted(work.eval.glob("*.json")):
         try:
             content = read_metrics(path)
-            sidecar = refuse_changed_metrics(path, "")
+            sidecar = validate_unchanged_metrics(path, "")
         except ClipcidError:
             continue  # not ours, changed, or damaged: it states nothing
         if sidecar is None or weights_hash not in [each.hash for each in sidecar.inputs]:

@@ -5,38 +5,29 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
-from clipcid_cli.formats.fingerprint import FileRecord, record, refuse_changed
+from clipcid_cli.formats.fingerprint import FileRecord, record, validate_unchanged
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, sync_files, validate_export_folder
-from clipcid_cli.formats.models.hf_folder import validate_for_hf
 from clipcid_cli.formats.output import is_claimed, open_output
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, Parity, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.export.card import export_name, render_card
-from clipcid_cli.steps.export.check import Checker
-from clipcid_cli.steps.export.folders import write_hf, write_open_clip
-from clipcid_cli.steps.export.inputs import find_classes, find_data, read_inputs
-from clipcid_cli.steps.export.onnx import validate_for_onnx, validate_measurable, write_onnx_files
-from clipcid_cli.steps.model_choice import choose_model
+from clipcid_cli.steps.export.check import Checker, find_classes, find_data, read_inputs, validate_measurable
+from clipcid_cli.steps.export.forms import PACKAGES, WRITERS, validate_forms
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.fields import output_settings
-
-# Each writes the files of a format, loads them, and compares what they compute with the original.
-_WRITERS = {"open-clip": write_open_clip, "hf": write_hf, "onnx": write_onnx_files}
-# What they need of the extra `export`.
-_PACKAGES = {"open-clip": (), "hf": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 
 class ExportResult(msgspec.Struct):
@@ -50,8 +41,8 @@ class ExportResult(msgspec.Struct):
 
 def run(settings: ExportSettings, reporter: Reporter) -> ExportResult:
     """Export a model; with many processes the first does it, on the CPU."""
-    with open_machine("cpu") as machine:
-        return machine.on_main(lambda: _run(settings, reporter))
+    with open_dist_context("cpu") as context:
+        return context.on_rank0(lambda: _run(settings, reporter))
 
 
 def _run(settings: ExportSettings, reporter: Reporter) -> ExportResult:
@@ -63,11 +54,7 @@ def _run(settings: ExportSettings, reporter: Reporter) -> ExportResult:
     seconds = dict[str, float]()
     with timed(seconds, "load"):
         model = load_model(source, torch.device("cpu"))
-    # Refuse what a format cannot express before anything is read or written.
-    if "hf" in settings.format:
-        validate_for_hf(model.info.config, model.info.preprocess, model.info.tokenizer)
-    if "onnx" in settings.format:
-        validate_for_onnx(model, settings)
+    validate_forms(model, settings)
     inputs = read_inputs(model, dataset, classes, settings, reporter)
     validate_measurable(inputs, settings, reporter)
     sidecar = _export(source, folder, Checker(model, inputs, settings), seconds, reporter)
@@ -82,7 +69,7 @@ def _plan(settings: ExportSettings, reporter: Reporter) -> tuple[ModelName, Path
         source = _find_average(source, reporter)
     folder = settings.out or WorkDirectory(settings.work).export(export_name(source))
     for form in settings.format:
-        missing = [name for name in _PACKAGES[form] if importlib.util.find_spec(name) is None]
+        missing = [name for name in PACKAGES[form] if importlib.util.find_spec(name) is None]
         if missing:
             raise ClipcidError(
                 f"--format {form} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
@@ -111,15 +98,15 @@ def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
         raise ClipcidError(f"--ema: the run in {run.path} is unfinished.", "Run its command again, which finishes it.")
     if sidecar.made.ema is None:
         raise ClipcidError(f"--ema: the run in {run.path} kept no average of the weights.", fix)
-    refuse_changed(
+    validate_unchanged(
         run.path,
         sidecar.outputs,
         path,
         f"Name the model as it is now: {run.student_ema}; or train it again, by its command and --overwrite.",
     )
-    average, here = run.student_ema, Path.cwd()
-    if average.is_relative_to(here):
-        average = average.relative_to(here)
+    average = run.student_ema
+    if average.is_relative_to(Path.cwd()):
+        average = average.relative_to(Path.cwd())
     reporter.note(f"Average of the weights: {average}, decay {sidecar.made.ema}.")
     return parse_model(str(average))
 
@@ -136,16 +123,17 @@ def _export(
         "opset": settings.onnx_opset,
         "precision": settings.stored_precision,
     }
-    wanted: dict[str, Any] = {
-        "settings": decisive,
-        "inputs": [
-            FileRecord(info.spec, info.parameters, info.weights_hash),
-            *(record(path) for path in (inputs.classes.files if inputs.classes is not None else ())),
-            inputs.fingerprint(),
-        ],
-        "overwrite": settings.overwrite,
-    }
-    with open_output(folder, "export", ExportSidecar, **wanted, resumes=False) as output:
+    weights = FileRecord(info.spec, info.parameters, info.weights_hash)
+    lists = [record(path) for path in inputs.classes.files] if inputs.classes is not None else []
+    with open_output(
+        folder,
+        "export",
+        ExportSidecar,
+        settings=decisive,
+        inputs=[weights, *lists, inputs.fingerprint()],
+        overwrite=settings.overwrite,
+        resumes=False,
+    ) as output:
         if output.finished is not None and all((folder / name).exists() for name in output.finished.written):
             # Limits do not change the content, so an existing export is checked against those of this run.
             for name, found in output.finished.parity.items():
@@ -157,7 +145,7 @@ def _export(
         for form in settings.format:
             reporter.note(f"Writing {form} and comparing it with {source.spec} …")
             with timed(seconds, form):
-                parity |= _WRITERS[form](checker, output.work)
+                parity |= WRITERS[form](checker, output.work)
         write_json(output.work / PARITY, checker.describe() | {"parity": msgspec.to_builtins(parity)})
         written = sorted(path.name for path in output.work.iterdir() if not path.name.startswith("."))
         write_text(output.work / CARD, render_card(info, source, settings, parity, written))

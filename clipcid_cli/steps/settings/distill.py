@@ -361,9 +361,9 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         """The preset: as given, else the default with a teacher or without."""
         return self.preset or ("clip" if self.teacher == NO_TEACHER else DEFAULT_PRESET)
 
-    def losses(self) -> dict[str, Weight]:
-        """Return the losses of the run with their weights, in registry order."""
-        return select_losses(self.chosen_preset, dict(_parse_loss(text) for text in self.loss))
+    def losses(self, trust: float = 1.0) -> dict[str, Weight]:
+        """Return the losses of the run with their weights at such trust in the teacher, in registry order."""
+        return select_losses(self.chosen_preset, dict(_parse_loss(text) for text in self.loss), trust)
 
     @property
     def needs_teacher(self) -> bool:

@@ -20,15 +20,11 @@ _KEY = "clipcid"
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may be. NaN is in no range.
-
-    Attributes:
-        min_open: Whether the minimum itself is refused, as for a fraction that may not be 0.
-    """
+    """The numbers that a setting may be. NaN is in no range."""
 
     minimum: float
     maximum: float = math.inf
-    min_open: bool = False
+    min_open: bool = False  # whether the minimum itself is refused, as for a fraction that may not be 0
 
     def __contains__(self, number: float) -> bool:
         return (self.minimum < number if self.min_open else self.minimum <= number) and number <= self.maximum
@@ -46,27 +42,16 @@ ABOVE_0 = Range(0, min_open=True)
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is known of one field beside its name, type and default.
-
-    Attributes:
-        help: One or two sentences for the user.
-        group: Heading under which ``--help`` lists it.
-        flag: Spelling of the flag where it is not the field's name.
-        positional: Whether it is a positional argument rather than a flag.
-        choices: Allowed words, where only some are.
-        within: Allowed numbers; every number has them.
-        metavar: Placeholder in the help text.
-        operational: Whether it leaves the outputs' content as it is (number of workers, verbosity, …); such settings
-            never make an output stale.
-    """
+    """What is known of one field beside its name, type and default."""
 
     help: str
-    group: str = "Options"
-    flag: str | None = None
+    group: str = "Options"  # heading under which ``--help`` lists it
+    flag: str | None = None  # where it is not spelled as the field
     positional: bool = False
     choices: tuple[str, ...] | None = None
-    within: Range | None = None
+    within: Range | None = None  # every number has one
     metavar: str | None = None
+    # Whether it leaves the outputs' content as it is (number of workers, verbosity, …): it then never makes one stale.
     operational: bool = False
 
 
@@ -111,7 +96,9 @@ def validate_values(settings: Any) -> None:
     click checks the command line already, but for NaN; this also covers settings made in Python.
     """
     for field in dataclasses.fields(settings):
-        setting, flag, value = setting_of(field), flag_of(field), getattr(settings, field.name)
+        setting = setting_of(field)
+        flag = flag_of(field)
+        value = getattr(settings, field.name)
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, Path) and any("\ud800" <= letter <= "\udfff" for letter in str(item)):
                 # Linux allows any bytes, which Python keeps as lone surrogates.

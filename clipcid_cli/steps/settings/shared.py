@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
+from clipcid_cli.errors import DEFAULT_WORK
 from clipcid_cli.steps.settings.fields import (
     AT_LEAST_1,
     FRACTION,
@@ -17,8 +18,6 @@ from clipcid_cli.steps.settings.fields import (
     setting_of,
     validate_values,
 )
-
-DEFAULT_WORK = Path("clipcid-work")
 
 NO_SPINS = "0"
 # About 0.1 ms: it bridges thousands of short parallel sections, and leaves the core to another process otherwise.

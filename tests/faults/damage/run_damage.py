@@ -1,7 +1,7 @@
 """Damages every kind of file and counts what is lost: ``python tests/faults/damage/run_damage.py [--cases N] [--write]``.
 
-``--write`` puts the counts into docs/faults.md, each kind of file as soon as it is done; ``--only`` continues a stopped run.
-With ``--minutes`` as many cases are run as they allow, each kind of file its share.
+``--write`` puts the counts into tests/faults/RESULTS.md, each kind of file as soon as it is done; ``--only`` continues a
+stopped run. With ``--minutes`` as many cases are run as they allow, each kind of file its share.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def run_cases(
 
 
 def write_counts(name: str, counts: Counts) -> None:
-    """Put the counts of one kind of file into docs/faults.md."""
+    """Put the counts of one kind of file into tests/faults/RESULTS.md."""
     lines, codes = read_rows(_PROGRAM), ", ".join(f"{code} ({n:,})" for code, n in sorted(counts.codes.items()))
     step = next(word for word in TARGETS[name].command if not word.startswith("-"))
     cells = [
@@ -96,7 +96,7 @@ def main() -> int:
     )
     parser.add_argument("--patience", type=float, default=30, metavar="S", help="seconds after which a command hangs")
     parser.add_argument("--only", action="append", metavar="KIND", help="damage this kind alone; may be repeated")
-    parser.add_argument("--write", action="store_true", help="put the counts into docs/faults.md")
+    parser.add_argument("--write", action="store_true", help="put the counts into tests/faults/RESULTS.md")
     chosen = parser.parse_args()
     clipcid, losses, began = OneProcess(chosen.patience), 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="damage-") as name:

@@ -11,9 +11,8 @@ from conftest import make_image, write_tar, write_tiny_model
 from one_process import OneProcess
 from safetensors.torch import load_file, save_file
 
-from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.clip_model import LONGEST_TEXT, load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.preprocess import LONGEST_TEXT
 
 CLASSES = 6
 

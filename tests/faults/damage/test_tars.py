@@ -11,7 +11,7 @@ import pytest
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import open_dataset
-from clipcid_cli.formats.data.tars import check_tar, read_members
+from clipcid_cli.formats.data.tars import read_members, validate_tar
 
 
 def header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
@@ -97,7 +97,7 @@ def test_a_pipe_in_the_place_of_a_tar_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     os.mkfifo(path)
     with pytest.raises(ClipcidError, match="it is a pipe or device, not a file"):
-        check_tar(path)
+        validate_tar(path)
 
 
 @pytest.mark.parametrize("content", [b"9" * 30, b"1_0", "٣".encode(), b"", b"0x1"])

@@ -22,8 +22,8 @@ from conftest import Run, clean_environment, clipcid_command, run_command, shard
 from clipcid_cli.cli import cli
 from clipcid_cli.commands.failures import explain
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.checkpoint import write_checkpoint
-from clipcid_cli.runtime.machine import meet
+from clipcid_cli.formats.results.run_folder import write_checkpoint
+from clipcid_cli.runtime.distributed import rendezvous_all
 
 # Runs whose main thread sleeps, in Python or in a library's call that no handler of Python's interrupts.
 _SLEEPS = """
@@ -42,7 +42,7 @@ from clipcid_cli.runtime.pipeline import ordered_map
 def invoke(_):
     from clipcid_cli.commands.console import ConsoleReporter, make_console
     with ConsoleReporter(make_console()).progress("embed", 9, "images"):
-        for _ in ordered_map(time.sleep, [0, 60], 1, ahead=0):
+        for _ in ordered_map(time.sleep, [0, 60], 1):
             os.write(1, b"ready\\n")  # past the bar, which shows what is printed
 
 if __name__ == "__main__":
@@ -218,7 +218,7 @@ def test_a_process_that_never_arrives_is_missed_after_the_limit(monkeypatch: pyt
     with pytest.raises(
         ClipcidError, match=r"waited 0\.05 minutes for the other 1 of the run, and not all of them arrived"
     ):
-        meet(0, 2, datetime.timedelta(seconds=3))
+        rendezvous_all(0, 2, datetime.timedelta(seconds=3))
     assert time.monotonic() - started < 30
 
 
@@ -236,19 +236,19 @@ def test_a_port_that_is_taken_is_named_at_once(monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         with pytest.raises(ClipcidError, match=rf"Process 0 could not meet the other 1 of the run: .*{port}"):
-            meet(0, 2, datetime.timedelta(seconds=3))
+            rendezvous_all(0, 2, datetime.timedelta(seconds=3))
 
 
 _PEER = """
 import os, sys
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 try:
-    with open_machine("cpu") as machine:
-        machine.gather(machine.rank)
-        if machine.rank == 1:
+    with open_dist_context("cpu") as context:
+        context.gather(context.rank)
+        if context.rank == 1:
             os._exit(9)
-        machine.gather(0)
+        context.gather(0)
 except ClipcidError as error:
     print(error.message)
 """
@@ -278,17 +278,17 @@ def test_a_process_that_is_killed_in_the_middle_is_missed_at_once() -> None:
 _CONNECTION = """
 import datetime, os, sys, time
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime import machine as module
-from clipcid_cli.runtime.machine import meet, open_machine
+from clipcid_cli.runtime import distributed as module
+from clipcid_cli.runtime.distributed import rendezvous_all, open_dist_context
 limit, dies = float(sys.argv[1]), sys.argv[2] == "dies"
 if dies and os.environ["RANK"] == "1":
-    meet(1, 2)
+    rendezvous_all(1, 2)
     os._exit(9)
 module.MEETING = datetime.timedelta(seconds=limit)
 try:
-    with open_machine("cpu") as machine:
-        time.sleep(2 * limit * machine.rank)  # a collective may wait for longer
-        print(machine.gather(machine.rank))
+    with open_dist_context("cpu") as context:
+        time.sleep(2 * limit * context.rank)  # a collective may wait for longer
+        print(context.gather(context.rank))
 except ClipcidError as error:
     print(error.message)
 """
@@ -333,7 +333,7 @@ def test_a_full_disk_in_a_checkpoint_is_named(tmp_path: Path) -> None:
 import resource, signal
 from pathlib import Path
 import torch
-from clipcid_cli.formats.results.checkpoint import write_checkpoint
+from clipcid_cli.formats.results.run_folder import write_checkpoint
 from clipcid_cli.errors import ClipcidError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

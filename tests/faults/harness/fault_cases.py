@@ -41,7 +41,7 @@ class Fault:
     """A kind of fault.
 
     Attributes:
-        result: What happens, for docs/faults.md; the cases check it.
+        result: What happens, for tests/faults/RESULTS.md; the cases check it.
         everyday: How many cases the everyday run draws that the fault reaches.
         list_cases: All cases of a step.
         run_case: Runs one of them.

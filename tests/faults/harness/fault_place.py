@@ -31,7 +31,7 @@ class Step:
     """A command that is disturbed.
 
     Attributes:
-        name: Its column in docs/faults.md.
+        name: Its column in tests/faults/RESULTS.md.
         after: The step whose place it starts in; None: the data and a model alone.
     """
 

@@ -1,7 +1,7 @@
 """Puts faults into every step and counts what is lost: ``python tests/faults/harness/harness.py [--all] [--write]``.
 
 Without ``--all`` a seeded sample is run, as in the everyday suite; with ``--minutes`` as many cases as they allow, each
-fault its share. ``--write`` puts the counts into docs/faults.md.
+fault its share. ``--write`` puts the counts into tests/faults/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def draw_cases(site: Site, fault: Fault, seed: int, in_order: bool) -> list[tupl
 
 
 def write_counts(rows: dict[str, Row], seed: int) -> None:
-    """Put the counts into docs/faults.md; faults that were not run keep their lines."""
+    """Put the counts into tests/faults/RESULTS.md; faults that were not run keep their lines."""
     lines, commit = read_rows(_PROGRAM), read_commit()
     for name, row in rows.items():
         counts = [f"{row.cases[step.name] or '–'}" for step in STEPS]
@@ -171,7 +171,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="run every case, not a sample")
     parser.add_argument("--only", action="append", metavar="FAULT", help="run this fault alone; may be repeated")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cases that run at a time")
-    parser.add_argument("--write", action="store_true", help="put the counts into docs/faults.md")
+    parser.add_argument("--write", action="store_true", help="put the counts into tests/faults/RESULTS.md")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     return parser.parse_args()
 

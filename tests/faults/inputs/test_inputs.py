@@ -10,7 +10,7 @@ import pytest
 from one_process import OneProcess
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import refuse_unwritable
+from clipcid_cli.formats.atomic import validate_writable
 from clipcid_cli.runtime.models.names import parse_model, read_config, read_width
 
 
@@ -73,7 +73,7 @@ def test_a_target_that_cannot_be_written_is_found_before_the_search(
 
 
 def test_a_target_in_folders_to_be_made_is_fine(tmp_path: Path) -> None:
-    refuse_unwritable(tmp_path / "a" / "b" / "c.txt")
+    validate_writable(tmp_path / "a" / "b" / "c.txt")
     assert not (tmp_path / "a").exists()
 
 

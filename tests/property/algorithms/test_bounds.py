@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcid_cli.algorithms.kmeans.bounds import CentroidDrift, distances_moved
+from clipcid_cli.algorithms.kmeans.centroids import centroids_of_sums
+from clipcid_cli.algorithms.kmeans.lloyd import CentroidDrift, distances_moved
 from clipcid_cli.algorithms.near.block import make_block
-from clipcid_cli.algorithms.near.centroids import centroids_of_sums
 from clipcid_cli.algorithms.near.exact import exact_dots
 from clipcid_cli.algorithms.near.nearest import Found, NearestCentroid
 

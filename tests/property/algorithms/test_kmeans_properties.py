@@ -7,10 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcid_cli.algorithms.kmeans.kmeans import sums_of_similarities
-from clipcid_cli.algorithms.kmeans.seeding import choose_first_rows
+from clipcid_cli.algorithms.kmeans.centroids import ClusterSums, centroids_of_sums, choose_first_rows, fold_sum
 from clipcid_cli.algorithms.near.block import make_block
-from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums
 from clipcid_cli.algorithms.near.nearest import NearestCentroid
 
 
@@ -28,7 +26,7 @@ def iterate(
     search, sums = NearestCentroid(centroids, dtype), ClusterSums(len(centroids), rows.shape[1], torch.device("cpu"))
     for block in blocks:
         sums.move(rows[block], None, search.of(make_block(block.numpy(), rows[block], dtype)).number_B)
-    return centroids_of_sums(sums.sums_KD, centroids), float(sums_of_similarities(sums.sums_KD, centroids).sum()) / len(
+    return centroids_of_sums(sums.sums_KD, centroids), float(fold_sum(sums.sums_KD * centroids.double()).sum()) / len(
         rows
     )
 

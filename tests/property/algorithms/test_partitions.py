@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from clipcid_cli.algorithms.near import partitions as partitioning
 from clipcid_cli.algorithms.near.block import load_block
+from clipcid_cli.algorithms.near.cutoff import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.partitions import Partitions, default_num_partitions, measure_margin
 from clipcid_cli.algorithms.near.plan import pieces
-from clipcid_cli.algorithms.near.sample import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.search import near_pairs
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def test_neighbours_are_the_nearest_however_rows_are_shared(seed: int, count: in
     rows, sample = rows.astype(np.float16), np.sort(generator.choice(40, 7, replace=False))
     shares = np.array_split(np.arange(40), size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clipcid_cli.algorithms.near.sample._ROWS_AT_ONCE", 9)
+        patch.setattr("clipcid_cli.algorithms.near.cutoff._ROWS_AT_ONCE", 9)
         parts = [
             find_neighbours(rows.__getitem__, np.arange(40), sample, count, CPU, (int(share[0]), int(share[-1]) + 1))
             for share in shares

@@ -14,7 +14,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.models.onnx_classifier import validate_for_classifier, write_classifier
+from clipcid_cli.formats.models.onnx_file import validate_for_classifier, write_classifier
 
 SIDE = 8
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

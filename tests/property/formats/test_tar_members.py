@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.tars import Member, check_tar, group_members, read_members
+from clipcid_cli.formats.data.tars import Member, group_members, read_members, validate_tar
 
 # Long names need a GNU or pax record, or ustar's prefix; letters beyond ASCII a pax record.
 NAMES = st.lists(st.text(st.sampled_from("abcxyz019._-äß漢"), min_size=1, max_size=60), min_size=1, max_size=5).map(
@@ -49,7 +49,7 @@ def test_index_is_tarfiles(dialect: str, members: list[tuple[str, bytes, float]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.tar")
         expected = write(path, dialect, members)
-        check_tar(path)
+        validate_tar(path)
         found = list(read_members(path))
         assert [tuple(member[:3]) for member in found] == expected
         data = path.read_bytes()
@@ -67,7 +67,7 @@ def test_a_cut_tar_is_refused_or_holds_whole_members_only(cut: int, contents: li
         end = max(offset + -(-size // 512) * 512 for _, offset, size in expected)
         path.write_bytes(data[: 1 + cut % (end - 1)])
         try:
-            check_tar(path)
+            validate_tar(path)
         except ClipcidError:
             return
         # Cut between two members: nothing tells it from a tar that was written without an end mark.

@@ -21,7 +21,7 @@ from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Slices, cut
 from clipcid_cli.formats.results.matched_samples import open_rows
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.batches import Batches, Item
 from clipcid_cli.steps.distill.inputs import Inputs
@@ -59,8 +59,8 @@ def make_inputs(root: Path, sizes: list[int], dropped: int) -> tuple[Inputs, lis
     """Make the inputs of shards of some sizes, without every seventh sample, and list the keys they should hold."""
     folder = Path(tempfile.mkdtemp(dir=root))
     dataset = Dataset("none", "list", cut(ListedRows(tuple(sizes)), "none"), index_folder=folder / "index")
-    with open_machine("cpu") as machine:
-        dataset = ensure_index(dataset, machine, 0, Reporter())
+    with open_dist_context("cpu") as context:
+        dataset = ensure_index(dataset, context, 0, Reporter())
     numbers = np.arange(sum(sizes))
     kept = numbers % 7 != dropped
     keys = [f"{number:05d}" for number in numbers]
@@ -74,8 +74,8 @@ def make_inputs(root: Path, sizes: list[int], dropped: int) -> tuple[Inputs, lis
 
 def deal(inputs: Inputs, seed: int, batch_size: int, steps: range, rank: int = 0, size: int = 1) -> list[list[Item]]:
     """Return what one process shows in each step."""
-    machine = Machine(rank, size, rank, torch.device("cpu"))
-    batches = Batches(inputs, lambda _: NotImplemented, None, batch_size, seed, machine)
+    context = DistContext(rank, size, rank, torch.device("cpu"))
+    batches = Batches(inputs, lambda _: NotImplemented, None, batch_size, seed, context)
     return [[item for part in dealt.work for item in part.items] for dealt in batches.deal(steps)]
 
 

@@ -5,8 +5,7 @@ import io
 from rich.console import Console
 
 from clipcid_cli.commands.console import ConsoleReporter
-from clipcid_cli.commands.summary import print_facts, print_table
-from clipcid_cli.commands.wrapping import wrap, wrap_command
+from clipcid_cli.commands.summary import print_facts, print_table, wrap, wrap_command
 
 
 def console(width: int) -> tuple[Console, io.StringIO]:

@@ -15,7 +15,7 @@ import pytest
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped, map_strings, spool_arrays
-from clipcid_cli.formats.embeddings.grouped import create_copy
+from clipcid_cli.formats.embeddings.rows import create_copy
 
 INT64 = np.dtype(np.int64)
 

@@ -12,14 +12,14 @@ import torch.distributed as dist
 from conftest import process_context
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 
 
 def process(rank: int, port: int, results: multiprocessing.Queue) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
-        with open_machine("cpu") as machine:
-            machine.barrier()
+        with open_dist_context("cpu") as context:
+            context.barrier()
             if rank == 1:
                 raise OSError(5, "Input/output error", "/data/00007.tar")
             dist.all_reduce(torch.ones(4))  # as gradients are summed

@@ -11,7 +11,7 @@ PROGRAM = """
 import resource, sys
 import numpy as np
 if sys.argv[1] == "keep":
-    from clipcid_cli.runtime.memory import keep_freed_memory
+    from clipcid_cli.runtime.libraries import keep_freed_memory
     keep_freed_memory()
 np.ones(8_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

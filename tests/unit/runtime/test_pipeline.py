@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime import pipeline
 from clipcid_cli.runtime.pipeline import (
     default_workers,
     join_on,
@@ -169,10 +170,11 @@ def test_a_result_that_cannot_be_received_ends_all_workers_and_says_why() -> Non
         list(ordered_map(fail_in_two_parts, range(3), 2))
 
 
-def test_a_worker_that_hangs_is_told() -> None:
+def test_a_worker_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_STALL_SECONDS", 2)
     start = time.monotonic()
     with pytest.raises(ClipcidError, match=r"returned no batch for 2 seconds"):
-        list(ordered_map(partial(end_at_four, how="never"), range(9), 1, stall_seconds=2))
+        list(ordered_map(partial(end_at_four, how="never"), range(9), 1))
     assert time.monotonic() - start < 30
 
 

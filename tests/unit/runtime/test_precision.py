@@ -7,7 +7,7 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime import precision
-from clipcid_cli.runtime.precision import choose_precision, choose_scan, has_amx
+from clipcid_cli.runtime.precision import choose_coarse_dtype, choose_precision, has_amx
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -26,13 +26,13 @@ def test_auto() -> None:
 def test_near_pairs_are_looked_for_in_what_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(*flags: str) -> str:
         monkeypatch.setattr(precision, "_cpu_flags", lambda: frozenset(flags))
-        return choose_scan("auto", CPU).name
+        return choose_coarse_dtype("auto", CPU).name
 
     assert found("avx512_vnni", "amx_bf16") == "bf16"
     assert found("avx512_vnni") == "int8"
     assert found("avx2") == "fp32"
-    assert choose_scan("auto", CUDA).name == "fp16"
-    assert choose_scan("fp32", CPU).name == "fp32"
+    assert choose_coarse_dtype("auto", CUDA).name == "fp16"
+    assert choose_coarse_dtype("fp32", CPU).name == "fp32"
 
 
 def test_asked_for() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcid_cli.runtime.sample_order import SHARDS_MIXED, SampleOrder, epoch_groups
+from clipcid_cli.runtime.randomness import SHARDS_MIXED, SampleOrder, epoch_groups
 
 sizes = st.lists(st.integers(0, 20), max_size=30)
 

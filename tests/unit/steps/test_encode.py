@@ -11,11 +11,10 @@ from conftest import make_image, write_tar
 from PIL import Image
 from shard_server import serve
 
-from clipcid_cli.formats.data.dataset import Dataset, open_dataset
-from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
-from clipcid_cli.formats.results.predictions import CLASSIFICATION, RETRIEVAL
+from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images, open_dataset
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, RETRIEVAL
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
@@ -61,7 +60,7 @@ def test_batches_from_a_url_are_those_of_the_disk(data: Path) -> None:
 def test_bytes_of_images_are_dropped_once_they_are_decoded(data: Path, workers: int) -> None:
     with serve(data) as server:
         samples = list(open_dataset(f"{server.url}/{{0..2}}.tar").shards[1].stream())
-        decoder = Decoder((32, 32), 8, first_pixels, None)
+        decoder = Decoder((32, 32), first_pixels, None)
         ((batch, decoded),) = decode([Batch(1, samples)], decoder, workers)
     assert [sample.key for sample in batch.samples] == [str(number) for number in range(7, 14)]
     assert decoded.failures == {2: "unreadable_image"}
@@ -97,9 +96,9 @@ def read_part(dataset: Dataset) -> tuple[list[str], list[bytes], Skips]:
 def test_a_held_out_part_is_read_from_the_index_alone(data: Path, tmp_path: Path) -> None:
     expected = read_part(open_dataset(data))
     assert 4 < len(expected[0]) < 14
-    with open_machine("cpu") as machine, serve(data) as server:
+    with open_dist_context("cpu") as context, serve(data) as server:
         for spec in (str(data), f"{server.url}/{{0..2}}.tar"):
-            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), machine, 0, Reporter())
+            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), context, 0, Reporter())
             before = server.bytes_sent.total()
             assert read_part(dataset) == expected
         assert server.bytes_sent.total() - before == sum(map(len, expected[1]))

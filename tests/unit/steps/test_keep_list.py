@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.lock import lock
+from clipcid_cli.formats.atomic import lock
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.reporting import Reporter

@@ -16,16 +16,16 @@ from conftest import make_image, shard_members, write_tar
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.machine import Machine, open_machine
+from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.steps import preflight
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.preflight import check_samples, choose_order
+from clipcid_cli.steps.preflight import choose_order, validate_samples
 from clipcid_cli.steps.reporting import Reporter
 
 
 @pytest.fixture(scope="module")
-def machine() -> Machine:
-    with open_machine("cpu") as opened:
+def context() -> DistContext:
+    with open_dist_context("cpu") as opened:
         return opened
 
 
@@ -41,45 +41,49 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def check(dataset: Dataset, machine: Machine, *, dry_run: bool = True) -> list[str]:
+def check(dataset: Dataset, context: DistContext, *, dry_run: bool = True) -> list[str]:
     listener = Listener()
-    check_samples(dataset, machine, 0, dry_run=dry_run, reporter=listener)
+    validate_samples(dataset, context, 0, dry_run=dry_run, reporter=listener)
     return listener.told
 
 
-def test_all_shards_are_looked_at_and_it_is_said_what_was_found(shards: Path, machine: Machine, tmp_path: Path) -> None:
+def test_all_shards_are_looked_at_and_it_is_said_what_was_found(
+    shards: Path, context: DistContext, tmp_path: Path
+) -> None:
     dataset = open_dataset(shards, index_root=tmp_path)
-    told = check(dataset, machine)  # the first three samples of each: the cut image is the fifth
+    told = check(dataset, context)  # the first three samples of each: the cut image is the fifth
     assert told == [f"{shards}: checked 6 of 6 shards, 18 samples: all can be decoded."]
-    assert check(dataset, machine, dry_run=False) == []
+    assert check(dataset, context, dry_run=False) == []
 
-    indexed = ensure_index(dataset, machine, 0, Reporter())
+    indexed = ensure_index(dataset, context, 0, Reporter())
     for dry_run in (True, False):  # the first, the middle and the last of each
-        assert check(indexed, machine, dry_run=dry_run) == [
+        assert check(indexed, context, dry_run=dry_run) == [
             f"{shards}: checked 6 of 6 shards, 18 samples: 1 cannot be decoded.\n  1 × unreadable image: 00004/000044"
         ]
 
 
-def test_a_shard_that_cannot_be_read_is_an_error_that_names_it(shards: Path, machine: Machine, tmp_path: Path) -> None:
+def test_a_shard_that_cannot_be_read_is_an_error_that_names_it(
+    shards: Path, context: DistContext, tmp_path: Path
+) -> None:
     folder = shutil.copytree(shards, tmp_path / "data")
     dataset = open_dataset(folder, index_root=tmp_path)
     (folder / "00002.tar").unlink()
     with pytest.raises(ClipcidError, match=r"00002.* No such file"):
-        check(dataset, machine)
+        check(dataset, context)
     (folder / "00002.tar").write_bytes((shards / "00002.tar").read_bytes()[:600])
     with pytest.raises(ClipcidError, match=r"00002\.tar"):
-        check(dataset, machine)
+        check(dataset, context)
 
 
 def test_without_time_for_all_an_even_part_of_them_is_looked_at(
-    shards: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+    shards: Path, context: DistContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = open_dataset(shards)
     many = dataclasses.replace(dataset, shards=dataset.shards * 400)
     monkeypatch.setattr(preflight, "_look", lambda _dataset, _number: (3, Skips()))
     # Reading the clock takes 0.25 s: it is read at the start and before each 16 shards.
     monkeypatch.setattr(preflight, "time", SimpleNamespace(perf_counter=itertools.count(0, 0.25).__next__))
-    told = check(many, machine)
+    told = check(many, context)
     assert told == [f"{shards}: checked 128 of 2,400 shards, 384 samples (evenly spread): all can be decoded."]
     order = choose_order(many, 0, dry_run=False)
     assert sorted(order) == list(range(2400))

@@ -10,13 +10,11 @@ import torch
 from conftest import TINY_CONFIG
 from torch import nn
 
-from clipcid_cli.algorithms.losses.parameters import LossParameters
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace
-from clipcid_cli.formats.results.checkpoint import read_checkpoint, write_checkpoint
+from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
+from clipcid_cli.formats.results.run_folder import read_checkpoint, write_checkpoint
 from clipcid_cli.runtime.models.towers import freeze
-from clipcid_cli.training.ema import EMA
 from clipcid_cli.training.optimisers import Recipe
-from clipcid_cli.training.train_state import MAX_LOG_SCALE, TrainState
+from clipcid_cli.training.train_state import EMA, MAX_LOG_SCALE, TrainState
 
 RECIPE = Recipe(
     optimizer="adamw", lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=14, max_norm=1.0

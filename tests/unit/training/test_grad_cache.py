@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipcid_cli.training.grad_cache import Features, GradCache
+from clipcid_cli.training.gradients import Features, GradCache
 
 BATCH = 8
 

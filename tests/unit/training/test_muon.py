@@ -13,10 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from clipcid_cli.algorithms.losses.parameters import LossParameters
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace
-from clipcid_cli.training.muon import Muon, matrices_of, orthogonalise
-from clipcid_cli.training.optimisers import Recipe
+from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
+from clipcid_cli.training.optimisers import Muon, Recipe, matrices_of, orthogonalise
 from clipcid_cli.training.train_state import TrainState
 
 RECIPE = Recipe(

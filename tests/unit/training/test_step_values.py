@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from clipcid_cli.training.step_values import StepValues
+from clipcid_cli.training.train_state import StepValues
 
 
 def add(values: StepValues, losses: list[float], norm: float, scale: float) -> None:

@@ -12,10 +12,10 @@ import torch
 from conftest import TINY_CONFIG
 from torch import nn
 
-from clipcid_cli.algorithms.losses.parameters import LossParameters
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace
-from clipcid_cli.formats.results.checkpoint import read_checkpoint, write_checkpoint
-from clipcid_cli.training.optimisers import Recipe, backward_order
+from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
+from clipcid_cli.formats.results.run_folder import read_checkpoint, write_checkpoint
+from clipcid_cli.training.gradients import backward_order
+from clipcid_cli.training.optimisers import Recipe
 from clipcid_cli.training.train_state import TrainState
 
 RECIPE = Recipe(

@@ -28,7 +28,7 @@ from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
@@ -48,13 +48,7 @@ _FOLDER = ".references"
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """One reference.
-
-    Attributes:
-        name: As given by the user.
-        identity: Hash of its files.
-        numbers: Its rows that are usable, int64 [R], ascending.
-    """
+    """One reference, by the name that the user gave, the hash of its files, and its usable rows, int64 [R], ascending."""
 
     name: str
     identity: str
@@ -62,7 +56,7 @@ class Reference:
     numbers: IntArray
 
 
-def refuse_missing(settings: BalanceSettings) -> None:
+def validate_none_missing(settings: BalanceSettings) -> None:
     """Refuse references that are neither embeddings nor data, before anything is embedded."""
     for name in settings.against:
         if not _holds_embeddings(Path(name)):
@@ -73,34 +67,34 @@ def refuse_missing(settings: BalanceSettings) -> None:
 
 
 def open_references(
-    settings: BalanceSettings, machine: Machine, embeddings: Embeddings, reporter: Reporter
+    settings: BalanceSettings, context: DistContext, embeddings: Embeddings, reporter: Reporter
 ) -> list[Reference]:
     """Open what ``--against`` names; images are embedded first, as the embeddings to balance were."""
     found = list[Reference]()
     for name in settings.against:
-        reference = open_reference(settings, machine, embeddings, name, reporter)
+        reference = open_reference(settings, context, embeddings, name, reporter)
         assert isinstance(reference, Embeddings)  # this is no dry run
-        bad = machine.on_main(partial(reference.find_bad_rows, texts=False))
+        bad = context.on_rank0(partial(reference.find_bad_rows, texts=False))
         if len(bad):
             reporter.warn(f"{len(bad):,} rows of {name} are zero or not finite, and nothing is compared with them.")
-        identity = identity_of({}, machine.on_main(reference.fingerprints))
+        identity = identity_of({}, context.on_rank0(reference.fingerprints))
         found.append(Reference(name, identity, reference, np.delete(np.arange(reference.num_rows), bad)))
     return found
 
 
 def open_reference(
-    settings: BalanceSettings, machine: Machine, embeddings: Embeddings, name: str, reporter: Reporter
+    settings: BalanceSettings, context: DistContext, embeddings: Embeddings, name: str, reporter: Reporter
 ) -> Embeddings | EmbedCost:
     """Open the embeddings of a reference; where there are none make them, or in a dry run return what that would cost."""
     folder = Path(name)
     if not _holds_embeddings(folder):
-        folder, made = _embed(settings, machine, embeddings, name, reporter)
+        folder, made = _embed(settings, context, embeddings, name, reporter)
         if isinstance(made, EmbedCost):
             return made
     cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
     reference = open_embeddings(folder, settings.keys, settings.npz_array, cache)
-    _refuse_other_model(embeddings, reference, name)
-    if not machine.on_main(partial(has_usable_row, reference.rows(Kind.IMAGES))):
+    _validate_same_model(embeddings, reference, name)
+    if not context.on_rank0(partial(has_usable_row, reference.rows(Kind.IMAGES))):
         raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Make them again.")
     return reference
 
@@ -111,7 +105,7 @@ def _holds_embeddings(folder: Path) -> bool:
 
 
 def _embed(
-    settings: BalanceSettings, machine: Machine, embeddings: Embeddings, data: str, reporter: Reporter
+    settings: BalanceSettings, context: DistContext, embeddings: Embeddings, data: str, reporter: Reporter
 ) -> tuple[Path, Embedded]:
     """Embed reference images as the embeddings to balance were, into the folder; what is there already is taken."""
     model = settings.model if embeddings.sidecar is None else embeddings.sidecar.model.spec
@@ -128,17 +122,17 @@ def _embed(
     if embeddings.sidecar is not None:
         made_so = embeddings.sidecar.made
         given |= {"fast_decode": made_so.fast_decode, "precision": made_so.precision}
-        if made_so.precision == "fp16" and machine.device.type == "cpu":
+        if made_so.precision == "fp16" and context.device.type == "cpu":
             given["precision"] = "fp32"
             reporter.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
     try:
-        made = make_embeddings(EmbedSettings(**given), machine, reporter)
+        made = make_embeddings(EmbedSettings(**given), context, reporter)
     except ClipcidError as error:
         raise ClipcidError(f"--against {data}: {error.message}", error.fix) from error
     return folder, made
 
 
-def _refuse_other_model(embeddings: Embeddings, reference: Embeddings, name: str) -> None:
+def _validate_same_model(embeddings: Embeddings, reference: Embeddings, name: str) -> None:
     """Refuse a reference of another width; where both say how they were made, of another model or preprocessing."""
     fix = "Embed it with the same model: give the images themselves (--against DATA)."
     if embeddings.width != reference.width:
@@ -171,8 +165,6 @@ class NearReferences:
     """Which rows lie near a reference.
 
     Attributes:
-        references: The references, in the order given.
-        threshold: The distance, inclusive.
         owner: Which reference has the row nearest to each row, int16 [N]; the first of equals, −1 where none is near enough.
         row: That row of its embeddings, integers [N]; of no meaning where there is none.
         distance: Its distance, float32 [N]; NaN where there is none.
@@ -213,7 +205,8 @@ class NearReferences:
             return pa.array([each.name for each in self.references]).take(pa.array(owner, mask=owner < 0))
 
         def read_keys(part: slice) -> pa.Array:
-            owner, found = self.owner[part], pa.nulls(part.stop - part.start, pa.string())
+            owner = self.owner[part]
+            found = pa.nulls(part.stop - part.start, pa.string())
             for number in np.unique(owner[owner >= 0]).tolist():
                 if number not in keys:
                     embeddings = self.references[number].embeddings
@@ -236,15 +229,18 @@ def find_near(run: BalanceRun, references: list[Reference]) -> NearReferences:
 
     What was compared stays for later runs in the folder of `balance`.
     """
-    rows, threshold = run.rows, run.settings.reference_distance
+    rows = run.rows
+    threshold = run.settings.reference_distance
     assert threshold is not None  # the settings have checked it
     found = [_compare(run, reference, threshold) for reference in references]
-    run.machine.on_main(lambda: forget_others(run.output.folder, {name for _, name in found}))
+    run.context.on_rank0(lambda: forget_others(run.output.folder, {name for _, name in found}))
 
     def merge() -> Arrays:
-        owner, near = np.full(len(rows), -1, np.int16), np.zeros(len(references), np.int64)
+        owner = np.full(len(rows), -1, np.int16)
+        near = np.zeros(len(references), np.int64)
         kind = row_type(max(each.embeddings.num_rows for each in references))
-        row, distance = np.zeros(len(rows), kind), np.full(len(rows), np.inf, np.float32)
+        row = np.zeros(len(rows), kind)
+        distance = np.full(len(rows), np.inf, np.float32)
         copies = np.ones(len(rows), np.int32)
         np.add.at(copies, rows.copies.a, 1)
         for number, (reference, (pairs, _)) in enumerate(zip(references, found, strict=True)):
@@ -257,7 +253,7 @@ def find_near(run: BalanceRun, references: list[Reference]) -> NearReferences:
         distance[owner < 0] = np.nan
         return owner, row, distance, near
 
-    owner, row, distance, near = share_arrays(run.machine, run.work, merge)
+    owner, row, distance, near = share_arrays(run.context, run.work, merge)
     number = np.count_nonzero(owner >= 0)
     run.reporter.note(f"{number:,} of {len(rows):,} images are within {threshold:g} of a reference.")
     return NearReferences(references, threshold, owner, row, distance, near.tolist())
@@ -268,7 +264,8 @@ def _compare(run: BalanceRun, reference: Reference, threshold: float) -> tuple[E
 
     Rows of the reference are numbered after those to balance.
     """
-    images, num_rows = reference.embeddings.rows(Kind.IMAGES), len(run.rows)
+    images = reference.embeddings.rows(Kind.IMAGES)
+    num_rows = len(run.rows)
 
     def read(numbers: IntArray) -> HalfArray:
         return run.rows.read(numbers) if numbers[0] < num_rows else images.take(reference.numbers[numbers - num_rows])

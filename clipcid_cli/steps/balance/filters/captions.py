@@ -29,11 +29,9 @@ _BARS = 80
 
 @dataclasses.dataclass(frozen=True)
 class CaptionWindow:
-    """The similarity of images to their captions, and the window that it must be in.
+    """The window, from −∞ or to ∞ where it has no such end, that the similarity of images to their captions must be in.
 
     Attributes:
-        low: Lower end, inclusive; −∞ for none.
-        high: Upper end, inclusive; ∞ for none.
         similarity: Cosine of each image and its caption, float32 [N]; NaN where there is no usable caption.
     """
 
@@ -69,7 +67,7 @@ class CaptionWindow:
         """Return the columns of the keep list."""
         return [float_column("caption_similarity", self.similarity)]
 
-    def refuse_empty(self) -> None:
+    def validate_not_empty(self) -> None:
         """Refuse a window that no image is in."""
         if not self.is_dropped.all():
             return
@@ -107,28 +105,26 @@ class CaptionWindow:
 def find_captions(run: BalanceRun) -> CaptionWindow:
     """Compare every image with its caption, each process a share of them; the same on every process."""
     rows = run.rows
-    start, stop = run.machine.share(len(rows))
+    start, stop = run.context.share(len(rows))
     mine = rows.numbers[start:stop]
     with run.reporter.progress("captions", len(mine), "images") as progress:
-        found = compare_captions(run.embeddings, mine, progress), have_captions(run.embeddings, mine)
-    parts = collect_arrays(run.machine, run.work, found)
+        parts = collect_arrays(run.context, run.work, (compare_captions(run.embeddings, mine, progress),))
 
     def merge() -> tuple[FloatArray]:
-        similarity = keep_captioned(*map(np.concatenate, zip(*parts, strict=True)))
-        CaptionWindow.of(run.settings, similarity).refuse_empty()
+        similarity = np.concatenate([part for (part,) in parts])
+        CaptionWindow.of(run.settings, similarity).validate_not_empty()
         return (similarity,)
 
-    window = CaptionWindow.of(run.settings, *share_arrays(run.machine, run.work, merge))
+    window = CaptionWindow.of(run.settings, *share_arrays(run.context, run.work, merge))
     number = np.count_nonzero(~window.is_dropped)
     run.reporter.note(f"{number:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
     return window
 
 
 def compare_captions(embeddings: Embeddings, numbers: IntArray, progress: Progress) -> FloatArray:
-    """Return the cosine of some images and their captions, float32 [n]; NaN where one is zero or not finite.
+    """Return the cosine of some images, by ascending numbers, and their captions, float32 [n].
 
-    Args:
-        numbers: Numbers of rows of the embeddings, integers [n], ascending.
+    It is NaN where there is no caption, or an embedding is zero or not finite.
     """
     images, texts = embeddings.rows(Kind.IMAGES), embeddings.rows(Kind.TEXTS)
     similarity = np.empty(len(numbers), np.float32)
@@ -136,19 +132,19 @@ def compare_captions(embeddings: Embeddings, numbers: IntArray, progress: Progre
         some = numbers[at : at + _ROWS_AT_ONCE]
         similarity[at : at + len(some)] = cosine_similarities(images.take(some), texts.take(some))
         progress.advance(len(some))
+    similarity[~have_captions(embeddings, numbers)] = np.nan
     return similarity
 
 
-def keep_captioned(similarity: FloatArray, captioned: BoolArray) -> FloatArray:
-    """Void the similarities of images without a caption.
-
-    Folders of other tools may have text embeddings without captions: all their images then count.
-    """
-    return np.where(captioned, similarity, np.float32(np.nan)) if captioned.any() else similarity
-
-
 def have_captions(embeddings: Embeddings, numbers: IntArray) -> BoolArray:
-    """Tell which rows of the embeddings, integers [n], ascending, have a caption, bool [n]."""
+    """Tell which rows of the embeddings, by ascending numbers, have a caption, bool [n].
+
+    Folders of other tools may have text embeddings without captions: all their images then count as captioned.
+    """
     captions = embeddings.take_column(embeddings.captions_of, numbers)
-    found = [pc.not_equal(piece, "").to_numpy(zero_copy_only=False) for piece in captions]
-    return np.concatenate([np.empty(0, np.bool_), *found])
+    captioned = [pc.not_equal(piece, "").to_numpy(zero_copy_only=False) for piece in captions]
+    if any(each.any() for each in captioned):
+        return np.concatenate(captioned)
+    all_captions = map(embeddings.captions_of, embeddings.files)
+    has_none = not any(pc.any(pc.not_equal(each, "")).as_py() for each in all_captions)
+    return np.full(len(numbers), has_none)

@@ -15,7 +15,7 @@ from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray
 from clipcid_cli.algorithms.sets.representatives import best_of_groups
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.arrays import Arrays
-from clipcid_cli.formats.fingerprint import record, refuse_changed
+from clipcid_cli.formats.fingerprint import record, validate_unchanged
 from clipcid_cli.formats.join import join, parquet_listing
 from clipcid_cli.formats.results.clusters import TABLE, read_labels
 from clipcid_cli.formats.results.keep_list import Column
@@ -23,7 +23,7 @@ from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_pa
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.result import ClusterCapResult
-from clipcid_cli.steps.balance.scores import SCORES
+from clipcid_cli.steps.balance.sets import SCORES
 from clipcid_cli.steps.balance.shared_arrays import share_arrays
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -36,7 +36,6 @@ class ClusterCap:
     Attributes:
         most: Images that stay of each cluster at most.
         cluster: Cluster of each row, int32 [N]; −1 where it is in none.
-        is_dropped: Which rows are dropped, bool [N].
         before: Images of each cluster before, int64 [K].
     """
 
@@ -67,11 +66,9 @@ class ClusterCap:
 
 @dataclasses.dataclass(frozen=True)
 class FoundClusters:
-    """The clusters of ``--max-per-cluster``.
+    """The clusters of ``--max-per-cluster``, the hash of their table, and how many images are in them.
 
     Attributes:
-        identity: Hash of their table.
-        images: How many are in them.
         skipped: How many are in none, since their rows are not usable.
     """
 
@@ -103,7 +100,7 @@ def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundCluster
             f"Give --clusters DIR, or run: {_cluster_all(settings)}",
         )
     fix = remake_clusters(folder, sidecar, settings.work)
-    refuse_changed(folder, [each for each in sidecar.outputs if each.path == TABLE], path, fix)
+    validate_unchanged(folder, [each for each in sidecar.outputs if each.path == TABLE], path, fix)
     images = sidecar.result["images"]
     reporter.note(f"Clusters: {folder}, of {images:,} images.")
     return FoundClusters(folder, record(folder / TABLE).hash, images, sum(sidecar.counts["skipped"].values()))
@@ -142,7 +139,7 @@ def cap_clusters(run: BalanceRun, clusters: FoundClusters, is_kept: BoolArray) -
         is_dropped[crowded[~stays]] = True
         return cluster, is_dropped, before
 
-    return ClusterCap(most, *share_arrays(run.machine, run.work, cap))
+    return ClusterCap(most, *share_arrays(run.context, run.work, cap))
 
 
 def _look_up(run: BalanceRun, table: Path) -> tuple[npt.NDArray[np.int32], FloatArray]:

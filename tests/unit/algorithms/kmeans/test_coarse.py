@@ -7,7 +7,7 @@ import torch
 
 from clipcid_cli.algorithms.kmeans import coarse
 from clipcid_cli.algorithms.kmeans.coarse import CoarseCentroids, CoarseRows, are_local
-from clipcid_cli.algorithms.near.centroids import round_to_grid
+from clipcid_cli.algorithms.near.exact import round_to_grid
 
 
 def unit(count: int, width: int, seed: int) -> torch.Tensor:

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from clipcid_cli.algorithms.kmeans.kmeans import (
-    default_num_clusters,
-    joint_features,
-    sums_of_similarities,
-    temperature_for_perplexity,
+from clipcid_cli.algorithms.kmeans.centroids import (
+    ClusterSums,
+    centroids_of_sums,
+    choose_first_rows,
+    choose_seeds,
+    spread_out,
 )
-from clipcid_cli.algorithms.kmeans.seeding import choose_first_rows, choose_seeds, spread_out
-from clipcid_cli.algorithms.near.centroids import ClusterSums, centroids_of_sums, fold_sum
+from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters, joint_features, temperature_for_perplexity
+from clipcid_cli.algorithms.near.exact import fold_sum
 
 
 def unit_rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -66,7 +67,7 @@ def test_the_objective_comes_from_the_sums_alone() -> None:
     sums = ClusterSums(5, 16, torch.device("cpu"))
     sums.move(rows, None, similarities.argmax(dim=1))
     total = float(similarities.amax(dim=1).sum())
-    assert float(sums_of_similarities(sums.sums_KD, centroids).sum()) == pytest.approx(total, rel=1e-14)
+    assert float(fold_sum(sums.sums_KD * centroids.double()).sum()) == pytest.approx(total, rel=1e-14)
 
 
 @pytest.mark.parametrize("num_clusters", [1, 20, 513, 600])

@@ -9,8 +9,8 @@ import torch
 from kmeans_data import assert_same, beginning, run, unit
 
 from clipcid_cli.algorithms.kmeans import coarse, lloyd
+from clipcid_cli.algorithms.kmeans.centroids import centroids_of_sums
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState
-from clipcid_cli.algorithms.near.centroids import centroids_of_sums
 
 NUM_ROWS, WIDTH, NUM_CLUSTERS = 2500, 160, 70
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clipcid_cli.algorithms.losses.learning_rate import RATES, default_rate
-from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS
+from clipcid_cli.algorithms.losses.registry import LOSSES, PRESETS, RATES, default_rate
 from clipcid_cli.steps.settings.distill import OPTIMIZERS
 
 
@@ -32,12 +31,12 @@ from clipcid_cli.steps.settings.distill import OPTIMIZERS
 def test_rate_follows_losses_batch_and_width(
     losses: tuple[str, ...], optimizer: str, batch_size: int, width: int, expected: float
 ) -> None:
-    assert default_rate(losses, optimizer, batch_size, width).value == expected
+    assert default_rate(losses, optimizer, batch_size, width)[0] == expected
 
 
 def test_reason_says_which_part_of_the_rule_decides() -> None:
-    assert default_rate(("clip",), "muon", 64, 96).reason == "losses led by captions: 0.003 x sqrt(batch size/64)"
-    assert default_rate(("fd",), "adamw", 256, 512).reason == (
+    assert default_rate(("clip",), "muon", 64, 96)[1] == "losses led by captions: 0.003 x sqrt(batch size/64)"
+    assert default_rate(("fd",), "adamw", 256, 512)[1] == (
         "losses led by a teacher's features: 0.006 x sqrt(batch size/64), "
         "at most 0.576/512 for an embedding of 512 dimensions"
     )
@@ -47,4 +46,4 @@ def test_reason_says_which_part_of_the_rule_decides() -> None:
 def test_only_presets_without_a_teacher_are_led_by_captions(optimizer: str) -> None:
     for losses in PRESETS.values():
         has_teacher = any(LOSSES[name].needs_teacher for name in losses)
-        assert (default_rate(losses, optimizer, 64, 96).value > RATES[optimizer]["captions"]) == has_teacher
+        assert (default_rate(losses, optimizer, 64, 96)[0] > RATES[optimizer]["captions"]) == has_teacher

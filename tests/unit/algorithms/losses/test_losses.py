@@ -18,6 +18,7 @@ from loss_data import (
     B,
     compute,
     formula,
+    log_softmax,
     make_batch,
     make_numbers,
     slopes,
@@ -26,12 +27,11 @@ from loss_data import (
     with_gradients,
 )
 
-from clipcid_cli.algorithms.losses import row_blocks
+from clipcid_cli.algorithms.losses import batch as batch_module
 from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.algorithms.losses.cluster import ClusterTargets
-from clipcid_cli.algorithms.losses.parameters import LossParameters
 from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace
+from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
 
 NAMES = tuple(LOSSES)
 ONE_TOWER = [name for name in NAMES if LOSSES[name].needs_teacher and LOSSES[name].one_tower]
@@ -62,7 +62,7 @@ def test_gradient_is_the_slope_of_the_formula(name: str, own: slice) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in FIXED_TARGETS])
 @pytest.mark.parametrize("own", [ALL, SOME])
 def test_gradient_passes_gradcheck(name: str, own: slice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_blocks, "BLOCK_ENTRIES", 2 * B)
+    monkeypatch.setattr(batch_module, "BLOCK_ENTRIES", 2 * B)
     batch = make_batch(make_numbers(), own=own)
 
     def loss(s: torch.Tensor, v: torch.Tensor, scale: torch.Tensor, student_scale: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ def test_gradient_passes_gradcheck(name: str, own: slice, monkeypatch: pytest.Mo
 def test_share_of_any_rows_in_any_blocks_equals_its_formula(name: str, first: int, count: int, entries: int) -> None:
     numbers, own = make_numbers(), slice(first, min(B, first + count))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_blocks, "BLOCK_ENTRIES", entries)
+        patch.setattr(batch_module, "BLOCK_ENTRIES", entries)
         share = float(compute(name, make_batch(numbers, cluster_towers="sv", own=own), SCALES))
     assert share == pytest.approx(formula(name, numbers, own, cluster_towers="sv"), rel=1e-12)
 
@@ -104,7 +104,7 @@ def test_shares_and_their_gradients_add_up_to_the_whole(name: str, parts: list[i
 def test_blocks_give_what_one_matrix_gives(name: str, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch(make_numbers(), cluster_towers="sv")
     plain, plain_gradients = with_gradients(name, batch)
-    monkeypatch.setattr(row_blocks, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(batch_module, "BLOCK_ENTRIES", entries)
     value, gradients = with_gradients(name, batch)
     assert value == pytest.approx(plain, rel=1e-13)
     for gradient, expected in zip(gradients, plain_gradients, strict=True):
@@ -113,20 +113,20 @@ def test_blocks_give_what_one_matrix_gives(name: str, entries: int, monkeypatch:
 
 def test_large_batch_keeps_no_matrix_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = 3_000
-    assert rows**2 > row_blocks.BLOCK_ENTRIES
+    assert rows**2 > batch_module.BLOCK_ENTRIES
     random = np.random.default_rng(0)
     image, text = (torch.from_numpy(unit(random.normal(size=(rows, 4))).astype(np.float32)) for _ in range(2))
     image.requires_grad_()
 
     def largest_kept() -> int:
         kept = [0]
-        batch = LossBatch(image, text, torch.tensor(1.0))
+        batch = LossBatch(image, text, torch.tensor(1.0), image, text)
         with torch.autograd.graph.saved_tensors_hooks(lambda kept_tensor: keep(kept, kept_tensor), lambda x: x):
             compute("clip", batch, SCALES).backward()
         return max(kept)
 
     assert largest_kept() < rows**2
-    monkeypatch.setattr(row_blocks, "BLOCK_ENTRIES", rows**2)
+    monkeypatch.setattr(batch_module, "BLOCK_ENTRIES", rows**2)
     assert largest_kept() == rows**2
 
 
@@ -150,10 +150,10 @@ def test_large_blocks_of_a_gpu_keep_no_matrix_either(monkeypatch: pytest.MonkeyP
         return float(gradient.abs().sum()), sum(kept)
 
     with monkeypatch.context() as patch:
-        patch.setattr(row_blocks, "BLOCK_ENTRIES", rows * num_centroids)
+        patch.setattr(batch_module, "BLOCK_ENTRIES", rows * num_centroids)
         plain = {name: sum_and_num_kept(name) for name in ("clip", "cluster")}
-    monkeypatch.setattr(row_blocks, "block_entries", lambda _: 1 << 28)
-    monkeypatch.setattr(row_blocks, "BLOCK_ENTRIES", rows**2 - 1)
+    monkeypatch.setattr(batch_module, "block_entries", lambda _: 1 << 28)
+    monkeypatch.setattr(batch_module, "BLOCK_ENTRIES", rows**2 - 1)
     for name, (gradient, num_kept) in plain.items():
         assert num_kept >= rows**2, name
         again, num_kept = sum_and_num_kept(name)
@@ -165,8 +165,8 @@ def test_large_blocks_of_a_gpu_keep_no_matrix_either(monkeypatch: pytest.MonkeyP
 def test_blocks_on_a_gpu_fit_its_memory(memory: int, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     card = SimpleNamespace(total_memory=memory * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    assert row_blocks.block_entries(torch.device("cuda", 0)) == entries
-    assert row_blocks.block_entries(torch.device("cpu")) == row_blocks.BLOCK_ENTRIES == 1 << 23
+    assert batch_module.block_entries(torch.device("cuda", 0)) == entries
+    assert batch_module.block_entries(torch.device("cpu")) == batch_module.BLOCK_ENTRIES == 1 << 23
 
 
 def keep(kept: list[int], tensor: torch.Tensor) -> torch.Tensor:
@@ -210,6 +210,21 @@ def test_gradient_distance_compares_the_gradients_of_the_contrastive_loss() -> N
     _, (by_image, by_text, *_) = with_gradients("clip", batch)
     expected = float((by_image**2).sum() + (by_text**2).sum()) * B
     assert float(compute("gd", batch, SCALES)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["clip", "instance", "icl"])
+def test_equal_captions_match_without_targets_of_their_own(name: str) -> None:
+    """Targets uniform over equal captions would change nothing: their rows are equal, and so are the logits."""
+    numbers, caption = make_numbers(), np.array([0, 1, 0, 2, 1, 0, 3])
+    numbers |= {side: numbers[side][caption] for side in "vu"}
+    pairs = [("s", "v")] if name == "clip" else [("s", "u"), ("v", "t")]
+    ways = pairs if name == "icl" else [*pairs, *((right, left) for left, right in pairs)]
+    scale = STUDENT_SCALE if name == "clip" else SCALE
+    losses = []
+    for left, right in ways:
+        for query, row in enumerate(numbers[left]):
+            losses.append(-log_softmax(scale * numbers[right] @ row)[caption == caption[query]].mean())
+    assert float(compute(name, make_batch(numbers), SCALES)) == pytest.approx(np.mean(losses), rel=1e-12)
 
 
 def test_fusion_layers_learn_from_any_share_of_rows() -> None:

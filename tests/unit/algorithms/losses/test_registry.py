@@ -50,6 +50,14 @@ def test_overrides_change_a_preset() -> None:
     assert chosen["fd"].at(500) == 4.0
 
 
+def test_the_default_follows_features_as_far_as_the_teacher_is_trusted() -> None:
+    assert select_losses("fd-instance", {}, trust=1.0) == PRESETS["fd-instance"]
+    chosen = select_losses("fd-instance", {}, trust=0.1)
+    assert [weight.at(500) for weight in chosen.values()] == pytest.approx([0.91, 1 - 1 / 15, 0.4])
+    assert select_losses("fd-instance", {"fd": 3.0}, trust=0.1)["fd"].at(500) == 3.0
+    assert select_losses("clip-kd", {}, trust=0.1) == PRESETS["clip-kd"]
+
+
 def test_a_loss_without_a_teacher_is_served_by_any() -> None:
     assert all(entry.one_tower for entry in LOSSES.values() if not entry.needs_teacher)
 

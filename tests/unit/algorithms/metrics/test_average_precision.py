@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from clipcid_cli.algorithms.metrics.average_precision import average_precision, precision_metrics
+from clipcid_cli.algorithms.metrics.classification import average_precision, precision_metrics
 
 
 def measure(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

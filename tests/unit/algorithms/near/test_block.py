@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from clipcid_cli.algorithms.near.block import Block, make_block, multiply, rounded_error, score_error
-from clipcid_cli.algorithms.near.int8 import distortion, rotate, rotation_error
+from clipcid_cli.algorithms.near.block import (
+    Block,
+    distortion,
+    make_block,
+    multiply,
+    rotate,
+    rotation_error,
+    rounded_error,
+    score_error,
+)
 
 FORMATS = (torch.int8, torch.bfloat16, torch.float16, torch.float32)
 

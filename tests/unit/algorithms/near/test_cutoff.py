@@ -8,9 +8,15 @@ import torch
 from balance_data import distance_matrix, make_rows
 from scipy.sparse.csgraph import minimum_spanning_tree
 
-from clipcid_cli.algorithms.near.cutoff import FARTHEST, CutoffEstimator, first_cutoff, wider_cutoff
+from clipcid_cli.algorithms.near.cutoff import (
+    FARTHEST,
+    CutoffEstimator,
+    Neighbours,
+    find_neighbours,
+    first_cutoff,
+    wider_cutoff,
+)
 from clipcid_cli.algorithms.near.exact import IntArray
-from clipcid_cli.algorithms.near.sample import Neighbours, find_neighbours
 
 CPU = torch.device("cpu")
 ROWS = make_rows(900, width=24)

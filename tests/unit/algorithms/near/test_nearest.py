@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from clipcid_cli.algorithms.kmeans.centroids import centroids_of_sums
 from clipcid_cli.algorithms.near import nearest
 from clipcid_cli.algorithms.near.block import make_block
-from clipcid_cli.algorithms.near.centroids import centroids_of_sums
 from clipcid_cli.algorithms.near.nearest import Found, NearestCentroid, top_nearest
 
 DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
+from clipcid_cli.formats.data.benchmark import find_benchmark_folder
 
 
 @pytest.fixture

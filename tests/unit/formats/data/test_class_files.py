@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.class_files import fill_template, hash_lines, read_class_names, read_templates
+from clipcid_cli.formats.data.benchmark import fill_template, hash_lines, read_class_names, read_templates
 
 
 def write(path: Path, text: str) -> Path:

@@ -10,8 +10,7 @@ import numpy as np
 from conftest import make_image, write_tar
 from PIL import Image
 
-from clipcid_cli.formats.data.dataset import open_dataset
-from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
+from clipcid_cli.formats.data.dataset import fingerprint_images, open_dataset
 
 
 def digest(data: Path) -> str:

@@ -18,15 +18,15 @@ from clipcid_cli.formats.data import tars
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.data.shard import Shard
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.reporting import Reporter
 
 
 def indexed(spec: Path, root: Path, workers: int = 0, **settings: str) -> Dataset:
-    with open_machine("cpu") as machine:
+    with open_dist_context("cpu") as context:
         dataset = open_dataset(spec, index_root=root, **settings)
-        return ensure_index(dataset, machine, workers, Reporter())
+        return ensure_index(dataset, context, workers, Reporter())
 
 
 def write_folder(folder: Path) -> Path:

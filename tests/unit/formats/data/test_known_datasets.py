@@ -7,11 +7,17 @@ import pytest
 from conftest import make_image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.benchmark_folder import find_benchmark_folder
-from clipcid_cli.formats.data.class_files import BUILTIN_CLASS_NAMES, BUILTIN_TEMPLATES, fill_template
-from clipcid_cli.formats.data.known_datasets import KNOWN_DATASETS, customary_metric, find_known_dataset
+from clipcid_cli.formats.data.benchmark import (
+    BUILTIN_CLASS_NAMES,
+    BUILTIN_TEMPLATES,
+    KNOWN_DATASETS,
+    customary_metric,
+    fill_template,
+    find_benchmark_folder,
+    find_known_dataset,
+)
 from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
-from clipcid_cli.steps.evaluate.probe_plan import make_plan
+from clipcid_cli.steps.evaluate.linear import make_plan
 from clipcid_cli.steps.evaluate.tasks import find_copy, plan_tasks
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings

@@ -9,20 +9,20 @@ import msgspec
 import pytest
 from sidecars import DATA, make_sidecar
 
-from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.errors import DEFAULT_WORK, ClipcidError, command_line
 from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.embeddings.command import DEFAULTS, data_command, texts_command
 from clipcid_cli.formats.sidecar import BalanceSidecar, ClusterSidecar, DataSpec, EmbedSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.stored_teacher import validate_requested
-from clipcid_cli.steps.embed.ensure import embed_images_first
-from clipcid_cli.steps.model_identity import cluster_with, embed_with
+from clipcid_cli.steps.embed.run import embed_images_first
+from clipcid_cli.steps.models import cluster_with, embed_with
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
-from clipcid_cli.steps.settings.shared import DEFAULT_WORK, given_flags
+from clipcid_cli.steps.settings.shared import given_flags
 
 
 def sidecar(data: dict | None = None, **settings: object) -> EmbedSidecar:

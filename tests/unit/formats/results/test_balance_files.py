@@ -15,11 +15,17 @@ from msgspec.structs import replace
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.shard import Shard
-from clipcid_cli.formats.data.tar_writer import copy_samples, count_samples
+from clipcid_cli.formats.data.tars import copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.forest import RowFile, StoredForest, read_forest, write_forest, write_row_files
+from clipcid_cli.formats.results.forest import (
+    RowFile,
+    StoredForest,
+    read_forest,
+    write_curve,
+    write_forest,
+    write_row_files,
+)
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
-from clipcid_cli.formats.results.sets import write_curve
 
 INPUTS = [FileRecord("img_emb_0000.npy", 10, "blake2b:00")]
 

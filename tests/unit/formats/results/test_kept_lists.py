@@ -10,7 +10,7 @@ import pytest
 from uid_data import UIDS, datacomp_subset
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.kept_lists import are_uids, is_uid, write_keys, write_uids
+from clipcid_cli.formats.results.keep_list import are_uids, is_uid, write_keys, write_uids
 
 
 def test_uids_are_what_datacomp_makes_of_them_each_once(tmp_path: Path) -> None:

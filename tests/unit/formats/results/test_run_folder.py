@@ -9,8 +9,15 @@ import pytest
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.checkpoint import checkpoint_path, list_checkpoints, read_checkpoint, write_checkpoint
-from clipcid_cli.formats.results.run_folder import RunFolder, append_lines, read_lines
+from clipcid_cli.formats.results.run_folder import (
+    RunFolder,
+    append_lines,
+    checkpoint_path,
+    list_checkpoints,
+    read_checkpoint,
+    read_lines,
+    write_checkpoint,
+)
 
 
 def test_newest_two_checkpoints_are_kept_and_a_damaged_one_is_named(tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
-from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.clip_model import hash_preprocess, load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
-from clipcid_cli.runtime.models.preprocess import hash_preprocess
 from clipcid_cli.runtime.precision import choose_precision
 
 CPU = torch.device("cpu")

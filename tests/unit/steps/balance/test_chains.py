@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from balance_data import balance, distance_matrix, make_rows, read_keep, write_embeddings
 
-from clipcid_cli.steps.balance import chains
+from clipcid_cli.steps.balance import report
 
 NUM_ROWS = 500
 
@@ -51,7 +51,7 @@ def test_every_set_has_its_diameter_and_its_farthest_image(tmp_path: Path, linka
 
 def test_the_report_lists_chains_and_what_stars_keep_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    find = chains.find_chains
+    find = report.find_chains
 
     def listen(*given: object) -> list[dict[str, Any]]:
         seen.append(find(*given))
@@ -76,7 +76,7 @@ def test_the_report_lists_chains_and_what_stars_keep_of_them(tmp_path: Path, mon
         represented = stars[inside].groupby("representative").size()
         numbers = [represented[f"{row:06d}"] for row in chain["stars"]]
         assert numbers == sorted(represented, reverse=True)[: len(numbers)]
-    monkeypatch.setattr(chains, "_MAX_STARRED", 10)
+    monkeypatch.setattr(report, "_MAX_STARRED", 10)
     balance(tmp_path / "few", folder, threshold=0.2)
     assert seen[-1][0]["stars"] is None
     assert "is not computed for so large a group" in (tmp_path / "few" / "balance" / "report.html").read_text()

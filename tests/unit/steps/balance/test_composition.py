@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from clipcid_cli.steps.balance import composition
+from clipcid_cli.steps.balance import report
 
 VOCABULARY = (
     "Red",
@@ -32,11 +32,11 @@ VOCABULARY = (
 
 @pytest.mark.parametrize("at_once", [7, 333, 2**16])
 def test_words_are_counted_once_an_image(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composition, "_CAPTIONS_AT_ONCE", at_once)
+    monkeypatch.setattr(report, "_CAPTIONS_AT_ONCE", at_once)
     generator = np.random.default_rng(0)
     captions = [", ".join(generator.choice(VOCABULARY, generator.integers(0, 7))) for _ in range(500)]
     kept = generator.random(500) < 0.4
-    found = composition.count_words(pa.array(captions, pa.large_string()), kept)
+    found = report.count_words(pa.array(captions, pa.large_string()), kept)
     before: Counter[str] = Counter()
     after: Counter[str] = Counter()
     for caption, is_kept in zip(captions, kept, strict=True):
@@ -46,13 +46,13 @@ def test_words_are_counted_once_an_image(at_once: int, monkeypatch: pytest.Monke
     assert found["name"].tolist() == sorted(before) == ["boat", "boats", "don", "façade", "red", "straße", "лес"]
     assert found["before"].tolist() == [before[name] for name in found["name"]]
     assert found["after"].tolist() == [after[name] for name in found["name"]]
-    nothing = composition.count_words(pa.array(["", "of a"], pa.large_string()), np.array([True, False]))
+    nothing = report.count_words(pa.array(["", "of a"], pa.large_string()), np.array([True, False]))
     assert not len(nothing)
 
 
 def test_the_largest_changes_of_shares_come_first() -> None:
     counts = pd.DataFrame({"name": list("abcde"), "before": [40, 20, 20, 10, 10], "after": [4, 16, 16, 4, 10]})
-    risen, fallen = composition._find_changes(counts, 100, 50)
+    risen, fallen = report._find_changes(counts, 100, 50)
     told = [tuple(each[name] for name in ("name", "before", "after", "share_before", "share_after")) for each in risen]
     assert told == [("b", 20, 16, 0.2, 0.32), ("c", 20, 16, 0.2, 0.32), ("e", 10, 10, 0.1, 0.2)]
     assert [each["name"] for each in fallen] == ["a", "d"]

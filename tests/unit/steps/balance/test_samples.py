@@ -10,7 +10,7 @@ from uid_data import NUM_ROWS, UIDS, write_data
 
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.data.shard import Shard
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance.samples import SampleFinder, read_uid
 from clipcid_cli.steps.data_index import ensure_index
 
@@ -18,8 +18,8 @@ from clipcid_cli.steps.data_index import ensure_index
 def test_samples_come_from_the_index_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_data(tmp_path / "data", UIDS)
     plain = open_dataset(data)
-    with open_machine("cpu") as machine:
-        indexed = ensure_index(open_dataset(data, index_root=tmp_path / "index"), machine, 0, Listener())
+    with open_dist_context("cpu") as context:
+        indexed = ensure_index(open_dataset(data, index_root=tmp_path / "index"), context, 0, Listener())
     rows = (3, 0, 31, 30, 999, NUM_ROWS - 1)
     keys = [f"{row:06d}" for row in rows]
     shards = [plain.shards[int(row >= NUM_ROWS // 2)].name for row in rows]

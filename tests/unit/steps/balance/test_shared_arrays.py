@@ -15,7 +15,7 @@ from balance_data import balance, make_rows, write_embeddings
 from conftest import process_context
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance import shared_arrays
 
 
@@ -39,12 +39,12 @@ def _process(rank: int, folder: Path, results: multiprocessing.Queue[Any]) -> No
         for local_size in ("2", "1"):
             os.environ["LOCAL_WORLD_SIZE"] = local_size
             place = folder / local_size
-            with open_machine("cpu") as machine:
+            with open_dist_context("cpu") as context:
                 for value in (3, 5):
-                    found += shared_arrays.share_arrays(machine, place, lambda value=value: (np.full(4, value),))
-                    parts = shared_arrays.collect_arrays(machine, place, (np.full(2, rank),))
+                    found += shared_arrays.share_arrays(context, place, lambda value=value: (np.full(4, value),))
+                    parts = shared_arrays.collect_arrays(context, place, (np.full(2, rank),))
                     assert [part[0].tolist() for part in parts] == ([[0, 0], [1, 1]] if rank == 0 else [])
-                machine.barrier()
+                context.barrier()
                 left[local_size] = len(_files(place))
         assert [array.tolist() for array in found] == [[3] * 4, [5] * 4] * 2
         balance(folder / "work", folder / "embeddings", keep=0.5)

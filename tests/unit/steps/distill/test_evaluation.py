@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import write_tiny_model
 
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.evaluation import Evaluation, HeldOut
@@ -25,10 +25,10 @@ def test_only_the_first_process_reads_the_held_out_part(
 
     monkeypatch.setattr(HeldOut, "read", refuse)
     # What the first process says of its own.
-    monkeypatch.setattr(Machine, "broadcast", lambda *_: (is_there, None))
+    monkeypatch.setattr(DistContext, "broadcast", lambda *_: (is_there, None))
     student = load_model(parse_model(str(write_tiny_model(tmp_path / "tiny"))))
     nothing: Any = None
-    second = Machine(1, 2, 1, torch.device("cpu"))
+    second = DistContext(1, 2, 1, torch.device("cpu"))
     found = Evaluation(nothing, student, ZeroshotPlan([], [], nothing), second)
     assert found.held_out is None
     assert found.has_data == is_there

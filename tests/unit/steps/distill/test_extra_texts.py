@@ -18,7 +18,7 @@ from clipcid_cli.algorithms.losses.features import feature_distance
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data import texts as text_data
 from clipcid_cli.formats.embeddings.text_folder import open_texts
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
@@ -95,7 +95,7 @@ def test_processes_share_what_one_would_take(of_lines: bool, work: Path, tiny_sh
     maker = BatchMaker(run.settings, run.inputs, Processor.of(teacher))
 
     def make(step: int, rank: int, size: int) -> TrainingBatch:
-        batches = Batches(run.inputs, maker, None, 6, 3, Machine(rank, size, rank, torch.device("cpu")))
+        batches = Batches(run.inputs, maker, None, 6, 3, DistContext(rank, size, rank, torch.device("cpu")))
         [dealt] = batches.deal(range(step, step + 1))
         return batches.finish(dealt, batches.make(dealt))
 

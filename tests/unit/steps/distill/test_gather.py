@@ -14,14 +14,12 @@ import torch
 import torch.distributed as dist
 from conftest import process_context
 
-from clipcid_cli.algorithms.losses.parameters import LossParameters
 from clipcid_cli.algorithms.losses.registry import LOSSES
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps.distill.evaluation import share_statistics
 from clipcid_cli.steps.distill.objective import Objective
-from clipcid_cli.training.grad_cache import Features
-from clipcid_cli.training.gradients import GradientAverager, gather_rows
+from clipcid_cli.training.gradients import Features, GradientAverager, gather_rows
 
 BATCH, EXTRA, WIDTH, TEACHER_WIDTH = 12, 6, 6, 9
 SPACE = SharedSpace(TEACHER_WIDTH, is_learned=True)
@@ -30,16 +28,16 @@ WITHOUT_CLUSTERS: Any = SimpleNamespace(image_clusters=None, text_clusters=None)
 WEIGHTS = {name: 1e-3 if name == "gd" else 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
 
 
-def make_objective(machine: Machine, extra: torch.Tensor | None = None, *, local: bool = False) -> Objective:
+def make_objective(context: DistContext, extra: torch.Tensor | None = None, *, local: bool = False) -> Objective:
     """Make all losses, of a teacher whose rows are drawn here; each process takes its own.
 
     Args:
         extra: The teacher's rows of this process's further texts.
     """
     rows = torch.randn(2, BATCH, TEACHER_WIDTH, generator=torch.Generator().manual_seed(7))
-    rows = torch.nn.functional.normalize(rows, dim=2).tensor_split(machine.size, dim=1)[machine.rank]
+    rows = torch.nn.functional.normalize(rows, dim=2).tensor_split(context.size, dim=1)[context.rank]
     teacher: Any = SimpleNamespace(space=SPACE, scale=30.0, rows=lambda _: (*rows, extra))
-    return Objective(WEIGHTS, LossParameters(WEIGHTS, WIDTH, SPACE, 1), teacher, machine, local)
+    return Objective(WEIGHTS, LossParameters(WEIGHTS, WIDTH, SPACE, 1), teacher, context, local)
 
 
 def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.ndarray]]:
@@ -52,8 +50,8 @@ def one_step(rank: int, size: int, local: bool = False) -> tuple[float, list[np.
     taught = torch.nn.functional.normalize(torch.randn(EXTRA, TEACHER_WIDTH), dim=1)
     own = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
     own_extra = slice(rank * EXTRA // size, (rank + 1) * EXTRA // size)
-    machine = Machine(rank, size, rank, torch.device("cpu"))
-    objective = make_objective(machine, taught[own_extra], local=local)
+    context = DistContext(rank, size, rank, torch.device("cpu"))
+    objective = make_objective(context, taught[own_extra], local=local)
     of_losses = [scale, *objective.parameters.parameters()]
     trained = [*towers.parameters(), *of_losses]
     averager = GradientAverager([*(list(tower.parameters()) for tower in reversed(towers)), of_losses])
@@ -78,7 +76,7 @@ def gather_statistics(rank: int, size: int) -> tuple[list[np.ndarray], list[np.n
     norm = torch.nn.Sequential(torch.nn.BatchNorm1d(5))
     norm(torch.randn(BATCH, 5, generator=torch.Generator().manual_seed(rank)))
     own = [buffer.numpy().copy() for buffer in norm.buffers()]
-    share_statistics(norm, Machine(rank, size, rank, torch.device("cpu")))
+    share_statistics(norm, DistContext(rank, size, rank, torch.device("cpu")))
     return own, [buffer.numpy() for buffer in norm.buffers()]
 
 
@@ -127,7 +125,7 @@ def test_masked_images_reach_no_other_loss() -> None:
     """Neither the value nor the gradients of the other losses depend on them."""
 
     def losses(masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        objective = make_objective(Machine(0, 1, 0, torch.device("cpu")))
+        objective = make_objective(DistContext(0, 1, 0, torch.device("cpu")))
         objective = dataclasses.replace(objective, weights=WEIGHTS | {"mfd": 0.0})
         image, text = torch.randn(2, BATCH, WIDTH, generator=torch.Generator().manual_seed(2))
         features = Features(image, text, masked.requires_grad_(), image[:, None], text[:, None])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.machine import Machine
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps.distill.plan import choose_batch_size
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -31,8 +31,8 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 def test_batches_grow_with_the_data_where_there_are_gpus(
     device: str, gpus: int, samples: int, settings: dict[str, Any], expected: int
 ) -> None:
-    machine = Machine(0, gpus, 0, torch.device(device))
-    assert choose_batch_size(DistillSettings(student="ViT-B-32", **settings), samples, machine) == expected
+    context = DistContext(0, gpus, 0, torch.device(device))
+    assert choose_batch_size(DistillSettings(student="ViT-B-32", **settings), samples, context) == expected
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_batches_grow_with_the_data_where_there_are_gpus(
 def test_too_few_samples_for_a_batch_are_refused_with_what_can_help(
     processes: int, samples: int, settings: dict[str, Any], fix: str
 ) -> None:
-    machine = Machine(0, processes, 0, torch.device("cpu"))
+    context = DistContext(0, processes, 0, torch.device("cpu"))
     with pytest.raises(ClipcidError, match="fewer than one batch") as refused:
-        choose_batch_size(DistillSettings(student="ViT-B-32", **settings), samples, machine)
+        choose_batch_size(DistillSettings(student="ViT-B-32", **settings), samples, context)
     assert refused.value.fix == fix

@@ -12,7 +12,7 @@ from balance_data import Listener, write_embeddings
 
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, second_moment
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.distill import teacher
 from clipcid_cli.steps.distill.teacher import choose_space
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -20,8 +20,8 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 
 def choose(work: Path, folder: Path, space: str = "pca", **settings: Any) -> SharedSpace:
     given = DistillSettings(student="student.json", teacher_space=space, work=work, **settings)
-    with open_machine("cpu") as machine:
-        return choose_space(given, 32, open_embeddings(folder), 24, machine, Listener())
+    with open_dist_context("cpu") as context:
+        return choose_space(given, 32, open_embeddings(folder), 24, context, Listener())
 
 
 def test_axes_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

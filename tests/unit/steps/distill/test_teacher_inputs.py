@@ -172,9 +172,9 @@ def test_an_online_teacher_without_a_name_is_the_embeddings_or_an_error_where_th
 )
 def test_which_towers_clusters_teach(asked: str, known: bool, freeze_text: bool, several: bool, taught: bool) -> None:
     nearest = TopClusters(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float16))
-    made = SimpleNamespace(temperatures={"image": 0.1})
+    made = SimpleNamespace(repair=None, temperatures={"image": 0.1})
     clusters: Any = SimpleNamespace(folder="c", centroids=[], captions=nearest if known else None, sidecar=made)
-    teacher: Any = SimpleNamespace(first_captions=False)
+    teacher: Any = SimpleNamespace(embeddings=None, first_captions=False)
     settings = DistillSettings(student="s.json", preset="cid", cluster_towers=asked, freeze_text=freeze_text)
     counts = MatchCounts(several_captions=int(several))
     assert use_clusters(settings, clusters, teacher, counts, Listener()).teach_text == taught

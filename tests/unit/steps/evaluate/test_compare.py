@@ -14,9 +14,8 @@ from sidecars import make_sidecar
 from clipcid_cli.commands.eval_zeroshot import show
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.atomic import write_json
-from clipcid_cli.formats.data.class_files import hash_lines
-from clipcid_cli.formats.results.metrics import Metrics, write_metrics
-from clipcid_cli.formats.results.predictions import predictions_path, write_predictions
+from clipcid_cli.formats.data.benchmark import hash_lines
+from clipcid_cli.formats.results.metrics import Metrics, predictions_path, write_metrics, write_predictions
 from clipcid_cli.formats.sidecar import EvaluationSidecar, LinesRecord
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.result import ComparisonResult, ZeroshotResult

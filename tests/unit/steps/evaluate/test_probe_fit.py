@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.known_datasets import KNOWN_DATASETS
+from clipcid_cli.formats.data.benchmark import KNOWN_DATASETS
 from clipcid_cli.formats.results.features import Features
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.steps.evaluate.probe_fit import ProbeFits
-from clipcid_cli.steps.evaluate.probe_plan import ProbePlan, choose_metric
+from clipcid_cli.steps.evaluate.linear import ProbeFits, ProbePlan, choose_metric
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 

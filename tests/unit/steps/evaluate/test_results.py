@@ -10,7 +10,7 @@ import pytest
 from conftest import make_image, write_tar
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.machine import open_machine
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.evaluate import linear as eval_linear
@@ -133,14 +133,14 @@ def test_weights_are_told_by_every_byte(tiny_model: Path, tmp_path: Path) -> Non
             file.truncate(70 * 2**20)
             file.seek(10 * 2**20)  # neither head, middle nor tail
             file.write(byte)
-        with open_machine("cpu") as machine:
+        with open_dist_context("cpu") as context:
             name = ModelName(str(tmp_path), "folder", path=tmp_path)
-            model = EvaluatedModel(name, machine, ReadingSettings(), Reporter())
+            model = EvaluatedModel(name, context, ReadingSettings(), Reporter())
             return model.fingerprints[1].hash
 
     assert fingerprint(b"a") != fingerprint(b"b")
     # It is the hash that the model itself is known by.
     name = parse_model(str(tiny_model))
-    with open_machine("cpu") as machine:
-        model = EvaluatedModel(name, machine, ReadingSettings(), Reporter())
-        assert model.fingerprints[1].hash == load_model(name, machine.device).info.weights_hash
+    with open_dist_context("cpu") as context:
+        model = EvaluatedModel(name, context, ReadingSettings(), Reporter())
+        assert model.fingerprints[1].hash == load_model(name, context.device).info.weights_hash

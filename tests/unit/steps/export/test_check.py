@@ -16,9 +16,15 @@ from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.sidecar import Parity, PredictionParity
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.export.check import Checker
-from clipcid_cli.steps.export.inputs import CheckInputs, Classes, find_candidates, find_data, read_inputs
-from clipcid_cli.steps.export.onnx import validate_measurable
+from clipcid_cli.steps.export.check import (
+    Checker,
+    CheckInputs,
+    Classes,
+    find_candidates,
+    find_data,
+    read_inputs,
+    validate_measurable,
+)
 from clipcid_cli.steps.export.run import ExportResult, run
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings

@@ -8,8 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from clipcid_cli.commands.help_page import PageCommand
-from clipcid_cli.commands.options import build_parameters
+from clipcid_cli.commands.command import PageCommand, build_parameters
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import Range, argument, option, output_settings
 from clipcid_cli.steps.settings.shared import SharedSettings

@@ -1,24 +1,52 @@
-"""Whether the model recorded in a sidecar is the one that a name refers to, and if not, how they differ."""
+"""Models by name: which one a step works on, and whether the one recorded in a sidecar is the one that a name refers to."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.embeddings.command import embed_command
 from clipcid_cli.formats.sidecar import DataSpec, ModelRecord
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import hash_weights
-from clipcid_cli.runtime.models.names import ModelName, find_weights, read_config
+from clipcid_cli.runtime.models.names import ModelName, find_weights, parse_model, read_config, with_default_tag
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 # The entries of a configuration's text tower that determine the tokens.
 _TOKENS = ("context_length", "hf_tokenizer_name", "tokenizer_kwargs")
 
 
+def choose_model(spec: str | None, work: Path, reporter: Reporter, *, positional_of: str | None = None) -> ModelName:
+    """Resolve a model to evaluate or export, and report whatever the user did not spell out.
+
+    Args:
+        spec: The model as named on the command line; None takes the student of the run that finished last.
+        positional_of: Subcommand whose first positional `spec` is. A path there that is no model is probably data, and the
+            error then says so.
+    """
+    if spec is None:
+        student = WorkDirectory(work).find_student()
+        reporter.note(f"Model: {student}, the newest student of {work}.")
+        return parse_model(str(student))
+    try:
+        name = with_default_tag(parse_model(spec))
+    except ClipcidError as error:
+        if positional_of is None or not Path(spec).exists() or (Path(spec) / "student").is_dir():
+            raise
+        raise ClipcidError(
+            f"{error.message}\n{spec} was read as the model, because the first positional argument is the model.",
+            f"Put the model first: clipcid {positional_of} MODEL {spec}",
+        ) from error
+    if name.spec != spec:
+        reporter.note(f"Weights: {name.spec}.")
+    return name
+
+
 class ModelMismatch(NamedTuple):
-    """What differs between a recorded model and a named one, as in "have other {what}", and its two values."""
+    """What differs between a recorded model and a named one, and its two values."""
 
     what: str
     recorded: str
@@ -34,23 +62,21 @@ def find_mismatch(recorded: ModelRecord, name: ModelName) -> ModelMismatch | Non
     weights = find_weights(name.path) if name.path is not None else None
     if weights is None or name.path is None:
         return None if recorded.spec == name.spec else ModelMismatch("weights", recorded.spec, name.spec)
-    config, preprocess = read_config(name.path)
     weights_hash = hash_weights(weights)
     if recorded.weights_hash != weights_hash:
         return ModelMismatch("weights", recorded.weights_hash, weights_hash)
+    config, preprocess = read_config(name.path)
     old_config = recorded.config
-    found = _compare("tokenizer", old_config["text_cfg"], config["text_cfg"], _TOKENS)
     # The size is the architecture's, whatever the preprocessing says.
-    pixels = tuple(key for key in preprocess if key != "size")
-    found = found or _compare("preprocessing", recorded.preprocess, preprocess, pixels)
-    return found or _compare("architecture", old_config, config, tuple(sorted({*old_config, *config})))
-
-
-def _compare(what: str, recorded: dict[str, Any], named: dict[str, Any], keys: tuple[str, ...]) -> ModelMismatch | None:
-    for key in keys:
-        if recorded.get(key) != named.get(key):
-            old, new = (json.dumps(values.get(key)) for values in (recorded, named))
-            return ModelMismatch(what, f"{key} {old}", f"{key} {new}")
+    pixels = [key for key in preprocess if key != "size"]
+    for what, old, new, keys in (
+        ("tokenizer", old_config["text_cfg"], config["text_cfg"], _TOKENS),
+        ("preprocessing", recorded.preprocess, preprocess, pixels),
+        ("architecture", old_config, config, sorted({*old_config, *config})),
+    ):
+        for key in keys:
+            if old.get(key) != new.get(key):
+                return ModelMismatch(what, f"{key} {json.dumps(old.get(key))}", f"{key} {json.dumps(new.get(key))}")
     return None
 
 

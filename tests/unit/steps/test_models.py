@@ -9,7 +9,7 @@ from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.sidecar import DistillSidecar
-from clipcid_cli.steps.model_choice import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.reporting import Reporter
 
 

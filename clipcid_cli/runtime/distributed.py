@@ -1,4 +1,4 @@
-"""The processes of one run, one or as many as torchrun started, and the device of each.
+"""The processes of one run, one or as many as torchrun started, and device, cores and memory of each.
 
 ``torch.distributed`` is the one engine: NCCL for tensors on GPUs, gloo for tensors on CPUs and for objects.
 """
@@ -9,8 +9,11 @@ import dataclasses
 import datetime
 import json
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,10 +25,10 @@ from clipcid_cli.errors import ClipcidError, in_one_line
 
 T = TypeVar("T")
 
-# A process may wait long for another that reads slower shards; torchrun, not this limit, detects a lost process.
-_PATIENCE = datetime.timedelta(hours=12)
+# A process may wait long for another that reads slower shards; torchrun detects a lost one.
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=12)
 
-MEETING = datetime.timedelta(minutes=10)
+RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for the others to start: importing PyTorch on many hosts from one disk takes minutes."""
 
 # In errors of a collective that another process no longer takes part in; those of gloo have no class of their own.
@@ -33,7 +36,7 @@ _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
+class DistContext:
     """This process among those of the run."""
 
     rank: int
@@ -56,7 +59,7 @@ class Machine:
         return number * self.rank // self.size, number * (self.rank + 1) // self.size
 
     def barrier(self) -> None:
-        """Wait for every process."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
@@ -82,7 +85,7 @@ class Machine:
             dist.all_reduce(tensor)
         return tensor
 
-    def on_main(self, action: Callable[[], T]) -> T:
+    def on_rank0(self, action: Callable[[], T]) -> T:
         """Run `action` on the first process only and return its result, or raise its error, on all."""
         if self.size == 1:
             return action()
@@ -117,14 +120,11 @@ class Machine:
 
 
 @contextmanager
-def open_machine(device: str = "auto") -> Iterator[Machine]:
+def open_dist_context(device: str = "auto") -> Iterator[DistContext]:
     """Join the run's processes (as torchrun's environment describes them) and choose this one's device.
 
     Where the caller has already initialised ``torch.distributed``, its group is used and left open; its backend must fit the
-    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``).
-
-    Args:
-        device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``; of several GPUs that of LOCAL_RANK.
+    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``). Of several GPUs it is that of LOCAL_RANK.
     """
     joined = dist.is_available() and dist.is_initialized()
     rank = dist.get_rank() if joined else int(os.environ.get("RANK", "0"))
@@ -134,18 +134,18 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size == 1:
-        yield Machine(0, 1, local_rank, chosen)
+        yield DistContext(0, 1, local_rank, chosen)
         return
     # torchrun sets OMP_NUM_THREADS=1 for several processes when it is unset, which leaves most cores of a CPU run idle;
     # that value is indistinguishable from a user's own 1. For one process it sets nothing: what is set is the user's.
     if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, count_cores()))
-    machine = Machine(rank, size, local_rank, chosen)
+    context = DistContext(rank, size, local_rank, chosen)
     if joined:
-        yield machine
+        yield context
         return
     on_gpu = chosen.type == "cuda"
-    store = meet(rank, size)
+    store = rendezvous_all(rank, size)
     try:
         with _name_failures(store, rank):
             dist.init_process_group(
@@ -154,11 +154,11 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
                 store=store,
                 rank=rank,
                 world_size=size,
-                timeout=MEETING,  # one may have ended since it arrived
+                timeout=RENDEZVOUS_TIMEOUT,  # one may have ended since it arrived
                 device_id=chosen if on_gpu else None,
             )
-            _set_pg_timeout(_PATIENCE)
-            yield machine
+            _set_pg_timeout(COLLECTIVE_TIMEOUT)
+            yield context
     except BaseException:
         # NCCL would first wait for what the other processes will never send; ending the process ends its part, too.
         if not on_gpu and dist.is_initialized():
@@ -167,7 +167,7 @@ def open_machine(device: str = "auto") -> Iterator[Machine]:
     dist.destroy_process_group()
 
 
-def meet(rank: int, size: int, limit: datetime.timedelta = MEETING) -> Any:
+def rendezvous_all(rank: int, size: int, limit: datetime.timedelta = RENDEZVOUS_TIMEOUT) -> Any:
     """Wait until all processes of the run have started, and return the store through which they find each other."""
     try:
         store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=limit)))
@@ -237,3 +237,24 @@ def count_cores() -> int:
     """Return this process's share of the cores that a scheduler assigned to this job on this host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Return the bytes in use: of a GPU, what PyTorch has reserved there; else the resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        # Without /proc (macOS) the peak is the best there is; it is in bytes there, in KiB elsewhere.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+    return pages * resource.getpagesize()
+
+
+def memory_for_rows(device: torch.device, on_cpu: int = 2**31) -> int:
+    """Return how many bytes of rows a process may keep on its device: on a GPU 60 % of what is free."""
+    if device.type != "cuda":
+        return on_cpu
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(0.6 * free)

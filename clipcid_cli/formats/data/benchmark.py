@@ -1,0 +1,261 @@
+"""Data sets of evaluations, as CLIP_benchmark lays them out: folders, class names, templates, and the usual suite by name.
+
+    food101/
+      train/  nshards.txt 0.tar 1.tar …
+      test/   nshards.txt 0.tar 1.tar …
+      classnames.txt  zeroshot_classification_templates.txt  dataset_type.txt
+
+A folder that contains nothing but splits (train/, test/, val/, …) is read the same way, whether they contain shards or one
+folder of images per class. Folders of the suite are called as CLIP_benchmark's copies on the Hugging Face hub
+(``clip-benchmark/wds_…``), or by the plain name.
+
+Source: LAION-AI/CLIP_benchmark 1.6.2 (datasets/builder.py, build_wds_dataset; names); Radford et al. 2021 (CLIP), appendix A
+and table 9 (metrics).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.remote import is_remote
+from clipcid_cli.formats.reading import read_regular, reading
+
+CLASS_NAMES = "classnames.txt"
+_TEMPLATES = "zeroshot_classification_templates.txt"
+_DATASET_TYPE = "dataset_type.txt"
+_NUM_SHARDS = "nshards.txt"
+# Names of the folders of splits; a folder that contains any other folder has no splits.
+_SPLITS = frozenset({"train", "trainval", "test", "val", "valid", "validation"})
+
+# Placeholders of the class name: CLIP_benchmark writes {c}, open_clip {}.
+_PLACEHOLDERS = ("{c}", "{}")
+# Names accepted in place of a file: open_clip's lists (see `runtime.models.clip_model`).
+BUILTIN_TEMPLATES = ("openai", "simple")
+BUILTIN_CLASS_NAMES = ("imagenet",)
+DEFAULT_TEMPLATES = ("a photo of a {c}.",)
+
+ACCURACY = "acc1"
+PER_CLASS = "mean_per_class_recall"
+ELEVEN_POINT = "mean_average_precision_11_point"
+RECALL = "image_retrieval_recall@5"
+
+
+class MissingSplitError(ClipcidError):
+    """A folder has splits, but not the one that was asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkFolder:
+    """A data set with the text files that describe it.
+
+    Attributes:
+        data: The folder of the split, or the data as given.
+        dataset_type: ``classification``, ``retrieval`` or ``multilabel``; None where the data set does not say.
+    """
+
+    name: str
+    data: str
+    dataset_type: str | None = None
+    class_names: Path | None = None
+    templates: Path | None = None
+
+
+def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
+    """Find the split and the text files of a CLIP_benchmark folder or of one split's; other data is used as given.
+
+    A folder that has splits, but not this one, is a MissingSplitError.
+    """
+    folder = Path(data)
+    if is_remote(data) or not folder.is_dir():
+        return BenchmarkFolder(_last_parts(data, 1), data)
+    if is_benchmark(data):
+        # The folder of a split; its text files are next to it, or in it where a data set has no splits.
+        if (folder / _DATASET_TYPE).is_file() or (folder / CLASS_NAMES).is_file():
+            return _describe(_last_parts(data, 1), data, folder)
+        return _describe(_last_parts(data, 2), data, folder.resolve().parent)
+    splits = sorted(path.parent.name for path in folder.glob(f"*/{_NUM_SHARDS}")) or _plain_splits(folder)
+    if splits and split not in splits:
+        raise MissingSplitError(
+            f"{data} has no split {split!r}; it has {', '.join(splits)}.",
+            f"Choose one with --split, e.g. --split {splits[0]}.",
+        )
+    return _describe(_last_parts(data, 1), str(folder / split) if splits else data, folder)
+
+
+def is_benchmark(spec: str) -> bool:
+    """Tell whether this is the folder of a split, with shards."""
+    return not is_remote(spec) and Path(spec, _NUM_SHARDS).is_file()
+
+
+def list_benchmark_tars(folder: Path) -> list[str]:
+    """List the shards of a split, all of which must be there."""
+    text = (folder / _NUM_SHARDS).read_text(encoding="utf-8", errors="replace").strip()
+    if not text.isdigit() or int(text) == 0:
+        raise ClipcidError(f"{folder / _NUM_SHARDS} contains {text[:40]!r}, not a number of shards.", "Fix the file.")
+    tars = [folder / f"{number}.tar" for number in range(int(text))]
+    missing = [tar.name for tar in tars if not tar.is_file()]
+    if missing:
+        raise ClipcidError(
+            f"{folder} should contain {len(tars)} shards ({_NUM_SHARDS}); {len(missing)} are missing, first {missing[0]}.",
+            f"Copy them there, or fix {_NUM_SHARDS}.",
+        )
+    return [str(tar) for tar in tars]
+
+
+def _plain_splits(folder: Path) -> list[str]:
+    inner = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return inner if _SPLITS.issuperset(inner) else []
+
+
+def _describe(name: str, data: str, about: Path) -> BenchmarkFolder:
+    kind, class_names, templates = (
+        about / file if (about / file).is_file() else None for file in (_DATASET_TYPE, CLASS_NAMES, _TEMPLATES)
+    )
+    dataset_type = None if kind is None else kind.read_text(encoding="utf-8").strip().lower()
+    return BenchmarkFolder(name, data, dataset_type, class_names, templates)
+
+
+def _last_parts(data: str, number: int) -> str:
+    if not is_remote(data):
+        data = str(Path(data).resolve())
+    return "/".join(data.rstrip("/").split("/")[-number:])
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Read class names, one per line; the number of the line, from 0, is the label."""
+    return _read_lines(path, "class name")
+
+
+def read_templates(path: Path) -> tuple[str, ...]:
+    """Read prompt templates, one per line, each with ``{c}`` or ``{}`` for the class name."""
+    templates = _read_lines(path, "template")
+    for number, template in enumerate(templates, start=1):
+        if not any(placeholder in template for placeholder in _PLACEHOLDERS):
+            raise ClipcidError(
+                f"{path}, line {number}: {template!r} has no placeholder for the class name.",
+                "Write {c} (as CLIP_benchmark does) or {} where it goes.",
+            )
+    return templates
+
+
+def fill_template(template: str, class_name: str) -> str:
+    """Insert a class name into a template. Other braces stay: a template is text, never a format string."""
+    for placeholder in _PLACEHOLDERS:
+        template = template.replace(placeholder, class_name)
+    return template
+
+
+def hash_lines(lines: Iterable[str]) -> str:
+    """Return what ``b2sum -l 48 FILE`` prints of a file with these lines."""
+    text = "".join(f"{line}\n" for line in lines)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _read_lines(path: Path, what: str) -> tuple[str, ...]:
+    with reading(path, "UTF-8 text", f"Give a text file with one {what} per line."):
+        text = read_regular(path).decode("utf-8-sig")
+    lines = [line.strip() for line in text.rstrip().splitlines()]
+    if not lines:
+        raise ClipcidError(f"{path} contains no {what}.", f"Write one {what} per line.")
+    if "" in lines:
+        raise ClipcidError(
+            f"{path}, line {lines.index('') + 1} is empty, with more lines after it.",
+            f"Write one {what} per line; an empty line would shift the ones after it.",
+        )
+    return tuple(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownDataset:
+    """A data set of the usual suite."""
+
+    name: str  # also in tables and metrics files
+    folder: str | None  # of CLIP_benchmark's copy
+    metric: str = ACCURACY
+    class_names: str | None = None  # built-in ones, for a copy without its own; likewise the templates
+    templates: str | None = None
+    source: str | None = None  # where else to get it
+
+
+def _imagenet(name: str, folder: str) -> KnownDataset:
+    return KnownDataset(name, folder, class_names="imagenet", templates="openai")
+
+
+KNOWN_DATASETS = {
+    known.name: known
+    for known in (
+        _imagenet("imagenet", "wds_imagenet1k"),
+        _imagenet("imagenetv2", "wds_imagenetv2"),
+        _imagenet("imagenet-a", "wds_imagenet-a"),
+        _imagenet("imagenet-r", "wds_imagenet-r"),
+        _imagenet("imagenet-sketch", "wds_imagenet_sketch"),
+        KnownDataset("objectnet", "wds_objectnet", templates="openai"),
+        KnownDataset("food101", "wds_food101"),
+        KnownDataset("cifar10", "wds_vtab-cifar10"),
+        KnownDataset("cifar100", "wds_vtab-cifar100"),
+        KnownDataset(
+            "birdsnap",
+            None,
+            source="Birdsnap is published as a list of addresses (thomasberg.org): download them into one folder per class",
+        ),
+        KnownDataset("sun397", "wds_sun397"),
+        KnownDataset("cars", "wds_cars"),
+        KnownDataset("aircraft", "wds_fgvc_aircraft", metric=PER_CLASS),
+        KnownDataset("voc2007", "wds_voc2007_multilabel", metric=ELEVEN_POINT),
+        KnownDataset("dtd", "wds_vtab-dtd"),
+        KnownDataset("pets", "wds_vtab-pets", metric=PER_CLASS),
+        KnownDataset("caltech101", "wds_vtab-caltech101", metric=PER_CLASS),
+        KnownDataset("flowers", "wds_vtab-flowers", metric=PER_CLASS),
+        KnownDataset("eurosat", "wds_vtab-eurosat"),
+        KnownDataset("resisc45", "wds_vtab-resisc45"),
+        KnownDataset("mnist", "wds_mnist"),
+        KnownDataset("svhn", "wds_vtab-svhn"),
+        KnownDataset("stl10", "wds_stl10"),
+        KnownDataset("gtsrb", "wds_gtsrb"),
+        KnownDataset("country211", "wds_country211"),
+        KnownDataset("fer2013", "wds_fer2013"),
+        KnownDataset("pcam", "wds_vtab-pcam"),
+        KnownDataset("sst2", "wds_renderedsst2"),
+        KnownDataset("flickr30k", "wds_flickr30k", metric=RECALL),
+        KnownDataset("mscoco", "wds_mscoco_captions", metric=RECALL),
+    )
+}
+
+
+def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | None:
+    """Find the local copy of a data set of the usual suite; None for a name that is not in it.
+
+    A name of the suite means its data set even where a folder has that name too; a path is written ``./name``.
+    """
+    known = KNOWN_DATASETS.get(name)
+    if known is None:
+        return None
+    places = [root / folder for folder in (known.folder, known.name) if folder is not None]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is not None:
+        return known, found
+    if known.folder is None:
+        expected = ""
+        get = f"{known.source}, in {places[-1] / 'test'}."
+    else:
+        expected = f"{places[0]} (CLIP_benchmark's shards) or "
+        get = f"hf download clip-benchmark/{known.folder} --repo-type dataset --local-dir {places[0]}"
+    raise ClipcidError(
+        f"There is no local copy of {name}: expected in {expected}{places[-1]} (one folder of images per class).",
+        f"Name the folder of your copies with --data-root, or get it: {get}"
+        + (f"\nThe path of that name is ./{name}." if Path(name).exists() else ""),
+    )
+
+
+def customary_metric(name: str, possible: Sequence[str]) -> str:
+    """Return the metric a data set is usually reported by, or the first possible one where that is not known.
+
+    Its name is that in the suite or that of its folder, with or without ``/`` and a split.
+    """
+    folder = name.partition("/")[0]
+    metrics = [known.metric for known in KNOWN_DATASETS.values() if folder in (known.name, known.folder)]
+    return next((metric for metric in metrics if metric in possible), possible[0])
