@@ -101,9 +101,7 @@ def describe_repair(found: RepairFigures) -> str:
     before, after = found.recall_at_1
     if found.repaired:
         return f"Teacher's held-out R@1 {before:.1%} → {after:.1%}: repaired (--repair none leaves it as it is)."
-    return (
-        f"Teacher left as it is: held-out R@1 {before:.1%}, and a repair of its images does not make it clearly better."
-    )
+    return f"Teacher left as it is: held-out R@1 {before:.1%}, and no clear gain from a repair."
 
 
 def teacher_scale(embeddings: Embeddings) -> float:

@@ -115,6 +115,15 @@ def write(
     with timed(seconds, "write"):
         written = write_students(folder, trainer.student.model, str(plan.settings.student), trainer.state)
         write_text(folder.report, write_report(trainer))
+    result: dict[str, Any] = {
+        "steps": plan.steps,
+        "samples": plan.steps * plan.batch_size,
+        "samples_per_second": round(samples_per_second, 1),
+        "losses": trainer.losses,
+        "metrics": trainer.metrics,
+    }
+    if inputs.repair is not None and inputs.repair.repaired:
+        result["repair"] = msgspec.to_builtins(inputs.repair)
     return output.commit(
         counts={
             "read": inputs.usable.read,
@@ -127,16 +136,5 @@ def write(
         model={"spec": info.spec, "parameters": info.parameters, "embed_dim": info.embed_dim},
         data=inputs.dataset.describe(),
         keep_list=None if inputs.keep_list is None else inputs.keep_list.describe(),
-        result={
-            "steps": plan.steps,
-            "samples": plan.steps * plan.batch_size,
-            "samples_per_second": round(samples_per_second, 1),
-            "losses": trainer.losses,
-            "metrics": trainer.metrics,
-        }
-        | (
-            {"repair": msgspec.to_builtins(inputs.repair)}
-            if inputs.repair is not None and inputs.repair.repaired
-            else {}
-        ),
+        result=result,
     )

@@ -182,9 +182,7 @@ def read_inputs(
 
     Labels number the classes of ``--classnames``, else those of the data, where it has any.
     """
-    limit = settings.check_images or (
-        _MANY_IMAGES if settings.data is not None or settings.quantize else _FEW_IMAGES
-    )
+    limit = settings.check_images or (_MANY_IMAGES if settings.data is not None or settings.quantize else _FEW_IMAGES)
     decoder, skips = Decoder.of(model, captions=False), Skips()
     listed = [] if dataset is None else _choose(dataset, limit)
     decoded = decoder(listed)

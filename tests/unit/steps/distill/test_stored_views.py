@@ -24,8 +24,9 @@ from teaching_data import (
 from torchvision.transforms.functional import resized_crop, to_tensor
 
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.runtime.models.augment import Augmentation, View
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.decode import decode_image
@@ -47,6 +48,24 @@ def stored(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPat
     out = tmp_path_factory.mktemp("views") / "tiny"
     embed_data(tiny_shards, tiny_model, out, **VIEWS)
     return out
+
+
+def test_views_are_repaired_as_images_are(stored: Path) -> None:
+    """Each row is the same to the bit, read alone or among others; captions stay."""
+    raw = open_embeddings(stored)
+    numbers = np.random.default_rng(0).normal(size=(raw.width, raw.width))
+    map_DD = np.round(numbers * 2**16).astype(np.float32) / 2**16
+    repaired = raw.mapped(RowMap(map_DD, FileRecord("repair.npz", 1, "a")))
+    for kind in (Kind.IMAGES, Kind.VIEWS):
+        rows = repaired.rows(kind)
+        found = rows.read(0, len(rows))
+        exact = raw.rows(kind).read(0, len(rows)).astype(np.float64) @ map_DD.astype(np.float64)
+        np.testing.assert_allclose(found, exact / np.linalg.norm(exact, axis=1, keepdims=True), atol=1e-3)
+        places = np.array([7, 2, 11])
+        np.testing.assert_array_equal(rows.take(places), found[places])
+        np.testing.assert_array_equal(rows.read(5, 6)[0], found[5])
+    texts = [each.rows(Kind.TEXTS).read(0, raw.num_rows) for each in (raw, repaired)]
+    np.testing.assert_array_equal(*texts)
 
 
 @pytest.fixture(scope="module")
