@@ -136,12 +136,12 @@ def read(teacher: Path, pairs: Path, test: Path, work: Path, *, by_class: bool) 
 def teachers(work: Path, photographs: Path) -> Iterator[tuple[str, Rows]]:
     """Yield the teachers with what they are judged on."""
     withheld = work / "sets" / "report-drawings-retrieval" / "test" / "0.tar"
-    yield "the quickstart's, drawings", read(inputs.TEACHER, work / "pairs", withheld, work / "repair", by_class=False)
+    yield "the quickstart's, drawings", read(inputs.TEACHER, work / "pairs", withheld, work / "judged", by_class=False)
     report = photographs / "sets" / "report-photographs-classes"
     test = photographs / "test.csv"
     subprocess.run([sys.executable, FOREIGN / "captions.py", report.resolve(), test], check=True)
     pairs = photographs / "captions.csv"
-    yield "the foreign, photographs", read(FOREIGN / "teacher", pairs, test, photographs / "repair", by_class=True)
+    yield "the foreign, photographs", read(FOREIGN / "teacher", pairs, test, photographs / "judged", by_class=True)
 
 
 def main() -> None:
