@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.summary import format_phases, print_facts
-from clipcid_cli.steps.cluster.result import ClusterCost, ClusterResult
 from clipcid_cli.steps.settings.cluster import ClusterSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.cluster.result import ClusterCost, ClusterResult
 
 
 def show(result: ClusterResult | ClusterCost, console: Console) -> None:
     """Print how many clusters there are, how close images are to their centroids, and where the files are."""
+    from clipcid_cli.steps.cluster.result import ClusterCost
+
     facts = {"images": f"{result.images:,}", "clusters": f"{result.clusters:,}"}
     if isinstance(result, ClusterCost):
         print_facts(console, "Would cluster", facts)
