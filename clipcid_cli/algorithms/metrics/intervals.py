@@ -159,8 +159,7 @@ def compare(
 def _errors_of_mean(values_S: Array, replicates: int, seed: int) -> Array:
     """Draw by how much the mean of a few seeds is off, float64 [B]: Student's t, evenly spaced quantiles in random order.
 
-    The mean of seeds drawn with replacement would vary too little: where seeds decide, 95 % intervals from three of them
-    would hold the truth in 77 % of cases.
+    Seeds are too few to be drawn with replacement as images are: see docs/method.md#zero-shot.
     """
     from scipy.special import stdtrit
 
