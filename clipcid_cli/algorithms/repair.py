@@ -101,7 +101,7 @@ def fit_repair(pairs: Pairs, scale: float, seed: int) -> Repair:
         scale: The teacher's logit scale (not its logarithm).
     """
     fold_N = deal_captions(pairs.captions_N, seed)
-    folds = range(int(fold_N.max()) + 1)
+    folds = np.unique(fold_N)  # a caption of many pairs leaves folds between without any
     fits = [_Fit(pairs.take(fold_N != fold), scale, seed) for fold in folds]
     judges = [_Judge(pairs.take(fold_N == fold)) for fold in folds]
     captions = torch.cat([judge.captions_N for judge in judges])

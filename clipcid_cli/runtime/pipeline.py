@@ -135,8 +135,9 @@ def start_worker_server() -> None:
     sys.warnoptions.append("ignore")
     multiprocessing.resource_tracker.ensure_running()  # the server would start it, too, and let SIGINT through again
     sys.warnoptions.pop()
-    # The server inherits what is blocked: Ctrl-C, which reaches it as well, would end its imports with a traceback.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # The server and its workers inherit what is blocked. Ctrl-C, and torchrun's SIGTERM, reach the whole group of processes;
+    # this one may still need them to save itself, and they end with it.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
@@ -172,10 +173,10 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
                 )
             yield future.result()
     except BrokenProcessPool as error:
-        for worker in list(crew.values()):
-            worker.terminate()  # the pool waits for all, and ends those alone that it knew when it broke
-        pool.shutdown()
         ended = _describe_end(crew.values())
+        for worker in list(crew.values()):
+            worker.kill()  # the pool waits for all, and SIGTERM does not reach them
+        pool.shutdown()
         if ended is None and error.__cause__ is not None:
             reason = str(error.__cause__).strip("'\n").splitlines()[-1]
             raise ClipcidError(
@@ -341,9 +342,8 @@ def _end_with_parent() -> None:
 
 
 def _describe_end(workers: Iterable[BaseProcess]) -> str | None:
-    """Say how the first of the workers ended, if one did by itself; the others were terminated."""
-    codes = [worker.exitcode for worker in workers]
-    code = next((code for code in codes if code not in (None, -signal.SIGTERM)), None)
+    """Say how the first of the workers ended, if one has."""
+    code = next((worker.exitcode for worker in list(workers) if worker.exitcode is not None), None)
     if code is not None and code < 0:
         with suppress(ValueError):
             return f"killed by {signal.Signals(-code).name}"

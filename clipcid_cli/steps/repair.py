@@ -80,6 +80,7 @@ def _decide(folder: Path, pairs: Pairs, scale: float, wanted: dict[str, Any]) ->
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock(folder / ".lock"))
+            stack.callback((folder / ".lock").unlink, missing_ok=True)
         except OSError as error:
             raise write_error(folder, error) from error
         output = stack.enter_context(open_output(folder, STEP, RepairSidecar, **wanted))

@@ -105,8 +105,8 @@ class Ablation:
         # Clusters and embeddings are shared: made before the runs that read them start side by side.
         for setting in {run.setting.name: run.setting for run in group}.values():
             if setting.clusters is not None:
-                self.inputs.clusters(setting.clusters, setting.keep)
-            self.inputs.embeddings_with(setting.extras)
+                self.inputs.clusters(setting)
+            self.inputs.embeddings_of(setting)
         with ThreadPoolExecutor(self.jobs) as pool:
             trained = dict(zip([run.name for run in group], pool.map(self.train, group), strict=True))
             parts = [part for part in (group[start :: self.jobs] for start in range(self.jobs)) if part]
@@ -118,7 +118,7 @@ class Ablation:
         """Train one student."""
         setting, steps, started = run.setting, self.steps(run.setting), time.monotonic()
         arguments: list[object] = [
-            self.inputs.pairs, "--student", HERE / f"{setting.student}.json", "--preset", "clip", "--keep-list",
+            self.inputs.pairs_of(setting), "--student", HERE / f"{setting.student}.json", "--preset", "clip", "--keep-list",
             self.inputs.keep_list(setting.keep), "--optimizer", setting.optimizer,
             "--lr", setting.lr, "--steps", steps, "--batch-size", setting.batch_size,
             "--val-fraction", 0, "--checkpoint-every", steps, "--seed", run.seed, "--work", self.work,
@@ -127,15 +127,17 @@ class Ablation:
         for name, weight in {"clip": 0.0, **setting.weights}.items():
             arguments += ["--loss", f"{name}={weight:.6g}"]
         if setting.is_taught:
-            arguments += ["--teacher", self.inputs.teacher, "--embeddings", self.inputs.embeddings_with(setting.extras)]
+            arguments += ["--teacher", self.inputs.teacher, "--embeddings", self.inputs.embeddings_of(setting)]
+            arguments += ["--repair", setting.repair]
             arguments += ["--extra-texts", setting.batch_size if "texts" in setting.extras else 0]
         if "texts" in setting.extras and "variants" not in setting.extras:
             arguments += ["--text-variant-share", 0]
         if setting.clusters is not None:
-            arguments += ["--clusters", self.inputs.clusters(setting.clusters, setting.keep)]
+            arguments += ["--clusters", self.inputs.clusters(setting)]
         result = inputs.clipcid("distill", *arguments)
         say(f"{run.name}: {result['samples_per_second']:.0f} samples/s, losses {result['losses']}")
         return {
+            "repair": result.get("repair"),
             "losses": result["losses"],
             "steps": steps,
             "batch_size": setting.batch_size,
@@ -242,9 +244,11 @@ def describe(run: plan.Run) -> dict[str, Any]:
         "optimizer": setting.optimizer,
         "lr": setting.lr,
         "extras": list(setting.extras),
+        "stored": setting.stored,
         "student": setting.student,
         "keep": setting.keep,
         "clusters": setting.clusters,
+        "noise": setting.noise,
         "flags": list(setting.flags),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

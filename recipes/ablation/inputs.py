@@ -8,7 +8,7 @@ import io
 import json
 import subprocess
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ KEEP = "0.563"
 TUNING_SHARE = 0.4
 # Share of the trained concepts of which students see one vendor's drawings only.
 WITHHELD_SHARE = 0.5
-# Stored views of an image; variants of a caption.
-VIEWS, TEXT_VARIANTS = 8, 8
 VENDORS = ("google", "twitter")
 
 
@@ -89,22 +87,34 @@ class Inputs:
         """Return the settings whose students get a linear probe."""
         return [plan.tuned(name, log) for name in plan.MAIN]
 
-    def embeddings_with(self, extras: Sequence[str]) -> Path:
-        """Return the teacher's embeddings with further inputs, names of `plan.EXTRAS`; made where they are not there yet."""
-        if not extras:
+    def pairs_of(self, setting: plan.Setting) -> Path:
+        """Return what a setting is trained on: the pairs, or those with some captions exchanged."""
+        if not setting.noise:
+            return self.pairs
+        folder = self.work / f"exchanged-{round(100 * setting.noise)}"
+        if not folder.exists():
+            exchange_captions(self.pairs, folder, setting.noise)
+        return folder
+
+    def embeddings_of(self, setting: plan.Setting) -> Path:
+        """Return the teacher's embeddings of what a setting reads; made where they are not there yet."""
+        if not setting.extras and not setting.noise:
             return self.embeddings
         # `variants` and `texts` read the same rows.
-        stored = dict.fromkeys("variants" if extra == "texts" else extra for extra in extras)
-        work = self.work / "embedded" / "+".join(sorted(stored))
-        folder = work / "embeddings" / "teacher"
-        if folder in self._embedded:
-            return folder
+        stored = sorted({"variants" if extra == "texts" else extra for extra in setting.extras})
         kinds = [kind for kind in ("strong", "mix") if kind in stored]
-        flags: list[object] = ["--views", VIEWS, "--view-kind", ",".join(kinds)] if kinds else []
+        pairs = self.pairs_of(setting)
+        name = "+".join([pairs.stem, *stored, str(setting.stored)])
+        flags: list[object] = []
+        if kinds:
+            flags += ["--views", setting.stored, "--view-kind", ",".join(kinds)]
         if "variants" in stored:
-            flags += ["--text-variants", TEXT_VARIANTS]
-        clipcid("embed", self.pairs, "--model", self.teacher, *flags, "--work", work)
-        self._embedded.add(folder)
+            flags += ["--text-variants", setting.stored]
+        work = self.work / "embedded" / name
+        folder = work / "embeddings" / "teacher"
+        if folder not in self._embedded:
+            clipcid("embed", pairs, "--model", self.teacher, *flags, "--work", work)
+            self._embedded.add(folder)
         return folder
 
     def keep_list(self, name: str) -> str:
@@ -115,20 +125,24 @@ class Inputs:
             return str(self.work / "balanced" / "random.parquet")
         return str(self.work / "balanced" / name / "balance" / "keep.parquet")
 
-    def clusters(self, name: str, keep: str) -> Path:
-        """Make clusters ``FEATURES-K`` of the images that `keep` keeps, where they are not there yet.
+    def clusters(self, setting: plan.Setting) -> Path:
+        """Make a setting's clusters, of the images that it keeps, where they are not there yet.
 
         K may be ``all``: then every image is a centroid, and the cluster loss compares with all stored rows of the teacher.
         """
-        features, number, *perplexity = name.split("-")
+        if setting.clusters is None:
+            raise ValueError(f"{setting.name} has no clusters")
+        embeddings = self.embeddings_of(dataclasses.replace(setting, extras=()))
+        features, number, *perplexity = setting.clusters.split("-")
         if number == "all":
-            tables = (self.embeddings / "metadata").glob("*.parquet")
+            tables = (embeddings / "metadata").glob("*.parquet")
             number = str(sum(pq.read_metadata(table).num_rows for table in tables))
-        plain = self.work / "clustered" / f"{features}-{number}-{keep}"
+        pairs = self.pairs_of(setting).stem
+        plain = self.work / "clustered" / f"{features}-{number}-{setting.keep}-{pairs}-{setting.repair}"
         if plain not in self._clustered:
             clipcid(
-                "cluster", "--embeddings", self.embeddings, "--keep-list", self.keep_list(keep), "--features", features,
-                "--num-clusters", number, "--work", plain,
+                "cluster", "--embeddings", embeddings, "--keep-list", self.keep_list(setting.keep),
+                "--features", features, "--num-clusters", number, "--repair", setting.repair, "--work", plain,
             )  # fmt: skip
             self._clustered.add(plain)
         if not perplexity:
@@ -233,6 +247,21 @@ def cut_sets(work: Path) -> None:
             chosen = {key: sample for key, sample in samples.items() if is_for_tuning(key) == wanted}
             write_set(work / "sets" / f"{side}-{name}", like, chosen)
     (work / "sets" / "done").touch()
+
+
+def exchange_captions(pairs: Path, out: Path, share: float) -> None:
+    """Write the shards of `pairs` with the captions of a share of all samples exchanged with one another."""
+    shards = {path.name: read_samples(path) for path in sorted(pairs.glob("*.tar"))}
+    captions = {key: sample.members[".txt"] for shard in shards.values() for key, sample in shard.items()}
+    draw = np.random.default_rng(0)
+    keys = np.array(list(captions))
+    chosen = draw.choice(keys, size=round(share * len(keys)), replace=False)
+    others = draw.permutation(chosen)
+    exchanged = captions | {key: captions[other] for key, other in zip(chosen, others, strict=True)}
+    out.mkdir(parents=True)
+    for name, shard in shards.items():
+        samples = {key: Sample({**sample.members, ".txt": exchanged[key]}) for key, sample in shard.items()}
+        write_shard(out / name, samples)
 
 
 def read_samples(path: Path) -> dict[str, Sample]:

@@ -37,6 +37,13 @@ FEW = ("--candidate-ratio", "0.1", "--min-candidates", "1")
 # What a run may read beside images and their captions; `inputs.py` makes it. Stored views of strong crops and of mixed
 # images; variants of captions; texts without images.
 EXTRAS = ("strong", "mix", "variants", "texts")
+# Stored views of an image, of all kinds together, and as many variants of its caption; and the numbers of mixed views alone
+# that are tried.
+STORED, MIXED_ALONE = 8, (2, 4, 8)
+# How far a repaired teacher is trusted: what its figures say on photographs, half of it, and wholly.
+TRUST = (0.13, 0.06, 1.0)
+# Shares of the pairs whose captions are exchanged with one another.
+NOISE = (0.2, 0.5, 0.8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +104,13 @@ class Setting:
         weights: Weights of all losses, for `student`.
         lr: Peak learning rate.
         extras: Names of `EXTRAS`.
+        stored: How many views of an image are stored, and how many variants of its caption, where `extras` has them.
         optimizer: ``muon`` or ``adamw``.
         student: The name of its file, without suffix.
         keep: Keep list: ``all``, ``single``, ``star`` or ``random``.
         clusters: Which clusters, ``FEATURES-K`` or ``FEATURES-K-pPERPLEXITY``; None where no loss asks.
+        repair: ``--repair`` of ``distill`` and ``cluster``. On drawings the teacher is left as it is either way.
+        noise: Share of the pairs whose captions are exchanged with one another.
         flags: Further flags of ``distill``.
     """
 
@@ -108,12 +118,15 @@ class Setting:
     weights: Mapping[str, float]
     lr: float
     extras: tuple[str, ...] = ()
+    stored: int = STORED
     optimizer: str = "muon"
     student: str = STUDENT
     steps: int = STEPS
     batch_size: int = BATCH_SIZE
     keep: str = "all"
     clusters: str | None = None
+    repair: str = "none"
+    noise: float = 0.0
     flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -145,7 +158,8 @@ def recipe(name: str, lr: float, factor: float) -> Setting:
     weights = {first: held, **{loss: weight * factor for loss, weight in others}}
     label = f"{name}/lr{lr:g}" + ("" if factor == 1 else f"-x{factor:.2g}")
     clusters: dict[str, Any] = {"clusters": CLUSTERS, "flags": BOTH_TOWERS} if "cluster" in weights else {}
-    return Setting(label, weights, lr, RECIPES[name].extras, RECIPES[name].optimizer, **clusters)
+    extras, optimizer = RECIPES[name].extras, RECIPES[name].optimizer
+    return Setting(label, weights, lr, extras, optimizer=optimizer, **clusters)
 
 
 def rates_tried(name: str) -> list[Setting]:
@@ -261,6 +275,44 @@ def photograph_changes(log: Log, drawings: Log) -> list[Setting]:
     return [_changed(base, "no extras", extras=()), *nearer_to_captions(base)]
 
 
+def repaired(log: Log, drawings: Log) -> list[Setting]:
+    """Return the taught recipes at their best rate on photographs and on the pairs alone, with the teacher repaired."""
+    found = []
+    for name in SCALED:
+        base = best(photograph_students(name, drawings), log)
+        alone = _changed(base, "repaired", repair="auto", extras=())
+        if name == "fd-instance":
+            ours = [trusted(alone, trust) for trust in TRUST]
+            found += [*ours, mixed_alone(ours[0], MIXED_ALONE[0])]
+        elif alone.is_taught:
+            found.append(alone)
+    return found
+
+
+def trusted(base: Setting, trust: float) -> Setting:
+    """Return `fd-instance` with the weights that the default preset has where a repaired teacher is trusted so far."""
+    fd, instance, clip = (base.weights[loss] for loss in ("fd", "instance", "clip"))
+    weights = {"fd": fd * trust, "instance": 1 - (1 - instance) * trust, "clip": 1 - (1 - clip) * trust}
+    return _changed(base, f"trust {trust:g}", weights=weights)
+
+
+def mixed_alone(base: Setting, stored: int) -> Setting:
+    """Return a setting that reads this many mixed views and texts, but no strong views and no variants."""
+    return _changed(base, f"{stored} mixed views, {stored} texts", extras=("mix", "texts"), stored=stored)
+
+
+def worth_storing(log: Log) -> list[Setting]:
+    """Return `fd-instance` at its best trial with less stored for each pair."""
+    base = tuned("fd-instance", log)
+    fewest = _changed(base, f"{MIXED_ALONE[0]} mixed views", extras=("mix",), stored=MIXED_ALONE[0])
+    return [*(mixed_alone(base, stored) for stored in MIXED_ALONE), fewest]
+
+
+def noisy(name: str, share: float, log: Log) -> Setting:
+    """Return a recipe at its best trial on the pairs alone, with some captions exchanged."""
+    return _changed(tuned(name, log), f"{share:.0%} exchanged", extras=(), noise=share, repair="auto")
+
+
 def large_batches(name: str, log: Log) -> list[Setting]:
     """Return a recipe at its best weights in batches of 256, for as many samples, at each rate and twice the highest."""
     base = dataclasses.replace(tuned(name, log), batch_size=LARGE_BATCH, steps=STEPS * BATCH_SIZE // LARGE_BATCH)
@@ -325,6 +377,8 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds((longer(name, log) for name in SCALED), FIRST_SEEDS)
     yield _seeds((best(large_students(name, log), log) for name in SCALED), FIRST_SEEDS)
     yield _seeds(cid_variants(log), FIRST_SEEDS)
+    yield _seeds(worth_storing(log), FIRST_SEEDS)
+    yield _seeds((noisy(name, share, log) for share in NOISE for name in SCALED), SEEDS[:1])
 
 
 def photographs(log: Log, drawings: Log) -> Iterator[list[Run]]:
@@ -332,6 +386,7 @@ def photographs(log: Log, drawings: Log) -> Iterator[list[Run]]:
     settings = {name: photograph_students(name, drawings) for name in SCALED}
     yield _seeds((setting for of in settings.values() for setting in of), SEEDS[:1])
     yield _seeds((best(of, log) for of in settings.values()), FIRST_SEEDS)
+    yield _seeds(repaired(log, drawings), FIRST_SEEDS)
     yield _seeds(photograph_changes(log, drawings), FIRST_SEEDS)
 
 

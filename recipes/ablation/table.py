@@ -215,6 +215,15 @@ def compared(results: Results, settings: list[str], against: str) -> list[str]:
     return [*means(results, [against, *settings]), f"Against `{against}`:", "", *gains(results, settings, against)]
 
 
+def noise(results: Results) -> list[str]:
+    """Return for each share of exchanged captions the means of the main recipes and their gains over `fd-instance`."""
+    lines = []
+    for share in plan.NOISE:
+        clip, rival, ours, cid = (plan.noisy(name, share, results.entries).name for name in plan.SCALED)
+        lines += [f"### {share:.0%}", "", *compared(results, [clip, rival, cid], ours)]
+    return lines
+
+
 def scaled(results: Results) -> list[str]:
     """Return the tables of the longer run, the larger student and the larger batch, each against `clip` there."""
     log = results.entries
@@ -284,19 +293,23 @@ def of_photographs(results: Results, drawings: plan.Log) -> list[str]:
     tried = {name: plan.photograph_students(name, drawings) for name in plan.SCALED}
     chosen = [plan.best(settings, log).name for settings in tried.values()]
     clip, rival, ours, _ = chosen
+    repaired = [setting.name for setting in plan.repaired(log, drawings)]
     return [
         "## Trials of the learning rate, on the tuning split, seed 0",
         "",
         *rate_table({("photographs", name): settings for name, settings in tried.items()}, log),
         "## On the test split",
         "",
-        *means(results, ["teacher", *chosen]),
+        *means(results, ["teacher", *chosen, *repaired]),
         "## Gains over `clip`",
         "",
-        *gains(results, chosen, clip),
+        *gains(results, [*chosen, *repaired], clip),
         "## Gains over `clip-kd`",
         "",
-        *gains(results, chosen, rival),
+        *gains(results, [*chosen, *repaired], rival),
+        "## `fd-instance` with the teacher repaired, and the others beside it",
+        "",
+        *gains(results, [*chosen, *repaired], next(name for name in repaired if name.startswith("fd-instance"))),
         "## `fd-instance`, one thing changed at a time",
         "",
         *compared(results, [setting.name for setting in plan.photograph_changes(log, drawings)], ours),
@@ -333,6 +346,12 @@ def of_drawings(results: Results) -> list[str]:
         "## `fd-instance`, one thing changed at a time",
         "",
         *compared(results, [setting.name for setting in changes], ours),
+        "## What is worth storing",
+        "",
+        *compared(results, [setting.name for setting in plan.worth_storing(log)], ours),
+        "## Exchanged captions, on the pairs alone",
+        "",
+        *noise(results),
         "## Longer, and larger",
         "",
         *scaled(results),

@@ -18,11 +18,22 @@ read -ra cluster_flags <<<"${CLUSTER_FLAGS:---features joint}"
 read -ra distill_flags <<<"${DISTILL_FLAGS:---preset cid}"
 
 # Each step meets at a port of its own: a host that is through early must not meet the store of the step before.
+# A signal is passed on: this shell is the first process of a pod, and has 30 s. Then `wait` ends, before torchrun does.
 together() {
+    local child status=0
     torchrun --nnodes "${HOSTS:-1}" --nproc-per-node "${PROCESSES:-gpu}" \
         --rdzv-backend c10d --rdzv-endpoint "$HEAD:$port" --rdzv-id "${JOB:-clipcid}-$1" \
-        -m clipcid_cli "$@"
+        -m clipcid_cli "$@" &
+    child=$!
+    trap 'kill -TERM "$child"' TERM INT
+    wait "$child" || status=$?
+    if kill -0 "$child" 2>/dev/null; then
+        status=0
+        wait "$child" || status=$?
+    fi
+    trap - TERM INT
     port=$((port + 1))
+    return "$status"
 }
 
 together embed "$DATA" --model "$TEACHER"

@@ -78,7 +78,8 @@ class PairsWithin:
 
     def add(self, edges: Edges) -> None:
         """Add pairs."""
-        self._pairs.append(edges)
+        # Copied: those of another process are mapped from files that are removed.
+        self._pairs.append(Edges(edges.a.copy(), edges.b.copy(), edges.weight.copy()))
         self._number += len(edges)
 
     def drain(self) -> Edges:

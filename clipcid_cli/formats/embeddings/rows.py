@@ -268,10 +268,14 @@ class Rows:
         # An array in an archive may begin at an odd byte.
         return part if part.flags.aligned and part.flags.c_contiguous else np.array(part, order="C")
 
-    def blocks(self, size: int = _BLOCK_ROWS) -> Iterator[tuple[int, Float16]]:
-        """Yield (number of the first row, rows) for consecutive blocks of `size` rows; the last may be shorter."""
+    def blocks(self, size: int = _BLOCK_ROWS, stride: int = 1) -> Iterator[tuple[int, Float16]]:
+        """Yield (number of the first row, rows) for consecutive blocks of `size` rows; the last may be shorter.
+
+        Of each block only every `stride`-th row is read.
+        """
         for start in range(0, len(self), size):
-            yield start, self.read(start, min(start + size, len(self)))
+            stop = min(start + size, len(self))
+            yield start, self.read(start, stop) if stride == 1 else self.take(np.arange(start, stop, stride))
 
 
 def unit_rows(rows: npt.NDArray[Any]) -> Float16:

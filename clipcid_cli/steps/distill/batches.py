@@ -328,7 +328,7 @@ class Batches:
         self._clusters = clusters
         self._batch_size = batch_size
         self._seed = seed
-        self._machine = context
+        self._context = context
         self._num_parts = -(-batch_size // context.size // _MAX_ITEMS)
 
     def __len__(self) -> int:
@@ -347,13 +347,13 @@ class Batches:
             # In shared memory each tensor of a part would hold an open file until its batch is whole.
             parts = made if self._num_parts == 1 else map(TrainingBatch.copied, made)
             whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self._num_parts, strict=True))
-            with closing(prefetch(lambda pair: self.finish(*pair), whole, self._machine.device)) as finished:
+            with closing(prefetch(lambda pair: self.finish(*pair), whole, self._context.device)) as finished:
                 yield from finished
 
     def deal(self, steps: range) -> Iterator[DealtBatch]:
         """Say what workers shall make of each step's batch; a start anywhere deals the same."""
         order = SampleOrder(self._seed, self._samples.sizes.tolist(), index_of(self._inputs.dataset).fetch_ahead)
-        own = slice(*self._machine.share(self._batch_size))
+        own = slice(*self._context.share(self._batch_size))
         for step in steps:
             first = step * self._batch_size
             rows = order.rows(first, first + self._batch_size)
@@ -371,7 +371,7 @@ class Batches:
 
     def finish(self, dealt: DealtBatch, parts: Sequence[TrainingBatch]) -> TrainingBatch:
         """Join a process's parts on the device and add the cluster targets of the global batch."""
-        batch = TrainingBatch.join(parts, self._machine.device)
+        batch = TrainingBatch.join(parts, self._context.device)
         if self._clusters is not None:
             batch.image_clusters, batch.text_clusters = self._clusters.targets(dealt.rows, dealt.step)
         return batch
@@ -389,7 +389,7 @@ class Batches:
             return []
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))
         count = self._inputs.num_extra_texts(self._batch_size)
-        own = slice(*self._machine.share(count))
+        own = slice(*self._context.share(count))
         if extra.variants is None:
             return [ExtraText(row) for row in random.integers(len(extra.rows), size=count)[own].tolist()]
         # Captions are read only from shards that the batch reads anyway: another would be fetched for one caption.

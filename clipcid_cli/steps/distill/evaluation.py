@@ -129,7 +129,7 @@ class Evaluation:
         self.held_out: HeldOut | None = None
         self._student = student
         self._plan = plan
-        self._machine = context
+        self._context = context
 
         def read() -> bool:
             self.held_out = HeldOut.read(inputs, student)
@@ -153,7 +153,7 @@ class Evaluation:
         return metrics | {f"{EMA}{name}": value for name, value in averaged.items()}
 
     def _measure(self) -> dict[str, float]:
-        context = self._machine
+        context = self._context
         student = self._student
         student.module.eval()
         share_statistics(student.module, context)

@@ -68,8 +68,8 @@ class Objective:
             process's rows, times the number of processes. And the losses of the global batch in order, without weights
             and gradients, float32 [L].
         """
-        everything = self._gather(features, student_scale, batch)
-        terms = [load_loss(name)(everything, **self.parameters.of(name)) for name in self.weights]
+        whole = self._gather(features, student_scale, batch)
+        terms = [load_loss(name)(whole, **self.parameters.of(name)) for name in self.weights]
         total = torch.stack([weight * term for weight, term in zip(self.weights.values(), terms, strict=True)]).sum()
         values = torch.stack([term.detach() for term in terms])
         if not self.local_loss:

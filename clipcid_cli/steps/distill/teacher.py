@@ -201,7 +201,7 @@ def _find_second_moment(settings: DistillSettings, embeddings: Embeddings) -> np
     sides = [embeddings.rows(kind) for kind in (Kind.IMAGES, Kind.TEXTS) if kind in embeddings.kinds]
     stride = -(-embeddings.num_rows // _AXES_ROWS)
     # Rows of another tool that are not finite are left out of training, and here.
-    blocks = (np.nan_to_num(block[::stride], posinf=0, neginf=0) for side in sides for _, block in side.blocks())
+    blocks = (np.nan_to_num(block, posinf=0, neginf=0) for side in sides for _, block in side.blocks(stride=stride))
     found = second_moment(blocks, embeddings.width)
     if not settings.dry_run:
         with atomic_file(path, shared=True) as file:  # two runs may keep it at once

@@ -144,7 +144,7 @@ class ZeroshotTask:
 
     def describe(self) -> dict[str, Any]:
         """Return what determines the metrics besides model and data."""
-        return {
+        described = {
             "dataset": self.name,
             "task": self.task,
             "class_names": list(self.class_names),
@@ -154,6 +154,9 @@ class ZeroshotTask:
             "keys": self.dataset.keys,
             "columns": dataclasses.asdict(self.dataset.columns),
         }
+        if self.dataset.caption_lines:
+            described["caption_lines"] = True
+        return described
 
 
 def plan_tasks(

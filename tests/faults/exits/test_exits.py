@@ -127,13 +127,20 @@ def test_a_terminated_embed_is_continued(clipcid: Callable[..., Run], tiny_model
 def test_a_terminated_distill_saves_its_last_step_and_is_continued_from_it(distill_place: Path) -> None:
     log = distill_place / "clipcid-work/distill/stopped/train.jsonl"
     length = ("--steps", 100_000, "--checkpoint-every", 100_000, "--eval-every", 100_000)
-    process = start_clipcid("distill", *SHORT, *length, "--name", "stopped", cwd=distill_place)
+    process = subprocess.Popen(
+        [*clipcid_command(), *map(str, ("distill", *SHORT, *length, "--name", "stopped"))],
+        cwd=distill_place,
+        env=clean_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     while not log.exists() or not log.stat().st_size:
-        assert process.poll() is None, process.read()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
-    _, errors = process.read()
+    os.killpg(process.pid, signal.SIGTERM)  # as torchrun does: to the decoding process and its server as well
+    _, errors = process.communicate(timeout=40)
+    assert process.returncode == 143, errors
     (checkpoint,) = (log.parent / "checkpoints").iterdir()
     step = int(checkpoint.stem.removeprefix("step_"))
     assert step > 0

@@ -122,3 +122,12 @@ def test_the_same_bytes_again() -> None:
     assert one.map_DD is not None
     assert two.map_DD is not None
     assert torch.equal(one.map_DD, two.map_DD)
+
+
+@pytest.mark.parametrize("sizes", [[300] + 9 * [12], [150] + 10 * [12], [5, 5, 5, 900]])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_frequent_caption_leaves_at_least_two_folds(sizes: list[int], seed: int) -> None:
+    pairs = make_pairs(seed, num_pairs=sum(sizes), num_captions=len(sizes))
+    pairs = dataclasses.replace(pairs, captions_N=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)))
+    assert len(deal_captions(pairs.captions_N, seed).unique()) >= 2
+    assert fit_repair(pairs, SCALE, seed).pairs == sum(sizes)

@@ -72,6 +72,10 @@ def end_at_four(number: int, how: str) -> int:
     return number
 
 
+def name_process(_: int) -> int:
+    return os.getpid()
+
+
 def list_modules(_: int) -> list[str]:
     return [name for name in ("faiss", "open_clip", "torch") if name in sys.modules]
 
@@ -151,6 +155,14 @@ def test_a_worker_that_dies_is_told(how: str, told: str) -> None:
     with pytest.raises(ClipcidError, match=rf"process that decodes images ended \({told}\)") as raised:
         list(ordered_map(partial(end_at_four, how=how), range(9), 2))
     assert "--workers" in raised.value.fix
+
+
+def test_a_worker_outlives_the_sigterm_that_its_whole_group_gets() -> None:
+    """The main process may need it to save itself, and it ends with that."""
+    results = ordered_map(name_process, range(20), 1)
+    worker = next(results)
+    os.kill(worker, signal.SIGTERM)
+    assert set(results) == {worker}
 
 
 class TwoPartsError(Exception):
