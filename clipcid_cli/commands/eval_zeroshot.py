@@ -12,7 +12,7 @@ from clipcid_cli.commands.summary import count, format_percent, print_facts, pri
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.evaluate.result import ComparisonResult, ZeroshotResult
+    from clipcid_cli.steps.evaluate.result import ComparisonResult, Draws, ZeroshotResult
     from clipcid_cli.steps.evaluate.zeroshot import Answer
 
 
@@ -34,27 +34,56 @@ def show(answer: Answer, console: Console) -> None:
 
 def _show_comparison(answer: ComparisonResult, console: Console) -> None:
     """Print the files, whether their class names and templates are the same, and a table of the differences."""
-    print_facts(console, "", dict(zip("AB", answer.compared, strict=True)))
+    files = dict[str, str]()
+    for side, compared in zip("AB", answer.compared, strict=True):
+        if isinstance(compared, str):
+            files[side] = compared
+        else:
+            files |= {f"{side}{number}": file for number, file in enumerate(compared, start=1)}
+    print_facts(console, "", files)
     prompts = {
         kind.replace("_", " "): str(sides.first) if sides.same else "not the same"
         for kind, sides in (answer.prompts or {}).items()
     }
     print_facts(console, "", prompts)
-    rows = [
-        (
+    on = f"on {answer.dataset}, {count(answer.images, 'image')}"
+    is_pair = len(files) == 2
+    if not is_pair:
+        _show_seeds(answer, list(files), f"Each seed {on}", console)
+        on += f", {len(files) // 2} seeds each (mean ± std)"
+    rows = []
+    for name, judged in answer.differences.items():
+        row = [
             shorten_metric(name),
-            format_percent(judged.first),
-            format_percent(judged.second),
+            _format_side(judged.first),
+            _format_side(judged.second),
             f"{100 * judged.difference:+.2f}",
             " … ".join(f"{100 * bound:+.2f}" for bound in judged.interval),
-            "–" if judged.p_value is None else f"{judged.p_value:.2g}",
-            "yes" if judged.real else "no",
-        )
-        for name, judged in answer.differences.items()
-    ]
-    title = f"B against A on {answer.dataset}, {count(answer.images, 'image')}"
-    columns = ("metric", "A", "B", "B − A", "95% interval", "McNemar p", "significant")
-    print_table(console, title, columns, rows)
+        ]
+        if is_pair:
+            row.append("–" if judged.p_value is None else f"{judged.p_value:.2g}")
+        rows.append([*row, "yes" if judged.real else "no"])
+    columns = ["metric", "A", "B", "B − A", "95% interval", *["McNemar p"] * is_pair, "significant"]
+    print_table(console, f"B against A {on}", columns, rows)
+
+
+def _format_side(side: float | Draws) -> str:
+    if isinstance(side, float):
+        return format_percent(side)
+    return f"{format_percent(side.mean)} ± {format_percent(side.std)}"
+
+
+def _show_seeds(answer: ComparisonResult, seeds: list[str], title: str, console: Console) -> None:
+    """Print a table of the values behind means, with a blank line after it."""
+    rows = []
+    for name, judged in answer.differences.items():
+        row = [shorten_metric(name)]
+        for side in (judged.first, judged.second):
+            if not isinstance(side, float):
+                row += [format_percent(value) for value in side.values]
+        rows.append(row)
+    print_table(console, title, ["metric", *seeds], rows)
+    console.print()
 
 
 def show_tables(results: list[ZeroshotResult], console: Console) -> None:
@@ -144,5 +173,7 @@ Examples:
   clipcid eval-zeroshot ViT-B-32 imagenet pets voc2007 \\
       --data-root /data/clip_benchmark --predictions
   clipcid eval-zeroshot --compare A.json B.json
+  clipcid eval-zeroshot --compare 'pets_A-*_classification.json' \\
+      'pets_B-*_classification.json'
 """,
 )

@@ -279,6 +279,55 @@ def test_predictions_comparison_and_report(
     assert Path(files[2]).name not in folders
 
 
+def test_several_seeds_are_compared_in_pairs(
+    clipcid: Callable[..., Run], classification: Path, retrieval: Path, tmp_path: Path
+) -> None:
+    names = ["a-1", "a-2", "a-10", "b-1", "b-2", "b-10"]
+    models = [write_tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate(names)]
+    others = [word for model in models[1:] for word in ("--model", model)]
+    run = clipcid("eval-zeroshot", models[0], classification, retrieval, *others, "--predictions", "--json")
+    results = {(one["task"], one["model"]): one for one in run.json["results"]}
+    first, second = (f"clipcid-work/eval/things_{side}-*_classification.json" for side in "ab")
+    told = clipcid("eval-zeroshot", "--compare", first, second, "--json")
+    answer = told.json
+    assert answer["models"] == [names[:3], names[3:]]  # 2 before 10
+    assert [[Path(file).name for file in side] for side in answer["compared"]] == [
+        [f"things_{name}_zeroshot_classification.json" for name in side] for side in answer["models"]
+    ]
+    judged = answer["differences"]["acc1"]
+    values = [results["zeroshot_classification", name]["metrics"]["acc1"] for name in names]
+    for side, of_side in (("first", values[:3]), ("second", values[3:])):
+        assert judged[side]["values"] == pytest.approx(of_side, abs=1e-12)
+        assert judged[side]["mean"] == pytest.approx(np.mean(of_side), abs=1e-12)
+        assert judged[side]["std"] == pytest.approx(np.std(of_side, ddof=1), abs=1e-12)
+    assert judged["difference"] == pytest.approx(np.mean(values[3:]) - np.mean(values[:3]), abs=1e-12)
+    assert judged["interval"][0] <= judged["difference"] <= judged["interval"][1]
+    assert judged["p_value"] is None
+    assert all(sides["same"] for sides in answer["prompts"].values())
+
+    # Lists with commas choose seeds, and their order; one file of each is compared as two results are.
+    files = [f"clipcid-work/eval/captions_{name}_zeroshot_retrieval.json" for name in names]
+    chosen = clipcid("eval-zeroshot", "--compare", ",".join(files[:2]), ",".join(files[4:2:-1]), "--json").json
+    assert chosen["models"] == [["a-1", "a-2"], ["b-2", "b-1"]]
+    assert clipcid("eval-zeroshot", "--compare", files[0], files[3].replace("b-1", "b-[1]"), "--json").json == (
+        clipcid("eval-zeroshot", "--compare", files[0], files[3], "--json").json
+    )
+
+    for sides, code, message in (
+        ((first, files[0].replace("a-1_", "b-*_")), 1, "One result is of classification, the other of retrieval."),
+        ((first, second.replace("b-*", "b-1*")), 1, "A has 3 metrics files and B has 2."),
+        ((first, second.replace("b-*", "c-*")), 1, "things_c-*_classification.json cannot be read"),
+        (
+            files,
+            2,
+            "--compare needs two metrics files, but 6 were given. Give several seeds of each as two patterns in",
+        ),
+    ):
+        refused = clipcid("eval-zeroshot", "--compare", *sides, check=False)
+        assert refused.returncode == code
+        assert message in " ".join(refused.stderr.split())
+
+
 def test_dry_run_writes_nothing(
     clipcid: Callable[..., Run], tiny_model: Path, classification: Path, tmp_path: Path
 ) -> None:

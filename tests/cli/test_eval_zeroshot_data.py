@@ -125,6 +125,14 @@ def test_several_classes_an_image(clipcid: Callable[..., Run], tiny_model: Path,
         "real": False,
         "verdict": "mean_average_precision: no difference (+0.00 points, 95 % interval +0.00 … +0.00).",
     }
+    both = ",".join(files)
+    seeds = clipcid("eval-zeroshot", "--compare", both, both, "--json").json["differences"]["mean_average_precision"]
+    assert seeds["first"] == {
+        "mean": pytest.approx(expected, abs=1e-6),
+        "std": 0.0,
+        "values": [pytest.approx(expected)] * 2,
+    }
+    assert (seeds["difference"], seeds["interval"], seeds["real"]) == (0.0, [0.0, 0.0], False)
 
 
 def test_data_sets_by_name_with_imagenets_classes(

@@ -3,12 +3,12 @@
 Where images have several classes, each class ranks all images, and is measured by its average precision.
 
 Shape letters: C classes, T templates, N images, P of them that have a class, D width of the embeddings, U cells and B draws
-of :mod:`.intervals`.
+of :mod:`.intervals`, S seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -92,17 +92,20 @@ def accuracy_metrics(labels_N: Array, ranks_N: Array, num_classes: int) -> Metri
 
 
 def compare_accuracies(
-    labels_N: Array, first_N: Array, second_N: Array, num_classes: int, replicates: int, seed: int
+    labels_N: Array, first_S: Sequence[Array], second_S: Sequence[Array], num_classes: int, replicates: int, seed: int
 ) -> dict[str, PairedMetric]:
-    """Compare `accuracy_metrics` of two models by the ranks of each, int64 [N]."""
-    right = [ranks_N == 0 for ranks_N in (first_N, second_N)]
-    among = [ranks_N < ACCURACY_TOP_K for ranks_N in (first_N, second_N)]
-    cells_U5, images_U = count_cells(np.stack([labels_N, *right, *among], axis=1))
-    sides = [
-        Metrics(images_U, partial(_accuracies, cells_U5[:, [0, 1 + side, 3 + side]], num_classes)) for side in (0, 1)
+    """Compare `accuracy_metrics` of two models, or of seeds of each, by the ranks, int64 [N]."""
+    ranks = [*first_S, *second_S]
+    right = [ranks_N == 0 for ranks_N in ranks]
+    among = [ranks_N < ACCURACY_TOP_K for ranks_N in ranks]
+    cells_UV, images_U = count_cells(np.stack([labels_N, *right, *among], axis=1))
+    models = [
+        Metrics(images_U, partial(_accuracies, cells_UV[:, [0, 1 + model, 1 + len(ranks) + model]], num_classes))
+        for model in range(len(ranks))
     ]
-    p_values = {"acc1": mcnemar(right[0], right[1]), "acc5": mcnemar(among[0], among[1])}
-    return compare(sides[0], sides[1], replicates, seed, p_values)
+    num_seeds = len(first_S)
+    p_values = {"acc1": mcnemar(*right), "acc5": mcnemar(*among)} if num_seeds == 1 else None
+    return compare(models[:num_seeds], models[num_seeds:], replicates, seed, p_values)
 
 
 def _accuracies(cells_U3: Array, num_classes: int, draws_BU: Array) -> dict[str, Array]:

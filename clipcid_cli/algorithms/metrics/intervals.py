@@ -1,13 +1,14 @@
 """How much a metric depends on the sample of images: it is a function of how often each image counts.
 
 Its value is that of one draw, in which every image counts once. Its interval is that of draws with replacement. Two models
-are compared over the same draws, so what makes an image easy or hard for both cancels out of the difference.
+are compared over the same draws, so what makes an image easy or hard for both cancels out of the difference. Where there are
+several seeds of each, the mean difference of their pairs is a function of draws too; how much it depends on seeds is added.
 
 A metric of counts depends on how many images fall into each cell (class × right or wrong × …), and of images drawn with
 replacement the counts of cells are multinomial. So cells are drawn instead: the same distribution as drawing images one by
 one, at a cost that does not grow with their number.
 
-Shape letters: N images, V values of an image, U cells, B draws.
+Shape letters: N images, V values of an image, U cells, B draws, S pairs of seeds.
 
 Source: Efron 1979; for counts Efron and Tibshirani 1993, §5.2.
 """
@@ -16,7 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -93,18 +95,20 @@ class PairedMetric:
     """A metric of two models on the same images, and the 95 % interval of the difference, second minus first.
 
     Attributes:
-        p_value: McNemar's, where the metric counts images that are right or wrong.
+        first: A value for each seed, one for a single model.
+        second: The same; seeds are paired by their place.
+        p_value: McNemar's, where the metric counts images that are right or wrong, and there is one pair.
     """
 
-    first: float
-    second: float
+    first: list[float]
+    second: list[float]
     interval: tuple[float, float]
     p_value: float | None = None
 
     @property
     def difference(self) -> float:
-        """Second minus first."""
-        return self.second - self.first
+        """Second minus first, of several seeds their means."""
+        return fmean(self.second) - fmean(self.first)
 
     @property
     def excludes_zero(self) -> bool:
@@ -119,18 +123,52 @@ class PairedMetric:
 
 
 def compare(
-    first: Metrics, second: Metrics, replicates: int, seed: int, p_values: Mapping[str, float] | None = None
+    first_S: Sequence[Metrics],
+    second_S: Sequence[Metrics],
+    replicates: int,
+    seed: int,
+    p_values: Mapping[str, float] | None = None,
 ) -> dict[str, PairedMetric]:
-    """Compare each metric, that has a value, of two models whose cells are of the same images; some have McNemar's p."""
-    values, others = first.values(), second.values()
-    drawn, others_drawn = (side.draw(replicates, seed) for side in (first, second))
-    return {
-        name: PairedMetric(
-            value, others[name], interval(others_drawn[name] - drawn[name]), p_values.get(name) if p_values else None
-        )
-        for name, value in values.items()
-        if not math.isnan(value)
-    }
+    """Compare each metric, that has a value, of two models, or of as many seeds of each; some have McNemar's p.
+
+    Args:
+        first_S: Cells of all are of the same images.
+    """
+
+    def mean_differences(draws_BU: Array) -> dict[str, Array]:
+        drawn_S = [(first.of_draws(draws_BU), second.of_draws(draws_BU)) for first, second in pairs_S]
+        return {
+            name: np.mean([second[name] - first[name] for first, second in drawn_S], axis=0) for name in drawn_S[0][0]
+        }
+
+    pairs_S = list(zip(first_S, second_S, strict=True))
+    drawn = Metrics(first_S[0].images_U, mean_differences).draw(replicates, seed)
+    values_S = [(first.values(), second.values()) for first, second in pairs_S]
+    found = {}
+    for name, value in values_S[0][0].items():
+        if math.isnan(value):
+            continue
+        first = [values[name] for values, _ in values_S]
+        second = [values[name] for _, values in values_S]
+        errors_B = _errors_of_mean(np.subtract(second, first), replicates, seed)
+        p_value = p_values.get(name) if p_values else None
+        found[name] = PairedMetric(first, second, interval(drawn[name] + errors_B), p_value)
+    return found
+
+
+def _errors_of_mean(values_S: Array, replicates: int, seed: int) -> Array:
+    """Draw by how much the mean of a few seeds is off, float64 [B]: Student's t, evenly spaced quantiles in random order.
+
+    Seeds are too few to be drawn with replacement as images are: see docs/method.md#zero-shot.
+    """
+    from scipy.special import stdtrit
+
+    num_seeds = len(values_S)
+    if num_seeds == 1:
+        return np.zeros(replicates)
+    # Not the generator that draws images: what seeds and images add must be independent.
+    quantiles_B = (np.random.default_rng((seed, num_seeds)).permutation(replicates) + 0.5) / replicates
+    return np.asarray(stdtrit(num_seeds - 1, quantiles_B) * values_S.std(ddof=1) / math.sqrt(num_seeds))
 
 
 def mcnemar(first_N: Array, second_N: Array) -> float:

@@ -1,11 +1,12 @@
 """Retrieval between images and their captions: recall at k in both directions, without the whole similarity matrix.
 
 Shape letters: N images, M captions, D width of the embeddings, U cells of :mod:`.intervals`; Q queries, R candidates and P
-pairs of them that belong together; B queries and p pairs of a chunk.
+pairs of them that belong together; B queries and p pairs of a chunk; S seeds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -86,16 +87,23 @@ def recall_metrics(ranks: Ranks, image_of_text_M: torch.Tensor) -> Metrics:
 
 
 def compare_recalls(
-    first: Ranks, second: Ranks, image_of_text_M: torch.Tensor, replicates: int, seed: int
+    first_S: Sequence[Ranks], second_S: Sequence[Ranks], image_of_text_M: torch.Tensor, replicates: int, seed: int
 ) -> dict[str, PairedMetric]:
-    """Compare `recall_metrics` of two models; McNemar's test is of images alone, since captions are not independent."""
-    hits = [_count_hits(ranks, image_of_text_M) for ranks in (first, second)]
+    """Compare `recall_metrics` of two models, or of seeds of each.
+
+    McNemar's test is of images alone, since captions are not independent.
+    """
+    hits = [_count_hits(ranks, image_of_text_M) for ranks in (*first_S, *second_S)]
     cells_UW, images_U = count_cells(np.concatenate(hits, axis=1))
-    sides = [Metrics(images_U, partial(_recalls, cells_UV)) for cells_UV in np.hsplit(cells_UW, 2)]
-    p_values = {
-        f"text_retrieval_recall@{k}": mcnemar((first[1] < k).numpy(), (second[1] < k).numpy()) for k in RECALL_AT
-    }
-    return compare(sides[0], sides[1], replicates, seed, p_values)
+    models = [Metrics(images_U, partial(_recalls, cells_UV)) for cells_UV in np.hsplit(cells_UW, len(hits))]
+    num_seeds = len(first_S)
+    p_values = None
+    if num_seeds == 1:
+        (_, first_N), (_, second_N) = first_S[0], second_S[0]
+        p_values = {
+            f"text_retrieval_recall@{k}": mcnemar((first_N < k).numpy(), (second_N < k).numpy()) for k in RECALL_AT
+        }
+    return compare(models[:num_seeds], models[num_seeds:], replicates, seed, p_values)
 
 
 def _count_hits(ranks: Ranks, image_of_text_M: torch.Tensor) -> Array:

@@ -1,17 +1,25 @@
-"""`eval-zeroshot --compare A B`: is the difference of two results larger than the choice of images explains?"""
+"""`eval-zeroshot --compare A B`: is the difference of two results larger than the choice of images explains?
+
+Of several seeds of each, given as patterns or lists: larger than the choice of images and seeds explains?
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from contextlib import suppress
+from glob import glob
 from pathlib import Path
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
 
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compare_accuracies, precision_metrics
 from clipcid_cli.algorithms.metrics.intervals import Array, PairedMetric, compare
-from clipcid_cli.algorithms.metrics.retrieval import compare_recalls
+from clipcid_cli.algorithms.metrics.retrieval import Ranks, compare_recalls
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.samples import natural_key
 from clipcid_cli.formats.results.metrics import (
     CLASSIFICATION,
     MULTI_LABEL,
@@ -25,7 +33,7 @@ from clipcid_cli.formats.results.metrics import (
 )
 from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.steps.evaluate.result import ComparedLines, ComparisonResult, Difference
+from clipcid_cli.steps.evaluate.result import ComparedLines, ComparisonResult, Difference, Draws
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -34,30 +42,54 @@ _NAMED = 8
 
 
 def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> ComparisonResult:
-    """Compare two results on the same images."""
-    paths = settings.compared
+    """Compare two results on the same images, or several pairs of them."""
+    sides = [_find_files(side) for side in settings.compared]
+    paths = [path for side in sides for path in side]
     for path in paths:
         if path.is_dir():
             raise _folder_error(path, WorkDirectory(settings.work))
     again = "Run eval-zeroshot --predictions --overwrite for that model and data set again."
     sidecars = [validate_unchanged_metrics(path, again) for path in paths]
     records = [read_metrics(path) for path in paths]
-    first, second = (read_predictions(predictions_path(path)) for path in paths)
-    _validate_same_data(first, second)
-    names = _tell_apart(records, paths)
-    prompts = None if first.kind == RETRIEVAL else _compare_prompts(sidecars, names, reporter)
-    differences = {name: _judge(name, metric, names) for name, metric in _compare(first, second, settings).items()}
+    predictions = [read_predictions(predictions_path(path)) for path in paths]
+    truth = predictions[0]
+    for other in predictions[1:]:
+        _validate_same_data(truth, other)
+    num_seeds = len(sides[0])
+    if num_seeds != len(sides[1]):
+        raise ClipcidError(
+            f"Seeds are compared in pairs, but A has {num_seeds:,} metrics files and B has {len(sides[1]):,}.",
+            "Give as many of each, in the same order of seeds, or some of them with commas: clipcid eval-zeroshot "
+            "--compare A1.json,A2.json B1.json,B2.json",
+        )
+    files = [str(path) for path in paths]
+    models = [found.model for found in predictions]
+    is_pair = num_seeds == 1
+    names = _tell_apart(records, files) if is_pair else ["A", "B"]
+    prompts = None if truth.kind == RETRIEVAL else _compare_prompts(sidecars, names if is_pair else files, reporter)
+    metrics = _compare(predictions[:num_seeds], predictions[num_seeds:], settings)
+    differences = {name: _judge(name, metric, names) for name, metric in metrics.items()}
     for judged in differences.values():
         reporter.note(judged.verdict)
     return ComparisonResult(
-        compared=[str(path) for path in paths],
-        models=[first.model, second.model],
-        dataset=first.dataset,
-        images=len(first),
+        compared=files if is_pair else [files[:num_seeds], files[num_seeds:]],
+        models=models if is_pair else [models[:num_seeds], models[num_seeds:]],
+        dataset=truth.dataset,
+        images=len(truth),
         prompts=prompts,
         differences=differences,
         files={},
     )
+
+
+def _find_files(side: str) -> list[Path]:
+    """Return the file of one side, or those that a pattern matches, seed 2 before seed 10, or that commas separate."""
+    if os.path.exists(side):
+        return [Path(side)]
+    found = list[str]()
+    for part in side.split(","):
+        found += sorted(glob(part), key=natural_key) or [part]
+    return [Path(file) for file in found]
 
 
 def _folder_error(folder: Path, work: WorkDirectory) -> ClipcidError:
@@ -93,45 +125,58 @@ def _validate_same_data(first: Predictions, second: Predictions) -> None:
 def _compare_prompts(
     sidecars: list[EvaluationSidecar | None], names: list[str], reporter: Reporter
 ) -> dict[str, ComparedLines] | None:
-    """Tell whether both results are of the same class names and templates; warn where they are not, or nothing says so."""
-    first, second = (None if sidecar is None else sidecar.prompts for sidecar in sidecars)
-    if first is None or second is None:
-        without = " and ".join(name for name, found in zip(names, (first, second), strict=True) if found is None)
+    """Tell whether all results are of the same class names and templates; warn where they are not, or nothing says so."""
+    recorded = [None if sidecar is None else sidecar.prompts for sidecar in sidecars]
+    prompts = [found for found in recorded if found is not None]
+    if len(prompts) < len(recorded):
+        without = " and ".join(name for name, found in zip(names, recorded, strict=True) if found is None)
         reporter.warn(
             f"No entry `prompts` records the class names and templates of {without}: they may not be the same. Results "
             "of this version of eval-zeroshot have one."
         )
         return None
+    labels = ["A", "B"] if len(names) == 2 else names
     compared = {}
-    for kind, one in first.items():
-        compared[kind] = ComparedLines(one, second[kind], one.hash == second[kind].hash)
-        if not compared[kind].same:
+    for kind, first in prompts[0].items():
+        others = [number for number, found in enumerate(prompts) if found[kind].hash != first.hash]
+        number = others[0] if others else len(prompts) // 2  # the first that differs, else the first of B
+        second = prompts[number][kind]
+        compared[kind] = ComparedLines(first, second, same=not others)
+        if others:
             reporter.warn(
-                f"The {kind.replace('_', ' ')} differ, so the scores differ by more than the models: of A {one}; of B "
-                f"{second[kind]}."
+                f"The {kind.replace('_', ' ')} differ, so the scores differ by more than the models: of {labels[0]} "
+                f"{first}; of {labels[number]} {second}."
             )
     return compared
 
 
-def _compare(first: Predictions, second: Predictions, settings: EvalZeroshotSettings) -> dict[str, PairedMetric]:
+def _compare(
+    first: Sequence[Predictions], second: Sequence[Predictions], settings: EvalZeroshotSettings
+) -> dict[str, PairedMetric]:
+    """Compare the predictions of both sides, one or more of each."""
     replicates = settings.bootstrap
     seed = settings.seed
-    if first.kind == CLASSIFICATION:
-        one, other = (_ranks(side) for side in (first, second))
-        return compare_accuracies(first.column("label"), one, other, first.num_classes, replicates, seed)
-    if first.kind == MULTI_LABEL:
-        metrics, others = (precision_metrics(side.matrix("class_scores"), first.positive) for side in (first, second))
+    truth = first[0]
+    if truth.kind == CLASSIFICATION:
+        ranks, other_ranks = ([_class_ranks(found) for found in side] for side in (first, second))
+        return compare_accuracies(truth.column("label"), ranks, other_ranks, truth.num_classes, replicates, seed)
+    if truth.kind == MULTI_LABEL:
+        metrics, others = (
+            [precision_metrics(found.matrix("class_scores"), truth.positive) for found in side]
+            for side in (first, second)
+        )
         return compare(metrics, others, replicates, seed)
-    ranks, other_ranks = (
-        (torch.from_numpy(side.flat("image_ranks")), torch.from_numpy(side.column("text_rank")))
-        for side in (first, second)
-    )
-    captions = torch.from_numpy(first.lengths("image_ranks"))
+    recalls, other_recalls = ([_retrieval_ranks(found) for found in side] for side in (first, second))
+    captions = torch.from_numpy(truth.lengths("image_ranks"))
     image_of_text = torch.repeat_interleave(torch.arange(len(captions)), captions)
-    return compare_recalls(ranks, other_ranks, image_of_text, replicates, seed)
+    return compare_recalls(recalls, other_recalls, image_of_text, replicates, seed)
 
 
-def _ranks(found: Predictions) -> Array:
+def _retrieval_ranks(found: Predictions) -> Ranks:
+    return torch.from_numpy(found.flat("image_ranks")), torch.from_numpy(found.column("text_rank"))
+
+
+def _class_ranks(found: Predictions) -> Array:
     """Return how many classes come before the right one, int64 [N], as far as metrics ask: 1 for 1 … 4, 5 for more."""
     label = found.column("label")
     among = (found.matrix("top") == label[:, None]).any(axis=1)
@@ -151,11 +196,24 @@ def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
         verdict = f"{name}: no difference ({numbers})."
     else:
         verdict = f"{name}: {names[better]} scores higher, but so small a difference can be chance ({numbers})."
-    return Difference(**vars(metric), difference=difference, real=metric.is_significant, verdict=verdict)
+    return Difference(
+        first=_summarise(metric.first),
+        second=_summarise(metric.second),
+        difference=difference,
+        interval=metric.interval,
+        p_value=metric.p_value,
+        real=metric.is_significant,
+        verdict=verdict,
+    )
 
 
-def _tell_apart(records: list[Metrics], paths: tuple[Path, Path]) -> list[str]:
+def _summarise(values: list[float]) -> float | Draws:
+    """Return the only value, or those of several seeds with mean and standard deviation."""
+    return values[0] if len(values) == 1 else Draws(fmean(values), stdev(values), [*values])
+
+
+def _tell_apart(records: list[Metrics], files: list[str]) -> list[str]:
     """Name both results by their models; where those have one name, by weights, and else by files."""
     called = [[str(getattr(record, field)) for record in records] for field in ("model", "pretrained")]
-    first, second = next((pair for pair in called if pair[0] != pair[1]), [str(path) for path in paths])
+    first, second = next((pair for pair in called if pair[0] != pair[1]), files)
     return [f"A ({first})", f"B ({second})"]

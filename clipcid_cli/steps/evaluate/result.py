@@ -67,11 +67,25 @@ class ComparedLines(msgspec.Struct):
     same: bool
 
 
-class Difference(msgspec.Struct):
-    """One metric of both sides, second minus first; `real` where it is more than the choice of images explains."""
+class Draws(msgspec.Struct):
+    """A metric of several random draws, or seeds; the standard deviation is None for one, and all are without a value."""
 
-    first: float
-    second: float
+    mean: float | None
+    std: float | None
+    values: list[float | None]
+
+
+class Difference(msgspec.Struct):
+    """One metric of both sides, second minus first; `real` where it is more than the choice of images explains.
+
+    Attributes:
+        first: Of several seeds `Draws`.
+        second: The same; `difference` is that of the means, and `interval` and `real` count the choice of seeds too.
+        p_value: McNemar's, of a pair of results whose metric counts images that are right or wrong.
+    """
+
+    first: float | Draws
+    second: float | Draws
     difference: float
     interval: tuple[float, float]
     p_value: float | None
@@ -80,23 +94,21 @@ class Difference(msgspec.Struct):
 
 
 class ComparisonResult(msgspec.Struct):
-    """Two results on the same images; `prompts` is None for retrieval, and where nothing records them."""
+    """Two results on the same images, or of several seeds the results of each side.
 
-    compared: list[str]
-    models: list[str]
+    Attributes:
+        compared: Two files, or a list of files for each side.
+        models: Likewise.
+        prompts: None for retrieval, and where nothing records them.
+    """
+
+    compared: list[str] | list[list[str]]
+    models: list[str] | list[list[str]]
     dataset: str
     images: int
     prompts: dict[str, ComparedLines] | None
     differences: dict[str, Difference]
     files: dict[str, str]
-
-
-class Draws(msgspec.Struct):
-    """A metric of several random draws; the standard deviation is None for one draw, and all are without a value."""
-
-    mean: float | None
-    std: float | None
-    values: list[float | None]
 
 
 class FewShot(msgspec.Struct):

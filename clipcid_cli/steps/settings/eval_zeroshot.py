@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import Range, argument, flag_of, given_fields, group, setting_of
@@ -55,7 +54,7 @@ class EvalZeroshotSettings(EvaluationSettings):
     compare: bool = _result(
         False,
         "Test whether two results differ significantly instead of measuring: `--compare A.json B.json`, two metrics files "
-        "that were made with --predictions.",
+        "that were made with --predictions. Several seeds of each are two patterns in quotes, or two lists with commas.",
         operational=True,
     )
 
@@ -68,9 +67,15 @@ class EvalZeroshotSettings(EvaluationSettings):
     def _validate_comparison(self) -> None:
         named = [*([self.model] if self.model is not None else []), *self.data]
         if len(named) != 2:
+            fix = "Give both: clipcid eval-zeroshot --compare A.json B.json"
+            if len(named) > 2:
+                fix = (
+                    "Give several seeds of each as two patterns in quotes, or as two lists with commas: clipcid "
+                    "eval-zeroshot --compare 'A-*.json' 'B-*.json'"
+                )
             raise UsageError(
                 f"--compare needs two metrics files, but {len(named)} {'was' if len(named) == 1 else 'were'} given.",
-                "Give both: clipcid eval-zeroshot --compare A.json B.json",
+                fix,
             )
         if self.bootstrap == 0:
             raise UsageError(
@@ -89,8 +94,8 @@ class EvalZeroshotSettings(EvaluationSettings):
             )
 
     @property
-    def compared(self) -> tuple[Path, Path]:
-        """The two metrics files of ``--compare``."""
+    def compared(self) -> tuple[str, str]:
+        """Both sides of ``--compare``: a metrics file each, or several, as a pattern or with commas between them."""
         assert self.compare
         assert self.model is not None
-        return Path(self.model), Path(self.data[0])
+        return self.model, self.data[0]

@@ -89,14 +89,18 @@ def test_two_models_are_compared_by_the_metrics_of_each() -> None:
         scores[torch.arange(120), labels] += strength
         ranks.append(rank_classes(scores, labels)[1].numpy())
         expected.append(measure_scores([scores], labels, 7))
-    found = compare_accuracies(labels.numpy(), *ranks, num_classes=7, replicates=300, seed=0)
+    found = compare_accuracies(labels.numpy(), ranks[:1], ranks[1:], num_classes=7, replicates=300, seed=0)
     assert set(found) == set(expected[0])
     for name, metric in found.items():
-        assert (metric.first, metric.second) == pytest.approx((expected[0][name], expected[1][name]))
+        assert (*metric.first, *metric.second) == pytest.approx((expected[0][name], expected[1][name]))
         low, high = metric.interval
         assert low < metric.difference < high
         assert (metric.p_value is None) == (name == "mean_per_class_recall")
     assert found["acc1"].is_significant
-    same = compare_accuracies(labels.numpy(), ranks[0], ranks[0], num_classes=7, replicates=50, seed=0)
+    seeds = compare_accuracies(labels.numpy(), ranks, ranks[::-1], num_classes=7, replicates=300, seed=0)
+    for name, metric in seeds.items():
+        assert metric.first == metric.second[::-1] == pytest.approx([one[name] for one in expected])
+        assert metric.p_value is None
+    same = compare_accuracies(labels.numpy(), ranks[:1], ranks[:1], num_classes=7, replicates=50, seed=0)
     assert all(metric.interval == (0, 0) and not metric.is_significant for metric in same.values())
-    assert "acc5" not in compare_accuracies(labels.numpy(), *ranks, num_classes=4, replicates=5, seed=0)
+    assert "acc5" not in compare_accuracies(labels.numpy(), ranks[:1], ranks[1:], num_classes=4, replicates=5, seed=0)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_rel
 
 from clipcid_cli.algorithms.metrics.classification import accuracy_metrics
 from clipcid_cli.algorithms.metrics.intervals import (
@@ -57,19 +57,73 @@ def test_models_are_compared_over_the_same_draws() -> None:
     cells, images = count_cells(np.stack(make_ranks(60), axis=1))
     first = Metrics(images, lambda draws: {"share": ratio(draws, cells[:, 1]), "none": np.full(len(draws), np.nan)})
     second = Metrics(images, lambda draws: {name: 0.1 + drawn for name, drawn in first.of_draws(draws).items()})
-    found = compare(first, second, 50, seed=0, p_values={"share": 0.01})
+    found = compare([first], [second], 50, seed=0, p_values={"share": 0.01})
     assert list(found) == ["share"]
     assert found["share"].difference == pytest.approx(0.1)
     assert found["share"].interval == pytest.approx((0.1, 0.1))
     assert found["share"].is_significant
 
 
+def make_seeds(rates: list[float], count: int = 500) -> list[Metrics]:
+    """Models that have these shares of the same images right, each of its own."""
+    generator = np.random.default_rng(0)
+    right = np.stack([generator.random(count) < rate for rate in rates], axis=1)
+    cells, images = count_cells(right.astype(np.int64))
+    return [
+        Metrics(images, lambda draws, seed=seed: {"share": ratio(draws, cells[:, seed])}) for seed in range(len(rates))
+    ]
+
+
+def test_a_single_pair_has_the_interval_of_the_images_alone() -> None:
+    first, second = make_seeds([0.5, 0.6])
+    drawn = second.draw(300, seed=5)["share"] - first.draw(300, seed=5)["share"]
+    (found,) = compare([first], [second], 300, seed=5).values()
+    assert found.interval == interval(drawn)
+    assert (found.first, found.second) == ([first.values()["share"]], [second.values()["share"]])
+
+
+def test_seeds_that_are_the_same_do_not_differ() -> None:
+    sides = make_seeds([0.5, 0.6, 0.7])
+    (found,) = compare(sides, sides, 200, seed=0).values()
+    assert (found.difference, found.interval) == (0, (0, 0))
+    assert not found.is_significant
+
+
+def test_a_shift_larger_than_images_and_seeds_explain_is_found() -> None:
+    models = make_seeds([0.50, 0.51, 0.52, 0.70, 0.71, 0.72])
+    (found,) = compare(models[:3], models[3:], 1000, seed=0).values()
+    assert found.interval[0] < 0.2 < found.interval[1]
+    assert found.is_significant
+    assert (
+        found
+        == compare(models[:3], models[3:], 1000, seed=0)["share"]
+        != compare(models[:3], models[3:], 1000, 1)["share"]
+    )
+    # The same mean difference, of seeds that disagree: each image draw is as sure, but not the next seed.
+    models = make_seeds([0.50, 0.51, 0.52, 0.50, 0.71, 0.92])
+    (found,) = compare(models[:3], models[3:], 1000, seed=0).values()
+    assert found.difference == pytest.approx(0.2, abs=0.05)
+    assert not found.is_significant
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+def test_where_images_decide_nothing_the_interval_is_that_of_the_paired_t_test(num_seeds: int) -> None:
+    values = np.random.default_rng(num_seeds).random((2, num_seeds))
+    sides = [
+        [Metrics(np.array([9]), lambda draws, value=value: {"share": np.full(len(draws), value)}) for value in side]
+        for side in values
+    ]
+    (found,) = compare(sides[0], sides[1], 4000, seed=0).values()
+    expected = ttest_rel(values[1], values[0]).confidence_interval(0.95)
+    assert found.interval == pytest.approx((expected.low, expected.high), rel=0.02)
+
+
 def test_a_difference_needs_interval_and_test() -> None:
-    assert PairedMetric(0.5, 0.52, (0.01, 0.03)).is_significant
-    assert PairedMetric(0.5, 0.52, (0.01, 0.03), p_value=0.049).is_significant
-    assert not PairedMetric(0.5, 0.52, (0.01, 0.03), p_value=0.05).is_significant
-    assert not PairedMetric(0.5, 0.51, (-0.01, 0.03)).is_significant
-    assert PairedMetric(0.52, 0.5, (-0.03, -0.01)).excludes_zero
+    assert PairedMetric([0.5], [0.52], (0.01, 0.03)).is_significant
+    assert PairedMetric([0.5], [0.52], (0.01, 0.03), p_value=0.049).is_significant
+    assert not PairedMetric([0.5], [0.52], (0.01, 0.03), p_value=0.05).is_significant
+    assert not PairedMetric([0.5], [0.51], (-0.01, 0.03)).is_significant
+    assert PairedMetric([0.52], [0.5], (-0.03, -0.01)).excludes_zero
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (3, 3), (0, 6), (10, 25), (700, 900), (5000, 4990)])

@@ -52,14 +52,18 @@ def test_two_models_are_compared_by_the_recalls_of_each() -> None:
     owner = torch.repeat_interleave(torch.arange(30), torch.tensor([1, 3, 2] * 10))
     rows = torch.randn(4, 60, 6, generator=torch.Generator().manual_seed(0))
     ranks = [retrieval_ranks(rows[side][:30], rows[side + 2], owner) for side in (0, 1)]
-    found = compare_recalls(*ranks, owner, replicates=50, seed=0)
+    found = compare_recalls(ranks[:1], ranks[1:], owner, replicates=50, seed=0)
     expected = [recall_metrics(side, owner) for side in ranks]
     assert list(found) == list(expected[0].values())
     assert len(found) == 2 * len(RECALL_AT)
     for name, metric in found.items():
         values = tuple(side.values()[name] for side in expected)
-        assert (metric.first, metric.second) == pytest.approx(values)
+        assert (*metric.first, *metric.second) == pytest.approx(values)
         drawn = [side.draw(50, seed=0)[name] for side in expected]
         assert drawn[0].min() < values[0] < drawn[0].max()
         # Captions of one image are no independent trials.
         assert (metric.p_value is None) == name.startswith("image")
+    for name, metric in compare_recalls(ranks, ranks[::-1], owner, replicates=50, seed=0).items():
+        assert metric.first == metric.second[::-1] == pytest.approx([side.values()[name] for side in expected])
+        assert metric.difference == pytest.approx(0)
+        assert metric.p_value is None
