@@ -140,10 +140,19 @@ def fit_repair(pairs: Pairs, scale: float, seed: int) -> Repair:
     )
 
 
+def guess_at_1(captions: int) -> float:
+    """Return the recall at 1 of a guess where there are so many different captions: of the pairs of a fold only."""
+    return _count_folds(captions) / captions
+
+
+def _count_folds(captions: int) -> int:
+    return min(_FOLDS, captions // 2)
+
+
 def deal_captions(captions_N: Tensor, seed: int) -> Tensor:
     """Deal different captions, four at least, to folds of about as many pairs; return the fold of each pair, int64 [N]."""
     captions, number_N, counts = np.unique(captions_N, return_inverse=True, return_counts=True)
-    num_folds = min(_FOLDS, len(captions) // 2)
+    num_folds = _count_folds(len(captions))
     order = np.random.default_rng(seed).permutation(len(captions))
     middles = np.cumsum(counts[order]) - counts[order] / 2
     fold_C = np.empty(len(captions), dtype=np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,15 @@ class ChosenKeepList:
     def report(self, source: str, total: int, *, kept: int, missing: int, reporter: Reporter) -> None:
         """Report that it was taken; one that lacks too many of the step's samples was made from other data."""
         if missing > self.max_missing * total:
-            raise self._other_data(f"lacks {missing:,} of the {total:,} {self.samples} of {source}")
+            how = f"lacks {missing:,} of the {total:,} {self.samples} of {source}"
+            if 2 * missing > total:
+                raise self._other_data(how)
+            allowed = math.ceil(1000 * missing / total) / 1000
+            raise ClipcidError(
+                f"Keep list {self.path} {how}, more than the allowed {self.max_missing:.1%}.",
+                f"If those are images that could not be used, allow them: --max-bad-fraction {allowed:g}. If the list is of "
+                "other data, give another --keep-list, or --keep-list none.",
+            )
         reporter.note(f"Keep list: {self.path}, {kept:,} of {total:,} {self.samples} kept.")
 
     def validate_related(self, keys: pa.Array, source: str) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from clipcid_cli.algorithms.repair import MAX_PAIRS, Pairs, are_enough, fit_repair
+from clipcid_cli.algorithms.repair import MAX_PAIRS, Pairs, are_enough, fit_repair, guess_at_1
 from clipcid_cli.formats.atomic import lock, write_error
 from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap
 from clipcid_cli.formats.embeddings.kinds import Kind
@@ -102,7 +102,8 @@ def describe_repair(found: RepairFigures) -> str:
     before, after = found.recall_at_1
     if found.repaired:
         return f"Teacher's held-out R@1 {before:.1%} → {after:.1%}: repaired (--repair none leaves it as it is)."
-    return f"Teacher left as it is: held-out R@1 {before:.1%}, and no clear gain from a repair."
+    guess = guess_at_1(found.captions)
+    return f"Teacher left as it is: held-out R@1 {before:.1%} (a guess: {guess:.1%}), and no clear gain from a repair."
 
 
 def teacher_scale(embeddings: Embeddings) -> float:
