@@ -308,7 +308,7 @@ limit, dies = float(sys.argv[1]), sys.argv[2] == "dies"
 if dies and os.environ["RANK"] == "1":
     rendezvous_all(1, 2)
     os._exit(9)
-module.MEETING = datetime.timedelta(seconds=limit)
+module.RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=limit)
 try:
     with open_dist_context("cpu") as context:
         time.sleep(2 * limit * context.rank)  # a collective may wait for longer

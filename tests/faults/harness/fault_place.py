@@ -178,7 +178,7 @@ def _write_inputs(place: Path) -> None:
 
 
 # A checksum is of these, too.
-_MEASURED = {"checksum", "seconds", "time", "samples_per_second", "images_per_second", "data_wait_share"}
+_MEASURED = {"checksum", "seconds", "time", "samples_per_second", "images_per_second", "data_wait_share", "latency_ms"}
 _NUMBERS = re.compile(rb"\d[\d.,]*")
 _FOR_PEOPLE = (".html", ".md")  # their numbers are rounded ones of the JSON files
 _MANIFEST = "manifest.parquet"  # has the times of the files that it records

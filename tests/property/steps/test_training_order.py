@@ -69,7 +69,7 @@ def make_inputs(root: Path, sizes: list[int], dropped: int) -> tuple[Inputs, lis
     training, held_out = open_rows(folder, "training"), open_rows(folder, "held_out")
     expected = [key for number, key in enumerate(keys) if kept[number] and number % 5 < 4]
     assert training.total == counts.selected == len(expected)
-    return Inputs(dataset, count_usable(dataset, 1.0), training, held_out, None, None, None, []), expected
+    return Inputs(dataset, count_usable(dataset, 1.0), training, held_out, None, None, None, None, []), expected
 
 
 def deal(inputs: Inputs, seed: int, batch_size: int, steps: range, rank: int = 0, size: int = 1) -> list[list[Item]]:
