@@ -45,8 +45,8 @@ _VARYING = re.compile(
     r"|\b\d?\d:\d\d(?::\d\d)?\b"  # durations
     rf"|(?<=iterations  ){' *'}{_DIGITS}|(?<=at step ){_DIGITS}|(?<=from step ){_DIGITS}|(?<=images/s: ){_DIGITS}"
 )
-# The last column of a table: images/s, or C.
-_LAST_COLUMN = re.compile(rf"(?<=[\d%*] ) *{_DIGITS}$", re.MULTILINE)
+# The last column of a table, images/s, or C; or images/s before the time of single images.
+_LAST_COLUMN = re.compile(rf"(?<=[\d%*] ) *{_DIGITS}(?=$| +[\d.]+ / [\d.]+$)", re.MULTILINE)
 
 
 def make_screens(width: int, target: Path, exact: tuple[int, Path] | None = None) -> None:
