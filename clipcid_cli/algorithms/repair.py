@@ -175,7 +175,7 @@ class _Fit:
         moved = F.normalize(batch.images_ND @ self.map_DD, dim=1)
         total = contrast_both_ways(moved, batch.texts_ND, self._scale)
         self._optimiser.zero_grad()
-        (total / (2 * len(batch))).backward()  # type: ignore[no-untyped-call]
+        (total / (2 * len(batch))).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._optimiser.step()
 
 
