@@ -137,11 +137,10 @@ class _View(NamedTuple):
 
 
 class _Text(NamedTuple):
-    """A text, which of the sample's captions it is, and which of its variants; −1 where it is none."""
+    """A text, and which of the sample's captions it is."""
 
     text: str
     caption: int = 0
-    variant: int = -1
 
 
 class _TokenCache:
@@ -182,7 +181,6 @@ class BatchMaker:
         chosen = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
         self._augmentation = chosen if stored is None else stored.augmentation(chosen)
         self._first_captions = stored is not None and stored.first_captions
-        self._variants = None if stored is None else stored.variants
         self._extra_texts = None if stored is None else stored.extra_texts
         self._rows = {} if stored is None else stored.rows()
         self._num_views = 0 if stored is None else stored.num_views
@@ -269,18 +267,12 @@ class BatchMaker:
         return None
 
     def _choose_text(self, sample: Sample, epoch: int) -> _Text:
-        """Choose one of a sample's captions, but the first alone where only that is embedded; or a variant of one."""
+        """Choose one of a sample's captions, but the first alone where only that is embedded."""
         captions = sample.captions
-        seed = self._settings.seed
         dropout = self._settings.caption_dropout
-        if self._variants is not None:
-            random = np.random.default_rng(derive_seed("variant", seed, epoch, sample.key))
-            if random.uniform() < self._settings.variant_share:
-                variant = int(random.integers(self._variants.number))
-                return _Text(self._variants(captions, sample.key, variant), variant=variant)
         if self._first_captions or (len(captions) == 1 and not dropout):
             return _Text(captions[0])
-        random = np.random.default_rng(derive_seed("caption", seed, epoch, sample.key))
+        random = np.random.default_rng(derive_seed("caption", self._settings.seed, epoch, sample.key))
         number = int(random.integers(len(captions)))
         if not dropout:
             return _Text(captions[number], number)
@@ -302,8 +294,7 @@ class BatchMaker:
         if Kind.TEXTS in self._rows:
             starts = self._samples.column("captions")[own].astype(np.int64) if Kind.FURTHER in self._rows else embedded
             captions = np.array([text.caption for text in texts])
-            variants = np.array([text.variant for text in texts])
-            batch.teacher_text_bD = torch.from_numpy(take_captions(self._rows, embedded, captions, starts, variants))
+            batch.teacher_text_bD = torch.from_numpy(take_captions(self._rows, embedded, captions, starts))
         if self._extra_texts is not None:
             extra = np.array([text.row for text in work.extra_texts], dtype=np.int64)
             batch.teacher_extra_eD = torch.from_numpy(self._extra_texts.rows.take(extra))

@@ -131,8 +131,8 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
     texts_per_image = 1.0
     if embeddings is not None and Kind.FURTHER in embeddings.kinds:
         texts_per_image += len(embeddings.rows(Kind.FURTHER)) / rows
-    if stored is not None and stored.variants is not None:
-        texts_per_image += stored.variants.number
+    if stored is not None and stored.extra_texts is not None and stored.extra_texts.variants is not None:
+        texts_per_image += stored.extra_texts.variants.number
     # In passes over images and one caption of each.
     passes = ((1 + (0 if stored is None else stored.num_views)) * images + texts_per_image * texts) / seconds
     return TeacherCost(

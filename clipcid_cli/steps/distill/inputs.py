@@ -34,7 +34,7 @@ from clipcid_cli.steps.distill.stored_teacher import (
     open_stored,
     use_stored,
     validate_keys,
-    validate_requested,
+    validate_views,
 )
 from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
@@ -120,7 +120,7 @@ def find_embeddings(settings: DistillSettings, context: DistContext, reporter: R
     folder = work.embeddings(with_default_tag(parse_model(teacher)).slug)
     exists = context.on_rank0(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
     if not exists:
-        validate_requested(settings, folder, None, model=teacher)
+        validate_views(settings, folder, None, 0, teacher)
     # Existing embeddings of images only may suffice; new ones are of captions too.
     text = True if losses_of_captions(settings) or not exists else None
     return ensure_embeddings(settings, context, reporter, data=settings.data, model=teacher, text=text)

@@ -229,7 +229,6 @@ def identity(plan: Plan, student: Student) -> dict[str, Any]:
         "extra_texts": plan.extra_texts,
         "eval_every": plan.eval_every,
         "steps": plan.steps,
-        "text_variant_share": settings.variant_share,
         "views": "stored" if settings.shows_views else "none",
         "cluster_towers": "both" if clusters is not None and clusters.teach_text else "image",
     }

@@ -73,13 +73,11 @@ class StoredTeacher:
     Attributes:
         num_views: Stored views of each image that are replayed, 0 for none.
         all_captions: Whether every caption of a sample is embedded, so that any may be shown.
-        variants: The embedded variants of captions, where they are shown or are the further texts.
     """
 
     embeddings: Embeddings
     num_views: int
     all_captions: bool
-    variants: TextVariants | None
     extra_texts: ExtraTexts | None
 
     @property
@@ -113,7 +111,7 @@ class StoredTeacher:
         """The kinds of rows that are shown, beside those of whole images; of captions only where there are any."""
         views = [Kind.VIEWS, Kind.VIEW_PARAMS] if self.num_views else []
         further = [Kind.FURTHER] if self.all_captions else []
-        variants = [] if self.variants is None else [Kind.VARIANTS]
+        variants = [] if self.extra_texts is None or self.extra_texts.variants is None else [Kind.VARIANTS]
         return [Kind.TEXTS, *further, *views, *variants]
 
 
@@ -218,8 +216,7 @@ def use_stored(
             f"Give the data that was embedded, or run: {again}",
         )
     views = embeddings.num_each(Kind.VIEWS) if settings.shows_views else 0
-    variants = embeddings.num_each(Kind.VARIANTS) if embeddings.has_texts else 0
-    validate_requested(settings, embeddings.folder, embeddings.sidecar, views=views, variants=variants)
+    validate_views(settings, embeddings.folder, embeddings.sidecar, views)
     if views:
         reporter.note(
             f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
@@ -227,31 +224,26 @@ def use_stored(
         )
     has_several = counts.several_captions > 0 and embeddings.has_texts
     all_captions = has_several and Kind.FURTHER in embeddings.kinds
-    shows_variants = variants > 0 and (settings.variant_share > 0 or settings.shows_extra_texts)
-    text_variants = _known_variants(settings, embeddings, variants) if shows_variants else None
-    if counts.changed is not None and (all_captions or shows_variants):
+    if all_captions:
+        reporter.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")
+    elif has_several:
+        reporter.note("Captions: only the first of each sample is embedded, so only the first is shown.")
+    extra = _find_extra_texts(settings, embeddings, reporter)
+    varies = extra is not None and extra.variants is not None
+    if counts.changed is not None and (all_captions or varies):
         key, now, embedded = counts.changed
         raise ClipcidError(
             f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
             f"Run: {again}",
         )
-    if all_captions:
-        reporter.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")
-    elif has_several:
-        reporter.note("Captions: only the first of each sample is embedded, so only the first is shown.")
-    if shows_variants and settings.variant_share:
-        reporter.note(
-            f"Text variants: {variants} of each image's captions are embedded and shown, {settings.variant_share:.0%} of "
-            "the time."
-        )
-    extra = _find_extra_texts(settings, embeddings, text_variants, reporter)
-    if not settings.variant_share and (extra is None or extra.variants is None):
-        text_variants = None
-    return StoredTeacher(embeddings, views, all_captions, text_variants, extra)
+    return StoredTeacher(embeddings, views, all_captions, extra)
 
 
-def _known_variants(settings: DistillSettings, embeddings: Embeddings, number: int) -> TextVariants:
+def _known_variants(settings: DistillSettings, embeddings: Embeddings) -> TextVariants | None:
     """Return the embedded variants of captions, whose texts are made again by the recorded seed and rules."""
+    number = embeddings.num_each(Kind.VARIANTS) if embeddings.has_texts else 0
+    if not number:
+        return None
     made = {} if embeddings.sidecar is None else embeddings.sidecar.settings
     rules = made.get("text_variant_rules")
     seed = made.get("seed")
@@ -261,13 +253,11 @@ def _known_variants(settings: DistillSettings, embeddings: Embeddings, number: i
     raise ClipcidError(
         f"{embeddings.folder} holds {number} text variants of each row, but embed.json records {recorded}; this version "
         f"makes texts by rules {RULES}.",
-        f"Add --text-variant-share 0 --extra-texts 0, or run: {_embed_again(settings, embeddings, text_variants=number)}",
+        f"Add --extra-texts 0, or run: {_embed_again(settings, embeddings, text_variants=number)}",
     )
 
 
-def _find_extra_texts(
-    settings: DistillSettings, embeddings: Embeddings, variants: TextVariants | None, reporter: Reporter
-) -> ExtraTexts | None:
+def _find_extra_texts(settings: DistillSettings, embeddings: Embeddings, reporter: Reporter) -> ExtraTexts | None:
     """Find the further texts of a run: of `embed --texts`, and where there are none the embedded variants of captions."""
     if not settings.shows_extra_texts:
         return None
@@ -281,6 +271,7 @@ def _find_extra_texts(
         _validate_texts(settings, texts, embeddings)
         reporter.note(f"Extra texts, for the text tower alone: of {folder}, {len(texts.rows):,} texts.")
         return ExtraTexts(texts.rows, texts.lines, None, settings.extra_texts, texts.fingerprints())
+    variants = _known_variants(settings, embeddings)
     if variants is not None:
         reporter.note(
             f"Extra texts, for the text tower alone: of the {variants.number} variants of each sample's captions."
@@ -292,7 +283,7 @@ def _find_extra_texts(
         f"--extra-texts {settings.extra_texts}, but there are no texts: neither of `embed --texts` in "
         f"{settings.work}/texts, nor variants of captions in {embeddings.folder}.",
         f"Run: {texts_command(spec, work=settings.work)}\n"
-        f"Or run: {_embed_again(settings, embeddings, text=True, text_variants=8)}",
+        f"Or run: {_embed_again(settings, embeddings, text=True, text_variants=4)}",
     )
 
 
@@ -312,28 +303,16 @@ def _validate_texts(settings: DistillSettings, texts: EmbeddedTexts, embeddings:
     )
 
 
-def validate_requested(
-    settings: DistillSettings,
-    folder: Path,
-    sidecar: EmbedSidecar | None,
-    *,
-    views: int = 0,
-    variants: int = 0,
-    model: str | None = None,
+def validate_views(
+    settings: DistillSettings, folder: Path, sidecar: EmbedSidecar | None, views: int, model: str | None = None
 ) -> None:
-    """Refuse embeddings without the views and text variants that were asked for by name; those of `model` are to be made."""
-    missing: dict[str, dict[str, Any]] = {}
-    if settings.views == "stored" and not views:
-        missing["--views stored"] = {"views": 8, "view_kind": ("strong", "mix"), "fast_decode": False}
-    if settings.text_variant_share and not variants:
-        missing[f"--text-variant-share {settings.text_variant_share:g}"] = {"text": True, "text_variants": 8}
-    if missing:
-        flags = " and ".join(missing)
-        more: dict[str, Any] = {name: value for fields in missing.values() for name, value in fields.items()}
-        if sidecar is None:
-            more |= {"work": settings.work} | ({"model": model} if model else {})
-        lacking = " or ".join("views" if "views" in fields else "text variants" for fields in missing.values())
-        raise ClipcidError(
-            f"{flags}, but {folder} holds no {lacking}.",
-            f"Omit {flags}, or run: {data_command(folder, sidecar, settings.data, **settings.data_flags, **more)}",
-        )
+    """Refuse embeddings without views where these were asked for by name; those of `model` are to be made."""
+    if settings.views != "stored" or views:
+        return
+    more: dict[str, Any] = {"views": 4, "view_kind": ("mix",), "fast_decode": False}
+    if sidecar is None:
+        more |= {"work": settings.work} | ({"model": model} if model else {})
+    raise ClipcidError(
+        f"--views stored, but {folder} holds no views.",
+        f"Omit --views stored, or run: {data_command(folder, sidecar, settings.data, **settings.data_flags, **more)}",
+    )
