@@ -59,7 +59,5 @@ def test_none_are_made_without_it(
     with pytest.raises(ClipcidError, match="holds no views") as raised:
         train(tmp_path / "work", tiny_shards, views="stored", **common)
     command = raised.value.fix.partition("run: ")[2]
-    expected = (
-        f"clipcid embed {tiny_shards} --work {tmp_path / 'work'} --model {tiny_model} --views 4 --view-kind mix"
-    )
+    expected = f"clipcid embed {tiny_shards} --work {tmp_path / 'work'} --model {tiny_model} --views 4 --view-kind mix"
     assert sorted(command.split(" --")) == sorted(expected.split(" --"))
