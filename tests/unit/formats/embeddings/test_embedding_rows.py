@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings import rows as rows_module
 from clipcid_cli.formats.atomic import write_npy
+from clipcid_cli.formats.embeddings import rows as rows_module
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, Rows, find_npy, unit_rows
