@@ -34,9 +34,9 @@ from clipcid_cli.runtime.models.decode import ImageCache, SkippedImage, full_siz
 from clipcid_cli.runtime.pipeline import join_on, ordered_map, prefetch
 from clipcid_cli.runtime.randomness import SampleOrder, derive_seed
 from clipcid_cli.steps.distill.clusters import ClusterLookup
+from clipcid_cli.steps.distill.extra_texts import ExtraText
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
-from clipcid_cli.steps.distill.stored_teacher import ExtraText
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 Piece = TypeVar("Piece")
@@ -173,17 +173,16 @@ class BatchMaker:
         masking: Masking | None = None,
     ) -> None:
         """An online teacher is shown the same views and captions as the student."""
-        stored = inputs.stored
         self._settings = settings
         self._samples = inputs.training
         self._shown_to = [student] if teacher is None else [student, teacher]
         self._masking = masking
         chosen = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
-        self._augmentation = chosen if stored is None else stored.augmentation(chosen)
-        self._first_captions = stored is not None and stored.first_captions
-        self._extra_texts = None if stored is None else stored.extra_texts
-        self._rows = {} if stored is None else stored.rows()
-        self._num_views = 0 if stored is None else stored.num_views
+        self._augmentation = inputs.augmentation(chosen)
+        self._first_captions = inputs.first_captions
+        self._extra_texts = inputs.extra_texts
+        self._rows = inputs.teacher_rows()
+        self._num_views = inputs.num_views
         widths, heights = zip(*(each.pixels.draft_size(self._augmentation) for each in self._shown_to), strict=True)
         is_small = inputs.training.total <= _MAX_SAMPLES_KEPT
         draft_size = (max(widths), max(heights)) if settings.fast_decode else None
@@ -375,7 +374,7 @@ class Batches:
 
     def _draw_texts(self, step: int, rows: npt.NDArray[np.int64]) -> list[ExtraText]:
         """Draw this process's part of a step's further texts: a slice of what one process would take."""
-        extra = None if self._inputs.stored is None else self._inputs.stored.extra_texts
+        extra = self._inputs.extra_texts
         if extra is None:
             return []
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))

@@ -89,7 +89,7 @@ def test_texts_of_another_model_or_damaged_ones_are_refused(
 def test_processes_share_what_one_would_take(of_lines: bool, work: Path, tiny_shards: Path, teacher: ClipModel) -> None:
     texts = work / "texts" / "tiny" if of_lines else None
     run = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12, texts=texts)
-    extra = run.stored.extra_texts
+    extra = run.inputs.extra_texts
     assert extra is not None
     assert (extra.variants is None) == of_lines
     maker = BatchMaker(run.settings, run.inputs, Processor.of(teacher))
@@ -210,9 +210,9 @@ def test_by_default_they_are_as_many_as_samples_where_there_are_any(
     embeddings = work / "embeddings" / "tiny"
     run = join(tiny_shards, embeddings)
     assert run.inputs.num_extra_texts(6) == 6
-    assert run.stored.extra_texts.variants is not None
+    assert run.inputs.extra_texts.variants is not None
     run = join(tiny_shards, embeddings, texts=work / "texts" / "tiny")
-    assert run.stored.extra_texts.variants is None, "they are lines"
+    assert run.inputs.extra_texts.variants is None, "they are lines"
     assert join(tiny_shards, embeddings, preset="dr").inputs.num_extra_texts(6) == 0, "no loss takes them"
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny")
     assert join(tiny_shards, tmp_path / "tiny").inputs.num_extra_texts(6) == 0, "there are none"

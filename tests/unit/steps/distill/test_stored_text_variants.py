@@ -79,7 +79,7 @@ def test_variants_whose_texts_are_not_known_are_refused(stored: Path, data: Path
         with pytest.raises(ClipcidError, match=r"holds 3 text variants of each row, but embed\.json") as raised:
             join(data, change_sidecar(stored, tmp_path / str(number), **change))
         assert "--text-variants 3" in raised.value.fix
-        assert join(data, tmp_path / str(number), extra_texts=0).stored.extra_texts is None
+        assert join(data, tmp_path / str(number), extra_texts=0).inputs.extra_texts is None
 
 
 @pytest.mark.parametrize(
