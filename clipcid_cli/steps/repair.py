@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pyarrow.compute as pc
 import torch
 
 from clipcid_cli.algorithms.repair import MAX_PAIRS, Pairs, are_enough, fit_repair, guess_at_1
-from clipcid_cli.formats.atomic import lock, write_error
 from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import record
@@ -80,14 +78,7 @@ def repair_teacher(
 def _decide(folder: Path, pairs: Pairs, scale: float, wanted: dict[str, Any]) -> RepairSidecar:
     """Fit, judge and record a repair, unless another run does, which is waited for."""
     seconds = dict[str, float]()
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(folder / ".lock"))
-            stack.callback((folder / ".lock").unlink, missing_ok=True)
-        except OSError as error:
-            raise write_error(folder, error) from error
-        output = stack.enter_context(open_output(folder, STEP, RepairSidecar, **wanted))
+    with open_output(folder, STEP, RepairSidecar, waits=True, **wanted) as output:
         if output.finished is not None:
             return output.finished
         with timed(seconds, "fit"), threads_for(0):  # one thread: the same bytes whatever their number
