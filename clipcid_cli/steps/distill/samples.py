@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.index import DataIndex, Part
+from clipcid_cli.formats.data.index import DataIndex, Part, lock_index
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
@@ -167,13 +168,16 @@ def find_samples(
     if matched is None or (scratch is None and any(folder.glob(f".{STEP}-*"))):  # what a killed run left beside them
         if scratch is not None:
             folder = matched_folder(scratch, identity)
-        with open_output(folder, STEP, Sidecar, waits=True, **wanted) as output:
-            matched = output.finished  # another run may just have made it
-            if matched is None:
-                output.start()
-                counts = match_samples(dataset, sources, settings.val_fraction, output.work, reporter)
-                outputs = [record(path, output.work) for path in sorted(output.work.glob("*.npy"))]
-                matched = output.commit(counts=dataclasses.asdict(counts), seconds={}, outputs=outputs)
+        with lock_index(folder.parent):
+            if find_output(folder, STEP, Sidecar, **wanted).finished is None:
+                shutil.rmtree(folder, ignore_errors=True)  # damaged, or begun by a run that was killed
+            with open_output(folder, STEP, Sidecar, **wanted) as output:
+                matched = output.finished  # another run may just have made it
+                if matched is None:
+                    output.start()
+                    counts = match_samples(dataset, sources, settings.val_fraction, output.work, reporter)
+                    outputs = [record(path, output.work) for path in sorted(output.work.glob("*.npy"))]
+                    matched = output.commit(counts=dataclasses.asdict(counts), seconds={}, outputs=outputs)
     return folder, MatchCounts(**matched.counts)
 
 
