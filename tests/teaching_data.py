@@ -27,7 +27,6 @@ from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill import run as distill
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
-from clipcid_cli.steps.distill.stored_teacher import StoredTeacher
 from clipcid_cli.steps.distill.teacher import open_teacher
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -134,12 +133,6 @@ class Run:
         assert self.inputs.embeddings is not None
         return self.inputs.embeddings
 
-    @property
-    def stored(self) -> StoredTeacher:
-        """What stored embeddings teach."""
-        assert self.inputs.stored is not None
-        return self.inputs.stored
-
 
 def join(data: Path, folder: Path, **settings: Any) -> Run:
     """Match embeddings with the data they were made of; all samples are trained on, unless there is a keep list."""
@@ -166,7 +159,7 @@ def encode_shown(model: ClipModel, batch: TrainingBatch) -> tuple[np.ndarray, np
 def shown_views(run: Run, rows: list[int], batch: TrainingBatch) -> list[int]:
     """Tell by the teacher's rows which stored view each sample shows; −1 for the whole image."""
     views, whole = run.embeddings.rows(Kind.VIEWS), run.embeddings.rows(Kind.IMAGES)
-    count, found = run.stored.num_views, list[int]()
+    count, found = run.inputs.num_views, list[int]()
     assert batch.teacher_image_bD is not None
     embedded = run.inputs.training.column("embeddings")[rows].tolist()
     for row, shown in zip(embedded, batch.teacher_image_bD.numpy(), strict=True):

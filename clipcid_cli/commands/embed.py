@@ -62,7 +62,7 @@ its own to embed on a GPU machine. Embeddings are written shard by shard, and a 
 Examples:
   clipcid embed laion/
   clipcid embed photos/ --model ViT-B-32:laion2b_s34b_b79k --no-text
-  clipcid embed photos/ --views 8 --view-kind strong,mix --text-variants 8
+  clipcid embed photos/ --views 4 --view-kind mix --text-variants 4
   clipcid embed --texts captions.txt --model ViT-B-32:laion2b_s34b_b79k
   clipcid embed "laion/{00000..00099}.tar" --model my-clip/ --out my-clip-emb/
 """,

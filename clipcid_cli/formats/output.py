@@ -152,14 +152,25 @@ def _rename(source: Path, target: Path) -> None:
 
 @contextmanager
 def open_output(
-    folder: Path, step: str, kind: type[AnySidecar], *, top: Path | None = None, resumes: bool = True, **wanted: Any
+    folder: Path,
+    step: str,
+    kind: type[AnySidecar],
+    *,
+    top: Path | None = None,
+    resumes: bool = True,
+    waits: bool = False,
+    **wanted: Any,
 ) -> Iterator[Output[AnySidecar]]:
-    """Lock an output and determine whether it is finished, unfinished or new; the arguments are those of `find_output`."""
+    """Lock an output and determine whether it is finished, unfinished or new; the arguments are those of `find_output`.
+
+    Args:
+        waits: Whether to wait for another run that writes it; if not, that is an error.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
-    with _lock_output(folder, step, wanted.get("elsewhere", WORK)):
+    with _lock_output(folder, step, wanted.get("elsewhere", WORK), waits):
         works = find_works(folder, step)
         for root in works:
             killed = Output(folder, top or folder, root, step, kind, Run(settings={}, inputs=[]))
@@ -330,11 +341,11 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def _lock_output(folder: Path, step: str, elsewhere: str) -> Iterator[None]:
+def _lock_output(folder: Path, step: str, elsewhere: str, waits: bool) -> Iterator[None]:
     path = folder / f".{step}.lock"
     with ExitStack() as stack:
         try:
-            held = stack.enter_context(lock(path, wait=False))
+            held = stack.enter_context(lock(path, wait=waits))
         except BlockingIOError as error:
             holder = ""
             with suppress(OSError):  # it has ended since

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError, command_line
-from clipcid_cli.formats.fingerprint import validate_unchanged
+from clipcid_cli.formats.fingerprint import hash_json, validate_unchanged
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.sidecar import (
     BalanceSidecar,
@@ -57,8 +57,9 @@ class WorkDirectory:
         return self.path / ".second-moments" / f"{identity}.npy"
 
     def repair(self, embeddings: Path) -> Path:
-        """Return the folder of what was decided of the repair of a teacher, by the folder of its embeddings."""
-        return self.path / "repair" / embeddings.resolve().name
+        """Return the folder of what was decided of the repair of a teacher: one for each folder of embeddings."""
+        name = self.name_of(embeddings)
+        return self.path / "repair" / f"{Path(name).name}-{hash_json(name)[:8]}"
 
     def distill(self, name: str) -> Path:
         """Return the folder of one training run."""

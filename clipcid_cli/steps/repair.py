@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,12 @@ import pyarrow.compute as pc
 import torch
 
 from clipcid_cli.algorithms.repair import MAX_PAIRS, Pairs, are_enough, fit_repair, guess_at_1
-from clipcid_cli.formats.atomic import lock, write_error
 from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import find_output, open_output
 from clipcid_cli.formats.results.repair import REPAIR, STEP, read_repair, write_repair
-from clipcid_cli.formats.sidecar import RepairFigures, RepairSidecar
+from clipcid_cli.formats.sidecar import RepairFigures, RepairSidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import derive_seed, key_fractions
@@ -48,8 +46,9 @@ def repair_teacher(
         return embeddings, None
     folder = WorkDirectory(settings.work).repair(embeddings.folder)
     scale = teacher_scale(embeddings)
+    is_there = sidecar_path(folder, STEP).exists()
     found: RepairSidecar | None = None
-    if folder.is_dir() or not settings.dry_run:
+    if is_there or not settings.dry_run:
         wanted: dict[str, Any] = {
             "settings": {"scale": scale},
             "inputs": embeddings.fingerprints([Kind.TEXTS]),
@@ -60,6 +59,8 @@ def repair_teacher(
         reporter.note("Teacher: a run decides whether it is repaired (--repair none leaves it as it is).")
         return embeddings, None
     if found is None:
+        if is_there:
+            reporter.note(f"{folder} was decided for other rows, or has been changed: it is made again.")
         pairs = _read_pairs(embeddings)
         if not are_enough(pairs):
             reporter.note("Teacher left as it is: too few pairs, or different captions, to judge a repair by.")
@@ -70,20 +71,14 @@ def repair_teacher(
     reporter.note(describe_repair(found.result))
     if not found.result.repaired:
         return embeddings, found.result
-    return embeddings.mapped(RowMap(read_repair(folder), record(folder / REPAIR))), found.result
+    [written] = found.outputs
+    return embeddings.mapped(RowMap(read_repair(folder, written), written)), found.result
 
 
 def _decide(folder: Path, pairs: Pairs, scale: float, wanted: dict[str, Any]) -> RepairSidecar:
     """Fit, judge and record a repair, unless another run does, which is waited for."""
     seconds = dict[str, float]()
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(folder / ".lock"))
-            stack.callback((folder / ".lock").unlink, missing_ok=True)
-        except OSError as error:
-            raise write_error(folder, error) from error
-        output = stack.enter_context(open_output(folder, STEP, RepairSidecar, **wanted))
+    with open_output(folder, STEP, RepairSidecar, waits=True, **wanted) as output:
         if output.finished is not None:
             return output.finished
         with timed(seconds, "fit"), threads_for(0):  # one thread: the same bytes whatever their number

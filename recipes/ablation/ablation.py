@@ -130,8 +130,6 @@ class Ablation:
             arguments += ["--teacher", self.inputs.teacher, "--embeddings", self.inputs.embeddings_of(setting)]
             arguments += ["--repair", setting.repair]
             arguments += ["--extra-texts", setting.batch_size if "texts" in setting.extras else 0]
-        if "texts" in setting.extras and "variants" not in setting.extras:
-            arguments += ["--text-variant-share", 0]
         if setting.clusters is not None:
             arguments += ["--clusters", self.inputs.clusters(setting)]
         result = inputs.clipcid("distill", *arguments)

@@ -100,15 +100,14 @@ class Inputs:
         """Return the teacher's embeddings of what a setting reads; made where they are not there yet."""
         if not setting.extras and not setting.noise:
             return self.embeddings
-        # `variants` and `texts` read the same rows.
-        stored = sorted({"variants" if extra == "texts" else extra for extra in setting.extras})
+        stored = sorted(setting.extras)
         kinds = [kind for kind in ("strong", "mix") if kind in stored]
         pairs = self.pairs_of(setting)
         name = "+".join([pairs.stem, *stored, str(setting.stored)])
         flags: list[object] = []
         if kinds:
             flags += ["--views", setting.stored, "--view-kind", ",".join(kinds)]
-        if "variants" in stored:
+        if "texts" in stored:
             flags += ["--text-variants", setting.stored]
         work = self.work / "embedded" / name
         folder = work / "embeddings" / "teacher"

@@ -35,9 +35,10 @@ BOTH_TOWERS = ("--cluster-towers", "both")
 # The batch's own centroids and a tenth of the others, instead of all.
 FEW = ("--candidate-ratio", "0.1", "--min-candidates", "1")
 # What a run may read beside images and their captions; `inputs.py` makes it. Stored views of strong crops and of mixed
-# images; variants of captions; texts without images.
-EXTRAS = ("strong", "mix", "variants", "texts")
-# Stored views of an image, of all kinds together, and as many variants of its caption; and the numbers of mixed views alone
+# images; texts without images, which are variants of captions. (The log's students of all extras had variants also in the
+# place of two captions in three, which a run without them showed to be worth nothing.)
+EXTRAS = ("strong", "mix", "texts")
+# Stored views of an image, of all kinds together, and as many texts; and the numbers of mixed views alone
 # that are tried.
 STORED, MIXED_ALONE = 8, (2, 4, 8)
 # How far a repaired teacher is trusted: what its figures say on photographs, half of it, and wholly.
@@ -104,7 +105,7 @@ class Setting:
         weights: Weights of all losses, for `student`.
         lr: Peak learning rate.
         extras: Names of `EXTRAS`.
-        stored: How many views of an image are stored, and how many variants of its caption, where `extras` has them.
+        stored: How many views of an image are stored, and how many texts, where `extras` has them.
         optimizer: ``muon`` or ``adamw``.
         student: The name of its file, without suffix.
         keep: Keep list: ``all``, ``single``, ``star`` or ``random``.
@@ -297,7 +298,7 @@ def trusted(base: Setting, trust: float) -> Setting:
 
 
 def mixed_alone(base: Setting, stored: int) -> Setting:
-    """Return a setting that reads this many mixed views and texts, but no strong views and no variants."""
+    """Return a setting that reads this many mixed views and texts, but no strong views."""
     return _changed(base, f"{stored} mixed views, {stored} texts", extras=("mix", "texts"), stored=stored)
 
 

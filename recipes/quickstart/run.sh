@@ -19,10 +19,10 @@ alone=$CLIPCID_WORK/distill/alone/student
 
 say() { printf '\n$ clipcid %s\n' "$*" >&2; clipcid "$@"; }
 
-# The teacher's embeddings, once: of images and captions, of some views of each image and of eight variants of each caption.
+# The teacher's embeddings, once: of images and captions, of some views of each image and of as many variants of its caption.
 # Then one image of each set of near repeats, and clusters of what is kept: of images and captions together, so that the
 # cluster loss can teach both towers.
-say embed data/pairs --model teacher --views "$views" --view-kind strong,mix --text-variants 8
+say embed data/pairs --model teacher --views "$views" --view-kind mix --text-variants "$views"
 say balance --keep 0.563
 say cluster --num-clusters 256 --features joint
 

@@ -29,10 +29,9 @@ def test_what_the_teacher_embedded_is_shown_and_a_killed_run_goes_on(
     assert kinds == {"img_emb", "text_emb", "view_emb", "view_params", "variant_emb"}
     texts = clipcid("embed", "--texts", "lines.txt", "--out", "texts", *model, "--json").json
     assert (texts["texts"], texts["skipped"], texts["files"]["texts"]) == (12, {"empty_line": 11}, "texts")
-    arguments = ("distill", *SHORT, "--preset", "fd-instance", "--text-variant-share", 0.5)
+    arguments = ("distill", *SHORT, "--preset", "fd-instance")
     lines = " ".join(binary(*arguments, "--texts", "texts", "--steps", 2, "--name", "lines").stderr.split())
     assert "Views: 3 of each image are stored and replayed" in lines
-    assert "Text variants: 2 of each image's captions are embedded and shown, 50% of the time" in lines
     assert "Extra texts, for the text tower alone: of texts, 12 texts." in lines
     assert "Each step the text tower sees 8 further texts." in lines, "as many as samples"
     # The further texts are variants now: they depend on which shards a batch reads.

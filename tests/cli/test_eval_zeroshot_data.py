@@ -160,3 +160,15 @@ def test_data_sets_by_name_with_imagenets_classes(
     sidecar = json.loads((tmp_path / "clipcid-work/eval/sidecars" / Path(shift["files"]["metrics"]).name).read_text())
     assert sidecar["settings"]["class_names"] == ["goldfish", "Chihuahua"]
     assert len(sidecar["settings"]["templates"]) == 7
+
+
+def test_lines_as_captions_are_another_measurement(
+    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path
+) -> None:
+    members = [(f"{number}.png", make_image(number)) for number in range(6)]
+    members += [(f"{number}.txt", f"a red door\nnumber {number}".encode()) for number in range(6)]
+    write_tar(tmp_path / "pairs.tar", sorted(members))
+    clipcid("eval-zeroshot", tiny_model, "pairs.tar")
+    other = clipcid("eval-zeroshot", tiny_model, "pairs.tar", "--caption-lines", check=False)
+    assert other.returncode == 1
+    assert "caption_lines: null there, true now" in other.stderr

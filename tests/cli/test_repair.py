@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,13 +74,19 @@ def link(place: Path, folder: Path) -> Path:
     return folder
 
 
+def repair_of(work: Path) -> Path:
+    """Return the folder of the only repair of a work directory."""
+    [found] = (work / "repair").iterdir()
+    return found
+
+
 def words(run: Run) -> str:
     return " ".join(run.stderr.split())
 
 
 def test_cluster_and_distill_take_one_repair(clipcid: Clipcid, turned: Path) -> None:
     clustered = clipcid(*CLUSTER, "--json")
-    repair = turned / "clipcid-work" / "repair" / "teacher"
+    repair = repair_of(turned / "clipcid-work")
     sidecar = json.loads((repair / "repair.json").read_text())
     figures = sidecar["result"]
     assert clustered.json["repair"] == figures
@@ -108,7 +117,8 @@ def test_the_repaired_rows_teach(clipcid: Clipcid, turned: Path) -> None:
         name: words(clipcid(*DISTILL, "--name", name, *flags))
         for name, flags in (("repaired", ()), ("raw", ("--repair", "none")))
     }
-    before, after = json.loads((turned / "clipcid-work/repair/teacher/repair.json").read_text())["result"]["log_rank"]
+    repair = repair_of(turned / "clipcid-work")
+    before, after = json.loads((repair / "repair.json").read_text())["result"]["log_rank"]
     assert f"(trust in the teacher {np.exp(after - before):.2f}, by its repair)" in told["repaired"]
     assert "trust" not in told["raw"]
     runs = turned / "clipcid-work" / "distill"
@@ -123,9 +133,10 @@ def test_a_sound_teacher_stays_to_the_bit(clipcid: Clipcid, sound: Path) -> None
     chosen = clipcid(*DISTILL, "--name", "auto", "--json")
     clipcid(*DISTILL, "--name", "none", "--repair", "none")
     assert "Teacher left as it is" in words(chosen)
+    assert "(a guess: 5.0%)" in words(chosen), "a fold has a fifth of the captions"
     assert "repair" not in chosen.json
     assert student_bytes(work / "distill" / "auto") == student_bytes(work / "distill" / "none")
-    assert [path.name for path in (work / "repair" / "teacher").glob("[!.]*")] == ["repair.json"]
+    assert [path.name for path in repair_of(work).glob("[!.]*")] == ["repair.json"]
     # The same run, however it was asked for: nothing is refused, nothing trained again.
     assert "finished" in words(clipcid(*DISTILL, "--name", "auto", "--repair", "none"))
 
@@ -141,17 +152,65 @@ def test_a_dry_run_decides_nothing(clipcid: Clipcid, turned: Path) -> None:
 def test_two_processes_make_the_same_bytes(clipcid: Clipcid, torchrun: Clipcid, turned: Path) -> None:
     clipcid(*CLUSTER, "--work", "one")
     torchrun(2, *CLUSTER, "--work", "two")
-    for file in ("repair/teacher/repair.npz", "clusters/centroids.npy", "clusters/clusters.parquet"):
+    repair = repair_of(turned / "one").relative_to(turned / "one") / "repair.npz"
+    for file in (repair, "clusters/centroids.npy", "clusters/clusters.parquet"):
         assert (turned / "one" / file).read_bytes() == (turned / "two" / file).read_bytes()
 
 
 def test_a_repair_of_other_rows_is_made_again(clipcid: Clipcid, turned: Path, places: dict[str, Path]) -> None:
-    clipcid(*CLUSTER)
     (turned / "teacher").unlink()
-    (turned / "teacher").symlink_to(places["sound"] / "teacher")
+    shutil.copytree(places["turned"] / "teacher", turned / "teacher")
+    clipcid(*CLUSTER)
+    shutil.copytree(places["sound"] / "teacher", turned / "teacher", dirs_exist_ok=True)
     again = clipcid(*CLUSTER, "--overwrite")
+    assert "was decided for other rows, or has been changed: it is made again." in words(again)
     assert "Teacher left as it is" in words(again)
-    assert not (turned / "clipcid-work" / "repair" / "teacher" / "repair.npz").exists()
+    assert not (repair_of(turned / "clipcid-work") / "repair.npz").exists()
+
+
+def test_two_folders_of_one_name_have_two_repairs(clipcid: Clipcid, turned: Path, places: dict[str, Path]) -> None:
+    clipcid(*CLUSTER)
+    repair = repair_of(turned / "clipcid-work")
+    (turned / "other").mkdir()
+    (turned / "other" / "teacher").symlink_to(places["sound"] / "teacher")
+    clipcid("cluster", "--embeddings", "other/teacher", *CLUSTER[3:], "--overwrite")
+    names = sorted(path.name.rpartition("-")[0] for path in repair.parent.iterdir())
+    assert names == ["teacher", "teacher"]
+    assert (repair / "repair.npz").exists()
+    assert "made again" not in words(clipcid(*CLUSTER, "--overwrite"))
+
+
+def test_a_damaged_repair_is_one_error(clipcid: Clipcid, turned: Path) -> None:
+    clipcid(*CLUSTER)
+    path = repair_of(turned / "clipcid-work") / "repair.npz"
+    stat = path.stat()
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # a disk that fails does not tell
+    run = clipcid(*DISTILL, check=False)
+    assert run.returncode == 1
+    assert "repair.npz is damaged: it is not the file that repair.json says was written." in words(run)
+    assert f"Remove {path.parent.relative_to(turned)}: the repair is made again." in words(run)
+
+
+def test_a_run_that_is_killed_twice_ends_as_another_does(clipcid: Clipcid, turned: Path) -> None:
+    command = (*DISTILL, "--steps", 60, "--checkpoint-every", 1, "--name", "run", "--work")
+    clipcid(*command, "whole")
+    whole, killed = turned / "whole", turned / "killed"
+    for stage in ("repair/*", "distill/run/checkpoints/step_*.pt"):  # while it is fitted, and while it teaches
+        process = start_clipcid(*command, "killed", cwd=turned)
+        deadline = time.monotonic() + 120
+        while not list(killed.glob(stage)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert (repair_of(killed) / "repair.json").exists() == stage.startswith("distill")
+    assert not (killed / "distill" / "run" / "distill.json").exists(), "it was too fast to be killed"
+    assert "Resuming at step" in clipcid(*command, "killed").stderr
+    assert (repair_of(killed) / "repair.npz").read_bytes() == (repair_of(whole) / "repair.npz").read_bytes()
+    assert losses(killed / "distill" / "run") == losses(whole / "distill" / "run")
+    assert student_bytes(killed / "distill" / "run") == student_bytes(whole / "distill" / "run")
 
 
 def test_a_second_run_waits_for_the_first(turned: Path) -> None:

@@ -199,7 +199,7 @@ PRESETS: Mapping[str, Mapping[str, Weight]] = {
     "dr": {"clip": Weight(0.25), "affinity": Weight(0.75)},
 }
 
-# With a teacher: the best of recipes/ablation on drawings, given views, text variants and extra texts (five seeds).
+# With a teacher: the best of recipes/ablation on drawings, given views and extra texts (five seeds).
 DEFAULT_PRESET = "fd-instance"
 
 

@@ -312,35 +312,22 @@ def take_images(rows: Mapping[Kind, Rows], images: Numbers, views: Numbers) -> F
         images: The samples' rows among the embeddings, int64 [B].
         views: Which view each shows, int64 [B]; −1 for none of them.
     """
-    viewed = (views >= 0) & (Kind.VIEWS in rows)
-    return _pick(rows, {Kind.IMAGES: (~viewed, images), Kind.VIEWS: (viewed, _place(rows, Kind.VIEWS, images, views))})
+    viewed = views >= 0
+    num_views = len(rows[Kind.VIEWS]) // len(rows[Kind.IMAGES]) if Kind.VIEWS in rows else 0
+    return _pick(rows, {Kind.IMAGES: (~viewed, images), Kind.VIEWS: (viewed, images * num_views + views)})
 
 
-def take_captions(
-    rows: Mapping[Kind, Rows], images: Numbers, captions: Numbers, starts: Numbers, variants: Numbers
-) -> Float16:
+def take_captions(rows: Mapping[Kind, Rows], images: Numbers, captions: Numbers, starts: Numbers) -> Float16:
     """Return the rows of the captions that B samples show, float16 [B, D].
 
     Args:
-        rows: Of first captions, of further ones where all are shown, and of variants where any are.
+        rows: Of first captions, and of further ones where all are shown.
         images: As of `take_images`.
         captions: Which caption each shows, int64 [B], 0 for the first.
         starts: Where the further captions of each begin, int64 [B].
-        variants: Which variant each shows instead, int64 [B]; −1 for none.
     """
-    varied = (variants >= 0) & (Kind.VARIANTS in rows)
-    later = (captions > 0) & (Kind.FURTHER in rows) & ~varied
-    choices = {
-        Kind.TEXTS: (~(varied | later), images),
-        Kind.FURTHER: (later, starts + captions - 1),
-        Kind.VARIANTS: (varied, _place(rows, Kind.VARIANTS, images, variants)),
-    }
-    return _pick(rows, choices)
-
-
-def _place(rows: Mapping[Kind, Rows], kind: Kind, images: Numbers, each: Numbers) -> Numbers:
-    """Return the places of rows of which each image has several: of which image, and which of its rows."""
-    return images * (len(rows[kind]) // len(rows[Kind.IMAGES])) + each if kind in rows else each
+    later = (captions > 0) & (Kind.FURTHER in rows)
+    return _pick(rows, {Kind.TEXTS: (~later, images), Kind.FURTHER: (later, starts + captions - 1)})
 
 
 def _pick(rows: Mapping[Kind, Rows], choices: Mapping[Kind, tuple[npt.NDArray[np.bool_], Numbers]]) -> Float16:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.arrays import save_arrays
-from clipcid_cli.formats.reading import reading
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import load_arrays, save_arrays
+from clipcid_cli.formats.fingerprint import FileRecord, record
 
 REPAIR = "repair.npz"
 STEP = "repair"
@@ -21,12 +21,13 @@ def write_repair(folder: Path, map_DD: npt.NDArray[np.float32]) -> None:
     save_arrays(folder / REPAIR, {_MAP: map_DD})
 
 
-def read_repair(folder: Path) -> npt.NDArray[np.float32]:
-    """Read what `write_repair` wrote, float32 [D, D]."""
+def read_repair(folder: Path, written: FileRecord) -> npt.NDArray[np.float32]:
+    """Read what `write_repair` wrote, float32 [D, D]; `written` is what the sidecar records of it."""
     path = folder / REPAIR
-    with reading(path, "a repair", f"Remove {folder}: it is made again.") as file:
-        with np.load(io.BytesIO(file.read()), allow_pickle=False) as arrays:
-            found = arrays[_MAP]
-        if found.dtype != np.float32 or found.ndim != 2 or not np.isfinite(found).all():
-            raise ValueError(f"it holds {found.dtype} {list(found.shape)}, not finite float32 [D, D]")
-    return np.asarray(found)
+    arrays = load_arrays(path)
+    if arrays is None or record(path).content != written.content:
+        raise ClipcidError(
+            f"{path} is damaged: it is not the file that {STEP}.json says was written.",
+            f"Remove {folder}: the repair is made again.",
+        )
+    return arrays[_MAP]

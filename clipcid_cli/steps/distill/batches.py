@@ -34,9 +34,9 @@ from clipcid_cli.runtime.models.decode import ImageCache, SkippedImage, full_siz
 from clipcid_cli.runtime.pipeline import join_on, ordered_map, prefetch
 from clipcid_cli.runtime.randomness import SampleOrder, derive_seed
 from clipcid_cli.steps.distill.clusters import ClusterLookup
+from clipcid_cli.steps.distill.extra_texts import ExtraText
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
-from clipcid_cli.steps.distill.stored_teacher import ExtraText
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 Piece = TypeVar("Piece")
@@ -136,14 +136,6 @@ class _View(NamedTuple):
     number: int = -1
 
 
-class _Text(NamedTuple):
-    """A text, which of the sample's captions it is, and which of its variants; −1 where it is none."""
-
-    text: str
-    caption: int = 0
-    variant: int = -1
-
-
 class _TokenCache:
     """A tokenizer that keeps the tokens of about `max_texts` texts, which are then found in a tenth of the time."""
 
@@ -174,18 +166,16 @@ class BatchMaker:
         masking: Masking | None = None,
     ) -> None:
         """An online teacher is shown the same views and captions as the student."""
-        stored = inputs.stored
         self._settings = settings
         self._samples = inputs.training
         self._shown_to = [student] if teacher is None else [student, teacher]
         self._masking = masking
         chosen = Augmentation(settings.crop_scale, settings.color_jitter, settings.gray_probability)
-        self._augmentation = chosen if stored is None else stored.augmentation(chosen)
-        self._first_captions = stored is not None and stored.first_captions
-        self._variants = None if stored is None else stored.variants
-        self._extra_texts = None if stored is None else stored.extra_texts
-        self._rows = {} if stored is None else stored.rows()
-        self._num_views = 0 if stored is None else stored.num_views
+        self._augmentation = inputs.augmentation(chosen)
+        self._first_captions = inputs.first_captions
+        self._extra_texts = inputs.extra_texts
+        self._rows = inputs.teacher_rows()
+        self._num_views = inputs.num_views
         widths, heights = zip(*(each.pixels.draft_size(self._augmentation) for each in self._shown_to), strict=True)
         is_small = inputs.training.total <= _MAX_SAMPLES_KEPT
         draft_size = (max(widths), max(heights)) if settings.fast_decode else None
@@ -197,13 +187,16 @@ class BatchMaker:
         """Make the part; each image is written into its tensor before the next one is decoded."""
         bad = list[tuple[str, str]]()
         views = list[int]()
-        texts = list[_Text]()
+        words = list[str]()
+        captions = list[int]()
         count = len(work.items)
         pixels = [torch.empty(count, *each.pixels.size[::-1], 3, dtype=torch.uint8) for each in self._shown_to]
         colors = torch.empty(count, 3, 4)
         for place, item in enumerate(work.items):
             sample = item.sample.read()
-            texts.append(self._choose_text(sample, item.epoch))
+            caption, text = self._choose_caption(sample, item.epoch)
+            captions.append(caption)
+            words.append(text)
             image, view, other, number = self._choose_view(item, sample, bad)
             views.append(number)
             for processor, target in zip(self._shown_to, pixels, strict=True):
@@ -213,7 +206,6 @@ class BatchMaker:
                 target.numpy()[place] = shown
             # Mixed pixels have their final colours.
             colors.numpy()[place] = view.first.colors if other is None else identity_colors()
-        words = [found.text for found in texts]
         further = [] if self._extra_texts is None else [self._extra_texts.read(text) for text in work.extra_texts]
         batch = TrainingBatch(
             pixels=pixels[0],
@@ -225,7 +217,7 @@ class BatchMaker:
         if len(self._shown_to) > 1:
             batch.teacher_pixels = pixels[1]
             batch.teacher_tokens = self._tokens[1](words)
-        self._add_stored_rows(batch, work, views, texts)
+        self._add_stored_rows(batch, work, np.array(views), np.array(captions))
         return batch
 
     def _choose_view(self, item: Item, sample: Sample, bad: list[tuple[str, str]]) -> _View:
@@ -268,42 +260,40 @@ class BatchMaker:
         bad.append((image.reason, sample.key))
         return None
 
-    def _choose_text(self, sample: Sample, epoch: int) -> _Text:
-        """Choose one of a sample's captions, but the first alone where only that is embedded; or a variant of one."""
+    def _choose_caption(self, sample: Sample, epoch: int) -> tuple[int, str]:
+        """Choose one of a sample's captions, but the first alone where only that is embedded: its number, and its text."""
         captions = sample.captions
-        seed = self._settings.seed
         dropout = self._settings.caption_dropout
-        if self._variants is not None:
-            random = np.random.default_rng(derive_seed("variant", seed, epoch, sample.key))
-            if random.uniform() < self._settings.variant_share:
-                variant = int(random.integers(self._variants.number))
-                return _Text(self._variants(captions, sample.key, variant), variant=variant)
         if self._first_captions or (len(captions) == 1 and not dropout):
-            return _Text(captions[0])
-        random = np.random.default_rng(derive_seed("caption", seed, epoch, sample.key))
+            return 0, captions[0]
+        random = np.random.default_rng(derive_seed("caption", self._settings.seed, epoch, sample.key))
         number = int(random.integers(len(captions)))
         if not dropout:
-            return _Text(captions[number], number)
+            return number, captions[number]
         first, *others = captions[number].split(",")
         kept = [part for part in others if random.uniform() >= dropout]
-        return _Text(",".join([first, *kept]), number)
+        return number, ",".join([first, *kept])
 
     def _choose_patches(self, masking: Masking, items: Sequence[Item]) -> Tensor:
         seeds = [derive_seed("mask", self._settings.seed, item.epoch, item.sample.key) for item in items]
         return torch.from_numpy(np.stack([masking.choose(seed) for seed in seeds]))
 
-    def _add_stored_rows(self, batch: TrainingBatch, work: WorkItem, views: list[int], texts: list[_Text]) -> None:
+    def _add_stored_rows(
+        self,
+        batch: TrainingBatch,
+        work: WorkItem,
+        views: npt.NDArray[np.int64],
+        captions: npt.NDArray[np.int64],
+    ) -> None:
         """Read the teacher's rows of what is shown, where it has stored ones."""
         if not self._rows:
             return
         own = np.array([item.row for item in work.items])
         embedded = self._samples.column("embeddings")[own].astype(np.int64)
-        batch.teacher_image_bD = torch.from_numpy(take_images(self._rows, embedded, np.array(views)))
+        batch.teacher_image_bD = torch.from_numpy(take_images(self._rows, embedded, views))
         if Kind.TEXTS in self._rows:
             starts = self._samples.column("captions")[own].astype(np.int64) if Kind.FURTHER in self._rows else embedded
-            captions = np.array([text.caption for text in texts])
-            variants = np.array([text.variant for text in texts])
-            batch.teacher_text_bD = torch.from_numpy(take_captions(self._rows, embedded, captions, starts, variants))
+            batch.teacher_text_bD = torch.from_numpy(take_captions(self._rows, embedded, captions, starts))
         if self._extra_texts is not None:
             extra = np.array([text.row for text in work.extra_texts], dtype=np.int64)
             batch.teacher_extra_eD = torch.from_numpy(self._extra_texts.rows.take(extra))
@@ -384,7 +374,7 @@ class Batches:
 
     def _draw_texts(self, step: int, rows: npt.NDArray[np.int64]) -> list[ExtraText]:
         """Draw this process's part of a step's further texts: a slice of what one process would take."""
-        extra = None if self._inputs.stored is None else self._inputs.stored.extra_texts
+        extra = self._inputs.extra_texts
         if extra is None:
             return []
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))

@@ -18,9 +18,9 @@ from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.clusters import CENTROIDS, TABLE, Clusters, TopClusters, open_clusters
 from clipcid_cli.formats.results.matched_samples import Column
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
+from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.distill.samples import MatchCounts
-from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher, StoredTeacher
 from clipcid_cli.steps.models import cluster_with, validate_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -47,7 +47,7 @@ class ChosenClusters:
 
 
 def find_clusters(
-    settings: DistillSettings, embeddings: Embeddings | None, online: OnlineTeacher | None, keep_list: Path | None
+    settings: DistillSettings, embeddings: Embeddings | None, online: ModelName | None, keep_list: Path | None
 ) -> Clusters | None:
     """Open the clusters, where a loss asks for them; those of another teacher or of an earlier keep list are refused."""
     if not any(LOSSES[name].needs_clusters for name in settings.losses()):
@@ -56,7 +56,7 @@ def find_clusters(
     clusters = open_clusters(folder, settings.work)
     model = clusters.sidecar.model
     if model is not None and online is not None:
-        validate_teacher(f"clusters in {folder}", model, online.name, cluster_with(online.name, settings))
+        validate_teacher(f"clusters in {folder}", model, online, cluster_with(online, settings))
     again = _cluster_again(settings, clusters, embeddings)
     if embeddings is not None:
         embedded = embeddings.model
@@ -97,12 +97,18 @@ def _cluster_again(settings: DistillSettings, clusters: Clusters, embeddings: Em
 def use_clusters(
     settings: DistillSettings,
     clusters: Clusters,
-    teacher: StoredTeacher | OnlineTeacher,
+    embeddings: Embeddings | None,
     counts: MatchCounts,
+    several_captions: bool,
     reporter: Reporter,
 ) -> ChosenClusters:
-    """Let clusters teach; those of other images, or of the teacher before its repair, are refused."""
-    _validate_repair(settings, clusters, teacher)
+    """Let clusters teach; those of other images, or of the teacher before its repair, are refused.
+
+    Args:
+        embeddings: The teacher's, repaired or not.
+        several_captions: Whether a sample may show another caption than its first.
+    """
+    _validate_repair(settings, clusters, embeddings)
     if counts.without_cluster:
         few = counts.without_cluster
         lacking = f"{few:,} of {counts.candidates:,} samples to train on are not in {clusters.folder}"
@@ -111,10 +117,9 @@ def use_clusters(
             or_not = ", or these could not be embedded (--max-bad-fraction)" if settings.online_teacher else ""
             raise ClipcidError(
                 f"{lacking}: the clusters were made from another keep list{or_not}.",
-                _cluster_again(settings, clusters, teacher.embeddings, keep_list=settings.keep_list),
+                _cluster_again(settings, clusters, embeddings, keep_list=settings.keep_list),
             )
         reporter.warn(f"{lacking}: they are left out.")
-    several_captions = bool(counts.several_captions) and not teacher.first_captions
     teach_text = settings.cluster_towers == "both"
     if settings.cluster_towers == "auto":
         # Where it can: in recipes/ablation, on drawings that the teacher knew, retrieval was 4.1 (R@1) and 6.2 points (R@10)
@@ -131,9 +136,8 @@ def use_clusters(
     return ChosenClusters(clusters, teach_text, (image, caption))
 
 
-def _validate_repair(settings: DistillSettings, clusters: Clusters, teacher: StoredTeacher | OnlineTeacher) -> None:
+def _validate_repair(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings | None) -> None:
     """Refuse clusters of image rows that were repaired where the teacher's are not, or differently."""
-    embeddings = teacher.embeddings
     image_map = None if embeddings is None else embeddings.image_map
     made, used = clusters.sidecar.repair, None if image_map is None else image_map.record
     if (None if made is None else made.content) == (None if used is None else used.content):

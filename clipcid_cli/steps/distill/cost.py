@@ -112,7 +112,6 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
     context = trainer.context
     inputs = trainer.plan.inputs
     embeddings = inputs.embeddings
-    stored = inputs.stored
     teacher = taught_by.model
     if teacher is None:
         recorded = None if embeddings is None or embeddings.model is None else embeddings.model.spec
@@ -131,14 +130,14 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
     texts_per_image = 1.0
     if embeddings is not None and Kind.FURTHER in embeddings.kinds:
         texts_per_image += len(embeddings.rows(Kind.FURTHER)) / rows
-    if stored is not None and stored.variants is not None:
-        texts_per_image += stored.variants.number
+    if inputs.extra_texts is not None and inputs.extra_texts.variants is not None:
+        texts_per_image += inputs.extra_texts.variants.number
     # In passes over images and one caption of each.
-    passes = ((1 + (0 if stored is None else stored.num_views)) * images + texts_per_image * texts) / seconds
+    passes = ((1 + inputs.num_views) * images + texts_per_image * texts) / seconds
     return TeacherCost(
         parameters=teacher.info.parameters,
         seconds=seconds,
-        share=min(1.0, seconds / (step_seconds + (seconds if stored is not None else 0))),
+        share=min(1.0, seconds / (step_seconds + (seconds if inputs.stored is not None else 0))),
         break_even=passes * rows / inputs.training.total,
     )
 

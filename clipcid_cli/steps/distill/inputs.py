@@ -1,4 +1,4 @@
-"""What `distill` reads: data, samples, keep list, teacher and clusters, found and checked against one another."""
+"""What `distill` reads: data, keep list, the teacher's embeddings, clusters; found, and checked against one another."""
 
 from __future__ import annotations
 
@@ -6,43 +6,51 @@ import dataclasses
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.index import SampleRef
+from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
 from clipcid_cli.formats.sidecar import EmbedSidecar, RepairFigures, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.names import parse_model, with_default_tag
+from clipcid_cli.runtime.models.augment import Augmentation
+from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
 from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.steps.data_index import cache_shards, ensure_index
 from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
-from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples, index_of
-from clipcid_cli.steps.distill.stored_teacher import (
-    OnlineTeacher,
-    StoredTeacher,
-    choose_online,
-    losses_of_captions,
-    named_teacher,
-    open_stored,
-    use_stored,
-    validate_keys,
-    validate_requested,
+from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
+from clipcid_cli.steps.distill.samples import (
+    MatchCounts,
+    Sources,
+    UsableSamples,
+    count_usable,
+    find_samples,
+    index_of,
 )
+from clipcid_cli.steps.embed.encoder import Views
 from clipcid_cli.steps.embed.run import ensure_embeddings
+from clipcid_cli.steps.given_embeddings import open_given
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
-from clipcid_cli.steps.models import find_mismatch
+from clipcid_cli.steps.models import embed_with, find_mismatch, validate_teacher
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
+
+# Another tool's views may have any crop and colours.
+_ANY = Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +59,11 @@ class Inputs:
 
     Attributes:
         keep_list: None where all samples are used.
-        teacher: None where no loss needs one.
+        embeddings: The teacher's, repaired where that is better; None where there are none. Beside a teacher that runs
+            alongside the student they only tell the axes of the shared space, and its repair.
+        online: The teacher that runs alongside the student; None where stored rows teach, or nothing does.
+        num_views: Stored views of each image that are replayed, 0 for none.
+        first_captions: Whether a sample may only show its first caption, the only one that is embedded.
         repair: What was found of the repair of the teacher; None where nothing was judged.
         clusters: Those of the teacher; None where no loss needs them.
     """
@@ -61,25 +73,41 @@ class Inputs:
     training: SampleRows
     held_out: SampleRows
     keep_list: ChosenKeepList | None
-    teacher: StoredTeacher | OnlineTeacher | None
+    embeddings: Embeddings | None
+    online: ModelName | None
+    num_views: int
+    first_captions: bool
+    extra_texts: ExtraTexts | None
     repair: RepairFigures | None
     clusters: ChosenClusters | None
     fingerprints: list[FileRecord]
 
     @property
-    def stored(self) -> StoredTeacher | None:
-        """The teacher where it is one."""
-        return self.teacher if isinstance(self.teacher, StoredTeacher) else None
+    def stored(self) -> Embeddings | None:
+        """The embeddings, where they teach."""
+        return self.embeddings if self.online is None else None
 
     @property
     def trust(self) -> float:
         """How far the teacher's pairing of images with captions is to be trusted, in (0, 1]."""
         return 1.0 if self.repair is None else self.repair.trust
 
-    @property
-    def embeddings(self) -> Embeddings | None:
-        """The teacher's stored embeddings, where there are any."""
-        return None if self.teacher is None else self.teacher.embeddings
+    def augmentation(self, chosen: Augmentation) -> Augmentation:
+        """Return how images are augmented: as the strongest of the stored views were, else as chosen."""
+        if self.stored is None or not self.num_views:
+            return chosen
+        if self.stored.sidecar is None:
+            return _ANY
+        made = self.stored.sidecar.made
+        drawn = Augmentation(made.crop_scale, made.color_jitter, made.gray_probability)
+        return Views(self.num_views, made.view_kind, drawn, made.seed).strongest
+
+    def teacher_rows(self) -> dict[Kind, Rows]:
+        """Map the stored rows of what samples show."""
+        if self.stored is None:
+            return {}
+        kinds = [Kind.IMAGES, *kinds_shown(self.num_views, self.first_captions)]
+        return {kind: self.stored.rows(kind) for kind in kinds if kind in self.stored.kinds}
 
     def refs(self, samples: SampleRows, rows: npt.NDArray[np.int64]) -> list[SampleRef]:
         """Return where samples are, by their rows among `samples`."""
@@ -90,10 +118,26 @@ class Inputs:
 
     def num_extra_texts(self, batch_size: int) -> int:
         """Return how many further texts a step has, over all processes."""
-        extra = None if self.stored is None else self.stored.extra_texts
-        if extra is None:
+        if self.extra_texts is None:
             return 0
-        return batch_size if extra.number is None else extra.number
+        return batch_size if self.extra_texts.number is None else self.extra_texts.number
+
+
+def kinds_shown(num_views: int, first_captions: bool) -> list[Kind]:
+    """Return the kinds of rows that samples show beside those of whole images, where there are any."""
+    further = [] if first_captions else [Kind.FURTHER]
+    views = [Kind.VIEWS, Kind.VIEW_PARAMS] if num_views else []
+    return [Kind.TEXTS, *further, *views]
+
+
+def losses_of_captions(settings: DistillSettings) -> list[str]:
+    """List the losses of the run that need the teacher's embeddings of captions."""
+    return [name for name in settings.losses() if not LOSSES[name].one_tower]
+
+
+def named_teacher(settings: DistillSettings) -> ModelName | None:
+    """Return the teacher as the user named it; None where the embeddings name it."""
+    return None if settings.teacher is None else with_default_tag(parse_model(settings.teacher))
 
 
 def find_embeddings(settings: DistillSettings, context: DistContext, reporter: Reporter) -> Path | None:
@@ -120,7 +164,7 @@ def find_embeddings(settings: DistillSettings, context: DistContext, reporter: R
     folder = work.embeddings(with_default_tag(parse_model(teacher)).slug)
     exists = context.on_rank0(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
     if not exists:
-        validate_requested(settings, folder, None, model=teacher)
+        validate_views(settings, folder, None, 0, teacher)
     # Existing embeddings of images only may suffice; new ones are of captions too.
     text = True if losses_of_captions(settings) or not exists else None
     return ensure_embeddings(settings, context, reporter, data=settings.data, model=teacher, text=text)
@@ -138,6 +182,16 @@ def _find_of_online(settings: DistillSettings) -> Path | None:
     sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
     is_its = sidecar is not None and find_mismatch(sidecar.model, teacher) is None
     return folder if is_its else None
+
+
+def _choose_online(settings: DistillSettings, embeddings: Embeddings | None) -> ModelName:
+    """Choose a teacher that runs alongside the student: the one named, else the embeddings', else the default one."""
+    name = named_teacher(settings)
+    if name is None and embeddings is not None:
+        if embeddings.model is None:
+            raise ClipcidError(f"{embeddings.folder} does not record which model made it.", "Name the --teacher.")
+        name = parse_model(embeddings.model.spec)
+    return name or with_default_tag(parse_model(DEFAULT_MODEL))
 
 
 def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | None, reporter: Reporter) -> Inputs:
@@ -160,9 +214,9 @@ def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | 
     usable = count_usable(dataset, settings.max_bad_fraction)
     keep_list = choose_keep_list(settings.keep_list, work, "samples", settings.max_bad_fraction, reporter)
     listed = None if keep_list is None else keep_list.path
-    online = choose_online(settings, embeddings) if settings.online_teacher else None
+    online = _choose_online(settings, embeddings) if settings.online_teacher else None
     if online is None and embeddings is not None:
-        validate_keys(embeddings, dataset)
+        _validate_keys(embeddings, dataset)
     clusters = find_clusters(settings, embeddings, online, listed)
 
     fingerprints = dataset.fingerprints() + ([] if listed is None else [record(listed)])
@@ -177,22 +231,43 @@ def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | 
     repair = None
     if embeddings is not None:
         embeddings, repair = repair_teacher(settings, embeddings, reporter)
-    teacher: StoredTeacher | OnlineTeacher | None = None
-    chosen = None
+    num_views = 0
+    first_captions = False
+    extra_texts = None
     if online is not None:
-        teacher = dataclasses.replace(online, embeddings=embeddings)
-        reporter.note(f"Teacher: {online.name.spec}, run alongside the student on the same views and captions.")
-        if embeddings is None and settings.repair != "none":
+        reporter.note(f"Teacher: {online.spec}, run alongside the student on the same views and captions.")
+        if embeddings is not None:
+            fingerprints += embeddings.fingerprints([Kind.TEXTS])
+        elif settings.repair != "none":
             reporter.note("It is left as it is: a repair is fitted to stored embeddings, of which there are none.")
     elif embeddings is not None:
-        teacher = use_stored(settings, embeddings, counts, reporter)
-    if teacher is not None:
-        fingerprints += teacher.fingerprints()
-        if clusters is not None:
-            chosen = use_clusters(settings, clusters, teacher, counts, reporter)
-            fingerprints += chosen.fingerprints()
-    training, held_out = open_rows(matched, TRAINING), open_rows(matched, HELD_OUT)
-    return Inputs(dataset, usable, training, held_out, keep_list, teacher, repair, chosen, fingerprints)
+        num_views = _choose_views(settings, embeddings, counts, reporter)
+        extra_texts = find_extra_texts(settings, embeddings, reporter)
+        varies = extra_texts is not None and extra_texts.variants is not None
+        first_captions = _choose_captions(settings, embeddings, counts, varies, reporter)
+        kinds = kinds_shown(num_views, first_captions) + ([Kind.VARIANTS] if varies else [])
+        fingerprints += embeddings.fingerprints(kinds)
+        fingerprints += [] if extra_texts is None else extra_texts.fingerprints
+    chosen = None
+    if clusters is not None:
+        several_captions = counts.several_captions > 0 and not first_captions
+        chosen = use_clusters(settings, clusters, embeddings, counts, several_captions, reporter)
+        fingerprints += chosen.fingerprints()
+    return Inputs(
+        dataset=dataset,
+        usable=usable,
+        training=open_rows(matched, TRAINING),
+        held_out=open_rows(matched, HELD_OUT),
+        keep_list=keep_list,
+        embeddings=embeddings,
+        online=online,
+        num_views=num_views,
+        first_captions=first_captions,
+        extra_texts=extra_texts,
+        repair=repair,
+        clusters=chosen,
+        fingerprints=fingerprints,
+    )
 
 
 def _open_data(
@@ -213,3 +288,106 @@ def _open_data(
     alone = DistContext(0, 1, 0, torch.device("cpu"))
     workers = default_workers(alone.device) if settings.workers is None else settings.workers
     return cache_shards(ensure_index(dataset, alone, workers, reporter), settings.cache_size)
+
+
+def open_stored(settings: DistillSettings, folder: Path, cache: Path | None, reporter: Reporter) -> Embeddings:
+    """Open the teacher's embeddings and check that the teacher made them, and for the captions that the losses need."""
+    embeddings = open_given(settings, folder, cache, reporter)
+    reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
+    teacher = named_teacher(settings) if settings.needs_teacher else None
+    if teacher is not None and embeddings.sidecar is not None:
+        fix = f"Omit --embeddings, or run: {embed_with(teacher, settings, embeddings.sidecar.data)}"
+        validate_teacher(f"embeddings in {folder}", embeddings.sidecar.model, teacher, fix)
+    elif teacher is not None and (width := read_width(teacher)) not in (None, embeddings.width):
+        raise ClipcidError(
+            f"The embeddings in {folder} have width {embeddings.width}; those of the teacher {teacher.spec} have {width}.",
+            f"Name the model that made them with --teacher, or run: {embed_with(teacher, settings)}",
+        )
+    if embeddings.has_texts or settings.online_teacher:
+        return embeddings
+    needing = losses_of_captions(settings)
+    if needing:
+        raise ClipcidError(
+            f"{folder} holds embeddings of images only, and captions are needed by: {', '.join(needing)}.",
+            "Use losses that need one tower only: "
+            + ", ".join(name for name, entry in LOSSES.items() if entry.one_tower)
+            + f"\nOr embed the captions too: {_embed_again(settings, embeddings, text=True)}",
+        )
+    reporter.note("They are of images only: losses use the teacher's image tower alone.")
+    return embeddings
+
+
+def _embed_again(settings: DistillSettings, embeddings: Embeddings, **more: Any) -> str:
+    """Return the command that makes embeddings as they are, or with more beside them."""
+    return data_command(embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags, **more)
+
+
+def _validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
+    """Refuse embeddings whose keys or captions are of another form than the data's."""
+    if embeddings.sidecar is None:
+        return
+    made = embeddings.sidecar.made
+    keys = made.keys
+    if made.caption_lines != dataset.caption_lines:
+        flag = "--caption-lines" if made.caption_lines else "--no-caption-lines"
+        raise ClipcidError(
+            f"The embeddings in {embeddings.folder} were made with {flag}, the data is not read so: captions differ.",
+            f"Add {flag}.",
+        )
+    if keys != dataset.keys:
+        raise ClipcidError(
+            f"The embeddings in {embeddings.folder} were made with --keys {keys}, the data is read with --keys "
+            f"{dataset.keys}: they cannot be joined.",
+            f"Add --keys {keys}.",
+        )
+
+
+def _choose_views(settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts, reporter: Reporter) -> int:
+    """Return how many stored views of each image are shown; refuse embeddings that lack many of the samples."""
+    if counts.without_embedding > settings.max_bad_fraction * counts.candidates:
+        raise ClipcidError(
+            f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {embeddings.folder}.",
+            f"Give the data that was embedded, or run: {_embed_again(settings, embeddings)}",
+        )
+    views = embeddings.num_each(Kind.VIEWS) if settings.shows_views else 0
+    validate_views(settings, embeddings.folder, embeddings.sidecar, views)
+    if views:
+        reporter.note(
+            f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
+            "have no effect (--views none draws views anew)."
+        )
+    return views
+
+
+def _choose_captions(
+    settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts, varies: bool, reporter: Reporter
+) -> bool:
+    """Tell whether samples may only show their first caption; refuse other captions than were embedded or varied."""
+    has_several = counts.several_captions > 0 and embeddings.has_texts
+    shows_all = has_several and Kind.FURTHER in embeddings.kinds
+    if counts.changed is not None and (shows_all or varies):
+        key, now, embedded = counts.changed
+        raise ClipcidError(
+            f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
+            f"Run: {_embed_again(settings, embeddings)}",
+        )
+    if shows_all:
+        reporter.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")
+    elif has_several:
+        reporter.note("Captions: only the first of each sample is embedded, so only the first is shown.")
+    return embeddings.has_texts and not shows_all
+
+
+def validate_views(
+    settings: DistillSettings, folder: Path, sidecar: EmbedSidecar | None, views: int, model: str | None = None
+) -> None:
+    """Refuse embeddings without views where these were asked for by name; those of `model` are to be made."""
+    if settings.views != "stored" or views:
+        return
+    more: dict[str, Any] = {"views": 4, "view_kind": ("mix",), "fast_decode": False}
+    if sidecar is None:
+        more |= {"work": settings.work} | ({"model": model} if model else {})
+    raise ClipcidError(
+        f"--views stored, but {folder} holds no views.",
+        f"Omit --views stored, or run: {data_command(folder, sidecar, settings.data, **settings.data_flags, **more)}",
+    )

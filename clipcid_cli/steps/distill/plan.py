@@ -20,8 +20,7 @@ from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
-from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
-from clipcid_cli.steps.distill.stored_teacher import named_teacher
+from clipcid_cli.steps.distill.inputs import Inputs, find_inputs, named_teacher
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
@@ -229,7 +228,6 @@ def identity(plan: Plan, student: Student) -> dict[str, Any]:
         "extra_texts": plan.extra_texts,
         "eval_every": plan.eval_every,
         "steps": plan.steps,
-        "text_variant_share": settings.variant_share,
         "views": "stored" if settings.shows_views else "none",
         "cluster_towers": "both" if clusters is not None and clusters.teach_text else "image",
     }

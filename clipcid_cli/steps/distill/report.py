@@ -19,7 +19,6 @@ from clipcid_cli.formats.results.run_folder import read_lines
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.steps.distill.evaluation import EMA, HeldOut
 from clipcid_cli.steps.distill.inputs import Inputs
-from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.repair import describe_repair
 from clipcid_cli.steps.settings.fields import output_settings
@@ -159,8 +158,8 @@ def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:
 def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
     found = [("data", inputs.dataset.spec)]
     found.append(("keep list", "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)))
-    if isinstance(inputs.teacher, OnlineTeacher):
-        found.append(("teacher", f"{inputs.teacher.name.spec}, run alongside the student"))
+    if inputs.online is not None:
+        found.append(("teacher", f"{inputs.online.spec}, run alongside the student"))
     if inputs.embeddings is not None:
         found.append(("embeddings", str(inputs.embeddings.folder)))
     if inputs.repair is not None:

@@ -26,7 +26,6 @@ from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.clusters import ClusterLookup, validate_width
 from clipcid_cli.steps.distill.inputs import Inputs
-from clipcid_cli.steps.distill.stored_teacher import OnlineTeacher
 from clipcid_cli.steps.models import cluster_with
 from clipcid_cli.steps.repair import MAX_SCALE, teacher_scale
 from clipcid_cli.steps.reporting import Reporter
@@ -94,10 +93,10 @@ class Teacher:
 
 def load_online_model(inputs: Inputs, context: DistContext) -> ClipModel | None:
     """Load the teacher that runs alongside the student, where one does."""
-    teacher = inputs.teacher
-    if not isinstance(teacher, OnlineTeacher):
+    online = inputs.online
+    if online is None:
         return None
-    model = context.on_all(lambda: load_model(teacher.name, context.device))
+    model = context.on_all(lambda: load_model(online, context.device))
     model.module.requires_grad_(False)
     return model
 

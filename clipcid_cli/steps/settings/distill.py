@@ -13,7 +13,6 @@ from clipcid_cli.steps.settings.fields import ABOVE_0, AT_LEAST_1, FRACTION, Ran
 from clipcid_cli.steps.settings.shared import BRIEF_SPINS, AugmentationSettings, KeptSettings, TrainingDataSettings
 
 NO_TEACHER = "none"
-DEFAULT_VARIANT_SHARE = 2 / 3
 OPTIMIZERS = ("muon", "adamw")
 
 _CLUSTER_FLAGS = (
@@ -82,15 +81,10 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         "embedding. `none` draws new views and uses the teacher's embedding of the whole image.",
         choices=("stored", "none"),
     )
-    text_variant_share: float | None = _input(
-        None,
-        "Share of the captions shown as one of the variants of `embed --text-variants`, if there are any; by default 2/3.",
-        within=FRACTION,
-    )
     extra_texts: int | None = _input(
         None,
-        "Further texts in each batch, for the text tower alone, by losses fd and mfd: those of `embed --texts`, or else "
-        "variants of captions. By default as many as samples, where there are such texts; 0 for none.",
+        "Further texts in each batch, for the text tower alone, by losses fd and mfd: those of `embed --texts`, or else of "
+        "`embed --text-variants`. By default as many as samples, where there are such texts; 0 for none.",
         within=Range(0),
     )
     texts: Path | None = _input(
@@ -324,7 +318,6 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     def _validate_stored_extras(self) -> None:
         given = {
             "--views stored": self.views == "stored",
-            "--text-variant-share": bool(self.text_variant_share),
             "--texts": self.texts is not None,
         }
         flags = " and ".join(flag for flag, is_given in given.items() if is_given)
@@ -361,11 +354,6 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         """Whether further texts are shown, where there are any."""
         taken = any(LOSSES[name].compares_features for name in self.losses())
         return taken and self.extra_texts != 0 and not (self.online_teacher or self.freeze_text)
-
-    @property
-    def variant_share(self) -> float:
-        """Share of the captions shown as a text variant, where there are any."""
-        return DEFAULT_VARIANT_SHARE if self.text_variant_share is None else self.text_variant_share
 
     @property
     def chosen_preset(self) -> str:

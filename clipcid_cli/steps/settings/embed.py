@@ -65,8 +65,8 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings):
     text_variants: int = _augment(
         0,
         "Also embed this many variants of each image's captions: keywords dropped and shuffled, of prose sentences and "
-        "clauses dropped. `clipcid distill` then shows variants too, each with the teacher's embedding of that very text. A "
-        "variant takes 2 bytes x width.",
+        "clauses dropped. They teach the text tower alone (`clipcid distill --extra-texts`). A variant takes 2 bytes x "
+        "width.",
         within=Range(0),
         metavar="V",
     )

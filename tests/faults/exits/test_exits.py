@@ -108,6 +108,24 @@ def test_an_interrupted_run_leaves_a_clean_terminal_and_no_worker(tmp_path: Path
     assert b"Traceback" not in shown
 
 
+# Tells a worker half of its work, and ends as a run does that is interrupted meanwhile.
+_HALF_TOLD = """
+import os
+from multiprocessing import forkserver
+from clipcid_cli.runtime.pipeline import start_worker_server
+start_worker_server()
+ended, told = forkserver.connect_to_new_process([])
+os.write(told, b"\\x80\\x05\\x95")
+os.close(told)
+print(len(os.read(ended, 1)))  # waits for the worker's end
+"""
+
+
+def test_a_worker_that_was_told_half_of_its_work_says_nothing(tmp_path: Path) -> None:
+    done = run_command([sys.executable, "-c", _HALF_TOLD], tmp_path, False, 60, None)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
 def test_a_terminated_embed_is_continued(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
     for number in range(40):
         write_tar(tmp_path / "data" / f"{number}.tar", shard_members(6 * number, 6))

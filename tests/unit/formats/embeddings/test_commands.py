@@ -15,7 +15,7 @@ from clipcid_cli.formats.embeddings.command import DEFAULTS, data_command, texts
 from clipcid_cli.formats.sidecar import BalanceSidecar, ClusterSidecar, DataSpec, EmbedSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill.stored_teacher import validate_requested
+from clipcid_cli.steps.distill.inputs import validate_views
 from clipcid_cli.steps.embed.run import embed_images_first
 from clipcid_cli.steps.models import cluster_with, embed_with
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -101,7 +101,7 @@ def test_the_data_of_a_run_is_embedded_with_another_model_as_the_run_reads_it() 
 def test_a_run_whose_data_is_named_names_its_columns_in_the_command_for_what_is_missing() -> None:
     run = DistillSettings(data="list.csv", student="s", image_column="url", views="stored")
     with pytest.raises(ClipcidError, match="holds no views") as found:
-        validate_requested(run, Path("emb"), sidecar())
+        validate_views(run, Path("emb"), sidecar(), 0)
     assert "run: clipcid embed list.csv --model" in found.value.fix
     assert " --image-column url " in found.value.fix
 

@@ -11,9 +11,10 @@ import pytest
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_npy
+from clipcid_cli.formats.embeddings import rows as rows_module
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.rows import MAPS_KEPT
+from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, Rows, find_npy, unit_rows
 
 
 @pytest.mark.parametrize(("count", "mapped"), [(1, False), (8_200, True)])
@@ -61,3 +62,18 @@ def test_a_damaged_header_is_one_error(tmp_path: Path, header: bytes) -> None:
     (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded)
     with pytest.raises(ClipcidError, match="cannot be read"):
         open_embeddings(tmp_path)
+
+
+def test_of_repaired_rows_only_those_of_the_stride_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "rows.npy", unit_rows(random.normal(size=(50, 4))))
+    image_map = np.round(random.normal(size=(4, 4)) * 2**16) / 2**16
+    rows = Rows([find_npy(tmp_path / "rows.npy")], 4, as_stored=True, map_DD=image_map.astype(np.float32))
+    whole = rows.read(0, 50)
+    computed = list[int]()
+    monkeypatch.setattr(rows_module, "unit_rows", lambda part: computed.append(len(part)) or unit_rows(part))
+    for first, block in rows.blocks(size=20, stride=8):
+        assert np.array_equal(block, whole[first : first + 20][::8])
+    assert computed == [3, 3, 2]

@@ -89,7 +89,7 @@ def test_texts_of_another_model_or_damaged_ones_are_refused(
 def test_processes_share_what_one_would_take(of_lines: bool, work: Path, tiny_shards: Path, teacher: ClipModel) -> None:
     texts = work / "texts" / "tiny" if of_lines else None
     run = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12, texts=texts)
-    extra = run.stored.extra_texts
+    extra = run.inputs.extra_texts
     assert extra is not None
     assert (extra.variants is None) == of_lines
     maker = BatchMaker(run.settings, run.inputs, Processor.of(teacher))
@@ -156,7 +156,7 @@ def test_fd_takes_the_mean_over_captions_and_further_texts() -> None:
 def test_they_train_the_text_tower_and_parts_change_nothing(work: Path, tiny_shards: Path, tmp_path: Path) -> None:
     student = str(write_student(tmp_path))
     common = {"student": student, "embeddings": work / "embeddings" / "tiny", "preset": "clip-kd"}
-    common |= {"teacher_space": "project", "steps": 3, "text_variant_share": 0.0}
+    common |= {"teacher_space": "project", "steps": 3}
     without, _ = train(tmp_path / "a", tiny_shards, **common, extra_texts=0)
     given = {"extra_texts": 5, "texts": work / "texts" / "tiny"}
     shown, said = train(tmp_path / "b", tiny_shards, **common, **given)
@@ -201,19 +201,18 @@ def test_without_any_texts_the_command_is_named(tiny_shards: Path, tiny_model: P
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny")
     with pytest.raises(ClipcidError, match="--extra-texts 4, but there are no texts") as raised:
         join(tiny_shards, tmp_path / "tiny", extra_texts=4)
-    assert "--text-variants 8" in raised.value.fix
+    assert "--text-variants 4" in raised.value.fix
 
 
 def test_by_default_they_are_as_many_as_samples_where_there_are_any(
     work: Path, tiny_shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     embeddings = work / "embeddings" / "tiny"
-    assert join(tiny_shards, embeddings).inputs.num_extra_texts(6) == 6
-    run = join(tiny_shards, embeddings, text_variant_share=0.0)
-    assert run.inputs.num_extra_texts(6) == 6, "though no caption is shown as a variant"
-    assert run.stored.variants is not None
-    run = join(tiny_shards, embeddings, text_variant_share=0.0, texts=work / "texts" / "tiny")
-    assert run.stored.variants is None, "the further texts are lines"
+    run = join(tiny_shards, embeddings)
+    assert run.inputs.num_extra_texts(6) == 6
+    assert run.inputs.extra_texts.variants is not None
+    run = join(tiny_shards, embeddings, texts=work / "texts" / "tiny")
+    assert run.inputs.extra_texts.variants is None, "they are lines"
     assert join(tiny_shards, embeddings, preset="dr").inputs.num_extra_texts(6) == 0, "no loss takes them"
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny")
     assert join(tiny_shards, tmp_path / "tiny").inputs.num_extra_texts(6) == 0, "there are none"

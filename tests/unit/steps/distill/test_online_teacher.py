@@ -72,10 +72,10 @@ def test_it_is_repaired_as_its_stored_rows_are(tiny_shards: Path, tiny_model: Pa
     image_map = RowMap(np.round(noise * 2**16).astype(np.float32) / 2**16, FileRecord("repair.npz", 1, "a"))
     for online in (None, model):
         run = join(tiny_shards, work / "embeddings" / "tiny", online_teacher=online is not None, crop_scale=1.0)
-        assert run.inputs.teacher is not None
         raw = run.teach(run.show(model, 0, online)[1], 32, online)
-        teacher = dataclasses.replace(run.inputs.teacher, embeddings=run.embeddings.mapped(image_map))
-        repaired = dataclasses.replace(run, inputs=dataclasses.replace(run.inputs, teacher=teacher))
+        repaired = dataclasses.replace(
+            run, inputs=dataclasses.replace(run.inputs, embeddings=run.embeddings.mapped(image_map))
+        )
         told.append(repaired.teach(repaired.show(model, 0, online)[1], 32, online))
         assert torch.equal(told[-1][1], raw[1])
         assert (told[-1][0] - raw[0]).abs().max() > 0.1

@@ -25,20 +25,9 @@ def folders(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPa
 @pytest.mark.parametrize(
     ("kind", "asked", "message", "flags"),
     [
-        ("views", {"text_variant_share": 0.9}, "holds no text variants", " --views 1 --text-variants 8"),
-        (
-            "views",
-            {"text_variant_share": 0.9, "views": "stored"},
-            "share 0.9, but .* no text variants",
-            " --views 1 --text-variants 8",
-        ),
-        (
-            "images",
-            {"text_variant_share": 0.9, "views": "stored"},
-            "--views stored and --text-variant-share 0.9, but .* no views or text variants",
-            " --views 8 --view-kind strong,mix --text-variants 8",
-        ),
-        ("images", {"extra_texts": 4}, "but there are no texts", " --fast-decode --text-variants 8"),
+        ("views", {"extra_texts": 4}, "but there are no texts", " --views 1 --text-variants 4"),
+        ("images", {"views": "stored"}, "--views stored, but .* no views", " --no-text --views 4 --view-kind mix"),
+        ("images", {"extra_texts": 4}, "but there are no texts", " --fast-decode --text-variants 4"),
     ],
 )
 def test_embeddings_that_lack_it(
@@ -70,7 +59,5 @@ def test_none_are_made_without_it(
     with pytest.raises(ClipcidError, match="holds no views") as raised:
         train(tmp_path / "work", tiny_shards, views="stored", **common)
     command = raised.value.fix.partition("run: ")[2]
-    expected = (
-        f"clipcid embed {tiny_shards} --work {tmp_path / 'work'} --model {tiny_model} --views 8 --view-kind strong,mix"
-    )
+    expected = f"clipcid embed {tiny_shards} --work {tmp_path / 'work'} --model {tiny_model} --views 4 --view-kind mix"
     assert sorted(command.split(" --")) == sorted(expected.split(" --"))

@@ -1,4 +1,4 @@
-"""Text variants: embedded beside the captions, and shown with the teacher's embedding of that very text."""
+"""Text variants, embedded beside the captions: which rows they are, and those whose texts are not known."""
 
 from __future__ import annotations
 
@@ -8,16 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from sidecars import edit_sidecar
-from teaching_data import (
-    FP32,
-    embed_data,
-    join,
-    train,
-    write_captions,
-    write_student,
-)
+from teaching_data import FP32, embed_data, join, write_captions
 
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
@@ -76,31 +68,6 @@ def test_the_rest_is_what_it_is_without_variants(stored: Path, data: Path, tiny_
     assert not list((tmp_path / "two").glob("variant_emb/*.npy"))
 
 
-def test_variants_are_shown_two_times_in_three_with_their_rows(
-    stored: Path, data: Path, teacher: ClipModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, make, shown = join(data, stored, extra_texts=0), TextVariants.__call__, list[int]()
-    assert run.stored.variants == TextVariants(3, 5)
-    monkeypatch.setattr(TextVariants, "__call__", lambda *given: shown.append(given[-1]) or make(*given))
-    for epoch in range(30):
-        _, batch = run.show(teacher, epoch)
-        if epoch % 10 == 0:
-            assert (run.teach(batch)[1] - teacher.encode_texts(batch.tokens, FP32)).abs().max() < 6e-4
-    assert 98 < len(shown) < 142, "two thirds of 180"
-    assert np.bincount(shown, minlength=3).min() > 20
-    assert torch.equal(run.show(teacher, 29)[1].tokens, batch.tokens)
-
-
-def test_distill_shows_them_unless_told_not_to(stored: Path, data: Path, tmp_path: Path) -> None:
-    common = {"student": str(write_student(tmp_path)), "embeddings": stored, "preset": "clip-kd", "batch_size": 4}
-    common |= {"teacher_space": "project", "val_fraction": 0.0}
-    shown, said = train(tmp_path / "a", data, **common)
-    assert "3 of each image's captions are embedded and shown, 67% of the time" in said
-    plain, said = train(tmp_path / "c", data, text_variant_share=0.0, **common)
-    assert "Text variants" not in said
-    assert plain[0]["loss_fd"] != shown[0]["loss_fd"]
-
-
 def change_sidecar(folder: Path, copy: Path, **settings: object) -> Path:
     shutil.copytree(folder, copy)
     edit_sidecar(copy / "embed.json", lambda found: found["settings"].update(settings) or found.pop("outputs"))
@@ -112,7 +79,7 @@ def test_variants_whose_texts_are_not_known_are_refused(stored: Path, data: Path
         with pytest.raises(ClipcidError, match=r"holds 3 text variants of each row, but embed\.json") as raised:
             join(data, change_sidecar(stored, tmp_path / str(number), **change))
         assert "--text-variants 3" in raised.value.fix
-        assert join(data, tmp_path / str(number), text_variant_share=0.0, extra_texts=0).stored.variants is None
+        assert join(data, tmp_path / str(number), extra_texts=0).inputs.extra_texts is None
 
 
 @pytest.mark.parametrize(

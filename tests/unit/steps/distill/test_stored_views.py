@@ -134,7 +134,7 @@ def test_a_replayed_view_is_the_very_picture_the_teacher_embedded(
     stored: Path, tiny_shards: Path, teacher: ClipModel
 ) -> None:
     run = join(tiny_shards, stored)
-    assert run.stored.augmentation(Augmentation()) == Augmentation(0.3, 0.4, 0.2)
+    assert run.inputs.augmentation(Augmentation()) == Augmentation(0.3, 0.4, 0.2)
     seen = []
     for epoch in range(4):
         rows, batch = run.show(teacher, epoch)
@@ -228,7 +228,7 @@ def test_plain_data_has_no_further_files(stored: Path) -> None:
 
 def test_a_caption_is_drawn_anew_each_epoch_with_its_own_row(captioned: tuple[Path, Path], teacher: ClipModel) -> None:
     run = join(*captioned)
-    assert run.stored.all_captions
+    assert not run.inputs.first_captions
     seen = [set[int]() for _ in range(6)]
     for epoch in range(12):
         rows, batch = run.show(teacher, epoch)
@@ -245,7 +245,7 @@ def test_with_first_captions_alone_those_are_shown(captioned: tuple[Path, Path],
     data, folder = captioned
     copy_unrecorded(folder, tmp_path / "first")
     shutil.rmtree(tmp_path / "first" / "captions_emb")
-    assert join(data, tmp_path / "first").stored.first_captions
+    assert join(data, tmp_path / "first").inputs.first_captions
 
 
 def test_other_captions_than_were_embedded_are_refused(captioned: tuple[Path, Path], tmp_path: Path) -> None:

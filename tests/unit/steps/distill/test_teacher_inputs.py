@@ -23,8 +23,8 @@ from clipcid_cli.formats.results.clusters import TopClusters
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.clusters import use_clusters
+from clipcid_cli.steps.distill.inputs import open_stored
 from clipcid_cli.steps.distill.samples import MatchCounts
-from clipcid_cli.steps.distill.stored_teacher import open_stored
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 Change = Callable[[dict[str, Any]], None]
@@ -97,7 +97,7 @@ def test_keys_of_another_form_are_refused(tiny_shards: Path, tiny_model: Path, t
 def test_a_teacher_of_images_alone_gives_its_images(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny", text=False)
     run = join(tiny_shards, tmp_path / "tiny", preset="clip", loss=("fd=1",), teacher_space="pca")
-    assert not run.stored.first_captions, "any caption may be shown where the teacher knows none"
+    assert not run.inputs.first_captions, "any caption may be shown where the teacher knows none"
     rows, batch = run.show(load_model(parse_model(str(tiny_model))))
     for width in (32, 24):
         image, text, _ = run.teach(batch, width)
@@ -174,7 +174,5 @@ def test_which_towers_clusters_teach(asked: str, known: bool, freeze_text: bool,
     nearest = TopClusters(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float16))
     made = SimpleNamespace(repair=None, temperatures={"image": 0.1})
     clusters: Any = SimpleNamespace(folder="c", centroids=[], captions=nearest if known else None, sidecar=made)
-    teacher: Any = SimpleNamespace(embeddings=None, first_captions=False)
     settings = DistillSettings(student="s.json", preset="cid", cluster_towers=asked, freeze_text=freeze_text)
-    counts = MatchCounts(several_captions=int(several))
-    assert use_clusters(settings, clusters, teacher, counts, Listener()).teach_text == taught
+    assert use_clusters(settings, clusters, None, MatchCounts(), several, Listener()).teach_text == taught

@@ -20,12 +20,11 @@ ONLINE: dict[str, Any] = {"online_teacher": True, "preset": "clip-kd"}
     ("settings", "message", "fix"),
     [
         (NOBODY | {"views": "stored"}, "--views stored: .* no loss of the run needs a teacher", "Omit --views stored."),
-        (NOBODY | {"text_variant_share": 0.9}, "--text-variant-share: .* no loss", "Omit --text-variant-share."),
         (NOBODY | TEXTS, "--texts: .* no loss of the run", "Omit --texts."),
         (
-            ONLINE | {"views": "stored", "text_variant_share": 0.5} | TEXTS,
-            "--views stored and --text-variant-share and --texts: .*, but --online-teacher reads none",
-            "Omit --views stored and --text-variant-share and --texts, or --online-teacher.",
+            ONLINE | {"views": "stored"} | TEXTS,
+            "--views stored and --texts: .*, but --online-teacher reads none",
+            "Omit --views stored and --texts, or --online-teacher.",
         ),
         ({"preset": "cid"} | TEXTS, "--texts, but no loss of the run takes texts", "Add one that does (fd, mfd)"),
         (
@@ -51,7 +50,7 @@ def test_of_distill(settings: dict[str, Any], message: str, fix: str) -> None:
 
 @pytest.mark.parametrize("settings", [NOBODY, ONLINE])
 def test_those_that_turn_it_off_are_not(settings: dict[str, Any]) -> None:
-    DistillSettings(student="x", **settings, views="none", text_variant_share=0.0, extra_texts=0)
+    DistillSettings(student="x", **settings, views="none", extra_texts=0)
     DistillSettings(student="x", preset="clip-kd", extra_texts=8, **TEXTS)
 
 

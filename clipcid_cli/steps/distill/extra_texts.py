@@ -1,0 +1,120 @@
+"""Further texts of a run, for the text tower alone: lines of `embed --texts`, or else the embedded variants of captions."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.index import SampleRef
+from clipcid_cli.formats.embeddings.command import data_command, texts_command
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.embeddings.text_folder import EmbeddedTexts, TextLines, open_texts
+from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.runtime.text_variants import RULES, TextVariants
+from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.distill import DistillSettings
+
+
+class ExtraText(NamedTuple):
+    """A further text, as it is sent to a worker: its row among those embedded, and the sample of which it is a variant."""
+
+    row: int
+    sample: SampleRef | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtraTexts:
+    """The further texts that there are.
+
+    Attributes:
+        rows: The teacher's embeddings of all of them.
+        number: Texts a step, over all processes; None for as many as the batch has samples.
+        fingerprints: Of the files of the lines.
+    """
+
+    rows: Rows
+    lines: TextLines | None
+    variants: TextVariants | None
+    number: int | None
+    fingerprints: list[FileRecord]
+
+    def read(self, text: ExtraText) -> str:
+        """Return the words of a text."""
+        if self.lines is not None:
+            return self.lines[text.row]
+        assert self.variants is not None
+        assert text.sample is not None
+        sample = text.sample.read()
+        return self.variants(sample.captions, sample.key, text.row % self.variants.number)
+
+
+def find_extra_texts(settings: DistillSettings, embeddings: Embeddings, reporter: Reporter) -> ExtraTexts | None:
+    """Find the further texts of a run; None where no loss takes any, or there are none."""
+    if not settings.shows_extra_texts:
+        return None
+    spec = None if embeddings.model is None else embeddings.model.spec
+    folder = settings.texts
+    if folder is None and spec is not None:
+        kept = WorkDirectory(settings.work).texts(parse_model(spec).slug)
+        folder = kept if (kept / "texts.json").exists() else None
+    if folder is not None:
+        texts = open_texts(folder, spec)
+        _validate_model(settings, texts, embeddings)
+        reporter.note(f"Extra texts, for the text tower alone: of {folder}, {len(texts.rows):,} texts.")
+        return ExtraTexts(texts.rows, texts.lines, None, settings.extra_texts, texts.fingerprints())
+    num_variants = embeddings.num_each(Kind.VARIANTS) if embeddings.has_texts else 0
+    if num_variants:
+        variants = _find_variants(settings, embeddings, num_variants)
+        reporter.note(
+            f"Extra texts, for the text tower alone: of the {num_variants} variants of each sample's captions."
+        )
+        return ExtraTexts(embeddings.rows(Kind.VARIANTS), None, variants, settings.extra_texts, [])
+    if settings.extra_texts is None:
+        return None
+    with_variants = data_command(
+        embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags, text=True, text_variants=4
+    )
+    raise ClipcidError(
+        f"--extra-texts {settings.extra_texts}, but there are no texts: neither of `embed --texts` in "
+        f"{settings.work}/texts, nor variants of captions in {embeddings.folder}.",
+        f"Run: {texts_command(spec, work=settings.work)}\nOr run: {with_variants}",
+    )
+
+
+def _find_variants(settings: DistillSettings, embeddings: Embeddings, number: int) -> TextVariants:
+    """Return the embedded variants of captions, whose texts are made again by the recorded seed and rules."""
+    made = {} if embeddings.sidecar is None else embeddings.sidecar.settings
+    rules = made.get("text_variant_rules")
+    seed = made.get("seed")
+    if rules == RULES and made.get("text_variants") == number and isinstance(seed, int):
+        return TextVariants(number, seed)
+    recorded = "no rules" if rules is None else f"rules {rules} for {made.get('text_variants')} variants, seed {seed}"
+    again = data_command(
+        embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags, text_variants=number
+    )
+    raise ClipcidError(
+        f"{embeddings.folder} holds {number} text variants of each row, but embed.json records {recorded}; this version "
+        f"makes texts by rules {RULES}.",
+        f"Add --extra-texts 0, or run: {again}",
+    )
+
+
+def _validate_model(settings: DistillSettings, texts: EmbeddedTexts, embeddings: Embeddings) -> None:
+    """Refuse texts that another model embedded."""
+    made = texts.sidecar.model
+    model = embeddings.model
+    if texts.rows.shape[1] == embeddings.width and (model is None or made.weights_hash == model.weights_hash):
+        return
+    of = "another tool's" if model is None else f"of {model.spec}, other weights"
+    again = texts_command(None if model is None else model.spec, out=texts.folder, overwrite=True)
+    without = "Add" if settings.texts is None else "Omit --texts and add"
+    raise ClipcidError(
+        f"The texts in {texts.folder} were embedded by {made.spec}, width {texts.rows.shape[1]}; "
+        f"the embeddings in {embeddings.folder} are {of}, width {embeddings.width}.",
+        f"{without} --extra-texts 0, or run: {again}",
+    )
