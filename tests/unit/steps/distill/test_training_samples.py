@@ -112,6 +112,7 @@ def test_samples_are_matched_once(
     assert train(work, tiny_shards, name="again", **settings)[0] == first
     assert find_matched(work) == [matched]
     assert not list(matched.glob(".*"))
+    (matched / "training.places.npy").unlink()  # a map of it goes on
     (matched / "training.places.npy").write_bytes(b"damaged")
     assert train(work, tiny_shards, name="damaged", **settings)[0] == first
 

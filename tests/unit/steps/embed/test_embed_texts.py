@@ -116,12 +116,6 @@ def test_what_is_finished_is_found_and_compared_without_the_model(lines: Path, t
         embed_lines(lines, tiny_model, texts, batch_size=5)
 
 
-def test_texts_lie_beside_their_rows_without_metadata(texts: Path) -> None:
-    names = sorted(str(path.relative_to(texts)) for path in texts.rglob("*") if path.is_file())
-    visible = [name for name in names if not name.startswith(".")]
-    assert visible == ["manifest.parquet", "text_emb/text_emb_0000.npy", "texts.arrow", "texts.json"]
-
-
 def test_what_differs_is_refused(lines: Path, texts: Path, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "others.txt").write_text("another text")
     with pytest.raises(ClipcidError, match="made with other settings or inputs"):
