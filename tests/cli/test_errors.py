@@ -72,6 +72,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     (f"{DISTILL} --preset clip-kd --extra-texts 4", 1, "--extra-texts 4, but there are no texts"),
     (f"{DISTILL} --preset cid --extra-texts 4", 2, "no loss of the run takes texts without images"),
     (f"{DISTILL} --preset cid --texts names.txt", 2, "--texts, but no loss of the run takes texts"),
+    (f"{DISTILL} unlabelled --teacher model --work w", 1, "Put captions next to the images"),
     (f"{DISTILL} --caption-dropout 0.5", 2, "--caption-dropout"),
     (f"{DISTILL} --no-gather-with-grad", 2, "--no-gather-with-grad: gradients always flow"),
     (
