@@ -110,7 +110,7 @@ def test_several_processes_and_a_killed_run_write_the_same_bytes(
         {path.name: path.read_bytes() for pattern in ("*.parquet", "curve.csv") for path in folder.glob(pattern)}
         for folder in (tmp_path / work / "balance" for work in ("one", "two", "killed"))
     )
-    assert len(one) == 4
+    assert one.keys() > {"keep.parquet", "sets.parquet", "curve.csv"}
     assert others == [one, one]
     assert not list((tmp_path / "killed" / "balance").glob(".balance-*"))
 

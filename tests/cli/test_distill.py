@@ -154,6 +154,7 @@ def test_what_was_not_embedded_is_left_out_beside_an_online_teacher(
         (("--eval-data", "nowhere"), "--eval-data: There is no data at"),
         (("--keep-list", "nowhere.parquet"), "no keep list nowhere.parquet"),
         (("--preset", "cid"), "clipcid cluster"),
+        (("--preset", "clip-kd", "--views", "stored"), "holds no views"),
     ],
     ids=str,
 )

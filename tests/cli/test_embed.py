@@ -5,22 +5,17 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import (
     Run,
-    make_caption,
     make_image,
     run_clipcid,
     run_command,
     shard_members,
-    start_clipcid,
     torchrun_command,
     write_tar,
 )
@@ -43,30 +38,6 @@ def embedded(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
     arguments = ["embed", str(tiny_shards), "--model", str(tiny_model)]
     options = ["--precision", "fp32", "--batch-size", "8", "--workers", "1", "--json"]
     return run_clipcid(*arguments, *options, cwd=folder)
-
-
-def test_rows_are_open_clips(embedded: Run, tiny_model: Path) -> None:
-    import io
-
-    import open_clip
-    import pandas as pd
-
-    folder = embedded.cwd / "clipcid-work" / "embeddings" / "tiny"
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tiny_model}")
-    pixels = torch.stack([transform(Image.open(io.BytesIO(make_image(number)))) for number in range(14)])
-    tokens = open_clip.get_tokenizer(f"local-dir:{tiny_model}")([make_caption(number) for number in range(14)])
-    with torch.no_grad():
-        images = model.eval().encode_image(pixels, normalize=True).numpy()
-        texts = model.encode_text(tokens, normalize=True).numpy()
-    rows = np.load(folder / "img_emb" / "img_emb_0000.npy")
-    assert rows.dtype == np.float16
-    assert np.abs(rows - images).max() < 3e-4
-    assert np.abs(np.load(folder / "text_emb" / "text_emb_0000.npy") - texts).max() < 3e-4
-    metadata = pd.read_parquet(folder / "metadata" / "metadata_0001.parquet")
-    assert list(metadata.columns) == ["key", "shard", "caption"]
-    assert metadata.key[0] == "000014"
-    assert set(metadata.shard) == {"00001"}
-    assert metadata.caption[9] == make_caption(23)
 
 
 def test_bytes_do_not_depend_on_workers_or_processes(
@@ -110,16 +81,6 @@ def test_embeddings_of_another_tool_are_never_mixed_with_ones_of_ours(
     assert run.returncode == 1
     assert f"Error: out contains embeddings that clipcid did not write, such as out/{file}.\n" in run.stderr
     assert [found for found in (tmp_path / "out").rglob("*") if found.is_file()] == [path]
-
-
-def test_overwriting_replaces_all(clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    clipcid("embed", tiny_shards, "--model", tiny_model, "--out", out)
-    data = write_tar(tmp_path / "other.tar", shard_members(50, 5))
-    run = clipcid("embed", data, "--model", tiny_model, "--out", out, "--no-text", "--overwrite", "--json")
-    assert run.json["images"] == 5
-    assert list(hash_rows(out)) == ["img_emb/img_emb_0000.npy", "metadata/metadata_0000.parquet"]
-    assert len(np.load(out / "img_emb" / "img_emb_0000.npy")) == 5
 
 
 def test_shards_that_were_added_are_embedded_alone(
@@ -179,32 +140,6 @@ def test_an_empty_first_shard_does_not_mean_that_there_are_no_captions(
         run = clipcid("embed", "data", "--model", tiny_model, "--out", out, "--json")
         assert run.json["images"] == 5
     assert len(np.load(tmp_path / "new" / "text_emb" / "text_emb_0001.npy")) == 5
-
-
-def test_killed_and_resumed_gives_the_same_bytes(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
-    for number in range(24):
-        members = [(f"bad{number}.png", b"no image"), *shard_members(10 * number, 10)]
-        write_tar(tmp_path / "data" / f"{number}.tar", members)
-    options = ["--precision", "fp32", "--batch-size", "4", "--views", "2", "--color-jitter", "0.3"]
-    options += ["--max-bad-fraction", "0.1", "--out"]
-    command = ["embed", "data", "--model", str(tiny_model), *options]
-    process = start_clipcid(*command, "cut", cwd=tmp_path)
-    while not any((tmp_path / "cut").glob(".embed-*/.shards/0*")):
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = len(list((tmp_path / "cut").glob(".embed-*/.shards/0*")))
-    assert not (tmp_path / "cut" / "embed.json").exists()
-    assert 0 < done < 24
-    resumed = clipcid(*command, "cut", "--json")
-    assert f"{done} of 24 shards are already embedded" in " ".join(resumed.stderr.split())
-    assert resumed.json["images"] == 240
-    whole = clipcid(*command, "whole")
-    assert hash_rows(tmp_path / "cut") == hash_rows(tmp_path / "whole")
-    assert "cannot be decoded" in whole.stderr
-    assert "cannot be decoded" not in resumed.stderr  # the killed run looked at the data
-    assert len(list((tmp_path / "cut").glob("view_*/view_*.npy"))) == 48
 
 
 def png_with_alpha() -> bytes:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from balance_data import make_rows, write_embeddings
-from conftest import TINY_CONFIG, make_image, write_tar, write_tiny_model
+from conftest import TINY_CONFIG, make_image, shard_members, write_tar, write_tiny_model
 from one_process import OneProcess
 
 DISTILL = "distill --student student.json"
@@ -49,7 +49,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("embed pairs --texts names.txt", 2, "--texts embeds a file of texts alone"),
     ("embed --texts names.txt --fast-decode", 2, "--texts decodes no images"),
     (f"{DISTILL} --loss clip=-1", 2, "clip=-1"),
-    (f"{DISTILL} --steps 5 --epochs 2", 2, "--steps and --epochs"),
+    (f"{DISTILL} --steps 5 --epochs 2", 2, "--epochs and --steps were both given"),
     (f"{DISTILL} --clusters nowhere", 2, "--clusters: for the cluster loss"),
     (f"{DISTILL} --keep-list nowhere.parquet", 1, "There is no keep list nowhere.parquet"),
     (f"{DISTILL} --resume latest --batch-size 8", 1, "no checkpoint"),
@@ -154,9 +154,10 @@ def clipcid() -> Iterator[OneProcess]:
 
 
 def list_outputs(place: Path) -> set[Path]:
-    """List what lies under a name of its own: no hidden files, no index of the data."""
+    """List what is there under a name of its own, but for caches: the index of the data, and features of images."""
     found = (path.relative_to(place) for path in place.rglob("*") if path.is_file())
-    return {path for path in found if "index" not in path.parts and not any(part[0] == "." for part in path.parts)}
+    caches = {"index", "features"}
+    return {path for path in found if not caches & {*path.parts} and not any(part[0] == "." for part in path.parts)}
 
 
 @pytest.mark.parametrize(("line", "code", "sentence"), CASES, ids=[case[0] for case in CASES])
@@ -173,3 +174,61 @@ def test_those_that_turn_a_flag_off_are_not_refused(clipcid: OneProcess, place: 
     found = clipcid(*shlex.split(f"{DISTILL} --teacher none {off}"), cwd=place)
     assert found.code == 0, found
     assert json.loads(found.out)["steps"] == 1
+
+
+# How each subcommand is told its data.
+READERS = (
+    "embed {} --model model",
+    "balance {} --model model --keep 0.5",
+    "distill {} --teacher none --student student.json --steps 2 --batch-size 4",
+    "eval-zeroshot model {} --task retrieval",
+    "eval-linear model --train {} --test {}",
+)
+# Words that the error says of a folder, and whether that is found when the data is read, not when it is opened: what was
+# listed or embedded by then stays, and none of it has the name of a result. All others leave nothing.
+BAD_DATA = {
+    "nowhere": ("nowhere", False),
+    "empty": ("empty", False),
+    "text-named-tar": ("00000.tar", False),
+    "truncated": ("00000.tar", False),
+    "without-images": ("image", False),
+    "keys-across-shards": ("--keys shard", False),
+    "unreadable": ("6", True),
+    "keys-within-a-shard": ("3 of 6 samples", True),
+    "unlabelled": ("", True),
+}
+
+
+@pytest.fixture(scope="module")
+def bad(place: Path) -> Path:
+    """The place, with a folder of each kind of bad data."""
+    labelled = [*shard_members(0, 6), *((f"{number:06d}.cls", b"0") for number in range(6))]
+    samples = sorted(labelled, key=lambda member: member[0][:6])
+    half = samples[: len(samples) // 2]
+    broken = [(name, data[:60] if name.endswith(".png") else data) for name, data in samples]
+    (place / "empty").mkdir()
+    write_tar(place / "text-named-tar" / "00000.tar", []).write_text("this is not an archive\n" * 100)
+    cut = write_tar(place / "truncated" / "00000.tar", samples)
+    cut.write_bytes(cut.read_bytes()[:7000])
+    write_tar(place / "without-images" / "00000.tar", [member for member in samples if not member[0].endswith(".png")])
+    write_tar(place / "unreadable" / "00000.tar", broken)
+    for shard in ("00000.tar", "00001.tar"):
+        write_tar(place / "keys-across-shards" / shard, samples)
+    write_tar(place / "keys-within-a-shard" / "00000.tar", [*half, *half])
+    return place
+
+
+@pytest.mark.parametrize("folder", BAD_DATA)
+@pytest.mark.parametrize("line", READERS, ids=[line.partition(" ")[0] for line in READERS])
+def test_bad_data_is_one_error(clipcid: OneProcess, bad: Path, line: str, folder: str) -> None:
+    word, stays = BAD_DATA[folder]
+    work = bad / f"work-{line.partition(' ')[0]}-{folder}"
+    found = clipcid(*line.replace("{}", folder).split(), "--work", work.name, cwd=bad)
+    if folder == "unlabelled" and line.startswith("balance"):  # an image needs no caption to be balanced
+        assert found.code == 0, found
+        return
+    assert found.code in (1, 2), found
+    assert found.problems() == [], found
+    assert word in found.err, found
+    assert list_outputs(work) == set()
+    assert stays or not work.exists()

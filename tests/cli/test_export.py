@@ -55,8 +55,7 @@ def test_every_form_computes_what_the_model_does(
         ("text", {"input_ids": tokens.numpy()}, text_rows),
     ):
         session = onnxruntime.InferenceSession(folder / f"{tower}_encoder.onnx", providers=["CPUExecutionProvider"])
-        (rows,) = session.run([f"{tower}_embeds"], given)
-        np.testing.assert_allclose(rows, expected, atol=1e-5)
+        np.testing.assert_allclose(session.run([f"{tower}_embeds"], given)[0], expected, atol=1e-5)
     written, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     with torch.no_grad():
         np.testing.assert_array_equal(written.eval().encode_image(pixels, normalize=True).numpy(), image_rows)
@@ -178,28 +177,6 @@ def test_forms_for_other_programs(
     (name, probability) = run_card_example(folder, tmp_path / "sticker.png").rsplit(maxsplit=1)
     assert name == names[order[0]]
     assert float(probability) == pytest.approx(float(probabilities[0][order[0]]), abs=1e-3)
-
-    script = f"""
-import sys, torch, transformers
-from PIL import Image
-model = transformers.CLIPModel.from_pretrained({str(folder)!r}).eval()
-processor = transformers.CLIPProcessor.from_pretrained({str(folder)!r})
-assert isinstance(transformers.AutoModel.from_pretrained({str(folder)!r}), transformers.CLIPModel)
-inputs = processor(text={names!r}, images=[Image.open("photo.png")], padding=True, truncation=True, return_tensors="pt")
-with torch.no_grad():
-    found = model(**inputs)
-torch.save([found.image_embeds, found.text_embeds, found.logits_per_image], "hf.pt")
-assert not any(name.startswith(("clipcid", "open_clip")) for name in sys.modules)
-"""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
-    image, text, logits_per_image = torch.load(tmp_path / "hf.pt", weights_only=True)
-    with torch.no_grad():
-        expected = model.encode_text(tokenizer(names), normalize=True)
-        np.testing.assert_allclose(text.numpy(), expected.numpy(), atol=1e-5)
-        np.testing.assert_allclose(image.numpy(), rows[:1].numpy(), atol=2e-3)  # its resize rounds some bytes otherwise
-        scaled = model.logit_scale.exp() * rows[:1] @ expected.T
-        np.testing.assert_allclose(logits_per_image.numpy(), scaled.numpy(), atol=0.05)
 
     card = (folder / "README.md").read_text()
     assert card.startswith('---\nlicense: "cc0-1.0"\nlibrary_name: transformers\n')

@@ -12,7 +12,6 @@ from reference import DOCS, GENERATED, insert_reference
 
 from clipcid_cli.cli import COMMANDS
 
-ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "open_clip", "numpy", "pandas", "pyarrow", "faiss")
 
 
@@ -60,10 +59,3 @@ def test_debug_shows_where(clipcid: Callable[..., Run]) -> None:
 def test_the_documents_hold_todays_help_pages_and_losses(name: str) -> None:
     document = (DOCS / name).read_text(encoding="utf-8")
     assert insert_reference(name, document) == document, "run: python tests/reference.py"
-
-
-def test_the_import_contracts_hold() -> None:
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("lint-imports"))], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout

@@ -94,26 +94,6 @@ def test_all_near_images_are_dropped_by_the_nearest_reference(
     }
 
 
-def test_reference_images_are_embedded_as_the_others_were(tmp_path: Path, tiny_model: Path) -> None:
-    write_tar(tmp_path / "data" / "0.tar", shard_members(0, 8))
-    write_tar(tmp_path / "r.tar", shard_members(0, 3))
-    shared: dict[str, Any] = {"model": str(tiny_model), "text": False, "workers": 0, "device": "cpu", "work": tmp_path}
-    like = {"fast_decode": True, "precision": "bf16"}
-    run_embed(EmbedSettings(data=str(tmp_path / "data"), out=tmp_path / "e", **like, **shared), Listener())
-    call = {"threshold": 0.001, "against_threshold": 0.0, "workers": 0}
-    result, _ = balance(tmp_path, tmp_path / "e", against=(str(tmp_path / "r.tar"),), **call)
-    assert result["against"]["dropped"] == 3
-    (folder,) = (tmp_path / "references").iterdir()
-    made = [json.loads((place / "embed.json").read_text())["settings"] for place in (folder, tmp_path / "e")]
-    assert {name: made[0][name] for name in like} == like
-    assert made[0]["preprocess"] == made[1]["preprocess"]
-    run_embed(EmbedSettings(data=str(tmp_path / "r.tar"), out=tmp_path / "other", **shared), Listener())
-    with pytest.raises(
-        ClipcidError, match=r"other were preprocessed otherwise \(.*, without --fast-decode\) than those of"
-    ):
-        balance(tmp_path, tmp_path / "e", against=(str(tmp_path / "other"),), **call)
-
-
 @pytest.mark.parametrize(
     ("window", "amount"),
     [
@@ -344,26 +324,34 @@ def test_of_large_files_some_stretches_are_measured_and_a_rare_window_has_an_upp
     assert "none of 40 sampled images is inside the window, so at most 7.5% of all images are" in told
 
 
-def test_images_to_embed_are_counted_and_not_embedded(
+def test_images_of_references_are_embedded_as_the_others_were_but_by_no_dry_run(
     tmp_path: Path, tiny_model: Path, is_untouched: Callable[[], bool]
 ) -> None:
     write_tar(tmp_path / "0.tar", shard_members(0, 8))
     write_tar(tmp_path / "r.tar", shard_members(0, 3))
-    made = {"model": str(tiny_model), "text": False, "workers": 0, "device": "cpu"}
-    run_embed(EmbedSettings(data=str(tmp_path / "0.tar"), work=tmp_path / "w", **made), Listener())
-    (folder,) = (tmp_path / "w" / "embeddings").iterdir()
+    work, like = tmp_path / "w", {"fast_decode": True, "precision": "bf16"}
+    made: dict[str, Any] = {"model": str(tiny_model), "text": False, "workers": 0, "device": "cpu", "work": work}
+    run_embed(EmbedSettings(data=str(tmp_path / "0.tar"), **like, **made), Listener())
+    (folder,) = (work / "embeddings").iterdir()
     is_untouched()
-    call = {"threshold": 0.1, "against": (str(tmp_path / "r.tar"),), "workers": 0}
-    result, told = balance(tmp_path / "w", folder, dry_run=True, **call)
+    call = {"threshold": 0.001, "against_threshold": 0.0, "workers": 0}
+    named = call | {"against": (str(tmp_path / "r.tar"),)}
+    result, told = balance(work, folder, dry_run=True, **named)
     assert is_untouched()
     assert "3 images to embed first, about" in told
     (found,) = result["against"]
     assert (found["rows"], found["to_embed"], found["pairs"]) == (3, True, 24)
-    balance(tmp_path / "w", folder, **call)
-    (reference,) = (tmp_path / "w" / "references").iterdir()
+    result, _ = balance(work, folder, **named)
+    assert result["against"]["dropped"] == 3
+    (reference,) = (work / "references").iterdir()
+    settings, others = (json.loads((each / "embed.json").read_text())["settings"] for each in (reference, folder))
+    assert {name: settings[name] for name in like} == like
+    assert settings["preprocess"] == others["preprocess"]
     left = leave_work(reference, "embed")
-    result, _ = balance(tmp_path / "w", folder, dry_run=True, **call)
+    result, _ = balance(work, folder, dry_run=True, **named)
     assert not result["against"][0]["to_embed"]
     assert left.exists()
-    balance(tmp_path / "w", folder, **call)
-    assert not left.exists()
+    run_embed(EmbedSettings(data=str(tmp_path / "r.tar"), out=tmp_path / "other", **made), Listener())
+    said = r"other were preprocessed otherwise \(.*, without --fast-decode\) than those of"
+    with pytest.raises(ClipcidError, match=said):
+        balance(work, folder, against=(str(tmp_path / "other"),), **call)

@@ -38,9 +38,7 @@ def read_forest(work: Path, name: str = "forest-partitioned") -> pd.DataFrame:
     return pd.read_parquet(work / "balance" / f"{name}.parquet")
 
 
-def test_edges_are_true_few_are_missing_and_the_audit_is_brute_force(
-    rows: np.ndarray, embeddings: Path, tmp_path: Path
-) -> None:
+def test_edges_are_true_and_few_are_missing(rows: np.ndarray, embeddings: Path, tmp_path: Path) -> None:
     result, said = balance(tmp_path / "parts", embeddings, threshold=CUTOFF)
     exact, _ = balance(tmp_path / "exact", embeddings, threshold=CUTOFF, neighbors="exact")
     assert "partitions; rows within" in said
@@ -54,16 +52,7 @@ def test_edges_are_true_few_are_missing_and_the_audit_is_brute_force(
     keep = read_keep(tmp_path / "parts")
     check_keep_list(keep, rows)
     assert result["kept"] == NUM_ROWS - len(found) >= exact["kept"]
-
-    kept = np.flatnonzero(keep["kept"])
-    near = (distances[np.ix_(kept, kept)] <= np.float32(CUTOFF)) & ~np.eye(len(kept), dtype=bool)
-    number = int(near.any(axis=1).sum())
-    rate = number / len(kept)
-    assert result["audit"] == {
-        "sampled": len(kept), "kept": len(kept), "near": number, "rate": rate, "low": rate, "high": rate
-    }  # fmt: skip
     assert (exact["audit"], exact["neighbors"], result["neighbors"]) == (None, "exact", "partitioned")
-    assert set(result["seconds"]) == {"embed", "search", "audit", "write"}
 
 
 def test_the_two_kinds_of_forest_are_never_taken_for_each_other(embeddings: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from teaching_data import ALONE, FP32, Listener, embed_data, join, student_side,
 from clipcid_cli.algorithms.losses.features import feature_distance
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data import texts as text_data
-from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.distributed import DistContext
@@ -84,20 +83,6 @@ def test_a_caption_is_drawn_anew_each_epoch_with_its_own_row(
         plain, tmp_path / "first", ignore=shutil.ignore_patterns("*.json", "manifest*", "captions*")
     )
     assert join(data, first).stored.first_captions, "without rows of the others the first is shown"
-
-
-def test_a_variant_has_the_row_of_its_text_and_the_rest_is_what_it_is_without(
-    varied: Path, plain: Path, data: Path, teacher: ClipModel
-) -> None:
-    embeddings, make = open_embeddings(varied), TextVariants(3, 5)
-    captions = [sample.captions for shard in open_dataset(str(data)).shards for sample in shard.samples()]
-    texts = [make(captions[row], f"s{row}", number) for row in range(6) for number in range(3)]
-    expected = teacher.encode_texts(teacher.tokenizer(texts), FP32).numpy()
-    assert embeddings.num_each(Kind.VARIANTS) == 3
-    assert np.abs(embeddings.rows(Kind.VARIANTS).read(0, 18) - expected).max() < 6e-4
-    for kind in ("img_emb", "text_emb", "captions_emb"):
-        name = f"{kind}/{kind}_0001.npy"
-        assert (plain / name).read_bytes() == (varied / name).read_bytes()
 
 
 def test_variants_are_shown_two_times_in_three_with_their_rows(

@@ -27,7 +27,6 @@ from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill import teacher
 from clipcid_cli.steps.distill.stored_teacher import open_stored
 from clipcid_cli.steps.distill.teacher import choose_space
-from clipcid_cli.steps.embed import encoder
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 Change = Callable[[dict[str, Any]], None]
@@ -118,21 +117,6 @@ def test_what_is_asked_for_and_lacking_is_refused_with_the_command_that_makes_it
     made = json.loads((folders[kind] / "embed.json").read_text())["settings"]
     expected += f" --precision {made['precision']} --batch-size {made['batch_size']}"
     assert sorted(command.split(" --")) == sorted(expected.split(" --"))
-
-
-def test_none_are_made_without_it(
-    tiny_shards: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load(*_: object) -> None:
-        raise AssertionError("embedding began")
-
-    monkeypatch.setattr(encoder, "load_model", load)
-    common = {"teacher": str(tiny_model), "student": str(write_student(tmp_path)), "preset": "clip-kd"}
-    with pytest.raises(ClipcidError, match="holds no views") as raised:
-        train(tmp_path / "work", tiny_shards, views="stored", **common)
-    command = raised.value.fix.partition("run: ")[2]
-    expected = f"clipcid embed {tiny_shards} --work {tmp_path / 'work'} --model {tiny_model}"
-    assert sorted(command.split(" --")) == sorted(f"{expected} --views 8 --view-kind strong,mix".split(" --"))
 
 
 def test_keys_of_another_form_are_refused(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from teaching_data import (
 )
 from torchvision.transforms.functional import resized_crop, to_tensor
 
-from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord
@@ -84,42 +84,6 @@ def test_a_view_is_what_open_clip_makes_of_its_crop_and_colors(crops: Path, tiny
     # The image's own row is what it is without views, whatever the shape of its batch.
     plain, _ = embed_with_open_clip(tiny_model, [make_image(number) for number in range(14)], ["a"])
     assert np.abs(embeddings.rows(Kind.IMAGES).read(0, 14) - plain.numpy()).max() < 3e-4
-
-
-def test_a_mixture_in_float64() -> None:
-    random = np.random.default_rng(0)
-    first, second = random.integers(0, 256, (2, 7, 5, 3)).astype(np.uint8)
-    maps = random.normal(0, 0.5, (2, 3, 4)).astype(np.float32)
-    packed = np.concatenate([np.arange(4), maps[0].ravel(), [0.625, -3], np.arange(4), maps[1].ravel()])
-    view = MixedView.unpack(packed.astype(np.float32))
-    assert (view.weight, view.partner) == (0.625, -3)
-    assert np.array_equal(view.pack(), packed.astype(np.float32))
-    colored = [
-        np.clip(pixels.astype(np.float64) @ colors[:, :3].T.astype(np.float64) + 255.0 * colors[:, 3], 0, 255)
-        for pixels, colors in zip((first, second), maps, strict=True)
-    ]
-    expected = 0.625 * colored[0] + 0.375 * colored[1]
-    assert np.abs(mix_pixels(view, first, second).astype(np.float64) - expected).max() <= 0.5 + 1e-3
-
-
-def test_kinds_of_views_are_what_they_are_called(mixed: Path) -> None:
-    embeddings = open_embeddings(mixed)
-    views = [[MixedView.unpack(read_params(embeddings, row, number)) for number in range(3)] for row in range(24)]
-    areas = np.array([[np.ptp(v.first.box[::2]) * np.ptp(v.first.box[1::2]) for v in row] for row in views])
-    whole = np.array([image_of(row).width * image_of(row).height for row in range(24)])
-    assert (areas[:, 0] / whole).min() < 0.6, "strong crops are small"
-    assert (areas[:, 1:] / whole[:, None]).min() > 0.75, "the others are as --crop-scale says"
-    identity = np.eye(3, 4, dtype=np.float32)
-    assert not any(np.array_equal(row[0].first.colors, identity) for row in views)
-    assert all(np.array_equal(row[number].first.colors, identity) for row in views for number in (1, 2))
-    weights = np.array([[view.weight for view in row] for row in views])
-    assert (weights[:, [0, 2]] == 1).all()
-    assert weights[:, 1].min() >= 0.5
-    assert weights[:, 1].max() < 1
-    assert np.ptp(weights[:, 1]) > 0.3
-    partners = np.array([row[1].partner for row in views]) + np.arange(24)
-    assert all(partner != row and (partner < 14) == (row < 14) for row, partner in enumerate(partners))
-    assert len(set(partners.tolist())) > 8
 
 
 def test_the_teacher_embedded_the_very_pixels_that_are_replayed(
@@ -231,15 +195,3 @@ def test_distill_replays_unless_told_not_to(crops: Path, tiny_shards: Path, tmp_
     fresh, said = train(tmp_path / "c", tiny_shards, views="none", **common)
     assert "replayed" not in said
     assert fresh[0]["loss_fd"] != replayed[0]["loss_fd"]
-
-
-def test_other_views_are_other_embeddings(crops: Path, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    embed_data(tiny_shards, tiny_model, other, **(CROPS | {"seed": 6}))
-    for name, is_same in (("view_params", False), ("img_emb", True)):
-        path = f"{name}/{name}_0000.npy"
-        assert ((other / path).read_bytes() == (crops / path).read_bytes()) == is_same
-    with pytest.raises(ClipcidError, match=r"settings\.views: 3 there, null now"):
-        embed_data(tiny_shards, tiny_model, other)
-    embed_data(tiny_shards, tiny_model, other, overwrite=True)
-    assert not list(other.glob("view_*/*.npy"))

@@ -13,7 +13,6 @@ from conftest import make_image, write_tar
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.sidecar import Parity, PredictionParity
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
@@ -21,7 +20,6 @@ from clipcid_cli.steps.export.check import (
     Checker,
     CheckInputs,
     Classes,
-    find_candidates,
     find_data,
     read_inputs,
     validate_measurable,
@@ -114,21 +112,6 @@ def test_patches_over_the_limit_are_refused(model: ClipModel, drawings: Path) ->
         checker.check("onnx", "fp32", moved, [weights])
 
 
-def test_labels_follow_the_names_of_the_folders(drawings: Path) -> None:
-    dataset = open_dataset(drawings)
-    samples = [sample for shard in dataset.shards for sample in shard.samples()]
-
-    def labels(*names: str) -> list[int]:
-        found = find_candidates(samples, dataset, Classes(names, ("{}",)))
-        assert found is not None
-        return torch.unique_consecutive(found.labels).tolist()
-
-    assert labels("c cow", "A cat", "b dog") == [1, 2, 0]  # the same names in another order
-    assert labels("Katze", "Hund", "Kuh") == [0, 1, 2]  # other names stand for the folders in their order
-    with pytest.raises(ClipcidError, match=r"2 class names were given; the data has 3 folders"):
-        labels("Katze", "Hund")
-
-
 def test_images_that_cannot_be_read_are_counted_named_and_limited(model: ClipModel, tmp_path: Path) -> None:
     for number in range(20):
         (tmp_path / f"{number:02d}.png").write_bytes(make_image(number) if number != 7 else b"no image")
@@ -136,23 +119,9 @@ def test_images_that_cannot_be_read_are_counted_named_and_limited(model: ClipMod
     inputs = collect(model, tmp_path, reporter=listener, bad=0.05)
     assert len(inputs.pixels) == 19
     assert inputs.skips.counts == {"unreadable_image": 1}
-    (warning,) = listener.told
-    assert "1 images of" in warning
-    assert "1 × unreadable image: 07" in warning
+    assert "1 × unreadable image: 07" in "\n".join(listener.told)
     with pytest.raises(ClipcidError, match=r"1 of 20 samples in .* cannot be used: 5.0%, more than the allowed 4.0%"):
         collect(model, tmp_path, bad=0.04)
-
-
-def test_what_is_compared_has_a_fingerprint(model: ClipModel, drawings: Path, tiny_shards: Path) -> None:
-    whole = collect(model, drawings)
-    others = [
-        collect(model, drawings, count=18),
-        collect(model, drawings, names=("c cow", "a cat", "b dog")),
-        collect(model, tiny_shards),
-    ]
-    found = [inputs.fingerprint().hash for inputs in (whole, *others)]
-    assert len(set(found)) == 4
-    assert collect(model, drawings).fingerprint() == whole.fingerprint()
 
 
 def test_8_bits_need_names_of_classes_and_enough_images(
@@ -171,9 +140,8 @@ def test_8_bits_need_names_of_classes_and_enough_images(
         listener = Listener()
         options = ExportSettings(format=("onnx",), quantize=("int8",), max_accuracy_drop=limit)
         validate_measurable(collect(model, data), options, listener)
-        assert bool(listener.told) == warned
-    assert "on 36 images, so one image is 2.78 points" in listener.told[0]
-    assert "at least 100 images" in listener.told[0]
+        assert any("so one image is" in text for text in listener.told) == warned
+    assert "on 36 images, so one image is 2.78 points" in "\n".join(listener.told)
 
 
 def test_an_export_that_is_there_is_held_to_the_limits_asked_for_now(

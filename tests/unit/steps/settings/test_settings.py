@@ -41,18 +41,6 @@ def call(group: click.Group, *arguments: str, env: dict[str, str] | None = None)
     return dict(json.loads(result.output))
 
 
-def test_flags_are_spelled_typed_and_repeated_as_declared(group: click.Group) -> None:
-    values = call(
-        group, "laion/", "--share", "0.25", "--wd", "0.1", "--loss", "clip=1", "--loss", "fd=2", "--fast", "--kind", "b"
-    )
-    assert values["data"] == "laion/"
-    assert values["share"] == 0.25
-    assert values["weight_decay"] == 0.1
-    assert values["losses"] == ["clip=1", "fd=2"]
-    assert values["fast"] is True
-    assert values["kind"] == "b"
-
-
 def test_operational_settings_do_not_decide_the_output(group: click.Group) -> None:
     assert "workers" not in output_settings(ExampleSettings())
     assert "fast" not in output_settings(ExampleSettings())
