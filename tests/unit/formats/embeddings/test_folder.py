@@ -230,6 +230,15 @@ def test_keys_are_those_of_the_first_column_that_tells(tmp_path: Path, columns: 
     assert np.array_equal(found.rows(Kind.TEXTS).read(0, 2), unit_rows(rows))
 
 
+def test_captions_that_are_not_utf_8_have_a_mark_in_their_place(tmp_path: Path) -> None:
+    write_foreign(tmp_path)
+    binary = pa.array([b"cat\xe9", b"dog"], pa.binary())
+    broken = pa.StringArray.from_buffers(2, *binary.buffers()[1:])
+    pq.write_table(pa.table({"key": ["a", "b"], "caption": broken}), tmp_path / "metadata" / "metadata_0.parquet")
+    found = open_embeddings(tmp_path)
+    assert found.captions_of(found.files[0]).to_pylist() == ["cat\ufffd", "dog"]
+
+
 def test_the_numbers_in_names_of_bare_rows_say_nothing(tmp_path: Path) -> None:
     for name in ("train_1", "validation_01"):
         np.save(tmp_path / f"{name}.npy", make_rows(3))

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from clipcid_cli.errors import ClipcidError
@@ -15,17 +16,7 @@ from clipcid_cli.formats.results.metrics import (
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    metrics = Metrics(
-        dataset="food101",
-        model="ViT-B-32",
-        pretrained="laion2b_s34b_b79k",
-        task="zeroshot_classification",
-        language="en",
-        metrics={"acc1": 0.5, "acc5": None, "mean_per_class_recall": 0.25},
-    )
-    path = tmp_path / "eval" / "a.json"
-    write_metrics(path, metrics)
-    assert json.loads(path.read_text()) == {
+    entries = {
         "dataset": "food101",
         "model": "ViT-B-32",
         "pretrained": "laion2b_s34b_b79k",
@@ -33,6 +24,10 @@ def test_round_trip(tmp_path: Path) -> None:
         "language": "en",
         "metrics": {"acc1": 0.5, "acc5": None, "mean_per_class_recall": 0.25},
     }
+    metrics = msgspec.convert(entries, Metrics)
+    path = tmp_path / "eval" / "a.json"
+    write_metrics(path, metrics)
+    assert json.loads(path.read_text()) == entries
     assert read_metrics(path) == metrics
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.results import run_folder
 from clipcid_cli.formats.results.run_folder import (
     RunFolder,
+    TrainingLog,
     append_lines,
     checkpoint_path,
     list_checkpoints,
@@ -50,4 +51,44 @@ def test_logs_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     run.rewind(5)
     assert [line["step"] for line in read_lines(run.train_log)] == [1, 2, 3, 4, 5]
     assert read_lines(run.results_log) == [{"step": 4}]
-    assert all(json.loads(line) for line in run.train_log.read_text().splitlines())
+    assert run.train_log.read_text().count("\n") == 5
+
+
+def test_lines_are_written_together_after_two_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now)
+    folder = RunFolder(tmp_path)
+    log = TrainingLog(folder, 0, writes=True, tensorboard=False)
+    for step, now in ((1, 0.0), (2, 1.9)):
+        log.add({"step": step, "loss": 9.0, "loss_clip": 1.0 / step})
+    assert read_lines(folder.train_log) == []
+    now = 2.1
+    log.add({"step": 3, "loss": 9.0, "loss_clip": 0.25})
+    assert [line["step"] for line in read_lines(folder.train_log)] == [1, 2, 3]
+    log.add({"step": 4, "loss": 9.0, "loss_clip": 0.125})
+    log.flush()
+    assert folder.last_values() == ({"clip": 0.125}, {})
+    log.add_evaluation(4, {"acc1": 0.25})
+    assert folder.last_values() == ({"clip": 0.125}, {"acc1": 0.25})
+
+
+def test_a_process_that_does_not_write_leaves_no_file(tmp_path: Path) -> None:
+    log = TrainingLog(RunFolder(tmp_path), 0, writes=False, tensorboard=True)
+    log.add({"step": 1})
+    log.add_evaluation(1, {"acc1": 1.0})
+    log.flush()
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"{", b"5", b"[]", b'{"loss": 1}', b'{"step": "1"}', b'{"step": 1, "loss": "x"}', b"\0", b"\xed\xa0\x80"],
+)
+def test_a_damaged_line_is_named_unless_it_is_the_last_one(tmp_path: Path, line: bytes) -> None:
+    log, whole = tmp_path / "train.jsonl", b'{"step": 1, "loss": 0.5}\n'
+    log.write_bytes(whole + line)
+    assert read_lines(log) == [{"step": 1, "loss": 0.5}]
+    log.write_bytes(whole + line + b"\n" + whole)
+    with pytest.raises(ClipcidError, match=r"Line 2 of .*train\.jsonl is none of a log"):
+        read_lines(log)
