@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import io
@@ -177,6 +178,15 @@ def binary(tmp_path: Path) -> Callable[..., Run]:
         return run_command([*clipcid_command(), *map(str, arguments)], tmp_path, check, 300, env)
 
     return call
+
+
+def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return a model's configuration with some settings changed, `vision_cfg__width` for one inside."""
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        part, _, inner = name.rpartition("__")
+        (config[part] if part else config)[inner] = value
+    return config
 
 
 def write_tiny_model(folder: Path, config: dict[str, Any] | None = None, seed: int = 0) -> Path:

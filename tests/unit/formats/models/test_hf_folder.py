@@ -2,11 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import pytest
-from conftest import TINY_CONFIG
+from conftest import TINY_CONFIG, changed
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.hf_folder import make_config, make_image_processor, validate_for_hf
@@ -20,15 +19,6 @@ EXPRESSIBLE = {
     "ViT-L-16-320", "ViT-M-16", "ViT-M-32", "ViT-M-32-alt", "ViT-S-16", "ViT-S-16-alt", "ViT-S-32",
     "ViT-S-32-alt", "ViT-bigG-14", "ViT-bigG-14-quickgelu", "ViT-e-14", "ViT-g-14",
 }  # fmt: skip
-
-
-def changed(**changes: Any) -> dict[str, Any]:
-    """Return the tiny model with some settings changed, `vision_cfg__width` for one inside."""
-    config: dict[str, Any] = json.loads(json.dumps(TINY_CONFIG))
-    for name, value in changes.items():
-        part, _, inner = name.rpartition("__")
-        (config[part] if part else config)[inner] = value
-    return config
 
 
 def test_every_architecture_of_open_clip_is_translated_or_refused_by_name() -> None:
@@ -45,6 +35,7 @@ def test_every_architecture_of_open_clip_is_translated_or_refused_by_name() -> N
 
 def test_all_that_cannot_be_expressed_is_named() -> None:
     config = changed(
+        TINY_CONFIG,
         vision_cfg__timm_model_name="convnext_base",
         vision_cfg__layers=[3, 4, 6, 3],
         vision_cfg__image_size=[32, 64],
@@ -99,15 +90,15 @@ def test_settings_are_translated() -> None:
     assert plain.logit_scale_init_value == 2.5
     assert plain.text_config.max_position_embeddings == 12
     assert plain.text_config.eos_token_id == 49407
-    assert make_config(changed(quick_gelu=True), 2.5).text_config.hidden_act == "quick_gelu"
+    assert make_config(changed(TINY_CONFIG, quick_gelu=True), 2.5).text_config.hidden_act == "quick_gelu"
     tanh = make_config(
-        changed(vision_cfg__act_kwargs={"approximate": "tanh"}, text_cfg__norm_kwargs={"eps": 1e-6}), 2.5
+        changed(TINY_CONFIG, vision_cfg__act_kwargs={"approximate": "tanh"}, text_cfg__norm_kwargs={"eps": 1e-6}), 2.5
     )
     assert tanh.vision_config.hidden_act == "gelu_pytorch_tanh"
     assert (tanh.vision_config.layer_norm_eps, tanh.text_config.layer_norm_eps) == (1e-5, 1e-6)
-    validate_for_hf(changed(text_cfg__pool_type="eos", text_cfg__eos_id=49407), PIXELS, "SimpleTokenizer")
+    validate_for_hf(changed(TINY_CONFIG, text_cfg__pool_type="eos", text_cfg__eos_id=49407), PIXELS, "SimpleTokenizer")
     without = {"init_logit_bias": None, "vision_cfg__ls_init_value": None, "custom_text": False, "multimodal_cfg": {}}
-    validate_for_hf(changed(**without), PIXELS, "SimpleTokenizer")
+    validate_for_hf(changed(TINY_CONFIG, **without), PIXELS, "SimpleTokenizer")
 
     shortest, squash = (make_image_processor(PIXELS | {"resize_mode": mode}) for mode in ("shortest", "squash"))
     assert (dict(shortest.size), shortest.do_center_crop) == ({"shortest_edge": 32}, True)

@@ -1,25 +1,15 @@
-"""What is kept out while open_clip is imported, and how it comes in when a model needs it."""
+"""What is kept out while open_clip is imported, and how it comes in when a model needs it; each in a fresh interpreter."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
+import pytest
 
-def run_python(script: str, cwd: Path) -> None:
-    """Run a script in a fresh interpreter."""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, cwd=cwd)
-
-
-def test_open_clip_still_imports_them_by_itself(tmp_path: Path) -> None:
-    """A failure means that one of them needs no stand-in any more."""
-    script = "import sys, open_clip; assert {'timm', 'transformers', 'torch._dynamo.utils'} <= sys.modules.keys()"
-    run_python(script, tmp_path)
-
-
-def test_they_can_be_imported_afterwards_and_towers_bring_theirs(tmp_path: Path) -> None:
-    script = """
+# A failure means that one of them needs no stand-in any more.
+OPEN_CLIP_ALONE = "import sys, open_clip; assert {'timm', 'transformers', 'torch._dynamo.utils'} <= sys.modules.keys()"
+AFTERWARDS = """
 import sys
 from clipcid_cli.runtime.models.lean_open_clip import import_towers, open_clip
 import torch
@@ -39,13 +29,13 @@ assert sys.modules["torchvision.ops.roi_align"].is_compile_supported("cpu") is T
 assert roi_align(torch.ones(1, 1, 4, 4), [torch.tensor([[0.0, 0, 2, 2]])], 1).item() == 1
 assert torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1)).item() == 1
 """
-    run_python(script, tmp_path)
-
-
-def test_what_is_imported_already_stays(tmp_path: Path) -> None:
-    script = """
+IMPORTED_BEFORE = """
 import timm
 from clipcid_cli.runtime.models.lean_open_clip import open_clip
 assert open_clip.timm_model.timm is timm and open_clip.hf_model.transformers is None
 """
-    run_python(script, tmp_path)
+
+
+@pytest.mark.parametrize("script", [OPEN_CLIP_ALONE, AFTERWARDS, IMPORTED_BEFORE], ids=["alone", "after", "before"])
+def test_what_open_clip_imports_comes_when_it_is_needed(script: str) -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
