@@ -54,16 +54,15 @@ def loss_of(features: Features) -> Tensor:
     return loss + sum((rows - text.roll(1, 1)).square().sum() for rows in masked)
 
 
-def gradients(towers: Towers, parts: list[Part], calls: list[int] | None = None) -> list[Tensor]:
+def gradients(towers: Towers, parts: list[Part]) -> list[Tensor]:
     done = encode(towers, parts)
     loss_of(done.features).backward()  # type: ignore[no-untyped-call]
-    seen = [] if calls is None else calls
-    done.backward(lambda: seen.append(sum(p.grad is not None for p in towers.parameters())))
+    done.backward(lambda: None)
     return [torch.zeros(()) if p.grad is None else p.grad.clone() for p in towers.parameters()]
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize("count", [1, 4])
 def test_parts_give_the_gradients_of_autograd(count: int, masked: bool) -> None:
     towers = Towers().eval()
     loss_of(towers(parts_of(1, masked=masked)[0])).backward()  # type: ignore[no-untyped-call]

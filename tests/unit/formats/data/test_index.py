@@ -74,8 +74,9 @@ def test_it_says_what_a_listing_says_and_later_starts_open_no_shard(
         patch.setattr(dataset_module, "validate_tar", lambda path: pytest.fail("a tar was opened again"))
         again = open_dataset(path, index_root=tmp_path / "index", **settings)
         assert again.index == index
-        assert again.fingerprints() == plain.fingerprints()
-        assert again.estimate_samples() == sum(len(shard.samples()) for shard in plain.shards)
+        fingerprints, count = again.fingerprints(), again.estimate_samples()
+    assert fingerprints == plain.fingerprints()
+    assert count == sum(len(shard.samples()) for shard in plain.shards)
     for number, shard in enumerate(plain.shards):
         part, expected = index.part(number), shard.samples()
         assert len(part) == len(expected) == index.sizes[number]
