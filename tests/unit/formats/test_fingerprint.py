@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from clipcid_cli.formats import fingerprint
-from clipcid_cli.formats.fingerprint import Memo, find_changed, identity_of, record
+from clipcid_cli.formats.fingerprint import Memo, find_changed, record
 
 
 def test_large_files_are_told_apart_by_their_middle(tmp_path: Path) -> None:
@@ -25,13 +25,6 @@ def test_large_files_are_told_apart_by_their_middle(tmp_path: Path) -> None:
         file.write(b"x")
     assert before.hash.startswith("blake2b-sampled:")
     assert before.hash != record(path).hash
-
-
-def test_an_identity_is_of_contents_not_of_paths(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("same")
-    shutil.copy(tmp_path / "a", tmp_path / "b")
-    first, second = (identity_of({"keep": 0.5}, [record(tmp_path / name)]) for name in "ab")
-    assert first == second != identity_of({"keep": 0.6}, [record(tmp_path / "a")])
 
 
 def test_a_file_is_hashed_again_only_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -69,15 +68,6 @@ def test_a_folder_or_a_broken_link_in_the_place_of_a_lock_is_one_error(tmp_path:
     with pytest.raises(ClipcidError, match=r"Could not write .*\.balance\.lock") as found, open_it(tmp_path):
         pytest.fail("it was locked")
     assert found.value.fix
-
-
-def test_a_run_beside_another_is_told_the_flag_of_its_command(tmp_path: Path) -> None:
-    with open_it(tmp_path), pytest.raises(ClipcidError, match="Another run") as found, open_it(tmp_path):
-        pytest.fail("it was locked")
-    assert found.value.fix == "Wait for it, stop it, or write elsewhere (--work)."
-    with open_it(tmp_path), pytest.raises(ClipcidError) as found, open_it(tmp_path, elsewhere="--name"):
-        pytest.fail("it was locked")
-    assert found.value.fix.endswith("(--name).")
 
 
 def test_a_step_that_does_not_resume_leaves_nothing_unfinished(tmp_path: Path) -> None:
@@ -195,27 +185,6 @@ def test_of_nested_settings_the_innermost_difference_is_told(tmp_path: Path) -> 
         "  settings.losses.cluster.value: 0.25 there, 0.5 now",
         '  settings.losses.fd: {"value": 2.0} there, null now',
     ]
-
-
-def hold(folder: Path, held: Any, release: Any) -> None:
-    with open_it(folder) as output:
-        output.start()
-        held.set()
-        release.wait(30)
-
-
-def test_a_second_run_is_refused_while_the_first_lives_and_admitted_when_it_is_killed(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    held, release = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(tmp_path, held, release))
-    process.start()
-    assert held.wait(30)
-    with pytest.raises(ClipcidError, match=f"process {process.pid}"):
-        open_it(tmp_path).__enter__()
-    process.kill()
-    process.join()
-    with open_it(tmp_path) as output:
-        assert output.resumed
 
 
 @pytest.mark.parametrize("at", range(20))

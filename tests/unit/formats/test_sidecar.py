@@ -77,10 +77,3 @@ def test_another_version_says_what_to_do(tmp_path: Path, version: int, said: str
     with pytest.raises(ClipcidError, match=said) as found:
         read_sidecar(tmp_path / "embed.json", EMBED)
     assert "--overwrite" in found.value.fix if version == 1 else "Upgrade" in found.value.fix
-
-
-def test_what_is_no_json_is_named(tmp_path: Path) -> None:
-    for content in ("{", "[]", "{}"):
-        (tmp_path / "balance.json").write_text(content)
-        with pytest.raises(ClipcidError, match=r"balance\.json cannot be read as a sidecar"):
-            read_sidecar(tmp_path / "balance.json", formats.BalanceSidecar)

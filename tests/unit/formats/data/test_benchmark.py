@@ -118,21 +118,6 @@ def test_a_name_that_is_nothing_but_close_to_one_of_the_suite_is_told_it(tmp_pat
     assert find_known_dataset(str(tmp_path / "imagenett"), tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    ("name", "expected", "fix"),
-    [
-        ("cars", "wds_cars", "hf download clip-benchmark/wds_cars --repo-type dataset"),
-        ("birdsnap", "birdsnap", "one folder per class"),
-    ],
-)
-def test_a_missing_copy_is_told_with_its_place(tmp_path: Path, name: str, expected: str, fix: str) -> None:
-    with pytest.raises(ClipcidError) as caught:
-        find_known_dataset(name, tmp_path)
-    assert str(tmp_path / expected) in caught.value.message
-    assert fix in caught.value.fix
-    assert "--data-root" in caught.value.fix
-
-
 def test_names_and_templates_built_in_are_open_clips() -> None:
     assert [fill_template(template, "dog") for template in builtin_templates("openai")] == [
         template("dog") for template in open_clip.OPENAI_IMAGENET_TEMPLATES

@@ -103,14 +103,6 @@ def parts_of(index: DataIndex) -> set[tuple[str, int, int]]:
     return {(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in index.folder.glob("*.arrow")}
 
 
-def test_workers_write_the_same_index(tmp_path: Path) -> None:
-    data = write_shards(tmp_path / "data", 12)
-    alone, shared = index_of(data, tmp_path / "alone"), index_of(data, tmp_path / "shared", workers=2)
-    assert alone.records == shared.records
-    for path in sorted(alone.folder.glob("*.*")):
-        assert path.read_bytes() == (shared.folder / path.name).read_bytes()
-
-
 def test_only_shards_that_are_new_or_have_changed_are_listed(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", 3)
     first = index_of(data, tmp_path / "index")
@@ -139,14 +131,6 @@ def test_a_caption_that_was_rewritten_is_read_again(tmp_path: Path) -> None:
     (folder / "0" / "4.txt").write_text("another caption")
     part = index_of(folder, tmp_path / "index").part(0)
     assert part.sample(part.keys.to_pylist().index("0/4")).captions == ("another caption",)
-
-
-def test_captions_of_a_shard_that_was_cut_are_an_error(tmp_path: Path) -> None:
-    data = write_shards(tmp_path / "data", 1)
-    part = index_of(data, tmp_path / "index").part(0)
-    os.truncate(data / "00000.tar", 512)
-    with pytest.raises(ClipcidError, match=r"captions in .*00000\.tar cannot be read"):
-        part.sample(1)
 
 
 def test_a_shard_that_changes_while_it_is_listed_is_listed_again_or_named(

@@ -12,7 +12,6 @@ from clipcid_cli.formats.results import run_folder
 from clipcid_cli.formats.results.run_folder import (
     RunFolder,
     TrainingLog,
-    append_lines,
     checkpoint_path,
     list_checkpoints,
     read_checkpoint,
@@ -40,18 +39,6 @@ def test_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     with pytest.raises(ClipcidError):
         read_checkpoint(tmp_path, 1)
     assert not (tmp_path / "harmed").exists()
-
-
-def test_logs_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    append_lines(run.train_log, [{"step": step, "loss": 1 / step} for step in range(1, 8)])
-    append_lines(run.results_log, [{"step": 4}, {"step": 6}])
-    with run.train_log.open("a") as file:
-        file.write('{"step": 8, "lo')  # what a kill left
-    run.rewind(5)
-    assert [line["step"] for line in read_lines(run.train_log)] == [1, 2, 3, 4, 5]
-    assert read_lines(run.results_log) == [{"step": 4}]
-    assert run.train_log.read_text().count("\n") == 5
 
 
 def test_lines_are_written_together_after_two_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,18 +80,6 @@ def test_its_tokenizer_is_one_file(foreign: Path, tmp_path: Path) -> None:
     assert torch.equal(whole(texts), load_model(parse_model(str(foreign))).tokenizer(texts)), (
         "its own is left as it was"
     )
-
-
-def test_transformers_is_imported_for_its_text_towers_only(foreign: Path, tiny_model: Path) -> None:
-    code = (
-        "import sys\n"
-        "from clipcid_cli.runtime.models.clip_model import load_model\n"
-        "from clipcid_cli.runtime.models.names import parse_model\n"
-        "for model, needs in zip(sys.argv[1:], (False, True)):\n"
-        "    load_model(parse_model(model))\n"
-        "    assert ('transformers' in sys.modules) == needs\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tiny_model), str(foreign)], check=True)
 
 
 def test_copy_loads_where_the_folder_it_was_built_in_is_gone(foreign: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.models.towers import DenseImageTower
-from clipcid_cli.runtime.precision import choose_precision, fast_attention
+from clipcid_cli.runtime.precision import fast_attention
 
 CAPTIONS = ["a red square", "", "two cats, a dog and a very long list of other animals of every kind and size", "sky"]
 PLAIN: dict[str, Any] = {
@@ -151,23 +151,6 @@ def test_gradient_checkpointing_changes_no_bit_and_halves_the_memory(tmp_path: P
     assert saved[1] < saved[0] / 2
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
-
-
-@pytest.mark.parametrize("image_size", [32, 112])  # 16 and 196 patches
-def test_the_number_of_threads_changes_no_bit(tmp_path: Path, image_size: int) -> None:
-    model = load(tmp_path, vision_cfg__image_size=image_size, text_cfg__context_length=77, text_cfg__width=64)
-    random = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (24, image_size, image_size, 3), dtype=torch.uint8, generator=random)
-    texts = model.tokenizer(["word " * (3 * number) for number in range(24)])
-    fp32 = choose_precision("fp32", model.device, "embed", 0)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            found.append((model.encode_images(pixels, fp32), model.encode_texts(texts, fp32)))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 class Keep(torch.nn.Module):
