@@ -41,17 +41,6 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("plan")
 
 
-def test_trials_of_the_ablation_differ_in_rate_or_in_the_ratio_of_weights(plan: Any) -> None:
-    for name in plan.RECIPES:
-        trials = plan.trials(name, {})
-        ratios = [[weight / next(iter(each.weights.values())) for weight in each.weights.values()] for each in trials]
-        tried = {(each.lr, *(round(ratio, 9) for ratio in of)) for each, of in zip(trials, ratios, strict=True)}
-        assert len(trials) == len(tried) == 5, name
-        assert len({each.name for each in trials}) == 5
-        held = "clip" if "clip" in trials[0].weights and name != "fd-instance" else "fd"
-        assert next(iter(trials[0].weights)) == held
-
-
 def test_the_ablation_tries_weights_at_the_best_rate(plan: Any) -> None:
     log: dict[str, Any] = {}
     rate = {"muon": 1.2e-2, "adamw": 6e-3}

@@ -133,6 +133,14 @@ def test_a_caption_that_was_rewritten_is_read_again(tmp_path: Path) -> None:
     assert part.sample(part.keys.to_pylist().index("0/4")).captions == ("another caption",)
 
 
+def test_captions_of_a_shard_that_was_cut_are_an_error(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", 1)
+    part = index_of(data, tmp_path / "index").part(0)
+    os.truncate(data / "00000.tar", 512)
+    with pytest.raises(ClipcidError, match=r"captions in .*00000\.tar cannot be read"):
+        part.sample(1)
+
+
 def test_a_shard_that_changes_while_it_is_listed_is_listed_again_or_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

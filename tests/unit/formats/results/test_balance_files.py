@@ -1,4 +1,4 @@
-"""The files of `balance`: keep list, forest, and copied shards."""
+"""The files of `balance`: the keep list and copied shards."""
 
 from __future__ import annotations
 
@@ -12,16 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from msgspec.structs import replace
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.tars import copy_samples, count_samples
-from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.forest import RowFile, StoredForest, read_forest, write_forest, write_row_files
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
-
-INPUTS = [FileRecord("img_emb_0000.npy", 10, "blake2b:00")]
 
 
 def map_beyond_2_gib(folder: Path, text: bytes) -> pa.LargeStringArray:
@@ -36,11 +31,10 @@ def map_beyond_2_gib(folder: Path, text: bytes) -> pa.LargeStringArray:
     return pa.LargeStringArray.from_buffers(len(text), offsets, content)
 
 
-@pytest.mark.parametrize("beyond", [False, True], ids=["small", "beyond 2 GiB"])
-def test_a_keep_list_has_the_columns_of_the_contract(tmp_path: Path, beyond: bool) -> None:
+def test_a_keep_list_has_the_columns_of_the_contract_and_keys_of_any_size(tmp_path: Path) -> None:
     write_keep_list(
         tmp_path / "keep.parquet",
-        keys=map_beyond_2_gib(tmp_path, b"abcd") if beyond else pa.array([*"abcd"], pa.large_string()),
+        keys=map_beyond_2_gib(tmp_path, b"abcd"),
         shards=pa.array(["s0", "s0", "s1", "s1"], pa.large_string()),
         labels=np.array([0, 1, 0, 0]),
         representatives=np.array([2, 1, 2, 2]),
@@ -57,9 +51,6 @@ def test_a_keep_list_has_the_columns_of_the_contract(tmp_path: Path, beyond: boo
         "distance": [0.5, 0.0, 0.0, 0.25],
     }
     assert [*map(str, table.schema.types)] == ["string", "string", "int64", "int64", "bool", "string", "float"]
-    keep = read_keep_list(tmp_path / "keep.parquet")
-    assert (keep.num_kept, keep.first_key, keep.count_by_shard()) == (2, "a", {"s0": 2, "s1": 2})
-    assert [keep.kept_of_shard(shard) for shard in ("s0", "s1", "s2")] == [{"b"}, {"c"}, set()]
 
 
 @pytest.mark.parametrize(
@@ -76,24 +67,6 @@ def test_what_is_no_keep_list_is_refused(tmp_path: Path, columns: dict[str, Any]
         pq.write_table(pa.table(columns), tmp_path / "other.parquet")
     with pytest.raises(ClipcidError, match=message):
         read_keep_list(tmp_path / "other.parquet")
-
-
-def test_a_forest_counts_only_with_its_sidecar_and_for_its_own_embeddings(tmp_path: Path) -> None:
-    distance = np.array([0.0, 0.1, 0.25], np.float32)
-    forest = StoredForest(np.array([0, 1, 0]), np.array([3, 2, 4]), distance, 0.3, 5)
-    row_files = tmp_path / "rows.parquet"
-    write_row_files(row_files, [RowFile("img_emb_0000.npy", 10, "blake2b:00", rows=5)])
-    write_forest(tmp_path, forest, row_files, inputs=INPUTS, seconds={"search": 1.0}, overwrite=False)
-    found = read_forest(tmp_path, [replace(INPUTS[0], path="moved.npy")])
-    assert found is not None
-    assert (found.a.tolist(), found.b.tolist(), found.cutoff, found.num_rows) == ([0, 1, 0], [3, 2, 4], 0.3, 5)
-    np.testing.assert_array_equal(found.distance, distance)
-    assert read_forest(tmp_path, [replace(INPUTS[0], hash="blake2b:01")]) is None
-    (tmp_path / "forest.parquet").unlink()
-    with pytest.raises(ClipcidError, match=r"forest\.parquet is missing"):
-        read_forest(tmp_path, INPUTS)
-    (tmp_path / "forest.json").unlink()
-    assert read_forest(tmp_path, INPUTS) is None
 
 
 def write_odd_tar(path: Path, form: int) -> None:

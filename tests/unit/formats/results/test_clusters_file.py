@@ -1,4 +1,4 @@
-"""The cluster table: parts joined in order, read back as written, errors for what does not fit."""
+"""The cluster table and its arrays: mapped, made in parts, and errors for what does not fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from sidecars import make_sidecar
 
@@ -21,8 +20,8 @@ from clipcid_cli.formats.sidecar import ClusterSidecar
 CLUSTERS, M = 6, 3
 
 
-def write_clusters(folder: Path, num_rows: int = 10, *, captions: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Write what `cluster` does; returns clusters [num_rows, M] and similarities, of captions those of images."""
+def write_clusters(folder: Path, num_rows: int = 10) -> np.ndarray:
+    """Write what `cluster` does; returns clusters [num_rows, M], of captions those of images."""
     random = np.random.default_rng(0)
     clusters = random.integers(0, CLUSTERS, (num_rows, M))
     similarities = -np.sort(-random.random((num_rows, M)), axis=1)
@@ -30,39 +29,24 @@ def write_clusters(folder: Path, num_rows: int = 10, *, captions: bool = True) -
     bounds = part_bounds(num_rows)
     for part, (first, last) in enumerate(bounds):
         piece = clusters[first:last], similarities[first:last]
-        save_arrays(part_path(folder, part), part_arrays({"image": piece} | ({"caption": piece} if captions else {})))
+        save_arrays(part_path(folder, part), part_arrays({"image": piece, "caption": piece}))
     join_parts(folder, bounds, lambda first, last: pa.chunked_array([keys[first:last]]))
     write_npy(folder / "centroids.npy", np.eye(CLUSTERS, 8, dtype=np.float32))
-    temperatures = {"image": 0.02} | ({"caption": 0.03} if captions else {})
-    write_json(folder / "cluster.json", make_sidecar(ClusterSidecar, temperatures=temperatures))
-    return clusters, similarities
+    write_json(folder / "cluster.json", make_sidecar(ClusterSidecar))
+    return clusters
 
 
-@pytest.mark.parametrize("captions", [True, False])
-def test_what_is_written_is_read_and_another_process_maps_it_itself(tmp_path: Path, captions: bool) -> None:
-    clusters, similarities = write_clusters(tmp_path, 20_000, captions=captions)
-    table = pq.read_table(tmp_path / "clusters.parquet")
-    assert [(field.name, str(field.type)) for field in table.schema] == [
-        ("key", "string"),
-        ("cluster", "int32"),
-        ("similarity", "float"),
-    ]
-    assert table["key"].to_pylist() == [f"key {row}" for row in range(20_000)]
-    np.testing.assert_array_equal(table["similarity"].to_numpy(), similarities[:, 0].astype(np.float32))
-    found = open_clusters(tmp_path)
-    sent = pickle.dumps(found)
+def test_rows_are_mapped_by_each_process_itself(tmp_path: Path) -> None:
+    clusters = write_clusters(tmp_path, 20_000)
+    sent = pickle.dumps(open_clusters(tmp_path))
     assert len(sent) < 1000
-    for each in (found, pickle.loads(sent)):
-        assert isinstance(each.images.clusters.base, np.memmap)
-        np.testing.assert_array_equal(each.labels, clusters[:, 0])
-        np.testing.assert_array_equal(each.images.clusters, clusters)
-        np.testing.assert_array_equal(each.images.similarities, similarities.astype(np.float16))
-        assert (each.captions is not None) == captions
-        assert each.sidecar.temperatures.get("caption") == (0.03 if captions else None)
+    images = pickle.loads(sent).images
+    assert isinstance(images.clusters.base, np.memmap)
+    np.testing.assert_array_equal(images.clusters, clusters)
 
 
 def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    clusters = write_clusters(tmp_path)[0].astype(np.int32)
+    clusters = write_clusters(tmp_path).astype(np.int32)
     for wrong, message in (
         (clusters[:, :1], r"top_similarities\.npy .* holds float16 \[10, 3\]"),
         (clusters.astype(np.int64), r"top_clusters\.npy .* holds int64 \[10, 3\]"),
