@@ -109,13 +109,17 @@ def test_a_name_of_the_suite_means_its_copy_even_beside_a_folder_of_that_name(
     assert find_known_dataset("pets", copies) == (pets, copies / "wds_vtab-pets")
 
 
-def test_a_name_that_is_nothing_but_close_to_one_of_the_suite_is_told_it(tmp_path: Path) -> None:
+def test_a_missing_copy_is_told_and_so_is_a_name_close_to_one_of_the_suite(tmp_path: Path) -> None:
     with pytest.raises(ClipcidError, match="imagenett") as found:
         find_known_dataset("imagenett", tmp_path)
     assert found.value.fix == "Did you mean imagenet?"
     assert find_known_dataset("photos", tmp_path) is None
     (tmp_path / "imagenett").mkdir()
     assert find_known_dataset(str(tmp_path / "imagenett"), tmp_path) is None
+    with pytest.raises(ClipcidError, match=f"{tmp_path}/birdsnap") as found:
+        find_known_dataset("birdsnap", tmp_path)
+    assert "one folder per class" in found.value.fix
+    assert "--data-root" in found.value.fix
 
 
 def test_names_and_templates_built_in_are_open_clips() -> None:

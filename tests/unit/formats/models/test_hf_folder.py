@@ -9,6 +9,7 @@ from conftest import TINY_CONFIG, changed
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.hf_folder import make_config, make_image_processor, validate_for_hf
+from clipcid_cli.formats.models.onnx_file import validate_for_classifier
 
 PIXELS = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 ARCHITECTURES = sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
@@ -79,6 +80,8 @@ def test_all_that_cannot_be_expressed_is_named() -> None:
         "preprocess_cfg.interpolation is 'random'",
     ):
         assert said in caught.value.message
+    with pytest.raises(ClipcidError, match=r"classifier\.onnx: .*resize_mode is 'longest'"):
+        validate_for_classifier(pixels)
 
 
 def test_settings_are_translated() -> None:

@@ -47,7 +47,13 @@ def test_reads_folders(tiny_model: Path, tmp_path: Path) -> None:
     assert parse_model(str(student)).slug == "run-7-student"
 
 
-def test_a_folder_that_holds_no_model_is_told(tmp_path: Path) -> None:
+def test_unknown_names_are_told_what_is_close_and_what_else_works(tmp_path: Path) -> None:
+    with pytest.raises(ClipcidError, match="no architecture ViT-L-15") as raised:
+        parse_model("ViT-L-15")
+    assert "ViT-L-14" in raised.value.fix
+    assert "local-dir" in raised.value.fix
+    with pytest.raises(ClipcidError, match="no such folder"):
+        parse_model(str(tmp_path / "absent"))
     with pytest.raises(ClipcidError, match=r"has no open_clip_config\.json"):
         parse_model(str(tmp_path))
 
