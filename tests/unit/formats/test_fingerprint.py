@@ -57,15 +57,6 @@ def test_a_damaged_table_only_costs_time(tmp_path: Path, content: bytes) -> None
     assert Memo(tmp_path / "table").record(tmp_path / "a") == record(tmp_path / "a")
 
 
-def test_nothing_new_writes_nothing_and_a_table_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
-    Memo(tmp_path / "table").save()
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("in the way of a folder")
-    memo = Memo(tmp_path / "file" / "table")
-    memo.record(tmp_path / "file")
-    memo.save()
-
-
 def copy_elsewhere(path: Path) -> None:
     path.rename(path.with_suffix(".elsewhere"))
     path.symlink_to(path.with_suffix(".elsewhere"))

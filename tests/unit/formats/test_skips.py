@@ -19,16 +19,6 @@ def test_counts_and_names_the_first_few() -> None:
     assert skips.describe() == "  7 × no caption: a0, a1, a2, a3, a4, …\n  1 × no image: b"
 
 
-def test_merging_is_counting_one_after_the_other() -> None:
-    one, other, both = Skips(), Skips(), Skips()
-    for skips, name, reason in ((one, "x", "no_image"), (other, "y", "no_image"), (other, "z", "nan_row")):
-        for number in range(4):
-            skips.add(reason, f"{name}{number}")
-            both.add(reason, f"{name}{number}")
-    one.merge(other)
-    assert one == both
-
-
 def test_too_many_is_an_error_with_both_numbers() -> None:
     skips = Skips()
     skips.add("unreadable_image", "shard 3: 00017")

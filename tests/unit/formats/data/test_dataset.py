@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -261,14 +260,6 @@ def test_fingerprints_follow_content_not_place(tiny_shards: Path, tmp_path: Path
     changed = open_dataset(moved).fingerprints()
     assert changed[0].hash == first[0].hash
     assert changed[1].hash != first[1].hash
-
-
-def test_shards_travel_between_processes(tiny_shards: Path) -> None:
-    dataset = open_dataset(tiny_shards)
-    data = pickle.dumps(dataset)
-    assert len(data) < 1000
-    assert list_samples(pickle.loads(data)) == list_samples(dataset)
-    assert dataset.estimate_samples() == 24
 
 
 def test_several_patterns_are_one_data_set(tiny_shards: Path) -> None:

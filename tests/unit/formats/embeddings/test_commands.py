@@ -15,7 +15,6 @@ from clipcid_cli.formats.embeddings.command import DEFAULTS, data_command, texts
 from clipcid_cli.formats.sidecar import BalanceSidecar, ClusterSidecar, DataSpec, EmbedSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.embed.run import embed_images_first
 from clipcid_cli.steps.models import cluster_with, embed_with
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -96,13 +95,6 @@ def test_the_data_of_a_run_is_embedded_with_another_model_as_the_run_reads_it() 
     assert f"Run: {expected}\n" in cluster_with(model, run)
     made = DataSpec("list.csv", "shard", "url", "title", "key")
     assert_says(embed_with(model, DistillSettings(student="s", work=Path("w")), made), expected)
-
-
-def test_images_alone_are_embedded_by_a_command_of_its_own() -> None:
-    request = EmbedSettings(data="a b.csv", image_column="url", caption_column="text", work=Path("w"))
-    assert embed_images_first(request, parse_model("ViT-B-32:openai")).endswith(
-        ": clipcid embed 'a b.csv' --model ViT-B-32:openai --image-column url --work w --no-text --overwrite"
-    )
 
 
 def test_the_values_that_need_no_flag_are_the_defaults() -> None:

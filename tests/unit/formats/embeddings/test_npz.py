@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -103,15 +102,6 @@ def test_compressed_arrays_are_unpacked_up_to_a_limit(tmp_path: Path, monkeypatc
     assert "numpy.savez" in refused.value.fix
 
 
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_another_process_maps_the_rows_itself(save: Any, tmp_path: Path) -> None:
-    whole = write_datacomp(tmp_path / "rows", save, sizes=(2_000, 3_000))
-    rows = open_embeddings(tmp_path / "rows", npz_array="b32_img").rows(Kind.IMAGES)
-    sent = pickle.dumps(rows)
-    assert len(sent) < whole["b32_img"].nbytes / 10
-    assert np.array_equal(pickle.loads(sent).take(np.array([4_999, 3, 2_000])), rows.take(np.array([4_999, 3, 2_000])))
-
-
 def the_last(folder: Path, form: str = "npz") -> Path:
     return next(folder.glob(f"2*.{form}"))
 
@@ -147,8 +137,3 @@ def test_what_cannot_be_read_is_one_error(damage: Any, name: str | None, message
     damage(tmp_path / "d")
     with pytest.raises(ClipcidError, match=message):
         open_embeddings(tmp_path / "d", npz_array=name)
-
-
-def test_the_name_of_an_array_does_not_concern_npy(tmp_path: Path) -> None:
-    np.save(tmp_path / "img_emb_0.npy", np.ones((2, 4), np.float16))
-    assert open_embeddings(tmp_path, npz_array="l14_img").num_rows == 2
