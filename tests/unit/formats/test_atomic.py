@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import create_mapped, map_strings, spool_arrays
+from clipcid_cli.formats.arrays import create_mapped, spool_arrays
 from clipcid_cli.formats.atomic import atomic_file, write_json, write_npy, write_text
 from clipcid_cli.formats.embeddings.rows import create_copy
 
@@ -127,22 +126,3 @@ def test_mapped_arrays_are_zeros_that_can_be_written(
     assert [path.name for path in tmp_path.iterdir()] == ["array"]
     assert np.fromfile(tmp_path / "array", INT64).tolist() == [7] * 6
     assert create_mapped(tmp_path, INT64, (0, 2), unnamed=True).shape == (0, 2)
-
-
-def test_arrays_that_come_in_parts(tmp_path: Path) -> None:
-    kinds = (np.int32, np.int64)
-    parts = [(NUMBERS, NUMBERS[::2]), (NUMBERS, NUMBERS[:0]), (NUMBERS[:0], NUMBERS[:2])]
-    found = spool_arrays(tmp_path, kinds, parts)
-    assert [part.dtype for part in found] == [np.int32, np.int64]
-    assert [part.tolist() for part in found] == [[*NUMBERS, *NUMBERS], [*NUMBERS[::2], 0, 1]]
-    assert [part.shape for part in spool_arrays(tmp_path, kinds, [])] == [(0,), (0,)]
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("texts", [[], ["", ""], ["a", "", "ü b", "c" * 3000]])
-def test_strings_come_back_from_the_disk(tmp_path: Path, texts: list[str]) -> None:
-    sliced = pa.array(["before", *texts, "after"]).slice(1, len(texts))
-    found = map_strings(tmp_path, [sliced, pa.array([], pa.large_string()), pa.array(texts, pa.large_string())])
-    found.validate(full=True)
-    assert found.to_pylist() == texts * 2
-    assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,6 @@
 """The life of an output: lock, identity, work folder, sidecar."""
 
 import contextlib
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -261,16 +260,3 @@ def test_an_output_made_in_place_is_cleared_before_its_work_appears(tmp_path: Pa
     with open_it(tmp_path, OTHER) as output:
         assert output.resumed
         output.start(die)
-
-
-@pytest.mark.parametrize("name", ["balance.json", ".run.json"])
-@pytest.mark.parametrize("content", ["{", json.dumps({"format_version": 1})])
-def test_what_cannot_be_read_is_named_until_it_is_overwritten(tmp_path: Path, name: str, content: str) -> None:
-    path = tmp_path / name if name == "balance.json" else begin(tmp_path) / name
-    path.write_text(content)
-    with pytest.raises(ClipcidError, match=name) as found:
-        open_it(tmp_path, OTHER).__enter__()
-    assert found.value.fix
-    with open_it(tmp_path, OTHER, overwrite=True) as output:
-        finish(output)
-    assert left(tmp_path) == {"balance.json"}

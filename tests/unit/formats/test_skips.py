@@ -8,15 +8,15 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.skips import Skips
 
 
-def test_counts_and_names_the_first_few() -> None:
-    skips = Skips()
-    for number in range(7):
+def test_counts_are_added_up_and_the_first_few_named() -> None:
+    skips, others = Skips(), Skips()
+    for number in range(4):
         skips.add("no_caption", f"a{number}")
-    skips.add("no_image", "b")
-    assert skips.counts == {"no_caption": 7, "no_image": 1}
-    assert skips.total == 8
-    assert skips.examples["no_caption"] == ["a0", "a1", "a2", "a3", "a4"]
-    assert skips.describe() == "  7 × no caption: a0, a1, a2, a3, a4, …\n  1 × no image: b"
+        others.add("no_caption", f"b{number}")
+    others.add("no_image", "c")
+    skips.merge(others)
+    assert skips.total == 9
+    assert skips.describe() == "  8 × no caption: a0, a1, a2, a3, b0, …\n  1 × no image: c"
 
 
 def test_too_many_is_an_error_with_both_numbers() -> None:

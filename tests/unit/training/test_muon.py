@@ -93,21 +93,6 @@ def test_matrices_of_the_towers_are_muons_and_tables_are_not() -> None:
     assert sorted(map(id, grouped)) == sorted(map(id, everything))
 
 
-class Odd(nn.Module):
-    """What other towers have beside linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.bias = nn.Embedding(7, 4), nn.Embedding(5, 2)
-        self.head, self.layer, self.convolution = nn.Linear(4, 7), nn.Linear(4, 4), nn.Conv2d(3, 4, 2)
-        self.head.weight = self.words.weight
-        self.query, self.relative_position_bias_table = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(9, 2))
-
-
-def test_no_table_is_a_matrix_whatever_its_name() -> None:
-    assert matrices_of(Odd()) == {"layer.weight"}
-
-
 @pytest.mark.parametrize("what", ["matrix", "vector"])
 def test_an_overflow_skips_the_whole_update(what: str) -> None:
     model = open_clip.CLIP(**TINY_CONFIG)

@@ -126,19 +126,6 @@ def test_image_folder_with_captions(tmp_path: Path) -> None:
     assert samples[0].image.read() == make_image(1)
 
 
-def test_class_per_folder(tmp_path: Path) -> None:
-    for name in ("Zebra/1.png", "apple/2.png", "apple/in/3.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(make_image(1))
-    dataset = open_dataset(tmp_path)
-    assert dataset.classes == ("Zebra", "apple")  # as torchvision sorts them, so labels agree
-    assert {sample.key: sample.label for sample in list_samples(dataset)} == {
-        "Zebra/1": 0,
-        "apple/2": 1,
-        "apple/in/3": 1,
-    }
-
-
 def test_folders_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clipcid_cli.formats.data.folders_and_lists.VIRTUAL_SHARD", 4)
     for number in range(10):

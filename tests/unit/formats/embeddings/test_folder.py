@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +21,7 @@ from sidecars import make_sidecar, unfinish
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.manifest import EmbeddingWriter, ShardRows, read_manifest
+from clipcid_cli.formats.embeddings.manifest import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, find_npy, holds_unit_rows, unit_rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.sidecar import EmbedSidecar
@@ -95,15 +94,6 @@ def test_the_folder_is_the_current_one(tmp_path: Path, monkeypatch: pytest.Monke
     shutil.copy("text_emb/text_emb_0002.npy", "text_emb/text_emb_0003.npy")
     with pytest.raises(ClipcidError, match=r"^text_emb/text_emb_0003.npy was added since manifest.parquet was written"):
         open_embeddings(Path("."))
-
-
-def test_the_manifest_says_what_was_made_of_each_shard(tmp_path: Path) -> None:
-    records = write_folder(tmp_path)["records"]
-    table = pd.read_parquet(tmp_path / "manifest.parquet")
-    assert [each["shard"] for each in table.input] == ["s0", "s1", "s2"]
-    assert (table.read.tolist(), table.rows.tolist(), table.laid_on_white.tolist()) == ([6, 1, 8], [5, 0, 7], [0, 1, 2])
-    assert table.skipped[2][0]["examples"].tolist() == ["2: x"]
-    assert read_manifest(tmp_path, "") == records
 
 
 def test_a_manifest_that_does_not_fit_its_files_is_refused(tmp_path: Path) -> None:

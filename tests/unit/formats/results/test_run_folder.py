@@ -60,15 +60,6 @@ def test_lines_are_written_together_after_two_seconds(tmp_path: Path, monkeypatc
     assert folder.last_values() == ({"clip": 0.125}, {"acc1": 0.25})
 
 
-def test_a_process_that_does_not_write_leaves_no_file(tmp_path: Path) -> None:
-    log = TrainingLog(RunFolder(tmp_path), 0, writes=False, tensorboard=True)
-    log.add({"step": 1})
-    log.add_evaluation(1, {"acc1": 1.0})
-    log.flush()
-    log.close()
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     "line",
     [b"", b"{", b"5", b"[]", b'{"loss": 1}', b'{"step": "1"}', b'{"step": 1, "loss": "x"}', b"\0", b"\xed\xa0\x80"],

@@ -180,8 +180,3 @@ def test_tokens_are_those_of_open_clip(tmp_path: Path, changes: dict[str, Any]) 
         projection = whole.text_projection
         expected = projection(through) if isinstance(projection, torch.nn.Linear) else through @ projection
         torch.testing.assert_close(pieces[number, : end + 1], expected, rtol=1e-9, atol=1e-9)
-
-
-def test_other_image_towers_have_no_patches_to_mask(tmp_path: Path) -> None:
-    passes = PrunedForward(load(tmp_path, vision_cfg={"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}).module)
-    assert (passes.num_patches, passes.has_tokens) == (None, False)
