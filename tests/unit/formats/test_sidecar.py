@@ -1,4 +1,4 @@
-"""A sidecar with an entry of another type, without one, or of another version is refused where it is read."""
+"""A sidecar that was edited or is of another version is refused where it is read."""
 
 import json
 from pathlib import Path

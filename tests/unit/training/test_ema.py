@@ -1,4 +1,4 @@
-"""The average of the weights: its formula, what it covers, that it comes and goes without a trace, and checkpoints."""
+"""The average of the weights: its formula, and what it covers."""
 
 from __future__ import annotations
 
@@ -51,17 +51,13 @@ def step_once(model: nn.Module, state: TrainState, step: int) -> None:
     state.update()
 
 
-def copy_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 def test_it_is_the_average_of_all_steps() -> None:
     model = make_model()
     with torch.no_grad():
         model.logit_scale.fill_(MAX_LOG_SCALE - 0.05)
     state = make_state(model)
     assert state.ema is not None
-    expected = {name: tensor.double() for name, tensor in copy_state(model).items()}
+    expected = {name: tensor.double() for name, tensor in model.state_dict().items()}
     for step in range(14):
         step_once(model, state, step)
         keep = min(DECAY, (2 + step) / (11 + step))

@@ -1,4 +1,4 @@
-"""Kept features: read back as written, told apart by what decides them, made again when damaged."""
+"""Kept features that are damaged, or that no model makes, are made again."""
 
 from __future__ import annotations
 
