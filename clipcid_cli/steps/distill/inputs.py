@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from clipcid_cli.errors import ClipcidError
@@ -36,6 +37,7 @@ from clipcid_cli.steps.distill.stored_teacher import (
     validate_keys,
     validate_requested,
 )
+from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.models import find_mismatch
@@ -88,6 +90,16 @@ class Inputs:
         parts = {shard: index_of(self.dataset).part(shard) for shard in set(shards)}
         return [SampleRef(parts[shard], place) for shard, place in zip(shards, places, strict=True)]
 
+    def held_out_keys(self) -> pa.ChunkedArray:
+        """Return the keys of the samples held out, in order."""
+        places = self.held_out.column("places")
+        found = list[pa.Array]()
+        for shard in np.flatnonzero(self.held_out.sizes).tolist():
+            first, end = self.held_out.bounds(shard)
+            keys = index_of(self.dataset).part(shard).keys
+            found += keys.take(pa.array(places[first:end])).chunks
+        return pa.chunked_array(found, pa.string())
+
     def num_extra_texts(self, batch_size: int) -> int:
         """Return how many further texts a step has, over all processes."""
         extra = None if self.stored is None else self.stored.extra_texts
@@ -96,7 +108,7 @@ class Inputs:
         return batch_size if extra.number is None else extra.number
 
 
-def find_embeddings(settings: DistillSettings, context: DistContext, reporter: Reporter) -> Path | None:
+def find_embeddings(settings: DistillSettings, context: DistContext, reporter: Reporter) -> Path | EmbedCost | None:
     """Find the teacher's embeddings, and make them where there are none; None when no loss needs them.
 
     Without ``--teacher`` it is the one whose embeddings the work directory holds.
