@@ -60,7 +60,7 @@ def test_the_named_column_is_the_key(clipcid: Callable[..., Run], rows: np.ndarr
     assert "no column 'x'; they have" in " ".join(wrong.stderr.split())
     frame = pd.read_parquet(path)
     frame.assign(number=[None, *frame["number"][1:]]).to_parquet(path)
-    null = clipcid("balance", *given, "--keep", 0.4, check=False)
+    null = clipcid("balance", *given, "--keep", 0.4, "--work", "null", check=False)
     assert null.returncode == 1
     assert "rows have no key in column number" in " ".join(null.stderr.split())
 

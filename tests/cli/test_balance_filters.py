@@ -103,5 +103,5 @@ def test_references_of_another_model_are_refused_before_anything_is_embedded(
     amounts = ("--keep", 0.5, "--against", "references", "--against-threshold", 0.1)
     run = clipcid("balance", tiny_shards, "--model", other, *amounts, check=False)
     assert run.returncode == 1
-    assert "the data is to be embedded with" in " ".join(run.stderr.split())
+    assert "the images to balance are to be embedded with" in " ".join(run.stderr.split())
     assert not (tmp_path / "clipcid-work" / "embeddings").exists()

@@ -377,7 +377,7 @@ def test_with_nothing_named_the_newest_student_and_what_was_held_out(
     clipcid(*common, "--val-fraction", 1e-9, "--name", "none")
     nothing = clipcid("eval-zeroshot", check=False)
     assert nothing.returncode == 1
-    assert "There is no sample that clipcid-work/distill/none held out" in " ".join(nothing.stderr.split())
+    assert "clipcid-work/distill/none held out, and no data set was named" in " ".join(nothing.stderr.split())
 
 
 def test_dropped_copies_are_not_held_out(

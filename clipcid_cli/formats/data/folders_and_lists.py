@@ -119,7 +119,7 @@ class Images(Slices):
     def read(self, number: int, skips: Skips) -> Iterator[Sample]:
         """Yield the samples of a slice; count rows without a path or a key, and those whose key an earlier one has."""
         for row in self._listed.slices[number].to_pylist():
-            name = os.fsdecode(row["path"] if self.columns is None or not row["key"] else row["key"])
+            name = os.fsdecode(row["key"] if self.columns is not None and row["key"] else row["path"])
             if not row["path"]:
                 skips.add("no_image", name)
             elif not row["key"]:

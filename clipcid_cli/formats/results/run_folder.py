@@ -23,6 +23,7 @@ from clipcid_cli.formats.atomic import atomic_file, write_text
 from clipcid_cli.formats.parquet import read_columns, write_row_groups
 from clipcid_cli.formats.reading import describe, reading
 
+_HELD_OUT = pa.schema({"key": pa.large_string()})
 # Should the newest checkpoint be damaged on a failing disk, the run is not lost.
 _CHECKPOINTS_KEPT = 2
 # Seconds after which logged lines reach the disk.
@@ -72,9 +73,6 @@ class RunFolder:
         losses = {name.removeprefix("loss_"): value for name, value in step.items() if name.startswith("loss_")}
         evaluation = (read_lines(self.results_log) or [{}])[-1]
         return losses, {name: value for name, value in evaluation.items() if name != "step"}
-
-
-_HELD_OUT = pa.schema({"key": pa.large_string()})
 
 
 def write_held_out(path: Path, keys: pa.ChunkedArray) -> None:

@@ -70,17 +70,20 @@ def validate_none_missing(settings: BalanceSettings) -> None:
 
 
 def validate_models(settings: BalanceSettings, model: str) -> None:
-    """Refuse references that another model embedded than `model`, which has yet to embed the images to balance."""
+    """Refuse references that another model embedded than `model`, which has yet to embed the images to balance.
+
+    Where one of the two is a tag and the other a folder, their weights are compared once the images are embedded.
+    """
     named = with_default_tag(parse_model(model))
     for folder in filter(_holds_embeddings, map(Path, settings.against)):
         reference = open_embeddings(folder, settings.keys, settings.npz_array).model
-        if reference is None:
+        if reference is None or (reference.tag is None) != (named.tag is None):
             continue
         difference = find_mismatch(reference, named)
-        if difference is not None:
+        if difference is not None and difference.what == "weights":
             raise ClipcidError(
-                f"The embeddings in {folder} are of {reference.spec}, {difference.what} {difference.recorded}; the data is "
-                f"to be embedded with {named.spec}, {difference.what} {difference.named}.",
+                f"The embeddings in {folder} are of {reference.spec} ({difference.recorded}), and the images to balance "
+                f"are to be embedded with {named.spec} ({difference.named}).",
                 _SAME_MODEL,
             )
 
