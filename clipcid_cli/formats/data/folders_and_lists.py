@@ -229,7 +229,7 @@ def _list_rows(source: str, columns: Columns) -> Iterator[dict[str, Any]]:
             if missing is not None:
                 raise ClipcidError(
                     f"List {source} has no column {missing!r}; it has {', '.join(map(str, frame.columns[:12]))}.",
-                    "Give the column of image paths with --image-column (likewise --caption-column, --key-column).",
+                    "Name its columns: --image-column for the paths of the images, --caption-column, --key-column.",
                 )
             if frame.empty:
                 raise ClipcidError(f"List {source} has a header and no rows.", "Give a list with one row per image.")
