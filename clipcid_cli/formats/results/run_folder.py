@@ -87,7 +87,7 @@ def read_held_out(run: Path) -> frozenset[str]:
         raise ClipcidError(
             f"There is no {path}: earlier versions did not record what a run held out, and counted dropped copies of "
             "training images among it.",
-            f"Train again, by the command of the run and --overwrite.\n{fix}",
+            f"{fix}\nOr train again, by the command of the run and --overwrite.",
         )
     return frozenset(read_columns(path, {"key": pa.large_string()}, fix)["key"].to_pylist())
 

@@ -185,7 +185,7 @@ def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName], 
     if not held_out:
         raise ClipcidError(
             f"There is no sample that {named} held out, and no data set was named.",
-            f"Train with a larger --val-fraction.\n{_NAME_ONE}",
+            f"{_NAME_ONE}\nOr train with a larger --val-fraction.",
         )
     dataset = open_described(trained.data, WorkDirectory(settings.work).indexes)
     samples = "sample" if len(held_out) == 1 else "samples"
