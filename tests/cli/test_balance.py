@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from balance_data import check_keep_list, distance_matrix, make_rows, write_embeddings
-from conftest import Run, shard_members, start_clipcid, write_tar
+from conftest import Run, shard_members, start_clipcid, write_tar, write_tiny_model
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
@@ -126,7 +126,14 @@ def test_the_named_column_is_the_key(clipcid: Callable[..., Run], rows: np.ndarr
     keep = read_keep(tmp_path)
     assert keep.key.tolist() == [f"n{row}" for row in range(NUM_ROWS)]
     assert clipcid("cluster", *given, "--num-clusters", 4, "--json").json["images"] == keep.kept.sum()
-    assert "no column 'x'" in clipcid("balance", "--embeddings", folder, "--key-column", "x", "--keep", 0.5).stderr
+    wrong = clipcid("balance", "--embeddings", folder, "--key-column", "x", "--keep", 0.5, check=False)
+    assert wrong.returncode == 1
+    assert "no column 'x'; they have" in said(wrong)
+    frame = pd.read_parquet(path)
+    frame.assign(number=[None, *frame["number"][1:]]).to_parquet(path)
+    null = clipcid("balance", *given, "--keep", 0.4, "--work", "null", check=False)
+    assert null.returncode == 1
+    assert "rows have no key in column number" in said(null)
 
 
 def test_a_set_of_more_than_a_hundredth_is_warned_of(binary: Callable[..., Run], embeddings: Path) -> None:
@@ -322,3 +329,15 @@ def test_too_few_captions_name_the_command_that_needs_none(
     clipcid(*shlex.split(found[1]))
     clipcid(*call, "--quiet")
     assert len(read_keep(tmp_path, "w")) == 12
+
+
+def test_references_of_another_model_are_refused_before_anything_is_embedded(
+    clipcid: Callable[..., Run], tiny_model: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    clipcid("embed", tiny_shards, "--model", tiny_model, "--no-text", "--out", "references")
+    other = write_tiny_model(tmp_path / "other", seed=7)
+    amounts = ("--keep", 0.5, "--against", "references", "--against-threshold", 0.1)
+    run = clipcid("balance", tiny_shards, "--model", other, *amounts, check=False)
+    assert run.returncode == 1
+    assert "the images to balance are to be embedded with" in said(run)
+    assert not (tmp_path / "clipcid-work" / "embeddings").exists()
