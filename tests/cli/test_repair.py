@@ -120,10 +120,7 @@ def test_the_repaired_rows_teach(clipcid: Clipcid, turned: Path) -> None:
 
 
 def test_a_sound_teacher_stays_to_the_bit(clipcid: Clipcid, turned: Path, places: dict[str, Path]) -> None:
-    """Also where the repair of other rows is there: it is made again."""
     work = turned / "clipcid-work"
-    clipcid(*CLUSTER)
-    assert (repair_of(work) / "repair.npz").exists()
     (turned / "teacher").unlink()
     (turned / "teacher").symlink_to(places["sound"] / "teacher")
     chosen = clipcid(*DISTILL, "--name", "auto", "--json")
