@@ -72,7 +72,7 @@ def make_plan(settings: BalanceSettings, context: DistContext, reporter: Reporte
     with timed(seconds, "embed"):
         clusters = context.on_rank0(lambda: _validate_named(settings, reporter))
         embeddings = _find_embeddings(settings, context, reporter)
-    data = context.on_rank0(lambda: _open_data(settings, embeddings))
+    data = context.on_rank0(lambda: _open_data(settings, embeddings, reporter))
     references = list[Reference]()
     wanted = dict[str, Any]()
     if not settings.dry_run:
@@ -111,7 +111,7 @@ def _model_of(work: WorkDirectory) -> str | None:
     return None if sidecar is None else sidecar.model.spec
 
 
-def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
+def _open_data(settings: BalanceSettings, embeddings: Embeddings, reporter: Reporter) -> Dataset | None:
     """Open the data that ``--write-shards`` copies from, and check that embeddings have what other settings need."""
     data = None
     if settings.write_shards is not None:
@@ -127,7 +127,7 @@ def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | N
                 raise ClipcidError(
                     f"--write-shards {settings.write_shards} would overwrite the data itself.", "Give another folder."
                 )
-    validate_uids(settings, embeddings)
+    validate_uids(settings, embeddings, reporter)
     for kind in _kinds_read(settings):
         embeddings.rows(kind)  # refuses those without
     return data

@@ -75,7 +75,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> BalanceResult | Balanc
 def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar], reporter: Reporter) -> BalanceResult | None:
     """Return the result that is there already, unless its report can now show more; else start the output."""
     if output.finished is not None:
-        if not has_new_pictures(plan, output.finished):
+        if not has_new_pictures(plan, output.finished, reporter):
             reporter.note(f"{plan.folder} already holds this result.")
             return msgspec.convert(output.finished.result, BalanceResult)
         reporter.note("Pictures that the report does not show can be read now: it is written again.")

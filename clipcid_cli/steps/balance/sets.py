@@ -328,7 +328,9 @@ def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
 
 def _resolution(run: BalanceRun, rows: IntArray) -> DoubleArray:
     """Return width × height of images; 0 where one cannot be found or read."""
-    finder = SampleFinder(validate_data(run.settings, run.embeddings, "--select resolution"))
+    finder = SampleFinder(
+        validate_data(run.settings, run.embeddings, "--select resolution"), run.settings.workers, run.reporter
+    )
     numbers = run.rows.numbers[rows]
     pixels = np.zeros(len(rows))
     with ThreadPoolExecutor(_THREADS) as pool, run.reporter.progress("image sizes", len(rows), "images") as progress:

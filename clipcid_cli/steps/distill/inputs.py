@@ -22,7 +22,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.pipeline import default_workers
-from clipcid_cli.steps.data_index import cache_shards, ensure_index
+from clipcid_cli.steps.data_index import cache_shards, index_alone
 from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
 from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples, index_of
 from clipcid_cli.steps.distill.stored_teacher import (
@@ -209,7 +209,5 @@ def _open_data(
         reporter.note(f"Data: {dataset.spec}, from which the embeddings were made.")
     if scratch is not None and dataset.index is None:
         dataset = dataclasses.replace(dataset, index_folder=scratch / "index")
-    # By this process and its workers, while the others wait for what is found; `embed` has mostly done it before.
-    alone = DistContext(0, 1, 0, torch.device("cpu"))
-    workers = default_workers(alone.device) if settings.workers is None else settings.workers
-    return cache_shards(ensure_index(dataset, alone, workers, reporter), settings.cache_size)
+    # `embed` has mostly done it before.
+    return cache_shards(index_alone(dataset, settings.workers, reporter), settings.cache_size)
