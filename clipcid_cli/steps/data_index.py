@@ -92,7 +92,7 @@ def ensure_index(dataset: Dataset, context: DistContext, workers: int, reporter:
 
 
 def index_alone(dataset: Dataset, workers: int | None, reporter: Reporter) -> Dataset:
-    """Return the data with its index as :func:`ensure_index` does, on one process, while the others wait for what it finds."""
+    """Return the data with its index, made by this process and its workers while others wait for what it finds."""
     alone = DistContext(0, 1, 0, torch.device("cpu"))
     return ensure_index(dataset, alone, default_workers(alone.device) if workers is None else workers, reporter)
 

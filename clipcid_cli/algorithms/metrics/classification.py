@@ -2,8 +2,8 @@
 
 Where images have several classes, each class ranks all images, and is measured by its average precision.
 
-Shape letters: C classes, T templates, N images, P of them that have a class, D width of the embeddings, U cells and B draws
-of :mod:`.intervals`, S seeds.
+Shape letters beside those of the map: T templates, P images that have a class, U cells and B draws of :mod:`.intervals`, S
+seeds.
 """
 
 from __future__ import annotations

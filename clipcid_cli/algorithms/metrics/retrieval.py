@@ -1,7 +1,7 @@
 """Retrieval between images and their captions: recall at k in both directions, without the whole similarity matrix.
 
-Shape letters: N images, M captions, D width of the embeddings, U cells of :mod:`.intervals`; Q queries, R candidates and P
-pairs of them that belong together; B queries and p pairs of a chunk; S seeds.
+Shape letters beside those of the map: U cells of :mod:`.intervals`; Q queries, R candidates and P pairs of them that belong
+together; B queries and p pairs of a chunk; S seeds.
 """
 
 from __future__ import annotations

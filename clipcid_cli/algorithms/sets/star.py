@@ -4,8 +4,6 @@ Single linkage chains: at the end of a chain an image may be far from its repres
 descending number of neighbours within ε (ties by row), keeps each that no kept one covers, and assigns the others to the
 nearest kept image. A star never crosses the border of a single-linkage component, since its edges are within ε.
 
-Shape letters: N rows, P pairs.
-
 Source: docs/method.md#star-cover.
 """
 

@@ -19,7 +19,7 @@ from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.filters.against import Reference, open_references, validate_none_missing
-from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_clusters
+from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_cap_clusters
 from clipcid_cli.steps.balance.samples import validate_data
 from clipcid_cli.steps.balance.write_lists import validate_uids
 from clipcid_cli.steps.embed.run import ensure_embeddings
@@ -31,35 +31,25 @@ from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
 @dataclasses.dataclass(frozen=True)
 class BalancePlan:
-    """What one `balance` works on.
-
-    Attributes:
-        data: The data that ``--write-shards`` copies from, all tars; None without it.
-        clusters: Those of ``--max-per-cluster``.
-        references: Those of ``--against``; none in a dry run, which makes no embeddings of them.
-        wanted: Arguments of `claim_output`; none in a dry run.
-        seconds: Time by phase; those that follow add theirs.
-    """
+    """What one `balance` works on."""
 
     settings: BalanceSettings
     embeddings: Embeddings
-    data: Dataset | None
-    clusters: FoundClusters | None
-    references: list[Reference]
-    wanted: dict[str, Any]
-    seconds: dict[str, float]
+    data: Dataset | None  # the data that ``--write-shards`` copies from, all tars; None without it
+    clusters: FoundClusters | None  # those of ``--max-per-cluster``
+    references: list[Reference]  # those of ``--against``; none in a dry run, which makes no embeddings of them
+    wanted: dict[str, Any]  # arguments of `claim_output`; none in a dry run
+    seconds: dict[str, float]  # time by phase; those that follow add theirs
 
     @property
     def folder(self) -> Path:
-        """The folder of the output."""
         return WorkDirectory(self.settings.work).balance
 
     @property
     def keep_list(self) -> Path:
-        """Where the keep list is once it is finished."""
         return self.folder / KEEP_LIST
 
-    def validate_sizes(self) -> None:
+    def validate_data_there(self) -> None:
         """Check that the data is there where ``--select resolution`` reads it; what is finished needs none."""
         settings = self.settings
         if settings.select == "resolution" and (settings.keep != 1.0 or settings.max_per_cluster is not None):
@@ -86,7 +76,7 @@ def _validate_named(settings: BalanceSettings, reporter: Reporter) -> FoundClust
         if path is not None:
             validate_writable(path)
     validate_none_missing(settings)
-    return find_clusters(settings, reporter)
+    return find_cap_clusters(settings, reporter)
 
 
 def _find_embeddings(settings: BalanceSettings, context: DistContext, reporter: Reporter) -> Embeddings:

@@ -288,13 +288,7 @@ class Picture:
 
 
 class Gallery:
-    """Loads pictures, and counts those shown.
-
-    Attributes:
-        data: The data; None where it is not known, or cannot be opened.
-        closed: Why there is none.
-        unread: Why other pictures are not shown, by shard and key.
-    """
+    """Loads pictures, and counts those shown."""
 
     def __init__(
         self, settings: BalanceSettings, embeddings: Embeddings, reporter: Reporter, *, recorded: bool = False
@@ -303,12 +297,12 @@ class Gallery:
         self._settings = settings
         self._reporter = reporter
         self._embeddings = embeddings
-        self.data: Dataset | None = None
+        self.data: Dataset | None = None  # the data; None where it is not known, or cannot be opened
         self.shown = 0
-        self.unread = dict[tuple[str, str], str]()
+        self.unread = dict[tuple[str, str], str]()  # why other pictures are not shown, by shard and key
         try:
             self.data = open_recorded(settings, embeddings) if recorded else open_data(settings, embeddings)
-            self.closed = _UNKNOWN if self.data is None else ""
+            self.closed = _UNKNOWN if self.data is None else ""  # why there is none
         except ClipcidError as error:
             self.closed = error.message
 
@@ -367,23 +361,18 @@ def _validate_short(data: Dataset) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class ShareChanges:
-    """The classes or words whose share changed most, the largest change first, and what was counted and what was not.
+class LargestChanges:
+    """The classes or words whose share changed most, the largest change first, and what was counted and what was not."""
 
-    Attributes:
-        kind: ``class``, ``word``, or empty where there are neither classes nor captions.
-        risen: Those with a larger share of the kept images than of all: ``name``, the images ``before`` and ``after``,
-            ``share_before`` and ``share_after``.
-        fallen: Those with a smaller share.
-    """
-
-    kind: str
+    kind: str  # ``class``, ``word``, or empty where there are neither classes nor captions
     note: str
+    # Those with a larger share of the kept images than of all: ``name``, the images ``before`` and ``after``,
+    # ``share_before`` and ``share_after``.
     risen: list[dict[Any, Any]]
-    fallen: list[dict[Any, Any]]
+    fallen: list[dict[Any, Any]]  # those with a smaller share
 
 
-def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> ShareChanges:
+def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> LargestChanges:
     """Compare the kept images, bool [N], with all: by class where the data has classes, else by the words of captions.
 
     Classes are read where the data is local and has at most `_MAX_LABELS` images; captions are in the metadata.
@@ -405,13 +394,13 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
     has_caption = pc.not_equal(captions, "").to_numpy(zero_copy_only=False)
     before, after = (int(np.count_nonzero(each)) for each in (has_caption, has_caption & kept))
     if not before:
-        return ShareChanges("", f"There are neither classes nor captions to compare.{unread}", [], [])
+        return LargestChanges("", f"There are neither classes nor captions to compare.{unread}", [], [])
     sample = f" (a sample of one image in {step})" if step > 1 else ""
     note = (
         f"Share of images whose caption has the word, among the {before:,} images and the {after:,} kept ones that have a "
         f"caption{sample}. Words of fewer than three letters and common English words are omitted.{unread}"
     )
-    return ShareChanges("word", note, *_find_changes(count_words(captions, kept), before, after))
+    return LargestChanges("word", note, *_find_changes(count_words(captions, kept), before, after))
 
 
 def _read_labels(data: Dataset) -> dict[str, int | None] | None:
@@ -423,7 +412,7 @@ def _read_labels(data: Dataset) -> dict[str, int | None] | None:
 
 def _compare_labels(
     data: Dataset, found: dict[str, int | None], embeddings: Embeddings, rows: BalanceRows, kept: BoolArray
-) -> ShareChanges:
+) -> LargestChanges:
     labels = pd.Series(map(found.get, take_texts(embeddings, embeddings.keys_of, rows.numbers)), dtype="Int64")
     grouped = pd.DataFrame({"label": labels, "kept": kept}).groupby("label")["kept"]
     counts = pd.DataFrame({"before": grouped.size(), "after": grouped.sum()})
@@ -432,7 +421,7 @@ def _compare_labels(
     note = (
         f"Share of each of {len(counts):,} classes, among the {before:,} images and the {after:,} kept ones that have "
     )
-    return ShareChanges("class", f"{note}one.", *_find_changes(counts, before, after))
+    return LargestChanges("class", f"{note}one.", *_find_changes(counts, before, after))
 
 
 def _name_classes(data: Dataset, labels: list[int]) -> list[str]:

@@ -84,7 +84,7 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar], reporter: 
     if output.differences:
         told = list_differences(output.differences)
         reporter.note(f"The result in {plan.folder}, of other settings or inputs, will be replaced:\n{told}")
-    plan.validate_sizes()
+    plan.validate_data_there()
     output.start()
     write_row_files(output.work / ROW_FILES, list_row_files(plan.embeddings))
     clear_shared(output.work)

@@ -22,7 +22,7 @@ from clipcid_cli.runtime.distributed import DistContext
 _FOLDER = ".shared"
 
 
-def share_arrays(context: DistContext, folder: Path, make: Callable[[], Arrays]) -> Arrays:
+def publish_arrays(context: DistContext, folder: Path, make: Callable[[], Arrays]) -> Arrays:
     """Make arrays on the first process and return them, read-only, on every process.
 
     Where all processes are on one host, the files are gone when this returns: the maps keep their content. Another host
@@ -86,7 +86,7 @@ def reduce_arrays(
         context.barrier()
         context.on_rank0(partial(shutil.rmtree, place, ignore_errors=True))
         step *= 2
-    return share_arrays(context, folder, result)
+    return publish_arrays(context, folder, result)
 
 
 def _give(context: DistContext, place: Path, step: int, result: Callable[[], Arrays]) -> int:

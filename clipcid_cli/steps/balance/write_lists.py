@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,10 +33,13 @@ _ROWS_AT_ONCE = 4096
 
 
 def validate_uids(settings: BalanceSettings, embeddings: Embeddings, reporter: Reporter) -> None:
-    """Check that the first sample has an identifier, so that no search is wasted; a dry run lists no data for it."""
-    if settings.write_uids is not None and not settings.dry_run:
-        first = next(file for file in embeddings.files if file.rows)
-        _UidFinder(settings, embeddings, reporter).find(first, np.array([0]))
+    """Check that the first sample has an identifier, so that no search is wasted; a dry run keeps no index made for it."""
+    if settings.write_uids is None:
+        return
+    first = next(file for file in embeddings.files if file.rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        indexes = Path(scratch) if settings.dry_run else None
+        _UidFinder(settings, embeddings, reporter, indexes).find(first, np.array([0]))
 
 
 def validate_new(settings: BalanceSettings) -> None:
@@ -81,14 +86,20 @@ def _kept_uids(
 class _UidFinder:
     """Finds the identifiers of samples: in the embeddings' metadata, else their keys, else in their ``.json``."""
 
-    def __init__(self, settings: BalanceSettings, embeddings: Embeddings, reporter: Reporter) -> None:
+    def __init__(
+        self, settings: BalanceSettings, embeddings: Embeddings, reporter: Reporter, scratch: Path | None = None
+    ) -> None:
+        """Keep an index that has to be made in the work directory, or in a scratch folder."""
         self._settings = settings
         self._embeddings = embeddings
         self._reporter = reporter
+        self._scratch = scratch
 
     @cached_property
     def _samples(self) -> SampleFinder | None:
         data = open_data(self._settings, self._embeddings)
+        if data is not None and data.index is None and self._scratch is not None:
+            data = dataclasses.replace(data, index_folder=self._scratch)
         return None if data is None else SampleFinder(data, self._settings.workers, self._reporter)
 
     def find(self, file: EmbeddingFile, places: IntArray) -> pa.ChunkedArray:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
@@ -21,7 +20,6 @@ from clipcid_cli.formats.sidecar import EmbedSidecar, RepairFigures, read_sideca
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
-from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.steps.data_index import cache_shards, index_alone
 from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
 from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples, index_of
