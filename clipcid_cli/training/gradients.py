@@ -52,8 +52,7 @@ class GradCache:
     def backward(self, before_last: Callable[[], None]) -> None:
         """Propagate the gradients that the losses' backward pass gave the features through the towers.
 
-        Args:
-            before_last: Called before the last part, after which every gradient is complete.
+        `before_last` is called before the last part, after which every gradient is complete.
         """
         # The last part's activations exist already; freed first, they leave room for the others'.
         last = len(self._detached) - 1

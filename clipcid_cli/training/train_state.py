@@ -32,7 +32,6 @@ class TrainState:
         """Make the optimiser.
 
         Args:
-            module: The student.
             of_losses: What the losses themselves learn; its ``log_scales`` are logarithms of logit scales, by loss.
             dtype: Of the step's matrix products; float16 scales the loss up before the backward pass.
             ema: Decay of the average of the weights.

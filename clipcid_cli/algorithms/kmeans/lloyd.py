@@ -230,11 +230,7 @@ class _RankRows:
         self._compute(assign_run)
 
     def assign(self, centroids_KD: torch.Tensor, drift: CentroidDrift | None) -> None:
-        """Find the nearest centroids of all rows.
-
-        Args:
-            drift: How the centroids have moved since the last call; None where that did not find the nearest.
-        """
+        """Find the nearest centroids of all rows; `drift` is since the last call, None where that did not find them."""
         self._coarse_rows.clear()
         nearest = NearestCentroid(centroids_KD, self._dtype, None if drift is None else drift.order_K)
         if drift is None:

@@ -31,7 +31,7 @@ _SIGNIFICANCE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Metrics:
+class CellMetrics:
     """The metrics of one model on one data set."""
 
     images_U: Array  # number of images in each cell
@@ -113,17 +113,13 @@ class PairedMetric:
 
 
 def compare(
-    first_S: Sequence[Metrics],
-    second_S: Sequence[Metrics],
+    first_S: Sequence[CellMetrics],
+    second_S: Sequence[CellMetrics],
     replicates: int,
     seed: int,
     p_values: Mapping[str, float] | None = None,
 ) -> dict[str, PairedMetric]:
-    """Compare each metric, that has a value, of two models, or of as many seeds of each; some have McNemar's p.
-
-    Args:
-        first_S: Cells of all are of the same images.
-    """
+    """Compare each metric with a value of two models or as many seeds of each, on equal cells; some have McNemar's p."""
 
     def mean_differences(draws_BU: Array) -> dict[str, Array]:
         drawn_S = [(first.of_draws(draws_BU), second.of_draws(draws_BU)) for first, second in pairs_S]
@@ -132,7 +128,7 @@ def compare(
         }
 
     pairs_S = list(zip(first_S, second_S, strict=True))
-    drawn = Metrics(first_S[0].images_U, mean_differences).draw(replicates, seed)
+    drawn = CellMetrics(first_S[0].images_U, mean_differences).draw(replicates, seed)
     values_S = [(first.values(), second.values()) for first, second in pairs_S]
     found = {}
     for name, value in values_S[0][0].items():

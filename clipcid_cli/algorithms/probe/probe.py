@@ -228,13 +228,10 @@ class ProbeProblem:
 
 
 def sweep_regularisation(problem: ProbeProblem, grid: Sequence[float]) -> Iterator[Solution]:
-    """Fit every strength, from the strongest regularisation on, starting each from those before.
+    """Fit every strength of an ascending grid, from the strongest regularisation on, starting each from those before.
 
     Solutions change smoothly with log C, so on an even grid the parabola through the last three leads close to the next: in
     a trial (4,000 images, 256 wide, 50 classes, 45 values) that took 221 iterations, and 593 from the last alone.
-
-    Args:
-        grid: Values of C, ascending.
     """
     last: deque[LinearClassifier] = deque(maxlen=3)
     for c in grid:

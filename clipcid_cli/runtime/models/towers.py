@@ -101,7 +101,6 @@ class OnnxSession:
         return self.run(batch)[self._outputs[0]]
 
     def run(self, batch: Tensor) -> dict[str, Tensor]:
-        """Run one batch, and return every output by name."""
         outputs = self._session.run(None, {self._input: batch.numpy()})
         return {name: torch.from_numpy(output) for name, output in zip(self._outputs, outputs, strict=True)}
 

@@ -52,7 +52,9 @@ def run(settings: BalanceSettings, reporter: Reporter) -> BalanceResult | Balanc
             result = context.on_rank0(lambda: _take_or_start(plan, output, reporter))
             if result is None:
                 balance = begin(plan, context, output, reporter)
-                result = write(balance, _compute(balance, plan.clusters))
+                found = _compute(balance, plan.clusters)
+                context.barrier()  # until here another process may read what it has mapped
+                result = context.on_rank0(lambda: write(balance, found))
             context.on_rank0(lambda: write_kept(settings, plan.embeddings, plan.keep_list, reporter))
             if settings.write_shards is not None:
                 write_shards(plan, settings.write_shards, context, reporter)

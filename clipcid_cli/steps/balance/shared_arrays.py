@@ -23,13 +23,10 @@ _FOLDER = ".shared"
 
 
 def publish_arrays(context: DistContext, folder: Path, make: Callable[[], Arrays]) -> Arrays:
-    """Make arrays on the first process and return them, read-only, on every process.
+    """Make arrays on the first process and return them, read-only, on every process, by a folder that all reach.
 
     Where all processes are on one host, the files are gone when this returns: the maps keep their content. Another host
     reads what it has mapped from the disk whenever it needs it, so there they stay until `clear_shared`.
-
-    Args:
-        folder: A folder that all processes reach.
     """
     if context.size == 1:
         return make()

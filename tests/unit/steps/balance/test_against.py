@@ -148,6 +148,7 @@ def test_reference_images_are_embedded_as_the_others_were(tmp_path: Path, tiny_m
 def write_pictures(folder: Path) -> Path:
     (folder / "pictures").mkdir()
     (folder / "pictures" / "1.png").write_bytes(make_image(1))
+    np.save(folder / "pictures" / "1.npy", np.zeros(3))  # a label of it; no embeddings
     return folder / "pictures"
 
 
