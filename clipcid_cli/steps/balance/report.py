@@ -355,8 +355,9 @@ def _validate_short(data: Dataset) -> None:
     remote = any(is_remote(shard.file) for shard in data.shards)
     if data.index is None and (remote or len(data.shards) > _MAX_LISTED):
         raise ClipcidError(
-            f"{data.spec} has no index yet, and listing its {len(data.shards):,} shards for a report takes long.",
-            "Run a step that makes the index: distill, or balance with --write-uids or --select resolution.",
+            f"{data.spec} has no index yet, which distill and --select resolution make, and its {len(data.shards):,} shards "
+            "are not listed for a report alone.",
+            "Run one of these first.",
         )
 
 
