@@ -325,8 +325,8 @@ class Gallery:
             try:
                 _validate_short(self.data)
                 found = finder.find(shards, keys)
-            except ClipcidError as error:
-                self.unread |= dict.fromkeys(zip(shards, keys, strict=True), error.message)
+            except (ClipcidError, OSError) as error:
+                self.unread |= dict.fromkeys(zip(shards, keys, strict=True), _say_why(error, self.data.spec))
                 return [""] * len(keys)
         sources = [""] * len(keys)
         for number, (shard, key) in enumerate(zip(shards, keys, strict=True)):
@@ -343,11 +343,15 @@ class Gallery:
                     continue
                 sources[number] = thumbnail(image, _SIDE)
                 self.shown += 1
-            except ClipcidError as error:
-                self.unread[shard, key] = error.message
-            except OSError as error:
-                self.unread[shard, key] = f"{error.filename or where} cannot be read: {describe(error)}."
+            except (ClipcidError, OSError) as error:
+                self.unread[shard, key] = _say_why(error, where)
         return sources
+
+
+def _say_why(error: ClipcidError | OSError, where: str) -> str:
+    if isinstance(error, ClipcidError):
+        return error.message
+    return f"{error.filename or where} cannot be read: {describe(error)}."
 
 
 def _validate_short(data: Dataset) -> None:
