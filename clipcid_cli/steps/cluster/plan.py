@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters, joint_features
-from clipcid_cli.algorithms.near.exact import HalfArray, IntArray
+from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, row_type
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -24,7 +24,6 @@ from clipcid_cli.formats.sidecar import ClusterSidecar, RepairFigures
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.steps.cluster.selection import Selection
 from clipcid_cli.steps.given_embeddings import open_given
 from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.repair import repair_teacher
@@ -38,31 +37,22 @@ NUM_NEAREST = 16
 
 @dataclasses.dataclass(frozen=True)
 class ClusterRows:
-    """The rows to cluster, numbered 0 … N − 1 in the order of the embeddings.
-
-    Attributes:
-        keep_list: The keep list that chose them; None for all.
-        chosen: Which of all rows of the embeddings they are.
-        joint: Whether the features are joint ones of image and caption.
-        repair: What was found of the repair of the teacher; None where nothing was judged.
-        skips: Rows that cannot be used.
-    """
+    """The rows to cluster, numbered 0 … N − 1 in the order of the embeddings."""
 
     embeddings: Embeddings
-    keep_list: Path | None
-    chosen: Selection
-    joint: bool
-    repair: RepairFigures | None
-    skips: Skips
+    keep_list: Path | None  # the keep list that chose them; None for all
+    numbers: IntArray  # their numbers among all rows of the embeddings, integers [N], ascending
+    joint: bool  # whether the features are joint ones of image and caption
+    repair: RepairFigures | None  # what was found of the repair of the teacher; None where nothing was judged
+    skips: Skips  # rows that cannot be used
     images: Rows
     texts: Rows | None
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.numbers)
 
     @property
     def width(self) -> int:
-        """Width D of the features."""
         return self.embeddings.width
 
     @property
@@ -81,45 +71,38 @@ class ClusterRows:
         """Return `count` of the rows, each set of them as likely as another. They share the mapped files."""
         random = np.random.default_rng(derive_seed("cluster rows", seed))
         drawn = np.sort(random.choice(len(self), count, replace=False, shuffle=False))
-        return dataclasses.replace(self, chosen=self.chosen.subset(drawn))
+        return dataclasses.replace(self, numbers=self.numbers[drawn])
 
-    def features(self, numbers: IntArray) -> HalfArray:
+    def features(self, rows: IntArray) -> HalfArray:
         """Read what is clustered of some rows: unit rows, float16 [n, D]."""
-        places = self.chosen.places(numbers)
-        images = self.images.take(places)
-        return joint_features(images, self._texts.take(places)) if self.joint else images
+        numbers = self.numbers[rows]
+        images = self.images.take(numbers)
+        return joint_features(images, self._texts.take(numbers)) if self.joint else images
 
-    def captions(self, numbers: IntArray) -> HalfArray:
+    def captions(self, rows: IntArray) -> HalfArray:
         """Read the embeddings of the captions of some rows: unit rows, float16 [n, D]."""
-        return self._texts.take(self.chosen.places(numbers))
+        return self._texts.take(self.numbers[rows])
 
     def keys(self, start: int, stop: int) -> pa.ChunkedArray:
         """Read the keys of rows start … stop − 1, strings."""
-        pieces = self.embeddings.take_column(self.embeddings.keys_of, self.chosen.places(np.arange(start, stop)))
+        pieces = self.embeddings.take_column(self.embeddings.keys_of, self.numbers[start:stop])
         return pa.chunked_array(pieces, pa.large_string())
 
     def fingerprint(self) -> list[FileRecord]:
-        """Describe every input file."""
         found = self.embeddings.fingerprints([Kind.TEXTS])
         return found if self.keep_list is None else [*found, record(self.keep_list)]
 
 
 @dataclasses.dataclass(frozen=True)
 class ClusterPlan:
-    """What is clustered, and into how many clusters.
-
-    Attributes:
-        folder: Where the clusters are to lie.
-        trained: The rows that centroids are computed from: all, or some drawn ones (--train-rows).
-        wanted: Arguments of `claim_output`.
-    """
+    """What is clustered, and into how many clusters."""
 
     settings: ClusterSettings
-    folder: Path
+    folder: Path  # where the clusters are to lie
     rows: ClusterRows
-    trained: ClusterRows
+    trained: ClusterRows  # the rows that centroids are computed from: all, or some drawn ones (--train-rows)
     num_clusters: int
-    wanted: dict[str, Any]
+    wanted: dict[str, Any]  # arguments of `claim_output`
 
     @property
     def num_nearest(self) -> int:
@@ -216,7 +199,7 @@ def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     return ClusterRows(
         embeddings,
         keep_list=None if keep_list is None else keep_list.path,
-        chosen=Selection(usable),
+        numbers=np.flatnonzero(usable).astype(row_type(embeddings.num_rows)),
         joint=settings.features == "joint",
         repair=repair,
         skips=skips,

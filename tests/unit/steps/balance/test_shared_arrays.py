@@ -30,7 +30,7 @@ def _process(rank: int, folder: Path, results: multiprocessing.Queue[Any]) -> No
             place = folder / local_size
             with open_dist_context("cpu") as context:
                 for value in (3, 5):
-                    found += shared_arrays.share_arrays(context, place, lambda value=value: (np.full(4, value),))
+                    found += shared_arrays.publish_arrays(context, place, lambda value=value: (np.full(4, value),))
                     parts = shared_arrays.collect_arrays(context, place, (np.full(2, rank),))
                     assert [part[0].tolist() for part in parts] == ([[0, 0], [1, 1]] if rank == 0 else [])
                 context.barrier()
