@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters, joint_features
-from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, row_type
+from clipcid_cli.algorithms.near.exact import HalfArray, IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -24,6 +24,7 @@ from clipcid_cli.formats.sidecar import ClusterSidecar, RepairFigures
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.steps.cluster.selection import Selection
 from clipcid_cli.steps.given_embeddings import open_given
 from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.repair import repair_teacher
@@ -41,7 +42,7 @@ class ClusterRows:
 
     embeddings: Embeddings
     keep_list: Path | None  # the keep list that chose them; None for all
-    numbers: IntArray  # their numbers among all rows of the embeddings, integers [N], ascending
+    chosen: Selection  # which of all rows of the embeddings they are
     joint: bool  # whether the features are joint ones of image and caption
     repair: RepairFigures | None  # what was found of the repair of the teacher; None where nothing was judged
     skips: Skips  # rows that cannot be used
@@ -49,7 +50,7 @@ class ClusterRows:
     texts: Rows | None
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.chosen)
 
     @property
     def width(self) -> int:
@@ -71,21 +72,21 @@ class ClusterRows:
         """Return `count` of the rows, each set of them as likely as another. They share the mapped files."""
         random = np.random.default_rng(derive_seed("cluster rows", seed))
         drawn = np.sort(random.choice(len(self), count, replace=False, shuffle=False))
-        return dataclasses.replace(self, numbers=self.numbers[drawn])
+        return dataclasses.replace(self, chosen=self.chosen.subset(drawn))
 
-    def features(self, rows: IntArray) -> HalfArray:
+    def features(self, numbers: IntArray) -> HalfArray:
         """Read what is clustered of some rows: unit rows, float16 [n, D]."""
-        numbers = self.numbers[rows]
-        images = self.images.take(numbers)
-        return joint_features(images, self._texts.take(numbers)) if self.joint else images
+        places = self.chosen.places(numbers)
+        images = self.images.take(places)
+        return joint_features(images, self._texts.take(places)) if self.joint else images
 
-    def captions(self, rows: IntArray) -> HalfArray:
+    def captions(self, numbers: IntArray) -> HalfArray:
         """Read the embeddings of the captions of some rows: unit rows, float16 [n, D]."""
-        return self._texts.take(self.numbers[rows])
+        return self._texts.take(self.chosen.places(numbers))
 
     def keys(self, start: int, stop: int) -> pa.ChunkedArray:
         """Read the keys of rows start … stop − 1, strings."""
-        pieces = self.embeddings.take_column(self.embeddings.keys_of, self.numbers[start:stop])
+        pieces = self.embeddings.take_column(self.embeddings.keys_of, self.chosen.places(np.arange(start, stop)))
         return pa.chunked_array(pieces, pa.large_string())
 
     def fingerprint(self) -> list[FileRecord]:
@@ -199,7 +200,7 @@ def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     return ClusterRows(
         embeddings,
         keep_list=None if keep_list is None else keep_list.path,
-        numbers=np.flatnonzero(usable).astype(row_type(embeddings.num_rows)),
+        chosen=Selection(usable),
         joint=settings.features == "joint",
         repair=repair,
         skips=skips,

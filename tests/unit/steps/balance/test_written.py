@@ -10,16 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from balance_data import Listener, make_rows, write_embeddings
+from balance_data import make_rows, write_embeddings
 from uid_data import NUM_ROWS, UIDS, balance, datacomp_subset, write_data
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import open_dataset
-from clipcid_cli.formats.data.shard import Shard
-from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance import write_shards
-from clipcid_cli.steps.balance.samples import SampleFinder, read_uid
-from clipcid_cli.steps.data_index import ensure_index
 
 
 @pytest.fixture(scope="module")
@@ -61,32 +56,6 @@ def test_uids_come_from_metadata_or_from_attributes(rows: np.ndarray, data: Path
     with pytest.raises(ClipcidError, match=r"has keys that .*e does not have"):
         balance(tmp_path / "m", folder, keys="shard", write_uids=tmp_path / "n.npy")
     assert not (tmp_path / "n.npy").exists()
-
-
-def test_samples_come_from_the_index_where_there_is_one(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = open_dataset(data)
-    with open_dist_context("cpu") as context:
-        indexed = ensure_index(open_dataset(data, index_root=tmp_path / "index"), context, 0, Listener())
-    rows = (3, 0, 31, 30, 999, NUM_ROWS - 1)
-    keys = [f"{row:06d}" for row in rows]
-    shards = [plain.shards[int(row >= NUM_ROWS // 2)].name for row in rows]
-    expected = SampleFinder(plain).find(shards, keys)
-    assert [read_uid(sample) for sample in expected] == [UIDS[3], UIDS[0], UIDS[31], UIDS[30], None, UIDS[-1]]
-    foreign = ["another tool's file"] * len(keys)
-    assert SampleFinder(plain).find(foreign, keys) == expected
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("a shard was listed")
-
-    monkeypatch.setattr(Shard, "samples", refuse)
-    for names in (shards, foreign):
-        found = SampleFinder(indexed).find(names, keys)
-        assert [read_uid(sample) for sample in found] == [read_uid(sample) for sample in expected]
-        assert [sample and sample.image.read() for sample in found] == [
-            sample and sample.image.read() for sample in expected
-        ]
 
 
 def read_json(path: Path) -> Any:
