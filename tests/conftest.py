@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,16 @@ def binary(tmp_path: Path) -> Callable[..., Run]:
         return run_command([*clipcid_command(), *map(str, arguments)], tmp_path, check, 300, env)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def one_process() -> Iterator[Any]:
+    """Run command lines one after another in one process, each in a given folder: ``one_process("balance", …, cwd=…)``."""
+    from one_process import OneProcess  # which imports this file
+
+    process = OneProcess(patience=60)
+    yield process
+    process.close()
 
 
 def write_tiny_model(folder: Path, config: dict[str, Any] | None = None, seed: int = 0) -> Path:

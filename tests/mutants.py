@@ -333,7 +333,9 @@ def measure(place: Path) -> tuple[dict[str, Any], Any]:
     return json.loads(tests.read_text()), measured.get_data()
 
 
-def choose_tests(mutant: Mutant, place: Path, tests: dict[str, Any], data: Any, seconds: float) -> tuple[list[str], float]:
+def choose_tests(
+    mutant: Mutant, place: Path, tests: dict[str, Any], data: Any, seconds: float
+) -> tuple[list[str], float]:
     """Return the tests that reach a mutant, the fastest of each file first, as many as the time allows, and their time."""
     lines = data.contexts_by_lineno(str(place / mutant.file))
     first, last = mutant.lines or (0, sys.maxsize)

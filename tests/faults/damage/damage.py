@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,32 @@ def make_place(clipcid: OneProcess, place: Path) -> None:
         shutil.copy(table, table.with_name(f"{name}.predictions.parquet"))
     leave_work(place / "clipcid-work/balance", "balance")
     unfinish(place / "clipcid-work/distill/run", "distill")  # a run that was killed after its last checkpoint
+
+
+def run_cases(clipcid: OneProcess, whole: Path, scratch: Path, name: str, numbers: range) -> list[str]:
+    """Run cases of one kind of file.
+
+    Args:
+        whole: What `make_place` made.
+        scratch: Where there is room for a copy of it.
+
+    Returns:
+        What broke the rules, by case.
+    """
+    target = TARGETS[name]
+    losses = []
+    for number in numbers:
+        chance = random.Random(13 + number * 1_000_003 + zlib.crc32(name.encode()))
+        place = scratch / "place"
+        shutil.copytree(whole, place, copy_function=os.link, symlinks=True)
+        done = damage(place, target, chance)
+        found = clipcid(*target.command, cwd=place)
+        problems = found.problems()
+        problems += [f"left {path.name}" for path in place.rglob("*.partial")]
+        if problems:
+            losses.append(f"{name}, case {number}: {done}: {', '.join(problems)}{found!r}")
+        shutil.rmtree(place)
+    return losses
 
 
 def damage(place: Path, target: Target, chance: random.Random) -> str:

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from damage import TARGETS, make_place
+from damage import TARGETS, make_place, run_cases
 from one_process import OneProcess
-from run_damage import EVERYDAY, MANY, run_cases
+
+EVERYDAY = range(4)
+MANY = range(4, 148)
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +26,8 @@ def whole(clipcid: OneProcess, tmp_path_factory: pytest.TempPathFactory) -> Path
     return place
 
 
+@pytest.mark.parametrize("numbers", [EVERYDAY, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 @pytest.mark.parametrize("name", TARGETS)
-def test_damage(clipcid: OneProcess, whole: Path, tmp_path: Path, name: str) -> None:
-    found = run_cases(clipcid, whole, tmp_path, name, range(EVERYDAY))
-    assert not found.losses, "\n".join(found.losses)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TARGETS)
-def test_much_damage(clipcid: OneProcess, whole: Path, tmp_path: Path, name: str) -> None:
-    found = run_cases(clipcid, whole, tmp_path, name, range(EVERYDAY, EVERYDAY + MANY))
-    assert not found.losses, f"{len(found.losses)} of {MANY} cases\n" + "\n".join(found.losses)
+def test_damage(clipcid: OneProcess, whole: Path, tmp_path: Path, name: str, numbers: range) -> None:
+    losses = run_cases(clipcid, whole, tmp_path, name, numbers)
+    assert not losses, "\n".join(losses)

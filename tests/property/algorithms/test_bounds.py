@@ -97,10 +97,3 @@ def test_rows_far_from_all_that_moved_are_not_compared() -> None:
     after[0] = on_grid(torch.randn(1, 64, generator=random))
     # The row whose centroid it was is compared with all, the others with the one that moved far.
     assert follow(rows, [centroids, after], torch.int8)[1] == 300 + 59
-
-
-def test_a_tie_of_a_centroid_that_moved_goes_to_the_smaller_number() -> None:
-    before = on_grid(torch.tensor([[0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]]))
-    after = on_grid(torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]))
-    results, _ = follow(torch.tensor([[1.0, 0.0]]).half(), [before, after], torch.int8)
-    assert [int(found.number_B) for found in results] == [1, 0]

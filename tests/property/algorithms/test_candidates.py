@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -52,26 +50,6 @@ def test_targets_point_at_the_named_centroids(case: tuple[np.ndarray, int, float
     )
     assert torch.equal(targets.centroids_SD[targets.positions_Bm][..., 0], torch.from_numpy(top).float())
     torch.testing.assert_close(targets.weights_Bm.sum(dim=1), torch.ones(len(top)))
-
-
-def test_a_draw_among_a_million_takes_less_than_sorting_what_is_named() -> None:
-    named = np.random.default_rng(0).integers(0, 1_000_000, (16_384, 16), dtype=np.int32)
-    weights = np.ones(named.shape, dtype=np.float16)
-
-    def draw() -> None:
-        found = draw_candidates(named, 1_000_000, ratio=0.1, minimum=4096, seed=0)
-        centroids = torch.empty(1, 1).expand(len(found.ids), 1)
-        cluster_targets(found, centroids, named, weights, temperature=0.1, label_share=0.5)
-
-    def least_seconds(work: Callable[[], object]) -> float:
-        found = list[float]()
-        for _ in range(3):
-            began = time.process_time()
-            work()
-            found.append(time.process_time() - began)
-        return min(found)
-
-    assert least_seconds(draw) < least_seconds(lambda: np.sort(named.reshape(-1).astype(np.int64), kind="stable"))
 
 
 def test_corrected_normaliser_is_unbiased_and_plain_one_is_not() -> None:

@@ -13,7 +13,7 @@ from clipcid_cli.algorithms.near import partitions as partitioning
 from clipcid_cli.algorithms.near.block import load_block
 from clipcid_cli.algorithms.near.cutoff import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.partitions import Partitions, default_num_partitions, measure_margin
+from clipcid_cli.algorithms.near.partitions import Partitions, measure_margin
 from clipcid_cli.algorithms.near.plan import pieces
 from clipcid_cli.algorithms.near.search import near_pairs
 
@@ -115,10 +115,6 @@ def test_neighbours_are_the_nearest_however_rows_are_shared(seed: int, count: in
     ]
     assert list(zip(found.row.tolist(), found.other.tolist(), strict=True)) == expected
     np.testing.assert_array_equal(found.distance, exact[sample[found.row], found.other])
-
-
-def test_there_are_as_many_partitions_as_rows_in_one() -> None:
-    assert [default_num_partitions(number) for number in (1, 100, 10**6, 10**8)] == [1, 10, 1000, 10_000]
 
 
 @given(scenes(), st.sampled_from([1, 64]))

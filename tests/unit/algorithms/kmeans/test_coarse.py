@@ -45,15 +45,6 @@ def test_what_is_found_is_nearly_the_nearest(
     assert torch.equal(wide.nearest(CoarseRows.of(stored, torch.float32))[0], number)
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_of_equal_centroids_the_first_is_found(grouped: bool) -> None:
-    centroids = round_to_grid(unit(40, 16, 3)).repeat(2, 1)
-    rows = CoarseRows.of(centroids[:40].half(), torch.float32)
-    search = CoarseCentroids(centroids, torch.float32, grouped=grouped)
-    assert search.nearest(rows)[0].tolist() == list(range(40))
-    assert search.nearest_other(rows, torch.arange(40))[0].tolist() == list(range(40, 80))
-
-
 def test_rows_without_structure_are_not_local(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coarse, "_NEAR_GROUPS", 3)
     random = torch.Generator().manual_seed(0)

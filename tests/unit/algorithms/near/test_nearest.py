@@ -97,10 +97,14 @@ def test_a_known_one_takes_part_with_the_similarity_given(case: str, dtype: torc
     assert torch.equal(found.cosine_B, expected.amax(dim=1))
 
 
-@pytest.mark.parametrize("all_exact", [False, True])
-@pytest.mark.parametrize("m", [1, 2, 16])
+@pytest.mark.parametrize("with_faiss", [True, False])
+@pytest.mark.parametrize(("m", "all_exact"), [(1, False), (2, True), (16, False), (16, True)])
 @pytest.mark.parametrize("case", CASES)
-def test_the_top_ones_are_those_of_a_float64_product(case: str, m: int, all_exact: bool) -> None:
+def test_the_top_ones_are_those_of_a_float64_product(
+    case: str, m: int, all_exact: bool, with_faiss: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_faiss:
+        monkeypatch.setitem(sys.modules, "faiss", None)  # as where it is not installed
     rows, centroids = make_case(case)
     cosines, numbers = rank(rows, centroids)
     m = min(m, len(centroids))
@@ -110,17 +114,6 @@ def test_the_top_ones_are_those_of_a_float64_product(case: str, m: int, all_exac
     assert torch.equal(similarities.half(), cosines[:, :m].half())
     if all_exact:
         assert torch.equal(similarities, cosines[:, :m])
-
-
-@pytest.mark.parametrize("case", ["copies", "several parts", "one centroid"])
-def test_without_faiss_the_top_ones_are_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "faiss", None)  # as where it is not installed
-    rows, centroids = make_case(case)
-    cosines, numbers = rank(rows, centroids)
-    m = min(16, len(centroids))
-    found, similarities = top_nearest(rows, centroids, m)
-    assert torch.equal(found, numbers[:, :m])
-    assert torch.equal(similarities.half(), cosines[:, :m].half())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -151,16 +144,3 @@ def test_most_centroids_are_discarded_by_the_fast_product(dtype: torch.dtype, mo
     monkeypatch.setattr(nearest, "exact_dots", count)
     find(rows, centroids, dtype)
     assert 0 < sum(decided) < 4 * len(rows)
-
-
-def test_where_all_are_about_equally_near_float32_proposes(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, centroids = make_case("cone")
-    multiply, formats = nearest.multiply, set()
-
-    def note(a: torch.Tensor, b: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-        formats.add(a.dtype)
-        return multiply(a, b, buffer)
-
-    monkeypatch.setattr(nearest, "multiply", note)
-    find(rows, centroids, torch.int8)
-    assert formats == {torch.int8, torch.float32}

@@ -12,7 +12,6 @@ from clipcid_cli.algorithms.sets.representatives import (
     central_rows,
     distances_to,
     medoid_rows,
-    random_scores,
 )
 
 CPU = torch.device("cpu")
@@ -75,24 +74,6 @@ def test_ties_keep_the_smaller_row() -> None:
     for choose in (central_rows, lambda *given: medoid_rows(*given, CPU)):
         assert choose(rows.__getitem__, labels).tolist() == [0, 0, 0, 0, 4]
     assert best_rows(np.array([1.0, 3.0, 3.0, 2.0, 0.0]), labels).tolist() == [1, 1, 1, 1, 4]
-
-
-def test_the_best_row_is_the_first_of_those_with_the_highest_score(labels: np.ndarray) -> None:
-    scores = np.random.default_rng(2).integers(4, size=len(labels)).astype(np.float64)
-    scores[labels == labels[7]] = -np.inf
-    chosen = best_rows(scores, labels)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        assert (chosen[members] == members[np.argmax(scores[members])]).all()
-
-
-def test_random_scores_depend_on_seed_and_row_only() -> None:
-    numbers = np.arange(100_000)
-    scores = random_scores(numbers, 5)
-    np.testing.assert_array_equal(random_scores(numbers[::-1], 5)[::-1], scores)
-    assert 0.0 <= scores.min() < scores.max() < 1.0
-    assert abs(scores.mean() - 0.5) < 0.01
-    assert abs(np.corrcoef(scores, random_scores(numbers, 6))[0, 1]) < 0.02
 
 
 def test_distances_are_exact_and_zero_for_the_kept(
