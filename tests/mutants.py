@@ -329,7 +329,7 @@ def measure(place: Path) -> tuple[dict[str, Any], Any]:
         measured.save()
     measured.load()
     with (out / "coverage.txt").open("w") as report:
-        measured.report(file=report, morfs=[str(place / PACKAGE)], ignore_errors=True)
+        measured.report(file=report, ignore_errors=True)
     return json.loads(tests.read_text()), measured.get_data()
 
 

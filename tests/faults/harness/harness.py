@@ -1,4 +1,6 @@
-"""Puts faults into every step and counts what is lost: ``python tests/faults/harness/harness.py [--only FAULT] [--cases N]``.
+"""Puts faults into every step and counts what is lost.
+
+    python tests/faults/harness/harness.py [--only FAULT] [--cases N]
 
 Prints the rows of the first table of tests/faults/RESULTS.md: the fault, exit codes, cases by step, cases that the fault did
 not reach, all cases there are, losses, seconds.
@@ -28,7 +30,9 @@ def main() -> int:
     """Run as told on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, metavar="N", help="of each fault, those that it reaches; default: of a day")
+    parser.add_argument(
+        "--cases", type=int, metavar="N", help="of each fault, those that it reaches; default: of a day"
+    )
     parser.add_argument("--only", action="append", metavar="FAULT", help="run this fault alone; may be repeated")
     chosen = parser.parse_args()
     import_everything()

@@ -231,24 +231,6 @@ def test_near_pairs_come_in_pieces_of_bounded_size(
         assert sorted(as_list(Edges.concatenate(pieces))) == sorted(as_list(near))
 
 
-def test_lower_bounds_given_for_proposed_pairs_hold() -> None:
-    rows = unit_rows(11, 300, 96, 12, 0.1)
-    exact = {(a, b): weight for weight, a, b in as_list(all_edges(rows))}
-    seen = []
-
-    def check(a: IntArray, b: IntArray, at_least: np.ndarray) -> np.ndarray:
-        seen.append(len(a))
-        assert all(
-            low <= exact[pair] for low, pair in zip(at_least, zip(a.tolist(), b.tolist(), strict=True), strict=True)
-        )
-        return np.zeros(len(a), np.bool_)
-
-    for dtype in SCAN_DTYPES:
-        panel = load_block(rows.__getitem__, np.arange(300), CPU, dtype)
-        assert list(near_pairs(panel, panel, 0.9, check)) == []
-    assert sum(seen) > 1000
-
-
 def test_rows_that_would_be_inexact_are_refused() -> None:
     rows = np.full((2, 16), LONGEST_ROW, np.float16)
     with pytest.raises(ValueError, match=r"finite and no longer than 2\.0, not 8"):

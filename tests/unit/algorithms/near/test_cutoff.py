@@ -9,12 +9,10 @@ from balance_data import distance_matrix, make_rows
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from clipcid_cli.algorithms.near.cutoff import (
-    FARTHEST,
     CutoffEstimator,
     Neighbours,
     find_neighbours,
     first_cutoff,
-    wider_cutoff,
 )
 from clipcid_cli.algorithms.near.exact import IntArray
 
@@ -53,16 +51,3 @@ def test_the_first_search_finds_enough_edges(kind: str, keep: float) -> None:
     cutoff = CutoffEstimator(len(stored), find_nearest, False).choose(0.0, 0, needed)
     assert needed <= np.count_nonzero(forest <= cutoff) < 2 * needed + 50
     assert CutoffEstimator(len(stored), find_nearest, True).choose(0.0, 0, needed) >= 0.9 * cutoff
-
-
-def test_cutoffs_grow_until_everything_is_within_reach() -> None:
-    numbers = np.arange(len(ROWS))
-    nearest = np.sort(find_neighbours(ROWS.__getitem__, numbers, numbers[::4], 1, CPU, (0, len(ROWS))).distance)
-    steps = [first_cutoff(nearest, np.ones(len(nearest)), 0.2)]
-    reached = np.count_nonzero(nearest <= steps[0])
-    assert wider_cutoff(nearest, steps[0], found=100, needed=150) == nearest[int(np.ceil(1.05 * 1.5 * reached))]
-    while steps[-1] < FARTHEST:
-        steps.append(wider_cutoff(nearest, steps[-1], found=399, needed=400))
-        assert steps[-1] >= min(1.05 * steps[-2], FARTHEST)
-    assert len(steps) < 60
-    assert wider_cutoff(nearest, 0.0, found=0, needed=5) > 0

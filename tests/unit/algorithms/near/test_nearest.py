@@ -82,21 +82,6 @@ def test_the_nearest_is_that_of_a_float64_product(
         assert bool((found.others_B >= cosines[:, 1]).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ["spread", "cone", "copies", "several parts"])
-def test_a_known_one_takes_part_with_the_similarity_given(case: str, dtype: torch.dtype) -> None:
-    rows, centroids = make_case(case)
-    exact = rows.double() @ centroids.double().T
-    known = exact.argmax(dim=1)
-    given = exact.gather(1, known[:, None]) - torch.linspace(0, 0.5, len(rows), dtype=torch.float64)[:, None]
-    expected = exact.scatter(1, known[:, None], given)
-    order = torch.arange(len(centroids)).flip(0)
-    block = make_block(np.arange(len(rows)), rows, dtype)
-    found = NearestCentroid(centroids, dtype, order).of(block, known=Found(known, given[:, 0], given[:, 0]))
-    assert torch.equal(found.number_B, expected.argmax(dim=1))
-    assert torch.equal(found.cosine_B, expected.amax(dim=1))
-
-
 @pytest.mark.parametrize("with_faiss", [True, False])
 @pytest.mark.parametrize(("m", "all_exact"), [(1, False), (2, True), (16, False), (16, True)])
 @pytest.mark.parametrize("case", CASES)
