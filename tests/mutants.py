@@ -1,6 +1,6 @@
 """What share of small faults the suite sees: mutants of the package, drawn by a seed, each run with the tests that reach it.
 
-    python tests/mutants.py OUT [--tests DIR] [--number 100] [--seed 0] [--seconds 60]
+    python tests/mutants.py OUT [--tests DIR] [--under FOLDER] [--number 100] [--seed 0] [--seconds 60]
 
 One run under `coverage` says which tests reach which lines, also in the processes that tests start. Then each mutant is
 written into a copy of the package, and its tests run until one fails. OUT holds the copy, what was measured, and the answer,
@@ -35,29 +35,19 @@ PACKAGE = "clipcid_cli"
 # What no user and no test can see: (file, text after the change) → why.
 UNSEEN: dict[tuple[str, str], str] = {}
 
-_SWAPS: dict[type, type] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.FloorDiv,
-    ast.Pow: ast.Mult,
-    ast.BitOr: ast.BitAnd,
-    ast.BitAnd: ast.BitOr,
-}
+_PAIRS = (
+    (ast.Lt, ast.LtE),
+    (ast.Gt, ast.GtE),
+    (ast.Eq, ast.NotEq),
+    (ast.Is, ast.IsNot),
+    (ast.In, ast.NotIn),
+    (ast.And, ast.Or),
+    (ast.Add, ast.Sub),
+    (ast.Mult, ast.Div),
+    (ast.BitOr, ast.BitAnd),
+)
+_SWAPS: dict[type, Any] = {ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult}
+_SWAPS |= {one: other for pair in _PAIRS for one, other in (pair, pair[::-1])}
 
 # Coverage starts itself in every process that Python starts. The name of the test is read there, after each fork, and with
 # each folder that a process of many command lines goes to.
@@ -114,14 +104,14 @@ class Mutant:
         return source[: self.start] + self.after.encode() + source[self.end :]
 
 
-def draw_mutants(package: Path, number: int, seed: int) -> list[Mutant]:
-    """Return mutants of all files of a package, in the order drawn: a larger number begins with the smaller one's."""
-    found = [mutant for path in sorted(package.rglob("*.py")) for mutant in _list_mutants(path, package.parent)]
+def draw_mutants(root: Path, under: str, number: int, seed: int) -> list[Mutant]:
+    """Return mutants of the files in a folder, in the order drawn: a larger number begins with the smaller one's."""
+    found = [mutant for path in sorted((root / under).rglob("*.py")) for mutant in _list_mutants(path, root)]
     random.Random(seed).shuffle(found)
     drawn = []
     for mutant in found:
         with contextlib.suppress(SyntaxError):
-            ast.parse(mutant.apply((package.parent / mutant.file).read_bytes()))
+            ast.parse(mutant.apply((root / mutant.file).read_bytes()))
             drawn.append(mutant)
         if len(drawn) == number:
             break
@@ -407,6 +397,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tests", type=Path, default=ROOT / "tests", help="the suite that is judged")
+    parser.add_argument("--under", default=PACKAGE, help="folder of the package that mutants are drawn from")
     parser.add_argument("--number", type=int, default=100, help="of mutants")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=60, help="of tests for one mutant, by their measured times")
@@ -414,10 +405,10 @@ def main() -> None:
     out = options.out.resolve()
     place = copy_checkout(out, options.tests)
     tests, data = measure(place)
-    known = out / f"answers-{options.seed}.json"
+    known = out / f"answers-{options.seed}-{options.under.replace('/', '.')}.json"
     answers: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
     table = []
-    for number, mutant in enumerate(draw_mutants(place / PACKAGE, options.number, options.seed)):
+    for number, mutant in enumerate(draw_mutants(place, options.under, options.number, options.seed)):
         if str(number) not in answers:
             began = time.monotonic()
             chosen, seconds = choose_tests(mutant, place, tests, data, options.seconds)
