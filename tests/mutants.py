@@ -32,7 +32,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "clipcid_cli"
 
-# What no user and no test can see: (file, text after the change) → why.
+# What no user and no test can see: the file, its line after the change, and why.
 UNSEEN: dict[tuple[str, str], str] = {}
 
 _PAIRS = (
@@ -102,6 +102,9 @@ class Mutant:
 
     def apply(self, source: bytes) -> bytes:
         return source[: self.start] + self.after.encode() + source[self.end :]
+
+    def changed_line(self, source: bytes) -> str:
+        return self.apply(source).decode().splitlines()[self.line - 1].strip()
 
 
 def draw_mutants(root: Path, under: str, number: int, seed: int) -> list[Mutant]:
@@ -350,12 +353,13 @@ def choose_tests(
 
 def judge(mutant: Mutant, place: Path, tests: list[str], seconds: float) -> str:
     """Say what becomes of a mutant: killed by which test, timeout, or survived."""
-    if (mutant.file, mutant.after) in UNSEEN:
-        return f"unseen: {UNSEEN[mutant.file, mutant.after]}"
-    if not tests:
-        return "survived: no test reaches it"
     path = place / mutant.file
     source = path.read_bytes()
+    changed = (mutant.file, mutant.changed_line(source))
+    if changed in UNSEEN:
+        return f"unseen: {UNSEEN[changed]}"
+    if not tests:
+        return "survived: no test reaches it"
     wanted = place.parent / "wanted.json"
     wanted.write_text(json.dumps(tests))
     files = sorted({name.partition("::")[0] for name in tests})

@@ -62,8 +62,8 @@ def test_a_wrong_setting_is_a_usage_error_that_names_it(
 def test_settings_are_not_read_from_a_pipe_or_a_folder(one_process: OneProcess, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "c.toml")
     (tmp_path / "d.toml").mkdir()
-    for name, reason in (("c.toml", "not a file"), ("d.toml", "Is a directory")):
-        assert reason in said(one_process("balance", "--config", name, cwd=tmp_path), 2)
+    for name in ("c.toml", "d.toml"):
+        assert "not a file" in said(one_process("balance", "--config", name, cwd=tmp_path), 2)
 
 
 def test_one_item_stands_for_a_list_and_a_number_for_text(one_process: OneProcess, tmp_path: Path) -> None:
