@@ -1,6 +1,6 @@
 """Inputs that do not fit, found before the work: settings, models, data, names, and targets that cannot be written.
 
-Data that is bad in itself is in tests/cli/test_bad_input.py.
+Data that is bad in itself meets every command in tests/cli/.
 """
 
 import json
