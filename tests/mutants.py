@@ -299,7 +299,7 @@ def run_tests(place: Path, arguments: list[str], seconds: float | None, **enviro
                 os.killpg(run.pid, signal.SIGKILL)  # and what tests have left running
             run.wait()
         log.seek(0)
-        return log.read() if code else ""
+        return "" if code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) else log.read()
 
 
 def measure(place: Path) -> tuple[dict[str, Any], Any]:

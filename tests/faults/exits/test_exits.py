@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from conftest import Run, clean_environment, clipcid_command, run_command
@@ -315,25 +316,17 @@ def test_what_is_no_bug_is_not_called_one(error: Exception, message: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("command", "flags"),
-    [
-        ("embed", ["--batch-size", "--workers"]),
-        ("balance", ["clipcid embed DATA", "--batch-size", "--dry-run"]),
-        ("cluster", ["--num-clusters", "--train-rows"]),
-        ("distill", ["--grad-checkpointing", "--accum-freq", "--batch-size", "--workers"]),
-        ("eval-zeroshot", ["--batch-size", "--workers"]),
-        ("eval-linear", ["--batch-size", "--workers"]),
-        ("export", ["--check-images"]),
-    ],
+    "command", ["embed", "balance", "cluster", "distill", "eval-zeroshot", "eval-linear", "export"]
 )
-def test_where_memory_runs_out_the_fix_names_flags_of_the_command(command: str, flags: list[str]) -> None:
-    parameters = {option for parameter in cli.get_command(None, command).params for option in parameter.opts}  # type: ignore[union-attr, arg-type]  # each of them is a command, which needs no context
+def test_where_memory_runs_out_the_fix_names_flags_of_the_command(command: str) -> None:
+    found = cli.get_command(click.Context(cli), command)
+    assert found is not None
+    parameters = {option for parameter in found.params for option in parameter.opts}
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError()):
         fix = explain(error, command).fix
-        on_gpu = isinstance(error, torch.OutOfMemoryError)
-        assert all(flag in fix for flag in flags if not (on_gpu and flag == "--workers")), fix
-        assert on_gpu == ("GPU" in fix), fix
+        assert isinstance(error, torch.OutOfMemoryError) == ("GPU" in fix), fix
         named = set(re.findall(r"--[a-z-]+", fix.replace("clipcid embed DATA with a smaller --batch-size", "")))
+        assert named, fix
         assert named <= parameters, fix
 
 

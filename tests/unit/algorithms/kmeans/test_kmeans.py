@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from clipcid_cli.algorithms.kmeans.centroids import (
-    ClusterSums,
     centroids_of_sums,
     choose_first_rows,
     choose_seeds,
@@ -29,19 +28,6 @@ def unit_rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
 )
 def test_default_number_of_clusters(num_rows: int, expected: int) -> None:
     assert default_num_clusters(num_rows) == expected
-
-
-def test_sums_do_not_depend_on_the_order_rows_come_and_go_in() -> None:
-    rows, labels = unit_rows(500, 40), torch.randint(0, 7, (500,), generator=torch.Generator().manual_seed(1))
-    direct, detour = ClusterSums(7, 40, torch.device("cpu")), ClusterSums(7, 40, torch.device("cpu"))
-    direct.move(rows, None, labels)
-    order = torch.randperm(500, generator=torch.Generator().manual_seed(2))
-    detour.move(rows[order], None, (labels[order] + 3) % 7)
-    detour.move(rows, (labels + 3) % 7, labels)
-    detour.move(rows, labels, labels)
-    assert torch.equal(direct.sums_KD, detour.sums_KD)
-    assert torch.equal(direct.counts_K, torch.bincount(labels, minlength=7))
-    assert torch.equal(detour.counts_K, direct.counts_K)
 
 
 def test_centroids_are_normalised_means_and_empty_clusters_keep_theirs() -> None:
@@ -112,18 +98,6 @@ def test_seeds_are_the_farthest_rows_without_copies() -> None:
 
     assert choose_seeds(similarities, numbers, read, 3).tolist() == [2, 4, 3]
     assert choose_seeds(similarities, numbers, read, 9).tolist() == [2, 4, 3, 0]
-
-
-def test_seeds_of_parts_are_the_seeds_of_all() -> None:
-    random = np.random.default_rng(0)
-    rows = random.integers(0, 3, (60, 3)).astype(np.float16)
-    similarities, numbers = random.integers(0, 9, 60) / 9, random.permutation(60)
-    whole = numbers[choose_seeds(similarities, numbers, rows.__getitem__, 12)]
-    parts = [np.arange(0, 21), np.arange(21, 40), np.arange(40, 60)]
-    local = [part[choose_seeds(similarities[part], numbers[part], rows.__getitem__, 12)] for part in parts]
-    union = np.concatenate(local)
-    again = numbers[union[choose_seeds(similarities[union], numbers[union], rows.__getitem__, 12)]]
-    assert again.tolist() == whole.tolist()
 
 
 @pytest.mark.parametrize("wanted", [2.0, 3.5, 8.0])

@@ -12,20 +12,11 @@ from clipcid_cli.algorithms.near.cutoff import (
     CutoffEstimator,
     Neighbours,
     find_neighbours,
-    first_cutoff,
 )
 from clipcid_cli.algorithms.near.exact import IntArray
 
 CPU = torch.device("cpu")
 ROWS = make_rows(900, width=24)
-
-
-def test_first_cutoff_is_where_enough_edges_are_sure() -> None:
-    nearest = np.linspace(0.01, 1.0, 100, dtype=np.float32)
-    # Two standard deviations √(p · (1 − p) / 100) are taken off the edges of p = 30 rows, of which each has one or a half.
-    assert first_cutoff(nearest, np.ones(100), 0.30 - 0.092) == nearest[29]
-    assert first_cutoff(nearest, np.full(100, 0.5), 0.15 - 0.046) == nearest[29]
-    assert first_cutoff(nearest, np.full(100, 0.5), 0.8) == nearest[96]  # four fifths of the way
 
 
 KINDS = ["uniform", "pairs", "clustered", "heavy-tailed"]

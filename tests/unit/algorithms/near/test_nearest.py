@@ -114,18 +114,3 @@ def test_near_ties_that_the_product_cannot_tell_are_decided_exactly(dtype: torch
     assert find(row, centroids, dtype).number_B.tolist() == numbers[:, 0].tolist()
     for m in (1, 5, 60, 96):
         assert torch.equal(top_nearest(row, centroids, m)[0], numbers[:, :m])
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
-def test_most_centroids_are_discarded_by_the_fast_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, centroids = make_case("spread")
-    decided = list[int]()
-    exact_dots = nearest.exact_dots
-
-    def count(a: torch.Tensor, b: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        decided.append(len(i))
-        return exact_dots(a, b, i, j)
-
-    monkeypatch.setattr(nearest, "exact_dots", count)
-    find(rows, centroids, dtype)
-    assert 0 < sum(decided) < 4 * len(rows)
