@@ -269,13 +269,13 @@ def _name_fixture(fixture: Any) -> str:
 
 
 def copy_checkout(out: Path, tests: Path) -> Path:
-    """Copy what git knows of this checkout, with the given tests."""
+    """Copy what git knows of this checkout, with the given tests; a run that was killed leaves a mutant there."""
     place = out / "copy"
-    if not place.exists():
-        for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
-            if not name.startswith("tests/"):
-                (place / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, place / name)
+    for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
+        if not name.startswith("tests/"):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, place / name)
+    if not (place / "tests").exists():
         shutil.copytree(tests, place / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     return place
 
@@ -415,6 +415,7 @@ def main() -> None:
     out = options.out.resolve()
     place = copy_checkout(out, options.tests)
     tests, data = measure(place)
+    print(f"Lines: {(out / 'coverage.txt').read_text().splitlines()[-1]}")
     known = out / f"answers-{options.seed}-{options.under.replace('/', '.')}.json"
     answers: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
     table = []
