@@ -79,10 +79,10 @@ def make_keys(start: int, stop: int) -> pa.LargeStringArray:
 def test_a_keep_list_holds_more_than_2_gib_of_keys(folder: Path) -> None:
     bounds = [(start, min(start + AT_ONCE, KEEP_ROWS)) for start in range(0, KEEP_ROWS, AT_ONCE)]
     rows = np.arange(KEEP_ROWS)
+    kept_rows = rows // GROUP * GROUP
     path = folder / "keep.parquet"
     # The keys themselves take 2.6 GiB where they are held whole; per row 64 bytes are allowed beside.
     with limit_memory(64 * KEEP_ROWS + 4 * GIB):
-        kept_rows = rows // GROUP * GROUP
         write_keep_list(
             path,
             keys=map_strings(folder, (make_keys(*bound) for bound in bounds)),
@@ -91,11 +91,13 @@ def test_a_keep_list_holds_more_than_2_gib_of_keys(folder: Path) -> None:
             representatives=kept_rows,
             distances=(rows - kept_rows).astype(np.float32),
         )
-        del kept_rows
+    del kept_rows
+    with limit_memory(64 * KEEP_ROWS + 4 * GIB):
         found = read_keep_list(path)
         np.testing.assert_array_equal(found.kept, rows % GROUP == 0)
         for (start, stop), keys in zip(bounds, found.kept_keys(), strict=True):
             assert keys.equals(make_keys(start, stop).filter(pa.array(found.kept[start:stop]))), start
+    del found
 
     start = 0
     for batch in pq.ParquetFile(path).iter_batches(AT_ONCE, columns=["representative", "component", "component_size"]):

@@ -154,6 +154,7 @@ def test_the_sweep_solves_every_value_and_the_best_is_the_simplest_of_equals() -
     grid = regularisation_grid()
     problem = ProbeProblem(features, labels, 6)
     solutions = list(sweep_regularisation(problem, grid))
+    np.testing.assert_allclose(np.log10(grid), np.linspace(-6, 5, 45), atol=1e-12)
     assert len(solutions) == 45
     assert all(solution.converged for solution in solutions)
     # Where regularisation is weak the gradient alone would let a fit end far from its least objective.
