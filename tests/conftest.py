@@ -179,16 +179,6 @@ def binary(tmp_path: Path) -> Callable[..., Run]:
     return call
 
 
-@pytest.fixture(scope="session")
-def one_process() -> Iterator[Any]:
-    """Run command lines one after another in one process, each in a given folder: ``one_process("balance", …, cwd=…)``."""
-    from one_process import OneProcess  # which imports this file
-
-    process = OneProcess(patience=60)
-    yield process
-    process.close()
-
-
 def write_tiny_model(folder: Path, config: dict[str, Any] | None = None, seed: int = 0) -> Path:
     """Write an open_clip folder with random weights."""
     import open_clip
@@ -318,3 +308,13 @@ def distill_place(distill_prepared: Path, tmp_path: Path) -> Path:
     """The test's own copy of the prepared folder."""
     shutil.copytree(distill_prepared, tmp_path, dirs_exist_ok=True)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def one_process() -> Iterator[Any]:
+    """Run command lines one after another in one process, each in a given folder: ``one_process("balance", …, cwd=…)``."""
+    from one_process import OneProcess  # which imports this file
+
+    process = OneProcess(patience=60)
+    yield process
+    process.close()
