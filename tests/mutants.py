@@ -39,6 +39,13 @@ UNSEEN = {
     "means_SD[sets] += np.add.reduceat(rows_BD, begins)": "0 is the default",
     "degree = (copies + 1)": "all degrees grow by the same, and only their order counts",
     "ROWS_IN_CACHE = (513)": "only slower",
+    "ROUNDING_MARGIN = (1.0)**-22": "only slower: bounds are wider",
+    "return torch.where(gap_B > 0, count_B, torch.where(now_B > before_B, self.moved_K.sum(), len(self.order_K)))": (
+        "only slower: more are compared"
+    ),
+    "weights = torch.from_numpy(np.asarray(top_similarities) / np.float32(temperature)).softmax(dim=1)": (
+        "float32 either way: they are stored in float16"
+    ),
     "return SampleRows(folder, part, np.load(_column_path(folder, part, 'sizes')))": "False is the default",
 }
 

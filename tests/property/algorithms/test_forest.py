@@ -211,13 +211,17 @@ def test_blocks_queued_as_on_a_gpu_have_the_same_pairs_crowded_or_not(
 
 
 @pytest.mark.parametrize("dtype", SCAN_DTYPES, ids=str)
-@pytest.mark.parametrize("others", [128, 100, 384])  # of 384, a piece ends inside a row of three stretches
+@pytest.mark.parametrize(
+    ("others", "centres"),
+    [(128, 1), (100, 1), (384, 1), (128, 300)],  # of 384, a piece ends inside a row of three stretches
+)
 def test_near_pairs_come_in_pieces_of_bounded_size(
-    dtype: torch.dtype, others: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, others: int, centres: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also up to a distance beyond √2, where scores are negative: that of many centres."""
     monkeypatch.setattr(search, "_STRETCHES_AT_ONCE", 2)
     monkeypatch.setattr(search, "_MANY_PAIRS", 100)
-    rows = unit_rows(5, 256 + others, 16, 1, 0.05)
+    rows = unit_rows(5, 256 + others, 16, centres, 0.05)
     expected = all_edges(rows)
     one, other = cut(rows, np.arange(256), dtype, 256) + cut(rows, np.arange(256, len(rows)), dtype, others)
     for pair, is_asked in (
