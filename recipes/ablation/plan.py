@@ -34,6 +34,8 @@ CLUSTERS = "joint-256"
 BOTH_TOWERS = ("--cluster-towers", "both")
 # The batch's own centroids and a tenth of the others, instead of all.
 FEW = ("--candidate-ratio", "0.1", "--min-candidates", "1")
+# How many of a sample's 16 nearest centroids teach it.
+NEAREST = (4, 2, 1)
 # What a run may read beside images and their captions; `inputs.py` makes it. Stored views of strong crops and of mixed
 # images; variants of captions; texts without images.
 EXTRAS = ("strong", "mix", "variants", "texts")
@@ -108,7 +110,8 @@ class Setting:
         optimizer: ``muon`` or ``adamw``.
         student: The name of its file, without suffix.
         keep: Keep list: ``all``, ``single``, ``star`` or ``random``.
-        clusters: Which clusters, ``FEATURES-K`` or ``FEATURES-K-pPERPLEXITY``; None where no loss asks.
+        clusters: Which clusters, ``FEATURES-K``, with ``-pPERPLEXITY`` or ``-mNEAREST`` where that is changed; None where no
+            loss asks.
         repair: ``--repair`` of ``distill`` and ``cluster``. On drawings the teacher is left as it is either way.
         noise: Share of the pairs whose captions are exchanged with one another.
         flags: Further flags of ``distill``.
@@ -332,8 +335,10 @@ def cid_variants(log: Log) -> list[Setting]:
         return changed(f"lambda-{value:g}", weights=weights)
 
     alone = {loss: weight for loss, weight in base.weights.items() if loss != "cluster"}
+    few = (*base.flags, *FEW)
     return [
         changed("no cluster", weights=alone, clusters=None, flags=()),
+        *(changed(f"nearest-{nearest}", clusters=f"{CLUSTERS}-m{nearest}") for nearest in NEAREST),
         cluster_weight(1.0),
         cluster_weight(0.1),
         changed("image-towers", flags=("--cluster-towers", "image")),
@@ -344,15 +349,14 @@ def cid_variants(log: Log) -> list[Setting]:
         changed("keep-random", keep="random"),
         changed("k-32", clusters="joint-32"),
         changed("k-512", clusters="joint-512"),
-        changed("bank", clusters="image-all", flags=(*base.flags, *FEW)),
+        changed("bank", clusters="image-all", flags=few),
         changed("alpha-0", flags=(*base.flags, "--label-share", "0")),
         changed("alpha-1", flags=(*base.flags, "--label-share", "1")),
         changed("perplexity-1.5", clusters=f"{CLUSTERS}-p1.5"),
         changed("perplexity-8", clusters=f"{CLUSTERS}-p8"),
-        changed("k-512-ratio-0.1", clusters="joint-512", flags=(*base.flags, *FEW)),
-        changed(
-            "k-512-ratio-0.1-uncorrected", clusters="joint-512", flags=(*base.flags, *FEW, "--no-candidate-correction")
-        ),
+        changed("k-512-ratio-0.1", clusters="joint-512", flags=few),
+        changed("k-512-ratio-0.1-nearest-4", clusters="joint-512-m4", flags=few),
+        changed("k-512-ratio-0.1-uncorrected", clusters="joint-512", flags=(*few, "--no-candidate-correction")),
     ]
 
 
