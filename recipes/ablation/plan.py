@@ -34,8 +34,8 @@ CLUSTERS = "joint-256"
 BOTH_TOWERS = ("--cluster-towers", "both")
 # The batch's own centroids and a tenth of the others, instead of all.
 FEW = ("--candidate-ratio", "0.1", "--min-candidates", "1")
-# How many of a sample's 16 nearest centroids teach it.
-NEAREST = (4, 2, 1)
+# How many of a sample's nearest centroids teach it; 16 are stored.
+NEAREST = (16, 4, 2, 1)
 # What a run may read beside images and their captions; `inputs.py` makes it. Stored views of strong crops and of mixed
 # images; variants of captions; texts without images.
 EXTRAS = ("strong", "mix", "variants", "texts")
@@ -286,7 +286,8 @@ def repaired(log: Log, drawings: Log) -> list[Setting]:
         alone = _changed(base, "repaired", repair="auto", extras=())
         if name == "fd-instance":
             ours = [trusted(alone, trust) for trust in TRUST]
-            found += [*ours, mixed_alone(ours[0], MIXED_ALONE[0])]
+            with_clip = nearer_to_captions(alone)[0]
+            found += [*ours, with_clip, mixed_alone(ours[0], MIXED_ALONE[0])]
         elif alone.is_taught:
             found.append(alone)
     return found
@@ -338,7 +339,6 @@ def cid_variants(log: Log) -> list[Setting]:
     few = (*base.flags, *FEW)
     return [
         changed("no cluster", weights=alone, clusters=None, flags=()),
-        *(changed(f"nearest-{nearest}", clusters=f"{CLUSTERS}-m{nearest}") for nearest in NEAREST),
         cluster_weight(1.0),
         cluster_weight(0.1),
         changed("image-towers", flags=("--cluster-towers", "image")),
@@ -355,9 +355,14 @@ def cid_variants(log: Log) -> list[Setting]:
         changed("perplexity-1.5", clusters=f"{CLUSTERS}-p1.5"),
         changed("perplexity-8", clusters=f"{CLUSTERS}-p8"),
         changed("k-512-ratio-0.1", clusters="joint-512", flags=few),
-        changed("k-512-ratio-0.1-nearest-4", clusters="joint-512-m4", flags=few),
         changed("k-512-ratio-0.1-uncorrected", clusters="joint-512", flags=(*few, "--no-candidate-correction")),
     ]
+
+
+def nearest_alone(log: Log) -> list[Setting]:
+    """Return `cid` at its best trial, taught by all stored nearest centroids of a sample, then by fewer of them."""
+    base = tuned("cid", log)
+    return [_changed(base, f"nearest-{nearest}", clusters=f"{CLUSTERS}-m{nearest}") for nearest in NEAREST]
 
 
 def phases(log: Log) -> Iterator[list[Run]]:
@@ -381,6 +386,7 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds((longer(name, log) for name in SCALED), FIRST_SEEDS)
     yield _seeds((best(large_students(name, log), log) for name in SCALED), FIRST_SEEDS)
     yield _seeds(cid_variants(log), FIRST_SEEDS)
+    yield _seeds(nearest_alone(log), FIRST_SEEDS)
     yield _seeds(worth_storing(log), FIRST_SEEDS)
     yield _seeds((noisy(name, share, log) for share in NOISE for name in SCALED), SEEDS[:1])
 
