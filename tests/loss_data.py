@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
-from clipcid_cli.algorithms.losses.cluster import cluster_targets, draw_candidates
+from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, draw_candidates, mean_centroids
 from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
 
-B, D, K, M = 7, 5, 12, 3
+B, D, K, M = 7, 5, 12, 6
 SCALE, BIAS, STUDENT_SCALE, TEACHER_SCALE, TAU, ALPHA = 9.0, -1.5, 14.0, 10.0, 0.2, 0.5
 
 # Student s, v and teacher t, u [B, D]; centroids C; stored clusters and similarities; the loss's own σ and bias, and the
@@ -41,14 +41,15 @@ def make_batch(numbers: Numbers, towers: str = "tu", cluster_towers: str = "s", 
     tensors = {name: torch.from_numpy(numbers[name]) for name in "svtu"}
 
     def targets(top: np.ndarray) -> ClusterTargets:
-        candidates = draw_candidates(np.arange(K), K, ratio=0.1, minimum=K, seed=0)
-        made = cluster_targets(
-            candidates, torch.from_numpy(numbers["C"]), top, numbers["similarity"], temperature=TAU, label_share=ALPHA
-        )
-        weights = torch.from_numpy(np.array([target_weights(row) for row in numbers["similarity"]]))
-        # Weights are float32 by construction: near enough to their formula, which takes their place to be compared closely.
-        torch.testing.assert_close(made.weights_Bm.double(), weights, rtol=1e-6, atol=1e-7)
-        return dataclasses.replace(made, log_correction_S=made.log_correction_S.double(), weights_Bm=weights)
+        candidates = draw_candidates(top[:1], K, ratio=1.0, minimum=1, seed=0)
+        weights = np.array([target_weights(row) for row in numbers["similarity"]])
+        means = np.einsum("bm,bmd->bd", weights, numbers["C"][top])
+        stored = ProjectedCentroids(numbers["C"].astype(np.float32), None, torch.device("cpu"))
+        made = mean_centroids(stored, top, numbers["similarity"], temperature=TAU, label_share=ALPHA)
+        # Means are float32 by construction: near enough to their formula, which takes their place to be compared closely.
+        np.testing.assert_allclose(made.numpy(), means, rtol=1e-6, atol=1e-6)
+        correction = torch.from_numpy(candidates.log_correction_S).double()
+        return ClusterTargets(torch.from_numpy(numbers["C"][candidates.ids]), correction, torch.from_numpy(means))
 
     return LossBatch(
         **student_rows(tensors["s"], tensors["v"], own),

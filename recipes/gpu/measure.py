@@ -251,9 +251,8 @@ def distill(bench: Bench) -> None:
 def loss(bench: Bench) -> None:
     """The cluster loss alone: what `distill` prepares during the step before, then forward and backward."""
     from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
+    from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, draw_candidates, mean_centroids
     from clipcid_cli.algorithms.losses.cluster import cluster as cluster_loss
-    from clipcid_cli.algorithms.losses.cluster import cluster_targets, draw_candidates
-    from clipcid_cli.runtime.pipeline import to_device
 
     width, batch, total = 512, bench.sizes.batch, bench.sizes.centroids
     random, draws = np.random.default_rng(0), torch.Generator(bench.device).manual_seed(0)
@@ -261,7 +260,7 @@ def loss(bench: Bench) -> None:
     def unit(rows: int) -> torch.Tensor:
         return F.normalize(torch.randn(rows, width, device=bench.device, generator=draws), dim=1)
 
-    centroids = F.normalize(torch.randn(total, width), dim=1)
+    centroids = ProjectedCentroids(F.normalize(torch.randn(total, width), dim=1).numpy(), None, bench.device)
     top = random.integers(0, total, (batch, 16), dtype=np.int32)
     similarities = -np.sort(-random.uniform(size=top.shape)).astype(np.float16)
     features = [unit(batch).requires_grad_() for _ in range(2)]
@@ -269,8 +268,9 @@ def loss(bench: Bench) -> None:
 
     def prepare() -> ClusterTargets:
         candidates = draw_candidates(top, total, ratio=0.1, minimum=4096, seed=0)
-        chosen = to_device(centroids[torch.from_numpy(candidates.ids)], bench.device)
-        return cluster_targets(candidates, chosen, top, similarities, temperature=0.05, label_share=0.5)
+        correction = torch.from_numpy(candidates.log_correction_S).to(bench.device)
+        means = mean_centroids(centroids, top, similarities, temperature=0.05, label_share=0.5)
+        return ClusterTargets(centroids.take(candidates.ids), correction, means)
 
     targets = prepare()
 

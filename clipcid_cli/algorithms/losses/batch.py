@@ -5,7 +5,7 @@ So a process can take some of the queries (`own`), and a block of them is made, 
 backward pass: no matrix of all queries by all keys lives when it would be large.
 
 Shape legend: B global batch, b own rows or rows of a block, E texts without images, d student width, D width of the shared
-space, L patches or tokens, S candidate centroids, m stored clusters a sample.
+space, L patches or tokens, S candidate centroids.
 """
 
 from __future__ import annotations
@@ -29,20 +29,18 @@ _GPU_PARTS = 64
 
 @dataclasses.dataclass(frozen=True)
 class ClusterTargets:
-    """Candidate centroids of one batch, and the teacher's distribution over them.
+    """Candidate centroids of one batch, and what the teacher's distribution over clusters makes of each sample.
 
     Attributes:
         centroids_SD: Unit rows, float32.
         log_correction_S: Added to the logits, so that the drawn candidates represent all centroids that are not active: 0
             for active ones, log((K − |A|) / |R|) for drawn ones; float32.
-        positions_Bm: Row of `centroids_SD` of each stored cluster of each sample, nearest first, int64; all are active.
-        weights_Bm: Target distribution over them, rows sum to 1, float32.
+        mean_BD: Mean centroid of each sample's target distribution, whose clusters need not all be candidates, float32.
     """
 
     centroids_SD: Tensor
     log_correction_S: Tensor
-    positions_Bm: Tensor
-    weights_Bm: Tensor
+    mean_BD: Tensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Cluster discrimination: the student places its features among the teacher's cluster centroids.
 
-With K centroids up to 10⁶ a batch is compared with a candidate set S = A ∪ R: all clusters that are the teacher's
-targets for the batch (A, "active") and a uniform draw of the rest (R). Each drawn centroid represents (K − |A|)/|R|
+With K centroids up to 10⁶ a batch is compared with a candidate set S = A ∪ R: the nearest clusters of its samples (A,
+"active") and a uniform draw of the rest (R). Each drawn centroid represents (K − |A|)/|R|
 centroids, so the logarithm of that is added to its logit: the softmax's normaliser is then an unbiased estimate of the
 full one. Without the correction the other centroids count too little and the probability of the active ones is inflated.
 
@@ -16,7 +16,6 @@ import math
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch, add, over_blocks, rows_between
@@ -26,6 +25,9 @@ from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, project
 _KEPT_BYTES = 64 * 2**20
 # Centroids are read and projected this many at a time.
 _ROWS_AT_ONCE = 8192
+# Of each sample this many of its nearest clusters are active. More cost time and teach no better (recipes/ablation): they
+# stay in the target, and the draw stands for them in the normaliser.
+_NUM_ACTIVE = 4
 
 
 class ProjectedCentroids:
@@ -67,15 +69,11 @@ class ClusterCandidates:
 
     Attributes:
         ids: Their cluster numbers, each once: active ones ascending, then drawn ones ascending; int64 [S].
-        num_active: How many of them are active.
-        places: Of each active cluster its place among `ids`, int32 [K]; of other clusters any number.
-        log_correction: log((K − |A|)/|R|), 0 when nothing or everything is drawn.
+        log_correction_S: 0 for active ones, log((K − |A|)/|R|) for drawn ones; float32.
     """
 
     ids: npt.NDArray[np.int64]
-    num_active: int
-    places: npt.NDArray[np.int32]
-    log_correction: float
+    log_correction_S: npt.NDArray[np.float32]
 
 
 def draw_candidates(
@@ -84,55 +82,56 @@ def draw_candidates(
     """Draw the candidate centroids of a global batch, on every process the same.
 
     Args:
-        top_clusters: Stored clusters of the batch's samples, any shape.
-        ratio: Share r of all K centroids to draw from the rest.
+        top_clusters: Stored clusters of each of the batch's images and captions, nearest first, [n, m].
+        ratio: Share r of all K centroids to draw from those that are not active.
         minimum: Smallest number of candidates, active ones included.
 
-    Source: docs/method.md#candidates; the share is UNICOM's partial-FC, the correction ours.
+    Source: docs/method.md#candidates; the share is UNICOM's partial-FC, the active ones and the correction are ours.
     """
-    # Masks and a table of all K: sorting and searching the clusters of 32,768 samples took longer than a step on a GPU.
+    # A mask of all K: sorting the clusters of 32,768 samples took longer than a step on a GPU.
     is_active = np.zeros(num_clusters, dtype=bool)
-    is_active[top_clusters.reshape(-1)] = True
+    is_active[top_clusters[:, :_NUM_ACTIVE].reshape(-1)] = True
     active = np.flatnonzero(is_active)
-    places = np.cumsum(is_active, dtype=np.int32) - np.int32(1)
     rest = num_clusters - len(active)
     requested = max(math.ceil(ratio * num_clusters), min(num_clusters, minimum) - len(active))
     count = min(rest, max(0, requested))
-    if count == 0:
-        return ClusterCandidates(active, len(active), places, 0.0)
     is_drawn = np.zeros(rest, dtype=bool)
     is_drawn[np.random.default_rng(seed).choice(rest, size=count, replace=False)] = True
-    drawn = np.flatnonzero(~is_active)[is_drawn]
-    return ClusterCandidates(np.concatenate([active, drawn]), len(active), places, math.log(rest / count))
+    ids = np.concatenate([active, np.flatnonzero(~is_active)[is_drawn]])
+    log_correction_S = np.zeros(len(ids), dtype=np.float32)
+    if count > 0:
+        log_correction_S[len(active) :] = math.log(rest / count)
+    return ClusterCandidates(ids, log_correction_S)
 
 
-def cluster_targets(
-    candidates: ClusterCandidates,
-    centroids_SD: Tensor,
+def mean_centroids(
+    centroids: ProjectedCentroids,
     top_clusters: npt.NDArray[np.integer],
     top_similarities: npt.NDArray[np.floating],
     *,
     temperature: float,
     label_share: float,
-) -> ClusterTargets:
-    """Prepare what the loss needs of one batch, on the device of the centroids.
+) -> Tensor:
+    """Return Σ_j q_j·c_j of each sample, the mean centroid of its target distribution q, float32 [B, d].
 
     Args:
-        centroids_SD: The candidates, unit rows, float32.
-        top_clusters: Stored clusters of each sample, active ones, nearest first, [B, m].
+        top_clusters: Stored clusters of each sample, nearest first, [B, m].
         top_similarities: Cosine similarities to them, [B, m].
         temperature: τ_T of the teacher's distribution softmax(similarity/τ_T), over the m stored clusters: the others
             would get a share below e^((last − first)/τ_T) each.
         label_share: α: weight of the nearest cluster's one-hot target; 1 − α is the distribution's.
     """
-    positions = candidates.places[top_clusters].astype(np.int64)
     weights = torch.from_numpy(np.asarray(top_similarities, dtype=np.float32) / np.float32(temperature)).softmax(dim=1)
     weights = (1.0 - label_share) * weights
     weights[:, 0] += label_share
-    device = centroids_SD.device
-    correction = torch.zeros(len(candidates.ids), device=device)
-    correction[candidates.num_active :] = candidates.log_correction
-    return ClusterTargets(centroids_SD, correction, torch.from_numpy(positions).to(device), weights.to(device))
+    at_once = max(1, _ROWS_AT_ONCE // top_clusters.shape[1])
+    means = []
+    for first in range(0, len(top_clusters), at_once):
+        ids_bm = top_clusters[first : first + at_once].astype(np.int64)
+        stored_bmd = centroids.take(ids_bm.reshape(-1)).view(*ids_bm.shape, -1)
+        weights_bm = weights[first : first + at_once].to(stored_bmd.device)
+        means.append((weights_bm[:, :, None] * stored_bmd).sum(dim=1))
+    return torch.cat(means)
 
 
 def cluster(batch: LossBatch, scale: Tensor) -> Tensor:
@@ -168,12 +167,5 @@ def soft_label_cross_entropy(
     # the larger one (1,024 rows, 116,241 candidates, 768 dimensions: two thirds of the time).
     normalisers = over_blocks(normaliser, 0, len(targets.centroids_SD), stop - first, features_BD.device)
     normaliser_b = normalisers[0] if len(normalisers) == 1 else torch.stack(normalisers).logsumexp(dim=0)
-    # Σ_j q_j·logit_j = σ_c·s'·Σ_j q_j·c_j, as the correction of active candidates is 0. Picking the logits out of a block
-    # would cost another block for their gradient.
-    target_bD = F.embedding_bag(
-        rows_between(targets.positions_Bm, first, stop),
-        targets.centroids_SD,
-        per_sample_weights=rows_between(targets.weights_Bm, first, stop),
-        mode="sum",
-    )
-    return normaliser_b.sum() - (scaled_bD * target_bD).sum()
+    # Σ_j q_j·logit_j = σ_c·s'·Σ_j q_j·c_j, where no logit is corrected: it needs neither the logits nor their candidates.
+    return normaliser_b.sum() - (scaled_bD * rows_between(targets.mean_BD, first, stop)).sum()

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
-from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, cluster_targets, draw_candidates
+from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, draw_candidates, mean_centroids
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -167,28 +168,28 @@ class ClusterLookup:
         settings = self.settings
         total = len(self.centroids)
         table_rows = self.table_rows[rows].astype(np.int64)
-        active = np.concatenate([top.clusters[table_rows].reshape(-1) for top, _ in self.towers])
-        if active.min() < 0 or active.max() >= total:
+        stored = np.concatenate([top.clusters[table_rows] for top, _ in self.towers])
+        if stored.min() < 0 or stored.max() >= total:
             raise ClipcidError(
-                f"The clusters' arrays name clusters {active.min()} to {active.max()}; there are {total:,} centroids.",
+                f"The clusters' arrays name clusters {stored.min()} to {stored.max()}; there are {total:,} centroids.",
                 "Make the clusters again, by their command and --overwrite.",
             )
         seed = derive_seed("candidates", settings.seed, step)
         candidates = draw_candidates(
-            active, total, ratio=settings.candidate_ratio, minimum=settings.min_candidates, seed=seed
+            stored, total, ratio=settings.candidate_ratio, minimum=settings.min_candidates, seed=seed
         )
+        centroids_SD = self.centroids.take(candidates.ids)
+        log_correction_S = torch.from_numpy(candidates.log_correction_S).to(centroids_SD.device)
         if not settings.candidate_correction:
-            candidates = dataclasses.replace(candidates, log_correction=0.0)
-        centroids = self.centroids.take(candidates.ids)
-        found = [
-            cluster_targets(
-                candidates,
-                centroids,
+            log_correction_S = torch.zeros_like(log_correction_S)
+        found = []
+        for top, temperature in self.towers:
+            mean_BD = mean_centroids(
+                self.centroids,
                 top.clusters[table_rows],
                 top.similarities[table_rows],
                 temperature=temperature,
                 label_share=settings.label_share,
             )
-            for top, temperature in self.towers
-        ]
+            found.append(ClusterTargets(centroids_SD, log_correction_S, mean_BD))
         return found[0], found[1] if len(found) > 1 else None

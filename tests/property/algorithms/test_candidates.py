@@ -23,31 +23,31 @@ def draws(draw: st.DrawFn) -> tuple[np.ndarray, int, float, int, int]:
 @given(draws())
 def test_candidates_hold_all_named_and_enough_others_once(case: tuple[np.ndarray, int, float, int, int]) -> None:
     named, num_clusters, ratio, minimum, seed = case
-    found = draw_candidates(named, num_clusters, ratio=ratio, minimum=minimum, seed=seed)
+    found = draw_candidates(named[:, None], num_clusters, ratio=ratio, minimum=minimum, seed=seed)
     active = set(named.tolist())
-    assert set(found.ids[: found.num_active].tolist()) == active
+    assert set(found.ids[: len(active)].tolist()) == active
     assert len(set(found.ids.tolist())) == len(found.ids)
     assert found.ids.min() >= 0
     assert found.ids.max() < num_clusters
     assert len(found.ids) >= min(num_clusters, minimum)
     drawn, rest = len(found.ids) - len(active), num_clusters - len(active)
     assert drawn >= min(rest, math.ceil(ratio * num_clusters))
-    assert found.log_correction == (math.log(rest / drawn) if drawn else 0.0)
-    again = draw_candidates(named[::-1].copy(), num_clusters, ratio=ratio, minimum=minimum, seed=seed)
+    assert not found.log_correction_S[: len(active)].any()
+    assert np.allclose(found.log_correction_S[len(active) :], math.log(rest / drawn) if drawn else 0.0)
+    again = draw_candidates(named[::-1, None], num_clusters, ratio=ratio, minimum=minimum, seed=seed)
     assert np.array_equal(found.ids, again.ids)
 
 
 def test_corrected_normaliser_is_unbiased_and_plain_one_is_not() -> None:
     random = np.random.default_rng(0)
     num_clusters, exponentials = 2_000, np.exp(random.normal(size=2_000))
-    named = random.choice(num_clusters, 30, replace=False)
+    stored = random.choice(num_clusters, (8, 16), replace=False)  # the first four of each are active
     full = exponentials.sum()
     corrected, plain = [], []
     for seed in range(300):
-        found = draw_candidates(named, num_clusters, ratio=0.1, minimum=0, seed=seed)
-        weights = np.ones(len(found.ids))
-        weights[found.num_active :] = math.exp(found.log_correction)
-        corrected.append((weights * exponentials[found.ids]).sum())
+        found = draw_candidates(stored, num_clusters, ratio=0.1, minimum=0, seed=seed)
+        assert len(found.ids) == 8 * 4 + 200
+        corrected.append((np.exp(found.log_correction_S) * exponentials[found.ids]).sum())
         plain.append(exponentials[found.ids].sum())
     error = np.std(corrected) / math.sqrt(len(corrected))
     assert abs(np.mean(corrected) - full) < 4 * error

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from loss_data import SCALE, B, compute, formula, make_batch, make_numbers, slopes, unit, with_gradients
 
 from clipcid_cli.algorithms.losses import batch as batch_module
-from clipcid_cli.algorithms.losses.batch import LossBatch
-from clipcid_cli.algorithms.losses.cluster import ClusterTargets
+from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
 from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
 
@@ -55,8 +54,7 @@ def test_large_batches_keep_no_matrix_for_the_backward_pass(monkeypatch: pytest.
         torch.from_numpy(unit(random.normal(size=(count, 4))).astype(np.float32))
         for count in (rows, rows, num_centroids)
     )
-    nearest = torch.arange(rows)[:, None]
-    targets = ClusterTargets(centroids, torch.zeros(num_centroids), nearest, torch.ones(rows, 1))
+    targets = ClusterTargets(centroids, torch.zeros(num_centroids), centroids[:rows])
     image.requires_grad_()
     batch = LossBatch(image, text, torch.tensor(1.0), image, text, image_clusters=targets)
 

@@ -22,7 +22,7 @@ from clipcid_cli.steps.distill.clusters import ClusterLookup, use_clusters
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.settings.distill import DistillSettings
 
-K, D, CUT, N, M = 300, 24, 10, 40, 4
+K, D, CUT, N, M = 300, 24, 10, 40, 6
 CPU = torch.device("cpu")
 
 
@@ -68,19 +68,19 @@ def make_lookup(file: np.ndarray, captions: bool, *, corrected: bool = True) -> 
     return ClusterLookup(ProjectedCentroids(file, None, CPU), table_rows, towers, settings)
 
 
-def test_targets_lead_back_to_the_stored_clusters(file: np.ndarray) -> None:
+def test_targets_have_all_stored_clusters_and_four_of_each_are_candidates(file: np.ndarray) -> None:
     lookup, rows = make_lookup(file, captions=True), np.array([31, 2, 17])
     images, texts = lookup.targets(rows, step=3)
     assert texts is not None
     for targets, (top, temperature) in zip((images, texts), lookup.towers, strict=True):
-        named = targets.centroids_SD[targets.positions_Bm].numpy()
-        np.testing.assert_allclose(named, unit(file[top.clusters[lookup.table_rows[rows]]]), atol=1e-6)
+        stored = unit(file[top.clusters[lookup.table_rows[rows]]])
         share = np.exp(top.similarities[lookup.table_rows[rows]].astype(np.float64) / temperature)
         share = 0.5 * share / share.sum(axis=1, keepdims=True) + 0.5 * (np.arange(M) == 0)
-        np.testing.assert_allclose(targets.weights_Bm.numpy(), share, atol=1e-6)
-        assert not targets.log_correction_S[targets.positions_Bm].any()
-    named = np.union1d(*(top.clusters[lookup.table_rows[rows]] for top, _ in lookup.towers))
-    assert len(images.centroids_SD) == len(named) + 0.1 * K
+        np.testing.assert_allclose(targets.mean_BD.numpy(), np.einsum("bm,bmd->bd", share, stored), atol=1e-6)
+    active = np.union1d(*(top.clusters[lookup.table_rows[rows], :4] for top, _ in lookup.towers))
+    np.testing.assert_allclose(images.centroids_SD[: len(active)].numpy(), unit(file[active]), atol=1e-6)
+    assert not images.log_correction_S[: len(active)].any()
+    assert len(images.centroids_SD) == len(active) + 0.1 * K
 
 
 def test_draw_depends_on_the_step_and_its_correction_can_be_left_out(file: np.ndarray) -> None:
