@@ -1,9 +1,9 @@
 """Cluster discrimination: the student places its features among the teacher's cluster centroids.
 
 With K centroids up to 10⁶ a batch is compared with a candidate set S = A ∪ R: the nearest clusters of its samples (A,
-"active") and a uniform draw of the rest (R). Each drawn centroid represents (K − |A|)/|R|
-centroids, so the logarithm of that is added to its logit: the softmax's normaliser is then an unbiased estimate of the
-full one. Without the correction the other centroids count too little and the probability of the active ones is inflated.
+"active") and a uniform draw of the rest (R). Each drawn centroid represents (K − |A|)/|R| centroids, so the logarithm of
+that is added to its logit: the softmax's normaliser is then an unbiased estimate of the full one. Without the correction
+the other centroids count too little and the probability of the active ones is inflated.
 
 Shape legend: B batch, K centroids, D width, d width of the shared space, S candidates, m stored clusters a sample.
 """
@@ -90,7 +90,8 @@ def draw_candidates(
     """
     # A mask of all K: sorting the clusters of 32,768 samples took longer than a step on a GPU.
     is_active = np.zeros(num_clusters, dtype=bool)
-    is_active[top_clusters[:, :_NUM_ACTIVE].reshape(-1)] = True
+    # Without a draw nothing would stand for the others.
+    is_active[top_clusters[:, :_NUM_ACTIVE] if ratio > 0 else top_clusters] = True
     active = np.flatnonzero(is_active)
     rest = num_clusters - len(active)
     requested = max(math.ceil(ratio * num_clusters), min(num_clusters, minimum) - len(active))
