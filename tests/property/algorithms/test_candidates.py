@@ -49,7 +49,9 @@ def test_corrected_normaliser_is_unbiased_and_plain_one_is_not() -> None:
         assert len(found.ids) == 8 * 4 + 200
         corrected.append((np.exp(found.log_correction_S) * exponentials[found.ids]).sum())
         plain.append(exponentials[found.ids].sum())
-    assert np.array_equal(draw_candidates(stored, num_clusters, ratio=0, minimum=0, seed=0).ids, np.sort(stored, axis=None))
+    assert np.array_equal(
+        draw_candidates(stored, num_clusters, ratio=0, minimum=0, seed=0).ids, np.sort(stored, axis=None)
+    )
     error = np.std(corrected) / math.sqrt(len(corrected))
     assert abs(np.mean(corrected) - full) < 4 * error
     assert np.mean(plain) < 0.2 * full
