@@ -28,7 +28,7 @@ DUPLICATES = 1 / 3
 # Choices of ours. Share of pairs with another picture's caption; of repeats with other words, and with a watermark.
 WRONG, REWORDED, WATERMARKED = 0.1, 0.5, 0.3
 # Of a repeat: the most that is cut off each side, the least that its sides are scaled by, the range of its JPEG quality.
-MAX_CROP, MIN_SCALE, QUALITY = 0.06, 0.5, (30, 90)
+MAX_CROP, MIN_SCALE, QUALITY = 0.04, 0.6, (40, 90)
 # Of a scene of two pictures: the side of the larger one, of the smaller one.
 LARGE, SMALL = 0.65, 0.45
 SHARDS = 8
@@ -153,7 +153,7 @@ def repeated(image: Image.Image, draw: np.random.Generator) -> bytes:
     image = image.resize((round(scale * image.width), round(scale * image.height)))
     if draw.random() < WATERMARKED:
         place = (draw.uniform(0, image.width / 4), draw.uniform(0, image.height / 2))
-        ImageDraw.Draw(image, "RGBA").text(place, "example", fill=(128, 128, 128, 120), font_size=image.width / 5)
+        ImageDraw.Draw(image, "RGBA").text(place, "example", fill=(128, 128, 128, 120), font_size=image.width / 7)
     return as_jpeg(image, int(draw.integers(*QUALITY)))
 
 
