@@ -28,7 +28,9 @@ import purity
 import table
 
 HERE = Path(__file__).resolve().parent
+FOREIGN = HERE.parent / "foreign-teacher"
 PAIRS, STEPS = 20_000, 600
+PHOTOGRAPH_PAIRS, PHOTOGRAPH_SIZE = 4_500, 224
 SEEDS = (0, 1, 2)
 # What is within this distance of an image that students are measured on is never trained on.
 AGAINST = 0.3
@@ -48,13 +50,21 @@ class Web(inputs.Inputs):
     def __init__(self, work: Path) -> None:
         super().__init__(work)
         self.pairs = work / "web"
+        self.references = [work / "sets" / each / "test" for each in self.sets]
+
+    def make(self) -> None:
+        """Make the pairs."""
+        inputs.cut_sets(self.work)
+        self.repeat(self.work / "pairs", "--pairs", str(PAIRS))
+
+    def repeat(self, sources: Path, *flags: str) -> None:
+        """Make pairs of some sources, unless that is done."""
+        if not self.pairs.exists():
+            subprocess.run([sys.executable, HERE / "make.py", sources, self.pairs, *flags], check=True)
 
     def prepare(self) -> None:
         """Make the pairs, embed them, and choose the subsets of those that are not near an evaluation set."""
-        inputs.cut_sets(self.work)
-        if not self.pairs.exists():
-            make = [sys.executable, HERE / "make.py", self.work / "pairs", self.pairs, "--pairs", str(PAIRS)]
-            subprocess.run(make, check=True)
+        self.make()
         inputs.clipcid("embed", self.pairs, "--model", self.teacher, "--work", self.work)
         self.choose("all", "single", 1.0)
         for share in (PLANTED, PAPER):
@@ -73,7 +83,7 @@ class Web(inputs.Inputs):
 
     def balance(self, name: str, share: float, *flags: str) -> None:
         """Run `clipcid balance`."""
-        references = [flag for each in self.sets for flag in ("--against", self.work / "sets" / each / "test")]
+        references = [flag for reference in self.references for flag in ("--against", reference)]
         inputs.clipcid(
             "balance", "--embeddings", self.embeddings, "--keep", f"{share:.6f}", *references,
             "--against-threshold", AGAINST, *flags, "--work", self.work / "kept" / name,
@@ -82,13 +92,14 @@ class Web(inputs.Inputs):
     def apply(self, name: str, rule: Callable[[np.ndarray, int, int], np.ndarray], share: float) -> None:
         """Write the keep list of a rule, which returns for each row the kept row that stands for it."""
         keys, rows = purity.read_embeddings(self.embeddings)
-        far = pd.read_parquet(self.keep_list("all")).set_index("key")["kept"].loc[keys].to_numpy()
-        keys_left = np.array(keys)[far]
-        stands_for = rule(rows[far], round(share * len(keys_left)), 0)
+        keep = pd.read_parquet(self.keep_list("all"), columns=["key", "kept"]).set_index("key").loc[keys].reset_index()
+        far = np.flatnonzero(keep["kept"])
+        stands_for = far[rule(rows[far], round(share * len(far)), 0)]
+        keep["kept"] = np.isin(np.arange(len(keep)), stands_for)
+        keep.loc[far, "representative"] = keep["key"].to_numpy()[stands_for]
         path = Path(self.keep_list(name))
-        path.parent.mkdir(parents=True)
-        kept = stands_for == np.arange(len(stands_for))
-        pd.DataFrame({"key": keys_left, "kept": kept, "representative": keys_left[stands_for]}).to_parquet(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep.to_parquet(path)
 
     def keep_list(self, name: str) -> str:
         """Return where a subset's keep list is."""
@@ -113,6 +124,21 @@ class Web(inputs.Inputs):
         counts = Counter(concept.lower() for concepts in truth["concepts"] for concept in set(concepts))
         subsets = {name: judged(pd.read_parquet(self.keep_list(name)), truth) for name in subset_names()}
         return {"pairs": len(truth), "frequency": dict(counts), "subsets": subsets}
+
+
+class Photographs(Web):
+    """The same of photographs, with the teacher of recipes/foreign-teacher; students are not trained on them."""
+
+    def __init__(self, work: Path, train: Path, test: Path) -> None:
+        """Take two folders of one folder per class."""
+        super().__init__(work)
+        self.teacher = FOREIGN / "teacher"
+        self.train, self.references = train, [test]
+
+    def make(self) -> None:
+        """Build the teacher, and make the pairs."""
+        subprocess.run(["bash", FOREIGN / "teacher.sh"], check=True)
+        self.repeat(self.train, "--pairs", str(PHOTOGRAPH_PAIRS), "--size", str(PHOTOGRAPH_SIZE))
 
 
 class Claim(ablation.Ablation):
@@ -168,17 +194,25 @@ def settings(log: plan.Log, work: Path) -> Iterator[list[plan.Setting]]:
         name = f"{loss}/{keep}" + ("" if steps == STEPS else "/equal epochs")
         return dataclasses.replace(base, name=name, extras=(), keep=keep, steps=steps, flags=(*base.flags, *watched))
 
-    planted = ["all", *(f"{method}-{PLANTED}" for method in METHODS)]
-    smaller = [f"{method}-{PAPER}" for method in METHODS]
-    fewer_steps = round(STEPS * Web(work).share(PLANTED))
-    for loss in ("fd-instance", "clip"):
-        yield [on(loss, keep) for keep in planted]
-    yield [on("clip", f"best-caption-{PLANTED}")]
-    for loss in ("fd-instance", "clip"):
-        yield [on(loss, f"{method}-{PLANTED}", fewer_steps) for method in METHODS]
-    yield [on("cid", keep) for keep in planted]
-    for loss in LOSSES:
-        yield [on(loss, keep) for keep in smaller]
+    def planted(loss: str, *methods: str, steps: int = STEPS) -> list[plan.Setting]:
+        return [on(loss, f"{method}-{PLANTED}", steps) for method in methods]
+
+    def paper(loss: str, *methods: str) -> list[plan.Setting]:
+        return [on(loss, f"{method}-{PAPER}") for method in methods]
+
+    equal_epochs = round(STEPS * Web(work).share(PLANTED))
+    yield [on("fd-instance", "all"), *planted("fd-instance", *METHODS)]
+    yield [on("clip", "all"), *planted("clip", "single", "random")]
+    yield planted("fd-instance", "single", steps=equal_epochs)
+    yield paper("fd-instance", "single")
+    yield planted("fd-instance", "random", steps=equal_epochs)
+    yield [on("cid", "all"), *planted("cid", "single", "random")]
+    yield planted("clip", "star", "semdedup", "best-caption")
+    yield planted("clip", "single", "random", steps=equal_epochs)
+    yield paper("fd-instance", "star", "semdedup", "random")
+    yield paper("clip", *METHODS)
+    yield planted("cid", "star", "semdedup")
+    yield paper("cid", *METHODS)
 
 
 def runs(log: plan.Log, work: Path, *, is_quick: bool) -> Iterator[list[plan.Run]]:
@@ -281,12 +315,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few steps, to prove that it works")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--tables", action="store_true", help="only print the tables of what the log holds")
+    parser.add_argument(
+        "--photographs",
+        type=Path,
+        nargs=2,
+        metavar=("TRAIN", "TEST"),
+        help="only choose subsets of repeated photographs",
+    )
     given = parser.parse_args()
+    if given.photographs:
+        photographs = Photographs(given.work, *given.photographs)
+        photographs.prepare()
+        print("\n".join(subset_table(photographs.describe()["subsets"])))
+        return
     log = ablation.Log(given.log)
     if not given.tables:
         web = Web(given.work)
         web.prepare()
-        log.add({"run": "data", "setting": "data", "seed": 0} | web.describe())
+        data = {"run": "data", "setting": "data", "seed": 0} | web.describe()
+        if log.entries.get("data") != data:
+            log.add(data)
         tuned = ablation.Log(HERE.parent / "ablation" / "log.jsonl").entries
         phases = partial(runs, tuned, given.work, is_quick=given.quick)
         Claim(web, log, phases, given.jobs, is_quick=given.quick).run()
