@@ -29,7 +29,7 @@ import table
 
 HERE = Path(__file__).resolve().parent
 FOREIGN = HERE.parent / "foreign-teacher"
-PAIRS, STEPS = 20_000, 600
+PAIRS, QUICK_PAIRS, STEPS = 20_000, 2_000, 600
 PHOTOGRAPH_PAIRS, PHOTOGRAPH_SIZE = 4_500, 224
 SEEDS = (0, 1, 2)
 # What is within this distance of an image that students are measured on is never trained on.
@@ -47,20 +47,22 @@ class Web(inputs.Inputs):
 
     sets = tuple(f"report-{what}-{task}" for what in ("concepts", "drawings") for task in ("retrieval", "classes"))
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, num_pairs: int = PAIRS) -> None:
         super().__init__(work)
+        self.num_pairs = num_pairs
         self.pairs = work / "web"
         self.references = [work / "sets" / each / "test" for each in self.sets]
 
     def make(self) -> None:
         """Make the pairs."""
         inputs.cut_sets(self.work)
-        self.repeat(self.work / "pairs", "--pairs", str(PAIRS))
+        self.repeat(self.work / "pairs")
 
     def repeat(self, sources: Path, *flags: str) -> None:
         """Make pairs of some sources, unless that is done."""
         if not self.pairs.exists():
-            subprocess.run([sys.executable, HERE / "make.py", sources, self.pairs, *flags], check=True)
+            command = [sys.executable, HERE / "make.py", sources, self.pairs, "--pairs", str(self.num_pairs)]
+            subprocess.run([*command, *flags], check=True)
 
     def prepare(self) -> None:
         """Make the pairs, embed them, and choose the subsets of those that are not near an evaluation set."""
@@ -131,14 +133,14 @@ class Photographs(Web):
 
     def __init__(self, work: Path, train: Path, test: Path) -> None:
         """Take two folders of one folder per class."""
-        super().__init__(work)
+        super().__init__(work, PHOTOGRAPH_PAIRS)
         self.teacher = FOREIGN / "teacher"
         self.train, self.references = train, [test]
 
     def make(self) -> None:
         """Build the teacher, and make the pairs."""
         subprocess.run(["bash", FOREIGN / "teacher.sh"], check=True)
-        self.repeat(self.train, "--pairs", str(PHOTOGRAPH_PAIRS), "--size", str(PHOTOGRAPH_SIZE))
+        self.repeat(self.train, "--size", str(PHOTOGRAPH_SIZE))
 
 
 class Claim(ablation.Ablation):
@@ -185,9 +187,9 @@ def judged(keep: pd.DataFrame, truth: pd.DataFrame) -> dict[str, float]:
     return figures
 
 
-def settings(log: plan.Log, work: Path) -> Iterator[list[plan.Setting]]:
+def settings(log: plan.Log, web: Web) -> Iterator[list[plan.Setting]]:
     """Yield settings, the most telling first, at the rates and weights that were best in the ablation."""
-    watched = ("--eval-data", str(work / "sets" / CURVE), "--eval-every", str(STEPS // CURVE_POINTS))
+    watched = ("--eval-data", str(web.work / "sets" / CURVE), "--eval-every", str(STEPS // CURVE_POINTS))
 
     def on(loss: str, keep: str, steps: int = STEPS) -> plan.Setting:
         base = plan.tuned(loss, log)
@@ -200,7 +202,7 @@ def settings(log: plan.Log, work: Path) -> Iterator[list[plan.Setting]]:
     def paper(loss: str, *methods: str) -> list[plan.Setting]:
         return [on(loss, f"{method}-{PAPER}") for method in methods]
 
-    equal_epochs = round(STEPS * Web(work).share(PLANTED))
+    equal_epochs = round(STEPS * web.share(PLANTED))
     yield [on("fd-instance", "all"), *planted("fd-instance", *METHODS)]
     yield [on("clip", "all"), *planted("clip", "single", "random")]
     yield planted("fd-instance", "single", steps=equal_epochs)
@@ -215,9 +217,9 @@ def settings(log: plan.Log, work: Path) -> Iterator[list[plan.Setting]]:
     yield paper("cid", *METHODS)
 
 
-def runs(log: plan.Log, work: Path, *, is_quick: bool) -> Iterator[list[plan.Run]]:
+def runs(log: plan.Log, web: Web, *, is_quick: bool) -> Iterator[list[plan.Run]]:
     """Yield all runs as one phase: all seeds of some settings, then of the next; two settings of each where it is quick."""
-    groups = list(settings(log, work))
+    groups = list(settings(log, web))
     if is_quick:
         yield [plan.Run(setting, SEEDS[0]) for group in groups for setting in group[:2]]
     else:
@@ -312,7 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--log", type=Path, default=HERE / "log.jsonl")
-    parser.add_argument("--quick", action="store_true", help="few steps, to prove that it works")
+    parser.add_argument("--quick", action="store_true", help="few pairs and steps, to prove that it works")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--tables", action="store_true", help="only print the tables of what the log holds")
     parser.add_argument(
@@ -330,13 +332,13 @@ def main() -> None:
         return
     log = ablation.Log(given.log)
     if not given.tables:
-        web = Web(given.work)
+        web = Web(given.work, QUICK_PAIRS if given.quick else PAIRS)
         web.prepare()
         data = {"run": "data", "setting": "data", "seed": 0} | web.describe()
         if log.entries.get("data") != data:
             log.add(data)
         tuned = ablation.Log(HERE.parent / "ablation" / "log.jsonl").entries
-        phases = partial(runs, tuned, given.work, is_quick=given.quick)
+        phases = partial(runs, tuned, web, is_quick=given.quick)
         Claim(web, log, phases, given.jobs, is_quick=given.quick).run()
     print("\n".join(tabulate(log.entries)))
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Is a student of fewer pairs, chosen by `balance`, no worse, where pairs repeat as the web's do? See README.md.
 #   bash recipes/claim/run.sh            an hour or two on 2 cores; stop it when you like, it goes on where it was
-#   bash recipes/claim/run.sh --quick    the same commands with 40 steps, to prove that it runs: minutes
+#   bash recipes/claim/run.sh --quick    the same commands with few pairs and 40 steps, to prove that it runs: minutes
 # CLAIM_WORK names another work directory.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
