@@ -66,8 +66,8 @@ def main() -> None:
     samples, truth = make_pairs(chosen, counts, draw)
     write(given.out, samples, truth, draw)
     print(
-        f"{len(samples):,} pairs of {len(counts):,} pictures, {len(pictures) - len(sources):,} of them scenes of two; exponent"
-        f" {exponent(DUPLICATES):.3f}; {np.mean(counts == 1):.1%} of the pictures are seen once, one {counts.max()} times"
+        f"{len(samples):,} pairs of {len(counts):,} pictures, {len(pictures) - len(sources):,} of them scenes of two; one"
+        f" is seen {counts.max()} times, {np.mean(counts == 1):.1%} are seen once (exponent {exponent(DUPLICATES):.3f})"
     )
 
 
