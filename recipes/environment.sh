@@ -12,9 +12,11 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     echo "Installing clipcid into $venv (PyTorch is large: minutes on a fresh machine) ..." >&2
     if [ -t 2 ]; then
         "$venv/bin/python" -m pip install --editable '.[test]' >&2
-    else # a line for each package that is fetched
+    else # a line for each package that is fetched; awk would wait for 4 kB of them
         "$venv/bin/python" -m pip install --progress-bar off --editable '.[test]' |
-            awk '/^Collecting/ { print "  " $2; fflush() }' >&2
+            while read -r word package _; do
+                if [ "$word" = Collecting ]; then echo "  $package" >&2; fi
+            done
     fi
     touch "$stamp"
 fi

@@ -36,6 +36,9 @@ if typing.TYPE_CHECKING:
 
 Show = Callable[[Any, "Console"], None]
 
+_PREFIX = "CLIPCID_"
+# Variables that give no flag: the cache of shards, and what recipes and tests read.
+_NOT_FLAGS = {f"{_PREFIX}{name}" for name in ("CACHE", "GOLDEN", "GPU_OUT", "GPU_PATIENCE", "SCALE", "VENV")}
 _SHARED = {field.name for field in dataclasses.fields(SharedSettings)}
 # click breaks lines at hyphens and spaces; these two stand in for those that must not be broken at until the page is done.
 _HYPHEN = "\N{NON-BREAKING HYPHEN}"
@@ -154,7 +157,7 @@ def _make_parameter(command: str, field: dataclasses.Field[Any], kind: Any, mult
         "help": setting.help,
         "default": field.default,
         "show_default": field.default is not False,
-        "envvar": f"CLIPCID_{scope}{flag.removeprefix('--')}".replace("-", "_").upper(),
+        "envvar": f"{_PREFIX}{scope}{flag.removeprefix('--')}".replace("-", "_").upper(),
     }
     if field.name == "config":  # before every other flag, since it sets their defaults
         given |= {"is_eager": True, "callback": load_config}
@@ -209,6 +212,30 @@ def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
     return number
 
 
+def _sibling_commands(ctx: click.Context) -> dict[str, click.Command | None]:
+    """Return all subcommands by name."""
+    group = ctx.parent
+    assert group is not None
+    assert isinstance(group.command, click.Group)
+    return {name: group.command.get_command(group, name) for name in group.command.list_commands(group)}
+
+
+def _validate_variables(ctx: click.Context) -> None:
+    """Refuse a variable of the environment that looks like that of a flag, but belongs to none of any subcommand."""
+    given = {name for name in os.environ if name.startswith(_PREFIX)} - _NOT_FLAGS - _variables(ctx.command)
+    if not given:
+        return
+    known = set[str]().union(*map(_variables, filter(None, _sibling_commands(ctx).values())))
+    for name in sorted(given - known):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"Unset it, or see clipcid {ctx.command.name} --help."
+        raise UsageError(f"{name} is set in the environment, and is the variable of no flag.", hint)
+
+
+def _variables(command: click.Command) -> set[str]:
+    return {str(option.envvar) for option in command.params if isinstance(option, Option)}
+
+
 def load_config(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
     """Click callback of ``--config``: make the file's table for this command, ``num-clusters = 9``, its flags' defaults."""
     if path is None or ctx.resilient_parsing:
@@ -221,14 +248,19 @@ def load_config(ctx: click.Context, parameter: click.Parameter, path: Path | Non
         ) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"--config {path} is not TOML: {error}.", "Write one table per command, e.g. [balance]."
+            f"--config {path} is not TOML: {error}.",
+            "Write one table per command, e.g. [balance], texts in quotes, and switches as true or false.",
         ) from error
-    assert ctx.parent is not None
-    assert isinstance(ctx.parent.command, click.Group)
-    commands = ctx.parent.command.list_commands(ctx.parent)
+    commands = list(_sibling_commands(ctx))
     for name, table in tables.items():
-        if name not in commands or not isinstance(table, dict):
-            raise UsageError(f"{path}: [{name}] is not a command.", f"Tables are: {', '.join(commands)}.")
+        if not isinstance(table, dict):
+            raise UsageError(
+                f"{path}: {name} is outside the tables.", "Write it below the name of its command, e.g. [balance]."
+            )
+        if name not in commands:
+            close = difflib.get_close_matches(name, commands, n=1)
+            hint = f"Did you mean [{close[0]}]?" if close else f"Tables are: {', '.join(commands)}."
+            raise UsageError(f"{path}: [{name}] is not a command.", hint)
     ctx.default_map = _read_table(ctx, path, tables.get(ctx.command.name or "", {}))
     return path
 
@@ -306,6 +338,13 @@ class PageCommand(click.Command):
     """A command whose ``--help`` lists its flags under headings."""
 
     context_class = PageContext
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the flags that were typed, then look at those of the environment."""
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            _validate_variables(ctx)
+        return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each group of flags, in their order."""

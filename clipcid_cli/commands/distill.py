@@ -7,18 +7,23 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
+from clipcid_cli.commands.embed import show as show_embedded
 from clipcid_cli.commands.eval_zeroshot import show_tables
 from clipcid_cli.commands.summary import count, format_host_memory, format_seconds, print_facts
+from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.distill.result import DistillCost, Distilled
 
 
-def show(result: Distilled | DistillCost, console: Console) -> None:
+def show(result: Distilled | DistillCost | EmbedCost, console: Console) -> None:
     """Print what was trained and how well it retrieves; of a dry run, what it would cost."""
     from clipcid_cli.steps.distill.result import DistillCost
 
+    if isinstance(result, EmbedCost):
+        show_embedded(result, console)
+        return
     facts = {"steps": f"{result.steps:,} ({count(result.samples, 'sample')})"}
     if isinstance(result, DistillCost):
         facts["student"] = f"{result.student}, {result.parameters / 1e6:.1f} M parameters"

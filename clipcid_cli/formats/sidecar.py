@@ -224,7 +224,6 @@ class DistillMade(msgspec.Struct):
     """What is read of the settings of `distill`."""
 
     losses: dict[str, dict[str, Any]]
-    val_fraction: float
     ema: float | None = None
 
 

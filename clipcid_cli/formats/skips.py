@@ -10,6 +10,7 @@ from clipcid_cli.errors import ClipcidError
 # Why a sample is not used. The keys are those of the `skipped` entry of results and sidecars.
 REASONS = {
     "no_image": "no image",
+    "no_key": "no key",
     "empty_line": "empty line",
     "no_caption": "no caption",
     "no_label": "no class",

@@ -11,7 +11,14 @@ from clipcid_cli.formats.embeddings.command import embed_command
 from clipcid_cli.formats.sidecar import DataSpec, ModelRecord
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import hash_weights
-from clipcid_cli.runtime.models.names import ModelName, find_weights, parse_model, read_config, with_default_tag
+from clipcid_cli.runtime.models.names import (
+    CONFIG_NAME,
+    ModelName,
+    find_weights,
+    parse_model,
+    read_config,
+    with_default_tag,
+)
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -34,7 +41,7 @@ def choose_model(spec: str | None, work: Path, reporter: Reporter, *, positional
     try:
         name = with_default_tag(parse_model(spec))
     except ClipcidError as error:
-        if positional_of is None or (Path(spec) / "student").is_dir():
+        if positional_of is None or _is_of_model(Path(spec)):
             raise
         fix = f"Put the model first: clipcid {positional_of} MODEL {spec}"
         if not Path(spec).exists():
@@ -45,6 +52,14 @@ def choose_model(spec: str | None, work: Path, reporter: Reporter, *, positional
     if name.spec != spec:
         reporter.note(f"Weights: {name.spec}.")
     return name
+
+
+def _is_of_model(path: Path) -> bool:
+    """Tell whether what is no model that can be loaded is no data either: a run, another export, a configuration."""
+    if not path.is_dir():
+        return path.suffix in (".json", ".onnx", ".safetensors") and path.exists()
+    names = ("student", CONFIG_NAME, "*.onnx", "*.safetensors")
+    return any(next(path.glob(name), None) is not None for name in names)
 
 
 class ModelMismatch(NamedTuple):

@@ -55,7 +55,14 @@ def test_the_named_column_is_the_key(clipcid: Callable[..., Run], rows: np.ndarr
     keep = pd.read_parquet(tmp_path / "clipcid-work" / "balance" / "keep.parquet")
     assert keep.key.tolist() == [f"n{row}" for row in range(NUM_ROWS)]
     assert clipcid("cluster", *given, "--num-clusters", 4, "--json").json["images"] == keep.kept.sum()
-    assert "no column 'x'" in clipcid("balance", "--embeddings", folder, "--key-column", "x", "--keep", 0.5).stderr
+    wrong = clipcid("balance", "--embeddings", folder, "--key-column", "x", "--keep", 0.5, check=False)
+    assert wrong.returncode == 1
+    assert "no column 'x'; they have" in " ".join(wrong.stderr.split())
+    frame = pd.read_parquet(path)
+    frame.assign(number=[None, *frame["number"][1:]]).to_parquet(path)
+    null = clipcid("balance", *given, "--keep", 0.4, "--work", "null", check=False)
+    assert null.returncode == 1
+    assert "rows have no key in column number" in " ".join(null.stderr.split())
 
 
 def test_keep_ratio_gives_the_partition_of_single_linkage(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from balance_data import make_rows, write_embeddings
-from conftest import Run, start_clipcid, write_tar
+from conftest import Run, start_clipcid, write_tar, write_tiny_model
 
 EVALUATION = Path(__file__).parents[2] / "recipes" / "quickstart" / "data" / "retrieval" / "test"
 PAIRS = EVALUATION.parents[1] / "pairs" / "00000.tar"
@@ -93,3 +93,15 @@ def test_killed_while_references_are_compared_the_same_command_goes_on(
     again = clipcid(*call, "--work", "killed")
     assert "Resuming the search:" in " ".join(again.stderr.split())
     assert read_outputs(tmp_path / "killed") == read_outputs(tmp_path / "whole")
+
+
+def test_references_of_another_model_are_refused_before_anything_is_embedded(
+    clipcid: Callable[..., Run], tiny_model: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    clipcid("embed", tiny_shards, "--model", tiny_model, "--no-text", "--out", "references")
+    other = write_tiny_model(tmp_path / "other", seed=7)
+    amounts = ("--keep", 0.5, "--against", "references", "--against-threshold", 0.1)
+    run = clipcid("balance", tiny_shards, "--model", other, *amounts, check=False)
+    assert run.returncode == 1
+    assert "the images to balance are to be embedded with" in " ".join(run.stderr.split())
+    assert not (tmp_path / "clipcid-work" / "embeddings").exists()

@@ -137,6 +137,16 @@ def test_embeddings_of_another_tool_are_never_mixed_with_ones_of_ours(
     assert [found for found in (tmp_path / "out").rglob("*") if found.is_file()] == [path]
 
 
+def test_the_output_of_another_step_is_not_written_into(
+    clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "distill.json").write_text("{}")
+    run = clipcid("embed", tiny_shards, "--model", tiny_model, "--out", "run", "--overwrite", check=False)
+    assert run.returncode == 1
+    assert "run holds the output of clipcid distill." in run.stderr
+
+
 def test_overwriting_replaces_all(clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     clipcid("embed", tiny_shards, "--model", tiny_model, "--out", out)
@@ -333,6 +343,12 @@ def test_dry_run_writes_nothing(clipcid: Call, tiny_shards: Path, tiny_model: Pa
     shown = clipcid("embed", tiny_shards, "--model", tiny_model, "--dry-run", "--workers", 2).stderr
     assert re.search(r"disk +3\.07 kB, 128 bytes an image", shown)
     assert re.search(r"memory +up to .* of each host, .* of it in\s+/dev/shm", shown)
+    student = ("--student", tiny_model / "open_clip_config.json")
+    for step in (("balance", "--model", tiny_model, "--keep", 0.5), ("distill", "--teacher", tiny_model, *student)):
+        first = clipcid(step[0], tiny_shards, *step[1:], "--dry-run", "--json")
+        assert (first.json["dry_run"], first.json["images"]) == (True, 24)
+        assert "There are no embeddings of" in first.stderr
+    assert re.search(r"Would embed\s+images +about 24", clipcid("distill", tiny_shards, *step[1:], "--dry-run").stderr)
     many = ("--dry-run", "--workers", 20_000_000)
     run = clipcid("embed", tiny_shards, "--model", tiny_model, *many, check=False)
     assert re.search(r"workers of this host and their batches take up to\s+[\d,.]+\s+GB", run.stderr)

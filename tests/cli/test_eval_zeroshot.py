@@ -11,9 +11,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import Run, embed_with_open_clip, make_caption, make_image, write_tar, write_tiny_model
+
+from clipcid_cli.runtime.randomness import key_fraction
 
 CLASS_NAMES = ("red thing", "green thing", "blue thing", "dark thing", "bright thing", "pale thing")
 TEMPLATES = ("a photo of a {c}.", "a drawing of {}")
@@ -361,9 +365,9 @@ def test_with_nothing_named_the_newest_student_and_what_was_held_out(
     clipcid(*common, "--val-fraction", 0.5, "--name", "newer")
     alone, newer = ("clipcid-work/distill/alone/student", "clipcid-work/distill/newer/student")
     named = clipcid("eval-zeroshot", alone, "--json")
-    assert "the 30.00% of" in " ".join(named.stderr.split())
+    assert f"the {run.json['images']} samples of" in " ".join(named.stderr.split())
     assert named.json["images"] == run.json["images"]
-    both = clipcid("eval-zeroshot", newer, "--model", alone, "--json").json["results"]
+    both = clipcid("eval-zeroshot", newer, alone, "--json").json["results"]
     assert [each["images"] for each in both] == [run.json["images"]] * 2
     clipcid(common[0], f"{tiny_shards}/00000.tar", *common[2:], "--val-fraction", 0.5, "--name", "part")
     others = clipcid("eval-zeroshot", alone, "--model", "clipcid-work/distill/part/student", check=False)
@@ -373,7 +377,33 @@ def test_with_nothing_named_the_newest_student_and_what_was_held_out(
     clipcid(*common, "--val-fraction", 1e-9, "--name", "none")
     nothing = clipcid("eval-zeroshot", check=False)
     assert nothing.returncode == 1
-    assert "held out are no sample" in " ".join(nothing.stderr.split())
+    assert "clipcid-work/distill/none held out, and no data set was named" in " ".join(nothing.stderr.split())
+
+
+def test_dropped_copies_are_not_held_out(
+    clipcid: Callable[..., Run], tiny_model: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    keys = [f"{number:06d}" for number in range(24)]
+    pq.write_table(
+        pa.table({"key": keys, "kept": [number % 2 == 0 for number in range(24)]}), tmp_path / "keep.parquet"
+    )
+    trained = clipcid(
+        "distill", tiny_shards, "--teacher", "none", "--student", tiny_model / "open_clip_config.json", "--steps", 1,
+        "--batch-size", 4, "--val-fraction", 0.5, "--keep-list", "keep.parquet", "--name", "run", "--json",
+    ).json  # fmt: skip
+    held_out = [key for key in keys[::2] if key_fraction(key) < 0.5]
+    assert 2 <= len(held_out) < sum(key_fraction(key) < 0.5 for key in keys)
+    recorded = tmp_path / "clipcid-work" / "distill" / "run" / "held_out.parquet"
+    assert pq.read_table(recorded)["key"].to_pylist() == held_out
+    run = clipcid("eval-zeroshot", "--json").json
+    assert run["images"] == len(held_out)
+    name = "image_retrieval_recall@5"
+    assert run["metrics"][name] == pytest.approx(trained["metrics"][name], abs=1e-9)
+    # Runs of earlier versions held out dropped samples too, and did not record which.
+    recorded.unlink()
+    earlier = clipcid("eval-zeroshot", "clipcid-work/distill/run/student", check=False)
+    assert earlier.returncode == 1
+    assert "earlier versions did not record what a run held out" in " ".join(earlier.stderr.split())
 
 
 def test_one_bad_image_among_few_held_out(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:

@@ -97,8 +97,13 @@ assert not any(name.startswith("clipcid") for name in sys.modules)
     assert parity["parity"]["onnx"]["tokenizer"]["same"] == parity["parity"]["onnx"]["tokenizer"]["texts"]
     for found in (parity["reference"], *parity["parity"].values()):
         assert 0 < found["latency_ms"]["p50"] <= found["latency_ms"]["p95"]
-    printed = run_documented_example("Tokenizer.from_file", 11, folder, *texts, uses="tokenizers")
-    np.testing.assert_allclose(json.loads(printed[0]), expected["text"] @ expected["text"].T, atol=1e-4)
+    photo = images[0].resize((90, 131))  # the longer side is rounded to that of the model
+    photo.save(tmp_path / "photo.png")
+    uses = {"PIL", "tokenizers"}
+    printed = run_documented_example("Tokenizer.from_file", 29, folder, tmp_path / "photo.png", *texts, uses=uses)
+    with torch.no_grad():
+        shown = model.encode_image(transform(photo)[None], normalize=True)[0].numpy()
+    np.testing.assert_allclose(json.loads(printed[0]), expected["text"] @ shown, atol=1e-4)
     answers = parity["parity"]["onnx"]["zeroshot"]
     assert (answers["measure"], answers["images"]) == ("text_retrieval_recall@1", 24)
     assert answers["agreement"] == 1
@@ -190,7 +195,7 @@ def test_forms_for_other_programs(
     sticker.paste((0, 0, 0, 0), (0, 0, 50, 70))
     sticker.save(tmp_path / "sticker.png")
     classifier = folder / "classifier.onnx"
-    answer = run_documented_example('"class_names"', 15, classifier, tmp_path / "sticker.png", uses="PIL")
+    answer = run_documented_example('"class_names"', 15, classifier, tmp_path / "sticker.png", uses={"PIL"})
     order = probabilities[0].argsort(descending=True)
     assert [line.split(maxsplit=1)[1] for line in answer] == [names[place] for place in order]
     assert [line.split()[0] for line in answer] == [f"{float(probabilities[0][place]):.1%}" for place in order]
@@ -226,13 +231,13 @@ assert not any(name.startswith(("clipcid", "open_clip")) for name in sys.modules
     assert "| `classifier_int8.onnx` |" in card
 
 
-def run_documented_example(word: str, lines: int, *arguments: object, uses: str) -> list[str]:
+def run_documented_example(word: str, lines: int, *arguments: object, uses: set[str]) -> list[str]:
     """Run the program of docs/export.md that has a word as it stands; it may import no more than the page says."""
     page = Path(__file__).parents[2] / "clipcid_cli" / "docs" / "export.md"
     blocks = page.read_text(encoding="utf-8").split("```python\n")[1:]
     (program,) = [block.split("```")[0] for block in blocks if word in block]
     assert len(program.strip().splitlines()) <= lines
-    absent = {"torch", "onnx", "open_clip", "clipcid_cli", "transformers", "PIL", "tokenizers"} - {uses}
+    absent = {"torch", "onnx", "open_clip", "clipcid_cli", "transformers", "PIL", "tokenizers"} - uses
     program += f"\nassert not {absent!r} & set(sys.modules)\n"
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=True

@@ -73,6 +73,32 @@ def test_an_error_says_which_variable_or_file_a_flag_is_from(clipcid: Callable[.
     assert "is from" not in run.stderr
 
 
+def test_a_variable_of_no_flag_is_a_usage_error(clipcid: Callable[..., Run]) -> None:
+    others = {"CLIPCID_CACHE": "cache", "CLIPCID_CLUSTER_SEED": "1", "CLIPCID_EXPORT_LICENSE": "mit"}
+    run = clipcid("balance", check=False, env=others | {"CLIPCID_BALANCE_KEP": "0.5"})
+    assert run.returncode == 2
+    assert "CLIPCID_CLUSTER_SEED is set in the environment" not in run.stderr
+    assert "CLIPCID_BALANCE_KEP is set in the environment" in run.stderr
+    assert "Did you mean CLIPCID_BALANCE_KEEP?" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("keep = 0.5", "keep is outside the tables. Write it below the name of its command, e.g. [balance]."),
+        ("[eval_zeroshot]", "[eval_zeroshot] is not a command. Did you mean [eval-zeroshot]?"),
+        ("[distill]\nstudent = ViT-B-32", "texts in quotes, and switches as true or false"),
+    ],
+)
+def test_what_is_wrong_in_a_configuration_is_said(
+    clipcid: Callable[..., Run], tmp_path: Path, written: str, said: str
+) -> None:
+    (tmp_path / "c.toml").write_text(written)
+    run = clipcid("balance", "--config", "c.toml", check=False)
+    assert run.returncode == 2
+    assert said in " ".join(run.stderr.split())
+
+
 def test_an_empty_request_for_completions_is_none(clipcid: Callable[..., Run]) -> None:
     assert clipcid("--version", env={"_CLIPCID_COMPLETE": ""}).stdout.count("clipcid, version") == 1
 

@@ -43,7 +43,7 @@ def _forget_filters(place: Path) -> None:
 _EMBEDDINGS = "clipcid-work/embeddings/teacher"
 _AGAINST = "clipcid balance --keep 0.8 --against retrieval/test --against-threshold 0.6"
 _WINDOW = "--min-caption-similarity 0.7 --max-caption-similarity 0.9"
-_DISTILL = "clipcid distill --student student.json --name taught --steps 40 --batch-size 32"
+_DISTILL = "clipcid distill --student student.json --name taught --steps 40 --batch-size 32 --val-fraction 0.1"
 _EVAL = f"clipcid eval-zeroshot {STUDENT} classes retrieval --model teacher --predictions"
 _METRICS = "clipcid-work/eval/classes_{}_zeroshot_classification.json"
 _SIMPLE = _METRICS.replace(".json", "_templates-simple.json")

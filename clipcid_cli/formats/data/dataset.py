@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import math
 import os
@@ -138,8 +139,8 @@ def open_dataset(
     contain no image, or keys repeat across shards.
 
     Args:
-        spec: A folder of tar shards (CLIP_benchmark's among them), one tar, a brace pattern of tars, several of these
-            with ``::`` between them, a folder of images, a csv, tsv or parquet list; local or a URL that fsspec knows. A
+        spec: A folder of tar shards (CLIP_benchmark's among them), one tar, a pattern of tars, several of these with
+            ``::`` between them, a folder of images, a csv, tsv or parquet list; local or a URL that fsspec knows. A
             ``pipe:`` command is run by a shell: pass on only what the user wrote.
         keys: ``shard`` puts the shard's name before each key, for data whose keys repeat across shards.
         index_root: Folder of indexes. Data with an up-to-date index is opened without reading its shards.
@@ -222,7 +223,7 @@ def _find_tars(spec: str) -> list[str] | None:
         tars = list[str]()
         for part in _expand(spec):
             # A tar may turn out to be missing.
-            found = _find_tars(part) if is_remote(part) or os.path.isdir(part) else [part]
+            found = _find_tars(part) if is_remote(part) or os.path.isdir(part) else glob.glob(part) or [part]
             if found is None:
                 raise ClipcidError(f"{part} contains no .tar shard.", _FORMS)
             tars += found
@@ -235,7 +236,9 @@ def _find_tars(spec: str) -> list[str] | None:
                 f"{spec} contains no .tar shard.", "Give a pattern such as s3://bucket/data/{00000..00099}.tar."
             )
     elif not os.path.isdir(spec):
-        raise ClipcidError(f"There is no data at {spec}.", _FORMS)
+        tars = glob.glob(spec)
+        if not tars:
+            raise ClipcidError(f"There is no data at {spec}.", _FORMS)
     elif is_benchmark(spec):
         tars = list_benchmark_tars(Path(spec))
     else:

@@ -117,13 +117,17 @@ class Images(Slices):
         self.__dict__.pop("_listed", None)
 
     def read(self, number: int, skips: Skips) -> Iterator[Sample]:
-        """Yield the samples of a slice; count rows without a path, and those whose key an earlier one has."""
+        """Yield the samples of a slice; count rows without a path or a key, and those whose key an earlier one has."""
         for row in self._listed.slices[number].to_pylist():
-            if row["path"] and not row["repeated"]:
-                yield self._sample(row)
+            name = os.fsdecode(row["key"] if self.columns is not None and row["key"] else row["path"])
+            if not row["path"]:
+                skips.add("no_image", name)
+            elif not row["key"]:
+                skips.add("no_key", name)
+            elif row["repeated"]:
+                skips.add("duplicate_key", name)
             else:
-                name = row["path"] if self.columns is None else row["key"]
-                skips.add("duplicate_key" if row["path"] else "no_image", os.fsdecode(name))
+                yield self._sample(row)
 
     def stamp(self, number: int) -> tuple[int, int]:
         """Return the number of rows, and a hash of them."""
@@ -220,10 +224,12 @@ def _list_rows(source: str, columns: Columns) -> Iterator[dict[str, Any]]:
     """List a ``.csv`` (commas, or tabs as open_clip's are), ``.tsv`` or ``.parquet`` file, or its URL, in its own order."""
     with local_file(source) as file:
         for frame in _read_frames(source, file):
-            if columns.image not in frame:
+            needed = [columns.image] if columns.key == Columns.key else [columns.image, columns.key]
+            missing = next((name for name in needed if name not in frame), None)
+            if missing is not None:
                 raise ClipcidError(
-                    f"List {source} has no column {columns.image!r}; it has {', '.join(map(str, frame.columns[:12]))}.",
-                    "Give the column of image paths with --image-column (likewise --caption-column, --key-column).",
+                    f"List {source} has no column {missing!r}; it has {', '.join(map(str, frame.columns[:12]))}.",
+                    "Name its columns: --image-column for the paths of the images, --caption-column, --key-column.",
                 )
             if frame.empty:
                 raise ClipcidError(f"List {source} has a header and no rows.", "Give a list with one row per image.")

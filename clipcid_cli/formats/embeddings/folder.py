@@ -146,9 +146,14 @@ class Embeddings:
     @property
     def key_column(self) -> str | None:
         """The column of the metadata that holds the keys; None where file and row are the key."""
-        metadata = self.files[0].metadata
-        columns = () if metadata is None else column_names(metadata, AGAIN)
+        columns = self.metadata_columns
         return next((name for name in self._key_columns if name in columns), None)
+
+    @property
+    def metadata_columns(self) -> list[str]:
+        """The columns of the metadata; none where there are no metadata."""
+        metadata = self.files[0].metadata
+        return [] if metadata is None else column_names(metadata, AGAIN)
 
     @property
     def key_rule(self) -> str | None:
@@ -161,6 +166,11 @@ class Embeddings:
         """Read the keys of one file's rows from the column that was named, else the usual ones; else file and row."""
         name = file.name
         keys = _read_column(file, self._key_columns, lambda row: f"{name}/{row}")
+        if keys.null_count:
+            raise ClipcidError(
+                f"{file.metadata}: {keys.null_count:,} of {file.rows:,} rows have no key in column {self.key_column}.",
+                "Fill that column, or name another one: --key-column NAME",
+            )
         if self.is_verified or self._keys == "sample":
             return keys
         shards = self.shards_of(file).combine_chunks()
@@ -169,11 +179,11 @@ class Embeddings:
     def shards_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
         """Read the names of the shards of one file's rows; the file's name where another tool did not record them."""
         name = file.name
-        return _read_column(file, ("shard",), lambda row: name)
+        return _read_column(file, ("shard",), lambda row: name).fill_null("")
 
     def captions_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
         """Read the captions of one file's rows: column ``caption``, else DataComp's ``text``; empty where there is none."""
-        return replace_invalid(_read_column(file, ("caption", "text"), lambda row: ""))
+        return replace_invalid(_read_column(file, ("caption", "text"), lambda row: "").fill_null(""))
 
     def take_column(
         self, read: Callable[[EmbeddingFile], pa.ChunkedArray], numbers: npt.NDArray[np.signedinteger[Any]]
@@ -233,12 +243,11 @@ class Embeddings:
     @property
     def has_uids(self) -> bool:
         """Whether the metadata have a column ``uid``."""
-        file = self.files[0].metadata
-        return file is not None and "uid" in column_names(file, AGAIN)
+        return "uid" in self.metadata_columns
 
     def uids_of(self, file: EmbeddingFile) -> pa.ChunkedArray:
         """Read DataComp's identifiers of one file's rows, strings; empty where the metadata have no column ``uid``."""
-        return _read_column(file, ("uid",), lambda row: "")
+        return _read_column(file, ("uid",), lambda row: "").fill_null("")
 
     def contents(self, part: str) -> list[FileRecord]:
         """Describe each shard's file of a kind or of metadata, where it has one."""
@@ -322,12 +331,12 @@ def _is_usable(block: npt.NDArray[np.float16]) -> npt.NDArray[np.bool_]:
 
 
 def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: Callable[[int], str]) -> pa.ChunkedArray:
-    """Read the first of some columns that the metadata have, nulls as empty strings; else make the defaults."""
+    """Read the first of some columns that the metadata have; else make the defaults."""
     column = None if file.metadata is None else read_first_column(file.metadata, names, _TEXT, AGAIN)
     if column is not None:
         if len(column) != file.rows:
             raise ClipcidError(f"{file.metadata} has {len(column):,} rows; {file.rows:,} were found before.", AGAIN)
-        return column.fill_null("") if column.null_count else column
+        return column
     pieces = (range(file.rows)[at : at + _NAMES_AT_ONCE] for at in range(0, file.rows, _NAMES_AT_ONCE))
     return pa.chunked_array([pa.array(map(default, piece), _TEXT) for piece in pieces], type=_TEXT)
 

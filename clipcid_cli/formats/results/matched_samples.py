@@ -30,7 +30,7 @@ from clipcid_cli.formats.fingerprint import hash_json
 STEP = "matched"
 TRAINING = "training"
 HELD_OUT = "held_out"
-_VERSION = 4
+_VERSION = 5
 
 Column: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 

@@ -1,6 +1,7 @@
 """The folder of one training run: ``student/``, ``checkpoints/``, ``report.html``, and what is logged while it trains.
 
-Logs are ``train.jsonl``, ``results.jsonl`` and, where requested, TensorBoard's files.
+Logs are ``train.jsonl``, ``results.jsonl`` and, where requested, TensorBoard's files. ``held_out.parquet`` has the keys that
+were held out.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, write_text
+from clipcid_cli.formats.parquet import read_columns, write_row_groups
 from clipcid_cli.formats.reading import describe, reading
 
+_HELD_OUT = pa.schema({"key": pa.large_string()})
 # Should the newest checkpoint be damaged on a failing disk, the run is not lost.
 _CHECKPOINTS_KEPT = 2
 # Seconds after which logged lines reach the disk.
@@ -36,6 +40,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.train_log = path / "train.jsonl"  # an object for each logged step: losses, rates, times
         self.results_log = path / "results.jsonl"  # an object for each evaluation on the held-out part
+        self.held_out = path / "held_out.parquet"
         self.tensorboard = path / "tensorboard"
         self.report = path / "report.html"
 
@@ -52,7 +57,8 @@ class RunFolder:
         for folder in (self.student, self.student_ema, self.checkpoints, self.tensorboard):
             if folder.is_dir():
                 shutil.rmtree(folder)
-        for file in (self.train_log, self.results_log, self.report, *self.path.glob("diverged_step_*.json")):
+        files = (self.train_log, self.results_log, self.held_out, self.report)
+        for file in (*files, *self.path.glob("diverged_step_*.json")):
             file.unlink(missing_ok=True)
 
     def rewind(self, step: int) -> None:
@@ -67,6 +73,23 @@ class RunFolder:
         losses = {name.removeprefix("loss_"): value for name, value in step.items() if name.startswith("loss_")}
         evaluation = (read_lines(self.results_log) or [{}])[-1]
         return losses, {name: value for name, value in evaluation.items() if name != "step"}
+
+
+def write_held_out(path: Path, keys: pa.ChunkedArray) -> None:
+    """Write the keys of the samples that a run holds out, n strings."""
+    write_row_groups(path, _HELD_OUT, len(keys), lambda part: [keys[part].cast(pa.large_string())], store_schema=False)
+
+
+def read_held_out(run: Path) -> frozenset[str]:
+    """Return the keys of the samples that a finished run held out."""
+    path, fix = RunFolder(run).held_out, "Name a data set: clipcid eval-zeroshot MODEL DATA"
+    if not path.exists():
+        raise ClipcidError(
+            f"There is no {path}: earlier versions did not record what a run held out, and counted dropped copies of "
+            "training images among it.",
+            f"{fix}\nOr train again, by the command of the run and --overwrite.",
+        )
+    return frozenset(read_columns(path, {"key": pa.large_string()}, fix)["key"].to_pylist())
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

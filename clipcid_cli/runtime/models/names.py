@@ -147,13 +147,15 @@ def parse_model(spec: str) -> ModelName:
                 f"Model folder {path} has no {CONFIG_NAME}.",
                 f"Give {path / 'student'}."
                 if (path / "student" / CONFIG_NAME).is_file()
-                else "Give a folder in open_clip's form: an export of clipcid, a distill run's student/, or a download.",
+                else "Give a folder in open_clip's form: of clipcid export --format open-clip, a distill run's student/, or "
+                "a download.",
             )
         return ModelName(spec, "folder" if find_weights(path) else "config", path=path)
     if spec.startswith(("local-dir:", ".", "/", "~")) or spec.endswith(".json"):
         if path.is_file() and path.suffix == ".json":
             return ModelName(spec, "config", path=path)
-        raise ClipcidError(f"Model {spec}: there is no such folder or .json file.", _LOCAL_HINT)
+        fix = "Check the path." if spec.endswith(".json") else _LOCAL_HINT
+        raise ClipcidError(f"Model {spec}: there is no such folder or .json file.", fix)
     architecture, _, tag = spec.partition(":")
     architecture = architecture.replace("/", "-")
     known = known_architectures()
@@ -202,7 +204,9 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         msgspec.convert(model, _Architecture)
         msgspec.convert(preprocess, _Preprocess)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ClipcidError(f"{file} is not an open_clip configuration: {error}.", _LOCAL_HINT) from error
+        example = "one of open_clip's own, such as ViT-B-32.json"
+        fix = _LOCAL_HINT if path.is_dir() else f"Correct it by {example}: it has embed_dim, vision_cfg and text_cfg."
+        raise ClipcidError(f"{file} is not an open_clip configuration: {error}.", fix) from error
     return model, preprocess
 
 

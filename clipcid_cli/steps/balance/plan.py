@@ -18,10 +18,16 @@ from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.timing import timed
-from clipcid_cli.steps.balance.filters.against import Reference, open_references, validate_none_missing
+from clipcid_cli.steps.balance.filters.against import (
+    Reference,
+    open_references,
+    validate_models,
+    validate_none_missing,
+)
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_clusters
 from clipcid_cli.steps.balance.samples import validate_data
 from clipcid_cli.steps.balance.write_lists import validate_uids
+from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.given_embeddings import open_given
 from clipcid_cli.steps.reporting import Reporter
@@ -66,12 +72,19 @@ class BalancePlan:
             validate_data(settings, self.embeddings, "--select resolution")
 
 
-def make_plan(settings: BalanceSettings, context: DistContext, reporter: Reporter) -> BalancePlan:
-    """Look at what the settings name, before hours of embedding; then make what embeddings there are none of."""
+def make_plan(settings: BalanceSettings, context: DistContext, reporter: Reporter) -> BalancePlan | EmbedCost:
+    """Look at what the settings name, before hours of embedding; then make what embeddings there are none of.
+
+    A dry run makes none, and returns what they would cost.
+    """
     seconds = dict[str, float]()
     with timed(seconds, "embed"):
         clusters = context.on_rank0(lambda: _validate_named(settings, reporter))
-        embeddings = _find_embeddings(settings, context, reporter)
+        folder = _find_embeddings(settings, context, reporter)
+        if isinstance(folder, EmbedCost):
+            return folder
+        cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
+        embeddings = open_given(settings, folder, cache, reporter)
     data = context.on_rank0(lambda: _open_data(settings, embeddings))
     references = list[Reference]()
     wanted = dict[str, Any]()
@@ -89,7 +102,7 @@ def _validate_named(settings: BalanceSettings, reporter: Reporter) -> FoundClust
     return find_clusters(settings, reporter)
 
 
-def _find_embeddings(settings: BalanceSettings, context: DistContext, reporter: Reporter) -> Embeddings:
+def _find_embeddings(settings: BalanceSettings, context: DistContext, reporter: Reporter) -> Path | EmbedCost:
     work = WorkDirectory(settings.work)
     folder = settings.embeddings
     if folder is None and settings.data is None and settings.model is None:
@@ -97,9 +110,9 @@ def _find_embeddings(settings: BalanceSettings, context: DistContext, reporter: 
         reporter.note(f"Embeddings: {folder}.")
     elif folder is None:
         model = settings.model or context.on_rank0(lambda: _model_of(work)) or DEFAULT_MODEL
-        folder = ensure_embeddings(settings, context, reporter, data=settings.data, model=model)
-    cache = None if settings.dry_run else work.fingerprints
-    return open_given(settings, folder, cache, reporter)
+        context.on_rank0(lambda: validate_models(settings, model))
+        return ensure_embeddings(settings, context, reporter, data=settings.data, model=model)
+    return folder
 
 
 def _model_of(work: WorkDirectory) -> str | None:

@@ -36,14 +36,17 @@ from clipcid_cli.steps.balance.write import Outcome, write
 from clipcid_cli.steps.balance.write_lists import validate_new, write_kept
 from clipcid_cli.steps.balance.write_shards import write_shards
 from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
-def run(settings: BalanceSettings, reporter: Reporter) -> BalanceResult | BalanceCost:
-    """Balance a data set."""
+def run(settings: BalanceSettings, reporter: Reporter) -> BalanceResult | BalanceCost | EmbedCost:
+    """Balance a data set; with ``--dry-run`` estimate what that takes, or first the embeddings that it lacks."""
     with open_dist_context(settings.device) as context:
         plan = make_plan(settings, context, reporter)
+        if isinstance(plan, EmbedCost):
+            return plan
         if settings.neighbors == "partitioned":  # the tiles of partitions are of many sizes
             keep_few_kernels()
         if settings.dry_run:

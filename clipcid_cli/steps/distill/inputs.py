@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
@@ -40,6 +41,7 @@ from clipcid_cli.steps.distill.samples import (
     index_of,
 )
 from clipcid_cli.steps.embed.encoder import Views
+from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.given_embeddings import open_given
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
@@ -116,6 +118,16 @@ class Inputs:
         parts = {shard: index_of(self.dataset).part(shard) for shard in set(shards)}
         return [SampleRef(parts[shard], place) for shard, place in zip(shards, places, strict=True)]
 
+    def held_out_keys(self) -> pa.ChunkedArray:
+        """Return the keys of the samples held out, in order."""
+        places = self.held_out.column("places")
+        found = list[pa.Array]()
+        for shard in np.flatnonzero(self.held_out.sizes).tolist():
+            first, end = self.held_out.bounds(shard)
+            keys = index_of(self.dataset).part(shard).keys
+            found += keys.take(pa.array(places[first:end])).chunks
+        return pa.chunked_array(found, pa.string())
+
     def num_extra_texts(self, batch_size: int) -> int:
         """Return how many further texts a step has, over all processes."""
         if self.extra_texts is None:
@@ -140,7 +152,7 @@ def named_teacher(settings: DistillSettings) -> ModelName | None:
     return None if settings.teacher is None else with_default_tag(parse_model(settings.teacher))
 
 
-def find_embeddings(settings: DistillSettings, context: DistContext, reporter: Reporter) -> Path | None:
+def find_embeddings(settings: DistillSettings, context: DistContext, reporter: Reporter) -> Path | EmbedCost | None:
     """Find the teacher's embeddings, and make them where there are none; None when no loss needs them.
 
     Without ``--teacher`` it is the one whose embeddings the work directory holds.

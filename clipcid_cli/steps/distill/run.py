@@ -11,7 +11,7 @@ import msgspec
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output
-from clipcid_cli.formats.results.run_folder import import_tensorboard, list_checkpoints
+from clipcid_cli.formats.results.run_folder import import_tensorboard, list_checkpoints, write_held_out
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import open_dist_context
@@ -27,6 +27,7 @@ from clipcid_cli.steps.distill.result import DistillCost, Distilled
 from clipcid_cli.steps.distill.student import load_student, write_students
 from clipcid_cli.steps.distill.teacher import describe_weights, load_online_model
 from clipcid_cli.steps.distill.trainer import Trainer
+from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.evaluate.result import ZeroshotResults
 from clipcid_cli.steps.evaluate.zeroshot import evaluate
 from clipcid_cli.steps.preflight import validate_samples
@@ -34,8 +35,8 @@ from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
-def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCost:
-    """Train a student; with ``--dry-run`` estimate what that takes."""
+def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCost | EmbedCost:
+    """Train a student; with ``--dry-run`` estimate what that takes, or first the embeddings that it lacks."""
     started = time.perf_counter()
     if settings.workers != 0:
         start_worker_server()
@@ -45,6 +46,8 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
         tasks = context.on_rank0(lambda: validate_named(settings, reporter))
         student = context.on_all(lambda: load_student(settings, context.device, reporter))
         embeddings = find_embeddings(settings, context, reporter)
+        if isinstance(embeddings, EmbedCost):
+            return embeddings
         plan = context.on_rank0(lambda: plan_run(settings, student, embeddings, tasks, scratch, context, reporter))
         warn_of_copies(plan.inputs.dataset, context, reporter)
         teacher = load_online_model(plan.inputs, context)
@@ -116,6 +119,7 @@ def write(
         trainer.reporter.warn(f"{skips.total:,} samples were not used as they are:\n{skips.describe()}")
     with timed(seconds, "write"):
         written = write_students(folder, trainer.student.model, str(plan.settings.student), trainer.state)
+        write_held_out(folder.held_out, inputs.held_out_keys())
         write_text(folder.report, write_report(trainer))
     result: dict[str, Any] = {
         "steps": plan.steps,
@@ -134,7 +138,10 @@ def write(
             "skipped": dict(sorted(skips.counts.items())),
         },
         seconds=seconds,
-        outputs=[record(file, folder.path) for each in written for file in sorted(each.iterdir())],
+        outputs=[
+            *(record(file, folder.path) for each in written for file in sorted(each.iterdir())),
+            record(folder.held_out, folder.path),
+        ],
         model={"spec": info.spec, "parameters": info.parameters, "embed_dim": info.embed_dim},
         data=inputs.dataset.describe(),
         keep_list=None if inputs.keep_list is None else inputs.keep_list.describe(),

@@ -220,14 +220,15 @@ def _match_shard(
     """Return the columns of a shard's n samples, which are trained on and which are held out, bool [n]; count them."""
     keys, num_captions = samples.keys, samples.num_captions
     usable = num_captions > 0
-    held_out = usable & (key_fractions(keys.to_pylist()) < val_fraction)
-    selected = usable & ~held_out
     columns: dict[str, npt.NDArray[Any]] = {"places": np.arange(len(keys))}
     if "keep_list" in found:
         kept = found["keep_list"][:, 0]
         counts.listed += int(np.count_nonzero(usable & (kept >= 0)))
-        counts.kept += int(np.count_nonzero(usable & (kept > 0)))
-        selected &= kept > 0
+        # A dropped image may be a copy of one that is trained on: it is not held out either.
+        usable &= kept > 0
+        counts.kept += int(np.count_nonzero(usable))
+    held_out = usable & (key_fractions(keys.to_pylist()) < val_fraction)
+    selected = usable & ~held_out
     counts.candidates += int(np.count_nonzero(selected))
     if "embeddings" in found:
         columns["embeddings"] = rows = found["embeddings"][:, 0]

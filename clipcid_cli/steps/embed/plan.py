@@ -34,6 +34,9 @@ ELSEWHERE = "--work, or --out of clipcid embed"
 # Settings in the sidecar that are known once the model is loaded.
 _OF_MODEL = ("weights", "tokenizer", "precision", "batch_size", "preprocess")
 
+# Steps whose output is a folder that someone might give as --out.
+_OTHER_OUTPUTS = ("balance", "cluster", "distill", "export")
+
 EmbeddedSidecar = EmbedSidecar | TextsSidecar
 
 
@@ -227,6 +230,9 @@ def _validate_own_folder(folder: Path, step: str) -> None:
     if is_claimed(folder, other):
         fix = f"Choose another folder for those of {wanted} with --out."
         raise ClipcidError(f"{folder} holds embeddings of {held}.", fix)
+    output = next((each for each in _OTHER_OUTPUTS if is_claimed(folder, each)), None)
+    if output is not None:
+        raise ClipcidError(f"{folder} holds the output of clipcid {output}.", "Choose another folder with --out.")
     first = None if is_claimed(folder, step) else find_rows(folder)
     if first is not None:
         raise ClipcidError(

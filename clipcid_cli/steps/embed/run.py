@@ -111,7 +111,7 @@ def ensure_embeddings(
     data: str | None,
     model: str,
     text: bool | None = None,
-) -> Path:
+) -> Path | EmbedCost:
     """Find the embeddings another step needs in its work directory, and make them where they are missing.
 
     Existing ones are taken whatever their batch size and precision.
@@ -120,7 +120,7 @@ def ensure_embeddings(
         text: Whether text embeddings are needed; None makes them where the data has captions.
 
     Returns:
-        Folder of finished embeddings of this model over this data.
+        Folder of finished embeddings of this model over this data; in a dry run without them what they would cost.
     """
     name = with_default_tag(parse_model(model))
     folder = WorkDirectory(settings.work).embeddings(name.slug)
@@ -140,12 +140,12 @@ def ensure_embeddings(
         request = dataclasses.replace(request, text=context.on_rank0(lambda: choose_text(request, reporter)))
     result = make_embeddings(request, context, reporter, "" if text else embed_images_first(request, name))
     if isinstance(result, EmbedCost):
-        raise ClipcidError(
-            f"There are no embeddings of {name.spec} in {folder}; making them would take about "
-            f"{result.seconds['encode']:,} s for {result.images:,} images.",
-            "--dry-run can estimate the cost of this step once they are made: "
-            + command_line("embed", data or "DATA", model=model, work=settings.work, **settings.data_flags),
+        embed = command_line("embed", data or "DATA", model=model, work=settings.work, **settings.data_flags)
+        reporter.note(
+            f"There are no embeddings of {name.spec} in {folder}, and this is what they would cost. Once they are made, "
+            f"--dry-run estimates this step: {embed}"
         )
+        return result
     return folder
 
 

@@ -212,11 +212,6 @@ class EvaluatedModel:
         if task.kind == RETRIEVAL:
             need = "Retrieval needs an image and at least one caption (a .txt or a caption column) for each sample."
         skips.check(task.read or read, self.settings.max_bad_fraction, task.dataset.spec, need)
-        if not read and task.held_out is not None:
-            raise ClipcidError(
-                f"Of {task.dataset.spec} the {task.held_out:.2%} held out are no sample.",
-                "Name a data set (clipcid eval-zeroshot MODEL DATA), or train with a larger --val-fraction.",
-            )
         if not usable:
             raise ClipcidError(f"{task.dataset.spec}: no sample can be used.\n{skips.describe()}", need)
 

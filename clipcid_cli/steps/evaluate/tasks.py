@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from clipcid_cli.algorithms.metrics.classification import MULTI_LABEL_METRICS, SINGLE_LABEL_METRICS
@@ -32,12 +31,12 @@ from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, fingerpri
 from clipcid_cli.formats.data.samples import read_classes
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
+from clipcid_cli.formats.results.run_folder import read_held_out
 from clipcid_cli.formats.sidecar import DistillSidecar, LinesRecord, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.runtime.randomness import key_fraction, key_fractions
 from clipcid_cli.steps.class_names import match_class_names, plain_name, read_folder_numbers
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
@@ -59,7 +58,7 @@ class ZeroshotTask:
     Attributes:
         kind: ``classification``, ``multilabel`` where an image may have any number of classes, or ``retrieval``.
         class_names: In order of the labels; none for retrieval, as templates.
-        held_out: Fraction of the samples that is used, by hash of the key; None uses all.
+        held_out: Keys of the samples that are used: what training held out; None uses all.
         read: Of a held-out part: samples of the whole data, to which the limit on unusable ones belongs.
         label_of: Label of each class folder, where folders and class names are in different orders; else None.
         prompt_lines: Which ``class_names`` and ``templates`` a score is of; None without prompts.
@@ -71,7 +70,7 @@ class ZeroshotTask:
     dataset: Dataset
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
-    held_out: float | None = None
+    held_out: frozenset[str] | None = None
     read: int | None = None
     label_of: tuple[int, ...] | None = None
     customary: str = ACCURACY
@@ -97,13 +96,14 @@ class ZeroshotTask:
         index, held_out = self.dataset.index, self.held_out
         if held_out is None or index is None:
             for sample in self.dataset.shards[number].stream(skips):
-                if held_out is None or key_fraction(sample.key) < held_out:
+                if held_out is None or sample.key in held_out:
                     yield sample
             return
         skips.merge(index.records[number].skips)
         part = index.part(number)
-        fractions = key_fractions(part.keys.to_pylist())
-        yield from map(part.sample, np.flatnonzero(fractions < held_out).tolist())
+        for place, key in enumerate(part.keys.to_pylist()):
+            if key in held_out:
+                yield part.sample(place)
 
     def fingerprints(self) -> list[FileRecord]:
         """Describe the files, and the images, classes and captions of the samples that are used."""
@@ -150,7 +150,7 @@ class ZeroshotTask:
             "class_names": list(self.class_names),
             "templates": list(self.templates),
             "multi_label": self.multi_label,
-            "held_out": self.held_out,
+            "held_out": None if self.held_out is None else len(self.held_out),
             "keys": self.dataset.keys,
             "columns": dataclasses.asdict(self.dataset.columns),
         }
@@ -169,24 +169,29 @@ def plan_tasks(
 
 
 def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName], reporter: Reporter) -> ZeroshotTask:
-    """Retrieval on what the models' training runs held out, else on what the newest one did."""
+    """Retrieval on what all the models' training runs held out, else on what the newest one did."""
     folders = [name.path.resolve().parent for name in models if name.path is not None]
     runs = [folder for folder in folders if sidecar_path(folder, "distill").exists()]
-    found = [
-        (sidecar.made.val_fraction, run, sidecar)
+    found = {
+        run: sidecar
         for run in runs or [WorkDirectory(settings.work).find_student().parent]
         if (sidecar := read_sidecar(sidecar_path(run, "distill"), DistillSidecar)) is not None
-    ]
-    # What is held out has a hash of the key below the fraction: of one data set the smallest part is in all others.
-    fraction, run, trained = min(found, key=lambda each: each[0])
-    if any(other.data != trained.data for _, _, other in found):
+    }
+    run, trained = next(iter(found.items()))
+    if any(other.data != trained.data for other in found.values()):
         raise ClipcidError("The models were trained on different data, and no data set was named.", _NAME_ONE)
-    if fraction == 0:
-        raise ClipcidError(f"{run} held nothing out (--val-fraction 0), and no data set was named.", _NAME_ONE)
+    held_out = frozenset.intersection(*map(read_held_out, found))
+    named = str(run) if len(found) == 1 else f"all {len(found)} runs"
+    if not held_out:
+        raise ClipcidError(
+            f"There is no sample that {named} held out, and no data set was named.",
+            f"{_NAME_ONE}\nOr train with a larger --val-fraction.",
+        )
     dataset = open_described(trained.data, WorkDirectory(settings.work).indexes)
-    reporter.note(f"Data: the {fraction:.2%} of {dataset.spec} that {run} held out.")
+    samples = "sample" if len(held_out) == 1 else "samples"
+    reporter.note(f"Data: the {len(held_out):,} {samples} of {dataset.spec} that {named} held out.")
     name = f"{find_benchmark_folder(dataset.spec).name}-held-out"
-    return ZeroshotTask(name, RETRIEVAL, dataset, held_out=fraction, read=int(trained.counts["read"]), customary=RECALL)
+    return ZeroshotTask(name, RETRIEVAL, dataset, held_out=held_out, read=int(trained.counts["read"]), customary=RECALL)
 
 
 def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotTask:

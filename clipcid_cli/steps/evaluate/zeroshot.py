@@ -22,7 +22,7 @@ from clipcid_cli.formats.results.metrics import (
 from clipcid_cli.formats.sidecar import ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
-from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.measure import FITTED_FRACTION, calibrate, measure
@@ -107,7 +107,10 @@ class ZeroshotPlan:
 
 
 def make_plan(settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotPlan:
-    """Find the models, and open the data sets."""
+    """Find the models, and open the data sets; a model among these, as of ``runs/*/student DATA``, is one more model."""
+    folders = [each for each in settings.data if (Path(each) / CONFIG_NAME).is_file()]
+    data = tuple(each for each in settings.data if each not in folders)
+    settings = dataclasses.replace(settings, data=data, models=(*folders, *settings.models))
     names = [choose_model(spec, settings.work, reporter) for spec in settings.models]
     if settings.model is not None or not names:
         names = [choose_model(settings.model, settings.work, reporter, positional_of="eval-zeroshot"), *names]

@@ -103,8 +103,8 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     }
 
 
-def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, float, str]]:
-    """Yield what was measured on these very weights: data set, task, metric, value, hashes of class names and templates."""
+def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, int, float, str]]:
+    """Yield what was measured on these very weights: data set, task, metric, images, value, hashes of the prompts."""
     for path in sorted(work.eval.glob("*.json")):
         try:
             content = read_metrics(path)
@@ -116,7 +116,7 @@ def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str,
         prompts = ", ".join(lines.hash for lines in (sidecar.prompts or {}).values())
         for name, value in content.metrics.items():
             if isinstance(value, int | float):
-                yield content.dataset, content.task, name, float(value), prompts
+                yield content.dataset, content.task, name, sidecar.counts["images"], float(value), prompts
 
 
 def _read(folder: Path, step: str, kind: type[AnySidecar]) -> AnySidecar | None:

@@ -98,6 +98,9 @@ def test_a_configuration_of_other_types_is_refused(tmp_path: Path, content: Any)
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
     with pytest.raises(ClipcidError, match="is not an open_clip configuration"):
         read_config(tmp_path)
+    with pytest.raises(ClipcidError) as caught:  # of a student, which has no weights
+        read_config(tmp_path / "open_clip_config.json")
+    assert "weights" not in caught.value.fix
 
 
 @pytest.mark.parametrize(

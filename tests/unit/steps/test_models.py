@@ -49,6 +49,14 @@ def test_data_in_place_of_the_model_is_recognised(tmp_path: Path) -> None:
     with pytest.raises(ClipcidError, match="no-such-model was read as the model") as caught:
         choose_model("no-such-model", tmp_path, Listener(), positional_of="eval-linear")
     assert "If no-such-model is the data: put the model first" in caught.value.fix
+    # Nor is it data where it is of a model, in a form that is not read.
+    for name in ("image_encoder.onnx", "open_clip_config.json"):
+        folder = tmp_path / name / "folder"
+        folder.mkdir(parents=True)
+        (folder / name).write_text("{}")
+        with pytest.raises(ClipcidError) as caught:
+            choose_model(str(folder), tmp_path, Listener(), positional_of="eval-linear")
+        assert "was read as" not in caught.value.message
     # A flag names the model only.
     with pytest.raises(ClipcidError) as caught:
         choose_model(str(tmp_path), tmp_path, Listener())

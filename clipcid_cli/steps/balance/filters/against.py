@@ -21,7 +21,7 @@ from clipcid_cli.algorithms.near.plan import rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, map_strings
-from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row
+from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.fingerprint import identity_of
@@ -38,6 +38,7 @@ from clipcid_cli.steps.balance.shared_arrays import share_arrays
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.given_embeddings import open_given
+from clipcid_cli.steps.models import find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -45,6 +46,7 @@ from clipcid_cli.steps.settings.shared import ReadingSettings
 
 # In the folder of `balance`: what was compared, for later runs.
 _FOLDER = ".references"
+_SAME_MODEL = "Embed it with the same model: give the images themselves (--against DATA)."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,25 @@ def validate_none_missing(settings: BalanceSettings) -> None:
                 open_named(settings, name)
             except ClipcidError as error:
                 raise ClipcidError(f"--against {name}: {error.message}", error.fix) from error
+
+
+def validate_models(settings: BalanceSettings, model: str) -> None:
+    """Refuse references that another model embedded than `model`, which has yet to embed the images to balance.
+
+    Where one of the two is a tag and the other a folder, their weights are compared once the images are embedded.
+    """
+    named = with_default_tag(parse_model(model))
+    for folder in filter(_holds_embeddings, map(Path, settings.against)):
+        reference = open_embeddings(folder, settings.keys, settings.npz_array).model
+        if reference is None or (reference.tag is None) != (named.tag is None):
+            continue
+        difference = find_mismatch(reference, named)
+        if difference is not None and difference.what == "weights":
+            raise ClipcidError(
+                f"The embeddings in {folder} are of {reference.spec} ({difference.recorded}), and the images to balance "
+                f"are to be embedded with {named.spec} ({difference.named}).",
+                _SAME_MODEL,
+            )
 
 
 def open_references(
@@ -93,7 +114,7 @@ def open_reference(
         if isinstance(made, EmbedCost):
             return made
     cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
-    reference = open_given(settings, folder, cache, reporter)
+    reference = open_given(settings, folder, cache, reporter, needs_column=False)
     _validate_same_model(embeddings, reference, name)
     if not context.on_rank0(partial(has_usable_row, reference.rows(Kind.IMAGES))):
         raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Make them again.")
@@ -135,11 +156,10 @@ def _embed(
 
 def _validate_same_model(embeddings: Embeddings, reference: Embeddings, name: str) -> None:
     """Refuse a reference of another width; where both say how they were made, of another model or preprocessing."""
-    fix = "Embed it with the same model: give the images themselves (--against DATA)."
     if embeddings.width != reference.width:
         raise ClipcidError(
             f"The embeddings in {name} have width {reference.width}, those in {embeddings.folder} {embeddings.width}.",
-            fix,
+            _SAME_MODEL,
         )
     sidecars = [each.sidecar for each in (embeddings, reference) if each.sidecar is not None]
     if len(sidecars) < 2:
@@ -149,7 +169,7 @@ def _validate_same_model(embeddings: Embeddings, reference: Embeddings, name: st
         raise ClipcidError(
             f"The embeddings in {name} are of {other.spec} ({other.weights_hash}), those in {embeddings.folder} "
             f"of {own.spec} ({own.weights_hash}).",
-            fix,
+            _SAME_MODEL,
         )
     decoded = [sidecar.made for sidecar in sidecars]
     if decoded[0].preprocess != decoded[1].preprocess:

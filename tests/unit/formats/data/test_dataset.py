@@ -32,6 +32,8 @@ def test_folder_pattern_and_single_tar_agree(tiny_shards: Path) -> None:
     assert folder.kind == pattern.kind == "webdataset"
     assert [shard.name for shard in folder.shards] == ["00000", "00001"]
     assert list_samples(folder) == list_samples(pattern)
+    for spec in (f"{tiny_shards}/0*.tar", f"{tiny_shards}/00000.*::{tiny_shards}/*1.tar"):
+        assert list_samples(open_dataset(spec)) == list_samples(folder)
     assert list_keys(open_dataset(tiny_shards / "00001.tar")) == list_keys(folder)[14:]
     assert list_keys(folder) == [f"{number:06d}" for number in range(24)]
     sample = list_samples(folder)[3]
@@ -223,10 +225,16 @@ def test_columns_of_a_list_can_be_renamed(tmp_path: Path) -> None:
     with pytest.raises(ClipcidError, match="no column 'filepath'; it has url, text, id") as raised:
         open_dataset(path)
     assert "--image-column" in raised.value.fix
+    with pytest.raises(ClipcidError, match="no column 'ID'; it has url, text, id"):
+        open_dataset(path, columns=Columns(image="url", key="ID"))
     dataset = open_dataset(path, columns=Columns(image="url", caption="text", key="id"))
     sample = list_samples(dataset)[0]
     assert (sample.key, sample.image.path, sample.captions) == ("007", "http://x/a.png", ("NA",))
     assert list_samples(open_described(dataset.describe())) == [sample]
+    pd.DataFrame({"filepath": ["a.png", "b.png"], "key": ["a", None]}).to_csv(path, index=False)
+    skips = Skips()
+    assert len(list_samples(open_dataset(path), skips)) == 1
+    assert (skips.counts, skips.examples) == ({"no_key": 1}, {"no_key": ["b.png"]})
 
 
 def write_text_tar(folder: Path) -> Path:

@@ -44,7 +44,7 @@ def write_evaluation(work: Path, name: str, weights_hash: str, value: float, dat
     inputs = [{"path": "m", "size": 1, "hash": weights_hash}]
     lines = [{"source": "default", "number": 1, "hash": digest} for digest in ("aa01", "bb02")]
     prompts = dict(zip(("class_names", "templates"), lines, strict=True))
-    sidecar = make_sidecar(EvaluationSidecar, inputs=inputs, prompts=prompts)
+    sidecar = make_sidecar(EvaluationSidecar, inputs=inputs, prompts=prompts, counts={"images": 1234})
     (work / "eval" / SIDECARS / f"{name}.json").write_text(json.dumps(sidecar))
 
 
@@ -62,7 +62,7 @@ def test_metrics_are_those_of_the_whole_weights_file_however_the_model_is_named(
     tagged = ModelName("ViT-B-32:laion2b_s34b_b79k", "tag", architecture="ViT-B-32", tag="laion2b_s34b_b79k")
     for source in (tagged, parse_model(str(tiny_model))):
         card = render(own, source, work=tmp_path)
-        assert "| own | zeroshot_classification | acc1 | 0.5000 | aa01, bb02 |" in card
+        assert "| own | zeroshot_classification | acc1 | 1,234 | 0.5000 | aa01, bb02 |" in card
         assert "| others |" not in card
         assert "| sampled |" not in card
 
