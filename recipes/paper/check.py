@@ -1,6 +1,8 @@
 """Make what `run.sh --check` reads: shards, a teacher of random weights, and two names that stand for the shipped data.
 
     python recipes/paper/check.py FOLDER
+
+What is there already is left as it is.
 """
 
 from __future__ import annotations

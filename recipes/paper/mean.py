@@ -1,6 +1,8 @@
 """Print the customary metric of each data set, and their mean, of every model and task measured in a work directory.
 
     python recipes/paper/mean.py clipcid-work/eval
+
+The metrics of the linear probe have the names of classification, after `lp_`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ def main() -> None:
     tables = defaultdict[tuple[str, str], dict[str, float]](dict)
     for path in sorted(Path(sys.argv[1]).glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        # Metrics of the linear probe are those of classification, after `lp_`.
         metrics = {name.removeprefix("lp_"): value for name, value in result["metrics"].items()}
         metric = customary_metric(result["dataset"], list(metrics))
         tables[result["pretrained"], result["task"]][f"{result['dataset']} ({metric})"] = metrics[metric]
