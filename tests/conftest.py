@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import io
@@ -206,6 +207,15 @@ def write_tiny_model(folder: Path, config: dict[str, Any] | None = None, seed: i
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of a real open_clip model with random weights: 32 px, 32 wide, context 12."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return a model's configuration with some settings changed, `vision_cfg__width` for one inside."""
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        part, _, inner = name.rpartition("__")
+        (config[part] if part else config)[inner] = value
+    return config
 
 
 def make_image(seed: int, side: int = 48, kind: str = "PNG") -> bytes:

@@ -61,12 +61,11 @@ class DistContext:
         """Whether the run has processes on several hosts, or may have them: nobody says how many are on this one."""
         return self.size > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
-    def share(self, number: int) -> tuple[int, int]:
+    def rank_range(self, number: int) -> tuple[int, int]:
         """Return this process's even share of 0 … number − 1: the first, and the one after the last."""
         return number * self.rank // self.size, number * (self.rank + 1) // self.size
 
     def barrier(self) -> None:
-        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 

@@ -25,7 +25,6 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """PyTorch's name of it."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}[self.name]
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:

@@ -80,13 +80,11 @@ class SavePace:
         self._began = self._saved = clock()
 
     def is_due(self) -> bool:
-        """Tell whether to save now."""
         now = self._clock()
         return now - self._saved > _SHORTEST and self._spent + self._expected <= _SHARE * (now - self._began)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Measure a save."""
         before = self._clock()
         yield
         self._saved = self._clock()

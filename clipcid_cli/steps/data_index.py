@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.index import (
     DataIndex,
     IndexedShard,
+    Part,
     finish_index,
     lock_index,
     open_index,
@@ -24,7 +27,7 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache, cache_folder
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.pipeline import ordered_map
+from clipcid_cli.runtime.pipeline import default_workers, ordered_map
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps.reporting import Reporter
 
@@ -88,6 +91,21 @@ def ensure_index(dataset: Dataset, context: DistContext, workers: int, reporter:
         return dataset.with_index(context.on_rank0(lambda: _finish(dataset, folder)))
 
 
+def index_alone(dataset: Dataset, workers: int | None, reporter: Reporter) -> Dataset:
+    """Return the data with its index, made by this process and its workers while others wait for what it finds."""
+    alone = DistContext(0, 1, 0, torch.device("cpu"))
+    return ensure_index(dataset, alone, default_workers(alone.device) if workers is None else workers, reporter)
+
+
+def open_part(dataset: Dataset, number: int) -> Part:
+    """Return the samples of one shard from the index, into which it is listed where it is not there."""
+    if dataset.index is not None:
+        return dataset.index.part(number)
+    folder = dataset.index_folder
+    assert folder is not None, "opened without a folder for the index"
+    return DataIndex(folder, (dataset.shards[number],), (_find_record(dataset, folder, number),)).part(0)
+
+
 def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:
     """Return indexed data, read from local copies, of `gigabytes` at most, where it is behind URLs or from commands."""
     index = dataset.index
@@ -120,16 +138,21 @@ def _finish(dataset: Dataset, folder: Path) -> DataIndex:
     index = open_index(folder, dataset.shards)
     if index is not None:
         return index
-    records = list[IndexedShard]()
-    for number, shard in enumerate(dataset.shards):
-        record = read_record(folder, shard)
-        if record is None:  # it changed while the others were listed
-            _list_shard(dataset, number)
-            record = read_record(folder, shard)
-        if record is None:
-            raise ClipcidError(
-                f"Shard {shard.name} of {dataset.spec} changes while it is listed.",
-                "Give the command again once nothing writes to the data.",
-            )
-        records.append(record)
+    # Those that changed while the others were listed are listed again.
+    records = [_find_record(dataset, folder, number) for number in range(len(dataset.shards))]
     return finish_index(folder, dataset.shards, records)
+
+
+def _find_record(dataset: Dataset, folder: Path, number: int) -> IndexedShard:
+    """Return what the listing of a shard found; it is listed where it has not been."""
+    shard = dataset.shards[number]
+    record = read_record(folder, shard)
+    if record is None:
+        _list_shard(dataset, number)
+        record = read_record(folder, shard)
+    if record is None:
+        raise ClipcidError(
+            f"Shard {shard.name} of {dataset.spec} changes while it is listed.",
+            "Give the command again once nothing writes to the data.",
+        )
+    return record

@@ -23,29 +23,17 @@ _BUCKET_BYTES = 25 * 2**20
 
 
 class Features(NamedTuple):
-    """What the student makes of a batch or a part of it, not normalised.
+    """What the student makes of a batch or a part of it, not normalised."""
 
-    Attributes:
-        image: [b, d].
-        text: Of captions and of e texts without images, [b + e, d].
-        masked_image: Of the images by a pass that saw few patches, [b, d].
-        image_tokens: Of the images' patches, [b, P, d].
-        text_tokens: Of the texts' tokens, [b + e, L, d], zeros after each text's last.
-    """
-
-    image: Tensor
-    text: Tensor
-    masked_image: Tensor | None = None
-    image_tokens: Tensor | None = None
-    text_tokens: Tensor | None = None
+    image: Tensor  # [b, d]
+    text: Tensor  # of captions and of e texts without images, [b + e, d]
+    masked_image: Tensor | None = None  # of the images by a pass that saw few patches, [b, d]
+    image_tokens: Tensor | None = None  # of the images' patches, [b, P, d]
+    text_tokens: Tensor | None = None  # of the texts' tokens, [b + e, L, d], zeros after each text's last
 
 
 class GradCache:
-    """One forward and one backward pass over a batch; the same for any number of parts.
-
-    Attributes:
-        features: Those of all parts, detached from the towers.
-    """
+    """One forward and one backward pass over a batch; the same for any number of parts."""
 
     def __init__(self, encode: Callable[[int], Features], seeds: Sequence[int]) -> None:
         """Encode the batch: each part by its number, with a seed of its own for dropout and the like."""
@@ -56,6 +44,7 @@ class GradCache:
             parts = [self._encode(number) for number in range(last)]
         self._last = self._encode(last)
         self._detached = [_detach(part) for part in (*parts, self._last)]
+        # Those of all parts, detached from the towers.
         self.features = Features._make(
             None if kind[0] is None else torch.cat(kind) for kind in zip(*self._detached, strict=True)
         )
@@ -63,8 +52,7 @@ class GradCache:
     def backward(self, before_last: Callable[[], None]) -> None:
         """Propagate the gradients that the losses' backward pass gave the features through the towers.
 
-        Args:
-            before_last: Called before the last part, after which every gradient is complete.
+        `before_last` is called before the last part, after which every gradient is complete.
         """
         # The last part's activations exist already; freed first, they leave room for the others'.
         last = len(self._detached) - 1

@@ -47,7 +47,6 @@ class Muon(torch.optim.AdamW):
     def __init__(
         self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, dtype: torch.dtype
     ) -> None:
-        """Take AdamW's settings, and the number format of Muon's products."""
         super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
         # The gradient scaler asks itself whether to skip an update: half of one must not be made.
         self._step_supports_amp_scaling = False
@@ -101,12 +100,7 @@ def matrices_of(module: nn.Module) -> set[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How parameters are updated: by ``muon`` the matrices within the towers and by AdamW all else, or all by ``adamw``.
-
-    Attributes:
-        steps: Steps of the whole run.
-        max_norm: Largest norm of the gradient; None for no limit.
-    """
+    """How parameters are updated: by ``muon`` the matrices within the towers and by AdamW all else, or all by ``adamw``."""
 
     optimizer: str
     lr: float
@@ -114,8 +108,8 @@ class Recipe:
     betas: tuple[float, float]
     eps: float
     warmup: int
-    steps: int
-    max_norm: float | None
+    steps: int  # steps of the whole run
+    max_norm: float | None  # largest norm of the gradient; None for no limit
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0: linear warm-up, then a cosine to 0 after the last step.

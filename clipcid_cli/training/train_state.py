@@ -18,14 +18,7 @@ MAX_LOG_SCALE = math.log(100.0)
 
 
 class TrainState:
-    """What a training step changes.
-
-    Attributes:
-        log_scales: Logarithms of the logit scales, float32 [] each on the device: the student's own under ``student``, those
-            of losses under their names.
-        ema: The average of the student's weights; None where none is kept.
-        step: Steps done.
-    """
+    """What a training step changes."""
 
     def __init__(
         self,
@@ -39,7 +32,6 @@ class TrainState:
         """Make the optimiser.
 
         Args:
-            module: The student.
             of_losses: What the losses themselves learn; its ``log_scales`` are logarithms of logit scales, by loss.
             dtype: Of the step's matrix products; float16 scales the loss up before the backward pass.
             ema: Decay of the average of the weights.
@@ -49,6 +41,8 @@ class TrainState:
         self.recipe = recipe
         student_scale: Any = module.logit_scale
         of_each_loss: Any = of_losses.log_scales
+        # Logarithms of the logit scales, float32 [] each on the device: the student's own under ``student``, those of
+        # losses under their names.
         self.log_scales: dict[str, nn.Parameter] = {"student": student_scale, **of_each_loss}
         self.optimizer = recipe.make_optimizer(module, of_losses.parameters(), dtype)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -58,11 +52,11 @@ class TrainState:
         rest = set(self.parameters) - set(at_last)
         towers = [[parameter for parameter in tower if parameter in rest] for tower in backward_order(module)]
         self.averager = GradientAverager([*towers, at_last])
+        # The average of the student's weights; None where none is kept.
         self.ema = None if ema is None else EMA(module, ema)
-        self.step = 0
+        self.step = 0  # steps done
 
     def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of a loss."""
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
 
     def clip_grad_norm(self) -> Tensor:
@@ -104,7 +98,6 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
         self.module.load_state_dict(state["module"])
         self.of_losses.load_state_dict(state["of_losses"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -138,7 +131,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after an optimiser step."""
         self._step += 1
         fraction = 1 - min(self._decay, (1 + self._step) / (10 + self._step))
         torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), fraction)
@@ -158,11 +150,9 @@ class EMA:
             weight.data, average.data = average.data, weight.data
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs."""
         return {"step": self._step, "averages": dict(self._averages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
         self._step = state["step"]
         for name, average in self._averages.items():
             average.copy_(state["averages"][name])

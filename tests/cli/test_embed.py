@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import (
     Run,
-    make_caption,
     make_image,
     run_clipcid,
     run_command,
     shard_members,
-    start_clipcid,
     torchrun_command,
     write_tar,
 )
@@ -46,63 +40,15 @@ def embedded(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
     return run_clipcid(*arguments, *options, cwd=folder)
 
 
-def test_result_and_files(embedded: Run, tiny_shards: Path, tiny_model: Path) -> None:
-    result = embedded.json
-    assert list(result) == ["images", "skipped", "images_per_second", "seconds", "files"]
-    assert (result["images"], result["skipped"]) == (24, {})
-    assert list(result["seconds"]) == ["read", "encode", "write"]
-    folder = embedded.cwd / "clipcid-work" / "embeddings" / "tiny"
-    assert result["files"]["embeddings"] == "clipcid-work/embeddings/tiny"
-    assert list(hash_rows(folder)) == [
-        f"{kind}/{kind}_000{number}.{form}"
-        for kind, form in (("img_emb", "npy"), ("metadata", "parquet"), ("text_emb", "npy"))
-        for number in (0, 1)
-    ]
-    sidecar = json.loads((folder / "embed.json").read_text())
-    assert [Path(entry["path"]).name for entry in sidecar["inputs"]] == [tiny_shards.name]
-    assert [entry["path"] for entry in sidecar["outputs"]] == ["manifest.parquet"]
-    assert sidecar["counts"] == {"images": 24, "read": 24, "skipped": {}, "laid_on_white": 0, "from_16_bit": 0}
-    assert sidecar["data"]["spec"] == str(tiny_shards)
-    assert sidecar["model"]["spec"] == str(tiny_model)
-    assert sidecar["settings"]["precision"] == "fp32"
-
-
-def test_rows_are_open_clips(embedded: Run, tiny_model: Path) -> None:
-    import io
-
-    import open_clip
-    import pandas as pd
-
-    folder = embedded.cwd / "clipcid-work" / "embeddings" / "tiny"
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tiny_model}")
-    pixels = torch.stack([transform(Image.open(io.BytesIO(make_image(number)))) for number in range(14)])
-    tokens = open_clip.get_tokenizer(f"local-dir:{tiny_model}")([make_caption(number) for number in range(14)])
-    with torch.no_grad():
-        images = model.eval().encode_image(pixels, normalize=True).numpy()
-        texts = model.encode_text(tokens, normalize=True).numpy()
-    rows = np.load(folder / "img_emb" / "img_emb_0000.npy")
-    assert rows.dtype == np.float16
-    assert np.abs(rows - images).max() < 3e-4
-    assert np.abs(np.load(folder / "text_emb" / "text_emb_0000.npy") - texts).max() < 3e-4
-    metadata = pd.read_parquet(folder / "metadata" / "metadata_0001.parquet")
-    assert list(metadata.columns) == ["key", "shard", "caption"]
-    assert metadata.key[0] == "000014"
-    assert set(metadata.shard) == {"00001"}
-    assert metadata.caption[9] == make_caption(23)
-
-
 def test_bytes_do_not_depend_on_workers_or_processes(
     embedded: Run, clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    expected = hash_rows(embedded.cwd)
+    expected = hash_rows(embedded.cwd / "clipcid-work" / "embeddings" / "tiny")
     command = ["embed", tiny_shards, "--model", tiny_model, "--precision", "fp32", "--batch-size", 8, "--json"]
-    clipcid(*command, "--workers", 0, "--out", tmp_path / "none")
-    clipcid(*command, "--workers", 3, "--out", tmp_path / "three")
+    clipcid(*command, "--workers", 3, "--out", "three")
     together = [*torchrun_command(2), *map(str, command), "--out", "two-processes"]
     assert run_command(together, tmp_path, True, 300, None).json["images"] == 24
-    prefix = "clipcid-work/embeddings/tiny/"
-    for name in ("none", "three", "two-processes"):
-        assert {prefix + path: value for path, value in hash_rows(tmp_path / name).items()} == expected
+    assert hash_rows(tmp_path / "three") == hash_rows(tmp_path / "two-processes") == expected
 
 
 def test_a_finished_output_is_kept_and_a_different_one_refused(
@@ -145,16 +91,6 @@ def test_the_output_of_another_step_is_not_written_into(
     run = clipcid("embed", tiny_shards, "--model", tiny_model, "--out", "run", "--overwrite", check=False)
     assert run.returncode == 1
     assert "run holds the output of clipcid distill." in run.stderr
-
-
-def test_overwriting_replaces_all(clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    clipcid("embed", tiny_shards, "--model", tiny_model, "--out", out)
-    data = write_tar(tmp_path / "other.tar", shard_members(50, 5))
-    run = clipcid("embed", data, "--model", tiny_model, "--out", out, "--no-text", "--overwrite", "--json")
-    assert run.json["images"] == 5
-    assert list(hash_rows(out)) == ["img_emb/img_emb_0000.npy", "metadata/metadata_0000.parquet"]
-    assert len(np.load(out / "img_emb" / "img_emb_0000.npy")) == 5
 
 
 def test_shards_that_were_added_are_embedded_alone(
@@ -216,32 +152,6 @@ def test_an_empty_first_shard_does_not_mean_that_there_are_no_captions(
     assert len(np.load(tmp_path / "new" / "text_emb" / "text_emb_0001.npy")) == 5
 
 
-def test_killed_and_resumed_gives_the_same_bytes(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
-    for number in range(24):
-        members = [(f"bad{number}.png", b"no image"), *shard_members(10 * number, 10)]
-        write_tar(tmp_path / "data" / f"{number}.tar", members)
-    options = ["--precision", "fp32", "--batch-size", "4", "--views", "2", "--color-jitter", "0.3"]
-    options += ["--max-bad-fraction", "0.1", "--out"]
-    command = ["embed", "data", "--model", str(tiny_model), *options]
-    process = start_clipcid(*command, "cut", cwd=tmp_path)
-    while not any((tmp_path / "cut").glob(".embed-*/.shards/0*")):
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = len(list((tmp_path / "cut").glob(".embed-*/.shards/0*")))
-    assert not (tmp_path / "cut" / "embed.json").exists()
-    assert 0 < done < 24
-    resumed = clipcid(*command, "cut", "--json")
-    assert f"{done} of 24 shards are already embedded" in " ".join(resumed.stderr.split())
-    assert resumed.json["images"] == 240
-    whole = clipcid(*command, "whole")
-    assert hash_rows(tmp_path / "cut") == hash_rows(tmp_path / "whole")
-    assert "cannot be decoded" in whole.stderr
-    assert "cannot be decoded" not in resumed.stderr  # the killed run looked at the data
-    assert len(list((tmp_path / "cut").glob("view_*/view_*.npy"))) == 48
-
-
 def png_with_alpha() -> bytes:
     import io
 
@@ -286,31 +196,16 @@ def test_what_is_skipped_is_counted_and_named(clipcid: Call, tiny_model: Path, t
     assert not (tmp_path / "strict" / "embed.json").exists()
 
 
-def test_a_step_that_needs_captions_is_not_told_to_go_without(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
-    data = write_tar(tmp_path / "a.tar", shard_members(0, 6, captions=False))
-    run = clipcid("distill", data, "--teacher", tiny_model, "--student", tiny_model, check=False)
-    assert run.returncode == 1
-    assert "Put captions next to the images" in " ".join(run.stderr.split())
-    assert "--no-text" not in run.stderr
-
-
-def test_other_forms_of_data(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
-    for number in range(6):
-        path = tmp_path / "photos" / f"class-{number % 2}" / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(make_image(number, side=300, kind="JPEG"))
-    silent = clipcid("embed", "photos", "--model", tiny_model, check=False)
-    assert silent.returncode == 1
-    assert "--no-text" in silent.stderr
-    run = clipcid("embed", "photos", "--model", tiny_model, "--no-text", "--fast-decode", "--json")
-    assert run.json["images"] == 6
-    (tmp_path / "list.csv").write_text("path,words\nphotos/class-0/0.jpg,one\nphotos/class-1/1.jpg,two\n")
-    columns = ["--image-column", "path", "--caption-column", "words"]
-    listed = clipcid("embed", "list.csv", "--model", tiny_model, "--out", "listed", "--json", *columns)
+def test_a_list_with_columns_of_other_names_is_read_again_from_what_the_sidecar_says(
+    clipcid: Call, tiny_model: Path, tmp_path: Path
+) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.jpg").write_bytes(make_image(number, side=300, kind="JPEG"))
+    (tmp_path / "list.csv").write_text("path,words\n0.jpg,one\n1.jpg,two\n")
+    call = ("embed", "list.csv", "--model", tiny_model, "--image-column", "path", "--caption-column", "words", "--json")
+    listed = clipcid(*call, "--fast-decode")
     assert listed.json["images"] == 2
-    # What the sidecar says of the data is enough to read it again.
-    again = clipcid("embed", "list.csv", "--model", tiny_model, "--out", "listed", "--json", *columns)
-    assert again.json == listed.json
+    assert clipcid(*call, "--fast-decode").json == listed.json
 
 
 def test_lines_of_a_text_are_captions_where_that_is_asked_for(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
@@ -333,37 +228,31 @@ def test_lines_of_a_text_are_captions_where_that_is_asked_for(clipcid: Call, tin
 
 
 def test_dry_run_writes_nothing(clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
-    run = clipcid("embed", tiny_shards, "--model", tiny_model, "--dry-run", "--json")
+    call = ("embed", tiny_shards, "--model", tiny_model, "--dry-run")
+    run = clipcid(*call, "--json")
     assert (run.json["images"], run.json["shards"], run.json["bytes"]) == (24, 2, 24 * 32 * 2 * 2)
     assert "checked 2 of 2 shards, 6 samples: all can be decoded." in run.stderr
-    run = clipcid("embed", tiny_shards, "--model", tiny_model, "--views", 3, "--dry-run", "--json", "--workers", 1)
+    run = clipcid(*call, "--views", 3, "--json", "--workers", 1)
     assert run.json["bytes"] == 24 * 32 * 2 * 2 + 24 * 3 * (32 * 2 + 16 * 4)
     assert run.json["free_bytes"] > run.json["bytes"]
     assert run.json["host_memory_bytes"] > run.json["shared_memory_bytes"] > 0
-    shown = clipcid("embed", tiny_shards, "--model", tiny_model, "--dry-run", "--workers", 2).stderr
-    assert re.search(r"disk +3\.07 kB, 128 bytes an image", shown)
-    assert re.search(r"memory +up to .* of each host, .* of it in\s+/dev/shm", shown)
+    refused = clipcid(*call, "--workers", 20_000_000, check=False)
+    assert re.search(r"workers of this host and their batches take up to\s+[\d,.]+\s+GB", refused.stderr)
     student = ("--student", tiny_model / "open_clip_config.json")
     for step in (("balance", "--model", tiny_model, "--keep", 0.5), ("distill", "--teacher", tiny_model, *student)):
         first = clipcid(step[0], tiny_shards, *step[1:], "--dry-run", "--json")
         assert (first.json["dry_run"], first.json["images"]) == (True, 24)
         assert "There are no embeddings of" in first.stderr
     assert re.search(r"Would embed\s+images +about 24", clipcid("distill", tiny_shards, *step[1:], "--dry-run").stderr)
-    many = ("--dry-run", "--workers", 20_000_000)
-    run = clipcid("embed", tiny_shards, "--model", tiny_model, *many, check=False)
-    assert re.search(r"workers of this host and their batches take up to\s+[\d,.]+\s+GB", run.stderr)
     assert not (tmp_path / "clipcid-work").exists()
 
 
 def test_a_teacher_no_hub_gives_is_told_within_seconds(binary: Call, tiny_shards: Path) -> None:
     run = binary("embed", tiny_shards, check=False, env={"HF_HUB_OFFLINE": "0"})
     assert run.returncode == 1
-    text = " ".join(run.stderr.split())
-    assert "ViT-L-14:laion2b_s32b_b82k" in text
-    assert "--model /path/to/folder" in text
-    assert "Traceback" not in text
+    assert "--model /path/to/folder" in " ".join(run.stderr.split())
     # The hub's client says when it tries again, which it does for 46 seconds.
-    assert "Retrying" not in text
+    assert "Retrying" not in run.stderr
 
 
 def test_a_model_that_no_process_can_load_is_told_once(

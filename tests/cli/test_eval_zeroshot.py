@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +21,10 @@ from clipcid_cli.runtime.randomness import key_fraction
 CLASS_NAMES = ("red thing", "green thing", "blue thing", "dark thing", "bright thing", "pale thing")
 TEMPLATES = ("a photo of a {c}.", "a drawing of {}")
 SAMPLES = 30
+
+
+def said(run: Run) -> str:
+    return " ".join(run.stderr.split())
 
 
 def label_of(number: int) -> int:
@@ -83,9 +86,7 @@ def test_classification_equals_open_clip_and_plain_formulas(
     recalls = [right[labels == label].double().mean().item() for label in labels.unique()]
     assert result["metrics"]["mean_per_class_recall"] == pytest.approx(sum(recalls) / len(recalls), abs=1e-9)
 
-    assert result["images"] == SAMPLES
-    assert result["skipped"] == {}
-    assert result["images_per_second"] > 0
+    assert (result["images"], result["skipped"]) == (SAMPLES, {})
     written = json.loads((tmp_path / result["files"]["metrics"]).read_text())
     assert set(written) == {"dataset", "model", "pretrained", "task", "language", "metrics"}
     assert written == {field: result[field] for field in written}
@@ -94,8 +95,6 @@ def test_classification_equals_open_clip_and_plain_formulas(
     assert sorted(os.listdir(folder)) == ["sidecars", Path(result["files"]["metrics"]).name]
     for name, (low, high) in result["intervals"].items():
         assert low <= result["metrics"][name] <= high
-    assert set(result["intervals"]) == {"acc1", "acc5", "mean_per_class_recall"}
-    check_calibration(result["calibration"], scores.double(), labels)
     sidecar = json.loads((folder / "sidecars" / Path(result["files"]["metrics"]).name).read_text())
     assert sidecar["calibration"] == result["calibration"]
     assert sidecar["prompts"] == result["prompts"]
@@ -112,52 +111,6 @@ def test_classification_equals_open_clip_and_plain_formulas(
         assert result["prompts"][kind] == {"source": str(path), "number": number, "hash": digest}
 
 
-def check_calibration(found: dict[str, Any], scores: torch.Tensor, labels: torch.Tensor) -> None:
-    """Compare with plain formulas: of all images, and of each half, told apart by the hash of the key."""
-    digests = [hashlib.blake2b(f"s{number:07d}".encode(), digest_size=8).digest() for number in range(SAMPLES)]
-    fitted = torch.tensor([int.from_bytes(digest, "little") / 2**64 < 0.5 for digest in digests])
-    assert 0 < found["fitted_images"] == int(fitted.sum()) < SAMPLES
-
-    def losses(temperature: float, which: torch.Tensor) -> float:
-        return float(torch.nn.functional.cross_entropy(scores[which] / temperature, labels[which]))
-
-    for name, which in (("all", fitted | True), ("before", ~fitted), ("after", ~fitted)):
-        measured = found[name]
-        if measured is None:
-            assert (name, found["temperature"]) == ("after", None)
-            continue
-        assert measured["images"] == int(which.sum())
-        assert measured["temperature"] == pytest.approx(found["temperature"] if name == "after" else 0.07)
-        assert measured["log_loss"] == pytest.approx(losses(measured["temperature"], which), abs=1e-5)
-        confidence, predicted = (scores[which] / measured["temperature"]).softmax(dim=1).max(dim=1)
-        right, bins = predicted == labels[which], torch.linspace(0, 1, 16).double()
-        inside = [(confidence > low) & (confidence <= high) for low, high in itertools.pairwise(bins)]
-        gaps = [abs(float(right[one].sum() - confidence[one].sum())) for one in inside]
-        assert measured["expected_calibration_error"] == pytest.approx(sum(gaps) / len(right), abs=1e-4)
-    if (best := found["temperature"]) is not None:
-        assert all(losses(best, fitted) <= losses(best * factor, fitted) for factor in (0.5, 0.99, 1.01, 2))
-
-
-def test_retrieval_equals_open_clip_and_plain_formulas(
-    binary: Callable[..., Run], tiny_model: Path, retrieval: Path
-) -> None:
-    result = binary("eval-zeroshot", tiny_model, retrieval, "--json").json
-
-    owners, texts = [], []
-    for number in range(24):
-        for caption in [make_caption(number)] + ([make_caption(100 + number)] if number % 3 == 0 else []):
-            owners.append(number)
-            texts.append(caption)
-    image_rows, text_rows = embed_with_open_clip(tiny_model, [make_image(n, kind="JPEG") for n in range(24)], texts)
-    scores, own = text_rows @ image_rows.T, torch.tensor(owners)
-    for k in (1, 5, 10):
-        found = (scores.topk(k, dim=1).indices == own[:, None]).any(1).double().mean().item()
-        assert result["metrics"][f"image_retrieval_recall@{k}"] == pytest.approx(found, abs=1e-9)
-        found = (own[scores.T.topk(k, dim=1).indices] == torch.arange(24)[:, None]).any(1).double().mean().item()
-        assert result["metrics"][f"text_retrieval_recall@{k}"] == pytest.approx(found, abs=1e-9)
-    assert result["task"] == "zeroshot_retrieval"
-
-
 def test_many_models_and_data_sets_are_reused_until_something_changes(
     clipcid: Callable[..., Run], tiny_model: Path, classification: Path, retrieval: Path, tmp_path: Path
 ) -> None:
@@ -166,16 +119,10 @@ def test_many_models_and_data_sets_are_reused_until_something_changes(
     shutil.copytree(classification, data)
     call = ("eval-zeroshot", tiny_model, data, retrieval, "--model", other)
 
-    first = clipcid(*call)
-    for expected in ("Zero-shot classification", "Zero-shot retrieval", "other", "things", "image R@1/5/10"):
-        assert expected in first.stderr, first
+    clipcid(*call)
     again = clipcid(*call, "--json").json["results"]
-    assert [(one["model"], one["dataset"]) for one in again] == [
-        ("tiny", "things"),
-        ("tiny", "captions"),
-        ("other", "things"),
-        ("other", "captions"),
-    ]
+    pairs = [(model, dataset) for model in ("tiny", "other") for dataset in ("things", "captions")]
+    assert [(one["model"], one["dataset"]) for one in again] == pairs
     assert all(one["reused"] for one in again)
 
     table = pd.read_csv(tmp_path / "clipcid-work" / "eval-zeroshot" / "results.csv")
@@ -216,15 +163,15 @@ def test_two_processes_and_other_workers_measure_the_same(
     clipcid("eval-zeroshot", tiny_model, classification, retrieval, *options, "--work", "one", "--workers", 0)
     torchrun(2, "eval-zeroshot", tiny_model, classification, retrieval, *options, "--work", "two", "--workers", 1)
     clipcid("eval-zeroshot", tiny_model, classification, retrieval, *options, "--work", "three")
-    names = sorted(path.name for path in (tmp_path / "one" / "eval").glob("*.json"))
-    assert len(names) == 2
-    for name in names:
-        first = (tmp_path / "one" / "eval" / name).read_bytes()
-        assert (tmp_path / "two" / "eval" / name).read_bytes() == first
-        assert (tmp_path / "three" / "eval" / name).read_bytes() == first
+    one, two, three = (
+        {path.name: path.read_bytes() for path in (tmp_path / work / "eval").glob("*.json")}
+        for work in ("one", "two", "three")
+    )
+    assert len(one) == 2
+    assert one == two == three
 
 
-def test_predictions_comparison_and_report(
+def test_comparison_and_report(
     clipcid: Callable[..., Run], tiny_model: Path, classification: Path, retrieval: Path, tmp_path: Path
 ) -> None:
     other = write_tiny_model(tmp_path / "other", seed=1)
@@ -233,51 +180,24 @@ def test_predictions_comparison_and_report(
     run = clipcid("eval-zeroshot", tiny_model, classification, retrieval, "--model", other, "--predictions", "--json")
     assert "has no predictions; measuring" in run.stderr
     results = run.json["results"]
-
     one = results[0]
-    rows = pd.read_parquet(tmp_path / one["files"]["predictions"])
-    assert rows["key"].tolist() == [f"s{number:07d}" for number in range(SAMPLES)]
-    assert rows["label"].tolist() == [label_of(number) for number in range(SAMPLES)]
-    assert (rows["label"] == rows["predicted"]).mean() == pytest.approx(one["metrics"]["acc1"], abs=1e-12)
-    among = [label in top for label, top in zip(rows["label"], rows["top"], strict=True)]
-    assert np.mean(among) == pytest.approx(one["metrics"]["acc5"], abs=1e-12)
-    assert [top[0] for top in rows["top"]] == rows["predicted"].tolist()
-    assert all((np.diff(scores) <= 0).all() for scores in rows["scores"])
-    found = pd.read_parquet(tmp_path / results[1]["files"]["predictions"])
-    assert (found["text_rank"] < 5).mean() == pytest.approx(results[1]["metrics"]["text_retrieval_recall@5"], abs=1e-12)
-    ranks = np.concatenate(found["image_ranks"].tolist())
-    assert (ranks < 10).mean() == pytest.approx(results[1]["metrics"]["image_retrieval_recall@10"], abs=1e-12)
-
     page = (tmp_path / run.json["files"]["report"]).read_text()
     assert "http" not in page
     for expected in ("things", "captions", "mean per class", "red thing", "data:image/webp;base64,", "misclassified"):
         assert expected in page
-
-    files = [result["files"]["metrics"] for result in results]
-    compared = clipcid("eval-zeroshot", "--compare", files[0], files[2], "--json")
-    judged = compared.json["differences"]["acc1"]
-    assert judged["difference"] == pytest.approx(results[2]["metrics"]["acc1"] - one["metrics"]["acc1"], abs=1e-12)
-    assert judged["interval"][0] <= judged["difference"] <= judged["interval"][1]
-    assert 0 < judged["p_value"] <= 1
-    assert judged["verdict"] in " ".join(compared.stderr.split())
-    assert all(sides["same"] for sides in compared.json["prompts"].values())
     assert all(one["prompts"][kind]["hash"] in page for kind in ("class_names", "templates"))
     table = pd.read_csv(tmp_path / run.json["files"]["table"])
     assert table["templates_hash"].tolist() == [one["prompts"]["templates"]["hash"], np.nan] * 2
-    # A model beside itself differs by nothing, whatever is drawn.
-    same = clipcid("eval-zeroshot", "--compare", files[1], files[1])
-    assert "image_retrieval_recall@1: no difference" in " ".join(same.stderr.split())
 
-    for pair, message in (
-        ([files[0], files[1]], "One result is of classification, the other of retrieval."),
-        ([files[0], tmp_path / "missing.json"], "cannot be read"),
-    ):
-        refused = clipcid("eval-zeroshot", "--compare", *pair, check=False)
-        assert refused.returncode == 1
-        assert message in " ".join(refused.stderr.split())
-    assert clipcid("eval-zeroshot", "--compare", files[0], check=False).returncode == 2
+    files = [result["files"]["metrics"] for result in results]
+    compared = clipcid("eval-zeroshot", "--compare", files[0], files[2], "--json")
+    assert compared.json["differences"]["acc1"]["verdict"] in said(compared)
+    assert all(sides["same"] for sides in compared.json["prompts"].values())
+    # A model beside itself differs by nothing, whatever is drawn.
+    same = said(clipcid("eval-zeroshot", "--compare", files[1], files[1]))
+    assert "image_retrieval_recall@1: no difference" in same
     # Folders of models in place of metrics files: the error names those.
-    folders = " ".join(clipcid("eval-zeroshot", "--compare", tiny_model, other, check=False).stderr.split())
+    folders = said(clipcid("eval-zeroshot", "--compare", tiny_model, other, check=False))
     assert "--compare takes two metrics files" in folders
     assert all(Path(file).name in folders for file in files[:2])
     assert Path(files[2]).name not in folders
@@ -313,32 +233,16 @@ def test_several_seeds_are_compared_in_pairs(
     files = [f"clipcid-work/eval/captions_{name}_zeroshot_retrieval.json" for name in names]
     chosen = clipcid("eval-zeroshot", "--compare", ",".join(files[:2]), ",".join(files[4:2:-1]), "--json").json
     assert chosen["models"] == [["a-1", "a-2"], ["b-2", "b-1"]]
-    assert clipcid("eval-zeroshot", "--compare", files[0], files[3].replace("b-1", "b-[1]"), "--json").json == (
-        clipcid("eval-zeroshot", "--compare", files[0], files[3], "--json").json
-    )
-
+    of_one = clipcid("eval-zeroshot", "--compare", files[0], files[3].replace("b-1", "b-[1]"), "--json").json
+    assert of_one == clipcid("eval-zeroshot", "--compare", files[0], files[3], "--json").json
     for sides, code, message in (
         ((first, files[0].replace("a-1_", "b-*_")), 1, "One result is of classification, the other of retrieval."),
         ((first, second.replace("b-*", "b-1*")), 1, "A has 3 metrics files and B has 2."),
-        ((first, second.replace("b-*", "c-*")), 1, "things_c-*_classification.json cannot be read"),
-        (
-            files,
-            2,
-            "--compare needs two metrics files, but 6 were given. Give several seeds of each as two patterns in",
-        ),
+        (files, 2, "6 were given. Give several seeds of each as two patterns in"),
     ):
         refused = clipcid("eval-zeroshot", "--compare", *sides, check=False)
         assert refused.returncode == code
-        assert message in " ".join(refused.stderr.split())
-
-
-def test_dry_run_writes_nothing(
-    clipcid: Callable[..., Run], tiny_model: Path, classification: Path, tmp_path: Path
-) -> None:
-    run = clipcid("eval-zeroshot", tiny_model, classification, "--dry-run")
-    assert "Would measure zeroshot_classification" in run.stderr
-    assert "samples: all can be decoded." in run.stderr
-    assert not (tmp_path / "clipcid-work").exists()
+        assert message in said(refused)
 
 
 def test_with_nothing_named_the_newest_student_and_what_was_held_out(
@@ -365,19 +269,19 @@ def test_with_nothing_named_the_newest_student_and_what_was_held_out(
     clipcid(*common, "--val-fraction", 0.5, "--name", "newer")
     alone, newer = ("clipcid-work/distill/alone/student", "clipcid-work/distill/newer/student")
     named = clipcid("eval-zeroshot", alone, "--json")
-    assert f"the {run.json['images']} samples of" in " ".join(named.stderr.split())
+    assert f"the {run.json['images']} samples of" in said(named)
     assert named.json["images"] == run.json["images"]
     both = clipcid("eval-zeroshot", newer, alone, "--json").json["results"]
     assert [each["images"] for each in both] == [run.json["images"]] * 2
     clipcid(common[0], f"{tiny_shards}/00000.tar", *common[2:], "--val-fraction", 0.5, "--name", "part")
     others = clipcid("eval-zeroshot", alone, "--model", "clipcid-work/distill/part/student", check=False)
-    assert "trained on different data" in " ".join(others.stderr.split())
+    assert "trained on different data" in said(others)
     folder = clipcid("eval-zeroshot", "clipcid-work/distill/alone", check=False)
-    assert "Give clipcid-work/distill/alone/student." in " ".join(folder.stderr.split())
+    assert "Give clipcid-work/distill/alone/student." in said(folder)
     clipcid(*common, "--val-fraction", 1e-9, "--name", "none")
     nothing = clipcid("eval-zeroshot", check=False)
     assert nothing.returncode == 1
-    assert "clipcid-work/distill/none held out, and no data set was named" in " ".join(nothing.stderr.split())
+    assert "clipcid-work/distill/none held out, and no data set was named" in said(nothing)
 
 
 def test_dropped_copies_are_not_held_out(
@@ -403,7 +307,7 @@ def test_dropped_copies_are_not_held_out(
     recorded.unlink()
     earlier = clipcid("eval-zeroshot", "clipcid-work/distill/run/student", check=False)
     assert earlier.returncode == 1
-    assert "earlier versions did not record what a run held out" in " ".join(earlier.stderr.split())
+    assert "earlier versions did not record what a run held out" in said(earlier)
 
 
 def test_one_bad_image_among_few_held_out(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
@@ -425,7 +329,7 @@ def test_one_bad_image_among_few_held_out(clipcid: Callable[..., Run], tiny_mode
     assert 1 / len(held_out) > 0.01
     shutil.rmtree(tmp_path / "clipcid-work" / "eval")
     refused = clipcid("eval-zeroshot", "--max-bad-fraction", 0.001, check=False)
-    assert "1 of 120 samples" in " ".join(refused.stderr.split())
+    assert "1 of 120 samples" in said(refused)
 
 
 def test_two_sets_of_prompts_live_side_by_side(
@@ -445,56 +349,3 @@ def test_two_sets_of_prompts_live_side_by_side(
     again = clipcid("eval-zeroshot", tiny_model, classification, *calls[1], "--json").json
     assert again["reused"]
     assert again["metrics"] == results[1]["metrics"]
-
-
-def make_bad_data(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.tar").write_text("I am no tar\n")
-    write_tar(tmp_path / "no-images" / "0.tar", [("a.txt", b"a cat"), ("b.txt", b"a dog")])
-    write_tar(tmp_path / "no-captions" / "0.tar", [("a.png", make_image(0)), ("b.png", make_image(1))])
-    whole = write_tar(tmp_path / "cut" / "0.tar", [(f"{n}.png", make_image(n)) for n in range(4)])
-    whole.write_bytes(whole.read_bytes()[: 5 * 512 + 100])
-    write_tar(tmp_path / "labels" / "0.tar", [("a.png", make_image(0)), ("a.cls", b"0")])
-    (tmp_path / "templates.txt").write_text("a cat\n")
-    (tmp_path / "names.txt").write_text("cat\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["MODEL", "nowhere"], "There is no data at"),
-        (["MODEL", "empty"], "no .tar shard and no image"),
-        (["MODEL", "text.tar"], "not a tar file"),
-        (["MODEL", "cut"], "is truncated"),
-        (["MODEL", "no-images"], "no sample with an image"),
-        (["MODEL", "no-captions"], "neither a class nor a caption"),
-        (["MODEL", "no-captions", "--task", "retrieval"], "no caption"),
-        (["MODEL", "labels"], "has no class names"),
-        (
-            ["MODEL", "labels", "--classnames", "names.txt", "--templates", "templates.txt"],
-            "has no placeholder for the class name",
-        ),
-        (["NoSuchModel", "labels"], "no architecture NoSuchModel"),
-        (["NoSuchModel", "labels"], "was read as the model"),
-        (["labels"], "the first positional argument is the model"),
-        ([], "No model was named"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_input_is_one_clear_error(
-    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path, arguments: list[str], message: str
-) -> None:
-    make_bad_data(tmp_path)
-    run = clipcid("eval-zeroshot", *[tiny_model if word == "MODEL" else word for word in arguments], check=False)
-    assert run.returncode == 1, run
-    assert message in " ".join(run.stderr.split()), run
-    assert "Traceback" not in run.stderr
-    assert not list((tmp_path / "clipcid-work").glob("eval/*.json"))
-
-
-def test_one_pair_named_twice_is_a_usage_error(
-    clipcid: Callable[..., Run], tiny_model: Path, classification: Path
-) -> None:
-    run = clipcid("eval-zeroshot", tiny_model, classification, classification, check=False)
-    assert run.returncode == 2
-    assert "same metrics file" in run.stderr

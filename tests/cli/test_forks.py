@@ -12,32 +12,23 @@ import forks
 import pytest
 from conftest import Run
 
-# The process that is forked, of a program that does one thing.
+# The process that is forked, of a program that prints a word and is interrupted.
 _SERVE = """
-import sys
 import forks
 from clipcid_cli import cli
 
 def main():
     print("begun")
-    {does}
+    raise KeyboardInterrupt
 
 forks._IMPORTED, cli.main = (), main
 forks._serve()
 """
 
 
-@pytest.mark.parametrize(
-    ("does", "code", "told"),
-    [
-        ("raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
-        ("raise ValueError('not foreseen')", 1, "ValueError: not foreseen"),
-    ],
-)
-def test_what_a_program_lets_through_fails_its_fork(does: str, code: int, told: str, tmp_path: Path) -> None:
-    outputs = [tmp_path / "out", tmp_path / "err"]
+def test_what_a_program_lets_through_fails_its_fork(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", _SERVE.format(does=does)],
+        [sys.executable, "-c", _SERVE],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -51,21 +42,15 @@ def test_what_a_program_lets_through_fails_its_fork(does: str, code: int, told: 
         answer: int | None = json.loads(process.stdout.readline())
         return answer
 
+    outputs = [tmp_path / "out", tmp_path / "err"]
     pid = ask(arguments=[], cwd=str(tmp_path), environment={}, outputs=list(map(str, outputs)))
     while (found := ask(poll=pid)) is None:
         pass
     process.communicate()
-    assert found == code
+    assert found == 1
     out, err = (path.read_text() for path in outputs)
     assert out == "begun\n"
-    assert err.strip().endswith(told)
-    assert ("Traceback" in err) == bool(told)
-
-
-def test_forks_are_offline(clipcid: Callable[..., Run], tiny_shards: Path) -> None:
-    run = clipcid("embed", tiny_shards, "--model", "hf-hub:clipcid/there-is-none", check=False)
-    assert run.returncode == 1
-    assert "the hub is disabled (HF_HUB_OFFLINE)" in " ".join(run.stderr.split())
+    assert err.strip().endswith("KeyboardInterrupt")
 
 
 @pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "OMP_NUM_THREADS"])

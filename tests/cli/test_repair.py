@@ -60,18 +60,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def turned(places: dict[str, Path], tmp_path: Path) -> Path:
-    return link(places["turned"], tmp_path)
-
-
-@pytest.fixture
-def sound(places: dict[str, Path], tmp_path: Path) -> Path:
-    return link(places["sound"], tmp_path)
-
-
-def link(place: Path, folder: Path) -> Path:
-    for path in place.iterdir():
-        (folder / path.name).symlink_to(path)
-    return folder
+    for path in places["turned"].iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
 
 
 def repair_of(work: Path) -> Path:
@@ -128,8 +119,10 @@ def test_the_repaired_rows_teach(clipcid: Clipcid, turned: Path) -> None:
     assert "finished" in words(clipcid(*DISTILL, "--name", "repaired"))
 
 
-def test_a_sound_teacher_stays_to_the_bit(clipcid: Clipcid, sound: Path) -> None:
-    work = sound / "clipcid-work"
+def test_a_sound_teacher_stays_to_the_bit(clipcid: Clipcid, turned: Path, places: dict[str, Path]) -> None:
+    work = turned / "clipcid-work"
+    (turned / "teacher").unlink()
+    (turned / "teacher").symlink_to(places["sound"] / "teacher")
     chosen = clipcid(*DISTILL, "--name", "auto", "--json")
     clipcid(*DISTILL, "--name", "none", "--repair", "none")
     assert "Teacher left as it is" in words(chosen)
@@ -141,16 +134,14 @@ def test_a_sound_teacher_stays_to_the_bit(clipcid: Clipcid, sound: Path) -> None
     assert "finished" in words(clipcid(*DISTILL, "--name", "auto", "--repair", "none"))
 
 
-def test_a_dry_run_decides_nothing(clipcid: Clipcid, turned: Path) -> None:
-    dry = clipcid(*CLUSTER, "--dry-run")
+def test_a_dry_run_decides_nothing_and_two_processes_make_the_same_bytes(
+    clipcid: Clipcid, torchrun: Clipcid, turned: Path
+) -> None:
+    dry = clipcid(*CLUSTER, "--work", "one", "--dry-run")
     assert "a run decides whether it is repaired" in words(dry)
-    assert not (turned / "clipcid-work").exists()
-    clipcid(*CLUSTER)
-    assert "repaired (--repair none leaves it as it is)" in words(clipcid(*CLUSTER, "--dry-run"))
-
-
-def test_two_processes_make_the_same_bytes(clipcid: Clipcid, torchrun: Clipcid, turned: Path) -> None:
+    assert not (turned / "one").exists()
     clipcid(*CLUSTER, "--work", "one")
+    assert "repaired (--repair none leaves it as it is)" in words(clipcid(*CLUSTER, "--work", "one", "--dry-run"))
     torchrun(2, *CLUSTER, "--work", "two")
     repair = repair_of(turned / "one").relative_to(turned / "one") / "repair.npz"
     for file in (repair, "clusters/centroids.npy", "clusters/clusters.parquet"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import graphlib
 import importlib.util
 from collections.abc import Iterator
@@ -21,33 +20,31 @@ FILES = {
 LOADED_WHEN_USED = ("numpy", "torch")
 
 
-def read_imports(tree: ast.Module) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Yield the imports that happen when the module is imported, in its order."""
-    rest: list[ast.AST] = list(tree.body)
-    while rest:
-        node = rest.pop(0)
+def list_imports(tree: ast.AST, *, at_once: bool = False) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Yield a module's imports; if `at_once`, those that happen when it is imported."""
+    for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
+        elif not at_once:
+            yield from list_imports(node)
         elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            rest = [*node.orelse, *rest]
+            continue
         elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            rest = [*ast.iter_child_nodes(node), *rest]
+            yield from list_imports(node, at_once=True)
 
 
-def list_imported(node: ast.Import | ast.ImportFrom, package: str = "") -> list[str]:
+def list_imported(node: ast.Import | ast.ImportFrom) -> list[str]:
     """List the names that an import may load as modules: of `from a import b`, both a and a.b."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
-    parent = package.rsplit(".", node.level - 1)[0] if node.level else ""
-    module = ".".join(filter(None, (parent, node.module)))
-    return [module, *(f"{module}.{alias.name}" for alias in node.names)]
+    return [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
 
 
 def test_modules_can_be_imported_in_any_order() -> None:
     graph = {
         name: {
             module
-            for node in read_imports(ast.parse(path.read_bytes()))
+            for node in list_imports(ast.parse(path.read_bytes()), at_once=True)
             for module in list_imported(node)
             if module in FILES and module != name
         }
@@ -60,41 +57,31 @@ def test_modules_can_be_imported_in_any_order() -> None:
         pytest.fail(f"which is imported first decides whether this works: {' ← '.join(error.args[1])}")
 
 
-@functools.cache
-def find_package(name: str) -> Path | None:
-    """Return the folder of an installed package, which is not imported; None of a module that is a single file."""
+def find_package(name: str) -> list[Path]:
+    """Return the places of an installed package's modules; none is imported for it."""
     top, *inner = name.split(".")
     spec = importlib.util.find_spec(top)
-    for place in (spec.submodule_search_locations or []) if spec is not None else []:
-        if (folder := Path(place, *inner)).is_dir():
-            return folder
-    return None
+    return [Path(place, *inner) for place in (spec and spec.submodule_search_locations) or []]
 
 
-def is_module(name: str) -> bool:
-    """Tell whether an installed module has this name."""
+def has_to_be_imported(name: str) -> bool:
+    """Tell whether an installed module has this name, and the text of its package does not import it."""
     package, _, last = name.rpartition(".")
-    folder = find_package(package) if package else None
-    return folder is not None and ((folder / f"{last}.py").is_file() or (folder / last / "__init__.py").is_file())
+    for place in find_package(package):
+        if (place / f"{last}.py").is_file() or (place / last / "__init__.py").is_file():
+            imports = list_imports(ast.parse((place / "__init__.py").read_bytes()), at_once=True)
+            words = {word for node in imports for module in list_imported(node) for word in module.split(".")}
+            return last not in words
+    return False
 
 
-@functools.cache
-def loads_itself(package: str) -> frozenset[str]:
-    """Return the modules that a package imports when it is imported, as its own text says."""
-    folder = find_package(package)
-    if folder is None or not (folder / "__init__.py").is_file():
-        return frozenset()
-    tree = ast.parse((folder / "__init__.py").read_bytes())
-    return frozenset(name for node in read_imports(tree) for name in list_imported(node, package))
-
-
-def find_unimported(text: str) -> list[str]:
-    """List the modules that a text takes as attributes of their packages, though nothing in it imports them."""
+def find_unimported(text: str) -> set[str]:
+    """Find the modules that a text takes as attributes of their packages, though nothing in it imports them."""
     tree = ast.parse(text)
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    loaded = {name for node in imports for name in list_imported(node)}
+    loaded = set[str]()
     bound: dict[str, str] = {}
-    for node in imports:
+    for node in list_imports(tree):
+        loaded |= set(list_imported(node))
         for alias in node.names:
             if isinstance(node, ast.ImportFrom):
                 bound[alias.asname or alias.name] = f"{node.module}.{alias.name}"
@@ -103,27 +90,21 @@ def find_unimported(text: str) -> list[str]:
             else:  # `import a.b` binds a
                 top = alias.name.partition(".")[0]
                 bound[top] = top
-    found = set()
-    for used in ast.walk(tree):
-        if not (isinstance(used, ast.Attribute) and isinstance(used.value, ast.Name) and used.value.id in bound):
-            continue
-        package = bound[used.value.id]
-        name = f"{package}.{used.attr}"
-        if package.partition(".")[0] not in LOADED_WHEN_USED and is_module(name):
-            there = loaded | loads_itself(package)
-            if not any(each == name or each.startswith(f"{name}.") for each in there):
-                found.add(name)
-    return sorted(found)
-
-
-def test_a_module_that_is_not_imported_is_found() -> None:
-    assert find_unimported("import pyarrow as pa\npa.dataset.dataset(1)") == ["pyarrow.dataset"]
-    assert find_unimported("import matplotlib\ndef f():\n    matplotlib.figure.Figure()") == ["matplotlib.figure"]
-    assert find_unimported("from clipcid_cli import formats\nformats.atomic.f()") == ["clipcid_cli.formats.atomic"]
-    assert find_unimported("import pyarrow as pa\nimport pyarrow.dataset\npa.dataset.dataset(pa.table({}))") == []
-    assert find_unimported("import pyarrow as pa\npa.ipc.open_file(1)") == [], "pyarrow imports it"
+    used = {
+        f"{bound[node.value.id]}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound
+    }
+    return {
+        name for name in used - loaded if name.partition(".")[0] not in LOADED_WHEN_USED and has_to_be_imported(name)
+    }
 
 
 def test_modules_are_imported_where_they_are_used() -> None:
+    assert find_unimported("import pyarrow as pa\npa.dataset.dataset(1)") == {"pyarrow.dataset"}
+    assert find_unimported("import matplotlib\ndef f():\n    matplotlib.figure.Figure()") == {"matplotlib.figure"}
+    assert find_unimported("from clipcid_cli import formats\nformats.atomic.f()") == {"clipcid_cli.formats.atomic"}
+    assert find_unimported("import pyarrow as pa\nimport pyarrow.dataset\npa.dataset.dataset(pa.table({}))") == set()
+    assert find_unimported("import pyarrow as pa\npa.ipc.open_file(1)") == set(), "pyarrow imports it"
     found = {name: find_unimported(path.read_text()) for name, path in FILES.items()}
     assert {name: modules for name, modules in found.items() if modules} == {}

@@ -11,7 +11,7 @@ iterations, mean of 4 seeds, greedy k-means++ reached a mean similarity of 0.519
 clusters of few rows; at 225 rows a cluster (docs/method.md#number-of-clusters) there is none to see, and its cost grows with
 K². So it is used for few clusters and uniform rows for many.
 
-Shape letters: N rows, B rows of a block, S sampled rows, P of them that are looked at, K centroids, L trials, D width.
+Shape letters beside those of the map: P sampled rows that are looked at, L trials.
 
 Source: docs/method.md#exact-k-means.
 """

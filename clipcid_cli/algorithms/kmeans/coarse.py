@@ -8,8 +8,6 @@ compared with the centroids of its own group and of those whose leaders are near
 **The same everywhere.** A row is rounded to integers times a step of its own, all centroids to integers times one step:
 which product is the largest depends on neither step. Integers of at most √(2²⁴/D) make products whose sums are exact in any
 order, in int32 and in float32, so what is found depends on neither formats, devices, threads nor processes.
-
-Shape letters: B rows, K centroids, C of them in a part, G groups, D width.
 """
 
 from __future__ import annotations
@@ -50,7 +48,6 @@ class CoarseRows:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the rows on the device."""
         return self.stored_BD.nbytes + self.integers_BD.nbytes
 
 

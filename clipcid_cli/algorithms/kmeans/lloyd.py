@@ -34,8 +34,6 @@ order, (1 − s²)/(|S| − s) more similar to their mean than to that of the ot
 as they began. So in the first coarse iterations the similarity of each row to the centroid of its own is lowered by some
 times that, less and less. Alone, this made the mean similarity 1.7 % larger (clothing features), 1.5, 0.2 and 2.5 % (rows of
 recipes/benchmarks: mixture, spectrum, random).
-
-Shape letters: N rows of this process, B rows of a run, K centroids, C centroids of a part, D width.
 """
 
 from __future__ import annotations
@@ -90,38 +88,27 @@ Prepared = TypeVar("Prepared", CoarseRows, Block)
 
 @dataclasses.dataclass(frozen=True)
 class LloydState:
-    """Centroids after some iterations.
+    """Centroids after some iterations."""
 
-    Attributes:
-        centroids_KD: Unit rows on the grid, float32 [K, D], on the CPU.
-        converged: Whether the last iteration left every centroid where it was.
-        similarity: Mean similarity of the rows to the centroids that the last iteration made of them.
-        num_empty: Clusters without a row in the last iteration.
-        resumable: Whether a run that begins here goes on as this one does.
-    """
-
-    centroids_KD: torch.Tensor
+    centroids_KD: torch.Tensor  # unit rows on the grid, float32 [K, D], on the CPU
     iterations: int = 0
-    converged: bool = False
-    similarity: float = math.nan
-    num_empty: int = 0
-    resumable: bool = True
+    converged: bool = False  # whether the last iteration left every centroid where it was
+    similarity: float = math.nan  # mean similarity of the rows to the centroids that the last iteration made of them
+    num_empty: int = 0  # clusters without a row in the last iteration
+    resumable: bool = True  # whether a run that begins here goes on as this one does
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """How this process shares the work with others and with its threads; by default it is alone.
+    """How this process shares the work with others and with its threads; by default it is alone."""
 
-    Attributes:
-        share: First row of this process and the row after its last, of N rows.
-        sum_: Returns the sum of a tensor over all processes; may change its argument.
-        gather: Returns every process's value, in the same order on every process.
-        map_runs: As the built-in; may compute several runs of rows at once, a thread each.
-    """
-
-    share: Callable[[int], tuple[int, int]] = lambda num_rows: (0, num_rows)
+    # First row of this process and the row after its last, of N rows.
+    rank_range: Callable[[int], tuple[int, int]] = lambda num_rows: (0, num_rows)
+    # Returns the sum of a tensor over all processes; may change its argument.
     sum_: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    # Returns every process's value, in the same order on every process.
     gather: Callable[[Any], list[Any]] = lambda value: [value]
+    # As the built-in; may compute several runs of rows at once, a thread each.
     map_runs: Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]] = map
 
 
@@ -148,25 +135,25 @@ def run_lloyd(
     Yields:
         The state after each iteration, the same on every process. The next iteration may overwrite its centroids.
     """
-    share = _Share(rows, len(state.centroids_KD), dtype, device, processes, kept_bytes)
+    mine = _RankRows(rows, len(state.centroids_KD), dtype, device, processes, kept_bytes)
     # A resumed run makes none: they need the clusters before them.
     is_new = state.iterations == 0 and len(state.centroids_KD) > PLUS_PLUS_CLUSTERS
     num_loose = iterations // _ONE_LOOSE_IN
     centroids_KD = state.centroids_KD.to(device, copy=True)
     drift = None
     similarity_K = None
-    grouped = is_new and share.are_local(centroids_KD)
+    grouped = is_new and mine.are_local(centroids_KD)
     num_coarse = int(_MOST_COARSE * iterations) if grouped else num_loose if is_new else 0
     coarse = num_coarse > 0
     while state.iterations < iterations and not state.converged:
         if coarse:
             looseness = _LOOSENESS * (1 - state.iterations / num_loose) if state.iterations < num_loose else 0.0
-            share.assign_coarsely(centroids_KD, similarity_K, looseness, grouped=grouped)
+            mine.assign_coarsely(centroids_KD, similarity_K, looseness, grouped=grouped)
         else:
-            share.assign(centroids_KD, drift)
-        empty_E = (processes.sum_(share.sums.counts_K.clone()) == 0).nonzero()[:, 0]
-        seeds_SD = share.farthest_rows(len(empty_E)) if len(empty_E) else centroids_KD[:0]
-        similarity_K, moved_K = _move(centroids_KD, share.sums.sums_KD, empty_E[: len(seeds_SD)], seeds_SD, processes)
+            mine.assign(centroids_KD, drift)
+        empty_E = (processes.sum_(mine.sums.counts_K.clone()) == 0).nonzero()[:, 0]
+        seeds_SD = mine.farthest_rows(len(empty_E)) if len(empty_E) else centroids_KD[:0]
+        similarity_K, moved_K = _move(centroids_KD, mine.sums.sums_KD, empty_E[: len(seeds_SD)], seeds_SD, processes)
         num_moved = int(moved_K.count_nonzero())
         done = state.iterations + 1
         converged = not coarse and num_moved == 0
@@ -178,7 +165,7 @@ def run_lloyd(
         yield state
 
 
-class _Share:
+class _RankRows:
     """A process's share of the rows: their clusters, and the sums of those."""
 
     def __init__(
@@ -195,7 +182,7 @@ class _Share:
         self._dtype = dtype
         self._device = device
         self._processes = processes
-        start, self._stop = processes.share(len(rows))
+        start, self._stop = processes.rank_range(len(rows))
         self._runs = range(start, self._stop, _RUN_ROWS[device.type])
         size = self._stop - start
         # What is known of the nearest centroids, in as few bytes as serve.
@@ -243,11 +230,7 @@ class _Share:
         self._compute(assign_run)
 
     def assign(self, centroids_KD: torch.Tensor, drift: CentroidDrift | None) -> None:
-        """Find the nearest centroids of all rows.
-
-        Args:
-            drift: How the centroids have moved since the last call; None where that did not find the nearest.
-        """
+        """Find the nearest centroids of all rows; `drift` is since the last call, None where that did not find them."""
         self._coarse_rows.clear()
         nearest = NearestCentroid(centroids_KD, self._dtype, None if drift is None else drift.order_K)
         if drift is None:
@@ -291,7 +274,6 @@ class _Share:
         self._keep(first, block, found)
 
     def _keep(self, first: int, block: Block | None, found: Found) -> None:
-        """Keep what was found of a run; without a block its rows stay in their clusters."""
         place = self._places(first)
         # A bound below 4 remains one: rounding takes at most 2⁻²³ off.
         self._cosine_N[place] = found.cosine_B
@@ -300,7 +282,6 @@ class _Share:
             self._put(first, block.stored, found.number_B)
 
     def _put(self, first: int, stored: torch.Tensor, number_B: torch.Tensor) -> None:
-        """Put rows of a run into clusters."""
         label_B = self._label_N[self._places(first)]
         if not self._is_summed:
             with self._changing:
@@ -328,11 +309,9 @@ class _Share:
         return rows_as_centroids(self._rows, choose(self._processes.gather(mine))[1]).to(self._device)
 
     def _places(self, first: int) -> slice:
-        """Return where a run is among the rows of this process."""
         return slice(first - self._runs.start, first - self._runs.start + self._runs.step)
 
     def _numbers(self, first: int) -> IntArray:
-        """Return the numbers of the rows of a run among all."""
         return np.arange(first, min(self._stop, first + self._runs.step))
 
     def _load(self, first: int) -> Block:
@@ -406,22 +385,16 @@ def _move(
 
 @dataclasses.dataclass(frozen=True)
 class CentroidDrift:
-    """How the centroids moved.
+    """How the centroids moved."""
 
-    Attributes:
-        order_K: Numbers of the centroids, those that moved farthest first, int64 [K].
-        moved_K: Which centroids moved at all, bool [K], by number.
-        reach_K: How much more similar a row can be to any centroid after the first n of the order than it was to any other
-            than its nearest, by n from 0 to K: float64 [K + 1]; −∞ after all K.
-    """
-
-    order_K: torch.Tensor
-    moved_K: torch.Tensor
+    order_K: torch.Tensor  # numbers of the centroids, those that moved farthest first, int64 [K]
+    moved_K: torch.Tensor  # which centroids moved at all, bool [K], by number
+    # How much more similar a row can be to any centroid after the first n of the order than it was to any other than
+    # its nearest, by n from 0 to K: float64 [K + 1]; −∞ after all K.
     reach_K: torch.Tensor
 
     @classmethod
     def of(cls, distances_K: torch.Tensor) -> CentroidDrift:
-        """Order the centroids by how far they moved, float64 [K]."""
         reach_K, order_K = torch.sort(distances_K * (_LONGEST_ROW * _ROUNDED_UP), descending=True, stable=True)
         return cls(order_K, distances_K > 0, torch.cat([reach_K, torch.full_like(reach_K[:1], -torch.inf)]))
 

@@ -1,6 +1,6 @@
 """How well the softmax of scaled cosines says how sure a classification is, and the temperature that says it best.
 
-Shape letters: N images, C classes, B images of a block. The temperature is 1/scale: p = softmax(cosine / temperature).
+The temperature is 1/scale: p = softmax(cosine / temperature).
 """
 
 from __future__ import annotations

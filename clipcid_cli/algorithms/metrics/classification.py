@@ -2,8 +2,8 @@
 
 Where images have several classes, each class ranks all images, and is measured by its average precision.
 
-Shape letters: C classes, T templates, N images, P of them that have a class, D width of the embeddings, U cells and B draws
-of :mod:`.intervals`, S seeds.
+Shape letters beside those of the map: T templates, P images that have a class, U cells and B draws of :mod:`.intervals`, S
+seeds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from clipcid_cli.algorithms.metrics.intervals import (
     Array,
-    Metrics,
+    CellMetrics,
     PairedMetric,
     compare,
     count_cells,
@@ -41,14 +41,11 @@ def class_weights(prompts_CTD: torch.Tensor) -> torch.Tensor:
 
 
 def rank_classes(scores_NC: torch.Tensor, labels_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find, for each image, the class of the largest score and how many classes come before the right one.
+    """Find, for each image, the class of the largest score (−∞: out of the question) and how many come before the right one.
 
     Equal scores rank in the order of the classes, so the result never depends on how a sort breaks ties. A class is
     outranked by every class whose score is not surely less: one whose score is NaN comes last, and an image is right
     exactly when the rank of its class is 0.
-
-    Args:
-        scores_NC: −∞ for a class that is out of the question.
 
     Returns:
         The predicted classes, int64 [N], and the ranks of the right classes, int64 [N] in [0, C]; C where the right
@@ -75,20 +72,17 @@ def count_ties(scores_NC: torch.Tensor) -> int:
     return int((best_N2[:, :-1] == best_N2[:, 1:]).sum())
 
 
-def accuracy_metrics(labels_N: Array, ranks_N: Array, num_classes: int) -> Metrics:
-    """Return the metrics of a classification as CLIP_benchmark defines them.
+def accuracy_metrics(labels_N: Array, ranks_N: Array, num_classes: int) -> CellMetrics:
+    """Return the metrics of a classification as CLIP_benchmark defines them, from the ranks of `rank_classes`.
 
     ``acc1`` and ``acc5`` are the shares of images whose right class is first, or among the first 5 (NaN below 5 classes,
     where it means nothing), and ``mean_per_class_recall`` is the mean over the classes that occur of the share of their
     images predicted right. All in [0, 1].
 
-    Args:
-        ranks_N: How many classes come before the right one, as `rank_classes` returns them.
-
     Source: LAION-AI/CLIP_benchmark 1.6.2, metrics/zeroshot_classification.py; its NaN for acc5 is kept.
     """
     cells_U3, images_U = count_cells(np.stack([labels_N, ranks_N == 0, ranks_N < ACCURACY_TOP_K], axis=1))
-    return Metrics(images_U, partial(_accuracies, cells_U3, num_classes))
+    return CellMetrics(images_U, partial(_accuracies, cells_U3, num_classes))
 
 
 def compare_accuracies(
@@ -100,7 +94,7 @@ def compare_accuracies(
     among = [ranks_N < ACCURACY_TOP_K for ranks_N in ranks]
     cells_UV, images_U = count_cells(np.stack([labels_N, *right, *among], axis=1))
     models = [
-        Metrics(images_U, partial(_accuracies, cells_UV[:, [0, 1 + model, 1 + len(ranks) + model]], num_classes))
+        CellMetrics(images_U, partial(_accuracies, cells_UV[:, [0, 1 + model, 1 + len(ranks) + model]], num_classes))
         for model in range(len(ranks))
     ]
     num_seeds = len(first_S)
@@ -144,7 +138,7 @@ def measure_scores(blocks: Iterable[torch.Tensor], labels: torch.Tensor, num_cla
     return accuracy_metrics(labels.cpu().numpy(), torch.cat(ranks).cpu().numpy(), num_classes).values()
 
 
-def precision_metrics(scores_NC: Array, positive_NC: Array) -> Metrics:
+def precision_metrics(scores_NC: Array, positive_NC: Array) -> CellMetrics:
     """Return the mean of each form of `average_precision` over the classes that have images.
 
     Raises:
@@ -157,7 +151,7 @@ def precision_metrics(scores_NC: Array, positive_NC: Array) -> Metrics:
         forms = average_precision(draws_BN, scores_NC, positive_NC)
         return dict(zip(MULTI_LABEL_METRICS, map(mean_of_drawn, forms), strict=True))
 
-    return Metrics(np.ones(len(scores_NC), np.int64), of_draws)
+    return CellMetrics(np.ones(len(scores_NC), np.int64), of_draws)
 
 
 def average_precision(draws_BN: Array, scores_NC: Array, positive_NC: Array) -> tuple[Array, Array]:

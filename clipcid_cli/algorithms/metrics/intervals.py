@@ -8,7 +8,7 @@ A metric of counts depends on how many images fall into each cell (class × righ
 replacement the counts of cells are multinomial. So cells are drawn instead: the same distribution as drawing images one by
 one, at a cost that does not grow with their number.
 
-Shape letters: N images, V values of an image, U cells, B draws, S pairs of seeds.
+Shape letters beside those of the map: V values of an image, U cells, B draws, S pairs of seeds.
 
 Source: Efron 1979; for counts Efron and Tibshirani 1993, §5.2.
 """
@@ -31,16 +31,12 @@ _SIGNIFICANCE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Metrics:
-    """The metrics of one model on one data set.
+class CellMetrics:
+    """The metrics of one model on one data set."""
 
-    Attributes:
-        images_U: Number of images in each cell.
-        of_draws: From draws (how many images of each cell count, int64 [B, U]) to the metrics of each, float64 [B], by name;
-            NaN where a draw has none.
-    """
-
-    images_U: Array
+    images_U: Array  # number of images in each cell
+    # From draws (how many images of each cell count, int64 [B, U]) to the metrics of each, float64 [B], by name; NaN
+    # where a draw has none.
     of_draws: Callable[[Array], dict[str, Array]]
 
     def values(self) -> dict[str, float]:
@@ -92,17 +88,12 @@ def interval(drawn_B: Array) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class PairedMetric:
-    """A metric of two models on the same images, and the 95 % interval of the difference, second minus first.
+    """A metric of two models on the same images, and the 95 % interval of the difference, second minus first."""
 
-    Attributes:
-        first: A value for each seed, one for a single model.
-        second: The same; seeds are paired by their place.
-        p_value: McNemar's, where the metric counts images that are right or wrong, and there is one pair.
-    """
-
-    first: list[float]
-    second: list[float]
+    first: list[float]  # a value for each seed, one for a single model
+    second: list[float]  # the same; seeds are paired by their place
     interval: tuple[float, float]
+    # McNemar's, where the metric counts images that are right or wrong, and there is one pair.
     p_value: float | None = None
 
     @property
@@ -112,7 +103,6 @@ class PairedMetric:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether 0 lies outside the interval."""
         low, high = self.interval
         return low > 0 or high < 0
 
@@ -123,17 +113,13 @@ class PairedMetric:
 
 
 def compare(
-    first_S: Sequence[Metrics],
-    second_S: Sequence[Metrics],
+    first_S: Sequence[CellMetrics],
+    second_S: Sequence[CellMetrics],
     replicates: int,
     seed: int,
     p_values: Mapping[str, float] | None = None,
 ) -> dict[str, PairedMetric]:
-    """Compare each metric, that has a value, of two models, or of as many seeds of each; some have McNemar's p.
-
-    Args:
-        first_S: Cells of all are of the same images.
-    """
+    """Compare each metric with a value of two models or as many seeds of each, on equal cells; some have McNemar's p."""
 
     def mean_differences(draws_BU: Array) -> dict[str, Array]:
         drawn_S = [(first.of_draws(draws_BU), second.of_draws(draws_BU)) for first, second in pairs_S]
@@ -142,7 +128,7 @@ def compare(
         }
 
     pairs_S = list(zip(first_S, second_S, strict=True))
-    drawn = Metrics(first_S[0].images_U, mean_differences).draw(replicates, seed)
+    drawn = CellMetrics(first_S[0].images_U, mean_differences).draw(replicates, seed)
     values_S = [(first.values(), second.values()) for first, second in pairs_S]
     found = {}
     for name, value in values_S[0][0].items():

@@ -1,7 +1,7 @@
 """Retrieval between images and their captions: recall at k in both directions, without the whole similarity matrix.
 
-Shape letters: N images, M captions, D width of the embeddings, U cells of :mod:`.intervals`; Q queries, R candidates and P
-pairs of them that belong together; B queries and p pairs of a chunk; S seeds.
+Shape letters beside those of the map: U cells of :mod:`.intervals`; Q queries, R candidates and P pairs of them that belong
+together; B queries and p pairs of a chunk; S seeds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from functools import partial
 import numpy as np
 import torch
 
-from clipcid_cli.algorithms.metrics.intervals import Array, Metrics, PairedMetric, compare, count_cells, mcnemar, ratio
+from clipcid_cli.algorithms.metrics.intervals import (
+    Array,
+    CellMetrics,
+    PairedMetric,
+    compare,
+    count_cells,
+    mcnemar,
+    ratio,
+)
 
 RECALL_AT = (1, 5, 10)
 # Similarities held at once: 2^25 float32 are 128 MB, and three tensors of that shape live together.
@@ -70,7 +78,7 @@ def _rank_own(
     return torch.cat(ranks)
 
 
-def recall_metrics(ranks: Ranks, image_of_text_M: torch.Tensor) -> Metrics:
+def recall_metrics(ranks: Ranks, image_of_text_M: torch.Tensor) -> CellMetrics:
     """Measure how often a caption finds its image, and an image one of its captions, among the k most similar.
 
     Images are drawn, each with all its captions: captions of one image are not independent.
@@ -83,7 +91,7 @@ def recall_metrics(ranks: Ranks, image_of_text_M: torch.Tensor) -> Metrics:
         rank in row order here, where its ``torch.topk`` promises no order.
     """
     cells_UV, images_U = count_cells(_count_hits(ranks, image_of_text_M))
-    return Metrics(images_U, partial(_recalls, cells_UV))
+    return CellMetrics(images_U, partial(_recalls, cells_UV))
 
 
 def compare_recalls(
@@ -95,7 +103,7 @@ def compare_recalls(
     """
     hits = [_count_hits(ranks, image_of_text_M) for ranks in (*first_S, *second_S)]
     cells_UW, images_U = count_cells(np.concatenate(hits, axis=1))
-    models = [Metrics(images_U, partial(_recalls, cells_UV)) for cells_UV in np.hsplit(cells_UW, len(hits))]
+    models = [CellMetrics(images_U, partial(_recalls, cells_UV)) for cells_UV in np.hsplit(cells_UW, len(hits))]
     num_seeds = len(first_S)
     p_values = None
     if num_seeds == 1:

@@ -31,8 +31,6 @@ that of η. Together
 Unit rows of width 512 have errors of about 0.003 in bfloat16 and 0.02 in int8; copies of float16 rows in float16 and float32
 have no residual.
 
-Shape letters: N rows, D width, M and N also rows of two blocks, P pairs.
-
 Source: docs/method.md#fast-search-exact-result.
 """
 
@@ -61,32 +59,22 @@ _ROUNDING_UNIT = 2.0**-24
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Rows on the device. They share one int8 step, so that one integer bounds the scores of two blocks.
+    """Rows on the device. They share one int8 step, so that one integer bounds the scores of two blocks."""
 
-    Attributes:
-        rows: Row numbers, integers [N].
-        stored: The rows as stored, float16 or float32, [N, D].
-        scan: Their copies, [N, D]; [N, 2] with a column of zeros for int8 of width 1.
-        squared: Squared lengths, exact, float64 [N]; `shortest` and `longest` are lengths.
-        residual: Bound of all residuals.
-        step: Value of the integer 1 in an int8 copy; 1 for float formats.
-    """
-
-    rows: IntArray
-    stored: torch.Tensor
-    scan: torch.Tensor
-    squared: torch.Tensor
+    rows: IntArray  # row numbers, integers [N]
+    stored: torch.Tensor  # the rows as stored, float16 or float32, [N, D]
+    scan: torch.Tensor  # their copies, [N, D]; [N, 2] with a column of zeros for int8 of width 1
+    squared: torch.Tensor  # squared lengths, exact, float64 [N]; `shortest` and `longest` are lengths
     shortest: float
     longest: float
-    residual: float
-    step: float
+    residual: float  # bound of all residuals
+    step: float  # value of the integer 1 in an int8 copy; 1 for float formats
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the rows on the device."""
         return self.stored.nbytes + (0 if self.scan is self.stored else self.scan.nbytes)
 
 

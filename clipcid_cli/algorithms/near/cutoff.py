@@ -9,8 +9,6 @@ neighbour is within ε, and R(ε) those of them that are theirs in turn,
 
 which a sample tells. Up to half of the rows the forest has few more edges than these.
 
-Shape letters: N rows, S sampled rows, P pairs of one and a neighbour.
-
 Source: docs/method.md#first-cut-off.
 """
 
@@ -51,17 +49,11 @@ _ROWS_AT_ONCE = 2048
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-    """The nearest neighbours of sampled rows, ascending by (sampled row, distance, neighbour).
+    """The nearest neighbours of sampled rows, ascending by (sampled row, distance, neighbour)."""
 
-    Attributes:
-        row: A sampled row, by its place in the sample, integers [P].
-        other: A neighbour, by its place among all rows, integers [P].
-        squared: Their squared distance, exact, float64 [P].
-    """
-
-    row: IntArray
-    other: IntArray
-    squared: DoubleArray
+    row: IntArray  # a sampled row, by its place in the sample, integers [P]
+    other: IntArray  # a neighbour, by its place among all rows, integers [P]
+    squared: DoubleArray  # their squared distance, exact, float64 [P]
 
     @property
     def distance(self) -> FloatArray:

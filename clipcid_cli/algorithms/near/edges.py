@@ -29,7 +29,6 @@ class Edges:
 
     @staticmethod
     def empty() -> Edges:
-        """Return no edges."""
         return Edges(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 
     @staticmethod

@@ -7,8 +7,6 @@ of summation, tiling, instruction set or device gives the same d² = |a|² + |b|
 rounded to float64 and then to float32, once each, as IEEE 754 says. (float32 arithmetic has no such property: the same two
 rows give other last bits in tiles of other shapes.)
 
-Shape letters: M and N rows, D width, P pairs.
-
 Source: docs/method.md#distance.
 """
 

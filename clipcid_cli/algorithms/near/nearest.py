@@ -15,8 +15,7 @@ Centroids that reach that are candidates, which float64 tells apart; the others 
 - two whose s differ by more than 2e are in the right order. The others are decided in float64;
 - s is returned for a cosine where all numbers within e of it round to the same float16, if that is precise enough.
 
-Shape letters: B rows of a block, K centroids, C of them in a part, G groups of g, D width, P (row, centroid) and Q (row,
-group) pairs, k proposed.
+Shape letters beside those of the map: G groups of g centroids, P (row, centroid) and Q (row, group) pairs, k proposed.
 """
 
 from __future__ import annotations
@@ -66,25 +65,17 @@ _SLACK = 2.0**-23
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Of some rows the nearest of the centroids looked at.
+    """Of some rows the nearest of the centroids looked at."""
 
-    Attributes:
-        number_B: Numbers of the centroids, int64 [B].
-        cosine_B: Exact similarities to them, float64 [B].
-        others_B: No other one is more similar than this, float64 [B].
-    """
-
-    number_B: torch.Tensor
-    cosine_B: torch.Tensor
-    others_B: torch.Tensor
+    number_B: torch.Tensor  # numbers of the centroids, int64 [B]
+    cosine_B: torch.Tensor  # exact similarities to them, float64 [B]
+    others_B: torch.Tensor  # no other one is more similar than this, float64 [B]
 
     def at(self, which: torch.Tensor | slice) -> Found:
-        """Return what was found of some of the rows."""
         return Found(self.number_B[which], self.cosine_B[which], self.others_B[which])
 
     @staticmethod
     def join(parts: Sequence[Found]) -> Found:
-        """Return what was found of some rows and then of others."""
         names = [field.name for field in dataclasses.fields(Found)]
         return Found(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
@@ -205,7 +196,6 @@ class NearestCentroid:
         number_P: torch.Tensor,
         found: Found,
     ) -> Found:
-        """Take candidates into account."""
         new_P = (number_P != found.number_B[row_P]).nonzero()[:, 0]
         row_P, number_P = row_P[new_P], number_P[new_P]
         cosine_P = exact_dots(stored_ND, self._centroids_KD, which_B[row_P], number_P)

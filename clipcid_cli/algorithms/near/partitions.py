@@ -14,8 +14,7 @@ that, the others of them are all that it may visit; only rows of which none is l
 What decides is exact but for two roundings, in float64 and on the grid of 2⁻²⁴
 (:mod:`clipcid_cli.algorithms.near.exact`), so which rows are compared does not depend on threads or processes.
 
-Shape letters: N rows, B rows of a block, R of these that are multiplied with all, K partitions, m nearest, D width, P
-pairs of a row and another partition, S sampled rows.
+Shape letters beside those of the map: K partitions, R rows of a block that are multiplied with all.
 
 Source: docs/method.md#partitioned-search; k-means partitions with visits are the inverted lists of Jégou, Douze and
 Schmid 2011; the margin to the plane is that of spill trees (Liu, Moore, Gray, Yang 2004).
@@ -110,7 +109,6 @@ class Partitions:
     def _near(
         self, rows_BD: torch.Tensor, row_P: torch.Tensor, home_P: torch.Tensor, other_P: torch.Tensor, margin: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return those of the pairs that are visits: row, partition and gap."""
         gap_P = self.gaps(rows_BD, row_P, home_P, other_P)
         near_P = (gap_P <= margin) & (other_P != home_P)
         return row_P[near_P], other_P[near_P], gap_P[near_P]

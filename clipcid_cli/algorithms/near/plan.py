@@ -35,21 +35,16 @@ _MAX_STRIP = 128
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Jobs (panel i, panel j) in strips: some panels i, which stay in memory while the panels j pass by once.
+    """Jobs (panel i, panel j) in strips: some panels i, which stay in memory while the panels j pass by once."""
 
-    Attributes:
-        rows: Row numbers in the order that panels are stretches of, integers [M]; a row may occur in several panels.
-        starts: Where each panel starts in it, int64 [P]; it ends before `stops`.
-        first: The first panel j that each panel i is compared with, int64 [P], up to before `last`; itself is one.
-        strip: Panels i of a strip.
-    """
-
+    # Row numbers in the order that panels are stretches of, integers [M]; a row may occur in several panels.
     rows: IntArray
-    starts: IntArray
+    starts: IntArray  # where each panel starts in it, int64 [P]; it ends before `stops`
     stops: IntArray
+    # The first panel j that each panel i is compared with, int64 [P], up to before `last`; itself is one.
     first: IntArray
     last: IntArray
-    strip: int
+    strip: int  # panels i of a strip
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -61,7 +56,6 @@ class Plan:
 
     @property
     def num_pairs(self) -> int:
-        """Number of pairs of rows that all jobs compare."""
         sizes = self.stops - self.starts
         before = np.append(0, np.cumsum(sizes))
         own = np.where((self.first <= np.arange(len(sizes))) & (self.first < self.last), sizes, 0)
@@ -78,16 +72,13 @@ class Plan:
         return np.cumsum(np.add.reduceat(self.last - self.first, np.arange(0, len(self.starts), self.strip)))
 
     def panel(self, number: int) -> IntArray:
-        """Return the row numbers of a panel."""
         return self.rows[self.starts[number] : self.stops[number]]
 
     def pairs_of(self, job: Job) -> int:
-        """Return how many pairs of rows a job compares."""
         size, other = (int(self.stops[panel] - self.starts[panel]) for panel in job)
         return size * (size - 1) // 2 if job[0] == job[1] else size * other
 
     def jobs(self, chunk: int) -> list[Job]:
-        """Return the jobs of a chunk."""
         start, stop = (len(self) * each // self.num_chunks for each in (chunk, chunk + 1))
         found = list[Job]()
         for strip in range(int(np.searchsorted(self._ends, start, side="right")), len(self._ends)):
@@ -115,11 +106,7 @@ def hash_arrays(*arrays: npt.NDArray[Any]) -> str:
 
 
 def triangle(rows: IntArray, in_memory: int, num_first: int | None = None) -> Plan:
-    """Compare all pairs of rows, each given once; or those that have one of the first rows.
-
-    Args:
-        in_memory: How many rows fit into the memory for panels.
-    """
+    """Compare all pairs of rows, each once, or those that have one of the first rows; `in_memory` rows fit into memory."""
     panel_rows = min(_MAX_PANEL, -(-(len(rows) // _MIN_PANELS + 1) // _MIN_PANEL) * _MIN_PANEL)
     starts, stops, ahead = _cut([len(rows) if num_first is None else num_first, len(rows)], panel_rows)
     first = np.arange(len(starts))

@@ -8,7 +8,7 @@ scores is taken there, their pairs are computed, and the host picks those within
 than that reach the bound the blocks are *crowded*: they are searched again for many more pairs, as the next ones are at
 once, and where even those are too few as on a CPU.
 
-Shape letters: M and N rows of two blocks, S stretches of a row of scores, s scores of a stretch, P pairs.
+Shape letters beside those of the map: S stretches of a row of scores, s scores of a stretch.
 
 Source: docs/method.md#fast-search-exact-result.
 """

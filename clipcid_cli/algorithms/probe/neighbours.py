@@ -4,8 +4,6 @@ Features are unit rows in float32, rounded to multiples of 2⁻²⁴, which move
 the same bits in any block and on any device, and are equal exactly where the rounded rows say so
 (:mod:`clipcid_cli.algorithms.near.nearest`). Of equal ones the smaller row number comes first.
 
-Shape letters: N images, M training images, D width, C classes, k neighbours, B images of a block.
-
 Source: the protocol of DINO (Caron et al. 2021, §4.1; Wu et al. 2018, §3.4); float64 grid and ties [O].
 """
 

@@ -1,7 +1,5 @@
 """Linear probe: logistic regression on frozen features, solved to a stated gradient norm; and the images for it.
 
-Shape letters: N images, D width, C classes, B images of a block.
-
 The problem is scikit-learn's ``LogisticRegression(C=c)``: minimise over weights W [C, D] and intercepts b [C]
 
     F(W, b) = mean_i ℓ(W·x_i + b, y_i) + ‖W‖² / (2·c·N)
@@ -40,15 +38,11 @@ _LOGITS = {"cpu": 2**16, "cuda": 2**24}
 
 @dataclasses.dataclass(frozen=True)
 class LinearClassifier:
-    """A linear classifier.
+    """A linear classifier."""
 
-    Attributes:
-        weights_CD: float64 [C, D].
-        bias_C: float64 [C]; −∞ for a class without a training image, which is never predicted. Where images have several
-            classes, +∞ for one that every training image has.
-    """
-
-    weights_CD: torch.Tensor
+    weights_CD: torch.Tensor  # float64 [C, D]
+    # float64 [C]; −∞ for a class without a training image, which is never predicted. Where images have several classes,
+    # +∞ for one that every training image has.
     bias_C: torch.Tensor
 
     def scores(self, features_ND: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -59,32 +53,25 @@ class LinearClassifier:
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """The result of a fit: the classifier, F there, and the largest entry of F's gradient, in the given coordinates.
-
-    Attributes:
-        converged: Whether the gradient norm is within the tolerance, and the next step promises to decrease F by at
-            most `PROMISED_DECREASE` of it; False where the iterations ran out, or rounding left no descent.
-    """
+    """The result of a fit: the classifier, F there, and the largest entry of F's gradient, in the given coordinates."""
 
     classifier: LinearClassifier
     objective: float
     gradient_norm: float
     iterations: int
+    # Whether the gradient norm is within the tolerance, and the next step promises to decrease F by at most
+    # `PROMISED_DECREASE` of it; False where the iterations ran out, or rounding left no descent.
     converged: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class _Point:
-    """F at some parameters, weights and intercepts last, in centred, rotated coordinates: [C, D + 1] all.
-
-    Attributes:
-        diagonal: Estimate of the diagonal of F's Hessian.
-    """
+    """F at some parameters, weights and intercepts last, in centred, rotated coordinates: [C, D + 1] all."""
 
     parameters: torch.Tensor
     objective: float
     gradient: torch.Tensor
-    diagonal: torch.Tensor
+    diagonal: torch.Tensor  # estimate of the diagonal of F's Hessian
 
 
 def regularisation_grid() -> list[float]:
@@ -241,13 +228,10 @@ class ProbeProblem:
 
 
 def sweep_regularisation(problem: ProbeProblem, grid: Sequence[float]) -> Iterator[Solution]:
-    """Fit every strength, from the strongest regularisation on, starting each from those before.
+    """Fit every strength of an ascending grid, from the strongest regularisation on, starting each from those before.
 
     Solutions change smoothly with log C, so on an even grid the parabola through the last three leads close to the next: in
     a trial (4,000 images, 256 wide, 50 classes, 45 values) that took 221 iterations, and 593 from the last alone.
-
-    Args:
-        grid: Values of C, ascending.
     """
     last: deque[LinearClassifier] = deque(maxlen=3)
     for c in grid:

@@ -128,7 +128,6 @@ class ForestSink:
         return possible
 
     def add(self, edges: Edges) -> None:
-        """Add edges of the graph."""
         edges = edges[self.wants(edges.a, edges.b, edges.weight)]
         a, b = (each.astype(row_type(self._num_rows), copy=False) for each in (edges.a, edges.b))
         self._added.append(Edges(a, b, edges.weight))

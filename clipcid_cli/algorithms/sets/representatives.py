@@ -1,6 +1,6 @@
 """The representative of each set of near images, how far the others are from it, and how wide the set is.
 
-Shape letters: N rows, D width, S sets, M rows of a set, or of some sets that lie one after another, B rows of a chunk.
+Shape letters beside those of the map: M rows of a set, or of some sets that lie one after another.
 
 Source: docs/method.md#representatives: the paper's central image; ties, the other choices and diameters are ours.
 """
@@ -112,7 +112,7 @@ def distances_to(read: ReadRows, representatives: IntArray) -> FloatArray:
     return distances
 
 
-def share_beyond(distances: FloatArray, cutoff: float, num_dropped: int) -> float:
+def ratio_beyond(distances: FloatArray, cutoff: float, num_dropped: int) -> float:
     """Return the share of the dropped rows that are farther than the cut-off from their representative."""
     return float(np.count_nonzero(distances > np.float32(cutoff)) / max(1, num_dropped))
 

@@ -30,7 +30,6 @@ class NearestOf:
         return np.asarray((a != b) & (at_least <= farthest))
 
     def add(self, edges: Edges) -> None:
-        """Add pairs."""
         row, other = np.concatenate([edges.a, edges.b]), np.concatenate([edges.b, edges.a])
         place, weight = self._place(row), np.concatenate([edges.weight, edges.weight])
         order = np.lexsort((other, weight, place))
@@ -77,7 +76,6 @@ class PairsWithin:
         return np.asarray((self._labels[a] == self._labels[b]) & (self._number <= self._most))
 
     def add(self, edges: Edges) -> None:
-        """Add pairs."""
         # Copied: those of another process are mapped from files that are removed.
         self._pairs.append(Edges(edges.a.copy(), edges.b.copy(), edges.weight.copy()))
         self._number += len(edges)
@@ -88,5 +86,4 @@ class PairsWithin:
         return found
 
     def result(self) -> Edges:
-        """Return the pairs."""
         return Edges.concatenate(self._pairs)

@@ -4,8 +4,6 @@ Single linkage chains: at the end of a chain an image may be far from its repres
 descending number of neighbours within ε (ties by row), keeps each that no kept one covers, and assigns the others to the
 nearest kept image. A star never crosses the border of a single-linkage component, since its edges are within ε.
 
-Shape letters: N rows, P pairs.
-
 Source: docs/method.md#star-cover.
 """
 
@@ -23,8 +21,7 @@ from clipcid_cli.algorithms.sets.forest import Curve
 def star_cover(pairs: Edges, copies: IntArray) -> IntArray:
     """Cover rows by stars, given all pairs within ε, each once: the representative of each row, itself where it is kept.
 
-    Args:
-        copies: How many equal rows each row stands for, itself included, int64 [N]. They count as neighbours.
+    `copies` says how many equal rows each row stands for, itself included, int64 [N]. They count as neighbours.
     """
     num_rows = len(copies)
     degree = copies - 1
@@ -72,10 +69,7 @@ class StarCover(NamedTuple):
 
 
 def find_star_cutoff(pairs: Edges, copies: IntArray, num_kept: int, above: float = -1.0) -> StarCover | None:
-    """Find the ε that keeps a given number of rows at most, by bisection over the distances of ascending pairs.
-
-    Args:
-        above: Lower limit of ε, exclusive.
+    """Find the ε > `above` that keeps a given number of rows at most, by bisection over the distances of ascending pairs.
 
     Returns:
         A cover that keeps so few, while the next smaller distance tried keeps more; None when even all pairs keep more.

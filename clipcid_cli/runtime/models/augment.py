@@ -39,7 +39,6 @@ class Augmentation:
 
     @property
     def changes_colors(self) -> bool:
-        """Whether a colour map is needed at all."""
         return self.color_jitter > 0 or self.gray_probability > 0
 
 
@@ -60,7 +59,6 @@ class View:
 
     @classmethod
     def unpack(cls, packed: npt.NDArray[np.float32]) -> View:
-        """Undo `pack`."""
         left, top, right, bottom = (float(edge) for edge in packed[:4])
         return cls((left, top, right, bottom), packed[4:].reshape(3, 4))
 
@@ -147,7 +145,6 @@ class ViewPixels:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height that the model takes."""
         size = self.preprocess["size"]
         height, width = (size, size) if isinstance(size, int) else size
         return width, height
@@ -167,7 +164,6 @@ class Processor:
 
     @classmethod
     def of(cls, model: ClipModel) -> Processor:
-        """Return the processor of a model."""
         return cls(ViewPixels(model.info.preprocess), model.tokenizer)
 
 

@@ -1,7 +1,4 @@
-"""CLIP models, loaded by open_clip: how they take images and texts, and the rows they make of them.
-
-Shapes: B samples, H × W pixels, L tokens, D width of the embedding.
-"""
+"""CLIP models, loaded by open_clip: how they take images and texts, and the rows they make of them."""
 
 from __future__ import annotations
 
@@ -150,7 +147,6 @@ class ClipModel:
 
     @cached_property
     def _at_once(self) -> int:
-        """Images that the tower takes at once."""
         modules = cast(torch.nn.Module, self.module.visual).modules()
         convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in modules)
         is_vit = convolutions <= 1  # which cuts its patches

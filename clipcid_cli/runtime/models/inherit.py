@@ -38,10 +38,7 @@ _AXES = {
 
 
 def inherit(student: nn.Module, source: nn.Module, towers: str) -> list[str]:
-    """Fill a student's weights from a larger model of the same kind, in place.
-
-    Args:
-        towers: ``image``, ``text`` or ``both``.
+    """Fill a student's ``image``, ``text`` or ``both`` towers from a larger model of the same kind, in place.
 
     Returns:
         Names of the tensors that stay as they were: other patch sizes, other vocabularies, attention pooling.

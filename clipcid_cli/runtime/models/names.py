@@ -120,7 +120,6 @@ class ModelName:
 
     @property
     def has_weights(self) -> bool:
-        """Whether it names trained weights, not an architecture alone."""
         return self.kind not in ("architecture", "config")
 
     @property

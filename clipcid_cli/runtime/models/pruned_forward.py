@@ -8,7 +8,7 @@ layer all rows but the one that becomes the feature, and copies that torch.nn.Mu
 This repeats what open_clip's modules do inside, in the releases that pyproject.toml admits; its tests compare every kind of
 tower. A tower of another kind takes open_clip's own pass.
 
-Shapes: B texts or images, L tokens, T packed tokens of a batch, W width, H heads, D embedding.
+Shape letters beside those of the map: T packed tokens of a batch, W width, H heads, D embedding.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class PrunedForward:
         self.prunes_texts = _is_known_text_tower(self._text)
 
     def __call__(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed images and texts, as `encode_images` and `encode_texts` do."""
         return self.encode_images(pixels), self.encode_texts(tokens)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -70,7 +69,6 @@ class PrunedForward:
 
     @property
     def has_tokens(self) -> bool:
-        """Whether `encode_tokens` knows both towers."""
         return self.num_patches is not None and self.prunes_texts
 
     def encode_tokens(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -120,7 +118,6 @@ class _Packing:
         return spread.view(*self.valid_BL.shape, -1)
 
     def collect(self, rows_BLW: Tensor) -> Tensor:
-        """Undo `spread`."""
         return rows_BLW.flatten(0, 1).index_select(0, self.places_T)
 
     def take_ends(self, rows_TW: Tensor) -> Tensor:

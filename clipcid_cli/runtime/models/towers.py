@@ -24,7 +24,6 @@ class ImageTower(nn.Module):
         self.clip: Any = clip
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Embed images."""
         return cast(Tensor, self.clip.encode_image(pixel_values, normalize=True))
 
 
@@ -36,7 +35,6 @@ class TextTower(nn.Module):
         self.clip: Any = clip
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Embed texts."""
         return cast(Tensor, self.clip.encode_text(input_ids, normalize=True))
 
 
@@ -48,12 +46,10 @@ class DenseImageTower(nn.Module):
     """
 
     def __init__(self, clip: nn.Module) -> None:
-        """Take the image tower of a CLIP that `has_patches`."""
         super().__init__()
         self.visual = cast(Any, clip).visual
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed images and their patches in one pass."""
         found = self.visual.forward_intermediates(
             pixel_values, indices=1, normalize_intermediates=True, output_fmt="NLC"
         )
@@ -105,7 +101,6 @@ class OnnxSession:
         return self.run(batch)[self._outputs[0]]
 
     def run(self, batch: Tensor) -> dict[str, Tensor]:
-        """Run one batch, and return every output by name."""
         outputs = self._session.run(None, {self._input: batch.numpy()})
         return {name: torch.from_numpy(output) for name, output in zip(self._outputs, outputs, strict=True)}
 

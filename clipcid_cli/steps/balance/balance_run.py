@@ -23,7 +23,7 @@ from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.steps.balance.shared_arrays import collect_arrays, share_arrays
+from clipcid_cli.steps.balance.shared_arrays import collect_arrays, publish_arrays
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -43,20 +43,13 @@ _ROWS_AT_ONCE = 512
 
 @dataclasses.dataclass(frozen=True)
 class BalanceRows:
-    """The finite rows of the embeddings, numbered 0 … N − 1 in their order, as in the keep list.
+    """The finite rows of the embeddings, numbered 0 … N − 1 in their order, as in the keep list."""
 
-    Attributes:
-        images: All rows of the embeddings.
-        numbers: Numbers of the finite ones among them, integers [N], ascending.
-        unique: The rows to search: those that equal no earlier one, integers [U], ascending.
-        copies: Edges of weight 0, ascending, that join each other row to the first of its kind.
-        is_searched: Which rows filters have left, bool [N]: `unique` and `copies` are of these alone. None without filters.
-    """
-
-    images: Rows
-    numbers: IntArray
-    unique: IntArray
-    copies: Edges
+    images: Rows  # all rows of the embeddings
+    numbers: IntArray  # numbers of the finite ones among them, integers [N], ascending
+    unique: IntArray  # the rows to search: those that equal no earlier one, integers [U], ascending
+    copies: Edges  # edges of weight 0, ascending, that join each other row to the first of its kind
+    # Which rows filters have left, bool [N]: `unique` and `copies` are of these alone. None without filters.
     is_searched: BoolArray | None = None
 
     def __len__(self) -> int:
@@ -64,7 +57,6 @@ class BalanceRows:
 
     @property
     def num_searched(self) -> int:
-        """Number of rows that filters have left."""
         return len(self.unique) + len(self.copies)
 
     def describe_choice(self) -> list[FileRecord]:
@@ -75,7 +67,6 @@ class BalanceRows:
         return [FileRecord("rows that filters have left", self.num_searched, f"blake2b:{digest}")]
 
     def read(self, rows: IntArray) -> HalfArray:
-        """Read some rows, float16 [n, D]."""
         return self.images.take(self.numbers[rows])
 
     def unique_positions(self) -> IntArray:
@@ -106,7 +97,7 @@ class BalanceRows:
             copies = sort_edges(_join(left[is_copy], searched[is_copy]))
             return searched[~is_copy], copies.a, copies.b
 
-        unique, a, b = share_arrays(context, folder, choose)
+        unique, a, b = publish_arrays(context, folder, choose)
         return dataclasses.replace(self, unique=unique, copies=_join(a, b), is_searched=is_searched)
 
 
@@ -116,7 +107,7 @@ def _join(a: IntArray, b: IntArray) -> Edges:
 
 def read_rows(context: DistContext, folder: Path, images: Rows, reporter: Reporter) -> BalanceRows:
     """Read every row once, each process its share, to find rows that are not finite and rows that are equal."""
-    start, stop = context.share(len(images))
+    start, stop = context.rank_range(len(images))
     hashes = np.empty(stop - start, np.uint64)
     finite = np.empty(stop - start, np.bool_)
     for begin in range(start, stop, _ROWS_AT_ONCE):
@@ -138,7 +129,7 @@ def read_rows(context: DistContext, folder: Path, images: Rows, reporter: Report
         copies = sort_edges(copies)
         return numbers, unique, copies.a, copies.b
 
-    numbers, unique, a, b = share_arrays(context, folder, survey)
+    numbers, unique, a, b = publish_arrays(context, folder, survey)
     if len(b):
         reporter.note(f"{len(b):,} rows are exact copies of earlier ones.")
     return BalanceRows(images, numbers, unique, _join(a, b))
@@ -146,14 +137,7 @@ def read_rows(context: DistContext, folder: Path, images: Rows, reporter: Report
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BalanceRun:
-    """One run.
-
-    Attributes:
-        skips: Rows that are not finite.
-        scan: The format of the fast product.
-        began: When its output was begun, by `time.perf_counter`.
-        seconds: Time by phase, but for that of writing.
-    """
+    """One run."""
 
     settings: BalanceSettings
     embeddings: Embeddings
@@ -161,12 +145,13 @@ class BalanceRun:
     context: DistContext
     reporter: Reporter
     rows: BalanceRows
-    skips: Skips
-    scan: Precision
+    skips: Skips  # rows that are not finite
+    scan: Precision  # the format of the fast product
     near: NearReferences | None = None
     captions: CaptionWindow | None = None
+    # When its output was begun, by `time.perf_counter`.
     began: float
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # time by phase, but for that of writing
 
     @property
     def work(self) -> Path:

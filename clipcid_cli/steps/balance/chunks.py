@@ -41,22 +41,15 @@ Sink = ForestSink | NearestOf | PairsWithin
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """A search for near pairs.
+    """A search for near pairs."""
 
-    Attributes:
-        label: Names it to the user.
-        cutoff: Largest distance of the pairs that sinks are given, inclusive.
-        of: What decides what is found beside the inputs of the run, plan and cut-off.
-        folder: Where it is saved; None for the time of the run.
-    """
-
-    label: str
+    label: str  # names it to the user
     plan: Plan
     read: ReadRows
-    cutoff: float
+    cutoff: float  # largest distance of the pairs that sinks are given, inclusive
     new_sink: Callable[[], Sink]
-    of: str = ""
-    folder: Path | None = None
+    of: str = ""  # what decides what is found beside the inputs of the run, plan and cut-off
+    folder: Path | None = None  # where it is saved; None for the time of the run
 
     def place(self, run: BalanceRun) -> Path:
         """Return where it is saved, under a name that hashes what decides what its chunks find."""

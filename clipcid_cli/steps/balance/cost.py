@@ -58,7 +58,7 @@ def estimate_cost(plan: BalancePlan, context: DistContext, reporter: Reporter) -
 def _estimate(
     plan: BalancePlan, references: list[Embeddings | EmbedCost], context: DistContext, reporter: Reporter
 ) -> BalanceCost:
-    plan.validate_sizes()
+    plan.validate_data_there()
     settings = plan.settings
     images = plan.embeddings.num_rows
     width = plan.embeddings.width

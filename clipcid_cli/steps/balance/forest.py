@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -34,7 +33,7 @@ from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.partition import find_sampled, partitioned
-from clipcid_cli.steps.balance.shared_arrays import share_arrays
+from clipcid_cli.steps.balance.shared_arrays import publish_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,18 +137,16 @@ def _inputs(run: BalanceRun) -> list[FileRecord]:
     return [*run.output.run.inputs, *run.rows.describe_choice()]
 
 
-def _kind(run: BalanceRun) -> str:
-    return run.settings.neighbors if run.rows.is_searched is None else f"{run.settings.neighbors}-filtered"
-
-
 def _read(run: BalanceRun) -> Forest | None:
     """Read the forest, if one of these rows is stored; the same on every process."""
 
     def read() -> Arrays:
-        stored = read_forest(run.output.folder, _inputs(run), _kind(run), overwrite=run.settings.overwrite)
+        stored = read_forest(
+            run.output.folder, _inputs(run), run.settings.forest_kind, overwrite=run.settings.overwrite
+        )
         return () if stored is None else (stored.a, stored.b, stored.distance, np.array([stored.cutoff]))
 
-    found = share_arrays(run.context, run.work, read)
+    found = publish_arrays(run.context, run.work, read)
     return Forest(Edges(*found[:3]), float(found[3][0])) if found else None
 
 
@@ -159,7 +156,7 @@ def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
     Returns:
         The forest, with the edges of all copies, in the numbers of all rows; and which rows it is not of, bool [N].
     """
-    if _kind(run) != "exact":
+    if run.settings.forest_kind != "exact":
         return None
 
     def read() -> Arrays:
@@ -167,7 +164,9 @@ def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
         sidecar = find_earlier(folder, _inputs(run), overwrite=overwrite)
         if sidecar is None or not sidecar.cutoff:
             return ()
-        files, earlier = map(_read_images, (run.work / ROW_FILES, row_files_path(folder, "exact")))
+        fix = "Add --overwrite to search the forest again."
+        paths = (run.work / ROW_FILES, row_files_path(folder, "exact"))
+        files, earlier = ([file for file in read_row_files(path, fix) if file.rows is not None] for path in paths)
         is_new = _find_new(run, files, earlier)
         lost = find_lost(earlier, files)
         stored = read_forest(folder, sidecar.inputs, overwrite=overwrite)
@@ -181,14 +180,8 @@ def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
         edges, _ = merge_edges(Edges(rows[stored.a], rows[stored.b], stored.distance), run.rows.copies)
         return edges.a, edges.b, edges.weight, np.array([stored.cutoff]), is_new
 
-    found = share_arrays(run.context, run.work, read)
+    found = publish_arrays(run.context, run.work, read)
     return (Forest(Edges(*found[:3]), float(found[3][0])), found[4]) if found else None
-
-
-def _read_images(path: Path) -> list[RowFile]:
-    """Read which files of image embeddings rows are numbered through."""
-    files = read_row_files(path, "Add --overwrite to search the forest again.")
-    return [file for file in files if file.rows is not None]
 
 
 def _find_new(run: BalanceRun, files: list[RowFile], earlier: list[RowFile]) -> BoolArray:
@@ -211,7 +204,7 @@ def _write(run: BalanceRun, forest: Forest, seconds: float) -> None:
     edges = forest.edges
     write_forest(
         run.output.folder,
-        StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, len(run.rows), _kind(run)),
+        StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, len(run.rows), run.settings.forest_kind),
         run.work / ROW_FILES,
         inputs=_inputs(run),
         seconds={"search": seconds},

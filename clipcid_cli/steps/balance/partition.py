@@ -29,7 +29,7 @@ from clipcid_cli.formats.embeddings.rows import create_copy, open_copies, remove
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.result import Audit
-from clipcid_cli.steps.balance.shared_arrays import collect_arrays, share_arrays
+from clipcid_cli.steps.balance.shared_arrays import collect_arrays, publish_arrays
 
 # Where this share of all pairs would be compared, all of them may as well be.
 _MAX_FRACTION = 0.5
@@ -64,7 +64,7 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
     partitions = _find_partitions(run)
     number = len(unique)
     sample = draw_sample(number, SAMPLE_ROWS, seed=1)
-    share = context.share(number)
+    start, stop = context.rank_range(number)
     neighbours = find_sampled(run, sample, NEIGHBOURS)
     margin, visits = context.on_rank0(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
     if number * number / len(partitions) * (0.5 + visits) > _MAX_FRACTION * number * (number - 1) / 2:
@@ -73,13 +73,13 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
         f"{len(partitions):,} partitions; rows within {margin:.4f} of a border, {visits:.1f} partitions a row, are compared "
         "beyond their own."
     )
-    with reporter.progress("assign", share[1] - share[0], "images") as progress:
+    with reporter.progress("assign", stop - start, "images") as progress:
 
         def assign() -> Iterator[Arrays]:
             """Yield homes of rows, and entries of rows in lists: of each partition, those at home and its visitors."""
             at_once = _ROWS_ASSIGNED[context.device.type]
-            for at in range(*share, at_once):
-                numbers = unique[at : min(at + at_once, share[1])]
+            for at in range(start, stop, at_once):
+                numbers = unique[at : min(at + at_once, stop)]
                 home_B, row_P, other_P, _ = partitions.visits(read_stored(read, numbers, context.device), margin)
                 home, visited, visitor = (each.cpu().numpy() for each in (home_B, other_P, row_P))
                 yield home, np.concatenate([2 * home, 2 * visited + 1]), np.concatenate([numbers, numbers[visitor]])
@@ -103,8 +103,8 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
         place_of[unique] = np.concatenate([places for *_, places in parts])
         return *group_rows(entries, 2 * len(partitions), allocate), place_of
 
-    listed, ends, place_of = share_arrays(context, run.work, group)
-    sizes = context.gather(share[1] - share[0])
+    listed, ends, place_of = publish_arrays(context, run.work, group)
+    sizes = context.gather(stop - start)
     copies = context.on_all(lambda: open_copies(run.work, sizes, partitions.width))
 
     def read_copies(numbers: IntArray) -> HalfArray:
@@ -116,8 +116,8 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
 def find_sampled(run: BalanceRun, sample: IntArray, count: int) -> Neighbours:
     """Find so many nearest neighbours of some unique rows, by their places, ascending: each process in its share of all."""
     context, unique = run.context, run.rows.unique
-    share = context.share(len(unique))
-    found = context.on_all(lambda: find_neighbours(run.rows.read, unique, sample, count, context.device, share))
+    own = context.rank_range(len(unique))
+    found = context.on_all(lambda: find_neighbours(run.rows.read, unique, sample, count, context.device, own))
     return Neighbours.nearest(context.gather(found), count)
 
 
@@ -134,7 +134,7 @@ def _find_partitions(run: BalanceRun) -> Partitions:
         iterations=ITERATIONS,
         dtype=run.scan.dtype,
         device=context.device,
-        processes=Processes(context.share, context.sum_, context.gather),
+        processes=Processes(context.rank_range, context.sum_, context.gather),
     )
     with run.reporter.progress("partitions", ITERATIONS, "iterations") as progress:
         for state in states:
@@ -168,7 +168,7 @@ def _copy(run: BalanceRun, home: IntArray, partitions: Partitions) -> IntArray:
         The place of each row of the share, whose homes are given, among the copies of all processes, integers [M].
     """
     rows = run.rows
-    start, stop = run.context.share(len(rows.unique))
+    start, stop = run.context.rank_range(len(rows.unique))
     copies = create_copy(run.work, run.context.rank, stop - start, partitions.width)
     places = np.empty(stop - start, row_type(len(rows)))
     places[np.argsort(home, kind="stable")] = np.arange(stop - start)

@@ -24,7 +24,7 @@ from clipcid_cli.steps.balance.filters.against import (
     validate_models,
     validate_none_missing,
 )
-from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_clusters
+from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_cap_clusters
 from clipcid_cli.steps.balance.samples import validate_data
 from clipcid_cli.steps.balance.write_lists import validate_uids
 from clipcid_cli.steps.embed.result import EmbedCost
@@ -37,35 +37,25 @@ from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
 @dataclasses.dataclass(frozen=True)
 class BalancePlan:
-    """What one `balance` works on.
-
-    Attributes:
-        data: The data that ``--write-shards`` copies from, all tars; None without it.
-        clusters: Those of ``--max-per-cluster``.
-        references: Those of ``--against``; none in a dry run, which makes no embeddings of them.
-        wanted: Arguments of `claim_output`; none in a dry run.
-        seconds: Time by phase; those that follow add theirs.
-    """
+    """What one `balance` works on."""
 
     settings: BalanceSettings
     embeddings: Embeddings
-    data: Dataset | None
-    clusters: FoundClusters | None
-    references: list[Reference]
-    wanted: dict[str, Any]
-    seconds: dict[str, float]
+    data: Dataset | None  # the data that ``--write-shards`` copies from, all tars; None without it
+    clusters: FoundClusters | None  # those of ``--max-per-cluster``
+    references: list[Reference]  # those of ``--against``; none in a dry run, which makes no embeddings of them
+    wanted: dict[str, Any]  # arguments of `claim_output`; none in a dry run
+    seconds: dict[str, float]  # time by phase; those that follow add theirs
 
     @property
     def folder(self) -> Path:
-        """The folder of the output."""
         return WorkDirectory(self.settings.work).balance
 
     @property
     def keep_list(self) -> Path:
-        """Where the keep list is once it is finished."""
         return self.folder / KEEP_LIST
 
-    def validate_sizes(self) -> None:
+    def validate_data_there(self) -> None:
         """Check that the data is there where ``--select resolution`` reads it; what is finished needs none."""
         settings = self.settings
         if settings.select == "resolution" and (settings.keep != 1.0 or settings.max_per_cluster is not None):
@@ -85,7 +75,7 @@ def make_plan(settings: BalanceSettings, context: DistContext, reporter: Reporte
             return folder
         cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
         embeddings = open_given(settings, folder, cache, reporter)
-    data = context.on_rank0(lambda: _open_data(settings, embeddings))
+    data = context.on_rank0(lambda: _open_data(settings, embeddings, reporter))
     references = list[Reference]()
     wanted = dict[str, Any]()
     if not settings.dry_run:
@@ -99,7 +89,7 @@ def _validate_named(settings: BalanceSettings, reporter: Reporter) -> FoundClust
         if path is not None:
             validate_writable(path)
     validate_none_missing(settings)
-    return find_clusters(settings, reporter)
+    return find_cap_clusters(settings, reporter)
 
 
 def _find_embeddings(settings: BalanceSettings, context: DistContext, reporter: Reporter) -> Path | EmbedCost:
@@ -124,7 +114,7 @@ def _model_of(work: WorkDirectory) -> str | None:
     return None if sidecar is None else sidecar.model.spec
 
 
-def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
+def _open_data(settings: BalanceSettings, embeddings: Embeddings, reporter: Reporter) -> Dataset | None:
     """Open the data that ``--write-shards`` copies from, and check that embeddings have what other settings need."""
     data = None
     if settings.write_shards is not None:
@@ -140,7 +130,7 @@ def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | N
                 raise ClipcidError(
                     f"--write-shards {settings.write_shards} would overwrite the data itself.", "Give another folder."
                 )
-    validate_uids(settings, embeddings)
+    validate_uids(settings, embeddings, reporter)
     for kind in _kinds_read(settings):
         embeddings.rows(kind)  # refuses those without
     return data

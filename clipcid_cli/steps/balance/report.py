@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +37,7 @@ from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, open_recorded, take_texts
 from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ _SIDE = 96
 _UNKNOWN = "it is not recorded which data the embeddings were made from."
 # Classes are stored with the images, so reading them reads the headers of every shard: some seconds for this many images.
 _MAX_LABELS = 2**17
+# Local shards without an index that a report lists to find pictures by key alone: seconds to a minute.
+_MAX_LISTED = 128
 # Beyond this many images, the captions of every second, third, … are read; a share is then known within 0.2 points.
 _MAX_CAPTIONS = 2**19
 _CAPTIONS_AT_ONCE = 2**16
@@ -72,12 +75,12 @@ _ENGLISH = (
 )
 
 
-def has_new_pictures(plan: BalancePlan, finished: BalanceSidecar) -> bool:
+def has_new_pictures(plan: BalancePlan, finished: BalanceSidecar, reporter: Reporter) -> bool:
     """Tell whether a picture can be read now that the report of a finished output could not show."""
     if not finished.pictures.unread:
         return False
     shards, keys = map(list, zip(*finished.pictures.unread, strict=True))
-    return any(Gallery(plan.settings, plan.embeddings).read(shards, keys))
+    return any(Gallery(plan.settings, plan.embeddings, reporter).read(shards, keys))
 
 
 def write_report(
@@ -97,7 +100,7 @@ def write_report(
     chains = find_chains(run, sets, measured)
     chained = [np.array(chain["shown"]) for chain in chains]
     wanted = np.unique(np.concatenate([*shown, *chained, inside.a, inside.b, outside.a, outside.b]))
-    gallery = Gallery(run.settings, run.embeddings)
+    gallery = Gallery(run.settings, run.embeddings, run.reporter)
     loaded = gallery.load(run.rows.numbers[wanted.astype(sets.labels.dtype)])
     pictures = dict(zip(wanted.tolist(), loaded, strict=True))
     for row, picture in pictures.items():
@@ -217,7 +220,7 @@ def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[
         rows = np.flatnonzero(near.owner == number)
         rows = rows[np.argsort(near.distance[rows], kind="stable")]
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _REFERENCES_SHOWN)).round().astype(np.int64)]
-        theirs = Gallery(run.settings, reference.embeddings, recorded=True)
+        theirs = Gallery(run.settings, reference.embeddings, run.reporter, recorded=True)
         ours = gallery.load(run.rows.numbers[chosen])
         pairs = _pair_up(ours, theirs.load(near.row[chosen]), near.distance[chosen])
         shown.append({"name": reference.name, "number": len(rows), "pairs": pairs})
@@ -285,23 +288,21 @@ class Picture:
 
 
 class Gallery:
-    """Loads pictures, and counts those shown.
+    """Loads pictures, and counts those shown."""
 
-    Attributes:
-        data: The data; None where it is not known, or cannot be opened.
-        closed: Why there is none.
-        unread: Why other pictures are not shown, by shard and key.
-    """
-
-    def __init__(self, settings: BalanceSettings, embeddings: Embeddings, *, recorded: bool = False) -> None:
+    def __init__(
+        self, settings: BalanceSettings, embeddings: Embeddings, reporter: Reporter, *, recorded: bool = False
+    ) -> None:
         """Open the data, or that alone which the embeddings record."""
+        self._settings = settings
+        self._reporter = reporter
         self._embeddings = embeddings
-        self.data: Dataset | None = None
+        self.data: Dataset | None = None  # the data; None where it is not known, or cannot be opened
         self.shown = 0
-        self.unread = dict[tuple[str, str], str]()
+        self.unread = dict[tuple[str, str], str]()  # why other pictures are not shown, by shard and key
         try:
             self.data = open_recorded(settings, embeddings) if recorded else open_data(settings, embeddings)
-            self.closed = _UNKNOWN if self.data is None else ""
+            self.closed = _UNKNOWN if self.data is None else ""  # why there is none
         except ClipcidError as error:
             self.closed = error.message
 
@@ -318,11 +319,15 @@ class Gallery:
             if self.closed != _UNKNOWN:
                 self.unread |= dict.fromkeys(zip(shards, keys, strict=True), self.closed)
             return [""] * len(keys)
-        finder = SampleFinder(self.data)
+        finder = SampleFinder(self.data, self._settings.workers, self._reporter)
         found: list[Sample | None] | None = None
         if finder.searches_all(shards):  # once for all of them
-            with suppress(ClipcidError, OSError):  # which each picture says again
+            try:
+                _validate_short(self.data)
                 found = finder.find(shards, keys)
+            except (ClipcidError, OSError) as error:
+                self.unread |= dict.fromkeys(zip(shards, keys, strict=True), _say_why(error, self.data.spec))
+                return [""] * len(keys)
         sources = [""] * len(keys)
         for number, (shard, key) in enumerate(zip(shards, keys, strict=True)):
             where = f"shard {shard}"
@@ -338,31 +343,41 @@ class Gallery:
                     continue
                 sources[number] = thumbnail(image, _SIDE)
                 self.shown += 1
-            except ClipcidError as error:
-                self.unread[shard, key] = error.message
-            except OSError as error:
-                self.unread[shard, key] = f"{error.filename or where} cannot be read: {describe(error)}."
+            except (ClipcidError, OSError) as error:
+                self.unread[shard, key] = _say_why(error, where)
         return sources
 
 
+def _say_why(error: ClipcidError | OSError, where: str) -> str:
+    if isinstance(error, ClipcidError):
+        return error.message
+    return f"{error.filename or where} cannot be read: {describe(error)}."
+
+
+def _validate_short(data: Dataset) -> None:
+    """Refuse to list data of many shards, or behind URLs, for a report alone."""
+    remote = any(is_remote(shard.file) for shard in data.shards)
+    if data.index is None and (remote or len(data.shards) > _MAX_LISTED):
+        raise ClipcidError(
+            f"{data.spec} has no index yet, which distill and --select resolution make, and its {len(data.shards):,} shards "
+            "are not listed for a report alone.",
+            "Run one of these first.",
+        )
+
+
 @dataclasses.dataclass(frozen=True)
-class ShareChanges:
-    """The classes or words whose share changed most, the largest change first, and what was counted and what was not.
+class LargestChanges:
+    """The classes or words whose share changed most, the largest change first, and what was counted and what was not."""
 
-    Attributes:
-        kind: ``class``, ``word``, or empty where there are neither classes nor captions.
-        risen: Those with a larger share of the kept images than of all: ``name``, the images ``before`` and ``after``,
-            ``share_before`` and ``share_after``.
-        fallen: Those with a smaller share.
-    """
-
-    kind: str
+    kind: str  # ``class``, ``word``, or empty where there are neither classes nor captions
     note: str
+    # Those with a larger share of the kept images than of all: ``name``, the images ``before`` and ``after``,
+    # ``share_before`` and ``share_after``.
     risen: list[dict[Any, Any]]
-    fallen: list[dict[Any, Any]]
+    fallen: list[dict[Any, Any]]  # those with a smaller share
 
 
-def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> ShareChanges:
+def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> LargestChanges:
     """Compare the kept images, bool [N], with all: by class where the data has classes, else by the words of captions.
 
     Classes are read where the data is local and has at most `_MAX_LABELS` images; captions are in the metadata.
@@ -371,8 +386,9 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
     if data is not None and not any(is_remote(shard.file) for shard in data.shards):
         try:
             if any(sample.label is not None for sample in data.shards[0].samples()):
-                if len(rows) <= _MAX_LABELS:
-                    return _compare_labels(data, embeddings, rows, kept)
+                labels = _read_labels(data) if len(rows) <= _MAX_LABELS else None
+                if labels is not None:
+                    return _compare_labels(data, labels, embeddings, rows, kept)
                 unread = f" The classes of more than {_MAX_LABELS:,} images are not read for a report."
         except (ClipcidError, OSError) as error:
             unread = f" The classes cannot be read: {error}"
@@ -383,17 +399,25 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
     has_caption = pc.not_equal(captions, "").to_numpy(zero_copy_only=False)
     before, after = (int(np.count_nonzero(each)) for each in (has_caption, has_caption & kept))
     if not before:
-        return ShareChanges("", f"There are neither classes nor captions to compare.{unread}", [], [])
+        return LargestChanges("", f"There are neither classes nor captions to compare.{unread}", [], [])
     sample = f" (a sample of one image in {step})" if step > 1 else ""
     note = (
         f"Share of images whose caption has the word, among the {before:,} images and the {after:,} kept ones that have a "
         f"caption{sample}. Words of fewer than three letters and common English words are omitted.{unread}"
     )
-    return ShareChanges("word", note, *_find_changes(count_words(captions, kept), before, after))
+    return LargestChanges("word", note, *_find_changes(count_words(captions, kept), before, after))
 
 
-def _compare_labels(data: Dataset, embeddings: Embeddings, rows: BalanceRows, kept: BoolArray) -> ShareChanges:
-    found = {sample.key: sample.label for shard in data.shards for sample in shard.samples()}
+def _read_labels(data: Dataset) -> dict[str, int | None] | None:
+    """Read the class of each image by its key; None where there are more than `_MAX_LABELS`."""
+    samples = itertools.chain.from_iterable(shard.samples() for shard in data.shards)
+    found = {sample.key: sample.label for sample in itertools.islice(samples, _MAX_LABELS + 1)}
+    return found if len(found) <= _MAX_LABELS else None
+
+
+def _compare_labels(
+    data: Dataset, found: dict[str, int | None], embeddings: Embeddings, rows: BalanceRows, kept: BoolArray
+) -> LargestChanges:
     labels = pd.Series(map(found.get, take_texts(embeddings, embeddings.keys_of, rows.numbers)), dtype="Int64")
     grouped = pd.DataFrame({"label": labels, "kept": kept}).groupby("label")["kept"]
     counts = pd.DataFrame({"before": grouped.size(), "after": grouped.sum()})
@@ -402,7 +426,7 @@ def _compare_labels(data: Dataset, embeddings: Embeddings, rows: BalanceRows, ke
     note = (
         f"Share of each of {len(counts):,} classes, among the {before:,} images and the {after:,} kept ones that have "
     )
-    return ShareChanges("class", f"{note}one.", *_find_changes(counts, before, after))
+    return LargestChanges("class", f"{note}one.", *_find_changes(counts, before, after))
 
 
 def _name_classes(data: Dataset, labels: list[int]) -> list[str]:

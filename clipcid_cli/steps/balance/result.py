@@ -14,16 +14,12 @@ class OtherLinkageResult(msgspec.Struct):
 
 
 class Audit(msgspec.Struct):
-    """An estimate of what a search in partitions missed: of all kept images some are sampled and compared with all.
-
-    Attributes:
-        near: Sampled images that have another kept image within the threshold.
-        low: The 95 % interval, up to `high`, of their rate among all kept images; the rate itself where all were sampled.
-    """
+    """An estimate of what a search in partitions missed: of all kept images some are sampled and compared with all."""
 
     sampled: int
     kept: int
-    near: int
+    near: int  # sampled images that have another kept image within the threshold
+    # The 95 % interval, up to `high`, of their rate among all kept images; the rate itself where all were sampled.
     low: float
     high: float
     rate: float
@@ -68,36 +64,26 @@ class ClusterCapResult(msgspec.Struct):
 
 
 class BalanceResult(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """What was kept.
-
-    Attributes:
-        searched: The images that references and caption window have left.
-        components: The sets of these, and the images kept before clusters are capped.
-        uncovered_ratio: Share of the dropped repeats that are farther than the threshold from their representative.
-        dropped_by: Images by ``reference, caption, repeat, cluster``, each once.
-        skipped: Samples by reason.
-        seconds: ``embed, search, write`` and, of partitioned neighbours, ``audit``.
-        files: The path of each file by its name; the sidecar holds the result without them.
-    """
+    """What was kept."""
 
     images: int
-    searched: int
+    searched: int  # the images that references and caption window have left
     kept: int
     keep_ratio: float
     threshold: float | None
-    components: int
+    components: int  # the sets of these, and the images kept before clusters are capped
     largest_component: int
-    uncovered_ratio: float
+    uncovered_ratio: float  # share of the dropped repeats that are farther than the threshold from their representative
     other_linkage: OtherLinkageResult | None
     neighbors: str
     audit: Audit | None
-    dropped_by: dict[str, int]
+    dropped_by: dict[str, int]  # images by ``reference, caption, repeat, cluster``, each once
     against: AgainstResult | None
     caption_window: CaptionWindowResult | None
     cluster_cap: ClusterCapResult | None
-    skipped: dict[str, int]
-    seconds: dict[str, float]
-    files: dict[str, str] = {}
+    skipped: dict[str, int]  # samples by reason
+    seconds: dict[str, float]  # ``embed, search, write`` and, of partitioned neighbours, ``audit``
+    files: dict[str, str] = {}  # the path of each file by its name; the sidecar holds the result without them
 
 
 class SearchCost(msgspec.Struct):
@@ -135,15 +121,11 @@ class MemoryCost(msgspec.Struct):
 
 
 class BalanceCost(msgspec.Struct, kw_only=True):
-    """What a new search would take; pairs, flop and seconds are those of ``neighbors``.
-
-    Attributes:
-        searched: Fewer than all images where a caption window drops some; the most they may be where it drops all that were
-            sampled.
-        disk: Bytes.
-    """
+    """What a new search would take; pairs, flop and seconds are those of ``neighbors``."""
 
     images: int
+    # Fewer than all images where a caption window drops some; the most they may be where it drops all that were
+    # sampled.
     searched: int
     width: int
     neighbors: str
@@ -156,4 +138,4 @@ class BalanceCost(msgspec.Struct, kw_only=True):
     caption_window: CaptionCost | None
     clustered_images: int | None
     memory: MemoryCost
-    disk: int
+    disk: int  # bytes

@@ -55,7 +55,9 @@ def run(settings: BalanceSettings, reporter: Reporter) -> BalanceResult | Balanc
             result = context.on_rank0(lambda: _take_or_start(plan, output, reporter))
             if result is None:
                 balance = begin(plan, context, output, reporter)
-                result = write(balance, _compute(balance, plan.clusters))
+                found = _compute(balance, plan.clusters)
+                context.barrier()  # until here another process may read what it has mapped
+                result = context.on_rank0(lambda: write(balance, found))
             context.on_rank0(lambda: write_kept(settings, plan.embeddings, plan.keep_list, reporter))
             if settings.write_shards is not None:
                 write_shards(plan, settings.write_shards, context, reporter)
@@ -78,7 +80,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> BalanceResult | Balanc
 def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar], reporter: Reporter) -> BalanceResult | None:
     """Return the result that is there already, unless its report can now show more; else start the output."""
     if output.finished is not None:
-        if not has_new_pictures(plan, output.finished):
+        if not has_new_pictures(plan, output.finished, reporter):
             reporter.note(f"{plan.folder} already holds this result.")
             return msgspec.convert(output.finished.result, BalanceResult)
         reporter.note("Pictures that the report does not show can be read now: it is written again.")
@@ -87,7 +89,7 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar], reporter: 
     if output.differences:
         told = list_differences(output.differences)
         reporter.note(f"The result in {plan.folder}, of other settings or inputs, will be replaced:\n{told}")
-    plan.validate_sizes()
+    plan.validate_data_there()
     output.start()
     write_row_files(output.work / ROW_FILES, list_row_files(plan.embeddings))
     clear_shared(output.work)

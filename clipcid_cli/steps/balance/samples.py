@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -17,12 +17,13 @@ import pyarrow.compute as pc
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Columns, Dataset, names_command, open_dataset, open_described
-from clipcid_cli.formats.data.index import DataIndex
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
 from clipcid_cli.formats.join import Keys, Listing, Values, join
 from clipcid_cli.formats.results.keep_list import is_uid
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.steps.data_index import index_alone, open_part
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
@@ -79,21 +80,19 @@ def take_texts(
 
 
 class SampleFinder:
-    """Finds samples by shard and key, in the index of the data where there is one.
+    """Finds samples by shard and key in the index of the data, on one process.
 
-    Without an index it lists shards and holds the samples of one, so look-ups should be in the order of the rows.
-    Embeddings of other tools do not record shards: all are then searched.
+    Shards that are not in it are listed into it: those asked for, or all of them for embeddings of other tools, which do not
+    record shards.
     """
 
-    def __init__(self, data: Dataset) -> None:
-        self._shards, self._index = data.shards, data.index
+    def __init__(self, data: Dataset, workers: int | None, reporter: Reporter) -> None:
+        self._data = data
+        self._workers = workers
+        self._reporter = reporter
         self._numbers = {shard.name: number for number, shard in enumerate(data.shards)}
-        self._list = lru_cache(maxsize=1)(lambda number: {each.key: each for each in data.shards[number].samples()})
+        self._part = lru_cache(maxsize=1)(lambda number: open_part(self._data, number))
         self._places: Values | None = None
-
-    @cached_property
-    def _all(self) -> dict[str, Sample]:
-        return {sample.key: sample for shard in self._shards for sample in shard.samples()}
 
     def searches_all(self, shards: list[str]) -> bool:
         """Tell whether none of these is a shard of the data."""
@@ -102,47 +101,43 @@ class SampleFinder:
     def find_rows(self, embeddings: Embeddings, numbers: IntArray) -> list[Sample | None]:
         """Find the samples of some rows of embeddings, int64 [n]; None for those that the data does not have."""
         shards, keys = (take_texts(embeddings, read, numbers) for read in (embeddings.shards_of, embeddings.keys_of))
-        if self._index is None or not self.searches_all(shards):
+        if not self.searches_all(shards):
             return self.find(shards, keys)
         if self._places is None:
-            all_keys = partial(map, embeddings.keys_of, embeddings.files)
-            self._places = _find_places(self._index, all_keys, embeddings.num_rows)
-        return _samples_at(self._index, self._places[numbers])
+            self._places = self._find_places(partial(map, embeddings.keys_of, embeddings.files), embeddings.num_rows)
+        return self._samples_at(self._places[numbers])
 
     def find(self, shards: list[str], keys: list[str]) -> list[Sample | None]:
         """Find n samples; None for those that the data does not have."""
         if self.searches_all(shards):
-            if self._index is None:
-                return list(map(self._all.get, keys))
             codes, different = pd.factorize(np.array(keys, object))
             column = pa.chunked_array([different], pa.string())
-            return _samples_at(self._index, _find_places(self._index, lambda: [column], len(different))[codes])
+            return self._samples_at(self._find_places(lambda: [column], len(different))[codes])
         found = list[Sample | None]()
         for shard, run in groupby(zip(shards, keys, strict=True), key=itemgetter(0)):
-            wanted, number = [key for _, key in run], self._numbers.get(shard)
+            wanted = [key for _, key in run]
+            number = self._numbers.get(shard)
             if number is None:
                 found.extend([None] * len(wanted))
-            elif self._index is None:
-                found.extend(map(self._list(number).get, wanted))
-            else:
-                there = self._index.part(number).keys.combine_chunks()
-                rows = pc.index_in(pa.array(wanted, pa.string()), value_set=there)
-                places = np.stack([np.full(len(wanted), number), rows.fill_null(-1).to_numpy()], axis=1)
-                found.extend(_samples_at(self._index, places))
+                continue
+            rows = pc.index_in(pa.array(wanted, pa.string()), value_set=self._part(number).keys.combine_chunks())
+            places = np.stack([np.full(len(wanted), number), rows.fill_null(-1).to_numpy()], axis=1)
+            found.extend(self._samples_at(places))
         return found
 
+    def _find_places(self, keys: Keys, count: int) -> Values:
+        """Find n different keys in the data: shard and place there of each, int64 [n, 2]; −1 for those it does not have."""
+        self._data = index_alone(self._data, self._workers, self._reporter)
+        index = self._data.index
+        assert index is not None  # it has just been made
 
-def _find_places(index: DataIndex, keys: Keys, count: int) -> Values:
-    """Find n different keys in the data: shard and place there of each, int64 [n, 2]; −1 for those it does not have."""
+        def read() -> Iterator[tuple[pa.Array, Values]]:
+            for number in range(len(index.shards)):
+                part = index.part(number)
+                places = np.arange(len(part))
+                yield part.keys.combine_chunks(), np.stack([np.full_like(places, number), places], axis=1)
 
-    def read() -> Iterator[tuple[pa.Array, Values]]:
-        for number in range(len(index.shards)):
-            part = index.part(number)
-            places = np.arange(len(part))
-            yield part.keys.combine_chunks(), np.stack([np.full_like(places, number), places], axis=1)
+        return join(keys, count, Listing(index.folder, read, 2), index.folder)
 
-    return join(keys, count, Listing(index.folder, read, 2), index.folder)
-
-
-def _samples_at(index: DataIndex, places: Values) -> list[Sample | None]:
-    return [None if row < 0 else index.part(number).sample(row) for number, row in places.tolist()]
+    def _samples_at(self, places: Values) -> list[Sample | None]:
+        return [None if row < 0 else self._part(number).sample(row) for number, row in places.tolist()]

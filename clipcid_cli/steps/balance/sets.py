@@ -20,7 +20,7 @@ from clipcid_cli.algorithms.sets.representatives import (
     distances_to,
     medoid_rows,
     random_scores,
-    share_beyond,
+    ratio_beyond,
 )
 from clipcid_cli.algorithms.sets.sinks import PairsWithin
 from clipcid_cli.algorithms.sets.star import (
@@ -44,7 +44,7 @@ from clipcid_cli.steps.balance.filters.captions import compare_captions, have_ca
 from clipcid_cli.steps.balance.forest import Forest, find_forest
 from clipcid_cli.steps.balance.result import OtherLinkageResult
 from clipcid_cli.steps.balance.samples import SampleFinder, take_texts, validate_data
-from clipcid_cli.steps.balance.shared_arrays import share_arrays
+from clipcid_cli.steps.balance.shared_arrays import publish_arrays
 from clipcid_cli.steps.reporting import Progress
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
@@ -66,25 +66,17 @@ _THREADS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Sets:
-    """Which images are near each other, and which one of each set is kept.
+    """Which images are near each other, and which one of each set is kept."""
 
-    Attributes:
-        labels: The smallest row of each row's set, integers [N]; a row that filters dropped is a set of its own.
-        representatives: The representative of each row, itself where it is kept, integers [N]; −1 for what filters dropped.
-        distances: Distance to it, float32 [N].
-        threshold: The cut-off; None when nothing was to be merged.
-        largest: Size of the largest set.
-        uncovered_ratio: Share of the dropped repeats that are farther than the cut-off from their representative.
-    """
-
-    labels: IntArray
+    labels: IntArray  # the smallest row of each row's set, integers [N]; a row that filters dropped is a set of its own
+    # The representative of each row, itself where it is kept, integers [N]; −1 for what filters dropped.
     representatives: IntArray
-    distances: FloatArray
-    threshold: float | None
+    distances: FloatArray  # distance to it, float32 [N]
+    threshold: float | None  # the cut-off; None when nothing was to be merged
     curve: Curve
     num_kept: int
-    largest: int
-    uncovered_ratio: float
+    largest: int  # size of the largest set
+    uncovered_ratio: float  # share of the dropped repeats that are farther than the cut-off from their representative
 
     @property
     def kept(self) -> BoolArray:
@@ -125,7 +117,7 @@ def _single_curve(rows: BalanceRows, forest: Edges, threshold: float | None) -> 
     return dataclasses.replace(curve, kept=curve.kept - (len(rows) - rows.num_searched))
 
 
-def _share_sets(
+def _publish_sets(
     run: BalanceRun,
     threshold: float | None,
     make: Callable[[], tuple[IntArray, IntArray]],
@@ -142,11 +134,11 @@ def _share_sets(
             representatives = np.where(rows.is_searched, representatives, kind(-1))
         return labels, representatives, distances
 
-    labels, representatives, distances = share_arrays(run.context, run.work, write)
+    labels, representatives, distances = publish_arrays(run.context, run.work, write)
 
     def measure() -> tuple[Curve, int, int, float]:
         num_kept = count_kept(representatives)
-        beyond = 0.0 if threshold is None else share_beyond(distances, threshold, rows.num_searched - num_kept)
+        beyond = 0.0 if threshold is None else ratio_beyond(distances, threshold, rows.num_searched - num_kept)
         return make_curve(), num_kept, int(np.bincount(labels).max()), beyond
 
     return Sets(labels, representatives, distances, threshold, *run.context.on_rank0(measure))
@@ -160,7 +152,7 @@ def _make_components(run: BalanceRun, forest: Edges, threshold: float | None) ->
         labels = connected_components(len(run.rows), part.a, part.b)
         return labels, labels if threshold is None else _choose_representatives(run, labels)
 
-    return _share_sets(run, threshold, make, lambda: _single_curve(run.rows, forest, threshold))
+    return _publish_sets(run, threshold, make, lambda: _single_curve(run.rows, forest, threshold))
 
 
 def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int) -> tuple[Sets, Forest]:
@@ -212,7 +204,7 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
     def make_curve() -> Curve:
         return star_curve(pairs, copies, chosen.cutoff, _CURVE_POINTS)
 
-    return _share_sets(run, _shortest_decimal(chosen.cutoff), make, make_curve), forest
+    return _publish_sets(run, _shortest_decimal(chosen.cutoff), make, make_curve), forest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +226,7 @@ def _find_pairs(
         members = unique[(np.bincount(label_U, minlength=1) > 1)[label_U]]
         return (members[np.argsort(labels[members], kind="stable")],)
 
-    (members,) = share_arrays(run.context, run.work, find_members)
+    (members,) = publish_arrays(run.context, run.work, find_members)
     plan = components(members, labels[members], run.rows_in_memory)
     if max_compared is not None and plan.num_pairs > max_compared:
         return NotComputed(
@@ -275,7 +267,7 @@ def _single(rows: BalanceRows, forest: Edges, threshold: float) -> OtherLinkage:
     part = forest.up_to(threshold)
     labels = connected_components(len(rows), part.a, part.b)
     distances = distances_to(rows.read, central_rows(rows.read, labels))
-    beyond = share_beyond(distances, threshold, len(part))
+    beyond = ratio_beyond(distances, threshold, len(part))
     result = OtherLinkageResult("single", rows.num_searched - len(part), beyond)
     return OtherLinkage(result, _single_curve(rows, forest, threshold))
 
@@ -328,7 +320,9 @@ def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
 
 def _resolution(run: BalanceRun, rows: IntArray) -> DoubleArray:
     """Return width × height of images; 0 where one cannot be found or read."""
-    finder = SampleFinder(validate_data(run.settings, run.embeddings, "--select resolution"))
+    finder = SampleFinder(
+        validate_data(run.settings, run.embeddings, "--select resolution"), run.settings.workers, run.reporter
+    )
     numbers = run.rows.numbers[rows]
     pixels = np.zeros(len(rows))
     with ThreadPoolExecutor(_THREADS) as pool, run.reporter.progress("image sizes", len(rows), "images") as progress:

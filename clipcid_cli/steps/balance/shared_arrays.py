@@ -22,14 +22,11 @@ from clipcid_cli.runtime.distributed import DistContext
 _FOLDER = ".shared"
 
 
-def share_arrays(context: DistContext, folder: Path, make: Callable[[], Arrays]) -> Arrays:
-    """Make arrays on the first process and return them, read-only, on every process.
+def publish_arrays(context: DistContext, folder: Path, make: Callable[[], Arrays]) -> Arrays:
+    """Make arrays on the first process and return them, read-only, on every process, by a folder that all reach.
 
     Where all processes are on one host, the files are gone when this returns: the maps keep their content. Another host
     reads what it has mapped from the disk whenever it needs it, so there they stay until `clear_shared`.
-
-    Args:
-        folder: A folder that all processes reach.
     """
     if context.size == 1:
         return make()
@@ -86,7 +83,7 @@ def reduce_arrays(
         context.barrier()
         context.on_rank0(partial(shutil.rmtree, place, ignore_errors=True))
         step *= 2
-    return share_arrays(context, folder, result)
+    return publish_arrays(context, folder, result)
 
 
 def _give(context: DistContext, place: Path, step: int, result: Callable[[], Arrays]) -> int:

@@ -100,12 +100,7 @@ def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
 
 
 def write(run: BalanceRun, found: Outcome) -> BalanceResult:
-    """Write the output on the first process; return its result on all."""
-    run.context.barrier()  # until here another process may read what it has mapped
-    return run.context.on_rank0(lambda: _write(run, found))
-
-
-def _write(run: BalanceRun, found: Outcome) -> BalanceResult:
+    """Write the output, on the first process; return its result."""
     warnings = find_warnings(run, found.sets)
     for warning in warnings:
         run.reporter.warn(warning)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
 from collections.abc import Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,11 +32,14 @@ from clipcid_cli.steps.settings.balance import BalanceSettings
 _ROWS_AT_ONCE = 4096
 
 
-def validate_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
-    """Check that the first sample has an identifier, so that no search is wasted."""
-    if settings.write_uids is not None:
-        first = next(file for file in embeddings.files if file.rows)
-        _UidFinder(settings, embeddings).find(first, np.array([0]))
+def validate_uids(settings: BalanceSettings, embeddings: Embeddings, reporter: Reporter) -> None:
+    """Check that the first sample has an identifier, so that no search is wasted; a dry run keeps no index made for it."""
+    if settings.write_uids is None:
+        return
+    first = next(file for file in embeddings.files if file.rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        indexes = Path(scratch) if settings.dry_run else None
+        _UidFinder(settings, embeddings, reporter, indexes).find(first, np.array([0]))
 
 
 def validate_new(settings: BalanceSettings) -> None:
@@ -56,14 +61,14 @@ def write_kept(settings: BalanceSettings, embeddings: Embeddings, keep_list: Pat
         write_pairs(settings.write_pairs, read_dropped(keep_list), overwrite=overwrite)
     if settings.write_uids is not None:
         num_kept = read_keep_list(keep_list).num_kept
-        uids = _kept_uids(settings, embeddings, keep_list, num_kept)
+        uids = _kept_uids(settings, embeddings, keep_list, num_kept, reporter)
         written = write_uids(settings.write_uids, uids, num_kept, overwrite=overwrite)
         if written < num_kept:
             reporter.warn(f"{num_kept:,} kept images have {written:,} different uids: each is written once.")
 
 
 def _kept_uids(
-    settings: BalanceSettings, embeddings: Embeddings, keep_list: Path, num_kept: int
+    settings: BalanceSettings, embeddings: Embeddings, keep_list: Path, num_kept: int, reporter: Reporter
 ) -> Iterator[pa.ChunkedArray]:
     """Find the identifiers of the kept rows of each file."""
     keys = partial(map, embeddings.keys_of, embeddings.files)
@@ -73,7 +78,7 @@ def _kept_uids(
             f"{keep_list} has keys that {embeddings.folder} does not have: files or shards have other names since.",
             "Balance again with --overwrite.",
         )
-    finder = _UidFinder(settings, embeddings)
+    finder = _UidFinder(settings, embeddings, reporter)
     for file in embeddings.files:
         yield finder.find(file, np.flatnonzero(kept[file.first : file.first + file.rows]))
 
@@ -81,13 +86,21 @@ def _kept_uids(
 class _UidFinder:
     """Finds the identifiers of samples: in the embeddings' metadata, else their keys, else in their ``.json``."""
 
-    def __init__(self, settings: BalanceSettings, embeddings: Embeddings) -> None:
-        self._settings, self._embeddings = settings, embeddings
+    def __init__(
+        self, settings: BalanceSettings, embeddings: Embeddings, reporter: Reporter, scratch: Path | None = None
+    ) -> None:
+        """Keep an index that has to be made in the work directory, or in a scratch folder."""
+        self._settings = settings
+        self._embeddings = embeddings
+        self._reporter = reporter
+        self._scratch = scratch
 
     @cached_property
     def _samples(self) -> SampleFinder | None:
         data = open_data(self._settings, self._embeddings)
-        return None if data is None else SampleFinder(data)
+        if data is not None and data.index is None and self._scratch is not None:
+            data = dataclasses.replace(data, index_folder=self._scratch)
+        return None if data is None else SampleFinder(data, self._settings.workers, self._reporter)
 
     def find(self, file: EmbeddingFile, places: IntArray) -> pa.ChunkedArray:
         """Return those of the rows at some places in a file, n strings of 32 hexadecimal digits."""

@@ -38,22 +38,14 @@ NUM_NEAREST = 16
 
 @dataclasses.dataclass(frozen=True)
 class ClusterRows:
-    """The rows to cluster, numbered 0 … N − 1 in the order of the embeddings.
-
-    Attributes:
-        keep_list: The keep list that chose them; None for all.
-        chosen: Which of all rows of the embeddings they are.
-        joint: Whether the features are joint ones of image and caption.
-        repair: What was found of the repair of the teacher; None where nothing was judged.
-        skips: Rows that cannot be used.
-    """
+    """The rows to cluster, numbered 0 … N − 1 in the order of the embeddings."""
 
     embeddings: Embeddings
-    keep_list: Path | None
-    chosen: Selection
-    joint: bool
-    repair: RepairFigures | None
-    skips: Skips
+    keep_list: Path | None  # the keep list that chose them; None for all
+    chosen: Selection  # which of all rows of the embeddings they are
+    joint: bool  # whether the features are joint ones of image and caption
+    repair: RepairFigures | None  # what was found of the repair of the teacher; None where nothing was judged
+    skips: Skips  # rows that cannot be used
     images: Rows
     texts: Rows | None
 
@@ -62,7 +54,6 @@ class ClusterRows:
 
     @property
     def width(self) -> int:
-        """Width D of the features."""
         return self.embeddings.width
 
     @property
@@ -99,27 +90,20 @@ class ClusterRows:
         return pa.chunked_array(pieces, pa.large_string())
 
     def fingerprint(self) -> list[FileRecord]:
-        """Describe every input file."""
         found = self.embeddings.fingerprints([Kind.TEXTS])
         return found if self.keep_list is None else [*found, record(self.keep_list)]
 
 
 @dataclasses.dataclass(frozen=True)
 class ClusterPlan:
-    """What is clustered, and into how many clusters.
-
-    Attributes:
-        folder: Where the clusters are to lie.
-        trained: The rows that centroids are computed from: all, or some drawn ones (--train-rows).
-        wanted: Arguments of `claim_output`.
-    """
+    """What is clustered, and into how many clusters."""
 
     settings: ClusterSettings
-    folder: Path
+    folder: Path  # where the clusters are to lie
     rows: ClusterRows
-    trained: ClusterRows
+    trained: ClusterRows  # the rows that centroids are computed from: all, or some drawn ones (--train-rows)
     num_clusters: int
-    wanted: dict[str, Any]
+    wanted: dict[str, Any]  # arguments of `claim_output`
 
     @property
     def num_nearest(self) -> int:

@@ -108,7 +108,7 @@ def _train(plan: ClusterPlan, context: DistContext, progress: Path, reporter: Re
         dtype=scan.dtype,
         device=context.device,
         processes=Processes(
-            context.share,
+            context.rank_range,
             context.sum_,
             context.gather,
             lambda compute, runs: thread_map(compute, runs, threads_for_batches(context.device)),

@@ -343,7 +343,7 @@ class Batches:
     def deal(self, steps: range) -> Iterator[DealtBatch]:
         """Say what workers shall make of each step's batch; a start anywhere deals the same."""
         order = SampleOrder(self._seed, self._samples.sizes.tolist(), index_of(self._inputs.dataset).fetch_ahead)
-        own = slice(*self._context.share(self._batch_size))
+        own = slice(*self._context.rank_range(self._batch_size))
         for step in steps:
             first = step * self._batch_size
             rows = order.rows(first, first + self._batch_size)
@@ -379,7 +379,7 @@ class Batches:
             return []
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))
         count = self._inputs.num_extra_texts(self._batch_size)
-        own = slice(*self._context.share(count))
+        own = slice(*self._context.rank_range(count))
         if extra.variants is None:
             return [ExtraText(row) for row in random.integers(len(extra.rows), size=count)[own].tolist()]
         # Captions are read only from shards that the batch reads anyway: another would be fetched for one caption.

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
@@ -28,8 +27,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
-from clipcid_cli.runtime.pipeline import default_workers
-from clipcid_cli.steps.data_index import cache_shards, ensure_index
+from clipcid_cli.steps.data_index import cache_shards, index_alone
 from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
 from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
 from clipcid_cli.steps.distill.samples import (
@@ -296,10 +294,8 @@ def _open_data(
         reporter.note(f"Data: {dataset.spec}, from which the embeddings were made.")
     if scratch is not None and dataset.index is None:
         dataset = dataclasses.replace(dataset, index_folder=scratch / "index")
-    # By this process and its workers, while the others wait for what is found; `embed` has mostly done it before.
-    alone = DistContext(0, 1, 0, torch.device("cpu"))
-    workers = default_workers(alone.device) if settings.workers is None else settings.workers
-    return cache_shards(ensure_index(dataset, alone, workers, reporter), settings.cache_size)
+    # `embed` has mostly done it before.
+    return cache_shards(index_alone(dataset, settings.workers, reporter), settings.cache_size)
 
 
 def open_stored(settings: DistillSettings, folder: Path, cache: Path | None, reporter: Reporter) -> Embeddings:

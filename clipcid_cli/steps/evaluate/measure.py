@@ -23,7 +23,7 @@ from clipcid_cli.algorithms.metrics.classification import (
     rank_classes,
     top_classes,
 )
-from clipcid_cli.algorithms.metrics.intervals import Array, Metrics
+from clipcid_cli.algorithms.metrics.intervals import Array, CellMetrics
 from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_ranks
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.sidecar import Calibration, Calibrations, ClassScore, Example
@@ -51,7 +51,7 @@ class TaskResult:
         texts: Number of prompts or captions used.
     """
 
-    draws: Metrics
+    draws: CellMetrics
     columns: Callable[[], dict[str, Any]]
     texts: int
     per_class: list[ClassScore] = dataclasses.field(default_factory=list)

@@ -13,8 +13,7 @@ from onnx import TensorProto, helper
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.models.onnx_file import validate_for_classifier, write_classifier
+from clipcid_cli.formats.models.onnx_file import write_classifier
 
 SIDE = 8
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -84,16 +83,3 @@ def test_pixels_are_those_of_open_clip(
     levels = np.abs(found.reshape(3, SIDE, SIDE) - expected) * np.reshape(STD, (3, 1, 1)) * 255
     # A byte between two levels may be rounded the other way; a wrong filter or crop moves bytes by tens of levels.
     assert levels.max() < 1.01
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"resize_mode": "longest"}, "resize_mode is 'longest'"),
-        ({"size": [8, 9]}, r"size is \[8, 9\]"),
-        ({"interpolation": "random"}, "interpolation is 'random'"),
-    ],
-)
-def test_other_preprocessing_is_refused_by_name(change: dict[str, object], said: str) -> None:
-    with pytest.raises(ClipcidError, match=said):
-        validate_for_classifier(preprocess("shortest", "bicubic") | change)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import resource
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import join as module
-from clipcid_cli.formats.join import Keys, Listing, Repeat, Values, find_repeat, join, parquet_listing
+from clipcid_cli.formats.join import Keys, Listing, Repeat, Values, find_repeat, join
 
 KEYS = st.text(st.sampled_from("ab0é/"), max_size=4)
 
@@ -109,15 +106,6 @@ def test_the_first_two_rows_of_a_repeated_key_are_found(few: int, keys: list[str
     assert found == first or (found is not None and repeated and found.key in repeated)
 
 
-def test_few_keys_wait_neither_for_duckdb_nor_for_pandas() -> None:
-    script = (
-        "import pyarrow as pa; from clipcid_cli.formats.join import find_repeat\n"
-        "find_repeat(lambda: [pa.chunked_array([pa.array(['a', 'b'])])], None)\n"
-        "import sys; assert 'duckdb' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
-
-
 def test_an_error_of_reading_is_raised_as_it_is(tmp_path: Path) -> None:
     def read() -> Iterator[tuple[pa.Array, Values]]:
         yield pa.array(["b"]), np.zeros((1, 1), np.int64)
@@ -160,13 +148,3 @@ def test_a_join_beyond_its_memory_goes_on_on_the_disk(tmp_path: Path, monkeypatc
     found = join(in_parts(keys, 2**14), len(keys), listing(keys[::-1], 2**14), tmp_path)
     assert np.array_equal(found[:, 0], np.arange(len(keys))[::-1])
     assert not list(tmp_path.iterdir())
-
-
-def test_parquet_is_read_with_its_rows_or_a_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 2)
-    path = tmp_path / "table.parquet"
-    pq.write_table(pa.table({"key": ["a", "b", "c"], "kept": [True, False, True], "other": [0.5, 0.5, 0.5]}), path)
-    for value, numbers in ((None, [0, 1, 2]), ("kept", [1, 0, 1])):
-        chunks = list(parquet_listing(path, value).read())
-        assert [key for keys, _ in chunks for key in keys.to_pylist()] == ["a", "b", "c"]
-        assert [int(number) for _, found in chunks for number in found[:, 0]] == numbers

@@ -7,13 +7,11 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from webdataset.tariterators import base_plus_ext
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.tars import Member, group_members, read_members, validate_tar
+from clipcid_cli.formats.data.tars import read_members, validate_tar
 
 # Long names need a GNU or pax record, or ustar's prefix; letters beyond ASCII a pax record.
 NAMES = st.lists(st.text(st.sampled_from("abcxyz019._-äß漢"), min_size=1, max_size=60), min_size=1, max_size=5).map(
@@ -73,24 +71,3 @@ def test_a_cut_tar_is_refused_or_holds_whole_members_only(cut: int, contents: li
         # Cut between two members: nothing tells it from a tar that was written without an end mark.
         assert path.stat().st_size % 512 == 0
         assert [tuple(member[:3]) for member in read_members(path)] == expected[: len(list(read_members(path)))]
-
-
-@pytest.mark.parametrize("place", [0, 100, 130, 150])
-def test_a_damaged_header_is_found_when_it_is_read(tmp_path: Path, place: int) -> None:
-    path = tmp_path / "a.tar"
-    write(path, "gnu", [("a.png", b"x" * 600, 0.0), ("b.png", b"y" * 600, 0.0)])
-    data = bytearray(path.read_bytes())
-    data[1536 + place] ^= 0x55
-    path.write_bytes(data)
-    with pytest.raises(ClipcidError, match=r"damaged at byte 1,536"):
-        list(read_members(path))
-
-
-@given(st.lists(st.text(st.sampled_from("ab./_\n")), max_size=8, unique=True))
-def test_keys_are_webdatasets(names: list[str]) -> None:
-    found = list(group_members(Member(name, 0, 0, 0) for name in names))
-    listed = [(member.name, key) for key, members in found for member in members]
-    # Members such as __url__ are webdataset's own, and in no sample.
-    plain = [name for name in names if "__" not in name]
-    expected = [(name, base_plus_ext(name)[0]) for name in plain if base_plus_ext(name)[0] is not None]
-    assert [pair for pair in listed if "__" not in pair[0]] == expected

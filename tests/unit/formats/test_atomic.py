@@ -1,10 +1,14 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, arrays in mapped files have their space, and a full disk is one clear error."""
+
+from __future__ import annotations
 
 import errno
 import multiprocessing
 import os
-import subprocess
-import sys
+import re
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,68 +16,68 @@ import numpy as np
 import pytest
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import create_mapped, spool_arrays
 from clipcid_cli.formats.atomic import atomic_file, write_json, write_npy, write_text
-from clipcid_cli.formats.output import open_output
-from clipcid_cli.formats.sidecar import Sidecar
+from clipcid_cli.formats.embeddings.rows import create_copy
+
+INT64 = np.dtype(np.int64)
+NUMBERS = np.arange(2000, dtype=np.int32)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Limit the size of files that this process writes: the write fails inside the kernel, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_old_file_survives_a_failed_write(tmp_path: Path) -> None:
-    path = tmp_path / "file.txt"
+    path = tmp_path / "file.json"
     write_text(path, "old")
-
-    def fail() -> None:
-        with atomic_file(path) as file:
-            file.write(b"half of the n")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
+    with suppress(RuntimeError), atomic_file(path) as file:
+        file.write(b"half of the n")
+        raise RuntimeError
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"loss": float("nan")})
+    with pytest.raises(ValueError, match="Object arrays"):
+        write_npy(path, np.array([{}], dtype=object))
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file.txt"]
+    assert os.listdir(tmp_path) == ["file.json"]
 
 
-def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_clear_error_and_one_about_another_file_is_left_alone(tmp_path: Path) -> None:
     with (
         pytest.raises(ClipcidError, match=r"Could not write .*file\.bin: No space left") as caught,
         atomic_file(tmp_path / "file.bin"),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert "space" in caught.value.fix
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_real_full_device_is_one_clear_error(tmp_path: Path) -> None:
-    # A file-size limit fails the write inside the kernel, as a full disk does.
-    program = f"""
-import resource, signal
-from pathlib import Path
-import numpy as np
-from clipcid_cli.formats.atomic import write_npy
-from clipcid_cli.errors import ClipcidError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    write_npy(Path({str(tmp_path)!r}) / "big.npy", np.zeros(100000))
-except ClipcidError as error:
-    print(error.message)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("Could not write ")
-    assert done.stdout.endswith("big.npy: the disk is full, or a limit of file sizes is reached.\n")
-    assert os.listdir(tmp_path) == []
-
-
-def test_an_error_about_another_file_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "file"):
         (tmp_path / "missing").read_bytes()
+    assert os.listdir(tmp_path) == []
 
 
-def test_a_link_to_a_missing_file_in_the_place_of_a_lock_is_named(tmp_path: Path) -> None:
-    (tmp_path / ".embed.lock").symlink_to(tmp_path / "nowhere" / "lock")
-    with pytest.raises(ClipcidError, match=r"Could not write .*\.embed\.lock") as caught:  # noqa: SIM117  # it is not opened
-        with open_output(tmp_path, "embed", Sidecar, settings={}, inputs=[], overwrite=False):
-            pass
-    assert "link to a missing file" in caught.value.fix
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda folder: write_npy(folder / "array.npy", NUMBERS), "/array.npy: the disk is full, or a limit of file"),
+        (lambda folder: create_mapped(folder / "array", INT64, (1000, 2)), "/array: File too large"),
+        (lambda folder: create_mapped(folder, INT64, (1000, 2), unnamed=True), ": File too large"),
+        (lambda folder: create_copy(folder, 0, 1000, 8), "/.*: File too large"),
+        (lambda folder: spool_arrays(folder, [np.int32], [(NUMBERS,)]), ": File too large"),
+    ],
+)
+def test_a_limit_of_file_sizes_is_an_error_that_names_the_place(
+    tmp_path: Path, make: Callable[[Path], object], reason: str
+) -> None:
+    make(tmp_path)
+    with largest_file(4096), pytest.raises(ClipcidError, match=f"^Could not write {re.escape(str(tmp_path))}{reason}"):
+        make(tmp_path)
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def write_shared(path: Path, content: bytes, is_begun: Any = None, may_end: Any = None) -> None:
@@ -104,15 +108,21 @@ def test_of_two_that_write_one_file_at_once_one_waits_and_what_killed_ones_left_
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_json_refuses_nan(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "file.json", {"loss": float("nan")})
-    assert os.listdir(tmp_path) == []
-
-
-def test_npy_holds_the_array_and_needs_no_pickle(tmp_path: Path) -> None:
-    array = np.arange(6, dtype=np.float16).reshape(2, 3)
-    write_npy(tmp_path / "a.npy", array)
-    np.testing.assert_array_equal(np.load(tmp_path / "a.npy", allow_pickle=False), array)
-    with pytest.raises(ValueError, match="Object arrays"):
-        write_npy(tmp_path / "b.npy", np.array([{}], dtype=object))
+@pytest.mark.parametrize("has_fallocate", [True, False])
+def test_mapped_arrays_are_zeros_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_fallocate: bool
+) -> None:
+    """Also on systems that cannot reserve space, as macOS."""
+    if not has_fallocate:
+        monkeypatch.delattr(os, "posix_fallocate")
+    for array in (
+        create_mapped(tmp_path / "array", INT64, (3, 2)),
+        create_mapped(tmp_path, INT64, (3, 2), unnamed=True),
+    ):
+        assert (array.shape, array.dtype) == ((3, 2), INT64)
+        assert not array.any()
+        array[:] = 7
+        assert array.sum() == 42
+    assert [path.name for path in tmp_path.iterdir()] == ["array"]
+    assert np.fromfile(tmp_path / "array", INT64).tolist() == [7] * 6
+    assert create_mapped(tmp_path, INT64, (0, 2), unnamed=True).shape == (0, 2)

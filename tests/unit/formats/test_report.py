@@ -31,9 +31,13 @@ def test_the_page_follows_the_screen_and_the_colour_scheme() -> None:
     assert set(re.findall(r"var\((--[a-z]+)\)", "".join(map(read, ["base.html", *PAGES])))) <= light
 
 
-@pytest.mark.parametrize("name", ["base.html", *PAGES])
-def test_nothing_is_wider_than_a_phone(name: str) -> None:
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_is_the_base_page_and_nothing_on_it_is_wider_than_a_phone(name: str) -> None:
     page = read(name)
+    assert page.startswith('{% extends "base.html" %}')
+    colors = re.findall(r"#[0-9a-f]{3,6}\b", page.replace("#}", "").replace("{#", ""))
+    assert not colors, "a colour outside the base page does not follow the colour scheme"
+    page += read("base.html")
     for value, unit in re.findall(r"(?<!max-)(?<!-)\b(?:min-)?width:\s*([\d.]+)(px|rem|em|vw|%)", page):
         assert float(value) * {"px": 1, "rem": 16, "em": 16, "vw": _PHONE / 100, "%": _PHONE / 100}[unit] <= _PHONE
     assert not re.search(r"<(?:table|img|svg|div)[^>]* width=", page)
@@ -42,14 +46,6 @@ def test_nothing_is_wider_than_a_phone(name: str) -> None:
         first = table.partition("</tr>")[0]
         columns = len(re.findall(r"<t[hd]", first))
         assert columns < 3 or '<div class="wide">' in before or "stack" in table or "bars" in table, table[:120]
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_every_page_is_the_base_page(name: str) -> None:
-    page = read(name)
-    assert page.startswith('{% extends "base.html" %}')
-    colors = re.findall(r"#[0-9a-f]{3,6}\b", page.replace("#}", "").replace("{#", ""))
-    assert not colors, "a colour outside the base page does not follow the colour scheme"
 
 
 def test_a_figure_scales_down_and_takes_the_colour_of_the_text() -> None:

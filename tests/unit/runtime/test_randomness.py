@@ -1,21 +1,77 @@
-"""Seeds and shares of keys depend on their arguments only."""
+"""Seeds, shares of keys and orders of samples depend on their arguments only."""
 
-from clipcid_cli.runtime.randomness import derive_seed, key_fraction, key_fractions
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipcid_cli.runtime.randomness import (
+    SHARDS_MIXED,
+    SampleOrder,
+    derive_seed,
+    epoch_groups,
+    key_fraction,
+    key_fractions,
+)
 
 
-def test_seeds_are_the_same_on_every_machine() -> None:
+def epoch_order(seed: int, epoch: int, shard_sizes: list[int], group: int = SHARDS_MIXED) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.int64), *epoch_groups(seed, epoch, shard_sizes, group)])
+
+
+def test_they_are_the_same_on_every_machine() -> None:
     # Written down once: a change of these numbers changes every user's sample order and hold-out.
     assert derive_seed("epoch", 0, 1) == 5429471261494044530
     assert round(key_fraction("000000001"), 12) == 0.766953541088
     assert derive_seed("a", "bc") != derive_seed("ab", "c")
-
-
-def test_a_share_of_keys_is_held_out() -> None:
-    held = sum(key_fraction(f"{number:09d}") < 0.01 for number in range(100_000))
-    assert 900 < held < 1100
+    assert SampleOrder(1, [3, 0, 4, 2]).rows(3, 13).tolist() == [5, 2, 1, 8, 6, 0, 3, 5, 6, 1]
+    rows = SampleOrder(5, [3, 1] * 20).rows(70, 90).tolist()
+    assert rows == [38, 55, 24, 37, 21, 42, 26, 36, 22, 41, 46, 44, 43, 24, 2, 6, 26, 17, 11, 72]
 
 
 def test_shares_of_many_keys_are_those_of_each() -> None:
-    keys = [f"é{number}" for number in range(1_000)]
-    assert key_fractions(keys).tolist() == [key_fraction(key) for key in keys]
+    keys = [f"é{number}" for number in range(100_000)]
+    fractions = key_fractions(keys)
+    assert fractions[:1000].tolist() == [key_fraction(key) for key in keys[:1000]]
+    assert 900 < (fractions < 0.01).sum() < 1100
     assert key_fractions([]).tolist() == []
+
+
+@given(st.lists(st.integers(0, 20), max_size=30), st.integers(0, 2**31), st.integers(0, 100), st.integers(1, 8))
+def test_an_epoch_holds_every_row_once(shard_sizes: list[int], seed: int, epoch: int, group: int) -> None:
+    order = epoch_order(seed, epoch, shard_sizes, group)
+    np.testing.assert_array_equal(np.sort(order), np.arange(sum(shard_sizes)))
+
+
+def test_a_group_reads_few_shards_at_a_time_and_epochs_and_seeds_differ() -> None:
+    order = epoch_order(0, 0, [10] * 12, group=3)
+    for start in range(0, 120, 30):
+        assert len(set(order[start : start + 30] // 10)) == 3
+    orders = {tuple(epoch_order(seed, epoch, [50, 50])) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60).filter(sum), st.lists(st.integers(0, 500), max_size=8))
+def test_any_stretch_is_the_same_wherever_reading_was_before(shard_sizes: list[int], starts: list[int]) -> None:
+    order = SampleOrder(3, shard_sizes)
+    whole = [int(row) for epoch in range(600) for row in epoch_order(3, epoch, shard_sizes)][:600]
+    for start in starts:  # back and forth, across groups and epochs
+        assert order.rows(start, start + 70).tolist() == whole[start : start + 70]
+
+
+def test_shards_are_announced_a_group_ahead() -> None:
+    sizes = [3] * 40 + [0]
+    announced: list[list[int]] = []
+    order = SampleOrder(5, sizes, lambda shards: announced.append(list(shards)))
+    owners = [row // 3 for row in order.rows(0, 2 * 120).tolist()]
+    assert len(announced) == 6
+    for begin, group in zip((0, 48, 96, 120, 168, 216), announced, strict=True):
+        # The last group of an epoch has 8 shards or 9, one of them empty; groups of 16 follow each other otherwise.
+        ahead = owners[begin : begin + 48]
+        assert set(ahead[:24]) <= set(group)
+        assert len(group) <= 32
+        assert 40 not in group
+    resumed: list[list[int]] = []
+    SampleOrder(5, sizes, lambda shards: resumed.append(list(shards))).rows(100, 101)
+    assert resumed == announced[2:3]

@@ -1,48 +1,50 @@
-"""Timing a trial: what is counted, and how often work is run."""
+"""Timing: what counts of a trial and how often it is run, and how much of a run's time saves take."""
 
 from __future__ import annotations
 
 import pytest
 
 from clipcid_cli.runtime import timing
-from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.runtime.timing import SavePace, time_trial
 
 
-class Clock:
-    """A clock that work moves forward."""
+@pytest.mark.parametrize(
+    ("durations", "how", "seconds", "took"),
+    [
+        ([50.0, 2.0, 9.0, 3.0], {"repeats": 3}, 3.0, 64.0),  # the median of those after the warm-up
+        ([50.0], {"warm_up": 0}, 50.0, 50.0),
+        ([0.5] * 9, {"at_least": 2.0}, 0.5, 2.5),  # short work is repeated until the time has passed
+    ],
+)
+def test_a_trial_is_the_median_of_its_runs(
+    durations: list[float], how: dict[str, float], seconds: float, took: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, left = 0.0, iter(durations)
 
-    def __init__(self, durations: list[float]) -> None:
-        self.now, self._durations = 0.0, iter(durations)
+    def work() -> float:
+        nonlocal now
+        now += next(left)
+        return now
 
-    def work(self) -> float:
-        duration = next(self._durations)
-        self.now += duration
-        return duration
-
-
-def timed(monkeypatch: pytest.MonkeyPatch, durations: list[float]) -> Clock:
-    clock = Clock(durations)
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
-    return clock
-
-
-def test_the_median_of_the_runs_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = timed(monkeypatch, [50.0, 2.0, 9.0, 3.0])
-    assert time_trial(clock.work, repeats=3) == (3.0, 3.0)
-
-
-def test_without_a_warm_up_the_first_run_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = timed(monkeypatch, [50.0])
-    assert time_trial(clock.work, warm_up=0) == (50.0, 50.0)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    found = time_trial(work, **how)  # type: ignore[arg-type]
+    assert (found.seconds, found.result, now) == (seconds, took, took), "the result is that of the last run"
 
 
-def test_short_work_is_repeated_until_the_time_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = timed(monkeypatch, [0.5] * 9)
-    trial = time_trial(clock.work, at_least=2.0)
-    assert trial.seconds == 0.5
-    assert clock.now == 0.5 * (1 + 4)
-
-
-def test_the_result_is_that_of_the_last_run() -> None:
-    found = iter(range(10))
-    assert time_trial(lambda: next(found), repeats=2).result == 2
+@pytest.mark.parametrize("growth", [0.0, 0.5])
+@pytest.mark.parametrize("cost", [0.1, 2.0, 240.0])
+def test_saves_are_at_most_one_a_minute_and_take_at_most_a_twentieth_of_the_time(cost: float, growth: float) -> None:
+    now, spent, saved, longest = 0.0, 0.0, 0.0, 0.0
+    pace = SavePace(cost, clock=lambda: now)
+    while now < 200_000.0:
+        now += 1.0
+        if pace.is_due():
+            assert now - saved > 60.0
+            longest = max(longest, now - saved)
+            with pace.saving():
+                now += cost
+                spent += cost
+            saved, cost = now, cost * (1.0 + growth * (saved < 50_000.0 and cost < 400.0))
+            assert spent <= 0.05 * now * (1.0 + growth)
+    assert longest <= max(61.0, 21.0 * 1.5 * cost)
+    assert spent > 0.0

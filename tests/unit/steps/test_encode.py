@@ -46,17 +46,6 @@ def read(spec: str) -> tuple[list[list[tuple[object, ...]]], int, Skips]:
     return found, total, skips
 
 
-def test_batches_from_a_url_are_those_of_the_disk(data: Path) -> None:
-    expected = read(str(data))
-    found, total, skips = expected
-    assert [len(batch) for batch in found] == [4, 3, 4, 3, 4, 2]
-    with serve(data, drop_every=4) as server:
-        assert read(f"{server.url}/{{0..2}}.tar") == expected
-        assert server.dropped > 0
-    assert total == 23
-    assert skips.counts == {"no_image": 1, "no_label": 1, "duplicate_key": 1}
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bytes_of_images_are_dropped_once_they_are_decoded(data: Path, workers: int) -> None:
     with serve(data) as server:

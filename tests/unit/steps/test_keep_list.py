@@ -49,11 +49,6 @@ def test_it_is_joined_in_the_work_directory_not_in_the_folder_for_temporary_file
         apply(keep_list, work, dry_run=True)
 
 
-def test_a_dry_run_leaves_the_work_directory_as_it_is(keep_list: Path, tmp_path: Path) -> None:
-    assert apply(keep_list, tmp_path / "work", dry_run=True) == list(np.arange(100) % 3 == 0)
-    assert not (tmp_path / "work").exists()
-
-
 def test_folders_of_killed_runs_are_removed_but_not_that_of_a_run_that_goes_on(
     keep_list: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,12 +61,6 @@ def test_folders_of_killed_runs_are_removed_but_not_that_of_a_run_that_goes_on(
     with lock(other.with_suffix(".lock")):
         assert apply(keep_list, work, dry_run=False) == list(np.arange(100) % 3 == 0)
         assert sorted(work.iterdir()) == [other, other.with_suffix(".lock")]
-
-
-def test_a_work_directory_that_cannot_be_written_is_an_error(keep_list: Path, tmp_path: Path) -> None:
-    (tmp_path / "work").touch()
-    with pytest.raises(ClipcidError, match=r"Could not write .*work"):
-        apply(keep_list, tmp_path / "work", dry_run=False)
 
 
 @pytest.mark.parametrize(

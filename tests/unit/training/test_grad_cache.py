@@ -54,16 +54,15 @@ def loss_of(features: Features) -> Tensor:
     return loss + sum((rows - text.roll(1, 1)).square().sum() for rows in masked)
 
 
-def gradients(towers: Towers, parts: list[Part], calls: list[int] | None = None) -> list[Tensor]:
+def gradients(towers: Towers, parts: list[Part]) -> list[Tensor]:
     done = encode(towers, parts)
     loss_of(done.features).backward()  # type: ignore[no-untyped-call]
-    seen = [] if calls is None else calls
-    done.backward(lambda: seen.append(sum(p.grad is not None for p in towers.parameters())))
+    done.backward(lambda: None)
     return [torch.zeros(()) if p.grad is None else p.grad.clone() for p in towers.parameters()]
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize("count", [1, 4])
 def test_parts_give_the_gradients_of_autograd(count: int, masked: bool) -> None:
     towers = Towers().eval()
     loss_of(towers(parts_of(1, masked=masked)[0])).backward()  # type: ignore[no-untyped-call]
@@ -86,22 +85,3 @@ def test_dropout_is_the_same_both_times_a_part_is_encoded() -> None:
     towers.zero_grad()
     for found, wanted in zip(gradients(towers, parts), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_gradients_may_be_sent_from_the_last_part_on(count: int) -> None:
-    towers, calls = Towers().eval(), list[int]()
-    parts = parts_of(8)[:count]
-    done = encode(towers, parts)
-    (done.features.image.sum() + done.features.text.sum()).backward()  # type: ignore[no-untyped-call]
-    done.backward(lambda: calls.append(sum(p.grad is not None for p in towers.parameters())))
-    # Once, before the last part: with one part nothing has a gradient yet, else everything has.
-    assert calls == [0 if count == 1 else len(list(towers.parameters()))]
-
-
-def test_a_frozen_tower_costs_no_backward_pass() -> None:
-    towers = Towers().eval()
-    towers.text.requires_grad_(False)
-    found = gradients(towers, parts_of(2))
-    assert all(p.grad is None for p in towers.text.parameters())
-    assert float(found[0].abs().sum()) > 0

@@ -21,6 +21,7 @@ from clipcid_cli.algorithms.near.plan import rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, map_strings
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES
 from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.layouts import find_rows
@@ -34,7 +35,7 @@ from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
 from clipcid_cli.steps.balance.samples import open_named
-from clipcid_cli.steps.balance.shared_arrays import share_arrays
+from clipcid_cli.steps.balance.shared_arrays import publish_arrays
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.given_embeddings import open_given
@@ -122,8 +123,14 @@ def open_reference(
 
 
 def _holds_embeddings(folder: Path) -> bool:
-    """Tell whether a folder is one of embeddings, as `open_embeddings` finds them; also where they are unfinished."""
-    return is_claimed(folder, "embed") or find_rows(folder) is not None
+    """Tell whether a folder is one of embeddings, as `open_embeddings` finds them; also where they are unfinished.
+
+    An array beside images is a label of theirs.
+    """
+    if is_claimed(folder, "embed"):
+        return True
+    found = find_rows(folder)
+    return found is not None and not any(path.suffix[1:].lower() in IMAGE_SUFFIXES for path in found.parent.iterdir())
 
 
 def _embed(
@@ -183,22 +190,16 @@ def _validate_same_model(embeddings: Embeddings, reference: Embeddings, name: st
 
 @dataclasses.dataclass(frozen=True)
 class NearReferences:
-    """Which rows lie near a reference.
-
-    Attributes:
-        owner: Which reference has the row nearest to each row, int16 [N]; the first of equals, −1 where none is near enough.
-        row: That row of its embeddings, integers [N]; of no meaning where there is none.
-        distance: Its distance, float32 [N]; NaN where there is none.
-        near: How many rows lie near each reference, whatever other references they are near.
-    """
+    """Which rows lie near a reference."""
 
     reason: ClassVar = "reference"
     references: list[Reference]
     threshold: float
+    # Which reference has the row nearest to each row, int16 [N]; the first of equals, −1 where none is near enough.
     owner: npt.NDArray[np.int16]
-    row: IntArray
-    distance: FloatArray
-    near: list[int]
+    row: IntArray  # that row of its embeddings, integers [N]; of no meaning where there is none
+    distance: FloatArray  # its distance, float32 [N]; NaN where there is none
+    near: list[int]  # how many rows lie near each reference, whatever other references they are near
 
     @property
     def is_dropped(self) -> BoolArray:
@@ -206,7 +207,6 @@ class NearReferences:
         return np.asarray(self.owner >= 0)
 
     def summarise(self) -> AgainstResult:
-        """Return what the JSON object says."""
         nearest = np.bincount(self.owner[self.owner >= 0], minlength=len(self.references)).tolist()
         references = [
             ReferenceResult(reference.name, len(reference.numbers), near, number)
@@ -274,7 +274,7 @@ def find_near(run: BalanceRun, references: list[Reference]) -> NearReferences:
         distance[owner < 0] = np.nan
         return owner, row, distance, near
 
-    owner, row, distance, near = share_arrays(run.context, run.work, merge)
+    owner, row, distance, near = publish_arrays(run.context, run.work, merge)
     number = np.count_nonzero(owner >= 0)
     run.reporter.note(f"{number:,} of {len(rows):,} images are within {threshold:g} of a reference.")
     return NearReferences(references, threshold, owner, row, distance, near.tolist())

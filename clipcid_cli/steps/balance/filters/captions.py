@@ -19,7 +19,7 @@ from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.result import CaptionWindowResult
-from clipcid_cli.steps.balance.shared_arrays import collect_arrays, share_arrays
+from clipcid_cli.steps.balance.shared_arrays import collect_arrays, publish_arrays
 from clipcid_cli.steps.reporting import Progress
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -29,20 +29,15 @@ _BARS = 80
 
 @dataclasses.dataclass(frozen=True)
 class CaptionWindow:
-    """The window, from −∞ or to ∞ where it has no such end, that the similarity of images to their captions must be in.
-
-    Attributes:
-        similarity: Cosine of each image and its caption, float32 [N]; NaN where there is no usable caption.
-    """
+    """The window, from −∞ or to ∞ where it has no such end, that the similarity of images to their captions must be in."""
 
     reason: ClassVar = "caption"
     low: float
     high: float
-    similarity: FloatArray
+    similarity: FloatArray  # cosine of each image and its caption, float32 [N]; NaN where there is no usable caption
 
     @classmethod
     def of(cls, settings: BalanceSettings, similarity: FloatArray) -> CaptionWindow:
-        """Take the window of the settings."""
         low, high = settings.min_caption_similarity, settings.max_caption_similarity
         return cls(-math.inf if low is None else low, math.inf if high is None else high, similarity)
 
@@ -64,11 +59,9 @@ class CaptionWindow:
         )
 
     def columns(self, folder: Path) -> list[Column]:
-        """Return the columns of the keep list."""
         return [float_column("caption_similarity", self.similarity)]
 
     def validate_not_empty(self) -> None:
-        """Refuse a window that no image is in."""
         if not self.is_dropped.all():
             return
         usable = self.similarity[~np.isnan(self.similarity)]
@@ -87,7 +80,6 @@ class CaptionWindow:
         return " ".join(f"{word} {end:g}" for word, end in ends if math.isfinite(end))
 
     def draw(self) -> Markup:
-        """Draw the histogram of the similarities, the part inside the window in colour."""
         usable = self.similarity[~np.isnan(self.similarity)].astype(np.float64)
         low, high = float(usable.min()), float(usable.max())
         counts, edges = np.histogram(usable, bins=_BARS, range=(low, high) if low < high else (low - 0.01, low + 0.01))
@@ -105,7 +97,7 @@ class CaptionWindow:
 def find_captions(run: BalanceRun) -> CaptionWindow:
     """Compare every image with its caption, each process a share of them; the same on every process."""
     rows = run.rows
-    start, stop = run.context.share(len(rows))
+    start, stop = run.context.rank_range(len(rows))
     mine = rows.numbers[start:stop]
     with run.reporter.progress("captions", len(mine), "images") as progress:
         parts = collect_arrays(run.context, run.work, (compare_captions(run.embeddings, mine, progress),))
@@ -115,7 +107,7 @@ def find_captions(run: BalanceRun) -> CaptionWindow:
         CaptionWindow.of(run.settings, similarity).validate_not_empty()
         return (similarity,)
 
-    window = CaptionWindow.of(run.settings, *share_arrays(run.context, run.work, merge))
+    window = CaptionWindow.of(run.settings, *publish_arrays(run.context, run.work, merge))
     number = np.count_nonzero(~window.is_dropped)
     run.reporter.note(f"{number:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
     return window

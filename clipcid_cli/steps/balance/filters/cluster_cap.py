@@ -25,29 +25,22 @@ from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.result import ClusterCapResult
 from clipcid_cli.steps.balance.sets import SCORES
-from clipcid_cli.steps.balance.shared_arrays import share_arrays
+from clipcid_cli.steps.balance.shared_arrays import publish_arrays
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class ClusterCap:
-    """Which of the images that repeats have left are dropped because their cluster has more than it may.
-
-    Attributes:
-        most: Images that stay of each cluster at most.
-        cluster: Cluster of each row, int32 [N]; −1 where it is in none.
-        before: Images of each cluster before, int64 [K].
-    """
+    """Which of the images that repeats have left are dropped because their cluster has more than it may."""
 
     reason: ClassVar = "cluster"
-    most: int
-    cluster: npt.NDArray[np.int32]
+    most: int  # images that stay of each cluster at most
+    cluster: npt.NDArray[np.int32]  # cluster of each row, int32 [N]; −1 where it is in none
     is_dropped: BoolArray
-    before: npt.NDArray[np.int64]
+    before: npt.NDArray[np.int64]  # images of each cluster before, int64 [K]
 
     def summarise(self) -> ClusterCapResult:
-        """Return what the JSON object says."""
         return ClusterCapResult(
             most=self.most,
             clusters=int(np.count_nonzero(self.before)),
@@ -57,8 +50,6 @@ class ClusterCap:
         )
 
     def columns(self, folder: Path) -> list[Column]:
-        """Return the columns of the keep list."""
-
         def read(part: slice) -> pa.Array:
             return pa.array(self.cluster[part], pa.int32(), mask=self.cluster[part] < 0)
 
@@ -67,16 +58,12 @@ class ClusterCap:
 
 @dataclasses.dataclass(frozen=True)
 class FoundClusters:
-    """The clusters of ``--max-per-cluster``, the hash of their table, and how many images are in them.
-
-    Attributes:
-        skipped: How many are in none, since their rows are not usable.
-    """
+    """The clusters of ``--max-per-cluster``, the hash of their table, and how many images are in them."""
 
     folder: Path
     identity: str
     images: int
-    skipped: int
+    skipped: int  # how many are in none, since their rows are not usable
 
     def warn_of_few(self, settings: BalanceSettings, num_rows: int, reporter: Reporter) -> None:
         """Warn, before the search, where they are of fewer images than are balanced."""
@@ -88,7 +75,7 @@ class FoundClusters:
             )
 
 
-def find_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
+def find_cap_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
     """Find the clusters of ``--max-per-cluster``, and say which they are; None without it."""
     if settings.max_per_cluster is None:
         return None
@@ -147,7 +134,7 @@ def cap_clusters(run: BalanceRun, clusters: FoundClusters, is_kept: BoolArray) -
         is_dropped[crowded[~stays]] = True
         return cluster, is_dropped, before
 
-    return ClusterCap(most, *share_arrays(run.context, run.work, cap))
+    return ClusterCap(most, *publish_arrays(run.context, run.work, cap))
 
 
 def _look_up(run: BalanceRun, table: Path) -> tuple[npt.NDArray[np.int32], FloatArray]:

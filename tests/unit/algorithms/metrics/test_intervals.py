@@ -6,7 +6,7 @@ from scipy.stats import binomtest, ttest_rel
 
 from clipcid_cli.algorithms.metrics.classification import accuracy_metrics
 from clipcid_cli.algorithms.metrics.intervals import (
-    Metrics,
+    CellMetrics,
     PairedMetric,
     clopper_pearson,
     compare,
@@ -55,8 +55,8 @@ def test_ratio_of_two_sums() -> None:
 
 def test_models_are_compared_over_the_same_draws() -> None:
     cells, images = count_cells(np.stack(make_ranks(60), axis=1))
-    first = Metrics(images, lambda draws: {"share": ratio(draws, cells[:, 1]), "none": np.full(len(draws), np.nan)})
-    second = Metrics(images, lambda draws: {name: 0.1 + drawn for name, drawn in first.of_draws(draws).items()})
+    first = CellMetrics(images, lambda draws: {"share": ratio(draws, cells[:, 1]), "none": np.full(len(draws), np.nan)})
+    second = CellMetrics(images, lambda draws: {name: 0.1 + drawn for name, drawn in first.of_draws(draws).items()})
     found = compare([first], [second], 50, seed=0, p_values={"share": 0.01})
     assert list(found) == ["share"]
     assert found["share"].difference == pytest.approx(0.1)
@@ -64,13 +64,14 @@ def test_models_are_compared_over_the_same_draws() -> None:
     assert found["share"].is_significant
 
 
-def make_seeds(rates: list[float], count: int = 500) -> list[Metrics]:
+def make_seeds(rates: list[float], count: int = 500) -> list[CellMetrics]:
     """Models that have these shares of the same images right, each of its own."""
     generator = np.random.default_rng(0)
     right = np.stack([generator.random(count) < rate for rate in rates], axis=1)
     cells, images = count_cells(right.astype(np.int64))
     return [
-        Metrics(images, lambda draws, seed=seed: {"share": ratio(draws, cells[:, seed])}) for seed in range(len(rates))
+        CellMetrics(images, lambda draws, seed=seed: {"share": ratio(draws, cells[:, seed])})
+        for seed in range(len(rates))
     ]
 
 
@@ -110,7 +111,7 @@ def test_a_shift_larger_than_images_and_seeds_explain_is_found() -> None:
 def test_where_images_decide_nothing_the_interval_is_that_of_the_paired_t_test(num_seeds: int) -> None:
     values = np.random.default_rng(num_seeds).random((2, num_seeds))
     sides = [
-        [Metrics(np.array([9]), lambda draws, value=value: {"share": np.full(len(draws), value)}) for value in side]
+        [CellMetrics(np.array([9]), lambda draws, value=value: {"share": np.full(len(draws), value)}) for value in side]
         for side in values
     ]
     (found,) = compare(sides[0], sides[1], 4000, seed=0).values()

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import os
-import subprocess
-import sys
 import time
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import process_context
 from shard_server import ShardServer, serve
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import describe_file
 from clipcid_cli.formats.data.samples import ByteRange, close_copies
-from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy, fetch_ahead
+from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
 from clipcid_cli.formats.fingerprint import FileRecord
 
 SIZE = 1000
@@ -54,11 +52,9 @@ def read(copy: ShardCopy) -> bytes:
         os.close(descriptor)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+def read_all(copies: list[ShardCopy]) -> None:
+    for copy in copies:
+        read(copy)
 
 
 def test_the_least_recently_opened_copies_make_room(data: Path, tmp_path: Path) -> None:
@@ -104,44 +100,6 @@ def test_a_copy_in_use_stays(data: Path, tmp_path: Path) -> None:
         assert bytes_in(cache) == 2 * SIZE
 
 
-def test_processes_and_threads_fetch_a_copy_once(data: Path, tmp_path: Path) -> None:
-    script = """
-import sys
-import zlib
-from pathlib import Path
-from clipcid_cli.formats.data.remote import describe_file
-from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy
-cache = ShardCache(Path(sys.argv[2]), 10**6)
-for number in range(8):
-    path = f"{sys.argv[1]}/{number}.tar"
-    shard = describe_file(path)
-    ShardCopy(cache, shard, f"{zlib.crc32(repr(shard).encode()):x}").open()
-"""
-    cache = ShardCache(tmp_path / "cache", 10**6)
-    with serve(data, delay=0.02) as server:
-        command = [sys.executable, "-c", script, server.url, str(cache.folder)]
-        with subprocess.Popen(command) as one, subprocess.Popen(command) as other, ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(read, copies_of(server, cache))) == [bytes([number]) * SIZE for number in range(8)]
-        assert one.returncode == other.returncode == 0
-        assert list(server.requests.values()) == [1] * 8
-        assert sorted(path.name for path in cache.folder.iterdir()) == sorted(
-            [".lock", *(copy.local.name for copy in copies_of(server, cache))]
-        )
-
-
-def test_fetching_ahead_takes_no_more_than_the_limit(data: Path, tmp_path: Path) -> None:
-    cache = ShardCache(tmp_path / "cache", 5 * SIZE)
-    with serve(data) as server:
-        copies = copies_of(server, cache)
-        held = copies[7].open()
-        fetch_ahead(copies)
-        wait_until(lambda: server.requests.total() >= 8)
-        wait_until(lambda: copies[6].local.exists() and not list(cache.folder.glob(".*.partial")))
-        assert bytes_in(cache) <= 5 * SIZE
-        assert copies[7].local.exists()
-        os.close(held)
-
-
 def test_what_a_killed_process_left_is_fetched_again(data: Path, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", 3 * SIZE)
     with serve(data) as server:
@@ -155,35 +113,6 @@ def test_what_a_killed_process_left_is_fetched_again(data: Path, tmp_path: Path)
         with pytest.raises(ClipcidError, match=r"9\.tar could not be fetched"):
             ShardCopy(cache, FileRecord(f"{server.url}/9.tar", 0, ""), "1").open()
         assert len(list(cache.folder.iterdir())) <= 4  # .lock and three copies or parts
-
-
-def test_commands_are_copied_too(tmp_path: Path) -> None:
-    cache = ShardCache(tmp_path / "cache", 100)
-    copy = copy_of(cache, "pipe:printf 0123456789")
-    assert ByteRange(copy.shard.path, 3, 4, copy=copy).read() == b"3456"
-    assert copy.local.read_bytes() == b"0123456789"
-    with pytest.raises(ClipcidError, match="may take 5 bytes: copies in use have 0, and the next has 10"):
-        copy_of(ShardCache(tmp_path / "other", 5), copy.shard.path).open()
-
-
-def test_copies_that_a_process_has_read_from_make_room_once_it_closes_them(tmp_path: Path) -> None:
-    cache = ShardCache(tmp_path / "cache", 10)
-    one, other = (copy_of(cache, f"pipe:printf {text}") for text in ("0123456789", "abcdefghij"))
-    assert ByteRange(one.shard.path, 3, 4, copy=one).read() == b"3456"
-    with pytest.raises(ClipcidError, match="copies in use have 10, and the next has"):
-        ByteRange(other.shard.path, 3, 4, copy=other).read()
-    close_copies()
-    assert ByteRange(other.shard.path, 3, 4, copy=other).read() == b"defg"
-    close_copies()
-
-
-def test_a_reader_waits_for_no_reader(tmp_path: Path) -> None:
-    copy = copy_of(ShardCache(tmp_path, 100), "pipe:printf 0123456789")
-    descriptors = [copy.open() for _ in range(3)]
-    with copy.local.open("rb") as file, pytest.raises(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 def test_who_waits_for_a_fetch_does_not_wait_for_the_readers_of_its_copy(data: Path, tmp_path: Path) -> None:
@@ -200,3 +129,31 @@ def test_who_waits_for_a_fetch_does_not_wait_for_the_readers_of_its_copy(data: P
             file.write(bytes(SIZE))
             partial.replace(copy.local)
             waiting.result(timeout=20)
+
+
+def test_processes_and_threads_fetch_a_copy_once(data: Path, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 10**6)
+    with serve(data, delay=0.02) as server, ThreadPoolExecutor(4) as pool:
+        copies = copies_of(server, cache)
+        context = process_context()
+        others = [context.Process(target=read_all, args=(copies,)) for _ in range(2)]
+        for other in others:
+            other.start()
+        assert list(pool.map(read, copies)) == [bytes([number]) * SIZE for number in range(8)]
+        for other in others:
+            other.join(60)
+            assert other.exitcode == 0
+        assert list(server.requests.values()) == [1] * 8
+        assert {path.name for path in cache.folder.iterdir()} == {".lock", *(copy.local.name for copy in copies)}
+
+
+def test_the_output_of_a_command_is_copied_and_makes_room_once_a_process_closes_what_it_read(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 10)
+    one, other = (copy_of(cache, f"pipe:printf {text}") for text in ("0123456789", "abcdefghij"))
+    assert ByteRange(one.shard.path, 3, 4, copy=one).read() == b"3456"
+    assert one.local.read_bytes() == b"0123456789"
+    with pytest.raises(ClipcidError, match="may take 10 bytes: copies in use have 10, and the next has 10"):
+        ByteRange(other.shard.path, 3, 4, copy=other).read()
+    close_copies()
+    assert ByteRange(other.shard.path, 3, 4, copy=other).read() == b"defg"
+    close_copies()

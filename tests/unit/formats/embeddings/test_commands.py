@@ -15,8 +15,6 @@ from clipcid_cli.formats.embeddings.command import DEFAULTS, data_command, texts
 from clipcid_cli.formats.sidecar import BalanceSidecar, ClusterSidecar, DataSpec, EmbedSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill.inputs import validate_views
-from clipcid_cli.steps.embed.run import embed_images_first
 from clipcid_cli.steps.models import cluster_with, embed_with
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -24,14 +22,19 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 from clipcid_cli.steps.settings.shared import given_flags
 
+PLACE = Path("some where")
+SHARED = "--model ViT-B-32:laion2b_s34b_b79k --precision fp32 --batch-size 64 --out 'some where' --overwrite"
+LIST = {"spec": "my list.csv", "keys": "sample", "image": "url", "caption": "title", "key": "id"}
+VIEWS = {"views": 4, "view_kind": ["crop"], "crop_scale": 0.9, "color_jitter": 0.0, "gray_probability": 0.0, "seed": 0}
+
 
 def sidecar(data: dict | None = None, **settings: object) -> EmbedSidecar:
     plain = make_sidecar(EmbedSidecar)
     entries = {
         "settings": plain["settings"] | settings,
         "data": data or DATA | {"keys": settings.get("keys", "sample")},
+        "model": plain["model"] | {"spec": "ViT-B-32:laion2b_s34b_b79k"},
     }
-    entries["model"] = plain["model"] | {"spec": "ViT-B-32:laion2b_s34b_b79k"}
     return msgspec.convert(plain | entries, EmbedSidecar)
 
 
@@ -39,52 +42,49 @@ def clusters(**entries: object) -> ClusterSidecar:
     return msgspec.convert(make_sidecar(ClusterSidecar, **entries), ClusterSidecar)
 
 
-VIEWS = {"views": 4, "view_kind": ["crop"], "crop_scale": 0.9, "color_jitter": 0.0, "gray_probability": 0.0, "seed": 0}
+def assert_says(command: str, expected: str) -> None:
+    """Compare commands but for the order of their flags."""
+    assert sorted(command.split(" --")) == sorted(expected.split(" --"))
 
 
 @pytest.mark.parametrize(
-    ("made", "more", "flags"),
+    ("found", "expected"),
     [
-        ({}, {}, ""),
-        ({"keys": "shard", "fast_decode": True, "text": False}, {}, " --no-text --fast-decode --keys shard"),
-        (VIEWS, {}, " --views 4"),
-        (VIEWS | {"view_kind": ["strong", "mix"], "seed": 3}, {}, " --views 4 --view-kind strong,mix --seed 3"),
-        (VIEWS, {"text_variants": 8}, " --views 4 --text-variants 8"),
-        ({"text_variants": 2, "seed": 5, "text_variant_rules": 1}, {"text_variants": 8}, " --text-variants 8 --seed 5"),
+        (data_command(PLACE, sidecar()), f"data {SHARED}"),
+        (
+            data_command(PLACE, sidecar(keys="shard", fast_decode=True, text=False)),
+            f"data {SHARED} --no-text --fast-decode --keys shard",
+        ),
+        (data_command(PLACE, sidecar(**VIEWS)), f"data {SHARED} --views 4"),
+        (
+            data_command(PLACE, sidecar(**VIEWS | {"view_kind": ["strong", "mix"], "seed": 3})),
+            f"data {SHARED} --views 4 --view-kind strong,mix --seed 3",
+        ),
+        (data_command(PLACE, sidecar(**VIEWS), text_variants=8), f"data {SHARED} --views 4 --text-variants 8"),
+        (
+            data_command(PLACE, sidecar(text_variants=2, seed=5, text_variant_rules=1), text_variants=8),
+            f"data {SHARED} --text-variants 8 --seed 5",
+        ),
+        (data_command(PLACE, sidecar(LIST)), f"'my list.csv' {SHARED} --image-column url --key-column id"),
+        (
+            data_command(PLACE, sidecar(LIST), "my list.csv"),
+            f"'my list.csv' {SHARED} --image-column url --key-column id",
+        ),
+        (
+            data_command(PLACE, sidecar(LIST), "other.csv", key_column="number"),
+            f"other.csv {SHARED} --key-column number",
+        ),
+        # What clipcid did not make is not replaced.
+        (data_command(PLACE, None, text_variants=8), "DATA --model MODEL --text-variants 8"),
+        (texts_command(None), "--texts FILE --model MODEL"),
+        (
+            texts_command("ViT-L-14", work=Path("w"), overwrite=True),
+            "--texts FILE --model ViT-L-14 --work w --overwrite",
+        ),
     ],
 )
-def test_a_command_has_what_was_made_and_what_is_missing(made: dict, more: dict, flags: str) -> None:
-    words = data_command(Path("some where"), sidecar(**made), **more).split(" --")
-    assert words[0] == "clipcid embed data"
-    shared = "--model ViT-B-32:laion2b_s34b_b79k --precision fp32 --batch-size 64"
-    expected = f" {shared} --out 'some where'{flags} --overwrite".split(" --")[1:]
-    assert sorted(words[1:]) == sorted(expected)
-
-
-def test_others_are_not_replaced() -> None:
-    assert data_command(Path("other"), None, text_variants=8) == "clipcid embed DATA --model MODEL --text-variants 8"
-
-
-def test_texts() -> None:
-    assert texts_command(None) == "clipcid embed --texts FILE --model MODEL"
-    found = texts_command("ViT-L-14", work=Path("w"), overwrite=True)
-    assert sorted(found.split(" --")) == sorted(
-        ["clipcid embed", "texts FILE", "model ViT-L-14", "work w", "overwrite"]
-    )
-
-
-def test_the_data_and_its_columns_are_those_of_the_sidecar() -> None:
-    described = {"spec": "my list.csv", "keys": "sample", "image": "url", "caption": "title", "key": "id"}
-    words = data_command(Path("emb"), sidecar(described))
-    assert words == (
-        "clipcid embed 'my list.csv' --model ViT-B-32:laion2b_s34b_b79k --precision fp32 --batch-size 64 "
-        "--image-column url --key-column id --out emb --overwrite"
-    )
-    assert data_command(Path("emb"), sidecar(described), "my list.csv") == words
-    other = data_command(Path("emb"), sidecar(described), "other.csv", key_column="number")
-    assert other.startswith("clipcid embed other.csv --model")
-    assert " --key-column number " in other
-    assert "--image-column" not in other
+def test_a_command_has_what_was_made_and_what_is_missing(found: str, expected: str) -> None:
+    assert_says(found, f"clipcid embed {expected}")
 
 
 def test_the_data_of_a_run_is_embedded_with_another_model_as_the_run_reads_it() -> None:
@@ -94,23 +94,7 @@ def test_the_data_of_a_run_is_embedded_with_another_model_as_the_run_reads_it() 
     assert embed_with(model, run) == expected
     assert f"Run: {expected}\n" in cluster_with(model, run)
     made = DataSpec("list.csv", "shard", "url", "title", "key")
-    found = embed_with(model, DistillSettings(student="s", work=Path("w")), made)
-    assert sorted(found.split(" --")) == sorted(expected.split(" --"))
-
-
-def test_a_run_whose_data_is_named_names_its_columns_in_the_command_for_what_is_missing() -> None:
-    run = DistillSettings(data="list.csv", student="s", image_column="url", views="stored")
-    with pytest.raises(ClipcidError, match="holds no views") as found:
-        validate_views(run, Path("emb"), sidecar(), 0)
-    assert "run: clipcid embed list.csv --model" in found.value.fix
-    assert " --image-column url " in found.value.fix
-
-
-def test_images_alone_are_embedded_by_a_command_of_its_own() -> None:
-    request = EmbedSettings(data="a b.csv", image_column="url", caption_column="text", work=Path("w"))
-    assert embed_images_first(request, parse_model("ViT-B-32:openai")).endswith(
-        ": clipcid embed 'a b.csv' --model ViT-B-32:openai --image-column url --work w --no-text --overwrite"
-    )
+    assert_says(embed_with(model, DistillSettings(student="s", work=Path("w")), made), expected)
 
 
 def test_the_values_that_need_no_flag_are_the_defaults() -> None:
@@ -130,13 +114,7 @@ def test_what_a_command_needs_to_make_the_same_again_is_recorded() -> None:
         "embeddings": "e",
     }
     assert given_flags(ClusterSettings(work=Path("w"), workers=0, overwrite=True)) == {}
-
-
-def test_a_work_directory_is_named_unless_it_is_the_default_one() -> None:
     assert command_line("cluster", work=DEFAULT_WORK) == "clipcid cluster"
-    assert (
-        command_line("cluster", work=Path("my work"), overwrite=True) == "clipcid cluster --work 'my work' --overwrite"
-    )
 
 
 @pytest.mark.parametrize(
@@ -154,11 +132,7 @@ def test_clusters_are_made_again_as_they_were_of_the_same_images(recorded: dict 
         "Run: clipcid cluster --num-clusters 3 --features joint --embeddings w/embeddings/tiny --work w"
         f"{flag} --overwrite"
     )
-
-
-def test_clusters_elsewhere_are_made_again_by_no_command() -> None:
-    for work in (Path("w"), None):
-        assert "clipcid cluster" not in remake_clusters(Path("backup/clusters-2024"), clusters(), work)
+    assert "clipcid cluster" not in remake_clusters(Path("backup/clusters-2024"), clusters(), Path("w"))
 
 
 def test_an_edited_keep_list_is_made_again_as_it_was(tmp_path: Path) -> None:

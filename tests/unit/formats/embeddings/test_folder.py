@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +13,17 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sidecars import make_sidecar, unfinish
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings import rows as rows_module
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.manifest import EmbeddingWriter, ShardRows, Skipped, read_manifest
-from clipcid_cli.formats.embeddings.rows import find_npy, holds_unit_rows, unit_rows
+from clipcid_cli.formats.embeddings.manifest import EmbeddingWriter, ShardRows
+from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, Rows, find_npy, holds_unit_rows, unit_rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.skips import Skips
@@ -35,24 +36,20 @@ def make_rows(count: int, width: int = 8) -> npt.NDArray[np.float16]:
     return unit_rows(RANDOM.normal(size=(count, width)))
 
 
-def make_writer(folder: Path, settings: dict[str, Any] | None = None) -> EmbeddingWriter:
-    inputs = [FileRecord(f"s{number}.tar", size, f"h{number}", shard=f"s{number}") for number, size in enumerate(SIZES)]
-    return EmbeddingWriter(folder, settings or {}, inputs)
-
-
-def write_folder(folder: Path, *, texts: bool = True) -> dict[str, Any]:
+def write_folder(folder: Path) -> dict[str, Any]:
     """Write three shards as `embed` does, the middle one without a row."""
-    writer = make_writer(folder)
+    inputs = [FileRecord(f"s{number}.tar", size, f"h{number}", shard=f"s{number}") for number, size in enumerate(SIZES)]
+    writer = EmbeddingWriter(folder, {}, inputs)
     images, captions = [make_rows(size) for size in SIZES], [make_rows(size) for size in SIZES]
     for number, size in enumerate(SIZES):
         skips = Skips()
         skips.add("no_caption", f"{number}: x")
         keys, words = [f"{number}-{row}" for row in range(size)], [f"caption {row}" for row in range(size)]
-        rows = {Kind.IMAGES: images[number]} | ({Kind.TEXTS: captions[number]} if texts else {})
+        rows = {Kind.IMAGES: images[number], Kind.TEXTS: captions[number]}
         writer.write(number, ShardRows(size + 1, skips, number, keys, words, None, rows))
     records = writer.finish()
     write_sidecar(folder)
-    return {"images": np.concatenate(images), "texts": np.concatenate(captions), "writer": writer, "records": records}
+    return {"images": np.concatenate(images), "texts": np.concatenate(captions), "records": records}
 
 
 def write_sidecar(folder: Path) -> None:
@@ -100,17 +97,6 @@ def test_the_folder_is_the_current_one(tmp_path: Path, monkeypatch: pytest.Monke
         open_embeddings(Path("."))
 
 
-def test_the_manifest_says_what_was_made_of_each_shard(tmp_path: Path) -> None:
-    records = write_folder(tmp_path)["records"]
-    table = pd.read_parquet(tmp_path / "manifest.parquet")
-    assert [each["shard"] for each in table.input] == ["s0", "s1", "s2"]
-    assert (table.read.tolist(), table.rows.tolist(), table.laid_on_white.tolist()) == ([6, 1, 8], [5, 0, 7], [0, 1, 2])
-    assert table.skipped[2][0]["reason"] == "no_caption"
-    assert table.skipped[2][0]["examples"].tolist() == ["2: x"]
-    assert [each["img_emb"]["size"] for each in table.files] == [128 + 2 * 8 * size for size in SIZES]
-    assert read_manifest(tmp_path, "") == records
-
-
 def test_a_manifest_that_does_not_fit_its_files_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path)
     table = pq.read_table(tmp_path / "manifest.parquet")
@@ -125,140 +111,15 @@ def test_a_manifest_that_does_not_fit_its_files_is_refused(tmp_path: Path) -> No
         open_embeddings(tmp_path)
 
 
-def test_a_damaged_sidecar_is_not_to_be_removed(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    sidecar = json.loads((tmp_path / "embed.json").read_text())
-    for content in (
-        {name: sidecar[name] for name in sidecar if name != "model"},
-        [],
-    ):  # without it they are another tool's
-        (tmp_path / "embed.json").write_text(json.dumps(content))
-        with pytest.raises(ClipcidError) as raised:
-            open_embeddings(tmp_path)
-        assert "Give the command that made it again, with --overwrite" in raised.value.fix
-
-
-def test_records_of_shards_belong_to_a_plan(tmp_path: Path) -> None:
-    writer = write_folder(tmp_path)["writer"]
-    found = writer.read_record(2)
-    assert (found.input.shard, found.read, found.rows, found.laid_on_white) == ("s2", 8, 7, 2)
-    assert found.skipped == [Skipped("no_caption", 1, ["2: x"])]
-    assert make_writer(tmp_path, {"other": True}).read_record(2) is None
-    (tmp_path / "img_emb" / "img_emb_0002.npy").unlink()
-    assert writer.read_record(2) is None
-    assert writer.read_record(0) is not None
-
-
-@pytest.mark.parametrize(
-    "file", ["img_emb/img_emb_0000.npy", "text_emb/text_emb_0000.npy", "metadata/metadata_0000.parquet"]
-)
-def test_a_shard_whose_files_changed_is_embedded_again(tmp_path: Path, file: str) -> None:
-    writer, path = write_folder(tmp_path)["writer"], tmp_path / file
-    content, stat = path.read_bytes(), path.stat()
-    path.write_bytes(bytes(len(content)))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert writer.read_record(0) is None
-    path.write_bytes(content)  # the same bytes, copied at another time
-    assert writer.read_record(0) is not None
-
-
-@pytest.mark.parametrize("link", [True, False])
-def test_finished_shards_are_taken_over_whatever_their_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: bool
-) -> None:
-    records = write_folder(tmp_path / "old")["records"]
-    if not link:
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
-    (tmp_path / "old" / "img_emb" / "img_emb_0001.npy").write_bytes(b"damaged")
-    inputs = [FileRecord("new.tar", 1, "new", shard="new"), *(record.input for record in records)]
-    writer = EmbeddingWriter(tmp_path / "new", {}, inputs)
-    writer.take(tmp_path / "old", records)
-    assert [writer.read_record(number) is not None for number in range(4)] == [False, True, False, True]
-    rows = np.load(tmp_path / "new" / "img_emb" / "img_emb_0003.npy")
-    assert np.array_equal(rows, np.load(tmp_path / "old" / "img_emb" / "img_emb_0002.npy"))
-    assert (tmp_path / "new" / "img_emb" / "img_emb_0003.npy").stat().st_nlink == (2 if link else 1)
-
-
-@pytest.mark.parametrize(
-    "file", ["img_emb/img_emb_0000.npy", "text_emb/text_emb_0002.npy", "metadata/metadata_0002.parquet"]
-)
-def test_finished_files_that_were_replaced_are_refused(tmp_path: Path, file: str) -> None:
-    write_folder(tmp_path)
-    for name in ("img_emb", "text_emb", "metadata"):
-        shutil.copytree(tmp_path / name, tmp_path / "copy" / name)
-    for name in ("embed.json", "manifest.parquet"):
-        shutil.copy(tmp_path / name, tmp_path / "copy")
-    assert open_embeddings(tmp_path / "copy").is_verified
-    changed = tmp_path / "copy" / file
-    content = bytearray(changed.read_bytes())
-    content[-9] ^= 1
-    changed.write_bytes(content)
-    with pytest.raises(ClipcidError, match=rf"{changed.name} has changed since .*manifest.parquet was written"):
-        open_embeddings(tmp_path / "copy")
-    changed.unlink()
-    with pytest.raises(ClipcidError, match=rf"{changed.name} is missing"):
-        open_embeddings(tmp_path / "copy")
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    path.with_suffix(".new").write_bytes(content)
-    path.with_suffix(".new").replace(path)
-
-
-@pytest.mark.parametrize("file", ["img_emb/img_emb_0002.npy", "metadata/metadata_0002.parquet"])
-def test_files_replaced_while_a_folder_is_in_use_are_refused(tmp_path: Path, file: str) -> None:
-    write_folder(tmp_path / "first")
-    write_folder(tmp_path / "other")
-    embeddings = open_embeddings(tmp_path / "first")
-    expected = embeddings.fingerprints([Kind.TEXTS])
-    assert len(expected) == 3
-    os.utime(tmp_path / "first" / file, ns=(0, 1))  # the same content at another time is the same file
-    assert embeddings.fingerprints([Kind.TEXTS]) == expected
-    embeddings = open_embeddings(tmp_path / "first")
-    other = (tmp_path / "other" / file).read_bytes()[:-1] + b"?"  # of the same size
-    replace_file(tmp_path / "first" / file, other)
-    with pytest.raises(ClipcidError, match=rf"{file} has changed since .*manifest.parquet was written"):
-        embeddings.fingerprints()
-    if file.endswith(".npy"):
-        with pytest.raises(ClipcidError, match="it was replaced after this run had begun"):
-            embeddings.rows(Kind.IMAGES).read(5, 12)
-
-
-@pytest.mark.parametrize("rows", [3, 2**14])
-def test_rows_replaced_between_their_header_and_their_first_use_are_refused(tmp_path: Path, rows: int) -> None:
-    path = tmp_path / "a.npy"
-    np.save(path, np.ones((rows, 4), np.float16))
-    found, (more, stat) = find_npy(path), (path.read_bytes(), path.stat())
-    assert found.map().shape == (rows, 4)
-    replace_file(path, more[:-1] + b"?")
-    with pytest.raises(ClipcidError, match="it was replaced after this run had begun"):
-        found.map()
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # still another file
-    with pytest.raises(ClipcidError, match="it was replaced after this run had begun"):
-        found.map()
-
-
-def test_rows_that_are_zero_or_not_finite_are_found_in_images_and_texts_of_any_writer(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    (tmp_path / "embed.json").unlink()
-    for file, row, value in (("img_emb/img_emb_0000.npy", 1, np.nan), ("text_emb/text_emb_0002.npy", 3, 0)):
-        rows = np.load(tmp_path / file)
-        rows[row] = value
-        np.save(tmp_path / file, rows)
-    embeddings = open_embeddings(tmp_path)
-    assert embeddings.find_bad_rows(texts=False).tolist() == [1]
-    assert embeddings.find_bad_rows(texts=True).tolist() == [1, 8]
-
-
-def write_foreign(folder: Path, column: str | None = "image_path") -> npt.NDArray[np.float32]:
+def write_foreign(folder: Path) -> npt.NDArray[np.float32]:
     """Write what clip-retrieval and others do: float32, not unit, numbers without leading zeros, 11 files."""
     rows = RANDOM.normal(size=(22, 6)).astype(np.float32) * 3
     for number in range(11):
         for kind in ("img_emb", "metadata"):
             (folder / kind).mkdir(parents=True, exist_ok=True)
         np.save(folder / "img_emb" / f"img_emb_{number}.npy", rows[2 * number : 2 * number + 2])
-        columns = {column: [f"p/{number}a", f"p/{number}b"]} if column else {"width": [1, 2]}
-        pq.write_table(pa.table(columns), folder / "metadata" / f"metadata_{number}.parquet")
+        keys = [f"p/{number}a", f"p/{number}b"]
+        pq.write_table(pa.table({"image_path": keys}), folder / "metadata" / f"metadata_{number}.parquet")
     return rows
 
 
@@ -277,46 +138,6 @@ def test_other_tools_folders_are_read_as_they_are(tmp_path: Path) -> None:
         embeddings.rows(Kind.TEXTS)
 
 
-def test_clip_retrievals_folder_with_the_metadata_of_img2dataset(tmp_path: Path) -> None:
-    """As its NumpyWriter writes it: partitions padded to one width, those without a sample left out, columns joined."""
-    rows = RANDOM.normal(size=(4, 6)).astype(np.float16)
-    for kind in ("img_emb", "text_emb", "metadata"):
-        (tmp_path / kind).mkdir()
-    for number, part in ((2, slice(0, 2)), (11, slice(2, 4))):
-        np.save(tmp_path / "img_emb" / f"img_emb_{number:02d}.npy", rows[part])
-        np.save(tmp_path / "text_emb" / f"text_emb_{number:02d}.npy", rows[part].astype(np.float32))
-        keys = [f"{number:05d}{row:04d}" for row in range(2)]
-        frame = pd.DataFrame(
-            {
-                "image_path": keys,
-                "caption": ["a", "b"],
-                "uid": [f"{row:032x}" for row in range(2)],
-                "key": keys,
-                "width": 9,
-            }
-        )
-        frame.to_parquet(tmp_path / "metadata" / f"metadata_{number:02d}.parquet")
-    found = open_embeddings(tmp_path)
-    assert (found.num_rows, found.has_texts, found.has_uids) == (4, True, True)
-    assert read_all(found, found.keys_of) == ["000020000", "000020001", "000110000", "000110001"]
-    assert read_all(found, found.shards_of) == ["img_emb_02"] * 2 + ["img_emb_11"] * 2
-    assert np.array_equal(found.rows(Kind.IMAGES).read(0, 4), found.rows(Kind.TEXTS).read(0, 4))
-    assert np.array_equal(found.rows(Kind.IMAGES).read(0, 4), unit_rows(rows))
-
-
-def test_without_keys_rows_are_named_by_file_and_place(tmp_path: Path) -> None:
-    write_foreign(tmp_path, column=None)
-    embeddings = open_embeddings(tmp_path)
-    assert read_all(embeddings, embeddings.keys_of)[3] == "img_emb_1/1"
-    assert open_embeddings(tmp_path / "img_emb").num_rows == 22
-
-
-def test_the_numbers_in_names_of_bare_rows_say_nothing(tmp_path: Path) -> None:
-    for name in ("train_1", "validation_01"):
-        np.save(tmp_path / f"{name}.npy", make_rows(3))
-    assert open_embeddings(tmp_path).num_rows == 6
-
-
 def test_unit_rows_in_float16_keep_their_bits() -> None:
     rows = make_rows(50, 512)
     assert np.array_equal(unit_rows(rows), rows)
@@ -326,89 +147,185 @@ def test_unit_rows_in_float16_keep_their_bits() -> None:
     assert unit_rows(bad)[3].tolist() == [np.float16(0.6), np.float16(0.8)]
 
 
-def test_bad_rows_of_other_tools_are_found(tmp_path: Path) -> None:
-    write_foreign(tmp_path)
-    path = tmp_path / "img_emb" / "img_emb_4.npy"
-    rows = np.load(path)
-    rows[1] = 0
-    np.save(path, rows)
-    assert open_embeddings(tmp_path).find_bad_rows(texts=False).tolist() == [9]
-
-
-def break_width(folder: Path) -> None:
-    np.save(folder / "img_emb" / "img_emb_3.npy", np.ones((2, 7), np.float16))
-
-
-def break_count(folder: Path) -> None:
-    np.save(folder / "img_emb" / "img_emb_3.npy", np.ones((3, 6), np.float16))
-
-
-def break_pairing(folder: Path) -> None:
-    (folder / "metadata" / "metadata_3.parquet").unlink()
-
-
-def break_number(folder: Path) -> None:
-    shutil.copy(folder / "metadata" / "metadata_3.parquet", folder / "metadata" / "metadata_0003.parquet")
-
-
-def break_pickle(folder: Path) -> None:
-    np.save(folder / "img_emb" / "img_emb_3.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-
-
-def break_type(folder: Path) -> None:
-    np.save(folder / "img_emb" / "img_emb_3.npy", np.ones((2, 6), np.int64))
-
-
-def break_npy(folder: Path) -> None:
-    (folder / "img_emb" / "img_emb_3.npy").write_bytes(b"nothing")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (break_width, "img_emb_3.npy has width 7, the files before it 6"),
-        (break_count, "img_emb_3.npy has 3 rows and .*metadata_3.parquet has 2"),
-        (break_pairing, "img_emb_3.npy has no metadata of the same number"),
-        (break_number, "metadata_0003.parquet and metadata_3.parquet have the same number"),
-        (break_pickle, "img_emb_3.npy cannot be read"),
-        (break_type, r"holds int64 \[2, 6\], not rows of floating-point numbers"),
-        (break_npy, "img_emb_3.npy cannot be read"),
-    ],
-)
-def test_files_that_do_not_belong_together_are_refused(damage: Any, message: str, tmp_path: Path) -> None:
-    write_foreign(tmp_path)
-    damage(tmp_path)
-    with pytest.raises(ClipcidError, match=message):
+def test_a_damaged_sidecar_is_not_to_be_removed(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "embed.json").write_text("[]")  # without it they are another tool's
+    with pytest.raises(ClipcidError) as raised:
         open_embeddings(tmp_path)
+    assert "Give the command that made it again, with --overwrite" in raised.value.fix
 
 
-def test_nothing_there_and_unfinished(tmp_path: Path) -> None:
-    with pytest.raises(ClipcidError, match="contains no embeddings") as raised:
-        open_embeddings(tmp_path)
-    assert "clipcid embed" in raised.value.fix
-    (tmp_path / "embed.json").write_text(json.dumps(make_sidecar(EmbedSidecar)))
+def test_unfinished_embeddings_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path)
     unfinish(tmp_path, "embed")
     with pytest.raises(ClipcidError, match="are unfinished"):
         open_embeddings(tmp_path)
 
 
+@pytest.mark.parametrize("link", [True, False])
+def test_finished_shards_are_taken_over_whatever_their_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: bool
+) -> None:
+    records = write_folder(tmp_path / "old")["records"]
+    if not link:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    (tmp_path / "old" / "img_emb" / "img_emb_0001.npy").write_bytes(b"damaged")
+    inputs = [FileRecord("new.tar", 1, "new", shard="new"), *(record.input for record in records)]
+    writer = EmbeddingWriter(tmp_path / "new", {}, inputs)
+    writer.take(tmp_path / "old", records)
+    assert [writer.read_record(number) is not None for number in range(4)] == [False, True, False, True]
+    taken = tmp_path / "new" / "img_emb" / "img_emb_0003.npy"
+    assert taken.read_bytes() == (tmp_path / "old" / "img_emb" / "img_emb_0002.npy").read_bytes()
+    assert taken.stat().st_nlink == (2 if link else 1)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    path.with_suffix(".new").write_bytes(content)
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize("rows", [3, 2**14])
+def test_rows_replaced_after_a_run_has_begun_are_refused(tmp_path: Path, rows: int) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, np.ones((rows, 4), np.float16))
+    found, content, stat = find_npy(path), path.read_bytes(), path.stat()
+    assert found.map().shape == (rows, 4)
+    replace_file(path, content[:-1] + b"?")
+    with pytest.raises(ClipcidError, match="it was replaced after this run had begun"):
+        found.map()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # still another file
+    with pytest.raises(ClipcidError, match="it was replaced after this run had begun"):
+        found.map()
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys"),
+    [
+        ({"image_path": ["1a", "1b"], "key": ["0", "1"], "uid": ["2", "3"]}, ["0", "1"]),  # img2dataset's
+        ({"image_path": ["1a", "1b"], "uid": ["2", "3"]}, ["1a", "1b"]),
+        ({"uid": ["2", "3"]}, ["2", "3"]),
+        ({"width": [1, 2]}, ["img_emb_01/0", "img_emb_01/1"]),
+    ],
+)
+def test_keys_are_those_of_the_first_column_that_tells(tmp_path: Path, columns: Any, keys: list[str]) -> None:
+    for kind in ("img_emb", "text_emb", "metadata"):
+        (tmp_path / kind).mkdir()
+    rows = RANDOM.normal(size=(2, 6)).astype(np.float16)
+    np.save(tmp_path / "img_emb" / "img_emb_01.npy", rows)
+    np.save(tmp_path / "text_emb" / "text_emb_01.npy", rows.astype(np.float32))
+    pq.write_table(pa.table(columns), tmp_path / "metadata" / "metadata_01.parquet")
+    found = open_embeddings(tmp_path)
+    assert read_all(found, found.keys_of) == keys
+    assert read_all(found, found.shards_of) == ["img_emb_01"] * 2
+    assert (found.has_texts, found.has_uids) == (True, "uid" in columns)
+    assert np.array_equal(found.rows(Kind.TEXTS).read(0, 2), unit_rows(rows))
+
+
+def test_captions_that_are_not_utf_8_have_a_mark_in_their_place(tmp_path: Path) -> None:
+    write_foreign(tmp_path)
+    binary = pa.array([b"cat\xe9", b"dog"], pa.binary())
+    broken = pa.StringArray.from_buffers(2, *binary.buffers()[1:])
+    pq.write_table(pa.table({"key": ["a", "b"], "caption": broken}), tmp_path / "metadata" / "metadata_0.parquet")
+    found = open_embeddings(tmp_path)
+    assert found.captions_of(found.files[0]).to_pylist() == ["cat\ufffd", "dog"]
+
+
+def test_the_numbers_in_names_of_bare_rows_say_nothing(tmp_path: Path) -> None:
+    for name in ("train_1", "validation_01"):
+        np.save(tmp_path / f"{name}.npy", make_rows(3))
+    assert open_embeddings(tmp_path).num_rows == 6
+
+
 def test_rows_of_other_tools_are_normalised_only_where_they_need_it(tmp_path: Path) -> None:
     unit = make_rows(700)
-    for rows, stays in ((unit, True), (unit.astype(np.float32), False)):
-        assert holds_unit_rows(rows) == stays
+    assert holds_unit_rows(unit)
+    assert not holds_unit_rows(unit.astype(np.float32))
     for bad in (np.float16(1.5), np.float16(np.nan), np.float16(0)):
         rows = unit.copy()
         rows[600] *= bad
         assert not holds_unit_rows(rows)
-        folder = tmp_path / str(bad)
-        folder.mkdir()
-        np.save(folder / "0.npy", rows)
-        np.testing.assert_array_equal(open_embeddings(folder).rows(Kind.IMAGES).read(0, 700), unit_rows(rows))
+        np.save(tmp_path / "0.npy", rows)
+        np.testing.assert_array_equal(open_embeddings(tmp_path).rows(Kind.IMAGES).read(0, 700), unit_rows(rows))
 
 
-def test_captions_that_are_wider_than_the_images_are_refused(tmp_path: Path) -> None:
-    for kind, width in (("img_emb", 8), ("text_emb", 9)):
-        (tmp_path / kind).mkdir()
-        np.save(tmp_path / kind / f"{kind}_0.npy", make_rows(4, width))
-    with pytest.raises(ClipcidError, match=r"text_emb_0\.npy has width 9, the image embeddings have 8"):
+IMAGES, METADATA = Path("img_emb/img_emb_3.npy"), Path("metadata/metadata_3.parquet")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones((2, 7), np.float16), "img_emb_3.npy has width 7, the files before it 6"),
+        (np.ones((3, 6), np.float16), "img_emb_3.npy has 3 rows and .*metadata_3.parquet has 2"),
+        (np.ones((2, 6), np.int64), r"holds int64 \[2, 6\], not rows of floating-point numbers"),
+        (np.ones(3, np.float16), r"holds float16 \[3\]"),
+        (np.array([{"a": 1}], dtype=object), "img_emb_3.npy cannot be read"),
+    ],
+)
+def test_arrays_that_do_not_belong_to_the_others_are_refused(tmp_path: Path, array: Any, message: str) -> None:
+    write_foreign(tmp_path)
+    np.save(tmp_path / IMAGES, array, allow_pickle=True)
+    with pytest.raises(ClipcidError, match=message):
         open_embeddings(tmp_path)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    write_foreign(tmp_path)
+    shutil.copy(tmp_path / METADATA, tmp_path / "metadata" / "metadata_0003.parquet")
+    with pytest.raises(ClipcidError, match=r"metadata_0003\.parquet and metadata_3.parquet have the same number"):
+        open_embeddings(tmp_path)
+    (tmp_path / "metadata" / "metadata_0003.parquet").unlink()
+    (tmp_path / METADATA).unlink()
+    with pytest.raises(ClipcidError, match=r"img_emb_3\.npy has no metadata of the same number"):
+        open_embeddings(tmp_path)
+    shutil.rmtree(tmp_path / "metadata")
+    (tmp_path / "text_emb").mkdir()
+    for number in range(11):
+        np.save(tmp_path / "text_emb" / f"text_emb_{number}.npy", make_rows(2, 9))
+    with pytest.raises(ClipcidError, match=r"text_emb_0\.npy has width 9, the image embeddings have 6"):
+        open_embeddings(tmp_path)
+
+
+@pytest.mark.parametrize(("count", "mapped"), [(1, False), (8_200, True)])
+def test_many_files_take_few_descriptors_and_maps(tmp_path: Path, count: int, mapped: bool) -> None:
+    """41,000 shards have more files than a process may have open, and more than the system's maps; small ones are read."""
+    (tmp_path / "img_emb").mkdir()
+    whole = unit_rows(RANDOM.normal(size=(200 * count, 4)))
+    for number, part in enumerate(np.split(whole, 200)):
+        np.save(tmp_path / "img_emb" / f"img_emb_{number}.npy", part)
+    before = len(os.listdir("/proc/self/fd"))
+    rows = open_embeddings(tmp_path).rows(Kind.IMAGES)
+    order = RANDOM.permutation(len(whole))[:1000]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + MAPS_KEPT + 32, hard))  # nor while it reads
+    try:
+        assert np.array_equal(rows.take(order), whole[order])
+        assert np.array_equal(rows.read(0, len(whole)), whole)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(os.listdir("/proc/self/fd")) - before <= MAPS_KEPT <= 128
+    maps = Path("/proc/self/maps").read_text().count(str(tmp_path))
+    assert (0 < maps <= MAPS_KEPT) if mapped else maps == 0
+
+
+@pytest.mark.parametrize(("shards", "number"), [(10_000, "0000"), (10_001, "00000")])
+def test_numbers_of_files_have_at_least_four_digits(tmp_path: Path, shards: int, number: str) -> None:
+    inputs = [FileRecord(f"{shard}.tar", 1, "blake2b:00", shard=str(shard)) for shard in range(shards)]
+    rows = {Kind.IMAGES: np.zeros((1, 4), np.float16)}
+    EmbeddingWriter(tmp_path, {}, inputs).write(0, ShardRows(1, Skips(), 0, ["a"], [""], None, rows))
+    assert (tmp_path / f"img_emb/img_emb_{number}.npy").is_file()
+    assert (tmp_path / f"metadata/metadata_{number}.parquet").is_file()
+
+
+def test_of_repaired_rows_only_those_of_the_stride_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "rows.npy", unit_rows(random.normal(size=(50, 4))))
+    image_map = np.round(random.normal(size=(4, 4)) * 2**16) / 2**16
+    rows = Rows([find_npy(tmp_path / "rows.npy")], 4, as_stored=True, map_DD=image_map.astype(np.float32))
+    whole = rows.read(0, 50)
+    computed = list[int]()
+    monkeypatch.setattr(rows_module, "unit_rows", lambda part: computed.append(len(part)) or unit_rows(part))
+    for first, block in rows.blocks(size=20, stride=8):
+        assert np.array_equal(block, whole[first : first + 20][::8])
+    assert computed == [3, 3, 2]

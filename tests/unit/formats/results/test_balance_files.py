@@ -1,4 +1,4 @@
-"""The files of `balance`: keep list, forest with its parts, curve, and copied shards."""
+"""The files of `balance`: the keep list and copied shards."""
 
 from __future__ import annotations
 
@@ -6,43 +6,40 @@ import io
 import mmap
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from msgspec.structs import replace
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.tars import copy_samples, count_samples
-from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.forest import (
-    RowFile,
-    StoredForest,
-    read_forest,
-    write_curve,
-    write_forest,
-    write_row_files,
-)
 from clipcid_cli.formats.results.keep_list import read_keep_list, write_keep_list
 
-INPUTS = [FileRecord("img_emb_0000.npy", 10, "blake2b:00")]
+
+def map_beyond_2_gib(folder: Path, text: bytes) -> pa.LargeStringArray:
+    """Make strings of one letter that lie beyond the first 2 GiB of their column."""
+    start = 2**31 + 5
+    with open(folder / "text", "w+b") as file:  # sparse: it takes no room
+        file.seek(start)
+        file.write(text)
+        file.flush()
+        content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    offsets = pa.py_buffer(np.arange(start, start + len(text) + 1, dtype=np.int64))
+    return pa.LargeStringArray.from_buffers(len(text), offsets, content)
 
 
-def write_example(path: Path) -> None:
+def test_a_keep_list_has_the_columns_of_the_contract_and_keys_of_any_size(tmp_path: Path) -> None:
     write_keep_list(
-        path,
-        keys=pa.array([*"abcd"], pa.large_string()),
+        tmp_path / "keep.parquet",
+        keys=map_beyond_2_gib(tmp_path, b"abcd"),
         shards=pa.array(["s0", "s0", "s1", "s1"], pa.large_string()),
         labels=np.array([0, 1, 0, 0]),
         representatives=np.array([2, 1, 2, 2]),
         distances=np.array([0.5, 0, 0, 0.25], np.float32),
     )
-
-
-def test_keep_list_has_the_columns_of_the_contract_and_the_same_bytes_each_time(tmp_path: Path) -> None:
-    write_example(tmp_path / "keep.parquet")
     table = pq.read_table(tmp_path / "keep.parquet")
     assert table.to_pydict() == {
         "key": ["a", "b", "c", "d"],
@@ -53,101 +50,23 @@ def test_keep_list_has_the_columns_of_the_contract_and_the_same_bytes_each_time(
         "representative": ["c", "b", "c", "c"],
         "distance": [0.5, 0.0, 0.0, 0.25],
     }
-    assert [str(kind) for kind in table.schema.types] == [
-        "string",
-        "string",
-        "int64",
-        "int64",
-        "bool",
-        "string",
-        "float",
-    ]
-    write_example(tmp_path / "again.parquet")
-    assert (tmp_path / "keep.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
+    assert [*map(str, table.schema.types)] == ["string", "string", "int64", "int64", "bool", "string", "float"]
 
 
-def test_keys_beyond_the_first_2_gib_of_a_column_are_written(tmp_path: Path) -> None:
-    start = 2**31 + 5
-    with open(tmp_path / "text", "w+b") as file:  # sparse: it takes no room
-        file.seek(start)
-        file.write(b"abcd")
-        file.flush()
-        text = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    offsets = pa.py_buffer(np.arange(start, start + 5, dtype=np.int64))
-    names = pa.LargeStringArray.from_buffers(4, offsets, text)
-    write_keep_list(
-        tmp_path / "keep.parquet",
-        keys=names,
-        shards=names,
-        labels=np.array([0, 1, 0, 0]),
-        representatives=np.array([2, 1, 2, 2]),
-        distances=np.zeros(4, np.float32),
-    )
-    table = pq.read_table(tmp_path / "keep.parquet").to_pydict()
-    assert (table["key"], table["shard"], table["representative"]) == ([*"abcd"], [*"abcd"], [*"cbcc"])
-
-
-def test_keep_list_is_read_back(tmp_path: Path) -> None:
-    write_example(tmp_path / "keep.parquet")
-    keep = read_keep_list(tmp_path / "keep.parquet")
-    assert keep.num_kept == 2
-    assert keep.kept.tolist() == [False, True, True, False]
-    assert keep.first_key == "a"
-    assert [key for part in keep.kept_keys() for key in part.to_pylist()] == ["b", "c"]
-    assert [keep.kept_of_shard(shard) for shard in ("s0", "s1", "s2")] == [{"b"}, {"c"}, set()]
-    assert keep.count_by_shard() == {"s0": 2, "s1": 2}
-
-
-def test_what_is_no_keep_list_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "other.parquet"
-    with pytest.raises(ClipcidError, match="There is no keep list"):
-        read_keep_list(path)
-    path.write_bytes(b"not parquet")
-    with pytest.raises(ClipcidError, match="cannot be read"):
-        read_keep_list(path)
-    pq.write_table(pa.table({"key": ["a"]}), path)
-    with pytest.raises(ClipcidError, match="no column kept"):
-        read_keep_list(path)
-    pq.write_table(pa.table({"key": ["a"], "kept": [1]}), path)
-    with pytest.raises(ClipcidError, match="without true or false"):
-        read_keep_list(path)
-    pq.write_table(pa.table({"key": ["a", None], "kept": [True, True]}), path)
-    with pytest.raises(ClipcidError, match="rows without a `key`"):
-        read_keep_list(path)
-
-
-def test_forest_counts_only_with_its_sidecar_and_for_its_own_embeddings(tmp_path: Path) -> None:
-    distance = np.array([0.0, 0.1, 0.25], np.float32)
-    forest = StoredForest(np.array([0, 1, 0]), np.array([3, 2, 4]), distance, 0.3, 5)
-    row_files = tmp_path / "rows.parquet"
-    write_row_files(row_files, [RowFile("img_emb_0000.npy", 10, "blake2b:00", rows=5)])
-    write_forest(tmp_path, forest, row_files, inputs=INPUTS, seconds={"search": 1.0}, overwrite=False)
-    found = read_forest(tmp_path, [replace(INPUTS[0], path="moved.npy")])
-    assert found is not None
-    assert (found.a.tolist(), found.b.tolist(), found.cutoff, found.num_rows) == ([0, 1, 0], [3, 2, 4], 0.3, 5)
-    np.testing.assert_array_equal(found.distance, distance)
-    assert read_forest(tmp_path, [replace(INPUTS[0], hash="blake2b:01")]) is None
-
-    (tmp_path / "forest.parquet").unlink()
-    with pytest.raises(ClipcidError, match=r"forest\.parquet is missing"):
-        read_forest(tmp_path, INPUTS)
-    (tmp_path / "forest.json").unlink()
-    assert read_forest(tmp_path, INPUTS) is None
-
-
-def test_curve_digits_give_the_distance_back(tmp_path: Path) -> None:
-    distances = np.array([0.1, 1 / 3, 0.44721359], np.float32)
-    write_curve(
-        tmp_path / "curve.csv",
-        distances=distances,
-        kept=np.array([8, 5, 2]),
-        largest=np.array([1, 3, 4]),
-        num_images=8,
-    )
-    lines = (tmp_path / "curve.csv").read_text().splitlines()
-    assert lines[0] == "distance,kept,keep_ratio,largest_component"
-    assert lines[2].split(",")[1:] == ["5", "0.625000", "3"]
-    assert [np.float32(line.split(",")[0]) for line in lines[1:]] == distances.tolist()
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (None, "There is no keep list"),
+        ({"key": ["a"]}, "no column kept"),
+        ({"key": ["a"], "kept": [1]}, "without true or false"),
+        ({"key": ["a", None], "kept": [True, True]}, "rows without a `key`"),
+    ],
+)
+def test_what_is_no_keep_list_is_refused(tmp_path: Path, columns: dict[str, Any] | None, message: str) -> None:
+    if columns is not None:
+        pq.write_table(pa.table(columns), tmp_path / "other.parquet")
+    with pytest.raises(ClipcidError, match=message):
+        read_keep_list(tmp_path / "other.parquet")
 
 
 def write_odd_tar(path: Path, form: int) -> None:
@@ -191,14 +110,3 @@ def test_samples_are_copied_byte_for_byte(tmp_path: Path, form: int) -> None:
             assert raw_bytes(target, member) == raw_bytes(source, old[member.name])
     assert target.stat().st_size % 10240 == 0
     assert [sample.key for sample in Shard("s", str(target)).samples()] == ["x/a", "x/" + "b" * 300, "c"]
-
-
-def test_copying_everything_gives_the_same_tar(tmp_path: Path) -> None:
-    source, target = tmp_path / "s.tar", tmp_path / "t.tar"
-    with tarfile.open(source, "w") as archive:
-        for number in range(30):
-            header = tarfile.TarInfo(f"{number:03d}.jpg")
-            header.size = number * 97
-            archive.addfile(header, io.BytesIO(bytes(header.size)))
-    assert copy_samples(source, target, {f"{number:03d}" for number in range(30)}) == (30, 30)
-    assert source.read_bytes() == target.read_bytes()

@@ -1,4 +1,4 @@
-"""Kept features: read back as written, told apart by what decides them, made again when damaged."""
+"""Kept features that are damaged, or that no model makes, are made again."""
 
 from __future__ import annotations
 
@@ -7,45 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
-from clipcid_cli.formats.skips import Skips
-
-
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    skips = Skips()
-    skips.add("unreadable_image", "a/0")
-    rows = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
-    path = features_path(tmp_path, "tiny", {"weights": "abc"})
-    assert read_features(path) is None
-    write_features(path, Features(rows, torch.arange(5), skips))
-    found = read_features(path)
-    assert found is not None
-    assert torch.equal(found.rows, rows)
-    assert torch.equal(found.labels, torch.arange(5))
-    assert found.skips == skips
-
-
-def test_other_weights_or_data_have_another_name(tmp_path: Path) -> None:
-    names = {
-        features_path(tmp_path, "tiny", {"weights": weights, "data": data})
-        for weights in "ab"
-        for data in ([1], [1, 2])
-    }
-    assert len(names) == 4
-    assert all(path.name.startswith("tiny-") for path in names)
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off"])
-def test_damaged_features_are_none(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "tiny-0.npz"
-    write_features(path, Features(torch.eye(3), torch.arange(3)))
-    whole = path.read_bytes()
-    path.write_bytes(content or whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
-    assert read_features(path) is None
+from clipcid_cli.formats.results.features import Features, read_features, write_features
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(3, 4), torch.eye(4)[:2], torch.full((3, 4), float("nan"))])
-def test_rows_that_no_model_makes_are_none(tmp_path: Path, rows: torch.Tensor) -> None:
+def test_rows_that_no_model_makes_and_damaged_files_are_none(tmp_path: Path, rows: torch.Tensor) -> None:
     path = tmp_path / "tiny-0.npz"
     write_features(path, Features(rows, torch.arange(3)))
+    assert read_features(path) is None
+    write_features(path, Features(torch.eye(3), torch.arange(3)))
+    content = path.read_bytes()
+    path.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])
     assert read_features(path) is None

@@ -18,15 +18,10 @@ def test_uids_are_what_datacomp_makes_of_them_each_once(tmp_path: Path) -> None:
     column = pa.chunked_array([uids[:4], uids[4:]], type=pa.large_string())
     assert are_uids(column).all()
     assert write_uids(tmp_path / "s.npy", [column[:5], column[5:]], len(column), overwrite=False) == 12
-    found = np.load(tmp_path / "s.npy", allow_pickle=False)
-    expected = datacomp_subset(uids[:-1])
-    assert found.dtype == expected.dtype == np.dtype("u8,u8")
+    found, expected = np.load(tmp_path / "s.npy", mmap_mode="r"), datacomp_subset(uids[:-1])
+    assert found.dtype == expected.dtype
     assert np.array_equal(found, expected)
-    # The bisection of the resharder.
-    assert [np.searchsorted(found, row, "right") - np.searchsorted(found, row, "left") for row in expected] == [1] * 12
-    assert np.load(tmp_path / "s.npy", mmap_mode="r").dtype == np.dtype("u8,u8")
-    assert write_uids(tmp_path / "none.npy", [], 0, overwrite=False) == 0
-    assert np.load(tmp_path / "none.npy").shape == (0,)
+    assert write_uids(tmp_path / "none.npy", [], 0, overwrite=False) == len(np.load(tmp_path / "none.npy")) == 0
     others = ["", "a" * 31, "a" * 33, "g" * 32, "a" * 32 + "\n"]
     assert not are_uids(pa.chunked_array([others])).any()
     assert not any(map(is_uid, [*others, 3, None]))
@@ -34,9 +29,8 @@ def test_uids_are_what_datacomp_makes_of_them_each_once(tmp_path: Path) -> None:
 
 def test_a_file_of_other_content_is_replaced_only_when_asked_for(tmp_path: Path) -> None:
     path, keys = tmp_path / "new" / "keys.txt", pa.chunked_array([["a/1", "b c", "ü"]])
-    write_keys(path, keys.chunks, overwrite=False)
-    assert path.read_text(encoding="utf-8") == "a/1\nb c\nü\n"
-    write_keys(path, keys.chunks, overwrite=False)
+    for _ in range(2):
+        write_keys(path, keys.chunks, overwrite=False)
     with pytest.raises(ClipcidError, match="already exists with other content"):
         write_keys(path, keys[:2].chunks, overwrite=False)
     assert path.read_text(encoding="utf-8") == "a/1\nb c\nü\n"
@@ -46,4 +40,3 @@ def test_a_file_of_other_content_is_replaced_only_when_asked_for(tmp_path: Path)
         write_keys(tmp_path / "b.txt", [pa.array(["a", "b\nc"])], overwrite=False)
     with pytest.raises(ClipcidError, match="already exists with other content"):
         write_keys(tmp_path, keys.chunks, overwrite=True)
-    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["keys.txt", "new"]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.results import run_folder
 from clipcid_cli.formats.results.run_folder import (
     RunFolder,
-    append_lines,
+    TrainingLog,
     checkpoint_path,
     list_checkpoints,
     read_checkpoint,
@@ -41,13 +41,33 @@ def test_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "harmed").exists()
 
 
-def test_logs_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    append_lines(run.train_log, [{"step": step, "loss": 1 / step} for step in range(1, 8)])
-    append_lines(run.results_log, [{"step": 4}, {"step": 6}])
-    with run.train_log.open("a") as file:
-        file.write('{"step": 8, "lo')  # what a kill left
-    run.rewind(5)
-    assert [line["step"] for line in read_lines(run.train_log)] == [1, 2, 3, 4, 5]
-    assert read_lines(run.results_log) == [{"step": 4}]
-    assert all(json.loads(line) for line in run.train_log.read_text().splitlines())
+def test_lines_are_written_together_after_two_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now)
+    folder = RunFolder(tmp_path)
+    log = TrainingLog(folder, 0, writes=True, tensorboard=False)
+    log.add({"step": 1, "loss": 9.0, "loss_clip": 1.0})
+    now = 1.9
+    log.add({"step": 2, "loss": 9.0, "loss_clip": 0.5})
+    assert read_lines(folder.train_log) == []
+    now = 2.1
+    log.add({"step": 3, "loss": 9.0, "loss_clip": 0.25})
+    assert [line["step"] for line in read_lines(folder.train_log)] == [1, 2, 3]
+    log.add({"step": 4, "loss": 9.0, "loss_clip": 0.125})
+    log.flush()
+    assert folder.last_values() == ({"clip": 0.125}, {})
+    log.add_evaluation(4, {"acc1": 0.25})
+    assert folder.last_values() == ({"clip": 0.125}, {"acc1": 0.25})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"{", b"5", b"[]", b'{"loss": 1}', b'{"step": "1"}', b'{"step": 1, "loss": "x"}', b"\0", b"\xed\xa0\x80"],
+)
+def test_a_damaged_line_is_named_unless_it_is_the_last_one(tmp_path: Path, line: bytes) -> None:
+    log, whole = tmp_path / "train.jsonl", b'{"step": 1, "loss": 0.5}\n'
+    log.write_bytes(whole + line)
+    assert read_lines(log) == [{"step": 1, "loss": 0.5}]
+    log.write_bytes(whole + line + b"\n" + whole)
+    with pytest.raises(ClipcidError, match=r"Line 2 of .*train\.jsonl is none of a log"):
+        read_lines(log)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,28 +80,6 @@ def test_its_tokenizer_is_one_file(foreign: Path, tmp_path: Path) -> None:
     assert torch.equal(whole(texts), load_model(parse_model(str(foreign))).tokenizer(texts)), (
         "its own is left as it was"
     )
-
-
-def test_transformers_is_imported_for_its_text_towers_only(foreign: Path, tiny_model: Path) -> None:
-    code = (
-        "import json, sys\n"
-        "from clipcid_cli.runtime.models.clip_model import load_model\n"
-        "from clipcid_cli.runtime.models.names import parse_model\n"
-        "from clipcid_cli.runtime.precision import choose_precision\n"
-        "tiny = load_model(parse_model(sys.argv[1]))\n"
-        "before = 'transformers' in sys.modules\n"
-        "model = load_model(parse_model(sys.argv[2]))\n"
-        "fp32 = choose_precision('fp32', model.device, 'embed', 0)\n"
-        "rows = model.encode_texts(model.tokenizer(json.loads(sys.argv[3])), fp32)\n"
-        "print(json.dumps([before, 'transformers' in sys.modules, rows.tolist()]))\n"
-    )
-    arguments = [sys.executable, "-c", code, str(tiny_model), str(foreign), json.dumps(TEXTS)]
-    ended = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    before, after, rows = json.loads(ended.stdout)
-    assert not before
-    assert after
-    model = load_model(parse_model(str(foreign)))
-    torch.testing.assert_close(torch.tensor(rows), model.encode_texts(model.tokenizer(TEXTS), FP32))
 
 
 def test_copy_loads_where_the_folder_it_was_built_in_is_gone(foreign: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import copy
 import open_clip
 import pytest
 import torch
-from conftest import TINY_CONFIG
+from conftest import TINY_CONFIG, changed
 from torch import nn
 
 from clipcid_cli.errors import ClipcidError
@@ -31,14 +31,7 @@ def make(config: dict, seed: int) -> nn.Module:  # type: ignore[type-arg]
 
 
 def smaller(**changes: object) -> dict:  # type: ignore[type-arg]
-    config = copy.deepcopy(TEACHER)
-    for name, value in changes.items():
-        part, _, key = name.partition("__")
-        if key:
-            config[f"{part}_cfg"][key] = value  # type: ignore[index]
-        else:
-            config[name] = value
-    return config
+    return changed(TEACHER, **changes)
 
 
 def test_spaces_evenly_with_both_ends() -> None:
@@ -59,7 +52,7 @@ def test_the_same_architecture_is_copied_whole() -> None:
 
 
 def test_fewer_layers_take_the_first_the_last_and_between() -> None:
-    student, source = make(smaller(vision__layers=2, text__layers=2), 0), make(TEACHER, 1)
+    student, source = make(smaller(vision_cfg__layers=2, text_cfg__layers=2), 0), make(TEACHER, 1)
     assert inherit(student, source, "both") == []
     own, others = student.state_dict(), source.state_dict()
     for prefix, pairs in (("visual.transformer", {0: 0, 1: 3}), ("transformer", {0: 0, 1: 2})):
@@ -69,8 +62,12 @@ def test_fewer_layers_take_the_first_the_last_and_between() -> None:
 
 
 def test_pooling_by_attention_stays_as_it_is_and_its_heads_are_not_the_layers() -> None:
-    pooled = {"vision__attentional_pool": True, "vision__attn_pooler_queries": 4, "vision__attn_pooler_heads": 3}
-    student, source = make(smaller(vision__width=32, **pooled), 0), make(smaller(**pooled), 1)
+    pooled = {
+        "vision_cfg__attentional_pool": True,
+        "vision_cfg__attn_pooler_queries": 4,
+        "vision_cfg__attn_pooler_heads": 3,
+    }
+    student, source = make(smaller(vision_cfg__width=32, **pooled), 0), make(smaller(**pooled), 1)
     left = inherit(student, source, "image")
     assert left
     assert all(".attn_pool." in name for name in left)
@@ -81,7 +78,7 @@ def test_pooling_by_attention_stays_as_it_is_and_its_heads_are_not_the_layers() 
 
 
 def test_a_narrower_tower_takes_whole_heads_and_the_same_channels_everywhere() -> None:
-    student, source = make(smaller(vision__width=32, embed_dim=48), 0), make(TEACHER, 1)
+    student, source = make(smaller(vision_cfg__width=32, embed_dim=48), 0), make(TEACHER, 1)
     assert inherit(student, source, "image") == []
     own, others = student.state_dict(), source.state_dict()
     channels = evenly_spaced(32, 64)
@@ -97,7 +94,7 @@ def test_a_narrower_tower_takes_whole_heads_and_the_same_channels_everywhere() -
 
 
 def test_other_sizes_of_image_text_and_vocabulary() -> None:
-    config = smaller(vision__image_size=32, text__context_length=10, text__vocab_size=400)
+    config = smaller(vision_cfg__image_size=32, text_cfg__context_length=10, text_cfg__vocab_size=400)
     student, source = make(config, 0), make(TEACHER, 1)
     before = student.token_embedding.weight.detach().clone()
     assert inherit(student, source, "both") == ["token_embedding.weight"]
@@ -124,19 +121,17 @@ def test_one_tower_leaves_the_other_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"vision__layers": 6}, "6 layers"),
-        ({"vision__width": 128}, "larger"),
-        ({"text__context_length": 32}, "32 tokens"),
+        ({"vision_cfg__layers": 6}, "6 layers"),
+        ({"vision_cfg__width": 128}, "larger"),
+        ({"text_cfg__context_length": 32}, "32 tokens"),
     ],
 )
-def test_refuses_a_model_that_is_smaller(changes: dict[str, int], words: str) -> None:
+def test_refuses_a_model_that_is_smaller_or_of_another_kind(changes: dict[str, int], words: str) -> None:
+    source = make(TEACHER, 1)
     with pytest.raises(ClipcidError, match=words):
-        inherit(make(smaller(**changes), 0), make(TEACHER, 1), "both")
-
-
-def test_refuses_a_model_of_another_kind() -> None:
+        inherit(make(smaller(**changes), 0), source, "both")
     with pytest.raises(ClipcidError, match="different kinds"):
-        inherit(nn.Sequential(nn.Linear(3, 3)), make(TEACHER, 1), "both")
+        inherit(nn.Sequential(nn.Linear(3, 3)), source, "both")
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])

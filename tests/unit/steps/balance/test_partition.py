@@ -10,7 +10,7 @@ import balance_data
 import numpy as np
 import pandas as pd
 import pytest
-from balance_data import begun, check_keep_list, distance_matrix, make_rows, write_embeddings
+from balance_data import begun, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 
 from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.steps.balance import partition
@@ -38,17 +38,10 @@ def read_forest(work: Path, name: str = "forest-partitioned") -> pd.DataFrame:
     return pd.read_parquet(work / "balance" / f"{name}.parquet")
 
 
-def read_keep(work: Path) -> pd.DataFrame:
-    return pd.read_parquet(work / "balance" / "keep.parquet")
-
-
-def test_edges_are_true_few_are_missing_and_the_audit_is_brute_force(
-    rows: np.ndarray, embeddings: Path, tmp_path: Path
-) -> None:
+def test_edges_are_true_and_few_are_missing(rows: np.ndarray, embeddings: Path, tmp_path: Path) -> None:
     result, said = balance(tmp_path / "parts", embeddings, threshold=CUTOFF)
     exact, _ = balance(tmp_path / "exact", embeddings, threshold=CUTOFF, neighbors="exact")
     assert "partitions; rows within" in said
-    assert not list((tmp_path / "parts").rglob(".grouped")), "the copies of the rows are removed"
     assert ".grouped" not in Path("/proc/self/maps").read_text(), "a map of a removed file keeps its space on the disk"
     found, true = read_forest(tmp_path / "parts"), read_forest(tmp_path / "exact", "forest")
     distances = distance_matrix(rows)
@@ -59,16 +52,7 @@ def test_edges_are_true_few_are_missing_and_the_audit_is_brute_force(
     keep = read_keep(tmp_path / "parts")
     check_keep_list(keep, rows)
     assert result["kept"] == NUM_ROWS - len(found) >= exact["kept"]
-
-    kept = np.flatnonzero(keep["kept"])
-    near = (distances[np.ix_(kept, kept)] <= np.float32(CUTOFF)) & ~np.eye(len(kept), dtype=bool)
-    number = int(near.any(axis=1).sum())
-    rate = number / len(kept)
-    assert result["audit"] == {
-        "sampled": len(kept), "kept": len(kept), "near": number, "rate": rate, "low": rate, "high": rate
-    }  # fmt: skip
     assert (exact["audit"], exact["neighbors"], result["neighbors"]) == (None, "exact", "partitioned")
-    assert set(result["seconds"]) == {"embed", "search", "audit", "write"}
 
 
 def test_the_two_kinds_of_forest_are_never_taken_for_each_other(embeddings: Path, tmp_path: Path) -> None:
@@ -84,9 +68,6 @@ def test_the_two_kinds_of_forest_are_never_taken_for_each_other(embeddings: Path
     assert "forest of these embeddings exists" in said
     assert (tmp_path / "balance" / "forest-partitioned.parquet").read_bytes() == forest
     assert {**again, "seconds": None} == {**first, "seconds": None}
-    shorter, said = balance(tmp_path, embeddings, threshold=0.2)
-    assert "forest of these embeddings exists" in said
-    assert shorter["audit"]["kept"] == shorter["kept"] > first["kept"]
 
 
 def test_an_audit_counts_what_is_left(
@@ -112,20 +93,16 @@ def test_an_audit_counts_what_is_left(
     assert part.near == np.count_nonzero(expected[np.searchsorted(kept, sample)])
 
 
-@pytest.mark.parametrize("linkage", ["single", "star"])
-def test_a_share_to_keep_is_met_however_small(rows: np.ndarray, embeddings: Path, tmp_path: Path, linkage: str) -> None:
-    for keep in (0.6, 0.02):
-        result, _ = balance(tmp_path, embeddings, keep=keep, linkage=linkage)
-        assert abs(result["kept"] - keep * NUM_ROWS) <= 1
-        check_keep_list(read_keep(tmp_path), rows)
-        assert result["audit"]["rate"] <= 0.01
-        if linkage == "star":
-            assert result["uncovered_ratio"] == 0.0
-
-
-def test_nothing_to_merge_has_no_audit(embeddings: Path, tmp_path: Path) -> None:
-    result, _ = balance(tmp_path, embeddings, keep=1.0)
-    assert (result["kept"], result["audit"]) == (NUM_ROWS, None)
+@pytest.mark.parametrize(("linkage", "keep"), [("single", 0.02), ("star", 0.6)])
+def test_a_share_to_keep_is_met_however_small(
+    rows: np.ndarray, embeddings: Path, tmp_path: Path, linkage: str, keep: float
+) -> None:
+    result, _ = balance(tmp_path, embeddings, keep=keep, linkage=linkage)
+    assert abs(result["kept"] - keep * NUM_ROWS) <= 1
+    check_keep_list(read_keep(tmp_path), rows)
+    assert result["audit"]["rate"] <= 0.01
+    if linkage == "star":
+        assert result["uncovered_ratio"] == 0.0
 
 
 def test_one_crowd_is_cut_into_many_partitions_and_searched_wholly(tmp_path: Path) -> None:
@@ -152,5 +129,3 @@ def test_where_partitions_spare_nothing_all_pairs_are_compared(tmp_path: Path) -
     assert "all pairs are compared" in said
     assert result["kept"] == exact["kept"]
     assert result["audit"]["near"] == 0
-    alone = write_embeddings(tmp_path / "alone", rows[:1])
-    assert balance(tmp_path / "one", alone, threshold=0.5)[0]["audit"]["near"] == 0

@@ -21,15 +21,14 @@ from teaching_data import (
     write_student,
 )
 
-from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import RowMap
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.cluster import run as cluster
 from clipcid_cli.steps.distill.teacher import load_online_model, open_teacher
 from clipcid_cli.steps.settings.cluster import ClusterSettings
-from clipcid_cli.steps.settings.distill import DistillSettings
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +40,17 @@ def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
     return work
 
 
-def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
+@pytest.fixture(scope="module")
+def teacher(tiny_model: Path) -> ClipModel:
+    return load_model(parse_model(str(tiny_model)))
+
+
+def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, teacher: ClipModel, work: Path) -> None:
     augmentation = {"crop_scale": 0.3, "color_jitter": 0.5, "gray_probability": 0.2}
     run = join(tiny_shards, work / "embeddings" / "tiny", online_teacher=True, **augmentation)
-    teacher = load_model(parse_model(str(tiny_model)))
     config: dict[str, Any] = TINY_CONFIG | {"text_cfg": TINY_CONFIG["text_cfg"] | {"context_length": 7}}
     config["vision_cfg"] = TINY_CONFIG["vision_cfg"] | {"image_size": 48}
-    folder = write_tiny_model(work.parent / "other", config)
-    larger = load_model(parse_model(str(folder)))
+    larger = load_model(parse_model(str(write_tiny_model(work.parent / "other", config))))
     for model in (teacher, larger):
         _, batch = run.show(teacher, 1, model)
         size, length = model.info.image_size[0], model.info.context_length
@@ -66,105 +68,75 @@ def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, tiny
     assert (small - batch.pixels.permute(0, 3, 1, 2)).abs().mean() < 8
 
 
-def test_it_is_repaired_as_its_stored_rows_are(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
-    model, told = load_model(parse_model(str(tiny_model))), []
+def test_it_is_repaired_as_its_stored_rows_are(tiny_shards: Path, teacher: ClipModel, work: Path) -> None:
+    told = []
     noise = np.random.default_rng(0).normal(size=(32, 32))
     image_map = RowMap(np.round(noise * 2**16).astype(np.float32) / 2**16, FileRecord("repair.npz", 1, "a"))
-    for online in (None, model):
+    for online in (None, teacher):
         run = join(tiny_shards, work / "embeddings" / "tiny", online_teacher=online is not None, crop_scale=1.0)
-        raw = run.teach(run.show(model, 0, online)[1], 32, online)
+        raw = run.teach(run.show(teacher, 0, online)[1], 32, online)
         repaired = dataclasses.replace(
             run, inputs=dataclasses.replace(run.inputs, embeddings=run.embeddings.mapped(image_map))
         )
-        told.append(repaired.teach(repaired.show(model, 0, online)[1], 32, online))
+        told.append(repaired.teach(repaired.show(teacher, 0, online)[1], 32, online))
         assert torch.equal(told[-1][1], raw[1])
         assert (told[-1][0] - raw[0]).abs().max() > 0.1
     for one, other in zip(told[0][:2], told[1][:2], strict=True):
         assert (one - other).abs().max() < 1e-3
 
 
-def test_on_whole_images_it_gives_the_stored_targets(tiny_shards: Path, tiny_model: Path, work: Path) -> None:
+def test_on_whole_images_it_gives_the_stored_targets(tiny_shards: Path, teacher: ClipModel, work: Path) -> None:
     given = {"crop_scale": 1.0, "teacher_space": "pca"}
     stored, online = (
         join(tiny_shards, work / "embeddings" / "tiny", online_teacher=runs, **given) for runs in (False, True)
     )
-    model = load_model(parse_model(str(tiny_model)))
-    _, shown = stored.show(model)
-    _, batch = online.show(model, 0, model)
+    _, shown = stored.show(teacher)
+    _, batch = online.show(teacher, 0, teacher)
     assert torch.equal(shown.pixels, batch.pixels)
     for width in (32, 24):  # as they are, and where the student's width cuts them
-        for one, other in zip(stored.teach(shown, width)[:2], online.teach(batch, width, model)[:2], strict=True):
+        for one, other in zip(stored.teach(shown, width)[:2], online.teach(batch, width, teacher)[:2], strict=True):
             assert one.shape == other.shape == (24, width)
             assert (one - other).abs().max() < 1e-3
-    teachers = [
+    first, second = (
         open_teacher(run.settings, run.inputs, loaded, 32, ALONE, Listener())
-        for run, loaded in ((stored, None), (online, model))
-    ]
-    assert teachers[0] is not None
-    assert teachers[1] is not None
-    assert teachers[1].scale == pytest.approx(teachers[0].scale)
+        for run, loaded in ((stored, None), (online, teacher))
+    )
+    assert first is not None
+    assert second is not None
+    assert second.scale == pytest.approx(first.scale)
+    assert load_online_model(stored.inputs, ALONE) is None, "stored embeddings teach"
 
 
 def test_training_beside_it_is_training_from_its_embeddings(
     tiny_shards: Path, tiny_model: Path, work: Path, tmp_path: Path
 ) -> None:
     # Stored rows are compared with in fp32: bf16, which `auto` takes on CPUs with matrix units, is off by more.
-    common = {"student": str(write_student(tmp_path)), "crop_scale": 1.0, "teacher_space": "pca", "name": tmp_path.name}
+    common = {"student": str(write_student(tmp_path)), "crop_scale": 1.0, "teacher_space": "pca"}
     common |= {"precision": "fp32", "preset": "cid"}
-    stored, _ = train(work, tiny_shards, **common)
-    online, said = train(
-        work, tiny_shards, **(common | {"name": "online"}), teacher=str(tiny_model), online_teacher=True
-    )
-    assert "run alongside the student" in said
+    stored, _ = train(work, tiny_shards, name="stored", **common)
+    online, said = train(work, tiny_shards, name="online", teacher=str(tiny_model), online_teacher=True, **common)
     assert "Online teacher: 1.6 M parameters, 32 px, 12 tokens" in said
-    assert [set(line) for line in online] == [set(line) for line in stored]
     for one, other in zip(stored, online, strict=True):
         for name in ("loss", "loss_clip", "loss_instance", "loss_cluster"):
             assert other[name] == pytest.approx(one[name], abs=2e-3), name
     assert online != stored, "rows are not rounded to float16 on the way"
-    varied, _ = train(work, tiny_shards, **(common | {"name": "v", "crop_scale": 0.4}), online_teacher=True)
-    assert abs(varied[0]["loss_clip"] - online[0]["loss_clip"]) > 1e-4
-
-
-def test_without_embeddings_it_teaches_through_a_layer_and_every_caption(tiny_model: Path, tmp_path: Path) -> None:
-    data = write_captions(tmp_path / "data", (2, 3, 1, 2, 4, 2))
-    settings = {
-        "student": str(write_student(tmp_path)),
-        "teacher": str(tiny_model),
-        "online_teacher": True,
-        "preset": "clip-kd",
-        "teacher_space": "pca",
-        "batch_size": 4,
-        "val_fraction": 0.0,
-    }
-    log, said = train(tmp_path / "work", data, **settings)
-    assert "There are no stored embeddings" in said
-    assert not (tmp_path / "work" / "embeddings").exists()
-    assert all(np.isfinite(line["loss_fd"]) for line in log)
-    # Captions may be shortened: the teacher reads the same words.
-    dropped, _ = train(tmp_path / "other", data, caption_dropout=0.5, **settings)
-    assert len(dropped) == 4
-    # The teacher is an input of the run: another one is another run.
-    other = write_tiny_model(tmp_path / "tiny2", seed=8)
-    with pytest.raises(ClipcidError, match="other settings or inputs"):
-        train(tmp_path / "work", data, **(settings | {"teacher": str(other)}))
-
-
-def test_clusters_of_another_teacher_are_refused(tiny_shards: Path, work: Path, tmp_path: Path) -> None:
     other = write_tiny_model(tmp_path / "other", seed=3)
     with pytest.raises(
         ClipcidError, match=r"clusters in .* weights blake2b.*the teacher is .*, weights blake2b"
     ) as raised:
-        train(work, tiny_shards, student=str(write_student(tmp_path)), teacher=str(other), online_teacher=True)
+        train(work, tiny_shards, name="third", teacher=str(other), online_teacher=True, **common)
     assert f"clipcid embed {tiny_shards} --model {other}" in raised.value.fix
 
 
-def test_it_needs_a_loss_that_learns_from_it() -> None:
-    with pytest.raises(UsageError, match="no loss of the run needs a teacher"):
-        DistillSettings(student="s.json", preset="clip", online_teacher=True)
-    with pytest.raises(UsageError, match="--caption-dropout"):
-        DistillSettings(student="s.json", caption_dropout=0.5)
-
-
-def test_no_teacher_is_loaded_where_stored_embeddings_teach(tiny_shards: Path, work: Path) -> None:
-    assert load_online_model(join(tiny_shards, work / "embeddings" / "tiny").inputs, ALONE) is None
+def test_without_embeddings_it_teaches_through_a_layer_and_every_caption(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_captions(tmp_path / "data", (2, 3, 1, 2, 4, 2))
+    settings = {"student": str(write_student(tmp_path)), "teacher": str(tiny_model), "online_teacher": True}
+    settings |= {"preset": "clip-kd", "teacher_space": "pca", "batch_size": 4, "val_fraction": 0.0}
+    log, said = train(tmp_path / "work", data, caption_dropout=0.5, **settings)
+    assert "There are no stored embeddings" in said
+    assert not (tmp_path / "work" / "embeddings").exists()
+    assert all(np.isfinite(line["loss_fd"]) for line in log)
+    # The teacher is an input of the run: another one is another run.
+    other = write_tiny_model(tmp_path / "tiny2", seed=8)
+    with pytest.raises(ClipcidError, match="other settings or inputs"):
+        train(tmp_path / "work", data, caption_dropout=0.5, **(settings | {"teacher": str(other)}))

@@ -1,4 +1,4 @@
-"""Embeddings that do not match the teacher or the data: refused, naming both values and the fix."""
+"""Embeddings that match the teacher and the data, and hold what a run asks for; else refused with the fix."""
 
 from __future__ import annotations
 
@@ -7,34 +7,40 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+import torch
 from balance_data import write_embeddings
 from conftest import write_tiny_model
 from safetensors.numpy import load_file, save_file
 from teaching_data import Listener, embed_data, join, train, write_student
 
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, second_moment
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.results.clusters import TopClusters
+from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill.clusters import use_clusters
+from clipcid_cli.steps.distill import teacher
 from clipcid_cli.steps.distill.inputs import open_stored
-from clipcid_cli.steps.distill.samples import MatchCounts
+from clipcid_cli.steps.distill.teacher import choose_space
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 Change = Callable[[dict[str, Any]], None]
 
 
 @pytest.fixture(scope="module")
-def embedded(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("embedded") / "tiny"
-    embed_data(tiny_shards, tiny_model, folder)
-    return folder
+def folders(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Embeddings with a view of each image, of images alone, and of another tool."""
+    root = tmp_path_factory.mktemp("embedded")
+    embed_data(tiny_shards, tiny_model, root / "tiny", views=1)
+    embed_data(tiny_shards, tiny_model, root / "images", text=False, fast_decode=True)
+    rows = np.random.default_rng(0).normal(size=(24, 32)).astype(np.float16)
+    write_embeddings(root / "foreign", rows)
+    return {name: root / name for name in ("tiny", "images", "foreign")}
 
 
 def change_mean(config: dict[str, Any]) -> None:
@@ -57,19 +63,16 @@ def open_for(model: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "both"),
     [
-        (
-            change_mean,
-            r"preprocessing mean \[0\.5, 0\.5, 0\.5\]; the teacher .*preprocessing mean \[0\.4, 0\.5, 0\.5\]",
-        ),
+        (change_mean, r"preprocessing mean \[0\.5, .*; the teacher .*preprocessing mean \[0\.4, 0\.5, 0\.5\]"),
         (change_context, "tokenizer context_length 12; the teacher .*tokenizer context_length 10"),
         (change_heads, 'architecture text_cfg .*"heads": 2.*; the teacher .*architecture text_cfg .*"heads": 4'),
         (None, "weights blake2b:[0-9a-f]{32}; the teacher .*weights blake2b:[0-9a-f]{32}"),
     ],
 )
 def test_another_teachers_embeddings_are_refused(
-    change: Change | None, both: str, embedded: Path, tiny_model: Path, tmp_path: Path
+    change: Change | None, both: str, folders: dict[str, Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    open_for(tiny_model, embedded)
+    open_for(tiny_model, folders["tiny"])
     other = tmp_path / "tiny"
     shutil.copytree(tiny_model, other)
     if change is None:
@@ -81,22 +84,48 @@ def test_another_teachers_embeddings_are_refused(
         change(config)
         (other / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ClipcidError, match=both) as raised:
-        open_for(other, embedded)
+        open_for(other, folders["tiny"])
     assert re.search(rf"clipcid embed \S+ --model {other}", raised.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "message", "flags"),
+    [
+        ("tiny", {"extra_texts": 4}, "but there are no texts", " --views 1 --text-variants 4"),
+        ("images", {"views": "stored"}, "--views stored, but .* no views", " --no-text --views 4 --view-kind mix"),
+        ("images", {"extra_texts": 4}, "but there are no texts", " --fast-decode --text-variants 4"),
+    ],
+)
+def test_what_is_asked_for_and_lacking_is_refused_with_the_command_that_makes_it(
+    kind: str,
+    asked: dict[str, Any],
+    message: str,
+    flags: str,
+    folders: dict[str, Path],
+    tiny_shards: Path,
+    tiny_model: Path,
+) -> None:
+    with pytest.raises(ClipcidError, match=message) as raised:
+        join(tiny_shards, folders[kind], preset="clip", loss=("clip=0", "fd=1"), **asked)
+    command = "clipcid embed" + raised.value.fix.split("clipcid embed")[-1]
+    expected = f"clipcid embed {tiny_shards} --model {tiny_model} --out {folders[kind]} --overwrite{flags}"
+    made = json.loads((folders[kind] / "embed.json").read_text())["settings"]
+    expected += f" --precision {made['precision']} --batch-size {made['batch_size']}"
+    assert sorted(command.split(" --")) == sorted(expected.split(" --"))
 
 
 def test_keys_of_another_form_are_refused(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     embed_data(tiny_shards, tiny_model, tmp_path / "tiny", keys="shard")
-    with pytest.raises(
-        ClipcidError, match="were made with --keys shard, the data is read with --keys sample"
-    ) as raised:
+    said = "were made with --keys shard, the data is read with --keys sample"
+    with pytest.raises(ClipcidError, match=said) as raised:
         join(tiny_shards, tmp_path / "tiny")
     assert raised.value.fix == "Add --keys shard."
 
 
-def test_a_teacher_of_images_alone_gives_its_images(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
-    embed_data(tiny_shards, tiny_model, tmp_path / "tiny", text=False)
-    run = join(tiny_shards, tmp_path / "tiny", preset="clip", loss=("fd=1",), teacher_space="pca")
+def test_a_teacher_of_images_alone_gives_its_images(
+    tiny_shards: Path, tiny_model: Path, folders: dict[str, Path]
+) -> None:
+    run = join(tiny_shards, folders["images"], preset="clip", loss=("fd=1",), teacher_space="pca")
     assert not run.inputs.first_captions, "any caption may be shown where the teacher knows none"
     rows, batch = run.show(load_model(parse_model(str(tiny_model))))
     for width in (32, 24):
@@ -108,71 +137,72 @@ def test_a_teacher_of_images_alone_gives_its_images(tiny_shards: Path, tiny_mode
     assert np.corrcoef((found @ found.T).ravel(), (stored @ stored.T).ravel())[0, 1] > 0.95
 
 
-def test_a_loss_that_needs_captions_says_how_to_embed_them(tiny_shards: Path, tmp_path: Path) -> None:
-    rows = np.random.default_rng(0).normal(size=(24, 32)).astype(np.float16)
-    folder = write_embeddings(tmp_path / "foreign", rows)
-    student = str(write_student(tmp_path))
-    with pytest.raises(ClipcidError, match="captions are needed by: crd") as raised:
-        train(tmp_path / "work", tiny_shards, student=student, embeddings=folder, preset="clip-kd")
-    assert raised.value.fix.endswith(f"Or embed the captions too: clipcid embed {tiny_shards} --model MODEL")
-
-
-def test_an_online_teacher_needs_a_name_beside_anothers_embeddings(tiny_shards: Path, tmp_path: Path) -> None:
-    rows = np.random.default_rng(0).normal(size=(24, 32)).astype(np.float16)
-    folder = write_embeddings(tmp_path / "foreign", rows)
-    with pytest.raises(ClipcidError, match="does not record which model made it"):
-        train(
-            tmp_path / "work",
-            tiny_shards,
-            student=str(write_student(tmp_path)),
-            embeddings=folder,
-            preset="clip-kd",
-            online_teacher=True,
-        )
-
-
-def test_embeddings_of_a_namesake_are_no_axes_for_an_online_teacher(
-    tiny_shards: Path, tiny_model: Path, embedded: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("online", "message"),
+    [(False, "captions are needed by: crd"), (True, "does not record which model made it")],
+)
+def test_embeddings_of_another_tool_that_say_too_little_are_refused(
+    online: bool, message: str, tiny_shards: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    shutil.copytree(embedded, tmp_path / "work" / "embeddings" / "tiny")
-    namesake = write_tiny_model(tmp_path / "tiny", seed=4)
-    settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "online_teacher": True, "steps": 1}
-    _, said = train(tmp_path / "work", tiny_shards, teacher=str(namesake), **settings)
-    assert "no stored embeddings" in said
-    _, said = train(
-        tmp_path / "work", tiny_shards, teacher=str(tiny_model), name="own", teacher_space="pca", **settings
-    )
-    assert "24 of the teacher's 32 dimensions, which keep" in said
+    common = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "online_teacher": online}
+    with pytest.raises(ClipcidError, match=message) as raised:
+        train(tmp_path / "work", tiny_shards, embeddings=folders["foreign"], **common)
+    if not online:
+        assert raised.value.fix.endswith(f"Or embed the captions too: clipcid embed {tiny_shards} --model MODEL")
 
 
-def test_an_online_teacher_without_a_name_is_the_embeddings_or_an_error_where_there_are_two(
-    tiny_shards: Path, embedded: Path, tmp_path: Path
+def test_whose_axes_an_online_teacher_takes(
+    tiny_shards: Path, tiny_model: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     work = tmp_path / "work"
-    shutil.copytree(embedded, work / "embeddings" / "one")
+    shutil.copytree(folders["tiny"], work / "embeddings" / "tiny")
     settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "online_teacher": True, "steps": 1}
-    _, said = train(work, tiny_shards, teacher_space="project", **settings)
+    namesake = write_tiny_model(tmp_path / "tiny", seed=4)
+    _, said = train(work, tiny_shards, teacher=str(namesake), **settings)
+    assert "no stored embeddings" in said
+    _, said = train(work, tiny_shards, teacher=str(tiny_model), name="own", teacher_space="pca", **settings)
+    assert "24 of the teacher's 32 dimensions, which keep" in said
+    _, said = train(work, tiny_shards, name="unnamed", teacher_space="project", **settings)
     assert "the teacher's 32 dimensions, by a learned layer" in said
-    shutil.copytree(embedded, work / "embeddings" / "two")
-    with pytest.raises(ClipcidError, match="has those of 2 models: one, two") as refused:
+    shutil.copytree(folders["tiny"], work / "embeddings" / "two")
+    with pytest.raises(ClipcidError, match="has those of 2 models: tiny, two") as refused:
         train(work, tiny_shards, name="second", **settings)
     assert refused.value.fix == "Choose one with --embeddings."
 
 
-@pytest.mark.parametrize(
-    ("asked", "known", "freeze_text", "several", "taught"),
-    [
-        ("auto", True, False, False, True),
-        ("auto", False, False, False, False),
-        ("auto", True, True, False, False),
-        ("auto", True, False, True, False),  # their clusters are those of the first caption
-        ("both", True, False, True, True),
-        ("image", True, False, False, False),
-    ],
-)
-def test_which_towers_clusters_teach(asked: str, known: bool, freeze_text: bool, several: bool, taught: bool) -> None:
-    nearest = TopClusters(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float16))
-    made = SimpleNamespace(repair=None, temperatures={"image": 0.1})
-    clusters: Any = SimpleNamespace(folder="c", centroids=[], captions=nearest if known else None, sidecar=made)
-    settings = DistillSettings(student="s.json", preset="cid", cluster_towers=asked, freeze_text=freeze_text)
-    assert use_clusters(settings, clusters, None, MatchCounts(), several, Listener()).teach_text == taught
+def choose(work: Path, folder: Path, space: str = "pca", **settings: Any) -> SharedSpace:
+    given = DistillSettings(student="student.json", teacher_space=space, work=work, **settings)
+    with open_dist_context("cpu") as context:
+        return choose_space(given, 32, open_embeddings(folder), 24, context, Listener())
+
+
+def test_axes_of_the_same_embeddings_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 32))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+    folder, work = write_embeddings(tmp_path / "embeddings", rows), tmp_path / "work"
+    dry = choose(work, folder, dry_run=True)
+    assert not work.exists()
+    first = choose(work, folder)
+    expected = principal_axes(second_moment([rows], 32), 24)
+
+    def refuse(*_: Any) -> NoReturn:
+        raise AssertionError("the rows are read again")
+
+    monkeypatch.setattr(teacher, "second_moment", refuse)
+    for space in (dry, first, choose(work, folder)):
+        assert space.axes is not None
+        assert torch.equal(space.axes.basis_Dd, expected.basis_Dd)
+    (kept,) = work.rglob("*.npy")
+    kept.write_bytes(kept.read_bytes()[:-8])
+    for changed in (folder, write_embeddings(tmp_path / "others", rows[:-1])):
+        with pytest.raises(AssertionError, match="again"):
+            choose(work, changed)
+
+
+def test_losses_that_compare_no_features_of_student_and_teacher_need_no_shared_space(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    for preset in ("dr", "clip-kd"):
+        space = choose(tmp_path, folders["foreign"], "auto", preset=preset)
+        assert (space.width == 32 and space.axes is None and not space.is_learned) == (preset == "dr")
+    assert choose(tmp_path, folders["foreign"], "pca", preset="dr").axes is not None

@@ -21,7 +21,7 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.matched_samples import SampleRows, open_rows
 from clipcid_cli.runtime.randomness import key_fraction
 from clipcid_cli.steps.distill import samples
-from clipcid_cli.steps.distill.samples import Sources, count_usable, match_samples
+from clipcid_cli.steps.distill.samples import Sources, match_samples
 
 HELD_OUT = 0.3
 
@@ -76,25 +76,15 @@ def test_rows_are_found_in_any_order(order: str, dataset: Dataset, tmp_path: Pat
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "foreign"]
 
 
-def test_samples_that_cannot_be_used_are_counted_by_the_index(dataset: Dataset) -> None:
-    usable = count_usable(dataset, 0.01)
-    assert (usable.total, usable.read, usable.skips.total) == (24, 24, 0)
-
-
 def test_training_is_the_same_whatever_the_order_of_files(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     embed_data(tiny_shards, tiny_model, tmp_path / "own")
     own = open_embeddings(tmp_path / "own")
     keys, order = read_keys(own), np.random.default_rng(0).permutation(24)
     rows, texts = own.rows(Kind.IMAGES).read(0, 24)[order], own.rows(Kind.TEXTS).read(0, 24)[order]
     foreign = write_embeddings(tmp_path / "foreign", rows, keys=[keys[row] for row in order], texts=texts)
-    settings = {
-        "student": str(write_student(tmp_path)),
-        "preset": "clip-kd",
-        "teacher_space": "project",
-        "loss": ("crd=0",),
-    }
+    settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "teacher_space": "project"}
     logs = [
-        train(tmp_path / folder.name / "work", tiny_shards, embeddings=folder, **settings)[0]
+        train(tmp_path / folder.name / "work", tiny_shards, embeddings=folder, loss=("crd=0",), **settings)[0]
         for folder in (tmp_path / "own", foreign)
     ]
     assert logs[0] == logs[1]
@@ -123,11 +113,9 @@ def test_samples_are_matched_once(
     assert train(work, tiny_shards, name="again", **settings)[0] == first
     assert find_matched(work) == [matched]
     assert not list(matched.glob(".*"))
-    for kind in ("bytes", "folder"):
-        column = matched / "training.places.npy"
-        column.unlink()
-        column.write_bytes(b"damaged") if kind == "bytes" else column.mkdir()
-        assert train(work, tiny_shards, name=kind, **settings)[0] == first
+    (matched / "training.places.npy").unlink()  # a map of it goes on
+    (matched / "training.places.npy").write_bytes(b"damaged")
+    assert train(work, tiny_shards, name="damaged", **settings)[0] == first
 
     def refuse(*_: Any) -> NoReturn:
         raise AssertionError("matched again")
@@ -145,13 +133,8 @@ def test_captions_that_changed_are_matched_anew(tmp_path: Path) -> None:
     for number in range(24):
         (data / f"{number}.png").write_bytes(make_image(number))
         (data / f"{number}.txt").write_text(make_caption(number))
-    settings = {
-        "student": str(write_student(tmp_path)),
-        "preset": "clip",
-        "steps": 1,
-        "max_bad_fraction": 0.1,
-        "val_fraction": 0,
-    }
+    settings = {"student": str(write_student(tmp_path)), "preset": "clip", "steps": 1}
+    settings |= {"max_bad_fraction": 0.1, "val_fraction": 0}
     train(work, data, **settings)
     (data / "3.txt").unlink()
     train(work, data, name="again", **settings)
@@ -160,21 +143,16 @@ def test_captions_that_changed_are_matched_anew(tmp_path: Path) -> None:
 
 
 def test_the_same_files_under_names_that_are_in_the_keys_are_matched_anew(tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        write_tar(tmp_path / folder / "0.tar", shard_members(0, 24))
-    settings = {
-        "student": str(write_student(tmp_path)),
-        "preset": "clip",
-        "steps": 1,
-        "keys": "shard",
-        "val_fraction": 0.3,
-    }
+    settings = {"student": str(write_student(tmp_path)), "preset": "clip", "steps": 1, "keys": "shard"}
     for number, names in enumerate((("a", "b"), ("x", "y"))):
-        train(tmp_path / "work", f"{tmp_path / names[0]}::{tmp_path / names[1]}", name=str(number), **settings)
+        for folder, old in zip(names, ("a", "b"), strict=True):
+            if number:
+                (tmp_path / old).rename(tmp_path / folder)
+            else:
+                write_tar(tmp_path / folder / "0.tar", shard_members(0, 24))
+        data = f"{tmp_path / names[0]}::{tmp_path / names[1]}"
+        train(tmp_path / "work", data, name=str(number), val_fraction=0.3, **settings)
         assert len(find_matched(tmp_path / "work")) == number + 1
-        for old, new in (("a", "x"), ("b", "y")):
-            if number == 0:
-                (tmp_path / old).rename(tmp_path / new)
 
 
 def test_bad_rows_are_told_on_each_start_and_other_texts_are_matched_anew(

@@ -54,11 +54,8 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("kind", ["images", "begun", "foreign", "foreign texts"])
-def test_texts_leave_other_embeddings_alone(
-    kind: str, overwrite: bool, lines: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_texts_leave_other_embeddings_alone(kind: str, lines: Path, tiny_model: Path, tmp_path: Path) -> None:
     rows = np.eye(5, 32, dtype=np.float16)
     folder = write_embeddings(tmp_path / "out", rows, texts=rows)
     if kind in ("images", "begun"):
@@ -70,7 +67,7 @@ def test_texts_leave_other_embeddings_alone(
     before = content(folder)
     expected = "clipcid did not write" if "foreign" in kind else "holds embeddings of images"
     with pytest.raises(ClipcidError, match=expected):
-        embed_lines(lines, tiny_model, folder, overwrite=overwrite)
+        embed_lines(lines, tiny_model, folder, overwrite=True)
     assert content(folder) == before
 
 
@@ -114,12 +111,6 @@ def test_what_is_finished_is_found_and_compared_without_the_model(lines: Path, t
     assert content(texts) == before
     with pytest.raises(ClipcidError, match=r"settings\.batch_size: 4 there, 5 now"):
         embed_lines(lines, tiny_model, texts, batch_size=5)
-
-
-def test_texts_lie_beside_their_rows_without_metadata(texts: Path) -> None:
-    names = sorted(str(path.relative_to(texts)) for path in texts.rglob("*") if path.is_file())
-    visible = [name for name in names if not name.startswith(".")]
-    assert visible == ["manifest.parquet", "text_emb/text_emb_0000.npy", "texts.arrow", "texts.json"]
 
 
 def test_what_differs_is_refused(lines: Path, texts: Path, tiny_model: Path, tmp_path: Path) -> None:

@@ -7,25 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from balance_data import Listener
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import KNOWN_DATASETS
 from clipcid_cli.formats.results.features import Features
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.evaluate.linear import ProbeFits, ProbePlan, choose_metric
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
-
-
-class Listener(Reporter):
-    """Keeps warnings."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, text: str) -> None:
-        """Keep a warning."""
-        self.warnings.append(text)
 
 
 def make_images(counts: list[int], seed: int = 0) -> Features:
@@ -51,21 +40,17 @@ def make_plan(classes: int, metric: str = "acc1", **settings: Any) -> ProbePlan:
 def test_few_shot_probes_see_no_image_that_chooses_their_strength() -> None:
     images = make_images([30, 30, 6])
     fits, listener = make_fits(images, shots="8,2", shot_repeats=2)
-    assert listener.warnings == ["--shots 8: 1 of 3 classes have fewer images, all of which are used."]
+    assert listener.told == ["--shots 8: 1 of 3 classes have fewer images, all of which are used."]
     assert len(fits.fitted) + len(fits.held_out) == len(images)
     held_out = {tuple(row) for row in fits.held_out.rows.tolist()}
     assert held_out.isdisjoint({tuple(row) for row in fits.fitted.rows.tolist()})
     curve = fits.few_shots(make_images([20, 20, 20], seed=1))
     assert [(point.shots, point.images) for point in curve] == [(2, 6), (8, 21)]
+    half, _ = make_fits(images, val_fraction=0.5)
+    assert (len(half.fitted), len(half.held_out), len(half.images)) == (33, 33, 66)
     assert all(len(set(point.metrics["lp_acc1"].values)) <= 2 for point in curve)
     again = make_fits(images, shots="8", shot_repeats=2)[0].few_shots(make_images([20, 20, 20], seed=1))
     assert again == curve[1:]
-
-
-def test_one_draw_has_no_spread() -> None:
-    fits, _ = make_fits(make_images([9, 9]), shots="1", shot_repeats=1)
-    (point,) = fits.few_shots(make_images([5, 5], seed=1))
-    assert point.metrics["lp_acc1"].std is None
 
 
 def test_a_best_strength_at_an_end_is_told_once_for_each_number_of_shots() -> None:
@@ -74,21 +59,10 @@ def test_a_best_strength_at_an_end_is_told_once_for_each_number_of_shots() -> No
     fits, listener = make_fits(apart, shots="1,4", shot_repeats=3)
     curve = fits.few_shots(apart)
     assert [point.at_edge for point in curve] == [3, 3]
-    assert [text.partition(" an end of")[0] for text in listener.warnings] == [
+    assert [text.partition(" an end of")[0] for text in listener.told] == [
         "--shots 1: the best C of 3 of 3 draws is",
         "--shots 4: the best C of 3 of 3 draws is",
     ]
-
-
-def test_a_refit_takes_every_image() -> None:
-    images = make_images([20, 20])
-    fits, _ = make_fits(images)
-    solution = fits.refit(fits.sweep()[1])
-    assert solution.converged
-    half, _ = make_fits(images, val_fraction=0.5)
-    assert (len(half.fitted), len(half.held_out), len(half.images)) == (20, 20, 40)
-    given = ProbeFits({"train": images, "val": make_images([3, 4], seed=1)}, make_plan(2), Listener())
-    assert (len(given.fitted), len(given.held_out), len(given.images)) == (40, 7, 47)
 
 
 def test_what_cannot_be_drawn_or_held_out_is_refused() -> None:

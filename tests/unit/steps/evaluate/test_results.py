@@ -7,20 +7,15 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import make_image, write_tar
+from conftest import make_image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.distributed import open_dist_context
-from clipcid_cli.runtime.models.clip_model import load_model
-from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
-from clipcid_cli.steps.evaluate.model import EvaluatedModel
 from clipcid_cli.steps.evaluate.result import LinearResult, ZeroshotResult
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
-from clipcid_cli.steps.settings.shared import ReadingSettings
 
 
 def write_photos(folder: Path, seed: int, per_class: int = 4) -> Path:
@@ -79,26 +74,6 @@ def test_zeroshot_results_are_of_these_images_and_outlive_failures(tiny_model: P
     assert evaluate().reused
 
 
-def test_captions_that_change_are_other_data(tiny_model: Path, tmp_path: Path) -> None:
-    def evaluate(caption: bytes) -> ZeroshotResult:
-        # In the midst of a tar, where the shard's own fingerprint does not look.
-        filler = [(f"{number}.png", make_image(number).ljust(70_000, b"\0")) for number in range(12)]
-        texts = [(f"{number}.txt", caption if number == 4 else b"a thing") for number in range(12)]
-        pairs = [member for pair in zip(filler, texts, strict=True) for member in pair]
-        write_tar(tmp_path / "0.tar", pairs)
-        settings = EvalZeroshotSettings(
-            model=str(tiny_model), data=(str(tmp_path / "0.tar"),), work=tmp_path / "work", workers=0, bootstrap=0
-        )
-        found = eval_zeroshot.run(settings, Reporter())
-        assert isinstance(found, ZeroshotResult)
-        return found
-
-    evaluate(b"a red cat")
-    assert evaluate(b"a red cat").reused
-    with pytest.raises(ClipcidError, match="tar#images"):
-        evaluate(b"a big dog")
-
-
 def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: Path, tmp_path: Path) -> None:
     data = tmp_path / "photos"
     write_photos(data / "train", 0, 8)
@@ -122,25 +97,3 @@ def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: 
     other = probe("2")
     assert not other.reused
     assert [point.shots for point in other.shots] == [2]
-
-
-def test_weights_are_told_by_every_byte(tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "open_clip_config.json").write_text("{}")
-    weights = tmp_path / "open_clip_model.safetensors"
-
-    def fingerprint(byte: bytes) -> str:
-        with weights.open("wb") as file:
-            file.truncate(70 * 2**20)
-            file.seek(10 * 2**20)  # neither head, middle nor tail
-            file.write(byte)
-        with open_dist_context("cpu") as context:
-            name = ModelName(str(tmp_path), "folder", path=tmp_path)
-            model = EvaluatedModel(name, context, ReadingSettings(), Reporter())
-            return model.fingerprints[1].hash
-
-    assert fingerprint(b"a") != fingerprint(b"b")
-    # It is the hash that the model itself is known by.
-    name = parse_model(str(tiny_model))
-    with open_dist_context("cpu") as context:
-        model = EvaluatedModel(name, context, ReadingSettings(), Reporter())
-        assert model.fingerprints[1].hash == load_model(name, context.device).info.weights_hash

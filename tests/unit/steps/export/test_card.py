@@ -12,7 +12,6 @@ import pytest
 from conftest import TINY_CONFIG
 from sidecars import make_sidecar
 
-from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.results.metrics import SIDECARS, Metrics, write_metrics
 from clipcid_cli.formats.sidecar import BalanceSidecar, EvaluationSidecar
 from clipcid_cli.runtime.models.clip_model import ModelInfo, load_model
@@ -78,12 +77,6 @@ def test_metrics_of_other_weights_than_those_written_say_so(info: ModelInfo, tin
     assert "Measured on" not in render(info, source, work=tmp_path / "empty")
 
 
-def test_the_library_is_called_as_the_hub_calls_it(info: ModelInfo, tiny_model: Path, tmp_path: Path) -> None:
-    for form, library in (("open-clip", "open_clip"), ("hf", "transformers"), ("onnx", "onnx")):
-        card = render(info, parse_model(str(tiny_model)), work=tmp_path, format=(form,))
-        assert f"\nlibrary_name: {library}\n" in card
-
-
 def test_names_never_become_tags(info: ModelInfo, tiny_model: Path, tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>|\n<b>"
     write_evaluation(tmp_path, "own", info.weights_hash, 0.5, dataset=evil)
@@ -123,10 +116,3 @@ def test_the_keep_ratio_is_of_the_list_that_the_run_applied(tiny_shards: Path, t
     student = parse_model(made.student)
     card = render(load_model(student).info, student, work=work)
     assert "| Keep ratio | 0.75 (18 of 24 images) |" in card
-
-
-def test_an_opset_without_onnx_files_is_refused() -> None:
-    with pytest.raises(UsageError, match="--opset applies only to ONNX files"):
-        ExportSettings(opset=19)
-    assert ExportSettings(format=("onnx",)).onnx_opset == ExportSettings(format=("onnx",), opset=20).onnx_opset == 20
-    assert ExportSettings().onnx_opset is None

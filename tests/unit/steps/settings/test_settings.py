@@ -41,18 +41,6 @@ def call(group: click.Group, *arguments: str, env: dict[str, str] | None = None)
     return dict(json.loads(result.output))
 
 
-def test_flags_are_spelled_typed_and_repeated_as_declared(group: click.Group) -> None:
-    values = call(
-        group, "laion/", "--share", "0.25", "--wd", "0.1", "--loss", "clip=1", "--loss", "fd=2", "--fast", "--kind", "b"
-    )
-    assert values["data"] == "laion/"
-    assert values["share"] == 0.25
-    assert values["weight_decay"] == 0.1
-    assert values["losses"] == ["clip=1", "fd=2"]
-    assert values["fast"] is True
-    assert values["kind"] == "b"
-
-
 def test_operational_settings_do_not_decide_the_output(group: click.Group) -> None:
     assert "workers" not in output_settings(ExampleSettings())
     assert "fast" not in output_settings(ExampleSettings())
@@ -71,25 +59,6 @@ def test_precedence_is_flag_environment_file_default(group: click.Group, tmp_pat
     assert call(group, "--config", str(config), "--share", "0.9", env=environment)["share"] == 0.9
 
 
-def test_an_unknown_key_of_the_file_is_an_error_with_a_hint(group: click.Group, tmp_path: Path) -> None:
-    config = tmp_path / "c.toml"
-    config.write_text("[example]\nshair = 0.1\n")
-    with pytest.raises(UsageError, match="unknown key 'shair'") as caught:
-        call(group, "--config", str(config))
-    assert "share" in caught.value.fix
-
-
-def test_values_of_the_file_are_not_bent_into_shape(group: click.Group, tmp_path: Path) -> None:
-    config = tmp_path / "c.toml"
-    config.write_text("[example]\nseed = 4.9\n")
-    result = CliRunner().invoke(group, ["example", "--config", str(config)])
-    assert f"Invalid value for '--seed' in {config}: '4.9' is not a valid whole number" in result.output
-    for line in ("share = true", "seed = true", "data = [1]", "kind = {}", "fast = 1"):
-        config.write_text(f"[example]\n{line}\n")
-        with pytest.raises(UsageError, match=line.partition(" ")[0]):
-            call(group, "--config", str(config))
-
-
 def test_a_bad_value_of_the_environment_is_told_by_its_variable(group: click.Group) -> None:
     result = CliRunner().invoke(group, ["example"], env={"CLIPCID_EXAMPLE_SHARE": "half"})
     assert "Invalid value for CLIPCID_EXAMPLE_SHARE: 'half' is not a valid number" in result.output
@@ -102,23 +71,6 @@ def test_an_unknown_table_of_the_file_is_an_error(group: click.Group, tmp_path: 
         call(group, "--config", str(config))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--share", "0"], "0.0 is not in the range 0<x<=1"),
-        (["--share", "1.5"], "1.5 is not in the range 0<x<=1"),
-        (["--share", "much"], "'much' is not a valid number"),
-        (["--seed", "1.5"], "'1.5' is not a valid whole number"),
-        (["--kind", "c"], "'c' is not one of 'a', 'b'"),
-        (["--shar", "1"], "Did you mean '--share'"),
-    ],
-)
-def test_bad_values_are_refused_with_the_range(group: click.Group, arguments: list[str], says: str) -> None:
-    result = CliRunner().invoke(group, ["example", *arguments])
-    assert result.exit_code == 2
-    assert says in result.output
-
-
 def test_values_given_in_python_are_checked_too() -> None:
     for number in (2.0, float("nan")):  # and NaN alone of the command line, since click finds it in every range
         with pytest.raises(UsageError, match=f"--share {number:g} is not in the range 0<x<=1"):
@@ -129,15 +81,3 @@ def test_values_given_in_python_are_checked_too() -> None:
         ExampleSettings(work=Path("a\0b"))
     with pytest.raises(UsageError, match="--work is a URL, s3://bucket/w: only data is read from URLs"):
         ExampleSettings(work=Path("s3://bucket/w"))
-
-
-def test_the_help_page_groups_the_flags_and_states_defaults_and_ranges(group: click.Group) -> None:
-    page = CliRunner().invoke(group, ["example", "--help"]).output
-    numbers = page[page.index("Numbers:") :]
-    assert "A share. [default: 0.5; 0<x<=1]" in " ".join(numbers.split())
-    assert (
-        page.index("Show what is set.")
-        < page.index("Positional arguments:")
-        < page.index("Numbers:")
-        < page.index("How it runs:")
-    )

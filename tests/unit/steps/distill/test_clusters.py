@@ -1,21 +1,25 @@
-"""Cluster centroids gathered from their file: the same rows as from a copy in memory, and the targets built on them."""
+"""Cluster centroids gathered from their file, the targets built on them, and which towers they teach."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from loss_data import unit
+from teaching_data import Listener
 
 from clipcid_cli.algorithms.losses import cluster
 from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids
-from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes, principal_axes
+from clipcid_cli.algorithms.losses.shared_space import principal_axes
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.clusters import TopClusters
-from clipcid_cli.steps.distill.clusters import ClusterLookup
+from clipcid_cli.steps.distill.clusters import ClusterLookup, use_clusters
+from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 K, D, CUT, N, M = 300, 24, 10, 40, 4
@@ -30,16 +34,12 @@ def file(tmp_path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def axes_of(file: np.ndarray) -> PrincipalAxes:
-    return principal_axes(file.astype(np.float64).T @ file.astype(np.float64), CUT)
-
-
 @pytest.mark.parametrize("is_projected", [False, True])
 @pytest.mark.parametrize("is_kept", [False, True])
 def test_taken_rows_are_the_file_rows_projected(
     file: np.ndarray, is_projected: bool, is_kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    axes = axes_of(file) if is_projected else None
+    axes = principal_axes(file.astype(np.float64).T @ file.astype(np.float64), CUT) if is_projected else None
     width = CUT if is_projected else D
     monkeypatch.setattr(cluster, "_KEPT_BYTES", K * width * 4 - (not is_kept))
     monkeypatch.setattr(cluster, "_ROWS_AT_ONCE", 7)
@@ -83,7 +83,7 @@ def test_targets_lead_back_to_the_stored_clusters(file: np.ndarray) -> None:
     assert len(images.centroids_SD) == len(named) + 0.1 * K
 
 
-def test_draw_depends_on_the_step_and_on_nothing_else(file: np.ndarray) -> None:
+def test_draw_depends_on_the_step_and_its_correction_can_be_left_out(file: np.ndarray) -> None:
     rows = np.arange(6)
     first, _ = make_lookup(file, captions=False).targets(rows, step=1)
     again, texts = make_lookup(file, captions=False).targets(rows, step=1)
@@ -92,14 +92,9 @@ def test_draw_depends_on_the_step_and_on_nothing_else(file: np.ndarray) -> None:
     for field in dataclasses.fields(first):
         assert torch.equal(getattr(first, field.name), getattr(again, field.name))
     assert not torch.equal(first.centroids_SD, other.centroids_SD)
-
-
-def test_without_the_correction_a_drawn_centroid_counts_once(file: np.ndarray) -> None:
-    rows = np.arange(6)
-    with_it, _ = make_lookup(file, captions=False).targets(rows, step=1)
     without, _ = make_lookup(file, captions=False, corrected=False).targets(rows, step=1)
-    assert torch.equal(with_it.centroids_SD, without.centroids_SD)
-    assert float(with_it.log_correction_S.max()) > 0
+    assert torch.equal(first.centroids_SD, without.centroids_SD)
+    assert float(first.log_correction_S.max()) > 0
     assert not without.log_correction_S.any()
 
 
@@ -109,3 +104,22 @@ def test_a_cluster_that_is_not_there_is_named(file: np.ndarray, cluster: int) ->
     lookup.towers[0][0].clusters[lookup.table_rows[3], 1] = cluster
     with pytest.raises(ClipcidError, match=rf"name clusters .*{cluster}.*; there are {K:,} centroids"):
         lookup.targets(rows, step=1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "known", "freeze_text", "several", "taught"),
+    [
+        ("auto", True, False, False, True),
+        ("auto", False, False, False, False),
+        ("auto", True, True, False, False),
+        ("auto", True, False, True, False),  # their clusters are those of the first caption
+        ("both", True, False, True, True),
+        ("image", True, False, False, False),
+    ],
+)
+def test_which_towers_clusters_teach(asked: str, known: bool, freeze_text: bool, several: bool, taught: bool) -> None:
+    nearest = TopClusters(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float16))
+    made = SimpleNamespace(repair=None, temperatures={"image": 0.1})
+    clusters: Any = SimpleNamespace(folder="c", centroids=[], captions=nearest if known else None, sidecar=made)
+    settings = DistillSettings(student="s.json", preset="cid", cluster_towers=asked, freeze_text=freeze_text)
+    assert use_clusters(settings, clusters, None, MatchCounts(), several, Listener()).teach_text == taught

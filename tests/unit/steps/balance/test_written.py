@@ -1,4 +1,4 @@
-"""New shards where the embeddings are another tool's, and where a run was killed in between."""
+"""What `balance` writes beside its keep list: DataComp's uids, and new shards; where their samples are found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from balance_data import make_rows, write_embeddings
-from uid_data import NUM_ROWS, UIDS, balance, write_data
+from uid_data import NUM_ROWS, UIDS, balance, datacomp_subset, write_data
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.steps.balance import write_shards
@@ -28,6 +28,36 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data") / "pool", UIDS)
 
 
+def test_uids_come_from_metadata_or_from_attributes(rows: np.ndarray, data: Path, tmp_path: Path) -> None:
+    """Keys are numbers, as img2dataset gives them; the uids lie beside them in one of two places."""
+    folder = write_embeddings(tmp_path / "e", rows)
+    with pytest.raises(ClipcidError, match="Sample '000000' has no uid of DataComp's") as refused:
+        balance(tmp_path / "w", folder, write_uids=tmp_path / "u.npy")
+    assert "--write-keys" in refused.value.fix
+    assert not (tmp_path / "w" / "balance").exists(), "that was said before the search"
+
+    result = balance(tmp_path / "w", folder, data=str(data), write_uids=tmp_path / "u.npy")
+    keep = pd.read_parquet(result["files"]["keep_list"])
+    expected = datacomp_subset([UIDS[row] for row in np.flatnonzero(keep["kept"])])
+    assert np.array_equal(np.load(tmp_path / "u.npy"), expected)
+    last = int(np.flatnonzero(keep["kept"])[-1])
+    lacking = write_data(tmp_path / "lacking", [None if row == last else uid for row, uid in enumerate(UIDS)])
+    with pytest.raises(ClipcidError, match=f"Sample '{last:06d}' has no uid"):
+        balance(tmp_path / "w", folder, data=str(lacking), write_uids=tmp_path / "v.npy")
+
+    for number, part in enumerate(np.array_split(np.arange(NUM_ROWS), 2)):
+        path = folder / "metadata" / f"metadata_{number}.parquet"
+        pd.read_parquet(path).assign(uid=[UIDS[row] for row in part]).to_parquet(path)
+    balance(tmp_path / "m", folder, keys="shard", write_uids=tmp_path / "m.npy")
+    assert (tmp_path / "m.npy").read_bytes() == (tmp_path / "u.npy").read_bytes()
+    # Files that were renamed since, where their names are in the keys.
+    for path in sorted(folder.rglob("*_1.*")):
+        path.rename(path.with_name(path.name.replace("_1.", "_7.")))
+    with pytest.raises(ClipcidError, match=r"has keys that .*e does not have"):
+        balance(tmp_path / "m", folder, keys="shard", write_uids=tmp_path / "n.npy")
+    assert not (tmp_path / "n.npy").exists()
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
@@ -39,10 +69,6 @@ def tar_keys(folder: Path) -> list[str]:
         with tarfile.open(path) as archive:
             names += [name.removesuffix(".png") for name in archive.getnames() if name.endswith(".png")]
     return names
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*") if path.name != "write-shards.json"}
 
 
 @pytest.mark.parametrize("keys", [None, UIDS], ids=["keys", "uids"])
@@ -75,43 +101,34 @@ def test_other_data_is_refused_and_missing_samples_are_said(rows: np.ndarray, da
     assert read_json(tmp_path / "out" / "00000000_stats.json")["status_dict"]["not_in_keep_list"] == 10
 
 
-def test_a_run_killed_between_shards_goes_on_and_ends_with_the_same_bytes(
+def test_after_a_kill_no_shard_is_copied_again(
     rows: np.ndarray, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards = ["00000000"] * 30 + ["00000001"] * 30
-    folder = write_embeddings(tmp_path / "e", rows, shards=shards)
-    asked = {"data": str(data), "keep": 0.4}
-    balance(tmp_path / "w", folder, **asked, write_shards=tmp_path / "whole")
-    copied = []
-    copy = write_shards.copy_samples
+    folder = write_embeddings(tmp_path / "e", rows, shards=["00000000"] * 30 + ["00000001"] * 30)
+    asked = {"data": str(data), "write_shards": tmp_path / "killed"}
+    copied, copy = [], write_shards.copy_samples
 
     def die_at_second(source: Path, *given: Any) -> Any:
-        if len(copied) == 1:
-            copy(source, *given)
+        if copied:
             raise KeyboardInterrupt
+        copied.append(source.name)
+        return copy(source, *given)
+
+    def count(source: Path, *given: Any) -> Any:
         copied.append(source.name)
         return copy(source, *given)
 
     monkeypatch.setattr(write_shards, "copy_samples", die_at_second)
     with pytest.raises(KeyboardInterrupt):
-        balance(tmp_path / "w", folder, **asked, write_shards=tmp_path / "killed")
-    # The second tar is there, and what it holds was not written down yet.
-    assert sorted(path.name for path in (tmp_path / "killed").glob(".write-shards-*/0*")) == [
-        "00000000.tar",
-        "00000000_stats.json",
-        "00000001.tar",
-    ]
-    monkeypatch.setattr(
-        write_shards, "copy_samples", lambda source, *given: (copied.append(source.name), copy(source, *given))[1]
-    )
-    balance(tmp_path / "w", folder, **asked, write_shards=tmp_path / "killed")
+        balance(tmp_path / "w", folder, **asked)
+    monkeypatch.setattr(write_shards, "copy_samples", count)
+    result = balance(tmp_path / "w", folder, **asked)
     assert copied == ["00000000.tar", "00000001.tar"]
-    assert snapshot(tmp_path / "killed") == snapshot(tmp_path / "whole")
+    assert len(tar_keys(tmp_path / "killed")) == result["kept"]
 
 
 def test_a_shard_that_keeps_nothing_has_statistics_and_no_tar(data: Path, tmp_path: Path) -> None:
-    rows = np.repeat(make_rows(1), NUM_ROWS, axis=0)
-    folder = write_embeddings(tmp_path / "e", rows)
+    folder = write_embeddings(tmp_path / "e", np.repeat(make_rows(1), NUM_ROWS, axis=0))
     balance(tmp_path / "w", folder, data=str(data), threshold=0.0, keep=None, write_shards=tmp_path / "out")
     assert read_json(tmp_path / "out" / "sizes.json") == {"00000000.tar": 1}
     assert not (tmp_path / "out" / "00000001.tar").exists()

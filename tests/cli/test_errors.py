@@ -1,0 +1,233 @@
+"""What a command line is refused with: exit code, sentence, and nothing written.
+
+The most common of these errors are among the screens, word for word. All lines run in one process, since loading PyTorch
+takes longer than most of them, in one folder: with a model, data, embeddings and clusters that are in order, and some that
+are not.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from balance_data import make_rows, write_embeddings
+from conftest import TINY_CONFIG, make_image, shard_members, write_tar, write_tiny_model
+from one_process import OneProcess
+
+DISTILL = "distill --student student.json"
+LINEAR = "eval-linear model --train three --test three"
+COMPARE = "eval-zeroshot --compare a.json"
+
+CASES: tuple[tuple[str, int, str], ...] = (
+    ("balance --keep 0", 2, "0.0 is not in the range 0<x<=1"),
+    ("balance --keep 56.3", 2, "56.3 is not in the range 0<x<=1. Did you mean 0.563?"),
+    ("balance --keep nan", 2, "nan is not in the range 0<x<=1"),
+    ("balance --keep 0.5 --embeddings nowhere", 1, "nowhere contains no embeddings"),
+    ("balance /etc/passwd /etc/hosts /etc/group --keep 0.5", 2, "Got 2 more arguments than DATA, such as /etc/hosts"),
+    ("balance a.tar b.tar c.tar --keep 0.5", 2, "Got unexpected extra arguments (b.tar c.tar)"),
+    ("balance --keep 0.5 --against-threshold 0.1", 2, "--against-threshold was given without --against"),
+    ("balance --keep 0.5 --min-caption-similarity 0.3 --max-caption-similarity 0.2", 2, "0.3 is above --max-caption"),
+    ("balance --keep 0.5 --max-per-cluster 3 --select medoid", 2, "--select medoid chooses one image of a group"),
+    ("balance --keep 0.5 --clusters x", 2, "--clusters was given without --max-per-cluster"),
+    ("balance --keep 0.5 --write-pairs p.txt", 2, "neither a .parquet nor a .csv file"),
+    ("cluster --embeddings foreign --features joint --work w", 1, "needs text embeddings"),
+    ("cluster --embeddings foreign --keep-list nobody.parquet --work w", 1, "Nothing is left to cluster"),
+    ("cluster --embeddings foreign --keep-list others.parquet --work w", 1, "lacks 40 of the 40 rows"),
+    ("cluster --embeddings foreign --num-clusters 20 --train-rows 19 --work w", 1, "20 is more than --train-rows 19"),
+    ("embed pairs --model model --views 2 --view-kind mix,cutmix", 2, "--view-kind cannot be 'cutmix'"),
+    ("embed pairs --view-kind mix", 2, "--view-kind was given, but no --views"),
+    ("embed pairs --crop-scale 0.3", 2, "--crop-scale was given, but no --views"),
+    ("embed pairs --color-jitter 0.3 --text-variants 8", 2, "--color-jitter was given, but no --views"),
+    ("embed pairs --text-variants 2 --no-text", 2, "--text-variants embeds captions, --no-text does not"),
+    ("embed pairs --texts names.txt", 2, "--texts embeds a file of texts alone"),
+    ("embed --texts names.txt --fast-decode", 2, "--texts decodes no images"),
+    (f"{DISTILL} --loss clip=-1", 2, "clip=-1"),
+    (f"{DISTILL} --steps 5 --epochs 2", 2, "--epochs and --steps were both given"),
+    (f"{DISTILL} --clusters nowhere", 2, "--clusters: for the cluster loss"),
+    (f"{DISTILL} --keep-list nowhere.parquet", 1, "There is no keep list nowhere.parquet"),
+    (f"{DISTILL} --resume latest --batch-size 8", 1, "no checkpoint"),
+    (f"{DISTILL} --resume latest --overwrite", 2, "--overwrite discards"),
+    (f"{DISTILL} --name ..", 2, "--name '..' is not"),
+    (f"{DISTILL} --name lr/1e-3", 2, "--name 'lr/1e-3' is not the name of one folder"),
+    (f"{DISTILL} --freeze-image --freeze-text", 2, "nothing to train"),
+    (f"{DISTILL} --batch-size 8 --accum-freq 3", 2, "multiple"),
+    (f"{DISTILL} --init-from nowhere/", 1, "nowhere"),
+    (f"{DISTILL} --teacher ViT-L-99 --embeddings no/rows", 1, "Model ViT-L-99"),
+    (f"{DISTILL} --teacher none --views stored", 2, "no loss of the run needs a teacher"),
+    (f"{DISTILL} --teacher none --texts names.txt", 2, "Omit --texts."),
+    (f"{DISTILL} --teacher none --clusters x", 2, "Omit --clusters."),
+    (f"{DISTILL} --preset clip --online-teacher", 2, "no loss of the run needs a teacher"),
+    (f"{DISTILL} --preset clip-kd --online-teacher --views stored", 2, "but --online-teacher reads none"),
+    (f"{DISTILL} --preset clip-kd --online-teacher --extra-texts 4", 2, "not with --online-teacher"),
+    (f"{DISTILL} --preset clip-kd --freeze-text --texts names.txt", 2, "not with --freeze-text"),
+    (f"{DISTILL} --preset clip-kd --extra-texts 0 --texts names.txt", 2, "names the texts for --extra-texts, but"),
+    (f"{DISTILL} --preset clip-kd --extra-texts 4", 1, "--extra-texts 4, but there are no texts"),
+    (f"{DISTILL} --preset cid --extra-texts 4", 2, "no loss of the run takes texts without images"),
+    (f"{DISTILL} --preset cid --texts names.txt", 2, "--texts, but no loss of the run takes texts"),
+    (f"{DISTILL} unlabelled --teacher model --work w", 1, "Put captions next to the images"),
+    (f"{DISTILL} --caption-dropout 0.5", 2, "--caption-dropout"),
+    (f"{DISTILL} --no-gather-with-grad", 2, "--no-gather-with-grad: gradients always flow"),
+    (
+        f"{DISTILL} --cluster-towers both --label-share 0 --no-candidate-correction",
+        2,
+        "Omit --cluster-towers, --label-share, --candidate-correction, or use --preset cid",
+    ),
+    ("eval-zeroshot model unlabelled", 1, "neither a class nor a caption"),
+    ("eval-zeroshot model unnamed", 1, "has no class names"),
+    ("eval-zeroshot model unnamed --classnames names.txt --templates names.txt", 1, "has no placeholder for the class"),
+    ("eval-zeroshot NoSuchModel unnamed", 1, "no architecture NoSuchModel"),
+    ("eval-zeroshot NoSuchModel unnamed", 1, "was read as the model"),
+    ("eval-zeroshot model three three", 2, "same metrics file"),
+    (f"{COMPARE} b.json c.json", 2, "3 were given"),
+    (f"{COMPARE} b.json --bootstrap 0", 2, "--bootstrap is 0"),
+    (f"{COMPARE} b.json --predictions", 2, "--predictions has no effect with --compare"),
+    (f"{COMPARE} b.json --model x --templates simple", 2, "--model, --templates have no effect with --compare"),
+    (f"{COMPARE} b.json --precision bf16", 2, "--precision has no effect"),
+    ("eval-linear test", 2, "--train and --test are missing. test was read as the model"),
+    ("eval-linear model --train three", 2, "--test is missing"),
+    ("eval-linear model --train two --test three", 1, "1 classes that"),
+    ("eval-linear model --train lonely --test three", 1, "none can be held out"),
+    ("eval-linear three three", 1, "first positional argument is the model"),
+    ("eval-linear no-such-model three", 1, "If no-such-model is the data: put the model first"),
+    (f"{LINEAR} --val-fraction 0", 2, "--val-fraction"),
+    (f"{LINEAR} --shots 0", 2, "--shots is '0'"),
+    (f"{LINEAR} --knn '10;20'", 2, "--knn is '10;20'"),
+    (f"{LINEAR} --knn 3,97", 1, "--knn 97: there are only 18 training images"),
+    (f"{LINEAR} --metric mean_average_precision", 2, "an image has one class"),
+    ("export nowhere/model", 1, "no architecture nowhere-model"),
+    ("export damaged", 1, "could not be loaded"),
+    ("export unfit --format onnx", 1, "unfit cannot encode a text of 12 tokens"),
+    ("export model --format onnx --format onnx", 2, "given twice"),
+    ("export model --format onnx --precision fp16", 2, "cannot be combined with --format onnx"),
+    ("export model --templates names.txt", 2, "Add --classnames FILE"),
+    ("export model --classnames names.txt", 2, "--classnames applies only to ONNX files"),
+    ("export model --opset 19", 2, "--opset applies only to ONNX files"),
+    ("export model --format onnx --classnames nowhere.txt", 1, "nowhere.txt cannot be read"),
+    ("export model --format onnx --quantize int8 --work w", 1, "needs images with classes or captions"),
+    ("export wide --format open-clip --format hf", 1, "vision_cfg.image_size is [16, 32], not square"),
+    ("export wide --format onnx --classnames names.txt", 1, "preprocess_cfg.size is [16, 32], which the graph cannot"),
+)
+
+
+@pytest.fixture(scope="module")
+def place(
+    distill_prepared: Path, tiny_model: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    place = tmp_path_factory.mktemp("errors")
+    shutil.copytree(distill_prepared, place, dirs_exist_ok=True)
+    (place / "model").symlink_to(tiny_model)
+    (place / "pairs").symlink_to(tiny_shards)
+    (place / "names.txt").write_text("cat\ndog\n")
+    write_embeddings(place / "foreign", make_rows(40))
+    keys = [f"{row:06d}" for row in range(40)]
+    pq.write_table(pa.table({"key": keys, "kept": np.zeros(40, bool)}), place / "nobody.parquet")
+    pq.write_table(pa.table({"key": ["a", "b"], "kept": [True, True]}), place / "others.parquet")
+    write_tar(place / "unlabelled" / "0.tar", [("a.png", make_image(0)), ("b.png", make_image(1))])
+    write_tar(place / "unnamed" / "0.tar", [("a.png", make_image(0)), ("a.cls", b"0")])
+    for folder, names, number in (("two", "ab", 6), ("three", "abc", 6), ("lonely", "abc", 1)):
+        for name in names:
+            (place / folder / name).mkdir(parents=True)
+            for image in range(number):
+                (place / folder / name / f"{image}.png").write_bytes(make_image(image))
+    (place / "damaged").mkdir()
+    for path in tiny_model.iterdir():
+        (place / "damaged" / path.name).write_bytes(path.read_bytes()[:2000])
+    wide = TINY_CONFIG | {"vision_cfg": TINY_CONFIG["vision_cfg"] | {"image_size": [16, 32]}}
+    write_tiny_model(place / "wide", wide)
+    write_tiny_model(place / "unfit", TINY_CONFIG | {"text_cfg": TINY_CONFIG["text_cfg"] | {"vocab_size": 100}})
+    return place
+
+
+@pytest.fixture(scope="module")
+def clipcid() -> Iterator[OneProcess]:
+    process = OneProcess(patience=60)
+    yield process
+    process.close()
+
+
+def list_outputs(place: Path) -> set[Path]:
+    """List what is there under a name of its own, but for caches: the index of the data, and features of images."""
+    found = (path.relative_to(place) for path in place.rglob("*") if path.is_file())
+    caches = {"index", "features"}
+    return {path for path in found if not caches & {*path.parts} and not any(part[0] == "." for part in path.parts)}
+
+
+@pytest.mark.parametrize(("line", "code", "sentence"), CASES, ids=[case[0] for case in CASES])
+def test_a_line_is_refused(clipcid: OneProcess, place: Path, line: str, code: int, sentence: str) -> None:
+    before = list_outputs(place)
+    found = clipcid(*shlex.split(line), cwd=place)
+    assert (found.code, found.out, found.problems()) == (code, "", []), found
+    assert sentence in " ".join(found.err.split()), found
+    assert list_outputs(place) == before
+
+
+def test_those_that_turn_a_flag_off_are_not_refused(clipcid: OneProcess, place: Path) -> None:
+    off = "--views none --extra-texts 0 --steps 1 --batch-size 8 --preset clip --dry-run --json"
+    found = clipcid(*shlex.split(f"{DISTILL} --teacher none {off}"), cwd=place)
+    assert found.code == 0, found
+    assert json.loads(found.out)["steps"] == 1
+
+
+# How each subcommand is told its data.
+READERS = (
+    "embed {} --model model",
+    "balance {} --model model --keep 0.5",
+    "distill {} --teacher none --student student.json --steps 2 --batch-size 4",
+    "eval-zeroshot model {} --task retrieval",
+    "eval-linear model --train {} --test {}",
+)
+# Words that the error says of a folder, and whether that is found when the data is read, not when it is opened: what was
+# listed or embedded by then stays, and none of it has the name of a result. All others leave nothing.
+BAD_DATA = {
+    "nowhere": ("nowhere", False),
+    "empty": ("empty", False),
+    "text-named-tar": ("00000.tar", False),
+    "truncated": ("00000.tar", False),
+    "without-images": ("image", False),
+    "keys-across-shards": ("--keys shard", False),
+    "unreadable": ("6", True),
+    "keys-within-a-shard": ("3 of 6 samples", True),
+    "unlabelled": ("", True),
+}
+
+
+@pytest.fixture(scope="module")
+def bad(place: Path) -> Path:
+    """The place, with a folder of each kind of bad data."""
+    labelled = [*shard_members(0, 6), *((f"{number:06d}.cls", b"0") for number in range(6))]
+    samples = sorted(labelled, key=lambda member: member[0][:6])
+    half = samples[: len(samples) // 2]
+    broken = [(name, data[:60] if name.endswith(".png") else data) for name, data in samples]
+    (place / "empty").mkdir()
+    write_tar(place / "text-named-tar" / "00000.tar", []).write_text("this is not an archive\n" * 100)
+    cut = write_tar(place / "truncated" / "00000.tar", samples)
+    cut.write_bytes(cut.read_bytes()[:7000])
+    write_tar(place / "without-images" / "00000.tar", [member for member in samples if not member[0].endswith(".png")])
+    write_tar(place / "unreadable" / "00000.tar", broken)
+    for shard in ("00000.tar", "00001.tar"):
+        write_tar(place / "keys-across-shards" / shard, samples)
+    write_tar(place / "keys-within-a-shard" / "00000.tar", [*half, *half])
+    return place
+
+
+@pytest.mark.parametrize("folder", BAD_DATA)
+@pytest.mark.parametrize("line", READERS, ids=[line.partition(" ")[0] for line in READERS])
+def test_bad_data_is_one_error(clipcid: OneProcess, bad: Path, line: str, folder: str) -> None:
+    word, stays = BAD_DATA[folder]
+    work = bad / f"work-{line.partition(' ')[0]}-{folder}"
+    found = clipcid(*line.replace("{}", folder).split(), "--work", work.name, cwd=bad)
+    if folder == "unlabelled" and line.startswith("balance"):  # an image needs no caption to be balanced
+        assert found.code == 0, found
+        return
+    assert found.code in (1, 2), found
+    assert found.problems() == [], found
+    assert word in found.err, found
+    assert list_outputs(work) == set()
+    assert stays or not work.exists()
