@@ -277,7 +277,7 @@ def test_a_port_that_is_taken_is_named_at_once(monkeypatch: pytest.MonkeyPatch) 
         }.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-        with pytest.raises(ClipcidError, match=rf"Process 0 could not meet the other 1 of the run: .*{port}"):
+        with pytest.raises(ClipcidError, match=rf"Process 0 could not connect to the other 1 of the run: .*{port}"):
             rendezvous_all(0, 2, datetime.timedelta(seconds=3))
 
 
@@ -366,7 +366,7 @@ def test_a_process_that_ends_between_meeting_and_connecting_is_missed_after_the_
 def test_a_world_without_a_place_to_meet_is_refused(clipcid: Callable[..., Run], tmp_path: Path) -> None:
     run = clipcid("balance", "--keep", "0.5", "--device", "cpu", check=False, env={"WORLD_SIZE": "2", "RANK": "0"})
     assert run.returncode == 1, run
-    assert "the environment does not say where the processes meet" in run.stderr
+    assert "the environment does not say where the processes connect" in run.stderr
     assert "bug" not in run.stderr
 
 

@@ -1,4 +1,4 @@
-"""The representative of a group, and how far the others are from it."""
+"""The representative of a set, and how far the others are from it."""
 
 from __future__ import annotations
 
