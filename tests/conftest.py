@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -318,3 +318,13 @@ def distill_place(distill_prepared: Path, tmp_path: Path) -> Path:
     """The test's own copy of the prepared folder."""
     shutil.copytree(distill_prepared, tmp_path, dirs_exist_ok=True)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def one_process() -> Iterator[Any]:
+    """Run command lines one after another in one process, each in a given folder: ``one_process("balance", …, cwd=…)``."""
+    from one_process import OneProcess  # which imports this file
+
+    process = OneProcess(patience=60)
+    yield process
+    process.close()

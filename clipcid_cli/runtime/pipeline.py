@@ -51,6 +51,7 @@ _WORKER_IMPORTS = [
 # Items that wait for each worker or thread, so that it never waits for this process.
 _AHEAD = 2
 # Time to wait for a result before its worker counts as stalled.
+_REAP_SECONDS = 2.0
 _STALL_SECONDS = 600
 
 # Private memory of a worker beside the item it makes: 22 MB measured, and a large image.
@@ -174,6 +175,8 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
                 )
             yield future.result()
     except BrokenProcessPool as error:
+        # One that was killed may be seen to have ended a moment after its pipe has broken.
+        multiprocessing.connection.wait([worker.sentinel for worker in list(crew.values())], _REAP_SECONDS)
         ended = _describe_end(crew.values())
         for worker in list(crew.values()):
             worker.kill()  # the pool waits for all, and SIGTERM does not reach them

@@ -12,12 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import plan
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.algorithms.kmeans.kmeans import temperature_for_perplexity
+from clipcid_cli.formats.fingerprint import record
+from clipcid_cli.formats.results.clusters import read_cluster_sidecar, top_paths
+from clipcid_cli.formats.sidecar import sidecar_path, write_sidecar
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "quickstart"
 DATA, TEACHER = QUICKSTART / "data", QUICKSTART / "teacher"
@@ -132,7 +136,7 @@ class Inputs:
         if setting.clusters is None:
             raise ValueError(f"{setting.name} has no clusters")
         embeddings = self.embeddings_of(dataclasses.replace(setting, extras=()))
-        features, number, *perplexity = setting.clusters.split("-")
+        features, number, *change = setting.clusters.split("-")
         if number == "all":
             tables = (embeddings / "metadata").glob("*.parquet")
             number = str(sum(pq.read_metadata(table).num_rows for table in tables))
@@ -144,24 +148,7 @@ class Inputs:
                 "--features", features, "--num-clusters", number, "--repair", setting.repair, "--work", plain,
             )  # fmt: skip
             self._clustered.add(plain)
-        if not perplexity:
-            return plain / "clusters"
-        return self._retempered(plain / "clusters", float(perplexity[0].removeprefix("p")))
-
-    def _retempered(self, clusters: Path, perplexity: float) -> Path:
-        """Copy clusters with another temperature of the teacher's distribution in their sidecar."""
-        folder = clusters.parent / f"clusters-p{perplexity:g}"
-        if (folder / "cluster.json").exists():
-            return folder
-        folder.mkdir(exist_ok=True)
-        for path in (clusters / "clusters.parquet", *clusters.glob("*.npy")):
-            (folder / path.name).write_bytes(path.read_bytes())
-        sidecar = json.loads((clusters / "cluster.json").read_text(encoding="utf-8"))
-        for tower, name in (("image", "top_similarities.npy"), ("caption", "caption_top_similarities.npy")):
-            similarities = np.load(clusters / name)
-            sidecar["temperatures"][tower] = temperature_for_perplexity(similarities, perplexity)
-        (folder / "cluster.json").write_text(json.dumps(sidecar), encoding="utf-8")
-        return folder
+        return changed_clusters(plain / "clusters", change[0]) if change else plain / "clusters"
 
     def _draw_random(self) -> None:
         """Write a keep list that keeps as many images as `single` does, drawn blindly."""
@@ -170,6 +157,33 @@ class Inputs:
         count = int(balanced["kept"].to_numpy().sum())
         kept[np.random.default_rng(0).choice(len(kept), size=count, replace=False)] = True
         pq.write_table(pa.table({"key": balanced["key"], "kept": kept}), self.keep_list("random"))
+
+
+def changed_clusters(clusters: Path, change: str) -> Path:
+    """Copy clusters with one thing changed.
+
+    Args:
+        change: ``p8`` for the temperatures at which the teacher's distribution has that median perplexity; ``m4`` for only
+            so many of the nearest centroids, at the temperatures as they were.
+    """
+    folder = clusters.parent / f"clusters-{change}"
+    if (folder / "cluster.json").exists():
+        return folder
+    folder.mkdir(exist_ok=True)
+    sidecar = read_cluster_sidecar(clusters)
+    for written in sidecar.outputs:
+        (folder / written.path).write_bytes((clusters / written.path).read_bytes())
+    temperatures = sidecar.temperatures
+    for tower in temperatures:
+        numbers, similarities = (np.load(path) for path in top_paths(clusters, tower))
+        if change.startswith("p"):
+            temperatures[tower] = temperature_for_perplexity(similarities, float(change[1:]))
+        else:
+            for path, array in zip(top_paths(folder, tower), (numbers, similarities), strict=True):
+                np.save(path, array[:, : int(change[1:])])
+    outputs = [record(folder / written.path, folder) for written in sidecar.outputs]
+    write_sidecar(sidecar_path(folder, "cluster"), msgspec.structs.replace(sidecar, outputs=outputs))
+    return folder
 
 
 def concept(key: str) -> str:

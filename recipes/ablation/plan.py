@@ -34,6 +34,8 @@ CLUSTERS = "joint-256"
 BOTH_TOWERS = ("--cluster-towers", "both")
 # The batch's own centroids and a tenth of the others, instead of all.
 FEW = ("--candidate-ratio", "0.1", "--min-candidates", "1")
+# How many of a sample's nearest centroids teach it; 16 are stored.
+NEAREST = (16, 4, 2, 1)
 # What a run may read beside images and their captions; `inputs.py` makes it. Stored views of strong crops and of mixed
 # images; texts without images, which are variants of captions. (The log's students of all extras had variants also in the
 # place of two captions in three, which a run without them showed to be worth nothing.)
@@ -109,7 +111,8 @@ class Setting:
         optimizer: ``muon`` or ``adamw``.
         student: The name of its file, without suffix.
         keep: Keep list: ``all``, ``single``, ``star`` or ``random``.
-        clusters: Which clusters, ``FEATURES-K`` or ``FEATURES-K-pPERPLEXITY``; None where no loss asks.
+        clusters: Which clusters, ``FEATURES-K``, with ``-pPERPLEXITY`` or ``-mNEAREST`` where that is changed; None where no
+            loss asks.
         repair: ``--repair`` of ``distill`` and ``cluster``. On drawings the teacher is left as it is either way.
         noise: Share of the pairs whose captions are exchanged with one another.
         flags: Further flags of ``distill``.
@@ -284,7 +287,8 @@ def repaired(log: Log, drawings: Log) -> list[Setting]:
         alone = _changed(base, "repaired", repair="auto", extras=())
         if name == "fd-instance":
             ours = [trusted(alone, trust) for trust in TRUST]
-            found += [*ours, mixed_alone(ours[0], MIXED_ALONE[0])]
+            with_clip = nearer_to_captions(alone)[0]
+            found += [*ours, with_clip, mixed_alone(ours[0], MIXED_ALONE[0])]
         elif alone.is_taught:
             found.append(alone)
     return found
@@ -333,6 +337,7 @@ def cid_variants(log: Log) -> list[Setting]:
         return changed(f"lambda-{value:g}", weights=weights)
 
     alone = {loss: weight for loss, weight in base.weights.items() if loss != "cluster"}
+    few = (*base.flags, *FEW)
     return [
         changed("no cluster", weights=alone, clusters=None, flags=()),
         cluster_weight(1.0),
@@ -345,16 +350,20 @@ def cid_variants(log: Log) -> list[Setting]:
         changed("keep-random", keep="random"),
         changed("k-32", clusters="joint-32"),
         changed("k-512", clusters="joint-512"),
-        changed("bank", clusters="image-all", flags=(*base.flags, *FEW)),
+        changed("bank", clusters="image-all", flags=few),
         changed("alpha-0", flags=(*base.flags, "--label-share", "0")),
         changed("alpha-1", flags=(*base.flags, "--label-share", "1")),
         changed("perplexity-1.5", clusters=f"{CLUSTERS}-p1.5"),
         changed("perplexity-8", clusters=f"{CLUSTERS}-p8"),
-        changed("k-512-ratio-0.1", clusters="joint-512", flags=(*base.flags, *FEW)),
-        changed(
-            "k-512-ratio-0.1-uncorrected", clusters="joint-512", flags=(*base.flags, *FEW, "--no-candidate-correction")
-        ),
+        changed("k-512-ratio-0.1", clusters="joint-512", flags=few),
+        changed("k-512-ratio-0.1-uncorrected", clusters="joint-512", flags=(*few, "--no-candidate-correction")),
     ]
+
+
+def nearest_alone(log: Log) -> list[Setting]:
+    """Return `cid` at its best trial, taught by all stored nearest centroids of a sample, then by fewer of them."""
+    base = tuned("cid", log)
+    return [_changed(base, f"nearest-{nearest}", clusters=f"{CLUSTERS}-m{nearest}") for nearest in NEAREST]
 
 
 def phases(log: Log) -> Iterator[list[Run]]:
@@ -378,6 +387,7 @@ def phases(log: Log) -> Iterator[list[Run]]:
     yield _seeds((longer(name, log) for name in SCALED), FIRST_SEEDS)
     yield _seeds((best(large_students(name, log), log) for name in SCALED), FIRST_SEEDS)
     yield _seeds(cid_variants(log), FIRST_SEEDS)
+    yield _seeds(nearest_alone(log), FIRST_SEEDS)
     yield _seeds(worth_storing(log), FIRST_SEEDS)
     yield _seeds((noisy(name, share, log) for share in NOISE for name in SCALED), SEEDS[:1])
 

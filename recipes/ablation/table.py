@@ -321,6 +321,7 @@ def of_drawings(results: Results) -> list[str]:
     log = results.entries
     presets = [plan.tuned(name, log).name for name in plan.RECIPES]
     clip, rival, ours, cid = (plan.tuned(name, log).name for name in ("clip", "clip-kd", "fd-instance", "cid"))
+    all_nearest, *fewer = (setting.name for setting in plan.nearest_alone(log))
     closer = plan.nearer_to_captions(plan.tuned("fd-instance", log))
     changes = [*plan.left_out(log), *closer, *plan.further_changes(log)]
     return [
@@ -361,6 +362,9 @@ def of_drawings(results: Results) -> list[str]:
         "## `cid`, one thing changed at a time",
         "",
         *compared(results, [setting.name for setting in plan.cid_variants(log)], cid),
+        "## `cid`, taught by fewer of a sample's nearest centroids",
+        "",
+        *compared(results, fewer, all_nearest),
     ]
 
 

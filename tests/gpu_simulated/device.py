@@ -33,12 +33,8 @@ WAITING = {
     "aten::unique_dim", "aten::_unique2", "aten::bincount",
 }  # fmt: skip
 TAKES_CPU_INDEX = {
-    "aten::index",
-    "aten::index_put",
-    "aten::index_put_",
-    "aten::_index_put_impl_",
-    "aten::_unsafe_index",
-}
+    "aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index",
+}  # fmt: skip
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::to"}
 SOFTMAX = {"aten::_softmax", "aten::_log_softmax"}
@@ -55,7 +51,6 @@ class DeviceTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> DeviceTensor:
-        """Wrap a CPU tensor."""
         wrapper = torch.Tensor._make_wrapper_subclass(
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=CUDA
         )
@@ -72,7 +67,6 @@ class DeviceTensor(torch.Tensor):
         return _current.run(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        """Show the values."""
         return f"DeviceTensor({self.held})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -100,7 +94,6 @@ class SimulatedCuda(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        """Nothing has run."""
         super().__init__()
         self.operators: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
@@ -109,15 +102,10 @@ class SimulatedCuda(TorchDispatchMode):
         self.prefetch_waits: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See `run`."""
         return self.run(func, args, kwargs or {})
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Run one operator on the values, as the device would.
-
-        Raises:
-            RuntimeError: where tensors are on both devices.
-        """
+        """Run one operator on the values, as the device would; fail where tensors are on both devices."""
         name = func._schema.name
         flat, _ = tree_flatten((args, kwargs))
         on_device = [value for value in flat if isinstance(value, DeviceTensor)]
@@ -152,7 +140,6 @@ class SimulatedCuda(TorchDispatchMode):
         return tree_map(wrap, result)
 
     def add_waits(self, *causes: str) -> None:
-        """Count waits of the current thread."""
         (self.prefetch_waits if _is_prefetching() else self.waits).update(causes)
 
     def _refuse_host_tensors(self, name: str, flat: list[Any]) -> None:
@@ -170,7 +157,6 @@ class Stream:
     """A stream: it may use what it made itself, and what was made before an event it has waited for."""
 
     def __init__(self, device: object = None) -> None:
-        """Nothing has been made."""
         self.time = 0
         self._seen: dict[Stream, int] = {}
 
@@ -188,11 +174,7 @@ class Stream:
         self.wait_event(other.record_event())
 
     def check(self, value: DeviceTensor, name: str) -> None:
-        """Refuse a tensor of another stream that may not be there yet, or whose memory may be given away.
-
-        Raises:
-            RuntimeError: when this stream has not waited for it, or its memory was not recorded as used here.
-        """
+        """Refuse a tensor of another stream that may not be there yet, or whose memory may be given away."""
         if value.made_in is self:
             return
         if self._seen.get(value.made_in, 0) <= value.made_at:

@@ -1,7 +1,6 @@
 """Run command lines of clipcid, or ``-c`` and Python code, in one process; print what each did as a line of JSON.
 
-python tests/gpu_simulated/run.py simulated '[["embed", "shards", "--device", "cuda"], …]'
-python tests/gpu_simulated/run.py real '[["embed", "shards", "--device", "cuda"], …]'
+python tests/gpu_simulated/run.py simulated|real '[["embed", "shards", "--device", "cuda"], …]'
 """
 
 from __future__ import annotations
@@ -21,14 +20,13 @@ from device import SimulatedCuda, simulated_cuda  # PyTorch must find the device
 
 from clipcid_cli import cli
 
+COUNTS = ("operators", "waits", "inexact", "prefetched", "prefetch_waits")
+
 
 def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:
     """Run one command line: its exit status, its output, and what it cost the device."""
-    device.operators.clear()
-    device.waits.clear()
-    device.inexact.clear()
-    device.prefetched.clear()
-    device.prefetch_waits.clear()
+    for name in COUNTS:
+        getattr(device, name).clear()
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with redirect_stdout(stdout), redirect_stderr(stderr):
         try:
@@ -38,17 +36,8 @@ def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:
                 code = cli.run(command)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
-    return {
-        "command": command,
-        "exit": code,
-        "stdout": stdout.getvalue(),
-        "stderr": stderr.getvalue(),
-        "operators": dict(device.operators),
-        "waits": dict(device.waits),
-        "inexact": dict(device.inexact),
-        "prefetched": dict(device.prefetched),
-        "prefetch_waits": dict(device.prefetch_waits),
-    }
+    told = {"command": command, "exit": code, "stdout": stdout.getvalue(), "stderr": stderr.getvalue()}
+    return told | {name: dict(getattr(device, name)) for name in COUNTS}
 
 
 if __name__ == "__main__":

@@ -18,11 +18,7 @@ def load() -> None:
 
 
 def build() -> Path:
-    """Compile device.cpp for the installed PyTorch, unless it has been.
-
-    Raises:
-        subprocess.CalledProcessError: when the compiler fails.
-    """
+    """Compile device.cpp for the installed PyTorch, unless it has been."""
     source = Path(__file__).with_name("device.cpp")
     found = importlib.util.find_spec("torch")
     assert found is not None

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import make_image, write_tar
-from distill_data import losses, student_bytes
-from simulation import KINDS, run_all, start, total
+from distill_data import losses
+from simulation import KINDS, run_all, total
 
 from clipcid_cli.algorithms.losses.registry import PRESETS
 from clipcid_cli.formats.embeddings.folder import open_embeddings
@@ -116,25 +113,6 @@ def test_budget_of_a_step(distill_place: Path) -> None:
             budget = allowed + (further if kind == "operators" else 0)
             assert (total(many[kind]) - total(few[kind])) / 7 <= budget, kind
     assert counted[-1]["operators"]["aten::_foreach_lerp_"] == 9
-
-
-def test_killed_run_goes_on_to_the_same_bits(distill_place: Path) -> None:
-    options = (*CID, "--steps", 24, "--checkpoint-every", 2, "--name")
-    process = start("simulated", distill_place, [(*options, "killed")], stdout=subprocess.DEVNULL)
-    killed = distill_place / WORK / "distill" / "killed"
-    deadline = time.monotonic() + 120
-    while not list((killed / "checkpoints").glob("*.pt")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "distill.json").exists(), "it was too fast to be killed"
-    resumed, _ = run_all("simulated", distill_place, [(*options, "killed"), (*options, "whole")])
-    assert "Resuming at step" in resumed["stderr"]
-    whole = distill_place / WORK / "distill" / "whole"
-    assert losses(killed) == losses(whole)
-    assert student_bytes(killed) == student_bytes(whole)
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -52,22 +52,17 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
-@pytest.fixture
-def limit_memory() -> Callable[[int], AbstractContextManager[None]]:
-    """Limit the private memory that may be added while a block runs: beyond, allocations fail."""
-
-    @contextmanager
-    def limit(more: int) -> Iterator[None]:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        used = int(status["VmData"].split()[0]) * 1024
-        before = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (used + more, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_DATA, before)
-
-    return limit
+@contextmanager
+def limit_memory(more: int) -> Iterator[None]:
+    """Limit the private memory that may be added meanwhile, in bytes: beyond, allocations fail."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    used = int(status["VmData"].split()[0]) * 1024
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def make_keys(start: int, stop: int) -> pa.LargeStringArray:
@@ -81,7 +76,7 @@ def make_keys(start: int, stop: int) -> pa.LargeStringArray:
     return pa.LargeStringArray.from_buffers(stop - start, pa.py_buffer(offsets), pa.py_buffer(digits))
 
 
-def test_a_keep_list_holds_more_than_2_gib_of_keys(folder: Path, limit_memory: Callable) -> None:
+def test_a_keep_list_holds_more_than_2_gib_of_keys(folder: Path) -> None:
     bounds = [(start, min(start + AT_ONCE, KEEP_ROWS)) for start in range(0, KEEP_ROWS, AT_ONCE)]
     rows = np.arange(KEEP_ROWS)
     kept_rows = rows // GROUP * GROUP
@@ -97,24 +92,22 @@ def test_a_keep_list_holds_more_than_2_gib_of_keys(folder: Path, limit_memory: C
             distances=(rows - kept_rows).astype(np.float32),
         )
     del kept_rows
-
     with limit_memory(64 * KEEP_ROWS + 4 * GIB):
         found = read_keep_list(path)
         np.testing.assert_array_equal(found.kept, rows % GROUP == 0)
         for (start, stop), keys in zip(bounds, found.kept_keys(), strict=True):
             assert keys.equals(make_keys(start, stop).filter(pa.array(found.kept[start:stop]))), start
-    del found, rows
+    del found
 
     start = 0
     for batch in pq.ParquetFile(path).iter_batches(AT_ONCE, columns=["representative", "component", "component_size"]):
         stop = start + len(batch)
-        labels = np.arange(start, stop) // GROUP * GROUP
+        labels = rows[start:stop] // GROUP * GROUP
         np.testing.assert_array_equal(batch["component"], labels)
-        sizes = np.minimum(labels + GROUP, KEEP_ROWS) - labels
-        np.testing.assert_array_equal(batch["component_size"], sizes)
+        np.testing.assert_array_equal(batch["component_size"], np.minimum(labels + GROUP, KEEP_ROWS) - labels)
         first = int(labels[0])
-        groups = make_keys(first, stop).take(pa.array(labels - first))
-        assert batch["representative"].cast(pa.large_string()).equals(groups), start
+        representatives = make_keys(first, stop).take(pa.array(labels - first))
+        assert batch["representative"].cast(pa.large_string()).equals(representatives), start
         start = stop
     assert start == KEEP_ROWS
 
@@ -126,7 +119,7 @@ def make_tops(rows: npt.NDArray[np.int64]) -> TopClusters:
     return TopClusters(clusters, similarities)
 
 
-def test_clusters_hold_more_rows_than_32_bits_count_neighbours(folder: Path, limit_memory: Callable) -> None:
+def test_clusters_hold_more_rows_than_32_bits_count_neighbours(folder: Path) -> None:
     bounds = part_bounds(CLUSTER_ROWS)
     with limit_memory(4 * GIB):
         for part, (start, stop) in enumerate(bounds):
@@ -142,19 +135,14 @@ def test_clusters_hold_more_rows_than_32_bits_count_neighbours(folder: Path, lim
     # What `distill` may hold a row.
     with limit_memory(8 * CLUSTER_ROWS + 2 * GIB):
         found = open_clusters(folder)
-        random = np.random.default_rng(0)
-        for start in (
-            0,
-            CLUSTER_ROWS - AT_ONCE - 2,
-            CLUSTER_ROWS - 1000,
-            *random.integers(0, CLUSTER_ROWS - 1000, 100),
-        ):
-            rows = np.arange(start, min(start + 1000, CLUSTER_ROWS))
+        assert len(found.labels) == CLUSTER_ROWS
+        drawn = np.random.default_rng(0).integers(0, CLUSTER_ROWS - 1000, 100)
+        for start in (0, CLUSTER_ROWS - AT_ONCE - 2, CLUSTER_ROWS - 1000, *drawn):
+            rows = np.arange(start, start + 1000)
             tops = make_tops(rows)
             np.testing.assert_array_equal(found.labels[rows], tops.clusters[:, 0])
             np.testing.assert_array_equal(found.images.clusters[rows], tops.clusters)
             np.testing.assert_array_equal(found.images.similarities[rows], tops.similarities)
-    assert len(found.labels) == CLUSTER_ROWS
     # Keys and exact similarities are in the table alone, a part to a row group.
     with pq.ParquetFile(folder / "clusters.parquet") as file:
         assert file.metadata.num_rows == CLUSTER_ROWS

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,25 +33,25 @@ class Target:
     Attributes:
         form: How its content is damaged, beside what any file's may be: `json`, `parquet`, `npy`, `text` or `bytes`.
         unrecorded: A sidecar from which `outputs` is taken first, so that the content itself has to be checked.
-        removed: What is taken away first, so that the command has something to do.
     """
 
     file: str
     command: tuple[str, ...]
     form: str = "bytes"
     unrecorded: str | None = None
-    removed: tuple[str, ...] = ()
 
 
 _EMBED = ("embed", "--model", "model", "--out", "made", "--batch-size", "8")
 _BALANCE = ("balance", "--keep", "0.7", "--overwrite", "--embeddings")
 _CLUSTER = ("cluster", "--num-clusters", "3", "--iterations", "2")
+_BALANCED = "clipcid-work/balance"
 _AGAIN = ("--overwrite",)
 _SAVED = ("--checkpoint-every", "1")
 _RUN_AGAIN = (*_DISTILL, "--name", "done", *_SAVED)
 _TEXTS = ("embed", "--texts", "classes.txt", "--model", "model", "--out", "texts")
 _EXPORT = ("export", "model", "--format", "open-clip", "--out", "exported")
 _ZEROSHOT = ("eval-zeroshot", "model", "classified", "--predictions")
+_COMPARE = ("eval-zeroshot", "--compare", "clipcid-work/eval/a.json", "clipcid-work/eval/b.json")
 _LINEAR = ("eval-linear", "model", "--train", "classified", "--test", "classified", "--work", "linear")
 
 TARGETS = {
@@ -73,26 +74,19 @@ TARGETS = {
     "manifest": Target(f"{EMBEDDINGS}/manifest.parquet", (*_CLUSTER, *_AGAIN), "parquet", f"{EMBEDDINGS}/embed.json"),
     "own npy": Target(f"{EMBEDDINGS}/img_emb/img_emb_0000.npy", (*_CLUSTER, *_AGAIN), "npy"),
     "own metadata": Target(f"{EMBEDDINGS}/metadata/metadata_0000.parquet", _DISTILL, "parquet"),
-    "balance.json": Target("clipcid-work/balance/balance.json", ("balance", "--keep", "0.9"), "json"),
-    "balance.json of clusters": Target("clipcid-work/balance/balance.json", (*_CLUSTER, *_AGAIN), "json"),
-    "forest.json": Target("clipcid-work/balance/forest.json", ("balance", "--keep", "0.95"), "json"),
+    "balance.json": Target(f"{_BALANCED}/balance.json", ("balance", "--keep", "0.9"), "json"),
+    "balance.json of clusters": Target(f"{_BALANCED}/balance.json", (*_CLUSTER, *_AGAIN), "json"),
+    "forest.json": Target(f"{_BALANCED}/forest.json", ("balance", "--keep", "0.95"), "json"),
     "forest": Target(
-        "clipcid-work/balance/forest.parquet",
-        ("balance", "--keep", "0.95"),
-        "parquet",
-        "clipcid-work/balance/forest.json",
+        f"{_BALANCED}/forest.parquet", ("balance", "--keep", "0.95"), "parquet", f"{_BALANCED}/forest.json"
     ),
-    "keep list": Target(
-        "clipcid-work/balance/keep.parquet", (*_CLUSTER, *_AGAIN), "parquet", "clipcid-work/balance/balance.json"
-    ),
-    "keep list of distill": Target(
-        "clipcid-work/balance/keep.parquet", _DISTILL, "parquet", "clipcid-work/balance/balance.json"
-    ),
+    "keep list": Target(f"{_BALANCED}/keep.parquet", (*_CLUSTER, *_AGAIN), "parquet", f"{_BALANCED}/balance.json"),
+    "keep list of distill": Target(f"{_BALANCED}/keep.parquet", _DISTILL, "parquet", f"{_BALANCED}/balance.json"),
     "keep list of shards": Target(
-        "clipcid-work/balance/keep.parquet",
+        f"{_BALANCED}/keep.parquet",
         ("balance", "--keep", "0.8", "--write-shards", "made"),
         "parquet",
-        "clipcid-work/balance/balance.json",
+        f"{_BALANCED}/balance.json",
     ),
     "cluster.json": Target("clipcid-work/clusters/cluster.json", _DISTILL, "json"),
     "clusters": Target(
@@ -103,18 +97,10 @@ TARGETS = {
     "checkpoint": Target(
         "clipcid-work/distill/run/checkpoints/step_00000002.pt", (*_DISTILL, "--name", "run", *_SAVED)
     ),
-    "model": Target("model/open_clip_config.json", ("export", "model", "--format", "open-clip"), "json"),
-    "weights": Target("model/open_clip_model.safetensors", ("export", "model", "--format", "open-clip")),
-    "metrics": Target(
-        "clipcid-work/eval/a.json",
-        ("eval-zeroshot", "--compare", "clipcid-work/eval/a.json", "clipcid-work/eval/b.json"),
-        "json",
-    ),
-    "predictions": Target(
-        "clipcid-work/eval/sidecars/a.predictions.parquet",
-        ("eval-zeroshot", "--compare", "clipcid-work/eval/a.json", "clipcid-work/eval/b.json"),
-        "parquet",
-    ),
+    "model": Target("model/open_clip_config.json", _EXPORT[:-2], "json"),
+    "weights": Target("model/open_clip_model.safetensors", _EXPORT[:-2]),
+    "metrics": Target("clipcid-work/eval/a.json", _COMPARE, "json"),
+    "predictions": Target("clipcid-work/eval/sidecars/a.predictions.parquet", _COMPARE, "parquet"),
     "classes": Target(
         "classes.txt", ("eval-zeroshot", "model", "classified", "--classnames", "classes.txt", *_AGAIN), "text"
     ),
@@ -123,7 +109,7 @@ TARGETS = {
     ),
     "labels": Target("classified/0.tar", ("eval-linear", "model", "--train", "classified", "--test", "classified")),
     "settings": Target("c.toml", ("balance", "--config", "c.toml"), "text"),
-    "run": Target("clipcid-work/balance/.balance-*/.run.json", ("balance", "--keep", "0.7"), "json"),
+    "run": Target(f"{_BALANCED}/.balance-*/.run.json", ("balance", "--keep", "0.7"), "json"),
     "texts.json": Target("texts/texts.json", _TEXTS, "json"),
     "distill.json": Target("clipcid-work/distill/done/distill.json", _RUN_AGAIN, "json"),
     "distill.json of export": Target(
@@ -189,6 +175,32 @@ def make_place(clipcid: OneProcess, place: Path) -> None:
     unfinish(place / "clipcid-work/distill/run", "distill")  # a run that was killed after its last checkpoint
 
 
+def run_cases(clipcid: OneProcess, whole: Path, scratch: Path, name: str, numbers: range) -> list[str]:
+    """Run cases of one kind of file.
+
+    Args:
+        whole: What `make_place` made.
+        scratch: Where there is room for a copy of it.
+
+    Returns:
+        What broke the rules, by case.
+    """
+    target = TARGETS[name]
+    losses = []
+    for number in numbers:
+        chance = random.Random(13 + number * 1_000_003 + zlib.crc32(name.encode()))
+        place = scratch / "place"
+        shutil.copytree(whole, place, copy_function=os.link, symlinks=True)
+        done = damage(place, target, chance)
+        found = clipcid(*target.command, cwd=place)
+        problems = found.problems()
+        problems += [f"left {path.name}" for path in place.rglob("*.partial")]
+        if problems:
+            losses.append(f"{name}, case {number}: {done}: {', '.join(problems)}{found!r}")
+        shutil.rmtree(place)
+    return losses
+
+
 def damage(place: Path, target: Target, chance: random.Random) -> str:
     """Damage a target's file in one way.
 
@@ -202,7 +214,7 @@ def damage(place: Path, target: Target, chance: random.Random) -> str:
         folders = place.glob(target.file)
         path = chance.choice(sorted(found for folder in folders for found in folder.rglob("*") if found.is_file()))
     own: list[Callable[[Path, random.Random], str]] = {
-        "json": [*[_change_json] * 3, *[_remove_entry] * 2],
+        "json": [_change_json] * 5,
         "parquet": [_change_parquet] * 3,
         "npy": [_change_npy] * 2,
         "text": [_change_text] * 2,
@@ -264,42 +276,24 @@ _ODD_VALUES: tuple[Any, ...] = (None, [], {}, "x", "", -1, 0, 10**30, 1e308, Tru
 
 
 def _change_json(path: Path, chance: random.Random) -> str:
-    """Give an entry another value, or take it away."""
+    """Give an entry at whatever depth another value, or take it away."""
     value = json.loads(path.read_text())
-    holder: Any = value
-    where: list[Any] = []
-    while True:
+    entries: list[tuple[Any, Any]] = []
+    waiting = [value]
+    while waiting:
+        holder = waiting.pop()
         keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
-        key = chance.choice(keys)
-        where.append(key)
-        if isinstance(holder[key], dict | list) and holder[key] and chance.random() < 0.6:
-            holder = holder[key]
-            continue
-        break
-    if chance.random() < 0.3:
+        entries += [(holder, key) for key in keys]
+        waiting += [holder[key] for key in keys if isinstance(holder[key], dict | list)]
+    holder, key = chance.choice(entries)
+    if chance.random() < 0.5:
         del holder[key]
         done = "without"
     else:
         holder[key] = chance.choice(_ODD_VALUES)
         done = f"{holder[key]!r} for"
     _replace(path, json.dumps(value).encode())
-    return f"{done} {where}"
-
-
-def _remove_entry(path: Path, chance: random.Random) -> str:
-    """Take an entry away, at whatever depth it is."""
-    value = json.loads(path.read_text())
-    found: list[tuple[Any, str]] = []
-    waiting = [value]
-    while waiting:
-        holder = waiting.pop()
-        found += [(holder, key) for key in holder] if isinstance(holder, dict) else []
-        inner = holder.values() if isinstance(holder, dict) else holder
-        waiting += [each for each in inner if isinstance(each, dict | list)]
-    holder, key = chance.choice(found)
-    del holder[key]
-    _replace(path, json.dumps(value).encode())
-    return f"without {key}"
+    return f"{done} {key}"
 
 
 def _change_parquet(path: Path, chance: random.Random) -> str:

@@ -1,37 +1,25 @@
 """Damage to every kind of file that a step reads: one error of two sentences, or a result; no hang, no traceback."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from damage import TARGETS, make_place
+from damage import TARGETS, make_place, run_cases
 from one_process import OneProcess
-from run_damage import EVERYDAY, MANY, run_cases
+
+EVERYDAY = range(4)
+MANY = range(4, 148)
 
 
 @pytest.fixture(scope="module")
-def clipcid() -> Iterator[OneProcess]:
-    process = OneProcess()
-    yield process
-    process.close()
-
-
-@pytest.fixture(scope="module")
-def whole(clipcid: OneProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(one_process: OneProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("whole") / "place"
     place.mkdir()
-    make_place(clipcid, place)
+    make_place(one_process, place)
     return place
 
 
+@pytest.mark.parametrize("numbers", [EVERYDAY, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 @pytest.mark.parametrize("name", TARGETS)
-def test_damage(clipcid: OneProcess, whole: Path, tmp_path: Path, name: str) -> None:
-    found = run_cases(clipcid, whole, tmp_path, name, range(EVERYDAY))
-    assert not found.losses, "\n".join(found.losses)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TARGETS)
-def test_much_damage(clipcid: OneProcess, whole: Path, tmp_path: Path, name: str) -> None:
-    found = run_cases(clipcid, whole, tmp_path, name, range(EVERYDAY, EVERYDAY + MANY))
-    assert not found.losses, f"{len(found.losses)} of {MANY} cases\n" + "\n".join(found.losses)
+def test_damage(one_process: OneProcess, whole: Path, tmp_path: Path, name: str, numbers: range) -> None:
+    losses = run_cases(one_process, whole, tmp_path, name, numbers)
+    assert not losses, "\n".join(losses)

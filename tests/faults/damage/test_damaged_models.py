@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,13 +15,6 @@ from clipcid_cli.runtime.models.clip_model import LONGEST_TEXT, load_model
 from clipcid_cli.runtime.models.names import parse_model
 
 CLASSES = 6
-
-
-@pytest.fixture(scope="module")
-def clipcid() -> Iterator[OneProcess]:
-    process = OneProcess()
-    yield process
-    process.close()
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +54,7 @@ def make_constant(weights: dict[str, torch.Tensor]) -> None:
 
 
 def test_weights_that_are_not_finite_are_refused_by_every_step(
-    clipcid: OneProcess, tiny_model: Path, data: Path, tmp_path: Path
+    one_process: OneProcess, tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:
     model = change_weights(tiny_model, tmp_path / "nan", spoil)
     steps = (
@@ -71,7 +64,7 @@ def test_weights_that_are_not_finite_are_refused_by_every_step(
         ("export", model, "--format", "open-clip"),
     )
     for arguments in steps:
-        found = clipcid(*arguments, cwd=tmp_path)
+        found = one_process(*arguments, cwd=tmp_path)
         assert found.code == 1, found
         assert not found.problems(), found
         assert (
@@ -83,9 +76,9 @@ def test_weights_that_are_not_finite_are_refused_by_every_step(
     )
 
 
-def test_constant_rows_score_as_a_guess(clipcid: OneProcess, tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_constant_rows_score_as_a_guess(one_process: OneProcess, tiny_model: Path, data: Path, tmp_path: Path) -> None:
     model = change_weights(tiny_model, tmp_path / "constant", make_constant)
-    found = clipcid("eval-zeroshot", model, data, "--task", "classification", "--json", cwd=tmp_path)
+    found = one_process("eval-zeroshot", model, data, "--task", "classification", "--json", cwd=tmp_path)
     assert found.code == 0, found
     assert found.json["metrics"] == {
         "acc1": pytest.approx(1 / CLASSES),
@@ -93,7 +86,7 @@ def test_constant_rows_score_as_a_guess(clipcid: OneProcess, tiny_model: Path, d
         "mean_per_class_recall": pytest.approx(1 / CLASSES),
     }
     assert "12 of 12 images are equally similar to several classes" in found.err
-    captions = clipcid("eval-zeroshot", model, data, "--task", "retrieval", "--json", cwd=tmp_path)
+    captions = one_process("eval-zeroshot", model, data, "--task", "retrieval", "--json", cwd=tmp_path)
     assert captions.json["metrics"]["image_retrieval_recall@1"] == pytest.approx(1 / 12)
     assert captions.json["metrics"]["text_retrieval_recall@1"] == pytest.approx(1 / 12)
 

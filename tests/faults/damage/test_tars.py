@@ -2,7 +2,6 @@
 
 import io
 import os
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -44,6 +43,8 @@ def pax(records: bytes) -> bytes:
         (pax(b"22 GNU.sparse.major=1\n"), "holds a.png as a sparse file"),
         (header("a.png", b"00000000000", b"S"), "holds a.png as a sparse file"),
         (header("name", b"07777777777", b"L"), "extended header has 1,073,741,823 bytes"),
+        ((header("more", b"00000000010", b"x") + b"8 a=bcd\n".ljust(512, b"\0")) * 5_000, "is damaged at byte"),
+        ((header("more", b"00000000010", b"L") + b"8 a=bcd\n".ljust(512, b"\0")) * 5_000, "is damaged at byte"),
     ],
 )
 def test_a_header_that_lies_is_refused_at_once(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -54,37 +55,6 @@ def test_a_header_that_lies_is_refused_at_once(tmp_path: Path, content: bytes, r
         list(read_members(path))
     assert time.perf_counter() - started < 5
     assert found.value.fix
-
-
-@pytest.mark.parametrize("records", [b"-5 path=b.png\n", b"no length\n", b"9 no key\n", b"1" * 400])
-def test_broken_pax_records_are_refused_or_without_effect(tmp_path: Path, records: bytes) -> None:
-    path = tmp_path / "a.tar"
-    path.write_bytes(pax(records) + bytes(2048))
-    if sys.version_info >= (3, 12, 6) or (3, 11, 10) <= sys.version_info < (3, 12):
-        with pytest.raises(ClipcidError, match="is damaged at byte 0"):
-            list(read_members(path))
-    else:  # Python's tarfile did not look
-        assert [member.name for member in read_members(path)] == ["a.png"]
-
-
-@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
-def test_headers_of_headers_without_end_are_refused(tmp_path: Path, kind: bytes) -> None:
-    path = tmp_path / "a.tar"
-    path.write_bytes((header("more", b"00000000010", kind) + b"8 a=bcd\n".ljust(512, b"\0")) * 5_000)
-    with pytest.raises(ClipcidError, match="is damaged at byte"):
-        list(read_members(path))
-
-
-def test_sizes_that_lead_backwards_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.tar"
-    for kind in b"0Z5":
-        path.write_bytes(
-            pax(b"14 size=-1536\n").replace(
-                header("a.png", b"00000000004"), header("a.png", b"00000000004", bytes([kind]))
-            )
-        )
-        with pytest.raises(ClipcidError, match="'-1536' is not a size"):
-            list(read_members(path))
 
 
 def test_many_small_pax_records_take_linear_time(tmp_path: Path) -> None:

@@ -15,15 +15,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 import torch
-from conftest import Run, clean_environment, clipcid_command, run_command, shard_members, start_clipcid, write_tar
+from conftest import Run, clean_environment, clipcid_command, run_command
 from distill_data import SHORT
 
 from clipcid_cli.cli import cli
 from clipcid_cli.commands.failures import explain
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.run_folder import write_checkpoint
 from clipcid_cli.runtime.distributed import rendezvous_all
 
 # Runs whose main thread sleeps, in Python or in a library's call that no handler of Python's interrupts.
@@ -51,6 +51,30 @@ if __name__ == "__main__":
     cli.main(["balance"])
 """
 _INTERRUPTED = "Interrupted. Run the same command again to continue where it stopped."
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def run_two(program: str, *arguments: str) -> tuple[str, int]:
+    """Run a program as two processes of one run; return what the first one said, and the second one's exit code."""
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", program, *arguments],
+            env=clean_environment() | world | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    )
+    said, _ = first.communicate(timeout=150)
+    second.communicate(timeout=60)
+    return said, second.returncode
 
 
 def heed_interrupts() -> None:
@@ -126,22 +150,6 @@ def test_a_worker_that_was_told_half_of_its_work_says_nothing(tmp_path: Path) ->
     assert (done.stdout, done.stderr) == ("1\n", "")
 
 
-def test_a_terminated_embed_is_continued(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
-    for number in range(40):
-        write_tar(tmp_path / "data" / f"{number}.tar", shard_members(6 * number, 6))
-    command = ["embed", "data", "--model", str(tiny_model), "--batch-size", "2", "--out", "rows", "--workers", "0"]
-    process = start_clipcid(*command, cwd=tmp_path)
-    while not any((tmp_path / "rows").glob(".embed-*/.shards/*.json")):
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
-    code = process.wait(30)
-    _, errors = process.read()
-    assert code == 143, errors
-    assert "Traceback" not in errors
-    assert "shards are already embedded" in " ".join(clipcid(*command).stderr.split())
-
-
 def test_a_terminated_distill_saves_its_last_step_and_is_continued_from_it(distill_place: Path) -> None:
     log = distill_place / "clipcid-work/distill/stopped/train.jsonl"
     length = ("--steps", 100_000, "--checkpoint-every", 100_000, "--eval-every", 100_000)
@@ -166,7 +174,7 @@ def test_a_terminated_distill_saves_its_last_step_and_is_continued_from_it(disti
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
-@pytest.mark.parametrize("value", ["abc", "-1", "1.5", "٣"])
+@pytest.mark.parametrize("value", ["abc", "-1", "٣"])
 def test_an_odd_environment_is_a_usage_error(clipcid: Callable[..., Run], name: str, value: str) -> None:
     run = clipcid("--version", check=False, env={name: value})
     assert run.returncode == 2, run
@@ -187,9 +195,7 @@ def test_a_full_disk_behind_stdout_is_no_traceback(arguments: list[str], tmp_pat
             check=False,
         )
     assert done.returncode in (1, 2)
-    assert "Traceback" not in done.stderr
-    assert "Exception ignored" not in done.stderr
-    assert "bug" not in done.stderr
+    assert not [mark for mark in ("Traceback", "Exception ignored", "bug") if mark in done.stderr], done.stderr
 
 
 _BROKEN_PIPE = """
@@ -249,118 +255,59 @@ def test_another_process_behind_a_broken_pipe_is_told(tmp_path: Path) -> None:
     assert "bug" not in done.stderr
 
 
-def test_a_process_that_never_arrives_is_missed_after_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    started = time.monotonic()
-    with pytest.raises(
-        ClipcidError, match=r"waited 0\.05 minutes for the other 1 of the run, and not all of them arrived"
-    ):
-        rendezvous_all(0, 2, datetime.timedelta(seconds=3))
-    assert time.monotonic() - started < 30
-
-
-def test_a_port_that_is_taken_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        for name, value in {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": "0",
-            "WORLD_SIZE": "2",
-        }.items():
+@pytest.mark.parametrize("taken", [False, True])
+def test_processes_that_cannot_meet_are_told_within_the_limit(taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        port = free_port()
+        if taken:
+            other.bind(("", int(port)))
+            other.listen()
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "2"}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-        with pytest.raises(ClipcidError, match=rf"Process 0 could not connect to the other 1 of the run: .*{port}"):
+        missing = r"waited 0\.05 minutes for the other 1 of the run, and not all of them arrived"
+        in_use = rf"Process 0 could not connect to the other 1 of the run: .*{port}"
+        started = time.monotonic()
+        with pytest.raises(ClipcidError, match=in_use if taken else missing):
             rendezvous_all(0, 2, datetime.timedelta(seconds=3))
+        assert time.monotonic() - started < 30
 
 
 _PEER = """
-import os, sys
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.distributed import open_dist_context
-try:
-    with open_dist_context("cpu") as context:
-        context.gather(context.rank)
-        if context.rank == 1:
-            os._exit(9)
-        context.gather(0)
-except ClipcidError as error:
-    print(error.message)
-"""
-
-
-def test_a_process_that_is_killed_in_the_middle_is_missed_at_once() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    first, second = (
-        subprocess.Popen(
-            [sys.executable, "-c", _PEER],
-            env=clean_environment() | world | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(2)
-    )
-    said, _ = first.communicate(timeout=120)
-    second.communicate(timeout=60)
-    assert second.returncode == 9
-    assert said.startswith("Another process of the run has ended, or cannot be reached"), said
-
-
-_CONNECTION = """
 import datetime, os, sys, time
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime import distributed as module
 from clipcid_cli.runtime.distributed import rendezvous_all, open_dist_context
-limit, dies = float(sys.argv[1]), sys.argv[2] == "dies"
-if dies and os.environ["RANK"] == "1":
+fate, rank = sys.argv[1], int(os.environ["RANK"])
+if fate == "dies between meeting and connecting" and rank == 1:
     rendezvous_all(1, 2)
     os._exit(9)
-module.RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=limit)
+module.RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=6)
 try:
     with open_dist_context("cpu") as context:
-        time.sleep(2 * limit * context.rank)  # a collective may wait for longer
-        print(context.gather(context.rank))
+        context.gather(rank)
+        if fate == "dies later" and rank == 1:
+            os._exit(9)
+        time.sleep(12 * rank if fate == "is slow" else 0)  # a collective may wait for longer than the meeting
+        print(context.gather(rank))
 except ClipcidError as error:
     print(error.message)
 """
+_MISSED = "Another process of the run has ended, or cannot be reached"
 
 
 @pytest.mark.parametrize(
-    ("fate", "said"),
+    ("fate", "said", "code"),
     [
-        ("dies", "Another process of the run has ended, or cannot be reached"),
-        pytest.param("lives", "[0, 1]", marks=pytest.mark.slow),
+        ("dies later", _MISSED, 9),
+        ("dies between meeting and connecting", _MISSED, 9),
+        pytest.param("is slow", "[0, 1]", 0, marks=pytest.mark.slow),
     ],
 )
-def test_a_process_that_ends_between_meeting_and_connecting_is_missed_after_the_limit(fate: str, said: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    first, second = (
-        subprocess.Popen(
-            [sys.executable, "-c", _CONNECTION, "6", fate],
-            env=clean_environment() | world | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(2)
-    )
-    heard, _ = first.communicate(timeout=150)
-    second.communicate(timeout=60)
+def test_a_process_that_ends_is_missed_and_a_slow_one_waited_for(fate: str, said: str, code: int) -> None:
+    heard, ended = run_two(_PEER, fate)
     assert heard.startswith(said), heard
+    assert ended == code
 
 
 def test_a_world_without_a_place_to_meet_is_refused(clipcid: Callable[..., Run], tmp_path: Path) -> None:
@@ -368,33 +315,6 @@ def test_a_world_without_a_place_to_meet_is_refused(clipcid: Callable[..., Run],
     assert run.returncode == 1, run
     assert "the environment does not say where the processes connect" in run.stderr
     assert "bug" not in run.stderr
-
-
-def test_a_full_disk_in_a_checkpoint_is_named(tmp_path: Path) -> None:
-    program = f"""
-import resource, signal
-from pathlib import Path
-import torch
-from clipcid_cli.formats.results.run_folder import write_checkpoint
-from clipcid_cli.errors import ClipcidError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    write_checkpoint(Path({str(tmp_path)!r}), 1, {{"weights": torch.zeros(100000)}})
-except ClipcidError as error:
-    print(error.message)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "Could not write" in done.stdout
-    assert "step_00000001.pt" in done.stdout
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_folder_in_the_place_of_an_output_is_named(tmp_path: Path) -> None:
-    (tmp_path / "step_00000001.pt").mkdir()
-    with pytest.raises(ClipcidError, match=r"Could not write .*step_00000001.pt: Is a directory") as caught:
-        write_checkpoint(tmp_path, 1, {"weights": torch.zeros(3)})
-    assert "in its place" in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -414,25 +334,17 @@ def test_what_is_no_bug_is_not_called_one(error: Exception, message: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("command", "flags"),
-    [
-        ("embed", ["--batch-size", "--workers"]),
-        ("balance", ["clipcid embed DATA", "--batch-size", "--dry-run"]),
-        ("cluster", ["--num-clusters", "--train-rows"]),
-        ("distill", ["--grad-checkpointing", "--accum-freq", "--batch-size", "--workers"]),
-        ("eval-zeroshot", ["--batch-size", "--workers"]),
-        ("eval-linear", ["--batch-size", "--workers"]),
-        ("export", ["--check-images"]),
-    ],
+    "command", ["embed", "balance", "cluster", "distill", "eval-zeroshot", "eval-linear", "export"]
 )
-def test_where_memory_runs_out_the_fix_names_flags_of_the_command(command: str, flags: list[str]) -> None:
-    parameters = {option for parameter in cli.get_command(None, command).params for option in parameter.opts}  # type: ignore[union-attr, arg-type]  # each of them is a command, which needs no context
+def test_where_memory_runs_out_the_fix_names_flags_of_the_command(command: str) -> None:
+    found = cli.get_command(click.Context(cli), command)
+    assert found is not None
+    parameters = {option for parameter in found.params for option in parameter.opts}
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError()):
         fix = explain(error, command).fix
-        on_gpu = isinstance(error, torch.OutOfMemoryError)
-        assert all(flag in fix for flag in flags if not (on_gpu and flag == "--workers")), fix
-        assert on_gpu == ("GPU" in fix), fix
+        assert isinstance(error, torch.OutOfMemoryError) == ("GPU" in fix), fix
         named = set(re.findall(r"--[a-z-]+", fix.replace("clipcid embed DATA with a smaller --batch-size", "")))
+        assert named, fix
         assert named <= parameters, fix
 
 

@@ -16,9 +16,15 @@ from typing import Any
 
 from fault_child import Operations, kill, shift_clock
 from fault_disks import can_mount, heed_permissions, limit_file_sizes, limit_room, set_read_only
-from fault_hosts import list_host_kills, run_host_kill
 from fault_place import Result, Site, Step, read_tree
-from fault_processes import list_rank_kills, list_worker_kills, run_rank_kill, run_worker_kill
+from fault_processes import (
+    list_host_kills,
+    list_rank_kills,
+    list_worker_kills,
+    run_host_kill,
+    run_rank_kill,
+    run_worker_kill,
+)
 from one_process import Outcome
 
 from clipcid_cli.formats.embeddings.manifest import all_files, read_manifest
@@ -41,7 +47,6 @@ class Fault:
     """A kind of fault.
 
     Attributes:
-        result: What happens, for tests/faults/RESULTS.md; the cases check it.
         everyday: How many cases the everyday run draws that the fault reaches.
         list_cases: All cases of a step.
         run_case: Runs one of them.
@@ -49,7 +54,6 @@ class Fault:
     """
 
     name: str
-    result: str
     everyday: int
     list_cases: Callable[[Site, Step, random.Random], list[Any]]
     run_case: Callable[[Site, Step, Any], Result]
@@ -283,42 +287,18 @@ def list_operations(site: Site, step: Step, chance: random.Random) -> list[int]:
     return sorted(chance.sample(range(count), min(15, count)))
 
 
-_WHOLE = "The same command again leaves the bytes of an undisturbed run, and no other files."
-_REFUSED = "One error with its fix and exit 1, or the whole result."
-_NAMED = (
-    "One error that names the file or its folder, with its fix, and exit 1; the whole result where it is not needed; where "
-    "only pictures of a report need it, the result without them and a warning that names it."
-)
 FAULTS = (
-    Fault("killed", f"Nothing is half under its final name. {_WHOLE}", 9, list_kills, run_kill),
-    Fault("full disk", f"{_REFUSED} {_WHOLE}", 1, list_rooms, run_full_disk, True),
-    Fault("limit of file sizes", f"{_REFUSED} {_WHOLE}", 1, list_sizes, run_limited_sizes),
-    Fault("read-only disk", f"{_REFUSED} {_WHOLE}", 1, list_read_only, run_read_only, True),
-    Fault("no permission", f"{_NAMED} {_WHOLE}", 1, list_permissions, run_without_permission),
-    Fault("a file of an earlier step replaced", f"{_NAMED} {_WHOLE}", 1, list_recorded, run_replaced),
-    Fault("a folder in an output's place", f"{_NAMED} {_WHOLE}", 1, list_outputs, run_folder_in_place),
-    Fault("Ctrl-C, SIGTERM", f"Exit 130 or 143 within 10 s. {_WHOLE}", 1, list_moments, run_signal),
-    Fault("two runs at once", f"One of them says so and exits 1, or waits. {_WHOLE}", 1, list_operations, run_delayed),
-    Fault("clock set back", f"No difference, killed or not. {_WHOLE}", 1, list_clocks, run_wrong_clock),
-    Fault(
-        "one of two ranks killed",
-        f"The other ends with exit 1 and says that a process has ended. {_WHOLE}",
-        1,
-        list_rank_kills,
-        run_rank_kill,
-    ),
-    Fault(
-        "one of two hosts killed",
-        f"The other's torchrun ends with exit 1, and its process says that another has ended. {_WHOLE}",
-        0,
-        list_host_kills,
-        run_host_kill,
-    ),
-    Fault(
-        "a decoding process killed",
-        f"The run ends with exit 1 and says so; one that needs it no more is whole. {_WHOLE}",
-        0,
-        list_worker_kills,
-        run_worker_kill,
-    ),
+    Fault("killed", 9, list_kills, run_kill),
+    Fault("full disk", 1, list_rooms, run_full_disk, needs_mount=True),
+    Fault("limit of file sizes", 1, list_sizes, run_limited_sizes),
+    Fault("read-only disk", 1, list_read_only, run_read_only, needs_mount=True),
+    Fault("no permission", 1, list_permissions, run_without_permission),
+    Fault("a file of an earlier step replaced", 1, list_recorded, run_replaced),
+    Fault("a folder in an output's place", 1, list_outputs, run_folder_in_place),
+    Fault("Ctrl-C, SIGTERM", 1, list_moments, run_signal),
+    Fault("two runs at once", 1, list_operations, run_delayed),
+    Fault("clock set back", 1, list_clocks, run_wrong_clock),
+    Fault("one of two ranks killed", 1, list_rank_kills, run_rank_kill),
+    Fault("one of two hosts killed", 0, list_host_kills, run_host_kill),
+    Fault("a decoding process killed", 0, list_worker_kills, run_worker_kill),
 )

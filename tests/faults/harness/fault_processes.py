@@ -1,4 +1,7 @@
-"""Processes of one run that die: a rank of several, or a process that decodes images."""
+"""Processes of one run that die: a rank or a host of two, or a process that decodes images.
+
+Two hosts are two agents of torchrun on one machine.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,21 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from fault_child import Operations, Running, kill, read_operations
+from fault_child import Operations, kill, read_operations
 from fault_place import Result, Site, Step, read_tree
 from one_process import Outcome
 
 _DECODING = ("embed", "distill", "eval-zeroshot", "eval-linear")
 _BY_RANKS = ("embed", "balance", "balance, partitioned", "balance, new shards", "cluster", "distill")
+_BY_HOSTS = ("embed", "balance", "cluster", "distill")
+_PATIENCE = 300.0
+"""Seconds in which two hosts start, and the one that is left ends, on a busy machine."""
 
 
 def list_rank_kills(site: Site, step: Step, chance: random.Random) -> list[tuple[int, float]]:
@@ -28,44 +37,55 @@ def list_rank_kills(site: Site, step: Step, chance: random.Random) -> list[tuple
 def run_rank_kill(site: Site, step: Step, case: tuple[int, float]) -> Result:
     """Kill one of two ranks; the other must end by itself and say so. Then give the command again to both."""
     rank, part = case
-    if (name := f"{step.name} by two") not in site.expected:
-        whole = _run_ranks(site, step)
-        assert [found.code for found in whole] == [0, 0], whole
-        site.expected[name] = read_tree(site.place)
-        for number in range(2):
-            site.operations[f"{name}, rank {number}"] = read_operations(_log_of(site, number))
-        site.reset(step)
+    name = f"{step.name} by two"
+
+    def run(killed: int | None = None, number: int = 0) -> list[Outcome]:
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "LOCAL_WORLD_SIZE": "2"}
+        ranks = []
+        for each in range(2):
+            operations = Operations(_log_of(site, each), number, act=kill if each == killed else None)
+            ranks.append(site.start(step, operations.install, **world, RANK=str(each), LOCAL_RANK=str(each)))
+        return [running.finish(site.patience(step) + 30) for running in ranks]
+
+    if name not in site.expected:
+        _expect(site, step, name, run)
+        for each in range(2):
+            site.operations[f"{name}, rank {each}"] = read_operations(_log_of(site, each))
     operations = site.operations[f"{name}, rank {rank}"]
     if not operations:
         return Result(None, [], False)
-    found = _run_ranks(site, step, rank, int(part * len(operations)))
-    survivor, problems = found[1 - rank], []
-    if reached := found[rank].code == -9:
-        problems += survivor.problems()
-        if survivor.code and "Another process of the run has ended" not in survivor.err:
-            problems.append("it does not say that a process has ended")
-        problems += site.find_half(step, name)
-    again = _run_ranks(site, step)
-    problems += [f"given again: exit {outcome.code}{outcome!r}" for outcome in again if outcome.code != 0]
-    problems += site.compare(step, name)
-    return Result(survivor.code, [*problems, repr(found)] if problems else [], reached)
+    found = run(rank, int(part * len(operations)))
+    return _judge(site, step, name, found, rank, found[1 - rank].problems(), run)
 
 
-def _log_of(site: Site, rank: int) -> Path:
-    return site.log.with_name(f"operations-{rank}")
+def list_host_kills(site: Site, step: Step, chance: random.Random) -> list[tuple[int, float]]:
+    """The host that dies, and how many seconds after the first file was written; the first one holds the meeting place."""
+    return [(0, chance.uniform(0, 0.3)), (1, chance.uniform(0, 0.3))] if step.name in _BY_HOSTS else []
 
 
-def _run_ranks(site: Site, step: Step, killed: int | None = None, number: int = 0) -> list[Outcome]:
-    """Run a step by two ranks, one of them killed at a file operation."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-    ranks: list[Running] = []
-    for rank in range(2):
-        operations = Operations(_log_of(site, rank), number, act=kill if rank == killed else None)
-        ranks.append(site.start(step, operations.install, **world, RANK=str(rank), LOCAL_RANK=str(rank)))
-    return [running.finish(site.patience(step) + 30) for running in ranks]
+def run_host_kill(site: Site, step: Step, case: tuple[int, float]) -> Result:
+    """Kill one of two hosts; the other must end by itself and say so. Then give the command again to both."""
+    host, delay = case
+    name = f"{step.name} by two hosts"
+
+    def run(killed: int | None = None) -> list[Outcome]:
+        before = set(site.place.rglob("*"))
+        port = _free_port()
+        agents = [_start_agent(site, step, each, port) for each in range(2)]
+        if killed is not None:
+            deadline = time.monotonic() + _PATIENCE
+            while before.issuperset(site.place.rglob("*")) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(delay)
+            _kill_all(agents[killed])
+        return [_finish_agent(step, agent) for agent in agents]
+
+    if name not in site.expected:
+        _expect(site, step, name, run)
+    found = run(host)
+    left = found[1 - host]  # beside its own words there are torchrun's
+    problems = [] if left.code in (0, 1) and "bug in clipcid" not in left.err else [f"exit {left.code}, or a bug"]
+    return _judge(site, step, name, found, host, problems, run)
 
 
 def list_worker_kills(site: Site, step: Step, chance: random.Random) -> list[float]:
@@ -77,8 +97,11 @@ def run_worker_kill(site: Site, step: Step, delay: float) -> Result:
     """Kill a process that decodes images, then give the command again."""
     running = site.start(step, CLIPCID_WORKERS="2")
     deadline = time.monotonic() + site.patience(step)
-    while not (workers := _grandchildren(running.process)) and not running.has_ended() and time.monotonic() < deadline:
+    workers: list[int] = []
+    while not workers and not running.has_ended() and time.monotonic() < deadline:
         time.sleep(0.005)
+        # Those that the server of workers, a child of the run, has forked.
+        workers = [worker for server in _children_of(running.process) for worker in _children_of(server)]
     time.sleep(delay)
     reached = False
     for worker in workers[:1]:
@@ -94,12 +117,77 @@ def run_worker_kill(site: Site, step: Step, delay: float) -> Result:
     return Result(found.code, problems, reached)
 
 
-def _grandchildren(process: int) -> list[int]:
-    """Return the processes that a child's server of workers has forked."""
-    return [worker for server in children_of(process) for worker in children_of(server)]
+def _expect(site: Site, step: Step, name: str, run: Callable[[], list[Outcome]]) -> None:
+    """Remember what an undisturbed run of two leaves."""
+    whole = run()
+    assert [found.code for found in whole] == [0, 0], whole
+    site.expected[name] = read_tree(site.place)
+    site.reset(step)
 
 
-def children_of(process: int) -> list[int]:
+def _judge(
+    site: Site,
+    step: Step,
+    name: str,
+    found: list[Outcome],
+    killed: int,
+    problems: list[str],
+    run: Callable[[], list[Outcome]],
+) -> Result:
+    """Judge two of which one was killed, add what is wrong with the one that is left, and give the command to both again."""
+    left = found[1 - killed]
+    reached = found[killed].code == -signal.SIGKILL
+    if not reached:
+        problems = []
+    elif left.code and "Another process of the run has ended" not in left.err:
+        problems = [*problems, "it does not say that a process has ended"]
+    problems += site.find_half(step, name) if reached else []
+    problems += [f"given again: exit {outcome.code}{outcome!r}" for outcome in run() if outcome.code != 0]
+    problems += site.compare(step, name)
+    return Result(left.code, [*problems, repr(found)] if problems else [], reached)
+
+
+def _log_of(site: Site, rank: int) -> Path:
+    return site.log.with_name(f"operations-{rank}")
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def _start_agent(site: Site, step: Step, host: int, port: str) -> subprocess.Popen[str]:
+    places = ("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(host))
+    meeting = ("--master-addr", "127.0.0.1", "--master-port", port)
+    command = [sys.executable, "-m", "torch.distributed.run", *places, *meeting, "-m", "clipcid_cli", *step.command]
+    return subprocess.Popen(
+        command,
+        cwd=site.place,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _finish_agent(step: Step, agent: subprocess.Popen[str]) -> Outcome:
+    try:
+        out, err = agent.communicate(timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        _kill_all(agent)
+        return Outcome(step.command, None, *agent.communicate())
+    return Outcome(step.command, agent.returncode, out, err)
+
+
+def _kill_all(agent: subprocess.Popen[str]) -> None:
+    """Kill an agent and the processes that it has started, which would outlive it."""
+    for process in (agent.pid, *_children_of(agent.pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def _children_of(process: int) -> list[int]:
     """Return the processes that a process has started and that go on."""
     try:
         return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]

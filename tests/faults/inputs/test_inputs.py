@@ -1,133 +1,223 @@
-"""Inputs that do not fit, found before the work: widths, missing data, targets that cannot be written, odd models."""
+"""Inputs that do not fit, found before the work: settings, models, data, names, and targets that cannot be written.
+
+Data that is bad in itself meets every command in tests/cli/.
+"""
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from one_process import OneProcess
+from conftest import Run, make_image, shard_members, start_clipcid, write_tar
+from one_process import OneProcess, Outcome
 
-from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import validate_writable
-from clipcid_cli.runtime.models.names import parse_model, read_config, read_width
+from clipcid_cli.runtime.models.names import parse_model, read_width
+
+LATIN = os.fsdecode(b"caf\xe9")
 
 
-@pytest.fixture(scope="module")
-def clipcid() -> Iterator[OneProcess]:
-    process = OneProcess()
-    yield process
-    process.close()
+def said(found: Outcome, code: int = 1) -> str:
+    """Return the error of a command that must end with one, in one line."""
+    assert found.code == code, found
+    assert not found.problems(), found
+    return " ".join(found.err.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("work = 3", "[balance] work is 3, not a path"),
+        ("json = 1", "[balance] json is 1, not true or false"),
+        ("keep = true", "[balance] keep is True, not a number"),
+        ("keep = [0.5]", "[balance] keep is [0.5], not a number"),
+        ("keep = {}", "[balance] keep is {}, not a number"),
+        ("seed = 1979-05-27", "[balance] seed is datetime.date(1979, 5, 27), not a number"),
+        ("linkage = ['star']", "[balance] linkage is ['star'], not text"),
+        ('data = "a\\u0000b"', "DATA holds a NUL character"),
+        ("keep = inf", "'--keep' in c.toml: inf is not in the range 0<x<=1"),
+        ("keep = nan", "--keep nan is not in the range 0<x<=1"),
+        ("seed = 0.5", "'--seed' in c.toml: '0.5' is not a valid whole number"),
+        ("linkage = 'double'", "'--linkage' in c.toml: 'double' is not one of"),
+        ("keep = 0.5.5", "is not TOML"),
+        ("keep = [" + "[" * 5000, "is not TOML"),
+        ("seed = " + "9" * 5000, "is not TOML"),
+        ("\udcff", ""),  # no text
+    ],
+)
+def test_a_wrong_setting_is_a_usage_error_that_names_it(
+    one_process: OneProcess, tmp_path: Path, line: str, expected: str
+) -> None:
+    (tmp_path / "c.toml").write_text(f"[balance]\n{line}\n", errors="surrogateescape")
+    assert expected in said(one_process("balance", "--config", "c.toml", cwd=tmp_path), 2)
+    assert os.listdir(tmp_path) == ["c.toml"]
+
+
+def test_settings_are_not_read_from_a_pipe_or_a_folder(one_process: OneProcess, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "c.toml")
+    (tmp_path / "d.toml").mkdir()
+    for name in ("c.toml", "d.toml"):
+        assert "not a file" in said(one_process("balance", "--config", name, cwd=tmp_path), 2)
+
+
+def test_one_item_stands_for_a_list_and_a_number_for_text(one_process: OneProcess, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('[eval-linear]\nshots = 4\n[export]\nformat = "onnx"\n')
+    found = one_process("eval-linear", "--config", "c.toml", cwd=tmp_path)
+    assert "There is no data to evaluate on" in found.err, found
+    found = one_process("export", "--config", "c.toml", cwd=tmp_path)
+    assert "No model was named" in found.err, found
+
+
+@pytest.mark.parametrize(("model", "message"), [("cut", "could not be loaded"), ("bare.json", "without weights")])
+def test_a_model_without_whole_weights_is_refused(
+    one_process: OneProcess, tiny_model: Path, tiny_shards: Path, tmp_path: Path, model: str, message: str
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "cut")
+    weights = tmp_path / "cut" / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    shutil.copy(tiny_model / "open_clip_config.json", tmp_path / "bare.json")
+    assert message in said(one_process("embed", tiny_shards, "--model", model, cwd=tmp_path))
+    assert not (tmp_path / "clipcid-work").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("", []),
+        ("", None),
+        ("model_cfg", []),
+        ("model_cfg.embed_dim", "32"),
+        ("model_cfg.embed_dim", True),
+        ("model_cfg.embed_dim", -4),
+        ("model_cfg.vision_cfg", []),
+        ("model_cfg.vision_cfg.layers", "two"),
+        ("model_cfg.vision_cfg.image_size", [32, "x"]),
+        ("model_cfg.vision_cfg.patch_size", 0),
+        ("model_cfg.vision_cfg.width", None),
+        ("model_cfg.text_cfg.layers", -1),
+        ("model_cfg.text_cfg.context_length", "12"),
+        ("model_cfg.text_cfg.vocab_size", -1),
+        ("model_cfg.text_cfg.heads", 3),
+        ("model_cfg.text_cfg.hf_model_name", 7),
+        ("model_cfg.text_cfg.tokenizer_kwargs", []),
+        ("model_cfg.text_cfg.nonsense", 1),
+        ("preprocess_cfg", 3),
+        ("preprocess_cfg.resize_mode", "x"),
+    ],
+)
+def test_a_model_whose_configuration_holds_nonsense_is_one_error(
+    one_process: OneProcess, tiny_model: Path, tmp_path: Path, entry: str, value: Any
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    path = model / "open_clip_config.json"
+    config = {"": json.loads(path.read_text())}
+    *outer, last = ("", *entry.split(".")) if entry else ("",)
+    holder: Any = config
+    for name in outer:
+        holder = holder[name]
+    holder[last] = value
+    path.write_text(json.dumps(config[""]))
+    said(one_process("export", model, "--format", "open-clip", cwd=tmp_path))
 
 
 def test_rows_of_another_tool_must_have_the_teachers_width(
-    clipcid: OneProcess, distill_prepared: Path, tmp_path: Path
+    one_process: OneProcess, distill_prepared: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "rows"
     shutil.copytree(distill_prepared / "clipcid-work/embeddings/tiny", folder)
     data = json.loads((folder / "embed.json").read_text())["data"]["spec"]
     (folder / "embed.json").unlink()
     shutil.copy(distill_prepared / "student.json", tmp_path)
-    found = clipcid(
-        "distill", data, "--teacher", "ViT-B-32", "--student", "student.json", "--embeddings", folder, "--steps", "1",
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert found.code == 1, found
-    assert not found.problems(), found
-    message = " ".join(found.err.split())
-    assert (
-        f"The embeddings in {folder} have width 32; those of the teacher ViT-B-32:laion2b_s34b_b79k have 512" in message
-    )
-
-
-def test_the_width_of_a_model_is_known_without_its_weights(tiny_model: Path) -> None:
-    assert read_width(parse_model(str(tiny_model))) == 32
-    assert read_width(parse_model("ViT-L-14")) == 768
-    assert read_width(parse_model("hf-hub:a/b")) is None
+    command = ("distill", data, "--teacher", "ViT-B-32", "--student", "student.json", "--embeddings", folder)
+    message = said(one_process(*command, cwd=tmp_path))
+    expected = f"The embeddings in {folder} have width 32; those of the teacher ViT-B-32:laion2b_s34b_b79k have 512"
+    assert expected in message
+    # Which is known without weights.
+    widths = [read_width(parse_model(name)) for name in (str(tiny_model), "ViT-L-14", "hf-hub:a/b")]
+    assert widths == [32, 768, None]
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_export_with_data_that_is_nowhere(
-    clipcid: OneProcess, tiny_model: Path, tmp_path: Path, dry: list[str]
+    one_process: OneProcess, tiny_model: Path, tmp_path: Path, dry: list[str]
 ) -> None:
-    found = clipcid("export", tiny_model, "--data", "nowhere", "--format", "open-clip", *dry, cwd=tmp_path)
-    assert found.code == 1, found
-    assert not found.problems(), found
-    assert "nowhere" in found.err
+    command = ("export", tiny_model, "--data", "nowhere", "--format", "open-clip", *dry)
+    assert "nowhere" in said(one_process(*command, cwd=tmp_path))
 
 
-@pytest.mark.parametrize("flag", ["--write-keys", "--write-pairs", "--write-uids"])
-@pytest.mark.parametrize("place", ["folder.csv", "file/inside.csv", "file/inside/deeper.csv"])
+@pytest.mark.parametrize(
+    ("flag", "place"),
+    [("--write-keys", "folder.csv"), ("--write-pairs", "file/in.csv"), ("--write-uids", "file/in/deeper.csv")],
+)
 def test_a_target_that_cannot_be_written_is_found_before_the_search(
-    clipcid: OneProcess, distill_prepared: Path, tmp_path: Path, flag: str, place: str
+    one_process: OneProcess, distill_prepared: Path, tmp_path: Path, flag: str, place: str
 ) -> None:
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "file").touch()
     rows = distill_prepared / "clipcid-work/embeddings/tiny"
-    found = clipcid("balance", "--keep", "0.5", "--embeddings", rows, flag, place, cwd=tmp_path)
-    assert found.code == 1, found
-    assert not found.problems(), found
-    assert f"Could not write {place}" in found.err
+    found = one_process("balance", "--keep", "0.5", "--embeddings", rows, flag, place, cwd=tmp_path)
+    assert f"Could not write {place}" in said(found)
     assert not (tmp_path / "clipcid-work").exists()
-
-
-def test_a_target_in_folders_to_be_made_is_fine(tmp_path: Path) -> None:
-    validate_writable(tmp_path / "a" / "b" / "c.txt")
+    validate_writable(tmp_path / "a" / "b" / "c.txt")  # in folders that are still to be made
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        [],
-        "text",
-        None,
-        {"model_cfg": []},
-        {"model_cfg": {"embed_dim": "32", "vision_cfg": {}, "text_cfg": {}}},
-        {"model_cfg": {"embed_dim": True, "vision_cfg": {}, "text_cfg": {}}},
-        {"model_cfg": {"embed_dim": -4, "vision_cfg": {}, "text_cfg": {}}},
-        {"model_cfg": {"embed_dim": 32, "vision_cfg": [], "text_cfg": {}}},
-        {"model_cfg": {"embed_dim": 32, "vision_cfg": {}, "text_cfg": {"layers": -1}}},
-        {"model_cfg": {"embed_dim": 32, "vision_cfg": {}, "text_cfg": "x"}},
-        {"model_cfg": {"embed_dim": 32, "vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": 3},
-        {"model_cfg": {"embed_dim": 32, "vision_cfg": {}, "text_cfg": {}}, "preprocess_cfg": {"resize_mode": "x"}},
-    ],
-)
-def test_a_configuration_of_other_types_is_refused(tmp_path: Path, content: Any) -> None:
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
-    with pytest.raises(ClipcidError, match="is not an open_clip configuration"):
-        read_config(tmp_path)
-    with pytest.raises(ClipcidError) as caught:  # of a student, which has no weights
-        read_config(tmp_path / "open_clip_config.json")
-    assert "weights" not in caught.value.fix
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"vision_cfg": {"layers": "two"}},
-        {"vision_cfg": {"image_size": [32, "x"]}},
-        {"vision_cfg": {"patch_size": 0}},
-        {"vision_cfg": {"width": None}},
-        {"text_cfg": {"context_length": "12"}},
-        {"text_cfg": {"vocab_size": -1}},
-        {"text_cfg": {"heads": 3}},
-        {"text_cfg": {"hf_model_name": 7}},
-        {"text_cfg": {"tokenizer_kwargs": []}},
-        {"text_cfg": {"nonsense": 1}},
-    ],
-)
-def test_a_model_whose_configuration_holds_nonsense_is_one_error(
-    clipcid: OneProcess, tiny_model: Path, tmp_path: Path, change: dict[str, dict[str, Any]]
+@pytest.mark.parametrize("name", ["b{1}", "{00..03}", "./~x", "{", "x y\n", LATIN])
+def test_a_folder_may_be_called_like_a_pattern_or_a_user(
+    one_process: OneProcess, tiny_model: Path, tmp_path: Path, name: str
 ) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(tiny_model, model)
-    path = model / "open_clip_config.json"
-    config = json.loads(path.read_text())
-    for part, values in change.items():
-        config["model_cfg"][part] |= values
-    path.write_text(json.dumps(config))
-    found = clipcid("export", model, "--format", "open-clip", cwd=tmp_path)
-    assert found.code == 1, found
-    assert not found.problems(), found
+    write_tar(tmp_path / name / "0.tar", shard_members(0, 4))
+    shutil.copytree(tiny_model, tmp_path / "~model")
+    found = one_process("embed", name, "--model", "./~model", "--out", "rows", "--json", cwd=tmp_path)
+    assert found.code == 0, found
+    assert found.json["images"] == 4
+
+
+@pytest.mark.parametrize("place", ["image", "member", "shard", "work"])
+def test_a_name_that_is_not_utf8_is_refused(
+    one_process: OneProcess, tiny_model: Path, tmp_path: Path, place: str
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    members = shard_members(0, 3)
+    if place == "image":
+        (data / f"{LATIN}.png").write_bytes(make_image(0))
+    elif place == "member":
+        write_tar(data / "0.tar", [(f"{LATIN}.png", make_image(0))])
+    else:
+        write_tar(data / f"{LATIN if place == 'shard' else 0}.tar", members)
+    work = LATIN if place == "work" else "work"
+    found = one_process("embed", data, "--model", tiny_model, "--no-text", "--work", work, cwd=tmp_path)
+    if place == "work":
+        assert "--work is 'caf\\udce9', which is not UTF-8" in said(found, 2)
+    else:
+        assert "the name of a file is not UTF-8: caf" in said(found)
+    assert not list(tmp_path.rglob("embed.json"))
+
+
+def test_a_second_run_in_one_folder_is_refused(
+    clipcid: Callable[..., Run], tiny_model: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    command = ["embed", str(tiny_shards), "--model", str(tiny_model), "--batch-size", "1"]
+    first = start_clipcid(*command, cwd=tmp_path)
+    lock = tmp_path / "clipcid-work" / "embeddings" / "tiny" / ".embed.lock"
+    while not lock.exists() or not lock.read_text():
+        assert first.poll() is None
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)  # so that it holds the folder while the second one tries
+    try:
+        second = clipcid(*command, check=False)
+    finally:
+        first.send_signal(signal.SIGCONT)
+        first.wait(60)
+    assert second.returncode == 1
+    message = " ".join(second.stderr.split())
+    assert f"Another run (process {first.pids[0]}) is writing" in message
+    assert "write elsewhere (--work, or --out of clipcid embed)" in message
+    assert first.poll() == 0

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 
 import numpy as np
-import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from clipcid_cli.algorithms.losses.cluster import cluster_targets, draw_candidates
+from clipcid_cli.algorithms.losses.cluster import draw_candidates
 
 
 @st.composite
@@ -38,40 +35,6 @@ def test_candidates_hold_all_named_and_enough_others_once(case: tuple[np.ndarray
     assert found.log_correction == (math.log(rest / drawn) if drawn else 0.0)
     again = draw_candidates(named[::-1].copy(), num_clusters, ratio=ratio, minimum=minimum, seed=seed)
     assert np.array_equal(found.ids, again.ids)
-
-
-@given(draws())
-@settings(max_examples=40)
-def test_targets_point_at_the_named_centroids(case: tuple[np.ndarray, int, float, int, int]) -> None:
-    named, num_clusters, ratio, minimum, seed = case
-    found = draw_candidates(named, num_clusters, ratio=ratio, minimum=minimum, seed=seed)
-    centroids = torch.from_numpy(found.ids)[:, None].float()  # each centroid carries its number
-    top = named[:, None]
-    targets = cluster_targets(
-        found, centroids, top, np.ones_like(top, dtype=np.float16), temperature=0.1, label_share=0.3
-    )
-    assert torch.equal(targets.centroids_SD[targets.positions_Bm][..., 0], torch.from_numpy(top).float())
-    torch.testing.assert_close(targets.weights_Bm.sum(dim=1), torch.ones(len(top)))
-
-
-def test_a_draw_among_a_million_takes_less_than_sorting_what_is_named() -> None:
-    named = np.random.default_rng(0).integers(0, 1_000_000, (16_384, 16), dtype=np.int32)
-    weights = np.ones(named.shape, dtype=np.float16)
-
-    def draw() -> None:
-        found = draw_candidates(named, 1_000_000, ratio=0.1, minimum=4096, seed=0)
-        centroids = torch.empty(1, 1).expand(len(found.ids), 1)
-        cluster_targets(found, centroids, named, weights, temperature=0.1, label_share=0.5)
-
-    def least_seconds(work: Callable[[], object]) -> float:
-        found = list[float]()
-        for _ in range(3):
-            began = time.process_time()
-            work()
-            found.append(time.process_time() - began)
-        return min(found)
-
-    assert least_seconds(draw) < least_seconds(lambda: np.sort(named.reshape(-1).astype(np.int64), kind="stable"))
 
 
 def test_corrected_normaliser_is_unbiased_and_plain_one_is_not() -> None:

@@ -9,16 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components as scipy_components
 
 from clipcid_cli.algorithms.near import edges as edges_module
 from clipcid_cli.algorithms.near import search
-from clipcid_cli.algorithms.near.block import Block, load_block, lowest_score, multiply
+from clipcid_cli.algorithms.near.block import Block, load_block
 from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_rows
 from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
-from clipcid_cli.algorithms.near.exact import LONGEST_ROW, IntArray, distance_matrix
+from clipcid_cli.algorithms.near.exact import LONGEST_ROW, IntArray
 from clipcid_cli.algorithms.near.search import near_pairs, near_pairs_of
 from clipcid_cli.algorithms.sets import forest as forest_module
 from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components, forest_curve
@@ -165,34 +164,6 @@ def test_minimum_forest_of_any_graph_with_many_ties(data: st.DataObject) -> None
     assert partition(labels) == partition(scipy_components(graph, directed=False)[1]) == labels.tolist()
 
 
-@pytest.mark.parametrize("dtype", SCAN_DTYPES)
-def test_partition_equals_scipys_single_linkage_at_every_threshold(dtype: torch.dtype) -> None:
-    rows = unit_rows(7, 400, 48, 40, 0.12)
-    edges = all_edges(rows)
-    tree = linkage(edges.weight.astype(np.float64), method="single")
-    forest = build(rows, 2.1, dtype, 150, 0)
-    assert len(forest) == len(rows) - 1
-    np.testing.assert_array_equal(forest.weight.astype(np.float64), np.sort(tree[:, 2]))
-    for cutoff in np.unique(forest.weight)[::13]:
-        part = forest.up_to(cutoff)
-        ours = connected_components(len(rows), part.a, part.b)
-        assert partition(ours) == partition(fcluster(tree, float(cutoff), criterion="distance"))
-
-
-def test_edges_that_may_not_join_are_turned_away_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forest_module, "_MIN_FOLD", 1)
-    rows = unit_rows(3, 120, 16, 4, 0.2)
-    edges = all_edges(rows)
-    builder = ForestSink(len(rows))
-    builder.add(edges)
-    kept = builder.wants(edges.a, edges.b, edges.weight)
-    assert len(edges) > 2**12  # so many that their own forest is found first
-    assert as_list(builder.result()) == kruskal(len(rows), edges)
-    forest = set(as_list(builder.result()))
-    assert forest <= {edge for edge, keep in zip(as_list(edges), kept.tolist(), strict=True) if keep}
-    assert kept.sum() < 0.7 * len(edges)
-
-
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), dtype=st.sampled_from(SCAN_DTYPES), width=st.sampled_from([32, 250]))
 def test_rows_made_to_round_the_worst_way_lose_no_pair(seed: int, dtype: torch.dtype, width: int) -> None:
@@ -239,36 +210,18 @@ def test_blocks_queued_as_on_a_gpu_have_the_same_pairs_crowded_or_not(
         assert sorted(as_list(found)) == sorted(edge for edge in near if is_diagonal or edge[1] < m <= edge[2])
 
 
-def test_blocks_queued_on_a_gpu_are_not_crowded_by_copies_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = unit_rows(3, 129, 32, 1, 0.01)
-    panel = load_block(rows.__getitem__, np.arange(129), CPU, torch.float32)
-    monkeypatch.setattr(search, "_decide_products", None)
-    assert sum(map(len, search.queue(panel, panel, 0.5, all_of_them, search.Crowding()))) == 129 * 128 // 2
-
-
-def test_more_pairs_are_queued_where_the_blocks_before_were_crowded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "_FEW_QUEUED", 1000)
-    monkeypatch.setattr(search, "_decide_products", None)  # nothing is searched in small blocks
-    products = list[int]()
-    multiply = search.multiply
-    monkeypatch.setattr(search, "multiply", lambda *blocks: products.append(1) or multiply(*blocks))
-    near = load_block(unit_rows(3, 129, 32, 1, 0.01).__getitem__, np.arange(129), CPU, torch.float32)
-    far = load_block(unit_rows(4, 129, 32, 129, 1.0).__getitem__, np.arange(129), CPU, torch.float32)
-    crowding = search.Crowding()
-    for panel, expected in ((near, 2), (near, 1), (far, 1), (near, 2)):
-        products.clear()
-        found = sum(map(len, search.queue(panel, panel, 0.5, all_of_them, crowding)))
-        assert (found > 1000, len(products)) == (panel is near, expected)
-
-
 @pytest.mark.parametrize("dtype", SCAN_DTYPES, ids=str)
-@pytest.mark.parametrize("others", [128, 100, 384])  # of 384, a piece ends inside a row of three stretches
+@pytest.mark.parametrize(
+    ("others", "centres"),
+    [(128, 1), (100, 1), (384, 1), (128, 300)],  # of 384, a piece ends inside a row of three stretches
+)
 def test_near_pairs_come_in_pieces_of_bounded_size(
-    dtype: torch.dtype, others: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, others: int, centres: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also up to a distance beyond √2, where scores are negative: that of many centres."""
     monkeypatch.setattr(search, "_STRETCHES_AT_ONCE", 2)
     monkeypatch.setattr(search, "_MANY_PAIRS", 100)
-    rows = unit_rows(5, 256 + others, 16, 1, 0.05)
+    rows = unit_rows(5, 256 + others, 16, centres, 0.05)
     expected = all_edges(rows)
     one, other = cut(rows, np.arange(256), dtype, 256) + cut(rows, np.arange(256, len(rows)), dtype, others)
     for pair, is_asked in (
@@ -280,36 +233,6 @@ def test_near_pairs_come_in_pieces_of_bounded_size(
         assert max(map(len, pieces)) <= 100 + 256
         near = expected[is_asked & (expected.weight <= np.float32(cutoff))]
         assert sorted(as_list(Edges.concatenate(pieces))) == sorted(as_list(near))
-
-
-def test_lower_bounds_given_for_proposed_pairs_hold() -> None:
-    rows = unit_rows(11, 300, 96, 12, 0.1)
-    exact = {(a, b): weight for weight, a, b in as_list(all_edges(rows))}
-    seen = []
-
-    def check(a: IntArray, b: IntArray, at_least: np.ndarray) -> np.ndarray:
-        seen.append(len(a))
-        assert all(
-            low <= exact[pair] for low, pair in zip(at_least, zip(a.tolist(), b.tolist(), strict=True), strict=True)
-        )
-        return np.zeros(len(a), np.bool_)
-
-    for dtype in SCAN_DTYPES:
-        panel = load_block(rows.__getitem__, np.arange(300), CPU, dtype)
-        assert list(near_pairs(panel, panel, 0.9, check)) == []
-    assert sum(seen) > 1000
-
-
-@pytest.mark.parametrize(("dtype", "slack"), [(torch.bfloat16, 0.02), (torch.int8, 0.06)])
-def test_score_bound_is_below_what_a_pair_at_the_cutoff_scores(dtype: torch.dtype, slack: float) -> None:
-    rows = unit_rows(5, 64, 512, 64, 1.0)
-    block = load_block(rows.__getitem__, np.arange(64), CPU, dtype)
-    scores = multiply(block.scan, block.scan).double().numpy()
-    weights = distance_matrix(block.stored, block.stored).numpy()
-    unit = block.step**2
-    for i, j in zip(*np.triu_indices(64, 1), strict=True):
-        lowest = float(lowest_score(block, block, float(weights[i, j])))
-        assert lowest <= scores[i, j] < lowest + slack / unit
 
 
 def test_rows_that_would_be_inexact_are_refused() -> None:
@@ -335,11 +258,6 @@ def test_curve_counts_components_and_the_largest_at_each_cutoff(monkeypatch: pyt
         labels = connected_components(90, part.a, part.b)
         sizes = np.bincount(labels, minlength=90)
         assert (kept, largest) == (np.count_nonzero(sizes), sizes.max())
-
-
-def test_curve_of_no_edges() -> None:
-    curve = forest_curve(4, Edges.empty(), None)
-    assert (curve.distance.tolist(), curve.kept.tolist(), curve.largest.tolist()) == ([0.0], [4], [1])
 
 
 def test_copies_are_found_though_hashes_collide() -> None:

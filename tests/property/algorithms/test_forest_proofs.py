@@ -1,17 +1,14 @@
-"""Long proofs of the search: ten million pairs at the cut-off, and every threshold of thousands of rows."""
+"""A long proof of the search: ten million pairs at the cut-off."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from scipy.cluster.hierarchy import cophenet, linkage
 
 from clipcid_cli.algorithms.near.block import Block, load_block
-from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.search import near_pairs_of
-from clipcid_cli.algorithms.sets.forest import ForestSink
 
 pytestmark = pytest.mark.slow
 
@@ -59,31 +56,3 @@ def test_ten_million_pairs_at_the_cutoff_are_decided_as_in_float64(dtype: torch.
             np.testing.assert_array_equal(edges.weight, exact[edges.a, edges.b])
     assert np.count_nonzero(found[a, b] != (exact[a, b] <= np.float32(cutoff))) == 0
     assert np.count_nonzero(np.tril(found)) == 0
-
-
-def merge_heights(num_rows: int, forest: Edges) -> np.ndarray:
-    """The cut-off from which on each pair is in one set, float64 [N, N]."""
-    heights = np.full((num_rows, num_rows), np.inf)
-    members = {row: np.array([row]) for row in range(num_rows)}
-    home = np.arange(num_rows)
-    for a, b, weight in zip(home[forest.a], forest.b, forest.weight, strict=True):
-        one, other = home[a], home[b]
-        rows, others = members[one], members.pop(other)
-        heights[np.ix_(rows, others)] = heights[np.ix_(others, rows)] = weight
-        home[others] = one
-        members[one] = np.concatenate([rows, others])
-    return heights
-
-
-@pytest.mark.parametrize(("seed", "noise"), [(0, 0.1), (1, 0.5)])
-def test_sets_equal_scipys_at_every_threshold_of_four_thousand_rows(seed: int, noise: float) -> None:
-    generator = np.random.default_rng(seed)
-    centres = generator.normal(size=(900, 256))
-    rows = unit(centres[generator.integers(900, size=4_000)] + noise * generator.normal(size=(4_000, 256)))
-    builder = ForestSink(len(rows))
-    for pieces in near_pairs_of(tiles(rows, torch.bfloat16), 2.1, builder.wants):
-        for edges in pieces:
-            builder.add(edges)
-    a, b = np.triu_indices(len(rows), 1)
-    tree = linkage(exact_distances(rows)[a, b].astype(np.float64), method="single")
-    np.testing.assert_array_equal(merge_heights(len(rows), builder.result())[a, b], cophenet(tree))

@@ -13,7 +13,7 @@ from clipcid_cli.algorithms.near import partitions as partitioning
 from clipcid_cli.algorithms.near.block import load_block
 from clipcid_cli.algorithms.near.cutoff import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.partitions import Partitions, default_num_partitions, measure_margin
+from clipcid_cli.algorithms.near.partitions import Partitions
 from clipcid_cli.algorithms.near.plan import pieces
 from clipcid_cli.algorithms.near.search import near_pairs
 
@@ -115,31 +115,3 @@ def test_neighbours_are_the_nearest_however_rows_are_shared(seed: int, count: in
     ]
     assert list(zip(found.row.tolist(), found.other.tolist(), strict=True)) == expected
     np.testing.assert_array_equal(found.distance, exact[sample[found.row], found.other])
-
-
-def test_there_are_as_many_partitions_as_rows_in_one() -> None:
-    assert [default_num_partitions(number) for number in (1, 100, 10**6, 10**8)] == [1, 10, 1000, 10_000]
-
-
-@given(scenes(), st.sampled_from([1, 64]))
-@settings(max_examples=40, deadline=None)
-def test_the_margin_is_twice_what_sampled_pairs_need_and_visits_stay_bounded(
-    case: tuple[np.ndarray, np.ndarray, float], most: int
-) -> None:
-    rows, centroids, reach = case
-    numbers, sample = np.arange(len(rows)), np.arange(0, len(rows), 3)
-    neighbours = find_neighbours(rows.__getitem__, numbers, sample, 2, CPU, (0, len(rows)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(partitioning, "_MAX_VISITS", most)
-        partitions = Partitions(torch.from_numpy(centroids).float())
-        margin, visits = measure_margin(partitions, rows.__getitem__, numbers, sample, neighbours, reach)
-    home, gaps = exact_gaps(rows, centroids)
-    near = neighbours.distance <= np.float32(reach)
-    a, b = sample[neighbours.row[near]], neighbours.other[near]
-    needed = np.where(home[a] == home[b], 0.0, np.minimum(gaps[a, home[b]], gaps[b, home[a]])).max(initial=0.0)
-    gaps[np.arange(len(rows)), home] = np.inf
-    expected = min(reach, max(0.05 * reach, 2.0 * needed))
-    spread = np.sort(gaps[sample], axis=None)
-    spread = spread[spread <= expected]
-    assert margin == (expected if len(spread) <= most * len(sample) else spread[most * len(sample)])
-    assert visits == np.count_nonzero(spread <= margin) / len(sample)

@@ -116,14 +116,6 @@ def test_the_map_multiplies_float16_rows_without_error() -> None:
     torch.testing.assert_close(rows @ found.double(), sums, rtol=0, atol=0)
 
 
-def test_the_same_bytes_again() -> None:
-    pairs = turn(make_pairs(2), 2)
-    one, two = repair(pairs), repair(pairs)
-    assert one.map_DD is not None
-    assert two.map_DD is not None
-    assert torch.equal(one.map_DD, two.map_DD)
-
-
 @pytest.mark.parametrize("sizes", [[300] + 9 * [12], [150] + 10 * [12], [5, 5, 5, 900]])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_frequent_caption_leaves_at_least_two_folds(sizes: list[int], seed: int) -> None:

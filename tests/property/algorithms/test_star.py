@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcid_cli.algorithms.near import search
-from clipcid_cli.algorithms.near.block import load_block
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
 from clipcid_cli.algorithms.sets.forest import connected_components
 from clipcid_cli.algorithms.sets.star import count_kept, find_star_cutoff, star_cover
@@ -58,26 +54,6 @@ def test_star_cover(seed: int, num_rows: int, cutoff: float) -> None:
     assert (between[np.triu_indices(len(kept), 1)] > cutoff).all()
     sets = connected_components(num_rows, near.a, near.b)
     assert (sets[cover] == sets).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
-def test_stars_of_pairs_found_in_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row whose pairs come in two pieces has no more neighbours than it has."""
-    monkeypatch.setattr(search, "_PRODUCT_ROWS", 384)
-    monkeypatch.setattr(search, "_STRETCHES_AT_ONCE", 2)
-    generator = np.random.default_rng(4)
-    rows = generator.normal(size=(768, 16))
-    is_near = np.isin(np.arange(768) % 384, np.arange(0, 384, 2))
-    rows[is_near] = rows[0] + 0.3 * generator.normal(size=(384, 16))
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-    a, b = np.triu_indices(768, 1)
-    weight = np.linalg.norm(rows[a].astype(np.float64) - rows[b], axis=1).astype(np.float32)
-    within = weight <= np.float32(0.45)
-    block = load_block(rows.__getitem__, np.arange(768), torch.device("cpu"), dtype)
-    found = Edges.concatenate(search.near_pairs(block, block, 0.45))
-    pairs = Edges(a[within], b[within], weight[within])
-    assert len(found) == len(pairs)
-    assert star_cover(found, np.ones(768, np.int64)).tolist() == cover_row_by_row(768, pairs)
 
 
 @settings(max_examples=30)

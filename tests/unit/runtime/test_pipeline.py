@@ -116,9 +116,9 @@ def test_results_come_in_the_order_of_the_items_which_are_taken_as_they_are_need
     assert len(taken) <= 10
     found += islice(results, 19)
     assert [result.tolist() for result in found] == [[number**2] * 2 for number in range(20)]  # type: ignore[attr-defined]
+    results.close()
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.get_num_threads() == threads
-    results.close()
 
 
 @every_way

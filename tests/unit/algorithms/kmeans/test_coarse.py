@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clipcid_cli.algorithms.kmeans import coarse
-from clipcid_cli.algorithms.kmeans.coarse import CoarseCentroids, CoarseRows, are_local
+from clipcid_cli.algorithms.kmeans.coarse import CoarseCentroids, CoarseRows
 from clipcid_cli.algorithms.near.exact import round_to_grid
 
 
@@ -43,22 +43,3 @@ def test_what_is_found_is_nearly_the_nearest(
     for found in (search.nearest_other(rows, own), wide.nearest_other(CoarseRows.of(stored, torch.float32), own)):
         assert all(torch.equal(a, b) for a, b in zip(found, (other, cosine, own_cosine), strict=True))
     assert torch.equal(wide.nearest(CoarseRows.of(stored, torch.float32))[0], number)
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-def test_of_equal_centroids_the_first_is_found(grouped: bool) -> None:
-    centroids = round_to_grid(unit(40, 16, 3)).repeat(2, 1)
-    rows = CoarseRows.of(centroids[:40].half(), torch.float32)
-    search = CoarseCentroids(centroids, torch.float32, grouped=grouped)
-    assert search.nearest(rows)[0].tolist() == list(range(40))
-    assert search.nearest_other(rows, torch.arange(40))[0].tolist() == list(range(40, 80))
-
-
-def test_rows_without_structure_are_not_local(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coarse, "_NEAR_GROUPS", 3)
-    random = torch.Generator().manual_seed(0)
-    topics = torch.randn(30, 64, generator=random)[torch.randint(30, (1200,), generator=random)]
-    for structure, local in ((0.0, False), (2.0, True)):
-        values = torch.nn.functional.normalize(torch.randn(1200, 64, generator=random) + structure * topics, dim=1)
-        rows, centroids = CoarseRows.of(values[600:].half(), torch.int8), round_to_grid(values[:600].double())
-        assert are_local(rows, centroids, torch.int8) == local

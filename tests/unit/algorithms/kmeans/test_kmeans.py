@@ -9,14 +9,12 @@ import pytest
 import torch
 
 from clipcid_cli.algorithms.kmeans.centroids import (
-    ClusterSums,
     centroids_of_sums,
     choose_first_rows,
     choose_seeds,
     spread_out,
 )
 from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters, joint_features, temperature_for_perplexity
-from clipcid_cli.algorithms.near.exact import fold_sum
 
 
 def unit_rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -32,19 +30,6 @@ def test_default_number_of_clusters(num_rows: int, expected: int) -> None:
     assert default_num_clusters(num_rows) == expected
 
 
-def test_sums_do_not_depend_on_the_order_rows_come_and_go_in() -> None:
-    rows, labels = unit_rows(500, 40), torch.randint(0, 7, (500,), generator=torch.Generator().manual_seed(1))
-    direct, detour = ClusterSums(7, 40, torch.device("cpu")), ClusterSums(7, 40, torch.device("cpu"))
-    direct.move(rows, None, labels)
-    order = torch.randperm(500, generator=torch.Generator().manual_seed(2))
-    detour.move(rows[order], None, (labels[order] + 3) % 7)
-    detour.move(rows, (labels + 3) % 7, labels)
-    detour.move(rows, labels, labels)
-    assert torch.equal(direct.sums_KD, detour.sums_KD)
-    assert torch.equal(direct.counts_K, torch.bincount(labels, minlength=7))
-    assert torch.equal(detour.counts_K, direct.counts_K)
-
-
 def test_centroids_are_normalised_means_and_empty_clusters_keep_theirs() -> None:
     rows, previous = unit_rows(60, 24), torch.eye(24)[:2]
     sums = torch.stack([rows.double().sum(dim=0), torch.zeros(24, dtype=torch.float64)])
@@ -53,21 +38,6 @@ def test_centroids_are_normalised_means_and_empty_clusters_keep_theirs() -> None
     torch.testing.assert_close(centroids[0].double(), expected, rtol=0, atol=2.0**-25)
     assert torch.equal(centroids[1], previous[1])
     assert torch.equal(centroids * 2**24, (centroids * 2**24).round())
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 7, 64, 100])
-def test_fold_sum_is_the_sum(width: int) -> None:
-    values = torch.randn(5, width, dtype=torch.float64)
-    torch.testing.assert_close(fold_sum(values), values.sum(dim=1))
-
-
-def test_the_objective_comes_from_the_sums_alone() -> None:
-    rows, centroids = unit_rows(200, 16), centroids_of_sums(unit_rows(5, 16, seed=3).double(), torch.zeros(5, 16))
-    similarities = rows.double() @ centroids.double().T
-    sums = ClusterSums(5, 16, torch.device("cpu"))
-    sums.move(rows, None, similarities.argmax(dim=1))
-    total = float(similarities.amax(dim=1).sum())
-    assert float(fold_sum(sums.sums_KD * centroids.double()).sum()) == pytest.approx(total, rel=1e-14)
 
 
 @pytest.mark.parametrize("num_clusters", [1, 20, 513, 600])
@@ -82,20 +52,6 @@ def test_first_rows_are_different_and_depend_on_the_seed_only(num_clusters: int)
     assert len(set(choose(5))) == num_clusters
     if num_clusters < 600:
         assert choose(5) != choose(6)
-
-
-def test_more_clusters_than_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\[1, 3\], not 4"):
-        choose_first_rows(unit_rows(3, 8).numpy().__getitem__, 3, 4, 0)
-
-
-def test_spread_out_rows_meet_every_far_group() -> None:
-    groups = torch.eye(8).repeat_interleave(torch.tensor([100, 50, 30, 10, 5, 3, 1, 1]), dim=0)
-    noise = 0.01 * torch.randn(groups.shape, generator=torch.Generator().manual_seed(0))
-    rows = torch.nn.functional.normalize(groups + noise, dim=1).half()
-    for seed in range(5):
-        chosen = spread_out(rows, 8, np.random.default_rng(seed))
-        assert sorted(groups[chosen].argmax(dim=1).tolist()) == list(range(8))
 
 
 def test_spread_out_rows_of_equal_rows_are_still_different() -> None:
@@ -144,18 +100,6 @@ def test_seeds_are_the_farthest_rows_without_copies() -> None:
     assert choose_seeds(similarities, numbers, read, 9).tolist() == [2, 4, 3, 0]
 
 
-def test_seeds_of_parts_are_the_seeds_of_all() -> None:
-    random = np.random.default_rng(0)
-    rows = random.integers(0, 3, (60, 3)).astype(np.float16)
-    similarities, numbers = random.integers(0, 9, 60) / 9, random.permutation(60)
-    whole = numbers[choose_seeds(similarities, numbers, rows.__getitem__, 12)]
-    parts = [np.arange(0, 21), np.arange(21, 40), np.arange(40, 60)]
-    local = [part[choose_seeds(similarities[part], numbers[part], rows.__getitem__, 12)] for part in parts]
-    union = np.concatenate(local)
-    again = numbers[union[choose_seeds(similarities[union], numbers[union], rows.__getitem__, 12)]]
-    assert again.tolist() == whole.tolist()
-
-
 @pytest.mark.parametrize("wanted", [2.0, 3.5, 8.0])
 def test_the_temperature_gives_the_median_perplexity(wanted: float) -> None:
     random = np.random.default_rng(0)
@@ -165,11 +109,6 @@ def test_the_temperature_gives_the_median_perplexity(wanted: float) -> None:
     weights /= weights.sum(axis=1, keepdims=True)
     entropy = -(weights * np.log(np.maximum(weights, 1e-300))).sum(axis=1)
     assert float(np.median(np.exp(entropy))) == pytest.approx(wanted, rel=1e-3)
-
-
-def test_the_temperature_with_few_centroids() -> None:
-    assert temperature_for_perplexity(np.ones((5, 1))) == 1.0
-    assert temperature_for_perplexity(np.array([[0.9, 0.8]] * 5)) > 0.01
 
 
 def test_joint_features_are_unit_rows_between_image_and_caption() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from kmeans_data import ArrayRows, assert_same, beginning, run, unit
+from kmeans_data import assert_same, beginning, run, unit
 
 from clipcid_cli.algorithms.kmeans import coarse, lloyd
 from clipcid_cli.algorithms.kmeans.centroids import centroids_of_sums
@@ -51,22 +51,6 @@ def test_processes_and_formats_change_no_bit(
     monkeypatch.setattr(lloyd, "_RUN_ROWS", {"cpu": 300})
     assert_same(run(values, start, dtype=dtype, processes=processes), expected)
     assert_same(run(values, start, dtype=dtype, processes=processes, kept_bytes=0), expected)
-
-
-def test_rows_whose_copies_are_themselves_take_their_memory_once(
-    values: npt.NDArray[np.float16], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lloyd, "_RUN_ROWS", {"cpu": 500})
-    read = list[int]()
-    features = ArrayRows.features
-    monkeypatch.setattr(
-        ArrayRows, "features", lambda rows, numbers: read.append(len(numbers)) or features(rows, numbers)
-    )
-    start = beginning(values, NUM_CLUSTERS)
-    for kept_bytes in (values.nbytes, values.nbytes // 2):
-        read.clear()
-        run(values, start, iterations=8, dtype=torch.float16, kept_bytes=kept_bytes)
-        assert (sum(read) == NUM_ROWS) == (kept_bytes == values.nbytes)
 
 
 def test_coarse_iterations_change_neither_with_processes_and_formats_nor_by_resuming(

@@ -69,15 +69,6 @@ def test_the_fitted_scale_is_scipys(seed: int) -> None:
     assert log_loss(cosines, labels, found) <= theirs.fun + 1e-15
 
 
-def test_confidences_that_are_right_need_no_other_scale() -> None:
-    cosines, _ = make(20_000)
-    labels = torch.multinomial((30 * cosines).softmax(dim=1), 1, generator=torch.Generator().manual_seed(3))[:, 0]
-    blocks = in_blocks(cosines, labels)
-    assert fit_scale(blocks) == pytest.approx(30, rel=0.05)
-    assert measure_calibration(blocks, 30).expected_calibration_error < 0.015
-    assert measure_calibration(blocks, 100).expected_calibration_error > 0.1
-
-
 def test_where_no_scale_is_best_there_is_none() -> None:
     cosines, labels = make(40)
     apart = cosines.clone()

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+from sklearn.metrics import top_k_accuracy_score
 
 from clipcid_cli.algorithms.metrics.classification import (
     accuracy_metrics,
@@ -40,12 +40,6 @@ def test_metrics_agree_with_scikit_learn_in_any_blocks() -> None:
         )
         recalls = [float((predicted == number)[labels == number].double().mean()) for number in range(11)]
         assert metrics["mean_per_class_recall"] == pytest.approx(np.mean(recalls), abs=1e-12)
-
-
-def test_mean_per_class_recall_is_balanced_accuracy() -> None:
-    labels, predictions = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 0])
-    metrics = accuracy_metrics(labels, (predictions != labels).astype(int), num_classes=3).values()
-    assert metrics["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(labels, predictions), abs=1e-12)
 
 
 def test_acc5_says_nothing_below_five_classes() -> None:
@@ -97,10 +91,6 @@ def test_two_models_are_compared_by_the_metrics_of_each() -> None:
         assert low < metric.difference < high
         assert (metric.p_value is None) == (name == "mean_per_class_recall")
     assert found["acc1"].is_significant
-    seeds = compare_accuracies(labels.numpy(), ranks, ranks[::-1], num_classes=7, replicates=300, seed=0)
-    for name, metric in seeds.items():
-        assert metric.first == metric.second[::-1] == pytest.approx([one[name] for one in expected])
-        assert metric.p_value is None
     same = compare_accuracies(labels.numpy(), ranks[:1], ranks[:1], num_classes=7, replicates=50, seed=0)
     assert all(metric.interval == (0, 0) and not metric.is_significant for metric in same.values())
     assert "acc5" not in compare_accuracies(labels.numpy(), ranks[:1], ranks[1:], num_classes=4, replicates=5, seed=0)

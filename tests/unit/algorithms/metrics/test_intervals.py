@@ -40,28 +40,8 @@ def test_intervals_are_those_of_images_drawn_one_by_one() -> None:
     for name, values in plain.items():
         assert drawn[name].mean() == pytest.approx(np.mean(values), abs=0.003)
         assert metrics.intervals(4000, seed=1)[name] == pytest.approx(interval(np.array(values)), abs=0.01)
-
-
-def test_equal_seeds_draw_equally_and_no_draws_have_no_interval() -> None:
-    metrics = accuracy_metrics(*make_ranks(50), 7)
     assert metrics.intervals(20, seed=3) == metrics.intervals(20, seed=3) != metrics.intervals(20, seed=4)
     assert metrics.intervals(0, seed=3) == {}
-
-
-def test_ratio_of_two_sums() -> None:
-    draws = np.array([[2, 1], [0, 3]])
-    assert ratio(draws, np.array([1, 2]), np.array([1, 4])).tolist() == [4 / 6, 6 / 12]
-
-
-def test_models_are_compared_over_the_same_draws() -> None:
-    cells, images = count_cells(np.stack(make_ranks(60), axis=1))
-    first = CellMetrics(images, lambda draws: {"share": ratio(draws, cells[:, 1]), "none": np.full(len(draws), np.nan)})
-    second = CellMetrics(images, lambda draws: {name: 0.1 + drawn for name, drawn in first.of_draws(draws).items()})
-    found = compare([first], [second], 50, seed=0, p_values={"share": 0.01})
-    assert list(found) == ["share"]
-    assert found["share"].difference == pytest.approx(0.1)
-    assert found["share"].interval == pytest.approx((0.1, 0.1))
-    assert found["share"].is_significant
 
 
 def make_seeds(rates: list[float], count: int = 500) -> list[CellMetrics]:
@@ -81,13 +61,8 @@ def test_a_single_pair_has_the_interval_of_the_images_alone() -> None:
     (found,) = compare([first], [second], 300, seed=5).values()
     assert found.interval == interval(drawn)
     assert (found.first, found.second) == ([first.values()["share"]], [second.values()["share"]])
-
-
-def test_seeds_that_are_the_same_do_not_differ() -> None:
-    sides = make_seeds([0.5, 0.6, 0.7])
-    (found,) = compare(sides, sides, 200, seed=0).values()
-    assert (found.difference, found.interval) == (0, (0, 0))
-    assert not found.is_significant
+    (same,) = compare([first, second], [first, second], 200, seed=0).values()
+    assert (same.difference, same.interval, same.is_significant) == (0, (0, 0), False)
 
 
 def test_a_shift_larger_than_images_and_seeds_explain_is_found() -> None:
@@ -95,11 +70,6 @@ def test_a_shift_larger_than_images_and_seeds_explain_is_found() -> None:
     (found,) = compare(models[:3], models[3:], 1000, seed=0).values()
     assert found.interval[0] < 0.2 < found.interval[1]
     assert found.is_significant
-    assert (
-        found
-        == compare(models[:3], models[3:], 1000, seed=0)["share"]
-        != compare(models[:3], models[3:], 1000, 1)["share"]
-    )
     # The same mean difference, of seeds that disagree: each image draw is as sure, but not the next seed.
     models = make_seeds([0.50, 0.51, 0.52, 0.50, 0.71, 0.92])
     (found,) = compare(models[:3], models[3:], 1000, seed=0).values()
@@ -140,7 +110,7 @@ def test_mcnemar_is_the_exact_binomial_test(first: int, second: int) -> None:
 
 @pytest.mark.parametrize(
     ("hits", "trials"),
-    [(0, 1), (1, 1), (0, 30_000), (1, 30_000), (17, 30_000), (5, 10), (30_000, 30_000), (29_990, 30_000)],
+    [(0, 1), (1, 1), (0, 30_000), (17, 30_000), (30_000, 30_000), (29_990, 30_000)],
 )
 def test_the_interval_of_a_rate_is_scipys(hits: int, trials: int) -> None:
     # SciPy stops at an absolute error of 2e-12.

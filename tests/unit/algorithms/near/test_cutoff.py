@@ -9,25 +9,14 @@ from balance_data import distance_matrix, make_rows
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from clipcid_cli.algorithms.near.cutoff import (
-    FARTHEST,
     CutoffEstimator,
     Neighbours,
     find_neighbours,
-    first_cutoff,
-    wider_cutoff,
 )
 from clipcid_cli.algorithms.near.exact import IntArray
 
 CPU = torch.device("cpu")
 ROWS = make_rows(900, width=24)
-
-
-def test_first_cutoff_is_where_enough_edges_are_sure() -> None:
-    nearest = np.linspace(0.01, 1.0, 100, dtype=np.float32)
-    # Two standard deviations √(p · (1 − p) / 100) are taken off the edges of p = 30 rows, of which each has one or a half.
-    assert first_cutoff(nearest, np.ones(100), 0.30 - 0.092) == nearest[29]
-    assert first_cutoff(nearest, np.full(100, 0.5), 0.15 - 0.046) == nearest[29]
-    assert first_cutoff(nearest, np.full(100, 0.5), 0.8) == nearest[96]  # four fifths of the way
 
 
 KINDS = ["uniform", "pairs", "clustered", "heavy-tailed"]
@@ -53,16 +42,3 @@ def test_the_first_search_finds_enough_edges(kind: str, keep: float) -> None:
     cutoff = CutoffEstimator(len(stored), find_nearest, False).choose(0.0, 0, needed)
     assert needed <= np.count_nonzero(forest <= cutoff) < 2 * needed + 50
     assert CutoffEstimator(len(stored), find_nearest, True).choose(0.0, 0, needed) >= 0.9 * cutoff
-
-
-def test_cutoffs_grow_until_everything_is_within_reach() -> None:
-    numbers = np.arange(len(ROWS))
-    nearest = np.sort(find_neighbours(ROWS.__getitem__, numbers, numbers[::4], 1, CPU, (0, len(ROWS))).distance)
-    steps = [first_cutoff(nearest, np.ones(len(nearest)), 0.2)]
-    reached = np.count_nonzero(nearest <= steps[0])
-    assert wider_cutoff(nearest, steps[0], found=100, needed=150) == nearest[int(np.ceil(1.05 * 1.5 * reached))]
-    while steps[-1] < FARTHEST:
-        steps.append(wider_cutoff(nearest, steps[-1], found=399, needed=400))
-        assert steps[-1] >= min(1.05 * steps[-2], FARTHEST)
-    assert len(steps) < 60
-    assert wider_cutoff(nearest, 0.0, found=0, needed=5) > 0

@@ -82,25 +82,14 @@ def test_the_nearest_is_that_of_a_float64_product(
         assert bool((found.others_B >= cosines[:, 1]).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ["spread", "cone", "copies", "several parts"])
-def test_a_known_one_takes_part_with_the_similarity_given(case: str, dtype: torch.dtype) -> None:
-    rows, centroids = make_case(case)
-    exact = rows.double() @ centroids.double().T
-    known = exact.argmax(dim=1)
-    given = exact.gather(1, known[:, None]) - torch.linspace(0, 0.5, len(rows), dtype=torch.float64)[:, None]
-    expected = exact.scatter(1, known[:, None], given)
-    order = torch.arange(len(centroids)).flip(0)
-    block = make_block(np.arange(len(rows)), rows, dtype)
-    found = NearestCentroid(centroids, dtype, order).of(block, known=Found(known, given[:, 0], given[:, 0]))
-    assert torch.equal(found.number_B, expected.argmax(dim=1))
-    assert torch.equal(found.cosine_B, expected.amax(dim=1))
-
-
-@pytest.mark.parametrize("all_exact", [False, True])
-@pytest.mark.parametrize("m", [1, 2, 16])
+@pytest.mark.parametrize("with_faiss", [True, False])
+@pytest.mark.parametrize(("m", "all_exact"), [(1, False), (2, True), (16, False), (16, True)])
 @pytest.mark.parametrize("case", CASES)
-def test_the_top_ones_are_those_of_a_float64_product(case: str, m: int, all_exact: bool) -> None:
+def test_the_top_ones_are_those_of_a_float64_product(
+    case: str, m: int, all_exact: bool, with_faiss: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_faiss:
+        monkeypatch.setitem(sys.modules, "faiss", None)  # as where it is not installed
     rows, centroids = make_case(case)
     cosines, numbers = rank(rows, centroids)
     m = min(m, len(centroids))
@@ -110,17 +99,6 @@ def test_the_top_ones_are_those_of_a_float64_product(case: str, m: int, all_exac
     assert torch.equal(similarities.half(), cosines[:, :m].half())
     if all_exact:
         assert torch.equal(similarities, cosines[:, :m])
-
-
-@pytest.mark.parametrize("case", ["copies", "several parts", "one centroid"])
-def test_without_faiss_the_top_ones_are_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "faiss", None)  # as where it is not installed
-    rows, centroids = make_case(case)
-    cosines, numbers = rank(rows, centroids)
-    m = min(16, len(centroids))
-    found, similarities = top_nearest(rows, centroids, m)
-    assert torch.equal(found, numbers[:, :m])
-    assert torch.equal(similarities.half(), cosines[:, :m].half())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,31 +114,3 @@ def test_near_ties_that_the_product_cannot_tell_are_decided_exactly(dtype: torch
     assert find(row, centroids, dtype).number_B.tolist() == numbers[:, 0].tolist()
     for m in (1, 5, 60, 96):
         assert torch.equal(top_nearest(row, centroids, m)[0], numbers[:, :m])
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
-def test_most_centroids_are_discarded_by_the_fast_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, centroids = make_case("spread")
-    decided = list[int]()
-    exact_dots = nearest.exact_dots
-
-    def count(a: torch.Tensor, b: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        decided.append(len(i))
-        return exact_dots(a, b, i, j)
-
-    monkeypatch.setattr(nearest, "exact_dots", count)
-    find(rows, centroids, dtype)
-    assert 0 < sum(decided) < 4 * len(rows)
-
-
-def test_where_all_are_about_equally_near_float32_proposes(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, centroids = make_case("cone")
-    multiply, formats = nearest.multiply, set()
-
-    def note(a: torch.Tensor, b: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-        formats.add(a.dtype)
-        return multiply(a, b, buffer)
-
-    monkeypatch.setattr(nearest, "multiply", note)
-    find(rows, centroids, torch.int8)
-    assert formats == {torch.int8, torch.float32}

@@ -73,15 +73,6 @@ def test_pieces_are_of_one_partition_and_its_visitors(in_memory: int) -> None:
         assert set(list_pairs(pieces(np.arange(ends[-1]), ends, in_memory))) == expected
 
 
-def test_the_jobs_of_many_panels_are_found_at_once() -> None:
-    plan = triangle(np.broadcast_to(np.int64(0), 24_400 * 10), 10**9)
-    assert (len(plan), plan.num_chunks) == (24_400 * 24_401 // 2, 4096)
-    for chunk in (0, 1234, 4095):
-        jobs = plan.jobs(chunk)
-        assert len(jobs) in (len(plan) // 4096, len(plan) // 4096 + 1)
-        assert all(0 <= i <= j < 24_400 for i, j in jobs)
-
-
 def test_another_division_is_another_plan() -> None:
     rows = np.arange(100)
     plans = [

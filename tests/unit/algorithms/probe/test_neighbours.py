@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, top_k_accuracy_score
-from sklearn.neighbors import KNeighborsClassifier
 
 from clipcid_cli.algorithms.metrics.classification import measure_scores
 from clipcid_cli.algorithms.probe import neighbours
-from clipcid_cli.algorithms.probe.neighbours import TEMPERATURE, nearest_neighbours, vote
+from clipcid_cli.algorithms.probe.neighbours import nearest_neighbours, vote
 
 
 def unit_rows(count: int, width: int, seed: int) -> torch.Tensor:
@@ -24,14 +21,6 @@ def unit_rows(count: int, width: int, seed: int) -> torch.Tensor:
 def find(images: torch.Tensor, training: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     cosines, numbers = zip(*nearest_neighbours(images, training, k), strict=True)
     return torch.cat(cosines), torch.cat(numbers)
-
-
-def scikit_learn(k: int, training: torch.Tensor, labels: torch.Tensor) -> KNeighborsClassifier:
-    def weigh(distances: np.ndarray) -> np.ndarray:
-        return np.exp((1 - distances) / TEMPERATURE)
-
-    model = KNeighborsClassifier(k, weights=weigh, metric="cosine", algorithm="brute")
-    return model.fit(training.double().numpy(), labels.long().numpy())
 
 
 @pytest.mark.parametrize("at_once", [1024, 3])
@@ -69,35 +58,6 @@ def test_votes_are_loops_in_float64(scores_at_once: int, monkeypatch: pytest.Mon
             many = sum(weight for weight, voter in voters if several[voter, number]) / sum(weights)
             assert float(scores[row, number]) == pytest.approx(one or -math.inf, rel=1e-12)
             assert float(shares[row, number]) == pytest.approx(many or -math.inf, rel=1e-12)
-
-
-def test_metrics_are_those_of_scikit_learn() -> None:
-    centres = unit_rows(8, 16, seed=6)
-    labels = torch.arange(400) % 8
-    rows = torch.nn.functional.normalize(centres[labels] + 0.6 * unit_rows(400, 16, seed=7), dim=1)
-    training, images, known, wanted = rows[:300], rows[300:], labels[:300], labels[300:]
-    for k in (1, 10, 200):
-        cosines, numbers = find(images, training, k)
-        metrics = measure_scores(vote(cosines, numbers, known, 8), wanted, 8)
-        theirs = scikit_learn(k, training, known)
-        right = theirs.predict(images.double().numpy()) == wanted.numpy()
-        assert metrics["acc1"] == pytest.approx(right.mean(), abs=1e-6)
-        recalls = [right[wanted.numpy() == number].mean() for number in range(8)]
-        assert metrics["mean_per_class_recall"] == pytest.approx(np.mean(recalls), abs=1e-6)
-        shares = theirs.predict_proba(images.double().numpy())
-        ours = torch.cat(list(vote(cosines, numbers, known, 8)))
-        np.testing.assert_allclose(ours.clamp(min=0).numpy(), shares, atol=1e-6)
-    assert metrics["acc5"] == pytest.approx(top_k_accuracy_score(wanted, shares, k=5), abs=1e-6)
-
-
-def test_images_with_several_classes_are_ranked_by_the_share_of_their_votes() -> None:
-    training, images = unit_rows(200, 8, seed=8), unit_rows(90, 8, seed=9)
-    several, wanted = training[:, :5] > 0.1, images[:, :5] > 0.1
-    found = measure_scores(vote(*find(images, training, 20), several, 5), wanted, 5)
-    shares = scikit_learn(20, training, several).predict_proba(images.double().numpy())
-    expected = average_precision_score(wanted, np.stack([share[:, 1] for share in shares], axis=1))
-    assert found["mean_average_precision"] == pytest.approx(expected, abs=1e-6)
-    assert expected > 0.6
 
 
 def test_a_class_without_a_vote_is_never_right() -> None:

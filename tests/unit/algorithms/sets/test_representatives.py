@@ -1,10 +1,14 @@
-"""The representative of a set, and how far the others are from it."""
+"""The representative of a set, how far the others are from it, and the diameter of the set."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from balance_data import distance_matrix, make_rows
+from scipy.spatial.distance import cdist
 
 from clipcid_cli.algorithms.sets import representatives
 from clipcid_cli.algorithms.sets.representatives import (
@@ -12,7 +16,6 @@ from clipcid_cli.algorithms.sets.representatives import (
     central_rows,
     distances_to,
     medoid_rows,
-    random_scores,
 )
 
 CPU = torch.device("cpu")
@@ -34,39 +37,38 @@ def labels() -> np.ndarray:
     return np.array([first.setdefault(label, row) for row, label in enumerate(drawn.tolist())])
 
 
-def test_central_row_is_nearest_to_the_mean(
-    rows: np.ndarray, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = np.empty(len(rows), np.int64)
+def choose_by_cost(rows: np.ndarray, labels: np.ndarray, cost: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Return for each row the first of those of its set with the least cost, which is of the set's rows in float64."""
+    chosen = np.empty(len(rows), np.int64)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        wide = rows[members].astype(np.float64)
-        expected[members] = members[np.argmin(((wide - wide.mean(axis=0)) ** 2).sum(axis=1))]
+        chosen[members] = members[np.argmin(cost(rows[members].astype(np.float64)))]
+    return chosen
+
+
+def test_the_central_row_is_nearest_to_the_mean_however_rows_are_read(
+    rows: np.ndarray, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = choose_by_cost(rows, labels, lambda wide: ((wide - wide.mean(axis=0)) ** 2).sum(axis=1))
     np.testing.assert_array_equal(central_rows(rows.__getitem__, labels), expected)
     monkeypatch.setattr(representatives, "_ROWS_AT_ONCE", 37)
     # All are read at once; some are read ahead and others as they are needed.
     for at_once, reads in ((2**15, 1), (100, 45)):
         monkeypatch.setattr(representatives, "_ROWS_READ", at_once)
-        asked: list[int] = []
-
-        def read(wanted: np.ndarray, asked: list[int] = asked) -> np.ndarray:
-            asked.append(len(wanted))
-            return rows[wanted]
-
-        np.testing.assert_array_equal(central_rows(read, labels), expected)
+        asked = list[int]()
+        found = central_rows(lambda wanted, asked=asked: asked.append(len(wanted)) or rows[wanted], labels)
+        np.testing.assert_array_equal(found, expected)
         assert len(asked) <= reads
         assert max(asked) <= 2 * at_once
 
 
-def test_medoid_has_the_smallest_sum(rows: np.ndarray, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_medoid_has_the_smallest_sum_of_distances(
+    rows: np.ndarray, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(representatives, "_ROWS_AT_ONCE", 100)
     monkeypatch.setattr(representatives, "_ROWS_READ", 200)
-    chosen = medoid_rows(rows.__getitem__, labels, CPU)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        wide = rows[members].astype(np.float64)
-        distances = np.sqrt(((wide[:, None] - wide[None]) ** 2).sum(axis=2)).astype(np.float32)
-        assert (chosen[members] == members[np.argmin(distances.astype(np.float64).sum(axis=1))]).all()
+    expected = choose_by_cost(rows, labels, lambda wide: cdist(wide, wide).astype(np.float32).sum(1, np.float64))
+    np.testing.assert_array_equal(medoid_rows(rows.__getitem__, labels, CPU), expected)
 
 
 def test_ties_keep_the_smaller_row() -> None:
@@ -75,24 +77,6 @@ def test_ties_keep_the_smaller_row() -> None:
     for choose in (central_rows, lambda *given: medoid_rows(*given, CPU)):
         assert choose(rows.__getitem__, labels).tolist() == [0, 0, 0, 0, 4]
     assert best_rows(np.array([1.0, 3.0, 3.0, 2.0, 0.0]), labels).tolist() == [1, 1, 1, 1, 4]
-
-
-def test_the_best_row_is_the_first_of_those_with_the_highest_score(labels: np.ndarray) -> None:
-    scores = np.random.default_rng(2).integers(4, size=len(labels)).astype(np.float64)
-    scores[labels == labels[7]] = -np.inf
-    chosen = best_rows(scores, labels)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        assert (chosen[members] == members[np.argmax(scores[members])]).all()
-
-
-def test_random_scores_depend_on_seed_and_row_only() -> None:
-    numbers = np.arange(100_000)
-    scores = random_scores(numbers, 5)
-    np.testing.assert_array_equal(random_scores(numbers[::-1], 5)[::-1], scores)
-    assert 0.0 <= scores.min() < scores.max() < 1.0
-    assert abs(scores.mean() - 0.5) < 0.01
-    assert abs(np.corrcoef(scores, random_scores(numbers, 6))[0, 1]) < 0.02
 
 
 def test_distances_are_exact_and_zero_for_the_kept(
@@ -106,3 +90,26 @@ def test_distances_are_exact_and_zero_for_the_kept(
     monkeypatch.setattr(representatives, "_ROWS_AT_ONCE", 100)
     np.testing.assert_array_equal(distances_to(rows.__getitem__, chosen), expected)
     assert (expected[chosen] == 0).all()
+
+
+@pytest.mark.parametrize("most", [2, 5, 1024])
+def test_diameters_are_the_largest_distances(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    monkeypatch.setattr(representatives, "MAX_COMPARED", most)
+    monkeypatch.setattr(representatives, "_ROWS_COMPARED", 7)
+    stored, generator = make_rows(300), np.random.default_rng(0)
+    rows = np.sort(generator.permutation(300)[:250])
+    group = generator.integers(60, size=250) ** 2 // 60  # sets of many sizes
+    first = np.array([np.flatnonzero(group == each)[0] for each in group])
+    matrix, sizes = distance_matrix(stored[rows]), np.bincount(first, minlength=250)
+    sets = np.flatnonzero(sizes)
+    found, exact = representatives.find_diameters(stored.__getitem__, rows, first, sets, CPU)
+    assert exact.tolist() == (sizes[sets] <= most).tolist()
+    for label, diameter, is_exact in zip(sets, found, exact, strict=True):
+        members = np.flatnonzero(first == label)
+        true = matrix[np.ix_(members, members)].max()
+        assert diameter == true if is_exact else true / 2 <= diameter <= true
+    if most == 2:
+        assert 0 < np.count_nonzero(~exact) < len(sets)
+    none = np.empty(0, np.int64)
+    found, exact = representatives.find_diameters(stored.__getitem__, rows, first, none, CPU)
+    assert len(found) == len(exact) == 0

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
-from clipcid_cli.algorithms.sets import forest as forest_module
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 
@@ -54,17 +53,6 @@ def test_what_is_drained_comes_to_the_result(make: Callable[[], Any]) -> None:
         drained = list[Edges]()
         feed(make(), pairs[order], parts, drained)
         assert tell(sort_edges(feed(make(), Edges.concatenate(drained), 2).result())) == whole
-
-
-def test_a_forest_drains_what_is_new_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forest_module, "_MIN_FOLD", 64)
-    pairs = some_pairs(3)
-    forest = ForestSink(NUM_ROWS, pairs).result()
-    drained = list[Edges]()
-    sink = feed(ForestSink(NUM_ROWS, forest[:30]), pairs, 20, drained)
-    assert tell(sink.result()) == tell(forest)
-    assert sum(map(len, drained)) < 8 * NUM_ROWS
-    assert len(sink.drain()) == 0
 
 
 def test_the_nearest_is_the_smallest_of_equally_near_ones() -> None:

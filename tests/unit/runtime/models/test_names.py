@@ -102,3 +102,10 @@ def test_configuration_may_be_bare_or_wrapped(tmp_path: Path) -> None:
     assert read_config(file) == (model, {})
     file.write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {"mean": [0.5] * 3}}))
     assert read_config(file) == (model, {"mean": [0.5] * 3})
+
+
+def test_an_error_in_a_configuration_alone_does_not_speak_of_weights(tmp_path: Path) -> None:
+    (tmp_path / "student.json").write_text("[]")
+    with pytest.raises(ClipcidError, match="is not an open_clip configuration") as caught:
+        read_config(tmp_path / "student.json")
+    assert "weights" not in caught.value.fix
