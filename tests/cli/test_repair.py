@@ -168,7 +168,7 @@ def test_two_folders_of_one_name_have_two_repairs(clipcid: Clipcid, turned: Path
     names = sorted(path.name.rpartition("-")[0] for path in repair.parent.iterdir())
     assert names == ["teacher", "teacher"]
     assert (repair / "repair.npz").exists()
-    assert "made again" not in words(clipcid(*CLUSTER, "--overwrite"))
+    assert "repairing anew" not in words(clipcid(*CLUSTER, "--overwrite"))
 
 
 def test_a_damaged_repair_is_one_error(clipcid: Clipcid, turned: Path) -> None:
