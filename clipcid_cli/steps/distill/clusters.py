@@ -171,7 +171,7 @@ class ClusterLookup:
         if active.min() < 0 or active.max() >= total:
             raise ClipcidError(
                 f"The clusters' arrays name clusters {active.min()} to {active.max()}; there are {total:,} centroids.",
-                "Make the clusters again, by their command and --overwrite.",
+                "Run their command again with --overwrite.",
             )
         seed = derive_seed("candidates", settings.seed, step)
         candidates = draw_candidates(
