@@ -24,7 +24,7 @@ from clipcid_cli.commands.signals import end_on_signals, leave_end_to_signal, op
 # it is called, so that help and usage errors answer at once.
 COMMANDS = {
     "embed": "Embed images and captions with a CLIP.",
-    "balance": "Remove near-duplicates: keep one image of each group.",
+    "balance": "Remove near-duplicates: keep one image of each set.",
     "cluster": "Cluster the embeddings of the kept images (k-means).",
     "distill": "Train a small CLIP on a teacher's embeddings.",
     "eval-zeroshot": "Measure zero-shot classification and retrieval.",

@@ -25,7 +25,7 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
     facts = {
         "kept": f"{result.kept:,} of {count(result.images, 'image')} ({result.keep_ratio:.1%})",
         "cut-off": "none, since nothing is merged" if threshold is None else f"{threshold:.6g} (Euclidean distance)",
-        "largest group": count(result.largest_component, "image"),
+        "largest set": count(result.largest_component, "image"),
     }
     is_filtered = any(each is not None for each in (result.against, result.caption_window, cap))
     repeats = "dropped repeats" if is_filtered else "dropped images"
@@ -92,7 +92,7 @@ command = step_command(
     step="clipcid_cli.steps.balance.run",
     show=show,
     page="""
-Remove near-duplicates: keep one image of each group of images with similar embeddings. All pairs of images are
+Remove near-duplicates: keep one image of each set of images with similar embeddings. All pairs of images are
 compared exactly, and the result is stored for every smaller cut-off, so running again with a larger --keep or a
 smaller --threshold takes seconds.
 

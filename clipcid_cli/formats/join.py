@@ -170,7 +170,7 @@ def _match_in_any_order(keys: Keys, values: Values, listing: Listing, folder: Pa
         assert repeat is not None, "one key has two rows"
         raise ClipcidError(
             f"Key {repeat.key!r} occurs in row {repeat.first:,} and again in row {repeat.second:,} of {listing.source}.",
-            "Keys must be unique: make the file again with --keys shard, or remove one of the rows.",
+            "Keys must be unique: write the file again with --keys shard, or remove one of the rows.",
         )
 
 

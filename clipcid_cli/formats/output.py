@@ -227,7 +227,7 @@ def find_output(
             raise other_run_error(f"{folder} holds {step} output", serious, elsewhere)
         changed = None if differences else _find_changed(existing, folder, path, resumes)
         if changed is not None and not (overwrite or begun):
-            raise ClipcidError(changed, "Add --overwrite to make it again.")
+            raise ClipcidError(changed, "Add --overwrite to replace it.")
         if not differences and changed is None:
             output.finished = existing
             return output

@@ -116,7 +116,7 @@ class RowsSidecar(Sidecar, kw_only=True):
         from clipcid_cli.formats.parquet import read_rows  # few commands need it
 
         path = folder / "manifest.parquet"
-        fix = "Make the embeddings again."
+        fix = "Embed again."
         shards = read_rows(path, fix, ["files"])
         with reading(path, "a manifest of embeddings", fix):
             found = [file for shard in shards for file in shard["files"].values() if file is not None]
@@ -453,7 +453,7 @@ def read_sidecar(path: Path, kind: type[AnySidecar], fix: str | None = None) -> 
         if version < FORMAT_VERSION:
             raise ClipcidError(
                 f"{path} was written by an earlier clipcid, in format version {version}; this one has {FORMAT_VERSION}.",
-                fix or "Make the output again: give its command with --overwrite.",
+                fix or "Run its command again with --overwrite.",
             )
         if version > FORMAT_VERSION:
             raise ClipcidError(

@@ -124,7 +124,7 @@ class WorkDirectory:
             return path
         if path.exists() or unfinished(self.balance, "balance") is not None:
             raise ClipcidError(
-                f"The balance in {self.balance} is unfinished.",
+                f"The output of balance in {self.balance} is unfinished.",
                 "Run its command again, which finishes it, or give --keep-list none to take all images.",
             )
         return None

@@ -198,7 +198,7 @@ def rendezvous_all(rank: int, size: int, limit: datetime.timedelta = RENDEZVOUS_
         store.wait([f"clipcid/arrived/{other}" for other in range(size)], limit)
     except ValueError as error:
         raise ClipcidError(
-            f"WORLD_SIZE is {size}, but the environment does not say where the processes meet: {error}.",
+            f"WORLD_SIZE is {size}, but the environment does not say where the processes connect: {error}.",
             "Start the run with torchrun, or unset WORLD_SIZE.",
         ) from error
     except dist.DistStoreError as error:  # what PyTorch raises when a limit has passed
@@ -210,7 +210,7 @@ def rendezvous_all(rank: int, size: int, limit: datetime.timedelta = RENDEZVOUS_
         ) from error
     except (RuntimeError, OSError) as error:
         raise ClipcidError(
-            f"Process {rank} could not meet the other {size - 1} of the run: {in_one_line(error, 200)}.",
+            f"Process {rank} could not connect to the other {size - 1} of the run: {in_one_line(error, 200)}.",
             "Check MASTER_ADDR and MASTER_PORT (torchrun: --rdzv-endpoint): the host must be reachable, the port free.",
         ) from error
     return store

@@ -153,6 +153,6 @@ def _find_record(dataset: Dataset, folder: Path, number: int) -> IndexedShard:
     if record is None:
         raise ClipcidError(
             f"Shard {shard.name} of {dataset.spec} changes while it is listed.",
-            "Give the command again once nothing writes to the data.",
+            "Run the same command again once nothing writes to the data.",
         )
     return record

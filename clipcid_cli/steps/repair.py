@@ -60,7 +60,7 @@ def repair_teacher(
         return embeddings, None
     if found is None:
         if is_there:
-            reporter.note(f"{folder} was decided for other rows, or has been changed: it is made again.")
+            reporter.note(f"{folder} was decided for other rows, or has been changed: repairing anew.")
         pairs = _read_pairs(embeddings)
         if not are_enough(pairs):
             reporter.note("Teacher left as it is: too few pairs, or different captions, to judge a repair by.")

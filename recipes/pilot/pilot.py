@@ -43,7 +43,7 @@ class Run:
 
     @property
     def error(self) -> float:
-        """Standard error of the recall, as of so many answers right or wrong."""
+        """Standard error of the recall, as of that many independent answers."""
         return math.sqrt(self.recall * (1 - self.recall) / self.images)
 
 
@@ -68,7 +68,7 @@ def main() -> None:
             others = [try_out(trial, preset, factor, default.lr) for factor in arguments.factors if factor != 1]
             runs += [default, *(run for run in others if run is not None)]
     if not runs:
-        raise SystemExit("No trial ended well; their errors are above.")
+        raise SystemExit("No trial succeeded; their errors are above.")
     runs.sort(key=lambda run: -run.recall)
     show(runs, steps)
     print(warn(runs), end="")

@@ -89,7 +89,7 @@ def read_example(folder: Path, model: Path) -> EmbedSidecar:
     subprocess.run([*command, "--work", str(folder), "--quiet", "--workers", "0"], check=True)
     embeddings = WorkDirectory(folder).embeddings(parse_model(str(model)).slug)
     sidecar = read_sidecar(sidecar_path(embeddings, "embed"), EmbedSidecar)
-    assert sidecar is not None  # the command has ended well
+    assert sidecar is not None  # the command has succeeded
     return sidecar
 
 

@@ -139,7 +139,7 @@ def test_the_named_column_is_the_key(clipcid: Callable[..., Run], rows: np.ndarr
 def test_a_set_of_more_than_a_hundredth_is_warned_of(binary: Callable[..., Run], embeddings: Path) -> None:
     run = binary("balance", "--embeddings", embeddings, "--threshold", 1.0, "--quiet", "--json")
     assert run.json["largest_component"] > 3
-    assert f"One group holds {run.json['largest_component']} of 300 images" in said(run)
+    assert f"One set holds {run.json['largest_component']} of 300 images" in said(run)
 
 
 def test_rows_that_are_not_finite_are_counted_and_named(

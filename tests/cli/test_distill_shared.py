@@ -315,7 +315,7 @@ def test_two_data_sets_of_one_name_are_refused(whole: Path, tiny_classes: Path, 
     other = shutil.copytree(tiny_classes, tmp_path / tiny_classes.name)
     average = shutil.copytree(tiny_classes, tmp_path / "ema")
     for data, message in (
-        ((average,), "is called ema, as which the average of the weights is logged"),
+        ((average,), "is called ema, the name of the weight average in the log"),
         ((tiny_classes, other), "both called shades"),
     ):
         with pytest.raises(ClipcidError, match=message):

@@ -34,7 +34,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("balance a.tar b.tar c.tar --keep 0.5", 2, "Got unexpected extra arguments (b.tar c.tar)"),
     ("balance --keep 0.5 --against-threshold 0.1", 2, "--against-threshold was given without --against"),
     ("balance --keep 0.5 --min-caption-similarity 0.3 --max-caption-similarity 0.2", 2, "0.3 is above --max-caption"),
-    ("balance --keep 0.5 --max-per-cluster 3 --select medoid", 2, "--select medoid chooses one image of a group"),
+    ("balance --keep 0.5 --max-per-cluster 3 --select medoid", 2, "--select medoid chooses one image of a set"),
     ("balance --keep 0.5 --clusters x", 2, "--clusters was given without --max-per-cluster"),
     ("balance --keep 0.5 --write-pairs p.txt", 2, "neither a .parquet nor a .csv file"),
     ("cluster --embeddings foreign --features joint --work w", 1, "needs text embeddings"),

@@ -154,7 +154,7 @@ def test_a_repair_of_other_rows_is_made_again(clipcid: Clipcid, turned: Path, pl
     clipcid(*CLUSTER)
     shutil.copytree(places["sound"] / "teacher", turned / "teacher", dirs_exist_ok=True)
     again = clipcid(*CLUSTER, "--overwrite")
-    assert "was decided for other rows, or has been changed: it is made again." in words(again)
+    assert "was decided for other rows, or has been changed: repairing anew." in words(again)
     assert "Teacher left as it is" in words(again)
     assert not (repair_of(turned / "clipcid-work") / "repair.npz").exists()
 
@@ -168,7 +168,7 @@ def test_two_folders_of_one_name_have_two_repairs(clipcid: Clipcid, turned: Path
     names = sorted(path.name.rpartition("-")[0] for path in repair.parent.iterdir())
     assert names == ["teacher", "teacher"]
     assert (repair / "repair.npz").exists()
-    assert "made again" not in words(clipcid(*CLUSTER, "--overwrite"))
+    assert "repairing anew" not in words(clipcid(*CLUSTER, "--overwrite"))
 
 
 def test_a_damaged_repair_is_one_error(clipcid: Clipcid, turned: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_damaged_repair_is_one_error(clipcid: Clipcid, turned: Path) -> None:
     run = clipcid(*DISTILL, check=False)
     assert run.returncode == 1
     assert "repair.npz is damaged: it is not the file that repair.json says was written." in words(run)
-    assert f"Remove {path.parent.relative_to(turned)}: the repair is made again." in words(run)
+    assert f"Remove {path.parent.relative_to(turned)}: the next run repairs anew." in words(run)
 
 
 def test_a_run_that_is_killed_twice_ends_as_another_does(clipcid: Clipcid, turned: Path) -> None:

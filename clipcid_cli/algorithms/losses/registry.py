@@ -66,7 +66,7 @@ LOSSES: Mapping[str, LossEntry] = {
         ),
         LossEntry(
             "siglip",
-            "the student's images and captions: each pair of the batch told matching or not, by a sigmoid",
+            "sigmoid loss of each pair of the student's images and captions: matching or not",
             "contrastive:siglip",
             scale=10.0,
             bias=-10.0,
@@ -105,7 +105,7 @@ LOSSES: Mapping[str, LossEntry] = {
         ),
         LossEntry(
             "mfd",
-            "`fd` with three quarters of each image's patches hidden from the student, in a further pass",
+            "`fd` in a further pass, where the student sees a quarter of each image's patches",
             "features:masked_feature_distance",
             masked_patches=0.75,
             compares_features=True,
@@ -127,13 +127,13 @@ LOSSES: Mapping[str, LossEntry] = {
         ),
         LossEntry(
             "gd",
-            "squared distance of the gradients that the contrastive loss has by student and by teacher features",
+            "squared distance of the contrastive loss's gradients by student and by teacher features",
             "relations:gradient_distance",
             needs_teacher_scale=True,
         ),
         LossEntry(
             "afd",
-            "contrastive loss of student and teacher features joined by a learned layer for images and one for captions",
+            "contrastive loss of student and teacher features, joined by a learned layer per tower",
             "contrastive:fused",
             scale=CLIP_SCALE,
             fuses=True,
@@ -141,20 +141,20 @@ LOSSES: Mapping[str, LossEntry] = {
         ),
         LossEntry(
             "td",
-            "distance of the student's patches and tokens nearest to the teacher's other tower, by the teacher's confidence",
+            "distance of selected patches and tokens of the student from the teacher, by its confidence",
             "features:token_distance",
             reads_tokens=True,
             needs_teacher_scale=True,
         ),
         LossEntry(
             "vrd",
-            "teacher-student similarities of images follow those of captions; each tower contrasted with the teacher's",
+            "teacher-student similarities of images follow those of captions; contrastive loss of each tower",
             "relations:vertical_relation",
             scale=CLIP_SCALE,
         ),
         LossEntry(
             "xrd",
-            "teacher image against student caption and teacher caption against student image agree in their similarities",
+            "similarities of teacher images to student captions agree with those of teacher captions to images",
             "relations:cross_relation",
         ),
         LossEntry(

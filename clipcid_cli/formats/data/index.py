@@ -114,7 +114,7 @@ class Part:
             except OSError as error:
                 raise ClipcidError(
                     f"The captions in {self.shard.file} cannot be read: {error}.",
-                    "Put the file back, then give the command again.",
+                    "Put the file back, then run the same command again.",
                 ) from error
             captions = split_captions(text, a_line_each=self.shard.caption_lines)
         return Sample(
@@ -320,6 +320,6 @@ def _read_table(path: str, digest: str) -> pa.Table:
     except Exception as error:
         raise ClipcidError(
             f"{path} is missing, edited, damaged, or of another version of its shard.",
-            f"Remove {Path(path).parent}/shards-*.parquet and give the command again: what is damaged is listed anew.",
+            f"Remove {Path(path).parent}/shards-*.parquet and run the same command again: it lists the data anew.",
         ) from error
     return table

@@ -61,7 +61,7 @@ class ShardCache:
                     used -= taken
             if used + size > self.max_bytes:
                 raise ClipcidError(
-                    f"{self.folder} may take {self.max_bytes:,} bytes: "
+                    f"{self.folder} may hold {self.max_bytes:,} bytes: "
                     f"copies in use have {used:,}, and the next has {size:,}.",
                     "Raise --cache-size, or set CLIPCID_CACHE to a folder of its own for each run.",
                 )

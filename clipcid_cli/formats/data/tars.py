@@ -133,7 +133,7 @@ def read_members(path: str | Path) -> Iterator[Member]:
                     if header.issparse() or any(key.startswith("GNU.sparse.") for key in header.pax_headers):
                         raise ClipcidError(
                             f"Shard {path} holds {name} as a sparse file, whose content is stored in pieces.",
-                            "Make the shard again without tar's --sparse.",
+                            "Write the shard again without tar's --sparse.",
                         )
                     if not header.isreg():
                         continue

@@ -107,6 +107,6 @@ def _decode(path: Path, number: int, line: bytes) -> str:
     if len(line) == _MOST_BYTES or len(text) > LONGEST_LINE:
         raise ClipcidError(
             f"{path}, line {number:,}, is longer than {LONGEST_LINE:,} characters.",
-            "Give a text a line: a model reads some 300 characters of one.",
+            "Put one text on each line: a model reads about 300 characters of it.",
         )
     return text

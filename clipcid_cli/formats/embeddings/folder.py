@@ -89,9 +89,7 @@ class Embeddings:
         firsts = [0, *accumulate(file.rows for file in files)]
         self.num_rows = firsts.pop()
         if not self.num_rows:
-            raise ClipcidError(
-                f"{folder} contains {len(files)} files of embeddings, all without rows.", "Make them again."
-            )
+            raise ClipcidError(f"{folder} contains {len(files)} files of embeddings, all without rows.", "Embed again.")
         self.files = tuple(dataclasses.replace(file, first=first) for file, first in zip(files, firsts, strict=True))
         self._memo = memo
         self._records = records

@@ -37,7 +37,7 @@ PROGRESS = ".progress.npz"
 
 _SCHEMA = pa.schema([("key", pa.string()), ("cluster", pa.int32()), ("similarity", pa.float32())])
 _PREFIXES = {"image": "", "caption": "caption_"}
-_AGAIN = "Make the clusters again, by their command and --overwrite."
+_AGAIN = "Run their command again with --overwrite."
 _MIN_PART_ROWS = 8192
 _MAX_PARTS = 256
 
@@ -166,7 +166,7 @@ def join_parts(folder: Path, bounds: list[tuple[int, int]], keys: Callable[[int,
         for number, (first, last) in enumerate(bounds):
             part = load_arrays(path := part_path(folder, number))
             if part is None:
-                raise ClipcidError(f"{path} is damaged.", f"Remove it and give the command again: rm {path}")
+                raise ClipcidError(f"{path} is damaged.", f"Remove it and run the same command again: rm {path}")
             columns = [keys(first, last), part["top_clusters"][:, 0], part.pop("similarity")]
             writer.write_table(pa.table(columns, schema=_SCHEMA))
             for name, rows in part.items():

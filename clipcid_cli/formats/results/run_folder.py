@@ -153,7 +153,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             if number == len(lines):
                 break
-            raise ClipcidError(f"Line {number:,} of {path} is none of a log: {describe(error)}.", fix) from error
+            raise ClipcidError(f"Line {number:,} of {path} is not a line of a log: {describe(error)}.", fix) from error
         found.append(content)
     return found
 

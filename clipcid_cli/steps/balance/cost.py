@@ -138,7 +138,7 @@ def _describe(result: BalanceCost, num_processes: int) -> Iterator[str]:
     of = f" of {most}{searched:,} of them" if searched < result.images else ""
     processes = f", {num_processes} processes" if num_processes > 1 else ""
     images = f"{result.images:,} images of width {result.width}"
-    yield f"{images}. Cost of a new search{of}, estimated from some{processes}:"
+    yield f"{images}. Cost of a new search{of}, estimated from a sample{processes}:"
     for name, cost, audit in (("exact", result.exact, ""), ("partitioned", result.partitioned, " with its audit")):
         yield f"  {name}: {cost.pairs:,} pairs, {cost.flop:.3g} FLOP, about {format_duration(cost.seconds)}{audit}."
     if against or captions is not None:
@@ -173,7 +173,7 @@ def _measure(plan: BalancePlan, scan: torch.dtype, context: DistContext) -> tupl
         sampled = "" if len(numbers) == num_rows else "sampled "
         raise ClipcidError(
             f"None of the {len(numbers):,} {sampled}rows of {embeddings.folder} is finite.",
-            "Make the embeddings again.",
+            "Embed again.",
         )
     captions = None
     if settings.has_window:

@@ -74,7 +74,7 @@ def _find(run: BalanceRun, cutoff: float | None, num_edges: int) -> tuple[Forest
     def say_it_is_short(forest: Forest) -> None:
         has = "" if cutoff is not None else f" and has {len(forest.edges):,} of the {num_edges:,} edges needed"
         again = "all pairs are compared" if settings.neighbors == "exact" else "it is searched again"
-        note(f"The forest that is there ends at distance {forest.cutoff:.4f}{has}: {again}.")
+        note(f"The existing forest ends at distance {forest.cutoff:.4f}{has}: {again}.")
 
     stored = _read(run)
     if stored is not None and is_enough(stored):
@@ -172,7 +172,7 @@ def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
         stored = read_forest(folder, sidecar.inputs, overwrite=overwrite)
         if lost or stored is None or stored.num_rows != np.count_nonzero(~is_new):
             run.reporter.note(
-                "The forest that is there cannot be extended, since its files are not all there as they were and in that "
+                "The existing forest cannot be extended, since its files are not all there, unchanged and in that "
                 f"order{lost and f' ({lost})'}: all pairs are compared."
             )
             return ()

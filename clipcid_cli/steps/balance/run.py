@@ -83,7 +83,7 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar], reporter: 
         if not has_new_pictures(plan, output.finished, reporter):
             reporter.note(f"{plan.folder} already holds this result.")
             return msgspec.convert(output.finished.result, BalanceResult)
-        reporter.note("Pictures that the report does not show can be read now: it is written again.")
+        reporter.note("Pictures missing from the report can be read now: it is rewritten.")
     else:
         validate_new(plan.settings)
     if output.differences:
@@ -102,7 +102,7 @@ def _count_skipped(embeddings: Embeddings, rows: BalanceRows, max_bad_fraction: 
     """Count and name the rows that are not finite."""
     if not len(rows):
         raise ClipcidError(
-            f"None of the {embeddings.num_rows:,} rows of {embeddings.folder} is finite.", "Make the embeddings again."
+            f"None of the {embeddings.num_rows:,} rows of {embeddings.folder} is finite.", "Embed again."
         )
     is_bad = np.ones(embeddings.num_rows, np.bool_)
     is_bad[rows.numbers] = False

@@ -230,7 +230,7 @@ def _find_pairs(
     plan = components(members, labels[members], run.rows_in_memory)
     if max_compared is not None and plan.num_pairs > max_compared:
         return NotComputed(
-            f"it takes {plan.num_pairs:,} comparisons within the groups, more than the {max_compared:,} made for a report"
+            f"it takes {plan.num_pairs:,} comparisons within the sets, more than the {max_compared:,} made for a report"
         )
     of = f"{hash_arrays(labels[members])}-{max_found}"
     found = run_chunks(run, Search("pairs", plan, run.rows.read, cutoff, lambda: PairsWithin(labels, max_found), of))
@@ -312,8 +312,8 @@ def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
     skips = Skips.of(dict.fromkeys(take_texts(embeddings, embeddings.keys_of, captioned), "nan_row"))
     if skips.total:
         run.reporter.warn(
-            f"{skips.total:,} text embeddings of images in groups are zero or not finite: such an image is kept only where "
-            f"no other image of its group has a usable one.\n{skips.describe()}"
+            f"{skips.total:,} text embeddings of images in sets are zero or not finite: such an image is kept only where "
+            f"no other image of its set has a usable one.\n{skips.describe()}"
         )
     return np.nan_to_num(similarity, nan=-np.inf)
 

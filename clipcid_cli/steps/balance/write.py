@@ -76,7 +76,7 @@ def summarise(run: BalanceRun, found: Outcome) -> BalanceResult:
 
 
 def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
-    """Explain what may surprise: ties at the cut-off, copies beyond the target, one very large group."""
+    """Explain what may surprise: ties at the cut-off, copies beyond the target, one very large set."""
     warnings = []
     settings = run.settings
     images = run.rows.num_searched
@@ -91,9 +91,9 @@ def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
         warnings.append(f"{cause}: {kept:,} images are kept, {missed:,} fewer than requested.")
     largest = sets.largest
     if largest > 1 and largest > _LARGE_SET * images:
-        advice = "; --linkage star keeps groups compact" if settings.linkage == "single" else ""
+        advice = "; --linkage star keeps sets compact" if settings.linkage == "single" else ""
         warnings.append(
-            f"One group holds {largest:,} of {images:,} images ({largest / images:.1%}). It may be a chain of different "
+            f"One set holds {largest:,} of {images:,} images ({largest / images:.1%}). It may be a chain of different "
             f"images, or a placeholder: see the report{advice}."
         )
     return warnings

@@ -191,7 +191,7 @@ def _look_up(
     if (repeat := find_repeat(lambda: names, folder)) is not None:
         one, other = (shards[int(np.searchsorted(ends, row, side="right"))].name for row in repeat[1:])
         raise ClipcidError(
-            f"Sample {repeat.key!r} is in shard {one} and again in shard {other}: which of them to copy is not known.",
+            f"Sample {repeat.key!r} is in shard {one} and again in shard {other}: it is not known which of them to copy.",
             "Give the data that the embeddings were made from, or its shards without repeats.",
         )
     kept = join(lambda: names, sum(map(len, keys)), parquet_listing(keep.path, "kept"), folder)[:, 0]

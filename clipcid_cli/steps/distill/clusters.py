@@ -172,7 +172,7 @@ class ClusterLookup:
         if stored.min() < 0 or stored.max() >= total:
             raise ClipcidError(
                 f"The clusters' arrays name clusters {stored.min()} to {stored.max()}; there are {total:,} centroids.",
-                "Make the clusters again, by their command and --overwrite.",
+                "Run their command again with --overwrite.",
             )
         seed = derive_seed("candidates", settings.seed, step)
         candidates = draw_candidates(

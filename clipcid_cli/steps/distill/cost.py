@@ -59,7 +59,7 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
         verb = "takes" if plan.inputs.stored is None else "would take"
         reporter.note(
             f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it {verb} {1e3 * teacher.seconds:,.0f} ms a "
-            f"step, {teacher.share:.0%} of it. Embedding everything once pays after {teacher.break_even:.1f} epochs."
+            f"step, {teacher.share:.0%} of it. Embedding everything once pays off after {teacher.break_even:.1f} epochs."
         )
     return DistillCost(
         student=str(plan.folder.student),

@@ -67,14 +67,14 @@ def plan_evaluation(settings: EvalZeroshotSettings, reporter: Reporter) -> list[
     for task in planned:
         if task.name == EMA.rstrip("/"):
             raise ClipcidError(
-                f"--eval-data: {task.dataset.spec} is called {task.name}, as which the average of the weights is logged.",
+                f"--eval-data: {task.dataset.spec} is called {task.name}, the name of the weight average in the log.",
                 "Rename the folder, or link it by another name.",
             )
         place = Path(task.dataset.spec).resolve()
         other = Path(tasks.setdefault(task.name, task).dataset.spec).resolve()
         if other != place:
             raise ClipcidError(
-                f"--eval-data: {other} and {place} are both called {task.name}, so their metrics would be too.",
+                f"--eval-data: {other} and {place} are both called {task.name}, and so would be their metrics.",
                 "Rename one of the folders, or link it by another name.",
             )
     return list(tasks.values())

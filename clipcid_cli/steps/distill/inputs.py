@@ -339,7 +339,7 @@ def _validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
     if made.caption_lines != dataset.caption_lines:
         flag = "--caption-lines" if made.caption_lines else "--no-caption-lines"
         raise ClipcidError(
-            f"The embeddings in {embeddings.folder} were made with {flag}, the data is not read so: captions differ.",
+            f"The embeddings in {embeddings.folder} were made with {flag}, the data is read without it: captions differ.",
             f"Add {flag}.",
         )
     if keys != dataset.keys:

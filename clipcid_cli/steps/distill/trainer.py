@@ -224,8 +224,8 @@ class Trainer:
                 write_json(path, found | {"keys": self.batches.keys(step)})
         raise ClipcidError(
             f"Training diverged at step {step:,}: loss {loss:g}, gradient norm {norm:g}.{where}",
-            "Lower --lr, lengthen --warmup, or train in --precision fp32. Each begins anew; under another --name, and this "
-            "run's checkpoints stay.",
+            "Lower --lr, lengthen --warmup, or train in --precision fp32. Each starts a new run; under another --name "
+            "this run's checkpoints stay.",
         )
 
     def _is_asked_to_end(self, step: int) -> bool:

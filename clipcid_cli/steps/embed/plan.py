@@ -159,7 +159,7 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
             )
             if found.finished is not None:
                 return dataclasses.replace(plan, finished=found.finished)
-        there = [record.input for record in read_manifest(folder, "Add --overwrite to make it again.")]
+        there = [record.input for record in read_manifest(folder, "Add --overwrite to replace it.")]
     lost = find_lost(there, plan.shards)
     if lost and not plan.settings.overwrite:
         raise other_run_error(f"{folder} holds {step} output", {"inputs": lost}, ELSEWHERE)

@@ -288,7 +288,9 @@ def _commit(
     }
     if plan.of_texts:
         if describe_shards(plan.dataset) != plan.shards:
-            raise ClipcidError(f"{plan.dataset.spec} has changed while it was embedded.", "Give the command again.")
+            raise ClipcidError(
+                f"{plan.dataset.spec} changed while it was being embedded.", "Run the same command again."
+            )
         write_texts(output.work, ([sample.captions[0] for sample in shard.stream()] for shard in plan.dataset.shards))
         entries["outputs"].append(record(output.work / TEXTS_FILE, output.work))
         entries |= {

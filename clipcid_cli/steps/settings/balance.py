@@ -22,7 +22,7 @@ _COSINE = Range(-1, 1)
 
 _amount = group("How much to keep (exactly one)")
 _first = group("What is dropped first")
-_sets = group("Groups and the image kept of each")
+_sets = group("Sets and the image kept of each")
 _input = group("Inputs")
 _output = group("Further outputs")
 
@@ -58,7 +58,7 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
     )
     min_caption_similarity: float | None = _first(
         None,
-        "Smallest cosine similarity of an image to its caption: images below are dropped before groups are made, and --keep "
+        "Smallest cosine similarity of an image to its caption: images below are dropped before sets are made, and --keep "
         "is a share of those that remain. Needs text embeddings.",
         within=_COSINE,
     )
@@ -67,13 +67,13 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
     )
     linkage: str = _sets(
         "single",
-        "`single`: a chain of near-duplicates is one group, as in the CLIP-CID paper. `star`: every dropped image is "
+        "`single`: a chain of near-duplicates is one set, as in the CLIP-CID paper. `star`: every dropped image is "
         "within the cut-off of its kept image.",
         choices=LINKAGES,
     )
     select: str = _sets(
         "central",
-        "Image to keep of each group: nearest to the mean (`central`), smallest sum of distances (`medoid`), first, random, "
+        "Image to keep of each set: nearest to the mean (`central`), smallest sum of distances (`medoid`), first, random, "
         "most similar to its caption, or most pixels.",
         choices=SELECTIONS,
     )
@@ -141,7 +141,7 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
             )
         if self.max_per_cluster is not None and self.select == "medoid":
             raise UsageError(
-                "--select medoid chooses one image of a group; it cannot choose several of a cluster.",
+                "--select medoid chooses one image of a set; it cannot choose several of a cluster.",
                 "Use --select central with --max-per-cluster.",
             )
         if self.clusters is not None and self.max_per_cluster is None:
@@ -160,7 +160,7 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
 
     @property
     def has_filters(self) -> bool:
-        """Whether images are dropped before groups are made."""
+        """Whether images are dropped before sets are made."""
         return self.has_window or bool(self.against)
 
     @property

@@ -123,7 +123,7 @@ def test_the_report_is_written_again_once_its_pictures_can_be_read(
     assert "already holds this result" in balance()[0]
     (tmp_path / "aside").rename(place / gone)
     said, whole, number = balance()
-    assert "Pictures that the report does not show can be read now" in said
+    assert "Pictures missing from the report can be read now" in said
     assert whole == {"shown": without["shown"] + missing, "unread": [], "why": ""}
     assert number > num_without
     assert "already holds this result" in balance()[0]

@@ -266,7 +266,7 @@ def test_processes_that_cannot_meet_are_told_within_the_limit(taken: bool, monke
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         missing = r"waited 0\.05 minutes for the other 1 of the run, and not all of them arrived"
-        in_use = rf"Process 0 could not meet the other 1 of the run: .*{port}"
+        in_use = rf"Process 0 could not connect to the other 1 of the run: .*{port}"
         started = time.monotonic()
         with pytest.raises(ClipcidError, match=in_use if taken else missing):
             rendezvous_all(0, 2, datetime.timedelta(seconds=3))
@@ -313,7 +313,7 @@ def test_a_process_that_ends_is_missed_and_a_slow_one_waited_for(fate: str, said
 def test_a_world_without_a_place_to_meet_is_refused(clipcid: Callable[..., Run], tmp_path: Path) -> None:
     run = clipcid("balance", "--keep", "0.5", "--device", "cpu", check=False, env={"WORLD_SIZE": "2", "RANK": "0"})
     assert run.returncode == 1, run
-    assert "the environment does not say where the processes meet" in run.stderr
+    assert "the environment does not say where the processes connect" in run.stderr
     assert "bug" not in run.stderr
 
 

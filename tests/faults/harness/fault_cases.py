@@ -142,7 +142,7 @@ def run_read_only(site: Site, step: Step, case: str) -> Result:
 
 
 def is_told(found: Outcome, name: str) -> bool:
-    """Tell whether a run warned that its result lacks something because of a file, and then ended well."""
+    """Tell whether a run warned that its result lacks something because of a file, and then succeeded."""
     _, warning, text = "".join(found.err.split()).partition("warning:Thereport")
     return found.code == 0 and bool(warning) and Path(name).name in text
 
@@ -277,7 +277,7 @@ def run_delayed(site: Site, step: Step, number: int) -> Result:
         if outcome.problems() or (outcome.code == 1 and "Another run" not in outcome.err):
             problems.append(f"{outcome.problems()}{outcome!r}")
     if all(outcome.code for outcome in found):
-        problems.append(f"neither of the two runs ended well{found!r}")
+        problems.append(f"neither of the two runs succeeded{found!r}")
     return Result(found[0].code, problems + site.check_again(step), reached)
 
 

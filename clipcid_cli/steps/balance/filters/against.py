@@ -118,7 +118,7 @@ def open_reference(
     reference = open_given(settings, folder, cache, reporter, needs_column=False)
     _validate_same_model(embeddings, reference, name)
     if not context.on_rank0(partial(has_usable_row, reference.rows(Kind.IMAGES))):
-        raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Make them again.")
+        raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Embed again.")
     return reference
 
 
@@ -182,9 +182,9 @@ def _validate_same_model(embeddings: Embeddings, reference: Embeddings, name: st
     if decoded[0].preprocess != decoded[1].preprocess:
         ways = ["with" if each.fast_decode else "without" for each in decoded]
         raise ClipcidError(
-            f"The images of {name} were preprocessed otherwise ({decoded[1].preprocess}, {ways[1]} --fast-decode) than "
+            f"The images of {name} were preprocessed in another way ({decoded[1].preprocess}, {ways[1]} --fast-decode) than "
             f"those of {embeddings.folder} ({decoded[0].preprocess}, {ways[0]}).",
-            "Embed them likewise: give the images themselves (--against DATA).",
+            "Embed them in the same way: give the images themselves (--against DATA).",
         )
 
 

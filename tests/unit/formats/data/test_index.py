@@ -178,7 +178,7 @@ def test_an_edited_part_is_refused_until_it_is_listed_again(tmp_path: Path, how:
     module._read_table.cache_clear()
     with pytest.raises(ClipcidError, match=rf"{path.name} is missing, edited, damaged, or of another version") as error:
         len(index.part(0))
-    assert f"Remove {index.folder}/shards-*.parquet and give the command again" in error.value.fix
+    assert f"Remove {index.folder}/shards-*.parquet and run the same command again" in error.value.fix
     if how == "the table is removed":
         (table,) = index.folder.glob("shards-*.parquet")
         table.unlink()

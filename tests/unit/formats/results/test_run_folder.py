@@ -69,5 +69,5 @@ def test_a_damaged_line_is_named_unless_it_is_the_last_one(tmp_path: Path, line:
     log.write_bytes(whole + line)
     assert read_lines(log) == [{"step": 1, "loss": 0.5}]
     log.write_bytes(whole + line + b"\n" + whole)
-    with pytest.raises(ClipcidError, match=r"Line 2 of .*train\.jsonl is none of a log"):
+    with pytest.raises(ClipcidError, match=r"Line 2 of .*train\.jsonl is not a line of a log"):
         read_lines(log)

@@ -78,7 +78,7 @@ def test_words_are_counted_once_an_image(at_once: int, monkeypatch: pytest.Monke
 
 
 def make_chains() -> np.ndarray:
-    """Rows of which two groups are chains: steps of 0.1 along an arc."""
+    """Rows of which two sets are chains: steps of 0.1 along an arc."""
     rows = make_rows(500)
     for start, number in ((50, 40), (200, 25)):
         angle = 0.1 * np.arange(number)
@@ -115,4 +115,4 @@ def test_it_lists_chains_and_what_stars_keep_of_them(tmp_path: Path, monkeypatch
         assert numbers == sorted(represented, reverse=True)[: len(numbers)]
     monkeypatch.setattr(report, "_MAX_STARRED", 10)
     balance(tmp_path / "few", folder, threshold=0.2)
-    assert "is not computed for so large a group" in (tmp_path / "few" / "balance" / "report.html").read_text()
+    assert "is not computed for so large a set" in (tmp_path / "few" / "balance" / "report.html").read_text()

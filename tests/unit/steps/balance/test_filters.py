@@ -352,6 +352,6 @@ def test_images_of_references_are_embedded_as_the_others_were_but_by_no_dry_run(
     assert not result["against"][0]["to_embed"]
     assert left.exists()
     run_embed(EmbedSettings(data=str(tmp_path / "r.tar"), out=tmp_path / "other", **made), Listener())
-    said = r"other were preprocessed otherwise \(.*, without --fast-decode\) than those of"
+    said = r"other were preprocessed in another way \(.*, without --fast-decode\) than those of"
     with pytest.raises(ClipcidError, match=said):
         balance(work, folder, against=(str(tmp_path / "other"),), **call)

@@ -122,7 +122,7 @@ def test_captions_without_a_usable_embedding_come_last_and_are_counted(tmp_path:
     folder = write_embeddings(tmp_path / "e", rows[:3], 1, texts=texts[:3], captions=captions[:3])
     _, said = balance(tmp_path / "bad", folder, threshold=0.0, select="similarity")
     assert read_keep(tmp_path / "bad")["representative"].unique().tolist() == ["000002"]
-    assert "2 text embeddings of images in groups are zero or not finite" in said
+    assert "2 text embeddings of images in sets are zero or not finite" in said
     assert "000000, 000001" in said
     folder = write_embeddings(tmp_path / "f", rows[2:], 1, texts=texts[2:], captions=captions[2:])
     _, said = balance(tmp_path / "good", folder, threshold=0.0, select="similarity")
