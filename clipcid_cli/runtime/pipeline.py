@@ -175,8 +175,10 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
                 )
             yield future.result()
     except BrokenProcessPool as error:
-        # One that was killed may be seen to have ended a moment after its pipe has broken.
-        multiprocessing.connection.wait([worker.sentinel for worker in list(crew.values())], _REAP_SECONDS)
+        if isinstance(
+            error.__cause__, EOFError | OSError
+        ):  # a killed worker's pipe breaks a moment before its end is seen
+            multiprocessing.connection.wait([worker.sentinel for worker in list(crew.values())], _REAP_SECONDS)
         ended = _describe_end(crew.values())
         for worker in list(crew.values()):
             worker.kill()  # the pool waits for all, and SIGTERM does not reach them

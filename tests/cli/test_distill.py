@@ -208,8 +208,9 @@ def test_the_average_is_measured_written_and_exported(
     assert all(np.array_equal(written[name], tensor) for name, tensor in average.items())
     card = (folder / "README.md").read_text()
     assert "an exponential moving average of those in training (decay 0.9)" in card
-    metrics = result["evaluations"][1]["metrics"]["image_retrieval_recall@10"]
-    assert f"| image_retrieval_recall@10 | {metrics:.4f} |" in card
+    measured = result["evaluations"][1]
+    recall = measured["metrics"]["image_retrieval_recall@10"]
+    assert f"| image_retrieval_recall@10 | {measured['images']} | {recall:.4f} |" in card
 
     refused = clipcid("export", tiny_model, "--ema", check=False)
     assert "is no student of clipcid distill" in said(refused)

@@ -69,7 +69,22 @@ def make_inputs(root: Path, sizes: list[int], dropped: int) -> tuple[Inputs, lis
     training, held_out = open_rows(folder, "training"), open_rows(folder, "held_out")
     expected = [key for number, key in enumerate(keys) if kept[number] and number % 5 < 4]
     assert training.total == counts.selected == len(expected)
-    return Inputs(dataset, count_usable(dataset, 1.0), training, held_out, None, None, None, None, []), expected
+    found = Inputs(
+        dataset=dataset,
+        usable=count_usable(dataset, 1.0),
+        training=training,
+        held_out=held_out,
+        keep_list=None,
+        embeddings=None,
+        online=None,
+        num_views=0,
+        first_captions=False,
+        extra_texts=None,
+        repair=None,
+        clusters=None,
+        fingerprints=[],
+    )
+    return found, expected
 
 
 def deal(inputs: Inputs, seed: int, batch_size: int, steps: range, rank: int = 0, size: int = 1) -> list[list[Item]]:
