@@ -28,21 +28,13 @@ _THREADS = 16  # hashing waits for the disk
 
 
 class FileRecord(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is recorded of a file, or of anything else that is known by a size and a hash.
+    """What is recorded of a file, or of anything else that is known by a size and a hash."""
 
-    Attributes:
-        path: For people; of an output relative to its folder.
-        size: Bytes, or another number that belongs to the content.
-        hash: ``blake2b:…``; of a file above 64 MiB ``blake2b-sampled:…``, of its size and three windows of 1 MiB.
-        time: Of modification, in ns; 0 for what is no local file.
-        shard: Name of the shard that it is, where an output repeats it.
-    """
-
-    path: str
-    size: int
-    hash: str
-    time: int = 0
-    shard: str | None = None
+    path: str  # for people; of an output relative to its folder
+    size: int  # bytes, or another number that belongs to the content
+    hash: str  # ``blake2b:…``; of a file above 64 MiB ``blake2b-sampled:…``, of its size and three windows of 1 MiB
+    time: int = 0  # of modification, in ns; 0 for what is no local file
+    shard: str | None = None  # name of the shard that it is, where an output repeats it
 
     @property
     def content(self) -> tuple[int, str, str | None]:

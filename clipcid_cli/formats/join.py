@@ -43,16 +43,12 @@ _FEW_NUMBERS = 2**23
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """A file, or files, that list keys with numbers ≥ 0 for each.
-
-    Attributes:
-        read: Starts reading: n keys at a time, as text, with their numbers, int64 [n, k].
-        width: k.
-    """
+    """A file, or files, that list keys with numbers ≥ 0 for each."""
 
     source: Path
+    # Starts reading: n keys at a time, as text, with their numbers, int64 [n, k].
     read: Callable[[], Iterator[tuple[pa.Array, Values]]]
-    width: int = 1
+    width: int = 1  # k
 
 
 class Repeat(NamedTuple):

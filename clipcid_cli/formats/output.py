@@ -43,28 +43,19 @@ _TOLD = 8
 
 @dataclasses.dataclass
 class Output(Generic[AnySidecar]):
-    """A locked output.
+    """A locked output."""
 
-    Attributes:
-        folder: Where the sidecar and most of the files lie.
-        top: The folder, or one above it, that holds all files.
-        root: The work folder; its tree is that of `top`.
-        finished: The sidecar when the output is complete and of the same settings and inputs.
-        earlier: That of a complete output that differs only as it may.
-        differences: How the complete output that is there differs, by setting and input.
-        begun: Unfinished work to continue from: `root`, or that of a run that differs only as it may.
-    """
-
-    folder: Path
-    top: Path
-    root: Path
+    folder: Path  # where the sidecar and most of the files lie
+    top: Path  # the folder, or one above it, that holds all files
+    root: Path  # the work folder; its tree is that of `top`
     step: str
     kind: type[AnySidecar]
     run: Run
-    finished: AnySidecar | None = None
-    earlier: AnySidecar | None = None
+    finished: AnySidecar | None = None  # the sidecar when the output is complete and of the same settings and inputs
+    earlier: AnySidecar | None = None  # that of a complete output that differs only as it may
+    # How the complete output that is there differs, by setting and input.
     differences: dict[str, str] = dataclasses.field(default_factory=dict)
-    begun: Path | None = None
+    begun: Path | None = None  # unfinished work to continue from: `root`, or that of a run that differs only as it may
 
     @property
     def work(self) -> Path:

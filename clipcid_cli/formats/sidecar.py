@@ -33,21 +33,15 @@ class Run(msgspec.Struct, kw_only=True):
 
 
 class Sidecar(Run, kw_only=True):
-    """What every sidecar holds.
-
-    Attributes:
-        outputs: The files that it stands for, relative to its folder.
-        counts: Numbers of samples or rows read, used and skipped by reason.
-        seconds: Time by phase.
-    """
+    """What every sidecar holds."""
 
     format_version: int
     tool: str
     tool_version: str
     step: str
-    outputs: list[FileRecord] = []
-    counts: dict[str, Any]
-    seconds: dict[str, int | float]
+    outputs: list[FileRecord] = []  # the files that it stands for, relative to its folder
+    counts: dict[str, Any]  # numbers of samples or rows read, used and skipped by reason
+    seconds: dict[str, int | float]  # time by phase
 
     def records(self, folder: Path) -> list[FileRecord]:
         """Return what is recorded of the files, whose paths are relative to the sidecar's `folder`."""
@@ -149,25 +143,16 @@ class ForestSidecar(Sidecar, kw_only=True):
 
 
 class RepairFigures(msgspec.Struct):
-    """How captions that a repair of a teacher was not fitted to find their images, before and after it.
+    """How captions that a repair of a teacher was not fitted to find their images, before and after it."""
 
-    Attributes:
-        repaired: Whether the repair is taken.
-        steps: Those of the fit after which it was best.
-        log_rank: Mean of ln(1 + images of other captions nearer to the caption than its own), before and after.
-        standard_error: Of the difference of the two.
-        recall_at_1: Share of the images whose own caption is the nearest, before and after.
-        pairs: Pairs that it was fitted to and judged by.
-        captions: Different captions of those.
-    """
-
-    repaired: bool
-    steps: int
+    repaired: bool  # whether the repair is taken
+    steps: int  # those of the fit after which it was best
+    # Mean of ln(1 + images of other captions nearer to the caption than its own), before and after.
     log_rank: tuple[float, float]
-    standard_error: float
-    recall_at_1: tuple[float, float]
-    pairs: int
-    captions: int
+    standard_error: float  # of the difference of the two
+    recall_at_1: tuple[float, float]  # share of the images whose own caption is the nearest, before and after
+    pairs: int  # pairs that it was fitted to and judged by
+    captions: int  # different captions of those
 
     @property
     def trust(self) -> float:
@@ -200,23 +185,16 @@ class BalanceSidecar(Sidecar, kw_only=True):
 
 
 class ClusterSidecar(Sidecar, kw_only=True):
-    """``cluster.json``.
+    """``cluster.json``."""
 
-    Attributes:
-        embeddings: Relative to the work directory.
-        keep_list: None where all images were clustered.
-        model: None for embeddings of another tool.
-        repair: The map by which the teacher's image rows were repaired; None where they were taken as they are.
-        temperatures: By tower, τ_T of the soft labels.
-    """
-
-    embeddings: str
-    keep_list: FileRecord | None
+    embeddings: str  # relative to the work directory
+    keep_list: FileRecord | None  # none where all images were clustered
     flags: dict[str, Any]
-    model: ModelRecord | None
+    model: ModelRecord | None  # none for embeddings of another tool
+    # The map by which the teacher's image rows were repaired; None where they were taken as they are.
     repair: FileRecord | None = None
     num_nearest: int
-    temperatures: dict[str, float]
+    temperatures: dict[str, float]  # by tower, τ_T of the soft labels
     result: dict[str, Any]
 
 
@@ -250,16 +228,11 @@ class DistillSidecar(Sidecar, kw_only=True):
 
 
 class LinesRecord(msgspec.Struct):
-    """Which class names or templates a score is of: those of other lines are not comparable.
+    """Which class names or templates a score is of: those of other lines are not comparable."""
 
-    Attributes:
-        source: Path of the file, or ``openai``, ``simple``, ``imagenet``, ``default``, ``folder names``.
-        hash: What ``b2sum -l 48`` prints of a file with these lines.
-    """
-
-    source: str
+    source: str  # path of the file, or ``openai``, ``simple``, ``imagenet``, ``default``, ``folder names``
     number: int
-    hash: str
+    hash: str  # what ``b2sum -l 48`` prints of a file with these lines
 
     def __str__(self) -> str:
         return f"{self.number:,}, {self.source} ({self.hash})"
@@ -284,36 +257,24 @@ class Calibration(msgspec.Struct):
 
 
 class Calibrations(msgspec.Struct):
-    """How sure a classifier is, as it is and at a temperature fitted on a part of the images.
-
-    Attributes:
-        all: All images at the model's own temperature.
-        temperature: That of the least log loss of the fitted images; None where there is no minimum.
-        before: The other images at the model's own temperature; None where there are none.
-        after: The same at the fitted temperature.
-    """
+    """How sure a classifier is, as it is and at a temperature fitted on a part of the images."""
 
     bins: int
-    all: Calibration
+    all: Calibration  # all images at the model's own temperature
     fitted_share: float
     fitted_images: int
-    temperature: float | None
-    before: Calibration | None
-    after: Calibration | None
+    temperature: float | None  # that of the least log loss of the fitted images; None where there is no minimum
+    before: Calibration | None  # the other images at the model's own temperature; None where there are none
+    after: Calibration | None  # the same at the fitted temperature
 
 
 class ClassScore(msgspec.Struct):
-    """How well one class is told.
-
-    Attributes:
-        value: Recall or, where images have several classes, average precision; None without images.
-        confused_with: The wrong class most often predicted for its images, and how often.
-    """
+    """How well one class is told."""
 
     name: str = msgspec.field(name="class")
     images: int
-    value: float | None
-    confused_with: str | None = None
+    value: float | None  # recall or, where images have several classes, average precision; None without images
+    confused_with: str | None = None  # the wrong class most often predicted for its images, and how often
     confused: int = 0
 
 
@@ -361,22 +322,16 @@ class RowParity(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class PredictionParity(msgspec.Struct, kw_only=True):
-    """Whether an export finds the class or the caption of images as the original does.
+    """Whether an export finds the class or the caption of images as the original does."""
 
-    Attributes:
-        measure: ``acc1`` or ``text_retrieval_recall@1``; `value` is the export's, `pytorch` the original's.
-        agreement: Fraction of the images with the same answer.
-        gated: Whether a drop over the limit is an error.
-    """
-
-    measure: str
+    measure: str  # ``acc1`` or ``text_retrieval_recall@1``; `value` is the export's, `pytorch` the original's
     images: int
     candidates: int
-    agreement: float
+    agreement: float  # fraction of the images with the same answer
     value: float
     pytorch: float
     drop: float
-    gated: bool
+    gated: bool  # whether a drop over the limit is an error
 
     def __str__(self) -> str:
         return f"{100 * self.pytorch:.1f} → {100 * self.value:.1f}"

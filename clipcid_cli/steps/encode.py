@@ -38,19 +38,14 @@ _READ_AHEAD = 4
 
 @dataclasses.dataclass
 class Batch:
-    """Samples of one shard that are encoded together.
-
-    Attributes:
-        read: Of a shard's last batch: how many samples the shard has, usable or not.
-        skipped: Of a shard's last batch: those that are in none of its batches.
-        waited: Seconds in which the process waited for a worker to decode it.
-    """
+    """Samples of one shard that are encoded together."""
 
     shard: int
     samples: Sequence[Sample]
-    read: int | None = None
+    read: int | None = None  # of a shard's last batch: how many samples the shard has, usable or not
+    # Of a shard's last batch: those that are in none of its batches.
     skipped: Skips = dataclasses.field(default_factory=Skips)
-    waited: float = 0.0
+    waited: float = 0.0  # seconds in which the process waited for a worker to decode it
 
 
 def list_batches(
@@ -92,39 +87,27 @@ def list_batches(
 
 @dataclasses.dataclass
 class Decoded:
-    """What a worker makes of a batch.
+    """What a worker makes of a batch."""
 
-    Attributes:
-        pixels: uint8 [B, H, W, 3], zeros where an image cannot be decoded; None where no images are wanted.
-        tokens: Captions, sample after sample, int64 [M, L]; None where none are wanted.
-        failures: Why samples cannot be used, by their position.
-        laid_on_white: Images with transparent pixels, which are shown on white.
-        from_16_bit: Images of 16 bits of grey, which are scaled.
-    """
-
+    # uint8 [B, H, W, 3], zeros where an image cannot be decoded; None where no images are wanted.
     pixels: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
-    failures: dict[int, str] = dataclasses.field(default_factory=dict)
-    laid_on_white: int = 0
-    from_16_bit: int = 0
+    tokens: torch.Tensor | None = None  # captions, sample after sample, int64 [M, L]; None where none are wanted
+    failures: dict[int, str] = dataclasses.field(default_factory=dict)  # why samples cannot be used, by their position
+    laid_on_white: int = 0  # images with transparent pixels, which are shown on white
+    from_16_bit: int = 0  # images of 16 bits of grey, which are scaled
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """Decodes the images and tokenises the captions of a batch.
+    """Decodes the images and tokenises the captions of a batch."""
 
-    Attributes:
-        image_size: H and W.
-        batch_size: Rows of pixels, of which tokens have a multiple: missing rows are zero. None makes no more than there are
-            samples and captions.
-        fast_decode: Whether JPEGs are decoded at a reduced size, of at least twice H × W.
-    """
-
-    image_size: tuple[int, int]
+    image_size: tuple[int, int]  # H and W
     transform: Transform | None
     tokenizer: Tokenizer | None
+    # Rows of pixels, of which tokens have a multiple: missing rows are zero. None makes no more than there are samples
+    # and captions.
     batch_size: int | None = None
-    fast_decode: bool = False
+    fast_decode: bool = False  # whether JPEGs are decoded at a reduced size, of at least twice H × W
 
     @classmethod
     def of(cls, model: ClipModel, *, captions: bool) -> Decoder:
@@ -164,13 +147,10 @@ class Decoder:
 
 @dataclasses.dataclass
 class Encoded:
-    """What a model makes of samples, which are without the bytes of their images; see `Decoded`.
-
-    Attributes:
-        rows: Of each sample by kind, on the CPU; `Kind.TEXTS` of each caption, sample after sample.
-    """
+    """What a model makes of samples, which are without the bytes of their images; see `Decoded`."""
 
     samples: Sequence[Sample]
+    # Of each sample by kind, on the CPU; `Kind.TEXTS` of each caption, sample after sample.
     rows: dict[Kind, torch.Tensor]
     failures: dict[int, str] = dataclasses.field(default_factory=dict)
     laid_on_white: int = 0
@@ -224,15 +204,10 @@ def join(parts: Iterable[Encoded]) -> Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """The two towers of a model, to unit rows. Several threads may call it at once.
+    """The two towers of a model, to unit rows. Several threads may call it at once."""
 
-    Attributes:
-        images: uint8 [B, H, W, 3] to [B, D].
-        texts: int64 [M, L] to [M, D], `batch_size` of them together.
-    """
-
-    images: Callable[[torch.Tensor], torch.Tensor]
-    texts: Callable[[torch.Tensor], torch.Tensor]
+    images: Callable[[torch.Tensor], torch.Tensor]  # uint8 [B, H, W, 3] to [B, D]
+    texts: Callable[[torch.Tensor], torch.Tensor]  # int64 [M, L] to [M, D], `batch_size` of them together
     tokenizer: Tokenizer
     device: torch.device
     batch_size: int

@@ -29,17 +29,13 @@ _GPU_PARTS = 64
 
 @dataclasses.dataclass(frozen=True)
 class ClusterTargets:
-    """Candidate centroids of one batch, and what the teacher's distribution over clusters makes of each sample.
+    """Candidate centroids of one batch, and what the teacher's distribution over clusters makes of each sample."""
 
-    Attributes:
-        centroids_SD: Unit rows, float32.
-        log_correction_S: Added to the logits, so that the drawn candidates represent all centroids that are not active: 0
-            for active ones, log((K − |A|) / |R|) for drawn ones; float32.
-        mean_BD: Mean centroid of each sample's target distribution, whose clusters need not all be candidates, float32.
-    """
-
-    centroids_SD: Tensor
+    centroids_SD: Tensor  # unit rows, float32
+    # Added to the logits, so that the drawn candidates represent all centroids that are not active: 0 for active ones,
+    # log((K − |A|) / |R|) for drawn ones; float32.
     log_correction_S: Tensor
+    # Mean centroid of each sample's target distribution, whose clusters need not all be candidates, float32.
     mean_BD: Tensor
 
 
@@ -51,40 +47,28 @@ class LossBatch:
 
     Every loss returns its **share**: the sum over the own rows as queries, divided by B. The shares of all processes add up
     to the loss of the global batch; with all rows the share is that loss. Own rows are compared with all rows.
-
-    Attributes:
-        student_scale: exp(logit_scale) of the student.
-        image_BD: Student image features s' in the shared space; `image_Bd` itself when no map is learned.
-        text_BD: Student text features v' there.
-        teacher_image_BD: Teacher image features t there.
-        teacher_text_BD: Teacher text features u there.
-        teacher_scale: Likewise.
-        text_clusters: Those of the captions, with the same candidates; present for ``--cluster-towers both``.
-        masked_image_BD: Student image features there of a pass that saw few patches of each image.
-        image_tokens_bLD: Student features there of the patches of the own rows' images, or 0 where there is none.
-        text_tokens_bLD: Those of the tokens of the own rows' captions, likewise.
-        extra_text_ED: Student features v' of texts without images: this process's own, all where `own` is all.
-        teacher_extra_text_ED: The teacher's features u of the same texts.
-        num_extra: Texts without images in the global batch.
-        own: The rows whose queries this process takes, step 1; all by default.
     """
 
     image_Bd: Tensor
     text_Bd: Tensor
-    student_scale: Tensor
-    image_BD: Tensor
-    text_BD: Tensor
-    teacher_image_BD: Tensor | None = None
-    teacher_text_BD: Tensor | None = None
-    teacher_scale: float | None = None
+    student_scale: Tensor  # exp(logit_scale) of the student
+    image_BD: Tensor  # student image features s' in the shared space; `image_Bd` itself when no map is learned
+    text_BD: Tensor  # student text features v' there
+    teacher_image_BD: Tensor | None = None  # teacher image features t there
+    teacher_text_BD: Tensor | None = None  # teacher text features u there
+    teacher_scale: float | None = None  # likewise
     image_clusters: ClusterTargets | None = None
+    # Those of the captions, with the same candidates; present for ``--cluster-towers both``.
     text_clusters: ClusterTargets | None = None
-    masked_image_BD: Tensor | None = None
+    masked_image_BD: Tensor | None = None  # student image features there of a pass that saw few patches of each image
+    # Student features there of the patches of the own rows' images, or 0 where there is none.
     image_tokens_bLD: Tensor | None = None
-    text_tokens_bLD: Tensor | None = None
+    text_tokens_bLD: Tensor | None = None  # those of the tokens of the own rows' captions, likewise
+    # Student features v' of texts without images: this process's own, all where `own` is all.
     extra_text_ED: Tensor | None = None
-    teacher_extra_text_ED: Tensor | None = None
-    num_extra: int = 0
+    teacher_extra_text_ED: Tensor | None = None  # the teacher's features u of the same texts
+    num_extra: int = 0  # texts without images in the global batch
+    # The rows whose queries this process takes, step 1; all by default.
     own: slice = dataclasses.field(default_factory=lambda: slice(None))
 
     def __len__(self) -> int:
@@ -109,15 +93,11 @@ class LossBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Similarities:
-    """Logits of queries and keys, made a block of rows at a time; row i of both sides belongs to sample i.
-
-    Attributes:
-        scale: Logit scale σ (not its logarithm), a scalar.
-    """
+    """Logits of queries and keys, made a block of rows at a time; row i of both sides belongs to sample i."""
 
     left_BD: Tensor
     right_BD: Tensor
-    scale: Tensor | float
+    scale: Tensor | float  # logit scale σ (not its logarithm), a scalar
 
     def rows(self, first: int, stop: int) -> Tensor:
         """Return σ·left·rightᵀ for left rows first … stop − 1, [b, B]."""

@@ -18,38 +18,30 @@ CLIP_SCALE = 1 / 0.07
 
 @dataclasses.dataclass(frozen=True)
 class LossEntry:
-    """One loss of the registry.
-
-    Attributes:
-        summary: What it compares, for docs/distill.md.
-        function: ``module:function`` in this folder, called as ``f(batch)`` with what it learns itself: ``scale``, ``bias``,
-            ``fusion``.
-        scale: Where a logit scale of its own starts, which is kept in 1 … 100.
-        bias: Where a bias of its own starts.
-        fuses: Whether it learns layers that join student and teacher, one for images and one for captions.
-        masked_patches: Share of an image's patches that are hidden in a further pass of the student's image tower, whose
-            features the loss reads.
-        reads_tokens: Whether it reads the student's features of patches and of caption tokens.
-        compares_features: Whether it is a distance of single features, student to teacher: such losses allow a higher
-            learning rate, and also teach texts without images (``--extra-texts``).
-        one_tower: Whether a teacher of images alone, or of captions alone, can serve it.
-        space: Where features are compared: ``own`` compares student with student only, ``teacher`` compares across and
-            so needs equal widths (see ``--teacher-space``).
-    """
+    """One loss of the registry."""
 
     name: str
+    # What it compares, for docs/distill.md.
     summary: str
+    # ``module:function`` in this folder, called as ``f(batch)`` with what it learns itself: ``scale``, ``bias``,
+    # ``fusion``.
     function: str
-    scale: float | None = None
-    bias: float | None = None
-    fuses: bool = False
+    scale: float | None = None  # where a logit scale of its own starts, which is kept in 1 … 100
+    bias: float | None = None  # where a bias of its own starts
+    fuses: bool = False  # whether it learns layers that join student and teacher, one for images and one for captions
+    # Share of an image's patches that are hidden in a further pass of the student's image tower, whose features the
+    # loss reads.
     masked_patches: float = 0.0
-    reads_tokens: bool = False
+    reads_tokens: bool = False  # whether it reads the student's features of patches and of caption tokens
     needs_teacher: bool = True
     needs_teacher_scale: bool = False
     needs_clusters: bool = False
+    # Whether it is a distance of single features, student to teacher: such losses allow a higher learning rate, and
+    # also teach texts without images (``--extra-texts``).
     compares_features: bool = False
-    one_tower: bool = False
+    one_tower: bool = False  # whether a teacher of images alone, or of captions alone, can serve it
+    # Where features are compared: ``own`` compares student with student only, ``teacher`` compares across and so needs
+    # equal widths (see ``--teacher-space``).
     space: Literal["own", "teacher"] = "teacher"
 
 

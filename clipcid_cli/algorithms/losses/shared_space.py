@@ -21,15 +21,10 @@ from clipcid_cli.algorithms.losses.registry import LOSSES
 
 @dataclasses.dataclass(frozen=True)
 class PrincipalAxes:
-    """The first d principal axes of the teacher's rows.
+    """The first d principal axes of the teacher's rows."""
 
-    Attributes:
-        basis_Dd: Orthonormal columns, float32.
-        kept: Share of the rows' squared length that lies in them, in [0, 1].
-    """
-
-    basis_Dd: Tensor
-    kept: float
+    basis_Dd: Tensor  # orthonormal columns, float32
+    kept: float  # share of the rows' squared length that lies in them, in [0, 1]
 
 
 def second_moment(blocks: Iterable[npt.NDArray[Any]], width: int) -> npt.NDArray[np.float64]:
@@ -66,16 +61,12 @@ def project(rows_nD: Tensor, axes: PrincipalAxes | None) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class SharedSpace:
-    """Where features of student and teacher are compared: the teacher's space, or its first principal axes.
-
-    Attributes:
-        axes: What the teacher's rows are projected on; None where its space is taken as it is.
-        is_learned: Whether the student's features go through a learned layer per tower.
-    """
+    """Where features of student and teacher are compared: the teacher's space, or its first principal axes."""
 
     width: int
+    # What the teacher's rows are projected on; None where its space is taken as it is.
     axes: PrincipalAxes | None = None
-    is_learned: bool = False
+    is_learned: bool = False  # whether the student's features go through a learned layer per tower
 
 
 class LossParameters(nn.Module):

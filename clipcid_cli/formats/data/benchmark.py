@@ -53,15 +53,11 @@ class MissingSplitError(ClipcidError):
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkFolder:
-    """A data set with the text files that describe it.
-
-    Attributes:
-        data: The folder of the split, or the data as given.
-        dataset_type: ``classification``, ``retrieval`` or ``multilabel``; None where the data set does not say.
-    """
+    """A data set with the text files that describe it."""
 
     name: str
-    data: str
+    data: str  # the folder of the split, or the data as given
+    # ``classification``, ``retrieval`` or ``multilabel``; None where the data set does not say.
     dataset_type: str | None = None
     class_names: Path | None = None
     templates: Path | None = None

@@ -54,25 +54,18 @@ _HASHED_AT_ONCE = 256
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Image-text data.
+    """Image-text data."""
 
-    Attributes:
-        spec: Its name as given; local paths are absolute.
-        kind: ``webdataset``, ``benchmark`` (CLIP_benchmark's folder), ``images``, ``list`` or ``texts``.
-        keys: ``sample`` or ``shard``: whether a key is the sample's own or begins with its shard's name.
-        caption_lines: Whether each line of a ``.txt`` is a caption, where that was asked for.
-        index: Its index, where it is finished and no shard has changed since.
-    """
-
-    spec: str
-    kind: str
+    spec: str  # its name as given; local paths are absolute
+    kind: str  # ``webdataset``, ``benchmark`` (CLIP_benchmark's folder), ``images``, ``list`` or ``texts``
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] | None = None
-    keys: str = "sample"
+    keys: str = "sample"  # ``sample`` or ``shard``: whether a key is the sample's own or begins with its shard's name
     columns: Columns = dataclasses.field(default_factory=Columns)
+    # Whether each line of a ``.txt`` is a caption, where that was asked for.
     caption_lines: bool = False
     index_folder: Path | None = None
-    index: DataIndex | None = None
+    index: DataIndex | None = None  # its index, where it is finished and no shard has changed since
 
     def with_index(self, index: DataIndex | None) -> Dataset:
         """Return the data with its index, which says all that was held of the rows of a folder or list."""

@@ -29,19 +29,14 @@ _VECTOR = "a vector with a 1 for each class the image has and 0 for the others."
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ByteRange:
-    """Where the bytes of an image or of an attributes file are stored.
+    """Where the bytes of an image or of an attributes file are stored."""
 
-    Attributes:
-        path: A local file, a URL that fsspec knows, or a ``pipe:`` command; empty where there is none.
-        size: Number of bytes; None for a whole file.
-        data: The bytes themselves, where they came with a stream.
-        copy: Local copy of a file behind a URL, to read from.
-    """
-
-    path: str
+    path: str  # a local file, a URL that fsspec knows, or a ``pipe:`` command; empty where there is none
     offset: int = 0
-    size: int | None = None
+    size: int | None = None  # number of bytes; None for a whole file
+    # The bytes themselves, where they came with a stream.
     data: bytes | None = dataclasses.field(default=None, compare=False, repr=False)
+    # Local copy of a file behind a URL, to read from.
     copy: ShardCopy | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def read(self) -> bytes:
@@ -70,22 +65,17 @@ class ByteRange:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sample:
-    """One image with its captions and classes; of a file of texts, a text alone.
+    """One image with its captions and classes; of a file of texts, a text alone."""
 
-    Attributes:
-        key: Its name, unique in the data set.
-        labels: Numbers of its classes, none or several, where a list says so.
-        multi_hot: Its vector of classes, a ``.npy`` with a 1 for each, as in CLIP_benchmark's multilabel folders.
-        captions_at: Where the text of its captions is; None where they are not in the shard's own file.
-    """
-
-    key: str
+    key: str  # its name, unique in the data set
     image: ByteRange
     captions: tuple[str, ...] = ()
     label: int | None = None
-    labels: tuple[int, ...] | None = None
+    labels: tuple[int, ...] | None = None  # numbers of its classes, none or several, where a list says so
+    # Its vector of classes, a ``.npy`` with a 1 for each, as in CLIP_benchmark's multilabel folders.
     multi_hot: ByteRange | None = None
     attributes: ByteRange | None = None
+    # Where the text of its captions is; None where they are not in the shard's own file.
     captions_at: ByteRange | None = None
 
     def without_image_data(self) -> Sample:

@@ -42,21 +42,15 @@ class Slices(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A tar of a webdataset, or a slice of a folder, a list or a file of texts. Picklable and small.
+    """A tar of a webdataset, or a slice of a folder, a list or a file of texts. Picklable and small."""
 
-    Attributes:
-        name: Unique in the data set: a tar's name without ``.tar``, after folders where names repeat; a slice's number.
-        source: The tar, its URL, or a ``pipe:`` command whose output it is; the folder, list or file of texts.
-        slices: What the slice of this number is one of; None of a tar.
-        prefix_keys: Whether keys begin with the shard's name.
-        caption_lines: Whether each line of a ``.txt`` in a tar is a caption of its own, as in CLIP_benchmark's folders.
-    """
-
+    # Unique in the data set: a tar's name without ``.tar``, after folders where names repeat; a slice's number.
     name: str
-    source: str
-    slices: Slices | None = None
+    source: str  # the tar, its URL, or a ``pipe:`` command whose output it is; the folder, list or file of texts
+    slices: Slices | None = None  # what the slice of this number is one of; None of a tar
     number: int = 0
-    prefix_keys: bool = False
+    prefix_keys: bool = False  # whether keys begin with the shard's name
+    # Whether each line of a ``.txt`` in a tar is a caption of its own, as in CLIP_benchmark's folders.
     caption_lines: bool = False
 
     @property

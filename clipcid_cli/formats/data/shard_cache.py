@@ -70,16 +70,11 @@ class ShardCache:
 
 @dataclasses.dataclass(frozen=True)
 class ShardCopy:
-    """The copy of one shard, whether it exists or not.
-
-    Attributes:
-        shard: The shard as `describe_file` described it when it was listed.
-        listing: Hash of what the listing found: what was listed as another content is another copy.
-    """
+    """The copy of one shard, whether it exists or not."""
 
     cache: ShardCache
-    shard: FileRecord
-    listing: str
+    shard: FileRecord  # the shard as `describe_file` described it when it was listed
+    listing: str  # hash of what the listing found: what was listed as another content is another copy
 
     @property
     def local(self) -> Path:

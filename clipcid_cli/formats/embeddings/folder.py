@@ -50,25 +50,16 @@ _REMAKE = (
 
 @dataclasses.dataclass(frozen=True)
 class RowMap:
-    """What image rows are multiplied by, before they are normalised again.
+    """What image rows are multiplied by, before they are normalised again."""
 
-    Attributes:
-        map_DD: float32 [D, D], entries multiples of 2⁻¹⁶.
-        record: Of the file that it was read from.
-    """
-
-    map_DD: npt.NDArray[np.float32]
-    record: FileRecord
+    map_DD: npt.NDArray[np.float32]  # float32 [D, D], entries multiples of 2⁻¹⁶
+    record: FileRecord  # of the file that it was read from
 
 
 class Embeddings:
-    """The embeddings of one model over one data set.
+    """The embeddings of one model over one data set."""
 
-    Attributes:
-        sidecar: That of `embed`; None for a folder of another tool.
-        image_map: What rows of images and views are multiplied by; None where they are read as they are stored.
-    """
-
+    # What rows of images and views are multiplied by; None where they are read as they are stored.
     image_map: RowMap | None = None
 
     def __init__(
@@ -83,7 +74,7 @@ class Embeddings:
     ) -> None:
         """Take the files of each shard, and of a folder of `embed` what its manifest records."""
         self.folder = folder
-        self.sidecar = sidecar
+        self.sidecar = sidecar  # that of `embed`; None for a folder of another tool
         self.width = files[0].parts[Kind.IMAGES].shape[1]
         self.kinds = frozenset(kind for file in files for kind in file.parts)
         firsts = [0, *accumulate(file.rows for file in files)]

@@ -33,17 +33,11 @@ _PARAMS = (16, 34)  # numbers of a view, without and with mixed ones
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EmbeddingFile:
-    """The files of one shard.
+    """The files of one shard."""
 
-    Attributes:
-        parts: Its rows by kind; images are always among them.
-        metadata: parquet of keys and captions; None where there is none.
-        first: Number of its first row among those of all shards.
-    """
-
-    parts: dict[Kind, RowFile]
-    metadata: Path | None
-    first: int = 0
+    parts: dict[Kind, RowFile]  # its rows by kind; images are always among them
+    metadata: Path | None  # parquet of keys and captions; None where there is none
+    first: int = 0  # number of its first row among those of all shards
 
     @property
     def rows(self) -> int:

@@ -54,23 +54,16 @@ class Skipped(msgspec.Struct, frozen=True):
 
 
 class ShardRecord(msgspec.Struct, frozen=True):
-    """The outcome of one shard.
-
-    Attributes:
-        identity: Hash of what decides its rows: settings, content and name.
-        read: Samples listed, usable or not.
-        laid_on_white: Images with transparent pixels, which were shown on white.
-        from_16_bit: Images of 16 bits of grey, which were scaled.
-    """
+    """The outcome of one shard."""
 
     input: FileRecord
-    identity: str
-    read: int
+    identity: str  # hash of what decides its rows: settings, content and name
+    read: int  # samples listed, usable or not
     rows: int
-    laid_on_white: int
+    laid_on_white: int  # images with transparent pixels, which were shown on white
     skipped: list[Skipped]
     files: dict[str, FileRecord]
-    from_16_bit: int = 0
+    from_16_bit: int = 0  # images of 16 bits of grey, which were scaled
 
 
 def read_manifest(folder: Path, fix: str) -> list[ShardRecord]:
@@ -165,24 +158,16 @@ def _describe_rows(
 
 @dataclasses.dataclass
 class ShardRows:
-    """What was made of a shard: n rows of each kind.
+    """What was made of a shard: n rows of each kind."""
 
-    Attributes:
-        read: Samples listed, usable or not.
-        laid_on_white: Images with transparent pixels, which were shown on white.
-        from_16_bit: Images of 16 bits of grey, which were scaled.
-        captions: The first of each sample, empty where there is none.
-        counts: Numbers of captions; None where no sample has several.
-    """
-
-    read: int
+    read: int  # samples listed, usable or not
     skipped: Skips
-    laid_on_white: int
+    laid_on_white: int  # images with transparent pixels, which were shown on white
     keys: Sequence[str]
-    captions: Sequence[str]
-    counts: Sequence[int] | None
+    captions: Sequence[str]  # the first of each sample, empty where there is none
+    counts: Sequence[int] | None  # numbers of captions; None where no sample has several
     rows: dict[Kind, npt.NDArray[Any]]
-    from_16_bit: int = 0
+    from_16_bit: int = 0  # images of 16 bits of grey, which were scaled
 
 
 class EmbeddingWriter:

@@ -54,26 +54,17 @@ Header = tuple[tuple[int, ...], bool, np.dtype[Any]]  # shape, whether by column
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowFile:
-    """An array of rows in a file.
-
-    Attributes:
-        offset: First byte of its values; None where they are compressed.
-        stamp: Inode and time of the file when it was looked at.
-        by_column: Whether it is stored in Fortran order.
-        member: Name of the array in an archive; None where the file is the array.
-        size: Bytes of the file, or of the member.
-        hash: Of the content, where something records it; None where the file must be read for it.
-    """
+    """An array of rows in a file."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    offset: int | None
-    stamp: tuple[int, int]
-    by_column: bool = False
-    member: str | None = None
-    size: int = 0
-    hash: str | None = None
+    offset: int | None  # first byte of its values; None where they are compressed
+    stamp: tuple[int, int]  # inode and time of the file when it was looked at
+    by_column: bool = False  # whether it is stored in Fortran order
+    member: str | None = None  # name of the array in an archive; None where the file is the array
+    size: int = 0  # bytes of the file, or of the member
+    hash: str | None = None  # of the content, where something records it; None where the file must be read for it
 
     @property
     def label(self) -> str:

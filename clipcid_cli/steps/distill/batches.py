@@ -76,30 +76,20 @@ class DealtBatch(NamedTuple):
 
 @dataclasses.dataclass
 class TrainingBatch:
-    """One process's part of a batch, or some of it.
+    """One process's part of a batch, or some of it."""
 
-    Attributes:
-        pixels: uint8 [b, H, W, 3].
-        colors: Colour maps, float32 [b, 3, 4]; None where none changes anything.
-        tokens: Of captions and of further texts, int64 [b + e, L].
-        bad: (reason, key) of images that could not be decoded; they are white in `pixels`.
-        kept_patches: Patches of each image that are seen where the others are masked, int64 [b, n].
-        teacher_image_bD: A stored teacher's rows of what is shown, float16; so for captions and further texts.
-        teacher_pixels: The same views at an online teacher's size, uint8 [b, H, W, 3].
-        teacher_tokens: The same captions by its tokenizer, int64 [b, L].
-        image_clusters: Targets of the global batch's images; of its captions, where both towers are taught.
-    """
-
-    pixels: Tensor
-    colors: Tensor | None
-    tokens: Tensor
-    bad: list[tuple[str, str]]
-    kept_patches: Tensor | None = None
+    pixels: Tensor  # uint8 [b, H, W, 3]
+    colors: Tensor | None  # colour maps, float32 [b, 3, 4]; None where none changes anything
+    tokens: Tensor  # of captions and of further texts, int64 [b + e, L]
+    bad: list[tuple[str, str]]  # (reason, key) of images that could not be decoded; they are white in `pixels`
+    kept_patches: Tensor | None = None  # patches of each image that are seen where the others are masked, int64 [b, n]
+    # A stored teacher's rows of what is shown, float16; so for captions and further texts.
     teacher_image_bD: Tensor | None = None
     teacher_text_bD: Tensor | None = None
     teacher_extra_eD: Tensor | None = None
-    teacher_pixels: Tensor | None = None
-    teacher_tokens: Tensor | None = None
+    teacher_pixels: Tensor | None = None  # the same views at an online teacher's size, uint8 [b, H, W, 3]
+    teacher_tokens: Tensor | None = None  # the same captions by its tokenizer, int64 [b, L]
+    # Targets of the global batch's images; of its captions, where both towers are taught.
     image_clusters: ClusterTargets | None = None
     text_clusters: ClusterTargets | None = None
 

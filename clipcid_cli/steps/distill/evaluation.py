@@ -82,15 +82,11 @@ def plan_evaluation(settings: EvalZeroshotSettings, reporter: Reporter) -> list[
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The held-out samples that can be read, decoded for the model: up to 0.75 GB of pixels at 224 px.
-
-    Attributes:
-        rows: Their rows among all samples held out.
-    """
+    """The held-out samples that can be read, decoded for the model: up to 0.75 GB of pixels at 224 px."""
 
     student: ClipModel
     samples: list[Sample]
-    rows: list[int]
+    rows: list[int]  # their rows among all samples held out
     batches: list[Decoded]
 
     @classmethod
@@ -119,14 +115,10 @@ class HeldOut:
 
 
 class Evaluation:
-    """The measurements of a run: of the held-out part, and of the data sets of ``--eval-data`` as `eval-zeroshot` does.
-
-    Attributes:
-        held_out: On the first process; None when there are too few samples.
-    """
+    """The measurements of a run: of the held-out part, and of the data sets of ``--eval-data`` as `eval-zeroshot` does."""
 
     def __init__(self, inputs: Inputs, student: ClipModel, plan: ZeroshotPlan, context: DistContext) -> None:
-        self.held_out: HeldOut | None = None
+        self.held_out: HeldOut | None = None  # on the first process; None when there are too few samples
         self._student = student
         self._plan = plan
         self._context = context

@@ -29,19 +29,13 @@ class ExtraText(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ExtraTexts:
-    """The further texts that there are.
+    """The further texts that there are."""
 
-    Attributes:
-        rows: The teacher's embeddings of all of them.
-        number: Texts a step, over all processes; None for as many as the batch has samples.
-        fingerprints: Of the files of the lines.
-    """
-
-    rows: Rows
+    rows: Rows  # the teacher's embeddings of all of them
     lines: TextLines | None
     variants: TextVariants | None
-    number: int | None
-    fingerprints: list[FileRecord]
+    number: int | None  # texts a step, over all processes; None for as many as the batch has samples
+    fingerprints: list[FileRecord]  # of the files of the lines
 
     def read(self, text: ExtraText) -> str:
         """Return the words of a text."""

@@ -55,31 +55,23 @@ _ANY = Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Everything a run reads.
-
-    Attributes:
-        keep_list: None where all samples are used.
-        embeddings: The teacher's, repaired where that is better; None where there are none. Beside a teacher that runs
-            alongside the student they only tell the axes of the shared space, and its repair.
-        online: The teacher that runs alongside the student; None where stored rows teach, or nothing does.
-        num_views: Stored views of each image that are replayed, 0 for none.
-        first_captions: Whether a sample may only show its first caption, the only one that is embedded.
-        repair: What was found of the repair of the teacher; None where nothing was judged.
-        clusters: Those of the teacher; None where no loss needs them.
-    """
+    """Everything a run reads."""
 
     dataset: Dataset
     usable: UsableSamples
     training: SampleRows
     held_out: SampleRows
-    keep_list: ChosenKeepList | None
+    keep_list: ChosenKeepList | None  # none where all samples are used
+    # The teacher's, repaired where that is better; None where there are none. Beside a teacher that runs alongside the
+    # student they only tell the axes of the shared space, and its repair.
     embeddings: Embeddings | None
+    # The teacher that runs alongside the student; None where stored rows teach, or nothing does.
     online: ModelName | None
-    num_views: int
-    first_captions: bool
+    num_views: int  # stored views of each image that are replayed, 0 for none
+    first_captions: bool  # whether a sample may only show its first caption, the only one that is embedded
     extra_texts: ExtraTexts | None
-    repair: RepairFigures | None
-    clusters: ChosenClusters | None
+    repair: RepairFigures | None  # what was found of the repair of the teacher; None where nothing was judged
+    clusters: ChosenClusters | None  # those of the teacher; None where no loss needs them
     fingerprints: list[FileRecord]
 
     @property

@@ -23,17 +23,13 @@ from clipcid_cli.training.gradients import Features, gather_rows
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The losses of a run, with their weights.
-
-    Attributes:
-        local_loss: Whether each process computes the losses of its own rows only, against everybody's.
-    """
+    """The losses of a run, with their weights."""
 
     weights: dict[str, float]
     parameters: LossParameters
     teacher: Teacher | None
     context: DistContext
-    local_loss: bool
+    local_loss: bool  # whether each process computes the losses of its own rows only, against everybody's
 
     @classmethod
     def of(

@@ -43,24 +43,17 @@ _MAX_LOG_LINES = 5_000
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run.
-
-    Attributes:
-        evaluations: What `eval-zeroshot` measures in the end.
-        batch_size: Over all processes, as `extra_texts`.
-        workers: For each training process.
-        log_every: In steps, as what follows.
-    """
+    """A run."""
 
     settings: DistillSettings
     inputs: Inputs
     folder: RunFolder
-    evaluations: ZeroshotPlan
+    evaluations: ZeroshotPlan  # what `eval-zeroshot` measures in the end
     recipe: Recipe
-    batch_size: int
+    batch_size: int  # over all processes, as `extra_texts`
     extra_texts: int
-    workers: int
-    log_every: int
+    workers: int  # for each training process
+    log_every: int  # in steps, as what follows
     eval_every: int
     checkpoint_every: int
 

@@ -9,68 +9,46 @@ from clipcid_cli.steps.evaluate.result import Preview, ZeroshotResult
 
 
 class Distilled(msgspec.Struct, omit_defaults=True):
-    """What a run made.
-
-    Attributes:
-        losses: Those of the last step that was logged.
-        metrics: Those of the last evaluation during the training.
-        evaluations: What `eval-zeroshot` returns for ``--eval-data``.
-        seconds: Time by phase.
-        repair: That of the teacher, where it was repaired.
-    """
+    """What a run made."""
 
     student: str
     steps: int
     samples: int
     samples_per_second: float
-    losses: dict[str, float]
-    metrics: dict[str, float]
-    evaluations: list[ZeroshotResult]
-    seconds: dict[str, float]
+    losses: dict[str, float]  # those of the last step that was logged
+    metrics: dict[str, float]  # those of the last evaluation during the training
+    evaluations: list[ZeroshotResult]  # what `eval-zeroshot` returns for ``--eval-data``
+    seconds: dict[str, float]  # time by phase
     files: dict[str, str]
-    repair: RepairFigures | None = None
+    repair: RepairFigures | None = None  # that of the teacher, where it was repaired
 
 
 class TeacherCost(msgspec.Struct):
-    """What the teacher takes.
-
-    Attributes:
-        seconds: For the images and captions of one process's part of a batch.
-        share: Its share of a step that runs it.
-        break_even: Epochs after which embedding everything once has cost less than running the teacher in each step.
-    """
+    """What the teacher takes."""
 
     parameters: int
-    seconds: float
-    share: float
+    seconds: float  # for the images and captions of one process's part of a batch
+    share: float  # its share of a step that runs it
+    # Epochs after which embedding everything once has cost less than running the teacher in each step.
     break_even: float
 
 
 class DistillCost(msgspec.Struct):
-    """What a run would take.
-
-    Attributes:
-        memory_bytes: Of one process, on its device.
-        host_memory_bytes: Of all processes of a host, with what waits in /dev/shm.
-        data_seconds_per_step: Of one core.
-        data_samples_per_second: What all workers read and decode.
-        bound_by: ``data`` where that is less than the model takes, else ``model``.
-        teacher: None where there is none, or it cannot be loaded here.
-    """
+    """What a run would take."""
 
     student: str
     steps: int
     samples: int
     parameters: int
-    memory_bytes: int
-    host_memory_bytes: int
+    memory_bytes: int  # of one process, on its device
+    host_memory_bytes: int  # of all processes of a host, with what waits in /dev/shm
     shared_memory_bytes: int
     seconds_per_step: float
-    data_seconds_per_step: float
+    data_seconds_per_step: float  # of one core
     samples_per_second: float
-    data_samples_per_second: float
-    bound_by: str
+    data_samples_per_second: float  # what all workers read and decode
+    bound_by: str  # ``data`` where that is less than the model takes, else ``model``
     seconds: dict[str, float]
-    teacher: TeacherCost | None
+    teacher: TeacherCost | None  # none where there is none, or it cannot be loaded here
     files: dict[str, str] = {}
     evaluations: list[Preview] = []

@@ -113,29 +113,19 @@ class Sources:
 
 @dataclasses.dataclass
 class MatchCounts:
-    """What matching found.
+    """What matching found."""
 
-    Attributes:
-        listed: Usable samples in the keep list.
-        kept: Usable samples that it keeps.
-        candidates: Samples to train on, before those without an embedding or clusters are left out.
-        without_cluster: Those of them with an embedding, where one is required, that are not in the clusters' table.
-        selected: Samples to train on.
-        several_captions: Those of them that have several captions.
-        captions: All their captions.
-        bad_rows: Rows of the embeddings that are zero or not finite.
-        changed: The first whose number of captions differs from what was embedded: key, captions, captions embedded.
-    """
-
-    listed: int = 0
-    kept: int = 0
-    candidates: int = 0
+    listed: int = 0  # usable samples in the keep list
+    kept: int = 0  # usable samples that it keeps
+    candidates: int = 0  # samples to train on, before those without an embedding or clusters are left out
     without_embedding: int = 0
+    # Those of them with an embedding, where one is required, that are not in the clusters' table.
     without_cluster: int = 0
-    selected: int = 0
-    several_captions: int = 0
-    captions: int = 0
-    bad_rows: int = 0
+    selected: int = 0  # samples to train on
+    several_captions: int = 0  # those of them that have several captions
+    captions: int = 0  # all their captions
+    bad_rows: int = 0  # rows of the embeddings that are zero or not finite
+    # The first whose number of captions differs from what was embedded: key, captions, captions embedded.
     changed: tuple[str, int, int] | None = None
 
 

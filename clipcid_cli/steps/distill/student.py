@@ -35,25 +35,17 @@ EncodeBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A model to train.
+    """A model to train."""
 
-    Attributes:
-        model: Its ``info.weights_hash`` identifies its initial weights.
-        encode_both: The pruned passes, or the compiled ones.
-        frozen: Modules that stay in evaluation mode.
-        starts_trained: Whether a tower that is trained starts from weights that were trained before.
-        reads_tokens: Whether a loss reads features of patches and tokens.
-        masking: Of a further pass over the images; None where no loss has one.
-    """
-
+    # Its ``info.weights_hash`` identifies its initial weights.
     model: ClipModel
     precision: Precision
     pruned: PrunedForward
-    encode_both: EncodeBoth
-    frozen: list[nn.Module]
-    starts_trained: bool
-    reads_tokens: bool
-    masking: Masking | None
+    encode_both: EncodeBoth  # the pruned passes, or the compiled ones
+    frozen: list[nn.Module]  # modules that stay in evaluation mode
+    starts_trained: bool  # whether a tower that is trained starts from weights that were trained before
+    reads_tokens: bool  # whether a loss reads features of patches and tokens
+    masking: Masking | None  # of a further pass over the images; None where no loss has one
 
     def train(self) -> None:
         """Switch to training, but for what is frozen."""

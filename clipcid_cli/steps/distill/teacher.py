@@ -42,23 +42,16 @@ _AXES_ROWS = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """The teacher's part of every batch.
+    """The teacher's part of every batch."""
 
-    Attributes:
-        space: Where its features and the student's are compared.
-        scale: exp(logit_scale).
-        clusters: None where no loss needs them.
-        model: What runs alongside the student, on the same views and captions; None where stored rows come with the batch.
-        precision: Number format of the model's products, to which it is cast; None without one.
-        image_map_DD: What its image features are multiplied by, float32; None where they are taken as they are. Stored rows
-            come with it.
-    """
-
-    space: SharedSpace
-    scale: float
-    clusters: ClusterLookup | None
+    space: SharedSpace  # where its features and the student's are compared
+    scale: float  # exp(logit_scale)
+    clusters: ClusterLookup | None  # none where no loss needs them
+    # What runs alongside the student, on the same views and captions; None where stored rows come with the batch.
     model: ClipModel | None = None
-    precision: Precision | None = None
+    precision: Precision | None = None  # number format of the model's products, to which it is cast; None without one
+    # What its image features are multiplied by, float32; None where they are taken as they are. Stored rows come with
+    # it.
     image_map_DD: Tensor | None = None
 
     @torch.no_grad()

@@ -48,17 +48,11 @@ from clipcid_cli.steps.encode import BATCH_SIZES, Decoded, Decoder, Encoded, Enc
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """Which augmented views of each image are embedded in addition to its evaluation crop.
+    """Which augmented views of each image are embedded in addition to its evaluation crop."""
 
-    Attributes:
-        number: V, at least 1.
-        kinds: View v is of kind v modulo their number: `crop`, `strong` or `mix`.
-        augmentation: How views of kind `crop`, and both images of a `mix`, are drawn.
-    """
-
-    number: int
-    kinds: tuple[str, ...]
-    augmentation: Augmentation
+    number: int  # V, at least 1
+    kinds: tuple[str, ...]  # view v is of kind v modulo their number: `crop`, `strong` or `mix`
+    augmentation: Augmentation  # how views of kind `crop`, and both images of a `mix`, are drawn
     seed: int
 
     def kind(self, number: int) -> str:
@@ -164,13 +158,11 @@ class Augmented(Decoded):
 
     Attributes:
         pixels: uint8 [(1 + V)·B, H, W, 3]: the images preprocessed for evaluation, then view after view.
-        colors: Colour maps of the views, float32 [B, V, 3, 4].
-        params: The numbers that reproduce the views, float32 [B, V, P].
-        variants: Tokens of the first variant of each sample, then of the second, int64 [W·B, L].
     """
 
-    colors: torch.Tensor | None = None
-    params: torch.Tensor | None = None
+    colors: torch.Tensor | None = None  # colour maps of the views, float32 [B, V, 3, 4]
+    params: torch.Tensor | None = None  # the numbers that reproduce the views, float32 [B, V, P]
+    # Tokens of the first variant of each sample, then of the second, int64 [W·B, L].
     variants: torch.Tensor | None = None
 
 
@@ -213,14 +205,11 @@ class AugmentingDecoder(Decoder):
 
 @dataclasses.dataclass(frozen=True)
 class EmbedEncoder:
-    """Encodes batches of one size, so that a row's bits depend on its batch alone, to rows of float16.
-
-    Attributes:
-        batch_size: Pictures, views among them, that are encoded together; `decoder.batch_size` counts samples.
-    """
+    """Encodes batches of one size, so that a row's bits depend on its batch alone, to rows of float16."""
 
     model: ClipModel
     precision: Precision
+    # Pictures, views among them, that are encoded together; `decoder.batch_size` counts samples.
     batch_size: int
     workers: int
     decoder: AugmentingDecoder

@@ -42,26 +42,19 @@ EmbeddedSidecar = EmbedSidecar | TextsSidecar
 
 @dataclasses.dataclass(frozen=True)
 class EmbedPlan:
-    """What is embedded, and where.
-
-    Attributes:
-        step: Name of the sidecar: ``embed``, or ``texts`` for a file of texts.
-        without_text: How to embed the images alone, for the errors; empty when captions are needed.
-        shards: Content and name of each shard.
-        finished: The sidecar of finished embeddings that match the request; None where there is something to do.
-        is_begun: Whether an unfinished run on the very same data has left its work.
-        may_grow: Whether all shards that are embedded already are still there, so that others may be added to them.
-    """
+    """What is embedded, and where."""
 
     settings: EmbedSettings
-    without_text: str
-    step: str
+    without_text: str  # how to embed the images alone, for the errors; empty when captions are needed
+    step: str  # name of the sidecar: ``embed``, or ``texts`` for a file of texts
     folder: Path
     name: ModelName
     dataset: Dataset
-    shards: list[FileRecord]
+    shards: list[FileRecord]  # content and name of each shard
+    # The sidecar of finished embeddings that match the request; None where there is something to do.
     finished: EmbeddedSidecar | None = None
-    is_begun: bool = False
+    is_begun: bool = False  # whether an unfinished run on the very same data has left its work
+    # Whether all shards that are embedded already are still there, so that others may be added to them.
     may_grow: bool = False
 
     @property

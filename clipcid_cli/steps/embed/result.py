@@ -6,18 +6,12 @@ import msgspec
 
 
 class EmbedResult(msgspec.Struct):
-    """What was embedded.
-
-    Attributes:
-        skipped: Samples by reason.
-        images_per_second: None where all were embedded earlier.
-        seconds: By phase, the mean of the processes.
-    """
+    """What was embedded."""
 
     images: int
-    skipped: dict[str, int]
-    images_per_second: float | None
-    seconds: dict[str, float]
+    skipped: dict[str, int]  # samples by reason
+    images_per_second: float | None  # none where all were embedded earlier
+    seconds: dict[str, float]  # by phase, the mean of the processes
     files: dict[str, str]
 
 
@@ -32,12 +26,7 @@ class TextsResult(msgspec.Struct):
 
 
 class EmbedCost(msgspec.Struct):
-    """What embedding would take, estimated from a few batches.
-
-    Attributes:
-        free_bytes: Of the disk of the output.
-        host_memory_bytes: Of all processes of a host, with what waits in /dev/shm.
-    """
+    """What embedding would take, estimated from a few batches."""
 
     dry_run: bool
     shards: int
@@ -45,8 +34,8 @@ class EmbedCost(msgspec.Struct):
     bytes: int
     bytes_per_image: int
     seconds: dict[str, float]
-    free_bytes: int
-    host_memory_bytes: int
+    free_bytes: int  # of the disk of the output
+    host_memory_bytes: int  # of all processes of a host, with what waits in /dev/shm
     shared_memory_bytes: int
 
 

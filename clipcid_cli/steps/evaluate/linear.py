@@ -81,21 +81,15 @@ def run(settings: EvalLinearSettings, reporter: Reporter) -> LinearResult | Prev
 
 @dataclasses.dataclass(frozen=True)
 class ProbePlan:
-    """A linear probe.
-
-    Attributes:
-        classes: In the order of the training split's labels.
-        metric: By which the regularisation strength is chosen.
-        splits: ``train`` and ``test``; without ``val`` the strength is chosen on a part of the training split.
-        path: The metrics file.
-    """
+    """A linear probe."""
 
     name: ModelName
     dataset: str
-    classes: tuple[str, ...]
-    metric: str
+    classes: tuple[str, ...]  # in the order of the training split's labels
+    metric: str  # by which the regularisation strength is chosen
+    # ``train`` and ``test``; without ``val`` the strength is chosen on a part of the training split.
     splits: dict[str, ZeroshotTask]
-    path: Path
+    path: Path  # the metrics file
     settings: EvalLinearSettings
 
 

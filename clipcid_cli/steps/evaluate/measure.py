@@ -43,17 +43,12 @@ _SCORED_AT_ONCE = 256
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """The metrics of one model on one data set, and what explains them.
+    """The metrics of one model on one data set, and what explains them."""
 
-    Attributes:
-        draws: The metrics, of all images and of random draws of them; CLIP_benchmark's names where it has one.
-        columns: Makes the columns of the predictions file but for the keys.
-        texts: Number of prompts or captions used.
-    """
-
+    # The metrics, of all images and of random draws of them; CLIP_benchmark's names where it has one.
     draws: CellMetrics
-    columns: Callable[[], dict[str, Any]]
-    texts: int
+    columns: Callable[[], dict[str, Any]]  # makes the columns of the predictions file but for the keys
+    texts: int  # number of prompts or captions used
     per_class: list[ClassScore] = dataclasses.field(default_factory=list)
     examples: list[Example] = dataclasses.field(default_factory=list)
 

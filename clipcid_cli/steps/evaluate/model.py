@@ -36,16 +36,11 @@ AnyEvaluation = TypeVar("AnyEvaluation", bound=EvaluationSidecar)
 
 @dataclasses.dataclass(frozen=True)
 class TaskRows:
-    """What a model makes of a data set, on every process.
-
-    Attributes:
-        encoded: All samples that can be used, in order: ``img_emb``, and for retrieval ``text_emb``.
-        weights: Class weights, float32 [C, D], unit rows; None without prompts.
-    """
+    """What a model makes of a data set, on every process."""
 
     task: ZeroshotTask
-    encoded: Encoded
-    weights: torch.Tensor | None
+    encoded: Encoded  # all samples that can be used, in order: ``img_emb``, and for retrieval ``text_emb``
+    weights: torch.Tensor | None  # class weights, float32 [C, D], unit rows; None without prompts
     skips: Skips
     seconds: dict[str, float]
 
@@ -71,7 +66,6 @@ class EvaluatedModel:
     """A model under evaluation, loaded when something of it must be computed; called alike on every process.
 
     Attributes:
-        loaded: The model itself, where it is loaded already.
         workers: Processes that decode; None decodes by the threads that compute, as on a CPU where nothing is asked for.
     """
 
@@ -79,7 +73,7 @@ class EvaluatedModel:
     context: DistContext
     settings: ReadingSettings
     reporter: Reporter
-    loaded: ClipModel | None = None
+    loaded: ClipModel | None = None  # the model itself, where it is loaded already
 
     def __post_init__(self) -> None:
         """Choose how it computes."""

@@ -26,23 +26,17 @@ class Previews(msgspec.Struct):
 
 
 class ZeroshotResult(Metrics, kw_only=True):
-    """A model on a data set.
+    """A model on a data set."""
 
-    Attributes:
-        prompts: ``class_names`` and ``templates``; None for retrieval.
-        customary: Name of the metric usually reported for the data set.
-        intervals: The 95 % interval of each metric; none with ``--bootstrap 0``.
-        files: ``metrics``, and ``predictions`` where they were asked for; of a single pair ``table`` and ``report`` too.
-    """
-
-    prompts: dict[str, LinesRecord] | None
-    customary: str
-    intervals: dict[str, tuple[float, float]]
+    prompts: dict[str, LinesRecord] | None  # ``class_names`` and ``templates``; None for retrieval
+    customary: str  # name of the metric usually reported for the data set
+    intervals: dict[str, tuple[float, float]]  # the 95 % interval of each metric; none with ``--bootstrap 0``
     calibration: Calibrations | None
     images: int
     skipped: dict[str, int]
     images_per_second: float
     seconds: dict[str, float]
+    # ``metrics``, and ``predictions`` where they were asked for; of a single pair ``table`` and ``report`` too.
     files: dict[str, str]
     reused: bool
 
@@ -76,52 +70,36 @@ class Draws(msgspec.Struct):
 
 
 class Difference(msgspec.Struct):
-    """One metric of both sides, second minus first; `real` where it is more than the choice of images explains.
+    """One metric of both sides, second minus first; `real` where it is more than the choice of images explains."""
 
-    Attributes:
-        first: Of several seeds `Draws`.
-        second: The same; `difference` is that of the means, and `interval` and `real` count the choice of seeds too.
-        p_value: McNemar's, of a pair of results whose metric counts images that are right or wrong.
-    """
-
-    first: float | Draws
+    first: float | Draws  # of several seeds `Draws`
+    # The same; `difference` is that of the means, and `interval` and `real` count the choice of seeds too.
     second: float | Draws
     difference: float
     interval: tuple[float, float]
-    p_value: float | None
+    p_value: float | None  # mcNemar's, of a pair of results whose metric counts images that are right or wrong
     real: bool
     verdict: str
 
 
 class ComparisonResult(msgspec.Struct):
-    """Two results on the same images, or of several seeds the results of each side.
+    """Two results on the same images, or of several seeds the results of each side."""
 
-    Attributes:
-        compared: Two files, or a list of files for each side.
-        models: Likewise.
-        prompts: None for retrieval, and where nothing records them.
-    """
-
-    compared: list[str] | list[list[str]]
-    models: list[str] | list[list[str]]
+    compared: list[str] | list[list[str]]  # two files, or a list of files for each side
+    models: list[str] | list[list[str]]  # likewise
     dataset: str
     images: int
-    prompts: dict[str, ComparedLines] | None
+    prompts: dict[str, ComparedLines] | None  # none for retrieval, and where nothing records them
     differences: dict[str, Difference]
     files: dict[str, str]
 
 
 class FewShot(msgspec.Struct):
-    """Probes on a few images of each class, a value for each draw.
-
-    Attributes:
-        images: Most images that were drawn.
-        c: The strength chosen for each draw; an end of the range that was tried `at_edge` times.
-    """
+    """Probes on a few images of each class, a value for each draw."""
 
     shots: int
-    images: int
-    c: list[float]
+    images: int  # most images that were drawn
+    c: list[float]  # the strength chosen for each draw; an end of the range that was tried `at_edge` times
     at_edge: int
     metrics: dict[str, Draws]
 
@@ -134,25 +112,18 @@ class Sweep(msgspec.Struct):
 
 
 class LinearResult(Metrics, kw_only=True):
-    """A linear probe: metrics after ``lp_``, those of the nearest neighbours after ``knn<K>_``.
+    """A linear probe: metrics after ``lp_``, those of the nearest neighbours after ``knn<K>_``."""
 
-    Attributes:
-        metric: By which the strength `c` was chosen.
-        images: Of the test split.
-        train_images: All that the final fit uses.
-        skipped: By split.
-    """
-
-    metric: str
+    metric: str  # by which the strength `c` was chosen
     c: float
     validation_score: float
     sweep: Sweep
     shots: list[FewShot]
-    images: int
-    train_images: int
+    images: int  # of the test split
+    train_images: int  # all that the final fit uses
     validation_images: int
     classes: int
-    skipped: dict[str, dict[str, int]]
+    skipped: dict[str, dict[str, int]]  # by split
     seconds: dict[str, float]
     files: dict[str, str]
     reused: bool

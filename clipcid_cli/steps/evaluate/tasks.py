@@ -53,28 +53,22 @@ _TASKS = {
 
 @dataclasses.dataclass(frozen=True)
 class ZeroshotTask:
-    """One data set and what is measured on it.
-
-    Attributes:
-        kind: ``classification``, ``multilabel`` where an image may have any number of classes, or ``retrieval``.
-        class_names: In order of the labels; none for retrieval, as templates.
-        held_out: Keys of the samples that are used: what training held out; None uses all.
-        read: Of a held-out part: samples of the whole data, to which the limit on unusable ones belongs.
-        label_of: Label of each class folder, where folders and class names are in different orders; else None.
-        prompt_lines: Which ``class_names`` and ``templates`` a score is of; None without prompts.
-        variant: Ends the names of the files, where flags replace the data set's own prompts: ``templates-openai``.
-    """
+    """One data set and what is measured on it."""
 
     name: str
-    kind: str
+    kind: str  # ``classification``, ``multilabel`` where an image may have any number of classes, or ``retrieval``
     dataset: Dataset
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()  # in order of the labels; none for retrieval, as templates
     templates: tuple[str, ...] = ()
-    held_out: frozenset[str] | None = None
+    held_out: frozenset[str] | None = None  # keys of the samples that are used: what training held out; None uses all
+    # Of a held-out part: samples of the whole data, to which the limit on unusable ones belongs.
     read: int | None = None
+    # Label of each class folder, where folders and class names are in different orders; else None.
     label_of: tuple[int, ...] | None = None
     customary: str = ACCURACY
+    # Which ``class_names`` and ``templates`` a score is of; None without prompts.
     prompt_lines: dict[str, LinesRecord] | None = None
+    # Ends the names of the files, where flags replace the data set's own prompts: ``templates-openai``.
     variant: tuple[str, ...] = ()
 
     @property
