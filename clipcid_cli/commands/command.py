@@ -181,7 +181,6 @@ class _FloatRange(click.FloatRange):
     """A range that asks whether a number of percent was meant as a share."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Parse a number and check its range."""
         try:
             return float(super().convert(value, param, ctx))
         except click.BadParameter as error:
@@ -311,15 +310,12 @@ class HelpPage(click.HelpFormatter):
     """click's formatter, without line breaks inside ``clip-retrieval``, ``--keep`` or ``[default: 0.9]``."""
 
     def write_text(self, text: str) -> None:
-        """Write paragraphs."""
         super().write_text(_protect(text))
 
     def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 34, col_spacing: int = 2) -> None:
-        """Write a list of names and their explanations."""
         super().write_dl([(name, _protect(text)) for name, text in rows], col_max, col_spacing)
 
     def getvalue(self) -> str:
-        """Return the page."""
         return super().getvalue().replace(_HYPHEN, "-").replace(_SPACE, " ")
 
 

@@ -44,12 +44,10 @@ class ConsoleReporter(Reporter):
         self.quiet = quiet
 
     def warn(self, text: str) -> None:
-        """Print a warning."""
         lines = wrap(f"warning: {text}", self.console.width)
         self.console.print(Text.assemble((lines[:8], "bold yellow"), lines[8:]), soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """Print a note."""
         if not self.quiet:
             self.console.print(Text(wrap(text, self.console.width), style="dim"), soft_wrap=True)
 

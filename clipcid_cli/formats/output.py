@@ -96,7 +96,6 @@ class Output(Generic[AnySidecar]):
         return sidecar
 
     def discard(self) -> None:
-        """Remove the work folder."""
         shutil.rmtree(self.root, ignore_errors=True)
 
     def place(self) -> None:

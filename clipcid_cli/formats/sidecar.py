@@ -188,9 +188,9 @@ class ClusterSidecar(Sidecar, kw_only=True):
     """``cluster.json``."""
 
     embeddings: str  # relative to the work directory
-    keep_list: FileRecord | None  # none where all images were clustered
+    keep_list: FileRecord | None  # None where all images were clustered
     flags: dict[str, Any]
-    model: ModelRecord | None  # none for embeddings of another tool
+    model: ModelRecord | None  # None for embeddings of another tool
     # The map by which the teacher's image rows were repaired; None where they were taken as they are.
     repair: FileRecord | None = None
     num_nearest: int

@@ -32,7 +32,6 @@ class Skips:
 
     @property
     def total(self) -> int:
-        """Number of unusable samples."""
         return sum(self.counts.values())
 
     @classmethod
@@ -49,7 +48,6 @@ class Skips:
         self.merge(Skips({reason: 1}, {reason: [name]}))
 
     def merge(self, other: Skips) -> None:
-        """Add another count to this one."""
         for reason, number in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + number
             names = self.examples.setdefault(reason, [])

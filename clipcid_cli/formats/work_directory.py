@@ -45,7 +45,6 @@ class WorkDirectory:
         self.features = path / "features"  # frozen ones, of `eval-linear`
 
     def embeddings(self, model_slug: str) -> Path:
-        """Return the folder of one model's embeddings."""
         return self.path / "embeddings" / model_slug
 
     def texts(self, model_slug: str) -> Path:
@@ -62,11 +61,9 @@ class WorkDirectory:
         return self.path / "repair" / f"{Path(name).name}-{hash_json(name)[:8]}"
 
     def distill(self, name: str) -> Path:
-        """Return the folder of one training run."""
         return self.path / "distill" / name
 
     def export(self, name: str) -> Path:
-        """Return the folder of one export."""
         return self.path / "export" / name
 
     def name_of(self, folder: Path) -> str:

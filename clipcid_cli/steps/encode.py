@@ -111,12 +111,10 @@ class Decoder:
 
     @classmethod
     def of(cls, model: ClipModel, *, captions: bool) -> Decoder:
-        """Return what prepares samples for a model."""
         tokenizer = model.tokenizer if captions else None
         return cls(model.info.image_size, model.pixel_transform(), tokenizer)
 
     def __call__(self, samples: Sequence[Sample]) -> Decoded:
-        """Decode a batch."""
         decoded = Decoded(tokens=self.tokenize([caption for sample in samples for caption in sample.captions]))
         if self.transform is not None:
             decoded.pixels = torch.zeros(self.batch_size or len(samples), *self.image_size, 3, dtype=torch.uint8)
@@ -214,7 +212,6 @@ class Encoder:
 
     @classmethod
     def of(cls, model: ClipModel, precision: Precision, batch_size: int) -> Encoder:
-        """Return the towers of a model."""
         return cls(
             partial(model.encode_images, precision=precision),
             partial(model.encode_texts, precision=precision),

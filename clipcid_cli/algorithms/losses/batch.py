@@ -56,14 +56,14 @@ class LossBatch:
     text_BD: Tensor  # student text features v' there
     teacher_image_BD: Tensor | None = None  # teacher image features t there
     teacher_text_BD: Tensor | None = None  # teacher text features u there
-    teacher_scale: float | None = None  # likewise
+    teacher_scale: float | None = None  # exp(logit_scale) of the teacher
     image_clusters: ClusterTargets | None = None
     # Those of the captions, with the same candidates; present for ``--cluster-towers both``.
     text_clusters: ClusterTargets | None = None
     masked_image_BD: Tensor | None = None  # student image features there of a pass that saw few patches of each image
     # Student features there of the patches of the own rows' images, or 0 where there is none.
     image_tokens_bLD: Tensor | None = None
-    text_tokens_bLD: Tensor | None = None  # those of the tokens of the own rows' captions, likewise
+    text_tokens_bLD: Tensor | None = None  # those of the tokens of the own rows' captions
     # Student features v' of texts without images: this process's own, all where `own` is all.
     extra_text_ED: Tensor | None = None
     teacher_extra_text_ED: Tensor | None = None  # the teacher's features u of the same texts
@@ -116,7 +116,6 @@ class Similarities:
         return torch.cat(over_blocks(block, first, stop, len(self.right_BD), self.right_BD.device))
 
     def transposed(self) -> Similarities:
-        """Return them with the sides exchanged."""
         return Similarities(self.right_BD, self.left_BD, self.scale)
 
 

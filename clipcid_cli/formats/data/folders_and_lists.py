@@ -105,7 +105,6 @@ class Images(Slices):
         return self._listed.class_names
 
     def __len__(self) -> int:
-        """Return the number of slices."""
         return len(self._listed.slices)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,7 +112,6 @@ class Images(Slices):
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def forget(self) -> None:
-        """Give up what was listed."""
         self.__dict__.pop("_listed", None)
 
     def read(self, number: int, skips: Skips) -> Iterator[Sample]:

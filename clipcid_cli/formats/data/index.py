@@ -139,11 +139,9 @@ class SampleRef:
 
     @property
     def key(self) -> str:
-        """The sample's key."""
         return str(self.part.keys[self.place])
 
     def read(self) -> Sample:
-        """Return the sample."""
         return self.part.sample(self.place)
 
 
@@ -162,7 +160,6 @@ class DataIndex:
         return np.array([record.samples for record in self.records], dtype=np.int64)
 
     def part(self, number: int) -> Part:
-        """Return the samples of a shard."""
         shard = self.shards[number]
         path = str(_part_path(self.folder, shard))
         return Part(path, self.records[number].digest, shard if shard.file else None, self._copy(number))

@@ -99,7 +99,6 @@ class Embeddings:
 
     @property
     def has_texts(self) -> bool:
-        """Whether there are text embeddings."""
         return Kind.TEXTS in self.kinds
 
     def rows(self, kind: Kind) -> Rows:
@@ -231,7 +230,6 @@ class Embeddings:
 
     @property
     def has_uids(self) -> bool:
-        """Whether the metadata have a column ``uid``."""
         return "uid" in self.metadata_columns
 
     def uids_of(self, file: EmbeddingFile) -> pa.ChunkedArray:

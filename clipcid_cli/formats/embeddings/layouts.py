@@ -41,7 +41,6 @@ class EmbeddingFile:
 
     @property
     def rows(self) -> int:
-        """Number of its rows."""
         return self.parts[Kind.IMAGES].shape[0]
 
     @property

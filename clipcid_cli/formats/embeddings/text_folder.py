@@ -47,14 +47,12 @@ class TextLines:
     path: str
 
     def __getitem__(self, row: int) -> str:
-        """Read a text."""
         batches = _map_batches(self.path)
         number, place = divmod(row, batches[0].num_rows)  # all batches but the last are of one size
         text: str = batches[number][0][place].as_py()
         return text
 
     def __iter__(self) -> Iterator[str]:
-        """Read them all, in order."""
         for batch in _map_batches(self.path):
             yield from batch[0].to_pylist()
 
@@ -85,7 +83,6 @@ class EmbeddedTexts:
     records: tuple[FileRecord, ...]
 
     def fingerprints(self) -> list[FileRecord]:
-        """Describe texts and embeddings, for a sidecar."""
         texts = [each for each in self.sidecar.outputs if each.path == TEXTS_FILE]
         return [*texts, record_together(str(self.folder / Kind.TEXTS), self.records)]
 

@@ -37,7 +37,6 @@ class Features:
         return Features(self.rows[chosen], self.labels[chosen])
 
     def to(self, device: torch.device) -> Features:
-        """Copy them to a device."""
         return Features(self.rows.to(device), self.labels.to(device))
 
 

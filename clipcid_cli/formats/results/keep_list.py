@@ -64,7 +64,6 @@ class KeepList:
 
     @property
     def num_kept(self) -> int:
-        """Number of images kept."""
         return int(np.count_nonzero(self.kept))
 
     @property

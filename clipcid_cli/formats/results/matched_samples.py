@@ -45,7 +45,6 @@ class SampleRows:
 
     @property
     def total(self) -> int:
-        """Samples of all shards."""
         return int(self.sizes.sum())
 
     @cached_property

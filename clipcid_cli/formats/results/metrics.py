@@ -124,7 +124,6 @@ class Predictions:
     table: pa.Table
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.table)
 
     @property

@@ -38,7 +38,6 @@ class ExtraTexts:
     fingerprints: list[FileRecord]  # of the files of the lines
 
     def read(self, text: ExtraText) -> str:
-        """Return the words of a text."""
         if self.lines is not None:
             return self.lines[text.row]
         assert self.variants is not None

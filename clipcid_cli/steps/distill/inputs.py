@@ -61,7 +61,7 @@ class Inputs:
     usable: UsableSamples
     training: SampleRows
     held_out: SampleRows
-    keep_list: ChosenKeepList | None  # none where all samples are used
+    keep_list: ChosenKeepList | None  # None where all samples are used
     # The teacher's, repaired where that is better; None where there are none. Beside a teacher that runs alongside the
     # student they only tell the axes of the shared space, and its repair.
     embeddings: Embeddings | None

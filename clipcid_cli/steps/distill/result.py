@@ -49,6 +49,6 @@ class DistillCost(msgspec.Struct):
     data_samples_per_second: float  # what all workers read and decode
     bound_by: str  # ``data`` where that is less than the model takes, else ``model``
     seconds: dict[str, float]
-    teacher: TeacherCost | None  # none where there is none, or it cannot be loaded here
+    teacher: TeacherCost | None  # None where there is none, or it cannot be loaded here
     files: dict[str, str] = {}
     evaluations: list[Preview] = []

@@ -46,7 +46,7 @@ class Teacher:
 
     space: SharedSpace  # where its features and the student's are compared
     scale: float  # exp(logit_scale)
-    clusters: ClusterLookup | None  # none where no loss needs them
+    clusters: ClusterLookup | None  # None where no loss needs them
     # What runs alongside the student, on the same views and captions; None where stored rows come with the batch.
     model: ClipModel | None = None
     precision: Precision | None = None  # number format of the model's products, to which it is cast; None without one

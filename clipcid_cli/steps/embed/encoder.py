@@ -56,7 +56,6 @@ class Views:
     seed: int
 
     def kind(self, number: int) -> str:
-        """Return the kind of a view."""
         return self.kinds[number % len(self.kinds)]
 
     @property
@@ -156,8 +155,7 @@ def _choose_mixtures(views: Views, keys: Sequence[str]) -> Iterator[_Mixture]:
 class Augmented(Decoded):
     """A decoded batch with what is shown beside it; always of the full size, missing rows are zero.
 
-    Attributes:
-        pixels: uint8 [(1 + V)·B, H, W, 3]: the images preprocessed for evaluation, then view after view.
+    `pixels` are uint8 [(1 + V)·B, H, W, 3]: the images preprocessed for evaluation, then view after view.
     """
 
     colors: torch.Tensor | None = None  # colour maps of the views, float32 [B, V, 3, 4]
@@ -176,7 +174,6 @@ class AugmentingDecoder(Decoder):
     text_variants: TextVariants | None
 
     def __call__(self, samples: Sequence[Sample]) -> Augmented:
-        """Decode a batch."""
         decoded = Augmented(tokens=self.tokenize([caption for sample in samples for caption in sample.captions]))
         vary = self.text_variants
         if vary is not None:

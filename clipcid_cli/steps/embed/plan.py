@@ -64,12 +64,10 @@ class EmbedPlan:
 
     @property
     def sidecar_type(self) -> type[EmbedSidecar] | type[TextsSidecar]:
-        """Type of the sidecar."""
         return TextsSidecar if self.of_texts else EmbedSidecar
 
     @property
     def input(self) -> FileRecord:
-        """The data as one input."""
         return record_together(self.dataset.spec, self.shards)
 
     @property

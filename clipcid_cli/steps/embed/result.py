@@ -10,7 +10,7 @@ class EmbedResult(msgspec.Struct):
 
     images: int
     skipped: dict[str, int]  # samples by reason
-    images_per_second: float | None  # none where all were embedded earlier
+    images_per_second: float | None  # None where all were embedded earlier
     seconds: dict[str, float]  # by phase, the mean of the processes
     files: dict[str, str]
 

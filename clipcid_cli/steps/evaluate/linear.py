@@ -435,7 +435,6 @@ class ProbeFits:
         return solution
 
     def measure(self, classifier: LinearClassifier, images: Features) -> dict[str, float]:
-        """Return the metrics of a classifier on some images."""
         return measure_scores(classifier.scores(images.rows), images.labels, self.num_classes)
 
     def measure_neighbours(self, test: Features) -> dict[str, float]:

@@ -51,7 +51,6 @@ class TaskRows:
 
     @property
     def keys(self) -> list[str]:
-        """Key of each image."""
         return [sample.key for sample in self.encoded.samples]
 
 
@@ -63,11 +62,7 @@ def warn_of_skips(name: str, skips: Skips, reporter: Reporter) -> None:
 
 @dataclasses.dataclass
 class EvaluatedModel:
-    """A model under evaluation, loaded when something of it must be computed; called alike on every process.
-
-    Attributes:
-        workers: Processes that decode; None decodes by the threads that compute, as on a CPU where nothing is asked for.
-    """
+    """A model under evaluation, loaded when something of it must be computed; called alike on every process."""
 
     name: ModelName
     context: DistContext
@@ -76,10 +71,10 @@ class EvaluatedModel:
     loaded: ClipModel | None = None  # the model itself, where it is loaded already
 
     def __post_init__(self) -> None:
-        """Choose how it computes."""
         device = self.context.device
         self.precision = choose_precision(self.settings.precision, device, "evaluate", parameters=0)
         self.batch_size = self.settings.batch_size or BATCH_SIZES[device.type]
+        # Processes that decode; None decodes by the threads that compute, as on a CPU where nothing is asked for.
         self.workers = self.settings.workers
         if self.workers is None and device.type == "cuda":
             self.workers = default_workers(device)
@@ -88,7 +83,6 @@ class EvaluatedModel:
 
     @cached_property
     def model(self) -> ClipModel:
-        """The model itself."""
         return self.loaded or self.context.on_all(lambda: load_model(self.name, self.context.device))
 
     @cached_property

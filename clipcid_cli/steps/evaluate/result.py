@@ -73,11 +73,11 @@ class Difference(msgspec.Struct):
     """One metric of both sides, second minus first; `real` where it is more than the choice of images explains."""
 
     first: float | Draws  # of several seeds `Draws`
-    # The same; `difference` is that of the means, and `interval` and `real` count the choice of seeds too.
+    # Likewise; then `difference` is that of the means, and `interval` and `real` count the choice of seeds too.
     second: float | Draws
     difference: float
     interval: tuple[float, float]
-    p_value: float | None  # mcNemar's, of a pair of results whose metric counts images that are right or wrong
+    p_value: float | None  # McNemar's, of a pair of results whose metric counts images that are right or wrong
     real: bool
     verdict: str
 
@@ -86,10 +86,10 @@ class ComparisonResult(msgspec.Struct):
     """Two results on the same images, or of several seeds the results of each side."""
 
     compared: list[str] | list[list[str]]  # two files, or a list of files for each side
-    models: list[str] | list[list[str]]  # likewise
+    models: list[str] | list[list[str]]  # of these files
     dataset: str
     images: int
-    prompts: dict[str, ComparedLines] | None  # none for retrieval, and where nothing records them
+    prompts: dict[str, ComparedLines] | None  # None for retrieval, and where nothing records them
     differences: dict[str, Difference]
     files: dict[str, str]
 

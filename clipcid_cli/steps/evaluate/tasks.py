@@ -78,11 +78,9 @@ class ZeroshotTask:
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image may have any number of classes."""
         return self.kind == MULTI_LABEL
 
     def prompts(self, class_name: str) -> list[str]:
-        """Return the prompts of one class."""
         return [fill_template(template, class_name) for template in self.templates]
 
     def stream(self, number: int, skips: Skips) -> Iterator[Sample]:

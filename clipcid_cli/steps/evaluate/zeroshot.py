@@ -97,7 +97,6 @@ class ZeroshotPlan:
                 )
 
     def preview(self, reporter: Reporter) -> list[Preview]:
-        """Report what would be measured."""
         found = []
         for name, task in self.pairs:
             path = self.metrics_path(name, task)

@@ -374,7 +374,6 @@ class Checker:
 
     @cached_property
     def expected(self) -> Outputs:
-        """What the original makes of the inputs."""
         return evaluate(self.original, self.inputs)
 
     def check(self, name: str, kind: str, towers: Towers, files: Sequence[Path], *, gated: bool = False) -> Parity:

@@ -118,7 +118,6 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
     )
 
     def __post_init__(self) -> None:
-        """Check that exactly one amount is given and that the settings can be combined."""
         super().__post_init__()
         amounts = {"--keep": self.keep, "--threshold": self.threshold, "--cosine-distance": self.cosine_distance}
         given = [flag for flag, value in amounts.items() if value is not None]

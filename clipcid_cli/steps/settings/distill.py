@@ -254,7 +254,6 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     )
 
     def __post_init__(self) -> None:
-        """Check what involves several fields."""
         super().__post_init__()
         losses = [LOSSES[name] for name in self.losses()]
         if not losses:

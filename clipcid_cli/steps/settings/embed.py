@@ -72,7 +72,6 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings):
     )
 
     def __post_init__(self) -> None:
-        """Check what involves several fields."""
         super().__post_init__()
         if self.views and self.fast_decode:
             raise UsageError(

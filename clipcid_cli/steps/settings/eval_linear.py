@@ -61,7 +61,6 @@ class EvalLinearSettings(EvaluationSettings):
     )
 
     def __post_init__(self) -> None:
-        """Check that there is data to fit on and to measure on."""
         super().__post_init__()
         _ = self.shot_counts, self.neighbour_counts
         if self.data is None and (self.train is None or self.test is None):

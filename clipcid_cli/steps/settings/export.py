@@ -108,7 +108,6 @@ class ExportSettings(SharedSettings):
     )
 
     def __post_init__(self) -> None:
-        """Check that the settings can be combined."""
         super().__post_init__()
         for flag, values in (("--format", self.format), ("--quantize", self.quantize)):
             if len(set(values)) < len(values):
