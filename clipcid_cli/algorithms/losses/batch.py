@@ -58,7 +58,7 @@ class LossBatch:
     teacher_text_BD: Tensor | None = None  # teacher text features u there
     teacher_scale: float | None = None  # exp(logit_scale) of the teacher
     image_clusters: ClusterTargets | None = None
-    # Those of the captions, with the same candidates; present for ``--cluster-towers both``.
+    # The same for the captions, with the same candidates; present for ``--cluster-towers both``.
     text_clusters: ClusterTargets | None = None
     masked_image_BD: Tensor | None = None  # student image features there of a pass that saw few patches of each image
     # Student features there of the patches of the own rows' images, or 0 where there is none.

@@ -52,7 +52,7 @@ _REMAKE = (
 class RowMap:
     """What image rows are multiplied by, before they are normalised again."""
 
-    map_DD: npt.NDArray[np.float32]  # float32 [D, D], entries multiples of 2⁻¹⁶
+    map_DD: npt.NDArray[np.float32]  # entries are multiples of 2⁻¹⁶
     record: FileRecord  # of the file that it was read from
 
 
