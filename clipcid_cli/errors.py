@@ -13,21 +13,15 @@ DEFAULT_WORK = Path("clipcid-work")
 
 
 class ClipcidError(Exception):
-    """A step cannot continue, and the user can do something about it.
-
-    Attributes:
-        message: What is wrong, where, and both numbers when two disagree.
-        fix: What to type or change; may be empty only when the message already says it.
-        already_reported: Whether another process of the run prints it, so that the user reads it once.
-    """
+    """A step cannot continue, and the user can do something about it."""
 
     exit_code = 1
 
     def __init__(self, message: str, fix: str = "") -> None:
         super().__init__(message)
-        self.message = message
-        self.fix = fix
-        self.already_reported = False
+        self.message = message  # what is wrong, where, and both numbers when two disagree
+        self.fix = fix  # what to type or change; may be empty only when the message already says it
+        self.already_reported = False  # whether another process of the run prints it, so that the user reads it once
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.fix}" if self.fix else self.message

@@ -64,25 +64,17 @@ class Pairs:
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        map_DD: The map A, float32 [D, D]; None where it does not help clearly, and the rows stay as they are. Entries are
-            multiples of 2⁻¹⁶: products of float16 rows and A, added in float64, are exact in any order.
-        pairs: Pairs that were read.
-        captions: Different captions of those.
-        steps: Steps of the fit after which it was best; 0 for none.
-        log_rank: Mean log-rank of the pairs, before and after.
-        standard_error: Of the difference of the two.
-        recall_at_1: Share of the images whose own caption is the nearest of those of its fold, before and after.
-    """
-
+    # The map A, float32 [D, D]; None where it does not help clearly, and the rows stay as they are. Entries are
+    # multiples of 2⁻¹⁶: products of float16 rows and A, added in float64, are exact in any order.
     map_DD: Tensor | None
-    pairs: int
-    captions: int
-    steps: int
-    log_rank: tuple[float, float]
-    standard_error: float
+    pairs: int  # pairs that were read
+    captions: int  # different captions of those
+    steps: int  # steps of the fit after which it was best; 0 for none
+    log_rank: tuple[float, float]  # mean log-rank of the pairs, before and after
+    standard_error: float  # of the difference of the two
+    # Share of the images whose own caption is the nearest of those of its fold, before and after.
     recall_at_1: tuple[float, float]
 
 
@@ -190,11 +182,7 @@ def _draw_batches(pairs: Pairs, seed: int) -> Iterator[Pairs]:
 
 
 class _Judge:
-    """Tells how well the captions of a fold find their images, and images their captions.
-
-    Attributes:
-        captions_N: The caption of each of its pairs.
-    """
+    """Tells how well the captions of a fold find their images, and images their captions."""
 
     def __init__(self, pairs: Pairs) -> None:
         _, firsts, numbers = np.unique(pairs.captions_N, return_index=True, return_inverse=True)

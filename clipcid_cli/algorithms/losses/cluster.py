@@ -65,15 +65,11 @@ class ProjectedCentroids:
 
 @dataclasses.dataclass(frozen=True)
 class ClusterCandidates:
-    """Centroids one batch is compared with.
+    """Centroids one batch is compared with."""
 
-    Attributes:
-        ids: Their cluster numbers, each once: active ones ascending, then drawn ones ascending; int64 [S].
-        log_correction_S: 0 for active ones, log((K − |A|)/|R|) for drawn ones; float32.
-    """
-
+    # Their cluster numbers, each once: active ones ascending, then drawn ones ascending; int64 [S].
     ids: npt.NDArray[np.int64]
-    log_correction_S: npt.NDArray[np.float32]
+    log_correction_S: npt.NDArray[np.float32]  # 0 for active ones, log((K − |A|)/|R|) for drawn ones; float32
 
 
 def draw_candidates(
