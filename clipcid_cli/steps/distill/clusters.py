@@ -144,7 +144,7 @@ def _validate_repair(settings: DistillSettings, clusters: Clusters, embeddings: 
     if (None if made is None else made.content) == (None if used is None else used.content):
         return
     of = "the teacher as it is" if made is None else "a repaired teacher"
-    now = "as it is" if used is None else "repaired"
+    now = "as it is" if used is None else "repaired" if made is None else "repaired otherwise"
     raise ClipcidError(
         f"The clusters in {clusters.folder} are of {of}, and this run has its teacher {now}.",
         _cluster_again(settings, clusters, embeddings, repair=settings.repair),
