@@ -51,8 +51,9 @@ _WORKER_IMPORTS = [
 # Items that wait for each worker or thread, so that it never waits for this process.
 _AHEAD = 2
 # Time to wait for a result before its worker counts as stalled.
-_REAP_SECONDS = 2.0
 _STALL_SECONDS = 600
+# The end of a worker that was killed is seen a moment after its pipe breaks.
+_REAP_SECONDS = 2.0
 
 # Private memory of a worker beside the item it makes: 22 MB measured, and a large image.
 _WORKER_BYTES = 64 * 2**20
@@ -175,9 +176,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
                 )
             yield future.result()
     except BrokenProcessPool as error:
-        if isinstance(
-            error.__cause__, EOFError | OSError
-        ):  # a killed worker's pipe breaks a moment before its end is seen
+        if isinstance(error.__cause__, EOFError | OSError):
             multiprocessing.connection.wait([worker.sentinel for worker in list(crew.values())], _REAP_SECONDS)
         ended = _describe_end(crew.values())
         for worker in list(crew.values()):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import clean_environment
 
 KINDS = ("simulated", pytest.param("real", marks=pytest.mark.gpu))
@@ -24,6 +25,8 @@ def start(kind: str, place: Path, commands: Sequence[Sequence[object]], **option
     """
     if kind == "simulated" and shutil.which("g++") is None:
         pytest.skip("no g++, which compiles the simulated device")
+    if kind == "simulated" and torch.version.cuda is not None:
+        pytest.skip("the simulated device takes CUDA's place in a PyTorch that is built without it")
     lines = json.dumps([[str(word) for word in command] for command in commands])
     environment = clean_environment() | {"CLIPCID_WORKERS": "0", "OMP_NUM_THREADS": "1"}
     environment |= {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}  # as in common containers

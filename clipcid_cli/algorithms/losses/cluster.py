@@ -73,7 +73,13 @@ class ClusterCandidates:
 
 
 def draw_candidates(
-    top_clusters: npt.NDArray[np.integer], num_clusters: int, *, ratio: float, minimum: int, seed: int
+    top_clusters: npt.NDArray[np.integer],
+    num_clusters: int,
+    *,
+    ratio: float,
+    minimum: int,
+    seed: int,
+    corrected: bool = True,
 ) -> ClusterCandidates:
     """Draw the candidate centroids of a global batch, on every process the same.
 
@@ -81,13 +87,14 @@ def draw_candidates(
         top_clusters: Stored clusters of each of the batch's images and captions, nearest first, [n, m].
         ratio: Share r of all K centroids to draw from those that are not active.
         minimum: Smallest number of candidates, active ones included.
+        corrected: Whether drawn centroids stand for the rest; if not, nothing would for stored clusters that are not active.
 
     Source: docs/method.md#candidates; the share is UNICOM's partial-FC, the active ones and the correction are ours.
     """
     # A mask of all K: sorting the clusters of 32,768 samples took longer than a step on a GPU.
     is_active = np.zeros(num_clusters, dtype=bool)
-    # Without a draw nothing would stand for the others.
-    is_active[top_clusters[:, :_NUM_ACTIVE] if ratio > 0 else top_clusters] = True
+    drawn_for_rest = ratio > 0 and corrected
+    is_active[top_clusters[:, :_NUM_ACTIVE] if drawn_for_rest else top_clusters] = True
     active = np.flatnonzero(is_active)
     rest = num_clusters - len(active)
     requested = max(math.ceil(ratio * num_clusters), min(num_clusters, minimum) - len(active))
@@ -96,7 +103,7 @@ def draw_candidates(
     is_drawn[np.random.default_rng(seed).choice(rest, size=count, replace=False)] = True
     ids = np.concatenate([active, np.flatnonzero(~is_active)[is_drawn]])
     log_correction_S = np.zeros(len(ids), dtype=np.float32)
-    if count > 0:
+    if count > 0 and corrected:
         log_correction_S[len(active) :] = math.log(rest / count)
     return ClusterCandidates(ids, log_correction_S)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -72,7 +73,16 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
-        block = bytes(buf)
+        return cls._read(bytes(buf), encoding, errors, super().frombuf)
+
+    @classmethod
+    def _frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str, *, dircheck: bool = True) -> _Header:
+        """By this Pythons since 3.13.4 read all headers, past `frombuf`."""
+        read = super()._frombuf  # type: ignore[misc]  # not in its stubs
+        return cls._read(bytes(buf), encoding, errors, partial(read, dircheck=dircheck))
+
+    @classmethod
+    def _read(cls, block: bytes, encoding: str, errors: str, read: Callable[[bytes, str, str], _Header]) -> _Header:
         size = block[124:136]
         checksum = block[148:156]
         if block[156:157] == tarfile.REGTYPE and _OCTAL.fullmatch(size) and _OCTAL.fullmatch(checksum):
@@ -84,7 +94,7 @@ class _Header(tarfile.TarInfo):
                 header = cls(f"{prefix}/{name}" if prefix else name)
                 header.size = int(_text(size), 8)
                 return header
-        header = super().frombuf(buf, encoding, errors)
+        header = read(block, encoding, errors)
         if not _SIZE.fullmatch(size):
             raise tarfile.HeaderError(f"{size!r} is not a size")
         if header.type in _EXTENSIONS and header.size > _LARGEST_EXTENSION:

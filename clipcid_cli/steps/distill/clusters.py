@@ -101,6 +101,7 @@ def use_clusters(
     embeddings: Embeddings | None,
     counts: MatchCounts,
     several_captions: bool,
+    is_decided: bool,
     reporter: Reporter,
 ) -> ChosenClusters:
     """Let clusters teach; those of other images, or of the teacher before its repair, are refused.
@@ -108,8 +109,10 @@ def use_clusters(
     Args:
         embeddings: The teacher's, repaired or not.
         several_captions: Whether a sample may show another caption than its first.
+        is_decided: Whether it is known if the teacher is repaired; a dry run may leave it to the run.
     """
-    _validate_repair(settings, clusters, embeddings)
+    if is_decided:
+        _validate_repair(settings, clusters, embeddings)
     if counts.without_cluster:
         few = counts.without_cluster
         lacking = f"{few:,} of {counts.candidates:,} samples to train on are not in {clusters.folder}"
@@ -176,12 +179,15 @@ class ClusterLookup:
             )
         seed = derive_seed("candidates", settings.seed, step)
         candidates = draw_candidates(
-            stored, total, ratio=settings.candidate_ratio, minimum=settings.min_candidates, seed=seed
+            stored,
+            total,
+            ratio=settings.candidate_ratio,
+            minimum=settings.min_candidates,
+            seed=seed,
+            corrected=settings.candidate_correction,
         )
         centroids_SD = self.centroids.take(candidates.ids)
         log_correction_S = torch.from_numpy(candidates.log_correction_S).to(centroids_SD.device)
-        if not settings.candidate_correction:
-            log_correction_S = torch.zeros_like(log_correction_S)
         found = []
         for top, temperature in self.towers:
             mean_BD = mean_centroids(

@@ -253,7 +253,8 @@ def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | 
     chosen = None
     if clusters is not None:
         several_captions = counts.several_captions > 0 and not first_captions
-        chosen = use_clusters(settings, clusters, embeddings, counts, several_captions, reporter)
+        is_decided = not settings.dry_run or repair is not None or settings.repair == "none"
+        chosen = use_clusters(settings, clusters, embeddings, counts, several_captions, is_decided, reporter)
         fingerprints += chosen.fingerprints()
     return Inputs(
         dataset=dataset,

@@ -140,7 +140,8 @@ def ensure_embeddings(
         request = dataclasses.replace(request, text=context.on_rank0(lambda: choose_text(request, reporter)))
     result = make_embeddings(request, context, reporter, "" if text else embed_images_first(request, name))
     if isinstance(result, EmbedCost):
-        embed = command_line("embed", data or "DATA", model=model, work=settings.work, **settings.data_flags)
+        flags = settings.data_flags | {"work": settings.work, "text": None if request.text else False}
+        embed = command_line("embed", data or "DATA", model=model, **flags)
         reporter.note(
             f"There are no embeddings of {name.spec} in {folder}, and this is what they would cost. Once they are made, "
             f"--dry-run estimates this step: {embed}"

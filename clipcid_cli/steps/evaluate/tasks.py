@@ -29,7 +29,7 @@ from clipcid_cli.formats.data.benchmark import (
 )
 from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, fingerprint_images, open_dataset, open_described
 from clipcid_cli.formats.data.samples import read_classes
-from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
 from clipcid_cli.formats.results.run_folder import read_held_out
 from clipcid_cli.formats.sidecar import DistillSidecar, LinesRecord, read_sidecar, sidecar_path
@@ -142,7 +142,7 @@ class ZeroshotTask:
             "class_names": list(self.class_names),
             "templates": list(self.templates),
             "multi_label": self.multi_label,
-            "held_out": None if self.held_out is None else len(self.held_out),
+            "held_out": None if self.held_out is None else hash_json(sorted(self.held_out)),
             "keys": self.dataset.keys,
             "columns": dataclasses.asdict(self.dataset.columns),
         }

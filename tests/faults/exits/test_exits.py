@@ -146,7 +146,9 @@ print(len(os.read(ended, 1)))  # waits for the worker's end
 
 
 def test_a_worker_that_was_told_half_of_its_work_says_nothing(tmp_path: Path) -> None:
-    done = run_command([sys.executable, "-c", _HALF_TOLD], tmp_path, False, 60, None)
+    done = run_command(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _HALF_TOLD], tmp_path, False, 60, None
+    )
     assert (done.stdout, done.stderr) == ("1\n", "")
 
 

@@ -52,6 +52,9 @@ def test_corrected_normaliser_is_unbiased_and_plain_one_is_not() -> None:
     assert np.array_equal(
         draw_candidates(stored, num_clusters, ratio=0, minimum=0, seed=0).ids, np.sort(stored, axis=None)
     )
+    without = draw_candidates(stored, num_clusters, ratio=0.1, minimum=0, seed=0, corrected=False)
+    assert set(stored.ravel()) <= set(without.ids[: stored.size]), "else nothing would stand for the rest of the target"
+    assert not without.log_correction_S.any()
     error = np.std(corrected) / math.sqrt(len(corrected))
     assert abs(np.mean(corrected) - full) < 4 * error
     assert np.mean(plain) < 0.2 * full

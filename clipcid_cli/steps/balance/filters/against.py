@@ -22,7 +22,7 @@ from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, map_strings
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES
-from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row, open_embeddings
+from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, has_usable_row, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.fingerprint import identity_of
@@ -65,20 +65,24 @@ def validate_none_missing(settings: BalanceSettings) -> None:
     for name in settings.against:
         if not _holds_embeddings(Path(name)):
             try:
-                open_named(settings, name)
+                open_named(
+                    dataclasses.replace(settings, key_column=KEY_COLUMN), name
+                )  # references are joined by no key
             except ClipcidError as error:
                 raise ClipcidError(f"--against {name}: {error.message}", error.fix) from error
 
 
 def validate_models(settings: BalanceSettings, model: str) -> None:
-    """Refuse references that another model embedded than `model`, which has yet to embed the images to balance.
+    """Refuse references that another model folder embedded than `model`, which has yet to embed the images to balance.
 
-    Where one of the two is a tag and the other a folder, their weights are compared once the images are embedded.
+    Weights behind other names are compared once the images are embedded: two names may be of the same ones.
     """
     named = with_default_tag(parse_model(model))
+    if named.path is None:
+        return
     for folder in filter(_holds_embeddings, map(Path, settings.against)):
         reference = open_embeddings(folder, settings.keys, settings.npz_array).model
-        if reference is None or (reference.tag is None) != (named.tag is None):
+        if reference is None or parse_model(reference.spec).path is None:
             continue
         difference = find_mismatch(reference, named)
         if difference is not None and difference.what == "weights":
@@ -148,6 +152,7 @@ def _embed(
     folder = WorkDirectory(settings.work).references / f"{name.slug}-{digest}"
     given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ReadingSettings)}
     given |= {"batch_size": None, "precision": "auto", "data": data, "model": model, "text": False, "out": folder}
+    given["key_column"] = KEY_COLUMN
     if embeddings.sidecar is not None:
         made_so = embeddings.sidecar.made
         given |= {"fast_decode": made_so.fast_decode, "precision": made_so.precision}

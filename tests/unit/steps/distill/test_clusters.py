@@ -93,7 +93,7 @@ def test_draw_depends_on_the_step_and_its_correction_can_be_left_out(file: np.nd
         assert torch.equal(getattr(first, field.name), getattr(again, field.name))
     assert not torch.equal(first.centroids_SD, other.centroids_SD)
     without, _ = make_lookup(file, captions=False, corrected=False).targets(rows, step=1)
-    assert torch.equal(first.centroids_SD, without.centroids_SD)
+    assert len(without.centroids_SD) > len(first.centroids_SD), "all stored clusters are candidates then"
     assert float(first.log_correction_S.max()) > 0
     assert not without.log_correction_S.any()
 
@@ -122,4 +122,4 @@ def test_which_towers_clusters_teach(asked: str, known: bool, freeze_text: bool,
     made = SimpleNamespace(repair=None, temperatures={"image": 0.1})
     clusters: Any = SimpleNamespace(folder="c", centroids=[], captions=nearest if known else None, sidecar=made)
     settings = DistillSettings(student="s.json", preset="cid", cluster_towers=asked, freeze_text=freeze_text)
-    assert use_clusters(settings, clusters, None, MatchCounts(), several, Listener()).teach_text == taught
+    assert use_clusters(settings, clusters, None, MatchCounts(), several, True, Listener()).teach_text == taught
