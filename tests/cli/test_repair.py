@@ -148,6 +148,13 @@ def test_a_dry_run_decides_nothing_and_two_processes_make_the_same_bytes(
         assert (turned / "one" / file).read_bytes() == (turned / "two" / file).read_bytes()
 
 
+def test_a_dry_run_that_leaves_the_repair_open_takes_clusters_of_repaired_rows(clipcid: Clipcid, turned: Path) -> None:
+    clipcid(*CLUSTER)
+    shutil.rmtree(turned / "clipcid-work" / "repair")
+    dry = clipcid(*DISTILL, "--preset", "cid", "--name", "dry", "--dry-run")
+    assert "a run decides whether it is repaired" in words(dry)
+
+
 def test_a_repair_of_other_rows_is_made_again(clipcid: Clipcid, turned: Path, places: dict[str, Path]) -> None:
     (turned / "teacher").unlink()
     shutil.copytree(places["turned"] / "teacher", turned / "teacher")
