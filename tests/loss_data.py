@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
-from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, draw_candidates, mean_centroids
+from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, draw_candidates, mean_centroids, soft_labels
 from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
 
 B, D, K, M = 7, 5, 12, 6
@@ -45,7 +45,8 @@ def make_batch(numbers: Numbers, towers: str = "tu", cluster_towers: str = "s", 
         weights = np.array([target_weights(row) for row in numbers["similarity"]])
         means = np.einsum("bm,bmd->bd", weights, numbers["C"][top])
         stored = ProjectedCentroids(numbers["C"].astype(np.float32), None, torch.device("cpu"))
-        made = mean_centroids(stored, top, numbers["similarity"], temperature=TAU, label_share=ALPHA)
+        q_Bm = soft_labels(numbers["similarity"], temperature=TAU, label_share=ALPHA)
+        made = mean_centroids(stored, top, q_Bm)
         # Means are float32 by construction: near enough to their formula, which takes their place to be compared closely.
         np.testing.assert_allclose(made.numpy(), means, rtol=1e-6, atol=1e-6)
         correction = torch.from_numpy(candidates.log_correction_S).double()

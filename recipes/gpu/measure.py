@@ -251,7 +251,7 @@ def distill(bench: Bench) -> None:
 def loss(bench: Bench) -> None:
     """The cluster loss alone: what `distill` prepares during the step before, then forward and backward."""
     from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
-    from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, draw_candidates, mean_centroids
+    from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, draw_candidates, mean_centroids, soft_labels
     from clipcid_cli.algorithms.losses.cluster import cluster as cluster_loss
 
     width, batch, total = 512, bench.sizes.batch, bench.sizes.centroids
@@ -269,7 +269,7 @@ def loss(bench: Bench) -> None:
     def prepare() -> ClusterTargets:
         candidates = draw_candidates(top, total, ratio=0.1, minimum=4096, seed=0)
         correction = torch.from_numpy(candidates.log_correction_S).to(bench.device)
-        means = mean_centroids(centroids, top, similarities, temperature=0.05, label_share=0.5)
+        means = mean_centroids(centroids, top, soft_labels(similarities, temperature=0.05, label_share=0.5))
         return ClusterTargets(centroids.take(candidates.ids), correction, means)
 
     targets = prepare()

@@ -108,33 +108,30 @@ def draw_candidates(
     return ClusterCandidates(ids, log_correction_S)
 
 
-def mean_centroids(
-    centroids: ProjectedCentroids,
-    top_clusters: npt.NDArray[np.integer],
-    top_similarities: npt.NDArray[np.floating],
-    *,
-    temperature: float,
-    label_share: float,
-) -> Tensor:
-    """Return Σ_j q_j·c_j of each sample, the mean centroid of its target distribution q, float32 [B, d].
+def soft_labels(top_similarities: npt.NDArray[np.floating], *, temperature: float, label_share: float) -> Tensor:
+    """Return the target distributions q over the stored clusters of each sample, float32 [B, m].
 
     Args:
-        top_clusters: Stored clusters of each sample, nearest first, [B, m].
-        top_similarities: Cosine similarities to them, [B, m].
+        top_similarities: Cosine similarities to them, nearest first, [B, m].
         temperature: τ_T of the teacher's distribution softmax(similarity/τ_T), over the m stored clusters: the others
             would get a share below e^((last − first)/τ_T) each.
         label_share: α: weight of the nearest cluster's one-hot target; 1 − α is the distribution's.
     """
-    weights = torch.from_numpy(np.asarray(top_similarities, dtype=np.float32) / np.float32(temperature)).softmax(dim=1)
-    weights = (1.0 - label_share) * weights
-    weights[:, 0] += label_share
+    q_Bm = torch.from_numpy(np.asarray(top_similarities, dtype=np.float32) / np.float32(temperature)).softmax(dim=1)
+    q_Bm = (1.0 - label_share) * q_Bm
+    q_Bm[:, 0] += label_share
+    return q_Bm
+
+
+def mean_centroids(centroids: ProjectedCentroids, top_clusters: npt.NDArray[np.integer], q_Bm: Tensor) -> Tensor:
+    """Return Σ_j q_j·c_j of each sample's stored clusters, [B, m], and their target distribution: float32 [B, d]."""
     at_once = max(1, _ROWS_AT_ONCE // top_clusters.shape[1])
     means = []
     for first in range(0, len(top_clusters), at_once):
         ids_bm = top_clusters[first : first + at_once].astype(np.int64)
         stored_bmd = centroids.take(ids_bm.reshape(-1)).view(*ids_bm.shape, -1)
-        weights_bm = weights[first : first + at_once].to(stored_bmd.device)
-        means.append((weights_bm[:, :, None] * stored_bmd).sum(dim=1))
+        q_bm = q_Bm[first : first + at_once].to(stored_bmd.device)
+        means.append((q_bm[:, :, None] * stored_bmd).sum(dim=1))
     return torch.cat(means)
 
 

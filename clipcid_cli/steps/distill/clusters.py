@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
-from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, draw_candidates, mean_centroids
+from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, draw_candidates, mean_centroids, soft_labels
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -188,14 +188,10 @@ class ClusterLookup:
         )
         centroids_SD = self.centroids.take(candidates.ids)
         log_correction_S = torch.from_numpy(candidates.log_correction_S).to(centroids_SD.device)
-        found = []
-        for top, temperature in self.towers:
-            mean_BD = mean_centroids(
-                self.centroids,
-                top.clusters[table_rows],
-                top.similarities[table_rows],
-                temperature=temperature,
-                label_share=settings.label_share,
-            )
-            found.append(ClusterTargets(centroids_SD, log_correction_S, mean_BD))
+        labels = [
+            soft_labels(top.similarities[table_rows], temperature=temperature, label_share=settings.label_share)
+            for top, temperature in self.towers
+        ]
+        means_BD = torch.split(mean_centroids(self.centroids, stored, torch.cat(labels)), len(rows))
+        found = [ClusterTargets(centroids_SD, log_correction_S, mean_BD) for mean_BD in means_BD]
         return found[0], found[1] if len(found) > 1 else None
