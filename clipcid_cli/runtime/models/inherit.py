@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from clipcid_cli.errors import ClipcidError
 
-_LAYER = re.compile(r"(.*resblocks)\.(\d+)(\..*)")
-# Axes of each tensor of an open_clip transformer, by the end of its name: w width of the residual stream, h heads × head
+_LAYER = re.compile(r"transformer\.resblocks\.(\d+)(\..*)")
+# Axes of each tensor of an open_clip transformer, by the end of its name in the tower: w width of the residual stream, h heads × head
 # width, q the same for queries, keys and values, m width of the MLP, d width of the embedding, p positions; = must be equal.
 # Attention pooling is not among them: it has heads of its own number, and its width is the embedding's.
 _AXES = {
-    re.compile(rf"(?!.*\.attn_pool)(.*\.)?({names})"): axes
+    re.compile(rf"(?!attn_pool\.)(.*\.)?({names})"): axes
     for names, axes in {
         r"attn\.in_proj_weight": "qw",
         r"attn\.in_proj_bias": "q",
@@ -28,38 +28,68 @@ _AXES = {
         r"mlp\.c_fc\.weight": "mw",
         r"mlp\.c_fc\.bias": "m",
         r"mlp\.c_proj\.weight": "wm",
-        r"(attn\.out_proj|mlp\.c_proj)\.bias|ln_\w+\.(weight|bias)|ls_\d\.gamma|class_embedding": "w",
+        r"(attn\.out_proj|mlp\.c_proj)\.bias|ln_\w+\.(weight|bias)|ls_\d\.gamma|class_embedding|cls_emb": "w",
         r"conv1\.weight": "w===",
         r"positional_embedding": "pw",
         r"token_embedding\.weight": "=w",
-        r"visual\.proj|text_projection": "wd",
+        r"proj|text_projection": "wd",
+        r"text_projection\.weight": "dw",
+        r"text_projection\.bias": "d",
     }.items()
 }
 
 
 def inherit(student: nn.Module, source: nn.Module, towers: str) -> list[str]:
-    """Fill a student's ``image``, ``text`` or ``both`` towers from a larger model of the same kind, in place.
+    """Fill a student's ``image``, ``text`` or ``both`` towers from a model of the same kind, at least as large, in place.
+
+    A tower of the same sizes is copied whole, whatever its kind.
 
     Returns:
         Names of the tensors that stay as they were: other patch sizes, other vocabularies, attention pooling.
     """
-    found = source.state_dict()
     left = list[str]()
-    filled = list[str]()
-    for name, tensor in student.state_dict().items():
-        tower = "image" if name.startswith("visual.") else "text"
-        if name in ("logit_scale", "logit_bias") or towers not in ("both", tower):
-            continue
-        taken = _take(name, tensor.shape, student, source, found)
-        if taken is not None:
-            tensor.copy_(taken)
-        (left if taken is None else filled).append(name)
-    if not filled:
-        raise ClipcidError(
-            "No tensor of the --init-from model fits the student: the towers are of different kinds.",
-            "Both must be open_clip transformers (ViT image tower, CLIP text tower); or omit --init-from.",
-        )
+    for tower in ("image", "text") if towers == "both" else (towers,):
+        parts = _tower(student, tower), _tower(source, tower)
+        own, others = map(_tensors, parts)
+        is_same = {name: tensor.shape for name, tensor in own.items()} == {
+            name: tensor.shape for name, tensor in others.items()
+        }
+        if not is_same:
+            _validate_known(*parts, tower)
+        for name, tensor in own.items():
+            taken = others[name] if is_same else _take(name, tensor.shape, *parts, others, tower)
+            if taken is None:
+                left.append(f"{tower} {name}")
+            else:
+                tensor.copy_(taken)
     return left
+
+
+def _tower(model: nn.Module, tower: str) -> Any:
+    """Return a tower's module; that of a CLIP's text tower is the CLIP itself."""
+    return cast(Any, model).visual if tower == "image" else getattr(model, "text", model)
+
+
+def _tensors(part: nn.Module) -> dict[str, Tensor]:
+    others = ("visual.", "logit_scale", "logit_bias")
+    return {name: tensor for name, tensor in part.state_dict().items() if not name.startswith(others)}
+
+
+def _validate_known(own: nn.Module, others: nn.Module, tower: str) -> None:
+    """Refuse towers whose tensors are not known by their names and axes."""
+    if not (_has_known_layers(own) and _has_known_layers(others)):
+        other = "text" if tower == "image" else "image"
+        raise ClipcidError(
+            f"--init-from: the {tower} towers of student and model are of different kinds or sizes, and layers and channels "
+            "can be chosen from open_clip's own transformers only (ViT, CLIP's text tower), with PyTorch's attention.",
+            f"Give the student the model's own {tower} tower, or fill the other one alone: --init-towers {other}.",
+        )
+
+
+def _has_known_layers(part: Any) -> bool:
+    """Tell whether its attention layers stack the rows of queries, keys and values in this order, each head after head."""
+    blocks = getattr(getattr(part, "transformer", None), "resblocks", ())
+    return len(blocks) > 0 and all(isinstance(block.attn, nn.MultiheadAttention) for block in blocks)
 
 
 def evenly_spaced(count: int, available: int) -> Tensor:
@@ -70,33 +100,31 @@ def evenly_spaced(count: int, available: int) -> Tensor:
 
 
 def _take(
-    name: str, shape: torch.Size, student: nn.Module, source: nn.Module, found: dict[str, Tensor]
+    name: str, shape: torch.Size, own: Any, others: Any, found: dict[str, Tensor], tower: str
 ) -> Tensor | None:
-    """Take what a tensor of the student inherits; None where it inherits nothing."""
+    """Take what a tensor of the student's tower inherits; None where it inherits nothing."""
     heads = (1, 1)
     from_name = name
     layer = _LAYER.fullmatch(name)
     axes = next((axes for names, axes in _AXES.items() if names.fullmatch(name)), None)
-    if layer is not None and axes is not None:
-        if not any(other.startswith(layer[1]) for other in found):
-            return None
-        own, others = (cast(Any, model.get_submodule(layer[1])) for model in (student, source))
-        if len(own) > len(others):
-            tower = layer[1].removesuffix(".resblocks")
-            raise _smaller(f"the student has {len(own)} layers in {tower}, the model {len(others)}")
-        from_name = f"{layer[1]}.{int(evenly_spaced(len(own), len(others))[int(layer[2])])}{layer[3]}"
-        heads = (own[0].attn.num_heads, others[0].attn.num_heads)
+    if layer is not None:
+        blocks, other_blocks = own.transformer.resblocks, others.transformer.resblocks
+        if len(blocks) > len(other_blocks):
+            raise _smaller(f"the student has {len(blocks)} layers in its {tower} tower, the model {len(other_blocks)}")
+        chosen = int(evenly_spaced(len(blocks), len(other_blocks))[int(layer[1])])
+        from_name = f"transformer.resblocks.{chosen}{layer[2]}"
+        heads = (blocks[0].attn.num_heads, other_blocks[0].attn.num_heads)
     if from_name not in found or axes is None or len(axes) != found[from_name].ndim:
         return None
     taken = found[from_name]
     if axes[0] == "p":
-        taken = _resize_positions(taken, shape[0], is_image=name.startswith("visual."))
+        taken = _resize_positions(taken, shape[0], is_image=tower == "image")
     for axis, kind in enumerate(axes):
         count, available = shape[axis], taken.shape[axis]
         if kind == "=" and count != available:
             return None
         if count > available:
-            raise _smaller(f"{name} is {tuple(taken.shape)} there and {tuple(shape)} in the student, which is larger")
+            raise _smaller(f"{name} of the {tower} tower is {tuple(taken.shape)} there and {tuple(shape)} in the student, which is larger")
         if count < available:
             taken = taken.index_select(axis, _choose(kind, count, available, heads))
     return taken

@@ -60,13 +60,26 @@ DEFAULT_TAGS = {
     "EVA02-B-16": "merged2b_s8b_b131k",
     "EVA02-L-14": "merged2b_s4b_b131k",
     "EVA02-L-14-336": "merged2b_s6b_b61k",
-    "ViT-B-16-SigLIP": "webli",
-    "ViT-L-16-SigLIP-256": "webli",
-    "ViT-SO400M-14-SigLIP-384": "webli",
-    "ViT-SO400M-16-SigLIP2-384": "webli",
     "MobileCLIP-S1": "datacompdr",
     "MobileCLIP-S2": "datacompdr",
     "MobileCLIP-B": "datacompdr_lt",
+    "ViT-B-16-quickgelu": "dfn2b",
+    "ViT-L-14-quickgelu": "dfn2b",
+} | {
+    f"{name}-{size}": tag
+    for name, sizes, tag in (
+        ("MobileCLIP2", "S0 S2 S3 S4 B L-14", "dfndr2b"),
+        ("PE-Core", "T-16-384 S-16-384 B-16 L-14-336 bigG-14-448", "meta"),
+        ("ViT", "H-14-worldwide-quickgelu H-14-worldwide-378", "metaclip2_worldwide"),
+        ("ViT", "bigG-14-worldwide bigG-14-worldwide-378", "metaclip2_worldwide"),
+        ("ViT", "B-16-SigLIP B-16-SigLIP-256 B-16-SigLIP-384 B-16-SigLIP-512 B-16-SigLIP-i18n-256", "webli"),
+        ("ViT", "L-16-SigLIP-256 L-16-SigLIP-384 SO400M-14-SigLIP SO400M-14-SigLIP-384", "webli"),
+        ("ViT", "B-32-SigLIP2-256 B-16-SigLIP2 B-16-SigLIP2-256 B-16-SigLIP2-384 B-16-SigLIP2-512", "webli"),
+        ("ViT", "L-16-SigLIP2-256 L-16-SigLIP2-384 L-16-SigLIP2-512 SO400M-14-SigLIP2", "webli"),
+        ("ViT", "SO400M-16-SigLIP2-256 SO400M-16-SigLIP2-384 SO400M-16-SigLIP2-512", "webli"),
+        ("ViT", "gopt-16-SigLIP2-256 gopt-16-SigLIP2-384", "webli"),
+    )
+    for size in sizes.split()
 }
 
 _LOCAL_HINT = (

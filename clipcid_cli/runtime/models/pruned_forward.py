@@ -222,4 +222,7 @@ def _pooling(text: Any) -> tuple[str, int | None]:
 
 
 def _has_known_blocks(transformer: Any) -> bool:
-    return all(type(block).__name__ == "ResidualAttentionBlock" for block in transformer.resblocks)
+    return all(
+        type(block).__name__ == "ResidualAttentionBlock" and isinstance(block.attn, nn.MultiheadAttention)
+        for block in transformer.resblocks
+    )

@@ -70,7 +70,7 @@ def test_pooling_by_attention_stays_as_it_is_and_its_heads_are_not_the_layers() 
     student, source = make(smaller(vision_cfg__width=32, **pooled), 0), make(smaller(**pooled), 1)
     left = inherit(student, source, "image")
     assert left
-    assert all(".attn_pool." in name for name in left)
+    assert all(name.startswith("image attn_pool.") for name in left)
     heads = torch.cat([torch.arange(16), 48 + torch.arange(16)])  # heads 0 and 3 of 4
     name = "visual.transformer.resblocks.1.attn.in_proj_bias"
     rows = torch.cat([heads, 64 + heads, 128 + heads])
@@ -97,7 +97,7 @@ def test_other_sizes_of_image_text_and_vocabulary() -> None:
     config = smaller(vision_cfg__image_size=32, text_cfg__context_length=10, text_cfg__vocab_size=400)
     student, source = make(config, 0), make(TEACHER, 1)
     before = student.token_embedding.weight.detach().clone()
-    assert inherit(student, source, "both") == ["token_embedding.weight"]
+    assert inherit(student, source, "both") == ["text token_embedding.weight"]
     assert torch.equal(student.token_embedding.weight, before)
     assert torch.equal(student.positional_embedding, source.positional_embedding[:10])
     assert torch.equal(student.visual.positional_embedding[0], source.visual.positional_embedding[0])
@@ -126,12 +126,24 @@ def test_one_tower_leaves_the_other_as_it_was() -> None:
         ({"text_cfg__context_length": 32}, "32 tokens"),
     ],
 )
-def test_refuses_a_model_that_is_smaller_or_of_another_kind(changes: dict[str, int], words: str) -> None:
-    source = make(TEACHER, 1)
+def test_refuses_a_model_that_is_smaller(changes: dict[str, int], words: str) -> None:
     with pytest.raises(ClipcidError, match=words):
-        inherit(make(smaller(**changes), 0), source, "both")
-    with pytest.raises(ClipcidError, match="different kinds"):
-        inherit(nn.Sequential(nn.Linear(3, 3)), source, "both")
+        inherit(make(smaller(**changes), 0), make(TEACHER, 1), "both")
+
+
+def test_chooses_channels_only_where_the_layout_of_the_attention_is_known() -> None:
+    student = make(smaller(vision_cfg__width=32), 0)
+    resnet = make(smaller(vision_cfg__layers=[1, 1, 1, 1]), 1)
+    with pytest.raises(ClipcidError, match="image towers of student and model are of different kinds"):
+        inherit(student, resnet, "both")
+    # Attention of open_clip's own, as in its version 4: tensors of the same names and shapes.
+    attention = {"vision_cfg__block_type": "custom", "vision_cfg__qk_norm": True}
+    other = make(smaller(**attention), 1)
+    assert other.visual.transformer.resblocks[0].attn.in_proj_weight.shape == (192, 64)
+    with pytest.raises(ClipcidError, match="with PyTorch's attention") as caught:
+        inherit(student, other, "image")
+    assert "--init-towers text" in str(caught.value.fix)
+    assert inherit(make(smaller(**attention), 0), other, "image") == [], "its own is copied whole"
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
