@@ -67,7 +67,10 @@ FAMILIES = {
         "coca_ViT-B-32",
         _VIT
         | {"vision_cfg__attn_pooler_heads": 2, "vision_cfg__patch_size": 16}
-        | {f"multimodal_{name}": value for name, value in (("cfg__width", _WIDTH), ("cfg__heads", 2), ("cfg__layers", 1))}
+        | {
+            f"multimodal_{name}": value
+            for name, value in (("cfg__width", _WIDTH), ("cfg__heads", 2), ("cfg__layers", 1))
+        }
         | {"multimodal_cfg__attn_pooler_heads": 2},
     ),
     "MobileCLIP": Family("MobileCLIP-S1", _CLIP | {"vision_cfg__image_size": 64}, _FASTVIT),
@@ -79,7 +82,11 @@ FAMILIES = {
     "EVA-02": Family("EVA02-B-16", _CLIP, _EVA),
     "XLM-R": Family("xlm-roberta-base-ViT-B-32", _VIT, text=("xlm-roberta", _HF_SIZES), vocabulary=_XLM),
     "NLLB": Family("nllb-clip-base", _VIT, text=("m2m_100", _M2M), vocabulary=_NLLB),
-    "timm": Family("swin_base_patch4_window7_224", _CLIP, {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "img_size": 32, "window_size": 4}),
+    "timm": Family(
+        "swin_base_patch4_window7_224",
+        _CLIP,
+        {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "img_size": 32, "window_size": 4},
+    ),
 }
 
 
@@ -90,7 +97,11 @@ def write_family(folder: Path, family: Family) -> Path:
     folder.mkdir(parents=True)
     config = changed(open_clip.get_model_config(family.architecture), **family.smaller)
     if family.trunk is not None:
-        trunk = {"architecture": config["vision_cfg"]["timm_model_name"], "model_args": family.trunk, "pretrained_cfg": {}}
+        trunk = {
+            "architecture": config["vision_cfg"]["timm_model_name"],
+            "model_args": family.trunk,
+            "pretrained_cfg": {},
+        }
         (folder / "trunk").mkdir()
         (folder / "trunk" / "config.json").write_text(json.dumps(trunk))
         config["vision_cfg"]["timm_model_name"] = f"local-dir:{folder / 'trunk'}"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,32 @@ def write_model_folder(
     preprocess: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     *,
-    tokenizer_from: Path | None = None,
+    source: Path | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Write a model folder. The configuration is written last, so a folder that has one is complete.
 
     Args:
         tensors: State dict of the open_clip module, in any number format.
-        tokenizer_from: Model folder whose tokenizer files, and configuration of a Hugging Face text tower, are copied.
+        source: Model folder from which files of a Hugging Face tokenizer and text tower are copied.
+        tokenizer: open_clip's; where it is Hugging Face's and not in `source` but on a hub, its files are written.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(folder / OPEN_CLIP_WEIGHTS, save(stored, metadata={"format": "pt"}))
-    if tokenizer_from is not None:
-        # Only a Hugging Face text tower has its own config.json; otherwise that file is an export for transformers.
-        own = (HF_CONFIG,) if config["text_cfg"].get("hf_model_name") else ()
-        for name in (*TOKENIZER_FILES, *own):
-            if (tokenizer_from / name).is_file():
-                shutil.copyfile(tokenizer_from / name, folder / name)
+    text = config["text_cfg"]
+    if text.get("hf_model_name"):
+        _copy_files((HF_CONFIG,), source, folder)
+    if text.get("hf_tokenizer_name") and not _copy_files(TOKENIZER_FILES, source, folder) and tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": dict(config), "preprocess_cfg": dict(preprocess)})
+
+
+def _copy_files(names: Sequence[str], source: Path | None, folder: Path) -> bool:
+    """Copy those files that there are, and tell whether there are any."""
+    paths = [] if source is None else [source / name for name in names if (source / name).is_file()]
+    for path in paths:
+        shutil.copyfile(path, folder / path.name)
+    return bool(paths)
 
 
 def square_side(size: Any) -> int | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import socket
 import tempfile
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +38,8 @@ and a tokenizer's cleaning of a caption of megabytes takes minutes."""
 # nothing.
 _CONVOLVED_AT_ONCE = 8
 
+_TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model")
+_TOKENIZER_HINT = f"Put its files (tokenizer.json, tokenizer_config.json, …) beside {CONFIG_NAME}, in the model's folder, and name that."
 _FOLDER_HINT = (
     "Pass a local folder instead, as in --model /path/to/folder (--teacher and --student likewise), that holds "
     f"{CONFIG_NAME} and the weights; open_clip's local-dir:/path/to/folder means the same."
@@ -181,15 +184,17 @@ class ClipModel:
 def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: int | None = None) -> ClipModel:
     """Load a CLIP model; an ``architecture`` or ``config`` needs a seed for random weights."""
     with quiet_libraries():
-        if not name.has_weights:
-            if fresh_seed is None:
-                raise ClipcidError(f"Model {name.spec} has no weights.", _FOLDER_HINT)
-            module, config, tokenizer = _start_fresh(name, fresh_seed)
-            weights_hash = f"fresh:{fresh_seed}"
-        else:
-            module, config, weights, source = _load_trained(name)
-            tokenizer = _load_tokenizer(name.spec, source)
+        config = _find_config(name)
+        _validate_transformers(name, config)
+        if name.has_weights:
+            module, weights = _load_trained(name, config)
             weights_hash = hash_weights(weights)
+        elif fresh_seed is None:
+            raise ClipcidError(f"Model {name.spec} has no weights.", _FOLDER_HINT)
+        else:
+            module = _start_fresh(name, config, fresh_seed)
+            weights_hash = f"fresh:{fresh_seed}"
+        tokenizer = _load_tokenizer(name, config)
     _validate_finite(name, module)
     module.eval().to(device)
     # Through JSON, so that tuples become lists, as in sidecars.
@@ -215,22 +220,46 @@ def load_model(name: ModelName, device: torch.device | str = "cpu", fresh_seed: 
     return model
 
 
-def _load_trained(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Path, str]:
-    """Load a model with its weights: the module, its configuration, the file of the weights, where the tokenizer is."""
+def _find_config(name: ModelName) -> dict[str, Any]:
+    """Return open_clip's ``model_cfg`` of a model; a tag's has its own activation."""
     from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
     if name.path is not None:
-        source = f"local-dir:{name.path}"
+        return read_config(name.path)[0]
+    if name.kind == "hub":
+        with _reaching_hub(f"configuration of model {name.spec}", _FOLDER_HINT):
+            return cast(dict[str, Any], open_clip.get_model_config(name.spec))
+    config = cast(dict[str, Any], open_clip.get_model_config(name.architecture))
+    if name.tag is not None:
+        # The one the weights were trained with, whatever the architecture's.
+        config["quick_gelu"] = bool(open_clip.get_pretrained_cfg(name.architecture, name.tag).get("quick_gelu", False))
+    return config
+
+
+def _validate_transformers(name: ModelName, config: dict[str, Any]) -> None:
+    """Refuse, before anything is downloaded, a text tower or tokenizer of a library that is not installed."""
+    text = config["text_cfg"]
+    needs = text.get("hf_model_name") or text.get("hf_tokenizer_name")
+    if needs and importlib.util.find_spec("transformers") is None:
+        raise ClipcidError(
+            f"Model {name.spec} reads texts as {needs} does, with transformers, which is not installed.",
+            "Install it, in the checkout of clipcid: pip install '.[export]'",
+        )
+
+
+def _load_trained(name: ModelName, config: dict[str, Any]) -> tuple[torch.nn.Module, Path]:
+    """Load a model with its weights, and tell the file of these."""
+    from clipcid_cli.runtime.models.lean_open_clip import open_clip
+
+    if name.path is not None:
         weights = find_weights(name.path)
         assert weights is not None, "or it would be a configuration"
-        config, _ = read_config(name.path)
-        own = _own_text_tower(config, name.path)
-        return _create(name, source, config, require_pretrained=True, **own), config, weights, source
+        own = _own_text_tower(config, name)
+        return _create(name, f"local-dir:{name.path}", config, require_pretrained=True, **own), weights
     if name.kind == "hub":
-        with _reaching_hub(name.spec):
+        with _reaching_hub(f"weights of model {name.spec}", _FOLDER_HINT):
             weights = Path(open_clip.pretrained.download_pretrained_from_hf(name.spec.removeprefix("hf-hub:")))
-            config = open_clip.get_model_config(name.spec)
-        return _create(name, name.spec, config, require_pretrained=True), config, weights, name.spec
+        return _create(name, name.spec, config, require_pretrained=True), weights
     architecture, tag = cast(str, name.architecture), cast(str, name.tag)
     known = open_clip.get_pretrained_cfg(architecture, tag)
     if not known:
@@ -239,46 +268,40 @@ def _load_trained(name: ModelName) -> tuple[torch.nn.Module, dict[str, Any], Pat
             f"Model {name.spec}: open_clip has no weights {tag} for {architecture}.",
             f"Tags it has: {', '.join(tags)}. " + _FOLDER_HINT if tags else _FOLDER_HINT,
         )
-    with _reaching_hub(name.spec):
+    with _reaching_hub(f"weights of model {name.spec}", _FOLDER_HINT):
         weights = Path(open_clip.pretrained.download_pretrained(known))
-    # The activation must be the one the weights were trained with: the tag's, whatever the architecture's.
-    quick_gelu = bool(known.get("quick_gelu", False))
     preprocess = {key: known[key] for key in ("mean", "std", "interpolation", "resize_mode", "size") if key in known}
-    config = open_clip.get_model_config(architecture) | {"quick_gelu": quick_gelu}
     module = _create(
-        name, architecture, config, pretrained=str(weights), quick_gelu=quick_gelu, force_preprocess_cfg=preprocess
+        name,
+        architecture,
+        config,
+        pretrained=str(weights),
+        quick_gelu=config["quick_gelu"],
+        force_preprocess_cfg=preprocess,
     )
-    return module, config, weights, architecture
+    return module, weights
 
 
-def _start_fresh(name: ModelName, seed: int) -> tuple[torch.nn.Module, dict[str, Any], BoundedTokenizer]:
+def _start_fresh(name: ModelName, config: dict[str, Any], seed: int) -> torch.nn.Module:
     """Build an architecture with random weights that depend on the seed only; global generators are unchanged."""
-    from clipcid_cli.runtime.models.lean_open_clip import open_clip
-
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {"model_cfg": config, "preprocess_cfg": {}}
+    if name.path is not None:
+        content["model_cfg"] = config | _own_text_tower(config, name)
+        content["preprocess_cfg"] = read_config(name.path)[1]
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
-        if name.path is None:
-            config = content["model_cfg"] = open_clip.get_model_config(name.architecture)
-            tokenizer_source = cast(str, name.architecture)
-        else:
-            folder = name.path if name.path.is_dir() else name.path.parent
-            config, content["preprocess_cfg"] = read_config(name.path)
-            content["model_cfg"] = config | _own_text_tower(config, folder)
-            # The files of a Hugging Face tokenizer are next to the configuration.
-            tokenizer_source = f"local-dir:{folder if (folder / CONFIG_NAME).is_file() else scratch}"
-        Path(scratch, CONFIG_NAME).write_text(json.dumps({"preprocess_cfg": {}} | content))
+        Path(scratch, CONFIG_NAME).write_text(json.dumps(content))
         torch.manual_seed(seed)
-        module = _create(name, f"local-dir:{scratch}", config, load_weights=False, pretrained_text=False)
-        return module, config, _load_tokenizer(name.spec, tokenizer_source)
+        return _create(name, f"local-dir:{scratch}", config, load_weights=False, pretrained_text=False)
 
 
-def _own_text_tower(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _own_text_tower(config: dict[str, Any], name: ModelName) -> dict[str, Any]:
     """Return the ``text_cfg`` that reads a Hugging Face text tower from the model's own folder, where its config.json is.
 
     open_clip reads it from a hub or a fixed path, which a copied folder, or one without a network, does not have.
     """
     text = config["text_cfg"]
-    if not text.get("hf_model_name") or not (folder / HF_CONFIG_NAME).is_file():
+    folder = name.folder
+    if folder is None or not text.get("hf_model_name") or not (folder / HF_CONFIG_NAME).is_file():
         return {}
     return {"text_cfg": text | {"hf_model_name": str(folder), "hf_model_pretrained": False}}
 
@@ -296,21 +319,31 @@ def _create(name: ModelName, source: str, config: dict[str, Any], **options: Any
         ) from error
 
 
-def _load_tokenizer(spec: str, source: str) -> BoundedTokenizer:
-    """Load a model's tokenizer from an architecture, a hub name or a ``local-dir:`` folder, as open_clip takes it."""
+def _load_tokenizer(name: ModelName, config: dict[str, Any]) -> BoundedTokenizer:
+    """Load CLIP's tokenizer, or the Hugging Face one that a configuration names: the folder's own, or else the hub's."""
     from clipcid_cli.runtime.models.lean_open_clip import open_clip
 
+    text = config["text_cfg"]
+    options = {"context_length": text.get("context_length", 77)} | (text.get("tokenizer_kwargs") or {})
+    hub_name = text.get("hf_tokenizer_name")
+    if not hub_name:
+        return BoundedTokenizer(open_clip.SimpleTokenizer(**options))
+    load = partial(open_clip.tokenizer.HFTokenizer, tokenizer_mode=text.get("tokenizer_mode"), **options)
+    folder = name.folder
+    if folder is None or not any(any(folder.glob(files)) for files in _TOKENIZER_FILES):
+        with _reaching_hub(f"files of {hub_name}, the tokenizer of model {name.spec},", _TOKENIZER_HINT):
+            return BoundedTokenizer(load(hub_name))
     try:
-        return BoundedTokenizer(open_clip.get_tokenizer(source))
+        return BoundedTokenizer(load(folder))
     except Exception as error:  # transformers raises OSError, ValueError, ImportError and its own
         raise ClipcidError(
-            f"The tokenizer of model {spec} could not be loaded: {in_one_line(error, 400)}",
-            "Put its files (tokenizer.json, tokenizer_config.json, …) in the folder of the model's configuration.",
+            f"The tokenizer of model {name.spec} could not be loaded from {folder}: {in_one_line(error, 400)}",
+            f"Put all files of {hub_name} there (tokenizer.json, tokenizer_config.json, …).",
         ) from error
 
 
 @contextlib.contextmanager
-def _reaching_hub(model: str) -> Iterator[None]:
+def _reaching_hub(what: str, fix: str) -> Iterator[None]:
     """Let a library fetch from the hub; without a network, from the local cache only.
 
     huggingface_hub retries each file six times with growing pauses: 46 s for one model that cannot be reached.
@@ -326,9 +359,7 @@ def _reaching_hub(model: str) -> Iterator[None]:
             why = "the hub is disabled (HF_HUB_OFFLINE)"
         elif reachable:
             why = f"{hub.ENDPOINT} did not provide them: {in_one_line(error, 200)}"
-        raise ClipcidError(
-            f"The weights of model {model} are not in the local cache, and {why}.", _FOLDER_HINT
-        ) from error
+        raise ClipcidError(f"The {what} are not in the local cache, and {why}.", fix) from error
     finally:
         hub.HF_HUB_OFFLINE = offline
 

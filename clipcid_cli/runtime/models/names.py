@@ -136,6 +136,11 @@ class ModelName:
         return self.kind not in ("architecture", "config")
 
     @property
+    def folder(self) -> Path | None:
+        """Folder of the configuration, which may hold a tokenizer's files; None for a name of open_clip or of a hub."""
+        return self.path if self.path is None or self.path.is_dir() else self.path.parent
+
+    @property
     def slug(self) -> str:
         """Name for files and folders, of ``[A-Za-z0-9._-]``; that of a distill run's student is preceded by the run's."""
         if self.path is not None:

@@ -98,6 +98,11 @@ def load_student(settings: DistillSettings, device: torch.device, reporter: Repo
             frozen += freeze(model.module, tower)
             starts_trained -= {tower}
     pruned = PrunedForward(model.module)
+    if not pruned.prunes_texts:
+        reporter.note(
+            f"Texts are encoded at their full length of {model.info.context_length} tokens: only causal text towers of "
+            "open_clip, read at the end of a text, do without the padding."
+        )
     reads_tokens = [name for name in settings.losses() if LOSSES[name].reads_tokens]
     if reads_tokens and not pruned.has_tokens:
         raise _other_towers(
@@ -189,16 +194,21 @@ def _checkpoint_layers(model: ClipModel) -> None:
 def write_students(folder: RunFolder, student: ClipModel, source: str, state: TrainState) -> list[Path]:
     """Write the trained model, and the one with averaged weights where there is one, as open_clip folders.
 
-    Where the `source` that was trained is a folder, its tokenizer files are taken along.
+    Where the `source` that was trained is in a folder, its tokenizer files are taken along.
     """
     info = student.info
-    path = parse_model(source).path
-    tokenizer = path if path is not None and path.is_dir() else None
     folders = folder.students(ema=state.ema is not None)
     for target in folders:
         with state.ema.swapped_in() if state.ema is not None and target == folder.student_ema else nullcontext():
             tensors = student.module.state_dict()
-            write_model_folder(target, info.config, info.preprocess, tensors, tokenizer_from=tokenizer)
+            write_model_folder(
+                target,
+                info.config,
+                info.preprocess,
+                tensors,
+                source=parse_model(source).folder,
+                tokenizer=student.tokenizer.whole,
+            )
     return folders
 
 

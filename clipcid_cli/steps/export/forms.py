@@ -88,9 +88,14 @@ def validate_forms(model: ClipModel, settings: ExportSettings) -> None:
 def _write_open_clip(checker: Checker, folder: Path) -> dict[str, Parity]:
     """Write a folder that open_clip loads as ``local-dir:``, load it again, and compare."""
     model = checker.model
-    source = parse_model(model.info.spec).path
-    tensors = _stored_tensors(checker)
-    write_model_folder(folder, model.info.config, model.info.preprocess, tensors, tokenizer_from=source)
+    write_model_folder(
+        folder,
+        model.info.config,
+        model.info.preprocess,
+        _stored_tensors(checker),
+        source=parse_model(model.info.spec).folder,
+        tokenizer=model.tokenizer.whole,
+    )
     written = load_model(parse_model(str(folder)), model.device)
     same_tokens = torch.equal(written.tokenizer(_TOKENIZER_TEXTS), model.tokenizer(_TOKENIZER_TEXTS))
     if not same_tokens or written.info.preprocess != model.info.preprocess:

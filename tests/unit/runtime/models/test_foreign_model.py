@@ -93,7 +93,7 @@ def test_copy_loads_where_the_folder_it_was_built_in_is_gone(foreign: Path, tmp_
         model.info.config,
         model.info.preprocess,
         model.module.state_dict(),
-        tokenizer_from=elsewhere,
+        source=elsewhere,
     )
     shutil.rmtree(elsewhere)
     written = load_model(parse_model(str(tmp_path / "written")))
