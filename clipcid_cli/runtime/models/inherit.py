@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from clipcid_cli.errors import ClipcidError
 
 _LAYER = re.compile(r"transformer\.resblocks\.(\d+)(\..*)")
-# Axes of each tensor of an open_clip transformer, by the end of its name in the tower: w width of the residual stream, h heads
-# × head width, q the same for queries, keys and values, m width of the MLP, d width of the embedding, p positions; = must be
-# equal. Attention pooling is not among them: it has heads of its own number, and its width is the embedding's.
+# Axes of each tensor of an open_clip transformer, by the end of its name in the tower: w width of the residual stream, h
+# heads × head width, q the same for queries, keys and values, m width of the MLP, d width of the embedding, p positions;
+# = must be equal. Attention pooling is not among them: its heads are of another number, its width is the embedding's.
 _AXES = {
     re.compile(rf"(?!attn_pool\.)(.*\.)?({names})"): axes
     for names, axes in {
@@ -122,9 +122,7 @@ def _take(name: str, shape: torch.Size, own: Any, others: Any, found: dict[str, 
         if kind == "=" and count != available:
             return None
         if count > available:
-            raise _smaller(
-                f"{name} of the {tower} tower is {tuple(taken.shape)} there and {tuple(shape)} in the student, which is larger"
-            )
+            raise _smaller(f"{tower} {name} is {tuple(taken.shape)} there and larger in the student, {tuple(shape)}")
         if count < available:
             taken = taken.index_select(axis, _choose(kind, count, available, heads))
     return taken
