@@ -39,7 +39,9 @@ and a tokenizer's cleaning of a caption of megabytes takes minutes."""
 _CONVOLVED_AT_ONCE = 8
 
 _TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model")
-_TOKENIZER_HINT = f"Name a model's folder that holds {CONFIG_NAME} and the tokenizer's files (tokenizer.json, tokenizer_config.json, …)."
+_TOKENIZER_HINT = (
+    f"Name a model's folder that holds {CONFIG_NAME} and the tokenizer's files, tokenizer.json and others."
+)
 _FOLDER_HINT = (
     "Pass a local folder instead, as in --model /path/to/folder (--teacher and --student likewise), that holds "
     f"{CONFIG_NAME} and the weights; open_clip's local-dir:/path/to/folder means the same."

@@ -6,7 +6,9 @@ are taken is our choice (theirs are learned or chosen by importance).
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,28 +17,38 @@ from torch import Tensor, nn
 
 from clipcid_cli.errors import ClipcidError
 
-_LAYER = re.compile(r"transformer\.resblocks\.(\d+)(\..*)")
-# Axes of each tensor of an open_clip transformer, by the end of its name in the tower: w width of the residual stream, h
-# heads × head width, q the same for queries, keys and values, m width of the MLP, d width of the embedding, p positions;
-# = must be equal. Attention pooling is not among them: its heads are of another number, its width is the embedding's.
+# Layers of open_clip's own transformers and of timm's ViTs. Their attention stacks the rows of queries, keys and values in
+# this order, each head after head; of another no channel is chosen.
+_LAYER = re.compile(r"(transformer\.resblocks|trunk\.blocks)\.(\d+)(\..*)")
+_ATTENTION = {"torch.nn.modules.activation.MultiheadAttention", "timm.layers.attention.Attention"}
+# Axes of each tensor, by the end of its name in the tower: w width of the residual stream, h heads × head width, q the same
+# for queries, keys and values, k for keys and values, m width of the MLP, d width of the embedding, p positions; = must be
+# equal. open_clip's attention pooling is not among them: its heads are of another number, its width is the embedding's.
 _AXES = {
     re.compile(rf"(?!attn_pool\.)(.*\.)?({names})"): axes
     for names, axes in {
-        r"attn\.in_proj_weight": "qw",
-        r"attn\.in_proj_bias": "q",
-        r"attn\.out_proj\.weight": "wh",
-        r"mlp\.c_fc\.weight": "mw",
-        r"mlp\.c_fc\.bias": "m",
-        r"mlp\.c_proj\.weight": "wm",
-        r"(attn\.out_proj|mlp\.c_proj)\.bias|ln_\w+\.(weight|bias)|ls_\d\.gamma|class_embedding|cls_emb": "w",
-        r"conv1\.weight": "w===",
+        r"attn\.(in_proj_|qkv\.)weight": "qw",
+        r"attn\.(in_proj_|qkv\.)bias": "q",
+        r"attn_pool\.kv\.weight": "kw",
+        r"attn_pool\.kv\.bias": "k",
+        r"attn_pool\.q\.weight": "hw",
+        r"attn_pool\.q\.bias": "h",
+        r"attn\.out_proj\.weight|attn(_pool)?\.proj\.weight": "wh",
+        r"mlp\.(c_fc|fc1)\.weight": "mw",
+        r"mlp\.(c_fc|fc1)\.bias": "m",
+        r"mlp\.(c_proj|fc2)\.weight": "wm",
+        r"(out_proj|proj|c_proj|fc2)\.bias|(ln_|norm)\w*\.(weight|bias)|ls_?\d\.gamma|class_embedding|cls_emb": "w",
+        r"conv1\.weight|patch_embed\.proj\.weight": "w===",
         r"positional_embedding": "pw",
+        r"pos_embed": "=pw",
+        r"cls_token|attn_pool\.latent": "==w",
         r"token_embedding\.weight": "=w",
         r"proj|text_projection": "wd",
-        r"text_projection\.weight": "dw",
-        r"text_projection\.bias": "d",
+        r"(text_projection|trunk\.head)\.weight": "dw",
+        r"(text_projection|trunk\.head)\.bias": "d",
     }.items()
 }
+_STACKED = {"q": 3, "k": 2}
 
 
 def inherit(student: nn.Module, source: nn.Module, towers: str) -> list[str]:
@@ -45,7 +57,7 @@ def inherit(student: nn.Module, source: nn.Module, towers: str) -> list[str]:
     A tower of the same sizes is copied whole, whatever its kind.
 
     Returns:
-        Names of the tensors that stay as they were: other patch sizes, other vocabularies, attention pooling.
+        Names of the tensors that stay as they were: other patch sizes, other vocabularies, open_clip's attention pooling.
     """
     left = list[str]()
     for tower in ("image", "text") if towers == "both" else (towers,):
@@ -77,19 +89,22 @@ def _tensors(part: nn.Module) -> dict[str, Tensor]:
 
 def _validate_known(own: nn.Module, others: nn.Module, tower: str) -> None:
     """Refuse towers whose tensors are not known by their names and axes."""
-    if not (_has_known_layers(own) and _has_known_layers(others)):
+    attention = {getattr(block, "attn", None).__class__ for part in (own, others) for block in _layers(part)}
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in attention}
+    if not (len(_layers(own)) and len(_layers(others)) and len(kinds) == 1 and kinds <= _ATTENTION):
         other = "text" if tower == "image" else "image"
         raise ClipcidError(
             f"--init-from: the {tower} towers of student and model are of different kinds or sizes, and layers and channels "
-            "can be chosen from open_clip's own transformers only (ViT, CLIP's text tower), with PyTorch's attention.",
+            "can be chosen only where the layout of the attention is known: in ViTs of open_clip 3 and timm, and in CLIP's "
+            "text tower.",
             f"Give the student the model's own {tower} tower, or fill the other one alone: --init-towers {other}.",
         )
 
 
-def _has_known_layers(part: Any) -> bool:
-    """Tell whether its attention layers stack the rows of queries, keys and values in this order, each head after head."""
-    blocks = getattr(getattr(part, "transformer", None), "resblocks", ())
-    return len(blocks) > 0 and all(isinstance(block.attn, nn.MultiheadAttention) for block in blocks)
+def _layers(part: Any) -> Sequence[Any]:
+    """Return the layers that `_LAYER` names; none of a tower that has none."""
+    transformer, trunk = getattr(part, "transformer", None), getattr(part, "trunk", None)
+    return cast(Sequence[Any], getattr(transformer, "resblocks", getattr(trunk, "blocks", ())))
 
 
 def evenly_spaced(count: int, available: int) -> Tensor:
@@ -106,17 +121,19 @@ def _take(name: str, shape: torch.Size, own: Any, others: Any, found: dict[str, 
     layer = _LAYER.fullmatch(name)
     axes = next((axes for names, axes in _AXES.items() if names.fullmatch(name)), None)
     if layer is not None:
-        blocks, other_blocks = own.transformer.resblocks, others.transformer.resblocks
-        if len(blocks) > len(other_blocks):
-            raise _smaller(f"the student has {len(blocks)} layers in its {tower} tower, the model {len(other_blocks)}")
-        chosen = int(evenly_spaced(len(blocks), len(other_blocks))[int(layer[1])])
-        from_name = f"transformer.resblocks.{chosen}{layer[2]}"
-        heads = (blocks[0].attn.num_heads, other_blocks[0].attn.num_heads)
+        layers, other_layers = _layers(own), _layers(others)
+        if len(layers) > len(other_layers):
+            raise _smaller(f"the student has {len(layers)} layers in its {tower} tower, the model {len(other_layers)}")
+        chosen = int(evenly_spaced(len(layers), len(other_layers))[int(layer[2])])
+        from_name = f"{layer[1]}.{chosen}{layer[3]}"
+        heads = (layers[0].attn.num_heads, other_layers[0].attn.num_heads)
     if from_name not in found or axes is None or len(axes) != found[from_name].ndim:
         return None
+    if "attn_pool" in name:
+        heads = (own.trunk.attn_pool.num_heads, others.trunk.attn_pool.num_heads)
     taken = found[from_name]
-    if axes[0] == "p":
-        taken = _resize_positions(taken, shape[0], is_image=tower == "image")
+    if "p" in axes:
+        taken = _resize_positions(taken.flatten(0, -2), shape[-2], is_image=tower == "image").view(*shape[:-1], -1)
     for axis, kind in enumerate(axes):
         count, available = shape[axis], taken.shape[axis]
         if kind == "=" and count != available:
@@ -134,9 +151,10 @@ def _smaller(what: str) -> ClipcidError:
 
 def _choose(kind: str, count: int, available: int, heads: tuple[int, int]) -> Tensor:
     """Choose channels of an axis: evenly spaced ones, but of queries, keys, values and heads each for itself."""
-    if kind == "q":
-        one = _choose("h", count // 3, available // 3, heads)
-        return torch.cat([one + part * (available // 3) for part in range(3)])
+    if kind in _STACKED:
+        parts = _STACKED[kind]
+        one = _choose("h", count // parts, available // parts, heads)
+        return torch.cat([one + part * (available // parts) for part in range(parts)])
     own, others = heads
     width, source_width = count // own, available // others
     if kind != "h" or own > others or width > source_width:
@@ -156,7 +174,8 @@ def _resize_positions(positions: Tensor, count: int, *, is_image: bool) -> Tenso
                 "Give the student a shorter context_length, or use --init-towers image.",
             )
         return positions[:count]
-    old, new = round((len(positions) - 1) ** 0.5), round((count - 1) ** 0.5)
-    grid = positions[1:].T.reshape(1, -1, old, old)
+    old, new = math.isqrt(len(positions)), math.isqrt(count)
+    extra = len(positions) - old**2  # of a class token
+    grid = positions[extra:].T.reshape(1, -1, old, old)
     resized = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([positions[:1], resized.flatten(2)[0].T])
+    return torch.cat([positions[:extra], resized.flatten(2)[0].T])

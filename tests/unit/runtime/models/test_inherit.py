@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from conftest import TINY_CONFIG, changed
+from families import FAMILIES, write_family
 from torch import nn
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.inherit import evenly_spaced, inherit
+from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.models.towers import freeze
 
 TEACHER = {
@@ -131,6 +136,32 @@ def test_refuses_a_model_that_is_smaller(changes: dict[str, int], words: str) ->
         inherit(make(smaller(**changes), 0), make(TEACHER, 1), "both")
 
 
+def test_a_vit_of_timm_with_attention_pooling_takes_whole_heads_of_every_attention(tmp_path: Path) -> None:
+    def make_siglip(seed: int, width: int, side: int, layers: int) -> nn.Module:
+        family = FAMILIES["SigLIP"]
+        smaller = family.smaller | {"embed_dim": width, "vision_cfg__image_size": side}
+        trunk = {"img_size": side, "embed_dim": width, "num_heads": width // 16, "depth": layers}
+        folder = write_family(tmp_path / str(seed), dataclasses.replace(family, smaller=smaller, trunk=trunk))
+        return load_model(parse_model(str(folder)), fresh_seed=seed).module
+
+    student, source = make_siglip(0, 32, 32, 1), make_siglip(1, 64, 48, 2)
+    assert inherit(student, source, "image") == []
+    own, others = student.state_dict(), source.state_dict()
+    channels = evenly_spaced(32, 64)
+    heads = torch.cat([torch.arange(16), 48 + torch.arange(16)])  # heads 0 and 3 of 4
+    for name, rows in {
+        "visual.trunk.blocks.0.attn.qkv.weight": [heads, 64 + heads, 128 + heads],
+        "visual.trunk.attn_pool.kv.weight": [heads, 64 + heads],
+        "visual.trunk.attn_pool.q.weight": [heads],
+    }.items():
+        assert torch.equal(own[name], others[name][torch.cat(rows)][:, channels])
+    # A constant grid stays that constant when it is resampled: there is no class token.
+    with torch.no_grad():
+        source.visual.trunk.pos_embed.fill_(0.25)
+    inherit(student, source, "image")
+    torch.testing.assert_close(student.visual.trunk.pos_embed, torch.full((1, 4, 32), 0.25))
+
+
 def test_chooses_channels_only_where_the_layout_of_the_attention_is_known() -> None:
     student = make(smaller(vision_cfg__width=32), 0)
     resnet = make(smaller(vision_cfg__layers=[1, 1, 1, 1]), 1)
@@ -140,7 +171,7 @@ def test_chooses_channels_only_where_the_layout_of_the_attention_is_known() -> N
     attention = {"vision_cfg__block_type": "custom", "vision_cfg__qk_norm": True}
     other = make(smaller(**attention), 1)
     assert other.visual.transformer.resblocks[0].attn.in_proj_weight.shape == (192, 64)
-    with pytest.raises(ClipcidError, match="with PyTorch's attention") as caught:
+    with pytest.raises(ClipcidError, match="where the layout of the attention is known") as caught:
         inherit(student, other, "image")
     assert "--init-towers text" in str(caught.value.fix)
     assert inherit(make(smaller(**attention), 0), other, "image") == [], "its own is copied whole"

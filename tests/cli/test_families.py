@@ -1,0 +1,124 @@
+"""Each family of open_clip's models through every command: it works, or is refused, as docs/data.md says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Run, embed_with_open_clip, make_caption, make_image, run_clipcid, write_classified
+from distill_data import STUDENT
+from families import FAMILIES, write_family
+from safetensors.torch import save_file
+
+import clipcid_cli
+from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.names import parse_model
+
+
+def read_documented() -> dict[str, dict[str, str]]:
+    """Read the table of the documentation: `works` or `refused`, by family and column."""
+    text = (Path(clipcid_cli.__file__).parent / "docs" / "data.md").read_text()
+    lines = text.partition("### Families")[2].splitlines()
+    columns, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    return {name.partition(":")[0]: dict(zip(columns[1:], cells, strict=True)) for name, *cells in rows}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards: Path) -> Path:
+    """A folder with a ViT teacher's embeddings, a ViT student, and images of three classes."""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "student.json").write_text(json.dumps(STUDENT))
+    write_classified(folder / "classes")
+    run_clipcid("embed", tiny_shards, "--model", tiny_model, cwd=folder)
+    return folder
+
+
+def write_trained(fresh: Path, folder: Path) -> Path:
+    """Copy a family's folder, and add random weights."""
+    shutil.copytree(fresh, folder)
+    module = load_model(parse_model(str(fresh)), fresh_seed=1).module
+    save_file(dict(module.state_dict()), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_the_documentation_names_each_family() -> None:
+    assert list(read_documented()) == list(FAMILIES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_works_or_is_refused_as_documented(
+    name: str, base: Path, tiny_model: Path, tiny_shards: Path, one_process: Any, tmp_path: Path
+) -> None:
+    fresh = write_family(tmp_path / "fresh", FAMILIES[name])
+    trained = write_trained(fresh, tmp_path / "trained")
+    work = ("--work", shutil.copytree(base / "clipcid-work", tmp_path / "learns"))
+    learns = ("distill", *work, "--teacher", tiny_model, "--student", fresh, "--steps", 20, "--batch-size", 8)
+    student = tmp_path / "learns" / "distill" / "student" / "student"
+    exports = ("export", student, "--data", tiny_shards, "--format")
+    commands = {
+        "embed": ("embed", tiny_shards, "--model", trained, "--precision", "fp32"),
+        "teach": ("distill", "--teacher", trained, "--student", base / "student.json", *learns[-4:]),
+        "learn": (*learns, "--name", "student"),
+        "`--init-from`": (*learns, "--name", "begun", "--init-from", trained),
+        "evaluate": ("eval-zeroshot", trained, base / "classes"),
+        **{f"`{form}`": (*exports, form, "--out", form) for form in ("open-clip", "onnx", "hf")},
+    }
+    said = dict[str, str]()
+    found = dict[str, str]()
+    for column, words in commands.items():
+        outcome = one_process(*words, cwd=tmp_path)
+        assert not outcome.problems(), outcome
+        said[column] = " ".join(outcome.err.split())
+        found[column] = "works" if outcome.code == 0 else "refused"
+    documented = read_documented()[name]
+    assert found == {column: documented[column] for column in found}
+    assert f"Both towers start from {trained}." in said["`--init-from`"]
+    assert ("at their full length" in said["learn"]) == (documented["short texts"] == "no")
+    assert all("at their full length" not in said[column] for column in ("teach", "evaluate"))
+    if FAMILIES[name].text is None:  # open_clip reads such a text tower from a hub
+        embeddings = tmp_path / "clipcid-work" / "embeddings" / "trained"
+        rows = (np.load(embeddings / part / f"{part}_0000.npy") for part in ("img_emb", "text_emb"))
+        expected = embed_with_open_clip(trained, [make_image(0)], [make_caption(0)])
+        for ours, theirs in zip(rows, expected, strict=True):
+            np.testing.assert_allclose(ours[0], theirs[0].numpy(), atol=1e-3)
+
+
+def test_a_tokenizer_from_the_hub_is_written_along(
+    binary: Callable[..., Run], tiny_shards: Path, base: Path, tmp_path: Path
+) -> None:
+    fresh = write_family(tmp_path / "fresh", FAMILIES["SigLIP 2"])
+    # Its tokenizer is where a download would be, not beside the configuration.
+    repository = tmp_path / "hub" / "hub" / "models--timm--ViT-B-16-SigLIP2-256"
+    (repository / "snapshots" / "one").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("one")
+    for file in fresh.glob("tokenizer*"):
+        file.rename(repository / "snapshots" / "one" / file.name)
+    call = ("distill", tiny_shards, "--student", fresh, "--teacher", "none", "--preset", "clip", "--batch-size", 8)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "nothing")}
+    refused = binary(*call, "--steps", 2, check=False, env=offline)
+    assert "The files of timm/ViT-B-16-SigLIP2-256, the tokenizer of model fresh" in " ".join(refused.stderr.split())
+    binary(*call, "--steps", 2, "--name", "a", env=offline | {"HF_HOME": str(tmp_path / "hub")})
+    binary("eval-zeroshot", tmp_path / "clipcid-work" / "distill" / "a" / "student", base / "classes", env=offline)
+
+
+def test_a_text_tower_or_tokenizer_of_transformers_names_the_extra(tiny_shards: Path, tmp_path: Path) -> None:
+    fresh = write_family(tmp_path / "fresh", FAMILIES["MetaCLIP 2"])
+    # Hidden from a real process, as on a machine where the extra was not installed.
+    script = (
+        "import sys; sys.modules['transformers'] = None\n"
+        f"from clipcid_cli.cli import main; main(['distill', {str(tiny_shards)!r}, '--student', {str(fresh)!r}, "
+        "'--teacher', 'none', '--preset', 'clip', '--steps', '1'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install '.[export]'" in done.stderr
+    assert "Traceback" not in done.stderr
