@@ -14,6 +14,8 @@ _WIDTH = 32
 _TEXT = {"text_cfg__width": _WIDTH, "text_cfg__heads": 2, "text_cfg__layers": 2}
 _CLIP = {"embed_dim": _WIDTH, "vision_cfg__image_size": 32, **_TEXT}
 _VIT = _CLIP | {"vision_cfg__width": _WIDTH, "vision_cfg__layers": 2, "vision_cfg__head_width": 16}
+_DECODER = {"multimodal_cfg__width": _WIDTH, "multimodal_cfg__heads": 2, "multimodal_cfg__layers": 1}
+_DECODER |= {"multimodal_cfg__attn_pooler_heads": 2}
 _TRUNK = {"img_size": 32, "embed_dim": _WIDTH, "depth": 2, "num_heads": 2}
 _EVA = _TRUNK | {"ref_feat_shape": [2, 2]}
 _FASTVIT = {"layers": [1, 1, 1, 1], "embed_dims": [16, 16, 32, 32]}
@@ -64,14 +66,7 @@ FAMILIES = {
     "SigLIP": Family("ViT-B-16-SigLIP", _CLIP, _TRUNK, vocabulary=_C4),
     "SigLIP 2": Family("ViT-B-16-SigLIP2-256", _CLIP, _TRUNK, vocabulary=_GEMMA),
     "CoCa": Family(
-        "coca_ViT-B-32",
-        _VIT
-        | {"vision_cfg__attn_pooler_heads": 2, "vision_cfg__patch_size": 16}
-        | {
-            f"multimodal_{name}": value
-            for name, value in (("cfg__width", _WIDTH), ("cfg__heads", 2), ("cfg__layers", 1))
-        }
-        | {"multimodal_cfg__attn_pooler_heads": 2},
+        "coca_ViT-B-32", _VIT | {"vision_cfg__attn_pooler_heads": 2, "vision_cfg__patch_size": 16} | _DECODER
     ),
     "MobileCLIP": Family("MobileCLIP-S1", _CLIP | {"vision_cfg__image_size": 64}, _FASTVIT),
     "MobileCLIP 2": Family("MobileCLIP2-S0", _CLIP | {"vision_cfg__image_size": 64}, _FASTVIT),
@@ -82,7 +77,7 @@ FAMILIES = {
     "EVA-02": Family("EVA02-B-16", _CLIP, _EVA),
     "XLM-R": Family("xlm-roberta-base-ViT-B-32", _VIT, text=("xlm-roberta", _HF_SIZES), vocabulary=_XLM),
     "NLLB": Family("nllb-clip-base", _VIT, text=("m2m_100", _M2M), vocabulary=_NLLB),
-    "timm": Family(
+    "Swin (timm)": Family(
         "swin_base_patch4_window7_224",
         _CLIP,
         {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "img_size": 32, "window_size": 4},

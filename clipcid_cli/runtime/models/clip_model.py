@@ -229,7 +229,7 @@ def _find_config(name: ModelName) -> dict[str, Any]:
     if name.path is not None:
         return read_config(name.path)[0]
     if name.kind == "hub":
-        with _reaching_hub(f"configuration of model {name.spec}", _FOLDER_HINT):
+        with _reaching_hub(f"files of model {name.spec}", _FOLDER_HINT):
             return cast(dict[str, Any], open_clip.get_model_config(name.spec))
     config = cast(dict[str, Any], open_clip.get_model_config(name.architecture))
     if name.tag is not None:
