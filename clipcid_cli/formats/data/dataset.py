@@ -158,25 +158,24 @@ def open_dataset(
     spec = _SEPARATOR.join(map(_normalize, str(spec).split(_SEPARATOR)))
     columns = columns or Columns()
     prefix_keys = keys == "shard"
-    classes: tuple[str, ...] | None = None
     files = None if spec.lower().endswith(TEXT_LISTS) else _find_files(spec)
-    table = None if files is None else _find_table(files, columns, caption_keys)
-    if table is not None and files is not None:
-        kind = "parquet"
-        classes = table.class_names
-        prefix = prefix_keys or table.key is None  # numbers of rows, unique in a file
-        names = zip(_name_shards(files), files, strict=True)
-        shards = tuple(Shard(name, file, prefix_keys=prefix, table=table) for name, file in names)
-    elif spec.lower().endswith(LIST_SUFFIXES):
+    table, classes = (None, None) if files is None else _find_table(files, columns, caption_keys)
+    if table is None and spec.lower().endswith(LIST_SUFFIXES):
         kind = "list"
         shards = cut(Images(spec, columns, caption_keys=caption_keys), spec, prefix_keys=prefix_keys)
-    elif files is not None and not is_parquet(files[0]):
-        kind = "benchmark" if is_benchmark(spec) else "webdataset"
-        lines = caption_lines or kind == "benchmark"
-        names = zip(_name_shards(files), files, strict=True)
+    elif files is not None and (table is not None or not _is_parquet(files[0])):
+        kind = "parquet" if table is not None else "benchmark" if is_benchmark(spec) else "webdataset"
+        has_numbers = table is not None and table.key is None  # for keys, those of rows in a file
         shards = tuple(
-            Shard(name, tar, prefix_keys=prefix_keys, caption_lines=lines, caption_keys=caption_keys)
-            for name, tar in names
+            Shard(
+                name,
+                file,
+                prefix_keys=prefix_keys or has_numbers,
+                caption_lines=caption_lines or kind == "benchmark",
+                caption_keys=caption_keys,
+                table=table,
+            )
+            for name, file in zip(_name_shards(files), files, strict=True)
         )
     else:
         kind = "images"
@@ -293,15 +292,17 @@ def _choose_form(folder: str, paths: list[str]) -> list[str]:
     return files
 
 
-def is_parquet(file: str) -> bool:
-    return file.lower().endswith(".parquet")
+def _is_parquet(file: str) -> bool:
+    return file.lower().endswith(".parquet") and not is_pipe(file)
 
 
-def _find_table(files: list[str], columns: Columns, caption_keys: tuple[str, ...]) -> ImageTable | None:
-    """Find the columns of parquet files of images; None for tars, and for parquet files without images."""
-    if not is_parquet(files[0]):
-        return None
-    mixed = next((file for file in files if not is_parquet(file)), None)
+def _find_table(
+    files: list[str], columns: Columns, caption_keys: tuple[str, ...]
+) -> tuple[ImageTable | None, tuple[str, ...] | None]:
+    """Find columns and classes of parquet files of images; None for tars, and for parquet files without images."""
+    if not _is_parquet(files[0]):
+        return None, None
+    mixed = next((file for file in files if not _is_parquet(file)), None)
     if mixed is not None:
         raise ClipcidError(f"{files[0]} is a parquet file, {mixed} is none.", "Give data of one form.")
     return find_table(files[0], columns, caption_keys)

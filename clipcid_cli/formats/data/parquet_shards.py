@@ -32,7 +32,6 @@ class ImageTable:
     captions: tuple[str, ...]
     key: str | None  # None where the number of a row is its key
     label: str | None
-    class_names: tuple[str, ...] | None = None  # as ``datasets`` records them
 
     @property
     def others(self) -> list[str]:
@@ -40,8 +39,12 @@ class ImageTable:
         return [name for name in (*self.captions, self.key, self.label) if name is not None]
 
 
-def find_table(path: str, columns: Columns, caption_keys: Sequence[str]) -> ImageTable | None:
-    """Find the columns of a file of images; None for a list, whose images are files of their own, and for other tables.
+def find_table(
+    path: str, columns: Columns, caption_keys: Sequence[str]
+) -> tuple[ImageTable | None, tuple[str, ...] | None]:
+    """Find the columns of a file of images, and the names of the classes where ``datasets`` has recorded them.
+
+    A list, whose images are files of their own, has no such columns; nor have other tables.
 
     Args:
         columns: Their names, as far as they are not the default ones.
@@ -54,7 +57,7 @@ def find_table(path: str, columns: Columns, caption_keys: Sequence[str]) -> Imag
         candidates = [name for name in candidates if name == columns.image]
     image = _find_image(path, candidates)
     if image is None:
-        return None
+        return None, None
 
     def find(usual: Sequence[str], named: str, default: str) -> str | None:
         names = usual if named == default else [named]
@@ -71,7 +74,7 @@ def find_table(path: str, columns: Columns, caption_keys: Sequence[str]) -> Imag
         )
     label = next((name for name in _LABELS if name in schema.names and _is_class(schema.field(name).type)), None)
     captions = tuple(caption_keys) or ((caption,) if caption is not None else ())
-    return ImageTable(image, captions, key, label, _find_class_names(schema, label))
+    return ImageTable(image, captions, key, label), _find_class_names(schema, label)
 
 
 def validate_parquet(path: str, table: ImageTable) -> None:
@@ -143,12 +146,11 @@ def _is_class(kind: pa.DataType) -> bool:
 def _read_classes(cell: int | list[int] | None) -> dict[str, Any]:
     """Return the class or the classes of a sample; −1, which data sets write where it is secret, is none."""
     if isinstance(cell, list):
-        return {"labels": tuple(cell)}
+        return {"labels": tuple(number for number in cell if number is not None)}
     return {} if cell is None or cell < 0 else {"label": cell}
 
 
 def _find_class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...] | None:
-    """Read the names of the classes that ``datasets`` puts into the metadata."""
     with suppress(LookupError, TypeError, ValueError):
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
         return tuple(map(str, names))

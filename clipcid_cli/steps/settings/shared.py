@@ -127,8 +127,9 @@ class TrainingDataSettings(ReadingSettings):
 
     data: str | None = argument(
         None,
-        "Images and captions: a folder of tar shards, one tar, a pattern such as laion/{00000..00099}.tar, a folder of "
-        "images, or a csv, tsv or parquet list. By default, the data of the embeddings in the work directory.",
+        "Images and captions: a folder of tar shards or of parquet files with images, one such file, a pattern such as "
+        "laion/{00000..00099}.tar, a folder of images, or a csv, tsv or parquet list. By default, the data of the "
+        "embeddings in the work directory.",
     )
 
 
