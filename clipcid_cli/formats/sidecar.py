@@ -289,6 +289,7 @@ class Example(msgspec.Struct):
     path: str
     offset: int
     size: int | None
+    column: str | None = None  # of a parquet file, whose row `offset` it is
 
 
 class ZeroshotSidecar(EvaluationSidecar, kw_only=True):

@@ -121,9 +121,10 @@ def test_classes_of_parquet_files_are_evaluated_and_balance_shows_their_images(p
     run = run_clipcid("eval-zeroshot", tiny_model, "parquet", "--work", "eval", "--json", cwd=place)
     assert "the 2 class names are taken from the parquet metadata" in " ".join(run.stderr.split())
     assert run.json["metrics"]["acc1"] >= 0
-    run = run_clipcid("balance", "--keep", 0.5, "--work", "of-parquet", cwd=place)
-    page = (place / "of-parquet" / "balance" / "report.html").read_text()
-    assert "data:image/" in page
+    (page,) = (place / "eval").rglob("*.html")
+    assert "data:image/" in page.read_text()
+    run_clipcid("balance", "--keep", 0.5, "--select", "resolution", "--work", "of-parquet", cwd=place)
+    assert "data:image/" in (place / "of-parquet" / "balance" / "report.html").read_text()
     refused = run_clipcid(
         "balance", "--keep", 0.5, "--write-shards", "new", "--work", "of-parquet", cwd=place, check=False
     )

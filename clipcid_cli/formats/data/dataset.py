@@ -16,8 +16,9 @@ from pathlib import Path
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import is_benchmark, list_benchmark_tars
 from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, TEXT_LISTS, Images
+from clipcid_cli.formats.data.image_column import count_rows
 from clipcid_cli.formats.data.index import DataIndex, index_folder, open_index, repeated_key
-from clipcid_cli.formats.data.parquet_shards import ImageTable, count_rows, find_table, validate_parquet
+from clipcid_cli.formats.data.parquet_shards import ImageTable, find_table, validate_parquet
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
 from clipcid_cli.formats.data.samples import ByteRange, Columns, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
@@ -179,11 +180,6 @@ def open_dataset(
         )
     else:
         kind = "images"
-        if caption_keys:
-            raise ClipcidError(
-                f"--caption-key names members of tars or columns, and {spec} is a folder of images.",
-                "Omit it: captions are in a .txt beside each image.",
-            )
         images = Images(spec, caption_lines=caption_lines)
         shards = cut(images, spec, prefix_keys=prefix_keys)
         classes = images.class_names
@@ -192,6 +188,11 @@ def open_dataset(
             inner = sorted({str(path.parent) for path in inside}, key=natural_key)
             fix = f"Its folders {', '.join(inner[:6])} contain shards: give one of them." if inner else _FORMS
             raise ClipcidError(f"{spec} contains no .tar shard and no image.", fix)
+        if caption_keys:
+            raise ClipcidError(
+                f"--caption-key names members of tars or columns, and {spec} is a folder of images.",
+                "Omit it: their captions are in a .txt beside each image.",
+            )
     dataset = Dataset(spec, kind, shards, classes, keys, columns, caption_lines, caption_keys)
     if index_root is not None:
         read_so = {"keys": keys, "caption_lines": caption_lines, "caption_keys": caption_keys}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from clipcid_cli.formats.reading import describe, open_regular
 _ROWS = 64  # that become Python's bytes at a time
 _BUFFER = 2**20  # of a column while it is read
 _FILES = 64  # whose row groups a process remembers
+_one_reads = threading.Lock()  # a row group, which the other threads wait for
 _ENDS = struct.Struct("<2q")  # where an image begins and ends, in the table of a copy
 
 
@@ -45,6 +47,12 @@ def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
             f"Shard {path} cannot be read as a parquet file: {describe(error)}.",
             "Copy or download it again, or remove it from the data.",
         ) from error
+
+
+def count_rows(path: str) -> int:
+    """Return the number of a file's rows."""
+    with open_parquet(path) as file:
+        return int(file.metadata.num_rows)
 
 
 def is_image_column(kind: pa.DataType) -> bool:
@@ -67,18 +75,20 @@ def read_group(file: pq.ParquetFile, group: int, column: str) -> Iterator[bytes 
 
 def copy_images(path: str, column: str, target: IO[bytes]) -> None:
     """Copy the images of a file one after another, after a table of where each begins; nothing is decoded."""
-    with open_parquet(path) as file:
-        starts = np.zeros(file.metadata.num_rows + 1, "<i8")
-        starts[0] = starts.nbytes
-        target.seek(starts.nbytes)
-        row = 0
-        for group in range(file.num_row_groups):
-            for image in read_group(file, group, column):
-                row += 1
-                starts[row] = starts[row - 1] + target.write(image or b"")
+    starts = np.zeros(count_rows(path) + 1, "<i8")
+    starts[0] = starts.nbytes
+    target.seek(starts.nbytes)
+    for row, image in enumerate(_read_all(path, column)):
+        starts[row + 1] = starts[row] + target.write(image or b"")
     target.seek(0)
     target.write(starts.tobytes())
     target.seek(0, os.SEEK_END)
+
+
+def _read_all(path: str, column: str) -> Iterator[bytes | None]:
+    with open_parquet(path) as file:
+        for group in range(file.num_row_groups):
+            yield from read_group(file, group, column)
 
 
 def read_copied(descriptor: int, row: int) -> bytes:
@@ -88,7 +98,7 @@ def read_copied(descriptor: int, row: int) -> bytes:
 
 
 def read_row(path: str, column: str, row: int) -> bytes:
-    """Read an image by the number of its row, with the others of its row group, which are held until another is read.
+    """Read an image by the number of its row, with the others of its row group; the last two row groups are held.
 
     Raises:
         OSError: where the file cannot be read, or has no such row or image.
@@ -96,10 +106,11 @@ def read_row(path: str, column: str, row: int) -> bytes:
     try:
         firsts = _first_rows(path)
         group = bisect_right(firsts, row) - 1
-        image = _read_whole_group(path, column, group)[row - firsts[group]]
+        with _one_reads:
+            images = _read_whole_group(path, column, group)
+        return images[row - firsts[group]] or b""
     except (ClipcidError, LookupError) as error:
         raise OSError(f"{path} has no row {row:,} that can be read: {error}") from error
-    return image or b""
 
 
 @lru_cache(maxsize=_FILES)
@@ -110,7 +121,7 @@ def _first_rows(path: str) -> list[int]:
         return [0, *accumulate(sizes)][:-1]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # threads that read images in order are at the end of one and the beginning of the next
 def _read_whole_group(path: str, column: str, group: int) -> list[bytes | None]:
     with open_parquet(path) as file:
         return list(read_group(file, group, column))

@@ -80,7 +80,10 @@ def find_table(
 def validate_parquet(path: str, table: ImageTable) -> None:
     """Check that a file is whole, as far as its end tells, and has the columns of the others."""
     with open_parquet(path) as file:
-        names = file.schema_arrow.names
+        _validate_columns(path, table, file.schema_arrow.names)
+
+
+def _validate_columns(path: str, table: ImageTable, names: list[str]) -> None:
     missing = next((name for name in (table.image, *table.others) if name not in names), None)
     if missing is not None:
         raise ClipcidError(
@@ -91,10 +94,10 @@ def validate_parquet(path: str, table: ImageTable) -> None:
 
 def read_parquet(path: str, name: str, table: ImageTable, skips: Skips) -> Iterator[Sample]:
     """Yield the samples of a file with the bytes of their images; count rows without image or key, and repeated keys."""
-    validate_parquet(path, table)
     seen = set[str]()
     number = -1
     with open_parquet(path) as file:
+        _validate_columns(path, table, file.schema_arrow.names)
         for group in range(file.num_row_groups):
             others = file.read_row_group(group, columns=table.others).to_pylist() if table.others else repeat({})
             for image, row in zip(read_group(file, group, table.image), others, strict=False):  # `repeat` has no end
@@ -116,12 +119,6 @@ def read_parquet(path: str, name: str, table: ImageTable, skips: Skips) -> Itera
                         captions=gather_captions(table.captions, found, skips),
                         **_read_classes(None if table.label is None else row[table.label]),
                     )
-
-
-def count_rows(path: str) -> int:
-    """Return the number of a file's rows."""
-    with open_parquet(path) as file:
-        return int(file.metadata.num_rows)
 
 
 def _find_image(path: str, candidates: list[str]) -> str | None:
