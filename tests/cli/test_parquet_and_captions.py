@@ -101,19 +101,8 @@ def test_other_keys_of_captions_are_refused_by_name(place: Path, tiny_model: Pat
     assert "caption_key: " in other.stderr
     other = run_clipcid("distill", "tars", *DISTILL, "--work", "of-tars", cwd=place, check=False)
     assert "Give --caption-key txt --caption-key json:recaption" in " ".join(other.stderr.split())
-    typo = (
-        "embed",
-        "tars",
-        "--model",
-        tiny_model,
-        "--work",
-        "typo",
-        "--caption-key",
-        "txt",
-        "--caption-key",
-        "json:recap",
-    )
-    warned = run_clipcid(*typo, "--dry-run", cwd=place)
+    misspelt = ("--caption-key", "txt", "--caption-key", "json:recap", "--dry-run")
+    warned = run_clipcid("embed", "tars", "--model", tiny_model, "--work", "typo", *misspelt, cwd=place)
     assert "None of the first 10 samples has a caption json:recap" in " ".join(warned.stderr.split())
 
 

@@ -125,8 +125,8 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
                 "A .txt of several lines is one caption, of which a model reads the beginning; with --caption-lines each "
                 "line is a caption."
             )
-        for key in _find_empty_keys(dataset) if settings.text else ():
-            reporter.warn(f"None of the first {_LOOKED_AT} samples has a caption {key}.")
+        if settings.text:
+            _warn_of_empty_keys(dataset, reporter)
     plan = EmbedPlan(settings, without_text, step, folder, name, dataset, describe_shards(dataset))
     _validate_own_folder(folder, step)
     with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
@@ -215,11 +215,13 @@ def _has_unused_lines(dataset: Dataset) -> bool:
     return first is not None and any("\n" in caption for caption in first.captions)
 
 
-def _find_empty_keys(dataset: Dataset) -> list[str]:
-    """Return the keys of captions that none of the first samples has: they may be misspelt."""
+def _warn_of_empty_keys(dataset: Dataset, reporter: Reporter) -> None:
+    """Name the keys of captions that none of the first samples has: they may be misspelt."""
     skips = Skips()
     number = sum(1 for _ in islice(dataset.shards[0].stream(skips), _LOOKED_AT)) if dataset.caption_keys else 0
-    return [key for key in dataset.caption_keys if number and skips.without.get(key) == number]
+    for key in dataset.caption_keys:
+        if number and skips.without.get(key) == number:
+            reporter.warn(f"None of the first {number} samples has a caption {key}.")
 
 
 def describe_shards(dataset: Dataset) -> list[FileRecord]:
