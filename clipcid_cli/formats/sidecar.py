@@ -53,7 +53,7 @@ class Sidecar(Run, kw_only=True):
 
 
 class DataSpec(msgspec.Struct, omit_defaults=True):
-    """What opens data again: its name, ``--keys``, the columns of a list, and whether a line of a ``.txt`` is a caption."""
+    """What opens data again: its name, and the flags by which it was read."""
 
     spec: str
     keys: str
@@ -61,6 +61,7 @@ class DataSpec(msgspec.Struct, omit_defaults=True):
     caption: str
     key: str
     caption_lines: bool = False
+    caption_key: tuple[str, ...] = ()
 
 
 class ModelRecord(msgspec.Struct, kw_only=True):
@@ -91,6 +92,7 @@ class EmbedMade(msgspec.Struct):
     batch_size: int
     preprocess: str
     caption_lines: bool = False
+    caption_key: tuple[str, ...] = ()
     views: int = 0
     view_kind: tuple[str, ...] = ("crop",)
     crop_scale: float = 0.9
@@ -230,7 +232,7 @@ class DistillSidecar(Sidecar, kw_only=True):
 class LinesRecord(msgspec.Struct):
     """Which class names or templates a score is of: those of other lines are not comparable."""
 
-    source: str  # path of the file, or ``openai``, ``simple``, ``imagenet``, ``default``, ``folder names``
+    source: str  # path of the file, or ``openai``, ``simple``, ``imagenet``, ``default``, ``folder names``, …
     number: int
     hash: str  # what ``b2sum -l 48`` prints of a file with these lines
 
@@ -287,6 +289,7 @@ class Example(msgspec.Struct):
     path: str
     offset: int
     size: int | None
+    column: str | None = None  # of a parquet file, whose row `offset` it is
 
 
 class ZeroshotSidecar(EvaluationSidecar, kw_only=True):

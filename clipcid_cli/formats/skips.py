@@ -25,10 +25,11 @@ _NAMED = 5
 
 @dataclasses.dataclass
 class Skips:
-    """Counts of unusable samples."""
+    """Counts of unusable samples; and, of those that can be used, how many have no caption of a key."""
 
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    without: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -47,7 +48,13 @@ class Skips:
         assert reason in REASONS, reason
         self.merge(Skips({reason: 1}, {reason: [name]}))
 
+    def miss(self, key: str, number: int = 1) -> None:
+        """Count samples without a caption of this key."""
+        self.without[key] = self.without.get(key, 0) + number
+
     def merge(self, other: Skips) -> None:
+        for key, number in other.without.items():
+            self.miss(key, number)
         for reason, number in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + number
             names = self.examples.setdefault(reason, [])

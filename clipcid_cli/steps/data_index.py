@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
 from clipcid_cli.formats.data.index import (
     DataIndex,
     IndexedShard,
@@ -30,6 +30,7 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.pipeline import default_workers, ordered_map
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.settings.shared import ReadingSettings
 
 # Fewer shards than this are listed before a worker has started.
 _FEW_SHARDS = 8
@@ -38,15 +39,41 @@ _FEW_SHARDS = 8
 _SHARDS_IN_USE = 2 * SHARDS_MIXED + FETCHED_AT_ONCE + 1
 
 
+def open_named(settings: ReadingSettings, data: str, index_root: Path | None = None) -> Dataset:
+    """Open the data that a command names, as its flags say."""
+    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
+    return open_dataset(
+        data,
+        settings.keys,
+        columns,
+        index_root,
+        caption_lines=settings.caption_lines,
+        caption_keys=settings.caption_key,
+    )
+
+
+def note_missing_captions(dataset: Dataset, reporter: Reporter) -> dict[str, int]:
+    """Say how many samples of indexed data have no caption of the keys that were named; return it by key."""
+    if dataset.index is None or not dataset.caption_keys:
+        return {}
+    found = Skips()
+    for record in dataset.index.records:
+        found.merge(record.skips)
+    if found.without:
+        numbers = ", ".join(f"{number:,} without {key}" for key, number in sorted(found.without.items()))
+        reporter.note(f"Captions of {int(dataset.index.sizes.sum()):,} samples: {numbers}.")
+    return found.without
+
+
 def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample]:
     """Yield a shard's samples for a step that reads all of it: from the index, or else into it.
 
-    A shard behind a URL or a command is read in any case, and its samples come with their bytes. `skips` counts the samples
-    left out; it is complete once all were taken.
+    A shard that is streamed is read in any case, and its samples come with their bytes. `skips` counts the samples left
+    out; it is complete once all were taken.
     """
     shard = dataset.shards[number]
     index = dataset.index
-    if index is not None and not is_remote(shard.file):
+    if index is not None and not shard.is_streamed:
         skips.merge(index.records[number].skips)
         part = index.part(number)
         yield from map(part.sample, range(len(part)))
@@ -107,9 +134,9 @@ def open_part(dataset: Dataset, number: int) -> Part:
 
 
 def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:
-    """Return indexed data, read from local copies, of `gigabytes` at most, where it is behind URLs or from commands."""
+    """Return indexed data, read from local copies, of `gigabytes` at most, where shards are streamed."""
     index = dataset.index
-    if index is None or not any(is_remote(shard.file) for shard in dataset.shards):
+    if index is None or not any(shard.is_streamed for shard in dataset.shards):
         return dataset
     needed = sum(sorted((record.fingerprint.size for record in index.records), reverse=True)[:_SHARDS_IN_USE])
     if needed > gigabytes * 1e9:

@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.kinds import Kind
@@ -82,7 +81,7 @@ def list_batches(
         yield Batch(number, samples, read, skipped)
 
     batches = (batch for number in shards for batch in list_shard(number))
-    return read_ahead(batches, _READ_AHEAD) if any(is_remote(shard.file) for shard in dataset.shards) else batches
+    return read_ahead(batches, _READ_AHEAD) if any(shard.is_streamed for shard in dataset.shards) else batches
 
 
 @dataclasses.dataclass

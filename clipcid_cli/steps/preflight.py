@@ -14,7 +14,7 @@ from itertools import islice
 import numpy as np
 
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.remote import is_remote, is_url
+from clipcid_cli.formats.data.remote import is_pipe, is_url
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
@@ -23,7 +23,7 @@ from clipcid_cli.steps.reporting import Reporter
 
 _SECONDS = 2.0
 _SAMPLES_OF_A_SHARD = 3
-_SHARDS_BEHIND_URLS = 4
+_STREAMED_SHARDS = 4
 _THREADS = 16
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -65,21 +65,22 @@ def validate_samples(dataset: Dataset, context: DistContext, seed: int, *, dry_r
 def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
     """Return the numbers of the shards to look at; those of any first part of it lie evenly in the data.
 
-    Of shards behind URLs a dry run looks at a few, a run at none; the output of a command is never looked at.
+    Of shards that are streamed a dry run looks at a few, a run at none; the output of a command is never looked at.
     """
     # Multiples of the golden ratio fill [0, 1) evenly, however many of them are taken.
     offset = derive_seed("preflight", seed) / 2**63
     positions = (np.arange(len(dataset.shards)) * _GOLDEN_RATIO + offset) % 1.0
     order = positions.argsort().argsort().tolist()
-    behind_urls = [number for number in order if is_url(dataset.shards[number].file)]
-    local = [number for number in order if not is_remote(dataset.shards[number].file)]
-    return local + behind_urls[: _SHARDS_BEHIND_URLS if dry_run else 0]
+    shards = dataset.shards
+    streamed = [number for number in order if shards[number].is_streamed and not is_pipe(shards[number].file)]
+    others = [number for number in order if not shards[number].is_streamed]
+    return others + streamed[: _STREAMED_SHARDS if dry_run else 0]
 
 
 def _look(dataset: Dataset, number: int) -> tuple[int, Skips]:
     """Read and decode a few samples of a shard, from the index spread over it, else the first; count all, and bad ones."""
     shard = dataset.shards[number]
-    if dataset.index is not None and not is_remote(shard.file):
+    if dataset.index is not None and not shard.is_streamed:
         part = dataset.index.part(number)
         places = np.unique(np.linspace(0, len(part) - 1, min(len(part), _SAMPLES_OF_A_SHARD)).astype(np.int64))
         samples = list(map(part.sample, places.tolist()))

@@ -10,15 +10,17 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import is_benchmark, list_benchmark_tars
-from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, Columns, Images
+from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, TEXT_LISTS, Images
+from clipcid_cli.formats.data.image_column import count_rows
 from clipcid_cli.formats.data.index import DataIndex, index_folder, open_index, repeated_key
+from clipcid_cli.formats.data.parquet_shards import ImageTable, find_table, validate_parquet
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
-from clipcid_cli.formats.data.samples import ByteRange, Sample, natural_key
+from clipcid_cli.formats.data.samples import ByteRange, Columns, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
 from clipcid_cli.formats.data.tars import validate_tar
 from clipcid_cli.formats.fingerprint import FileRecord
@@ -29,14 +31,17 @@ from clipcid_cli.formats.skips import Skips
 __all__ = ["ByteRange", "Columns", "Dataset", "Sample", "Shard", "open_dataset"]
 
 _FORMS = (
-    "Give a folder of .tar shards, one .tar, a pattern such as data/{00000..00099}.tar, a folder of images, or a csv, tsv "
-    "or parquet list."
+    "Give a folder of .tar shards or of parquet files with images, one such file, a pattern such as "
+    "data/{00000..00099}.tar, a folder of images, or a csv, tsv or parquet list."
 )
 _SEPARATOR = "::"  # webdataset's, between several folders, tars or patterns
 
 # Up to this size, keys are compared across all shards when data is opened; of larger data, or data that will have an index,
 # only those of the first two shards are, and all once they have been read.
 _SMALL = 2**30
+
+_SHARD_SUFFIXES = (".tar", ".parquet")
+_SPLIT = re.compile(r"(.+)-\d+-of-\d+.*[.]parquet$")  # as ``datasets`` names files
 
 _MAX_SHARDS = 1_000_000  # of a pattern: LAION-5B has some 232,000
 _NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
@@ -57,13 +62,16 @@ class Dataset:
     """Image-text data."""
 
     spec: str  # its name as given; local paths are absolute
-    kind: str  # ``webdataset``, ``benchmark`` (CLIP_benchmark's folder), ``images``, ``list`` or ``texts``
+    # ``webdataset``, ``benchmark`` (CLIP_benchmark's folder), ``parquet`` (with the images in it), ``images``, ``list`` or
+    # ``texts``.
+    kind: str
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] | None = None
     keys: str = "sample"  # ``sample`` or ``shard``: whether a key is the sample's own or begins with its shard's name
     columns: Columns = dataclasses.field(default_factory=Columns)
     # Whether each line of a ``.txt`` is a caption, where that was asked for.
     caption_lines: bool = False
+    caption_keys: tuple[str, ...] = ()  # where captions are; empty where they are in the usual places
     index_folder: Path | None = None
     index: DataIndex | None = None  # its index, where it is finished and no shard has changed since
 
@@ -97,7 +105,8 @@ class Dataset:
     def describe(self) -> DataSpec:
         """Return the name and the options of the data, from which `open_described` opens it again."""
         columns = self.columns
-        return DataSpec(self.spec, self.keys, columns.image, columns.caption, columns.key, self.caption_lines)
+        named = (columns.image, columns.caption, columns.key)
+        return DataSpec(self.spec, self.keys, *named, self.caption_lines, self.caption_keys)
 
 
 def names_command(spec: str) -> bool:
@@ -114,7 +123,12 @@ def open_described(description: DataSpec, index_root: Path | None = None) -> Dat
         )
     columns = Columns(description.image, description.caption, description.key)
     return open_dataset(
-        description.spec, description.keys, columns, index_root, caption_lines=description.caption_lines
+        description.spec,
+        description.keys,
+        columns,
+        index_root,
+        caption_lines=description.caption_lines,
+        caption_keys=description.caption_key,
     )
 
 
@@ -125,33 +139,44 @@ def open_dataset(
     index_root: Path | None = None,
     *,
     caption_lines: bool = False,
+    caption_keys: tuple[str, ...] = (),
 ) -> Dataset:
     """Open image-text data.
 
-    Refused within seconds: when it contains no shard or image, a local shard is truncated or not a tar, the first shards
-    contain no image, or keys repeat across shards.
+    Refused within seconds: when it contains no shard or image, a local shard is truncated or not what it is called, the
+    first shards contain no image, or keys repeat across the shards looked at.
 
     Args:
-        spec: A folder of tar shards (CLIP_benchmark's among them), one tar, a pattern of tars, several of these with
-            ``::`` between them, a folder of images, a csv, tsv or parquet list; local or a URL that fsspec knows. A
-            ``pipe:`` command is run by a shell: pass on only what the user wrote.
+        spec: A folder of tar shards (CLIP_benchmark's among them) or of parquet files with images, one such file, a
+            pattern, several of these with ``::`` between them, a folder of images, a csv, tsv or parquet list; local or a
+            URL that fsspec knows. A ``pipe:`` command is run by a shell: pass on only what the user wrote.
         keys: ``shard`` puts the shard's name before each key, for data whose keys repeat across shards.
         index_root: Folder of indexes. Data with an up-to-date index is opened without reading its shards.
         caption_lines: Whether each line of a ``.txt`` is a caption, as always in CLIP_benchmark's folders.
+        caption_keys: Where the captions of a sample are, all of them: extensions of members or fields of the json member
+            (``json:FIELD``) of tars, columns of a list or a parquet file. Without one ``txt``, or the column of `columns`.
     """
     spec = _SEPARATOR.join(map(_normalize, str(spec).split(_SEPARATOR)))
     columns = columns or Columns()
     prefix_keys = keys == "shard"
-    classes: tuple[str, ...] | None = None
-    if spec.lower().endswith(LIST_SUFFIXES):
+    files = None if spec.lower().endswith(TEXT_LISTS) else _find_files(spec)
+    table, classes = (None, None) if files is None else _find_table(files, columns, caption_keys)
+    if table is None and spec.lower().endswith(LIST_SUFFIXES):
         kind = "list"
-        shards = cut(Images(spec, columns), spec, prefix_keys=prefix_keys)
-    elif (tars := _find_tars(spec)) is not None:
-        kind = "benchmark" if is_benchmark(spec) else "webdataset"
-        names = zip(_name_tars(tars), tars, strict=True)
+        shards = cut(Images(spec, columns, caption_keys=caption_keys), spec, prefix_keys=prefix_keys)
+    elif files is not None and (table is not None or not _is_parquet(files[0])):
+        kind = "parquet" if table is not None else "benchmark" if is_benchmark(spec) else "webdataset"
+        has_numbers = table is not None and table.key is None  # for keys, those of rows in a file
         shards = tuple(
-            Shard(name, tar, prefix_keys=prefix_keys, caption_lines=caption_lines or kind == "benchmark")
-            for name, tar in names
+            Shard(
+                name,
+                file,
+                prefix_keys=prefix_keys or has_numbers,
+                caption_lines=caption_lines or kind == "benchmark",
+                caption_keys=caption_keys,
+                table=table,
+            )
+            for name, file in zip(_name_shards(files), files, strict=True)
         )
     else:
         kind = "images"
@@ -159,12 +184,19 @@ def open_dataset(
         shards = cut(images, spec, prefix_keys=prefix_keys)
         classes = images.class_names
         if not shards:
-            inner = sorted({str(path.parent) for path in Path(spec).glob("*/*.tar")}, key=natural_key)
+            inside = (path for path in Path(spec).glob("*/*") if path.suffix in _SHARD_SUFFIXES)
+            inner = sorted({str(path.parent) for path in inside}, key=natural_key)
             fix = f"Its folders {', '.join(inner[:6])} contain shards: give one of them." if inner else _FORMS
             raise ClipcidError(f"{spec} contains no .tar shard and no image.", fix)
-    dataset = Dataset(spec, kind, shards, classes, keys, columns, caption_lines)
+        if caption_keys:
+            raise ClipcidError(
+                f"--caption-key names members of tars or columns, and {spec} is a folder of images.",
+                "Omit it: their captions are in a .txt beside each image.",
+            )
+    dataset = Dataset(spec, kind, shards, classes, keys, columns, caption_lines, caption_keys)
     if index_root is not None:
-        read_so = {"keys": keys, **dataclasses.asdict(columns)} | ({"caption_lines": True} if caption_lines else {})
+        read_so = {"keys": keys, "caption_lines": caption_lines, "caption_keys": caption_keys}
+        read_so |= dataclasses.asdict(columns)
         folder = index_folder(index_root, kind, read_so)
         dataset = dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, shards))
     if dataset.index is None:
@@ -173,6 +205,8 @@ def open_dataset(
 
 
 def _estimate_samples(shard: Shard) -> int:
+    if shard.table is not None:
+        return count_rows(shard.source)
     if is_pipe(shard.file):
         return _SAMPLES_OF_COMMAND
     if not is_url(shard.file):
@@ -186,10 +220,11 @@ def _estimate_samples(shard: Shard) -> int:
 
 def _validate_shards(dataset: Dataset) -> None:
     """Look into the shards: all are whole, some of the first have an image, and keys differ, as far as that is quick."""
-    tars = [shard for shard in dataset.shards if shard.slices is None]
+    tars = [shard for shard in dataset.shards if shard.is_tar]
     local = [Path(shard.source) for shard in tars if not is_remote(shard.source)]
+    tables = [shard for shard in dataset.shards if shard.table is not None and not is_remote(shard.source)]
     with ThreadPoolExecutor(16) as pool:
-        for _ in pool.map(validate_tar, local):
+        for _ in chain(pool.map(validate_tar, local), pool.map(_validate_table, tables)):
             pass
     skips = Skips()
     if all(next(shard.stream(skips), None) is None for shard in dataset.shards[:_LOOKED_AT]):
@@ -209,35 +244,69 @@ def _validate_shards(dataset: Dataset) -> None:
                 raise repeated_key(sample.key, owner, shard.name)
 
 
-def _find_tars(spec: str) -> list[str] | None:
-    """List the tars that `spec` refers to, in natural order; None for a folder without any."""
+def _validate_table(shard: Shard) -> None:
+    assert shard.table is not None, "a parquet file"
+    validate_parquet(shard.source, shard.table)
+
+
+def _find_files(spec: str) -> list[str] | None:
+    """List the tars or parquet files that `spec` refers to, in natural order; None for a folder without any."""
     # A folder may be called like a pattern.
     if (_SEPARATOR in spec or "{" in spec) and (is_remote(spec) or not os.path.exists(spec)):
-        tars = list[str]()
+        files = list[str]()
         for part in _expand(spec):
             # A tar may turn out to be missing.
-            found = _find_tars(part) if is_remote(part) or os.path.isdir(part) else glob.glob(part) or [part]
+            found = _find_files(part) if is_remote(part) or os.path.isdir(part) else glob.glob(part) or [part]
             if found is None:
                 raise ClipcidError(f"{part} contains no .tar shard.", _FORMS)
-            tars += found
-    elif is_pipe(spec) or (is_url(spec) and spec.lower().endswith(".tar")) or os.path.isfile(spec):
-        tars = [spec]
+            files += found
+    elif is_pipe(spec) or (is_url(spec) and spec.lower().endswith(_SHARD_SUFFIXES)) or os.path.isfile(spec):
+        files = [spec]
     elif is_url(spec):
-        tars = [name for name in list_folder(spec) if name.lower().endswith(".tar")]
-        if not tars:
+        files = _choose_form(spec, list_folder(spec))
+        if not files:
             raise ClipcidError(
                 f"{spec} contains no .tar shard.", "Give a pattern such as s3://bucket/data/{00000..00099}.tar."
             )
     elif not os.path.isdir(spec):
-        tars = glob.glob(spec)
-        if not tars:
+        files = glob.glob(spec)
+        if not files:
             raise ClipcidError(f"There is no data at {spec}.", _FORMS)
     elif is_benchmark(spec):
-        tars = list_benchmark_tars(Path(spec))
+        files = list_benchmark_tars(Path(spec))
     else:
-        names = (name for name in os.listdir(spec) if name.lower().endswith(".tar") and not name.startswith("."))
-        tars = [os.path.join(spec, name) for name in names]
-    return sorted(tars, key=natural_key) or None
+        visible = [os.path.join(spec, name) for name in os.listdir(spec) if not name.startswith(".")]
+        files = _choose_form(spec, visible)
+    return sorted(files, key=natural_key) or None
+
+
+def _choose_form(folder: str, paths: list[str]) -> list[str]:
+    """Return the tars of a folder, or else its parquet files: tools write these beside tars, without images."""
+    for suffix in _SHARD_SUFFIXES:
+        files = [path for path in paths if path.lower().endswith(suffix)]
+        if files:
+            break
+    splits = {found[1]: path for path in files if (found := _SPLIT.match(path.rpartition("/")[2]))}
+    if len(splits) > 1:
+        patterns = ", ".join(f'"{folder.rstrip("/")}/{split}-*"' for split in sorted(splits))
+        raise ClipcidError(f"{folder} holds several splits of a data set.", f"Give one of them: {patterns}.")
+    return files
+
+
+def _is_parquet(file: str) -> bool:
+    return file.lower().endswith(".parquet") and not is_pipe(file)
+
+
+def _find_table(
+    files: list[str], columns: Columns, caption_keys: tuple[str, ...]
+) -> tuple[ImageTable | None, tuple[str, ...] | None]:
+    """Find columns and classes of parquet files of images; None for tars, and for parquet files without images."""
+    if not _is_parquet(files[0]):
+        return None, None
+    mixed = next((file for file in files if not _is_parquet(file)), None)
+    if mixed is not None:
+        raise ClipcidError(f"{files[0]} is a parquet file, {mixed} is none.", "Give data of one form.")
+    return find_table(files[0], columns, caption_keys)
 
 
 def _expand(spec: str) -> list[str]:
@@ -274,14 +343,15 @@ def _normalize(spec: str) -> str:
     return spec if not spec or is_remote(spec) else os.path.abspath(os.path.expanduser(spec))
 
 
-def _name_tars(tars: list[str]) -> list[str]:
+def _name_shards(files: list[str]) -> list[str]:
     """Name shards by their files, preceded by as many folders as it takes to distinguish them."""
-    paths = [_path_in_command(tar) if is_pipe(tar) else tar for tar in tars]
-    parts = [path[: -len(".tar")].split("/") if path.lower().endswith(".tar") else path.split("/") for path in paths]
+    paths = [_path_in_command(file) if is_pipe(file) else file for file in files]
+    names = [os.path.splitext(path)[0] if path.lower().endswith(_SHARD_SUFFIXES) else path for path in paths]
+    parts = [name.split("/") for name in names]
     depth = 1
-    if len(set(map(tuple, parts))) < len(tars):
+    if len(set(map(tuple, parts))) < len(files):
         raise ClipcidError("The pattern lists a shard twice.", "List each shard once.")
-    while len({tuple(part[-depth:]) for part in parts}) < len(tars):
+    while len({tuple(part[-depth:]) for part in parts}) < len(files):
         depth += 1
     return ["/".join(part[-depth:]) for part in parts]
 
@@ -300,11 +370,11 @@ def fingerprint_images(dataset: Dataset, samples: Iterable[Sample] | None = None
     images of the same size differ there, in their tables, their data or a checksum. Of other forms (BMP, TIFF, …), where a
     white border may fill both ends, all bytes are.
 
-    Of a remote image only the name is included. Tars behind a URL are not read for it: their own fingerprints are included,
-    and `size` is their bytes.
+    Of a remote image only the name is included. Shards that are streamed are not read for it: their own fingerprints are
+    included, and `size` is their bytes.
     """
     digest = hashlib.blake2b(digest_size=16)
-    if any(is_remote(shard.file) for shard in dataset.shards):
+    if any(shard.is_streamed for shard in dataset.shards):
         shards = dataset.fingerprints()
         size = sum(each.size for each in shards)
         kind = "shards"

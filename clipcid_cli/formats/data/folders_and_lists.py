@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.captions import gather_captions, split_captions
 from clipcid_cli.formats.data.remote import is_url, local_file
-from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Sample, natural_key
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Columns, Sample, natural_key
 from clipcid_cli.formats.data.shard import Slices
-from clipcid_cli.formats.data.tars import split_captions
 from clipcid_cli.formats.reading import describe, open_regular, read_regular
 from clipcid_cli.formats.skips import Skips
 
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 VIRTUAL_SHARD = 10_000
 """Samples in a slice."""
 
-LIST_SUFFIXES = (".csv", ".tsv", ".parquet")
+TEXT_LISTS = (".csv", ".tsv")
+LIST_SUFFIXES = (*TEXT_LISTS, ".parquet")
 LABEL_COLUMN = "label"
 # What pandas makes of a cell of a parquet list.
 _SEVERAL = (list, tuple, np.ndarray)
@@ -43,7 +44,7 @@ _SCHEMA = pa.schema(
     [
         ("key", pa.binary()),  # as the path: names of files need not be UTF-8
         ("path", pa.binary()),  # of the image, relative to the folder; empty where a row of a list names none
-        ("captions", pa.list_(pa.string())),
+        ("captions", pa.list_(pa.list_(pa.string()))),  # by column of captions
         ("classes", pa.list_(pa.int64())),  # null where there are none
         ("size", pa.int64()),  # of the image, where it was looked at
         ("text", pa.binary()),  # path of the file that holds the caption, its size and time
@@ -52,19 +53,6 @@ _SCHEMA = pa.schema(
         ("repeated", pa.bool_()),  # whether an earlier image has the same key
     ]
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """Names of a list's columns; an optional ``label`` column numbers the classes.
-
-    Where any cell of that column contains several numbers (a parquet list, or ``3 7`` in text), every image may have
-    any number of classes, and an empty cell means none.
-    """
-
-    image: str = "filepath"  # relative to the list's folder or absolute, or a URL
-    caption: str = "title"  # in parquet perhaps a list of several; optional
-    key: str = "key"  # without such a column, the path as written
 
 
 class _Listed(NamedTuple):
@@ -80,6 +68,7 @@ class Images(Slices):
     source: str  # the folder, or the list or its URL
     columns: Columns | None = None  # of a list
     caption_lines: bool = False  # whether each line of a ``.txt`` is a caption
+    caption_keys: tuple[str, ...] = ()  # columns of captions that a list must have, in place of that of `columns`
 
     @cached_property
     def _listed(self) -> _Listed:
@@ -87,7 +76,7 @@ class Images(Slices):
             class_names, rows = _list_folder(self.source)
         else:
             class_names = None
-            rows = _list_rows(self.source, self.columns)
+            rows = _list_rows(self.source, self.columns, self.caption_keys)
         slices = list[pa.RecordBatch]()
         seen = set[bytes]()
         several = False
@@ -125,7 +114,7 @@ class Images(Slices):
             elif row["repeated"]:
                 skips.add("duplicate_key", name)
             else:
-                yield self._sample(row)
+                yield self._sample(row, skips)
 
     def stamp(self, number: int) -> tuple[int, int]:
         """Return the number of rows, and a hash of them."""
@@ -137,17 +126,20 @@ class Images(Slices):
         digest = hashlib.blake2b(digest_size=16)
         rows = self._listed.slices[number].to_pylist()
         for row in rows:
-            sample = self._sample(row)
+            sample = self._sample(row, Skips())
             content = (row["path"], row["size"], row["key"], sample.captions, sample.label, sample.labels)
             digest.update(repr(content).encode("utf-8", "surrogateescape"))
         return len(rows), f"blake2b-rows:{digest.hexdigest()}"
 
-    def _sample(self, row: dict[str, Any]) -> Sample:
+    def _sample(self, row: dict[str, Any], skips: Skips) -> Sample:
         path = os.fsdecode(row["path"])
-        captions = row["captions"] or []
+        captions: tuple[str, ...] = ()
         classes = row["classes"]
         folder = self.source
         if self.columns is not None:
+            if row["captions"] is not None:
+                keys = self.caption_keys or (self.columns.caption,)
+                captions = gather_captions(keys, row["captions"], skips)
             folder = folder.rpartition("/")[0] if is_url(folder) else os.path.dirname(folder)
         if row["text"]:
             with contextlib.suppress(OSError):  # a caption that cannot be read is a missing one, and counted as such
@@ -156,7 +148,7 @@ class Images(Slices):
         return Sample(
             key=os.fsdecode(row["key"]),
             image=ByteRange(path if is_url(path) else os.path.join(folder, path)),
-            captions=tuple(captions),
+            captions=captions,
             label=classes[0] if classes and not self._listed.several else None,
             labels=tuple(classes) if classes is not None and self._listed.several else None,
         )
@@ -218,26 +210,27 @@ def _walk(root: str) -> Iterator[tuple[str, os.stat_result]]:
                     yield path, entry.stat()
 
 
-def _list_rows(source: str, columns: Columns) -> Iterator[dict[str, Any]]:
+def _list_rows(source: str, columns: Columns, caption_keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """List a ``.csv`` (commas, or tabs as open_clip's are), ``.tsv`` or ``.parquet`` file, or its URL, in its own order."""
     with local_file(source) as file:
         for frame in _read_frames(source, file):
-            needed = [columns.image] if columns.key == Columns.key else [columns.image, columns.key]
+            needed = [columns.image, *caption_keys, *([] if columns.key == Columns.key else [columns.key])]
             missing = next((name for name in needed if name not in frame), None)
             if missing is not None:
                 raise ClipcidError(
                     f"List {source} has no column {missing!r}; it has {', '.join(map(str, frame.columns[:12]))}.",
-                    "Name its columns: --image-column for the paths of the images, --caption-column, --key-column.",
+                    "Name its columns: --image-column for the paths of the images, --caption-key, --key-column.",
                 )
             if frame.empty:
                 raise ClipcidError(f"List {source} has a header and no rows.", "Give a list with one row per image.")
             nothing = [None] * len(frame)
+            texts = [name for name in caption_keys or (columns.caption,) if name in frame]
             paths = _texts(source, frame, columns.image)
             keys = _texts(source, frame, columns.key) if columns.key in frame else paths
-            captions = map(_captions, frame[columns.caption]) if columns.caption in frame else nothing
+            captions = zip(*(map(_captions, frame[name]) for name in texts), strict=True) if texts else nothing
             classes = _classes(source, frame[LABEL_COLUMN]) if LABEL_COLUMN in frame else nothing
-            for key, path, texts, numbers in zip(keys, paths, captions, classes, strict=True):
-                yield {"key": os.fsencode(key), "path": os.fsencode(path), "captions": texts, "classes": numbers}
+            for key, path, found, numbers in zip(keys, paths, captions, classes, strict=True):
+                yield {"key": os.fsencode(key), "path": os.fsencode(path), "captions": found, "classes": numbers}
 
 
 def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,10 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, lock, write_error, write_parquet
-from clipcid_cli.formats.data.remote import is_remote
+from clipcid_cli.formats.data.captions import split_captions
 from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy, fetch_ahead
-from clipcid_cli.formats.data.tars import split_captions
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.join import find_repeat
 from clipcid_cli.formats.reading import read_regular
@@ -41,7 +41,7 @@ from clipcid_cli.formats.skips import Skips
 # Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB.
 _PARTS_KEPT = 48
 
-_VERSION = 3
+_VERSION = 4
 _LOCATION = pa.struct(
     [
         ("path", pa.string()),  # null where it is the shard's own file
@@ -54,7 +54,7 @@ _SCHEMA = pa.schema(
         ("key", pa.string()),
         ("image", _LOCATION),
         ("captions", pa.list_(pa.string())),  # null where they are read from the shard's file
-        ("captions_at", _LOCATION),
+        ("captions_at", pa.list_(_LOCATION)),  # by each of the shard's keys of captions, null where it has none
         ("num_captions", pa.int32()),
         ("attributes", _LOCATION),
     ]
@@ -82,7 +82,7 @@ class Part:
     path: str
     digest: str
     shard: Shard | None  # None where each image is a file of its own
-    copy: ShardCopy | None  # of a shard behind a URL, to read from
+    copy: ShardCopy | None  # of a shard that is streamed, to read from
 
     @property
     def table(self) -> pa.Table:
@@ -109,14 +109,16 @@ class Part:
         captions = row["captions"]
         if captions is None:
             assert self.shard is not None, "captions are in the shard's own file"
+            places = zip(self.shard.member_keys, row["captions_at"], strict=True)
             try:
-                text = self._locate(row["captions_at"]).read()
+                found = [(key, self._locate(place).read()) for key, place in places if place is not None]
             except OSError as error:
                 raise ClipcidError(
                     f"The captions in {self.shard.file} cannot be read: {error}.",
                     "Put the file back, then run the same command again.",
                 ) from error
-            captions = split_captions(text, a_line_each=self.shard.caption_lines)
+            lines = self.shard.caption_lines
+            captions = chain(*(split_captions(text, key, a_line_each=lines) for key, text in found))
         return Sample(
             key=row["key"],
             image=self._locate(row["image"]),
@@ -127,7 +129,9 @@ class Part:
     def _locate(self, found: dict[str, Any]) -> ByteRange:
         if found["path"] is not None or self.shard is None:
             return ByteRange(**found)
-        return ByteRange(self.shard.file, found["offset"], found["size"], copy=self.copy)
+        table = self.shard.table
+        column = None if table is None else table.image
+        return ByteRange(self.shard.file, found["offset"], found["size"], copy=self.copy, column=column)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +156,7 @@ class DataIndex:
     folder: Path
     shards: tuple[Shard, ...]
     records: tuple[IndexedShard, ...]
-    cache: ShardCache | None = None  # where shards behind URLs are copied to; None reads one sample at a time
+    cache: ShardCache | None = None  # where streamed shards are copied to; None reads one sample at a time
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -170,9 +174,12 @@ class DataIndex:
             fetch_ahead(filter(None, map(self._copy, numbers)))
 
     def _copy(self, number: int) -> ShardCopy | None:
-        if self.cache is None or not is_remote(self.shards[number].file):
+        shard = self.shards[number]
+        if self.cache is None or not shard.is_streamed:
             return None
-        return ShardCopy(self.cache, self.records[number].fingerprint, self.records[number].digest)
+        record = self.records[number]
+        column = None if shard.table is None else shard.table.image
+        return ShardCopy(self.cache, record.fingerprint, record.digest, column)
 
 
 def index_folder(root: Path, kind: str, settings: dict[str, Any]) -> Path:
@@ -212,8 +219,8 @@ def _to_row(sample: Sample, file: str) -> dict[str, Any]:
     return {
         "key": sample.key,
         "image": describe(sample.image),
-        "captions": None if sample.captions_at is not None else sample.captions,
-        "captions_at": describe(sample.captions_at),
+        "captions": None if sample.captions_at else sample.captions,
+        "captions_at": [*map(describe, sample.captions_at)],
         "num_captions": len(sample.captions),
         "attributes": describe(sample.attributes),
     }

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,8 @@ from typing import Any, TypeVar
 import fsspec
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.fingerprint import FileRecord, hash_windows
+from clipcid_cli.formats.reading import open_regular
 
 _PIPE = "pipe:"
 # Seconds before each further attempt at a connection that broke. Bytes received start the count anew.
@@ -27,6 +29,7 @@ _WAITS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _LATER_WAITS = (8.0, 16.0, 32.0, 60.0, 60.0, 120.0)
 # Bytes requested at once: a stream waits for the server once per request.
 _REQUEST = 2**23
+_WINDOW = 2**16  # of a local shard, for its hash
 # Errors that another attempt would repeat.
 _LASTING = (FileNotFoundError, PermissionError, ImportError, ValueError, NotImplementedError)
 _PASSING_STATUSES = {408, 425, 429, *range(500, 600)}  # timeouts, "too many requests", "service unavailable"
@@ -59,7 +62,7 @@ def is_remote(spec: str) -> bool:
 
 
 def open_remote(path: str) -> io.BufferedReader:
-    """Open what is behind a URL, or the output of a command, which is run: to be read once, in order."""
+    """Open what is behind a URL, or the output of a command, which is run and can only be read in order."""
     return io.BufferedReader(_RemoteStream(path), _REQUEST)
 
 
@@ -74,6 +77,20 @@ class _RemoteStream(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return not is_pipe(self._path)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go on elsewhere, by another request."""
+        if whence == os.SEEK_END:
+            offset += describe_file(self._path).size
+        elif whence == os.SEEK_CUR:
+            offset += self._place
+        if offset != self._place:
+            self._place = offset
+            self._disconnect()
+        return offset
 
     def readinto(self, buffer: Any) -> int:
         data = _retry(self._path, lambda: self._read(len(buffer)))
@@ -177,6 +194,29 @@ def describe_file(path: str) -> FileRecord:
         version = next((str(known[name]) for name in _VERSIONS if known.get(name)), "")
     digest = hashlib.blake2b(f"{size} {version}".encode("utf-8", "surrogateescape"), digest_size=16)
     return FileRecord(path, size, f"blake2b-remote:{digest.hexdigest()}")
+
+
+def describe_shard(path: str) -> FileRecord:
+    """Describe a shard as `describe_file` does or, where it is local, by a hash of its size and windows of 64 KiB.
+
+    `fingerprint.record` would read most shards whole.
+    """
+    if is_remote(path):
+        return describe_file(path)
+    with naming_shard(path), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        return FileRecord(path, size, hash_windows(file, size, _WINDOW))
+
+
+@contextlib.contextmanager
+def naming_shard(path: str) -> Iterator[None]:
+    """Turn any OSError inside the block into one error that names the shard."""
+    try:
+        yield
+    except OSError as error:
+        raise ClipcidError(
+            f"Shard {path} cannot be read: {error.strerror or error}.", "Check the path and its permissions."
+        ) from error
 
 
 def list_folder(url: str) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.image_column import read_copied, read_row
 from clipcid_cli.formats.data.remote import is_pipe, is_url, read_remote
 from clipcid_cli.formats.data.shard_cache import ShardCopy
 from clipcid_cli.formats.reading import read_regular
@@ -27,17 +28,31 @@ _OPEN_COPIES = 16
 _VECTOR = "a vector with a 1 for each class the image has and 0 for the others."
 
 
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Names of a list's columns, or of a parquet file's with images; an optional ``label`` column numbers the classes.
+
+    Where any cell of that column contains several numbers (a parquet list, or ``3 7`` in text), every image may have
+    any number of classes, and an empty cell means none.
+    """
+
+    image: str = "filepath"  # relative to the list's folder or absolute, or a URL
+    caption: str = "title"  # in parquet perhaps a list of several; optional
+    key: str = "key"  # without such a column, the path as written
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ByteRange:
     """Where the bytes of an image or of an attributes file are stored."""
 
     path: str  # a local file, a URL that fsspec knows, or a ``pipe:`` command; empty where there is none
-    offset: int = 0
+    offset: int = 0  # of a parquet file the number of a row
     size: int | None = None  # number of bytes; None for a whole file
     # The bytes themselves, where they came with a stream.
     data: bytes | None = dataclasses.field(default=None, compare=False, repr=False)
-    # Local copy of a file behind a URL, to read from.
+    # Local copy of a file behind a URL, or of the images of a parquet file, to read from.
     copy: ShardCopy | None = dataclasses.field(default=None, compare=False, repr=False)
+    column: str | None = None  # that of the images in a parquet file
 
     def read(self) -> bytes:
         """Read the bytes; an OSError where the file is missing or has become shorter.
@@ -46,6 +61,10 @@ class ByteRange:
         """
         if self.data is not None:
             return self.data
+        if self.column is not None:
+            if self.copy is None:
+                return read_row(self.path, self.column, self.offset)
+            return read_copied(_copy_handle(self.copy).fd, self.offset)
         if self.size is None and not is_pipe(self.path):
             return _read_whole(self.path)
         if self.copy is not None:
@@ -75,8 +94,8 @@ class Sample:
     # Its vector of classes, a ``.npy`` with a 1 for each, as in CLIP_benchmark's multilabel folders.
     multi_hot: ByteRange | None = None
     attributes: ByteRange | None = None
-    # Where the text of its captions is; None where they are not in the shard's own file.
-    captions_at: ByteRange | None = None
+    # Where its captions are, by each key, None where it has none; empty where they cannot be read from there again.
+    captions_at: tuple[ByteRange | None, ...] = ()
 
     def without_image_data(self) -> Sample:
         """Return the sample without the bytes of its image, where they came with a stream: they are most of it."""

@@ -7,9 +7,11 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
-from clipcid_cli.formats.data.remote import describe_file, is_remote
+from clipcid_cli.formats.data.captions import TXT
+from clipcid_cli.formats.data.parquet_shards import ImageTable, read_parquet
+from clipcid_cli.formats.data.remote import describe_shard, is_remote
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.data.tars import fingerprint_tar, read_tar
+from clipcid_cli.formats.data.tars import read_tar
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.skips import Skips
 
@@ -42,16 +44,35 @@ class Slices(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A tar of a webdataset, or a slice of a folder, a list or a file of texts. Picklable and small."""
+    """A tar of a webdataset, a parquet file of images, or a slice of a folder, a list or a file of texts.
 
-    # Unique in the data set: a tar's name without ``.tar``, after folders where names repeat; a slice's number.
+    Picklable and small.
+    """
+
+    # Unique in the data set: a file's name without suffix, after folders where names repeat; a slice's number.
     name: str
-    source: str  # the tar, its URL, or a ``pipe:`` command whose output it is; the folder, list or file of texts
-    slices: Slices | None = None  # what the slice of this number is one of; None of a tar
+    source: str  # the file, its URL, or a ``pipe:`` command whose output it is; the folder, list or file of texts
+    slices: Slices | None = None  # what the slice of this number is one of; None of a file
     number: int = 0
     prefix_keys: bool = False  # whether keys begin with the shard's name
     # Whether each line of a ``.txt`` in a tar is a caption of its own, as in CLIP_benchmark's folders.
     caption_lines: bool = False
+    caption_keys: tuple[str, ...] = ()  # where its captions are; empty where it is the usual place
+    table: ImageTable | None = None  # the columns of a parquet file
+
+    @property
+    def is_tar(self) -> bool:
+        return self.slices is None and self.table is None
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether samples come with their bytes while it is read, since one by one they are far away or compressed."""
+        return is_remote(self.file) or self.table is not None
+
+    @property
+    def member_keys(self) -> tuple[str, ...]:
+        """Where the captions of a tar are."""
+        return self.caption_keys or (TXT,)
 
     @property
     def file(self) -> str:
@@ -59,7 +80,7 @@ class Shard:
         return self.source if self.slices is None else ""
 
     def describe(self, key: str) -> str:
-        """Name a sample for a person: by its key, in a tar with the tar's name before it."""
+        """Name a sample for a person: by its key, in a file with the file's name before it."""
         return key if self.slices is not None or self.prefix_keys else f"{self.name}/{key}"
 
     def samples(self, skips: Skips | None = None) -> list[Sample]:
@@ -67,15 +88,17 @@ class Shard:
         return [sample.without_image_data() for sample in self.stream(skips)]
 
     def stream(self, skips: Skips | None = None) -> Iterator[Sample]:
-        """Yield its samples in order while it is read; those of a shard behind a URL or a command come with their bytes.
+        """Yield its samples in order while it is read; those of a shard that is streamed come with their bytes.
 
         Samples without an image, and those with a key that occurs earlier, are omitted and counted in `skips`.
         """
         skips = Skips() if skips is None else skips
-        if self.slices is None:
-            found = read_tar(self.source, self.name, skips, caption_lines=self.caption_lines)
-        else:
+        if self.slices is not None:
             found = self.slices.read(self.number, skips)
+        elif self.table is not None:
+            found = read_parquet(self.source, self.name, self.table, skips)
+        else:
+            found = read_tar(self.source, self.name, skips, self.member_keys, caption_lines=self.caption_lines)
         for sample in found:
             yield dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
 
@@ -83,7 +106,7 @@ class Shard:
         """Describe the shard's content for a sidecar."""
         if self.slices is not None:
             return FileRecord(f"{self.source}#{self.name}", *self.slices.fingerprint(self.number))
-        return describe_file(self.source) if is_remote(self.source) else fingerprint_tar(self.source)
+        return describe_shard(self.source)
 
     def stamp(self) -> tuple[int, int]:
         """Return two numbers that change when the shard does: size and time of its file.

@@ -1,6 +1,7 @@
-"""Local copies of shards behind URLs and of commands, for reading samples in any order: a folder of limited size.
+"""Local copies, for reading samples in any order: of shards behind URLs, of commands, of the images in parquet files.
 
-A shard is fetched by the first process of the host that needs it, and the least recently opened copies make room for it.
+Their folder is of limited size. A shard is fetched by the first process of the host that needs it, and the least recently
+opened copies make room for it.
 Whoever fetches a copy or reads from it holds the file by a lock, which ends with its process; nobody removes what is held.
 """
 
@@ -20,7 +21,8 @@ from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import lock, write_error
-from clipcid_cli.formats.data.remote import describe_file, expect_answers, open_remote
+from clipcid_cli.formats.data.image_column import copy_images
+from clipcid_cli.formats.data.remote import describe_shard, expect_answers, open_remote
 from clipcid_cli.formats.fingerprint import FileRecord
 
 FETCHED_AT_ONCE = 4
@@ -73,13 +75,14 @@ class ShardCopy:
     """The copy of one shard, whether it exists or not."""
 
     cache: ShardCache
-    shard: FileRecord  # the shard as `describe_file` described it when it was listed
+    shard: FileRecord  # the shard as it was described when it was listed
     listing: str  # hash of what the listing found: what was listed as another content is another copy
+    column: str | None = None  # of a parquet file, whose images alone are copied
 
     @property
     def local(self) -> Path:
         """Where the copy is, or would be."""
-        return self.cache.folder / f"{self.listing}.tar"
+        return self.cache.folder / f"{self.listing}.{'tar' if self.column is None else 'images'}"
 
     def open(self) -> int:
         """Return a descriptor of the copy, which is fetched where it is missing. It stays whole while it is open."""
@@ -115,7 +118,7 @@ class ShardCopy:
                 partial.unlink()
                 return
             expect_answers(self.shard.path)  # by whom it was listed
-            found = describe_file(self.shard.path)
+            found = describe_shard(self.shard.path)
             if found != self.shard:
                 raise ClipcidError(
                     f"{self.shard.path} has changed since it was listed.",
@@ -123,8 +126,12 @@ class ShardCopy:
                 )
             with self.cache.room_for(found.size, partial):  # 0 of a command
                 os.truncate(partial, found.size)  # so that others see what it will take
-            with partial.open("r+b") as file, open_remote(self.shard.path) as source:
-                shutil.copyfileobj(source, file)
+            with partial.open("r+b") as file:
+                if self.column is not None:
+                    copy_images(self.shard.path, self.column, file)
+                else:
+                    with open_remote(self.shard.path) as source:
+                        shutil.copyfileobj(source, file)
                 file.truncate()
             with self.cache.room_for(partial.stat().st_size, partial):
                 partial.replace(self.local)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -18,15 +18,14 @@ from typing import Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.data.remote import is_pipe, is_remote, open_remote
+from clipcid_cli.formats.data.captions import gather_captions, member_of, split_captions
+from clipcid_cli.formats.data.remote import is_pipe, is_remote, naming_shard, open_remote
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Sample
-from clipcid_cli.formats.fingerprint import FileRecord, hash_windows
 from clipcid_cli.formats.reading import open_regular
 from clipcid_cli.formats.skips import Skips
 
 _BLOCK = tarfile.BLOCKSIZE
 _READ = 2**17  # of a stream at a time
-_WINDOW = 2**16
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 _KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's base_plus_ext, without the 0.2 s of its import
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset reserves
@@ -189,13 +188,6 @@ def validate_tar(path: Path) -> None:
             pass
 
 
-def fingerprint_tar(path: str) -> FileRecord:
-    """Describe a local tar by a hash of its size and windows of 64 KiB: `fingerprint.record` would read most tars whole."""
-    with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        return FileRecord(path, size, hash_windows(file, size, _WINDOW))
-
-
 def group_members(members: Iterable[Member]) -> Iterator[tuple[str, list[Member]]]:
     """Group consecutive members of one key: names that agree up to the first dot, as in webdataset."""
     named = ((_KEY.match(member.name), member) for member in members if not _META.match(member.name))
@@ -204,7 +196,9 @@ def group_members(members: Iterable[Member]) -> Iterator[tuple[str, list[Member]
         yield key, [member for _, member in pairs]
 
 
-def read_tar(path: str, name: str, skips: Skips, *, caption_lines: bool) -> Iterator[Sample]:
+def read_tar(
+    path: str, name: str, skips: Skips, caption_keys: Sequence[str], *, caption_lines: bool
+) -> Iterator[Sample]:
     """Yield the samples of a tar in order, and count keys without an image or that occur earlier.
 
     What is behind a URL or a command is read once, and the samples come with their bytes. Of a local file only the headers,
@@ -215,7 +209,8 @@ def read_tar(path: str, name: str, skips: Skips, *, caption_lines: bool) -> Iter
         return None if member is None else ByteRange(path, member.offset, member.size, member.data)
 
     seen: set[str] = set()
-    with _naming(path):
+    suffixes = [member_of(key) for key in caption_keys]
+    with naming_shard(path):
         for key, members in group_members(read_members(path)):
             files: dict[str, Member] = {}
             for member in members:  # of two with the same suffix the first counts
@@ -226,25 +221,22 @@ def read_tar(path: str, name: str, skips: Skips, *, caption_lines: bool) -> Iter
                 seen.add(key)
                 continue
             seen.add(key)
-            text = locate(files.get("txt"))
+            texts = tuple(locate(files.get(suffix)) for suffix in suffixes)
+            found = [
+                () if text is None else split_captions(text.read(), key, a_line_each=caption_lines)
+                for key, text in zip(caption_keys, texts, strict=True)
+            ]
             label = locate(files.get("cls"))
             yield Sample(
                 key=key,
                 image=image,
-                captions=() if text is None else split_captions(text.read(), a_line_each=caption_lines),
+                captions=gather_captions(caption_keys, found, skips),
                 label=None if label is None else _parse_label(label.read(), f"{name}/{key}"),
                 multi_hot=locate(files.get("npy")),
                 attributes=locate(files.get("json")),
                 # A command's output passes, so that its captions are to be kept in the index.
-                captions_at=None if is_pipe(path) else text,
+                captions_at=() if is_pipe(path) else texts,
             )
-
-
-def split_captions(text: bytes, *, a_line_each: bool) -> tuple[str, ...]:
-    """Return the captions in a ``.txt``: the whole of it, or one a line, as in CLIP_benchmark's folders."""
-    whole = text.decode("utf-8", errors="replace")
-    captions = whole.splitlines() if a_line_each else [whole]
-    return tuple(caption.strip() for caption in captions if caption.strip())
 
 
 def _parse_label(text: bytes, where: str) -> int:
@@ -259,19 +251,8 @@ def _parse_label(text: bytes, where: str) -> int:
 
 @contextmanager
 def _open(path: str) -> Iterator[Any]:
-    with _naming(path), open_remote(path) if is_remote(path) else open_regular(path) as file:
+    with naming_shard(path), open_remote(path) if is_remote(path) else open_regular(path) as file:
         yield file
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Turn any OSError inside the block into one error that names the tar."""
-    try:
-        yield
-    except OSError as error:
-        raise ClipcidError(
-            f"Shard {path} cannot be read: {error.strerror or error}.", "Check the path and its permissions."
-        ) from error
 
 
 class Copied(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from clipcid_cli.errors import command_line
-from clipcid_cli.formats.data.folders_and_lists import Columns
+from clipcid_cli.formats.data.samples import Columns
 from clipcid_cli.formats.sidecar import DataSpec, EmbedMade, EmbedSidecar
 
 # What a command of `embed` omits.
@@ -60,7 +60,7 @@ def _flags_of_data(described: DataSpec | None, data: str | None, flags: dict[str
     if described is None or (data is not None and data != described.spec):
         return flags
     recorded = {f"{name}_column": getattr(described, name) for name in dataclasses.asdict(Columns())}
-    recorded |= {"keys": described.keys, "caption_lines": described.caption_lines}
+    recorded |= {name: getattr(described, name) for name in ("keys", "caption_lines", "caption_key")}
     return flags | recorded if data is None else recorded | flags
 
 

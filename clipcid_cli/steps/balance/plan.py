@@ -119,7 +119,7 @@ def _open_data(settings: BalanceSettings, embeddings: Embeddings, reporter: Repo
     data = None
     if settings.write_shards is not None:
         data = validate_data(settings, embeddings, "--write-shards")
-        if any(shard.slices is not None for shard in data.shards):
+        if not all(shard.is_tar for shard in data.shards):
             raise ClipcidError(
                 f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
                 "Omit it: the keep list names what is kept.",

@@ -16,27 +16,22 @@ import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Columns, Dataset, names_command, open_dataset, open_described
+from clipcid_cli.formats.data.dataset import Dataset, names_command, open_described
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
 from clipcid_cli.formats.join import Keys, Listing, Values, join
 from clipcid_cli.formats.results.keep_list import is_uid
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.steps.data_index import index_alone, open_part
+from clipcid_cli.steps.data_index import index_alone, open_named, open_part
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
-def open_named(settings: BalanceSettings, data: str) -> Dataset:
-    """Open the data that a setting names, with its index where there is one."""
-    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-    indexes = WorkDirectory(settings.work).indexes
-    return open_dataset(data, settings.keys, columns, indexes, caption_lines=settings.caption_lines)
-
-
 def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
     """Open the data that was named, or else what :func:`open_recorded` opens."""
-    return open_recorded(settings, embeddings) if settings.data is None else open_named(settings, settings.data)
+    if settings.data is None:
+        return open_recorded(settings, embeddings)
+    return open_named(settings, settings.data, WorkDirectory(settings.work).indexes)
 
 
 def open_recorded(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -27,7 +27,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
-from clipcid_cli.steps.data_index import cache_shards, index_alone
+from clipcid_cli.steps.data_index import cache_shards, index_alone, note_missing_captions, open_named
 from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
 from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
 from clipcid_cli.steps.distill.samples import (
@@ -278,17 +278,15 @@ def _open_data(
 ) -> Dataset:
     work = WorkDirectory(settings.work)
     if settings.data is not None:
-        columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-        dataset = open_dataset(
-            settings.data, settings.keys, columns, work.indexes, caption_lines=settings.caption_lines
-        )
+        dataset = open_named(settings, settings.data, work.indexes)
     else:
         dataset = open_described(work.find_data(None if embeddings is None else embeddings.folder), work.indexes)
         reporter.note(f"Data: {dataset.spec}, from which the embeddings were made.")
     if scratch is not None and dataset.index is None:
         dataset = dataclasses.replace(dataset, index_folder=scratch / "index")
-    # `embed` has mostly done it before.
-    return cache_shards(index_alone(dataset, settings.workers, reporter), settings.cache_size)
+    dataset = index_alone(dataset, settings.workers, reporter)  # `embed` has mostly done it before
+    note_missing_captions(dataset, reporter)
+    return cache_shards(dataset, settings.cache_size)
 
 
 def open_stored(settings: DistillSettings, folder: Path, cache: Path | None, reporter: Reporter) -> Embeddings:
@@ -329,6 +327,13 @@ def _validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
         return
     made = embeddings.sidecar.made
     keys = made.keys
+    if made.caption_key != dataset.caption_keys:
+        wanted = " ".join(f"--caption-key {key}" for key in made.caption_key)
+        raise ClipcidError(
+            f"The embeddings in {embeddings.folder} were made with {wanted or 'no --caption-key'}, the data is read with "
+            f"{' '.join(dataset.caption_keys) or 'none'}: captions differ.",
+            f"Give {wanted}." if wanted else "Omit --caption-key.",
+        )
     if made.caption_lines != dataset.caption_lines:
         flag = "--caption-lines" if made.caption_lines else "--no-caption-lines"
         raise ClipcidError(

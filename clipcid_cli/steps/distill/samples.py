@@ -68,7 +68,7 @@ def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
     if not total:
         raise ClipcidError(
             f"{dataset.spec}: none of {read:,} samples has a caption.",
-            "Training needs captions: a .txt file next to each image, or --caption-column for a list.",
+            "Training needs captions: a .txt file next to each image, or what --caption-key names.",
         )
     skips.check(read, max_bad_fraction, dataset.spec)
     return UsableSamples(total, skips, read)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import nullcontext, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.embeddings.layouts import find_rows
@@ -19,10 +20,12 @@ from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.fingerprint import FileRecord, find_lost, record_together
 from clipcid_cli.formats.output import find_output, is_claimed, other_run_error, unfinished
 from clipcid_cli.formats.sidecar import EmbedSidecar, TextsSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.text_variants import RULES
+from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.models import find_mismatch
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -36,6 +39,8 @@ _OF_MODEL = ("weights", "tokenizer", "precision", "batch_size", "preprocess")
 
 # Steps whose output is a folder that someone might give as --out.
 _OTHER_OUTPUTS = ("balance", "cluster", "distill", "export")
+
+_LOOKED_AT = 100  # samples, for captions of every key
 
 EmbeddedSidecar = EmbedSidecar | TextsSidecar
 
@@ -84,6 +89,8 @@ class EmbedPlan:
         found = {"text": settings.text, "keys": self.dataset.keys, "fast_decode": settings.fast_decode}
         if self.dataset.caption_lines:
             found["caption_lines"] = True
+        if self.dataset.caption_keys:
+            found["caption_key"] = list(self.dataset.caption_keys)
         if settings.views:
             for name in ("views", "crop_scale", "color_jitter", "gray_probability", "seed"):
                 found[name] = getattr(settings, name)
@@ -108,7 +115,7 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
         step = EMBED
         folder = settings.out or work.embeddings(name.slug)
         if settings.text and not _has_captions(dataset):
-            captions = "captions next to the images (.txt, or --caption-column of a list)."
+            captions = "captions next to the images (.txt, or --caption-key)."
             raise ClipcidError(
                 f"{dataset.spec}: none of the samples looked at (a shard) has a caption.",
                 f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
@@ -118,6 +125,8 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
                 "A .txt of several lines is one caption, of which a model reads the beginning; with --caption-lines each "
                 "line is a caption."
             )
+        if settings.text:
+            _warn_of_empty_keys(dataset, reporter)
     plan = EmbedPlan(settings, without_text, step, folder, name, dataset, describe_shards(dataset))
     _validate_own_folder(folder, step)
     with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
@@ -174,8 +183,7 @@ def _open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
         dataset = open_described(described, work.indexes)
         reporter.note(f"Taking the data of the embeddings in {settings.work}: {dataset.spec}.")
         return dataset
-    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-    return open_dataset(settings.data, settings.keys, columns, work.indexes, caption_lines=settings.caption_lines)
+    return open_named(settings, settings.data, work.indexes)
 
 
 def choose_text(settings: EmbedSettings, reporter: Reporter) -> bool:
@@ -205,6 +213,15 @@ def _has_unused_lines(dataset: Dataset) -> bool:
         return False
     first = next(dataset.shards[0].stream(), None)
     return first is not None and any("\n" in caption for caption in first.captions)
+
+
+def _warn_of_empty_keys(dataset: Dataset, reporter: Reporter) -> None:
+    """Name the keys of captions that none of the first samples has: they may be misspelt."""
+    skips = Skips()
+    number = sum(1 for _ in islice(dataset.shards[0].stream(skips), _LOOKED_AT)) if dataset.caption_keys else 0
+    for key in dataset.caption_keys:
+        if number and skips.without.get(key) == number:
+            reporter.warn(f"None of the first {number} samples has a caption {key}.")
 
 
 def describe_shards(dataset: Dataset) -> list[FileRecord]:

@@ -41,7 +41,7 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model, with_defaul
 from clipcid_cli.runtime.pipeline import estimate_host_memory, thread_map, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial, timed
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.data_index import ensure_index, stream_shard
+from clipcid_cli.steps.data_index import ensure_index, note_missing_captions, stream_shard
 from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder, recount_partners
 from clipcid_cli.steps.embed.plan import ELSEWHERE, EmbeddedSidecar, EmbedPlan, choose_text, describe_shards, make_plan
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded, EmbedResult, TextsCost, TextsResult
@@ -98,7 +98,7 @@ def make_embeddings(
         context.on_rank0(lambda: _start(output, writer))
         timings = _embed_missing(plan, encoder, writer, context, reporter)
         if not plan.of_texts:
-            ensure_index(plan.dataset, context, encoder.workers, reporter)
+            plan = dataclasses.replace(plan, dataset=ensure_index(plan.dataset, context, encoder.workers, reporter))
         sidecar = context.on_rank0(lambda: _commit(plan, encoder, output, writer.finish(), timings, reporter))
     return _describe(plan, sidecar)
 
@@ -154,7 +154,8 @@ def embed_images_first(request: EmbedSettings, name: ModelName) -> str:
     """Give the command for embeddings that a step without captions accepts; this run has begun ones with text."""
     data = () if request.data is None else (request.data,)
     flags: dict[str, Any] = {**request.data_flags, "work": request.work, "text": False, "overwrite": True}
-    flags.pop("caption_column", None)
+    for flag in ("caption_column", "caption_key"):
+        flags.pop(flag, None)
     return f"Embed the images alone first: {command_line('embed', *data, model=name.spec, **flags)}"
 
 
@@ -308,6 +309,7 @@ def _commit(
         from_16_bit = sum(each.from_16_bit for each in records)
         if from_16_bit:
             reporter.note(f"{from_16_bit:,} images have 16 bits of grey, which were scaled to 8.")
+        missing = note_missing_captions(plan.dataset, reporter) if plan.settings.text else {}
         if skips.total:
             reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
         entries |= {
@@ -317,7 +319,8 @@ def _commit(
                 "skipped": skipped,
                 "laid_on_white": laid_on_white,
                 "from_16_bit": from_16_bit,
-            },
+            }
+            | ({"without_caption": missing} if missing else {}),
             "seconds": {phase: fmean(each[phase] for _, each in timings) for phase in ("read", "encode", "write")},
             "images_per_second": speed,
             "data": plan.dataset.describe(),

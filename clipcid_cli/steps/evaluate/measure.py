@@ -134,7 +134,7 @@ def _choose_examples(rows: TaskRows, labels: Array, predicted: Array, per_class:
         sample = rows.encoded.samples[row]
         place = sample.image
         told = names[labels[row]], names[predicted[row]]
-        examples.append(Example(sample.key, *told, place.path, place.offset, place.size))
+        examples.append(Example(sample.key, *told, place.path, place.offset, place.size, place.column))
     return examples
 
 

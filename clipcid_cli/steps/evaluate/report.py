@@ -105,7 +105,7 @@ def _describe_calibration(found: Calibrations | None) -> dict[str, str]:
 
 def _thumbnail(example: Example) -> str | None:
     """Return an example's image as a small ``data:`` URL; None when it can no longer be read."""
-    image = read_image(ByteRange(example.path, example.offset, example.size))
+    image = read_image(ByteRange(example.path, example.offset, example.size, column=example.column))
     return None if isinstance(image, SkippedImage) else thumbnail(image)
 
 

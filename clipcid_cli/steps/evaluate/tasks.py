@@ -27,7 +27,7 @@ from clipcid_cli.formats.data.benchmark import (
     read_class_names,
     read_templates,
 )
-from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, fingerprint_images, open_dataset, open_described
+from clipcid_cli.formats.data.dataset import Dataset, Sample, fingerprint_images, open_described
 from clipcid_cli.formats.data.samples import read_classes
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
@@ -38,6 +38,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.class_names import match_class_names, plain_name, read_folder_numbers
+from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -148,6 +149,8 @@ class ZeroshotTask:
         }
         if self.dataset.caption_lines:
             described["caption_lines"] = True
+        if self.dataset.caption_keys:
+            described["caption_key"] = list(self.dataset.caption_keys)
         return described
 
 
@@ -191,8 +194,7 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
     folder = find_benchmark_folder(str(place), settings.split)
     if known is not None:
         folder = dataclasses.replace(folder, name=known.name)
-    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-    dataset = open_dataset(folder.data, settings.keys, columns, caption_lines=settings.caption_lines)
+    dataset = open_named(settings, folder.data)
     kind = _choose_task(folder, dataset, settings)
     if kind == RETRIEVAL:
         return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL)
@@ -251,10 +253,11 @@ def _find_class_names(
                 f"{folder.data} has no class names.",
                 "Give a file with one class name per line: --classnames FILE",
             )
-        reporter.note(f"{folder.name}: the {len(dataset.classes)} class names are taken from the folder names.")
-        return tuple(plain_name(name) for name in dataset.classes), "folder names", None
+        source = "parquet metadata" if dataset.kind == "parquet" else "folder names"
+        reporter.note(f"{folder.name}: the {len(dataset.classes)} class names are taken from the {source}.")
+        return tuple(plain_name(name) for name in dataset.classes), source, None
     class_names = read_class_names(path)
-    if dataset.classes is None:
+    if dataset.classes is None or dataset.kind == "parquet":  # whose classes are numbered
         return class_names, str(path), None
     try:
         match = match_class_names(class_names, dataset.classes)
@@ -271,7 +274,7 @@ def _imagenet_names(
     names: dict[str, str], folder: BenchmarkFolder, dataset: Dataset, reporter: Reporter
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     """Return ImageNet's class names; where folders are named by WordNet ID, as in its variants, only those present."""
-    if dataset.classes is None:
+    if dataset.classes is None or dataset.kind == "parquet":
         return tuple(names.values()), None
     numbers = read_folder_numbers(dataset.classes, len(names))
     if numbers is not None:

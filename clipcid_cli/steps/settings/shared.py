@@ -98,6 +98,12 @@ class ReadingSettings(KeyedSettings):
 
     image_column: str = _read("filepath", "Column of a csv, tsv or parquet list with the image paths.")
     caption_column: str = _read("title", "Column of a list with the captions.")
+    caption_key: tuple[str, ...] = _read(
+        (),
+        "Where the captions are, if not in the .txt of tars or the --caption-column of a list: an extension such as "
+        "`syn.txt`, a field of the .json such as `json:recaption`, or a column. May be repeated: all are captions.",
+        metavar="KEY",
+    )
     caption_lines: bool = _read(
         False,
         "Each line of a .txt is a caption of its own, as always in CLIP_benchmark's folders; else the whole text is one.",
@@ -111,7 +117,7 @@ class ReadingSettings(KeyedSettings):
     @property
     def data_flags(self) -> dict[str, Any]:
         """The flags by which data is read, as far as they differ from their defaults: for the command of a fix."""
-        of_data = ("keys", "image_column", "caption_column", "caption_lines", "key_column")
+        of_data = ("keys", "image_column", "caption_column", "caption_key", "caption_lines", "key_column")
         return {field.name: getattr(self, field.name) for field in given_fields(self) if field.name in of_data}
 
 
@@ -121,8 +127,9 @@ class TrainingDataSettings(ReadingSettings):
 
     data: str | None = argument(
         None,
-        "Images and captions: a folder of tar shards, one tar, a pattern such as laion/{00000..00099}.tar, a folder of "
-        "images, or a csv, tsv or parquet list. By default, the data of the embeddings in the work directory.",
+        "Images and captions: a folder of tar shards or of parquet files with images, one such file, a pattern such as "
+        "laion/{00000..00099}.tar, a folder of images, or a csv, tsv or parquet list. By default, the data of the "
+        "embeddings in the work directory.",
     )
 
 

@@ -34,8 +34,8 @@ from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
-from clipcid_cli.steps.balance.samples import open_named
 from clipcid_cli.steps.balance.shared_arrays import publish_arrays
+from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.given_embeddings import open_given
@@ -65,9 +65,8 @@ def validate_none_missing(settings: BalanceSettings) -> None:
     for name in settings.against:
         if not _holds_embeddings(Path(name)):
             try:
-                open_named(
-                    dataclasses.replace(settings, key_column=KEY_COLUMN), name
-                )  # references are joined by no key
+                unkeyed = dataclasses.replace(settings, key_column=KEY_COLUMN)  # references are joined by no key
+                open_named(unkeyed, name, WorkDirectory(settings.work).indexes)
             except ClipcidError as error:
                 raise ClipcidError(f"--against {name}: {error.message}", error.fix) from error
 

@@ -1,0 +1,127 @@
+"""Images in a column of a parquet file, as the Hugging Face hub stores them: ``image: {bytes, path}``, or the bytes alone.
+
+Such a column is compressed in row groups, often of one page each: an image cannot be read without those around it. So a
+file is read in order, a row group at a time. What reads images in any order makes a copy first, from which each is one
+read away: int64 [rows + 1], where each image begins and the last ends, and then the images.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.remote import is_remote, open_remote
+from clipcid_cli.formats.reading import describe, open_regular
+
+_ROWS = 64  # that become Python's bytes at a time
+_BUFFER = 2**20  # of a column while it is read
+_FILES = 64  # whose row groups a process remembers
+_one_reads = threading.Lock()  # a row group, which the other threads wait for
+_ENDS = struct.Struct("<2q")  # where an image begins and ends, in the table of a copy
+
+
+@contextmanager
+def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
+    """Open a file or what is behind a URL; whatever is raised while it is read becomes one error that names it."""
+    try:
+        with open_remote(path) if is_remote(path) else open_regular(path) as found:
+            source = found if is_remote(path) else pa.OSFile(path)
+            with pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER) as file:
+                yield file
+    except ClipcidError:
+        raise
+    except Exception as error:
+        raise ClipcidError(
+            f"Shard {path} cannot be read as a parquet file: {describe(error)}.",
+            "Copy or download it again, or remove it from the data.",
+        ) from error
+
+
+def count_rows(path: str) -> int:
+    """Return the number of a file's rows."""
+    with open_parquet(path) as file:
+        return int(file.metadata.num_rows)
+
+
+def is_image_column(kind: pa.DataType) -> bool:
+    """Tell whether a column holds files of images: bytes, or a struct with a field of ``bytes``."""
+    if pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        return place >= 0 and is_image_column(kind.field(place).type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def read_group(file: pq.ParquetFile, group: int, column: str) -> Iterator[bytes | None]:
+    """Yield the images of a row group; None where there is none."""
+    kind = file.schema_arrow.field(column).type
+    is_struct = pa.types.is_struct(kind)
+    name = f"{column}.bytes" if is_struct else column
+    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[name], use_threads=False):
+        cells = batch.column(0)
+        yield from (cells.flatten()[0] if is_struct else cells).to_pylist()
+
+
+def copy_images(path: str, column: str, target: IO[bytes]) -> None:
+    """Copy the images of a file one after another, after a table of where each begins; nothing is decoded."""
+    starts = np.zeros(count_rows(path) + 1, "<i8")
+    starts[0] = starts.nbytes
+    target.seek(starts.nbytes)
+    for row, image in enumerate(_read_all(path, column)):
+        starts[row + 1] = starts[row] + target.write(image or b"")
+    target.seek(0)
+    target.write(starts.tobytes())
+    target.seek(0, os.SEEK_END)
+
+
+def _read_all(path: str, column: str) -> Iterator[bytes | None]:
+    with open_parquet(path) as file:
+        for group in range(file.num_row_groups):
+            yield from read_group(file, group, column)
+
+
+def read_copied(descriptor: int, row: int) -> bytes:
+    """Read an image from a copy by the number of its row."""
+    start, end = _ENDS.unpack(os.pread(descriptor, _ENDS.size, row * _ENDS.size // 2))
+    return os.pread(descriptor, end - start, start)
+
+
+def read_row(path: str, column: str, row: int) -> bytes:
+    """Read an image by the number of its row, with the others of its row group; the last two row groups are held.
+
+    Raises:
+        OSError: where the file cannot be read, or has no such row or image.
+    """
+    try:
+        firsts = _first_rows(path)
+        group = bisect_right(firsts, row) - 1
+        with _one_reads:
+            images = _read_whole_group(path, column, group)
+        return images[row - firsts[group]] or b""
+    except (ClipcidError, LookupError) as error:
+        raise OSError(f"{path} has no row {row:,} that can be read: {error}") from error
+
+
+@lru_cache(maxsize=_FILES)
+def _first_rows(path: str) -> list[int]:
+    """Return the number of the first row of each row group."""
+    with open_parquet(path) as file:
+        sizes = (file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+        return [0, *accumulate(sizes)][:-1]
+
+
+@lru_cache(maxsize=2)  # threads that read images in order are at the end of one and the beginning of the next
+def _read_whole_group(path: str, column: str, group: int) -> list[bytes | None]:
+    with open_parquet(path) as file:
+        return list(read_group(file, group, column))

@@ -1,0 +1,154 @@
+"""Parquet files with images in them as shards: a sample a row, in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import repeat
+from typing import Any
+
+import pyarrow as pa
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.captions import clean_captions, gather_captions
+from clipcid_cli.formats.data.image_column import is_image_column, open_parquet, read_group
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Columns, Sample
+from clipcid_cli.formats.skips import Skips
+
+# Names that data sets give their columns, the first that there is being taken; the last ones are those of tars on the hub.
+_IMAGES = ("image", "img", *IMAGE_SUFFIXES)
+_CAPTIONS = (Columns.caption, "caption", "captions", "text", "txt")
+_KEYS = (Columns.key, "__key__")
+_LABELS = ("label", "cls")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTable:
+    """The columns by which files of a data set are read."""
+
+    image: str
+    captions: tuple[str, ...]
+    key: str | None  # None where the number of a row is its key
+    label: str | None
+
+    @property
+    def others(self) -> list[str]:
+        """The columns beside the images."""
+        return [name for name in (*self.captions, self.key, self.label) if name is not None]
+
+
+def find_table(
+    path: str, columns: Columns, caption_keys: Sequence[str]
+) -> tuple[ImageTable | None, tuple[str, ...] | None]:
+    """Find the columns of a file of images, and the names of the classes where ``datasets`` has recorded them.
+
+    A list, whose images are files of their own, has no such columns; nor have other tables.
+
+    Args:
+        columns: Their names, as far as they are not the default ones.
+        caption_keys: The columns of captions; without one, a column of a usual name.
+    """
+    with open_parquet(path) as file:
+        schema: pa.Schema = file.schema_arrow
+    candidates = [field.name for field in schema if is_image_column(field.type)]
+    if columns.image in schema.names or columns.image != Columns.image:
+        candidates = [name for name in candidates if name == columns.image]
+    image = _find_image(path, candidates)
+    if image is None:
+        return None, None
+
+    def find(usual: Sequence[str], named: str, default: str) -> str | None:
+        names = usual if named == default else [named]
+        return next((name for name in names if name in schema.names), None)
+
+    caption = find(_CAPTIONS, columns.caption, Columns.caption)
+    key = find(_KEYS, columns.key, Columns.key)
+    wanted = [*caption_keys, *([columns.key] if columns.key != Columns.key else [])]
+    missing = next((name for name in wanted if name not in schema.names), None)
+    if missing is not None:
+        raise ClipcidError(
+            f"{path} has no column {missing!r}; it has {', '.join(schema.names[:12])}.",
+            "Name its columns: --image-column, --caption-key, --key-column.",
+        )
+    label = next((name for name in _LABELS if name in schema.names and _is_class(schema.field(name).type)), None)
+    captions = tuple(caption_keys) or ((caption,) if caption is not None else ())
+    return ImageTable(image, captions, key, label), _find_class_names(schema, label)
+
+
+def validate_parquet(path: str, table: ImageTable) -> None:
+    """Check that a file is whole, as far as its end tells, and has the columns of the others."""
+    with open_parquet(path) as file:
+        _validate_columns(path, table, file.schema_arrow.names)
+
+
+def _validate_columns(path: str, table: ImageTable, names: list[str]) -> None:
+    missing = next((name for name in (table.image, *table.others) if name not in names), None)
+    if missing is not None:
+        raise ClipcidError(
+            f"Shard {path} has no column {missing!r}, which the first file has; it has {', '.join(names[:12])}.",
+            "Give the files of one data set, in which all have the same columns.",
+        )
+
+
+def read_parquet(path: str, name: str, table: ImageTable, skips: Skips) -> Iterator[Sample]:
+    """Yield the samples of a file with the bytes of their images; count rows without image or key, and repeated keys."""
+    seen = set[str]()
+    number = -1
+    with open_parquet(path) as file:
+        _validate_columns(path, table, file.schema_arrow.names)
+        for group in range(file.num_row_groups):
+            others = file.read_row_group(group, columns=table.others).to_pylist() if table.others else repeat({})
+            for image, row in zip(read_group(file, group, table.image), others, strict=False):  # `repeat` has no end
+                number += 1
+                key = str(number) if table.key is None else _to_key(row[table.key])
+                where = f"{name}/{key or number}"
+                if not image:
+                    skips.add("no_image", where)
+                elif not key:
+                    skips.add("no_key", where)
+                elif key in seen:
+                    skips.add("duplicate_key", where)
+                else:
+                    seen.add(key)
+                    found = [clean_captions(row[each]) for each in table.captions]
+                    yield Sample(
+                        key=key,
+                        image=ByteRange(path, number, len(image), image, column=table.image),
+                        captions=gather_captions(table.captions, found, skips),
+                        **_read_classes(None if table.label is None else row[table.label]),
+                    )
+
+
+def _find_image(path: str, candidates: list[str]) -> str | None:
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
+    usual = next((name for name in _IMAGES if name in candidates), None)
+    if usual is None:
+        raise ClipcidError(
+            f"{path} has several columns with images: {', '.join(candidates[:12])}.", "Name one with --image-column."
+        )
+    return usual
+
+
+def _to_key(cell: Any) -> str:
+    return "" if cell is None else str(cell).strip()
+
+
+def _is_class(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or (pa.types.is_list(kind) and pa.types.is_integer(kind.value_type)))
+
+
+def _read_classes(cell: int | list[int] | None) -> dict[str, Any]:
+    """Return the class or the classes of a sample; −1, which data sets write where it is secret, is none."""
+    if isinstance(cell, list):
+        return {"labels": tuple(number for number in cell if number is not None)}
+    return {} if cell is None or cell < 0 else {"label": cell}
+
+
+def _find_class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...] | None:
+    with suppress(LookupError, TypeError, ValueError):
+        names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
+        return tuple(map(str, names))
+    return None
