@@ -64,7 +64,7 @@ class DataSpec(msgspec.Struct, omit_defaults=True):
 
 
 class ModelRecord(msgspec.Struct, kw_only=True):
-    """The model that made embeddings: the fields of `ModelInfo`, and its scale of cosines."""
+    """The model that made embeddings: the fields of `ModelInfo`, and the scale and bias of its cosines."""
 
     spec: str
     weights_hash: str
@@ -79,6 +79,7 @@ class ModelRecord(msgspec.Struct, kw_only=True):
     tokenizer: str = ""
     config: dict[str, Any]
     logit_scale: float | None = None
+    logit_bias: float | None = None
 
 
 class EmbedMade(msgspec.Struct):

@@ -7,7 +7,14 @@ import math
 from pathlib import Path
 from typing import ClassVar
 
-from clipcid_cli.algorithms.losses.registry import DEFAULT_PRESET, LOSSES, PRESETS, Weight, select_losses
+from clipcid_cli.algorithms.losses.registry import (
+    AFFINITY_SCALE,
+    DEFAULT_PRESET,
+    LOSSES,
+    PRESETS,
+    Weight,
+    select_losses,
+)
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import ABOVE_0, AT_LEAST_1, FRACTION, Range, flag_of, given_fields, group
 from clipcid_cli.steps.settings.shared import BRIEF_SPINS, AugmentationSettings, KeptSettings, TrainingDataSettings
@@ -15,15 +22,20 @@ from clipcid_cli.steps.settings.shared import BRIEF_SPINS, AugmentationSettings,
 NO_TEACHER = "none"
 OPTIMIZERS = ("muon", "adamw")
 
-_CLUSTER_FLAGS = (
-    "clusters",
-    "cluster_towers",
-    "label_share",
-    "candidate_ratio",
-    "min_candidates",
-    "candidate_correction",
-    "cluster_temperature",
-)
+# The flags of one loss, and how to have that loss.
+_FLAGS_OF = {
+    "cluster": (
+        "clusters",
+        "cluster_towers",
+        "label_share",
+        "candidate_ratio",
+        "min_candidates",
+        "candidate_correction",
+        "cluster_temperature",
+    ),
+    "affinity": ("affinity_scale",),
+}
+_TO_HAVE = {"cluster": "--preset cid or --loss cluster=0.5", "affinity": "--preset dr or --loss affinity=0.75"}
 
 _models = group("Models")
 _input = group("Inputs")
@@ -106,6 +118,11 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         (),
         "Add a loss or change its weight in the preset; may be repeated. Names: " + ", ".join(LOSSES) + ".",
         metavar="NAME=WEIGHT",
+    )
+    affinity_scale: float = _loss(
+        AFFINITY_SCALE,
+        "Scale of the teacher's similarities in the loss affinity; a lower one softens its targets.",
+        within=ABOVE_0,
     )
     teacher_space: str = _loss(
         "auto",
@@ -299,20 +316,21 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
                 "--torchcompile compiles no pass that gives the features of patches and tokens, which td reads.",
                 "Omit --torchcompile, or use --loss td=0.",
             )
-        if not any(loss.needs_clusters for loss in losses):
-            self._validate_cluster_flags()
+        for name in _FLAGS_OF:
+            if name not in self.losses():
+                self._validate_no_flags_of(name)
         self._validate_stored_extras()
         if self.extra_texts or self.texts is not None:
             self._validate_extra_texts()
 
-    def _validate_cluster_flags(self) -> None:
-        given = [flag_of(field) for field in given_fields(self) if field.name in _CLUSTER_FLAGS]
+    def _validate_no_flags_of(self, loss: str) -> None:
+        given = [flag_of(field) for field in given_fields(self) if field.name in _FLAGS_OF[loss]]
         if given:
             flags = ", ".join(given)
             fix = f"Omit {flags}"
             if self.teacher != NO_TEACHER:
-                fix += ", or use --preset cid or --loss cluster=0.5"
-            raise UsageError(f"{flags}: for the cluster loss, which the run does not have.", f"{fix}.")
+                fix += f", or use {_TO_HAVE[loss]}"
+            raise UsageError(f"{flags}: for the {loss} loss, which the run does not have.", f"{fix}.")
 
     def _validate_stored_extras(self) -> None:
         given = {
