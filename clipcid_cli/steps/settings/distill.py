@@ -55,9 +55,10 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     # 2 cores (88 ms against 45 ms).
     openmp_spins: ClassVar[str] = BRIEF_SPINS
 
-    teacher: str | None = _models(
-        None,
-        "Model to learn from; `none` trains without one. By default, the model of the embeddings in the work directory.",
+    teacher: tuple[str, ...] = _models(
+        (),
+        "Model to learn from; `none` trains without one. By default, the model of the embeddings in the work directory. May "
+        "be repeated: several teachers, whose cosines are averaged.",
         metavar="MODEL",
     )
     online_teacher: bool = _models(
@@ -295,7 +296,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
             raise UsageError(f"--name {self.name!r} is not the name of one folder.", "Use a name without slashes.")
         if self.epochs is not None and self.steps is not None:
             raise UsageError("--epochs and --steps were both given.", "Omit one of the two.")
-        if self.teacher == NO_TEACHER:
+        self._validate_teachers()
+        if self.has_no_teacher:
             for loss in losses:
                 if loss.needs_teacher:
                     raise UsageError(
@@ -323,12 +325,29 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         if self.extra_texts or self.texts is not None:
             self._validate_extra_texts()
 
+    def _validate_teachers(self) -> None:
+        if NO_TEACHER in self.teacher and len(self.teacher) > 1:
+            raise UsageError("--teacher none was given beside other teachers.", "Omit one of the two.")
+        named, folders = len(self.teacher), len(self.embeddings)
+        if named and folders and named != folders and not self.has_no_teacher:
+            raise UsageError(
+                f"--teacher was given {named} times, --embeddings {folders}.",
+                "Give one --embeddings for each teacher, in their order; or only the one or the other.",
+            )
+        if self.num_teachers > 1:
+            for flag, is_given in (("--online-teacher", self.online_teacher), ("--texts", self.texts is not None)):
+                if is_given:
+                    raise UsageError(
+                        f"{flag} is of one teacher, and there are {self.num_teachers}.",
+                        f"Omit {flag}, or name one teacher.",
+                    )
+
     def _validate_no_flags_of(self, loss: str) -> None:
         given = [flag_of(field) for field in given_fields(self) if field.name in _FLAGS_OF[loss]]
         if given:
             flags = ", ".join(given)
             fix = f"Omit {flags}"
-            if self.teacher != NO_TEACHER:
+            if not self.has_no_teacher:
                 fix += f", or use {_TO_HAVE[loss]}"
             raise UsageError(f"{flags}: for the {loss} loss, which the run does not have.", f"{fix}.")
 
@@ -373,9 +392,18 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         return taken and self.extra_texts != 0 and not (self.online_teacher or self.freeze_text)
 
     @property
+    def has_no_teacher(self) -> bool:
+        """Whether there is to be none."""
+        return self.teacher == (NO_TEACHER,)
+
+    @property
+    def num_teachers(self) -> int:
+        return max(super().num_teachers, len(self.teacher))
+
+    @property
     def chosen_preset(self) -> str:
         """The preset: as given, else the default with a teacher or without."""
-        return self.preset or ("clip" if self.teacher == NO_TEACHER else DEFAULT_PRESET)
+        return self.preset or ("clip" if self.has_no_teacher else DEFAULT_PRESET)
 
     def losses(self, trust: float = 1.0) -> dict[str, Weight]:
         """Return the losses of the run with their weights at such trust in the teacher, in registry order."""

@@ -91,7 +91,7 @@ def test_a_student_of_the_sigmoid_losses_keeps_its_bias(tiny_shards: Path, tiny_
     losses = ("clip=0", "siglip=1", "siglip-kd=1")
     common: dict[str, Any] = {"preset": "clip", "loss": losses, "lr": 0.01, "eval_every": 4}
     work, student = tmp_path / "work", write_student(tmp_path)
-    log, _ = train(work, tiny_shards, teacher=str(tiny_model), student=str(student), **common)
+    log, _ = train(work, tiny_shards, teacher=(str(tiny_model),), student=str(student), **common)
     made = load_model(parse_model(str(work / "distill" / "run" / "student")))
     assert made.logit_bias == pytest.approx(log[-1]["bias_student"], abs=0.02)
     assert made.logit_bias != -10.0
