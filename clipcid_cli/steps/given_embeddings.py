@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
-from clipcid_cli.formats.embeddings.joint import JointEmbeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.shared import EmbeddingsSettings, KeptSettings
@@ -49,13 +49,13 @@ def open_teachers(
         reporter.note(f"Embeddings: {each.folder}, {each.num_rows:,} rows of width {each.width}.")
     if len(opened) == 1:
         return opened[0]
-    joint = JointEmbeddings(opened, settings.teacher_weights, scratch)
-    weights = ", ".join(f"{weight:.3g}" for weight in joint.weights)
-    reporter.note(f"Teachers: {len(opened)}, joined by key to rows of width {joint.width}; weights {weights}.")
+    combined = CombinedEmbeddings(opened, settings.teacher_weights, scratch)
+    weights = ", ".join(f"{weight:.3g}" for weight in combined.weights)
+    reporter.note(f"Teachers: {len(opened)}, joined by key to rows of width {combined.width}; weights {weights}.")
     silent = [str(each.folder) for each in opened if not each.has_texts]
-    if silent and joint.has_texts:
+    if silent and combined.has_texts:
         reporter.note(f"Without captions, and so with zeros in rows of texts: {', '.join(silent)}.")
-    left = frozenset[Kind]().union(*(each.kinds for each in opened)) - joint.kinds
+    left = frozenset[Kind]().union(*(each.kinds for each in opened)) - combined.kinds
     if left:
         reporter.note(f"Not used, since not all teachers have the same: {', '.join(sorted(left))}.")
-    return joint
+    return combined

@@ -59,7 +59,7 @@ class RowMap:
 class Embeddings:
     """The embeddings of one model over one data set."""
 
-    # The weight of each teacher whose rows are joined in these; see `joint.py`.
+    # The weight of each teacher whose rows are joined in these; see `combined.py`.
     weights: tuple[float, ...] = (1.0,)
     # What rows of images and views are multiplied by; None where they are read as they are stored.
     image_map: RowMap | None = None

@@ -333,6 +333,7 @@ def open_stored(
             f"{folder} holds embeddings of images only, and captions are needed by: {', '.join(needing)}.",
             "Use losses that need one tower only: "
             + ", ".join(name for name, entry in LOSSES.items() if entry.one_tower)
+            + f"\nOr add a teacher that has captions: --embeddings {folder} --embeddings OTHER"
             + f"\nOr embed the captions too: {_embed_again(settings, embeddings, text=True)}",
         )
     reporter.note("They are of images only: losses use the teacher's image tower alone.")

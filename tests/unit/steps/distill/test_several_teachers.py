@@ -1,4 +1,4 @@
-"""Several teachers as one: cosines are weighted means of theirs, whatever is shown; clusters, repair and resuming know it."""
+"""Several teachers as one: cosines are weighted means of theirs, whatever is shown; clusters and resuming know it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def place(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def teach(place: Path, data: Path, *names: str, **settings: Any) -> tuple[list[int], list[np.ndarray]]:
-    """Return the numbers of a batch's samples, and what one teacher or several tell of its images, captions, further texts."""
+    """Return the numbers of a batch's samples, and what the teachers tell: rows of images, captions, further texts."""
     folders = tuple(place / "embeddings" / name for name in names)
     run = join(data, folders[0], embeddings=folders, **settings)
     rows, batch = run.show(load_model(parse_model(str(place / "models" / "one"))))

@@ -26,7 +26,7 @@ _OF_TEXTS = frozenset({Kind.TEXTS, Kind.FURTHER, Kind.VARIANTS})
 _VARIANTS = ("text_variants", "text_variant_rules", "seed")
 
 
-class JointEmbeddings(Embeddings):
+class CombinedEmbeddings(Embeddings):
     """Joined by key; keys, metadata and order are those of the first teacher that has captions."""
 
     def __init__(self, members: Sequence[Embeddings], weights: Sequence[float], scratch: Path | None) -> None:
@@ -71,7 +71,7 @@ class JointEmbeddings(Embeddings):
         return sum(weight for weight, member in zip(self.weights, self.members, strict=True) if member.has_texts)
 
     def rows(self, kind: Kind) -> Rows:
-        """Map the joint rows of a kind, as `Embeddings.rows`."""
+        """Map the combined rows of a kind, as `Embeddings.rows`."""
         if kind is Kind.VIEW_PARAMS or kind not in self.kinds:
             return super().rows(kind)
         whole = self._weight_of_texts if kind in _OF_TEXTS else 1.0
@@ -85,7 +85,8 @@ class JointEmbeddings(Embeddings):
             for member, weight, places in zip(self.members, self.weights, self._places, strict=True)
         ]
         map_DD = None if self.image_map is None or kind in _OF_TEXTS else self.image_map.map_DD
-        return _JointRows(blocks, len(super().rows(kind)), map_DD)
+        count = next(len(block.rows) for block in blocks if block.rows is not None and block.places is None)
+        return _CombinedRows(blocks, count, map_DD)
 
     def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
         """Describe the files of all, their weights and the map of images."""
@@ -146,7 +147,7 @@ class _Block(NamedTuple):
     width: int
 
 
-class _JointRows(Rows):
+class _CombinedRows(Rows):
     def __init__(self, blocks: Sequence[_Block], count: int, map_DD: npt.NDArray[np.float32] | None) -> None:
         self._blocks = blocks
         self._map_DD = None if map_DD is None else map_DD.astype(np.float64)
@@ -171,5 +172,5 @@ class _JointRows(Rows):
                 found[:] = np.float32(factor) * rows.take(np.maximum(wanted, 0))
                 found[wanted < 0] = np.nan
             columns.append(found)
-        joint = np.concatenate(columns, axis=1)
-        return joint if self._map_DD is None else unit_rows(joint.astype(np.float64) @ self._map_DD)
+        combined = np.concatenate(columns, axis=1)
+        return combined if self._map_DD is None else unit_rows(combined.astype(np.float64) @ self._map_DD)
