@@ -188,7 +188,7 @@ class BalanceSidecar(Sidecar, kw_only=True):
 class ClusterSidecar(Sidecar, kw_only=True):
     """``cluster.json``."""
 
-    embeddings: str | list[str]  # relative to the work directory, those of each teacher
+    embeddings: str | list[str]  # relative to the work directory; several teachers' in a list
     keep_list: FileRecord | None  # None where all images were clustered
     flags: dict[str, Any]
     model: ModelRecord | None  # None for embeddings of another tool
