@@ -24,7 +24,7 @@ STUDENT = {
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
 }
 # Losses that no preset has: the runs of one preset have them too.
-FURTHER = {"clip-rd": ("mfd=1", "gd=0.001", "afd=1")}
+FURTHER = {"clip-rd": ("mfd=1", "gd=0.001", "afd=1", "siglip=1", "siglip-kd=1")}
 SHORT = ("--student", "student.json", "--preset", "cid", "--batch-size", 8, "--workers", 1, "--val-fraction", 0.2)
 
 FULL_PRESETS = tuple(

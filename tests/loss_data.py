@@ -15,9 +15,10 @@ from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
 
 B, D, K, M = 7, 5, 12, 6
 SCALE, BIAS, STUDENT_SCALE, TEACHER_SCALE, TAU, ALPHA = 9.0, -1.5, 14.0, 10.0, 0.2, 0.5
+TEACHER_BIAS, AFFINITY_SCALE = -2.0, 60.0
 
-# Student s, v and teacher t, u [B, D]; centroids C; stored clusters and similarities; the loss's own σ and bias, and the
-# student's σ; layers F of images and captions that join student and teacher, [D, 2D], and what they add, [D].
+# Student s, v and teacher t, u [B, D]; centroids C; stored clusters and similarities; the loss's own σ, the student's σ and
+# bias; layers F of images and captions that join student and teacher, [D, 2D], and what they add, [D].
 Numbers = dict[str, np.ndarray]
 
 
@@ -36,7 +37,13 @@ def make_numbers(seed: int = 3) -> Numbers:
     return found | {"scale": np.array(SCALE), "bias": np.array(BIAS), "student_scale": np.array(STUDENT_SCALE)}
 
 
-def make_batch(numbers: Numbers, towers: str = "tu", cluster_towers: str = "s", own: slice = slice(None)) -> LossBatch:
+def make_batch(
+    numbers: Numbers,
+    towers: str = "tu",
+    cluster_towers: str = "s",
+    own: slice = slice(None),
+    teacher_bias: float | None = None,
+) -> LossBatch:
     """Make a float64 batch of a teacher with the given towers, and cluster targets for the given student towers."""
     tensors = {name: torch.from_numpy(numbers[name]) for name in "svtu"}
 
@@ -57,7 +64,10 @@ def make_batch(numbers: Numbers, towers: str = "tu", cluster_towers: str = "s", 
         student_scale=torch.from_numpy(numbers["student_scale"]),
         teacher_image_BD=tensors["t"] if "t" in towers else None,
         teacher_text_BD=tensors["u"] if "u" in towers else None,
+        student_bias=torch.from_numpy(numbers["bias"]),
         teacher_scale=TEACHER_SCALE,
+        teacher_bias=teacher_bias,
+        affinity_scale=AFFINITY_SCALE,
         image_clusters=targets(numbers["top"]) if "s" in cluster_towers else None,
         text_clusters=targets(numbers["caption_top"]) if "v" in cluster_towers else None,
         own=own,
@@ -84,30 +94,28 @@ def layer(weights: np.ndarray, added: np.ndarray) -> Callable[[torch.Tensor], to
     return lambda rows: rows @ torch.from_numpy(weights).to(rows).T + torch.from_numpy(added).to(rows)
 
 
-def learned(name: str, scale: torch.Tensor, bias: torch.Tensor | None = None) -> dict[str, Any]:
+def learned(name: str, scale: torch.Tensor) -> dict[str, Any]:
     """What a loss is called with beside its batch."""
     entry, numbers = LOSSES[name], make_numbers()
     found: dict[str, Any] = {} if entry.scale is None else {"scale": scale}
-    if entry.bias is not None:
-        found["bias"] = torch.tensor(BIAS).to(scale) if bias is None else bias
     if entry.fuses:
         found["fusion"] = [layer(*of_side) for of_side in zip(numbers["F"], numbers["added"], strict=True)]
     return found
 
 
-def compute(name: str, batch: LossBatch, scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    value = load_loss(name)(batch, **learned(name, scale, bias))
+def compute(name: str, batch: LossBatch, scale: torch.Tensor) -> torch.Tensor:
+    value = load_loss(name)(batch, **learned(name, scale))
     assert isinstance(value, torch.Tensor)
     return value
 
 
 def with_gradients(name: str, batch: LossBatch) -> tuple[float, list[np.ndarray]]:
-    """Return a loss and its gradients by s, v, the loss's scale and bias, the student's scale (0 where it has none)."""
+    """Return a loss and its gradients by s, v, the loss's scale, the student's bias and scale (0 where it has none)."""
     s, v = batch.image_Bd.detach().clone().requires_grad_(), batch.text_Bd.detach().clone().requires_grad_()
     scale, bias = (torch.tensor(number, dtype=s.dtype, requires_grad=True) for number in (SCALE, BIAS))
     student_scale = batch.student_scale.detach().clone().requires_grad_()
-    live = dataclasses.replace(batch, student_scale=student_scale, **student_rows(s, v, batch.own))
-    value = compute(name, live, scale, bias)
+    live = dataclasses.replace(batch, student_scale=student_scale, student_bias=bias, **student_rows(s, v, batch.own))
+    value = compute(name, live, scale)
     value.backward()
     gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in (s, v, scale, bias, student_scale)]
     return float(value.detach()), [gradient.numpy() for gradient in gradients]
@@ -150,7 +158,12 @@ def contrast_gradient(a: np.ndarray, b: np.ndarray, sigma: float, i: int) -> np.
 
 
 def formula_rows(  # one branch a loss
-    name: str, n: Numbers, towers: str = "tu", cluster_towers: str = "s", fixed: Numbers | None = None
+    name: str,
+    n: Numbers,
+    towers: str = "tu",
+    cluster_towers: str = "s",
+    fixed: Numbers | None = None,
+    teacher_bias: float | None = None,
 ) -> np.ndarray:
     """What each row of the batch, as query, adds to B times the loss, float64 [B].
 
@@ -159,6 +172,7 @@ def formula_rows(  # one branch a loss
         n: Its numbers.
         towers: The teacher's.
         cluster_towers: The student's towers that the cluster loss teaches.
+        teacher_bias: None for a teacher trained with a softmax.
         fixed: The numbers that fixed targets are made of, where they are not those that gradients are taken by.
     """
     f = n if fixed is None else fixed
@@ -175,8 +189,19 @@ def formula_rows(  # one branch a loss
             case "clip":
                 return both_ways(i, s, v, student_scale)
             case "siglip":
-                signs = [1 if j == i else -1 for j in range(len(v))]
-                return float(sum(np.log1p(np.exp(-z * (scale * s[i] @ v[j] + n["bias"]))) for j, z in enumerate(signs)))
+                logits = student_scale * v @ s[i] + n["bias"]
+                return float(sum(np.log1p(np.exp(-x if j == i else x)) for j, x in enumerate(logits)))
+            case "siglip-kd":
+                to_text, to_image = TEACHER_SCALE * u @ t[i], TEACHER_SCALE * t @ u[i]
+                if teacher_bias is None:
+                    targets = np.exp(log_softmax(to_text)), np.exp(log_softmax(to_image))
+                else:
+                    targets = tuple(1 / (1 + np.exp(-row - teacher_bias)) for row in (to_text, to_image))
+                total = 0.0
+                for target, row in zip(targets, (student_scale * v @ s[i], student_scale * s @ v[i]), strict=True):
+                    misses, hits = (np.log1p(np.exp(sign * (row + n["bias"]))) for sign in (1, -1))
+                    total += float(target @ hits + (1 - target) @ misses)
+                return total / 2
             case "instance":
                 return float(np.mean([both_ways(i, a, b, scale) for a, b in across]))
             case "instance-intra":
@@ -210,8 +235,8 @@ def formula_rows(  # one branch a loss
                     total += sum(float(abs(token - target[i]).sum()) for token in chosen) / len(chosen)
                 return confidence * total / 2
             case "affinity":
-                image = soft_cross_entropy(100 * u @ t[i], student_scale * v @ s[i])
-                return (image + soft_cross_entropy(100 * t @ u[i], student_scale * s @ v[i])) / 2
+                image = soft_cross_entropy(AFFINITY_SCALE * u @ t[i], student_scale * v @ s[i])
+                return (image + soft_cross_entropy(AFFINITY_SCALE * t @ u[i], student_scale * s @ v[i])) / 2
             case "vrd":
                 teacher_first = divergence(scale_fixed * f["v"] @ u[i], scale * s @ t[i])
                 student_first = divergence(scale_fixed * u @ f["v"][i], scale * t @ s[i])
@@ -243,7 +268,7 @@ def formula(name: str, n: Numbers, own: slice = slice(None), **options: object) 
 
 
 def slopes(name: str, n: Numbers, own: slice) -> list[np.ndarray]:
-    """Derivatives of `formula` by s, v, scale, bias and the student's scale, as central differences; fixed targets held."""
+    """Derivatives of `formula` by s, v, scale, the student's bias and scale, as central differences; fixed targets held."""
     step, found = 1e-6, []
     for key in ("s", "v", "scale", "bias", "student_scale"):
         slope = np.zeros(n[key].shape)

@@ -145,8 +145,8 @@ def join(data: Path, folder: Path, **settings: Any) -> Run:
         "workers": 0,
         "precision": "fp32",
     }
-    asked = DistillSettings(**given | {"embeddings": folder} | settings)
-    return Run(asked, find_inputs(asked, folder, None, Listener()))
+    asked = DistillSettings(**given | {"embeddings": (folder,)} | settings)
+    return Run(asked, find_inputs(asked, asked.embeddings, None, Listener()))
 
 
 def encode_shown(model: ClipModel, batch: TrainingBatch) -> tuple[np.ndarray, np.ndarray]:

@@ -65,7 +65,7 @@ class DataSpec(msgspec.Struct, omit_defaults=True):
 
 
 class ModelRecord(msgspec.Struct, kw_only=True):
-    """The model that made embeddings: the fields of `ModelInfo`, and its scale of cosines."""
+    """The model that made embeddings: the fields of `ModelInfo`, and the scale and bias of its cosines."""
 
     spec: str
     weights_hash: str
@@ -80,6 +80,7 @@ class ModelRecord(msgspec.Struct, kw_only=True):
     tokenizer: str = ""
     config: dict[str, Any]
     logit_scale: float | None = None
+    logit_bias: float | None = None
 
 
 class EmbedMade(msgspec.Struct):
@@ -189,7 +190,7 @@ class BalanceSidecar(Sidecar, kw_only=True):
 class ClusterSidecar(Sidecar, kw_only=True):
     """``cluster.json``."""
 
-    embeddings: str  # relative to the work directory
+    embeddings: str | list[str]  # relative to the work directory; several teachers' in a list
     keep_list: FileRecord | None  # None where all images were clustered
     flags: dict[str, Any]
     model: ModelRecord | None  # None for embeddings of another tool

@@ -55,10 +55,11 @@ class WorkDirectory:
         """Return the file of the second moment of embeddings, in which `distill` finds principal axes."""
         return self.path / ".second-moments" / f"{identity}.npy"
 
-    def repair(self, embeddings: Path) -> Path:
-        """Return the folder of what was decided of the repair of a teacher: one for each folder of embeddings."""
-        name = self.name_of(embeddings)
-        return self.path / "repair" / f"{Path(name).name}-{hash_json(name)[:8]}"
+    def repair(self, *embeddings: Path) -> Path:
+        """Return the folder of what was decided of the repair of a teacher: one for its embeddings, or those joined."""
+        names = [self.name_of(folder) for folder in embeddings]
+        label = "+".join(Path(name).name for name in names)
+        return self.path / "repair" / f"{label}-{hash_json(names if len(names) > 1 else names[0])[:8]}"
 
     def distill(self, name: str) -> Path:
         return self.path / "distill" / name
@@ -192,4 +193,5 @@ def _flags_of(sidecar: BalanceSidecar | ClusterSidecar, work: Path) -> dict[str,
     """Return the flags of the command that made an output of a work directory."""
     flags = {name: tuple(value) if isinstance(value, list) else value for name, value in sidecar.flags.items()}
     flags.pop("embeddings", None)  # named as they are found from here
-    return flags | {"embeddings": work / sidecar.embeddings, "work": work}
+    names = [sidecar.embeddings] if isinstance(sidecar.embeddings, str) else sidecar.embeddings
+    return flags | {"embeddings": tuple(work / name for name in names), "work": work}

@@ -44,7 +44,7 @@ def repair_teacher(
     """
     if settings.repair == "none" or not embeddings.has_texts:
         return embeddings, None
-    folder = WorkDirectory(settings.work).repair(embeddings.folder)
+    folder = WorkDirectory(settings.work).repair(*(member.folder for member in embeddings.members))
     scale = teacher_scale(embeddings)
     is_there = sidecar_path(folder, STEP).exists()
     found: RepairSidecar | None = None

@@ -44,11 +44,14 @@ class TrainState:
         # Logarithms of the logit scales, float32 [] each on the device: the student's own under ``student``, those of
         # losses under their names.
         self.log_scales: dict[str, nn.Parameter] = {"student": student_scale, **of_each_loss}
+        # The student's logit bias, float32 []; None where it has none.
+        self.bias: nn.Parameter | None = getattr(module, "logit_bias", None)
         self.optimizer = recipe.make_optimizer(module, of_losses.parameters(), dtype)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self._scaler = torch.amp.GradScaler(student_scale.device.type, enabled=dtype == torch.float16)
         # The backward pass of the losses, before that of the towers, reaches these.
-        at_last = [one for one in (student_scale, *of_losses.parameters()) if one.requires_grad]
+        of_student = [student_scale] if self.bias is None else [student_scale, self.bias]
+        at_last = [one for one in (*of_student, *of_losses.parameters()) if one.requires_grad]
         rest = set(self.parameters) - set(at_last)
         towers = [[parameter for parameter in tower if parameter in rest] for tower in backward_order(module)]
         self.averager = GradientAverager([*towers, at_last])

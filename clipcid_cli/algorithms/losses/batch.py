@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from clipcid_cli.algorithms.losses.registry import AFFINITY_SCALE
+
 # Blocks hold at most this many similarities, 32 MiB in float32; with their gradients a few of that size live at once. A sum
 # of more keeps none of them for the backward pass, on any device: each loss makes several such matrices.
 BLOCK_ENTRIES = 1 << 23
@@ -56,7 +58,10 @@ class LossBatch:
     text_BD: Tensor  # student text features v' there
     teacher_image_BD: Tensor | None = None  # teacher image features t there
     teacher_text_BD: Tensor | None = None  # teacher text features u there
+    student_bias: Tensor | None = None  # its logit_bias
     teacher_scale: float | None = None  # exp(logit_scale) of the teacher
+    teacher_bias: float | None = None  # its logit_bias; None where it was trained with a softmax
+    affinity_scale: float = AFFINITY_SCALE  # of the teacher's similarities in `affinity`
     image_clusters: ClusterTargets | None = None
     # The same for the captions, with the same candidates; present for ``--cluster-towers both``.
     text_clusters: ClusterTargets | None = None
@@ -79,6 +84,11 @@ class LossBatch:
         assert self.teacher_image_BD is not None
         assert self.teacher_text_BD is not None
         return self.teacher_image_BD, self.teacher_text_BD
+
+    def bias(self) -> Tensor:
+        """Return the logit_bias of a student that has one."""
+        assert self.student_bias is not None
+        return self.student_bias
 
     def same_tower_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return (s', t) and (v', u), without the pair whose teacher tower is missing."""

@@ -43,18 +43,20 @@ def clip(batch: LossBatch) -> Tensor:
     return total / (2 * len(batch))
 
 
-def siglip(batch: LossBatch, scale: Tensor, bias: Tensor) -> Tensor:
+def siglip(batch: LossBatch) -> Tensor:
     """−1/B Σ_i Σ_j log σ(z_ij·(scale·s_i·v_j + bias)), z = 1 where i = j, else −1: each pair alone is told matching or not.
+
+    Scale and bias are the student's own.
 
     Source: Zhai et al. 2023 (SigLIP, arXiv 2303.15343), eq. 1.
     """
 
     def block_sum(first: int, logits_bB: Tensor) -> Tensor:
-        pairs_bB = logits_bB + bias
+        pairs_bB = logits_bB + batch.bias()
         # −log σ(−x) is softplus(x), and −log σ(x) is that less x.
         return F.softplus(pairs_bB).sum() - pairs_bB.diagonal(first).sum()
 
-    compared = Similarities(batch.image_Bd, batch.text_Bd, scale)
+    compared = Similarities(batch.image_Bd, batch.text_Bd, batch.student_scale)
     return sum_one_way(block_sum, batch.own, compared) / len(batch)
 
 

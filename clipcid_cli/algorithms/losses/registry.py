@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 # Where CLIP's logit scale starts.
 CLIP_SCALE = 1 / 0.07
+# MobileCLIP and TinyCLIP sharpen the teacher's similarities with the largest scale CLIP training reaches.
+AFFINITY_SCALE = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +25,9 @@ class LossEntry:
     name: str
     # What it compares, for docs/distill.md.
     summary: str
-    # ``module:function`` in this folder, called as ``f(batch)`` with what it learns itself: ``scale``, ``bias``,
-    # ``fusion``.
+    # ``module:function`` in this folder, called as ``f(batch)`` with what it learns itself: ``scale``, ``fusion``.
     function: str
     scale: float | None = None  # where a logit scale of its own starts, which is kept in 1 … 100
-    bias: float | None = None  # where a bias of its own starts
     fuses: bool = False  # whether it learns layers that join student and teacher, one for images and one for captions
     # Share of an image's patches that are hidden in a further pass of the student's image tower, whose features the
     # loss reads.
@@ -36,6 +36,7 @@ class LossEntry:
     needs_teacher: bool = True
     needs_teacher_scale: bool = False
     needs_clusters: bool = False
+    needs_bias: bool = False  # whether it trains the student's own ``logit_bias``
     # Whether it is a distance of single features, student to teacher: such losses allow a higher learning rate, and
     # also teach texts without images (``--extra-texts``).
     compares_features: bool = False
@@ -60,8 +61,7 @@ LOSSES: Mapping[str, LossEntry] = {
             "siglip",
             "sigmoid loss of each pair of the student's images and captions: matching or not",
             "contrastive:siglip",
-            scale=10.0,
-            bias=-10.0,
+            needs_bias=True,
             needs_teacher=False,
             one_tower=True,
             space="own",
@@ -151,8 +151,16 @@ LOSSES: Mapping[str, LossEntry] = {
         ),
         LossEntry(
             "affinity",
-            "cross-entropy of the student's in-batch similarities to the teacher's at a fixed scale of 100",
+            "cross-entropy of the student's in-batch similarities to the teacher's at `--affinity-scale`",
             "relations:affinity",
+            space="own",
+        ),
+        LossEntry(
+            "siglip-kd",
+            "`siglip`, with the teacher's probability that a pair matches as its target",
+            "relations:sigmoid_relation",
+            needs_bias=True,
+            needs_teacher_scale=True,
             space="own",
         ),
     )

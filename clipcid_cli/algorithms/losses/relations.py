@@ -14,9 +14,6 @@ from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import LossBatch, Similarities, add, over_blocks, rows_between, sum_both_ways
 
-# MobileCLIP and TinyCLIP sharpen the teacher's similarities with the largest scale CLIP training reaches.
-AFFINITY_SCALE = 100.0
-
 
 def relation_divergence(batch: LossBatch) -> Tensor:
     """`crd` = ½[KL(teacher ‖ student) of image→text + of text→image] on in-batch logits, temperature 1.
@@ -38,7 +35,25 @@ def affinity(batch: LossBatch) -> Tensor:
     Source: Vasu et al. 2024 (MobileCLIP, arXiv 2311.17049), eq. 1–2, up to its constant entropy; Wu et al. 2023
     (TinyCLIP, arXiv 2309.12314), affinity mimicking.
     """
-    return _compare(batch, AFFINITY_SCALE, _soft_cross_entropy)
+    return _compare(batch, batch.affinity_scale, _soft_cross_entropy)
+
+
+def sigmoid_relation(batch: LossBatch) -> Tensor:
+    """`siglip-kd` = −1/B Σ_i Σ_j [q_ij log p_ij + (1 − q_ij) log(1 − p_ij)], p = σ(scale·s_i·v_j + bias) of the student.
+
+    q_ij is the teacher's probability that image i and caption j match: the sigmoid of its logits where it has a bias, else
+    the mean of their softmax over the captions and over the images. In nats; its floor is the entropy of q.
+
+    Source: our own, docs/method.md#losses-of-other-papers; p is that of Zhai et al. 2023 (SigLIP, arXiv 2303.15343).
+    """
+    assert batch.teacher_scale is not None
+
+    def block_sum(first: int, student_bB: Tensor, teacher_bB: Tensor) -> Tensor:
+        bias = batch.teacher_bias
+        target_bB = teacher_bB.softmax(dim=1) if bias is None else (teacher_bB + bias).sigmoid()
+        return F.binary_cross_entropy_with_logits(student_bB + batch.bias(), target_bB, reduction="sum")
+
+    return _compare(batch, batch.teacher_scale, block_sum)
 
 
 def vertical_relation(batch: LossBatch, scale: Tensor) -> Tensor:

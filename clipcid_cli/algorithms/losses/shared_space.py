@@ -83,9 +83,6 @@ class LossParameters(nn.Module):
         self.log_scales = nn.ParameterDict(
             {entry.name: torch.tensor(math.log(entry.scale)) for entry in entries if entry.scale is not None}
         )
-        self.biases = nn.ParameterDict(
-            {entry.name: torch.tensor(entry.bias) for entry in entries if entry.bias is not None}
-        )
         self.image_map: nn.Linear | None = None
         self.text_map: nn.Linear | None = None
         self.fusions = nn.ModuleDict()
@@ -102,5 +99,4 @@ class LossParameters(nn.Module):
     def of(self, name: str) -> dict[str, Any]:
         """Return the arguments that a loss is called with beside its batch."""
         scales: dict[str, Any] = {"scale": self.log_scales[name].exp()} if name in self.log_scales else {}
-        others: dict[str, Any] = {"bias": self.biases, "fusion": self.fusions}
-        return scales | {kind: learned[name] for kind, learned in others.items() if name in learned}
+        return scales | ({"fusion": self.fusions[name]} if name in self.fusions else {})

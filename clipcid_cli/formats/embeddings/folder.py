@@ -59,6 +59,8 @@ class RowMap:
 class Embeddings:
     """The embeddings of one model over one data set."""
 
+    # The weight of each teacher whose rows are joined in these; see `combined.py`.
+    weights: tuple[float, ...] = (1.0,)
     # What rows of images and views are multiplied by; None where they are read as they are stored.
     image_map: RowMap | None = None
 
@@ -86,6 +88,18 @@ class Embeddings:
         self._records = records
         self._keys = keys
         self._key_columns = tuple(dict.fromkeys((key_column, KEY_COLUMN, *_OTHER_KEYS)))
+
+    @property
+    def members(self) -> tuple[Embeddings, ...]:
+        """The embeddings of each teacher."""
+        return (self,)
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The flags that name them."""
+        return {"embeddings": tuple(member.folder for member in self.members)} | (
+            {"teacher_weight": self.weights} if len(self.weights) > 1 else {}
+        )
 
     @property
     def model(self) -> ModelRecord | None:

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import socket
 import tempfile
 import urllib.parse
@@ -32,6 +33,9 @@ Tokenizer = Callable[[list[str]], torch.Tensor]
 LONGEST_TEXT = 8_192
 """Characters of a text that are tokenized: 100 for each of a CLIP's 77 tokens. What follows could hardly reach the model,
 and a tokenizer's cleaning of a caption of megabytes takes minutes."""
+
+# Where SigLIP's logit scale and bias start (Zhai et al. 2023, arXiv 2303.15343).
+SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
 
 # Images that a tower of convolutions takes at once on a CPU: what a layer makes of so many stays in the caches. 64 at once
 # took 144 ms an image with an RN50 and 44 with an EfficientNet-Lite0, 8 at once 84 and 14 (2 cores of an EPYC). ViTs gain
@@ -131,10 +135,22 @@ class ClipModel:
         return float(cast(torch.Tensor, self.module.logit_scale).detach().exp())
 
     @property
-    def logit_bias(self) -> float:
-        """What is added to scaled cosine similarities, in models trained with a sigmoid loss; 0 in others."""
+    def logit_bias(self) -> float | None:
+        """What is added to scaled cosine similarities, in models trained with a sigmoid loss; None in others."""
         bias = getattr(self.module, "logit_bias", None)
-        return float(bias.detach()) if isinstance(bias, torch.Tensor) else 0.0
+        return float(bias.detach()) if isinstance(bias, torch.Tensor) else None
+
+    def with_logit_bias(self) -> ClipModel:
+        """Return a model that has a logit bias: itself, or with a new one, and the scale that goes with it."""
+        if self.logit_bias is not None:
+            return self
+        log_scale = cast(torch.nn.Parameter, self.module.logit_scale)
+        with torch.no_grad():
+            log_scale.fill_(math.log(SIGMOID_SCALE))
+        self.module.logit_bias = torch.nn.Parameter(torch.full_like(log_scale, SIGMOID_BIAS))
+        starts = {"init_logit_scale": math.log(SIGMOID_SCALE), "init_logit_bias": SIGMOID_BIAS}
+        info = dataclasses.replace(self.info, parameters=self.info.parameters + 1, config=self.info.config | starts)
+        return dataclasses.replace(self, info=info)
 
     def cast_products(self, precision: Precision) -> None:
         """Convert the weights of matrix products and convolutions to `precision`, for a model that only encodes.

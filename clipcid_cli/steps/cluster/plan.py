@@ -25,7 +25,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.cluster.selection import Selection
-from clipcid_cli.steps.given_embeddings import open_given
+from clipcid_cli.steps.given_embeddings import open_teachers
 from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.reporting import Reporter
@@ -161,10 +161,11 @@ def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter:
 def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     """Find the embeddings and the keep list, join them by key and say which were taken."""
     work = WorkDirectory(settings.work)
-    folder = settings.embeddings if settings.embeddings is not None else work.find_embeddings()
+    folders = settings.embeddings or (work.find_embeddings(),)
     cache = None if settings.dry_run else work.fingerprints
-    embeddings = open_given(settings, folder, cache, reporter)
-    reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
+    scratch = None if settings.dry_run else work.path  # a dry run leaves it as it is
+    embeddings = open_teachers(settings, folders, cache, scratch, reporter)
+    folder = embeddings.folder
     if settings.features == "joint" and not embeddings.has_texts:
         raise ClipcidError(
             f"--features joint needs text embeddings, but {folder} has none.",
@@ -172,7 +173,8 @@ def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
         )
     keep_list = choose_keep_list(settings.keep_list, work, "rows", settings.max_bad_fraction, reporter)
     try:
-        embeddings.validate_unique_keys()
+        for member in embeddings.members:
+            member.validate_unique_keys()
     except ClipcidError:
         # Where the list is of other data, --keys shard would not help.
         if keep_list is not None and settings.keys == "sample":
@@ -188,7 +190,6 @@ def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     if skips.total:
         reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
     if keep_list is not None:
-        scratch = None if settings.dry_run else work.path  # a dry run leaves it as it is
         usable &= keep_list.find_kept(
             lambda: map(embeddings.keys_of, embeddings.files), embeddings.num_rows, scratch, str(folder), reporter
         )

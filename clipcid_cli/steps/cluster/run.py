@@ -204,16 +204,17 @@ def _write(
             f"{result.empty_clusters:,} of {num_clusters:,} clusters are empty: the data has hardly more "
             "different images than clusters, or fewer. Use a smaller --num-clusters."
         )
+    folders = [WorkDirectory(plan.settings.work).name_of(member.folder) for member in embeddings.members]
     arrays = [path.name for tower in rows.towers for path in top_paths(output.work, tower)]
     output.commit(
         counts={"read": embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
         seconds=seconds,
         outputs=[record(output.work / name, output.work) for name in (CENTROIDS, TABLE, *arrays)],
-        embeddings=WorkDirectory(plan.settings.work).name_of(embeddings.folder),
+        embeddings=folders if len(folders) > 1 else folders[0],
         keep_list=None if rows.keep_list is None else record(rows.keep_list),
         repair=None if embeddings.image_map is None else embeddings.image_map.record,
         flags=given_flags(plan.settings),
-        model=None if embeddings.sidecar is None else embeddings.sidecar.model,
+        model=embeddings.model,
         num_nearest=plan.num_nearest,
         temperatures=temperatures,
         result=result,

@@ -91,7 +91,7 @@ def validate_width(clusters: Clusters, teaching: str, width: int, fix: str) -> N
 
 
 def _cluster_again(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings | None, **more: Any) -> str:
-    named = {} if embeddings is None else {"embeddings": embeddings.folder}
+    named = {} if embeddings is None else embeddings.flags
     return remake_clusters(clusters.folder, clusters.sidecar, settings.work, **named, **more)
 
 

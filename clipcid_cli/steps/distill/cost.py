@@ -115,8 +115,8 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
     teacher = taught_by.model
     if teacher is None:
         recorded = None if embeddings is None or embeddings.model is None else embeddings.model.spec
-        spec = trainer.plan.settings.teacher or recorded
-        if spec is None:
+        spec = next(iter(trainer.plan.settings.teacher), recorded)
+        if spec is None or trainer.plan.settings.num_teachers > 1:
             return None
         try:
             teacher = load_model(with_default_tag(parse_model(spec)), context.device)

@@ -50,7 +50,8 @@ def find_extra_texts(settings: DistillSettings, embeddings: Embeddings, reporter
     """Find the further texts of a run; None where no loss takes any, or there are none."""
     if not settings.shows_extra_texts:
         return None
-    spec = None if embeddings.model is None else embeddings.model.spec
+    # Of several teachers none has embedded the texts of a file for all.
+    spec = None if embeddings.model is None or len(embeddings.members) > 1 else embeddings.model.spec
     folder = settings.texts
     if folder is None and spec is not None:
         kept = WorkDirectory(settings.work).texts(parse_model(spec).slug)

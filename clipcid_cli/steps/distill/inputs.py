@@ -41,7 +41,7 @@ from clipcid_cli.steps.distill.samples import (
 from clipcid_cli.steps.embed.encoder import Views
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
-from clipcid_cli.steps.given_embeddings import open_given
+from clipcid_cli.steps.given_embeddings import open_teachers
 from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.models import embed_with, find_mismatch, validate_teacher
 from clipcid_cli.steps.repair import repair_teacher
@@ -137,32 +137,47 @@ def losses_of_captions(settings: DistillSettings) -> list[str]:
     return [name for name in settings.losses() if not LOSSES[name].one_tower]
 
 
-def named_teacher(settings: DistillSettings) -> ModelName | None:
-    """Return the teacher as the user named it; None where the embeddings name it."""
-    return None if settings.teacher is None else with_default_tag(parse_model(settings.teacher))
+def named_teachers(settings: DistillSettings) -> list[ModelName]:
+    """Return the teachers as the user named them; none where the embeddings name them."""
+    return [with_default_tag(parse_model(teacher)) for teacher in settings.teacher]
 
 
-def find_embeddings(settings: DistillSettings, context: DistContext, reporter: Reporter) -> Path | EmbedCost | None:
-    """Find the teacher's embeddings, and make them where there are none; None when no loss needs them.
+def find_embeddings(
+    settings: DistillSettings, context: DistContext, reporter: Reporter
+) -> tuple[Path, ...] | EmbedCost:
+    """Find the teachers' embeddings, and make them where there are none; none when no loss needs them.
 
     Without ``--teacher`` it is the one whose embeddings the work directory holds.
     """
     if not settings.needs_teacher:
-        return None
-    if settings.embeddings is not None:
+        return ()
+    if settings.embeddings:
         return settings.embeddings
     if settings.online_teacher:
         return context.on_rank0(lambda: _find_of_online(settings))
     work = WorkDirectory(settings.work)
-    teacher = settings.teacher
-    if teacher is None:
+    teachers = settings.teacher
+    if not teachers:
         try:
-            return context.on_rank0(work.find_embeddings)
+            return (context.on_rank0(work.find_embeddings),)
         except ClipcidError:
             if settings.data is None or work.has_embeddings():
                 raise
-        teacher = DEFAULT_MODEL
-        reporter.note(f"Teacher: {teacher}, the default.")
+        teachers = (DEFAULT_MODEL,)
+        reporter.note(f"Teacher: {DEFAULT_MODEL}, the default.")
+    folders = list[Path]()
+    for teacher in teachers:
+        found = _ensure_embeddings(settings, teacher, context, reporter)
+        if isinstance(found, EmbedCost):
+            return found
+        folders.append(found)
+    return tuple(folders)
+
+
+def _ensure_embeddings(
+    settings: DistillSettings, teacher: str, context: DistContext, reporter: Reporter
+) -> Path | EmbedCost:
+    work = WorkDirectory(settings.work)
     folder = work.embeddings(with_default_tag(parse_model(teacher)).slug)
     exists = context.on_rank0(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
     if not exists:
@@ -172,60 +187,69 @@ def find_embeddings(settings: DistillSettings, context: DistContext, reporter: R
     return ensure_embeddings(settings, context, reporter, data=settings.data, model=teacher, text=text)
 
 
-def _find_of_online(settings: DistillSettings) -> Path | None:
+def _find_of_online(settings: DistillSettings) -> tuple[Path, ...]:
     """Find stored embeddings of an online teacher, where there are any.
 
     They name it, and tell the axes of the shared space and whether it is repaired.
     """
-    work, teacher = WorkDirectory(settings.work), named_teacher(settings)
-    if teacher is None:
-        return work.find_embeddings() if work.has_embeddings() else None
+    work = WorkDirectory(settings.work)
+    if not settings.teacher:
+        return (work.find_embeddings(),) if work.has_embeddings() else ()
+    [teacher] = named_teachers(settings)
     folder = work.embeddings(teacher.slug)
     sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
     is_its = sidecar is not None and find_mismatch(sidecar.model, teacher) is None
-    return folder if is_its else None
+    return (folder,) if is_its else ()
 
 
 def _choose_online(settings: DistillSettings, embeddings: Embeddings | None) -> ModelName:
     """Choose a teacher that runs alongside the student: the one named, else the embeddings', else the default one."""
-    name = named_teacher(settings)
-    if name is None and embeddings is not None:
-        if embeddings.model is None:
-            raise ClipcidError(f"{embeddings.folder} does not record which model made it.", "Name the --teacher.")
-        name = parse_model(embeddings.model.spec)
-    return name or with_default_tag(parse_model(DEFAULT_MODEL))
+    if settings.teacher:
+        [name] = named_teachers(settings)
+        return name
+    if embeddings is None:
+        return with_default_tag(parse_model(DEFAULT_MODEL))
+    if embeddings.model is None:
+        raise ClipcidError(f"{embeddings.folder} does not record which model made it.", "Name the --teacher.")
+    return parse_model(embeddings.model.spec)
 
 
-def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | None, reporter: Reporter) -> Inputs:
+def find_inputs(
+    settings: DistillSettings, folders: tuple[Path, ...], scratch: Path | None, reporter: Reporter
+) -> Inputs:
     """Find, open and match the inputs, and report which were taken.
 
     Args:
-        folder: The embeddings that `find_embeddings` found.
+        folders: The embeddings that `find_embeddings` found.
         scratch: Where a dry run keeps what a run keeps in the work directory.
     """
     work = WorkDirectory(settings.work)
     embeddings = None
-    if folder is not None:
+    if folders:
         cache = work.fingerprints
         if scratch is not None:  # a dry run adds to a copy
             with suppress(FileNotFoundError):
                 shutil.copy(cache, scratch)
             cache = scratch / cache.name
-        embeddings = open_stored(settings, folder, cache, reporter)
+        embeddings = open_stored(settings, folders, cache, reporter)
     dataset = _open_data(settings, embeddings, scratch, reporter)
     usable = count_usable(dataset, settings.max_bad_fraction)
     keep_list = choose_keep_list(settings.keep_list, work, "samples", settings.max_bad_fraction, reporter)
     listed = None if keep_list is None else keep_list.path
     online = _choose_online(settings, embeddings) if settings.online_teacher else None
     if online is None and embeddings is not None:
-        _validate_keys(embeddings, dataset)
+        for member in embeddings.members:
+            _validate_keys(member, dataset)
     clusters = find_clusters(settings, embeddings, online, listed)
 
     fingerprints = dataset.fingerprints() + ([] if listed is None else [record(listed)])
     sources = Sources(listed, embeddings, online is None, clusters)
     matched, counts = find_samples(settings, dataset, sources, fingerprints, scratch, reporter)
     if counts.bad_rows and sources.required:
-        reporter.warn(f"{counts.bad_rows:,} rows of the embeddings are zero or not finite: their samples are left out.")
+        lacking = ", or missing from those of a teacher" if settings.num_teachers > 1 else ""
+        reporter.warn(
+            f"{counts.bad_rows:,} rows of the embeddings are zero or not finite{lacking}: their samples are left out."
+        )
     if keep_list is not None:
         missing = usable.total - counts.listed
         keep_list.report(dataset.spec, usable.total, kept=counts.kept, missing=missing, reporter=reporter)
@@ -289,19 +313,16 @@ def _open_data(
     return cache_shards(dataset, settings.cache_size)
 
 
-def open_stored(settings: DistillSettings, folder: Path, cache: Path | None, reporter: Reporter) -> Embeddings:
-    """Open the teacher's embeddings and check that the teacher made them, and for the captions that the losses need."""
-    embeddings = open_given(settings, folder, cache, reporter)
-    reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
-    teacher = named_teacher(settings) if settings.needs_teacher else None
-    if teacher is not None and embeddings.sidecar is not None:
-        fix = f"Omit --embeddings, or run: {embed_with(teacher, settings, embeddings.sidecar.data)}"
-        validate_teacher(f"embeddings in {folder}", embeddings.sidecar.model, teacher, fix)
-    elif teacher is not None and (width := read_width(teacher)) not in (None, embeddings.width):
-        raise ClipcidError(
-            f"The embeddings in {folder} have width {embeddings.width}; those of the teacher {teacher.spec} have {width}.",
-            f"Name the model that made them with --teacher, or run: {embed_with(teacher, settings)}",
-        )
+def open_stored(
+    settings: DistillSettings, folders: tuple[Path, ...], cache: Path | None, reporter: Reporter
+) -> Embeddings:
+    """Open the teachers' embeddings, check that they made them, and look for the captions that the losses need."""
+    scratch = None if cache is None else cache.parent
+    embeddings = open_teachers(settings, folders, cache, scratch, reporter)
+    if settings.needs_teacher and settings.teacher:
+        for member, teacher in zip(embeddings.members, named_teachers(settings), strict=True):
+            _validate_made_by(teacher, member, settings)
+    folder = embeddings.folder
     if embeddings.has_texts or settings.online_teacher:
         return embeddings
     needing = losses_of_captions(settings)
@@ -310,10 +331,24 @@ def open_stored(settings: DistillSettings, folder: Path, cache: Path | None, rep
             f"{folder} holds embeddings of images only, and captions are needed by: {', '.join(needing)}.",
             "Use losses that need one tower only: "
             + ", ".join(name for name, entry in LOSSES.items() if entry.one_tower)
+            + f"\nOr add a teacher that has captions: --embeddings {folder} --embeddings OTHER"
             + f"\nOr embed the captions too: {_embed_again(settings, embeddings, text=True)}",
         )
     reporter.note("They are of images only: losses use the teacher's image tower alone.")
     return embeddings
+
+
+def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: DistillSettings) -> None:
+    """Refuse embeddings that another model made, as far as they tell."""
+    folder = embeddings.folder
+    if embeddings.sidecar is not None:
+        fix = f"Omit --embeddings, or run: {embed_with(teacher, settings, embeddings.sidecar.data)}"
+        validate_teacher(f"embeddings in {folder}", embeddings.sidecar.model, teacher, fix)
+    elif (width := read_width(teacher)) not in (None, embeddings.width):
+        raise ClipcidError(
+            f"The embeddings in {folder} have width {embeddings.width}; those of the teacher {teacher.spec} have {width}.",
+            f"Name the model that made them with --teacher, or run: {embed_with(teacher, settings)}",
+        )
 
 
 def _embed_again(settings: DistillSettings, embeddings: Embeddings, **more: Any) -> str:

@@ -29,6 +29,7 @@ class Objective:
     parameters: LossParameters
     teacher: Teacher | None
     context: DistContext
+    affinity_scale: float
     local_loss: bool  # whether each process computes the losses of its own rows only, against everybody's
 
     @classmethod
@@ -47,16 +48,14 @@ class Objective:
         weights = {name: weight.at(space.width) for name, weight in chosen.items()}
         why = "" if chosen == settings.losses() else f" (trust in the teacher {trust:.2f}, by its repair)"
         reporter.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + f"{why}.")
-        if "siglip" in weights and "clip" not in weights:
-            reporter.warn(
-                "siglip learns a scale and a bias of its own, which a student does not keep: no logit_bias is written, and "
-                "its logit_scale is not siglip's. Rankings are right; probabilities by a sigmoid are not."
-            )
         seed = derive_seed("loss parameters", settings.seed)
         parameters = LossParameters(weights, student_width, space, seed).to(context.device)
-        return cls(weights, parameters, teacher, context, settings.local_loss and context.size > 1)
+        local_loss = settings.local_loss and context.size > 1
+        return cls(weights, parameters, teacher, context, settings.affinity_scale, local_loss)
 
-    def __call__(self, features: Features, student_scale: Tensor, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, features: Features, student_scale: Tensor, student_bias: Tensor | None, batch: TrainingBatch
+    ) -> tuple[Tensor, Tensor]:
         """Compute the loss of a step from each process's features; call it on every process.
 
         Returns:
@@ -64,7 +63,9 @@ class Objective:
             process's rows, times the number of processes. And the losses of the global batch in order, without weights
             and gradients, float32 [L].
         """
-        whole = self._gather(features, student_scale, batch)
+        whole = dataclasses.replace(
+            self._gather(features, student_scale, batch), student_bias=student_bias, affinity_scale=self.affinity_scale
+        )
         terms = [load_loss(name)(whole, **self.parameters.of(name)) for name in self.weights]
         total = torch.stack([weight * term for weight, term in zip(self.weights.values(), terms, strict=True)]).sum()
         values = torch.stack([term.detach() for term in terms])
@@ -103,6 +104,7 @@ class Objective:
                 teacher_text_BD=None if text is None else gather_rows(text),
                 teacher_extra_text_ED=self._gather_compared(extra),
                 teacher_scale=self.teacher.scale,
+                teacher_bias=self.teacher.bias,
                 image_clusters=batch.image_clusters,
                 text_clusters=batch.text_clusters,
             )

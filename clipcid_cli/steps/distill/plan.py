@@ -20,7 +20,7 @@ from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
-from clipcid_cli.steps.distill.inputs import Inputs, find_inputs, named_teacher
+from clipcid_cli.steps.distill.inputs import Inputs, find_inputs, named_teachers
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
@@ -66,7 +66,7 @@ class Plan:
 def validate_named(settings: DistillSettings, reporter: Reporter) -> list[ZeroshotTask]:
     """Look at what can be wrong with named inputs before hours of embedding; return the data sets of ``--eval-data``."""
     if settings.needs_teacher:
-        named_teacher(settings)
+        named_teachers(settings)
     if settings.keep_list not in (None, NO_KEEP_LIST):
         read_keep_list(Path(settings.keep_list))
     if any(LOSSES[name].needs_clusters for name in settings.losses()):
@@ -77,7 +77,7 @@ def validate_named(settings: DistillSettings, reporter: Reporter) -> list[Zerosh
 def plan_run(
     settings: DistillSettings,
     student: Student,
-    embeddings: Path | None,
+    embeddings: tuple[Path, ...],
     tasks: list[ZeroshotTask],
     scratch: Path | None,
     context: DistContext,

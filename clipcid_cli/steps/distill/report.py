@@ -161,7 +161,7 @@ def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
     if inputs.online is not None:
         found.append(("teacher", f"{inputs.online.spec}, run alongside the student"))
     if inputs.embeddings is not None:
-        found.append(("embeddings", str(inputs.embeddings.folder)))
+        found += [("embeddings", str(member.folder)) for member in inputs.embeddings.members]
     if inputs.repair is not None:
         found.append(("repair", describe_repair(inputs.repair)))
     if inputs.clusters is not None:

@@ -88,6 +88,8 @@ def load_student(settings: DistillSettings, device: torch.device, reporter: Repo
     """Load the student as ``--student``, ``--init-from`` and ``--freeze-…`` say."""
     name = parse_model(str(settings.student))
     model = load_model(name, device, fresh_seed=settings.seed)
+    if any(LOSSES[loss].needs_bias for loss in settings.losses()):
+        model = model.with_logit_bias()
     starts_trained = {"image", "text"} if name.has_weights else set()
     if settings.init_from is not None:
         model = _inherit(model, settings.init_from, settings.init_towers, reporter)

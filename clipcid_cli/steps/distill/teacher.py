@@ -46,6 +46,7 @@ class Teacher:
 
     space: SharedSpace  # where its features and the student's are compared
     scale: float  # exp(logit_scale)
+    bias: float | None  # logit_bias; None where it was trained with a softmax
     clusters: ClusterLookup | None  # None where no loss needs them
     # What runs alongside the student, on the same views and captions; None where stored rows come with the batch.
     model: ClipModel | None = None
@@ -131,7 +132,8 @@ def open_teacher(
         is_recorded = embeddings.model is not None and embeddings.model.logit_scale is not None
         if not is_recorded and any(LOSSES[name].needs_teacher_scale for name in settings.losses()):
             reporter.note(f"The embeddings do not record the teacher's logit scale; using {MAX_SCALE:g}.")
-        return Teacher(space, teacher_scale(embeddings), clusters)
+        bias = None if embeddings.model is None else embeddings.model.logit_bias
+        return Teacher(space, teacher_scale(embeddings), bias, clusters)
     info = model.info
     precision = choose_precision(settings.precision, context.device, "embed", info.parameters)
     model.cast_products(precision)
@@ -141,7 +143,7 @@ def open_teacher(
     )
     image_map = None if embeddings is None else embeddings.image_map
     map_DD = None if image_map is None else torch.from_numpy(image_map.map_DD).to(context.device)
-    return Teacher(space, model.logit_scale, clusters, model, precision, map_DD)
+    return Teacher(space, model.logit_scale, model.logit_bias, clusters, model, precision, map_DD)
 
 
 def choose_space(

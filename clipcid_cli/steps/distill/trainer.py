@@ -160,7 +160,7 @@ class Trainer:
         encoded = student.encode(batch, seeds)
         # Where the cluster loss is small it is the difference of two large terms: TF32 would leave nothing of its gradient.
         with exact_accumulation(self.context.device):
-            total, losses = self.objective(encoded.features, student.model.module.logit_scale.exp(), batch)  # type: ignore[operator]
+            total, losses = self.objective(encoded.features, state.log_scales["student"].exp(), state.bias, batch)
             state.backward(total)
         student.backward(encoded, before_last=state.averager.watch)
         state.averager.finish()
@@ -196,9 +196,9 @@ class Trainer:
         return {key: reason for bad in self.context.gather(self.bad) for key, reason in bad.items()}
 
     def _learned(self) -> dict[str, Any]:
-        """Return what is logged of logit scales, as logarithms, and of biases, by name."""
+        """Return what is logged of logit scales, as logarithms, and of the student's logit bias, by name."""
         scales = {f"scale_{name}": log_scale for name, log_scale in self.state.log_scales.items()}
-        return scales | {f"bias_{name}": bias for name, bias in self.objective.parameters.biases.items()}
+        return scales | ({} if self.state.bias is None else {"bias_student": self.state.bias})
 
     def _note_unreadable(self, batch: TrainingBatch) -> None:
         """Refuse a first batch without one readable image, before a line is logged."""

@@ -37,6 +37,7 @@ from clipcid_cli.formats.sidecar import TextsSidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
+from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.pipeline import estimate_host_memory, thread_map, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial, timed
@@ -286,7 +287,7 @@ def _commit(
     skipped = dict(sorted(skips.counts.items()))
     entries: dict[str, Any] = {
         "outputs": [record(output.work / MANIFEST, output.work)],
-        "model": dataclasses.asdict(encoder.model.info) | {"logit_scale": encoder.model.logit_scale},
+        "model": _describe_model(encoder.model),
     }
     if plan.of_texts:
         if describe_shards(plan.dataset) != plan.shards:
@@ -328,6 +329,11 @@ def _commit(
         }
     sidecar: EmbeddedSidecar = output.commit(**entries)
     return sidecar
+
+
+def _describe_model(model: ClipModel) -> dict[str, Any]:
+    found = dataclasses.asdict(model.info) | {"logit_scale": model.logit_scale}
+    return found if model.logit_bias is None else found | {"logit_bias": model.logit_bias}
 
 
 def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> EmbedResult | TextsResult:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from clipcid_cli import __version__
+from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.export_folder import CONTENT
 from clipcid_cli.formats.report import render_report
@@ -90,12 +91,12 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     losses, counts = run.made.losses, run.counts
     keep = run.keep_list  # the one that the run used; the work directory may hold another by now
     ratio = f"{keep.kept / keep.images:.4g} ({keep.kept:,} of {keep.images:,} images)" if keep else "1 (not balanced)"
-    # The teacher is the model whose embeddings the run read; each input is of one kind of rows.
+    # The teachers are the models whose embeddings the run read; each input is of one kind of rows.
     folders = dict.fromkeys(Path(each.path).parent for each in run.inputs)
     embedded = (_read(folder, "embed", EmbedSidecar) for folder in folders)
-    teacher = next((_short(found.model.spec) for found in embedded if found is not None), _UNKNOWN)
+    teachers = " + ".join(_short(found.model.spec) for found in embedded if found is not None)
     return {
-        "Teacher": "none" if set(losses) == {"clip"} else teacher,
+        "Teacher": (teachers or _UNKNOWN) if any(LOSSES[name].needs_teacher for name in losses) else "none",
         "Training data": f"{_short(run.data.spec)}; {counts['used']:,} of {counts['read']:,} samples used",
         "Keep ratio": ratio,
         "Losses": ", ".join(f"{name} × {loss['value']:g}" for name, loss in losses.items()),

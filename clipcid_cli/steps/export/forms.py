@@ -233,7 +233,7 @@ def _write_encoders(checker: Checker, folder: Path) -> None:
         "tokenizer": model.info.tokenizer,
         "context_length": str(model.info.context_length),
         "logit_scale": repr(model.logit_scale),
-        "logit_bias": repr(model.logit_bias),
+        "logit_bias": repr(model.logit_bias or 0.0),
         "output": "unit rows",
         "opset": str(opset),
     }
@@ -289,7 +289,7 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
         session = OnnxSession(path)
         images = (torch.from_numpy(np.array(image)[None]) for image in inputs.read_images())
         logits, seconds = run_timed(session, images)  # of its outputs the first
-        cosines = (logits - model.logit_bias) / model.logit_scale
+        cosines = (logits - (model.logit_bias or 0.0)) / model.logit_scale
         nearest = logits.argmax(dim=1)
         form = _form("classifier", kind)
         found[form] = Parity(

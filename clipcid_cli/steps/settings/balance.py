@@ -9,7 +9,12 @@ from typing import ClassVar
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import AT_LEAST_1, Range, group
-from clipcid_cli.steps.settings.shared import BRIEF_SPINS, EmbeddingsSettings, TrainingDataSettings
+from clipcid_cli.steps.settings.shared import (
+    BRIEF_SPINS,
+    EMBEDDINGS_HELP,
+    EmbeddingsSettings,
+    TrainingDataSettings,
+)
 
 LINKAGES = ("single", "star")
 NEIGHBORS = ("exact", "partitioned")
@@ -89,6 +94,7 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
         "near the same partition; an audit estimates how many near-duplicates it missed.",
         choices=NEIGHBORS,
     )
+    embeddings: Path | None = _input(None, EMBEDDINGS_HELP, operational=True)
     model: str | None = _input(
         None, "Model to embed the data with if there are no embeddings yet; by default ViT-L-14.", metavar="MODEL"
     )

@@ -7,7 +7,14 @@ import math
 from pathlib import Path
 from typing import ClassVar
 
-from clipcid_cli.algorithms.losses.registry import DEFAULT_PRESET, LOSSES, PRESETS, Weight, select_losses
+from clipcid_cli.algorithms.losses.registry import (
+    AFFINITY_SCALE,
+    DEFAULT_PRESET,
+    LOSSES,
+    PRESETS,
+    Weight,
+    select_losses,
+)
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import ABOVE_0, AT_LEAST_1, FRACTION, Range, flag_of, given_fields, group
 from clipcid_cli.steps.settings.shared import BRIEF_SPINS, AugmentationSettings, KeptSettings, TrainingDataSettings
@@ -15,15 +22,20 @@ from clipcid_cli.steps.settings.shared import BRIEF_SPINS, AugmentationSettings,
 NO_TEACHER = "none"
 OPTIMIZERS = ("muon", "adamw")
 
-_CLUSTER_FLAGS = (
-    "clusters",
-    "cluster_towers",
-    "label_share",
-    "candidate_ratio",
-    "min_candidates",
-    "candidate_correction",
-    "cluster_temperature",
-)
+# The flags of one loss, and how to have that loss.
+_FLAGS_OF = {
+    "cluster": (
+        "clusters",
+        "cluster_towers",
+        "label_share",
+        "candidate_ratio",
+        "min_candidates",
+        "candidate_correction",
+        "cluster_temperature",
+    ),
+    "affinity": ("affinity_scale",),
+}
+_TO_HAVE = {"cluster": "--preset cid or --loss cluster=0.5", "affinity": "--preset dr or --loss affinity=0.75"}
 
 _models = group("Models")
 _input = group("Inputs")
@@ -43,9 +55,10 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     # 2 cores (88 ms against 45 ms).
     openmp_spins: ClassVar[str] = BRIEF_SPINS
 
-    teacher: str | None = _models(
-        None,
-        "Model to learn from; `none` trains without one. By default, the model of the embeddings in the work directory.",
+    teacher: tuple[str, ...] = _models(
+        (),
+        "Model to learn from; `none` trains without one. By default, the model of the embeddings in the work directory. May "
+        "be repeated: several teachers, whose cosines are averaged.",
         metavar="MODEL",
     )
     online_teacher: bool = _models(
@@ -106,6 +119,11 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         (),
         "Add a loss or change its weight in the preset; may be repeated. Names: " + ", ".join(LOSSES) + ".",
         metavar="NAME=WEIGHT",
+    )
+    affinity_scale: float = _loss(
+        AFFINITY_SCALE,
+        "Scale of the teacher's similarities in the loss affinity; a lower one softens its targets.",
+        within=ABOVE_0,
     )
     teacher_space: str = _loss(
         "auto",
@@ -278,7 +296,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
             raise UsageError(f"--name {self.name!r} is not the name of one folder.", "Use a name without slashes.")
         if self.epochs is not None and self.steps is not None:
             raise UsageError("--epochs and --steps were both given.", "Omit one of the two.")
-        if self.teacher == NO_TEACHER:
+        self._validate_teachers()
+        if self.has_no_teacher:
             for loss in losses:
                 if loss.needs_teacher:
                     raise UsageError(
@@ -299,20 +318,38 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
                 "--torchcompile compiles no pass that gives the features of patches and tokens, which td reads.",
                 "Omit --torchcompile, or use --loss td=0.",
             )
-        if not any(loss.needs_clusters for loss in losses):
-            self._validate_cluster_flags()
+        for name in _FLAGS_OF:
+            if name not in self.losses():
+                self._validate_no_flags_of(name)
         self._validate_stored_extras()
         if self.extra_texts or self.texts is not None:
             self._validate_extra_texts()
 
-    def _validate_cluster_flags(self) -> None:
-        given = [flag_of(field) for field in given_fields(self) if field.name in _CLUSTER_FLAGS]
+    def _validate_teachers(self) -> None:
+        if NO_TEACHER in self.teacher and len(self.teacher) > 1:
+            raise UsageError("--teacher none was given beside other teachers.", "Omit one of the two.")
+        named, folders = len(self.teacher), len(self.embeddings)
+        if named and folders and named != folders and not self.has_no_teacher:
+            raise UsageError(
+                f"--teacher was given {named} times, --embeddings {folders}.",
+                "Give one --embeddings for each teacher, in their order; or only the one or the other.",
+            )
+        if self.num_teachers > 1:
+            for flag, is_given in (("--online-teacher", self.online_teacher), ("--texts", self.texts is not None)):
+                if is_given:
+                    raise UsageError(
+                        f"{flag} is of one teacher, and there are {self.num_teachers}.",
+                        f"Omit {flag}, or name one teacher.",
+                    )
+
+    def _validate_no_flags_of(self, loss: str) -> None:
+        given = [flag_of(field) for field in given_fields(self) if field.name in _FLAGS_OF[loss]]
         if given:
             flags = ", ".join(given)
             fix = f"Omit {flags}"
-            if self.teacher != NO_TEACHER:
-                fix += ", or use --preset cid or --loss cluster=0.5"
-            raise UsageError(f"{flags}: for the cluster loss, which the run does not have.", f"{fix}.")
+            if not self.has_no_teacher:
+                fix += f", or use {_TO_HAVE[loss]}"
+            raise UsageError(f"{flags}: for the {loss} loss, which the run does not have.", f"{fix}.")
 
     def _validate_stored_extras(self) -> None:
         given = {
@@ -355,9 +392,18 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         return taken and self.extra_texts != 0 and not (self.online_teacher or self.freeze_text)
 
     @property
+    def has_no_teacher(self) -> bool:
+        """Whether there is to be none."""
+        return self.teacher == (NO_TEACHER,)
+
+    @property
+    def num_teachers(self) -> int:
+        return max(super().num_teachers, len(self.teacher))
+
+    @property
     def chosen_preset(self) -> str:
         """The preset: as given, else the default with a teacher or without."""
-        return self.preset or ("clip" if self.teacher == NO_TEACHER else DEFAULT_PRESET)
+        return self.preset or ("clip" if self.has_no_teacher else DEFAULT_PRESET)
 
     def losses(self, trust: float = 1.0) -> dict[str, Weight]:
         """Return the losses of the run with their weights at such trust in the teacher, in registry order."""

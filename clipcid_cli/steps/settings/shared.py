@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
-from clipcid_cli.errors import DEFAULT_WORK
+from clipcid_cli.errors import DEFAULT_WORK, UsageError
 from clipcid_cli.runtime.libraries import NO_SPINS
 from clipcid_cli.steps.settings.fields import (
+    ABOVE_0,
     AT_LEAST_1,
     FRACTION,
     Range,
@@ -28,6 +29,11 @@ _talk = group("What it prints")
 _read = group("How data is read")
 _input = group("Inputs")
 _augment = group("Augmentation")
+
+EMBEDDINGS_HELP = (
+    "Folder of embeddings in clip-retrieval's layout, or of .npz files such as DataComp's; by default those in the work "
+    "directory."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,17 +143,11 @@ class TrainingDataSettings(ReadingSettings):
 class EmbeddingsSettings(KeyedSettings):
     """Settings of every step that reads embeddings."""
 
-    embeddings: Path | None = _input(
-        None,
-        "Folder of embeddings in clip-retrieval's layout, or of .npz files such as DataComp's; by default those in the work "
-        "directory.",
-        operational=True,
-    )
     npz_array: str | None = _input(
         None,
         "Array of image embeddings in .npz files, for example l14_img; by default the only one whose name ends in _img.",
         metavar="NAME",
-        operational=True,  # as `embeddings`: outputs record the content of the array, not its name
+        operational=True,  # outputs record the content of the array, not its name
     )
 
 
@@ -155,6 +155,18 @@ class EmbeddingsSettings(KeyedSettings):
 class KeptSettings(EmbeddingsSettings):
     """Settings of every step that learns from the embeddings of kept images."""
 
+    embeddings: tuple[Path, ...] = _input(
+        (),
+        f"{EMBEDDINGS_HELP} May be repeated: several teachers, joined by key.",
+        operational=True,
+    )
+    teacher_weight: tuple[float, ...] = _input(
+        (),
+        "Weight of each of several teachers, in their order; by default equal.",
+        within=ABOVE_0,
+        metavar="X",
+        operational=True,  # outputs record it beside the rows
+    )
     keep_list: str | None = _input(
         None,
         "Keep list of `clipcid balance`: use only its kept images, or all with `none`. By default, the work directory's if "
@@ -169,6 +181,25 @@ class KeptSettings(EmbeddingsSettings):
         choices=("auto", "none"),
         operational=True,  # outputs record the map that was used
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = len(self.teacher_weight)
+        if weights not in (0, self.num_teachers):
+            raise UsageError(
+                f"--teacher-weight was given {weights} times, for {self.num_teachers} teachers.",
+                "Give one for each teacher, in their order, or none.",
+            )
+
+    @property
+    def num_teachers(self) -> int:
+        return max(1, len(self.embeddings))
+
+    @property
+    def teacher_weights(self) -> tuple[float, ...]:
+        """The weight of each teacher; they add up to 1."""
+        weights = self.teacher_weight or (1.0,) * self.num_teachers
+        return tuple(weight / sum(weights) for weight in weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

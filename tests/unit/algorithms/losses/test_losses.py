@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from loss_data import SCALE, B, compute, formula, make_batch, make_numbers, slopes, unit, with_gradients
+from loss_data import SCALE, TEACHER_BIAS, B, compute, formula, make_batch, make_numbers, slopes, unit, with_gradients
 
 from clipcid_cli.algorithms.losses import batch as batch_module
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
@@ -100,6 +100,13 @@ def test_one_tower_leaves_its_half(name: str, tower: str) -> None:
     expected = formula(name, numbers, towers=tower, cluster_towers=student)
     assert float(compute(name, batch, SCALES)) == pytest.approx(expected, rel=1e-12)
     assert expected != pytest.approx(formula(name, numbers, cluster_towers="sv"), rel=1e-3)
+
+
+@pytest.mark.parametrize("teacher_bias", [TEACHER_BIAS, None])
+def test_targets_of_siglip_kd_are_the_teachers_sigmoid_or_else_its_softmax(teacher_bias: float | None) -> None:
+    batch = make_batch(make_numbers(), teacher_bias=teacher_bias)
+    found = float(compute("siglip-kd", batch, SCALES))
+    assert found == pytest.approx(formula("siglip-kd", make_numbers(), teacher_bias=teacher_bias), rel=1e-12)
 
 
 def test_fusion_layers_learn_from_any_share_of_rows() -> None:

@@ -18,7 +18,7 @@ def test_entry_is_complete(name: str) -> None:
     assert entry.summary[-1] != "."  # help pages join summaries into lists
     function = load_loss(name)
     assert "Source: " in (inspect.getdoc(function) or "")
-    learned = {"scale": entry.scale is not None, "bias": entry.bias is not None, "fusion": entry.fuses}
+    learned = {"scale": entry.scale is not None, "fusion": entry.fuses}
     assert list(inspect.signature(function).parameters) == [
         "batch",
         *(part for part, is_own in learned.items() if is_own),

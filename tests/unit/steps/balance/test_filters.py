@@ -49,7 +49,7 @@ def make_pairs() -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 def make_clusters(work: Path, embeddings: Path, num_clusters: int) -> Path:
     chosen = {"keep_list": "none", "num_clusters": num_clusters, "device": "cpu"}
-    run_cluster(ClusterSettings(work=work, embeddings=embeddings, **chosen), Listener())
+    run_cluster(ClusterSettings(work=work, embeddings=(embeddings,), **chosen), Listener())
     return work / "clusters"
 
 

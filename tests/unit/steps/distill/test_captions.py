@@ -236,7 +236,7 @@ def test_by_default_further_texts_are_as_many_as_samples_where_there_are_any(
     assert given.variants is None, "they are lines"
     assert join(tiny_shards, embeddings, preset="dr").inputs.num_extra_texts(6) == 0, "no loss takes them"
     assert join(data, plain).inputs.num_extra_texts(6) == 0, "there are none"
-    common = {"student": str(write_student(tmp_path)), "embeddings": embeddings, "teacher_space": "project"}
+    common = {"student": str(write_student(tmp_path)), "embeddings": (embeddings,), "teacher_space": "project"}
     common |= {"preset": "clip-kd", "steps": 3}
     without, _ = train(tmp_path / "a", tiny_shards, **common, extra_texts=0)
     shown, said = train(tmp_path / "b", tiny_shards, **common, extra_texts=5, texts=lines)

@@ -13,13 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY_CONFIG, process_context
-from teaching_data import ALONE, Listener
+from teaching_data import ALONE, Listener, train, write_student
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Masking
+from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.evaluation import share_statistics
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.student import load_student
@@ -68,15 +70,15 @@ def test_masked_images_reach_no_other_loss() -> None:
     weights = {name: 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
     space = SharedSpace(TEACHER_WIDTH, is_learned=True)
     rows = torch.nn.functional.normalize(torch.randn(2, BATCH, TEACHER_WIDTH), dim=2)
-    teacher: Any = SimpleNamespace(space=space, scale=30.0, rows=lambda _: (*rows, None))
+    teacher: Any = SimpleNamespace(space=space, scale=30.0, bias=None, rows=lambda _: (*rows, None))
     batch: Any = SimpleNamespace(image_clusters=None, text_clusters=None)
     parameters = LossParameters(weights, WIDTH, space, 1)
-    objective = Objective(weights | {"mfd": 0.0}, parameters, teacher, ALONE, False)
+    objective = Objective(weights | {"mfd": 0.0}, parameters, teacher, ALONE, 100.0, False)
     image, text = torch.randn(2, BATCH, WIDTH)
 
     def losses(masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features = Features(image, text, masked.requires_grad_(), image[:, None], text[:, None])
-        others, found = objective(features, torch.tensor(5.0), batch)
+        others, found = objective(features, torch.tensor(5.0), torch.tensor(-5.0), batch)
         return found, torch.autograd.grad(others, masked)[0]
 
     (some, gradient), (other, _) = losses(torch.ones(BATCH, WIDTH)), losses(torch.eye(BATCH, WIDTH))
@@ -84,12 +86,27 @@ def test_masked_images_reach_no_other_loss() -> None:
     assert [name for name, one, two in zip(weights, some, other, strict=True) if one != two] == ["mfd"]
 
 
-@pytest.mark.parametrize(("losses", "warns"), [(("siglip=1", "clip=0"), True), (("siglip=1",), False)])
-def test_what_siglip_learns_and_no_student_keeps_is_said(losses: tuple[str, ...], warns: bool) -> None:
-    listener = Listener()
-    settings = DistillSettings(student="s.json", teacher="none", loss=losses)
-    Objective.of(settings, 1.0, WIDTH, None, ALONE, listener)
-    assert any("no logit_bias is written" in text for text in listener.told) == warns
+def test_a_student_of_the_sigmoid_losses_keeps_its_bias(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """It is trained, written, and as a teacher's taught again; a student that has one goes on with it."""
+    losses = ("clip=0", "siglip=1", "siglip-kd=1")
+    common: dict[str, Any] = {"preset": "clip", "loss": losses, "lr": 0.01, "eval_every": 4}
+    work, student = tmp_path / "work", write_student(tmp_path)
+    log, _ = train(work, tiny_shards, teacher=(str(tiny_model),), student=str(student), **common)
+    made = load_model(parse_model(str(work / "distill" / "run" / "student")))
+    assert made.logit_bias == pytest.approx(log[-1]["bias_student"], abs=0.02)
+    assert made.logit_bias != -10.0
+    again, _ = train(
+        work,
+        tiny_shards,
+        teacher=made.info.spec,
+        student=made.info.spec,
+        name="again",
+        teacher_space="project",
+        **common,
+    )
+    recorded = json.loads((work / "embeddings" / made.info.slug / "embed.json").read_text())["model"]
+    assert recorded["logit_bias"] == made.logit_bias
+    assert again[0]["bias_student"] == pytest.approx(made.logit_bias, abs=0.02)
 
 
 def share(rank: int, store: str, results: multiprocessing.Queue[Any]) -> None:

@@ -114,7 +114,7 @@ def test_training_beside_it_is_training_from_its_embeddings(
     common = {"student": str(write_student(tmp_path)), "crop_scale": 1.0, "teacher_space": "pca"}
     common |= {"precision": "fp32", "preset": "cid"}
     stored, _ = train(work, tiny_shards, name="stored", **common)
-    online, said = train(work, tiny_shards, name="online", teacher=str(tiny_model), online_teacher=True, **common)
+    online, said = train(work, tiny_shards, name="online", teacher=(str(tiny_model),), online_teacher=True, **common)
     assert "Online teacher: 1.6 M parameters, 32 px, 12 tokens" in said
     for one, other in zip(stored, online, strict=True):
         for name in ("loss", "loss_clip", "loss_instance", "loss_cluster"):
@@ -124,13 +124,13 @@ def test_training_beside_it_is_training_from_its_embeddings(
     with pytest.raises(
         ClipcidError, match=r"clusters in .* weights blake2b.*the teacher is .*, weights blake2b"
     ) as raised:
-        train(work, tiny_shards, name="third", teacher=str(other), online_teacher=True, **common)
+        train(work, tiny_shards, name="third", teacher=(str(other),), online_teacher=True, **common)
     assert f"clipcid embed {tiny_shards} --model {other}" in raised.value.fix
 
 
 def test_without_embeddings_it_teaches_through_a_layer_and_every_caption(tiny_model: Path, tmp_path: Path) -> None:
     data = write_captions(tmp_path / "data", (2, 3, 1, 2, 4, 2))
-    settings = {"student": str(write_student(tmp_path)), "teacher": str(tiny_model), "online_teacher": True}
+    settings = {"student": str(write_student(tmp_path)), "teacher": (str(tiny_model),), "online_teacher": True}
     settings |= {"preset": "clip-kd", "teacher_space": "pca", "batch_size": 4, "val_fraction": 0.0}
     log, said = train(tmp_path / "work", data, caption_dropout=0.5, **settings)
     assert "There are no stored embeddings" in said
@@ -139,4 +139,4 @@ def test_without_embeddings_it_teaches_through_a_layer_and_every_caption(tiny_mo
     # The teacher is an input of the run: another one is another run.
     other = write_tiny_model(tmp_path / "tiny2", seed=8)
     with pytest.raises(ClipcidError, match="other settings or inputs"):
-        train(tmp_path / "work", data, caption_dropout=0.5, **(settings | {"teacher": str(other)}))
+        train(tmp_path / "work", data, caption_dropout=0.5, **(settings | {"teacher": (str(other),)}))

@@ -56,8 +56,8 @@ def change_heads(config: dict[str, Any]) -> None:
 
 
 def open_for(model: Path, folder: Path) -> None:
-    settings = DistillSettings(student="student.json", teacher=str(model), embeddings=folder)
-    open_stored(settings, folder, None, Listener())
+    settings = DistillSettings(student="student.json", teacher=(str(model),), embeddings=(folder,))
+    open_stored(settings, (folder,), None, Listener())
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_embeddings_of_another_tool_that_say_too_little_are_refused(
 ) -> None:
     common = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "online_teacher": online}
     with pytest.raises(ClipcidError, match=message) as raised:
-        train(tmp_path / "work", tiny_shards, embeddings=folders["foreign"], **common)
+        train(tmp_path / "work", tiny_shards, embeddings=(folders["foreign"],), **common)
     if not online:
         assert raised.value.fix.endswith(f"Or embed the captions too: clipcid embed {tiny_shards} --model MODEL")
 
@@ -158,9 +158,9 @@ def test_whose_axes_an_online_teacher_takes(
     shutil.copytree(folders["tiny"], work / "embeddings" / "tiny")
     settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "online_teacher": True, "steps": 1}
     namesake = write_tiny_model(tmp_path / "tiny", seed=4)
-    _, said = train(work, tiny_shards, teacher=str(namesake), **settings)
+    _, said = train(work, tiny_shards, teacher=(str(namesake),), **settings)
     assert "no stored embeddings" in said
-    _, said = train(work, tiny_shards, teacher=str(tiny_model), name="own", teacher_space="pca", **settings)
+    _, said = train(work, tiny_shards, teacher=(str(tiny_model),), name="own", teacher_space="pca", **settings)
     assert "24 of the teacher's 32 dimensions, which keep" in said
     _, said = train(work, tiny_shards, name="unnamed", teacher_space="project", **settings)
     assert "the teacher's 32 dimensions, by a learned layer" in said

@@ -84,7 +84,7 @@ def test_training_is_the_same_whatever_the_order_of_files(tiny_shards: Path, tin
     foreign = write_embeddings(tmp_path / "foreign", rows, keys=[keys[row] for row in order], texts=texts)
     settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "teacher_space": "project"}
     logs = [
-        train(tmp_path / folder.name / "work", tiny_shards, embeddings=folder, loss=("crd=0",), **settings)[0]
+        train(tmp_path / folder.name / "work", tiny_shards, embeddings=(folder,), loss=("crd=0",), **settings)[0]
         for folder in (tmp_path / "own", foreign)
     ]
     assert logs[0] == logs[1]
@@ -166,6 +166,6 @@ def test_bad_rows_are_told_on_each_start_and_other_texts_are_matched_anew(
         texts[:bad] = 0
         shutil.rmtree(tmp_path / "foreign", ignore_errors=True)
         folder = write_embeddings(tmp_path / "foreign", rows, keys=read_keys(own), texts=texts)
-        _, told = train(work, tiny_shards, name=name, embeddings=folder, **settings)
+        _, told = train(work, tiny_shards, name=name, embeddings=(folder,), **settings)
         assert f"{bad} rows of the embeddings are zero or not finite" in told
         assert len(find_matched(work)) == matched

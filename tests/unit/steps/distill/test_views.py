@@ -187,7 +187,7 @@ def test_views_are_repaired_as_images_are(crops: Path) -> None:
 def test_distill_replays_unless_told_not_to(crops: Path, tiny_shards: Path, tmp_path: Path) -> None:
     assert join(tiny_shards, crops).inputs.augmentation(Augmentation()) == Augmentation(0.3, 0.4, 0.2)
     student = str(write_student(tmp_path))
-    common = {"student": student, "embeddings": crops, "preset": "clip-kd", "teacher_space": "project"}
+    common = {"student": student, "embeddings": (crops,), "preset": "clip-kd", "teacher_space": "project"}
     replayed, said = train(tmp_path / "a", tiny_shards, **common)
     assert "3 of each image are stored and replayed" in said
     again, _ = train(tmp_path / "b", tiny_shards, workers=2, crop_scale=0.5, **common)

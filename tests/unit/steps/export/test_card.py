@@ -102,7 +102,7 @@ def test_the_keep_ratio_is_of_the_list_that_the_run_applied(tiny_shards: Path, t
         DistillSettings(
             data=str(tiny_shards),
             student=str(tmp_path / "student.json"),
-            teacher="none",
+            teacher=("none",),
             keep_list=str(keep_list),
             work=work,
             steps=1,

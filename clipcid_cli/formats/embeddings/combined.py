@@ -1,0 +1,176 @@
+"""Embeddings of several teachers as those of one: rows side by side, whose cosines are weighted means of the teachers'.
+
+Row i is [√w₁·a_i ; √w₂·b_i ; …], of unit rows a, b of teachers whose weights w add up to 1. Rows of texts have zeros for a
+teacher without captions, and the weights of the others, divided by their sum W, in place of w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
+from clipcid_cli.formats.embeddings.rows import Float16, Numbers, Rows, unit_rows
+from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.join import join
+from clipcid_cli.formats.sidecar import ModelRecord
+
+_OF_TEXTS = frozenset({Kind.TEXTS, Kind.FURTHER, Kind.VARIANTS})
+# What decides the variants of captions, in the settings of `embed`.
+_VARIANTS = ("text_variants", "text_variant_rules", "seed")
+
+
+class CombinedEmbeddings(Embeddings):
+    """Joined by key; keys, metadata and order are those of the first teacher that has captions."""
+
+    def __init__(self, members: Sequence[Embeddings], weights: Sequence[float], scratch: Path | None) -> None:
+        """Join the members, whose keys are unique; `scratch` is as `folder` of `join`."""
+        first = next((member for member in members if member.has_texts), members[0])
+        vars(self).update(vars(first))
+        self._members = tuple(members)
+        self.weights = tuple(weights)
+        self.width = sum(member.width for member in members)
+        self._places = [None if member is first else _find_places(first, member, scratch) for member in members]
+        self.kinds = self._find_kinds()
+
+    @property
+    def members(self) -> tuple[Embeddings, ...]:
+        return self._members
+
+    @property
+    def model(self) -> ModelRecord:
+        """What stands for the teachers in a sidecar; no model has its name."""
+        models = [member.model for member in self.members]
+        names = [member.model.spec if member.model else str(member.folder) for member in self.members]
+        hashes = ["unrecorded" if model is None else model.weights_hash for model in models]
+        scale = self._mean("logit_scale")
+        return ModelRecord(
+            spec=" + ".join(names),
+            weights_hash=" ".join([*hashes, *map(str, self.weights)]),
+            config={},
+            # An image's cosine with a text is √W times the mean of those of the teachers with captions.
+            logit_scale=None if scale is None else scale / math.sqrt(self._weight_of_texts),
+            logit_bias=self._mean("logit_bias"),
+        )
+
+    def _mean(self, name: str) -> float | None:
+        """Return the weighted mean of a number of the teachers with captions; None where one does not record it."""
+        pairing = [(weight, each) for weight, each in zip(self.weights, self.members, strict=True) if each.has_texts]
+        terms = [(weight, getattr(each.model, name, None)) for weight, each in pairing]
+        known = [weight * number for weight, number in terms if number is not None]
+        return sum(known) / self._weight_of_texts if known and len(known) == len(terms) else None
+
+    @property
+    def _weight_of_texts(self) -> float:
+        return sum(weight for weight, member in zip(self.weights, self.members, strict=True) if member.has_texts)
+
+    def rows(self, kind: Kind) -> Rows:
+        """Map the combined rows of a kind, as `Embeddings.rows`."""
+        if kind is Kind.VIEW_PARAMS or kind not in self.kinds:
+            return super().rows(kind)
+        whole = self._weight_of_texts if kind in _OF_TEXTS else 1.0
+        blocks = [
+            _Block(
+                member.rows(kind) if kind in member.kinds else None,
+                math.sqrt(weight / whole),
+                places if kind in (Kind.IMAGES, Kind.TEXTS) else None,
+                member.width,
+            )
+            for member, weight, places in zip(self.members, self.weights, self._places, strict=True)
+        ]
+        map_DD = None if self.image_map is None or kind in _OF_TEXTS else self.image_map.map_DD
+        count = next(len(block.rows) for block in blocks if block.rows is not None and block.places is None)
+        return _CombinedRows(blocks, count, map_DD)
+
+    def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
+        """Describe the files of all, their weights and the map of images."""
+        found = [each for member in self.members for each in member.fingerprints(kinds)]
+        found.append(FileRecord("weights of the teachers", len(self.weights), " ".join(map(str, self.weights))))
+        return found if self.image_map is None else [*found, self.image_map.record]
+
+    def find_bad_rows(self, *, texts: bool) -> Numbers:
+        """Find rows that are not usable of one teacher, or that one lacks."""
+        is_bad = np.zeros(self.num_rows, np.bool_)
+        for member, places in zip(self.members, self._places, strict=True):
+            bad = member.find_bad_rows(texts=texts)
+            if places is None:
+                is_bad[bad] = True
+            else:
+                is_bad |= np.isin(places, bad) | (places < 0)
+        return np.flatnonzero(is_bad)
+
+    def _find_kinds(self) -> frozenset[Kind]:
+        """Find the kinds of rows that all teachers have of the same views and texts."""
+        found = {Kind.IMAGES}
+        pairing = [member for member in self.members if member.has_texts]
+        if pairing:
+            found |= {kind for kind in _OF_TEXTS if all(kind in member.kinds for member in pairing)}
+            if not _have_same(pairing, METADATA):
+                found -= {Kind.FURTHER, Kind.VARIANTS}
+            if len({repr([_setting(member, name) for name in _VARIANTS]) for member in pairing}) > 1:
+                found -= {Kind.VARIANTS}
+        views = {Kind.VIEWS, Kind.VIEW_PARAMS}
+        if all(views <= member.kinds for member in self.members) and all(
+            _have_same(self.members, part) for part in (METADATA, Kind.VIEW_PARAMS)
+        ):
+            found |= views
+        return frozenset(found)
+
+
+def _find_places(first: Embeddings, other: Embeddings, scratch: Path | None) -> Numbers | None:
+    """Find where the rows of one are in another: int64 [N], −1 for none; None where both have the same rows."""
+    found = join(lambda: map(first.keys_of, first.files), first.num_rows, other.listing(), scratch)[:, 0]
+    is_same = first.num_rows == other.num_rows and np.array_equal(found, np.arange(first.num_rows))
+    return None if is_same else found
+
+
+def _have_same(members: Sequence[Embeddings], part: str) -> bool:
+    return len({tuple(each.hash for each in member.contents(part)) for member in members}) == 1
+
+
+def _setting(embeddings: Embeddings, name: str) -> Any:
+    return None if embeddings.sidecar is None else embeddings.sidecar.settings.get(name)
+
+
+class _Block(NamedTuple):
+    """The columns of one teacher: √w times its rows, at these places, or zeros."""
+
+    rows: Rows | None
+    factor: float
+    places: Numbers | None
+    width: int
+
+
+class _CombinedRows(Rows):
+    def __init__(self, blocks: Sequence[_Block], count: int, map_DD: npt.NDArray[np.float32] | None) -> None:
+        self._blocks = blocks
+        self._map_DD = None if map_DD is None else map_DD.astype(np.float64)
+        self.shape = (count, sum(block.width for block in blocks))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state
+
+    def read(self, start: int, stop: int) -> Float16:
+        return self.take(np.arange(start, min(stop, len(self))))
+
+    def take(self, positions: Numbers) -> Float16:
+        """Return rows as `Rows.take`; those that a teacher lacks are NaN."""
+        columns = list[Float16]()
+        for rows, factor, places, width in self._blocks:
+            found = np.zeros((len(positions), width), np.float16)
+            if rows is not None:
+                wanted = positions if places is None else places[positions]
+                found[:] = np.float32(factor) * rows.take(np.maximum(wanted, 0))
+                found[wanted < 0] = np.nan
+            columns.append(found)
+        combined = np.concatenate(columns, axis=1)
+        return combined if self._map_DD is None else unit_rows(combined.astype(np.float64) @ self._map_DD)

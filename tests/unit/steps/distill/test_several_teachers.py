@@ -1,0 +1,115 @@
+"""Several teachers as one: cosines are weighted means of theirs, whatever is shown; clusters and resuming know it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from balance_data import write_embeddings
+from conftest import TINY_CONFIG, write_tiny_model
+from teaching_data import Listener, embed_data, join, read_keys, train, write_student
+
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.steps.cluster import run as cluster
+from clipcid_cli.steps.settings.cluster import ClusterSettings
+from clipcid_cli.steps.settings.distill import DistillSettings
+
+WIDTHS = {"one": 32, "two": 24, "vision": 16}
+
+
+@pytest.fixture(scope="module")
+def place(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models and their embeddings with views and variants; rows of images alone in another order, without one key."""
+    root = tmp_path_factory.mktemp("teachers")
+    for seed, name in enumerate(("one", "two")):
+        model = write_tiny_model(root / "models" / name, TINY_CONFIG | {"embed_dim": WIDTHS[name]}, seed)
+        extras: dict[str, Any] = {"views": 2, "view_kind": ("mix",), "text_variants": 2}
+        embed_data(tiny_shards, model, root / "embeddings" / name, **extras)
+    keys = [f"{number:06d}" for number in np.random.default_rng(1).permutation(24) if number != 5]
+    rows = np.random.default_rng(0).normal(size=(len(keys), WIDTHS["vision"])).astype(np.float16)
+    write_embeddings(root / "embeddings" / "vision", rows, keys=keys)
+    return root
+
+
+def teach(place: Path, data: Path, *names: str, **settings: Any) -> tuple[list[int], list[np.ndarray]]:
+    """Return the numbers of a batch's samples, and what the teachers tell: rows of images, captions, further texts."""
+    folders = tuple(place / "embeddings" / name for name in names)
+    run = join(data, folders[0], embeddings=folders, **settings)
+    rows, batch = run.show(load_model(parse_model(str(place / "models" / "one"))))
+    numbers = [int(sample.key) for sample in run.inputs.refs(run.inputs.training, np.array(rows))]
+    found = run.teach(batch, sum(WIDTHS[name] for name in names))
+    return numbers, [rows.numpy() for rows in found if rows is not None]
+
+
+def test_cosines_are_weighted_means_of_views_captions_and_further_texts(place: Path, tiny_shards: Path) -> None:
+    one, two = (teach(place, tiny_shards, name)[1] for name in ("one", "two"))
+    joint = teach(place, tiny_shards, "one", "two", teacher_weight=(3.0, 1.0))[1]
+    assert len(joint) == 3
+    for left in range(3):
+        for right in range(3):
+            expected = 0.75 * one[left] @ one[right].T + 0.25 * two[left] @ two[right].T
+            np.testing.assert_allclose(joint[left] @ joint[right].T, expected, atol=2e-3)
+
+
+def test_a_teacher_of_images_alone_adds_to_images(place: Path, tiny_shards: Path) -> None:
+    """Captions are compared as by the other, images with captions likewise, but for a factor; what one lacks is left out."""
+    with pytest.raises(ClipcidError, match="1 of 24 samples have no embedding"):
+        teach(place, tiny_shards, "vision", "one")
+    numbers, (images, texts) = teach(place, tiny_shards, "vision", "one", max_bad_fraction=0.1, extra_texts=0)
+    assert sorted(numbers) == [number for number in range(24) if number != 5]
+    one, vision = (open_embeddings(place / "embeddings" / name) for name in ("one", "vision"))
+    keys = list(map(int, read_keys(vision)))
+    seen = vision.rows(Kind.IMAGES).take(np.array([keys.index(number) for number in numbers])).astype(np.float32)
+    t, u = (one.rows(kind).take(np.array(numbers)).astype(np.float32) for kind in (Kind.IMAGES, Kind.TEXTS))
+    for found, expected in (
+        (images @ images.T, (seen @ seen.T + t @ t.T) / 2),
+        (texts @ texts.T, u @ u.T),
+        (images @ texts.T, t @ u.T / math.sqrt(2)),
+    ):
+        np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def test_clusters_and_a_run_of_several_teachers(place: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    work, folders = tmp_path / "work", tuple(place / "embeddings" / name for name in ("one", "two"))
+    common: dict[str, Any] = {"student": str(write_student(tmp_path)), "steps": 2, "embeddings": folders}
+
+    def make_clusters(*of: Path, **settings: Any) -> None:
+        given: dict[str, Any] = {"work": work, "num_clusters": 4, "iterations": 3, "device": "cpu", "overwrite": True}
+        cluster.run(ClusterSettings(embeddings=of, **given, **settings), Listener())
+
+    make_clusters(folders[0])
+    with pytest.raises(
+        ClipcidError, match=r"clusters in \S+ are of \S+one, the embeddings of \S+one \+ \S+two"
+    ) as raised:
+        train(work, tiny_shards, **common)
+    assert f"--embeddings {folders[0]} --embeddings {folders[1]}" in raised.value.fix
+    make_clusters(*folders)
+    log, said = train(work, tiny_shards, **common)
+    assert "joined by key to rows of width 56; weights 0.5, 0.5" in said
+    assert "24 of the teacher's 56 dimensions" in said
+    assert train(work, tiny_shards, **common)[0] == log
+    weighted = common | {"teacher_weight": (2.0, 1.0), "preset": "clip-kd"}
+    train(work, tiny_shards, **common | {"preset": "clip-kd", "name": "kd"})
+    with pytest.raises(ClipcidError, match="other settings or inputs"):
+        train(work, tiny_shards, **weighted, name="kd")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"teacher": ("a", "b"), "teacher_weight": (1.0,)}, "--teacher-weight was given 1 times, for 2 teachers"),
+        ({"teacher": ("a", "b"), "embeddings": (Path("c"),)}, "--teacher was given 2 times, --embeddings 1"),
+        ({"teacher": ("a", "none")}, "--teacher none was given beside other teachers"),
+        ({"teacher": ("a", "b"), "online_teacher": True}, "--online-teacher is of one teacher, and there are 2"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        DistillSettings(student="s.json", **given)
