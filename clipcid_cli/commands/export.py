@@ -10,6 +10,7 @@ from rich.text import Text
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.summary import print_facts, print_table, shorten_metric, wrap
+from clipcid_cli.formats.models.export_folder import WEB
 from clipcid_cli.steps.settings.export import ExportSettings
 
 if TYPE_CHECKING:
@@ -43,8 +44,12 @@ def show(result: ExportResult, console: Console) -> None:
         console.print()
     facts = {"model": result.model}
     if result.files:
-        paths = [Path(path) for path in result.files.values()]
-        facts |= {"folder": str(paths[0].parent), "files": ", ".join(path.name for path in paths)}
+        folder = Path(result.files["README"]).parent
+        places = [Path(path).relative_to(folder).parts for path in result.files.values()]
+        names = dict.fromkeys(first if not others else f"{first}/" for first, *others in places)
+        facts |= {"folder": str(folder), "files": ", ".join(names)}
+        if f"{WEB}/" in names:
+            facts["to see it"] = f"python -m http.server --directory {folder / WEB}"
     print_facts(console, "" if rows else "Would export", facts)
 
 
