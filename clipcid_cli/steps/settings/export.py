@@ -64,8 +64,8 @@ class ExportSettings(SharedSettings):
     )
     npm_packages: Path | None = _output(
         None,
-        "For --format web: folder of the packages onnxruntime-web and @huggingface/tokenizers, as `npm pack` writes them; by "
-        "default npm fetches them (33 MB, once).",
+        "For --format web: folder of the packages onnxruntime-web and @huggingface/tokenizers, as `npm pack` writes them. "
+        "By default, npm fetches them (33 MB, once).",
         operational=True,
     )
     license: str | None = _output(None, "License of the weights, for the model card; by default unknown.")
