@@ -97,7 +97,7 @@ def _import_tensorboard() -> Any:
 
 def _import_wandb() -> Any:
     try:
-        import wandb
+        import wandb.sdk  # `import wandb` alone would take a folder wandb/ of logged runs for the package
     except ImportError as error:
         raise _missing_error("wandb", "wandb", "wandb") from error
     return wandb
