@@ -10,7 +10,6 @@ from rich.text import Text
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.summary import print_facts, print_table, shorten_metric, wrap
-from clipcid_cli.formats.models.export_folder import WEB
 from clipcid_cli.steps.settings.export import ExportSettings
 
 if TYPE_CHECKING:
@@ -48,8 +47,8 @@ def show(result: ExportResult, console: Console) -> None:
         places = [Path(path).relative_to(folder).parts for path in result.files.values()]
         names = dict.fromkeys(first if not others else f"{first}/" for first, *others in places)
         facts |= {"folder": str(folder), "files": ", ".join(names)}
-        if f"{WEB}/" in names:
-            facts["to see it"] = f"python -m http.server --directory {folder / WEB}"
+        if page := result.files.get("web/index"):
+            facts["page"] = f"python -m http.server --directory {Path(page).parent}"
     print_facts(console, "" if rows else "Would export", facts)
 
 
