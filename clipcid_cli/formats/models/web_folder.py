@@ -70,8 +70,8 @@ def write_page(
     """Write the page.
 
     Args:
-        model: Its ``name``, ``width`` of the rows, ``logit_scale``, and how pixels are made: ``side``, ``mean``, ``std``,
-            ``interpolation``, ``resize_mode``.
+        model: Its ``name``, ``width`` of the rows, ``logit_scale``, whether texts are ``canonical``, without capitals and
+            punctuation, and how pixels are made: ``side``, ``mean``, ``std``, ``interpolation``, ``resize_mode``.
         encoders: The files of the image and the text encoder, which lie beside the page, as `tokenizer.json` does.
         labels: What the page begins with, as the prompt templates.
     """

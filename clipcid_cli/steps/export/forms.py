@@ -356,6 +356,7 @@ def _write_web(checker: Checker, folder: Path) -> dict[str, Parity]:
         "name": export_name(parse_model(model.info.spec)),
         "width": model.info.embed_dim,
         "logit_scale": model.logit_scale,
+        "canonical": model.tokenizer.whole.clean_fn("A.") == "a",
         "side": square_side(preprocess["size"]),
         **{name: preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode")},
     }
