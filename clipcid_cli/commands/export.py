@@ -43,8 +43,12 @@ def show(result: ExportResult, console: Console) -> None:
         console.print()
     facts = {"model": result.model}
     if result.files:
-        paths = [Path(path) for path in result.files.values()]
-        facts |= {"folder": str(paths[0].parent), "files": ", ".join(path.name for path in paths)}
+        folder = Path(result.files["README"]).parent
+        places = [Path(path).relative_to(folder).parts for path in result.files.values()]
+        names = dict.fromkeys(first if not others else f"{first}/" for first, *others in places)
+        facts |= {"folder": str(folder), "files": ", ".join(names)}
+        if page := result.files.get("web/index"):
+            facts["page"] = f"python -m http.server --directory {Path(page).parent}"
     print_facts(console, "" if rows else "Would export", facts)
 
 

@@ -22,6 +22,9 @@ from safetensors.torch import load_file
 import clipcid_cli
 
 QUICK_GELU = {**TINY_CONFIG, "quick_gelu": True}
+# Both encoders, and with them all that transformers.js asks for.
+ONNX = ("image_encoder.onnx", "text_encoder.onnx", "onnx", "config.json", "preprocessor_config.json", "tokenizer.json")
+ONNX += ("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +39,12 @@ def test_every_form_computes_what_the_model_does(
     call = ("export", quick_model, "--format", "open-clip", "--format", "onnx", "--data", tiny_shards, "--json")
     result = binary(*call).json
     folder = tmp_path / "clipcid-work" / "export" / "quick"
-    names = ["README.md", "export.json", "image_encoder.onnx", "open_clip_config.json", "open_clip_model.safetensors"]
-    names += ["parity.json", "text_encoder.onnx", "tokenizer.json"]
-    assert sorted(os.listdir(folder)) == names, "nothing of the run is left in what is exported"
+    names = ["README.md", "export.json", "open_clip_config.json", "open_clip_model.safetensors", "parity.json"]
+    assert sorted(os.listdir(folder)) == sorted([*names, *ONNX]), "nothing of the run is left in what is exported"
+    # What transformers.js loads takes no space of its own.
+    for ours, theirs in (("image_encoder", "vision_model"), ("text_encoder", "text_model")):
+        assert (folder / f"{ours}.onnx").samefile(folder / "onnx" / f"{theirs}.onnx")
+    assert json.loads((folder / "config.json").read_text())["text_config"]["hidden_act"] == "quick_gelu"
     assert all((tmp_path / path).is_file() for path in result["files"].values())
 
     # Other images and texts than those export compared on, at a batch size it did not try.
@@ -248,8 +254,7 @@ def test_another_form_in_the_same_folder_needs_overwrite(
     assert "settings.format" in refused.stderr
     torchrun(2, "export", tiny_model, "--out", "here", "--format", "onnx", "--overwrite")
     names = {name for name in os.listdir(tmp_path / "here") if not name.startswith(".")}
-    written = {"README.md", "export.json", "image_encoder.onnx", "text_encoder.onnx", "tokenizer.json", "parity.json"}
-    assert names == written
+    assert names == {"README.md", "export.json", "parity.json", *ONNX}
 
 
 def test_files_of_others_are_not_replaced(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:

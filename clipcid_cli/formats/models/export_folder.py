@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
@@ -20,6 +22,7 @@ TOKENIZER = "tokenizer.json"
 IMAGE_ENCODER = "image_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
 CLASSIFIER = "classifier.onnx"
+WEB = "web"
 PARITY = "parity.json"
 CARD = "README.md"
 
@@ -42,6 +45,22 @@ def quantized_name(name: str, kind: str) -> str:
     return name if kind == "fp32" else name.replace(".onnx", f"_{kind}.onnx")
 
 
+# Where transformers.js looks for the encoders, by their names here.
+TRANSFORMERS_JS = {
+    quantized_name(name, kind): f"onnx/{theirs}{suffix}.onnx"
+    for name, theirs in ((IMAGE_ENCODER, "vision_model"), (TEXT_ENCODER, "text_model"))
+    for kind, suffix in (("fp32", ""), ("fp16", "_fp16"), ("int8", "_quantized"))
+}
+
+# The page in WEB, and what it runs by.
+INDEX = "index.html"
+ENGINE = "ort.wasm.bundle.min.mjs"
+ENGINE_BINARY = "ort-wasm-simd-threaded.wasm"
+JS_TOKENIZERS = "tokenizers.min.mjs"
+JS_TOKENIZERS_LICENSE = "tokenizers.LICENSE"
+_IN_WEB = (INDEX, ENGINE, ENGINE_BINARY, JS_TOKENIZERS, JS_TOKENIZERS_LICENSE, TOKENIZER, *TRANSFORMERS_JS)
+
+
 # What the files of an export are, as its model card says.
 CONTENT = {
     OPEN_CLIP_CONFIG: "architecture and preprocessing, as open_clip reads them",
@@ -50,6 +69,7 @@ CONTENT = {
     HF_WEIGHTS: "weights, as transformers reads them",
     "preprocessor_config.json": "preprocessing, as transformers reads it",
     TOKENIZER: "texts to tokens, padded and cut to the model's length",
+    f"{WEB}/{INDEX}": "a page that classifies pictures in a browser, for any static server; it needs only this folder",
     PARITY: "how each export was compared with the original",
 } | {
     quantized_name(name, kind): what + words
@@ -60,9 +80,16 @@ CONTENT = {
     )
     for kind, words in (("fp32", ""), ("fp16", "; 16-bit weights"), ("int8", "; 8-bit weights"))
 }
+CONTENT |= {theirs: f"`{ours}` under the name that transformers.js reads" for ours, theirs in TRANSFORMERS_JS.items()}
 
 # What an export may write; weights of ONNX files above 2 GB go to a second file.
-_WRITTEN = (*CONTENT, *TOKENIZER_FILES, *(f"{name}.data" for name in CONTENT if name.endswith(".onnx")), CARD)
+_WRITTEN = (
+    *CONTENT,
+    *TOKENIZER_FILES,
+    *(f"{name}.data" for name in CONTENT if name.endswith(".onnx")),
+    *(f"{WEB}/{name}" for name in _IN_WEB),
+    CARD,
+)
 
 
 def validate_export_folder(folder: Path, *, overwrite: bool) -> None:
@@ -84,8 +111,23 @@ def validate_export_folder(folder: Path, *, overwrite: bool) -> None:
         )
 
 
-def sync_files(folder: Path) -> None:
-    """Wait until the files of a folder are on the disk, which the libraries that wrote some of them do not."""
-    for path in folder.iterdir():
+def list_written(folder: Path) -> list[str]:
+    """List the files of an export and of the folders in it, without scratch."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(name.as_posix() for name in names if not name.parts[0].startswith("."))
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Give a file a second name, which takes no space; where the file system has no hard links, copy it."""
+    target.parent.mkdir(exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def sync_files(paths: Iterable[Path]) -> None:
+    """Wait until files are on the disk, which the libraries that wrote some of them do not."""
+    for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())

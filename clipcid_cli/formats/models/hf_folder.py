@@ -79,8 +79,8 @@ _RENAMED = (
 )
 
 
-def validate_for_hf(model: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: str) -> None:
-    """Refuse a model of open_clip that ``CLIPModel`` cannot express, naming every setting why."""
+def hf_problems(model: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: str) -> list[str]:
+    """Name every setting of a model of open_clip that ``CLIPModel`` and ``CLIPProcessor`` cannot express."""
     text = model["text_cfg"]
     if text.get("pool_type") == "eos" and text.get("eos_id") == EOS_ID:
         text = text | {"pool_type": "argmax"}  # the same place in CLIP's tokens
@@ -93,8 +93,12 @@ def validate_for_hf(model: Mapping[str, Any], preprocess: Mapping[str, Any], tok
     ]
     if tokenizer != "SimpleTokenizer":
         problems.append(f"its tokenizer is {tokenizer}, not CLIP's")
-    problems += pixel_problems(preprocess)
-    if problems:
+    return problems + pixel_problems(preprocess)
+
+
+def validate_for_hf(model: Mapping[str, Any], preprocess: Mapping[str, Any], tokenizer: str) -> None:
+    """Refuse a model of open_clip that ``CLIPModel`` cannot express."""
+    if problems := hf_problems(model, preprocess, tokenizer):
         raise ClipcidError(
             "--format hf: Hugging Face's CLIPModel cannot express this model: " + "; ".join(problems) + ".",
             "Export it with --format open-clip or onnx.",
@@ -112,17 +116,27 @@ def write_hf_folder(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    config = make_config(model, float(tensors["logit_scale"]))
+    config = write_hf_settings(folder, model, preprocess, float(tensors["logit_scale"]), tokenizer)
     with torch.device("meta"):
         empty = transformers.CLIPModel(config)
     empty.load_state_dict(dict(_rename_tensors(tensors)), assign=True)
-    written_tokenizer = write_clip_tokenizer(folder, tokenizer)
     with _refusals_of_the_system(folder):
         empty.save_pretrained(folder, max_shard_size="1TB")  # in one file
+
+
+def write_hf_settings(
+    folder: Path, model: Mapping[str, Any], preprocess: Mapping[str, Any], logit_scale: float, tokenizer: Any
+) -> Any:
+    """Write all of `write_hf_folder` but the weights; return the ``CLIPConfig``. The scale is the learned logarithm."""
+    config = make_config(model, logit_scale)
+    written_tokenizer = write_clip_tokenizer(folder, tokenizer)
+    with _refusals_of_the_system(folder):
+        config.save_pretrained(folder)
         make_image_processor(preprocess).save_pretrained(folder)
         written_tokenizer.save_pretrained(folder)
     # transformers 5 leaves this file out, and other programs read it.
     write_json(folder / SPECIAL_TOKENS, written_tokenizer.special_tokens_map)
+    return config
 
 
 @contextmanager

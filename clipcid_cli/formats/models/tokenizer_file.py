@@ -34,19 +34,23 @@ def write_clip_tokenizer(folder: Path, tokenizer: Any) -> Any:
     return made
 
 
-def write_tokenizer_file(folder: Path, tokenizer: Any) -> bool:
-    """Write `tokenizer.json` of an open_clip tokenizer; tell whether such a file can express it."""
+def fits_tokenizer_file(tokenizer: Any) -> bool:
+    """Tell whether `tokenizer.json` can express an open_clip tokenizer, which replaces some tokens of Hugging Face's."""
+    if not hasattr(tokenizer, "tokenizer"):
+        return True
+    return tokenizer.tokenizer.is_fast and not (tokenizer.tokenizer_mode or tokenizer.strip_sep_token)
+
+
+def write_tokenizer_file(folder: Path, tokenizer: Any) -> None:
+    """Write `tokenizer.json` of an open_clip tokenizer that it can express."""
     if not hasattr(tokenizer, "tokenizer"):
         with TemporaryDirectory() as scratch:
             fast = write_clip_tokenizer(Path(scratch), tokenizer).backend_tokenizer
     else:
-        own = tokenizer.tokenizer  # Hugging Face's, some of whose tokens open_clip replaces
-        if not own.is_fast or tokenizer.tokenizer_mode or tokenizer.strip_sep_token:
-            return False
+        own = tokenizer.tokenizer
         fast = copy.deepcopy(own.backend_tokenizer)
         _fix_length(fast, int(tokenizer.context_length), own.pad_token_id, own.pad_token)
     write_bytes(folder / TOKENIZER, fast.to_str().encode())
-    return True
 
 
 def _fix_length(fast: Any, length: int, pad_id: int, pad_token: str) -> None:

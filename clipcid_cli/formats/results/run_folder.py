@@ -1,7 +1,7 @@
 """The folder of one training run: ``student/``, ``checkpoints/``, ``report.html``, and what is logged while it trains.
 
-Logs are ``train.jsonl``, ``results.jsonl`` and, where requested, TensorBoard's files. ``held_out.parquet`` has the keys that
-were held out.
+Logs are ``train.jsonl``, ``results.jsonl`` and, where requested, the files of a board. ``held_out.parquet`` has the keys
+that were held out.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
@@ -42,6 +42,7 @@ class RunFolder:
         self.results_log = path / "results.jsonl"  # an object for each evaluation on the held-out part
         self.held_out = path / "held_out.parquet"
         self.tensorboard = path / "tensorboard"
+        self.wandb = path / "wandb"
         self.report = path / "report.html"
 
     def students(self, *, ema: bool) -> list[Path]:
@@ -54,7 +55,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what an earlier run left."""
-        for folder in (self.student, self.student_ema, self.checkpoints, self.tensorboard):
+        for folder in (self.student, self.student_ema, self.checkpoints, self.tensorboard, self.wandb):
             if folder.is_dir():
                 shutil.rmtree(folder)
         files = (self.train_log, self.results_log, self.held_out, self.report)
@@ -158,29 +159,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def import_tensorboard() -> Any:
-    """Import PyTorch's side of TensorBoard, which may not be installed."""
-    try:
-        from torch.utils import tensorboard
-    except ImportError as error:
-        raise ClipcidError(
-            "--report-to tensorboard needs TensorBoard, which is not installed.",
-            "In the checkout of clipcid: pip install '.[logging]'; or omit --report-to: train.jsonl holds the same numbers.",
-        ) from error
-    return tensorboard
+class Board(Protocol):
+    """A program that shows the values of a run while it trains."""
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Show values, by names such as ``train/loss``."""
+
+    def flush(self) -> None:
+        """Write what was added."""
+
+    def close(self) -> None:
+        """End; nothing is added any more."""
 
 
 class TrainingLog:
     """The logs of a run. Lines of training steps are written every two seconds, evaluations at once."""
 
-    def __init__(self, folder: RunFolder, step: int, *, writes: bool, tensorboard: bool) -> None:
-        """Open the logs; of what a killed run gave TensorBoard, what comes after `step` is no longer shown."""
+    def __init__(self, folder: RunFolder, board: Board | None = None, *, writes: bool) -> None:
         self._folder = folder
         self._writes = writes
-        self._board: Any = None
-        if tensorboard and writes:
-            purge = step + 1 if step else None
-            self._board = import_tensorboard().SummaryWriter(str(folder.tensorboard), purge_step=purge)
+        self._board = board
         self._lines: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
 
@@ -203,15 +201,17 @@ class TrainingLog:
         self._flushed = time.monotonic()
 
     def _write(self, group: str, path: Path, lines: list[dict[str, Any]]) -> None:
-        """Append lines to a log, and give those of their values that are finite numbers to TensorBoard."""
+        """Append lines to a log, and give those of their values that are finite numbers to the board."""
         if self._writes:
             append_lines(path, lines)
-        for line in lines if self._board is not None else ():
-            for name, value in line.items():
-                if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                    self._board.add_scalar(f"{group}/{name}", value, line["step"])
+        if self._board is None:
+            return
+        for line in lines:
+            numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
+            finite = {f"{group}/{name}": value for name, value in numbers.items() if math.isfinite(value)}
+            self._board.add(line["step"], finite)
 
     def close(self) -> None:
-        """Close TensorBoard's files; lines that are not flushed are lost, as after a kill."""
+        """Close the board; lines that are not flushed are lost, as after a kill."""
         if self._board is not None:
             self._board.close()

@@ -11,7 +11,8 @@ import msgspec
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output
-from clipcid_cli.formats.results.run_folder import import_tensorboard, list_checkpoints, write_held_out
+from clipcid_cli.formats.results.boards import validate_board
+from clipcid_cli.formats.results.run_folder import list_checkpoints, write_held_out
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import open_dist_context
@@ -40,8 +41,8 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
     started = time.perf_counter()
     if settings.workers != 0:
         start_worker_server()
-    if settings.report_to == "tensorboard":
-        import_tensorboard()  # before hours of embedding, and on every process, so that none waits for one that failed
+    # Before hours of embedding, and on every process, so that none waits for one that failed.
+    validate_board(settings.report_to)
     with open_dist_context(settings.device) as context, scratch_folder(context, dry_run=settings.dry_run) as scratch:
         tasks = context.on_rank0(lambda: validate_named(settings, reporter))
         student = context.on_all(lambda: load_student(settings, context.device, reporter))

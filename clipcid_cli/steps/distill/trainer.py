@@ -13,6 +13,7 @@ from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.samples import close_copies
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.reading import reading
+from clipcid_cli.formats.results.boards import open_board
 from clipcid_cli.formats.results.run_folder import (
     TrainingLog,
     checkpoint_path,
@@ -85,10 +86,10 @@ class Trainer:
         clusters = None if teacher is None else teacher.clusters
         self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, context)
         self.evaluation = Evaluation(inputs, model, plan.evaluations, context)
-        writes = output is not None and context.is_main
-        self.log = TrainingLog(
-            plan.folder, self.state.step, writes=writes, tensorboard=settings.report_to == "tensorboard"
-        )
+        board = None
+        if output is not None and context.is_main:
+            board = open_board(settings.report_to, plan.folder, self.state.step, output.run.settings)
+        self.log = TrainingLog(plan.folder, board, writes=output is not None and context.is_main)
         self._saved_step = self.state.step
         self._values = StepValues(context.device)
         self.losses: dict[str, float] = {}

@@ -19,7 +19,7 @@ from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.settings.export import ExportSettings
 
 _UNKNOWN = "unknown"
-_LIBRARIES = {"open-clip": "open_clip", "hf": "transformers", "onnx": "onnx"}
+_LIBRARIES = {"open-clip": "open_clip", "hf": "transformers", "onnx": "onnx", "web": "onnx"}
 
 
 def render_card(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.benchmark import DEFAULT_TEMPLATES
 from clipcid_cli.formats.models.export_folder import (
     CLASSIFIER,
     HF_WEIGHTS,
@@ -21,9 +23,12 @@ from clipcid_cli.formats.models.export_folder import (
     OPEN_CLIP_WEIGHTS,
     TEXT_ENCODER,
     TOKENIZER,
+    TRANSFORMERS_JS,
+    WEB,
+    link_file,
     quantized_name,
 )
-from clipcid_cli.formats.models.hf_folder import validate_for_hf, write_hf_folder
+from clipcid_cli.formats.models.hf_folder import hf_problems, validate_for_hf, write_hf_folder, write_hf_settings
 from clipcid_cli.formats.models.onnx_file import (
     DENSE_EMBEDS,
     IMAGE_EMBEDS,
@@ -33,8 +38,9 @@ from clipcid_cli.formats.models.onnx_file import (
     write_onnx,
     write_quantized,
 )
-from clipcid_cli.formats.models.open_clip_folder import square_side, write_model_folder
-from clipcid_cli.formats.models.tokenizer_file import EOS_ID, write_tokenizer_file
+from clipcid_cli.formats.models.open_clip_folder import pixel_problems, square_side, write_model_folder
+from clipcid_cli.formats.models.tokenizer_file import EOS_ID, fits_tokenizer_file, write_tokenizer_file
+from clipcid_cli.formats.models.web_folder import write_page
 from clipcid_cli.formats.sidecar import Parity
 from clipcid_cli.runtime.libraries import quiet_libraries
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
@@ -49,6 +55,7 @@ from clipcid_cli.runtime.models.towers import (
     image_tower_kind,
     read_tokens,
 )
+from clipcid_cli.steps.export.card import export_name
 from clipcid_cli.steps.export.check import (
     ACCURACY,
     SENTENCES,
@@ -59,6 +66,7 @@ from clipcid_cli.steps.export.check import (
     run_timed,
     towers_of,
 )
+from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -69,12 +77,26 @@ _TOKENIZER_TEXTS = ["a photo of a cat.", "two DOGS & 3 birds — naïve café", 
 # of 255 levels were seen. A wrong filter or crop makes tens.
 _MAX_LEVELS = 4.0
 
+# What a page without classes begins with.
+_EXAMPLE_LABELS = ("cat", "dog", "person", "house", "landscape", "food", "text")
 
-def validate_forms(model: ClipModel, settings: ExportSettings) -> None:
+
+def validate_forms(model: ClipModel, settings: ExportSettings, reporter: Reporter) -> None:
     """Refuse, before anything is read or written, what one of the forms cannot express."""
     info = model.info
     if "hf" in settings.format:
         validate_for_hf(info.config, info.preprocess, info.tokenizer)
+    if "onnx" in settings.forms and (problems := _transformers_js_problems(model)):
+        reporter.note(f"onnx/, which transformers.js reads, is left out: {'; '.join(problems)}.")
+    if "web" in settings.format:
+        problems = pixel_problems(info.preprocess)
+        if not fits_tokenizer_file(model.tokenizer.whole):
+            problems.append(f"tokenizer.json cannot express its tokenizer, {info.tokenizer}")
+        if problems:
+            raise ClipcidError(
+                f"--format web: the page cannot do what {info.spec} needs: {'; '.join(problems)}.",
+                "Export it with --format onnx, and prepare its inputs as the metadata say.",
+            )
     if settings.dense and not has_patches(model.module):
         raise ClipcidError(
             f"--dense: the image tower of {info.spec} is not a ViT of open_clip whose patches share the space of its "
@@ -204,10 +226,16 @@ def _write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
     """
     classes = checker.inputs.classes
     kinds = ("fp32", *checker.settings.quantize)
+    info = checker.model.info
+    for_transformers_js = not _transformers_js_problems(checker.model)
     tokens = None
     with quiet_libraries():
         _write_encoders(checker, folder)
-        if write_tokenizer_file(folder, checker.model.tokenizer.whole):
+        if for_transformers_js and "hf" not in checker.settings.format:
+            log_scale = math.log(checker.model.logit_scale)
+            write_hf_settings(folder, info.config, info.preprocess, log_scale, checker.model.tokenizer.whole)
+        if fits_tokenizer_file(checker.model.tokenizer.whole):
+            write_tokenizer_file(folder, checker.model.tokenizer.whole)
             tokens = _validate_tokens("onnx", partial(read_tokens, folder / TOKENIZER), checker)
         for kind in checker.settings.quantize:
             for name in (IMAGE_ENCODER, TEXT_ENCODER):
@@ -216,7 +244,16 @@ def _write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
     found["onnx"].tokenizer = tokens
     if classes is not None:
         found |= _write_classifiers(checker, folder, classes)
+    for ours, theirs in TRANSFORMERS_JS.items() if for_transformers_js else ():
+        # It takes each as one file.
+        if (folder / ours).exists() and not (folder / f"{ours}.data").exists():
+            link_file(folder / ours, folder / theirs)
     return found
+
+
+def _transformers_js_problems(model: ClipModel) -> list[str]:
+    info = model.info
+    return hf_problems(info.config, info.preprocess, info.tokenizer)
 
 
 def _form(name: str, kind: str) -> str:
@@ -308,7 +345,37 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
     return found
 
 
+def _write_web(checker: Checker, folder: Path) -> dict[str, Parity]:
+    """Write the page for the smallest of the encoders, which are compared already, and give these a name beside it."""
+    model, classes = checker.model, checker.inputs.classes
+    smallest = next(kind for kind in ("int8", "fp16", "fp32") if kind in ("fp32", *checker.settings.quantize))
+    names = [quantized_name(name, smallest) for name in (IMAGE_ENCODER, TEXT_ENCODER)]
+    if too_large := [name for name in names if (folder / f"{name}.data").exists()]:
+        raise ClipcidError(
+            f"--format web: {', '.join(too_large)} is above 2 GB, more than a browser loads.", "Add --quantize int8."
+        )
+    for name in (*names, TOKENIZER):
+        link_file(folder / name, folder / WEB / name)
+    preprocess = model.info.preprocess
+    described = {
+        "name": export_name(parse_model(model.info.spec)),
+        "width": model.info.embed_dim,
+        "logit_scale": model.logit_scale,
+        "canonical": model.tokenizer.whole.clean_fn("A.") == "a",
+        "side": square_side(preprocess["size"]),
+        **{name: preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode")},
+    }
+    labels, templates = (_EXAMPLE_LABELS, DEFAULT_TEMPLATES) if classes is None else (classes.names, classes.templates)
+    write_page(folder / WEB, described, [folder / WEB / name for name in names], labels, templates)
+    return {}
+
+
 # Each writes the files of a format, loads them, and compares what they compute with the original: entries of parity.json.
-WRITERS = {"open-clip": _write_open_clip, "hf": _write_hf, "onnx": _write_onnx_files}
+WRITERS = {"open-clip": _write_open_clip, "hf": _write_hf, "onnx": _write_onnx_files, "web": _write_web}
 # What they need of the extra `export`.
-PACKAGES = {"open-clip": (), "hf": ("transformers",), "onnx": ("onnx", "onnxscript", "onnxruntime", "transformers")}
+PACKAGES = {
+    "open-clip": (),
+    "hf": ("transformers",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime", "transformers"),
+    "web": (),
+}

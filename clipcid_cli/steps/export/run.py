@@ -12,7 +12,8 @@ import torch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record, validate_unchanged
-from clipcid_cli.formats.models.export_folder import CARD, PARITY, sync_files, validate_export_folder
+from clipcid_cli.formats.models.export_folder import CARD, PARITY, WEB, list_written, sync_files, validate_export_folder
+from clipcid_cli.formats.models.web_folder import write_engine
 from clipcid_cli.formats.output import is_claimed, open_output
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, Parity, read_sidecar, sidecar_path
@@ -54,11 +55,11 @@ def _run(settings: ExportSettings, reporter: Reporter) -> ExportResult:
     seconds = dict[str, float]()
     with timed(seconds, "load"):
         model = load_model(source, torch.device("cpu"))
-    validate_forms(model, settings)
+    validate_forms(model, settings, reporter)
     inputs = read_inputs(model, dataset, classes, settings, reporter)
     validate_measurable(inputs, settings, reporter)
     sidecar = _export(source, folder, Checker(model, inputs, settings), seconds, reporter)
-    files = {Path(name).stem: str(folder / name) for name in sidecar.written}
+    files = {str(Path(name).with_suffix("")): str(folder / name) for name in sidecar.written}
     return ExportResult(source.spec, files, sidecar.parity, sidecar.seconds)
 
 
@@ -68,7 +69,7 @@ def _plan(settings: ExportSettings, reporter: Reporter) -> tuple[ModelName, Path
     if settings.ema:
         source = _find_average(source, reporter)
     folder = settings.out or WorkDirectory(settings.work).export(export_name(source))
-    for form in settings.format:
+    for form in settings.forms:
         missing = [name for name in PACKAGES[form] if importlib.util.find_spec(name) is None]
         if missing:
             raise ClipcidError(
@@ -142,17 +143,18 @@ def _export(
             reporter.note(f"{folder} already holds this export.")
             return output.finished
         output.start()
+        if "web" in settings.format:
+            write_engine(output.work / WEB, settings.npm_packages)  # which may fail, so before what takes long
         checker.warn_near_chance(reporter)
         parity = dict[str, Parity]()
-        # In this order, since onnx completes the tokenizer's file of the others.
-        for form in [form for form in WRITERS if form in settings.format]:
+        for form in settings.forms:
             reporter.note(f"Writing {form} and comparing it with {source.spec} …")
             with timed(seconds, form):
                 parity |= WRITERS[form](checker, output.work)
         write_json(output.work / PARITY, checker.describe() | {"parity": msgspec.to_builtins(parity)})
-        written = sorted(path.name for path in output.work.iterdir() if not path.name.startswith("."))
+        written = list_written(output.work)
         write_text(output.work / CARD, render_card(info, source, settings, parity, written))
-        sync_files(output.work)
+        sync_files(output.work / name for name in [*written, CARD])
         return output.commit(
             counts={
                 "images": len(inputs.pixels),

@@ -253,8 +253,9 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     )
     report_to: str = _output(
         "none",
-        "Also write TensorBoard logs to tensorboard/ in the run's folder.",
-        choices=("none", "tensorboard"),
+        "Also log to TensorBoard, in tensorboard/ of the run's folder, or to Weights & Biases (project clipcid, or that of "
+        "WANDB_PROJECT).",
+        choices=("none", "tensorboard", "wandb"),
         operational=True,
     )
     checkpoint_every: int | None = _output(

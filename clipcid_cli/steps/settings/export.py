@@ -9,7 +9,8 @@ from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import FRACTION, Range, argument, group
 from clipcid_cli.steps.settings.shared import SharedSettings
 
-FORMATS = ("open-clip", "hf", "onnx")
+# In the order in which they are written: onnx completes the tokenizer's file of hf, and web shows the files of onnx.
+FORMATS = ("open-clip", "hf", "onnx", "web")
 QUANTIZED = ("fp16", "int8")
 # The newest set that PyTorch 2.13 exports without converting; ONNX Runtime runs it from 1.17 on.
 DEFAULT_OPSET = 20
@@ -41,7 +42,9 @@ class ExportSettings(SharedSettings):
     format: tuple[str, ...] = _output(
         ("open-clip",),
         "Format to write; may be repeated. `open-clip`: a folder for open_clip (local-dir:DIR). `hf`: a folder for "
-        "transformers (CLIPModel, CLIPProcessor). `onnx`: image and text encoder, and with --classnames a classifier.",
+        "transformers (CLIPModel, CLIPProcessor). `onnx`: image and text encoder, also for transformers.js, and with "
+        "--classnames a classifier. `web`: the same, and web/, a static folder with a page that classifies pictures in the "
+        "browser.",
         choices=FORMATS,
     )
     out: Path | None = _output(
@@ -58,6 +61,12 @@ class ExportSettings(SharedSettings):
         False,
         "Add a second output to image_encoder.onnx, dense_embeds [N, h, w, D]: the projected patch embeddings of a ViT, not "
         "normalized.",
+    )
+    npm_packages: Path | None = _output(
+        None,
+        "For --format web: folder of the packages onnxruntime-web and @huggingface/tokenizers, as `npm pack` writes them. "
+        "By default, npm fetches them (33 MB, once).",
+        operational=True,
     )
     license: str | None = _output(None, "License of the weights, for the model card; by default unknown.")
     classnames: Path | None = _classes(
@@ -112,7 +121,7 @@ class ExportSettings(SharedSettings):
         for flag, values in (("--format", self.format), ("--quantize", self.quantize)):
             if len(set(values)) < len(values):
                 raise UsageError(f"{flag} was given twice: {', '.join(values)}.", "Give each format once.")
-        if "onnx" in self.format and self.precision not in ("auto", "fp32"):
+        if "onnx" in self.forms and self.precision not in ("auto", "fp32"):
             raise UsageError(
                 f"--precision {self.precision} cannot be combined with --format onnx, which is written in fp32.",
                 "Use --quantize fp16, or export the two formats in two runs with different --out.",
@@ -124,10 +133,15 @@ class ExportSettings(SharedSettings):
             "--classnames": self.classnames is not None,
         }
         for flag, given in about_onnx.items():
-            if given and "onnx" not in self.format:
+            if given and "onnx" not in self.forms:
                 raise UsageError(f"{flag} applies only to ONNX files.", "Add --format onnx.")
         if self.templates is not None and self.classnames is None:
             raise UsageError("--templates needs class names.", "Add --classnames FILE.")
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The formats that are written, in order."""
+        return tuple(form for form in FORMATS if form in self.format or (form == "onnx" and "web" in self.format))
 
     @property
     def stored_precision(self) -> str:
@@ -137,4 +151,4 @@ class ExportSettings(SharedSettings):
     @property
     def onnx_opset(self) -> int | None:
         """Version of ONNX's operators; None where no ONNX file is written."""
-        return (self.opset or DEFAULT_OPSET) if "onnx" in self.format else None
+        return (self.opset or DEFAULT_OPSET) if "onnx" in self.forms else None

@@ -45,7 +45,7 @@ def test_lines_are_written_together_after_two_seconds(tmp_path: Path, monkeypatc
     now = 0.0
     monkeypatch.setattr(run_folder.time, "monotonic", lambda: now)
     folder = RunFolder(tmp_path)
-    log = TrainingLog(folder, 0, writes=True, tensorboard=False)
+    log = TrainingLog(folder, writes=True)
     log.add({"step": 1, "loss": 9.0, "loss_clip": 1.0})
     now = 1.9
     log.add({"step": 2, "loss": 9.0, "loss_clip": 0.5})

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
-from clipcid_cli.formats.models.tokenizer_file import write_tokenizer_file
+from clipcid_cli.formats.models.tokenizer_file import fits_tokenizer_file, write_tokenizer_file
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.lean_open_clip import import_towers
 from clipcid_cli.runtime.models.names import parse_model
@@ -75,7 +75,8 @@ def test_rows_and_tokens_are_open_clips(foreign: Path) -> None:
 def test_its_tokenizer_is_one_file(foreign: Path, tmp_path: Path) -> None:
     whole = load_model(parse_model(str(foreign))).tokenizer.whole
     texts = [*TEXTS, "red " * 20]
-    assert write_tokenizer_file(tmp_path, whole)
+    assert fits_tokenizer_file(whole)
+    write_tokenizer_file(tmp_path, whole)
     assert torch.equal(read_tokens(tmp_path / "tokenizer.json", texts), whole(texts))
     assert torch.equal(whole(texts), load_model(parse_model(str(foreign))).tokenizer(texts)), (
         "its own is left as it was"

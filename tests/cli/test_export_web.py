@@ -1,0 +1,143 @@
+"""`export --format web`: what its page shows, in a real browser, is what `eval-zeroshot` computes."""
+
+import io
+import json
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import Run, make_image
+from PIL import Image
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+NAMES = ["blue circle", "l'été", "red square"]
+# Wider than high and not, enlarged and reduced, with half a pixel of margin on either side.
+SIZES = ((60, 41), (41, 60), (128, 140), (20, 27), (32, 37))
+
+# A visitor: it opens the page, types the labels, drops one picture after another, and sends home what it sees.
+VISITOR = """<!doctype html><body><script type="module">
+const { labels, pictures } = await (await fetch("/visit.json")).json();
+const frame = document.createElement("iframe"), seen = {};
+const opened = new Promise(resolve => frame.addEventListener("load", resolve));
+frame.src = "/index.html";
+document.body.append(frame);
+await opened;
+const page = frame.contentDocument, status = page.getElementById("status");
+const until = async words => {
+  while (!status.textContent.startsWith(words) && !status.classList.contains("error"))
+    await new Promise(resolve => setTimeout(resolve, 20));
+};
+await until("Ready");
+page.getElementById("labels").value = labels.join("\\n");
+for (const name of pictures) {
+  const dropped = new DataTransfer();
+  dropped.items.add(new File([await (await fetch(name)).blob()], name));
+  status.textContent = "";
+  page.dispatchEvent(new frame.contentWindow.DragEvent("drop", { dataTransfer: dropped, cancelable: true }));
+  await until("Most like");
+  const rows = [...page.querySelectorAll("#answers tbody tr")];
+  seen[name] = [status.textContent, ...rows.map(row => [row.cells[0].textContent, +row.cells[3].textContent])];
+}
+await fetch("/", { method: "POST", body: JSON.stringify(seen) });
+</script>"""
+
+
+class Host(SimpleHTTPRequestHandler):
+    """Serves a folder as any static server does, and keeps what the visitor sends."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(204)
+        self.end_headers()
+        self.server.received.append(json.loads(body))  # type: ignore[attr-defined]
+        self.server.done.set()  # type: ignore[attr-defined]
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[ThreadingHTTPServer]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Host, directory=str(folder))) as server:
+        server.received, server.done = [], threading.Event()  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def visit(browser: str, folder: Path, labels: list[str], pictures: list[str], profile: Path) -> dict[str, Any]:
+    """Open the page of a folder in a browser, drop pictures on it, and return what it answers of each."""
+    (folder / "visit.html").write_text(VISITOR)
+    (folder / "visit.json").write_text(json.dumps({"labels": labels, "pictures": pictures}))
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={profile}",
+        "--remote-debugging-port=0",
+    ]
+    with serve(folder) as server:
+        url = f"http://127.0.0.1:{server.server_port}/visit.html"
+        with subprocess.Popen([*command, url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                assert server.done.wait(120), "the browser did not come back"  # type: ignore[attr-defined]
+            finally:
+                process.terminate()
+        (seen,) = server.received  # type: ignore[attr-defined]
+    return dict(seen)
+
+
+@pytest.mark.slow  # starts a browser, and npm fetches 33 MB the first time
+def test_the_page_shows_the_scores_of_eval(
+    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None or shutil.which("npm") is None:
+        pytest.skip("needs a Chromium and npm on the PATH")
+    for number, size in enumerate(SIZES):
+        folder = tmp_path / "pictures" / NAMES[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = Image.open(io.BytesIO(make_image(number, 64))).resize(size)
+        picture.save(folder / f"{number}.jpg", quality=90)
+        picture.putalpha(Image.linear_gradient("L").resize(size))
+        picture.save(folder / f"{number}-sticker.png")
+    clipcid("eval-zeroshot", tiny_model, "pictures", "--predictions")
+    (answers,) = (tmp_path / "clipcid-work" / "eval" / "sidecars").glob("*.predictions.parquet")
+    clipcid("export", tiny_model, "--format", "web", "--out", "out")
+    # The folder alone, on another server.
+    site = shutil.copytree(tmp_path / "out" / "web", tmp_path / "site")
+    assert (tmp_path / "out" / "web" / "image_encoder.onnx").samefile(tmp_path / "out" / "image_encoder.onnx")
+    pictures = {
+        path.relative_to(tmp_path / "pictures").as_posix(): path for path in (tmp_path / "pictures").glob("*/*")
+    }
+    for path in pictures.values():
+        shutil.copy(path, site)
+    seen = visit(browser, site, NAMES, [path.name for path in pictures.values()], tmp_path_factory.mktemp("profile"))
+    for row in pq.read_table(answers).to_pylist():
+        (name,) = (path.name for key, path in pictures.items() if key.rsplit(".", 1)[0] == row["key"])
+        status, *shown = seen[name]
+        assert status == f"Most like: {NAMES[row['predicted']]}"
+        expected = {NAMES[place]: score for place, score in zip(row["top"], row["scores"], strict=True)}
+        assert dict(shown) == pytest.approx(expected, abs=1e-3)
+
+
+def test_without_npm_the_command_is_named(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
+    run = clipcid("export", tiny_model, "--format", "web", "--out", "out", "--npm-packages", ".", check=False)
+    assert run.returncode == 1
+    assert "npm pack onnxruntime-web@" in run.stderr
+    assert not list((tmp_path / "out").glob("[!.]*"))
