@@ -281,27 +281,6 @@ def test_new_shards_have_statistics_and_are_never_written_over_other_files(
     assert (tmp_path / "foreign" / "mine.tar").read_bytes() == b"precious"
 
 
-def test_of_several_arrays_of_datacomps_archives_one_is_named(
-    clipcid: Callable[..., Run], rows: np.ndarray, tmp_path: Path
-) -> None:
-    uids = [f"{row:032x}" for row in range(NUM_ROWS)]
-    (tmp_path / "pool").mkdir()
-    np.savez(tmp_path / "pool" / "0.npz", b32_img=rows[:, ::-1], l14_img=rows)
-    pd.DataFrame({"uid": uids, "text": "words"}).to_parquet(tmp_path / "pool" / "0.parquet")
-    call = ("balance", "--embeddings", "pool", "--keep", 0.5)
-    refused = clipcid(*call, check=False)
-    assert refused.returncode == 1
-    assert "contains 2 arrays of image embeddings: b32_img, l14_img" in said(refused)
-    clipcid(*call, "--npz-array", "l14_img", "--write-pairs", "p.csv")
-    keep = read_keep(tmp_path)
-    assert keep["key"].tolist() == uids
-    pairs = pd.read_csv(tmp_path / "p.csv", dtype={"from": str, "to": str})
-    assert pairs["from"].tolist() == keep[~keep["kept"]]["key"].tolist()
-    assert keep.set_index("key").loc[pairs["from"], "representative"].tolist() == pairs["to"].tolist()
-    other = clipcid(*call, "--npz-array", "b32_img", check=False)
-    assert "made with other settings or inputs" in said(other), "another array is another input"
-
-
 def test_what_is_not_embedded_yet_is_embedded_first(
     clipcid: Callable[..., Run], tiny_shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

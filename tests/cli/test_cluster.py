@@ -128,43 +128,12 @@ def test_centroids_of_some_rows_serve_all(clipcid: Callable[..., Run], embedding
     assert hash_outputs(tmp_path / "whole") == hash_outputs(tmp_path / "plain")
 
 
-def test_only_kept_images_are_clustered_and_it_says_which_list_it_took(
-    clipcid: Callable[..., Run], embeddings: Path, tmp_path: Path
-) -> None:
-    kept = np.arange(NUM_ROWS) % 3 > 0
-    keep = write_keep_list(tmp_path / "mine.parquet", kept)
-    run = clipcid("cluster", "--embeddings", embeddings, "--keep-list", keep, "--json")
-    assert (run.json["images"], run.json["clusters"]) == (kept.sum(), kept.sum() // 8)
-    assert str(keep) in run.stderr.replace("\n", "")
-    frame = pd.read_parquet(run.cwd / run.json["files"]["clusters"])
-    assert list(frame["key"]) == [KEYS[row] for row in np.flatnonzero(kept)]
-
-
 def test_fewer_different_images_than_clusters_warns_and_ends(clipcid: Callable[..., Run], tmp_path: Path) -> None:
     write_embeddings(tmp_path / "copies", np.repeat(make_rows(1)[:5], 40, axis=0))
     run = clipcid("cluster", "--embeddings", "copies", "--num-clusters", 12, "--json")
     assert run.json["empty_clusters"] == 7
     assert run.json["objective"] == pytest.approx(1, abs=1e-3)
     assert "7 of 12 clusters are empty" in said(run)
-
-
-def test_keys_that_repeat_across_files_need_a_flag(
-    clipcid: Callable[..., Run], embeddings: Path, tmp_path: Path
-) -> None:
-    plain = ("cluster", "--embeddings", embeddings, "--num-clusters", NUM_CLUSTERS)
-    clipcid(*plain, "--work", "plain")
-    for dry in ((), ("--dry-run",)):  # which keys the table has is one of its settings
-        refused = clipcid(*plain, "--work", "plain", "--keys", "shard", *dry, check=False)
-        assert refused.returncode == 1
-        assert 'settings.keys: "sample" there, "shard" now' in said(refused)
-    repeat_keys(embeddings)
-    refused = clipcid(*plain, check=False)
-    assert refused.returncode == 1
-    assert "Key '000000' belongs to rows 0 and 450" in said(refused)
-    assert "--keys shard" in refused.stderr
-    clipcid(*plain, "--keys", "shard")
-    keys = pd.read_parquet(tmp_path / "clipcid-work" / "clusters" / "clusters.parquet")["key"]
-    assert (keys.iloc[0], keys.iloc[-1]) == ("img_emb_0/000000", "img_emb_1/000449")
 
 
 def test_embeddings_of_other_data_than_the_keep_list_are_told_before_their_keys(

@@ -166,18 +166,6 @@ def test_a_repair_of_other_rows_is_made_again(clipcid: Clipcid, turned: Path, pl
     assert not (repair_of(turned / "clipcid-work") / "repair.npz").exists()
 
 
-def test_two_folders_of_one_name_have_two_repairs(clipcid: Clipcid, turned: Path, places: dict[str, Path]) -> None:
-    clipcid(*CLUSTER)
-    repair = repair_of(turned / "clipcid-work")
-    (turned / "other").mkdir()
-    (turned / "other" / "teacher").symlink_to(places["sound"] / "teacher")
-    clipcid("cluster", "--embeddings", "other/teacher", *CLUSTER[3:], "--overwrite")
-    names = sorted(path.name.rpartition("-")[0] for path in repair.parent.iterdir())
-    assert names == ["teacher", "teacher"]
-    assert (repair / "repair.npz").exists()
-    assert "repairing anew" not in words(clipcid(*CLUSTER, "--overwrite"))
-
-
 def test_a_damaged_repair_is_one_error(clipcid: Clipcid, turned: Path) -> None:
     clipcid(*CLUSTER)
     path = repair_of(turned / "clipcid-work") / "repair.npz"
@@ -209,13 +197,3 @@ def test_a_run_that_is_killed_twice_ends_as_another_does(clipcid: Clipcid, turne
     assert (repair_of(killed) / "repair.npz").read_bytes() == (repair_of(whole) / "repair.npz").read_bytes()
     assert losses(killed / "distill" / "run") == losses(whole / "distill" / "run")
     assert student_bytes(killed / "distill" / "run") == student_bytes(whole / "distill" / "run")
-
-
-def test_a_second_run_waits_for_the_first(turned: Path) -> None:
-    runs = [start_clipcid(*DISTILL, "--name", name, cwd=turned) for name in ("one", "two")]
-    for run in runs:
-        code, (_, said) = run.wait(120), run.read()
-        assert code == 0, said
-        assert "repaired (--repair none" in " ".join(said.split())
-    results = [losses(turned / "clipcid-work" / "distill" / name) for name in ("one", "two")]
-    assert results[0] == results[1]

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 from balance_data import balance, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 
-from clipcid_cli.errors import ClipcidError
 from clipcid_cli.steps.balance import sets
 
 NUM_ROWS = 300
@@ -86,33 +85,6 @@ def test_star_sets_are_tight(embeddings: Path, rows: np.ndarray, tmp_path: Path)
     assert (distance_matrix(rows[kept])[np.triu_indices(len(kept), 1)] > cutoff).all()
     curve = pd.read_csv(tmp_path / "balance" / "curve.csv")
     assert curve[np.isclose(curve["distance"], again["threshold"], atol=1e-7)]["kept"].tolist() == [again["kept"]]
-
-
-@pytest.mark.parametrize("amount", [{"keep": 0.85}, {"keep": 0.1}, {"threshold": 0.3, "neighbors": "partitioned"}])
-def test_stars_are_the_same_however_far_the_forest_reaches(amount: dict, embeddings: Path, tmp_path: Path) -> None:
-    balance(tmp_path / "fresh", embeddings, linkage="star", **amount)
-    for linkage in ("single", "star"):
-        balance(tmp_path / "after", embeddings, linkage=linkage, **amount)
-    assert read_bytes(tmp_path / "fresh") == read_bytes(tmp_path / "after")
-
-
-def test_stars_begin_at_the_threshold_of_single_linkage(tmp_path: Path) -> None:
-    """Pairs at distances that differ, far from each other: both linkages drop the same images."""
-    angles = np.concatenate([np.zeros(20), np.linspace(0.1, 0.2, 20)])
-    rows = np.zeros((40, 40), np.float32)
-    for number, angle in enumerate(angles):
-        rows[number, [number % 20, number % 20 + 20]] = np.cos(angle), np.sin(angle)
-    folder = write_embeddings(tmp_path / "pairs", rows.astype(np.float16))
-    for kept in (38, 33, 21):
-        for linkage in ("single", "star"):
-            result, _ = balance(tmp_path, folder, keep=kept / 40, linkage=linkage)
-            assert result["kept"] == kept, linkage
-
-
-def test_more_pairs_than_fit_are_an_error(embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sets, "_MAX_COLLECTED", 50)
-    with pytest.raises(ClipcidError, match=r"More than 50 pairs of images are within 0\.6000 .*75 bytes each"):
-        balance(tmp_path, embeddings, threshold=0.6, linkage="star")
 
 
 def test_captions_without_a_usable_embedding_come_last_and_are_counted(tmp_path: Path) -> None:

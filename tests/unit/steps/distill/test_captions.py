@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import embed_with_open_clip, make_caption, make_image
 from sidecars import edit_sidecar
-from teaching_data import ALONE, FP32, Listener, embed_data, join, student_side, train, write_captions, write_student
+from teaching_data import FP32, Listener, embed_data, join, student_side, train, write_captions, write_student
 
 from clipcid_cli.algorithms.losses.features import feature_distance
 from clipcid_cli.errors import ClipcidError
@@ -23,7 +23,6 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill import batches
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -176,31 +175,6 @@ def test_processes_share_what_one_would_take(of_lines: bool, work: Path, tiny_sh
         assert (teacher.encode_texts(alone.tokens[6:], FP32) - rows).abs().max() < 6e-4
         seen.update(map(tuple, alone.tokens[6:].tolist()))
     assert len(seen) > 12, "other steps draw other texts"
-
-
-def test_variants_are_of_the_shards_that_the_batch_reads(tiny_shards: Path, work: Path) -> None:
-    run, read = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12), list[int]()
-    for dealt in Batches(run.inputs, lambda _: NotImplemented, None, 1, 3, ALONE).deal(range(240)):
-        [part] = dealt.work
-        [item] = part.items
-        assert {text.sample.part.path for text in part.extra_texts if text.sample} == {item.sample.part.path}
-        assert len(part.extra_texts) == 12
-        read += [text.row for text in part.extra_texts]
-    rows, counts = np.unique(read, return_counts=True)
-    assert rows.tolist() == list(range(48)), "all variants come up"
-    assert counts.max() < 3 * counts.min(), "about equally often"
-
-
-def test_parts_of_a_batch_are_joined_in_order(
-    work: Path, tiny_shards: Path, teacher: ClipModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12, color_jitter=0.5)
-    _, whole = run.show(teacher)
-    monkeypatch.setattr(batches, "_MAX_ITEMS", 5)
-    _, joined = run.show(teacher)
-    for field in dataclasses.fields(whole):
-        one, other = getattr(whole, field.name), getattr(joined, field.name)
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
 
 
 def test_fd_takes_the_mean_over_captions_and_further_texts() -> None:

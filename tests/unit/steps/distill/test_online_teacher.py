@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import TINY_CONFIG, write_tiny_model
 from teaching_data import (
-    ALONE,
     Listener,
     embed_data,
     encode_shown,
@@ -27,7 +26,6 @@ from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.cluster import run as cluster
-from clipcid_cli.steps.distill.teacher import load_online_model, open_teacher
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 
@@ -83,28 +81,6 @@ def test_it_is_repaired_as_its_stored_rows_are(tiny_shards: Path, teacher: ClipM
         assert (told[-1][0] - raw[0]).abs().max() > 0.1
     for one, other in zip(told[0][:2], told[1][:2], strict=True):
         assert (one - other).abs().max() < 1e-3
-
-
-def test_on_whole_images_it_gives_the_stored_targets(tiny_shards: Path, teacher: ClipModel, work: Path) -> None:
-    given = {"crop_scale": 1.0, "teacher_space": "pca"}
-    stored, online = (
-        join(tiny_shards, work / "embeddings" / "tiny", online_teacher=runs, **given) for runs in (False, True)
-    )
-    _, shown = stored.show(teacher)
-    _, batch = online.show(teacher, 0, teacher)
-    assert torch.equal(shown.pixels, batch.pixels)
-    for width in (32, 24):  # as they are, and where the student's width cuts them
-        for one, other in zip(stored.teach(shown, width)[:2], online.teach(batch, width, teacher)[:2], strict=True):
-            assert one.shape == other.shape == (24, width)
-            assert (one - other).abs().max() < 1e-3
-    first, second = (
-        open_teacher(run.settings, run.inputs, loaded, 32, ALONE, Listener())
-        for run, loaded in ((stored, None), (online, teacher))
-    )
-    assert first is not None
-    assert second is not None
-    assert second.scale == pytest.approx(first.scale)
-    assert load_online_model(stored.inputs, ALONE) is None, "stored embeddings teach"
 
 
 def test_training_beside_it_is_training_from_its_embeddings(

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from balance_data import write_embeddings
-from conftest import write_tiny_model
 from safetensors.numpy import load_file, save_file
 from teaching_data import Listener, embed_data, join, train, write_student
 
@@ -149,25 +148,6 @@ def test_embeddings_of_another_tool_that_say_too_little_are_refused(
         train(tmp_path / "work", tiny_shards, embeddings=folders["foreign"], **common)
     if not online:
         assert raised.value.fix.endswith(f"Or embed the captions too: clipcid embed {tiny_shards} --model MODEL")
-
-
-def test_whose_axes_an_online_teacher_takes(
-    tiny_shards: Path, tiny_model: Path, folders: dict[str, Path], tmp_path: Path
-) -> None:
-    work = tmp_path / "work"
-    shutil.copytree(folders["tiny"], work / "embeddings" / "tiny")
-    settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "online_teacher": True, "steps": 1}
-    namesake = write_tiny_model(tmp_path / "tiny", seed=4)
-    _, said = train(work, tiny_shards, teacher=str(namesake), **settings)
-    assert "no stored embeddings" in said
-    _, said = train(work, tiny_shards, teacher=str(tiny_model), name="own", teacher_space="pca", **settings)
-    assert "24 of the teacher's 32 dimensions, which keep" in said
-    _, said = train(work, tiny_shards, name="unnamed", teacher_space="project", **settings)
-    assert "the teacher's 32 dimensions, by a learned layer" in said
-    shutil.copytree(folders["tiny"], work / "embeddings" / "two")
-    with pytest.raises(ClipcidError, match="has those of 2 models: tiny, two") as refused:
-        train(work, tiny_shards, name="second", **settings)
-    assert refused.value.fix == "Choose one with --embeddings."
 
 
 def choose(work: Path, folder: Path, space: str = "pca", **settings: Any) -> SharedSpace:

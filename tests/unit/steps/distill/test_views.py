@@ -18,16 +18,13 @@ from teaching_data import (
     read_keys,
     read_params,
     shown_views,
-    train,
-    write_student,
 )
 from torchvision.transforms.functional import resized_crop, to_tensor
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap, open_embeddings
+from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.runtime.models.augment import Augmentation, MixedView, mix_pixels
+from clipcid_cli.runtime.models.augment import MixedView, mix_pixels
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.decode import decode_image
 from clipcid_cli.runtime.models.names import parse_model
@@ -165,33 +162,3 @@ def test_what_has_no_other_image_is_not_mixed(tiny_model: Path, tmp_path: Path) 
     with pytest.raises(UsageError, match="with --batch-size 5 and 2 views it holds one") as raised:
         embed_data(tmp_path / "one.tar", tiny_model, tmp_path / "five", **(given | {"batch_size": 5}))
     assert "--batch-size 6" in raised.value.fix
-
-
-def test_views_are_repaired_as_images_are(crops: Path) -> None:
-    """Each row is the same to the bit, read alone or among others; captions stay."""
-    raw = open_embeddings(crops)
-    numbers = np.random.default_rng(0).normal(size=(raw.width, raw.width))
-    map_DD = np.round(numbers * 2**16).astype(np.float32) / 2**16
-    repaired = raw.mapped(RowMap(map_DD, FileRecord("repair.npz", 1, "a")))
-    for kind in (Kind.IMAGES, Kind.VIEWS):
-        rows = repaired.rows(kind)
-        found = rows.read(0, len(rows))
-        exact = raw.rows(kind).read(0, len(rows)).astype(np.float64) @ map_DD.astype(np.float64)
-        np.testing.assert_allclose(found, exact / np.linalg.norm(exact, axis=1, keepdims=True), atol=1e-3)
-        places = np.array([7, 2, 11])
-        np.testing.assert_array_equal(rows.take(places), found[places])
-    texts = [each.rows(Kind.TEXTS).read(0, raw.num_rows) for each in (raw, repaired)]
-    np.testing.assert_array_equal(*texts)
-
-
-def test_distill_replays_unless_told_not_to(crops: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    assert join(tiny_shards, crops).inputs.augmentation(Augmentation()) == Augmentation(0.3, 0.4, 0.2)
-    student = str(write_student(tmp_path))
-    common = {"student": student, "embeddings": crops, "preset": "clip-kd", "teacher_space": "project"}
-    replayed, said = train(tmp_path / "a", tiny_shards, **common)
-    assert "3 of each image are stored and replayed" in said
-    again, _ = train(tmp_path / "b", tiny_shards, workers=2, crop_scale=0.5, **common)
-    assert again == replayed, "views decide what is seen, workers do not"
-    fresh, said = train(tmp_path / "c", tiny_shards, views="none", **common)
-    assert "replayed" not in said
-    assert fresh[0]["loss_fd"] != replayed[0]["loss_fd"]
