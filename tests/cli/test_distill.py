@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY_CONFIG, Run, run_command, shard_members, write_tar
+from conftest import TINY_CONFIG, Clipcid, Run, run_command, shard_members, write_tar
 from distill_data import SHORT, STUDENT, losses, student_bytes
 from safetensors.numpy import load_file
 from sidecars import unfinish
 
-Clipcid = Callable[..., Run]
 WEIGHTS = "open_clip_model.safetensors"
 
 

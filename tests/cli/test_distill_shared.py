@@ -9,13 +9,12 @@ import shutil
 import signal
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Run, make_image, run_command, start_clipcid, torchrun_command, write_tar
+from conftest import Clipcid, make_image, run_command, start_clipcid, torchrun_command, write_tar
 from distill_data import FULL_PRESETS, SHORT, losses, student_bytes, train
 from safetensors.torch import load_file
 
@@ -26,7 +25,6 @@ from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.training.gradients import Features
 
-Clipcid = Callable[..., Run]
 SCRIPT = Path(__file__).parents[1] / "distill_data.py"
 
 

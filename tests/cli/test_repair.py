@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Run, make_image, start_clipcid, write_tar
+from conftest import Clipcid, Run, make_image, start_clipcid, write_tar
 from distill_data import STUDENT, losses, student_bytes
 
-Clipcid = Callable[..., Run]
 NUM_PAIRS, NUM_CAPTIONS, WIDTH = 400, 100, 64
 DISTILL = ("distill", "pairs.tar", "--embeddings", "teacher", "--student", "student.json", "--batch-size", 32)
 DISTILL += ("--steps", 3, "--workers", 0, "--val-fraction", 0.1)

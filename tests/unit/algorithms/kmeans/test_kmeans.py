@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from clipcid_cli.algorithms.kmeans.centroids import (
     centroids_of_sums,
-    choose_seeds,
 )
 from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters
 
@@ -34,15 +32,3 @@ def test_centroids_are_normalised_means_and_empty_clusters_keep_theirs() -> None
     torch.testing.assert_close(centroids[0].double(), expected, rtol=0, atol=2.0**-25)
     assert torch.equal(centroids[1], previous[1])
     assert torch.equal(centroids * 2**24, (centroids * 2**24).round())
-
-
-def test_seeds_are_the_farthest_rows_without_copies() -> None:
-    rows = dict(zip([50, 40, 30, 20, 60, 10], np.eye(4, dtype=np.float16)[[0, 1, 1, 2, 3, 3]], strict=True))
-    similarities = np.array([0.9, 0.1, 0.1, 0.3, 0.1, 0.9995])
-    numbers = np.array(list(rows))
-
-    def read(wanted: np.ndarray) -> np.ndarray:
-        return np.stack([rows[number] for number in wanted.tolist()])
-
-    assert choose_seeds(similarities, numbers, read, 3).tolist() == [2, 4, 3]
-    assert choose_seeds(similarities, numbers, read, 9).tolist() == [2, 4, 3, 0]

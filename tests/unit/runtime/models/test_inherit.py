@@ -34,23 +34,6 @@ def smaller(**changes: object) -> dict:  # type: ignore[type-arg]
     return changed(TEACHER, **changes)
 
 
-def test_spaces_evenly_with_both_ends() -> None:
-    assert evenly_spaced(2, 12).tolist() == [0, 11]
-    assert evenly_spaced(4, 10).tolist() == [0, 3, 6, 9]
-    assert evenly_spaced(5, 5).tolist() == [0, 1, 2, 3, 4]
-    assert evenly_spaced(1, 7).tolist() == [0]
-
-
-def test_the_same_architecture_is_copied_whole() -> None:
-    student, source = make(TEACHER, 0), make(TEACHER, 1)
-    scale = float(student.logit_scale.detach())
-    assert inherit(student, source, "both") == []
-    for name, tensor in student.state_dict().items():
-        if name != "logit_scale":
-            assert torch.equal(tensor, source.state_dict()[name]), name
-    assert float(student.logit_scale.detach()) == scale
-
-
 def test_fewer_layers_take_the_first_the_last_and_between() -> None:
     student, source = make(smaller(vision_cfg__layers=2, text_cfg__layers=2), 0), make(TEACHER, 1)
     assert inherit(student, source, "both") == []
@@ -59,22 +42,6 @@ def test_fewer_layers_take_the_first_the_last_and_between() -> None:
         for here, there in pairs.items():
             name = f"{prefix}.resblocks.%d.mlp.c_fc.weight"
             assert torch.equal(own[name % here], others[name % there])
-
-
-def test_pooling_by_attention_stays_as_it_is_and_its_heads_are_not_the_layers() -> None:
-    pooled = {
-        "vision_cfg__attentional_pool": True,
-        "vision_cfg__attn_pooler_queries": 4,
-        "vision_cfg__attn_pooler_heads": 3,
-    }
-    student, source = make(smaller(vision_cfg__width=32, **pooled), 0), make(smaller(**pooled), 1)
-    left = inherit(student, source, "image")
-    assert left
-    assert all(".attn_pool." in name for name in left)
-    heads = torch.cat([torch.arange(16), 48 + torch.arange(16)])  # heads 0 and 3 of 4
-    name = "visual.transformer.resblocks.1.attn.in_proj_bias"
-    rows = torch.cat([heads, 64 + heads, 128 + heads])
-    assert torch.equal(student.state_dict()[name], source.state_dict()[name][rows])
 
 
 def test_a_narrower_tower_takes_whole_heads_and_the_same_channels_everywhere() -> None:

@@ -75,19 +75,3 @@ def test_an_audit_counts_what_is_left(
     assert part.low < part.rate < part.high
     sample = np.random.default_rng(0).permutation(kept)[:900]
     assert part.near == np.count_nonzero(expected[np.searchsorted(kept, sample)])
-
-
-def test_one_crowd_is_cut_into_many_partitions_and_searched_wholly(tmp_path: Path) -> None:
-    """Half of all rows in one spot, where √N partitions of an even sample would put most of them together."""
-    generator = np.random.default_rng(0)
-    crowd = generator.normal(size=64) + 0.3 * generator.normal(size=(2000, 64))
-    crowd[1::2] = crowd[::2] + 0.01 * generator.normal(size=(1000, 64))
-    rows = np.concatenate([crowd, generator.normal(size=(2000, 64))])
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-    folder = write_embeddings(tmp_path / "crowd", rows)
-    with begun(tmp_path, folder, threshold=0.1) as run, partition.partitioned(run, 0.1) as found:
-        assert found is not None
-        assert found[0].num_pairs < 0.1 * len(rows) ** 2 / 2
-    result, _ = balance(tmp_path / "parts", folder, threshold=0.1)
-    exact, _ = balance(tmp_path / "exact", folder, threshold=0.1, neighbors="exact")
-    assert result["kept"] == exact["kept"] == 3000

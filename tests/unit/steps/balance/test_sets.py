@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-from balance_data import balance, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
-
-from clipcid_cli.steps.balance import sets
+from balance_data import balance, check_keep_list, make_rows, read_keep, write_embeddings
 
 NUM_ROWS = 300
 
@@ -54,37 +51,6 @@ def test_ties_at_the_cutoff_all_merge_and_it_is_said(tmp_path: Path) -> None:
     assert result["kept"] < round(0.9 * 48)
     assert f"Pairs tie at the cut-off {result['threshold']:.6g}, and all of them merge" in said
     check_keep_list(read_keep(tmp_path), rows)
-
-
-def test_the_other_linkage_is_what_a_run_with_it_gives(
-    embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    single, _ = balance(tmp_path / "single", embeddings, keep=0.2)
-    star, _ = balance(tmp_path / "star", embeddings, threshold=single["threshold"], linkage="star")
-    for one, other, name in ((single, star, "star"), (star, single, "single")):
-        assert one["other_linkage"] == {"linkage": name} | {key: other[key] for key in ("kept", "uncovered_ratio")}
-    assert star["uncovered_ratio"] == 0.0 < single["uncovered_ratio"]
-    for limit in ("_MAX_COMPARED", "_MAX_FOUND"):
-        with monkeypatch.context() as patch:
-            patch.setattr(sets, limit, 20)
-            result, said = balance(tmp_path / limit, embeddings, keep=0.2)
-        assert (result["other_linkage"], result["kept"]) == (None, single["kept"])
-        assert "What --linkage star would keep at this cut-off is not computed:" in said
-
-
-def test_star_sets_are_tight(embeddings: Path, rows: np.ndarray, tmp_path: Path) -> None:
-    by_ratio, _ = balance(tmp_path, embeddings, keep=0.3, linkage="star")
-    assert 0.27 * NUM_ROWS <= by_ratio["kept"] <= 0.3 * NUM_ROWS
-    again, said = balance(tmp_path, embeddings, threshold=by_ratio["threshold"], linkage="star")
-    assert "forest of these embeddings exists" in said
-    assert (again["kept"], again["uncovered_ratio"]) == (by_ratio["kept"], 0.0)
-    keep, cutoff = read_keep(tmp_path), np.float32(again["threshold"])
-    check_keep_list(keep, rows)
-    assert (keep["distance"] <= cutoff).all()
-    kept = np.flatnonzero(keep["kept"])
-    assert (distance_matrix(rows[kept])[np.triu_indices(len(kept), 1)] > cutoff).all()
-    curve = pd.read_csv(tmp_path / "balance" / "curve.csv")
-    assert curve[np.isclose(curve["distance"], again["threshold"], atol=1e-7)]["kept"].tolist() == [again["kept"]]
 
 
 def test_captions_without_a_usable_embedding_come_last_and_are_counted(tmp_path: Path) -> None:

@@ -84,14 +84,6 @@ def test_masked_images_reach_no_other_loss() -> None:
     assert [name for name, one, two in zip(weights, some, other, strict=True) if one != two] == ["mfd"]
 
 
-@pytest.mark.parametrize(("losses", "warns"), [(("siglip=1", "clip=0"), True), (("siglip=1",), False)])
-def test_what_siglip_learns_and_no_student_keeps_is_said(losses: tuple[str, ...], warns: bool) -> None:
-    listener = Listener()
-    settings = DistillSettings(student="s.json", teacher="none", loss=losses)
-    Objective.of(settings, 1.0, WIDTH, None, ALONE, listener)
-    assert any("no logit_bias is written" in text for text in listener.told) == warns
-
-
 def share(rank: int, store: str, results: multiprocessing.Queue[Any]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:

@@ -7,23 +7,21 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from balance_data import write_embeddings
 from safetensors.numpy import load_file, save_file
 from teaching_data import Listener, embed_data, join, train, write_student
 
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, second_moment
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill import teacher
 from clipcid_cli.steps.distill.inputs import open_stored
 from clipcid_cli.steps.distill.teacher import choose_space
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -154,29 +152,6 @@ def choose(work: Path, folder: Path, space: str = "pca", **settings: Any) -> Sha
     given = DistillSettings(student="student.json", teacher_space=space, work=work, **settings)
     with open_dist_context("cpu") as context:
         return choose_space(given, 32, open_embeddings(folder), 24, context, Listener())
-
-
-def test_axes_of_the_same_embeddings_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = np.random.default_rng(0).normal(size=(40, 32))
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-    folder, work = write_embeddings(tmp_path / "embeddings", rows), tmp_path / "work"
-    dry = choose(work, folder, dry_run=True)
-    assert not work.exists()
-    first = choose(work, folder)
-    expected = principal_axes(second_moment([rows], 32), 24)
-
-    def refuse(*_: Any) -> NoReturn:
-        raise AssertionError("the rows are read again")
-
-    monkeypatch.setattr(teacher, "second_moment", refuse)
-    for space in (dry, first, choose(work, folder)):
-        assert space.axes is not None
-        assert torch.equal(space.axes.basis_Dd, expected.basis_Dd)
-    (kept,) = work.rglob("*.npy")
-    kept.write_bytes(kept.read_bytes()[:-8])
-    for changed in (folder, write_embeddings(tmp_path / "others", rows[:-1])):
-        with pytest.raises(AssertionError, match="again"):
-            choose(work, changed)
 
 
 def test_losses_that_compare_no_features_of_student_and_teacher_need_no_shared_space(

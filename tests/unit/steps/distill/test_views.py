@@ -133,18 +133,6 @@ def test_images_that_are_not_trained_on_are_not_mixed_in(
     assert min(num_mixed, num_replaced) > 3
 
 
-def test_without_a_view_that_can_be_shown_the_whole_image_is(
-    tiny_shards: Path, tiny_model: Path, teacher: ClipModel, tmp_path: Path
-) -> None:
-    embed_data(tiny_shards, tiny_model, tmp_path / "tiny", **(MIXED | {"views": 1, "view_kind": ("mix",)}))
-    keep_list = keep_some(tmp_path, open_embeddings(tmp_path / "tiny"), [0, 20])  # of another shard each
-    run = join(tiny_shards, tmp_path / "tiny", keep_list=keep_list, crop_scale=0.1, color_jitter=0.5)
-    rows, batch = run.show(teacher)
-    assert shown_views(run, rows, batch) == [-1, -1]
-    assert batch.colors is None
-    assert np.abs(run.teach(batch)[0].numpy() - encode_shown(teacher, batch)[0]).max() < 6e-4
-
-
 def test_what_has_no_other_image_is_not_mixed(tiny_model: Path, tmp_path: Path) -> None:
     members = []
     for number in range(4):
