@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Clipcid, Run, make_image, start_clipcid, write_tar
+from conftest import Clipcid, Run, make_image, write_tar
 from distill_data import STUDENT, losses, student_bytes
 
 NUM_PAIRS, NUM_CAPTIONS, WIDTH = 400, 100, 64
@@ -176,22 +174,3 @@ def test_a_damaged_repair_is_one_error(clipcid: Clipcid, turned: Path) -> None:
     assert run.returncode == 1
     assert "repair.npz is damaged: it is not the file that repair.json says was written." in words(run)
     assert f"Remove {path.parent.relative_to(turned)}: the next run repairs anew." in words(run)
-
-
-def test_a_run_that_is_killed_twice_ends_as_another_does(clipcid: Clipcid, turned: Path) -> None:
-    command = (*DISTILL, "--steps", 60, "--checkpoint-every", 1, "--name", "run", "--work")
-    clipcid(*command, "whole")
-    whole, killed = turned / "whole", turned / "killed"
-    for stage in ("repair/*", "distill/run/checkpoints/step_*.pt"):  # while it is fitted, and while it teaches
-        process = start_clipcid(*command, "killed", cwd=turned)
-        deadline = time.monotonic() + 120
-        while not list(killed.glob(stage)) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert (repair_of(killed) / "repair.json").exists() == stage.startswith("distill")
-    assert not (killed / "distill" / "run" / "distill.json").exists(), "it was too fast to be killed"
-    assert "Resuming at step" in clipcid(*command, "killed").stderr
-    assert (repair_of(killed) / "repair.npz").read_bytes() == (repair_of(whole) / "repair.npz").read_bytes()
-    assert losses(killed / "distill" / "run") == losses(whole / "distill" / "run")
-    assert student_bytes(killed / "distill" / "run") == student_bytes(whole / "distill" / "run")

@@ -9,13 +9,9 @@ import msgspec
 import pytest
 from sidecars import DATA, make_sidecar
 
-from clipcid_cli.errors import DEFAULT_WORK, command_line
 from clipcid_cli.formats.embeddings.command import DEFAULTS, data_command, texts_command
 from clipcid_cli.formats.sidecar import EmbedSidecar
-from clipcid_cli.steps.settings.balance import BalanceSettings
-from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
-from clipcid_cli.steps.settings.shared import given_flags
 
 PLACE = Path("some where")
 SHARED = "--model ViT-B-32:laion2b_s34b_b79k --precision fp32 --batch-size 64 --out 'some where' --overwrite"
@@ -81,18 +77,3 @@ def test_a_command_has_what_was_made_and_what_is_missing(found: str, expected: s
 def test_the_values_that_need_no_flag_are_the_defaults() -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(EmbedSettings)} | {"view_kind": ("crop",)}
     assert {name: defaults[name] for name in DEFAULTS} == DEFAULTS
-
-
-def test_what_a_command_needs_to_make_the_same_again_is_recorded() -> None:
-    given = BalanceSettings(
-        data="d", keep=0.5, linkage="star", against=("a", "b"), against_threshold=0.1, embeddings=Path("e"), quiet=True
-    )
-    assert given_flags(given) == {
-        "keep": 0.5,
-        "against": ["a", "b"],
-        "against_threshold": 0.1,
-        "linkage": "star",
-        "embeddings": "e",
-    }
-    assert given_flags(ClusterSettings(work=Path("w"), workers=0, overwrite=True)) == {}
-    assert command_line("cluster", work=DEFAULT_WORK) == "clipcid cluster"

@@ -6,17 +6,14 @@ import shlex
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import embed_with_open_clip, make_caption, make_image
+from conftest import make_caption
 from sidecars import edit_sidecar
 from teaching_data import FP32, Listener, embed_data, join, train, write_captions, write_student
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data import texts as text_data
-from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
@@ -43,16 +40,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(data: Path, tiny_model: Path) -> Path:
     embed_data(data, tiny_model, data.parent / "plain")
     return data.parent / "plain"
-
-
-def test_every_caption_has_its_row(plain: Path, tiny_model: Path) -> None:
-    embeddings = open_embeddings(plain)
-    assert [count for file in embeddings.files for count in embeddings.counts_of(file).tolist()] == list(COUNTS)
-    first = [make_caption(100 * number) for number in range(6)]
-    further = [make_caption(100 * number + line) for number, count in enumerate(COUNTS) for line in range(1, count)]
-    _, expected = embed_with_open_clip(tiny_model, [make_image(0)], first + further)
-    assert np.abs(embeddings.rows(Kind.TEXTS).read(0, 6) - expected[:6].numpy()).max() < 3e-4
-    assert np.abs(embeddings.rows(Kind.FURTHER).read(0, 10) - expected[6:].numpy()).max() < 3e-4
 
 
 def test_a_caption_is_drawn_anew_each_epoch_with_its_own_row(

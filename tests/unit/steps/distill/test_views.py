@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from conftest import embed_with_open_clip, make_image, write_tar
+from conftest import make_image, write_tar
 from PIL import Image
 from teaching_data import (
     embed_data,
@@ -19,17 +18,14 @@ from teaching_data import (
     read_params,
     shown_views,
 )
-from torchvision.transforms.functional import resized_crop, to_tensor
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.models.augment import MixedView, mix_pixels
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.decode import decode_image
 from clipcid_cli.runtime.models.names import parse_model
 
-CROPS = {"views": 3, "crop_scale": 0.3, "color_jitter": 0.4, "gray_probability": 0.2, "seed": 5}
 # Batches of 40 pictures hold ten samples, with 1 + 3 pictures each.
 MIXED = {"views": 3, "view_kind": ("strong", "mix,crop"), "crop_scale": 0.8, "seed": 5, "batch_size": 40}
 
@@ -37,14 +33,6 @@ MIXED = {"views": 3, "view_kind": ("strong", "mix,crop"), "crop_scale": 0.8, "se
 @pytest.fixture(scope="module")
 def teacher(tiny_model: Path) -> ClipModel:
     return load_model(parse_model(str(tiny_model)))
-
-
-@pytest.fixture(scope="module")
-def crops(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three gentle views of each image of the tiny shards."""
-    out = tmp_path_factory.mktemp("crops") / "tiny"
-    embed_data(tiny_shards, tiny_model, out, **CROPS)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -57,30 +45,6 @@ def mixed(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPath
 
 def image_of(row: int) -> Image.Image:
     return decode_image(make_image(3 if row == 20 else row))
-
-
-def test_a_view_is_what_open_clip_makes_of_its_crop_and_colors(crops: Path, tiny_model: Path) -> None:
-    import open_clip
-
-    embeddings = open_embeddings(crops)
-    assert (embeddings.num_rows, embeddings.num_each(Kind.VIEWS)) == (24, 3)
-    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tiny_model}")
-    boxes = set()
-    for row, view in ((0, 0), (0, 2), (13, 1), (14, 0), (23, 2)):
-        packed = read_params(embeddings, row, view)
-        left, top, right, bottom = (int(edge) for edge in packed[:4])
-        boxes.add((left, top, right, bottom))
-        crop = to_tensor(resized_crop(image_of(row), top, left, bottom - top, right - left, [32, 32], interpolation=3))
-        colors = torch.from_numpy(packed[4:].reshape(3, 4))
-        shown = (torch.einsum("dc,chw->dhw", colors[:, :3], crop) + colors[:, 3, None, None]).clamp(0, 1)
-        with torch.no_grad():
-            expected = model.eval().encode_image((shown[None] - 0.5) / 0.5, normalize=True)[0].numpy()
-        found = embeddings.rows(Kind.VIEWS).take(np.array([3 * row + view]))[0]
-        assert np.abs(found - expected).max() < 6e-4
-    assert len(boxes) == 5
-    # The image's own row is what it is without views, whatever the shape of its batch.
-    plain, _ = embed_with_open_clip(tiny_model, [make_image(number) for number in range(14)], ["a"])
-    assert np.abs(embeddings.rows(Kind.IMAGES).read(0, 14) - plain.numpy()).max() < 3e-4
 
 
 def test_the_teacher_embedded_the_very_pixels_that_are_replayed(
