@@ -82,6 +82,10 @@ class Run:
         )
 
 
+Clipcid = Callable[..., Run]
+"""What the fixtures `clipcid`, `torchrun` and `binary` give: they take a command line and run it."""
+
+
 def clipcid_command() -> list[str]:
     """Return the installed binary beside this interpreter."""
     return [str(Path(sys.executable).with_name("clipcid"))]
@@ -155,13 +159,13 @@ def _finish(run: Run, check: bool) -> Run:
 
 
 @pytest.fixture
-def clipcid(tmp_path: Path) -> Callable[..., Run]:
+def clipcid(tmp_path: Path) -> Clipcid:
     """Run a command line in the test's own folder: ``clipcid("balance", …, check=False)``."""
     return functools.partial(run_clipcid, cwd=tmp_path)
 
 
 @pytest.fixture
-def torchrun(tmp_path: Path) -> Callable[..., Run]:
+def torchrun(tmp_path: Path) -> Clipcid:
     """Run a command line in several processes of one run (gloo): ``torchrun(2, "balance", …)``."""
 
     def call(processes: int, *arguments: object, cwd: Path = tmp_path, **options: Any) -> Run:
@@ -171,7 +175,7 @@ def torchrun(tmp_path: Path) -> Callable[..., Run]:
 
 
 @pytest.fixture
-def binary(tmp_path: Path) -> Callable[..., Run]:
+def binary(tmp_path: Path) -> Clipcid:
     """Run the installed binary, as a user does: where what happens while Python starts and ends is tested, too."""
 
     def call(*arguments: object, check: bool = True, env: dict[str, str] | None = None) -> Run:

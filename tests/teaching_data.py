@@ -15,7 +15,6 @@ from balance_data import Listener
 from conftest import make_caption, make_image, write_tar
 from torch import Tensor
 
-from clipcid_cli.algorithms.losses.batch import LossBatch
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
@@ -167,10 +166,3 @@ def shown_views(run: Run, rows: list[int], batch: TrainingBatch) -> list[int]:
         [place] = np.flatnonzero((stored == shown).all(axis=1)).tolist()
         found.append(-1 if place == count else place)
     return found
-
-
-def student_side(rows: int, width: int) -> LossBatch:
-    """Make some student's side of a batch."""
-    random = torch.Generator().manual_seed(0)
-    image, text = torch.nn.functional.normalize(torch.randn(2, rows, width, generator=random), dim=2)
-    return LossBatch(image, text, torch.tensor(10.0), image, text)

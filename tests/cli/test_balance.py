@@ -8,14 +8,13 @@ import shlex
 import signal
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from balance_data import check_keep_list, distance_matrix, make_rows, write_embeddings
-from conftest import Run, shard_members, start_clipcid, write_tar, write_tiny_model
+from conftest import Clipcid, Run, shard_members, start_clipcid, write_tar, write_tiny_model
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
@@ -43,7 +42,7 @@ def said(run: Run) -> str:
 
 
 def test_keep_ratio_gives_the_partition_of_single_linkage(
-    clipcid: Callable[..., Run], embeddings: Path, rows: np.ndarray, tmp_path: Path
+    clipcid: Clipcid, embeddings: Path, rows: np.ndarray, tmp_path: Path
 ) -> None:
     result = clipcid("balance", "--embeddings", embeddings, "--keep", 0.563, "--json").json
     keep = read_keep(tmp_path)
@@ -73,33 +72,23 @@ def test_keep_ratio_gives_the_partition_of_single_linkage(
 
 
 PROCESSES: dict[str, tuple[tuple[object, ...], str]] = {
-    "single": (("--keep", 0.4), ".balance-*/.search/*/*.npz"),
     "star": (("--keep", 0.4, "--linkage", "star"), "forest.json"),
     "partitioned": (("--keep", 0.6, "--neighbors", "partitioned"), ".balance-*/.search/*/*.npz"),
     "against": (("--threshold", 0.6, "--against", "r"), ".references/*/*.npz"),
-    "grown": (("--threshold", 0.4, "--linkage", "single"), ".balance-*/.search/*/*.npz"),
 }
 
 
 @pytest.mark.parametrize("case", PROCESSES)
 def test_several_processes_and_a_killed_run_write_the_same_bytes(
-    clipcid: Callable[..., Run], torchrun: Callable[..., Run], tmp_path: Path, case: str
+    clipcid: Clipcid, torchrun: Clipcid, tmp_path: Path, case: str
 ) -> None:
     """Whatever is there when it is killed: a part of the search or the whole forest."""
     arguments, appears = PROCESSES[case]
-    folder = write_embeddings(tmp_path / "e", make_rows(5000, width=64), num_files=3)
+    write_embeddings(tmp_path / "e", make_rows(5000, width=64), num_files=3)
     write_embeddings(tmp_path / "r", make_rows(3000, width=64, seed=1))
     call = ("balance", "--embeddings", "e", *arguments)
-    if case == "grown":  # by files that were not there when both work directories were made
-        later = list(folder.rglob("*_2.*"))
-        for path in later:
-            path.rename(tmp_path / path.name)
-        for work in ("two", "killed"):
-            clipcid(*call, "--work", work)
-        for path in later:
-            (tmp_path / path.name).rename(path)
     clipcid(*call, "--work", "one")
-    torchrun(3 if case == "single" else 2, *call, "--work", "two")
+    torchrun(2, *call, "--work", "two")
     process = start_clipcid(*call, "--work", "killed", cwd=tmp_path)
     while process.poll() is None and not list((tmp_path / "killed" / "balance").glob(appears)):
         time.sleep(0.001)
@@ -115,7 +104,7 @@ def test_several_processes_and_a_killed_run_write_the_same_bytes(
     assert not list((tmp_path / "killed" / "balance").glob(".balance-*"))
 
 
-def test_the_named_column_is_the_key(clipcid: Callable[..., Run], rows: np.ndarray, tmp_path: Path) -> None:
+def test_the_named_column_is_the_key(clipcid: Clipcid, rows: np.ndarray, tmp_path: Path) -> None:
     folder = write_embeddings(tmp_path / "foreign", rows)
     names = iter(range(NUM_ROWS))
     for path in sorted((folder / "metadata").glob("*.parquet")):
@@ -136,15 +125,13 @@ def test_the_named_column_is_the_key(clipcid: Callable[..., Run], rows: np.ndarr
     assert "rows have no key in column number" in said(null)
 
 
-def test_a_set_of_more_than_a_hundredth_is_warned_of(binary: Callable[..., Run], embeddings: Path) -> None:
+def test_a_set_of_more_than_a_hundredth_is_warned_of(binary: Clipcid, embeddings: Path) -> None:
     run = binary("balance", "--embeddings", embeddings, "--threshold", 1.0, "--quiet", "--json")
     assert run.json["largest_component"] > 3
     assert f"One set holds {run.json['largest_component']} of 300 images" in said(run)
 
 
-def test_rows_that_are_not_finite_are_counted_and_named(
-    clipcid: Callable[..., Run], rows: np.ndarray, tmp_path: Path
-) -> None:
+def test_rows_that_are_not_finite_are_counted_and_named(clipcid: Clipcid, rows: np.ndarray, tmp_path: Path) -> None:
     damaged = rows.astype(np.float32)
     damaged[5], damaged[200] = np.nan, 0.0
     damaged[9, 3] = np.inf
@@ -161,7 +148,7 @@ def test_rows_that_are_not_finite_are_counted_and_named(
 
 
 def test_a_result_of_other_settings_or_less_data_is_replaced_and_it_says_how_they_differ(
-    clipcid: Callable[..., Run], rows: np.ndarray, tmp_path: Path
+    clipcid: Clipcid, rows: np.ndarray, tmp_path: Path
 ) -> None:
     folder = write_embeddings(tmp_path / "e", rows[:200], num_files=1)
     write_embeddings(tmp_path / "eval", make_rows(5, seed=4))
@@ -179,9 +166,7 @@ def test_a_result_of_other_settings_or_less_data_is_replaced_and_it_says_how_the
     assert re.search(rf"{replaced} input \S*img_emb: \d+ bytes .* there, \d+ bytes .* now", told)
 
 
-def test_a_list_that_is_there_is_refused_before_the_search(
-    clipcid: Callable[..., Run], embeddings: Path, tmp_path: Path
-) -> None:
+def test_a_list_that_is_there_is_refused_before_the_search(clipcid: Clipcid, embeddings: Path, tmp_path: Path) -> None:
     (tmp_path / "k.txt").write_text("mine\n")
     call = ("balance", "--embeddings", embeddings, "--keep", 0.5, "--write-keys", "k.txt")
     refused = clipcid(*call, check=False)
@@ -193,7 +178,7 @@ def test_a_list_that_is_there_is_refused_before_the_search(
 
 
 def test_planted_evaluation_images_are_dropped_and_all_filters_go_together(
-    clipcid: Callable[..., Run], torchrun: Callable[..., Run], tiny_model: Path, tmp_path: Path
+    clipcid: Clipcid, torchrun: Clipcid, tiny_model: Path, tmp_path: Path
 ) -> None:
     evaluation = QUICKSTART / "retrieval" / "test"
     (tmp_path / "data").mkdir()
@@ -233,7 +218,7 @@ def test_planted_evaluation_images_are_dropped_and_all_filters_go_together(
 
 
 def test_new_shards_have_statistics_and_are_never_written_over_other_files(
-    clipcid: Callable[..., Run], torchrun: Callable[..., Run], tiny_shards: Path, tmp_path: Path
+    clipcid: Clipcid, torchrun: Clipcid, tiny_shards: Path, tmp_path: Path
 ) -> None:
     rows = make_rows(24, seed=3)
     rows[1::2] = rows[::2]
@@ -281,29 +266,8 @@ def test_new_shards_have_statistics_and_are_never_written_over_other_files(
     assert (tmp_path / "foreign" / "mine.tar").read_bytes() == b"precious"
 
 
-def test_of_several_arrays_of_datacomps_archives_one_is_named(
-    clipcid: Callable[..., Run], rows: np.ndarray, tmp_path: Path
-) -> None:
-    uids = [f"{row:032x}" for row in range(NUM_ROWS)]
-    (tmp_path / "pool").mkdir()
-    np.savez(tmp_path / "pool" / "0.npz", b32_img=rows[:, ::-1], l14_img=rows)
-    pd.DataFrame({"uid": uids, "text": "words"}).to_parquet(tmp_path / "pool" / "0.parquet")
-    call = ("balance", "--embeddings", "pool", "--keep", 0.5)
-    refused = clipcid(*call, check=False)
-    assert refused.returncode == 1
-    assert "contains 2 arrays of image embeddings: b32_img, l14_img" in said(refused)
-    clipcid(*call, "--npz-array", "l14_img", "--write-pairs", "p.csv")
-    keep = read_keep(tmp_path)
-    assert keep["key"].tolist() == uids
-    pairs = pd.read_csv(tmp_path / "p.csv", dtype={"from": str, "to": str})
-    assert pairs["from"].tolist() == keep[~keep["kept"]]["key"].tolist()
-    assert keep.set_index("key").loc[pairs["from"], "representative"].tolist() == pairs["to"].tolist()
-    other = clipcid(*call, "--npz-array", "b32_img", check=False)
-    assert "made with other settings or inputs" in said(other), "another array is another input"
-
-
 def test_what_is_not_embedded_yet_is_embedded_first(
-    clipcid: Callable[..., Run], tiny_shards: Path, tiny_model: Path, tmp_path: Path
+    clipcid: Clipcid, tiny_shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     run = clipcid("balance", tiny_shards, "--model", tiny_model, "--keep", 0.9, "--json")
     keep = read_keep(tmp_path)
@@ -317,9 +281,7 @@ def test_what_is_not_embedded_yet_is_embedded_first(
     assert "Embeddings: " in again.stderr
 
 
-def test_too_few_captions_name_the_command_that_needs_none(
-    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_too_few_captions_name_the_command_that_needs_none(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
     write_tar(tmp_path / "data" / "0.tar", [*shard_members(0, 6), *shard_members(6, 6, captions=False)])
     call = ("balance", "data", "--model", tiny_model, "--keep", 0.5, "--work", "w")
     refused = clipcid(*call, check=False)
@@ -332,7 +294,7 @@ def test_too_few_captions_name_the_command_that_needs_none(
 
 
 def test_references_of_another_model_are_refused_before_anything_is_embedded(
-    clipcid: Callable[..., Run], tiny_model: Path, tiny_shards: Path, tmp_path: Path
+    clipcid: Clipcid, tiny_model: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
     clipcid("embed", tiny_shards, "--model", tiny_model, "--no-text", "--out", "references")
     other = write_tiny_model(tmp_path / "other", seed=7)

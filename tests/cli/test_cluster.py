@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from balance_data import write_embeddings
-from conftest import Run
+from conftest import Clipcid, Run
 
 from clipcid_cli.formats.results.clusters import open_clusters
 
@@ -40,12 +39,6 @@ def write_keep_list(path: Path, kept: np.ndarray[Any, Any]) -> Path:
     return path
 
 
-def repeat_keys(folder: Path) -> None:
-    """Name the rows of the second file as those of the first."""
-    for path in (folder / "metadata").iterdir():
-        pq.write_table(pa.table({"key": KEYS[: NUM_ROWS // 2]}), path)
-
-
 def said(run: Run) -> str:
     return " ".join(run.stderr.split())
 
@@ -55,7 +48,7 @@ def hash_outputs(folder: Path) -> list[str]:
     return [hashlib.sha256((folder / "clusters" / name).read_bytes()).hexdigest() for name in names]
 
 
-def test_the_table_is_what_a_plain_computation_gives(clipcid: Callable[..., Run], embeddings: Path) -> None:
+def test_the_table_is_what_a_plain_computation_gives(clipcid: Clipcid, embeddings: Path) -> None:
     call = ("cluster", "--embeddings", embeddings, "--num-clusters", NUM_CLUSTERS, "--json")
     dry = clipcid(*call, "--dry-run")
     assert dry.json["flop"] == 2 * NUM_ROWS * NUM_CLUSTERS * WIDTH * 20
@@ -96,7 +89,7 @@ def test_the_table_is_what_a_plain_computation_gives(clipcid: Callable[..., Run]
 
 
 def test_two_processes_write_the_bytes_of_one(
-    clipcid: Callable[..., Run], binary: Callable[..., Run], torchrun: Callable[..., Run], tmp_path: Path
+    clipcid: Clipcid, binary: Clipcid, torchrun: Clipcid, tmp_path: Path
 ) -> None:
     """Also with other products and threads."""
     random = np.random.default_rng(3)
@@ -112,7 +105,7 @@ def test_two_processes_write_the_bytes_of_one(
     assert hash_outputs(tmp_path / "one") == hash_outputs(tmp_path / "two") == hash_outputs(tmp_path / "fp32")
 
 
-def test_centroids_of_some_rows_serve_all(clipcid: Callable[..., Run], embeddings: Path, tmp_path: Path) -> None:
+def test_centroids_of_some_rows_serve_all(clipcid: Clipcid, embeddings: Path, tmp_path: Path) -> None:
     arguments = ["cluster", "--embeddings", embeddings, "--num-clusters", 20, "--train-rows"]
     run = clipcid(*arguments, 300)
     assert "300 of 900 images (--train-rows)" in said(run)
@@ -128,19 +121,7 @@ def test_centroids_of_some_rows_serve_all(clipcid: Callable[..., Run], embedding
     assert hash_outputs(tmp_path / "whole") == hash_outputs(tmp_path / "plain")
 
 
-def test_only_kept_images_are_clustered_and_it_says_which_list_it_took(
-    clipcid: Callable[..., Run], embeddings: Path, tmp_path: Path
-) -> None:
-    kept = np.arange(NUM_ROWS) % 3 > 0
-    keep = write_keep_list(tmp_path / "mine.parquet", kept)
-    run = clipcid("cluster", "--embeddings", embeddings, "--keep-list", keep, "--json")
-    assert (run.json["images"], run.json["clusters"]) == (kept.sum(), kept.sum() // 8)
-    assert str(keep) in run.stderr.replace("\n", "")
-    frame = pd.read_parquet(run.cwd / run.json["files"]["clusters"])
-    assert list(frame["key"]) == [KEYS[row] for row in np.flatnonzero(kept)]
-
-
-def test_fewer_different_images_than_clusters_warns_and_ends(clipcid: Callable[..., Run], tmp_path: Path) -> None:
+def test_fewer_different_images_than_clusters_warns_and_ends(clipcid: Clipcid, tmp_path: Path) -> None:
     write_embeddings(tmp_path / "copies", np.repeat(make_rows(1)[:5], 40, axis=0))
     run = clipcid("cluster", "--embeddings", "copies", "--num-clusters", 12, "--json")
     assert run.json["empty_clusters"] == 7
@@ -148,43 +129,7 @@ def test_fewer_different_images_than_clusters_warns_and_ends(clipcid: Callable[.
     assert "7 of 12 clusters are empty" in said(run)
 
 
-def test_keys_that_repeat_across_files_need_a_flag(
-    clipcid: Callable[..., Run], embeddings: Path, tmp_path: Path
-) -> None:
-    plain = ("cluster", "--embeddings", embeddings, "--num-clusters", NUM_CLUSTERS)
-    clipcid(*plain, "--work", "plain")
-    for dry in ((), ("--dry-run",)):  # which keys the table has is one of its settings
-        refused = clipcid(*plain, "--work", "plain", "--keys", "shard", *dry, check=False)
-        assert refused.returncode == 1
-        assert 'settings.keys: "sample" there, "shard" now' in said(refused)
-    repeat_keys(embeddings)
-    refused = clipcid(*plain, check=False)
-    assert refused.returncode == 1
-    assert "Key '000000' belongs to rows 0 and 450" in said(refused)
-    assert "--keys shard" in refused.stderr
-    clipcid(*plain, "--keys", "shard")
-    keys = pd.read_parquet(tmp_path / "clipcid-work" / "clusters" / "clusters.parquet")["key"]
-    assert (keys.iloc[0], keys.iloc[-1]) == ("img_emb_0/000000", "img_emb_1/000449")
-
-
-def test_embeddings_of_other_data_than_the_keep_list_are_told_before_their_keys(
-    clipcid: Callable[..., Run], embeddings: Path, tmp_path: Path
-) -> None:
-    other = write_embeddings(tmp_path / "other", make_rows(2))
-    repeat_keys(other)  # they are in the list too
-    clipcid("balance", "--embeddings", embeddings, "--keep", 0.8)
-    refused = clipcid("cluster", "--embeddings", other, check=False)
-    assert refused.returncode == 1
-    assert "keep.parquet has none of the rows of" in said(refused)
-    assert "it was made from other data" in said(refused)
-    assert "--keys shard" not in said(refused)
-    # A list of their own, made with the flag that is lacking here.
-    clipcid("balance", "--embeddings", other, "--keep", 0.8, "--keys", "shard", "--work", "w")
-    assert "Add --keys shard" in said(clipcid("cluster", "--embeddings", other, "--work", "w", check=False))
-    clipcid("cluster", "--embeddings", other, "--work", "w", "--keys", "shard")
-
-
-def test_rows_that_are_not_finite_are_counted_and_named(clipcid: Callable[..., Run], embeddings: Path) -> None:
+def test_rows_that_are_not_finite_are_counted_and_named(clipcid: Clipcid, embeddings: Path) -> None:
     path = embeddings / "img_emb" / "img_emb_0.npy"
     rows = np.load(path)
     rows[:20] = np.nan

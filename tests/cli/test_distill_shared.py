@@ -10,26 +10,22 @@ import signal
 import struct
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Run, make_caption, make_image, run_command, start_clipcid, torchrun_command, write_tar
-from distill_data import FULL_PRESETS, SHORT, STUDENT, losses, student_bytes, train
+from conftest import Clipcid, make_image, run_command, start_clipcid, torchrun_command, write_tar
+from distill_data import FULL_PRESETS, SHORT, losses, student_bytes, train
 from safetensors.torch import load_file
-from torch.utils.checkpoint import checkpoint
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.models import pruned_forward
 from clipcid_cli.steps.distill import run
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.training.gradients import Features
 
-Clipcid = Callable[..., Run]
 SCRIPT = Path(__file__).parents[1] / "distill_data.py"
 
 
@@ -100,62 +96,6 @@ def test_two_processes_are_taught_as_one(clipcid: Clipcid, torchrun: Clipcid, di
         assert_alike(distill_place, f"{kind}-one", f"{kind}-two")
 
 
-def kill_after_a_checkpoint(folder: Path, name: str, arguments: list[str], processes: int) -> Path:
-    """Kill a run once it has saved its first checkpoint; returns the folder of the run."""
-    killed = folder / "clipcid-work" / "distill" / name
-    process = start_clipcid(*arguments, "--name", name, cwd=folder, processes=processes)
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("checkpoints/step_*.pt")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "distill.json").exists(), "it was too fast to be killed"
-    return killed
-
-
-def test_killed_processes_go_on_to_the_same_bits(torchrun: Clipcid, distill_place: Path) -> None:
-    arguments = ["distill", *map(str, SHORT), "--steps", "30", "--checkpoint-every", "3", "--color-jitter", "0.3"]
-    # A worker's queue runs ahead of the steps: it must leave no trace.
-    arguments += ["--workers", "2", "--cluster-towers", "both", "--loss", "mfd=1", "--loss", "afd=1", "--ema", "0.9"]
-    torchrun(2, *arguments, "--name", "whole")
-    killed = kill_after_a_checkpoint(distill_place, "killed", arguments, 2)
-    assert "Resuming at step" in torchrun(2, *arguments, "--name", "killed").stderr
-    whole = killed.with_name("whole")
-    assert losses(killed) == losses(whole)
-    for name in ("student", "student-ema"):
-        path = f"{name}/open_clip_model.safetensors"
-        assert (killed / path).read_bytes() == (whole / path).read_bytes()
-    assert (killed / "results.jsonl").read_bytes() == (whole / "results.jsonl").read_bytes()
-
-
-def test_what_the_teacher_embedded_is_shown_and_a_killed_run_goes_on(
-    clipcid: Clipcid, tiny_shards: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "student.json").write_text(json.dumps(STUDENT))
-    (tmp_path / "lines.txt").write_text("\n\n".join(make_caption(number) for number in range(500, 512)))
-    beside = ("--views", 3, "--view-kind", "strong", "--view-kind", "mix,crop", "--text-variants", 2)
-    made = " ".join(clipcid("embed", tiny_shards, "--model", tiny_model, *beside).stderr.split())
-    assert "Of each image 3 views (strong, mix, crop; mixtures within batches of 16 images) and 2 text variants" in made
-    texts = clipcid("embed", "--texts", "lines.txt", "--out", "texts", "--model", tiny_model, "--json").json
-    assert (texts["texts"], texts["skipped"]) == (12, {"empty_line": 11})
-    arguments = ["distill", *map(str, SHORT), "--preset", "fd-instance"]
-    lines = " ".join(clipcid(*arguments, "--texts", "texts", "--steps", 2, "--name", "lines").stderr.split())
-    assert "Views: 3 of each image are stored and replayed" in lines
-    assert "Extra texts, for the text tower alone: of texts, 12 texts." in lines
-    assert "Each step the text tower sees 8 further texts." in lines, "as many as samples"
-    # The further texts are variants now: they depend on which shards a batch reads.
-    arguments += ["--steps", "20", "--checkpoint-every", "2"]
-    told = clipcid(*arguments, "--name", "whole").stderr
-    assert "of the 2 variants of each sample's captions" in " ".join(told.split())
-    killed = kill_after_a_checkpoint(tmp_path, "killed", arguments, 1)
-    assert "Resuming at step" in clipcid(*arguments, "--name", "killed").stderr
-    whole = killed.with_name("whole")
-    assert losses(killed) == losses(whole)
-    assert student_bytes(killed) == student_bytes(whole)
-    assert losses(whole)[0]["scale_student"] != losses(whole)[-1]["scale_student"], "it is trained"
-    assert losses(killed.with_name("lines"))[0]["loss_fd"] != losses(whole)[0]["loss_fd"], "they were shown other texts"
-
-
 def stop_at_step(patch: pytest.MonkeyPatch, number: int) -> None:
     """Let training end with an error before a step."""
     step = Trainer.step
@@ -209,20 +149,6 @@ def test_clusters_teach_both_towers_where_they_know_captions(whole: Path) -> Non
     assert losses(runs / "cid-auto") == losses(runs / "cid-whole")
     assert losses(runs / "cid-image") != losses(runs / "cid-whole")
     assert losses(runs / "cid-auto-frozen") == losses(runs / "cid-image-frozen")
-
-
-def test_checkpointed_layers_change_no_bit(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers: list[object] = []
-
-    def count(layer: object, *given: object, **how: object) -> object:
-        layers.append(layer)
-        return checkpoint(layer, *given, **how)
-
-    monkeypatch.setattr(pruned_forward, "checkpoint", count)
-    train(whole, "layers", ("cid",), grad_checkpointing=True)
-    assert len(layers) >= 6 * 2  # in each step, in each tower
-    runs = whole / "clipcid-work" / "distill"
-    assert losses(runs / "cid-layers") == losses(runs / "cid-whole")
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import (
+    Clipcid,
     Run,
     make_image,
     run_clipcid,
@@ -20,8 +20,6 @@ from conftest import (
     write_tar,
 )
 from PIL import Image
-
-Call = Callable[..., Run]
 
 
 def hash_rows(folder: Path) -> dict[str, str]:
@@ -41,7 +39,7 @@ def embedded(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempP
 
 
 def test_bytes_do_not_depend_on_workers_or_processes(
-    embedded: Run, clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+    embedded: Run, clipcid: Clipcid, tiny_shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     expected = hash_rows(embedded.cwd / "clipcid-work" / "embeddings" / "tiny")
     command = ["embed", tiny_shards, "--model", tiny_model, "--precision", "fp32", "--batch-size", 8, "--json"]
@@ -52,7 +50,7 @@ def test_bytes_do_not_depend_on_workers_or_processes(
 
 
 def test_a_finished_output_is_kept_and_a_different_one_refused(
-    embedded: Run, clipcid: Call, tiny_shards: Path, tiny_model: Path
+    embedded: Run, clipcid: Clipcid, tiny_shards: Path, tiny_model: Path
 ) -> None:
     work = embedded.cwd / "clipcid-work"
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*.*") if path.suffix != ".lock"}
@@ -72,7 +70,7 @@ def test_a_finished_output_is_kept_and_a_different_one_refused(
 
 @pytest.mark.parametrize("file", ["rows.npy", "img_emb/img_emb_0000.npy", "a.npz", "inner/a.npz"])
 def test_embeddings_of_another_tool_are_never_mixed_with_ones_of_ours(
-    clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path, file: str
+    clipcid: Clipcid, tiny_shards: Path, tiny_model: Path, tmp_path: Path, file: str
 ) -> None:
     path = tmp_path / "out" / file
     path.parent.mkdir(parents=True)
@@ -84,7 +82,7 @@ def test_embeddings_of_another_tool_are_never_mixed_with_ones_of_ours(
 
 
 def test_the_output_of_another_step_is_not_written_into(
-    clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+    clipcid: Clipcid, tiny_shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "distill.json").write_text("{}")
@@ -94,7 +92,7 @@ def test_the_output_of_another_step_is_not_written_into(
 
 
 def test_shards_that_were_added_are_embedded_alone(
-    clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+    clipcid: Clipcid, tiny_shards: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     write_tar(tmp_path / "data" / "00000.tar", shard_members(0, 5))
     call = ("embed", "data", "--model", tiny_model, "--out", "out")
@@ -116,7 +114,7 @@ def test_shards_that_were_added_are_embedded_alone(
 
 
 def test_data_whose_shards_got_other_names_are_refused_since_later_files_repeat_them(
-    clipcid: Call, tiny_model: Path, tmp_path: Path
+    clipcid: Clipcid, tiny_model: Path, tmp_path: Path
 ) -> None:
     write_tar(tmp_path / "laion" / "00000.tar", shard_members(0, 5))
     write_tar(tmp_path / "redcaps" / "00000.tar", shard_members(5, 5))
@@ -131,7 +129,7 @@ def test_data_whose_shards_got_other_names_are_refused_since_later_files_repeat_
 
 
 def test_what_could_not_be_used_at_all_does_not_stand_in_the_way_of_other_input(
-    clipcid: Call, tiny_model: Path, tmp_path: Path
+    clipcid: Clipcid, tiny_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "list.csv").write_text("filepath,title\nnowhere.png,a cat\n")
     refused = clipcid("embed", "list.csv", "--model", tiny_model, check=False)
@@ -142,7 +140,7 @@ def test_what_could_not_be_used_at_all_does_not_stand_in_the_way_of_other_input(
 
 
 def test_an_empty_first_shard_does_not_mean_that_there_are_no_captions(
-    clipcid: Call, tiny_model: Path, tmp_path: Path
+    clipcid: Clipcid, tiny_model: Path, tmp_path: Path
 ) -> None:
     write_tar(tmp_path / "data" / "0.tar", [])
     write_tar(tmp_path / "data" / "1.tar", shard_members(0, 5))
@@ -168,7 +166,7 @@ def png_of_16_bits() -> bytes:
     return buffer.getvalue()
 
 
-def test_what_is_skipped_is_counted_and_named(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
+def test_what_is_skipped_is_counted_and_named(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
     members = [
         *shard_members(0, 20),
         ("bad.png", b"no image"),
@@ -197,7 +195,7 @@ def test_what_is_skipped_is_counted_and_named(clipcid: Call, tiny_model: Path, t
 
 
 def test_a_list_with_columns_of_other_names_is_read_again_from_what_the_sidecar_says(
-    clipcid: Call, tiny_model: Path, tmp_path: Path
+    clipcid: Clipcid, tiny_model: Path, tmp_path: Path
 ) -> None:
     for number in range(2):
         (tmp_path / f"{number}.jpg").write_bytes(make_image(number, side=300, kind="JPEG"))
@@ -208,7 +206,9 @@ def test_a_list_with_columns_of_other_names_is_read_again_from_what_the_sidecar_
     assert clipcid(*call, "--fast-decode").json == listed.json
 
 
-def test_lines_of_a_text_are_captions_where_that_is_asked_for(clipcid: Call, tiny_model: Path, tmp_path: Path) -> None:
+def test_lines_of_a_text_are_captions_where_that_is_asked_for(
+    clipcid: Clipcid, tiny_model: Path, tmp_path: Path
+) -> None:
     members = [(f"{number}.png", make_image(number)) for number in range(4)]
     members += [(f"{number}.txt", b"a red door\nan old door") for number in range(4)]
     write_tar(tmp_path / "data" / "0.tar", sorted(members))
@@ -227,7 +227,7 @@ def test_lines_of_a_text_are_captions_where_that_is_asked_for(clipcid: Call, tin
     clipcid("embed", "--model", tiny_model, "--work", "data-lines", "--caption-lines")  # the data as recorded
 
 
-def test_dry_run_writes_nothing(clipcid: Call, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(clipcid: Clipcid, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     call = ("embed", tiny_shards, "--model", tiny_model, "--dry-run")
     run = clipcid(*call, "--json")
     assert (run.json["images"], run.json["shards"], run.json["bytes"]) == (24, 2, 24 * 32 * 2 * 2)
@@ -247,7 +247,7 @@ def test_dry_run_writes_nothing(clipcid: Call, tiny_shards: Path, tiny_model: Pa
     assert not (tmp_path / "clipcid-work").exists()
 
 
-def test_a_teacher_no_hub_gives_is_told_within_seconds(binary: Call, tiny_shards: Path) -> None:
+def test_a_teacher_no_hub_gives_is_told_within_seconds(binary: Clipcid, tiny_shards: Path) -> None:
     run = binary("embed", tiny_shards, check=False, env={"HF_HUB_OFFLINE": "0"})
     assert run.returncode == 1
     assert "--model /path/to/folder" in " ".join(run.stderr.split())
@@ -255,9 +255,7 @@ def test_a_teacher_no_hub_gives_is_told_within_seconds(binary: Call, tiny_shards
     assert "Retrying" not in run.stderr
 
 
-def test_a_model_that_no_process_can_load_is_told_once(
-    torchrun: Callable[..., Run], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_no_process_can_load_is_told_once(torchrun: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
     weights = broken / "open_clip_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

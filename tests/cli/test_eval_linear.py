@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Run, write_tar, write_tiny_model
+from conftest import Clipcid, write_tar, write_tiny_model
 from PIL import Image
 from sidecars import make_sidecar
 from sklearn.linear_model import LogisticRegression
@@ -59,7 +58,7 @@ def read_features(work: Path, images: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_metrics_are_those_of_scikit_learn_on_the_same_features(
-    binary: Callable[..., Run], clipcid: Callable[..., Run], tiny_model: Path, colours: Path
+    binary: Clipcid, clipcid: Clipcid, tiny_model: Path, colours: Path
 ) -> None:
     run = binary("eval-linear", tiny_model, colours, "--json")
     result, work = run.json, run.cwd / "clipcid-work"
@@ -102,7 +101,7 @@ def test_metrics_are_those_of_scikit_learn_on_the_same_features(
     check_shots(clipcid, result, [tiny_model, colours, "--shots", "4,1,19", "--shot-repeats", 3, "--knn", "20,3"])
 
 
-def check_shots(clipcid: Callable[..., Run], plain: dict[str, Any], arguments: list[object]) -> None:
+def check_shots(clipcid: Clipcid, plain: dict[str, Any], arguments: list[object]) -> None:
     """Few-shot probes and nearest neighbours of the same model and data, beside the probe that was fitted already."""
     run = clipcid("eval-linear", *arguments, "--json")
     result, work = run.json, run.cwd / "clipcid-work"
@@ -133,7 +132,7 @@ def check_shots(clipcid: Callable[..., Run], plain: dict[str, Any], arguments: l
 
 
 def test_features_are_kept_until_weights_preprocessing_or_data_change(
-    clipcid: Callable[..., Run], tiny_model: Path, colours: Path, tmp_path: Path
+    clipcid: Clipcid, tiny_model: Path, colours: Path, tmp_path: Path
 ) -> None:
     model, data = tmp_path / "model", tmp_path / "colours"
     shutil.copytree(tiny_model, model)
@@ -184,7 +183,7 @@ def several_classes(folder: Path, split: str, count: int, seed: int) -> Path:
 
 
 def test_images_with_several_classes_are_one_regression_for_each_class(
-    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path
+    clipcid: Clipcid, tiny_model: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "wds_voc2007_multilabel"
     for split, count in (("train", 120), ("test", 60)):
@@ -206,7 +205,7 @@ def test_images_with_several_classes_are_one_regression_for_each_class(
 
 
 def test_two_processes_measure_what_one_does(
-    clipcid: Callable[..., Run], torchrun: Callable[..., Run], tiny_model: Path, colours: Path, tmp_path: Path
+    clipcid: Clipcid, torchrun: Clipcid, tiny_model: Path, colours: Path, tmp_path: Path
 ) -> None:
     arguments = ["eval-linear", tiny_model, colours, "--json", "--batch-size", 16, "--workers", 0]
     one = clipcid(*arguments, "--work", tmp_path / "one").json
@@ -216,7 +215,7 @@ def test_two_processes_measure_what_one_does(
 
 
 def test_benchmark_shards_and_the_newest_student_are_the_defaults(
-    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path
+    clipcid: Clipcid, tiny_model: Path, tmp_path: Path
 ) -> None:
     for split, count in (("train", 40), ("test", 20), ("val", 12)):
         members: list[tuple[str, bytes]] = []

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import open_clip
 import pandas as pd
 import pytest
 import torch
-from conftest import Run, embed_with_open_clip, make_image, write_tar
+from conftest import Clipcid, embed_with_open_clip, make_image, write_tar
 from sklearn.metrics import average_precision_score
 
 
@@ -27,7 +26,7 @@ def folders(tmp_path: Path) -> Path:
 
 
 def test_class_folders_with_names_in_another_order(
-    clipcid: Callable[..., Run], tiny_model: Path, folders: Path, tmp_path: Path
+    clipcid: Clipcid, tiny_model: Path, folders: Path, tmp_path: Path
 ) -> None:
     by_folder = clipcid("eval-zeroshot", tiny_model, folders, "--json", "--work", "a")
     assert by_folder.json["metrics"]["acc5"] is None
@@ -41,7 +40,7 @@ def test_class_folders_with_names_in_another_order(
 
 
 def test_splits_of_two_data_sets_have_names_that_tell(
-    clipcid: Callable[..., Run], tiny_model: Path, folders: Path, tmp_path: Path
+    clipcid: Clipcid, tiny_model: Path, folders: Path, tmp_path: Path
 ) -> None:
     for name in ("cars", "pets"):
         shutil.copytree(folders, tmp_path / name / "test")
@@ -51,7 +50,7 @@ def test_splits_of_two_data_sets_have_names_that_tell(
     assert names == [f"{name}-test_tiny_zeroshot_classification.json" for name in ("cars", "pets")]
 
 
-def test_list_with_labels(clipcid: Callable[..., Run], tiny_model: Path, folders: Path, tmp_path: Path) -> None:
+def test_list_with_labels(clipcid: Clipcid, tiny_model: Path, folders: Path, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("zebra fish\nmug\n")
     (tmp_path / "list.csv").write_text("filepath,label\nphotos/zebra_fish/0.png,0\nphotos/mug/7.png,1\n")
     result = clipcid("eval-zeroshot", tiny_model, "list.csv", "--classnames", "names.txt", "--json").json
@@ -64,7 +63,7 @@ def test_list_with_labels(clipcid: Callable[..., Run], tiny_model: Path, folders
     assert "has class 2, and there are 2 class names" in refused.stderr
 
 
-def test_several_classes_an_image(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
+def test_several_classes_an_image(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
     """A CLIP_benchmark folder of type multilabel, and the same data as a list."""
     vectors = [[int((number + step) % 3 == 0 and number % 5 != step) for step in range(4)] for number in range(16)]
     members, lines = [], ["filepath,label"]
@@ -102,9 +101,7 @@ def test_several_classes_an_image(clipcid: Callable[..., Run], tiny_model: Path,
         assert (answer["difference"], answer["interval"], answer["real"]) == (0.0, [0.0, 0.0], False)
 
 
-def test_data_sets_by_name_with_imagenets_classes(
-    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_data_sets_by_name_with_imagenets_classes(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
     """Plain copies of two shifts of ImageNet: class folders by WordNet number, and by number, where 10 comes before 2."""
     for folder, names in (("imagenet-r", ("n01443537", "n02085620")), ("imagenetv2", ("2", "10", "152"))):
         for number, name in enumerate(names):
@@ -129,9 +126,7 @@ def test_data_sets_by_name_with_imagenets_classes(
     assert len(sidecar["settings"]["templates"]) == 7
 
 
-def test_lines_as_captions_are_another_measurement(
-    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_lines_as_captions_are_another_measurement(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
     members = [(f"{number}.png", make_image(number)) for number in range(6)]
     members += [(f"{number}.txt", f"a red door\nnumber {number}".encode()) for number in range(6)]
     write_tar(tmp_path / "pairs.tar", sorted(members))

@@ -3,11 +3,10 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from conftest import Clipcid
 from reference import DOCS, GENERATED, insert_reference
 
 from clipcid_cli.cli import COMMANDS
@@ -35,7 +34,7 @@ assert not [heavy for heavy in {HEAVY!r} if heavy in sys.modules]
         assert len(text.split()) >= 2, f"{flag} is not explained"
 
 
-def test_an_error_says_which_variable_or_file_a_flag_is_from(clipcid: Callable[..., Run], tmp_path: Path) -> None:
+def test_an_error_says_which_variable_or_file_a_flag_is_from(clipcid: Clipcid, tmp_path: Path) -> None:
     config = tmp_path / "c.toml"
     config.write_text("[balance]\nkeep = 0.5\nagainst-threshold = 0.3\n")
     run = clipcid("balance", "--config", str(config), check=False)
@@ -47,7 +46,7 @@ def test_an_error_says_which_variable_or_file_a_flag_is_from(clipcid: Callable[.
     assert "is from" not in run.stderr
 
 
-def test_a_variable_of_no_flag_is_a_usage_error(clipcid: Callable[..., Run]) -> None:
+def test_a_variable_of_no_flag_is_a_usage_error(clipcid: Clipcid) -> None:
     others = {"CLIPCID_CACHE": "cache", "CLIPCID_CLUSTER_SEED": "1", "CLIPCID_EXPORT_LICENSE": "mit"}
     run = clipcid("balance", check=False, env=others | {"CLIPCID_BALANCE_KEP": "0.5"})
     assert run.returncode == 2
@@ -64,20 +63,18 @@ def test_a_variable_of_no_flag_is_a_usage_error(clipcid: Callable[..., Run]) -> 
         ("[distill]\nstudent = ViT-B-32", "texts in quotes, and switches as true or false"),
     ],
 )
-def test_what_is_wrong_in_a_configuration_is_said(
-    clipcid: Callable[..., Run], tmp_path: Path, written: str, said: str
-) -> None:
+def test_what_is_wrong_in_a_configuration_is_said(clipcid: Clipcid, tmp_path: Path, written: str, said: str) -> None:
     (tmp_path / "c.toml").write_text(written)
     run = clipcid("balance", "--config", "c.toml", check=False)
     assert run.returncode == 2
     assert said in " ".join(run.stderr.split())
 
 
-def test_an_empty_request_for_completions_is_none(clipcid: Callable[..., Run]) -> None:
+def test_an_empty_request_for_completions_is_none(clipcid: Clipcid) -> None:
     assert clipcid("--version", env={"_CLIPCID_COMPLETE": ""}).stdout.count("clipcid, version") == 1
 
 
-def test_debug_shows_where(clipcid: Callable[..., Run]) -> None:
+def test_debug_shows_where(clipcid: Clipcid) -> None:
     assert "Traceback" in clipcid("embed", "/no/such/folder", "--debug", check=False).stderr
 
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import STUDENT, Run, shard_members, write_tar
+from conftest import STUDENT, Clipcid, shard_members, write_tar
 from shard_server import serve
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.steps.data_index import cache_shards
-
-Clipcid = Callable[..., Run]
 
 
 def write_shards(folder: Path, shards: int, each: int) -> Path:

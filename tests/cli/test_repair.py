@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Run, make_image, start_clipcid, write_tar
+from conftest import Clipcid, Run, make_image, write_tar
 from distill_data import STUDENT, losses, student_bytes
 
-Clipcid = Callable[..., Run]
 NUM_PAIRS, NUM_CAPTIONS, WIDTH = 400, 100, 64
 DISTILL = ("distill", "pairs.tar", "--embeddings", "teacher", "--student", "student.json", "--batch-size", 32)
 DISTILL += ("--steps", 3, "--workers", 0, "--val-fraction", 0.1)
@@ -166,18 +162,6 @@ def test_a_repair_of_other_rows_is_made_again(clipcid: Clipcid, turned: Path, pl
     assert not (repair_of(turned / "clipcid-work") / "repair.npz").exists()
 
 
-def test_two_folders_of_one_name_have_two_repairs(clipcid: Clipcid, turned: Path, places: dict[str, Path]) -> None:
-    clipcid(*CLUSTER)
-    repair = repair_of(turned / "clipcid-work")
-    (turned / "other").mkdir()
-    (turned / "other" / "teacher").symlink_to(places["sound"] / "teacher")
-    clipcid("cluster", "--embeddings", "other/teacher", *CLUSTER[3:], "--overwrite")
-    names = sorted(path.name.rpartition("-")[0] for path in repair.parent.iterdir())
-    assert names == ["teacher", "teacher"]
-    assert (repair / "repair.npz").exists()
-    assert "repairing anew" not in words(clipcid(*CLUSTER, "--overwrite"))
-
-
 def test_a_damaged_repair_is_one_error(clipcid: Clipcid, turned: Path) -> None:
     clipcid(*CLUSTER)
     path = repair_of(turned / "clipcid-work") / "repair.npz"
@@ -190,32 +174,3 @@ def test_a_damaged_repair_is_one_error(clipcid: Clipcid, turned: Path) -> None:
     assert run.returncode == 1
     assert "repair.npz is damaged: it is not the file that repair.json says was written." in words(run)
     assert f"Remove {path.parent.relative_to(turned)}: the next run repairs anew." in words(run)
-
-
-def test_a_run_that_is_killed_twice_ends_as_another_does(clipcid: Clipcid, turned: Path) -> None:
-    command = (*DISTILL, "--steps", 60, "--checkpoint-every", 1, "--name", "run", "--work")
-    clipcid(*command, "whole")
-    whole, killed = turned / "whole", turned / "killed"
-    for stage in ("repair/*", "distill/run/checkpoints/step_*.pt"):  # while it is fitted, and while it teaches
-        process = start_clipcid(*command, "killed", cwd=turned)
-        deadline = time.monotonic() + 120
-        while not list(killed.glob(stage)) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert (repair_of(killed) / "repair.json").exists() == stage.startswith("distill")
-    assert not (killed / "distill" / "run" / "distill.json").exists(), "it was too fast to be killed"
-    assert "Resuming at step" in clipcid(*command, "killed").stderr
-    assert (repair_of(killed) / "repair.npz").read_bytes() == (repair_of(whole) / "repair.npz").read_bytes()
-    assert losses(killed / "distill" / "run") == losses(whole / "distill" / "run")
-    assert student_bytes(killed / "distill" / "run") == student_bytes(whole / "distill" / "run")
-
-
-def test_a_second_run_waits_for_the_first(turned: Path) -> None:
-    runs = [start_clipcid(*DISTILL, "--name", name, cwd=turned) for name in ("one", "two")]
-    for run in runs:
-        code, (_, said) = run.wait(120), run.read()
-        assert code == 0, said
-        assert "repaired (--repair none" in " ".join(said.split())
-    results = [losses(turned / "clipcid-work" / "distill" / name) for name in ("one", "two")]
-    assert results[0] == results[1]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pytest
-from conftest import Run, write_tar
+from conftest import Clipcid, write_tar
 from golden import (
     FLAGS,
     QUICKSTART,
@@ -147,7 +146,7 @@ def test_texts_without_images(place: Path) -> None:
 
 
 def test_one_thread_and_two_workers_have_the_same_rows(
-    place: Path, embedded: Any, binary: Callable[..., Run], tmp_path: Path
+    place: Path, embedded: Any, binary: Clipcid, tmp_path: Path
 ) -> None:
     shard = place / "data" / "pairs" / "00000.tar"
     flags = [2 if before == "--workers" else word for before, word in zip(("", *FLAGS), FLAGS, strict=False)]

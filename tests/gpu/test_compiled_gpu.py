@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from conftest import Clipcid
 from distill_data import SHORT, losses
 
 pytestmark = pytest.mark.gpu
 
 
-def test_compiled_towers_learn_the_same(clipcid: Callable[..., Run], distill_place: Path) -> None:
+def test_compiled_towers_learn_the_same(clipcid: Clipcid, distill_place: Path) -> None:
     options = ("distill", *SHORT, "--steps", 4, "--precision", "fp32", "--device", "cuda", "--name")
     clipcid(*options, "plain")
     clipcid(*options, "compiled", "--torchcompile")

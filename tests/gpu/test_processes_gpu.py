@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from balance_data import make_rows, write_embeddings
-from conftest import Run, clean_environment, torchrun_command
+from conftest import Clipcid, clean_environment, torchrun_command
 from distill_data import SHORT, losses
 
 pytestmark = [
@@ -21,7 +20,7 @@ pytestmark = [
 ]
 
 
-def test_balance_and_cluster(clipcid: Callable[..., Run], torchrun: Callable[..., Run], tmp_path: Path) -> None:
+def test_balance_and_cluster(clipcid: Clipcid, torchrun: Clipcid, tmp_path: Path) -> None:
     write_embeddings(tmp_path / "embeddings", make_rows(9000, 48))
     for command in (("balance", "--keep", 0.6), ("cluster", "--num-clusters", 40)):
         options = (*command, "--embeddings", "embeddings", "--device", "cuda", "--work")
@@ -36,7 +35,7 @@ def test_balance_and_cluster(clipcid: Callable[..., Run], torchrun: Callable[...
         assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes(), file
 
 
-def test_distill(clipcid: Callable[..., Run], torchrun: Callable[..., Run], distill_place: Path) -> None:
+def test_distill(clipcid: Clipcid, torchrun: Clipcid, distill_place: Path) -> None:
     options = ("distill", *SHORT, "--steps", 4, "--precision", "fp32", "--device", "cuda", "--name")
     clipcid(*options, "one")
     torchrun(2, *options, "two")

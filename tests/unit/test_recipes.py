@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import clipcid_command
 
@@ -56,18 +55,6 @@ def test_the_ablation_tries_weights_at_the_best_rate(plan: Any) -> None:
     for run in second:
         if len(run.setting.weights) > 1:
             assert run.setting.lr == rate[run.setting.optimizer]
-
-
-def test_a_third_of_the_pairs_of_the_claim_are_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes" / "claim"))
-    monkeypatch.delitem(sys.modules, "make", raising=False)  # the screens have one, too
-    counts = importlib.import_module("make").multiplicities(20_000)
-    assert counts.sum() == pytest.approx(20_000, rel=0.01)
-    assert 1 - len(counts) / counts.sum() == pytest.approx(1 / 3, abs=0.01)
-    # P(2) / P(1) and P(4) / P(1) of the law that README.md states.
-    seen = [np.sum(counts == often) for often in (1, 2, 4)]
-    assert seen[1] / seen[0] == pytest.approx(2**-2.81, rel=0.01)
-    assert seen[2] / seen[0] == pytest.approx(4**-2.81, rel=0.05)
 
 
 def programs(folder: Path, **scripts: str) -> dict[str, str]:

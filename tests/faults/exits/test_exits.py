@@ -12,13 +12,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
 import torch
-from conftest import Run, clean_environment, clipcid_command, run_command
+from conftest import Clipcid, clean_environment, clipcid_command, run_command
 from distill_data import SHORT
 
 from clipcid_cli.cli import cli
@@ -132,26 +131,6 @@ def test_an_interrupted_run_leaves_a_clean_terminal_and_no_worker(tmp_path: Path
     assert b"Traceback" not in shown
 
 
-# Tells a worker half of its work, and ends as a run does that is interrupted meanwhile.
-_HALF_TOLD = """
-import os
-from multiprocessing import forkserver
-from clipcid_cli.runtime.pipeline import start_worker_server
-start_worker_server()
-ended, told = forkserver.connect_to_new_process([])
-os.write(told, b"\\x80\\x05\\x95")
-os.close(told)
-print(len(os.read(ended, 1)))  # waits for the worker's end
-"""
-
-
-def test_a_worker_that_was_told_half_of_its_work_says_nothing(tmp_path: Path) -> None:
-    done = run_command(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _HALF_TOLD], tmp_path, False, 60, None
-    )
-    assert (done.stdout, done.stderr) == ("1\n", "")
-
-
 def test_a_terminated_distill_saves_its_last_step_and_is_continued_from_it(distill_place: Path) -> None:
     log = distill_place / "clipcid-work/distill/stopped/train.jsonl"
     length = ("--steps", 100_000, "--checkpoint-every", 100_000, "--eval-every", 100_000)
@@ -177,7 +156,7 @@ def test_a_terminated_distill_saves_its_last_step_and_is_continued_from_it(disti
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
 @pytest.mark.parametrize("value", ["abc", "-1", "٣"])
-def test_an_odd_environment_is_a_usage_error(clipcid: Callable[..., Run], name: str, value: str) -> None:
+def test_an_odd_environment_is_a_usage_error(clipcid: Clipcid, name: str, value: str) -> None:
     run = clipcid("--version", check=False, env={name: value})
     assert run.returncode == 2, run
     assert run.stderr.startswith(f"Error: {name} is {value!r}, not a number of processes."), run
@@ -312,7 +291,7 @@ def test_a_process_that_ends_is_missed_and_a_slow_one_waited_for(fate: str, said
     assert ended == code
 
 
-def test_a_world_without_a_place_to_meet_is_refused(clipcid: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_world_without_a_place_to_meet_is_refused(clipcid: Clipcid, tmp_path: Path) -> None:
     run = clipcid("balance", "--keep", "0.5", "--device", "cpu", check=False, env={"WORLD_SIZE": "2", "RANK": "0"})
     assert run.returncode == 1, run
     assert "the environment does not say where the processes connect" in run.stderr

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fault_cases import FAULTS, killed_problems
-from fault_child import Operations, kill, read_operations
 from fault_disks import can_mount
 from fault_place import STEPS, Site, read_tree
 from one_process import Outcome
-
-from clipcid_cli.formats.atomic import write_bytes
 
 HARNESS = Path(__file__).with_name("harness.py")
 
@@ -62,27 +56,3 @@ def test_losses_are_noticed(tmp_path: Path) -> None:
     assert killed_problems(Outcome((), -9, "", "Embedding")) == []
     assert killed_problems(Outcome((), -9, "", "Traceback (most recent call last)"))
     assert killed_problems(Outcome((), None, "", ""))
-
-
-def test_half_of_a_file_that_is_renamed_before_it_is_flushed_is_lost(tmp_path: Path) -> None:
-    def kill_after(write: Callable[[], None], number: int) -> None:
-        process = os.fork()
-        if process == 0:
-            try:
-                Operations(tmp_path / "log", number, after=True, act=kill).install()
-                write()
-            finally:
-                os._exit(0)
-        assert os.waitpid(process, 0)[1] == signal.SIGKILL
-        assert read_operations(tmp_path / "log")[number].startswith(("replace", "rename"))
-
-    def append_unflushed() -> None:
-        with (tmp_path / "log.jsonl").open("ab") as file:
-            file.write(b"half")
-        (tmp_path / "log.jsonl").rename(tmp_path / "appended")
-
-    (tmp_path / "log.jsonl").write_bytes(b"on the disk, ")
-    kill_after(append_unflushed, 1)  # open, rename
-    assert (tmp_path / "appended").read_bytes() == b"on the disk, ha"
-    kill_after(lambda: write_bytes(tmp_path / "whole", b"whole"), 3)  # mkdir, open, fsync, replace
-    assert (tmp_path / "whole").read_bytes() == b"whole"

@@ -8,12 +8,11 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run, make_image, shard_members, start_clipcid, write_tar
+from conftest import Clipcid, make_image, shard_members, start_clipcid, write_tar
 from one_process import OneProcess, Outcome
 
 from clipcid_cli.formats.atomic import validate_writable
@@ -202,7 +201,7 @@ def test_a_name_that_is_not_utf8_is_refused(
 
 
 def test_a_second_run_in_one_folder_is_refused(
-    clipcid: Callable[..., Run], tiny_model: Path, tiny_shards: Path, tmp_path: Path
+    clipcid: Clipcid, tiny_model: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
     command = ["embed", str(tiny_shards), "--model", str(tiny_model), "--batch-size", "1"]
     first = start_clipcid(*command, cwd=tmp_path)

@@ -20,7 +20,7 @@ from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.near.exact import LONGEST_ROW, IntArray
 from clipcid_cli.algorithms.near.search import near_pairs, near_pairs_of
 from clipcid_cli.algorithms.sets import forest as forest_module
-from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components, forest_curve
+from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components
 
 CPU = torch.device("cpu")
 SCAN_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -242,22 +242,6 @@ def test_rows_that_would_be_inexact_are_refused() -> None:
     rows[:] = np.nan
     with pytest.raises(ValueError, match="finite"):
         load_block(rows.__getitem__, np.arange(2), CPU, torch.float32)
-
-
-def test_curve_counts_components_and_the_largest_at_each_cutoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forest_module, "_CURVE_POINTS", 20)
-    rows = unit_rows(2, 90, 8, 6, 0.15)
-    forest = build(rows, 0.8, torch.float32, 90, 0)
-    chosen = float(forest.weight[len(forest) // 3])
-    curve = forest_curve(90, forest, chosen)
-    assert len(curve.distance) <= 21
-    assert np.float32(chosen) in curve.distance
-    assert (np.diff(curve.distance) > 0).all()
-    for distance, kept, largest in zip(curve.distance, curve.kept, curve.largest, strict=True):
-        part = forest.up_to(distance)
-        labels = connected_components(90, part.a, part.b)
-        sizes = np.bincount(labels, minlength=90)
-        assert (kept, largest) == (np.count_nonzero(sizes), sizes.max())
 
 
 def test_copies_are_found_though_hashes_collide() -> None:

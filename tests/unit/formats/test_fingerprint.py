@@ -90,17 +90,3 @@ def test_of_files_one_that_changed_is_found(
     assert found is None or found.startswith(f"{files[-1]} {said}")
     shutil.rmtree(files[0].parent)
     assert str(find_changed(tmp_path, records, since)).startswith(f"{files[0]} is missing")
-
-
-def test_many_files_of_the_current_folder_are_known_by_a_listing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = [tmp_path / kind / f"{number}.bin" for kind in ("a", ".") for number in range(50)]
-    for path in files:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"content")
-    records = Memo().record_all(files, tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fingerprint, "record", None)  # none is hashed
-    for folder in (tmp_path, Path(".")):
-        assert find_changed(folder, records, Path("embed.json")) is None

@@ -158,34 +158,6 @@ def test_settings_and_inputs_that_may_differ_need_no_overwrite_and_unfinished_wo
         assert not (output.work / "half").exists()
 
 
-def test_a_changed_input_is_named_and_a_moved_one_is_the_same(tmp_path: Path) -> None:
-    data, moved = tmp_path / "data.tar", tmp_path / "moved.tar"
-    data.write_bytes(b"a" * 10)
-    moved.write_bytes(b"a" * 10)
-    with open_it(tmp_path / "out", inputs=[record(data)]) as output:
-        finish(output)
-    with open_it(tmp_path / "out", inputs=[record(moved)]) as output:
-        assert output.finished is not None
-    data.write_bytes(b"b" * 11)
-    with pytest.raises(ClipcidError, match=r"data\.tar: 10 bytes .* there, 11 bytes .* now"):
-        open_it(tmp_path / "out", inputs=[record(data)]).__enter__()
-
-
-def test_of_nested_settings_the_innermost_difference_is_told(tmp_path: Path) -> None:
-    def losses(weight: float, **more: float) -> dict[str, Any]:
-        weights = {"clip": 1.0, "cluster": weight} | more
-        return {"losses": {name: {"value": value} for name, value in weights.items()}, "steps": 5}
-
-    with open_it(tmp_path, losses(0.25, fd=2.0)) as output:
-        finish(output)
-    with pytest.raises(ClipcidError) as found:
-        open_it(tmp_path, losses(0.5)).__enter__()
-    assert found.value.message.splitlines()[1:] == [
-        "  settings.losses.cluster.value: 0.25 there, 0.5 now",
-        '  settings.losses.fd: {"value": 2.0} there, null now',
-    ]
-
-
 @pytest.mark.parametrize("at", range(20))
 def test_a_run_killed_while_it_moves_its_files_is_finished_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int

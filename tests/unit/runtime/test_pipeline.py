@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -80,10 +79,6 @@ def end_at_four(number: int, how: str) -> int:
     return number
 
 
-def name_process(_: int) -> int:
-    return os.getpid()
-
-
 def list_modules(_: int) -> list[str]:
     return [name for name in ("faiss", "open_clip", "torch") if name in sys.modules]
 
@@ -151,43 +146,10 @@ def test_a_worker_that_dies_or_hangs_is_told(how: str, told: str, monkeypatch: p
     assert raised.value.fix
 
 
-def test_an_error_of_a_worker_keeps_its_class_and_its_traceback() -> None:
-    with pytest.raises(MemoryError) as raised:
-        list(ordered_map(partial(end_at_four, how="memory"), range(9), 1))
-    assert "in end_at_four" in str(raised.value.__cause__)
-
-
-def test_a_worker_outlives_the_sigterm_that_its_whole_group_gets() -> None:
-    """The main process may need it to save itself, and it ends with that."""
-    results = ordered_map(name_process, range(20), 1)
-    worker = next(results)
-    os.kill(worker, signal.SIGTERM)
-    assert set(results) == {worker}
-
-
 def test_workers_are_forked_from_a_server_with_what_they_need_and_no_faiss() -> None:
     import faiss  # noqa: F401  # this process has it; workers must not
 
     assert next(ordered_map(list_modules, [0], 1)) == ["open_clip", "torch"]
-
-
-def test_an_interrupt_while_the_server_starts_leaves_no_traceback() -> None:
-    script = "from clipcid_cli.runtime.pipeline import start_worker_server\nstart_worker_server()\ninput()\n"
-    program = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    children = Path(f"/proc/{program.pid}/task/{program.pid}/children")
-    importing: list[str] = []
-    while not importing:
-        assert program.poll() is None
-        time.sleep(0.01)
-        importing = [pid for pid in children.read_text().split() if "torch" in Path(f"/proc/{pid}/maps").read_text()]
-    for _ in range(10):  # a library may swallow one
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(importing[0]), signal.SIGINT)
-        time.sleep(0.05)
-    _, told = program.communicate("\n", timeout=60)
-    assert (program.returncode, told) == (0, "")
 
 
 def test_workers_end_with_a_main_process_that_was_killed_and_say_nothing(tmp_path: Path) -> None:

@@ -4,31 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from clipcid_cli.runtime import timing
-from clipcid_cli.runtime.timing import SavePace, time_trial
-
-
-@pytest.mark.parametrize(
-    ("durations", "how", "seconds", "took"),
-    [
-        ([50.0, 2.0, 9.0, 3.0], {"repeats": 3}, 3.0, 64.0),  # the median of those after the warm-up
-        ([50.0], {"warm_up": 0}, 50.0, 50.0),
-        ([0.5] * 9, {"at_least": 2.0}, 0.5, 2.5),  # short work is repeated until the time has passed
-    ],
-)
-def test_a_trial_is_the_median_of_its_runs(
-    durations: list[float], how: dict[str, float], seconds: float, took: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now, left = 0.0, iter(durations)
-
-    def work() -> float:
-        nonlocal now
-        now += next(left)
-        return now
-
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
-    found = time_trial(work, **how)  # type: ignore[arg-type]
-    assert (found.seconds, found.result, now) == (seconds, took, took), "the result is that of the last run"
+from clipcid_cli.runtime.timing import SavePace
 
 
 @pytest.mark.parametrize("growth", [0.0, 0.5])

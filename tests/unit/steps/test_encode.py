@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from balance_data import Listener
 from conftest import make_image, write_tar
 from PIL import Image
 from shard_server import serve
@@ -15,8 +14,8 @@ from shard_server import serve
 from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images, open_dataset
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, RETRIEVAL
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.distributed import DistContext, open_dist_context
-from clipcid_cli.steps.data_index import ensure_index, warn_of_copies
+from clipcid_cli.runtime.distributed import open_dist_context
+from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.reporting import Reporter
@@ -93,15 +92,3 @@ def test_a_held_out_part_is_read_from_the_index_alone(data: Path, tmp_path: Path
             before = server.bytes_sent.total()
             assert read_part(dataset) == expected
         assert server.bytes_sent.total() - before == sum(map(len, expected[1]))
-
-
-def test_it_is_said_that_every_host_fetches_all_shards(data: Path, tmp_path: Path) -> None:
-    listener = Listener()
-    hosts = DistContext(0, 2, 0, torch.device("cpu"))
-    with open_dist_context("cpu") as context, serve(data) as server:
-        for spec in (str(data), f"{server.url}/{{0..2}}.tar"):
-            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), context, 0, Reporter())
-            warn_of_copies(dataset, context, listener)
-            warn_of_copies(dataset, hosts, listener)
-    (told,) = listener.told
-    assert "Each host fetches all shards in every epoch, 0.0" in told

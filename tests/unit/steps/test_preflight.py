@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from balance_data import Listener
 from conftest import make_image, shard_members, write_tar
 
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
-from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
-from clipcid_cli.steps import preflight
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.preflight import choose_order, validate_samples
 from clipcid_cli.steps.reporting import Reporter
@@ -57,24 +52,6 @@ def test_all_shards_are_looked_at_and_it_is_said_what_was_found(
     said = f"{shards}: checked 6 of 6 shards, 18 samples: 1 cannot be decoded."  # first, middle and last of each
     assert check(indexed, context) == [f"{said}\n  1 × unreadable image: 00004/000044"]
     assert check(indexed, context, dry_run=False) == [said]  # the run names them at its end
-
-
-def test_without_time_for_all_an_even_part_of_them_is_looked_at(
-    shards: Path, context: DistContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = open_dataset(shards)
-    many = dataclasses.replace(dataset, shards=dataset.shards * 400)
-    monkeypatch.setattr(preflight, "_look", lambda _dataset, _number: (3, Skips()))
-    # Reading the clock takes 0.25 s: it is read at the start and before each 16 shards.
-    monkeypatch.setattr(preflight, "time", SimpleNamespace(perf_counter=itertools.count(0, 0.25).__next__))
-    told = check(many, context)
-    assert told == [f"{shards}: checked 128 of 2,400 shards, 384 samples (evenly spread): all can be decoded."]
-    order = choose_order(many, 0, dry_run=False)
-    assert sorted(order) == list(range(2400))
-    gaps = np.diff(np.sort(order[:128]))
-    assert gaps.max() < 4 * 2400 / 128
-    assert order != choose_order(many, 1, dry_run=False)
-    assert order == choose_order(many, 0, dry_run=True)
 
 
 def test_of_remote_data_a_dry_run_looks_at_few_shards_and_a_run_at_none(shards: Path) -> None:

@@ -45,14 +45,6 @@ def test_only_matrices_of_the_student_are_decayed() -> None:
     assert sorted(map(id, [*decayed["params"], *plain["params"]])) == sorted(map(id, everything))
 
 
-def test_schedule_warms_up_then_follows_a_cosine_to_zero() -> None:
-    rates = [RECIPE.lr_at(step) for step in range(8)]
-    assert rates[:3] == [5e-3, 1e-2, 1e-2]
-    assert rates[5] == pytest.approx(0.5e-2)
-    assert rates[7] == pytest.approx(0.5e-2 * (1 + math.cos(math.pi * 5 / 6)))
-    assert RECIPE.lr_at(8) == pytest.approx(0)
-
-
 @pytest.mark.parametrize("grad_checkpointing", [False, True])
 def test_gradients_arrive_in_the_order_in_which_they_are_sent(grad_checkpointing: bool) -> None:
     model = make_model()

@@ -55,16 +55,6 @@ def make_seeds(rates: list[float], count: int = 500) -> list[CellMetrics]:
     ]
 
 
-def test_a_single_pair_has_the_interval_of_the_images_alone() -> None:
-    first, second = make_seeds([0.5, 0.6])
-    drawn = second.draw(300, seed=5)["share"] - first.draw(300, seed=5)["share"]
-    (found,) = compare([first], [second], 300, seed=5).values()
-    assert found.interval == interval(drawn)
-    assert (found.first, found.second) == ([first.values()["share"]], [second.values()["share"]])
-    (same,) = compare([first, second], [first, second], 200, seed=0).values()
-    assert (same.difference, same.interval, same.is_significant) == (0, (0, 0), False)
-
-
 def test_a_shift_larger_than_images_and_seeds_explain_is_found() -> None:
     models = make_seeds([0.50, 0.51, 0.52, 0.70, 0.71, 0.72])
     (found,) = compare(models[:3], models[3:], 1000, seed=0).values()

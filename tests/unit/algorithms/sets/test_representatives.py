@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 from balance_data import distance_matrix, make_rows
-from scipy.spatial.distance import cdist
 
 from clipcid_cli.algorithms.sets import representatives
 from clipcid_cli.algorithms.sets.representatives import (
     best_rows,
     central_rows,
-    distances_to,
     medoid_rows,
 )
 
@@ -62,34 +60,12 @@ def test_the_central_row_is_nearest_to_the_mean_however_rows_are_read(
         assert max(asked) <= 2 * at_once
 
 
-def test_the_medoid_has_the_smallest_sum_of_distances(
-    rows: np.ndarray, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(representatives, "_ROWS_AT_ONCE", 100)
-    monkeypatch.setattr(representatives, "_ROWS_READ", 200)
-    expected = choose_by_cost(rows, labels, lambda wide: cdist(wide, wide).astype(np.float32).sum(1, np.float64))
-    np.testing.assert_array_equal(medoid_rows(rows.__getitem__, labels, CPU), expected)
-
-
 def test_ties_keep_the_smaller_row() -> None:
     rows = np.array([[0, 1], [1, 0], [1, 0], [0, 1], [0.6, 0.8]], np.float16)
     labels = np.array([0, 0, 0, 0, 4])
     for choose in (central_rows, lambda *given: medoid_rows(*given, CPU)):
         assert choose(rows.__getitem__, labels).tolist() == [0, 0, 0, 0, 4]
     assert best_rows(np.array([1.0, 3.0, 3.0, 2.0, 0.0]), labels).tolist() == [1, 1, 1, 1, 4]
-
-
-def test_distances_are_exact_and_zero_for_the_kept(
-    rows: np.ndarray, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen = central_rows(rows.__getitem__, labels)
-    wide = rows.astype(np.float64)
-    expected = np.sqrt(((wide - wide[chosen]) ** 2).sum(axis=1)).astype(np.float32)
-    np.testing.assert_array_equal(distances_to(rows.__getitem__, chosen), expected)
-    monkeypatch.setattr(representatives, "_ROWS_READ", 333)
-    monkeypatch.setattr(representatives, "_ROWS_AT_ONCE", 100)
-    np.testing.assert_array_equal(distances_to(rows.__getitem__, chosen), expected)
-    assert (expected[chosen] == 0).all()
 
 
 @pytest.mark.parametrize("most", [2, 5, 1024])

@@ -70,13 +70,3 @@ def test_no_more_pairs_are_wanted_than_fit() -> None:
     assert 100 < len(sink.result()) < 140
     other = PairsWithin(np.arange(NUM_ROWS), 100)
     assert len(feed(other, pairs, 3).result()) == 0
-
-
-def test_pairs_are_kept_when_what_they_were_read_from_is_gone() -> None:
-    pairs = some_pairs(0)
-    told = tell(pairs)
-    sink = PairsWithin(np.zeros(NUM_ROWS, np.int64), 10**6)
-    sink.add(pairs)
-    for column in (pairs.a, pairs.b, pairs.weight):
-        column[:] = 0
-    assert tell(sink.result()) == told

@@ -7,7 +7,6 @@ import pickle
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from conftest import make_caption, make_image, shard_members, write_tar
 
@@ -17,7 +16,6 @@ from clipcid_cli.formats.data import index as module
 from clipcid_cli.formats.data import tars
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.data.index import DataIndex, SampleRef
-from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.reporting import Reporter
@@ -142,48 +140,3 @@ def test_captions_of_a_shard_that_was_cut_are_an_error(tmp_path: Path) -> None:
     os.truncate(data / "00000.tar", 512)
     with pytest.raises(ClipcidError, match=r"captions in .*00000\.tar cannot be read"):
         part.sample(1)
-
-
-def test_a_shard_that_changes_while_it_is_listed_is_listed_again_or_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = write_shards(tmp_path / "data", 2)
-    stream, touched = Shard.stream, iter(range(1, 100))
-
-    def touch(shard: Shard, *arguments: object) -> object:
-        if shard.name == "00001" and (time := next(touched)) <= most:
-            os.utime(shard.source, ns=(0, time))
-        return stream(shard, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Shard, "stream", touch)
-    most = 2  # once when the data is opened, once when it is listed
-    found = index_of(data, tmp_path / "once")
-    assert [found.part(number).keys[0].as_py() for number in range(2)] == ["000000", "000010"]
-    most = 100
-    with pytest.raises(ClipcidError, match=r"Shard 00001 of .* changes while it is listed"):
-        index_of(data, tmp_path / "always")
-
-
-@pytest.mark.parametrize("how", ["the table is removed", "another shard is touched"])
-def test_an_edited_part_is_refused_until_it_is_listed_again(tmp_path: Path, how: str) -> None:
-    data = write_shards(tmp_path / "data", 2)
-    index = index_of(data, tmp_path / "index")
-    path = Path(index.part(0).path)
-    stat, part = path.stat(), pa.ipc.open_file(path.read_bytes()).read_all()
-    keys: list[str] = part["key"].to_pylist()
-    edited = part.set_column(0, "key", pa.array([keys[1], keys[0], *keys[2:]]))
-    with pa.ipc.new_file(path, part.schema) as writer:
-        writer.write_table(edited.cast(part.schema))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    module._read_table.cache_clear()
-    with pytest.raises(ClipcidError, match=rf"{path.name} is missing, edited, damaged, or of another version") as error:
-        len(index.part(0))
-    assert f"Remove {index.folder}/shards-*.parquet and run the same command again" in error.value.fix
-    if how == "the table is removed":
-        (table,) = index.folder.glob("shards-*.parquet")
-        table.unlink()
-    else:
-        os.utime(data / "00001.tar", ns=(0, 1))
-    again = index_of(data, tmp_path / "index")
-    assert again.part(0).keys.to_pylist() == keys
-    assert again.records[0] == index.records[0]

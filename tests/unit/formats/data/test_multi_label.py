@@ -23,16 +23,6 @@ def classes_of(path: Path, num_classes: int = 4) -> list[tuple[int, ...] | None]
     return [read_classes(sample, num_classes) for shard in open_dataset(path).shards for sample in shard.samples()]
 
 
-def test_vectors_in_a_tar_as_clip_benchmark_writes_them(tmp_path: Path) -> None:
-    vectors = [np.array([0, 1, 0, 1.0], np.float32), np.zeros(4, np.int64), np.array([True, False, False, False])]
-    members = [
-        member
-        for number, vector in enumerate(vectors)
-        for member in ((f"{number}.npy", npy(vector)), (f"{number}.png", make_image(number)))
-    ]
-    assert classes_of(write_tar(tmp_path / "0.tar", members)) == [(1, 3), (), (0,)]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [

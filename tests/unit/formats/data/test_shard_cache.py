@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 import zlib
@@ -113,22 +112,6 @@ def test_what_a_killed_process_left_is_fetched_again(data: Path, tmp_path: Path)
         with pytest.raises(ClipcidError, match=r"9\.tar could not be fetched"):
             ShardCopy(cache, FileRecord(f"{server.url}/9.tar", 0, ""), "1").open()
         assert len(list(cache.folder.iterdir())) <= 4  # .lock and three copies or parts
-
-
-def test_who_waits_for_a_fetch_does_not_wait_for_the_readers_of_its_copy(data: Path, tmp_path: Path) -> None:
-    cache = ShardCache(tmp_path / "cache", 8 * SIZE)
-    cache.folder.mkdir()
-    with serve(data) as server, ThreadPoolExecutor(1) as pool:
-        copy = copies_of(server, cache)[0]
-        partial = copy.local.with_name(f".{copy.local.name}.partial")
-        with partial.open("wb") as file:
-            # The lock of a reader who was quicker when the fetch ended: it lasts.
-            fcntl.flock(file, fcntl.LOCK_SH)
-            waiting = pool.submit(copy.fetch)
-            time.sleep(0.1)  # it has opened the file that will be the copy
-            file.write(bytes(SIZE))
-            partial.replace(copy.local)
-            waiting.result(timeout=20)
 
 
 def test_processes_and_threads_fetch_a_copy_once(data: Path, tmp_path: Path) -> None:

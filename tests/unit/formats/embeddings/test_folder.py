@@ -19,11 +19,10 @@ import pytest
 from sidecars import make_sidecar, unfinish
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings import rows as rows_module
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import EmbeddingWriter, ShardRows
-from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, Rows, find_npy, holds_unit_rows, unit_rows
+from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, find_npy, unit_rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.skips import Skips
@@ -162,23 +161,6 @@ def test_unfinished_embeddings_are_refused(tmp_path: Path) -> None:
         open_embeddings(tmp_path)
 
 
-@pytest.mark.parametrize("link", [True, False])
-def test_finished_shards_are_taken_over_whatever_their_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: bool
-) -> None:
-    records = write_folder(tmp_path / "old")["records"]
-    if not link:
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
-    (tmp_path / "old" / "img_emb" / "img_emb_0001.npy").write_bytes(b"damaged")
-    inputs = [FileRecord("new.tar", 1, "new", shard="new"), *(record.input for record in records)]
-    writer = EmbeddingWriter(tmp_path / "new", {}, inputs)
-    writer.take(tmp_path / "old", records)
-    assert [writer.read_record(number) is not None for number in range(4)] == [False, True, False, True]
-    taken = tmp_path / "new" / "img_emb" / "img_emb_0003.npy"
-    assert taken.read_bytes() == (tmp_path / "old" / "img_emb" / "img_emb_0002.npy").read_bytes()
-    assert taken.stat().st_nlink == (2 if link else 1)
-
-
 def replace_file(path: Path, content: bytes) -> None:
     path.with_suffix(".new").write_bytes(content)
     path.with_suffix(".new").replace(path)
@@ -234,18 +216,6 @@ def test_the_numbers_in_names_of_bare_rows_say_nothing(tmp_path: Path) -> None:
     for name in ("train_1", "validation_01"):
         np.save(tmp_path / f"{name}.npy", make_rows(3))
     assert open_embeddings(tmp_path).num_rows == 6
-
-
-def test_rows_of_other_tools_are_normalised_only_where_they_need_it(tmp_path: Path) -> None:
-    unit = make_rows(700)
-    assert holds_unit_rows(unit)
-    assert not holds_unit_rows(unit.astype(np.float32))
-    for bad in (np.float16(1.5), np.float16(np.nan), np.float16(0)):
-        rows = unit.copy()
-        rows[600] *= bad
-        assert not holds_unit_rows(rows)
-        np.save(tmp_path / "0.npy", rows)
-        np.testing.assert_array_equal(open_embeddings(tmp_path).rows(Kind.IMAGES).read(0, 700), unit_rows(rows))
 
 
 IMAGES, METADATA = Path("img_emb/img_emb_3.npy"), Path("metadata/metadata_3.parquet")
@@ -314,18 +284,3 @@ def test_numbers_of_files_have_at_least_four_digits(tmp_path: Path, shards: int,
     EmbeddingWriter(tmp_path, {}, inputs).write(0, ShardRows(1, Skips(), 0, ["a"], [""], None, rows))
     assert (tmp_path / f"img_emb/img_emb_{number}.npy").is_file()
     assert (tmp_path / f"metadata/metadata_{number}.parquet").is_file()
-
-
-def test_of_repaired_rows_only_those_of_the_stride_are_computed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    random = np.random.default_rng(0)
-    np.save(tmp_path / "rows.npy", unit_rows(random.normal(size=(50, 4))))
-    image_map = np.round(random.normal(size=(4, 4)) * 2**16) / 2**16
-    rows = Rows([find_npy(tmp_path / "rows.npy")], 4, as_stored=True, map_DD=image_map.astype(np.float32))
-    whole = rows.read(0, 50)
-    computed = list[int]()
-    monkeypatch.setattr(rows_module, "unit_rows", lambda part: computed.append(len(part)) or unit_rows(part))
-    for first, block in rows.blocks(size=20, stride=8):
-        assert np.array_equal(block, whole[first : first + 20][::8])
-    assert computed == [3, 3, 2]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +34,6 @@ def write_clusters(folder: Path, num_rows: int = 10) -> np.ndarray:
     return clusters
 
 
-def test_rows_are_mapped_by_each_process_itself(tmp_path: Path) -> None:
-    clusters = write_clusters(tmp_path, 20_000)
-    sent = pickle.dumps(open_clusters(tmp_path))
-    assert len(sent) < 1000
-    images = pickle.loads(sent).images
-    assert isinstance(images.clusters.base, np.memmap)
-    np.testing.assert_array_equal(images.clusters, clusters)
-
-
 def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     clusters = write_clusters(tmp_path).astype(np.int32)
     for wrong, message in (
@@ -73,11 +62,3 @@ def test_clusters_that_lack_a_file_are_refused(tmp_path: Path, name: str, messag
     (folder / name).unlink()
     with pytest.raises(ClipcidError, match=message):
         open_clusters(folder, tmp_path)
-
-
-@pytest.mark.parametrize("num_rows", [1, 8192, 8193, 100_000, 407_000_000])
-def test_parts_cover_all_rows_once(num_rows: int) -> None:
-    bounds = part_bounds(num_rows)
-    assert (bounds[0][0], bounds[-1][1]) == (0, num_rows)
-    assert all(before[1] == after[0] for before, after in itertools.pairwise(bounds))
-    assert len(bounds) <= 256

@@ -8,10 +8,7 @@ import pytest
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results import run_folder
 from clipcid_cli.formats.results.run_folder import (
-    RunFolder,
-    TrainingLog,
     checkpoint_path,
     list_checkpoints,
     read_checkpoint,
@@ -39,25 +36,6 @@ def test_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     with pytest.raises(ClipcidError):
         read_checkpoint(tmp_path, 1)
     assert not (tmp_path / "harmed").exists()
-
-
-def test_lines_are_written_together_after_two_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now)
-    folder = RunFolder(tmp_path)
-    log = TrainingLog(folder, writes=True)
-    log.add({"step": 1, "loss": 9.0, "loss_clip": 1.0})
-    now = 1.9
-    log.add({"step": 2, "loss": 9.0, "loss_clip": 0.5})
-    assert read_lines(folder.train_log) == []
-    now = 2.1
-    log.add({"step": 3, "loss": 9.0, "loss_clip": 0.25})
-    assert [line["step"] for line in read_lines(folder.train_log)] == [1, 2, 3]
-    log.add({"step": 4, "loss": 9.0, "loss_clip": 0.125})
-    log.flush()
-    assert folder.last_values() == ({"clip": 0.125}, {})
-    log.add_evaluation(4, {"acc1": 0.25})
-    assert folder.last_values() == ({"clip": 0.125}, {"acc1": 0.25})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from conftest import make_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torchvision.transforms.functional import adjust_brightness, adjust_saturation, resized_crop, to_tensor
 
 from clipcid_cli.runtime.models.augment import Augmentation, View, ViewPixels, apply_colors, choose_view
 from clipcid_cli.runtime.models.decode import decode_image, full_size
@@ -55,16 +54,6 @@ def test_a_view_of_any_image_has_the_size_asked_for_and_survives_as_sixteen_numb
     assert (found == (255, 0, 0)).all(), "nothing from outside the image"
 
 
-def test_crop_is_torchvisions_resized_crop() -> None:
-    image = picture()
-    view = choose_view(Augmentation(0.4), image.width, image.height, 5)
-    left, top, right, bottom = map(int, view.box)
-    share = (right - left) * (bottom - top) / (image.width * image.height)
-    assert 0.35 < share <= 1
-    expected = resized_crop(image, top, left, bottom - top, right - left, [32, 32], interpolation=3)
-    assert np.array_equal(PIXELS(image, view), np.asarray(expected))
-
-
 @pytest.mark.parametrize(("crop_scale", "decoded"), [(1.0, (82, 75)), (0.08, (325, 300))])
 def test_a_draft_shows_the_view_of_the_whole_image(crop_scale: float, decoded: tuple[int, int]) -> None:
     augmentation = Augmentation(crop_scale)
@@ -79,19 +68,3 @@ def test_a_draft_shows_the_view_of_the_whole_image(crop_scale: float, decoded: t
         assert view.pack().tolist() == choose_view(augmentation, *whole.size, seed).pack().tolist()
         difference = np.abs(PIXELS(draft, view).astype(int) - PIXELS(whole, view))
         assert difference.mean() < 1.5
-
-
-def test_colors_are_torchvisions() -> None:
-    image = picture()
-    batch = torch.from_numpy(np.asarray(image).copy())[None]
-    luma = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)
-    maps = {
-        "brightness": (torch.cat([0.7 * torch.eye(3), torch.zeros(3, 1)], 1), adjust_brightness(to_tensor(image), 0.7)),
-        "saturation": (
-            torch.cat([0.4 * torch.eye(3) + 0.6 * luma, torch.zeros(3, 1)], 1),
-            adjust_saturation(to_tensor(image), 0.4),
-        ),
-    }
-    for name, (colors, expected) in maps.items():
-        found = apply_colors(batch, colors[None])[0].permute(2, 0, 1) / 255
-        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0, msg=name)

@@ -95,43 +95,6 @@ def test_weights_are_never_unpickled_and_a_tag_that_there_is_not_is_named(tiny_m
 
 
 @pytest.mark.parametrize(
-    ("vision", "sizes"),
-    [({"layers": [1, 1, 1, 1], "width": 8}, [8, 8, 3]), ({"layers": 1, "width": 64, "patch_size": 8}, [19])],
-)
-def test_convolutions_take_few_images_at_once(tmp_path: Path, vision: dict[str, object], sizes: list[int]) -> None:
-    text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    config = {"embed_dim": 16, "vision_cfg": {"image_size": 32, **vision}, "text_cfg": text}
-    (tmp_path / "model.json").write_text(json.dumps(config))
-    model = load_model(parse_model(str(tmp_path / "model.json")), fresh_seed=0)
-    pixels = torch.randn(sum(sizes), 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    taken = []
-    visual = model.module.visual
-    assert isinstance(visual, torch.nn.Module)
-    first = visual.conv1
-    assert isinstance(first, torch.nn.Module)
-    first.register_forward_pre_hook(lambda _, given: taken.append(len(given[0])))
-    rows = model.encode_images(pixels, FP32)
-    assert taken == sizes
-    with torch.no_grad():
-        expected = model.module.encode_image(pixels, normalize=True)  # type: ignore[operator]
-    torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
-
-
-def test_products_cast_once_stay_close(tiny_model: Path) -> None:
-    model = load_model(parse_model(str(tiny_model)))
-    transform = model.pixel_transform()
-    pixels = torch.stack([transform(image) for image in random_images(4)])
-    exact = model.encode_images(pixels, FP32)
-    bf16 = choose_precision("bf16", CPU, "embed", 0)
-    model.cast_products(bf16)
-    assert model.module.visual.conv1.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
-    rows = model.encode_images(pixels, bf16)
-    assert rows.dtype == torch.float32
-    assert torch.allclose(rows.norm(dim=1), torch.ones(4), atol=1e-6)
-    assert (rows * exact).sum(dim=1).min() > 0.999
-
-
-@pytest.mark.parametrize(
     ("tower", "entries", "message"),
     [
         ("text_cfg", {"vocab_size": 100}, "cannot encode a text of 12 tokens"),

@@ -13,7 +13,6 @@ from conftest import make_image
 from PIL import Image
 
 from clipcid_cli.formats.data.samples import ByteRange
-from clipcid_cli.runtime.models import decode
 from clipcid_cli.runtime.models.decode import (
     SkippedImage,
     decode_image,
@@ -109,13 +108,6 @@ def test_a_file_is_read_or_skipped_with_a_reason(tmp_path: Path) -> None:
     place.write_bytes(make_bomb(10_000, 9_000))
     assert read_image(whole) == SkippedImage("too_many_pixels")
     assert read_size(whole) == (10_000, 9_000)
-
-
-def test_the_pixel_limit_is_inclusive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "MAX_PIXELS", 48 * 48)
-    assert decode_image(make_image(1)).size == (48, 48)
-    monkeypatch.setattr(decode, "MAX_PIXELS", 48 * 48 - 1)
-    assert decode_image(make_image(1)) == SkippedImage("too_many_pixels")
 
 
 def test_a_draft_is_smaller_but_large_enough() -> None:

@@ -39,23 +39,6 @@ def smaller(**changes: object) -> dict:  # type: ignore[type-arg]
     return changed(TEACHER, **changes)
 
 
-def test_spaces_evenly_with_both_ends() -> None:
-    assert evenly_spaced(2, 12).tolist() == [0, 11]
-    assert evenly_spaced(4, 10).tolist() == [0, 3, 6, 9]
-    assert evenly_spaced(5, 5).tolist() == [0, 1, 2, 3, 4]
-    assert evenly_spaced(1, 7).tolist() == [0]
-
-
-def test_the_same_architecture_is_copied_whole() -> None:
-    student, source = make(TEACHER, 0), make(TEACHER, 1)
-    scale = float(student.logit_scale.detach())
-    assert inherit(student, source, "both") == []
-    for name, tensor in student.state_dict().items():
-        if name != "logit_scale":
-            assert torch.equal(tensor, source.state_dict()[name]), name
-    assert float(student.logit_scale.detach()) == scale
-
-
 def test_fewer_layers_take_the_first_the_last_and_between() -> None:
     student, source = make(smaller(vision_cfg__layers=2, text_cfg__layers=2), 0), make(TEACHER, 1)
     assert inherit(student, source, "both") == []

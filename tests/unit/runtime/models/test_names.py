@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -93,15 +92,6 @@ def test_weights_are_found_as_open_clip_finds_them(tmp_path: Path) -> None:
     ):
         (tmp_path / name).touch()
         assert str(find_weights(tmp_path)) == _find_checkpoint_in_dir(tmp_path)
-
-
-def test_configuration_may_be_bare_or_wrapped(tmp_path: Path) -> None:
-    model = {"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}
-    file = tmp_path / "model.json"
-    file.write_text(json.dumps(model))
-    assert read_config(file) == (model, {})
-    file.write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {"mean": [0.5] * 3}}))
-    assert read_config(file) == (model, {"mean": [0.5] * 3})
 
 
 def test_an_error_in_a_configuration_alone_does_not_speak_of_weights(tmp_path: Path) -> None:

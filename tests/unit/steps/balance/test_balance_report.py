@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from balance_data import balance, make_rows, read_keep, write_embeddings
+from balance_data import balance, make_rows, write_embeddings
 from PIL import Image
 
 from clipcid_cli.steps.balance import report
@@ -75,44 +74,3 @@ def test_words_are_counted_once_an_image(at_once: int, monkeypatch: pytest.Monke
     assert found["name"].tolist() == sorted(before) == ["boat", "boats", "don", "façade", "red", "straße", "лес"]
     assert found["before"].tolist() == [before[name] for name in found["name"]]
     assert found["after"].tolist() == [after[name] for name in found["name"]]
-
-
-def make_chains() -> np.ndarray:
-    """Rows of which two sets are chains: steps of 0.1 along an arc."""
-    rows = make_rows(500)
-    for start, number in ((50, 40), (200, 25)):
-        angle = 0.1 * np.arange(number)
-        arc = np.zeros((number, rows.shape[1]))
-        arc[:, 2 * (start > 100)], arc[:, 2 * (start > 100) + 1] = np.cos(angle), np.sin(angle)
-        rows[start : start + number] = arc
-    return rows
-
-
-def test_it_lists_chains_and_what_stars_keep_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, find = [], report.find_chains
-
-    def listen(*given: object) -> list[dict[str, Any]]:
-        seen.append(find(*given))
-        return seen[-1]
-
-    monkeypatch.setattr(report, "find_chains", listen)
-    folder = write_embeddings(tmp_path / "e", make_chains())
-    balance(tmp_path / "single", folder, threshold=0.2)
-    balance(tmp_path / "star", folder, threshold=0.2, linkage="star")
-    found, none = seen
-    assert none == []
-    keep, stars = read_keep(tmp_path / "single"), read_keep(tmp_path / "star")
-    beyond = keep[keep["distance"] > np.float32(0.2)].groupby("component").size().sort_values(ascending=False)
-    assert {50, 200} == {chain["label"] for chain in found[:2]} == set(beyond.index[:2])
-    assert [chain["beyond"] for chain in found] == beyond.tolist()[: len(found)]
-    for chain in found:
-        inside = keep["component"] == chain["label"]
-        kept = np.flatnonzero(inside & stars["kept"])
-        assert len(chain["stars"]) == len(kept)
-        assert set(chain["stars"]) <= set(kept)
-        represented = stars[inside].groupby("representative").size()
-        numbers = [represented[f"{row:06d}"] for row in chain["stars"]]
-        assert numbers == sorted(represented, reverse=True)[: len(numbers)]
-    monkeypatch.setattr(report, "_MAX_STARRED", 10)
-    balance(tmp_path / "few", folder, threshold=0.2)
-    assert "is not computed for so large a set" in (tmp_path / "few" / "balance" / "report.html").read_text()

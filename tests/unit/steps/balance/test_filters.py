@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,8 @@ from conftest import shard_members, write_tar
 from PIL import Image
 from sidecars import leave_work
 
-from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.algorithms.sets.representatives import random_scores
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps.balance import cost
 from clipcid_cli.steps.cluster.run import run as run_cluster
 from clipcid_cli.steps.embed.run import run as run_embed
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -30,13 +27,6 @@ NUM_ROWS = 400
 
 def unit(rows: np.ndarray) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-
-
-def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the distances as docs/method.md#distance defines them, float32 [M, N]."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    squared = (a * a).sum(1)[:, None] + (b * b).sum(1) - 2.0 * a @ b.T
-    return np.sqrt(np.maximum(0.0, squared)).astype(np.float32)
 
 
 def make_pairs() -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -51,101 +41,6 @@ def make_clusters(work: Path, embeddings: Path, num_clusters: int) -> Path:
     chosen = {"keep_list": "none", "num_clusters": num_clusters, "device": "cpu"}
     run_cluster(ClusterSettings(work=work, embeddings=(embeddings,), **chosen), Listener())
     return work / "clusters"
-
-
-@pytest.mark.parametrize("limit", [0.0, 0.15])
-def test_all_near_images_are_dropped_by_the_nearest_reference(
-    tmp_path: Path, limit: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(planning, "_PANEL", 64)
-    rows, generator = make_rows(NUM_ROWS), np.random.default_rng(1)
-    others = [make_rows(90, seed=2), make_rows(60, seed=3)]
-    for part in others:
-        part[:30] = rows[generator.integers(NUM_ROWS, size=30)]
-        part[30:60] = unit(rows[generator.integers(NUM_ROWS, size=30)] + 0.03 * generator.normal(size=(30, 32)))
-    others[1][5] = others[0][7]  # of equally near references the first is named
-    others[0][80] = np.nan
-    names = [
-        str(write_embeddings(tmp_path / f"r{number}", part, keys=[f"{number}/{row}" for row in range(len(part))]))
-        for number, part in enumerate(others)
-    ]
-    folder = write_embeddings(tmp_path / "e", rows)
-    result, _ = balance(tmp_path / "w", folder, keep=0.6, against=tuple(names), against_threshold=limit)
-    keep = read_keep(tmp_path / "w")
-    matrices = [np.nan_to_num(distances(rows, part), nan=np.inf) for part in others]
-    is_near = [matrix <= np.float32(limit) for matrix in matrices]
-    drop = is_near[0].any(1) | is_near[1].any(1)
-    assert (keep["dropped_by"] == "reference").tolist() == drop.tolist()
-    assert 30 <= drop.sum() < NUM_ROWS
-    nearest = np.stack([matrix.min(1) for matrix in matrices], axis=1)
-    owner = nearest.argmin(1)
-    for row in np.flatnonzero(drop):
-        assert keep["reference"][row] == names[owner[row]]
-        assert keep["reference_key"][row] == f"{owner[row]}/{matrices[owner[row]][row].argmin()}"
-        assert keep["reference_distance"][row] == nearest[row].min()
-    assert keep.loc[~drop, ["reference", "reference_key", "reference_distance"]].isna().all(axis=None)
-    assert result["against"] == {
-        "threshold": limit,
-        "dropped": drop.sum(),
-        "references": [
-            {"name": name, "rows": count, "near": near.any(1).sum(), "nearest": (drop & (owner == number)).sum()}
-            for number, (name, near, count) in enumerate(zip(names, is_near, (89, 60), strict=True))
-        ],
-    }
-
-
-@pytest.mark.parametrize(
-    ("window", "amount"),
-    [
-        ({"max_caption_similarity": 0.8}, {"threshold": 0.5, "linkage": "star"}),
-        ({"min_caption_similarity": 0.4, "max_caption_similarity": 0.9}, {"keep": 0.4, "select": "similarity"}),
-    ],
-)
-def test_outside_a_caption_window_the_rest_is_balanced_as_if_it_were_alone(
-    tmp_path: Path, window: dict[str, float], amount: dict[str, Any]
-) -> None:
-    rows, texts, captions = make_pairs()
-    a, b = rows.astype(np.float64), texts.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-    rows[3] = np.nan  # a row of the embeddings, but not of the keep list
-    folder = write_embeddings(tmp_path / "all", rows, 3, texts=texts, captions=captions)
-    result, _ = balance(tmp_path / "work", folder, **window, **amount)
-    keep = read_keep(tmp_path / "work")
-    listed = keep["key"].astype(int).to_numpy()
-    low, high = window.get("min_caption_similarity"), window.get("max_caption_similarity")
-    similarity = keep["caption_similarity"]
-    without = similarity.isna()
-    assert listed[without].tolist() == [row for row in range(NUM_ROWS) if captions[row] == "" or row in (7, 11)]
-    np.testing.assert_allclose(similarity[~without], cosines[listed][~without].astype(np.float32), rtol=2e-7)
-    below, above = similarity < np.float32(-2 if low is None else low), similarity > np.float32(high or 2)
-    inside = ~(below | above | without)
-    counts = {"inside": inside.sum(), "below": below.sum(), "above": above.sum(), "without": without.sum()}
-    assert result["caption_window"] == {"min": low, "max": high, **counts}
-    assert 0 < inside.sum() < NUM_ROWS - 1 == result["images"] == len(keep)
-    outside = keep[~inside]
-    assert (outside["dropped_by"] == "caption").all()
-    assert outside[["representative", "distance"]].isna().all(axis=None)
-    assert not outside["kept"].any()
-    assert (outside["component"] == outside.index).all()
-
-    chosen = listed[inside]
-    more = {"texts": texts[chosen], "captions": [captions[row] for row in chosen]}
-    alone = write_embeddings(tmp_path / "some", rows[chosen], keys=keep["key"][inside].tolist(), **more)
-    expected, _ = balance(tmp_path / "other", alone, **amount)
-    names = ("kept", "threshold", "components", "largest_component", "uncovered_ratio", "other_linkage")
-    assert {name: result[name] for name in names} == {name: expected[name] for name in names}
-    there, here = read_keep(tmp_path / "other"), keep[inside].reset_index()
-    for name in ("key", "component_size", "kept", "representative", "distance"):
-        pd.testing.assert_series_equal(here[name], there[name])
-    assert here["dropped_by"].isna().tolist() == there["kept"].tolist()
-    # Sets and edges are numbered by the rows of the keep list.
-    position = np.flatnonzero(inside)
-    assert here["component"].tolist() == position[there["component"]].tolist()
-    forest = pd.read_parquet(tmp_path / "work" / "balance" / "forest-filtered.parquet")
-    other = pd.read_parquet(tmp_path / "other" / "balance" / "forest.parquet")
-    for side in ("a", "b"):
-        assert forest[side].tolist() == position[other[side]].tolist()
 
 
 def test_another_amount_needs_no_search_and_the_forest_of_all_images_stays(tmp_path: Path) -> None:
@@ -197,9 +92,9 @@ def test_the_best_of_each_cluster_stay(place: Path, tmp_path: Path, select: str)
         amounts["data"] = str(place / "photos")
     if select == "random":
         amounts["min_caption_similarity"] = 0.55
-    uncapped, _ = balance(tmp_path / "whole", place / "e", **amounts)
+    balance(tmp_path / "whole", place / "e", **amounts)
     capped = {"clusters": place / "work" / "clusters", "max_per_cluster": 6}
-    result, _ = balance(tmp_path / "work", place / "e", **amounts, **capped)
+    balance(tmp_path / "work", place / "e", **amounts, **capped)
     whole, keep = read_keep(tmp_path / "whole"), read_keep(tmp_path / "work")
     clusters = pd.read_parquet(place / "work" / "clusters" / "clusters.parquet").set_index("key").loc[keep["key"]]
     assert keep["cluster"].tolist() == clusters["cluster"].tolist()
@@ -226,21 +121,6 @@ def test_the_best_of_each_cluster_stay(place: Path, tmp_path: Path, select: str)
     lost = whole["representative"].isin(names) | whole["representative"].isna()
     assert keep["representative"].isna().tolist() == keep["distance"].isna().tolist() == lost.tolist()
     assert keep["representative"][~lost].tolist() == whole["representative"][~lost].tolist()
-    sizes = keep["cluster"][before].value_counts()
-    assert result["cluster_cap"] == {
-        "most": 6,
-        "clusters": len(sizes),
-        "capped": (sizes > 6).sum(),
-        "dropped": (sizes - 6).clip(lower=0).sum(),
-        "largest": sizes.max(),
-    }
-    assert 0 < result["cluster_cap"]["dropped"] == uncapped["kept"] - result["kept"]
-    assert result["keep_ratio"] == keep["kept"].sum() / NUM_ROWS
-    assert (result["components"], result["threshold"]) == (uncapped["components"], uncapped["threshold"])
-    page = (tmp_path / "work" / "balance" / "report.html").read_text()
-    assert "Sizes of the clusters" in page
-    framed = re.findall(r'<figure class="kept" title="([^"]+)"', page)
-    assert set(framed) <= set(keep["key"][keep["kept"]])
 
 
 def test_clusters_of_other_images_are_refused(place: Path, tmp_path: Path) -> None:
@@ -308,20 +188,6 @@ def test_a_dry_run_says_what_each_filter_takes(tmp_path: Path, is_untouched: Cal
         f"clusters are capped: {work / 'clusters'}, 397 images",
     ):
         assert line in told
-
-
-def test_of_large_files_some_stretches_are_measured_and_a_rare_window_has_an_upper_bound(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cost, "_SAMPLED", 40)
-    rows = make_rows(300)
-    texts = -rows
-    texts[250] = rows[250]
-    folder = write_embeddings(tmp_path / "e", rows, 1, texts=texts)
-    balanced, told = balance(tmp_path / "w", folder, keep=0.5, min_caption_similarity=0.5, dry_run=True)
-    assert (balanced["caption_window"]["sampled"], balanced["caption_window"]["inside"]) == (40, 0.0)
-    assert (balanced["searched"], balanced["pairs"]) == (22, 22 * 21 // 2)
-    assert "none of 40 sampled images is inside the window, so at most 7.5% of all images are" in told
 
 
 def test_images_of_references_are_embedded_as_the_others_were_but_by_no_dry_run(

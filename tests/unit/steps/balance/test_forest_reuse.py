@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -104,43 +103,6 @@ def test_added_files_alone_are_compared_and_the_bytes_are_those_of_a_search_from
     # What was merged is a forest like any other.
     _, told = balance(tmp_path / "work", part, threshold=0.45)
     assert "The forest of these embeddings exists" in told
-
-
-@pytest.mark.parametrize(
-    ("first", "later", "then"),
-    [
-        ({"threshold": 0.5}, {"keep": 1.0}, {"threshold": 0.5}),  # one that needs no search leaves the forest
-        ({"keep": 0.6}, {"keep": 0.9}, {"keep": 0.9}),
-        ({"keep": 0.9}, {"keep": 0.2}, {"keep": 0.2}),
-    ],
-    ids=str,
-)
-def test_a_result_is_the_same_however_far_the_forest_reached(
-    tmp_path: Path, rows: np.ndarray, first: dict[str, Any], later: dict[str, Any], then: dict[str, Any]
-) -> None:
-    shards = {1: range(500), 2: range(500, 900)}
-    part = write_shards(tmp_path / "part", rows, {1: shards[1]})
-    balance(tmp_path / "work", part, **first)
-    write_shards(part, rows, shards)
-    told = "".join(balance(tmp_path / "work", part, **call)[1] for call in (later, then))
-    assert "only the others are compared" in told
-    balance(tmp_path / "new", part, **then)
-    pd.testing.assert_frame_equal(read_keep(tmp_path / "work"), read_keep(tmp_path / "new"))
-    forests = [pd.read_parquet(tmp_path / work / "balance" / "forest.parquet") for work in ("work", "new")]
-    shorter = min(map(len, forests))
-    pd.testing.assert_frame_equal(*(forest[:shorter] for forest in forests))
-
-
-def test_a_grown_forest_reaches_as_far_as_before(tmp_path: Path, rows: np.ndarray) -> None:
-    shards = {1: range(500), 2: range(500, 900)}
-    part = write_shards(tmp_path / "part", rows, {1: shards[1]})
-    balance(tmp_path / "work", part, threshold=0.9)
-    write_shards(part, rows, shards)
-    balance(tmp_path / "work", part, threshold=0.2)
-    _, told = balance(tmp_path / "work", part, threshold=0.9)
-    assert "The forest of these embeddings exists" in told
-    balance(tmp_path / "new", part, threshold=0.9)
-    assert read_outputs(tmp_path / "work") == read_outputs(tmp_path / "new")
 
 
 def test_changed_and_removed_files_are_named_and_nothing_of_theirs_is_used(tmp_path: Path, rows: np.ndarray) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +54,6 @@ def test_edges_are_true_and_few_are_missing(rows: np.ndarray, embeddings: Path, 
     assert (exact["audit"], exact["neighbors"], result["neighbors"]) == (None, "exact", "partitioned")
 
 
-def test_the_two_kinds_of_forest_are_never_taken_for_each_other(embeddings: Path, tmp_path: Path) -> None:
-    first, _ = balance(tmp_path, embeddings, threshold=CUTOFF)
-    forest = (tmp_path / "balance" / "forest-partitioned.parquet").read_bytes()
-    exact, said = balance(tmp_path, embeddings, threshold=CUTOFF, neighbors="exact")
-    assert "forest of these embeddings" not in said
-    assert exact["files"]["forest"].endswith("/forest.parquet")
-    for neighbors, name in (("exact", "forest"), ("partitioned", "forest-partitioned")):
-        sidecar = json.loads((tmp_path / "balance" / f"{name}.json").read_text())
-        assert (sidecar["step"], sidecar["settings"]) == (name, {"neighbors": neighbors})
-    again, said = balance(tmp_path, embeddings, threshold=CUTOFF)
-    assert "forest of these embeddings exists" in said
-    assert (tmp_path / "balance" / "forest-partitioned.parquet").read_bytes() == forest
-    assert {**again, "seconds": None} == {**first, "seconds": None}
-
-
 def test_an_audit_counts_what_is_left(
     rows: np.ndarray, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,41 +75,3 @@ def test_an_audit_counts_what_is_left(
     assert part.low < part.rate < part.high
     sample = np.random.default_rng(0).permutation(kept)[:900]
     assert part.near == np.count_nonzero(expected[np.searchsorted(kept, sample)])
-
-
-@pytest.mark.parametrize(("linkage", "keep"), [("single", 0.02), ("star", 0.6)])
-def test_a_share_to_keep_is_met_however_small(
-    rows: np.ndarray, embeddings: Path, tmp_path: Path, linkage: str, keep: float
-) -> None:
-    result, _ = balance(tmp_path, embeddings, keep=keep, linkage=linkage)
-    assert abs(result["kept"] - keep * NUM_ROWS) <= 1
-    check_keep_list(read_keep(tmp_path), rows)
-    assert result["audit"]["rate"] <= 0.01
-    if linkage == "star":
-        assert result["uncovered_ratio"] == 0.0
-
-
-def test_one_crowd_is_cut_into_many_partitions_and_searched_wholly(tmp_path: Path) -> None:
-    """Half of all rows in one spot, where √N partitions of an even sample would put most of them together."""
-    generator = np.random.default_rng(0)
-    crowd = generator.normal(size=64) + 0.3 * generator.normal(size=(2000, 64))
-    crowd[1::2] = crowd[::2] + 0.01 * generator.normal(size=(1000, 64))
-    rows = np.concatenate([crowd, generator.normal(size=(2000, 64))])
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-    folder = write_embeddings(tmp_path / "crowd", rows)
-    with begun(tmp_path, folder, threshold=0.1) as run, partition.partitioned(run, 0.1) as found:
-        assert found is not None
-        assert found[0].num_pairs < 0.1 * len(rows) ** 2 / 2
-    result, _ = balance(tmp_path / "parts", folder, threshold=0.1)
-    exact, _ = balance(tmp_path / "exact", folder, threshold=0.1, neighbors="exact")
-    assert result["kept"] == exact["kept"] == 3000
-
-
-def test_where_partitions_spare_nothing_all_pairs_are_compared(tmp_path: Path) -> None:
-    rows = make_rows(60, num_centroids=60)
-    folder = write_embeddings(tmp_path / "few", rows)
-    result, said = balance(tmp_path / "parts", folder, threshold=1.2)
-    exact, _ = balance(tmp_path / "exact", folder, threshold=1.2, neighbors="exact")
-    assert "all pairs are compared" in said
-    assert result["kept"] == exact["kept"]
-    assert result["audit"]["near"] == 0

@@ -5,12 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-from balance_data import balance, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
-
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps.balance import sets
+from balance_data import balance, check_keep_list, make_rows, read_keep, write_embeddings
 
 NUM_ROWS = 300
 
@@ -55,64 +51,6 @@ def test_ties_at_the_cutoff_all_merge_and_it_is_said(tmp_path: Path) -> None:
     assert result["kept"] < round(0.9 * 48)
     assert f"Pairs tie at the cut-off {result['threshold']:.6g}, and all of them merge" in said
     check_keep_list(read_keep(tmp_path), rows)
-
-
-def test_the_other_linkage_is_what_a_run_with_it_gives(
-    embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    single, _ = balance(tmp_path / "single", embeddings, keep=0.2)
-    star, _ = balance(tmp_path / "star", embeddings, threshold=single["threshold"], linkage="star")
-    for one, other, name in ((single, star, "star"), (star, single, "single")):
-        assert one["other_linkage"] == {"linkage": name} | {key: other[key] for key in ("kept", "uncovered_ratio")}
-    assert star["uncovered_ratio"] == 0.0 < single["uncovered_ratio"]
-    for limit in ("_MAX_COMPARED", "_MAX_FOUND"):
-        with monkeypatch.context() as patch:
-            patch.setattr(sets, limit, 20)
-            result, said = balance(tmp_path / limit, embeddings, keep=0.2)
-        assert (result["other_linkage"], result["kept"]) == (None, single["kept"])
-        assert "What --linkage star would keep at this cut-off is not computed:" in said
-
-
-def test_star_sets_are_tight(embeddings: Path, rows: np.ndarray, tmp_path: Path) -> None:
-    by_ratio, _ = balance(tmp_path, embeddings, keep=0.3, linkage="star")
-    assert 0.27 * NUM_ROWS <= by_ratio["kept"] <= 0.3 * NUM_ROWS
-    again, said = balance(tmp_path, embeddings, threshold=by_ratio["threshold"], linkage="star")
-    assert "forest of these embeddings exists" in said
-    assert (again["kept"], again["uncovered_ratio"]) == (by_ratio["kept"], 0.0)
-    keep, cutoff = read_keep(tmp_path), np.float32(again["threshold"])
-    check_keep_list(keep, rows)
-    assert (keep["distance"] <= cutoff).all()
-    kept = np.flatnonzero(keep["kept"])
-    assert (distance_matrix(rows[kept])[np.triu_indices(len(kept), 1)] > cutoff).all()
-    curve = pd.read_csv(tmp_path / "balance" / "curve.csv")
-    assert curve[np.isclose(curve["distance"], again["threshold"], atol=1e-7)]["kept"].tolist() == [again["kept"]]
-
-
-@pytest.mark.parametrize("amount", [{"keep": 0.85}, {"keep": 0.1}, {"threshold": 0.3, "neighbors": "partitioned"}])
-def test_stars_are_the_same_however_far_the_forest_reaches(amount: dict, embeddings: Path, tmp_path: Path) -> None:
-    balance(tmp_path / "fresh", embeddings, linkage="star", **amount)
-    for linkage in ("single", "star"):
-        balance(tmp_path / "after", embeddings, linkage=linkage, **amount)
-    assert read_bytes(tmp_path / "fresh") == read_bytes(tmp_path / "after")
-
-
-def test_stars_begin_at_the_threshold_of_single_linkage(tmp_path: Path) -> None:
-    """Pairs at distances that differ, far from each other: both linkages drop the same images."""
-    angles = np.concatenate([np.zeros(20), np.linspace(0.1, 0.2, 20)])
-    rows = np.zeros((40, 40), np.float32)
-    for number, angle in enumerate(angles):
-        rows[number, [number % 20, number % 20 + 20]] = np.cos(angle), np.sin(angle)
-    folder = write_embeddings(tmp_path / "pairs", rows.astype(np.float16))
-    for kept in (38, 33, 21):
-        for linkage in ("single", "star"):
-            result, _ = balance(tmp_path, folder, keep=kept / 40, linkage=linkage)
-            assert result["kept"] == kept, linkage
-
-
-def test_more_pairs_than_fit_are_an_error(embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sets, "_MAX_COLLECTED", 50)
-    with pytest.raises(ClipcidError, match=r"More than 50 pairs of images are within 0\.6000 .*75 bytes each"):
-        balance(tmp_path, embeddings, threshold=0.6, linkage="star")
 
 
 def test_captions_without_a_usable_embedding_come_last_and_are_counted(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from balance_data import make_rows, write_embeddings
 from uid_data import NUM_ROWS, UIDS, balance, datacomp_subset, write_data
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps.balance import write_shards
 
 
 @pytest.fixture(scope="module")
@@ -99,32 +98,6 @@ def test_other_data_is_refused_and_missing_samples_are_said(rows: np.ndarray, da
     assert counts["missing"] == keep["kept"][:10].sum() > 0
     assert counts["samples"] == keep["kept"][10:].sum()
     assert read_json(tmp_path / "out" / "00000000_stats.json")["status_dict"]["not_in_keep_list"] == 10
-
-
-def test_after_a_kill_no_shard_is_copied_again(
-    rows: np.ndarray, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = write_embeddings(tmp_path / "e", rows, shards=["00000000"] * 30 + ["00000001"] * 30)
-    asked = {"data": str(data), "write_shards": tmp_path / "killed"}
-    copied, copy = [], write_shards.copy_samples
-
-    def die_at_second(source: Path, *given: Any) -> Any:
-        if copied:
-            raise KeyboardInterrupt
-        copied.append(source.name)
-        return copy(source, *given)
-
-    def count(source: Path, *given: Any) -> Any:
-        copied.append(source.name)
-        return copy(source, *given)
-
-    monkeypatch.setattr(write_shards, "copy_samples", die_at_second)
-    with pytest.raises(KeyboardInterrupt):
-        balance(tmp_path / "w", folder, **asked)
-    monkeypatch.setattr(write_shards, "copy_samples", count)
-    result = balance(tmp_path / "w", folder, **asked)
-    assert copied == ["00000000.tar", "00000001.tar"]
-    assert len(tar_keys(tmp_path / "killed")) == result["kept"]
 
 
 def test_a_shard_that_keeps_nothing_has_statistics_and_no_tar(data: Path, tmp_path: Path) -> None:

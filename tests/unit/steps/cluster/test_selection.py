@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import numpy as np
 import pytest
 
@@ -25,7 +23,3 @@ def test_chosen_rows_are_those_of_the_mask(num_rows: int, share: float) -> None:
     np.testing.assert_array_equal(selection.places(numbers), places[numbers])
     some = np.unique(numbers)
     np.testing.assert_array_equal(selection.subset(some).places(np.arange(len(some))), places[some])
-
-
-def test_what_processes_send_each_other_is_a_bit_a_row() -> None:
-    assert len(pickle.dumps(Selection(np.ones(1_000_000, np.bool_)))) < 130_000

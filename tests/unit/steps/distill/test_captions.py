@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import embed_with_open_clip, make_caption, make_image
+from conftest import make_caption
 from sidecars import edit_sidecar
-from teaching_data import ALONE, FP32, Listener, embed_data, join, student_side, train, write_captions, write_student
+from teaching_data import FP32, Listener, embed_data, join, train, write_captions, write_student
 
-from clipcid_cli.algorithms.losses.features import feature_distance
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data import texts as text_data
-from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill import batches
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -48,23 +42,6 @@ def plain(data: Path, tiny_model: Path) -> Path:
     return data.parent / "plain"
 
 
-@pytest.fixture(scope="module")
-def varied(data: Path, tiny_model: Path) -> Path:
-    """Three variants of each image's captions."""
-    embed_data(data, tiny_model, data.parent / "varied", text_variants=3, seed=5)
-    return data.parent / "varied"
-
-
-def test_every_caption_has_its_row(plain: Path, tiny_model: Path) -> None:
-    embeddings = open_embeddings(plain)
-    assert [count for file in embeddings.files for count in embeddings.counts_of(file).tolist()] == list(COUNTS)
-    first = [make_caption(100 * number) for number in range(6)]
-    further = [make_caption(100 * number + line) for number, count in enumerate(COUNTS) for line in range(1, count)]
-    _, expected = embed_with_open_clip(tiny_model, [make_image(0)], first + further)
-    assert np.abs(embeddings.rows(Kind.TEXTS).read(0, 6) - expected[:6].numpy()).max() < 3e-4
-    assert np.abs(embeddings.rows(Kind.FURTHER).read(0, 10) - expected[6:].numpy()).max() < 3e-4
-
-
 def test_a_caption_is_drawn_anew_each_epoch_with_its_own_row(
     data: Path, plain: Path, teacher: ClipModel, tmp_path: Path
 ) -> None:
@@ -82,18 +59,6 @@ def test_a_caption_is_drawn_anew_each_epoch_with_its_own_row(
         plain, tmp_path / "first", ignore=shutil.ignore_patterns("*.json", "manifest*", "captions*")
     )
     assert join(data, first).inputs.first_captions, "without rows of the others the first is shown"
-
-
-@pytest.mark.parametrize("change", [{"text_variant_rules": 0}, {"text_variants": 2}], ids=str)
-def test_variants_whose_texts_are_not_known_are_refused(
-    varied: Path, data: Path, tmp_path: Path, change: dict[str, int]
-) -> None:
-    copy = shutil.copytree(varied, tmp_path / "copy")
-    edit_sidecar(copy / "embed.json", lambda found: found["settings"].update(change) or found.pop("outputs"))
-    with pytest.raises(ClipcidError, match=r"holds 3 text variants of each row, but embed\.json") as raised:
-        join(data, copy)
-    assert "--text-variants 3" in raised.value.fix
-    assert join(data, copy, extra_texts=0).inputs.extra_texts is None
 
 
 @pytest.mark.parametrize(
@@ -176,54 +141,6 @@ def test_processes_share_what_one_would_take(of_lines: bool, work: Path, tiny_sh
         assert (teacher.encode_texts(alone.tokens[6:], FP32) - rows).abs().max() < 6e-4
         seen.update(map(tuple, alone.tokens[6:].tolist()))
     assert len(seen) > 12, "other steps draw other texts"
-
-
-def test_variants_are_of_the_shards_that_the_batch_reads(tiny_shards: Path, work: Path) -> None:
-    run, read = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12), list[int]()
-    for dealt in Batches(run.inputs, lambda _: NotImplemented, None, 1, 3, ALONE).deal(range(240)):
-        [part] = dealt.work
-        [item] = part.items
-        assert {text.sample.part.path for text in part.extra_texts if text.sample} == {item.sample.part.path}
-        assert len(part.extra_texts) == 12
-        read += [text.row for text in part.extra_texts]
-    rows, counts = np.unique(read, return_counts=True)
-    assert rows.tolist() == list(range(48)), "all variants come up"
-    assert counts.max() < 3 * counts.min(), "about equally often"
-
-
-def test_parts_of_a_batch_are_joined_in_order(
-    work: Path, tiny_shards: Path, teacher: ClipModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12, color_jitter=0.5)
-    _, whole = run.show(teacher)
-    monkeypatch.setattr(batches, "_MAX_ITEMS", 5)
-    _, joined = run.show(teacher)
-    for field in dataclasses.fields(whole):
-        one, other = getattr(whole, field.name), getattr(joined, field.name)
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
-
-
-def test_fd_takes_the_mean_over_captions_and_further_texts() -> None:
-    random = np.random.default_rng(0)
-    image, text, teacher_image, teacher_text = (torch.from_numpy(random.normal(size=(5, 7))) for _ in range(4))
-    extra, taught = (torch.from_numpy(random.normal(size=(3, 7))) for _ in range(2))
-    batch = dataclasses.replace(
-        student_side(5, 7),
-        image_BD=image,
-        text_BD=text,
-        teacher_image_BD=teacher_image,
-        teacher_text_BD=teacher_text,
-        extra_text_ED=extra,
-        teacher_extra_text_ED=taught,
-        num_extra=3,
-    )
-    of_images, of_texts, of_extra = (
-        float(((one - other) ** 2).sum())
-        for one, other in ((image, teacher_image), (text, teacher_text), (extra, taught))
-    )
-    assert float(feature_distance(batch)) == pytest.approx(of_images / 5 + (of_texts + of_extra) / 8, rel=1e-12)
-    without = dataclasses.replace(batch, teacher_text_BD=None)
-    assert float(feature_distance(without)) == pytest.approx(of_images / 5 + of_extra / 3, rel=1e-12)
 
 
 def test_by_default_further_texts_are_as_many_as_samples_where_there_are_any(

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from loss_data import unit
-from teaching_data import Listener
 
 from clipcid_cli.algorithms.losses import cluster
 from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids
 from clipcid_cli.algorithms.losses.shared_space import principal_axes
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.results.clusters import TopClusters
-from clipcid_cli.steps.distill.clusters import ClusterLookup, use_clusters
-from clipcid_cli.steps.distill.samples import MatchCounts
+from clipcid_cli.steps.distill.clusters import ClusterLookup
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 K, D, CUT, N, M = 300, 24, 10, 40, 6
@@ -104,22 +100,3 @@ def test_a_cluster_that_is_not_there_is_named(file: np.ndarray, cluster: int) ->
     lookup.towers[0][0].clusters[lookup.table_rows[3], 1] = cluster
     with pytest.raises(ClipcidError, match=rf"name clusters .*{cluster}.*; there are {K:,} centroids"):
         lookup.targets(rows, step=1)
-
-
-@pytest.mark.parametrize(
-    ("asked", "known", "freeze_text", "several", "taught"),
-    [
-        ("auto", True, False, False, True),
-        ("auto", False, False, False, False),
-        ("auto", True, True, False, False),
-        ("auto", True, False, True, False),  # their clusters are those of the first caption
-        ("both", True, False, True, True),
-        ("image", True, False, False, False),
-    ],
-)
-def test_which_towers_clusters_teach(asked: str, known: bool, freeze_text: bool, several: bool, taught: bool) -> None:
-    nearest = TopClusters(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float16))
-    made = SimpleNamespace(repair=None, temperatures={"image": 0.1})
-    clusters: Any = SimpleNamespace(folder="c", centroids=[], captions=nearest if known else None, sidecar=made)
-    settings = DistillSettings(student="s.json", preset="cid", cluster_towers=asked, freeze_text=freeze_text)
-    assert use_clusters(settings, clusters, None, MatchCounts(), several, True, Listener()).teach_text == taught

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,18 @@ import pytest
 import torch
 from conftest import TINY_CONFIG, write_tiny_model
 from teaching_data import (
-    ALONE,
     Listener,
     embed_data,
     encode_shown,
     join,
     train,
-    write_captions,
     write_student,
 )
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.folder import RowMap
-from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.cluster import run as cluster
-from clipcid_cli.steps.distill.teacher import load_online_model, open_teacher
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 
@@ -68,45 +62,6 @@ def test_it_sees_what_the_student_sees_with_its_own_eyes(tiny_shards: Path, teac
     assert (small - batch.pixels.permute(0, 3, 1, 2)).abs().mean() < 8
 
 
-def test_it_is_repaired_as_its_stored_rows_are(tiny_shards: Path, teacher: ClipModel, work: Path) -> None:
-    told = []
-    noise = np.random.default_rng(0).normal(size=(32, 32))
-    image_map = RowMap(np.round(noise * 2**16).astype(np.float32) / 2**16, FileRecord("repair.npz", 1, "a"))
-    for online in (None, teacher):
-        run = join(tiny_shards, work / "embeddings" / "tiny", online_teacher=online is not None, crop_scale=1.0)
-        raw = run.teach(run.show(teacher, 0, online)[1], 32, online)
-        repaired = dataclasses.replace(
-            run, inputs=dataclasses.replace(run.inputs, embeddings=run.embeddings.mapped(image_map))
-        )
-        told.append(repaired.teach(repaired.show(teacher, 0, online)[1], 32, online))
-        assert torch.equal(told[-1][1], raw[1])
-        assert (told[-1][0] - raw[0]).abs().max() > 0.1
-    for one, other in zip(told[0][:2], told[1][:2], strict=True):
-        assert (one - other).abs().max() < 1e-3
-
-
-def test_on_whole_images_it_gives_the_stored_targets(tiny_shards: Path, teacher: ClipModel, work: Path) -> None:
-    given = {"crop_scale": 1.0, "teacher_space": "pca"}
-    stored, online = (
-        join(tiny_shards, work / "embeddings" / "tiny", online_teacher=runs, **given) for runs in (False, True)
-    )
-    _, shown = stored.show(teacher)
-    _, batch = online.show(teacher, 0, teacher)
-    assert torch.equal(shown.pixels, batch.pixels)
-    for width in (32, 24):  # as they are, and where the student's width cuts them
-        for one, other in zip(stored.teach(shown, width)[:2], online.teach(batch, width, teacher)[:2], strict=True):
-            assert one.shape == other.shape == (24, width)
-            assert (one - other).abs().max() < 1e-3
-    first, second = (
-        open_teacher(run.settings, run.inputs, loaded, 32, ALONE, Listener())
-        for run, loaded in ((stored, None), (online, teacher))
-    )
-    assert first is not None
-    assert second is not None
-    assert second.scale == pytest.approx(first.scale)
-    assert load_online_model(stored.inputs, ALONE) is None, "stored embeddings teach"
-
-
 def test_training_beside_it_is_training_from_its_embeddings(
     tiny_shards: Path, tiny_model: Path, work: Path, tmp_path: Path
 ) -> None:
@@ -126,17 +81,3 @@ def test_training_beside_it_is_training_from_its_embeddings(
     ) as raised:
         train(work, tiny_shards, name="third", teacher=(str(other),), online_teacher=True, **common)
     assert f"clipcid embed {tiny_shards} --model {other}" in raised.value.fix
-
-
-def test_without_embeddings_it_teaches_through_a_layer_and_every_caption(tiny_model: Path, tmp_path: Path) -> None:
-    data = write_captions(tmp_path / "data", (2, 3, 1, 2, 4, 2))
-    settings = {"student": str(write_student(tmp_path)), "teacher": (str(tiny_model),), "online_teacher": True}
-    settings |= {"preset": "clip-kd", "teacher_space": "pca", "batch_size": 4, "val_fraction": 0.0}
-    log, said = train(tmp_path / "work", data, caption_dropout=0.5, **settings)
-    assert "There are no stored embeddings" in said
-    assert not (tmp_path / "work" / "embeddings").exists()
-    assert all(np.isfinite(line["loss_fd"]) for line in log)
-    # The teacher is an input of the run: another one is another run.
-    other = write_tiny_model(tmp_path / "tiny2", seed=8)
-    with pytest.raises(ClipcidError, match="other settings or inputs"):
-        train(tmp_path / "work", data, caption_dropout=0.5, **(settings | {"teacher": (str(other),)}))

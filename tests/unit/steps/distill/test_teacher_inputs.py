@@ -7,24 +7,21 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from balance_data import write_embeddings
-from conftest import write_tiny_model
 from safetensors.numpy import load_file, save_file
 from teaching_data import Listener, embed_data, join, train, write_student
 
-from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, second_moment
+from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.distill import teacher
 from clipcid_cli.steps.distill.inputs import open_stored
 from clipcid_cli.steps.distill.teacher import choose_space
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -151,52 +148,10 @@ def test_embeddings_of_another_tool_that_say_too_little_are_refused(
         assert raised.value.fix.endswith(f"Or embed the captions too: clipcid embed {tiny_shards} --model MODEL")
 
 
-def test_whose_axes_an_online_teacher_takes(
-    tiny_shards: Path, tiny_model: Path, folders: dict[str, Path], tmp_path: Path
-) -> None:
-    work = tmp_path / "work"
-    shutil.copytree(folders["tiny"], work / "embeddings" / "tiny")
-    settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "online_teacher": True, "steps": 1}
-    namesake = write_tiny_model(tmp_path / "tiny", seed=4)
-    _, said = train(work, tiny_shards, teacher=(str(namesake),), **settings)
-    assert "no stored embeddings" in said
-    _, said = train(work, tiny_shards, teacher=(str(tiny_model),), name="own", teacher_space="pca", **settings)
-    assert "24 of the teacher's 32 dimensions, which keep" in said
-    _, said = train(work, tiny_shards, name="unnamed", teacher_space="project", **settings)
-    assert "the teacher's 32 dimensions, by a learned layer" in said
-    shutil.copytree(folders["tiny"], work / "embeddings" / "two")
-    with pytest.raises(ClipcidError, match="has those of 2 models: tiny, two") as refused:
-        train(work, tiny_shards, name="second", **settings)
-    assert refused.value.fix == "Choose one with --embeddings."
-
-
 def choose(work: Path, folder: Path, space: str = "pca", **settings: Any) -> SharedSpace:
     given = DistillSettings(student="student.json", teacher_space=space, work=work, **settings)
     with open_dist_context("cpu") as context:
         return choose_space(given, 32, open_embeddings(folder), 24, context, Listener())
-
-
-def test_axes_of_the_same_embeddings_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = np.random.default_rng(0).normal(size=(40, 32))
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-    folder, work = write_embeddings(tmp_path / "embeddings", rows), tmp_path / "work"
-    dry = choose(work, folder, dry_run=True)
-    assert not work.exists()
-    first = choose(work, folder)
-    expected = principal_axes(second_moment([rows], 32), 24)
-
-    def refuse(*_: Any) -> NoReturn:
-        raise AssertionError("the rows are read again")
-
-    monkeypatch.setattr(teacher, "second_moment", refuse)
-    for space in (dry, first, choose(work, folder)):
-        assert space.axes is not None
-        assert torch.equal(space.axes.basis_Dd, expected.basis_Dd)
-    (kept,) = work.rglob("*.npy")
-    kept.write_bytes(kept.read_bytes()[:-8])
-    for changed in (folder, write_embeddings(tmp_path / "others", rows[:-1])):
-        with pytest.raises(AssertionError, match="again"):
-            choose(work, changed)
 
 
 def test_losses_that_compare_no_features_of_student_and_teacher_need_no_shared_space(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,12 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from balance_data import write_embeddings
-from conftest import make_caption, make_image, shard_members, write_tar
-from teaching_data import Listener, embed_data, index_data, read_keys, train, write_student
+from teaching_data import Listener, embed_data, index_data, train, write_student
 
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.matched_samples import SampleRows, open_rows
 from clipcid_cli.runtime.randomness import key_fraction
 from clipcid_cli.steps.distill import samples
@@ -76,20 +73,6 @@ def test_rows_are_found_in_any_order(order: str, dataset: Dataset, tmp_path: Pat
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "foreign"]
 
 
-def test_training_is_the_same_whatever_the_order_of_files(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
-    embed_data(tiny_shards, tiny_model, tmp_path / "own")
-    own = open_embeddings(tmp_path / "own")
-    keys, order = read_keys(own), np.random.default_rng(0).permutation(24)
-    rows, texts = own.rows(Kind.IMAGES).read(0, 24)[order], own.rows(Kind.TEXTS).read(0, 24)[order]
-    foreign = write_embeddings(tmp_path / "foreign", rows, keys=[keys[row] for row in order], texts=texts)
-    settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "teacher_space": "project"}
-    logs = [
-        train(tmp_path / folder.name / "work", tiny_shards, embeddings=(folder,), loss=("crd=0",), **settings)[0]
-        for folder in (tmp_path / "own", foreign)
-    ]
-    assert logs[0] == logs[1]
-
-
 def find_matched(work: Path) -> list[Path]:
     return sorted(work.glob("index/*/matched-*"))
 
@@ -125,47 +108,3 @@ def test_samples_are_matched_once(
     train(work, tiny_shards, name="another", lr=1e-4, **settings)
     with pytest.raises(AssertionError, match="matched again"):
         train(work, tiny_shards, name="other", **settings | {"val_fraction": 0.3})
-
-
-def test_captions_that_changed_are_matched_anew(tmp_path: Path) -> None:
-    data, work = tmp_path / "data", tmp_path / "work"
-    data.mkdir()
-    for number in range(24):
-        (data / f"{number}.png").write_bytes(make_image(number))
-        (data / f"{number}.txt").write_text(make_caption(number))
-    settings = {"student": str(write_student(tmp_path)), "preset": "clip", "steps": 1}
-    settings |= {"max_bad_fraction": 0.1, "val_fraction": 0}
-    train(work, data, **settings)
-    (data / "3.txt").unlink()
-    train(work, data, name="again", **settings)
-    used = [json.loads((path / "matched.json").read_text())["counts"]["selected"] for path in find_matched(work)]
-    assert sorted(used) == [23, 24]
-
-
-def test_the_same_files_under_names_that_are_in_the_keys_are_matched_anew(tmp_path: Path) -> None:
-    settings = {"student": str(write_student(tmp_path)), "preset": "clip", "steps": 1, "keys": "shard"}
-    for number, names in enumerate((("a", "b"), ("x", "y"))):
-        for folder, old in zip(names, ("a", "b"), strict=True):
-            if number:
-                (tmp_path / old).rename(tmp_path / folder)
-            else:
-                write_tar(tmp_path / folder / "0.tar", shard_members(0, 24))
-        data = f"{tmp_path / names[0]}::{tmp_path / names[1]}"
-        train(tmp_path / "work", data, name=str(number), val_fraction=0.3, **settings)
-        assert len(find_matched(tmp_path / "work")) == number + 1
-
-
-def test_bad_rows_are_told_on_each_start_and_other_texts_are_matched_anew(
-    tiny_shards: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    embed_data(tiny_shards, tiny_model, tmp_path / "own")
-    own, work = open_embeddings(tmp_path / "own"), tmp_path / "work"
-    rows, texts = own.rows(Kind.IMAGES).read(0, 24), own.rows(Kind.TEXTS).read(0, 24)
-    settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "steps": 1, "max_bad_fraction": 0.2}
-    for name, bad, matched in (("first", 1, 1), ("again", 1, 1), ("other", 2, 2)):
-        texts[:bad] = 0
-        shutil.rmtree(tmp_path / "foreign", ignore_errors=True)
-        folder = write_embeddings(tmp_path / "foreign", rows, keys=read_keys(own), texts=texts)
-        _, told = train(work, tiny_shards, name=name, embeddings=(folder,), **settings)
-        assert f"{bad} rows of the embeddings are zero or not finite" in told
-        assert len(find_matched(work)) == matched

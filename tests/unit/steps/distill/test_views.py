@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from conftest import embed_with_open_clip, make_image, write_tar
+from conftest import make_image, write_tar
 from PIL import Image
 from teaching_data import (
     embed_data,
@@ -18,21 +17,15 @@ from teaching_data import (
     read_keys,
     read_params,
     shown_views,
-    train,
-    write_student,
 )
-from torchvision.transforms.functional import resized_crop, to_tensor
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap, open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.runtime.models.augment import Augmentation, MixedView, mix_pixels
+from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.runtime.models.augment import MixedView, mix_pixels
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.decode import decode_image
 from clipcid_cli.runtime.models.names import parse_model
 
-CROPS = {"views": 3, "crop_scale": 0.3, "color_jitter": 0.4, "gray_probability": 0.2, "seed": 5}
 # Batches of 40 pictures hold ten samples, with 1 + 3 pictures each.
 MIXED = {"views": 3, "view_kind": ("strong", "mix,crop"), "crop_scale": 0.8, "seed": 5, "batch_size": 40}
 
@@ -40,14 +33,6 @@ MIXED = {"views": 3, "view_kind": ("strong", "mix,crop"), "crop_scale": 0.8, "se
 @pytest.fixture(scope="module")
 def teacher(tiny_model: Path) -> ClipModel:
     return load_model(parse_model(str(tiny_model)))
-
-
-@pytest.fixture(scope="module")
-def crops(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three gentle views of each image of the tiny shards."""
-    out = tmp_path_factory.mktemp("crops") / "tiny"
-    embed_data(tiny_shards, tiny_model, out, **CROPS)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -60,30 +45,6 @@ def mixed(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPath
 
 def image_of(row: int) -> Image.Image:
     return decode_image(make_image(3 if row == 20 else row))
-
-
-def test_a_view_is_what_open_clip_makes_of_its_crop_and_colors(crops: Path, tiny_model: Path) -> None:
-    import open_clip
-
-    embeddings = open_embeddings(crops)
-    assert (embeddings.num_rows, embeddings.num_each(Kind.VIEWS)) == (24, 3)
-    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tiny_model}")
-    boxes = set()
-    for row, view in ((0, 0), (0, 2), (13, 1), (14, 0), (23, 2)):
-        packed = read_params(embeddings, row, view)
-        left, top, right, bottom = (int(edge) for edge in packed[:4])
-        boxes.add((left, top, right, bottom))
-        crop = to_tensor(resized_crop(image_of(row), top, left, bottom - top, right - left, [32, 32], interpolation=3))
-        colors = torch.from_numpy(packed[4:].reshape(3, 4))
-        shown = (torch.einsum("dc,chw->dhw", colors[:, :3], crop) + colors[:, 3, None, None]).clamp(0, 1)
-        with torch.no_grad():
-            expected = model.eval().encode_image((shown[None] - 0.5) / 0.5, normalize=True)[0].numpy()
-        found = embeddings.rows(Kind.VIEWS).take(np.array([3 * row + view]))[0]
-        assert np.abs(found - expected).max() < 6e-4
-    assert len(boxes) == 5
-    # The image's own row is what it is without views, whatever the shape of its batch.
-    plain, _ = embed_with_open_clip(tiny_model, [make_image(number) for number in range(14)], ["a"])
-    assert np.abs(embeddings.rows(Kind.IMAGES).read(0, 14) - plain.numpy()).max() < 3e-4
 
 
 def test_the_teacher_embedded_the_very_pixels_that_are_replayed(
@@ -136,18 +97,6 @@ def test_images_that_are_not_trained_on_are_not_mixed_in(
     assert min(num_mixed, num_replaced) > 3
 
 
-def test_without_a_view_that_can_be_shown_the_whole_image_is(
-    tiny_shards: Path, tiny_model: Path, teacher: ClipModel, tmp_path: Path
-) -> None:
-    embed_data(tiny_shards, tiny_model, tmp_path / "tiny", **(MIXED | {"views": 1, "view_kind": ("mix",)}))
-    keep_list = keep_some(tmp_path, open_embeddings(tmp_path / "tiny"), [0, 20])  # of another shard each
-    run = join(tiny_shards, tmp_path / "tiny", keep_list=keep_list, crop_scale=0.1, color_jitter=0.5)
-    rows, batch = run.show(teacher)
-    assert shown_views(run, rows, batch) == [-1, -1]
-    assert batch.colors is None
-    assert np.abs(run.teach(batch)[0].numpy() - encode_shown(teacher, batch)[0]).max() < 6e-4
-
-
 def test_what_has_no_other_image_is_not_mixed(tiny_model: Path, tmp_path: Path) -> None:
     members = []
     for number in range(4):
@@ -165,33 +114,3 @@ def test_what_has_no_other_image_is_not_mixed(tiny_model: Path, tmp_path: Path) 
     with pytest.raises(UsageError, match="with --batch-size 5 and 2 views it holds one") as raised:
         embed_data(tmp_path / "one.tar", tiny_model, tmp_path / "five", **(given | {"batch_size": 5}))
     assert "--batch-size 6" in raised.value.fix
-
-
-def test_views_are_repaired_as_images_are(crops: Path) -> None:
-    """Each row is the same to the bit, read alone or among others; captions stay."""
-    raw = open_embeddings(crops)
-    numbers = np.random.default_rng(0).normal(size=(raw.width, raw.width))
-    map_DD = np.round(numbers * 2**16).astype(np.float32) / 2**16
-    repaired = raw.mapped(RowMap(map_DD, FileRecord("repair.npz", 1, "a")))
-    for kind in (Kind.IMAGES, Kind.VIEWS):
-        rows = repaired.rows(kind)
-        found = rows.read(0, len(rows))
-        exact = raw.rows(kind).read(0, len(rows)).astype(np.float64) @ map_DD.astype(np.float64)
-        np.testing.assert_allclose(found, exact / np.linalg.norm(exact, axis=1, keepdims=True), atol=1e-3)
-        places = np.array([7, 2, 11])
-        np.testing.assert_array_equal(rows.take(places), found[places])
-    texts = [each.rows(Kind.TEXTS).read(0, raw.num_rows) for each in (raw, repaired)]
-    np.testing.assert_array_equal(*texts)
-
-
-def test_distill_replays_unless_told_not_to(crops: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    assert join(tiny_shards, crops).inputs.augmentation(Augmentation()) == Augmentation(0.3, 0.4, 0.2)
-    student = str(write_student(tmp_path))
-    common = {"student": student, "embeddings": (crops,), "preset": "clip-kd", "teacher_space": "project"}
-    replayed, said = train(tmp_path / "a", tiny_shards, **common)
-    assert "3 of each image are stored and replayed" in said
-    again, _ = train(tmp_path / "b", tiny_shards, workers=2, crop_scale=0.5, **common)
-    assert again == replayed, "views decide what is seen, workers do not"
-    fresh, said = train(tmp_path / "c", tiny_shards, views="none", **common)
-    assert "replayed" not in said
-    assert fresh[0]["loss_fd"] != replayed[0]["loss_fd"]

@@ -89,19 +89,6 @@ def test_images_leave_embeddings_of_texts_alone(
 
 
 @pytest.mark.usefixtures("no_model")
-def test_the_file_is_looked_at_before_the_model(lines: Path, tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("\n\n")
-    (tmp_path / "image.txt").write_bytes(b"\x89PNG")
-    for name, message in (
-        ("missing.txt", "cannot be read: No such file"),
-        ("empty.txt", "holds no text"),
-        ("image.txt", "is not UTF-8"),
-    ):
-        with pytest.raises(ClipcidError, match=message):
-            embed_lines(tmp_path / name, tiny_model, tmp_path / "out")
-
-
-@pytest.mark.usefixtures("no_model")
 def test_what_is_finished_is_found_and_compared_without_the_model(lines: Path, texts: Path, tiny_model: Path) -> None:
     before = content(texts)
     for asked in ({}, {"precision": "auto", "batch_size": None}):

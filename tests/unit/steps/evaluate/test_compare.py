@@ -25,23 +25,6 @@ def make_metrics(task: str, metrics: dict[str, Any], pretrained: str = "p") -> M
     return Metrics(dataset="d", model="m", pretrained=pretrained, task=task, language="en", metrics=metrics)
 
 
-def test_results_of_one_model_are_told_apart(tmp_path: Path) -> None:
-    task = "zeroshot_retrieval"
-    metrics = {f"{side}_retrieval_recall@{k}": 0.5 for side in ("image", "text") for k in (1, 5)}
-    columns = {"key": [f"{n:02d}" for n in range(20)], "text_rank": [0] * 20}
-    for name, rank in (("a", 30), ("b", 0)):
-        path = tmp_path / f"{name}.json"
-        write_metrics(path, make_metrics(task, metrics, f"{name}/student"))
-        rows = columns | {"image_ranks": [[rank]] * 20}
-        write_predictions(predictions_path(path), "retrieval", "m", "d", 0, rows)
-    named = EvalZeroshotSettings(model=str(tmp_path / "a.json"), data=(str(tmp_path / "b.json"),), compare=True)
-    said = compare_results(named, Reporter()).differences["image_retrieval_recall@1"].verdict
-    assert "B (b/student) is better than A (a/student)" in said
-    write_metrics(tmp_path / "b.json", make_metrics(task, metrics, "a/student"))
-    said = compare_results(named, Reporter()).differences["image_retrieval_recall@1"].verdict
-    assert f"B ({tmp_path / 'b.json'}) is better than A ({tmp_path / 'a.json'})" in said
-
-
 def test_comparison_of_other_data_is_refused(tmp_path: Path) -> None:
     settings = EvalZeroshotSettings(model=str(tmp_path / "a.json"), data=(str(tmp_path / "b.json"),), compare=True)
     columns = {"predicted": [0, 1], "top": [[0, 1], [1, 0]], "scores": [[0.2, 0.1], [0.3, 0.1]]}

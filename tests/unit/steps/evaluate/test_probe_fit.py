@@ -10,10 +10,9 @@ import torch
 from balance_data import Listener
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.benchmark import KNOWN_DATASETS
 from clipcid_cli.formats.results.features import Features
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.steps.evaluate.linear import ProbeFits, ProbePlan, choose_metric
+from clipcid_cli.steps.evaluate.linear import ProbeFits, ProbePlan
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
 
@@ -78,23 +77,3 @@ def test_what_cannot_be_drawn_or_held_out_is_refused() -> None:
     several = Features(torch.eye(4), torch.ones(4, 2, dtype=torch.bool))
     with pytest.raises(ClipcidError, match="to all training images or to none"):
         ProbeFits({"train": several}, make_plan(2, "mean_average_precision"), Listener())
-
-
-@pytest.mark.parametrize(
-    ("name", "several", "metric"),
-    [
-        ("food101", False, "acc1"),
-        ("wds_vtab-pets", False, "mean_per_class_recall"),
-        ("aircraft", False, "mean_per_class_recall"),
-        ("flowers", False, "mean_per_class_recall"),
-        ("caltech101", False, "mean_per_class_recall"),
-        ("voc2007", True, "mean_average_precision_11_point"),
-        ("wds_voc2007_multilabel", True, "mean_average_precision_11_point"),
-        ("voc2007", False, "acc1"),
-        ("mine", True, "mean_average_precision"),
-        ("mine", False, "acc1"),
-    ],
-)
-def test_the_strength_is_chosen_by_the_customary_metric(name: str, several: bool, metric: str) -> None:
-    assert name == "mine" or any(name in (known.name, known.folder) for known in KNOWN_DATASETS.values())
-    assert choose_metric("auto", name, several=several) == metric

@@ -5,21 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from conftest import TINY_CONFIG
 from sidecars import make_sidecar
 
 from clipcid_cli.formats.results.metrics import SIDECARS, Metrics, write_metrics
-from clipcid_cli.formats.sidecar import BalanceSidecar, EvaluationSidecar
+from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.runtime.models.clip_model import ModelInfo, load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
-from clipcid_cli.steps.distill.run import run as distill
 from clipcid_cli.steps.export.card import render_card
-from clipcid_cli.steps.reporting import Reporter
-from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.export import ExportSettings
 
 
@@ -85,34 +78,3 @@ def test_names_never_become_tags(info: ModelInfo, tiny_model: Path, tmp_path: Pa
     assert "<script" not in card
     assert "<b>" not in card
     assert "| &lt;script&gt;alert(1)&lt;/script&gt;\\| &lt;b&gt; | zeroshot_classification |" in card
-
-
-def test_the_keep_ratio_is_of_the_list_that_the_run_applied(tiny_shards: Path, tmp_path: Path) -> None:
-    work, keep_list = tmp_path / "work", tmp_path / "work" / "balance" / "keep.parquet"
-    keep_list.parent.mkdir(parents=True)
-
-    def balance(kept: int) -> None:
-        keys = [f"{number:06d}" for number in range(24)]
-        pq.write_table(pa.table({"key": keys, "kept": np.arange(24) < kept}), keep_list)
-        (keep_list.parent / "balance.json").write_text(json.dumps(make_sidecar(BalanceSidecar)))
-
-    (tmp_path / "student.json").write_text(json.dumps(TINY_CONFIG))
-    balance(18)
-    made = distill(
-        DistillSettings(
-            data=str(tiny_shards),
-            student=str(tmp_path / "student.json"),
-            teacher=("none",),
-            keep_list=str(keep_list),
-            work=work,
-            steps=1,
-            batch_size=8,
-            workers=0,
-            device="cpu",
-        ),
-        Reporter(),
-    )
-    balance(6)  # the work directory moves on
-    student = parse_model(made.student)
-    card = render(load_model(student).info, student, work=work)
-    assert "| Keep ratio | 0.75 (18 of 24 images) |" in card
