@@ -124,7 +124,9 @@ def test_a_tokenizer_from_the_hub_is_written_along(
     fresh = write_family(tmp_path / "fresh", FAMILIES["SigLIP 2"])
     # Its tokenizer is where a download would be, not beside the configuration.
     repository = tmp_path / "hub" / "hub" / "models--timm--ViT-B-16-SigLIP2-256"
-    (repository / "snapshots" / "one").mkdir(parents=True)
+    for part in ("snapshots", ".no_exist"):
+        (repository / part / "one").mkdir(parents=True)
+    (repository / ".no_exist" / "one" / "config.json").touch()  # as the hub's library notes that there is none
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("one")
     for file in fresh.glob("tokenizer*"):
