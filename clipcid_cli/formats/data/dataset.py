@@ -41,7 +41,7 @@ _SEPARATOR = "::"  # webdataset's, between several folders, tars or patterns
 _SMALL = 2**30
 
 _SHARD_SUFFIXES = (".tar", ".parquet")
-_SPLIT = re.compile(r"(.+)-\d+-of-\d+.*[.]parquet$")  # as ``datasets`` names files
+_SPLIT = re.compile(r"(.+)-\d+-of-(\d+).*[.]parquet$")  # as ``datasets`` names files
 
 _MAX_SHARDS = 1_000_000  # of a pattern: LAION-5B has some 232,000
 _NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
@@ -286,10 +286,13 @@ def _choose_form(folder: str, paths: list[str]) -> list[str]:
         files = [path for path in paths if path.lower().endswith(suffix)]
         if files:
             break
-    splits = {found[1]: path for path in files if (found := _SPLIT.match(path.rpartition("/")[2]))}
+    splits = {found[1]: int(found[2]) for path in files if (found := _SPLIT.match(path.rpartition("/")[2]))}
     if len(splits) > 1:
-        patterns = ", ".join(f'"{folder.rstrip("/")}/{split}-*"' for split in sorted(splits))
-        raise ClipcidError(f"{folder} holds several splits of a data set.", f"Give one of them: {patterns}.")
+        ends = {split: f"{{00000..{number - 1:05d}}}-of-{number:05d}.parquet" for split, number in splits.items()}
+        patterns = (f'"{folder.rstrip("/")}/{split}-{end if is_url(folder) else "*"}"' for split, end in ends.items())
+        raise ClipcidError(
+            f"{folder} holds several splits of a data set.", f"Give one of them: {', '.join(sorted(patterns))}."
+        )
     return files
 
 

@@ -173,6 +173,22 @@ def test_a_list_has_one_or_several_captions_in_a_cell(tmp_path: Path) -> None:
         open_dataset(tmp_path / "keys.parquet")
 
 
+def test_a_list_has_captions_in_the_columns_that_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "list.csv"
+    pd.DataFrame({"filepath": ["a.png", "b.png"], "title": ["a", "b"], "again": ["c", None]}).to_csv(path, index=False)
+    skips = Skips()
+    dataset = open_dataset(path, caption_keys=("again", "title"))
+    assert [sample.captions for sample in list_samples(dataset, skips)] == [("c", "a"), ("b",)]
+    assert skips.without == {"again": 1}
+    assert list_samples(open_described(dataset.describe())) == list_samples(dataset)
+    with pytest.raises(ClipcidError, match="no column 'anew'; it has filepath, title, again"):
+        open_dataset(path, caption_keys=("anew",))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(make_image(0))
+    with pytest.raises(ClipcidError, match="photos is a folder of images"):
+        open_dataset(tmp_path / "photos", caption_keys=("again",))
+
+
 def test_columns_of_a_list_can_be_renamed(tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     pd.DataFrame({"url": ["http://x/a.png"], "text": ["NA"], "id": ["007"]}).to_csv(path, index=False)
