@@ -27,11 +27,11 @@ from clipcid_cli.runtime.models.names import parse_model
 
 
 def read_documented() -> dict[str, dict[str, str]]:
-    """Read the table of the documentation: by family what each column says."""
+    """Read the table of the documentation, where families that are alike share a row: by family what each column says."""
     text = (Path(clipcid_cli.__file__).parent / "docs" / "data.md").read_text()
     lines = text.partition("### Families")[2].splitlines()
     columns, _, *rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
-    return {name: dict(zip(columns[1:], cells, strict=True)) for name, *cells in rows}
+    return {name: dict(zip(columns[1:], cells, strict=True)) for names, *cells in rows for name in names.split(", ")}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_smaller_student_inherits_the_towers_that_are_documented(name: str, tm
 
 
 def test_the_documentation_names_each_family() -> None:
-    assert list(read_documented()) == list(FAMILIES)
+    assert sorted(read_documented()) == sorted(FAMILIES)
 
 
 @pytest.mark.slow
