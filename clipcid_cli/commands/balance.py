@@ -38,7 +38,7 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
         before = "" if cap is None else " before clusters are capped"
         facts[f"with {other.linkage}"] = (
             f"{other.kept:,} ({other.kept / result.searched:.1%}) would be kept at this cut-off{before}, "
-            f"and {other.uncovered_ratio:.1%} of the {repeats} be farther"
+            f"and {other.uncovered_ratio:.1%} of the {repeats} would not be covered"
         )
     elif threshold is not None:
         facts["with star"] = "not computed"

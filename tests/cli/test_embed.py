@@ -184,8 +184,8 @@ def test_what_is_skipped_is_counted_and_named(clipcid: Clipcid, tiny_model: Path
     assert run.json["images"] == 22
     assert run.json["skipped"] == {"duplicate_key": 1, "no_caption": 1, "unreadable_image": 1}
     assert "unreadable image: a/bad" in run.stderr
-    assert "1 images have transparent pixels" in " ".join(run.stderr.split())
-    assert "1 images have 16 bits of grey" in " ".join(run.stderr.split())
+    assert "Images with transparent pixels, shown on white: 1." in " ".join(run.stderr.split())
+    assert "Images with 16 bits of grey, scaled to 8: 1." in " ".join(run.stderr.split())
     strict = clipcid("embed", data, "--model", tiny_model, "--out", tmp_path / "strict", check=False)
     assert strict.returncode == 1
     assert "3 of 25 samples" in strict.stderr

@@ -110,7 +110,7 @@ def _count_skipped(embeddings: Embeddings, rows: BalanceRows, max_bad_fraction: 
     skips = Skips.of(dict.fromkeys(keys, "nan_row"))
     skips.check(embeddings.num_rows, max_bad_fraction, str(embeddings.folder))
     if skips.total:
-        reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
+        reporter.warn(f"Rows skipped: {skips.total:,}\n{skips.describe()}")
     return skips
 
 

@@ -188,7 +188,7 @@ def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     )
     skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))
     if skips.total:
-        reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
+        reporter.warn(f"Rows skipped: {skips.total:,}\n{skips.describe()}")
     if keep_list is not None:
         usable &= keep_list.find_kept(
             lambda: map(embeddings.keys_of, embeddings.files), embeddings.num_rows, scratch, str(folder), reporter

@@ -117,7 +117,7 @@ def write(
     skips = Skips.of(unreadable)
     skips.merge(inputs.usable.skips)
     if skips.total:
-        trainer.reporter.warn(f"{skips.total:,} samples were not used as they are:\n{skips.describe()}")
+        trainer.reporter.warn(f"Unusable samples: {skips.total:,}\n{skips.describe()}")
     with timed(seconds, "write"):
         written = write_students(folder, trainer.student.model, str(plan.settings.student), trainer.state)
         write_held_out(folder.held_out, inputs.held_out_keys())

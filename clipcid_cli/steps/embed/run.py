@@ -306,13 +306,13 @@ def _commit(
         skips.check(read, plan.max_bad_fraction, plan.dataset.spec, fix)
         laid_on_white = sum(each.laid_on_white for each in records)
         if laid_on_white:
-            reporter.note(f"{laid_on_white:,} images have transparent pixels, which were shown on white.")
+            reporter.note(f"Images with transparent pixels, shown on white: {laid_on_white:,}.")
         from_16_bit = sum(each.from_16_bit for each in records)
         if from_16_bit:
-            reporter.note(f"{from_16_bit:,} images have 16 bits of grey, which were scaled to 8.")
+            reporter.note(f"Images with 16 bits of grey, scaled to 8: {from_16_bit:,}.")
         missing = note_missing_captions(plan.dataset, reporter) if plan.settings.text else {}
         if skips.total:
-            reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
+            reporter.warn(f"Samples skipped: {skips.total:,}\n{skips.describe()}")
         entries |= {
             "counts": {
                 "images": rows,

@@ -57,7 +57,7 @@ class TaskRows:
 def warn_of_skips(name: str, skips: Skips, reporter: Reporter) -> None:
     """Name the samples of a data set that could not be used, if any."""
     if skips.total:
-        reporter.warn(f"{name}: {skips.total} samples were skipped.\n{skips.describe()}")
+        reporter.warn(f"{name}, samples skipped: {skips.total:,}\n{skips.describe()}")
 
 
 @dataclasses.dataclass

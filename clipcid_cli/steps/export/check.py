@@ -198,7 +198,7 @@ def read_inputs(
         if not readable:
             raise ClipcidError(f"--data {settings.data} holds no readable image.", "Give other data with --data.")
     if dataset is not None and skips.total:
-        reporter.warn(f"{skips.total:,} images of {dataset.spec} were skipped:\n{skips.describe()}")
+        reporter.warn(f"Images of {dataset.spec} skipped: {skips.total:,}\n{skips.describe()}")
     source = "drawn patterns and shipped sentences"
     candidates = None
     if dataset is not None and readable:
