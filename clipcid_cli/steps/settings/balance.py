@@ -53,7 +53,7 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
     against: tuple[str, ...] = _first(
         (),
         "Images that must not be kept again, such as evaluation sets: a folder of embeddings, or images, which are embedded "
-        "with the same model. What lies within --against-threshold of one is dropped first. May be repeated.",
+        "with the same model. Images within --against-threshold of one are dropped first. May be repeated.",
         metavar="EMB|DATA",
     )
     against_threshold: float | None = _first(
@@ -84,7 +84,7 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
     )
     max_per_cluster: int | None = _sets(
         None,
-        "After repeats are dropped, keep at most so many images of each cluster of `clipcid cluster`, chosen by --select: "
+        "After repeats are dropped, keep at most this many images of each cluster of `clipcid cluster`, chosen by --select: "
         "nearest to the centroid (`central`), most similar to their captions, …",
         within=AT_LEAST_1,
     )

@@ -82,7 +82,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     freeze_text: bool = _models(False, "Freeze the text tower and train only the image tower.")
     cache_size: float = _input(
         50.0,
-        "Most disk space, in GB, for copies of shards behind a URL; the least recently used make room. The folder is "
+        "Maximum disk space, in GB, for copies of remote shards; the least recently used are removed. The folder is "
         "CLIPCID_CACHE, by default ~/.cache/clipcid.",
         within=ABOVE_0,
         metavar="GB",

@@ -29,7 +29,7 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings):
     text: bool = _embed(True, "Also embed the captions.")
     texts: Path | None = _embed(
         None,
-        "Embed this UTF-8 file, a text a line, instead of images: more texts for the student's text tower "
+        "Embed this UTF-8 file, one text per line, instead of images: more texts for the student's text tower "
         "(`clipcid distill --extra-texts`).",
         metavar="FILE",
     )

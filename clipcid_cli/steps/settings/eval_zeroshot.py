@@ -54,7 +54,8 @@ class EvalZeroshotSettings(EvaluationSettings):
     compare: bool = _result(
         False,
         "Test whether two results differ significantly instead of measuring: `--compare A.json B.json`, two metrics files "
-        "that were made with --predictions. Several seeds of each are two patterns in quotes, or two lists with commas.",
+        "that were made with --predictions. For several seeds of each, give two patterns in quotes, or two lists with "
+        "commas.",
         operational=True,
     )
 

@@ -93,8 +93,8 @@ class KeyedSettings(SharedSettings):
     )
     key_column: str = _read(
         "key",
-        "Column with the keys, of a list or of the metadata of another tool's embeddings; without one, the path of a list "
-        "is the key, of embeddings the column `image_path`, else `uid`, else file and row.",
+        "Column with the keys of a list, or of the metadata of another tool's embeddings. Without one, the key is the image "
+        "path in a list; in embeddings `image_path`, else `uid`, else file and row.",
     )
 
 
@@ -112,7 +112,7 @@ class ReadingSettings(KeyedSettings):
     )
     caption_lines: bool = _read(
         False,
-        "Each line of a .txt is a caption of its own, as always in CLIP_benchmark's folders; else the whole text is one.",
+        "Each line of a .txt is a caption, as always in CLIP_benchmark folders; by default the whole text is one.",
     )
     max_bad_fraction: float = _read(
         0.01,
@@ -176,8 +176,8 @@ class KeptSettings(EmbeddingsSettings):
     )
     repair: str = _input(
         "auto",
-        "`auto` repairs how the teacher pairs images with captions, by a linear map of its images' embeddings, where "
-        "held-out pairs show that it is clearly better; `none` leaves the teacher as it is.",
+        "`auto` repairs how the teacher pairs images with captions, by a linear map of its image embeddings, if that "
+        "clearly improves held-out pairs; `none` leaves the teacher as it is.",
         choices=("auto", "none"),
         operational=True,  # outputs record the map that was used
     )
