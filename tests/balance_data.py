@@ -111,7 +111,7 @@ def begun(work: Path, embeddings: Path, listener: Reporter | None = None, **sett
         plan = make_plan(chosen, context, listener)
         with claim_output(context, plan.folder, "balance", BalanceSidecar, **plan.wanted) as output:
             output.start()
-            yield begin(plan, context, output, listener)
+            yield begin(plan, output)
 
 
 def read_keep(work: Path) -> pd.DataFrame:

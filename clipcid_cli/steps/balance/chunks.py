@@ -28,7 +28,6 @@ from clipcid_cli.formats.arrays import Arrays, load_arrays, save_arrays
 from clipcid_cli.runtime.distributed import memory_for_rows
 from clipcid_cli.runtime.timing import SavePace
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalanceRun
-from clipcid_cli.steps.balance.shared_arrays import reduce_arrays
 
 # Each process has so many stretches of what is left: near rows, which take longer, are often beside each other, so everyone
 # should have jobs of a panel with itself. More stretches read more panels twice.
@@ -159,4 +158,4 @@ def _merge(run: BalanceRun, search: Search, place: Path, names: Iterable[str]) -
         return found.a, found.b, found.weight
 
     context.on_all(load)
-    return Edges(*reduce_arrays(context, run.work, result, lambda arrays: sink.add(Edges(*arrays))))
+    return Edges(*run.shared.reduce(result, lambda arrays: sink.add(Edges(*arrays))))

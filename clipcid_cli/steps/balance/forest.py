@@ -33,7 +33,6 @@ from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.partition import find_sampled, partitioned
-from clipcid_cli.steps.balance.shared_arrays import publish_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +145,7 @@ def _read(run: BalanceRun) -> Forest | None:
         )
         return () if stored is None else (stored.a, stored.b, stored.distance, np.array([stored.cutoff]))
 
-    found = publish_arrays(run.context, run.work, read)
+    found = run.shared.publish(read)
     return Forest(Edges(*found[:3]), float(found[3][0])) if found else None
 
 
@@ -180,7 +179,7 @@ def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
         edges, _ = merge_edges(Edges(rows[stored.a], rows[stored.b], stored.distance), run.rows.copies)
         return edges.a, edges.b, edges.weight, np.array([stored.cutoff]), is_new
 
-    found = publish_arrays(run.context, run.work, read)
+    found = run.shared.publish(read)
     return (Forest(Edges(*found[:3]), float(found[3][0])), found[4]) if found else None
 
 

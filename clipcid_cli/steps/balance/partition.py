@@ -29,7 +29,6 @@ from clipcid_cli.formats.embeddings.rows import create_copy, open_copies, remove
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.result import Audit
-from clipcid_cli.steps.balance.shared_arrays import collect_arrays, publish_arrays
 
 # Where this share of all pairs would be compared, all of them may as well be.
 _MAX_FRACTION = 0.5
@@ -88,7 +87,7 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
         # Some dozens of entries a row: on the disk.
         assigned = context.on_all(lambda: spool_arrays(run.work, (np.int32, np.int32, unique.dtype), assign()))
     places = context.on_all(lambda: _copy(run, assigned[0], partitions))
-    parts = collect_arrays(context, run.work, (*assigned[1:], places))
+    parts = run.shared.collect((*assigned[1:], places))
 
     def allocate(length: int) -> IntArray:
         return create_mapped(run.work, np.dtype(unique.dtype), (length,), unnamed=True)
@@ -103,7 +102,7 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
         place_of[unique] = np.concatenate([places for *_, places in parts])
         return *group_rows(entries, 2 * len(partitions), allocate), place_of
 
-    listed, ends, place_of = publish_arrays(context, run.work, group)
+    listed, ends, place_of = run.shared.publish(group)
     sizes = context.gather(stop - start)
     copies = context.on_all(lambda: open_copies(run.work, sizes, partitions.width))
 

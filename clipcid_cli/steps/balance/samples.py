@@ -22,6 +22,7 @@ from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
 from clipcid_cli.formats.join import Keys, Listing, Values, join
 from clipcid_cli.formats.results.keep_list import is_uid
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.steps.balance.balance_run import BalancePlan
 from clipcid_cli.steps.data_index import index_alone, open_part
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -34,9 +35,10 @@ def open_named(settings: BalanceSettings, data: str) -> Dataset:
     return open_dataset(data, settings.keys, columns, indexes, caption_lines=settings.caption_lines)
 
 
-def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
+def open_data(plan: BalancePlan) -> Dataset | None:
     """Open the data that was named, or else what :func:`open_recorded` opens."""
-    return open_recorded(settings, embeddings) if settings.data is None else open_named(settings, settings.data)
+    named = plan.settings.data
+    return open_recorded(plan.settings, plan.embeddings) if named is None else open_named(plan.settings, named)
 
 
 def open_recorded(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
@@ -46,15 +48,22 @@ def open_recorded(settings: BalanceSettings, embeddings: Embeddings) -> Dataset 
     return open_described(embeddings.sidecar.data, index_root=WorkDirectory(settings.work).indexes)
 
 
-def validate_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:
+def validate_data(plan: BalancePlan, purpose: str) -> Dataset:
     """Open the data as :func:`open_data` does, for a purpose that needs it."""
-    data = open_data(settings, embeddings)
+    data = open_data(plan)
     if data is None:
         raise ClipcidError(
-            f"{purpose} needs the data itself, and {embeddings.folder} does not record which data it was made from.",
+            f"{purpose} needs the data itself, and {plan.embeddings.folder} does not record which data it was made from.",
             "Give the data as the first argument: clipcid balance DATA …",
         )
     return data
+
+
+def validate_data_there(plan: BalancePlan) -> None:
+    """Check that the data is there where ``--select resolution`` reads it; what is finished needs none."""
+    settings = plan.settings
+    if settings.select == "resolution" and (settings.keep != 1.0 or settings.max_per_cluster is not None):
+        validate_data(plan, "--select resolution")
 
 
 def read_uid(sample: Sample | None) -> str | None:

@@ -44,7 +44,6 @@ from clipcid_cli.steps.balance.filters.captions import compare_captions, have_ca
 from clipcid_cli.steps.balance.forest import Forest, find_forest
 from clipcid_cli.steps.balance.result import OtherLinkageResult
 from clipcid_cli.steps.balance.samples import SampleFinder, take_texts, validate_data
-from clipcid_cli.steps.balance.shared_arrays import publish_arrays
 from clipcid_cli.steps.reporting import Progress
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
@@ -134,7 +133,7 @@ def _publish_sets(
             representatives = np.where(rows.is_searched, representatives, kind(-1))
         return labels, representatives, distances
 
-    labels, representatives, distances = publish_arrays(run.context, run.work, write)
+    labels, representatives, distances = run.shared.publish(write)
 
     def measure() -> tuple[Curve, int, int, float]:
         num_kept = count_kept(representatives)
@@ -226,7 +225,7 @@ def _find_pairs(
         members = unique[(np.bincount(label_U, minlength=1) > 1)[label_U]]
         return (members[np.argsort(labels[members], kind="stable")],)
 
-    (members,) = publish_arrays(run.context, run.work, find_members)
+    (members,) = run.shared.publish(find_members)
     plan = components(members, labels[members], run.rows_in_memory)
     if max_compared is not None and plan.num_pairs > max_compared:
         return NotComputed(
@@ -320,9 +319,7 @@ def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
 
 def _resolution(run: BalanceRun, rows: IntArray) -> DoubleArray:
     """Return width × height of images; 0 where one cannot be found or read."""
-    finder = SampleFinder(
-        validate_data(run.settings, run.embeddings, "--select resolution"), run.settings.workers, run.reporter
-    )
+    finder = SampleFinder(validate_data(run, "--select resolution"), run.settings.workers, run.reporter)
     numbers = run.rows.numbers[rows]
     pixels = np.zeros(len(rows))
     with ThreadPoolExecutor(_THREADS) as pool, run.reporter.progress("image sizes", len(rows), "images") as progress:

@@ -22,11 +22,9 @@ from clipcid_cli.formats.output import Output, is_claimed
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.results.keep_list import KeepList, is_uid, read_keep_list
 from clipcid_cli.formats.sidecar import Sidecar
-from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.steps.balance.plan import BalancePlan
+from clipcid_cli.steps.balance.balance_run import BalancePlan
 from clipcid_cli.steps.balance.samples import read_uid
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.reporting import Reporter
 
 # open_clip and webdataset's tools read the number of samples of each shard from this file.
 _SIZES = "sizes.json"
@@ -38,13 +36,13 @@ _STEP = "write-shards"
 Choose = Callable[[Shard], tuple[set[str], int]]
 
 
-def write_shards(plan: BalancePlan, target: Path, context: DistContext, reporter: Reporter) -> None:
+def write_shards(plan: BalancePlan, target: Path) -> None:
     """Write the new shards, divided among the processes; a run that was killed continues with those not written yet.
 
     A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and
     ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
     """
-    data = plan.data
+    data, context, reporter = plan.data, plan.context, plan.reporter
     inputs = [record(plan.keep_list)]
     assert data is not None  # the plan has opened it
     context.on_rank0(lambda: _validate_own(target))

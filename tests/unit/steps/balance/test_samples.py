@@ -12,6 +12,7 @@ from uid_data import NUM_ROWS, UIDS, write_data
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.steps.balance import report
+from clipcid_cli.steps.balance.balance_run import BalancePlan
 from clipcid_cli.steps.balance.samples import SampleFinder, read_uid
 from clipcid_cli.steps.data_index import index_alone
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -41,11 +42,14 @@ def test_samples_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_report_lists_no_large_data_for_another_tools_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_data(tmp_path / "data", UIDS)
     settings = BalanceSettings(keep=0.5, data=str(data), work=tmp_path / "work", workers=0)
-    embeddings: Any = None  # the keys are given
+    unread: Any = None  # the keys are given
+    plan = BalancePlan(
+        settings=settings, context=unread, reporter=Listener(), embeddings=unread, clusters=None, seconds={}
+    )
     monkeypatch.setattr(report, "_MAX_LISTED", 1)
-    gallery = report.Gallery(settings, embeddings, Listener())
+    gallery = report.Gallery(plan)
     assert gallery.read(["0.parquet"], ["000003"]) == [""]
     assert "has no index yet" in gallery.unread["0.parquet", "000003"]
     assert gallery.data is not None
     index_alone(gallery.data, 0, Listener())
-    assert report.Gallery(settings, embeddings, Listener()).read(["0.parquet"], ["000003"])[0].startswith("data:")
+    assert report.Gallery(plan).read(["0.parquet"], ["000003"])[0].startswith("data:")
