@@ -1,11 +1,15 @@
-"""The embeddings that a command is given or finds: opened, and said which they are and what their keys are."""
+"""The embeddings that a command is given or finds: opened, and said what their keys are and which rows cannot be used."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
+from clipcid_cli.formats.skips import Skips
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.shared import EmbeddingsSettings
 
@@ -32,3 +36,13 @@ def open_given(
         )
     reporter.note(f"{folder}: the key is {keys}.")
     return embeddings
+
+
+def skip_rows(embeddings: Embeddings, bad: npt.NDArray[np.int64], max_bad_fraction: float, reporter: Reporter) -> Skips:
+    """Count and name rows that cannot be used, given their numbers, ascending; too many of them are an error."""
+    pieces = embeddings.take_column(embeddings.keys_of, bad)
+    skips = Skips.of({key: "nan_row" for piece in pieces for key in piece.to_pylist()})
+    skips.check(embeddings.num_rows, max_bad_fraction, str(embeddings.folder))
+    if skips.total:
+        reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
+    return skips

@@ -75,7 +75,7 @@ def write_embeddings(work: Path, data: Path, model: Path, kind: str, left: int, 
             images, texts = rows.draw(number, len(samples))
             made = {Kind.IMAGES: images, Kind.TEXTS: texts}
             keys = [name + place for place in places]
-            writer.write(number, ShardRows(len(samples), Skips(), 0, keys, captions, None, made))
+            writer.write(number, ShardRows(len(samples), Skips(), {"laid_on_white": 0}, keys, captions, None, made))
 
         with ThreadPoolExecutor(THREADS) as pool:
             for _ in pool.map(write, range(len(dataset.shards) - left)):

@@ -28,7 +28,7 @@ from clipcid_cli.steps.balance.partition import audit_kept
 from clipcid_cli.steps.balance.plan import list_row_files, make_plan
 from clipcid_cli.steps.balance.report import REPORT, has_new_pictures
 from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
-from clipcid_cli.steps.balance.samples import take_texts, validate_data_there
+from clipcid_cli.steps.balance.samples import validate_data_there
 from clipcid_cli.steps.balance.sets import compare_linkages, make_sets
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 from clipcid_cli.steps.balance.write import Outcome, write
@@ -36,6 +36,7 @@ from clipcid_cli.steps.balance.write_lists import validate_new, write_kept
 from clipcid_cli.steps.balance.write_shards import write_shards
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.embed.result import EmbedCost
+from clipcid_cli.steps.given_embeddings import skip_rows
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -107,12 +108,7 @@ def _count_skipped(plan: BalancePlan, rows: BalanceRows) -> Skips:
         )
     is_bad = np.ones(embeddings.num_rows, np.bool_)
     is_bad[rows.numbers] = False
-    keys = take_texts(embeddings, embeddings.keys_of, np.flatnonzero(is_bad))
-    skips = Skips.of(dict.fromkeys(keys, "nan_row"))
-    skips.check(embeddings.num_rows, plan.settings.max_bad_fraction, str(embeddings.folder))
-    if skips.total:
-        plan.reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
-    return skips
+    return skip_rows(embeddings, np.flatnonzero(is_bad), plan.settings.max_bad_fraction, plan.reporter)
 
 
 def begin(plan: BalancePlan, output: Output[BalanceSidecar]) -> BalanceRun:

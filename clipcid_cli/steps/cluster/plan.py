@@ -25,7 +25,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.cluster.selection import Selection
-from clipcid_cli.steps.given_embeddings import open_given
+from clipcid_cli.steps.given_embeddings import open_given, skip_rows
 from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.reporting import Reporter
@@ -181,12 +181,7 @@ def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     usable = np.ones(embeddings.num_rows, dtype=np.bool_)
     bad = embeddings.find_bad_rows(texts=True)
     usable[bad] = False
-    skips = Skips.of(
-        {key: "nan_row" for piece in embeddings.take_column(embeddings.keys_of, bad) for key in piece.to_pylist()}
-    )
-    skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))
-    if skips.total:
-        reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
+    skips = skip_rows(embeddings, bad, settings.max_bad_fraction, reporter)
     if keep_list is not None:
         scratch = None if settings.dry_run else work.path  # a dry run leaves it as it is
         usable &= keep_list.find_kept(

@@ -54,6 +54,11 @@ from clipcid_cli.steps.settings.shared import ReadingSettings
 _ADD_NO_TEXT = "Add --no-text to embed the images alone."
 # About as long as the median caption on the web, for estimates.
 TYPICAL_CAPTION = "a photo of a cat on a red chair"
+# What is done to images that are not shown as they are stored.
+_ADAPTED = {
+    "laid_on_white": "transparent pixels, which were shown on white",
+    "from_16_bit": "16 bits of grey, which were scaled to 8",
+}
 # From this many samples on, too many unusable ones end the step before all data is read.
 _EARLY_CHECK = 10_000
 
@@ -253,8 +258,7 @@ def _make_rows(encoder: EmbedEncoder, shard: Shard, parts: Sequence[Encoded], la
     return ShardRows(
         read=last.read,
         skipped=skipped,
-        laid_on_white=made.laid_on_white,
-        from_16_bit=made.from_16_bit,
+        adapted={how: made.adapted[how] for how in _ADAPTED},
         keys=[sample.key for sample in made.samples],
         captions=[sample.captions[0] if sample.captions else "" for sample in made.samples],
         counts=counts if several else None,
@@ -302,22 +306,14 @@ def _commit(
     else:
         fix = plan.without_text if "no_caption" in skips.counts else ""
         skips.check(read, plan.max_bad_fraction, plan.dataset.spec, fix)
-        laid_on_white = sum(each.laid_on_white for each in records)
-        if laid_on_white:
-            reporter.note(f"{laid_on_white:,} images have transparent pixels, which were shown on white.")
-        from_16_bit = sum(each.from_16_bit for each in records)
-        if from_16_bit:
-            reporter.note(f"{from_16_bit:,} images have 16 bits of grey, which were scaled to 8.")
+        adapted = {how: sum(getattr(each, how) for each in records) for how in _ADAPTED}
+        for how, number in adapted.items():
+            if number:
+                reporter.note(f"{number:,} images have {_ADAPTED[how]}.")
         if skips.total:
             reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
         entries |= {
-            "counts": {
-                "images": rows,
-                "read": read,
-                "skipped": skipped,
-                "laid_on_white": laid_on_white,
-                "from_16_bit": from_16_bit,
-            },
+            "counts": {"images": rows, "read": read, "skipped": skipped, **adapted},
             "seconds": {phase: fmean(each[phase] for _, each in timings) for phase in ("read", "encode", "write")},
             "images_per_second": speed,
             "data": plan.dataset.describe(),
