@@ -36,7 +36,7 @@ from clipcid_cli.steps.balance.write_lists import validate_new, write_kept
 from clipcid_cli.steps.balance.write_shards import write_shards
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.embed.result import EmbedCost
-from clipcid_cli.steps.given_embeddings import skip_rows
+from clipcid_cli.steps.inputs import skip_rows
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 

@@ -24,7 +24,7 @@ from clipcid_cli.steps.distill.inputs import Inputs, find_inputs, named_teacher
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
-from clipcid_cli.steps.keep_list import NO_KEEP_LIST
+from clipcid_cli.steps.inputs import NO_KEEP_LIST
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.fields import output_settings

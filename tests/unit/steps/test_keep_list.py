@@ -13,7 +13,7 @@ import pytest
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import lock
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
+from clipcid_cli.steps.inputs import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.reporting import Reporter
 
 KEYS = [f"{row:04d}" for row in range(100)]
