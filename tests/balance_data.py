@@ -11,10 +11,9 @@ import msgspec
 import numpy as np
 import pandas as pd
 
-from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.plan import make_plan
+from clipcid_cli.steps.balance.plan import identify, make_plan
 from clipcid_cli.steps.balance.run import begin, run
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter
@@ -109,7 +108,7 @@ def begun(work: Path, embeddings: Path, listener: Reporter | None = None, **sett
     chosen = BalanceSettings(work=work, embeddings=embeddings, device="cpu", precision="fp32", **settings)
     with open_dist_context("cpu") as context:
         plan = make_plan(chosen, context, listener)
-        with claim_output(context, plan.folder, "balance", BalanceSidecar, **plan.wanted) as output:
+        with claim_output(context, identify(plan)) as output:
             output.start()
             yield begin(plan, output)
 

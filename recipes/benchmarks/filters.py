@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from balance import describe_machine, unit
 
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.output import open_output
+from clipcid_cli.formats.output import OutputSpec, open_output
 from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.steps.balance import report, run, sets, write
 from clipcid_cli.steps.reporting import Reporter
@@ -168,7 +168,7 @@ def write_clusters(folder: Path, labels: np.ndarray, generator: np.random.Genera
         "iterations": 0,
         "seconds": {},
     }
-    with open_output(folder, "cluster", ClusterSidecar, settings={}, inputs=[], overwrite=False) as output:
+    with open_output(OutputSpec(folder, "cluster", ClusterSidecar, settings={}, inputs=[])) as output:
         output.start()
         pq.write_table(table, output.work / "clusters.parquet")
         written = [record(output.work / "clusters.parquet", output.work)]

@@ -21,7 +21,7 @@ import pyarrow as pa
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_bytes, write_parquet, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.output import Output, open_output
+from clipcid_cli.formats.output import Output, OutputSpec, open_output
 from clipcid_cli.formats.parquet import read_columns, read_rows, write_row_groups
 from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import ForestSidecar
@@ -82,7 +82,7 @@ def open_forest(
     folder: Path, inputs: Sequence[FileRecord], neighbors: str, *, overwrite: bool
 ) -> AbstractContextManager[Output[ForestSidecar]]:
     """Open the forest of some embeddings in the folder of `balance`; one of others is replaced without a word."""
-    return open_output(
+    spec = OutputSpec(
         folder,
         _STEPS[neighbors],
         ForestSidecar,
@@ -91,6 +91,7 @@ def open_forest(
         may_differ=("inputs",),
         overwrite=overwrite,
     )
+    return open_output(spec)
 
 
 def write_forest(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -150,7 +150,6 @@ class BalancePlan:
     data: Dataset | None = None  # the data that ``--write-shards`` copies from, all tars; None without it
     clusters: FoundClusters | None  # those of ``--max-per-cluster``
     references: Sequence[Reference] = ()  # those of ``--against``; none in a dry run, which makes no embeddings of them
-    wanted: dict[str, Any] = dataclasses.field(default_factory=dict)  # arguments of `claim_output`; none in a dry run
     seconds: dict[str, float]  # time by phase, but for that of writing; those that follow add theirs
 
     @property
@@ -184,7 +183,7 @@ class BalanceRun(BalancePlan):
     @cached_property
     def inputs(self) -> str:
         """Identifies the rows, whatever is chosen of them."""
-        return identity_of({}, self.output.run.inputs)
+        return identity_of({}, self.output.spec.inputs)
 
     @property
     def rows_in_memory(self) -> int:

@@ -133,7 +133,7 @@ def _search(run: BalanceRun, plan: Plan, read: ReadRows, known: Edges, reach: fl
 
 def _inputs(run: BalanceRun) -> list[FileRecord]:
     """Return what decides the rows of the forest."""
-    return [*run.output.run.inputs, *run.rows.describe_choice()]
+    return [*run.output.spec.inputs, *run.rows.describe_choice()]
 
 
 def _read(run: BalanceRun) -> Forest | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import validate_writable
@@ -12,9 +11,9 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
 from clipcid_cli.formats.fingerprint import find_lost
-from clipcid_cli.formats.output import WORK
+from clipcid_cli.formats.output import WORK, OutputSpec
 from clipcid_cli.formats.results.forest import ROW_FILES, RowFile, read_row_files
-from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import BalanceSidecar, EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.timing import timed
@@ -55,8 +54,7 @@ def make_plan(settings: BalanceSettings, context: DistContext, reporter: Reporte
     plan = dataclasses.replace(plan, data=context.on_rank0(lambda: _open_data(plan)))
     if settings.dry_run:
         return plan
-    plan = dataclasses.replace(plan, references=open_references(plan))
-    return dataclasses.replace(plan, wanted=context.on_rank0(lambda: _identify(plan)))
+    return dataclasses.replace(plan, references=open_references(plan))
 
 
 def _validate_named(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
@@ -117,8 +115,8 @@ def _kinds_read(settings: BalanceSettings) -> list[Kind]:
     return [Kind.TEXTS] if settings.has_window or settings.select == "similarity" else []
 
 
-def _identify(plan: BalancePlan) -> dict[str, Any]:
-    """Return by what the output is known again: arguments of `claim_output`.
+def identify(plan: BalancePlan) -> OutputSpec[BalanceSidecar]:
+    """Say what decides the output; call it on the first process.
 
     All settings may change on an existing forest; of the inputs, there may be more.
     """
@@ -139,12 +137,15 @@ def _identify(plan: BalancePlan) -> dict[str, Any]:
     }
     if not settings.overwrite:
         _validate_none_lost(plan.folder, embeddings)
-    return {
-        "settings": identity,
-        "inputs": inputs,
-        "overwrite": settings.overwrite,
-        "may_differ": {*identity} if settings.overwrite else {*identity, "inputs"},
-    }
+    return OutputSpec(
+        plan.folder,
+        "balance",
+        BalanceSidecar,
+        settings=identity,
+        inputs=inputs,
+        overwrite=settings.overwrite,
+        may_differ={*identity} if settings.overwrite else {*identity, "inputs"},
+    )
 
 
 def _validate_none_lost(folder: Path, embeddings: Embeddings) -> None:

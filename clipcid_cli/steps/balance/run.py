@@ -25,7 +25,7 @@ from clipcid_cli.steps.balance.filters.against import find_near
 from clipcid_cli.steps.balance.filters.captions import find_captions
 from clipcid_cli.steps.balance.filters.cluster_cap import cap_clusters
 from clipcid_cli.steps.balance.partition import audit_kept
-from clipcid_cli.steps.balance.plan import list_row_files, make_plan
+from clipcid_cli.steps.balance.plan import identify, list_row_files, make_plan
 from clipcid_cli.steps.balance.report import REPORT, has_new_pictures
 from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
 from clipcid_cli.steps.balance.samples import validate_data_there
@@ -51,7 +51,7 @@ def run(settings: BalanceSettings, reporter: Reporter) -> BalanceResult | Balanc
             keep_few_kernels()
         if settings.dry_run:
             return estimate_cost(plan)
-        with claim_output(context, plan.folder, "balance", BalanceSidecar, **plan.wanted) as output:
+        with claim_output(context, context.on_rank0(lambda: identify(plan))) as output:
             result = context.on_rank0(lambda: _take_or_start(plan, output))
             if result is None:
                 balance = begin(plan, output)

@@ -18,7 +18,7 @@ from clipcid_cli.formats.data.remote import local_file
 from clipcid_cli.formats.data.tars import Copied, copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import find_repeat, join, parquet_listing
-from clipcid_cli.formats.output import Output, is_claimed
+from clipcid_cli.formats.output import Output, OutputSpec, is_claimed
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.results.keep_list import KeepList, is_uid, read_keep_list
 from clipcid_cli.formats.sidecar import Sidecar
@@ -43,11 +43,18 @@ def write_shards(plan: BalancePlan, target: Path) -> None:
     ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
     """
     data, context, reporter = plan.data, plan.context, plan.reporter
-    inputs = [record(plan.keep_list)]
     assert data is not None  # the plan has opened it
     context.on_rank0(lambda: _validate_own(target))
-    wanted = {"settings": {}, "inputs": inputs, "overwrite": plan.settings.overwrite, "elsewhere": "--write-shards"}
-    with claim_output(context, target, _STEP, Sidecar, **wanted) as output:
+    spec = OutputSpec(
+        target,
+        _STEP,
+        Sidecar,
+        settings={},
+        inputs=[record(plan.keep_list)],
+        overwrite=plan.settings.overwrite,
+        elsewhere="--write-shards",
+    )
+    with claim_output(context, spec) as output:
         if output.finished is not None:
             reporter.note(f"{target} already holds these shards.")
             return

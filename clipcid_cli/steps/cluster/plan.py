@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.output import find_output, is_claimed
+from clipcid_cli.formats.output import OutputSpec, find_output, is_claimed
 from clipcid_cli.formats.sidecar import ClusterSidecar, RepairFigures
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -134,11 +133,35 @@ class ClusterPlan:
     """What is clustered, and into how many clusters."""
 
     settings: ClusterSettings
-    folder: Path  # where the clusters are to lie
     rows: ClusterRows
     trained: ClusterRows  # the rows that centroids are computed from: all, or some drawn ones (--train-rows)
     num_clusters: int
-    wanted: dict[str, Any]  # arguments of `claim_output`
+
+    @property
+    def folder(self) -> Path:
+        return WorkDirectory(self.settings.work).clusters
+
+    def identify(self) -> OutputSpec[ClusterSidecar]:
+        """Say what decides the output; call it on the first process, which hashes the files of another tool."""
+        settings, rows = self.settings, self.rows
+        identity = {
+            "features": settings.features,
+            "num_clusters": self.num_clusters,
+            "iterations": settings.iterations,
+            "train_rows": None if self.trained is rows else settings.train_rows,
+            "seed": settings.seed,
+            "images": len(rows),
+            "keys": rows.embeddings.key_rule,
+        }
+        return OutputSpec(
+            self.folder,
+            "cluster",
+            ClusterSidecar,
+            settings=identity,
+            inputs=rows.fingerprint(),
+            overwrite=settings.overwrite,
+            elsewhere="--work, with --embeddings",
+        )
 
     @property
     def num_nearest(self) -> int:
@@ -148,7 +171,6 @@ class ClusterPlan:
 
 def make_plan(settings: ClusterSettings, reporter: Reporter) -> ClusterPlan:
     """Look at everything that can be wrong, and say what was taken."""
-    folder = WorkDirectory(settings.work).clusters
     rows = _choose_rows(settings, reporter)
     num_clusters = _choose_num_clusters(settings, rows, reporter)
     trained = rows
@@ -160,22 +182,10 @@ def make_plan(settings: ClusterSettings, reporter: Reporter) -> ClusterPlan:
                 f"{len(trained) / num_clusters:.1f} images, too few to represent the others. Use at least "
                 f"{_MIN_PER_CENTROID * num_clusters:,} ({_MIN_PER_CENTROID} a centroid)."
             )
-    identity = {
-        "features": settings.features,
-        "num_clusters": num_clusters,
-        "iterations": settings.iterations,
-        "train_rows": None if trained is rows else settings.train_rows,
-        "seed": settings.seed,
-        "images": len(rows),
-        "keys": rows.embeddings.key_rule,
-    }
-    wanted: dict[str, Any] = {"overwrite": settings.overwrite, "elsewhere": "--work, with --embeddings"}
-    # Another tool's files are hashed for it, which a dry run does where there is something to compare them with.
-    if not settings.dry_run or is_claimed(folder, "cluster"):
-        wanted |= {"settings": identity, "inputs": rows.fingerprint()}
-        if settings.dry_run:
-            find_output(folder, "cluster", ClusterSidecar, **wanted)
-    return ClusterPlan(settings, folder, rows, trained, num_clusters, wanted)
+    plan = ClusterPlan(settings, rows, trained, num_clusters)
+    if settings.dry_run and is_claimed(plan.folder, "cluster"):
+        find_output(plan.identify())
+    return plan
 
 
 def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter: Reporter) -> int:

@@ -70,7 +70,9 @@ def run(settings: ClusterSettings, reporter: Reporter) -> ClusterResult | Cluste
             plan = context.on_rank0(lambda: make_plan(settings, reporter))
         if settings.dry_run:
             return _estimate_cost(plan, context, reporter)
-        with claim_output(context, plan.folder, "cluster", ClusterSidecar, **plan.wanted) as output:
+        with timed(seconds, "read"):
+            spec = context.on_rank0(plan.identify)
+        with claim_output(context, spec) as output:
             if output.finished is not None:
                 reporter.note(f"These clusters are in {plan.folder} already.")
                 result = msgspec.convert(output.finished.result, ClusterResult)

@@ -10,7 +10,7 @@ import msgspec
 
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.output import Output, find_output
+from clipcid_cli.formats.output import Output, OutputSpec, find_output
 from clipcid_cli.formats.results.run_folder import import_tensorboard, list_checkpoints, write_held_out
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
@@ -52,19 +52,22 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
         warn_of_copies(plan.inputs.dataset, context, reporter)
         teacher = load_online_model(plan.inputs, context)
         folder = plan.folder
-        wanted: dict[str, Any] = {
-            "settings": identity(plan, student),
-            "inputs": plan.inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
-            "overwrite": settings.overwrite,
-            "elsewhere": "--name",
-        }
+        spec = OutputSpec(
+            folder.path,
+            "distill",
+            DistillSidecar,
+            settings=identity(plan, student),
+            inputs=plan.inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
+            overwrite=settings.overwrite,
+            elsewhere="--name",
+        )
         if settings.dry_run:
-            context.on_rank0(lambda: find_output(folder.path, "distill", DistillSidecar, **wanted))
+            context.on_rank0(lambda: find_output(spec))
             validate_samples(plan.inputs.dataset, context, settings.seed, dry_run=True, reporter=reporter)
             cost = estimate_cost(Trainer(plan, student, teacher, context, reporter))
             cost.evaluations = plan.evaluations.preview(reporter)
             return cost
-        with claim_output(context, folder.path, "distill", DistillSidecar, **wanted) as output:
+        with claim_output(context, spec) as output:
             sidecar = output.finished
             if sidecar is not None:
                 reporter.note(f"{folder.path} holds this run already, finished.")

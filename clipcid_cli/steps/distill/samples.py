@@ -18,7 +18,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import Listing, Values, join, parquet_listing
-from clipcid_cli.formats.output import find_output, open_output
+from clipcid_cli.formats.output import OutputSpec, find_output, open_output
 from clipcid_cli.formats.results.clusters import TABLE, Clusters
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, STEP, TRAINING, matched_folder, writing_rows
 from clipcid_cli.formats.sidecar import Sidecar
@@ -153,15 +153,16 @@ def find_samples(
         "val_fraction": settings.val_fraction,
     }
     folder = matched_folder(dataset.index_folder, identity)
-    wanted: dict[str, Any] = {"settings": {"matched": folder.name}, "inputs": [], "overwrite": True}
-    matched = find_output(folder, STEP, Sidecar, **wanted).finished
+    spec = OutputSpec(folder, STEP, Sidecar, settings={"matched": folder.name}, inputs=[], overwrite=True)
+    matched = find_output(spec).finished
     if matched is None or (scratch is None and any(folder.glob(f".{STEP}-*"))):  # what a killed run left beside them
         if scratch is not None:
             folder = matched_folder(scratch, identity)
+            spec = dataclasses.replace(spec, folder=folder)
         with lock_index(folder.parent):
-            if find_output(folder, STEP, Sidecar, **wanted).finished is None:
+            if find_output(spec).finished is None:
                 shutil.rmtree(folder, ignore_errors=True)  # damaged, or begun by a run that was killed
-            with open_output(folder, STEP, Sidecar, **wanted) as output:
+            with open_output(spec) as output:
                 matched = output.finished  # another run may just have made it
                 if matched is None:
                     output.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.manifest import read_manifest, read_unfinished
 from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.fingerprint import FileRecord, find_lost, record_together
-from clipcid_cli.formats.output import find_output, is_claimed, other_run_error, unfinished
+from clipcid_cli.formats.output import OutputSpec, find_output, is_claimed, other_run_error, unfinished
 from clipcid_cli.formats.sidecar import EmbedSidecar, TextsSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
@@ -69,6 +70,19 @@ class EmbedPlan:
     @property
     def input(self) -> FileRecord:
         return record_together(self.dataset.spec, self.shards)
+
+    def identify(self, of_model: dict[str, Any], may_differ: Collection[str]) -> OutputSpec[Any]:
+        """Say what decides the output, given the settings of the model."""
+        return OutputSpec(
+            self.folder,
+            self.step,
+            TextsSidecar if self.of_texts else EmbedSidecar,
+            settings=self.requested | of_model,
+            inputs=[self.input],
+            overwrite=self.settings.overwrite,
+            may_differ=may_differ,
+            elsewhere=ELSEWHERE,
+        )
 
     @property
     def max_bad_fraction(self) -> float:
@@ -138,16 +152,7 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
             model = {name: value for name, value in sidecar.settings.items() if name in _OF_MODEL}
             asked = {"batch_size": plan.settings.batch_size, "precision": plan.settings.precision}
             model |= {name: value for name, value in asked.items() if value not in (None, "auto")}
-            found = find_output(
-                folder,
-                step,
-                plan.sidecar_type,
-                settings=plan.requested | model,
-                inputs=[plan.input],
-                overwrite=plan.settings.overwrite,
-                may_differ={"inputs"},
-                elsewhere=ELSEWHERE,
-            )
+            found = find_output(plan.identify(model, may_differ={"inputs"}))
             if found.finished is not None:
                 return dataclasses.replace(plan, finished=found.finished)
         there = [record.input for record in read_manifest(folder, "Add --overwrite to replace it.")]

@@ -32,7 +32,7 @@ from clipcid_cli.formats.embeddings.manifest import (
 )
 from clipcid_cli.formats.embeddings.text_folder import TEXTS, TEXTS_FILE, write_texts
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.output import Output, find_output, find_works, open_output
+from clipcid_cli.formats.output import Output, OutputSpec, find_output, find_works, open_output
 from clipcid_cli.formats.sidecar import TextsSidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -43,7 +43,7 @@ from clipcid_cli.runtime.timing import time_trial, timed
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index, stream_shard
 from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder, recount_partners
-from clipcid_cli.steps.embed.plan import ELSEWHERE, EmbeddedSidecar, EmbedPlan, choose_text, describe_shards, make_plan
+from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, choose_text, describe_shards, make_plan
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded, EmbedResult, TextsCost, TextsResult
 from clipcid_cli.steps.encode import Batch, Encoded, encode, join, list_batches
 from clipcid_cli.steps.preflight import validate_samples
@@ -85,21 +85,14 @@ def make_embeddings(
         validate_samples(plan.dataset, context, settings.seed, dry_run=settings.dry_run, reporter=reporter)
     encoder = load_encoder(plan, context)
     reporter.note(encoder.describe())
-    made = plan.requested | encoder.settings
-    wanted: dict[str, Any] = {
-        "settings": made,
-        "inputs": [plan.input],
-        "overwrite": settings.overwrite,
-        "elsewhere": ELSEWHERE,
-        "may_differ": {"inputs"} if plan.may_grow else set(),
-    }
+    spec = plan.identify(encoder.settings, may_differ={"inputs"} if plan.may_grow else ())
     if settings.dry_run:
-        context.on_rank0(lambda: find_output(plan.folder, plan.step, plan.sidecar_type, **wanted))
+        context.on_rank0(lambda: find_output(spec))
         return _estimate_cost(encoder, plan, context)
-    with claim_output(context, plan.folder, plan.step, plan.sidecar_type, **wanted) as output:
+    with claim_output(context, spec) as output:
         if output.finished is not None:
             return _describe(plan, output.finished)
-        writer = EmbeddingWriter(output.work, made, plan.shards)
+        writer = EmbeddingWriter(output.work, spec.settings, plan.shards)
         context.on_rank0(lambda: _start(output, writer))
         timings = _embed_missing(plan, encoder, writer, context, reporter)
         if not plan.of_texts:
@@ -167,8 +160,8 @@ def _remove_leftovers(plan: EmbedPlan) -> None:
     """Remove what a run left that was killed right after its sidecar, but not what one works with that goes on."""
     made = plan.finished
     if made is not None and find_works(plan.folder, plan.step):
-        wanted: dict[str, Any] = {"settings": made.settings, "inputs": made.inputs, "overwrite": False}
-        with suppress(ClipcidError), open_output(plan.folder, plan.step, plan.sidecar_type, **wanted):
+        spec = OutputSpec(plan.folder, plan.step, type(made), settings=made.settings, inputs=made.inputs)
+        with suppress(ClipcidError), open_output(spec):
             pass
 
 

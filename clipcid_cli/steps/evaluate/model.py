@@ -15,7 +15,7 @@ import torch
 from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.output import Output, OutputSpec
 from clipcid_cli.formats.results.metrics import RETRIEVAL, SIDECARS, Metrics
 from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.skips import Skips
@@ -118,8 +118,7 @@ class EvaluatedModel:
             may_differ: Settings that do not decide all metrics.
         """
         of_model = {"model": self.name.slug, "precision": self.precision.name, "batch_size": self.batch_size}
-        return claim_output(
-            self.context,
+        spec = OutputSpec(
             path.parent / SIDECARS,
             path.stem,
             kind,
@@ -130,6 +129,7 @@ class EvaluatedModel:
             may_differ=may_differ,
             resumes=False,
         )
+        return claim_output(self.context, spec)
 
     def encode(self, task: ZeroshotTask) -> TaskRows:
         """Encode a data set, and the prompts of its classes where it has templates."""

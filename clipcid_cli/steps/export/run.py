@@ -13,7 +13,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record, validate_unchanged
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, sync_files, validate_export_folder
-from clipcid_cli.formats.output import is_claimed, open_output
+from clipcid_cli.formats.output import OutputSpec, is_claimed, open_output
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, Parity, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -125,7 +125,7 @@ def _export(
     }
     weights = FileRecord(info.spec, info.parameters, info.weights_hash)
     lists = [record(path) for path in inputs.classes.files] if inputs.classes is not None else []
-    with open_output(
+    spec = OutputSpec(
         folder,
         "export",
         ExportSidecar,
@@ -134,7 +134,8 @@ def _export(
         overwrite=settings.overwrite,
         elsewhere="--work or --out",
         resumes=False,
-    ) as output:
+    )
+    with open_output(spec) as output:
         if output.finished is not None and all((folder / name).exists() for name in output.finished.written):
             # Limits do not change the content, so an existing export is checked against those of this run.
             for name, found in output.finished.parity.items():
