@@ -18,14 +18,14 @@ from clipcid_cli.formats.join import Keys, join, parquet_listing
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.shared import EmbeddingsSettings
 
 NO_KEEP_LIST = "none"
 
 
 def open_given(
-    settings: EmbeddingsSettings, folder: Path, cache: Path | None, reporter: Reporter, *, needs_column: bool = True
+    settings: EmbeddingsSettings, folder: Path, cache: Path | None, *, needs_column: bool = True
 ) -> Embeddings:
     """Open embeddings; of another tool's, say which column became the key. `cache` is as of `open_embeddings`.
 
@@ -44,17 +44,17 @@ def open_given(
             + (f"they have {there}." if there else "there are none."),
             f"Name another column with --key-column, or omit it: the key is then {keys}.",
         )
-    reporter.note(f"{folder}: the key is {keys}.")
+    reporting.note(f"{folder}: the key is {keys}.")
     return embeddings
 
 
-def skip_rows(embeddings: Embeddings, bad: npt.NDArray[np.int64], max_bad_fraction: float, reporter: Reporter) -> Skips:
+def skip_rows(embeddings: Embeddings, bad: npt.NDArray[np.int64], max_bad_fraction: float) -> Skips:
     """Count and name rows that cannot be used, given their numbers, ascending; too many of them are an error."""
     pieces = embeddings.take_column(embeddings.keys_of, bad)
     skips = Skips.of({key: "nan_row" for piece in pieces for key in piece.to_pylist()})
     skips.check(embeddings.num_rows, max_bad_fraction, str(embeddings.folder))
     if skips.total:
-        reporter.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
+        reporting.warn(f"{skips.total:,} rows were skipped:\n{skips.describe()}")
     return skips
 
 
@@ -72,7 +72,7 @@ class ChosenKeepList:
         """Return where it is and its counts as JSON values, for a sidecar."""
         return {"path": str(self.path), "kept": self.kept, "images": self.images}
 
-    def report(self, source: str, total: int, *, kept: int, missing: int, reporter: Reporter) -> None:
+    def report(self, source: str, total: int, *, kept: int, missing: int) -> None:
         """Report that it was taken; one that lacks too many of the step's samples was made from other data."""
         if missing > self.max_missing * total:
             how = f"lacks {missing:,} of the {total:,} {self.samples} of {source}"
@@ -84,7 +84,7 @@ class ChosenKeepList:
                 f"If those are images that could not be used, allow them: --max-bad-fraction {allowed:g}. If the list is of "
                 "other data, give another --keep-list, or --keep-list none.",
             )
-        reporter.note(f"Keep list: {self.path}, {kept:,} of {total:,} {self.samples} kept.")
+        reporting.note(f"Keep list: {self.path}, {kept:,} of {total:,} {self.samples} kept.")
 
     def validate_related(self, keys: pa.Array, source: str) -> None:
         """Refuse a list that has none of some keys of `source`, n strings."""
@@ -100,9 +100,7 @@ class ChosenKeepList:
             f"{self.samples}.",
         )
 
-    def find_kept(
-        self, keys: Keys, count: int, folder: Path | None, source: str, reporter: Reporter
-    ) -> npt.NDArray[np.bool_]:
+    def find_kept(self, keys: Keys, count: int, folder: Path | None, source: str) -> npt.NDArray[np.bool_]:
         """Look up the N rows of `source` by their keys, all different, and report that the list was taken.
 
         A list in another order than the rows is joined with them in `folder`, see `join`.
@@ -113,12 +111,12 @@ class ChosenKeepList:
         found = join(keys, count, parquet_listing(self.path, "kept"), folder)[:, 0]
         kept = int(np.count_nonzero(found > 0))
         missing = int(np.count_nonzero(found < 0))
-        self.report(source, count, kept=kept, missing=missing, reporter=reporter)
+        self.report(source, count, kept=kept, missing=missing)
         return found > 0
 
 
 def choose_keep_list(
-    option: str | None, work: WorkDirectory, samples: str, max_missing: float, reporter: Reporter
+    option: str | None, work: WorkDirectory, samples: str, max_missing: float
 ) -> ChosenKeepList | None:
     """Choose the keep list of a step; None where all samples are to be used, which is reported.
 
@@ -126,7 +124,7 @@ def choose_keep_list(
     """
     path = work.find_keep_list() if option is None else Path(option)
     if path is None or option == NO_KEEP_LIST:
-        reporter.note(f"Keep list: none, all {samples} are used.")
+        reporting.note(f"Keep list: none, all {samples} are used.")
         return None
     keep_list = read_keep_list(path)
     return ChosenKeepList(path, keep_list.num_kept, len(keep_list), samples, max_missing)

@@ -19,7 +19,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import derive_seed, key_fractions
 from clipcid_cli.runtime.timing import timed
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.shared import KeptSettings
 
 MAX_SCALE = 100.0
@@ -32,9 +32,7 @@ _HELD_OUT_BY_RUNS = 0.01
 _SEED = 0
 
 
-def repair_teacher(
-    settings: KeptSettings, embeddings: Embeddings, reporter: Reporter
-) -> tuple[Embeddings, RepairFigures | None]:
+def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embeddings, RepairFigures | None]:
     """Return embeddings with repaired image rows where that is better, else as they are, and what was found; say it.
 
     Call it on the first process. Nothing is found where nothing could be judged, or not yet: in a dry run.
@@ -50,19 +48,19 @@ def repair_teacher(
         spec = OutputSpec(folder, STEP, RepairSidecar, settings={"scale": scale}, inputs=inputs, overwrite=True)
         found = find_output(spec).finished
     if found is None and settings.dry_run:
-        reporter.note("Teacher: a run decides whether it is repaired (--repair none leaves it as it is).")
+        reporting.note("Teacher: a run decides whether it is repaired (--repair none leaves it as it is).")
         return embeddings, None
     if found is None:
         if is_there:
-            reporter.note(f"{folder} was decided for other rows, or has been changed: repairing anew.")
+            reporting.note(f"{folder} was decided for other rows, or has been changed: repairing anew.")
         pairs = _read_pairs(embeddings)
         if not are_enough(pairs):
-            reporter.note("Teacher left as it is: too few pairs, or different captions, to judge a repair by.")
+            reporting.note("Teacher left as it is: too few pairs, or different captions, to judge a repair by.")
             return embeddings, None
-        with reporter.progress("repair", len(pairs), "pairs") as bar:
+        with reporting.progress("repair", len(pairs), "pairs") as bar:
             found = _decide(spec, pairs, scale)
             bar.advance(len(pairs))
-    reporter.note(describe_repair(found.result))
+    reporting.note(describe_repair(found.result))
     if not found.result.repaired:
         return embeddings, found.result
     [written] = found.outputs

@@ -29,7 +29,6 @@ from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import OutputSpec, open_output
 from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.steps.balance import report, run, sets, write
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 CLUSTER_SIZE = 200
@@ -66,7 +65,7 @@ def main() -> None:
             clusters=folder / "clusters",
             device="cpu",
         )
-        result = timed(run.run, "whole command", taken)(settings, Reporter())
+        result = timed(run.run, "whole command", taken)(settings)
     print(
         f"dropped: {result.against.dropped:,} near a reference, {result.caption_window.below:,} below the "
         f"window, {result.components:,} left of the search, of which the cap drops {result.cluster_cap.dropped:,}"

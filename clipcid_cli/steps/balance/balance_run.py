@@ -26,8 +26,8 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.precision import Precision
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _join(a: IntArray, b: IntArray) -> Edges:
     return Edges(a, b, np.zeros(len(b), np.float32))
 
 
-def read_rows(shared: SharedArrays, images: Rows, reporter: Reporter) -> BalanceRows:
+def read_rows(shared: SharedArrays, images: Rows) -> BalanceRows:
     """Read every row once, each process its share, to find rows that are not finite and rows that are equal."""
     start, stop = shared.context.rank_range(len(images))
     hashes = np.empty(stop - start, np.uint64)
@@ -135,7 +135,7 @@ def read_rows(shared: SharedArrays, images: Rows, reporter: Reporter) -> Balance
 
     numbers, unique, a, b = shared.publish(survey)
     if len(b):
-        reporter.note(f"{len(b):,} rows are exact copies of earlier ones.")
+        reporting.note(f"{len(b):,} rows are exact copies of earlier ones.")
     return BalanceRows(images, numbers, unique, _join(a, b))
 
 
@@ -145,7 +145,6 @@ class BalancePlan:
 
     settings: BalanceSettings
     context: DistContext
-    reporter: Reporter
     embeddings: Embeddings
     data: Dataset | None = None  # the data that ``--write-shards`` copies from, all tars; None without it
     clusters: FoundClusters | None  # those of ``--max-per-cluster``

@@ -18,6 +18,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalancePlan
 from clipcid_cli.steps.balance.filters.against import open_reference
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions
@@ -55,7 +56,7 @@ def estimate_cost(plan: BalancePlan) -> BalanceCost:
 
 def _estimate(plan: BalancePlan, references: list[Embeddings | EmbedCost]) -> BalanceCost:
     validate_data_there(plan)
-    settings, context, reporter = plan.settings, plan.context, plan.reporter
+    settings, context = plan.settings, plan.context
     images = plan.embeddings.num_rows
     width = plan.embeddings.width
     clusters = plan.clusters
@@ -114,9 +115,9 @@ def _estimate(plan: BalancePlan, references: list[Embeddings | EmbedCost]) -> Ba
         disk=disk,
     )
     for line in _describe(result, context.size):
-        reporter.note(line)
+        reporting.note(line)
     if clusters is not None:
-        reporter.note(f"After it, clusters are capped: {clusters.folder}, {clusters.images:,} images.")
+        reporting.note(f"After it, clusters are capped: {clusters.folder}, {clusters.images:,} images.")
         clusters.warn_of_few(plan, searched)
     return result
 

@@ -30,6 +30,7 @@ from clipcid_cli.formats.results.forest import (
     write_forest,
 )
 from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.partition import find_sampled, partitioned
@@ -63,7 +64,7 @@ def _find(run: BalanceRun, cutoff: float | None, num_edges: int) -> tuple[Forest
     started = time.perf_counter()
     rows = run.rows
     settings = run.settings
-    note = run.reporter.note
+    note = reporting.note
 
     def is_enough(forest: Forest) -> bool:
         if len(forest.edges) == rows.num_searched - 1:
@@ -106,7 +107,7 @@ def _search_new(run: BalanceRun, earlier: Forest, is_new: BoolArray) -> Forest:
     """Compare the rows that an earlier forest is not of with all."""
     unique = run.rows.unique
     number = np.count_nonzero(~is_new)
-    run.reporter.note(f"A forest of {number:,} of the {len(is_new):,} images exists: only the others are compared.")
+    reporting.note(f"A forest of {number:,} of the {len(is_new):,} images exists: only the others are compared.")
     new, old = unique[is_new[unique]], unique[~is_new[unique]]
     plan = triangle(np.concatenate([new, old]), run.rows_in_memory, len(new))
     # As far as it is known, so that nothing of it is lost.
@@ -120,7 +121,7 @@ def _search_all(run: BalanceRun, known: Edges, reach: float) -> Forest:
         with partitioned(run, reach) as found:
             if found is not None:
                 return _search(run, *found, known, reach)
-        run.reporter.note(f"Up to distance {reach:.4f} partitions would save little: all pairs are compared.")
+        reporting.note(f"Up to distance {reach:.4f} partitions would save little: all pairs are compared.")
     return _search(run, triangle(run.rows.unique, run.rows_in_memory), run.rows.read, known, reach)
 
 
@@ -170,7 +171,7 @@ def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
         lost = find_lost(earlier, files)
         stored = read_forest(folder, sidecar.inputs, overwrite=overwrite)
         if lost or stored is None or stored.num_rows != np.count_nonzero(~is_new):
-            run.reporter.note(
+            reporting.note(
                 "The existing forest cannot be extended, since its files are not all there, unchanged and in that "
                 f"order{lost and f' ({lost})'}: all pairs are compared."
             )

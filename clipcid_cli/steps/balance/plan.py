@@ -17,6 +17,7 @@ from clipcid_cli.formats.sidecar import BalanceSidecar, EmbedSidecar, read_sidec
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan
 from clipcid_cli.steps.balance.filters.against import open_references, validate_models, validate_none_missing
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_cap_clusters
@@ -25,28 +26,26 @@ from clipcid_cli.steps.balance.write_lists import validate_uids
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.inputs import open_given
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
 
-def make_plan(settings: BalanceSettings, context: DistContext, reporter: Reporter) -> BalancePlan | EmbedCost:
+def make_plan(settings: BalanceSettings, context: DistContext) -> BalancePlan | EmbedCost:
     """Look at what the settings name, before hours of embedding; then make what embeddings there are none of.
 
     A dry run makes none, and returns what they would cost.
     """
     seconds = dict[str, float]()
     with timed(seconds, "embed"):
-        clusters = context.on_rank0(lambda: _validate_named(settings, reporter))
-        folder = _find_embeddings(settings, context, reporter)
+        clusters = context.on_rank0(lambda: _validate_named(settings))
+        folder = _find_embeddings(settings, context)
         if isinstance(folder, EmbedCost):
             return folder
         cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
-        embeddings = open_given(settings, folder, cache, reporter)
+        embeddings = open_given(settings, folder, cache)
     plan = BalancePlan(
         settings=settings,
         context=context,
-        reporter=reporter,
         embeddings=embeddings,
         clusters=clusters,
         seconds=seconds,
@@ -57,24 +56,24 @@ def make_plan(settings: BalanceSettings, context: DistContext, reporter: Reporte
     return dataclasses.replace(plan, references=open_references(plan))
 
 
-def _validate_named(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
+def _validate_named(settings: BalanceSettings) -> FoundClusters | None:
     for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
         if path is not None:
             validate_writable(path)
     validate_none_missing(settings)
-    return find_cap_clusters(settings, reporter)
+    return find_cap_clusters(settings)
 
 
-def _find_embeddings(settings: BalanceSettings, context: DistContext, reporter: Reporter) -> Path | EmbedCost:
+def _find_embeddings(settings: BalanceSettings, context: DistContext) -> Path | EmbedCost:
     work = WorkDirectory(settings.work)
     folder = settings.embeddings
     if folder is None and settings.data is None and settings.model is None:
         folder = context.on_rank0(work.find_embeddings)
-        reporter.note(f"Embeddings: {folder}.")
+        reporting.note(f"Embeddings: {folder}.")
     elif folder is None:
         model = settings.model or context.on_rank0(lambda: _model_of(work)) or DEFAULT_MODEL
         context.on_rank0(lambda: validate_models(settings, model))
-        return ensure_embeddings(settings, context, reporter, data=settings.data, model=model)
+        return ensure_embeddings(settings, context, data=settings.data, model=model)
     return folder
 
 

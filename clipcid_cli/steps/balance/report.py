@@ -31,6 +31,7 @@ from clipcid_cli.formats.results.forest import SetTable
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.runtime.models.decode import SkippedImage, decode_image
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRows, BalanceRun
 from clipcid_cli.steps.balance.filters.against import NearReferences
 from clipcid_cli.steps.balance.result import BalanceResult
@@ -115,7 +116,7 @@ def write_report(
             f"The report shows {gallery.shown:,} of {gallery.shown + missing:,} pictures: {recorded['why']} Once they can "
             "be read, the same command writes it with them."
         )
-        run.reporter.warn(warning)
+        reporting.warn(warning)
         warnings = [*warnings, warning]
     write_text(
         run.work / REPORT,
@@ -314,7 +315,7 @@ class Gallery:
             if self.closed != _UNKNOWN:
                 self.unread |= dict.fromkeys(zip(shards, keys, strict=True), self.closed)
             return [""] * len(keys)
-        finder = SampleFinder(self.data, self._plan.settings.workers, self._plan.reporter)
+        finder = SampleFinder(self.data, self._plan.settings.workers)
         found: list[Sample | None] | None = None
         if finder.searches_all(shards):  # once for all of them
             try:

@@ -19,6 +19,7 @@ from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.libraries import keep_few_kernels
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRows, BalanceRun, read_rows
 from clipcid_cli.steps.balance.cost import estimate_cost
 from clipcid_cli.steps.balance.filters.against import find_near
@@ -37,14 +38,13 @@ from clipcid_cli.steps.balance.write_shards import write_shards
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.inputs import skip_rows
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
-def run(settings: BalanceSettings, reporter: Reporter) -> BalanceResult | BalanceCost | EmbedCost:
+def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
     """Balance a data set; with ``--dry-run`` estimate what that takes, or first the embeddings that it lacks."""
     with open_dist_context(settings.device) as context:
-        plan = make_plan(settings, context, reporter)
+        plan = make_plan(settings, context)
         if isinstance(plan, EmbedCost):
             return plan
         if settings.neighbors == "partitioned":  # the tiles of partitions are of many sizes
@@ -79,17 +79,16 @@ def run(settings: BalanceSettings, reporter: Reporter) -> BalanceResult | Balanc
 
 def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> BalanceResult | None:
     """Return the result that is there already, unless its report can now show more; else start the output."""
-    reporter = plan.reporter
     if output.finished is not None:
         if not has_new_pictures(plan, output.finished):
-            reporter.note(f"{plan.folder} already holds this result.")
+            reporting.note(f"{plan.folder} already holds this result.")
             return msgspec.convert(output.finished.result, BalanceResult)
-        reporter.note("Pictures missing from the report can be read now: it is rewritten.")
+        reporting.note("Pictures missing from the report can be read now: it is rewritten.")
     else:
         validate_new(plan.settings)
     if output.differences:
         told = list_differences(output.differences)
-        reporter.note(f"The result in {plan.folder}, of other settings or inputs, will be replaced:\n{told}")
+        reporting.note(f"The result in {plan.folder}, of other settings or inputs, will be replaced:\n{told}")
     validate_data_there(plan)
     output.start()
     write_row_files(output.work / ROW_FILES, list_row_files(plan.embeddings))
@@ -108,7 +107,7 @@ def _count_skipped(plan: BalancePlan, rows: BalanceRows) -> Skips:
         )
     is_bad = np.ones(embeddings.num_rows, np.bool_)
     is_bad[rows.numbers] = False
-    return skip_rows(embeddings, np.flatnonzero(is_bad), plan.settings.max_bad_fraction, plan.reporter)
+    return skip_rows(embeddings, np.flatnonzero(is_bad), plan.settings.max_bad_fraction)
 
 
 def begin(plan: BalancePlan, output: Output[BalanceSidecar]) -> BalanceRun:
@@ -116,7 +115,7 @@ def begin(plan: BalancePlan, output: Output[BalanceSidecar]) -> BalanceRun:
     began = time.perf_counter()
     settings, shared = plan.settings, SharedArrays(plan.context, output.work)
     with timed(plan.seconds, "search"):
-        rows = read_rows(shared, plan.embeddings.rows(Kind.IMAGES), plan.reporter)
+        rows = read_rows(shared, plan.embeddings.rows(Kind.IMAGES))
     run = BalanceRun(
         **vars(plan),
         output=output,
@@ -148,7 +147,7 @@ def _compute(run: BalanceRun) -> Outcome:
     """Find what is kept, on all processes."""
     sets, forest, reused = make_sets(run)
     if reused:
-        run.reporter.note("The forest of these embeddings exists: keep list, curve and report are made from it.")
+        reporting.note("The forest of these embeddings exists: keep list, curve and report are made from it.")
     other = compare_linkages(run, sets, forest)
     cap = None if run.clusters is None else cap_clusters(run, run.clusters, sets.kept)
     is_kept = sets.kept if cap is None else sets.kept & ~cap.is_dropped

@@ -24,7 +24,6 @@ from clipcid_cli.formats.results.keep_list import is_uid
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps.balance.balance_run import BalancePlan
 from clipcid_cli.steps.data_index import index_alone, open_part
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
@@ -95,10 +94,9 @@ class SampleFinder:
     record shards.
     """
 
-    def __init__(self, data: Dataset, workers: int | None, reporter: Reporter) -> None:
+    def __init__(self, data: Dataset, workers: int | None) -> None:
         self._data = data
         self._workers = workers
-        self._reporter = reporter
         self._numbers = {shard.name: number for number, shard in enumerate(data.shards)}
         self._part = lru_cache(maxsize=1)(lambda number: open_part(self._data, number))
         self._places: Values | None = None
@@ -136,7 +134,7 @@ class SampleFinder:
 
     def _find_places(self, keys: Keys, count: int) -> Values:
         """Find n different keys in the data: shard and place there of each, int64 [n, 2]; −1 for those it does not have."""
-        self._data = index_alone(self._data, self._workers, self._reporter)
+        self._data = index_alone(self._data, self._workers)
         index = self._data.index
         assert index is not None  # it has just been made
 

@@ -25,6 +25,7 @@ from clipcid_cli.formats.results.keep_list import (
     write_pairs,
     write_uids,
 )
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -62,7 +63,7 @@ def write_kept(plan: BalancePlan) -> None:
         num_kept = read_keep_list(keep_list).num_kept
         written = write_uids(settings.write_uids, _kept_uids(plan, num_kept), num_kept, overwrite=overwrite)
         if written < num_kept:
-            plan.reporter.warn(f"{num_kept:,} kept images have {written:,} different uids: each is written once.")
+            reporting.warn(f"{num_kept:,} kept images have {written:,} different uids: each is written once.")
 
 
 def _kept_uids(plan: BalancePlan, num_kept: int) -> Iterator[pa.ChunkedArray]:
@@ -94,7 +95,7 @@ class _UidFinder:
         data = open_data(self._plan)
         if data is not None and data.index is None and self._scratch is not None:
             data = dataclasses.replace(data, index_folder=self._scratch)
-        return None if data is None else SampleFinder(data, self._plan.settings.workers, self._plan.reporter)
+        return None if data is None else SampleFinder(data, self._plan.settings.workers)
 
     def find(self, file: EmbeddingFile, places: IntArray) -> pa.ChunkedArray:
         """Return those of the rows at some places in a file, n strings of 32 hexadecimal digits."""

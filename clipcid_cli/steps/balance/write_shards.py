@@ -22,6 +22,7 @@ from clipcid_cli.formats.output import Output, OutputSpec, is_claimed
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.results.keep_list import KeepList, is_uid, read_keep_list
 from clipcid_cli.formats.sidecar import Sidecar
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan
 from clipcid_cli.steps.balance.samples import read_uid
 from clipcid_cli.steps.claim import claim_output
@@ -42,7 +43,7 @@ def write_shards(plan: BalancePlan, target: Path) -> None:
     A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and
     ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
     """
-    data, context, reporter = plan.data, plan.context, plan.reporter
+    data, context = plan.data, plan.context
     assert data is not None  # the plan has opened it
     context.on_rank0(lambda: _validate_own(target))
     spec = OutputSpec(
@@ -56,7 +57,7 @@ def write_shards(plan: BalancePlan, target: Path) -> None:
     )
     with claim_output(context, spec) as output:
         if output.finished is not None:
-            reporter.note(f"{target} already holds these shards.")
+            reporting.note(f"{target} already holds these shards.")
             return
         context.on_rank0(output.start)
         keep = read_keep_list(plan.keep_list)
@@ -67,7 +68,7 @@ def write_shards(plan: BalancePlan, target: Path) -> None:
             sizes = dict[str, int]()
             files = list[FileRecord]()
             choose = _choose(keep, data, mine, target)
-            with reporter.progress("shards", len(mine), "shards") as progress:
+            with reporting.progress("shards", len(mine), "shards") as progress:
                 for shard in mine:
                     sizes[shard.name] = _write_shard(shard, choose, output, dropped_as)
                     written = [_STATS, *([".tar"] if sizes[shard.name] else [])]
@@ -89,7 +90,7 @@ def write_shards(plan: BalancePlan, target: Path) -> None:
                     "Give the data that the embeddings were made from as the first argument: clipcid balance DATA …",
                 )
             if missing:
-                reporter.warn(f"{missing:,} of the {keep.num_kept:,} images kept are not in the shards.")
+                reporting.warn(f"{missing:,} of the {keep.num_kept:,} images kept are not in the shards.")
             write_json(output.work / _SIZES, by_file)
             files = [*(file for _, part in parts for file in part), record(output.work / _SIZES, output.work)]
             output.commit(counts={"samples": written, "missing": missing, "shards": by_file}, seconds={}, outputs=files)

@@ -24,9 +24,9 @@ from clipcid_cli.formats.sidecar import ClusterSidecar, RepairFigures
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.inputs import choose_keep_list, open_given, skip_rows
 from clipcid_cli.steps.repair import repair_teacher
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 # As many as faiss asks for before it warns.
@@ -169,15 +169,15 @@ class ClusterPlan:
         return min(NUM_NEAREST, self.num_clusters)
 
 
-def make_plan(settings: ClusterSettings, reporter: Reporter) -> ClusterPlan:
+def make_plan(settings: ClusterSettings) -> ClusterPlan:
     """Look at everything that can be wrong, and say what was taken."""
-    rows = _choose_rows(settings, reporter)
-    num_clusters = _choose_num_clusters(settings, rows, reporter)
+    rows = _choose_rows(settings)
+    num_clusters = _choose_num_clusters(settings, rows)
     trained = rows
     if settings.train_rows is not None and settings.train_rows < len(rows):
         trained = rows.sample(settings.train_rows, settings.seed)
         if len(trained) < _MIN_PER_CENTROID * num_clusters and not settings.dry_run:
-            reporter.warn(
+            reporting.warn(
                 f"--train-rows {len(trained):,} gives each of {num_clusters:,} centroids "
                 f"{len(trained) / num_clusters:.1f} images, too few to represent the others. Use at least "
                 f"{_MIN_PER_CENTROID * num_clusters:,} ({_MIN_PER_CENTROID} a centroid)."
@@ -188,11 +188,11 @@ def make_plan(settings: ClusterSettings, reporter: Reporter) -> ClusterPlan:
     return plan
 
 
-def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter: Reporter) -> int:
+def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows) -> int:
     count = len(rows) if settings.train_rows is None else min(settings.train_rows, len(rows))
     default = min(count, default_num_clusters(len(rows)))
     if settings.num_clusters is None:
-        reporter.note(f"Clusters: {default:,}, the default for {len(rows):,} images (--num-clusters).")
+        reporting.note(f"Clusters: {default:,}, the default for {len(rows):,} images (--num-clusters).")
         return default
     if settings.num_clusters > count:
         there = f"the {len(rows):,} images to cluster" if count == len(rows) else f"--train-rows {count:,}"
@@ -203,19 +203,19 @@ def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter:
     return settings.num_clusters
 
 
-def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
+def _choose_rows(settings: ClusterSettings) -> ClusterRows:
     """Find the embeddings and the keep list, join them by key and say which were taken."""
     work = WorkDirectory(settings.work)
     folder = settings.embeddings if settings.embeddings is not None else work.find_embeddings()
     cache = None if settings.dry_run else work.fingerprints
-    embeddings = open_given(settings, folder, cache, reporter)
-    reporter.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
+    embeddings = open_given(settings, folder, cache)
+    reporting.note(f"Embeddings: {folder}, {embeddings.num_rows:,} rows of width {embeddings.width}.")
     if settings.features == "joint" and not embeddings.has_texts:
         raise ClipcidError(
             f"--features joint needs text embeddings, but {folder} has none.",
             f"Use --features image, or embed the captions too: {data_command(folder, embeddings.sidecar, text=True)}",
         )
-    keep_list = choose_keep_list(settings.keep_list, work, "rows", settings.max_bad_fraction, reporter)
+    keep_list = choose_keep_list(settings.keep_list, work, "rows", settings.max_bad_fraction)
     try:
         embeddings.validate_unique_keys()
     except ClipcidError:
@@ -226,17 +226,17 @@ def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     usable = np.ones(embeddings.num_rows, dtype=np.bool_)
     bad = embeddings.find_bad_rows(texts=True)
     usable[bad] = False
-    skips = skip_rows(embeddings, bad, settings.max_bad_fraction, reporter)
+    skips = skip_rows(embeddings, bad, settings.max_bad_fraction)
     if keep_list is not None:
         scratch = None if settings.dry_run else work.path  # a dry run leaves it as it is
         usable &= keep_list.find_kept(
-            lambda: map(embeddings.keys_of, embeddings.files), embeddings.num_rows, scratch, str(folder), reporter
+            lambda: map(embeddings.keys_of, embeddings.files), embeddings.num_rows, scratch, str(folder)
         )
     if not usable.any():
         raise ClipcidError(
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
-    embeddings, repair = repair_teacher(settings, embeddings, reporter)
+    embeddings, repair = repair_teacher(settings, embeddings)
     return ClusterRows(
         embeddings,
         keep_list=None if keep_list is None else keep_list.path,

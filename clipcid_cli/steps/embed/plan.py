@@ -24,8 +24,8 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.text_variants import RULES
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.models import find_mismatch
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 EMBED = "embed"
@@ -109,7 +109,7 @@ class EmbedPlan:
         return found
 
 
-def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) -> EmbedPlan:
+def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     """Look at the data, the model's name and the output."""
     name = with_default_tag(parse_model(settings.model))
     work = WorkDirectory(settings.work)
@@ -118,7 +118,7 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
         step = TEXTS
         folder = settings.out or work.texts(name.slug)
     else:
-        dataset = _open_data(settings, reporter)
+        dataset = _open_data(settings)
         step = EMBED
         folder = settings.out or work.embeddings(name.slug)
         if settings.text and not _has_captions(dataset):
@@ -128,7 +128,7 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
                 f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
             )
         if settings.text and _has_unused_lines(dataset):
-            reporter.note(
+            reporting.note(
                 "A .txt of several lines is one caption, of which a model reads the beginning; with --caption-lines each "
                 "line is a caption."
             )
@@ -164,7 +164,7 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
     return dataclasses.replace(plan, is_begun=is_begun, may_grow=not lost)
 
 
-def _open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
+def _open_data(settings: EmbedSettings) -> Dataset:
     """Open the data that was named, or else that of the embeddings in the work directory."""
     work = WorkDirectory(settings.work)
     if settings.data is None:
@@ -177,18 +177,18 @@ def _open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
                 "Give the data as the first argument: a folder of tar shards, one tar, a folder of images or a list.",
             ) from error
         dataset = open_described(described, work.indexes)
-        reporter.note(f"Taking the data of the embeddings in {settings.work}: {dataset.spec}.")
+        reporting.note(f"Taking the data of the embeddings in {settings.work}: {dataset.spec}.")
         return dataset
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
     return open_dataset(settings.data, settings.keys, columns, work.indexes, caption_lines=settings.caption_lines)
 
 
-def choose_text(settings: EmbedSettings, reporter: Reporter) -> bool:
+def choose_text(settings: EmbedSettings) -> bool:
     """Tell whether captions are embedded where nobody says so: where the data has some."""
-    dataset = _open_data(settings, reporter)
+    dataset = _open_data(settings)
     if _has_captions(dataset):
         return True
-    reporter.note(f"{dataset.spec} has no captions: only its images are embedded.")
+    reporting.note(f"{dataset.spec} has no captions: only its images are embedded.")
     return False
 
 

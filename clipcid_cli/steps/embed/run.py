@@ -40,6 +40,7 @@ from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.pipeline import estimate_host_memory, thread_map, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial, timed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index, stream_shard
 from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder, recount_partners
@@ -47,7 +48,6 @@ from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, choose_text
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded, EmbedResult, TextsCost, TextsResult
 from clipcid_cli.steps.encode import Batch, Encoded, encode, join, list_batches
 from clipcid_cli.steps.preflight import validate_samples
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
@@ -63,28 +63,26 @@ _ADAPTED = {
 _EARLY_CHECK = 10_000
 
 
-def run(settings: EmbedSettings, reporter: Reporter) -> Embedded:
+def run(settings: EmbedSettings) -> Embedded:
     """Embed a data set or a file of texts."""
     with open_dist_context(settings.device) as context:
-        return make_embeddings(settings, context, reporter)
+        return make_embeddings(settings, context)
 
 
-def make_embeddings(
-    settings: EmbedSettings, context: DistContext, reporter: Reporter, without_text: str = _ADD_NO_TEXT
-) -> Embedded:
+def make_embeddings(settings: EmbedSettings, context: DistContext, without_text: str = _ADD_NO_TEXT) -> Embedded:
     """Embed with the processes of `context`; `without_text` is as of `EmbedPlan`."""
-    plan = context.on_rank0(lambda: make_plan(settings, reporter, without_text))
+    plan = context.on_rank0(lambda: make_plan(settings, without_text))
     if plan.finished is not None:
         if not settings.dry_run:
             context.on_rank0(lambda: _remove_leftovers(plan))
-        reporter.note(f"{plan.folder} already holds the embeddings of {plan.dataset.spec} with {plan.name.spec}.")
+        reporting.note(f"{plan.folder} already holds the embeddings of {plan.dataset.spec} with {plan.name.spec}.")
         return _describe(plan, plan.finished)
     shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards):,} shards"
-    reporter.note(f"Embedding {plan.dataset.spec} ({shards}) with {plan.name.spec}.")
+    reporting.note(f"Embedding {plan.dataset.spec} ({shards}) with {plan.name.spec}.")
     if not plan.of_texts and (settings.dry_run or not plan.is_begun):
-        validate_samples(plan.dataset, context, settings.seed, dry_run=settings.dry_run, reporter=reporter)
+        validate_samples(plan.dataset, context, settings.seed, dry_run=settings.dry_run)
     encoder = load_encoder(plan, context)
-    reporter.note(encoder.describe())
+    reporting.note(encoder.describe())
     spec = plan.identify(encoder.settings, may_differ={"inputs"} if plan.may_grow else ())
     if settings.dry_run:
         context.on_rank0(lambda: find_output(spec))
@@ -94,17 +92,16 @@ def make_embeddings(
             return _describe(plan, output.finished)
         writer = EmbeddingWriter(output.work, spec.settings, plan.shards)
         context.on_rank0(lambda: _start(output, writer))
-        timings = _embed_missing(plan, encoder, writer, context, reporter)
+        timings = _embed_missing(plan, encoder, writer, context)
         if not plan.of_texts:
-            ensure_index(plan.dataset, context, encoder.workers, reporter)
-        sidecar = context.on_rank0(lambda: _commit(plan, encoder, output, writer.finish(), timings, reporter))
+            ensure_index(plan.dataset, context, encoder.workers)
+        sidecar = context.on_rank0(lambda: _commit(plan, encoder, output, writer.finish(), timings))
     return _describe(plan, sidecar)
 
 
 def ensure_embeddings(
     settings: ReadingSettings,
     context: DistContext,
-    reporter: Reporter,
     *,
     data: str | None,
     model: str,
@@ -135,12 +132,12 @@ def ensure_embeddings(
         made = {name: getattr(sidecar.made, name) for name in own.intersection(sidecar.settings)}
         request = dataclasses.replace(request, **made | {"text": sidecar.made.text or bool(text)})
     elif text is None:
-        request = dataclasses.replace(request, text=context.on_rank0(lambda: choose_text(request, reporter)))
-    result = make_embeddings(request, context, reporter, "" if text else embed_images_first(request, name))
+        request = dataclasses.replace(request, text=context.on_rank0(lambda: choose_text(request)))
+    result = make_embeddings(request, context, "" if text else embed_images_first(request, name))
     if isinstance(result, EmbedCost):
         flags = settings.data_flags | {"work": settings.work, "text": None if request.text else False}
         embed = command_line("embed", data or "DATA", model=model, **flags)
-        reporter.note(
+        reporting.note(
             f"There are no embeddings of {name.spec} in {folder}, and this is what they would cost. Once they are made, "
             f"--dry-run estimates this step: {embed}"
         )
@@ -174,7 +171,7 @@ def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
 
 
 def _embed_missing(
-    plan: EmbedPlan, encoder: EmbedEncoder, writer: EmbeddingWriter, context: DistContext, reporter: Reporter
+    plan: EmbedPlan, encoder: EmbedEncoder, writer: EmbeddingWriter, context: DistContext
 ) -> list[tuple[int, dict[str, float]]]:
     """Embed the shards that are not finished, divided among the processes, and write each one when it is complete.
 
@@ -189,7 +186,7 @@ def _embed_missing(
 
     missing, expected = context.on_rank0(find_missing)
     if len(missing) < total:
-        reporter.note(f"{total - len(missing)} of {total} shards are already embedded.")
+        reporting.note(f"{total - len(missing)} of {total} shards are already embedded.")
     mine = missing[context.rank :: context.size]
     seconds = {"read": 0.0, "write": 0.0}
     embedded = 0
@@ -204,7 +201,7 @@ def _embed_missing(
     batches = list_batches(plan.dataset, mine, stream, encoder.decoder.batch_size, reject)
     parts = list[Encoded]()
     start = time.perf_counter()
-    with reporter.progress("embed", expected, "texts" if plan.of_texts else "images") as progress:
+    with reporting.progress("embed", expected, "texts" if plan.of_texts else "images") as progress:
         for batch, encoded in encode(batches, encoder.decoder, encoder, encoder.model.device, encoder.workers):
             if plan.of_texts and encoded.failures:  # no text may be missing
                 text = int(encoded.samples[min(encoded.failures)].key)
@@ -265,7 +262,6 @@ def _commit(
     output: Output[Any],
     records: Sequence[ShardRecord],
     timings: Sequence[tuple[int, dict[str, float]]],
-    reporter: Reporter,
 ) -> EmbeddedSidecar:
     """Check the embeddings of all shards together and commit them."""
     rows = sum(each.rows for each in records)
@@ -302,9 +298,9 @@ def _commit(
         adapted = {how: sum(getattr(each, how) for each in records) for how in _ADAPTED}
         for how, number in adapted.items():
             if number:
-                reporter.note(f"{number:,} images have {_ADAPTED[how]}.")
+                reporting.note(f"{number:,} images have {_ADAPTED[how]}.")
         if skips.total:
-            reporter.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
+            reporting.warn(f"{skips.total:,} samples were skipped:\n{skips.describe()}")
         entries |= {
             "counts": {"images": rows, "read": read, "skipped": skipped, **adapted},
             "seconds": {phase: fmean(each[phase] for _, each in timings) for phase in ("read", "encode", "write")},

@@ -21,11 +21,11 @@ from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.export.card import export_name, render_card
 from clipcid_cli.steps.export.check import Checker, find_classes, find_data, read_inputs, validate_measurable
 from clipcid_cli.steps.export.forms import PACKAGES, WRITERS, validate_forms
 from clipcid_cli.steps.models import choose_model
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.fields import output_settings
 
@@ -39,34 +39,34 @@ class ExportResult(msgspec.Struct):
     seconds: dict[str, float] = {}
 
 
-def run(settings: ExportSettings, reporter: Reporter) -> ExportResult:
+def run(settings: ExportSettings) -> ExportResult:
     """Export a model; with many processes the first does it, on the CPU."""
     with open_dist_context("cpu") as context:
-        return context.on_rank0(lambda: _run(settings, reporter))
+        return context.on_rank0(lambda: _run(settings))
 
 
-def _run(settings: ExportSettings, reporter: Reporter) -> ExportResult:
-    source, folder = _plan(settings, reporter)
+def _run(settings: ExportSettings) -> ExportResult:
+    source, folder = _plan(settings)
     classes, dataset = find_classes(settings), find_data(settings)
     if settings.dry_run:
-        reporter.note(f"Would write {', '.join(settings.format)} of {source.spec} to {folder}.")
+        reporting.note(f"Would write {', '.join(settings.format)} of {source.spec} to {folder}.")
         return ExportResult(source.spec)
     seconds = dict[str, float]()
     with timed(seconds, "load"):
         model = load_model(source, torch.device("cpu"))
     validate_forms(model, settings)
-    inputs = read_inputs(model, dataset, classes, settings, reporter)
-    validate_measurable(inputs, settings, reporter)
-    sidecar = _export(source, folder, Checker(model, inputs, settings), seconds, reporter)
+    inputs = read_inputs(model, dataset, classes, settings)
+    validate_measurable(inputs, settings)
+    sidecar = _export(source, folder, Checker(model, inputs, settings), seconds)
     files = {Path(name).stem: str(folder / name) for name in sidecar.written}
     return ExportResult(source.spec, files, sidecar.parity, sidecar.seconds)
 
 
-def _plan(settings: ExportSettings, reporter: Reporter) -> tuple[ModelName, Path]:
+def _plan(settings: ExportSettings) -> tuple[ModelName, Path]:
     """Find the model and the folder of its export, and refuse what is known to fail before the model is loaded."""
-    source = choose_model(settings.model, settings.work, reporter)
+    source = choose_model(settings.model, settings.work)
     if settings.ema:
-        source = _find_average(source, reporter)
+        source = _find_average(source)
     folder = settings.out or WorkDirectory(settings.work).export(export_name(source))
     for form in settings.format:
         missing = [name for name in PACKAGES[form] if importlib.util.find_spec(name) is None]
@@ -84,7 +84,7 @@ def _plan(settings: ExportSettings, reporter: Reporter) -> tuple[ModelName, Path
     return source, folder
 
 
-def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
+def _find_average(student: ModelName) -> ModelName:
     """Find the model with averaged weights of a student's run."""
     fix = "Train with clipcid distill --ema DECAY, such as 0.999, or omit --ema."
     if student.path is None or not is_claimed(student.path.resolve().parent, "distill"):
@@ -107,13 +107,11 @@ def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
     average = run.student_ema
     if average.is_relative_to(Path.cwd()):
         average = average.relative_to(Path.cwd())
-    reporter.note(f"Average of the weights: {average}, decay {sidecar.made.ema}.")
+    reporting.note(f"Average of the weights: {average}, decay {sidecar.made.ema}.")
     return parse_model(str(average))
 
 
-def _export(
-    source: ModelName, folder: Path, checker: Checker, seconds: dict[str, float], reporter: Reporter
-) -> ExportSidecar:
+def _export(source: ModelName, folder: Path, checker: Checker, seconds: dict[str, float]) -> ExportSidecar:
     """Write and compare the export, unless it is there."""
     info, inputs, settings = checker.model.info, checker.inputs, checker.settings
     decisive = output_settings(settings) | {
@@ -140,14 +138,14 @@ def _export(
             # Limits do not change the content, so an existing export is checked against those of this run.
             for name, found in output.finished.parity.items():
                 checker.validate(name, found)
-            reporter.note(f"{folder} already holds this export.")
+            reporting.note(f"{folder} already holds this export.")
             return output.finished
         output.start()
-        checker.warn_near_chance(reporter)
+        checker.warn_near_chance()
         parity = dict[str, Parity]()
         # In this order, since onnx completes the tokenizer's file of the others.
         for form in [form for form in WRITERS if form in settings.format]:
-            reporter.note(f"Writing {form} and comparing it with {source.spec} …")
+            reporting.note(f"Writing {form} and comparing it with {source.spec} …")
             with timed(seconds, form):
                 parity |= WRITERS[form](checker, output.work)
         write_json(output.work / PARITY, checker.describe() | {"parity": msgspec.to_builtins(parity)})

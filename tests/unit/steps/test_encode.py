@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from balance_data import Listener
+from balance_data import heard
 from conftest import make_image, write_tar
 from PIL import Image
 from shard_server import serve
@@ -19,7 +19,6 @@ from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.steps.data_index import ensure_index, warn_of_copies
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
-from clipcid_cli.steps.reporting import Reporter
 
 
 @pytest.fixture
@@ -89,19 +88,18 @@ def test_a_held_out_part_is_read_from_the_index_alone(data: Path, tmp_path: Path
     assert 4 < len(expected[0]) < 14
     with open_dist_context("cpu") as context, serve(data) as server:
         for spec in (str(data), f"{server.url}/{{0..2}}.tar"):
-            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), context, 0, Reporter())
+            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), context, 0)
             before = server.bytes_sent.total()
             assert read_part(dataset) == expected
         assert server.bytes_sent.total() - before == sum(map(len, expected[1]))
 
 
 def test_it_is_said_that_every_host_fetches_all_shards(data: Path, tmp_path: Path) -> None:
-    listener = Listener()
     hosts = DistContext(0, 2, 0, torch.device("cpu"))
-    with open_dist_context("cpu") as context, serve(data) as server:
+    with open_dist_context("cpu") as context, serve(data) as server, heard() as told:
         for spec in (str(data), f"{server.url}/{{0..2}}.tar"):
-            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), context, 0, Reporter())
-            warn_of_copies(dataset, context, listener)
-            warn_of_copies(dataset, hosts, listener)
-    (told,) = listener.told
-    assert "Each host fetches all shards in every epoch, 0.0" in told
+            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), context, 0)
+            warn_of_copies(dataset, context)
+            warn_of_copies(dataset, hosts)
+    assert len(told) == 1
+    assert "Each host fetches all shards in every epoch, 0.0" in told[0]

@@ -30,6 +30,7 @@ from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
@@ -99,9 +100,7 @@ def open_references(plan: BalancePlan) -> list[Reference]:
         assert isinstance(reference, Embeddings)  # this is no dry run
         bad = context.on_rank0(partial(reference.find_bad_rows, texts=False))
         if len(bad):
-            plan.reporter.warn(
-                f"{len(bad):,} rows of {name} are zero or not finite, and nothing is compared with them."
-            )
+            reporting.warn(f"{len(bad):,} rows of {name} are zero or not finite, and nothing is compared with them.")
         identity = identity_of({}, context.on_rank0(reference.fingerprints))
         found.append(Reference(name, identity, reference, np.delete(np.arange(reference.num_rows), bad)))
     return found
@@ -116,7 +115,7 @@ def open_reference(plan: BalancePlan, name: str) -> Embeddings | EmbedCost:
         if isinstance(made, EmbedCost):
             return made
     cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
-    reference = open_given(settings, folder, cache, plan.reporter, needs_column=False)
+    reference = open_given(settings, folder, cache, needs_column=False)
     _validate_same_model(plan.embeddings, reference, name)
     if not plan.context.on_rank0(partial(has_usable_row, reference.rows(Kind.IMAGES))):
         raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Embed again.")
@@ -154,9 +153,9 @@ def _embed(plan: BalancePlan, data: str) -> tuple[Path, Embedded]:
         given |= {"fast_decode": made_so.fast_decode, "precision": made_so.precision}
         if made_so.precision == "fp16" and plan.context.device.type == "cpu":
             given["precision"] = "fp32"
-            plan.reporter.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
+            reporting.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
     try:
-        made = make_embeddings(EmbedSettings(**given), plan.context, plan.reporter)
+        made = make_embeddings(EmbedSettings(**given), plan.context)
     except ClipcidError as error:
         raise ClipcidError(f"--against {data}: {error.message}", error.fix) from error
     return folder, made
@@ -277,7 +276,7 @@ def find_near(run: BalanceRun) -> NearReferences:
 
     owner, row, distance, near = run.shared.publish(merge)
     number = np.count_nonzero(owner >= 0)
-    run.reporter.note(f"{number:,} of {len(rows):,} images are within {threshold:g} of a reference.")
+    reporting.note(f"{number:,} of {len(rows):,} images are within {threshold:g} of a reference.")
     return NearReferences(references, threshold, owner, row, distance, near.tolist())
 
 

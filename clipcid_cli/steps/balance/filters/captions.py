@@ -17,6 +17,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.formats.results.keep_list import Column, float_column
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.result import CaptionWindowResult
 from clipcid_cli.steps.reporting import Progress
@@ -98,7 +99,7 @@ def find_captions(run: BalanceRun) -> CaptionWindow:
     rows = run.rows
     start, stop = run.context.rank_range(len(rows))
     mine = rows.numbers[start:stop]
-    with run.reporter.progress("captions", len(mine), "images") as progress:
+    with reporting.progress("captions", len(mine), "images") as progress:
         parts = run.shared.collect((compare_captions(run.embeddings, mine, progress),))
 
     def merge() -> tuple[FloatArray]:
@@ -108,7 +109,7 @@ def find_captions(run: BalanceRun) -> CaptionWindow:
 
     window = CaptionWindow.of(run.settings, *run.shared.publish(merge))
     number = np.count_nonzero(~window.is_dropped)
-    run.reporter.note(f"{number:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
+    reporting.note(f"{number:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
     return window
 
 

@@ -22,10 +22,10 @@ from clipcid_cli.formats.results.clusters import TABLE, read_labels
 from clipcid_cli.formats.results.keep_list import Column
 from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun
 from clipcid_cli.steps.balance.result import ClusterCapResult
 from clipcid_cli.steps.balance.sets import SCORES
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
@@ -67,14 +67,14 @@ class FoundClusters:
     def warn_of_few(self, plan: BalancePlan, num_rows: int) -> None:
         """Warn, before the search, where they are of fewer images than are balanced."""
         if self.images + self.skipped < num_rows:
-            plan.reporter.warn(
+            reporting.warn(
                 f"The clusters in {self.folder} are of {self.images:,} images, and {num_rows:,} are balanced: where one "
                 f"that is kept is in none of them, the run ends with an error. To cluster all images: "
                 f"{_cluster_all(plan.settings, overwrite=True)}"
             )
 
 
-def find_cap_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
+def find_cap_clusters(settings: BalanceSettings) -> FoundClusters | None:
     """Find the clusters of ``--max-per-cluster``, and say which they are; None without it."""
     if settings.max_per_cluster is None:
         return None
@@ -89,7 +89,7 @@ def find_cap_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundClu
     fix = remake_clusters(folder, sidecar, settings.work)
     validate_unchanged(folder, [each for each in sidecar.outputs if each.path == TABLE], path, fix)
     images = sidecar.result["images"]
-    reporter.note(f"Clusters: {folder}, of {images:,} images.")
+    reporting.note(f"Clusters: {folder}, of {images:,} images.")
     return FoundClusters(folder, record(folder / TABLE).hash, images, sum(sidecar.counts["skipped"].values()))
 
 

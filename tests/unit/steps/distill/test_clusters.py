@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from loss_data import unit
-from teaching_data import Listener
 
 from clipcid_cli.algorithms.losses import cluster
 from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids
@@ -122,4 +121,4 @@ def test_which_towers_clusters_teach(asked: str, known: bool, freeze_text: bool,
     made = SimpleNamespace(repair=None, temperatures={"image": 0.1})
     clusters: Any = SimpleNamespace(folder="c", centroids=[], captions=nearest if known else None, sidecar=made)
     settings = DistillSettings(student="s.json", preset="cid", cluster_towers=asked, freeze_text=freeze_text)
-    assert use_clusters(settings, clusters, None, MatchCounts(), several, True, Listener()).teach_text == taught
+    assert use_clusters(settings, clusters, None, MatchCounts(), several, True).teach_text == taught

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY_CONFIG, process_context
-from teaching_data import ALONE, Listener
+from teaching_data import ALONE, heard
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
@@ -33,8 +33,9 @@ RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
 def load(folder: Path, vision: dict[str, object], *losses: str) -> tuple[Masking | None, list[str]]:
     path = folder / "student.json"
     path.write_text(json.dumps(TINY_CONFIG | {"vision_cfg": vision}))
-    settings, listener = DistillSettings(student=str(path), preset="clip", loss=losses), Listener()
-    return load_student(settings, torch.device("cpu"), listener).masking, listener.told
+    settings = DistillSettings(student=str(path), preset="clip", loss=losses)
+    with heard() as told:
+        return load_student(settings, torch.device("cpu")).masking, told
 
 
 def test_the_cost_of_masked_images_is_stated(tmp_path: Path) -> None:
@@ -86,10 +87,10 @@ def test_masked_images_reach_no_other_loss() -> None:
 
 @pytest.mark.parametrize(("losses", "warns"), [(("siglip=1", "clip=0"), True), (("siglip=1",), False)])
 def test_what_siglip_learns_and_no_student_keeps_is_said(losses: tuple[str, ...], warns: bool) -> None:
-    listener = Listener()
     settings = DistillSettings(student="s.json", teacher="none", loss=losses)
-    Objective.of(settings, 1.0, WIDTH, None, ALONE, listener)
-    assert any("no logit_bias is written" in text for text in listener.told) == warns
+    with heard() as told:
+        Objective.of(settings, 1.0, WIDTH, None, ALONE)
+    assert any("no logit_bias is written" in text for text in told) == warns
 
 
 def share(rank: int, store: str, results: multiprocessing.Queue[Any]) -> None:

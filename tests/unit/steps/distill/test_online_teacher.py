@@ -12,7 +12,6 @@ import torch
 from conftest import TINY_CONFIG, write_tiny_model
 from teaching_data import (
     ALONE,
-    Listener,
     embed_data,
     encode_shown,
     join,
@@ -36,7 +35,7 @@ def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
     """A work directory with the tiny teacher's embeddings and four clusters."""
     work = tmp_path_factory.mktemp("online") / "work"
     embed_data(tiny_shards, tiny_model, work / "embeddings" / "tiny")
-    cluster.run(ClusterSettings(work=work, num_clusters=4, iterations=3, device="cpu"), Listener())
+    cluster.run(ClusterSettings(work=work, num_clusters=4, iterations=3, device="cpu"))
     return work
 
 
@@ -98,8 +97,7 @@ def test_on_whole_images_it_gives_the_stored_targets(tiny_shards: Path, teacher:
             assert one.shape == other.shape == (24, width)
             assert (one - other).abs().max() < 1e-3
     first, second = (
-        open_teacher(run.settings, run.inputs, loaded, 32, ALONE, Listener())
-        for run, loaded in ((stored, None), (online, teacher))
+        open_teacher(run.settings, run.inputs, loaded, 32, ALONE) for run, loaded in ((stored, None), (online, teacher))
     )
     assert first is not None
     assert second is not None

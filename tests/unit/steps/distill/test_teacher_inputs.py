@@ -15,7 +15,7 @@ import torch
 from balance_data import write_embeddings
 from conftest import write_tiny_model
 from safetensors.numpy import load_file, save_file
-from teaching_data import Listener, embed_data, join, train, write_student
+from teaching_data import embed_data, join, train, write_student
 
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, second_moment
 from clipcid_cli.errors import ClipcidError
@@ -57,7 +57,7 @@ def change_heads(config: dict[str, Any]) -> None:
 
 def open_for(model: Path, folder: Path) -> None:
     settings = DistillSettings(student="student.json", teacher=str(model), embeddings=folder)
-    open_stored(settings, folder, None, Listener())
+    open_stored(settings, folder, None)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_whose_axes_an_online_teacher_takes(
 def choose(work: Path, folder: Path, space: str = "pca", **settings: Any) -> SharedSpace:
     given = DistillSettings(student="student.json", teacher_space=space, work=work, **settings)
     with open_dist_context("cpu") as context:
-        return choose_space(given, 32, open_embeddings(folder), 24, context, Listener())
+        return choose_space(given, 32, open_embeddings(folder), 24, context)
 
 
 def test_axes_of_the_same_embeddings_are_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

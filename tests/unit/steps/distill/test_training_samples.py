@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from balance_data import write_embeddings
 from conftest import make_caption, make_image, shard_members, write_tar
-from teaching_data import Listener, embed_data, index_data, read_keys, train, write_student
+from teaching_data import embed_data, index_data, read_keys, train, write_student
 
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.embeddings.folder import open_embeddings
@@ -58,7 +58,7 @@ def test_rows_are_found_in_any_order(order: str, dataset: Dataset, tmp_path: Pat
     embeddings = open_embeddings(
         write_embeddings(tmp_path / "foreign", np.eye(len(embedded), 32, dtype=np.float16), keys=embedded)
     )
-    counts = match_samples(dataset, Sources(tmp_path / "keep.parquet", embeddings), HELD_OUT, tmp_path, Listener())
+    counts = match_samples(dataset, Sources(tmp_path / "keep.parquet", embeddings), HELD_OUT, tmp_path)
     training, held_out = (open_rows(tmp_path, part) for part in ("training", "held_out"))
     kept = [key for key in keys if key in listed and key < keys[20]]
     held = [key for key in kept if key_fractions([key])[0] < HELD_OUT]

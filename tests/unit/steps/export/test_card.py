@@ -18,7 +18,6 @@ from clipcid_cli.runtime.models.clip_model import ModelInfo, load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.steps.distill.run import run as distill
 from clipcid_cli.steps.export.card import render_card
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.export import ExportSettings
 
@@ -110,7 +109,6 @@ def test_the_keep_ratio_is_of_the_list_that_the_run_applied(tiny_shards: Path, t
             workers=0,
             device="cpu",
         ),
-        Reporter(),
     )
     balance(6)  # the work directory moves on
     student = parse_model(made.student)
