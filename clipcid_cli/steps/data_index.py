@@ -1,4 +1,4 @@
-"""The index of a data set, made once by all processes and their workers, opened by every later start."""
+"""The data that a command names, and its index: made once by all processes and their workers, then opened by every start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
 from clipcid_cli.formats.data.index import (
     DataIndex,
     IndexedShard,
@@ -30,12 +30,19 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.pipeline import default_workers, ordered_map
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.settings.shared import ReadingSettings
 
 # Fewer shards than this are listed before a worker has started.
 _FEW_SHARDS = 8
 # Each worker holds one copy for each shard of a group at most, those it read last: together the group that is read, and the
 # one before, of which batches are still being made. And what is being fetched ahead, and by a worker.
 _SHARDS_IN_USE = 2 * SHARDS_MIXED + FETCHED_AT_ONCE + 1
+
+
+def open_named(settings: ReadingSettings, data: str, indexes: Path | None = None) -> Dataset:
+    """Open data, read as the settings say, with its index where there is one in a folder of indexes."""
+    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
+    return open_dataset(data, settings.keys, columns, indexes, caption_lines=settings.caption_lines)
 
 
 def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample]:

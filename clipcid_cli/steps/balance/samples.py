@@ -16,28 +16,23 @@ import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Columns, Dataset, names_command, open_dataset, open_described
+from clipcid_cli.formats.data.dataset import Dataset, names_command, open_described
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
 from clipcid_cli.formats.join import Keys, Listing, Values, join
 from clipcid_cli.formats.results.keep_list import is_uid
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps.balance.balance_run import BalancePlan
-from clipcid_cli.steps.data_index import index_alone, open_part
+from clipcid_cli.steps.data_index import index_alone, open_named, open_part
 from clipcid_cli.steps.settings.balance import BalanceSettings
-
-
-def open_named(settings: BalanceSettings, data: str) -> Dataset:
-    """Open the data that a setting names, with its index where there is one."""
-    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-    indexes = WorkDirectory(settings.work).indexes
-    return open_dataset(data, settings.keys, columns, indexes, caption_lines=settings.caption_lines)
 
 
 def open_data(plan: BalancePlan) -> Dataset | None:
     """Open the data that was named, or else what :func:`open_recorded` opens."""
-    named = plan.settings.data
-    return open_recorded(plan.settings, plan.embeddings) if named is None else open_named(plan.settings, named)
+    settings = plan.settings
+    if settings.data is None:
+        return open_recorded(settings, plan.embeddings)
+    return open_named(settings, settings.data, WorkDirectory(settings.work).indexes)
 
 
 def open_recorded(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:

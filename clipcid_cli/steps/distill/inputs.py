@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
@@ -28,7 +28,7 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.data_index import cache_shards, index_alone
+from clipcid_cli.steps.data_index import cache_shards, index_alone, open_named
 from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
 from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
 from clipcid_cli.steps.distill.samples import (
@@ -277,10 +277,7 @@ def find_inputs(settings: DistillSettings, folder: Path | None, scratch: Path | 
 def _open_data(settings: DistillSettings, embeddings: Embeddings | None, scratch: Path | None) -> Dataset:
     work = WorkDirectory(settings.work)
     if settings.data is not None:
-        columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-        dataset = open_dataset(
-            settings.data, settings.keys, columns, work.indexes, caption_lines=settings.caption_lines
-        )
+        dataset = open_named(settings, settings.data, work.indexes)
     else:
         dataset = open_described(work.find_data(None if embeddings is None else embeddings.folder), work.indexes)
         reporting.note(f"Data: {dataset.spec}, from which the embeddings were made.")

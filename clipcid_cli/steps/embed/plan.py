@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.embeddings.layouts import find_rows
@@ -25,6 +25,7 @@ from clipcid_cli.runtime.models.augment import STRONG
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.text_variants import RULES
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.models import find_mismatch
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -179,8 +180,7 @@ def _open_data(settings: EmbedSettings) -> Dataset:
         dataset = open_described(described, work.indexes)
         reporting.note(f"Taking the data of the embeddings in {settings.work}: {dataset.spec}.")
         return dataset
-    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-    return open_dataset(settings.data, settings.keys, columns, work.indexes, caption_lines=settings.caption_lines)
+    return open_named(settings, settings.data, work.indexes)
 
 
 def choose_text(settings: EmbedSettings) -> bool:

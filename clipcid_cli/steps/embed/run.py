@@ -119,13 +119,7 @@ def ensure_embeddings(
     """
     name = with_default_tag(parse_model(model))
     folder = WorkDirectory(settings.work).embeddings(name.slug)
-    request = EmbedSettings(
-        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(ReadingSettings)}
-        | {"batch_size": None, "precision": "auto"},
-        data=data,
-        model=model,
-        text=bool(text),
-    )
+    request = EmbedSettings.asked_by(settings, data=data, model=model, text=bool(text))
     sidecar = context.on_rank0(lambda: read_embed_sidecar(folder))
     if sidecar is not None:
         own = {field.name for field in dataclasses.fields(EmbedSettings)} - {"keys", "batch_size", "precision"}

@@ -40,7 +40,7 @@ from clipcid_cli.formats.data.benchmark import (
     name_data,
     read_class_names,
 )
-from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
+from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import Sample, read_vector_length
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
@@ -55,6 +55,7 @@ from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
 from clipcid_cli.steps.evaluate.result import Draws, FewShot, LinearResult, Preview, Sweep
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, find_copy
@@ -103,7 +104,6 @@ def make_plan(settings: EvalLinearSettings) -> ProbePlan:
     name = name_data(given["test"]).partition("/")[0] if known is None else known[0].name
     if settings.val is not None:
         given["val"] = settings.val
-    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
     opened = dict[str, Dataset]()
     for split, data in given.items():
         if "://" not in data and "{" not in data and not Path(data).exists():
@@ -111,7 +111,7 @@ def make_plan(settings: EvalLinearSettings) -> ProbePlan:
                 f"There is no data at {data}.",
                 f"Give --{split}, or a DATA folder that holds train/ and test/; the first positional argument is the model.",
             )
-        opened[split] = open_dataset(data, settings.keys, columns, caption_lines=settings.caption_lines)
+        opened[split] = open_named(settings, data)
     train = opened["train"]
     described = find_benchmark_folder(given["train"], "train")
     several = described.dataset_type == MULTI_LABEL

@@ -27,7 +27,7 @@ from clipcid_cli.formats.data.benchmark import (
     read_class_names,
     read_templates,
 )
-from clipcid_cli.formats.data.dataset import Columns, Dataset, Sample, fingerprint_images, open_dataset, open_described
+from clipcid_cli.formats.data.dataset import Dataset, Sample, fingerprint_images, open_described
 from clipcid_cli.formats.data.samples import read_classes
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
@@ -39,6 +39,7 @@ from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_t
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.class_names import match_class_names, plain_name, read_folder_numbers
+from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 _NAME_ONE = "Name one: clipcid eval-zeroshot MODEL DATA"
@@ -189,8 +190,7 @@ def _plan_task(data: str, settings: EvalZeroshotSettings) -> ZeroshotTask:
     folder = find_benchmark_folder(str(place), settings.split)
     if known is not None:
         folder = dataclasses.replace(folder, name=known.name)
-    columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-    dataset = open_dataset(folder.data, settings.keys, columns, caption_lines=settings.caption_lines)
+    dataset = open_named(settings, folder.data)
     kind = _choose_task(folder, dataset, settings)
     if kind == RETRIEVAL:
         return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL)

@@ -34,14 +34,13 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
-from clipcid_cli.steps.balance.samples import open_named
+from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.inputs import open_given
 from clipcid_cli.steps.models import find_mismatch
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
-from clipcid_cli.steps.settings.shared import ReadingSettings
 
 # In the folder of `balance`: what was compared, for later runs.
 _FOLDER = ".references"
@@ -63,9 +62,9 @@ def validate_none_missing(settings: BalanceSettings) -> None:
     for name in settings.against:
         if not _holds_embeddings(Path(name)):
             try:
-                open_named(
-                    dataclasses.replace(settings, key_column=KEY_COLUMN), name
-                )  # references are joined by no key
+                # References are joined by no key.
+                indexes = WorkDirectory(settings.work).indexes
+                open_named(dataclasses.replace(settings, key_column=KEY_COLUMN), name, indexes)
             except ClipcidError as error:
                 raise ClipcidError(f"--against {name}: {error.message}", error.fix) from error
 
@@ -145,9 +144,7 @@ def _embed(plan: BalancePlan, data: str) -> tuple[Path, Embedded]:
     name = with_default_tag(parse_model(model))
     digest = hashlib.blake2b(data.encode(), digest_size=4).hexdigest()
     folder = WorkDirectory(settings.work).references / f"{name.slug}-{digest}"
-    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ReadingSettings)}
-    given |= {"batch_size": None, "precision": "auto", "data": data, "model": model, "text": False, "out": folder}
-    given["key_column"] = KEY_COLUMN
+    given = {"data": data, "model": model, "text": False, "out": folder, "key_column": KEY_COLUMN}
     if embeddings.sidecar is not None:
         made_so = embeddings.sidecar.made
         given |= {"fast_decode": made_so.fast_decode, "precision": made_so.precision}
@@ -155,7 +152,7 @@ def _embed(plan: BalancePlan, data: str) -> tuple[Path, Embedded]:
             given["precision"] = "fp32"
             reporting.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
     try:
-        made = make_embeddings(EmbedSettings(**given), plan.context)
+        made = make_embeddings(EmbedSettings.asked_by(settings, **given), plan.context)
     except ClipcidError as error:
         raise ClipcidError(f"--against {data}: {error.message}", error.fix) from error
     return folder, made
