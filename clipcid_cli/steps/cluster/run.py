@@ -115,8 +115,8 @@ def _train(plan: ClusterPlan, context: DistContext, progress: Path) -> LloydStat
             context.sum_,
             context.gather,
             lambda compute, runs: thread_map(compute, runs, threads_for_batches(context.device)),
+            kept_bytes=memory_for_rows(context.device),
         ),
-        kept_bytes=memory_for_rows(context.device),
     )
     with reporting.progress("k-means", settings.iterations - state.iterations, "iterations") as bar:
         for state in states:
