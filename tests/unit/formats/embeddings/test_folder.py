@@ -45,7 +45,7 @@ def write_folder(folder: Path) -> dict[str, Any]:
         skips.add("no_caption", f"{number}: x")
         keys, words = [f"{number}-{row}" for row in range(size)], [f"caption {row}" for row in range(size)]
         rows = {Kind.IMAGES: images[number], Kind.TEXTS: captions[number]}
-        writer.write(number, ShardRows(size + 1, skips, number, keys, words, None, rows))
+        writer.write(number, ShardRows(size + 1, skips, {"laid_on_white": number}, keys, words, None, rows))
     records = writer.finish()
     write_sidecar(folder)
     return {"images": np.concatenate(images), "texts": np.concatenate(captions), "records": records}
@@ -281,6 +281,6 @@ def test_many_files_take_few_descriptors_and_maps(tmp_path: Path, count: int, ma
 def test_numbers_of_files_have_at_least_four_digits(tmp_path: Path, shards: int, number: str) -> None:
     inputs = [FileRecord(f"{shard}.tar", 1, "blake2b:00", shard=str(shard)) for shard in range(shards)]
     rows = {Kind.IMAGES: np.zeros((1, 4), np.float16)}
-    EmbeddingWriter(tmp_path, {}, inputs).write(0, ShardRows(1, Skips(), 0, ["a"], [""], None, rows))
+    EmbeddingWriter(tmp_path, {}, inputs).write(0, ShardRows(1, Skips(), {"laid_on_white": 0}, ["a"], [""], None, rows))
     assert (tmp_path / f"img_emb/img_emb_{number}.npy").is_file()
     assert (tmp_path / f"metadata/metadata_{number}.parquet").is_file()
