@@ -99,7 +99,7 @@ def test_a_student_of_the_sigmoid_losses_keeps_its_bias(tiny_shards: Path, tiny_
     again, _ = train(
         work,
         tiny_shards,
-        teacher=made.info.spec,
+        teacher=(made.info.spec,),
         student=made.info.spec,
         name="again",
         teacher_space="project",
