@@ -255,6 +255,18 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         open_embeddings(tmp_path)
 
 
+@pytest.mark.parametrize("counts", [[0, 3], [1, 3]])
+def test_captions_that_are_counted_otherwise_than_embedded_are_refused(tmp_path: Path, counts: list[int]) -> None:
+    for kind, rows in (("img_emb", 2), ("text_emb", 2), ("captions_emb", 1)):
+        (tmp_path / kind).mkdir()
+        np.save(tmp_path / kind / f"{kind}_0.npy", make_rows(rows))
+    (tmp_path / "metadata").mkdir()
+    pq.write_table(pa.table({"key": ["a", "b"], "captions": counts}), tmp_path / "metadata" / "metadata_0.parquet")
+    found = open_embeddings(tmp_path)
+    with pytest.raises(ClipcidError, match=r"captions_emb_0\.npy has 1 rows; .* captions after the first"):
+        found.counts_of(found.files[0])
+
+
 @pytest.mark.parametrize(("count", "mapped"), [(1, False), (8_200, True)])
 def test_many_files_take_few_descriptors_and_maps(tmp_path: Path, count: int, mapped: bool) -> None:
     """41,000 shards have more files than a process may have open, and more than the system's maps; small ones are read."""
