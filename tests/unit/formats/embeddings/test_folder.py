@@ -22,7 +22,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import EmbeddingWriter, ShardRows
-from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, find_npy, unit_rows
+from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, find_npy, holds_unit_rows, unit_rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.skips import Skips
@@ -216,6 +216,18 @@ def test_the_numbers_in_names_of_bare_rows_say_nothing(tmp_path: Path) -> None:
     for name in ("train_1", "validation_01"):
         np.save(tmp_path / f"{name}.npy", make_rows(3))
     assert open_embeddings(tmp_path).num_rows == 6
+
+
+def test_rows_of_other_tools_are_normalised_only_where_they_need_it(tmp_path: Path) -> None:
+    unit = make_rows(700)
+    assert holds_unit_rows(unit)
+    assert not holds_unit_rows(unit.astype(np.float32))
+    for bad in (np.float16(1.5), np.float16(np.nan), np.float16(0)):
+        rows = unit.copy()
+        rows[600] *= bad
+        assert not holds_unit_rows(rows)
+        np.save(tmp_path / "0.npy", rows)
+        np.testing.assert_array_equal(open_embeddings(tmp_path).rows(Kind.IMAGES).read(0, 700), unit_rows(rows))
 
 
 IMAGES, METADATA = Path("img_emb/img_emb_3.npy"), Path("metadata/metadata_3.parquet")
