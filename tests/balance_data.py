@@ -11,13 +11,12 @@ import msgspec
 import numpy as np
 import pandas as pd
 
-from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.plan import make_plan
+from clipcid_cli.steps.balance.plan import identify, make_plan
 from clipcid_cli.steps.balance.run import begin, run
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
@@ -82,8 +81,8 @@ def check_keep_list(keep: pd.DataFrame, rows: np.ndarray) -> None:
     np.testing.assert_array_equal(keep["distance"], distance_matrix(rows)[np.arange(len(rows)), kept_row])
 
 
-class Listener(Reporter):
-    """A listener that remembers what it was told."""
+class _Listener(Reporter):
+    """Remembers what it was told."""
 
     def __init__(self) -> None:
         self.told: list[str] = []
@@ -95,23 +94,30 @@ class Listener(Reporter):
         self.told.append(text)
 
 
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """Give what steps say in the block."""
+    listener = _Listener()
+    with reporting_to(listener):
+        yield listener.told
+
+
 def balance(work: Path, embeddings: Path, **settings: Any) -> tuple[dict[str, Any], str]:
     """Run the step; returns its JSON object and what it said."""
-    listener = Listener()
-    result = run(BalanceSettings(work=work, embeddings=embeddings, device="cpu", **settings), listener)
-    return msgspec.to_builtins(result), "\n".join(listener.told)
+    with heard() as told:
+        result = run(BalanceSettings(work=work, embeddings=embeddings, device="cpu", **settings))
+    return msgspec.to_builtins(result), "\n".join(told)
 
 
 @contextmanager
-def begun(work: Path, embeddings: Path, listener: Reporter | None = None, **settings: Any) -> Iterator[BalanceRun]:
+def begun(work: Path, embeddings: Path, **settings: Any) -> Iterator[BalanceRun]:
     """Begin the step, up to its search."""
-    listener = listener or Listener()
     chosen = BalanceSettings(work=work, embeddings=embeddings, device="cpu", precision="fp32", **settings)
     with open_dist_context("cpu") as context:
-        plan = make_plan(chosen, context, listener)
-        with claim_output(context, plan.folder, "balance", BalanceSidecar, **plan.wanted) as output:
+        plan = make_plan(chosen, context)
+        with claim_output(context, identify(plan)) as output:
             output.start()
-            yield begin(plan, context, output, listener)
+            yield begin(plan, output)
 
 
 def read_keep(work: Path) -> pd.DataFrame:

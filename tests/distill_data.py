@@ -15,7 +15,6 @@ from unittest.mock import patch
 
 from clipcid_cli.algorithms.losses.registry import PRESETS
 from clipcid_cli.runtime.distributed import open_dist_context
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 STUDENT = {
@@ -74,7 +73,7 @@ def train(
         )
         report = {} if with_report else {"return_value": ""}
         with patch.object(run, "write_report", wraps=run.write_report, **report):
-            run.run(asked, Reporter())
+            run.run(asked)
 
 
 if __name__ == "__main__":

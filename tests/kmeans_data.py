@@ -77,8 +77,8 @@ def run(
                 lambda number: (number * rank // processes, number * (rank + 1) // processes),
                 lambda tensor: torch.stack(gather(tensor)).sum(dim=0),
                 gather,
+                kept_bytes=kept_bytes,
             ),
-            kept_bytes=kept_bytes,
         ):
             states[rank].append(dataclasses.replace(after, centroids_KD=after.centroids_KD.clone()))
 

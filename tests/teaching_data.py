@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from balance_data import Listener
+from balance_data import heard
 from conftest import make_caption, make_image, write_tar
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def write_student(folder: Path, config: dict[str, Any] = STUDENT) -> Path:
 def embed_data(data: Path, model: Path, out: Path, **settings: Any) -> None:
     """Run `embed` in this process: fp32, batches of 8, no workers unless told otherwise."""
     given = {"precision": "fp32", "batch_size": 8, "workers": 0, "device": "cpu"} | settings
-    embed.run(EmbedSettings(data=str(data), model=str(model), out=out, **given), Listener())
+    embed.run(EmbedSettings(data=str(data), model=str(model), out=out, **given))
 
 
 def read_params(embeddings: Embeddings, row: int, view: int) -> npt.NDArray[np.float32]:
@@ -80,7 +80,6 @@ def read_keys(embeddings: Embeddings) -> list[str]:
 
 def train(work: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Any]], str]:
     """Run `distill` in this process; returns its log without what depends on the clock, and what it said."""
-    listener = Listener()
     given = {
         "preset": "cid",
         "batch_size": 8,
@@ -90,17 +89,18 @@ def train(work: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Any]]
         "name": "run",
         "val_fraction": 0.2,
     } | settings
-    result = distill.run(DistillSettings(work=work, data=str(data), **given), listener)
+    with heard() as told:
+        result = distill.run(DistillSettings(work=work, data=str(data), **given))
     log = [json.loads(line) for line in Path(result.files["train_log"]).read_text().splitlines()]
     clock = ("samples_per_second", "data_wait_share")
-    return [{name: line[name] for name in line if name not in clock} for line in log], "\n".join(listener.told)
+    return [{name: line[name] for name in line if name not in clock} for line in log], "\n".join(told)
 
 
 def index_data(dataset: Dataset, folder: Path) -> Dataset:
     """Return a data set with an index of its own."""
     dataset = dataclasses.replace(dataset, index_folder=folder / "index")
     with open_dist_context("cpu") as context:
-        return ensure_index(dataset, context, 0, Listener())
+        return ensure_index(dataset, context, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Run:
 
     def teach(self, batch: TrainingBatch, width: int = 32, online: ClipModel | None = None) -> tuple[Tensor, ...]:
         """Return what the teacher tells a student of some width: rows of images, of captions and of further texts."""
-        teacher = open_teacher(self.settings, self.inputs, online, width, ALONE, Listener())
+        teacher = open_teacher(self.settings, self.inputs, online, width, ALONE)
         assert teacher is not None
         return teacher.rows(batch)  # type: ignore[return-value]  # None where there are none
 
@@ -145,7 +145,7 @@ def join(data: Path, folder: Path, **settings: Any) -> Run:
         "precision": "fp32",
     }
     asked = DistillSettings(**given | {"embeddings": (folder,)} | settings)
-    return Run(asked, find_inputs(asked, asked.embeddings, None, Listener()))
+    return Run(asked, find_inputs(asked, asked.embeddings, None))
 
 
 def encode_shown(model: ClipModel, batch: TrainingBatch) -> tuple[np.ndarray, np.ndarray]:

@@ -27,7 +27,7 @@ from click.core import ParameterSource
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.runtime.libraries import importing, set_openmp_spins
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.fields import Setting, flag_of, setting_of
 from clipcid_cli.steps.settings.shared import SharedSettings
 
@@ -49,7 +49,7 @@ _WHOLE = re.compile(r"`[^`]*`|\[default: [^]]*\]")
 def step_command(name: str, settings: type[SharedSettings], *, step: str, show: Show, page: str) -> click.Command:
     """Make the click command of a step.
 
-    `step` is a module imported only when the step runs. Its ``run(settings, reporter)`` returns the result, a
+    `step` is a module imported only when the step runs. Its ``run(settings)`` returns the result, a
     `msgspec.Struct` whose fields are the keys of the JSON object; `show` prints it for a person.
     """
 
@@ -74,7 +74,8 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
     reporter = ConsoleReporter(console, quiet=settings.quiet) if is_main else Reporter()
     with importing():
         module = importlib.import_module(step)
-    result = module.run(settings, reporter)
+    with reporting_to(reporter):
+        result = module.run(settings)
     if not is_main:
         return
     if settings.json:

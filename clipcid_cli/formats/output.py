@@ -41,16 +41,38 @@ _RUN = ".run.json"
 _TOLD = 8
 
 
+@dataclasses.dataclass(frozen=True)
+class OutputSpec(Generic[AnySidecar]):
+    """An output that a step asks for: where it lies, and what decides it."""
+
+    folder: Path  # where the sidecar and most of the files lie
+    step: str
+    kind: type[AnySidecar]
+    _: dataclasses.KW_ONLY
+    settings: dict[str, Any]
+    inputs: Sequence[FileRecord]
+    overwrite: bool = False  # whether one of other settings or inputs counts as missing
+    may_differ: Collection[str] = ()  # settings, and ``inputs``, in which one that is there may differ without an error
+    resumes: bool = True
+    elsewhere: str = WORK  # the flags that choose another place, for the error
+    top: Path | None = None  # a folder above, where further files lie
+
+    @property
+    def run(self) -> Run:
+        return Run(settings=json.loads(json.dumps(self.settings)), inputs=[*self.inputs])
+
+    @property
+    def root(self) -> Path:
+        """The work folder; its tree is that of `top`."""
+        return self.folder / f".{self.step}-{identity_of(self.settings, self.inputs)}"
+
+
 @dataclasses.dataclass
 class Output(Generic[AnySidecar]):
     """A locked output."""
 
-    folder: Path  # where the sidecar and most of the files lie
-    top: Path  # the folder, or one above it, that holds all files
-    root: Path  # the work folder; its tree is that of `top`
-    step: str
-    kind: type[AnySidecar]
-    run: Run
+    spec: OutputSpec[AnySidecar]
+    root: Path  # the work folder: that of the spec, or one that a killed run has left
     finished: AnySidecar | None = None  # the sidecar when the output is complete and of the same settings and inputs
     earlier: AnySidecar | None = None  # that of a complete output that differs only as it may
     # How the complete output that is there differs, by setting and input.
@@ -58,9 +80,13 @@ class Output(Generic[AnySidecar]):
     begun: Path | None = None  # unfinished work to continue from: `root`, or that of a run that differs only as it may
 
     @property
+    def folder(self) -> Path:
+        return self.spec.folder
+
+    @property
     def work(self) -> Path:
         """The folder for unfinished files, named as they will be in `folder`; names that begin with a dot are scratch."""
-        return self.root / self.folder.relative_to(self.top)
+        return self.root / self.folder.relative_to(self.spec.top or self.folder)
 
     @property
     def resumed(self) -> bool:
@@ -75,23 +101,23 @@ class Output(Generic[AnySidecar]):
                 where there is nothing to resume.
         """
         try:
-            for work in find_works(self.folder, self.step):
+            for work in find_works(self.folder, self.spec.step):
                 if work not in (self.begun, self.root):
                     shutil.rmtree(work, ignore_errors=True)
             if self.begun is not None and not self.root.exists():
                 self.begun.rename(self.root)
             elif clear is not None and not self.root.exists():
-                sidecar_path(self.folder, self.step).unlink(missing_ok=True)
+                sidecar_path(self.folder, self.spec.step).unlink(missing_ok=True)
                 clear()
             self.work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise write_error(self.root, error) from error
-        write_json(self.root / _RUN, msgspec.to_builtins(self.run))
+        write_json(self.root / _RUN, msgspec.to_builtins(self.spec.run))
 
     def commit(self, **entries: Any) -> AnySidecar:
         """Write the sidecar with these entries, which makes the output complete, and move everything to its place."""
-        sidecar = make_sidecar(self.kind, self.step, self.run, entries)
-        write_sidecar(sidecar_path(self.work, self.step), sidecar)
+        sidecar = make_sidecar(self.spec.kind, self.spec.step, self.spec.run, entries)
+        write_sidecar(sidecar_path(self.work, self.spec.step), sidecar)
         self.place()
         return sidecar
 
@@ -100,22 +126,24 @@ class Output(Generic[AnySidecar]):
 
     def place(self) -> None:
         """Move the files of a complete output to their places; also where a killed run has begun to."""
-        earlier = sidecar_path(self.folder, self.step)
-        complete = sidecar_path(self.work, self.step)
-        new = read_sidecar(complete, self.kind)
+        spec = self.spec
+        top = spec.top or spec.folder
+        earlier = sidecar_path(spec.folder, spec.step)
+        complete = sidecar_path(self.work, spec.step)
+        new = read_sidecar(complete, spec.kind)
         assert new is not None, "the output is complete"
         with suppress(ClipcidError):  # of an earlier version, or damaged
-            old = read_sidecar(earlier, self.kind)
-            for name in set() if old is None else old.files(self.folder) - new.files(self.work):
-                path = Path(os.path.normpath(self.folder / name))
+            old = read_sidecar(earlier, spec.kind)
+            for name in set() if old is None else old.files(spec.folder) - new.files(self.work):
+                path = Path(os.path.normpath(spec.folder / name))
                 with suppress(OSError, ValueError):  # of a name that is none
-                    if path.is_relative_to(os.path.normpath(self.top)):  # an edited sidecar names what it likes
+                    if path.is_relative_to(os.path.normpath(top)):  # an edited sidecar names what it likes
                         path.unlink()
         try:
             earlier.unlink(missing_ok=True)
         except OSError as error:
             raise write_error(earlier, error) from error
-        _move(self.root, self.top, complete)
+        _move(self.root, top, complete)
         _rename(complete, earlier)
         self.discard()
 
@@ -141,82 +169,55 @@ def _rename(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def open_output(
-    folder: Path,
-    step: str,
-    kind: type[AnySidecar],
-    *,
-    top: Path | None = None,
-    resumes: bool = True,
-    waits: bool = False,
-    **wanted: Any,
-) -> Iterator[Output[AnySidecar]]:
-    """Lock an output and determine whether it is finished, unfinished or new; the arguments are those of `find_output`.
+def open_output(spec: OutputSpec[AnySidecar], *, waits: bool = False) -> Iterator[Output[AnySidecar]]:
+    """Lock an output and determine whether it is finished, unfinished or new.
 
     Args:
         waits: Whether to wait for another run that writes it; if not, that is an error.
     """
+    folder, step = spec.folder, spec.step
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
-    with _lock_output(folder, step, wanted.get("elsewhere", WORK), waits):
+    with _lock_output(spec, waits):
         works = find_works(folder, step)
-        for root in works:
-            killed = Output(folder, top or folder, root, step, kind, Run(settings={}, inputs=[]))
+        for killed in (Output(spec, root) for root in works):
             if sidecar_path(killed.work, step).exists():
                 killed.place()
-        output = find_output(folder, step, kind, top=top, resumes=resumes, **wanted)
+        output = find_output(spec)
         for root in works:  # nothing to resume, or left by a run that was killed while it removed its folder
-            if not resumes or (output.finished is not None and (root == output.root or not (root / _RUN).exists())):
+            if not spec.resumes or (
+                output.finished is not None and (root == output.root or not (root / _RUN).exists())
+            ):
                 shutil.rmtree(root, ignore_errors=True)
         try:
             yield output
         except BaseException:
-            if not resumes and not sidecar_path(output.work, step).exists():
+            if not spec.resumes and not sidecar_path(output.work, step).exists():
                 output.discard()
             raise
 
 
-def find_output(
-    folder: Path,
-    step: str,
-    kind: type[AnySidecar],
-    *,
-    settings: dict[str, Any],
-    inputs: Sequence[FileRecord],
-    overwrite: bool,
-    may_differ: Collection[str] = (),
-    resumes: bool = True,
-    elsewhere: str = WORK,
-    top: Path | None = None,
-) -> Output[AnySidecar]:
-    """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks.
-
-    Args:
-        overwrite: Treat an output of other settings or inputs as missing.
-        may_differ: Settings, and ``inputs``, in which an existing output may differ without an error.
-        elsewhere: The flags that choose another place, for the error.
-        top: A folder above `folder`, where further files of the output lie.
-    """
-    run = Run(settings=json.loads(json.dumps(settings)), inputs=[*inputs])
-    root = folder / f".{step}-{identity_of(settings, inputs)}"
-    output = Output(folder, top or folder, root, step, kind, run)
-    works = find_works(folder, step) if resumes else []
-    begun = root in works
-    lenient = suppress(ClipcidError) if overwrite else nullcontext()  # what is replaced need not be readable
+def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
+    """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks."""
+    folder, step, run = spec.folder, spec.step, spec.run
+    output = Output(spec, spec.root)
+    works = find_works(folder, step) if spec.resumes else []
+    begun = output.root in works
+    lenient = suppress(ClipcidError) if spec.overwrite else nullcontext()  # what is replaced need not be readable
 
     path = sidecar_path(folder, step)
     existing = None
     with lenient:
-        fix = f"Add --overwrite to make the output again, or write elsewhere ({elsewhere})."
-        existing = read_sidecar(path, kind, fix)
+        fix = f"Add --overwrite to make the output again, or write elsewhere ({spec.elsewhere})."
+        existing = read_sidecar(path, spec.kind, fix)
     if existing is not None:
-        differences, serious = _compare(existing, run, may_differ)
-        if serious and not (overwrite or begun):
-            raise other_run_error(f"{folder} holds {step} output", serious, elsewhere)
-        changed = None if differences else _find_changed(existing, folder, path, resumes)
-        if changed is not None and not (overwrite or begun):
+        differences, serious = _compare(existing, run, spec.may_differ)
+        if serious and not (spec.overwrite or begun):
+            raise other_run_error(f"{folder} holds {step} output", serious, spec.elsewhere)
+        changed = None if differences else _find_changed(existing, folder, path, spec.resumes)
+        if changed is not None and not (spec.overwrite or begun):
             raise ClipcidError(changed, "Add --overwrite to replace it.")
         if not differences and changed is None:
             output.finished = existing
@@ -224,15 +225,15 @@ def find_output(
         output.earlier = None if serious or changed is not None else existing
         output.differences = differences
 
-    output.begun = root if begun else None
-    for work in [each for each in works if each != root]:
+    output.begun = output.root if begun else None
+    for work in [each for each in works if each != output.root]:
         other = None
         with lenient:
             other = _read_run(work)
         if other is not None:
-            _, serious = _compare(other, run, may_differ)
-            if serious and not overwrite:
-                raise other_run_error(f"{folder} holds unfinished {step} output", serious, elsewhere)
+            _, serious = _compare(other, run, spec.may_differ)
+            if serious and not spec.overwrite:
+                raise other_run_error(f"{folder} holds unfinished {step} output", serious, spec.elsewhere)
             output.begun = output.begun or (None if serious else work)
     return output
 
@@ -331,8 +332,8 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def _lock_output(folder: Path, step: str, elsewhere: str, waits: bool) -> Iterator[None]:
-    path = folder / f".{step}.lock"
+def _lock_output(spec: OutputSpec[Any], waits: bool) -> Iterator[None]:
+    path = spec.folder / f".{spec.step}.lock"
     with ExitStack() as stack:
         try:
             held = stack.enter_context(lock(path, wait=waits))
@@ -341,8 +342,8 @@ def _lock_output(folder: Path, step: str, elsewhere: str, waits: bool) -> Iterat
             with suppress(OSError):  # it has ended since
                 holder = path.read_text(errors="replace").strip()
             raise ClipcidError(
-                f"Another run ({holder or 'of unknown process number'}) is writing to {folder}.",
-                f"Wait for it, stop it, or write elsewhere ({elsewhere}).",
+                f"Another run ({holder or 'of unknown process number'}) is writing to {spec.folder}.",
+                f"Wait for it, stop it, or write elsewhere ({spec.elsewhere}).",
             ) from error
         except OSError as error:  # also of a file system without locks
             raise write_error(path, error) from error

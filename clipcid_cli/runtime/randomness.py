@@ -18,13 +18,8 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def key_fraction(key: str) -> float:
-    """Map a sample's key to [0, 1) evenly; a hold-out is the keys below its fraction, whatever the order of the data."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64
-
-
 def key_fractions(keys: Iterable[str]) -> npt.NDArray[np.float64]:
-    """Return `key_fraction` of each of n keys, float64 [n]."""
+    """Map n keys to [0, 1) evenly, float64 [n]; a hold-out is the keys below its fraction, in whatever order they come."""
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, dtype="<u8") / 2.0**64
 

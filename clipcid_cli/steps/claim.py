@@ -6,24 +6,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.output import Output, open_output
+from clipcid_cli.formats.output import Output, OutputSpec, open_output
 from clipcid_cli.formats.sidecar import AnySidecar
 from clipcid_cli.runtime.distributed import DistContext
 
 
 @contextmanager
-def claim_output(
-    context: DistContext, folder: Path, step: str, kind: type[AnySidecar], **wanted: Any
-) -> Iterator[Output[AnySidecar]]:
-    """Lock an output on the first process and give its state to all processes.
-
-    The arguments are those of `find_output`. Only the first process may call ``start`` and ``commit`` of the result.
-    """
+def claim_output(context: DistContext, spec: OutputSpec[AnySidecar]) -> Iterator[Output[AnySidecar]]:
+    """Lock an output on the first process and give its state to all; the first alone may call ``start`` and ``commit``."""
     with ExitStack() as stack:
-        yield context.on_rank0(lambda: stack.enter_context(open_output(folder, step, kind, **wanted)))
+        yield context.on_rank0(lambda: stack.enter_context(open_output(spec)))
         context.barrier()
 
 

@@ -1,4 +1,4 @@
-"""The index of a data set, made once by all processes and their workers, opened by every later start."""
+"""The data that a command names, and its index: made once by all processes and their workers, then opened by every start."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.pipeline import default_workers, ordered_map
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 # Fewer shards than this are listed before a worker has started.
@@ -52,7 +52,7 @@ def open_named(settings: ReadingSettings, data: str, index_root: Path | None = N
     )
 
 
-def note_missing_captions(dataset: Dataset, reporter: Reporter) -> dict[str, int]:
+def note_missing_captions(dataset: Dataset) -> dict[str, int]:
     """Say how many samples of indexed data have no caption of the keys that were named; return it by key."""
     if dataset.index is None or not dataset.caption_keys:
         return {}
@@ -61,7 +61,7 @@ def note_missing_captions(dataset: Dataset, reporter: Reporter) -> dict[str, int
         found.merge(record.skips)
     if found.without:
         numbers = ", ".join(f"{number:,} without {key}" for key, number in sorted(found.without.items()))
-        reporter.note(f"Captions of {int(dataset.index.sizes.sum()):,} samples: {numbers}.")
+        reporting.note(f"Captions of {int(dataset.index.sizes.sum()):,} samples: {numbers}.")
     return found.without
 
 
@@ -93,7 +93,7 @@ def _list_shard(dataset: Dataset, number: int) -> None:
         pass
 
 
-def ensure_index(dataset: Dataset, context: DistContext, workers: int, reporter: Reporter) -> Dataset:
+def ensure_index(dataset: Dataset, context: DistContext, workers: int) -> Dataset:
     """Return the data with its index, listing the shards that are not in it yet.
 
     Processes divide the shards among them, and each its part among its workers (0: itself); a stopped run continues.
@@ -107,7 +107,7 @@ def ensure_index(dataset: Dataset, context: DistContext, workers: int, reporter:
         return [number for number, shard in enumerate(dataset.shards) if read_record(folder, shard) is None]
 
     def list_all(numbers: list[int]) -> None:
-        with reporter.progress("index", len(numbers), "shards") as progress:
+        with reporting.progress("index", len(numbers), "shards") as progress:
             lister = partial(_list_shard, dataset)
             for _ in ordered_map(lister, numbers, workers if len(numbers) > _FEW_SHARDS else 0):
                 progress.advance()
@@ -118,10 +118,10 @@ def ensure_index(dataset: Dataset, context: DistContext, workers: int, reporter:
         return dataset.with_index(context.on_rank0(lambda: _finish(dataset, folder)))
 
 
-def index_alone(dataset: Dataset, workers: int | None, reporter: Reporter) -> Dataset:
+def index_alone(dataset: Dataset, workers: int | None) -> Dataset:
     """Return the data with its index, made by this process and its workers while others wait for what it finds."""
     alone = DistContext(0, 1, 0, torch.device("cpu"))
-    return ensure_index(dataset, alone, default_workers(alone.device) if workers is None else workers, reporter)
+    return ensure_index(dataset, alone, default_workers(alone.device) if workers is None else workers)
 
 
 def open_part(dataset: Dataset, number: int) -> Part:
@@ -149,13 +149,13 @@ def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:
     return dataclasses.replace(dataset, index=dataclasses.replace(index, cache=cache))
 
 
-def warn_of_copies(dataset: Dataset, context: DistContext, reporter: Reporter) -> None:
+def warn_of_copies(dataset: Dataset, context: DistContext) -> None:
     """Say what it costs that each host reads all shards behind URLs, and what to do about it."""
     if context.spans_hosts and any(is_remote(shard.file) for shard in dataset.shards):
         assert dataset.index is not None
         size = sum(record.fingerprint.size for record in dataset.index.records)
         volume = f", {size / 1e9:,.1f} GB" if size else ""  # that of commands is not known
-        reporter.warn(
+        reporting.warn(
             f"Each host fetches all shards in every epoch{volume}: put CLIPCID_CACHE on a disk that the hosts share."
         )
 

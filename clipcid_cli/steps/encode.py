@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
@@ -92,8 +92,8 @@ class Decoded:
     pixels: torch.Tensor | None = None
     tokens: torch.Tensor | None = None  # captions, sample after sample, int64 [M, L]; None where none are wanted
     failures: dict[int, str] = dataclasses.field(default_factory=dict)  # why samples cannot be used, by their position
-    laid_on_white: int = 0  # images with transparent pixels, which are shown on white
-    from_16_bit: int = 0  # images of 16 bits of grey, which are scaled
+    # How many images are not shown as they are stored, by what was done: `laid_on_white`, `from_16_bit`.
+    adapted: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +130,8 @@ class Decoder:
             if isinstance(image, SkippedImage):
                 decoded.failures[row] = image.reason
                 continue
-            decoded.laid_on_white += had_alpha(image)
-            decoded.from_16_bit += was_16_bit(image)
+            decoded.adapted["laid_on_white"] += had_alpha(image)
+            decoded.adapted["from_16_bit"] += was_16_bit(image)
             yield row, image
 
     def tokenize(self, texts: list[str]) -> torch.Tensor | None:
@@ -150,8 +150,7 @@ class Encoded:
     # Of each sample by kind, on the CPU; `Kind.TEXTS` of each caption, sample after sample.
     rows: dict[Kind, torch.Tensor]
     failures: dict[int, str] = dataclasses.field(default_factory=dict)
-    laid_on_white: int = 0
-    from_16_bit: int = 0
+    adapted: Counter[str] = dataclasses.field(default_factory=Counter)
 
     @property
     def captions(self) -> torch.Tensor:
@@ -175,12 +174,7 @@ class Encoded:
         kept = self.kept
         texts = torch.isin(self.owners, kept)
         rows = {kind: found[texts if kind is Kind.TEXTS else kept] for kind, found in self.rows.items()}
-        return Encoded(
-            [self.samples[row] for row in kept.tolist()],
-            rows,
-            laid_on_white=self.laid_on_white,
-            from_16_bit=self.from_16_bit,
-        )
+        return Encoded([self.samples[row] for row in kept.tolist()], rows, adapted=self.adapted)
 
     def count_skips(self, shard: Shard) -> Skips:
         """Count the samples of a shard that cannot be used."""
@@ -194,8 +188,7 @@ def join(parts: Iterable[Encoded]) -> Encoded:
     return Encoded(
         [sample for part in usable for sample in part.samples],
         {kind: torch.cat([part.rows[kind] for part in usable if kind in part.rows]) for kind in kinds},
-        laid_on_white=sum(part.laid_on_white for part in usable),
-        from_16_bit=sum(part.from_16_bit for part in usable),
+        adapted=sum((part.adapted for part in usable), Counter()),
     )
 
 
@@ -288,7 +281,7 @@ def encode(
     def compute(batch: Batch, decoded: Decoded) -> tuple[Batch, Encoded]:
         """Encode a batch, and note samples any of whose rows is not finite: nothing can be compared with it."""
         samples = batch.samples
-        encoded = Encoded(samples, {}, dict(decoded.failures), decoded.laid_on_white, decoded.from_16_bit)
+        encoded = Encoded(samples, {}, dict(decoded.failures), decoded.adapted)
         if not samples:
             return batch, encoded
         owners = encoded.owners

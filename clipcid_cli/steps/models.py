@@ -19,14 +19,14 @@ from clipcid_cli.runtime.models.names import (
     read_config,
     with_default_tag,
 )
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 # The entries of a configuration's text tower that determine the tokens.
 _TOKENS = ("context_length", "hf_tokenizer_name", "tokenizer_kwargs")
 
 
-def choose_model(spec: str | None, work: Path, reporter: Reporter, *, positional_of: str | None = None) -> ModelName:
+def choose_model(spec: str | None, work: Path, *, positional_of: str | None = None) -> ModelName:
     """Resolve a model to evaluate or export, and report whatever the user did not spell out.
 
     Args:
@@ -36,7 +36,7 @@ def choose_model(spec: str | None, work: Path, reporter: Reporter, *, positional
     """
     if spec is None:
         student = WorkDirectory(work).find_student()
-        reporter.note(f"Model: {student}, the newest student of {work}.")
+        reporting.note(f"Model: {student}, the newest student of {work}.")
         return parse_model(str(student))
     try:
         name = with_default_tag(parse_model(spec))
@@ -50,7 +50,7 @@ def choose_model(spec: str | None, work: Path, reporter: Reporter, *, positional
             f"{error.message}\n{spec} was read as the model, because the first positional argument is the model.", fix
         ) from error
     if name.spec != spec:
-        reporter.note(f"Weights: {name.spec}.")
+        reporting.note(f"Weights: {name.spec}.")
     return name
 
 

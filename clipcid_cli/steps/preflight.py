@@ -19,7 +19,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps import reporting
 
 _SECONDS = 2.0
 _SAMPLES_OF_A_SHARD = 3
@@ -28,7 +28,7 @@ _THREADS = 16
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
-def validate_samples(dataset: Dataset, context: DistContext, seed: int, *, dry_run: bool, reporter: Reporter) -> None:
+def validate_samples(dataset: Dataset, context: DistContext, seed: int, *, dry_run: bool) -> None:
     """Look at a few samples of every shard, or of as many as there is time for, and report images that cannot be decoded.
 
     Such images are no error: a step skips and counts them. A shard that cannot be read is one. A dry run also names the
@@ -57,9 +57,9 @@ def validate_samples(dataset: Dataset, context: DistContext, seed: int, *, dry_r
         looked += " (evenly spread)"
     if bad.total:
         # A run names what it leaves out at its end.
-        reporter.warn(f"{looked}: {bad.total:,} cannot be decoded." + f"\n{bad.describe()}" * dry_run)
+        reporting.warn(f"{looked}: {bad.total:,} cannot be decoded." + f"\n{bad.describe()}" * dry_run)
     elif dry_run:
-        reporter.note(f"{looked}: all can be decoded.")
+        reporting.note(f"{looked}: all can be decoded.")
 
 
 def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:

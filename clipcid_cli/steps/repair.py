@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -15,14 +12,14 @@ from clipcid_cli.algorithms.repair import MAX_PAIRS, Pairs, are_enough, fit_repa
 from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.output import find_output, open_output
+from clipcid_cli.formats.output import OutputSpec, find_output, open_output
 from clipcid_cli.formats.results.repair import REPAIR, STEP, read_repair, write_repair
 from clipcid_cli.formats.sidecar import RepairFigures, RepairSidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import derive_seed, key_fractions
 from clipcid_cli.runtime.timing import timed
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.shared import KeptSettings
 
 MAX_SCALE = 100.0
@@ -35,9 +32,7 @@ _HELD_OUT_BY_RUNS = 0.01
 _SEED = 0
 
 
-def repair_teacher(
-    settings: KeptSettings, embeddings: Embeddings, reporter: Reporter
-) -> tuple[Embeddings, RepairFigures | None]:
+def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embeddings, RepairFigures | None]:
     """Return embeddings with repaired image rows where that is better, else as they are, and what was found; say it.
 
     Call it on the first process. Nothing is found where nothing could be judged, or not yet: in a dry run.
@@ -49,36 +44,33 @@ def repair_teacher(
     is_there = sidecar_path(folder, STEP).exists()
     found: RepairSidecar | None = None
     if is_there or not settings.dry_run:
-        wanted: dict[str, Any] = {
-            "settings": {"scale": scale},
-            "inputs": embeddings.fingerprints([Kind.TEXTS]),
-            "overwrite": True,
-        }
-        found = find_output(folder, STEP, RepairSidecar, **wanted).finished
+        inputs = embeddings.fingerprints([Kind.TEXTS])
+        spec = OutputSpec(folder, STEP, RepairSidecar, settings={"scale": scale}, inputs=inputs, overwrite=True)
+        found = find_output(spec).finished
     if found is None and settings.dry_run:
-        reporter.note("Teacher: a run decides whether it is repaired (--repair none leaves it as it is).")
+        reporting.note("Teacher: a run decides whether it is repaired (--repair none leaves it as it is).")
         return embeddings, None
     if found is None:
         if is_there:
-            reporter.note(f"{folder} was decided for other rows, or has been changed: repairing anew.")
+            reporting.note(f"{folder} was decided for other rows, or has been changed: repairing anew.")
         pairs = _read_pairs(embeddings)
         if not are_enough(pairs):
-            reporter.note("Teacher left as it is: too few pairs, or different captions, to judge a repair by.")
+            reporting.note("Teacher left as it is: too few pairs, or different captions, to judge a repair by.")
             return embeddings, None
-        with reporter.progress("repair", len(pairs), "pairs") as bar:
-            found = _decide(folder, pairs, scale, wanted)
+        with reporting.progress("repair", len(pairs), "pairs") as bar:
+            found = _decide(spec, pairs, scale)
             bar.advance(len(pairs))
-    reporter.note(describe_repair(found.result))
+    reporting.note(describe_repair(found.result))
     if not found.result.repaired:
         return embeddings, found.result
     [written] = found.outputs
     return embeddings.mapped(RowMap(read_repair(folder, written), written)), found.result
 
 
-def _decide(folder: Path, pairs: Pairs, scale: float, wanted: dict[str, Any]) -> RepairSidecar:
+def _decide(spec: OutputSpec[RepairSidecar], pairs: Pairs, scale: float) -> RepairSidecar:
     """Fit, judge and record a repair, unless another run does, which is waited for."""
     seconds = dict[str, float]()
-    with open_output(folder, STEP, RepairSidecar, waits=True, **wanted) as output:
+    with open_output(spec, waits=True) as output:
         if output.finished is not None:
             return output.finished
         with timed(seconds, "fit"), threads_for(0):  # one thread: the same bytes whatever their number

@@ -1,8 +1,9 @@
-"""How a step reports what it is doing, independent of where it is shown."""
+"""How a step says what it is doing, independent of where it is shown; said to nobody until `reporting_to` names one."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 
@@ -17,17 +18,44 @@ class Progress:
 
 
 class Reporter:
-    """Receives a step's reports; this one drops them, for all processes but the first and for use from Python."""
+    """Receives what is said; this one drops it, for all processes but the first and for use from Python."""
 
     def note(self, text: str) -> None:
-        """Report something worth knowing, such as which input was taken or which default was chosen."""
+        pass
 
     def warn(self, text: str) -> None:
-        """Report something that may surprise the user; printed even under ``--quiet``."""
+        pass
 
     def progress(self, label: str, total: float | None, unit: str) -> AbstractContextManager[Progress]:
-        """Show a bar that counts to `total` units (unknown when None)."""
         return nullcontext(Progress())
+
+
+_reporters = [Reporter()]
+
+
+@contextmanager
+def reporting_to(reporter: Reporter) -> Iterator[None]:
+    """Let a reporter receive what is said in the block, by whichever thread."""
+    _reporters.append(reporter)
+    try:
+        yield
+    finally:
+        _reporters.pop()
+
+
+def note(text: str) -> None:
+    """Say something worth knowing, such as which input was taken or which default was chosen."""
+    _reporters[-1].note(text)
+
+
+def warn(text: str) -> None:
+    """Say something that may surprise the user; printed even under ``--quiet``."""
+    _reporters[-1].warn(text)
+
+
+def progress(label: str, total: float | None, unit: str) -> AbstractContextManager[Progress]:
+    """Show a bar that counts to `total` units (unknown when None)."""
+    return _reporters[-1].progress(label, total, unit)
 
 
 def format_duration(seconds: float) -> str:

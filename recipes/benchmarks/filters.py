@@ -26,10 +26,9 @@ import pyarrow.parquet as pq
 from balance import describe_machine, unit
 
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.output import open_output
+from clipcid_cli.formats.output import OutputSpec, open_output
 from clipcid_cli.formats.sidecar import ClusterSidecar
 from clipcid_cli.steps.balance import report, run, sets, write
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 CLUSTER_SIZE = 200
@@ -66,7 +65,7 @@ def main() -> None:
             clusters=folder / "clusters",
             device="cpu",
         )
-        result = timed(run.run, "whole command", taken)(settings, Reporter())
+        result = timed(run.run, "whole command", taken)(settings)
     print(
         f"dropped: {result.against.dropped:,} near a reference, {result.caption_window.below:,} below the "
         f"window, {result.components:,} left of the search, of which the cap drops {result.cluster_cap.dropped:,}"
@@ -168,7 +167,7 @@ def write_clusters(folder: Path, labels: np.ndarray, generator: np.random.Genera
         "iterations": 0,
         "seconds": {},
     }
-    with open_output(folder, "cluster", ClusterSidecar, settings={}, inputs=[], overwrite=False) as output:
+    with open_output(OutputSpec(folder, "cluster", ClusterSidecar, settings={}, inputs=[])) as output:
         output.start()
         pq.write_table(table, output.work / "clusters.parquet")
         written = [record(output.work / "clusters.parquet", output.work)]

@@ -27,7 +27,7 @@ from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.fingerprint import record_together
-from clipcid_cli.formats.output import open_output
+from clipcid_cli.formats.output import OutputSpec, open_output
 from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -57,8 +57,8 @@ def write_embeddings(work: Path, data: Path, model: Path, kind: str, left: int, 
     folder = WorkDirectory(work).embeddings(parse_model(str(model)).slug)
     dataset = open_dataset(data)
     shards = describe_shards(dataset)
-    wanted = {"settings": example.settings, "inputs": [record_together(dataset.spec, shards)], "overwrite": False}
-    with open_output(folder, "embed", EmbedSidecar, **wanted) as output:
+    inputs = [record_together(dataset.spec, shards)]
+    with open_output(OutputSpec(folder, "embed", EmbedSidecar, settings=example.settings, inputs=inputs)) as output:
         if output.finished is not None:
             return
         output.start()
@@ -75,7 +75,7 @@ def write_embeddings(work: Path, data: Path, model: Path, kind: str, left: int, 
             images, texts = rows.draw(number, len(samples))
             made = {Kind.IMAGES: images, Kind.TEXTS: texts}
             keys = [name + place for place in places]
-            writer.write(number, ShardRows(len(samples), Skips(), 0, keys, captions, None, made))
+            writer.write(number, ShardRows(len(samples), Skips(), {"laid_on_white": 0}, keys, captions, None, made))
 
         with ThreadPoolExecutor(THREADS) as pool:
             for _ in pool.map(write, range(len(dataset.shards) - left)):

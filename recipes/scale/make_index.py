@@ -16,7 +16,6 @@ from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.reporting import Reporter
 
 
 def main() -> None:
@@ -32,7 +31,7 @@ def main() -> None:
             lambda: open_dataset(arguments.data, index_root=WorkDirectory(arguments.work).indexes)
         )
         opened = time.perf_counter()
-        dataset = ensure_index(dataset, machine, arguments.workers, Reporter())
+        dataset = ensure_index(dataset, machine, arguments.workers)
         seconds = {"open": opened - began, "index": time.perf_counter() - opened}
         if machine.is_main:
             rounded = {name: round(value, 3) for name, value in seconds.items()}

@@ -96,6 +96,34 @@ def test_two_processes_are_taught_as_one(clipcid: Clipcid, torchrun: Clipcid, di
         assert_alike(distill_place, f"{kind}-one", f"{kind}-two")
 
 
+def kill_after_a_checkpoint(folder: Path, name: str, arguments: list[str], processes: int) -> Path:
+    """Kill a run once it has saved its first checkpoint; returns the folder of the run."""
+    killed = folder / "clipcid-work" / "distill" / name
+    process = start_clipcid(*arguments, "--name", name, cwd=folder, processes=processes)
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("checkpoints/step_*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "distill.json").exists(), "it was too fast to be killed"
+    return killed
+
+
+def test_killed_processes_go_on_to_the_same_bits(torchrun: Clipcid, distill_place: Path) -> None:
+    arguments = ["distill", *map(str, SHORT), "--steps", "30", "--checkpoint-every", "3", "--color-jitter", "0.3"]
+    # A worker's queue runs ahead of the steps: it must leave no trace.
+    arguments += ["--workers", "2", "--cluster-towers", "both", "--loss", "mfd=1", "--loss", "afd=1", "--ema", "0.9"]
+    torchrun(2, *arguments, "--name", "whole")
+    killed = kill_after_a_checkpoint(distill_place, "killed", arguments, 2)
+    assert "Resuming at step" in torchrun(2, *arguments, "--name", "killed").stderr
+    whole = killed.with_name("whole")
+    assert losses(killed) == losses(whole)
+    for name in ("student", "student-ema"):
+        path = f"{name}/open_clip_model.safetensors"
+        assert (killed / path).read_bytes() == (whole / path).read_bytes()
+    assert (killed / "results.jsonl").read_bytes() == (whole / "results.jsonl").read_bytes()
+
+
 def stop_at_step(patch: pytest.MonkeyPatch, number: int) -> None:
     """Let training end with an error before a step."""
     step = Trainer.step

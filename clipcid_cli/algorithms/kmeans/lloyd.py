@@ -110,6 +110,8 @@ class Processes:
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     # As the built-in; may compute several runs of rows at once, a thread each.
     map_runs: Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]] = map
+    # Of prepared rows, how much is kept from iteration to iteration; others are read and prepared anew.
+    kept_bytes: int = 2**31
 
 
 def run_lloyd(
@@ -120,7 +122,6 @@ def run_lloyd(
     dtype: torch.dtype,
     device: torch.device,
     processes: Processes = Processes(),
-    kept_bytes: int = 2**31,
 ) -> Iterator[LloydState]:
     """Iterate until no centroid moves, or `iterations` are done.
 
@@ -130,12 +131,11 @@ def run_lloyd(
     Args:
         iterations: Most iterations in all, those of `state` included.
         dtype: Format of the product that proposes, see `NearestCentroid`.
-        kept_bytes: Prepared rows that this process keeps from iteration to iteration; others are read and prepared anew.
 
     Yields:
         The state after each iteration, the same on every process. The next iteration may overwrite its centroids.
     """
-    mine = _RankRows(rows, len(state.centroids_KD), dtype, device, processes, kept_bytes)
+    mine = _RankRows(rows, len(state.centroids_KD), dtype, device, processes)
     # A resumed run makes none: they need the clusters before them.
     is_new = state.iterations == 0 and len(state.centroids_KD) > PLUS_PLUS_CLUSTERS
     num_loose = iterations // _ONE_LOOSE_IN
@@ -169,13 +169,7 @@ class _RankRows:
     """A process's share of the rows: their clusters, and the sums of those."""
 
     def __init__(
-        self,
-        rows: RowReader,
-        num_clusters: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        processes: Processes,
-        kept_bytes: int,
+        self, rows: RowReader, num_clusters: int, dtype: torch.dtype, device: torch.device, processes: Processes
     ) -> None:
         self.sums = ClusterSums(num_clusters, rows.width, device)
         self._rows = rows
@@ -193,7 +187,6 @@ class _RankRows:
         self._is_summed = False
         self._coarse_rows = dict[int, CoarseRows]()
         self._blocks = dict[int, Block]()
-        self._kept_bytes = kept_bytes
 
     def are_local(self, centroids_KD: torch.Tensor) -> bool:
         """Tell of rows from all over the data whether comparing with centroids around their own is enough."""
@@ -326,7 +319,7 @@ class _RankRows:
         if first in kept:
             return kept[first]
         prepared = prepare(torch.from_numpy(self._rows.features(self._numbers(first))).to(self._device))
-        if (len(kept) + 1) * prepared.num_bytes <= self._kept_bytes:  # all runs but the last are as long
+        if (len(kept) + 1) * prepared.num_bytes <= self._processes.kept_bytes:  # all runs but the last are as long
             kept[first] = prepared
         return prepared
 

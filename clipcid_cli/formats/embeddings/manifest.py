@@ -162,12 +162,11 @@ class ShardRows:
 
     read: int  # samples listed, usable or not
     skipped: Skips
-    laid_on_white: int  # images with transparent pixels, which were shown on white
+    adapted: Mapping[str, int]  # how many images were not shown as they are stored: `laid_on_white`, `from_16_bit`
     keys: Sequence[str]
     captions: Sequence[str]  # the first of each sample, empty where there is none
     counts: Sequence[int] | None  # numbers of captions; None where no sample has several
     rows: dict[Kind, npt.NDArray[Any]]
-    from_16_bit: int = 0  # images of 16 bits of grey, which were scaled
 
 
 class EmbeddingWriter:
@@ -203,8 +202,7 @@ class EmbeddingWriter:
             identity=self._identities[number],
             read=made.read,
             rows=len(made.keys),
-            laid_on_white=made.laid_on_white,
-            from_16_bit=made.from_16_bit,
+            **made.adapted,
             skipped=skipped,
             files={part: fingerprint.record(self._path(part, number), self.folder) for part in parts},
         )

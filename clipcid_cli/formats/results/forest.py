@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import pyarrow as pa
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_bytes, write_parquet, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.output import Output, open_output
+from clipcid_cli.formats.output import OutputSpec, open_output
 from clipcid_cli.formats.parquet import read_columns, read_rows, write_row_groups
 from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import ForestSidecar
@@ -75,14 +74,13 @@ class StoredForest:
     distance: npt.NDArray[np.float32]  # ascending
     cutoff: float  # the distance up to which it was searched
     num_rows: int
-    neighbors: str = "exact"  # a key of `_STEPS`
 
 
-def open_forest(
+def forest_spec(
     folder: Path, inputs: Sequence[FileRecord], neighbors: str, *, overwrite: bool
-) -> AbstractContextManager[Output[ForestSidecar]]:
-    """Open the forest of some embeddings in the folder of `balance`; one of others is replaced without a word."""
-    return open_output(
+) -> OutputSpec[ForestSidecar]:
+    """Ask for the forest of some embeddings in the folder of `balance`; one of others is replaced without a word."""
+    return OutputSpec(
         folder,
         _STEPS[neighbors],
         ForestSidecar,
@@ -94,21 +92,16 @@ def open_forest(
 
 
 def write_forest(
-    folder: Path,
-    forest: StoredForest,
-    row_files: Path,
-    *,
-    inputs: Sequence[FileRecord],
-    seconds: dict[str, float],
-    overwrite: bool,
+    spec: OutputSpec[ForestSidecar], forest: StoredForest, row_files: Path, seconds: dict[str, float]
 ) -> None:
     """Write ``forest.parquet``, a copy of `row_files` and their sidecar ``forest.json``, or those of another kind."""
-    with open_forest(folder, inputs, forest.neighbors, overwrite=overwrite) as output:
+    neighbors = spec.settings["neighbors"]
+    with open_output(spec) as output:
         output.start()
-        path = forest_path(output.work, forest.neighbors)
+        path = forest_path(output.work, neighbors)
         columns = forest.a, forest.b, forest.distance
         write_row_groups(path, _EDGES, len(forest.a), lambda part: [column[part] for column in columns])
-        own = row_files_path(output.work, forest.neighbors)
+        own = row_files_path(output.work, neighbors)
         write_bytes(own, row_files.read_bytes())
         output.commit(
             counts={"images": forest.num_rows, "edges": len(forest.a)},
@@ -118,15 +111,13 @@ def write_forest(
         )
 
 
-def read_forest(
-    folder: Path, inputs: Sequence[FileRecord], neighbors: str = "exact", *, overwrite: bool = False
-) -> StoredForest | None:
+def read_forest(spec: OutputSpec[ForestSidecar]) -> StoredForest | None:
     """Read the forest of these embeddings; None when there is none, one of others or, to overwrite it, a damaged one."""
-    with open_forest(folder, inputs, neighbors, overwrite=overwrite) as output:
+    with open_output(spec) as output:
         sidecar = output.finished
     if sidecar is None:
         return None
-    path = forest_path(folder, neighbors)
+    path = forest_path(spec.folder, spec.settings["neighbors"])
     fix = "Add --overwrite to search it again."
     table = read_columns(path, dict(zip(_EDGES.names, _EDGES.types, strict=True)), fix)
     a, b, distance = (column.to_numpy() for column in table.columns)
@@ -135,12 +126,12 @@ def read_forest(
     if not (in_range and (distance[1:] >= distance[:-1]).all()):
         raise ClipcidError(f"{path} is not a forest of {num_rows:,} rows with ascending distances.", fix)
     kind = np.int32 if num_rows < 2**31 else np.int64
-    return StoredForest(a.astype(kind), b.astype(kind), distance, sidecar.cutoff, num_rows, neighbors)
+    return StoredForest(a.astype(kind), b.astype(kind), distance, sidecar.cutoff, num_rows)
 
 
-def find_earlier(folder: Path, inputs: Sequence[FileRecord], *, overwrite: bool) -> ForestSidecar | None:
-    """Return the sidecar of the exact forest of other embeddings that is there; None when there is none."""
-    with open_forest(folder, inputs, "exact", overwrite=overwrite) as output:
+def find_earlier(spec: OutputSpec[ForestSidecar]) -> ForestSidecar | None:
+    """Return the sidecar of the forest of other embeddings that is there; None when there is none."""
+    with open_output(spec) as output:
         return output.earlier
 
 

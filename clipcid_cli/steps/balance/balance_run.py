@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,21 +16,24 @@ from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_row
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
 from clipcid_cli.algorithms.near.exact import BoolArray, HalfArray, IntArray, row_type
 from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord, identity_of
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.precision import Precision
-from clipcid_cli.steps.balance.shared_arrays import collect_arrays, publish_arrays
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.balance.filters.against import NearReferences
+    from clipcid_cli.steps.balance.filters.against import NearReferences, Reference
     from clipcid_cli.steps.balance.filters.captions import CaptionWindow
+    from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters
 
 # Limit on a CPU of the panels kept in memory, in the format of the fast product and as stored.
 CACHE_BYTES = 2**30
@@ -80,7 +84,7 @@ class BalanceRows:
         """Return how many searched rows equal each unique one, itself included, int64 [U]."""
         return 1 + np.bincount(np.searchsorted(self.unique, self.copies.a), minlength=len(self.unique))
 
-    def restrict(self, context: DistContext, folder: Path, is_searched: BoolArray) -> BalanceRows:
+    def restrict(self, shared: SharedArrays, is_searched: BoolArray) -> BalanceRows:
         """Return the rows with those alone to be searched that are true, bool [N]; the same on every process."""
 
         def choose() -> Arrays:
@@ -97,7 +101,7 @@ class BalanceRows:
             copies = sort_edges(_join(left[is_copy], searched[is_copy]))
             return searched[~is_copy], copies.a, copies.b
 
-        unique, a, b = publish_arrays(context, folder, choose)
+        unique, a, b = shared.publish(choose)
         return dataclasses.replace(self, unique=unique, copies=_join(a, b), is_searched=is_searched)
 
 
@@ -105,9 +109,9 @@ def _join(a: IntArray, b: IntArray) -> Edges:
     return Edges(a, b, np.zeros(len(b), np.float32))
 
 
-def read_rows(context: DistContext, folder: Path, images: Rows, reporter: Reporter) -> BalanceRows:
+def read_rows(shared: SharedArrays, images: Rows) -> BalanceRows:
     """Read every row once, each process its share, to find rows that are not finite and rows that are equal."""
-    start, stop = context.rank_range(len(images))
+    start, stop = shared.context.rank_range(len(images))
     hashes = np.empty(stop - start, np.uint64)
     finite = np.empty(stop - start, np.bool_)
     for begin in range(start, stop, _ROWS_AT_ONCE):
@@ -115,7 +119,7 @@ def read_rows(context: DistContext, folder: Path, images: Rows, reporter: Report
         part = slice(begin - start, begin - start + len(rows))
         hashes[part] = hash_rows(rows)
         finite[part] = np.isfinite(rows).all(axis=1)
-    parts = collect_arrays(context, folder, (hashes, finite))
+    parts = shared.collect((hashes, finite))
     del hashes, finite
 
     def survey() -> Arrays:
@@ -129,21 +133,39 @@ def read_rows(context: DistContext, folder: Path, images: Rows, reporter: Report
         copies = sort_edges(copies)
         return numbers, unique, copies.a, copies.b
 
-    numbers, unique, a, b = publish_arrays(context, folder, survey)
+    numbers, unique, a, b = shared.publish(survey)
     if len(b):
-        reporter.note(f"{len(b):,} rows are exact copies of earlier ones.")
+        reporting.note(f"{len(b):,} rows are exact copies of earlier ones.")
     return BalanceRows(images, numbers, unique, _join(a, b))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BalanceRun:
-    """One run."""
+class BalancePlan:
+    """What one `balance` works on."""
 
     settings: BalanceSettings
-    embeddings: Embeddings
-    output: Output[BalanceSidecar]
     context: DistContext
-    reporter: Reporter
+    embeddings: Embeddings
+    data: Dataset | None = None  # the data that ``--write-shards`` copies from, all tars; None without it
+    clusters: FoundClusters | None  # those of ``--max-per-cluster``
+    references: Sequence[Reference] = ()  # those of ``--against``; none in a dry run, which makes no embeddings of them
+    seconds: dict[str, float]  # time by phase, but for that of writing; those that follow add theirs
+
+    @property
+    def folder(self) -> Path:
+        return WorkDirectory(self.settings.work).balance
+
+    @property
+    def keep_list(self) -> Path:
+        return self.folder / KEEP_LIST
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BalanceRun(BalancePlan):
+    """One that has begun."""
+
+    output: Output[BalanceSidecar]
+    shared: SharedArrays
     rows: BalanceRows
     skips: Skips  # rows that are not finite
     scan: Precision  # the format of the fast product
@@ -151,7 +173,6 @@ class BalanceRun:
     captions: CaptionWindow | None = None
     # When its output was begun, by `time.perf_counter`.
     began: float
-    seconds: dict[str, float]  # time by phase, but for that of writing
 
     @property
     def work(self) -> Path:
@@ -161,7 +182,7 @@ class BalanceRun:
     @cached_property
     def inputs(self) -> str:
         """Identifies the rows, whatever is chosen of them."""
-        return identity_of({}, self.output.run.inputs)
+        return identity_of({}, self.output.spec.inputs)
 
     @property
     def rows_in_memory(self) -> int:

@@ -27,8 +27,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, load_arrays, save_arrays
 from clipcid_cli.runtime.distributed import memory_for_rows
 from clipcid_cli.runtime.timing import SavePace
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalanceRun
-from clipcid_cli.steps.balance.shared_arrays import reduce_arrays
 
 # Each process has so many stretches of what is left: near rows, which take longer, are often beside each other, so everyone
 # should have jobs of a panel with itself. More stretches read more panels twice.
@@ -71,7 +71,7 @@ def run_chunks(run: BalanceRun, search: Search) -> Edges:
     saved = context.on_rank0(lambda: _survey(place))
     done = set(chain.from_iterable(saved.values()))
     if done:
-        run.reporter.note(f"Resuming the search: {len(done):,} of {number:,} parts are done.")
+        reporting.note(f"Resuming the search: {len(done):,} of {number:,} parts are done.")
     left = [chunk for chunk in range(number) if chunk not in done]
     if left:
         _search(run, search, left, place, _merge(run, search, place, saved) if saved else None)
@@ -110,7 +110,7 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path, known
     total = plan.num_pairs * len(mine) // plan.num_chunks
     pace = SavePace(expected=0.0)
     since = list[int]()
-    with run.reporter.progress(search.label, total, "pairs") as progress:
+    with reporting.progress(search.label, total, "pairs") as progress:
         for chunk in mine:
             jobs = plan.jobs(chunk)
             blocks = ((load(i), load(j)) for i, j in jobs)
@@ -159,4 +159,4 @@ def _merge(run: BalanceRun, search: Search, place: Path, names: Iterable[str]) -
         return found.a, found.b, found.weight
 
     context.on_all(load)
-    return Edges(*reduce_arrays(context, run.work, result, lambda arrays: sink.add(Edges(*arrays))))
+    return Edges(*run.shared.reduce(result, lambda arrays: sink.add(Edges(*arrays))))

@@ -16,17 +16,17 @@ from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import time_trial
-from clipcid_cli.steps.balance.balance_run import CACHE_BYTES
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalancePlan
 from clipcid_cli.steps.balance.filters.against import open_reference
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions
 from clipcid_cli.steps.balance.partition import AUDIT_SAMPLE, ITERATIONS, ROWS_PER_PARTITION
-from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceCost, CaptionCost, MemoryCost, ReferenceCost, SearchCost
+from clipcid_cli.steps.balance.samples import validate_data_there
 from clipcid_cli.steps.embed.result import EmbedCost
-from clipcid_cli.steps.reporting import Progress, Reporter, format_duration
+from clipcid_cli.steps.reporting import Progress, format_duration
 
 # Rows that are looked at, in stretches: captions are read file by file, whole.
 _SAMPLED = 8192
@@ -48,23 +48,20 @@ _BYTES_OF_NUMBER = 4
 _BYTES_OF_PLACES = 16
 
 
-def estimate_cost(plan: BalancePlan, context: DistContext, reporter: Reporter) -> BalanceCost:
+def estimate_cost(plan: BalancePlan) -> BalanceCost:
     """Estimate a new search; with an existing forest, `balance` takes seconds."""
-    settings, embeddings = plan.settings, plan.embeddings
-    references = [open_reference(settings, context, embeddings, name, reporter) for name in settings.against]
-    return context.on_rank0(lambda: _estimate(plan, references, context, reporter))
+    references = [open_reference(plan, name) for name in plan.settings.against]
+    return plan.context.on_rank0(lambda: _estimate(plan, references))
 
 
-def _estimate(
-    plan: BalancePlan, references: list[Embeddings | EmbedCost], context: DistContext, reporter: Reporter
-) -> BalanceCost:
-    plan.validate_data_there()
-    settings = plan.settings
+def _estimate(plan: BalancePlan, references: list[Embeddings | EmbedCost]) -> BalanceCost:
+    validate_data_there(plan)
+    settings, context = plan.settings, plan.context
     images = plan.embeddings.num_rows
     width = plan.embeddings.width
     clusters = plan.clusters
     scan = choose_coarse_dtype(settings.precision, context.device).dtype
-    a_row, a_pair, captions = _measure(plan, scan, context)
+    a_row, a_pair, captions = _measure(plan, scan)
     searched = round(_share_inside(captions) * images)
 
     def cost(pairs: float, compared: float, rows: float) -> SearchCost:
@@ -118,10 +115,10 @@ def _estimate(
         disk=disk,
     )
     for line in _describe(result, context.size):
-        reporter.note(line)
+        reporting.note(line)
     if clusters is not None:
-        reporter.note(f"After it, clusters are capped: {clusters.folder}, {clusters.images:,} images.")
-        clusters.warn_of_few(settings, searched, reporter)
+        reporting.note(f"After it, clusters are capped: {clusters.folder}, {clusters.images:,} images.")
+        clusters.warn_of_few(plan, searched)
     return result
 
 
@@ -159,9 +156,9 @@ def _describe(result: BalanceCost, num_processes: int) -> Iterator[str]:
     yield f"{memory}; disk: {result.disk / 2**20:,.0f} MiB."
 
 
-def _measure(plan: BalancePlan, scan: torch.dtype, context: DistContext) -> tuple[float, float, CaptionCost | None]:
+def _measure(plan: BalancePlan, scan: torch.dtype) -> tuple[float, float, CaptionCost | None]:
     """Measure on some finite rows the seconds to prepare a row and to compare a pair; and, with a window, captions."""
-    settings, embeddings = plan.settings, plan.embeddings
+    settings, context, embeddings = plan.settings, plan.context, plan.embeddings
     read = embeddings.rows(Kind.IMAGES).take
     num_rows = embeddings.num_rows
     numbers = np.arange(num_rows)

@@ -18,22 +18,25 @@ from clipcid_cli.algorithms.near.exact import BoolArray, ReadRows, row_type
 from clipcid_cli.algorithms.near.plan import Plan, hash_arrays, triangle
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.formats.arrays import Arrays
-from clipcid_cli.formats.fingerprint import FileRecord, find_lost
+from clipcid_cli.formats.fingerprint import find_lost
+from clipcid_cli.formats.output import OutputSpec
 from clipcid_cli.formats.results.forest import (
     ROW_FILES,
     RowFile,
     StoredForest,
     find_earlier,
+    forest_spec,
     read_forest,
     read_row_files,
     row_files_path,
     write_forest,
 )
+from clipcid_cli.formats.sidecar import ForestSidecar
 from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.partition import find_sampled, partitioned
-from clipcid_cli.steps.balance.shared_arrays import publish_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,7 @@ def _find(run: BalanceRun, cutoff: float | None, num_edges: int) -> tuple[Forest
     started = time.perf_counter()
     rows = run.rows
     settings = run.settings
-    note = run.reporter.note
+    note = reporting.note
 
     def is_enough(forest: Forest) -> bool:
         if len(forest.edges) == rows.num_searched - 1:
@@ -107,7 +110,7 @@ def _search_new(run: BalanceRun, earlier: Forest, is_new: BoolArray) -> Forest:
     """Compare the rows that an earlier forest is not of with all."""
     unique = run.rows.unique
     number = np.count_nonzero(~is_new)
-    run.reporter.note(f"A forest of {number:,} of the {len(is_new):,} images exists: only the others are compared.")
+    reporting.note(f"A forest of {number:,} of the {len(is_new):,} images exists: only the others are compared.")
     new, old = unique[is_new[unique]], unique[~is_new[unique]]
     plan = triangle(np.concatenate([new, old]), run.rows_in_memory, len(new))
     # As far as it is known, so that nothing of it is lost.
@@ -121,7 +124,7 @@ def _search_all(run: BalanceRun, known: Edges, reach: float) -> Forest:
         with partitioned(run, reach) as found:
             if found is not None:
                 return _search(run, *found, known, reach)
-        run.reporter.note(f"Up to distance {reach:.4f} partitions would save little: all pairs are compared.")
+        reporting.note(f"Up to distance {reach:.4f} partitions would save little: all pairs are compared.")
     return _search(run, triangle(run.rows.unique, run.rows_in_memory), run.rows.read, known, reach)
 
 
@@ -132,21 +135,20 @@ def _search(run: BalanceRun, plan: Plan, read: ReadRows, known: Edges, reach: fl
     return Forest(run_chunks(run, search), reach)
 
 
-def _inputs(run: BalanceRun) -> list[FileRecord]:
-    """Return what decides the rows of the forest."""
-    return [*run.output.run.inputs, *run.rows.describe_choice()]
+def _spec(run: BalanceRun) -> OutputSpec[ForestSidecar]:
+    """Ask for the forest of these rows."""
+    inputs = [*run.output.spec.inputs, *run.rows.describe_choice()]
+    return forest_spec(run.folder, inputs, run.settings.forest_kind, overwrite=run.settings.overwrite)
 
 
 def _read(run: BalanceRun) -> Forest | None:
     """Read the forest, if one of these rows is stored; the same on every process."""
 
     def read() -> Arrays:
-        stored = read_forest(
-            run.output.folder, _inputs(run), run.settings.forest_kind, overwrite=run.settings.overwrite
-        )
+        stored = read_forest(_spec(run))
         return () if stored is None else (stored.a, stored.b, stored.distance, np.array([stored.cutoff]))
 
-    found = publish_arrays(run.context, run.work, read)
+    found = run.shared.publish(read)
     return Forest(Edges(*found[:3]), float(found[3][0])) if found else None
 
 
@@ -160,18 +162,18 @@ def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
         return None
 
     def read() -> Arrays:
-        folder, overwrite = run.output.folder, run.settings.overwrite
-        sidecar = find_earlier(folder, _inputs(run), overwrite=overwrite)
+        spec = _spec(run)
+        sidecar = find_earlier(spec)
         if sidecar is None or not sidecar.cutoff:
             return ()
         fix = "Add --overwrite to search the forest again."
-        paths = (run.work / ROW_FILES, row_files_path(folder, "exact"))
+        paths = (run.work / ROW_FILES, row_files_path(run.folder, "exact"))
         files, earlier = ([file for file in read_row_files(path, fix) if file.rows is not None] for path in paths)
         is_new = _find_new(run, files, earlier)
         lost = find_lost(earlier, files)
-        stored = read_forest(folder, sidecar.inputs, overwrite=overwrite)
+        stored = read_forest(dataclasses.replace(spec, inputs=sidecar.inputs))
         if lost or stored is None or stored.num_rows != np.count_nonzero(~is_new):
-            run.reporter.note(
+            reporting.note(
                 "The existing forest cannot be extended, since its files are not all there, unchanged and in that "
                 f"order{lost and f' ({lost})'}: all pairs are compared."
             )
@@ -180,7 +182,7 @@ def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
         edges, _ = merge_edges(Edges(rows[stored.a], rows[stored.b], stored.distance), run.rows.copies)
         return edges.a, edges.b, edges.weight, np.array([stored.cutoff]), is_new
 
-    found = publish_arrays(run.context, run.work, read)
+    found = run.shared.publish(read)
     return (Forest(Edges(*found[:3]), float(found[3][0])), found[4]) if found else None
 
 
@@ -202,11 +204,5 @@ def _find_new(run: BalanceRun, files: list[RowFile], earlier: list[RowFile]) -> 
 def _write(run: BalanceRun, forest: Forest, seconds: float) -> None:
     """Write a forest that took so long to search."""
     edges = forest.edges
-    write_forest(
-        run.output.folder,
-        StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, len(run.rows), run.settings.forest_kind),
-        run.work / ROW_FILES,
-        inputs=_inputs(run),
-        seconds={"search": seconds},
-        overwrite=run.settings.overwrite,
-    )
+    stored = StoredForest(edges.a, edges.b, edges.weight, forest.cutoff, len(run.rows))
+    write_forest(_spec(run), stored, run.work / ROW_FILES, {"search": seconds})

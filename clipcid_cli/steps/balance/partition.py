@@ -26,10 +26,10 @@ from clipcid_cli.algorithms.near.plan import Plan, pieces, rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.formats.arrays import Arrays, create_mapped, spool_arrays
 from clipcid_cli.formats.embeddings.rows import create_copy, open_copies, remove_copies
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.result import Audit
-from clipcid_cli.steps.balance.shared_arrays import collect_arrays, publish_arrays
 
 # Where this share of all pairs would be compared, all of them may as well be.
 _MAX_FRACTION = 0.5
@@ -59,7 +59,7 @@ def partitioned(run: BalanceRun, reach: float) -> Iterator[tuple[Plan, ReadRows]
 
 
 def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
-    context, rows, reporter = run.context, run.rows, run.reporter
+    context, rows = run.context, run.rows
     read, unique = rows.read, rows.unique
     partitions = _find_partitions(run)
     number = len(unique)
@@ -69,11 +69,11 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
     margin, visits = context.on_rank0(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
     if number * number / len(partitions) * (0.5 + visits) > _MAX_FRACTION * number * (number - 1) / 2:
         return None
-    reporter.note(
+    reporting.note(
         f"{len(partitions):,} partitions; rows within {margin:.4f} of a border, {visits:.1f} partitions a row, are compared "
         "beyond their own."
     )
-    with reporter.progress("assign", stop - start, "images") as progress:
+    with reporting.progress("assign", stop - start, "images") as progress:
 
         def assign() -> Iterator[Arrays]:
             """Yield homes of rows, and entries of rows in lists: of each partition, those at home and its visitors."""
@@ -88,7 +88,7 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
         # Some dozens of entries a row: on the disk.
         assigned = context.on_all(lambda: spool_arrays(run.work, (np.int32, np.int32, unique.dtype), assign()))
     places = context.on_all(lambda: _copy(run, assigned[0], partitions))
-    parts = collect_arrays(context, run.work, (*assigned[1:], places))
+    parts = run.shared.collect((*assigned[1:], places))
 
     def allocate(length: int) -> IntArray:
         return create_mapped(run.work, np.dtype(unique.dtype), (length,), unnamed=True)
@@ -103,7 +103,7 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
         place_of[unique] = np.concatenate([places for *_, places in parts])
         return *group_rows(entries, 2 * len(partitions), allocate), place_of
 
-    listed, ends, place_of = publish_arrays(context, run.work, group)
+    listed, ends, place_of = run.shared.publish(group)
     sizes = context.gather(stop - start)
     copies = context.on_all(lambda: open_copies(run.work, sizes, partitions.width))
 
@@ -136,7 +136,7 @@ def _find_partitions(run: BalanceRun) -> Partitions:
         device=context.device,
         processes=Processes(context.rank_range, context.sum_, context.gather),
     )
-    with run.reporter.progress("partitions", ITERATIONS, "iterations") as progress:
+    with reporting.progress("partitions", ITERATIONS, "iterations") as progress:
         for state in states:
             centroids_KD = state.centroids_KD
             progress.advance()
@@ -172,7 +172,7 @@ def _copy(run: BalanceRun, home: IntArray, partitions: Partitions) -> IntArray:
     copies = create_copy(run.work, run.context.rank, stop - start, partitions.width)
     places = np.empty(stop - start, row_type(len(rows)))
     places[np.argsort(home, kind="stable")] = np.arange(stop - start)
-    with run.reporter.progress("group", stop - start, "images") as progress:
+    with reporting.progress("group", stop - start, "images") as progress:
         for at in range(0, stop - start, _ROWS_AT_ONCE):
             numbers = rows.unique[start + at : min(start + at + _ROWS_AT_ONCE, stop)]
             copies[places[at : at + len(numbers)]] = rows.read(numbers)

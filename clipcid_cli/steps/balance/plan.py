@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import validate_writable
@@ -12,96 +11,69 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
 from clipcid_cli.formats.fingerprint import find_lost
-from clipcid_cli.formats.output import WORK
+from clipcid_cli.formats.output import WORK, OutputSpec
 from clipcid_cli.formats.results.forest import ROW_FILES, RowFile, read_row_files
-from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar, sidecar_path
-from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
+from clipcid_cli.formats.sidecar import BalanceSidecar, EmbedSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.timing import timed
-from clipcid_cli.steps.balance.filters.against import (
-    Reference,
-    open_references,
-    validate_models,
-    validate_none_missing,
-)
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.balance.balance_run import BalancePlan
+from clipcid_cli.steps.balance.filters.against import open_references, validate_models, validate_none_missing
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, find_cap_clusters
 from clipcid_cli.steps.balance.samples import validate_data
 from clipcid_cli.steps.balance.write_lists import validate_uids
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
-from clipcid_cli.steps.given_embeddings import open_given
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.inputs import open_given
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
 
-@dataclasses.dataclass(frozen=True)
-class BalancePlan:
-    """What one `balance` works on."""
-
-    settings: BalanceSettings
-    embeddings: Embeddings
-    data: Dataset | None  # the data that ``--write-shards`` copies from, all tars; None without it
-    clusters: FoundClusters | None  # those of ``--max-per-cluster``
-    references: list[Reference]  # those of ``--against``; none in a dry run, which makes no embeddings of them
-    wanted: dict[str, Any]  # arguments of `claim_output`; none in a dry run
-    seconds: dict[str, float]  # time by phase; those that follow add theirs
-
-    @property
-    def folder(self) -> Path:
-        return WorkDirectory(self.settings.work).balance
-
-    @property
-    def keep_list(self) -> Path:
-        return self.folder / KEEP_LIST
-
-    def validate_data_there(self) -> None:
-        """Check that the data is there where ``--select resolution`` reads it; what is finished needs none."""
-        settings = self.settings
-        if settings.select == "resolution" and (settings.keep != 1.0 or settings.max_per_cluster is not None):
-            validate_data(settings, self.embeddings, "--select resolution")
-
-
-def make_plan(settings: BalanceSettings, context: DistContext, reporter: Reporter) -> BalancePlan | EmbedCost:
+def make_plan(settings: BalanceSettings, context: DistContext) -> BalancePlan | EmbedCost:
     """Look at what the settings name, before hours of embedding; then make what embeddings there are none of.
 
     A dry run makes none, and returns what they would cost.
     """
     seconds = dict[str, float]()
     with timed(seconds, "embed"):
-        clusters = context.on_rank0(lambda: _validate_named(settings, reporter))
-        folder = _find_embeddings(settings, context, reporter)
+        clusters = context.on_rank0(lambda: _validate_named(settings))
+        folder = _find_embeddings(settings, context)
         if isinstance(folder, EmbedCost):
             return folder
         cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
-        embeddings = open_given(settings, folder, cache, reporter)
-    data = context.on_rank0(lambda: _open_data(settings, embeddings, reporter))
-    references = list[Reference]()
-    wanted = dict[str, Any]()
-    if not settings.dry_run:
-        references = open_references(settings, context, embeddings, reporter)
-        wanted = context.on_rank0(lambda: _identify(settings, embeddings, clusters, references))
-    return BalancePlan(settings, embeddings, data, clusters, references, wanted, seconds)
+        embeddings = open_given(settings, folder, cache)
+    plan = BalancePlan(
+        settings=settings,
+        context=context,
+        embeddings=embeddings,
+        clusters=clusters,
+        seconds=seconds,
+    )
+    plan = dataclasses.replace(plan, data=context.on_rank0(lambda: _open_data(plan)))
+    if settings.dry_run:
+        return plan
+    return dataclasses.replace(plan, references=open_references(plan))
 
 
-def _validate_named(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
+def _validate_named(settings: BalanceSettings) -> FoundClusters | None:
     for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
         if path is not None:
             validate_writable(path)
     validate_none_missing(settings)
-    return find_cap_clusters(settings, reporter)
+    return find_cap_clusters(settings)
 
 
-def _find_embeddings(settings: BalanceSettings, context: DistContext, reporter: Reporter) -> Path | EmbedCost:
+def _find_embeddings(settings: BalanceSettings, context: DistContext) -> Path | EmbedCost:
     work = WorkDirectory(settings.work)
     folder = settings.embeddings
     if folder is None and settings.data is None and settings.model is None:
         folder = context.on_rank0(work.find_embeddings)
-        reporter.note(f"Embeddings: {folder}.")
+        reporting.note(f"Embeddings: {folder}.")
     elif folder is None:
         model = settings.model or context.on_rank0(lambda: _model_of(work)) or DEFAULT_MODEL
         context.on_rank0(lambda: validate_models(settings, model))
-        return ensure_embeddings(settings, context, reporter, data=settings.data, model=model)
+        return ensure_embeddings(settings, context, data=settings.data, model=model)
     return folder
 
 
@@ -114,11 +86,12 @@ def _model_of(work: WorkDirectory) -> str | None:
     return None if sidecar is None else sidecar.model.spec
 
 
-def _open_data(settings: BalanceSettings, embeddings: Embeddings, reporter: Reporter) -> Dataset | None:
+def _open_data(plan: BalancePlan) -> Dataset | None:
     """Open the data that ``--write-shards`` copies from, and check that embeddings have what other settings need."""
+    settings = plan.settings
     data = None
     if settings.write_shards is not None:
-        data = validate_data(settings, embeddings, "--write-shards")
+        data = validate_data(plan, "--write-shards")
         if not all(shard.is_tar for shard in data.shards):
             raise ClipcidError(
                 f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
@@ -130,9 +103,9 @@ def _open_data(settings: BalanceSettings, embeddings: Embeddings, reporter: Repo
                 raise ClipcidError(
                     f"--write-shards {settings.write_shards} would overwrite the data itself.", "Give another folder."
                 )
-    validate_uids(settings, embeddings, reporter)
+    validate_uids(plan)
     for kind in _kinds_read(settings):
-        embeddings.rows(kind)  # refuses those without
+        plan.embeddings.rows(kind)  # refuses those without
     return data
 
 
@@ -141,13 +114,12 @@ def _kinds_read(settings: BalanceSettings) -> list[Kind]:
     return [Kind.TEXTS] if settings.has_window or settings.select == "similarity" else []
 
 
-def _identify(
-    settings: BalanceSettings, embeddings: Embeddings, clusters: FoundClusters | None, references: list[Reference]
-) -> dict[str, Any]:
-    """Return by what the output is known again: arguments of `claim_output`.
+def identify(plan: BalancePlan) -> OutputSpec[BalanceSidecar]:
+    """Say what decides the output; call it on the first process.
 
     All settings may change on an existing forest; of the inputs, there may be more.
     """
+    settings, embeddings, references = plan.settings, plan.embeddings, plan.references
     names = ["keep", "threshold", "cosine_distance", "linkage", "select", "neighbors", "max_per_cluster"]
     names += ["min_caption_similarity", "max_caption_similarity"]
     opened = [embeddings, *(each.embeddings for each in references)]
@@ -158,18 +130,21 @@ def _identify(
         "seed": settings.seed if settings.select == "random" else None,
         "texts": None if texts is None else texts.hash,
         "keys": next((each.key_rule for each in opened if each.key_rule is not None), None),
-        "clusters": None if clusters is None else clusters.identity,
+        "clusters": None if plan.clusters is None else plan.clusters.identity,
         "against": [[each.name, each.identity] for each in references] or None,
         "against_threshold": settings.reference_distance if references else None,
     }
     if not settings.overwrite:
-        _validate_none_lost(WorkDirectory(settings.work).balance, embeddings)
-    return {
-        "settings": identity,
-        "inputs": inputs,
-        "overwrite": settings.overwrite,
-        "may_differ": {*identity} if settings.overwrite else {*identity, "inputs"},
-    }
+        _validate_none_lost(plan.folder, embeddings)
+    return OutputSpec(
+        plan.folder,
+        "balance",
+        BalanceSidecar,
+        settings=identity,
+        inputs=inputs,
+        overwrite=settings.overwrite,
+        may_differ={*identity} if settings.overwrite else {*identity, "inputs"},
+    )
 
 
 def _validate_none_lost(folder: Path, embeddings: Embeddings) -> None:

@@ -31,13 +31,12 @@ from clipcid_cli.formats.results.forest import SetTable
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.runtime.models.decode import SkippedImage, decode_image
-from clipcid_cli.steps.balance.balance_run import BalanceRows, BalanceRun
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRows, BalanceRun
 from clipcid_cli.steps.balance.filters.against import NearReferences
-from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, open_recorded, take_texts
 from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
 
 if TYPE_CHECKING:
@@ -75,12 +74,12 @@ _ENGLISH = (
 )
 
 
-def has_new_pictures(plan: BalancePlan, finished: BalanceSidecar, reporter: Reporter) -> bool:
+def has_new_pictures(plan: BalancePlan, finished: BalanceSidecar) -> bool:
     """Tell whether a picture can be read now that the report of a finished output could not show."""
     if not finished.pictures.unread:
         return False
     shards, keys = map(list, zip(*finished.pictures.unread, strict=True))
-    return any(Gallery(plan.settings, plan.embeddings, reporter).read(shards, keys))
+    return any(Gallery(plan).read(shards, keys))
 
 
 def write_report(
@@ -100,7 +99,7 @@ def write_report(
     chains = find_chains(run, sets, measured)
     chained = [np.array(chain["shown"]) for chain in chains]
     wanted = np.unique(np.concatenate([*shown, *chained, inside.a, inside.b, outside.a, outside.b]))
-    gallery = Gallery(run.settings, run.embeddings, run.reporter)
+    gallery = Gallery(run)
     loaded = gallery.load(run.rows.numbers[wanted.astype(sets.labels.dtype)])
     pictures = dict(zip(wanted.tolist(), loaded, strict=True))
     for row, picture in pictures.items():
@@ -117,7 +116,7 @@ def write_report(
             f"The report shows {gallery.shown:,} of {gallery.shown + missing:,} pictures: {recorded['why']} Once they can "
             "be read, the same command writes it with them."
         )
-        run.reporter.warn(warning)
+        reporting.warn(warning)
         warnings = [*warnings, warning]
     write_text(
         run.work / REPORT,
@@ -220,7 +219,7 @@ def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[
         rows = np.flatnonzero(near.owner == number)
         rows = rows[np.argsort(near.distance[rows], kind="stable")]
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _REFERENCES_SHOWN)).round().astype(np.int64)]
-        theirs = Gallery(run.settings, reference.embeddings, run.reporter, recorded=True)
+        theirs = Gallery(run, reference.embeddings)
         ours = gallery.load(run.rows.numbers[chosen])
         pairs = _pair_up(ours, theirs.load(near.row[chosen]), near.distance[chosen])
         shown.append({"name": reference.name, "number": len(rows), "pairs": pairs})
@@ -290,18 +289,15 @@ class Picture:
 class Gallery:
     """Loads pictures, and counts those shown."""
 
-    def __init__(
-        self, settings: BalanceSettings, embeddings: Embeddings, reporter: Reporter, *, recorded: bool = False
-    ) -> None:
-        """Open the data, or that alone which the embeddings record."""
-        self._settings = settings
-        self._reporter = reporter
-        self._embeddings = embeddings
+    def __init__(self, plan: BalancePlan, reference: Embeddings | None = None) -> None:
+        """Open the data, or that which the embeddings of a reference record."""
+        self._plan = plan
+        self._embeddings = plan.embeddings if reference is None else reference
         self.data: Dataset | None = None  # the data; None where it is not known, or cannot be opened
         self.shown = 0
         self.unread = dict[tuple[str, str], str]()  # why other pictures are not shown, by shard and key
         try:
-            self.data = open_recorded(settings, embeddings) if recorded else open_data(settings, embeddings)
+            self.data = open_data(plan) if reference is None else open_recorded(plan.settings, reference)
             self.closed = _UNKNOWN if self.data is None else ""  # why there is none
         except ClipcidError as error:
             self.closed = error.message
@@ -319,7 +315,7 @@ class Gallery:
             if self.closed != _UNKNOWN:
                 self.unread |= dict.fromkeys(zip(shards, keys, strict=True), self.closed)
             return [""] * len(keys)
-        finder = SampleFinder(self.data, self._settings.workers, self._reporter)
+        finder = SampleFinder(self.data, self._plan.settings.workers)
         found: list[Sample | None] | None = None
         if finder.searches_all(shards):  # once for all of them
             try:

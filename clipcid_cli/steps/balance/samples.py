@@ -22,15 +22,16 @@ from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
 from clipcid_cli.formats.join import Keys, Listing, Values, join
 from clipcid_cli.formats.results.keep_list import is_uid
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.steps.balance.balance_run import BalancePlan
 from clipcid_cli.steps.data_index import index_alone, open_named, open_part
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
-def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
+def open_data(plan: BalancePlan) -> Dataset | None:
     """Open the data that was named, or else what :func:`open_recorded` opens."""
+    settings = plan.settings
     if settings.data is None:
-        return open_recorded(settings, embeddings)
+        return open_recorded(settings, plan.embeddings)
     return open_named(settings, settings.data, WorkDirectory(settings.work).indexes)
 
 
@@ -41,15 +42,22 @@ def open_recorded(settings: BalanceSettings, embeddings: Embeddings) -> Dataset 
     return open_described(embeddings.sidecar.data, index_root=WorkDirectory(settings.work).indexes)
 
 
-def validate_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:
+def validate_data(plan: BalancePlan, purpose: str) -> Dataset:
     """Open the data as :func:`open_data` does, for a purpose that needs it."""
-    data = open_data(settings, embeddings)
+    data = open_data(plan)
     if data is None:
         raise ClipcidError(
-            f"{purpose} needs the data itself, and {embeddings.folder} does not record which data it was made from.",
+            f"{purpose} needs the data itself, and {plan.embeddings.folder} does not record which data it was made from.",
             "Give the data as the first argument: clipcid balance DATA …",
         )
     return data
+
+
+def validate_data_there(plan: BalancePlan) -> None:
+    """Check that the data is there where ``--select resolution`` reads it; what is finished needs none."""
+    settings = plan.settings
+    if settings.select == "resolution" and (settings.keep != 1.0 or settings.max_per_cluster is not None):
+        validate_data(plan, "--select resolution")
 
 
 def read_uid(sample: Sample | None) -> str | None:
@@ -81,10 +89,9 @@ class SampleFinder:
     record shards.
     """
 
-    def __init__(self, data: Dataset, workers: int | None, reporter: Reporter) -> None:
+    def __init__(self, data: Dataset, workers: int | None) -> None:
         self._data = data
         self._workers = workers
-        self._reporter = reporter
         self._numbers = {shard.name: number for number, shard in enumerate(data.shards)}
         self._part = lru_cache(maxsize=1)(lambda number: open_part(self._data, number))
         self._places: Values | None = None
@@ -122,7 +129,7 @@ class SampleFinder:
 
     def _find_places(self, keys: Keys, count: int) -> Values:
         """Find n different keys in the data: shard and place there of each, int64 [n, 2]; −1 for those it does not have."""
-        self._data = index_alone(self._data, self._workers, self._reporter)
+        self._data = index_alone(self._data, self._workers)
         index = self._data.index
         assert index is not None  # it has just been made
 

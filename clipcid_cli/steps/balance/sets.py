@@ -38,13 +38,13 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.models.decode import read_size
 from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRows, BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.filters.captions import compare_captions, have_captions
 from clipcid_cli.steps.balance.forest import Forest, find_forest
 from clipcid_cli.steps.balance.result import OtherLinkageResult
 from clipcid_cli.steps.balance.samples import SampleFinder, take_texts, validate_data
-from clipcid_cli.steps.balance.shared_arrays import publish_arrays
 from clipcid_cli.steps.reporting import Progress
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
@@ -134,7 +134,7 @@ def _publish_sets(
             representatives = np.where(rows.is_searched, representatives, kind(-1))
         return labels, representatives, distances
 
-    labels, representatives, distances = publish_arrays(run.context, run.work, write)
+    labels, representatives, distances = run.shared.publish(write)
 
     def measure() -> tuple[Curve, int, int, float]:
         num_kept = count_kept(representatives)
@@ -226,7 +226,7 @@ def _find_pairs(
         members = unique[(np.bincount(label_U, minlength=1) > 1)[label_U]]
         return (members[np.argsort(labels[members], kind="stable")],)
 
-    (members,) = publish_arrays(run.context, run.work, find_members)
+    (members,) = run.shared.publish(find_members)
     plan = components(members, labels[members], run.rows_in_memory)
     if max_compared is not None and plan.num_pairs > max_compared:
         return NotComputed(
@@ -258,7 +258,7 @@ def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage
         return run.context.on_rank0(lambda: _single(run.rows, forest, threshold))
     pairs = _find_pairs(run, sets.labels, threshold, _MAX_FOUND, _MAX_COMPARED)
     if isinstance(pairs, NotComputed):
-        run.reporter.note(f"What --linkage star would keep at this cut-off is not computed: {pairs.reason}.")
+        reporting.note(f"What --linkage star would keep at this cut-off is not computed: {pairs.reason}.")
         return pairs
     return run.context.on_rank0(lambda: _star(run.rows, pairs, threshold))
 
@@ -311,7 +311,7 @@ def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
     captioned = unusable[have_captions(embeddings, unusable)]
     skips = Skips.of(dict.fromkeys(take_texts(embeddings, embeddings.keys_of, captioned), "nan_row"))
     if skips.total:
-        run.reporter.warn(
+        reporting.warn(
             f"{skips.total:,} text embeddings of images in sets are zero or not finite: such an image is kept only where "
             f"no other image of its set has a usable one.\n{skips.describe()}"
         )
@@ -320,19 +320,17 @@ def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
 
 def _resolution(run: BalanceRun, rows: IntArray) -> DoubleArray:
     """Return width × height of images; 0 where one cannot be found or read."""
-    finder = SampleFinder(
-        validate_data(run.settings, run.embeddings, "--select resolution"), run.settings.workers, run.reporter
-    )
+    finder = SampleFinder(validate_data(run, "--select resolution"), run.settings.workers)
     numbers = run.rows.numbers[rows]
     pixels = np.zeros(len(rows))
-    with ThreadPoolExecutor(_THREADS) as pool, run.reporter.progress("image sizes", len(rows), "images") as progress:
+    with ThreadPoolExecutor(_THREADS) as pool, reporting.progress("image sizes", len(rows), "images") as progress:
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             samples = finder.find_rows(run.embeddings, numbers[start : start + _ROWS_AT_ONCE])
             pixels[start : start + len(samples)] = list(pool.map(_pixels, samples))
             progress.advance(len(samples))
     missing = int(np.count_nonzero(pixels == 0))
     if missing:
-        run.reporter.warn(f"The size of {missing:,} of {len(rows):,} images is unknown; they are kept last.")
+        reporting.warn(f"The size of {missing:,} of {len(rows):,} images is unknown; they are kept last.")
     return pixels
 
 

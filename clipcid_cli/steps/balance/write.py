@@ -18,6 +18,7 @@ from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.results.forest import CURVE, ROW_FILES, SET_TABLE, SetTable, write_curve, write_set_table
 from clipcid_cli.formats.results.keep_list import Column, write_keep_list
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.filters.against import NearReferences, forget_others
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow
@@ -103,7 +104,7 @@ def write(run: BalanceRun, found: Outcome) -> BalanceResult:
     """Write the output, on the first process; return its result."""
     warnings = find_warnings(run, found.sets)
     for warning in warnings:
-        run.reporter.warn(warning)
+        reporting.warn(warning)
     measured = _write_tables(run, found)
     result = summarise(run, found)
     pictures = write_report(run, found, measured, result, warnings)

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings
+from clipcid_cli.formats.embeddings.folder import EmbeddingFile
 from clipcid_cli.formats.join import join, parquet_listing
 from clipcid_cli.formats.results.keep_list import (
     are_uids,
@@ -25,21 +25,21 @@ from clipcid_cli.formats.results.keep_list import (
     write_pairs,
     write_uids,
 )
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.balance.balance_run import BalancePlan
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 _ROWS_AT_ONCE = 4096
 
 
-def validate_uids(settings: BalanceSettings, embeddings: Embeddings, reporter: Reporter) -> None:
+def validate_uids(plan: BalancePlan) -> None:
     """Check that the first sample has an identifier, so that no search is wasted; a dry run keeps no index made for it."""
-    if settings.write_uids is None:
+    if plan.settings.write_uids is None:
         return
-    first = next(file for file in embeddings.files if file.rows)
+    first = next(file for file in plan.embeddings.files if file.rows)
     with tempfile.TemporaryDirectory() as scratch:
-        indexes = Path(scratch) if settings.dry_run else None
-        _UidFinder(settings, embeddings, reporter, indexes).find(first, np.array([0]))
+        _UidFinder(plan, Path(scratch) if plan.settings.dry_run else None).find(first, np.array([0]))
 
 
 def validate_new(settings: BalanceSettings) -> None:
@@ -52,25 +52,23 @@ def validate_new(settings: BalanceSettings) -> None:
             )
 
 
-def write_kept(settings: BalanceSettings, embeddings: Embeddings, keep_list: Path, reporter: Reporter) -> None:
+def write_kept(plan: BalancePlan) -> None:
     """Write the lists that the settings name; no search is needed for them."""
-    overwrite = settings.overwrite
+    settings, keep_list, overwrite = plan.settings, plan.keep_list, plan.settings.overwrite
     if settings.write_keys is not None:
         write_keys(settings.write_keys, read_keep_list(keep_list).kept_keys(), overwrite=overwrite)
     if settings.write_pairs is not None:
         write_pairs(settings.write_pairs, read_dropped(keep_list), overwrite=overwrite)
     if settings.write_uids is not None:
         num_kept = read_keep_list(keep_list).num_kept
-        uids = _kept_uids(settings, embeddings, keep_list, num_kept, reporter)
-        written = write_uids(settings.write_uids, uids, num_kept, overwrite=overwrite)
+        written = write_uids(settings.write_uids, _kept_uids(plan, num_kept), num_kept, overwrite=overwrite)
         if written < num_kept:
-            reporter.warn(f"{num_kept:,} kept images have {written:,} different uids: each is written once.")
+            reporting.warn(f"{num_kept:,} kept images have {written:,} different uids: each is written once.")
 
 
-def _kept_uids(
-    settings: BalanceSettings, embeddings: Embeddings, keep_list: Path, num_kept: int, reporter: Reporter
-) -> Iterator[pa.ChunkedArray]:
+def _kept_uids(plan: BalancePlan, num_kept: int) -> Iterator[pa.ChunkedArray]:
     """Find the identifiers of the kept rows of each file."""
+    embeddings, keep_list = plan.embeddings, plan.keep_list
     keys = partial(map, embeddings.keys_of, embeddings.files)
     kept = join(keys, embeddings.num_rows, parquet_listing(keep_list, "kept"), keep_list.parent)[:, 0] > 0
     if np.count_nonzero(kept) < num_kept:
@@ -78,7 +76,7 @@ def _kept_uids(
             f"{keep_list} has keys that {embeddings.folder} does not have: files or shards have other names since.",
             "Balance again with --overwrite.",
         )
-    finder = _UidFinder(settings, embeddings, reporter)
+    finder = _UidFinder(plan)
     for file in embeddings.files:
         yield finder.find(file, np.flatnonzero(kept[file.first : file.first + file.rows]))
 
@@ -86,21 +84,18 @@ def _kept_uids(
 class _UidFinder:
     """Finds the identifiers of samples: in the embeddings' metadata, else their keys, else in their ``.json``."""
 
-    def __init__(
-        self, settings: BalanceSettings, embeddings: Embeddings, reporter: Reporter, scratch: Path | None = None
-    ) -> None:
+    def __init__(self, plan: BalancePlan, scratch: Path | None = None) -> None:
         """Keep an index that has to be made in the work directory, or in a scratch folder."""
-        self._settings = settings
-        self._embeddings = embeddings
-        self._reporter = reporter
+        self._plan = plan
+        self._embeddings = plan.embeddings
         self._scratch = scratch
 
     @cached_property
     def _samples(self) -> SampleFinder | None:
-        data = open_data(self._settings, self._embeddings)
+        data = open_data(self._plan)
         if data is not None and data.index is None and self._scratch is not None:
             data = dataclasses.replace(data, index_folder=self._scratch)
-        return None if data is None else SampleFinder(data, self._settings.workers, self._reporter)
+        return None if data is None else SampleFinder(data, self._plan.settings.workers)
 
     def find(self, file: EmbeddingFile, places: IntArray) -> pa.ChunkedArray:
         """Return those of the rows at some places in a file, n strings of 32 hexadecimal digits."""

@@ -18,15 +18,14 @@ from clipcid_cli.formats.data.remote import local_file
 from clipcid_cli.formats.data.tars import Copied, copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import find_repeat, join, parquet_listing
-from clipcid_cli.formats.output import Output, is_claimed
+from clipcid_cli.formats.output import Output, OutputSpec, is_claimed
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.results.keep_list import KeepList, is_uid, read_keep_list
 from clipcid_cli.formats.sidecar import Sidecar
-from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.steps.balance.plan import BalancePlan
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.balance.balance_run import BalancePlan
 from clipcid_cli.steps.balance.samples import read_uid
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.reporting import Reporter
 
 # open_clip and webdataset's tools read the number of samples of each shard from this file.
 _SIZES = "sizes.json"
@@ -38,20 +37,27 @@ _STEP = "write-shards"
 Choose = Callable[[Shard], tuple[set[str], int]]
 
 
-def write_shards(plan: BalancePlan, target: Path, context: DistContext, reporter: Reporter) -> None:
+def write_shards(plan: BalancePlan, target: Path) -> None:
     """Write the new shards, divided among the processes; a run that was killed continues with those not written yet.
 
     A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and
     ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
     """
-    data = plan.data
-    inputs = [record(plan.keep_list)]
+    data, context = plan.data, plan.context
     assert data is not None  # the plan has opened it
     context.on_rank0(lambda: _validate_own(target))
-    wanted = {"settings": {}, "inputs": inputs, "overwrite": plan.settings.overwrite, "elsewhere": "--write-shards"}
-    with claim_output(context, target, _STEP, Sidecar, **wanted) as output:
+    spec = OutputSpec(
+        target,
+        _STEP,
+        Sidecar,
+        settings={},
+        inputs=[record(plan.keep_list)],
+        overwrite=plan.settings.overwrite,
+        elsewhere="--write-shards",
+    )
+    with claim_output(context, spec) as output:
         if output.finished is not None:
-            reporter.note(f"{target} already holds these shards.")
+            reporting.note(f"{target} already holds these shards.")
             return
         context.on_rank0(output.start)
         keep = read_keep_list(plan.keep_list)
@@ -62,7 +68,7 @@ def write_shards(plan: BalancePlan, target: Path, context: DistContext, reporter
             sizes = dict[str, int]()
             files = list[FileRecord]()
             choose = _choose(keep, data, mine, target)
-            with reporter.progress("shards", len(mine), "shards") as progress:
+            with reporting.progress("shards", len(mine), "shards") as progress:
                 for shard in mine:
                     sizes[shard.name] = _write_shard(shard, choose, output, dropped_as)
                     written = [_STATS, *([".tar"] if sizes[shard.name] else [])]
@@ -84,7 +90,7 @@ def write_shards(plan: BalancePlan, target: Path, context: DistContext, reporter
                     "Give the data that the embeddings were made from as the first argument: clipcid balance DATA …",
                 )
             if missing:
-                reporter.warn(f"{missing:,} of the {keep.num_kept:,} images kept are not in the shards.")
+                reporting.warn(f"{missing:,} of the {keep.num_kept:,} images kept are not in the shards.")
             write_json(output.work / _SIZES, by_file)
             files = [*(file for _, part in parts for file in part), record(output.work / _SIZES, output.work)]
             output.commit(counts={"samples": written, "missing": missing, "shards": by_file}, seconds={}, outputs=files)

@@ -4,36 +4,70 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters, joint_features
-from clipcid_cli.algorithms.near.exact import HalfArray, IntArray
+from clipcid_cli.algorithms.near.exact import BoolArray, HalfArray, IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.output import find_output, is_claimed
+from clipcid_cli.formats.output import OutputSpec, find_output, is_claimed
 from clipcid_cli.formats.sidecar import ClusterSidecar, RepairFigures
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.randomness import derive_seed
-from clipcid_cli.steps.cluster.selection import Selection
-from clipcid_cli.steps.given_embeddings import open_teachers
-from clipcid_cli.steps.keep_list import choose_keep_list
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.inputs import choose_keep_list, open_teachers, skip_rows
 from clipcid_cli.steps.repair import repair_teacher
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 # As many as faiss asks for before it warns.
 _MIN_PER_CENTROID = 39
 NUM_NEAREST = 16
+# Rows of which the chosen ones are counted.
+_BLOCK = 4096
+
+
+class Selection:
+    """Some of M rows, numbered 0 … N − 1 in their order. Processes send it to each other: 0.13 bytes for each of the M."""
+
+    def __init__(self, is_chosen: BoolArray) -> None:
+        """Take the chosen ones of all rows, bool [M]."""
+        self._num_all = len(is_chosen)
+        self._bits = np.packbits(is_chosen)
+        counts = np.add.reduceat(is_chosen, np.arange(0, len(is_chosen), _BLOCK), dtype=np.int64)
+        self._before = np.append(0, np.cumsum(counts))
+
+    def __len__(self) -> int:
+        return int(self._before[-1])
+
+    def places(self, numbers: IntArray) -> IntArray:
+        """Return where chosen rows are among all, by their numbers, which come in any order: int64 [n]."""
+        blocks = np.searchsorted(self._before, numbers, side="right") - 1
+        order = np.argsort(blocks, kind="stable")
+        bounds = np.append(np.flatnonzero(np.diff(blocks[order], prepend=-1)), len(order))
+        found = np.empty(len(numbers), np.int64)
+        for begin, end in pairwise(bounds.tolist()):
+            here = order[begin:end]
+            block = int(blocks[here[0]])
+            bits = self._bits[block * _BLOCK // 8 : (block + 1) * _BLOCK // 8]
+            chosen = np.flatnonzero(np.unpackbits(bits)) + block * _BLOCK
+            found[here] = chosen[numbers[here] - self._before[block]]
+        return found
+
+    def subset(self, numbers: IntArray) -> Selection:
+        """Return the selection of some of the chosen rows, by their numbers."""
+        is_chosen = np.zeros(self._num_all, np.bool_)
+        is_chosen[self.places(numbers)] = True
+        return Selection(is_chosen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +133,35 @@ class ClusterPlan:
     """What is clustered, and into how many clusters."""
 
     settings: ClusterSettings
-    folder: Path  # where the clusters are to lie
     rows: ClusterRows
     trained: ClusterRows  # the rows that centroids are computed from: all, or some drawn ones (--train-rows)
     num_clusters: int
-    wanted: dict[str, Any]  # arguments of `claim_output`
+
+    @property
+    def folder(self) -> Path:
+        return WorkDirectory(self.settings.work).clusters
+
+    def identify(self) -> OutputSpec[ClusterSidecar]:
+        """Say what decides the output; call it on the first process, which hashes the files of another tool."""
+        settings, rows = self.settings, self.rows
+        identity = {
+            "features": settings.features,
+            "num_clusters": self.num_clusters,
+            "iterations": settings.iterations,
+            "train_rows": None if self.trained is rows else settings.train_rows,
+            "seed": settings.seed,
+            "images": len(rows),
+            "keys": rows.embeddings.key_rule,
+        }
+        return OutputSpec(
+            self.folder,
+            "cluster",
+            ClusterSidecar,
+            settings=identity,
+            inputs=rows.fingerprint(),
+            overwrite=settings.overwrite,
+            elsewhere="--work, with --embeddings",
+        )
 
     @property
     def num_nearest(self) -> int:
@@ -111,43 +169,30 @@ class ClusterPlan:
         return min(NUM_NEAREST, self.num_clusters)
 
 
-def make_plan(settings: ClusterSettings, reporter: Reporter) -> ClusterPlan:
+def make_plan(settings: ClusterSettings) -> ClusterPlan:
     """Look at everything that can be wrong, and say what was taken."""
-    folder = WorkDirectory(settings.work).clusters
-    rows = _choose_rows(settings, reporter)
-    num_clusters = _choose_num_clusters(settings, rows, reporter)
+    rows = _choose_rows(settings)
+    num_clusters = _choose_num_clusters(settings, rows)
     trained = rows
     if settings.train_rows is not None and settings.train_rows < len(rows):
         trained = rows.sample(settings.train_rows, settings.seed)
         if len(trained) < _MIN_PER_CENTROID * num_clusters and not settings.dry_run:
-            reporter.warn(
+            reporting.warn(
                 f"--train-rows {len(trained):,} gives each of {num_clusters:,} centroids "
                 f"{len(trained) / num_clusters:.1f} images, too few to represent the others. Use at least "
                 f"{_MIN_PER_CENTROID * num_clusters:,} ({_MIN_PER_CENTROID} a centroid)."
             )
-    identity = {
-        "features": settings.features,
-        "num_clusters": num_clusters,
-        "iterations": settings.iterations,
-        "train_rows": None if trained is rows else settings.train_rows,
-        "seed": settings.seed,
-        "images": len(rows),
-        "keys": rows.embeddings.key_rule,
-    }
-    wanted: dict[str, Any] = {"overwrite": settings.overwrite, "elsewhere": "--work, with --embeddings"}
-    # Another tool's files are hashed for it, which a dry run does where there is something to compare them with.
-    if not settings.dry_run or is_claimed(folder, "cluster"):
-        wanted |= {"settings": identity, "inputs": rows.fingerprint()}
-        if settings.dry_run:
-            find_output(folder, "cluster", ClusterSidecar, **wanted)
-    return ClusterPlan(settings, folder, rows, trained, num_clusters, wanted)
+    plan = ClusterPlan(settings, rows, trained, num_clusters)
+    if settings.dry_run and is_claimed(plan.folder, "cluster"):
+        find_output(plan.identify())
+    return plan
 
 
-def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter: Reporter) -> int:
+def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows) -> int:
     count = len(rows) if settings.train_rows is None else min(settings.train_rows, len(rows))
     default = min(count, default_num_clusters(len(rows)))
     if settings.num_clusters is None:
-        reporter.note(f"Clusters: {default:,}, the default for {len(rows):,} images (--num-clusters).")
+        reporting.note(f"Clusters: {default:,}, the default for {len(rows):,} images (--num-clusters).")
         return default
     if settings.num_clusters > count:
         there = f"the {len(rows):,} images to cluster" if count == len(rows) else f"--train-rows {count:,}"
@@ -158,20 +203,20 @@ def _choose_num_clusters(settings: ClusterSettings, rows: ClusterRows, reporter:
     return settings.num_clusters
 
 
-def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
+def _choose_rows(settings: ClusterSettings) -> ClusterRows:
     """Find the embeddings and the keep list, join them by key and say which were taken."""
     work = WorkDirectory(settings.work)
     folders = settings.embeddings or (work.find_embeddings(),)
     cache = None if settings.dry_run else work.fingerprints
     scratch = None if settings.dry_run else work.path  # a dry run leaves it as it is
-    embeddings = open_teachers(settings, folders, cache, scratch, reporter)
+    embeddings = open_teachers(settings, folders, cache, scratch)
     folder = embeddings.folder
     if settings.features == "joint" and not embeddings.has_texts:
         raise ClipcidError(
             f"--features joint needs text embeddings, but {folder} has none.",
             f"Use --features image, or embed the captions too: {data_command(folder, embeddings.sidecar, text=True)}",
         )
-    keep_list = choose_keep_list(settings.keep_list, work, "rows", settings.max_bad_fraction, reporter)
+    keep_list = choose_keep_list(settings.keep_list, work, "rows", settings.max_bad_fraction)
     try:
         for member in embeddings.members:
             member.validate_unique_keys()
@@ -183,21 +228,16 @@ def _choose_rows(settings: ClusterSettings, reporter: Reporter) -> ClusterRows:
     usable = np.ones(embeddings.num_rows, dtype=np.bool_)
     bad = embeddings.find_bad_rows(texts=True)
     usable[bad] = False
-    skips = Skips.of(
-        {key: "nan_row" for piece in embeddings.take_column(embeddings.keys_of, bad) for key in piece.to_pylist()}
-    )
-    skips.check(embeddings.num_rows, settings.max_bad_fraction, str(folder))
-    if skips.total:
-        reporter.warn(f"Rows skipped: {skips.total:,}\n{skips.describe()}")
+    skips = skip_rows(embeddings, bad, settings.max_bad_fraction)
     if keep_list is not None:
         usable &= keep_list.find_kept(
-            lambda: map(embeddings.keys_of, embeddings.files), embeddings.num_rows, scratch, str(folder), reporter
+            lambda: map(embeddings.keys_of, embeddings.files), embeddings.num_rows, scratch, str(folder)
         )
     if not usable.any():
         raise ClipcidError(
             f"Nothing is left to cluster: no row of {folder} is kept.", "Give another --keep-list, or --keep-list none."
         )
-    embeddings, repair = repair_teacher(settings, embeddings, reporter)
+    embeddings, repair = repair_teacher(settings, embeddings)
     return ClusterRows(
         embeddings,
         keep_list=None if keep_list is None else keep_list.path,

@@ -41,10 +41,11 @@ from clipcid_cli.runtime.distributed import DistContext, memory_for_rows, open_d
 from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import time_trial, timed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.cluster.plan import ClusterPlan, make_plan
 from clipcid_cli.steps.cluster.result import ClusterCost, ClusterResult
-from clipcid_cli.steps.reporting import Reporter, format_duration
+from clipcid_cli.steps.reporting import format_duration
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.shared import given_flags
 
@@ -62,30 +63,32 @@ _BYTES_OF_LIBRARIES = 450 * 2**20
 _BYTES_A_ROW = 24
 
 
-def run(settings: ClusterSettings, reporter: Reporter) -> ClusterResult | ClusterCost:
+def run(settings: ClusterSettings) -> ClusterResult | ClusterCost:
     """Cluster embeddings."""
     seconds = dict[str, float]()
     with open_dist_context(settings.device) as context:
         with timed(seconds, "read"):
-            plan = context.on_rank0(lambda: make_plan(settings, reporter))
+            plan = context.on_rank0(lambda: make_plan(settings))
         if settings.dry_run:
-            return _estimate_cost(plan, context, reporter)
-        with claim_output(context, plan.folder, "cluster", ClusterSidecar, **plan.wanted) as output:
+            return _estimate_cost(plan, context)
+        with timed(seconds, "read"):
+            spec = context.on_rank0(plan.identify)
+        with claim_output(context, spec) as output:
             if output.finished is not None:
-                reporter.note(f"These clusters are in {plan.folder} already.")
+                reporting.note(f"These clusters are in {plan.folder} already.")
                 result = msgspec.convert(output.finished.result, ClusterResult)
             else:
                 context.on_rank0(output.start)
                 with timed(seconds, "kmeans"):
-                    state = _train(plan, context, output.work / PROGRESS, reporter)
+                    state = _train(plan, context, output.work / PROGRESS)
                 with timed(seconds, "assign"):
-                    _assign(plan, context, state.centroids_KD, output.work, reporter)
-                result = context.on_rank0(lambda: _write(plan, state, output, seconds, reporter))
+                    _assign(plan, context, state.centroids_KD, output.work)
+                result = context.on_rank0(lambda: _write(plan, state, output, seconds))
         names = {"centroids": CENTROIDS, "clusters": TABLE, "sidecar": "cluster.json"}
         return msgspec.structs.replace(result, files={name: str(plan.folder / file) for name, file in names.items()})
 
 
-def _train(plan: ClusterPlan, context: DistContext, progress: Path, reporter: Reporter) -> LloydState:
+def _train(plan: ClusterPlan, context: DistContext, progress: Path) -> LloydState:
     """Run k-means until no centroid moves, or all iterations are done; every process takes its even share of the rows."""
     settings, trained, num_rows = plan.settings, plan.trained, len(plan.rows)
 
@@ -94,13 +97,13 @@ def _train(plan: ClusterPlan, context: DistContext, progress: Path, reporter: Re
         if found is None:
             return LloydState(first_centroids(trained, plan.num_clusters, settings.seed))
         iterations = int(found["iterations"])
-        reporter.note(f"Resuming after {iterations} iterations.")
+        reporting.note(f"Resuming after {iterations} iterations.")
         return LloydState(torch.from_numpy(found["centroids"]), iterations, bool(found["converged"]))
 
     state = context.on_rank0(begin)
     scan = choose_coarse_dtype(settings.precision, context.device)
     used = "all images" if len(trained) == num_rows else f"{len(trained):,} of {num_rows:,} images (--train-rows)"
-    reporter.note(f"Centroids are computed from {used}, compared in {scan.name} ({scan.reason}) and decided in fp64.")
+    reporting.note(f"Centroids are computed from {used}, compared in {scan.name} ({scan.reason}) and decided in fp64.")
     states = run_lloyd(
         trained,
         state,
@@ -112,10 +115,10 @@ def _train(plan: ClusterPlan, context: DistContext, progress: Path, reporter: Re
             context.sum_,
             context.gather,
             lambda compute, runs: thread_map(compute, runs, threads_for_batches(context.device)),
+            kept_bytes=memory_for_rows(context.device),
         ),
-        kept_bytes=memory_for_rows(context.device),
     )
-    with reporter.progress("k-means", settings.iterations - state.iterations, "iterations") as bar:
+    with reporting.progress("k-means", settings.iterations - state.iterations, "iterations") as bar:
         for state in states:
             if context.is_main and state.resumable:
                 so_far = {"iterations": state.iterations, "converged": state.converged}
@@ -125,9 +128,7 @@ def _train(plan: ClusterPlan, context: DistContext, progress: Path, reporter: Re
     return state
 
 
-def _assign(
-    plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor, folder: Path, reporter: Reporter
-) -> None:
+def _assign(plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor, folder: Path) -> None:
     """Write the parts of the table that are not there yet, dealt to the processes."""
     bounds = part_bounds(len(plan.rows))
     mine = range(context.rank, len(bounds), context.size)
@@ -148,7 +149,7 @@ def _assign(
         return part, part_arrays(tops)
 
     own, open_ = (sum(bounds[part][1] - bounds[part][0] for part in parts) for parts in (mine, left))
-    with reporter.progress("assign", own, "images") as progress:
+    with reporting.progress("assign", own, "images") as progress:
         progress.advance(own - open_)
         # One set of threads for all parts: new ones for each would share a core until the system has spread them.
         found = thread_map(look_up, blocks, threads_for_batches(context.device))
@@ -180,7 +181,7 @@ def _summarise(plan: ClusterPlan, folder: Path) -> tuple[float, npt.NDArray[np.i
 
 
 def _write(
-    plan: ClusterPlan, state: LloydState, output: Output[ClusterSidecar], seconds: dict[str, float], reporter: Reporter
+    plan: ClusterPlan, state: LloydState, output: Output[ClusterSidecar], seconds: dict[str, float]
 ) -> ClusterResult:
     """Write centroids and table, and finish the output; return its result."""
     rows, embeddings, num_clusters = plan.rows, plan.rows.embeddings, plan.num_clusters
@@ -200,7 +201,7 @@ def _write(
         seconds={name: round(value, 3) for name, value in seconds.items()},
     )
     if result.empty_clusters:
-        reporter.warn(
+        reporting.warn(
             f"{result.empty_clusters:,} of {num_clusters:,} clusters are empty: the data has hardly more "
             "different images than clusters, or fewer. Use a smaller --num-clusters."
         )
@@ -222,7 +223,7 @@ def _write(
     return result
 
 
-def _estimate_cost(plan: ClusterPlan, context: DistContext, reporter: Reporter) -> ClusterCost:
+def _estimate_cost(plan: ClusterPlan, context: DistContext) -> ClusterCost:
     """Say what the run takes, without writing anything."""
     settings = plan.settings
     rows = plan.rows
@@ -236,7 +237,7 @@ def _estimate_cost(plan: ClusterPlan, context: DistContext, reporter: Reporter) 
     kept = min(memory_for_rows(context.device), bytes_an_entry(scan) * width * num_trained // context.size)
     memory = num_clusters * width * (4 + 8 + scan.itemsize) + kept
     memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
-    reporter.note(
+    reporting.note(
         f"{num_trained:,} images × {num_clusters:,} clusters × width {width}: {format_duration(iteration)} for an "
         f"iteration, at most {format_duration(iteration * settings.iterations)} for {settings.iterations} (fewer and fewer "
         f"images are compared again), {format_duration(assign)} to assign {len(rows):,}; {memory / 2**30:.3g} GiB a process "

@@ -21,9 +21,9 @@ from clipcid_cli.formats.results.matched_samples import Column
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.samples import MatchCounts
 from clipcid_cli.steps.models import cluster_with, validate_teacher
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -102,7 +102,6 @@ def use_clusters(
     counts: MatchCounts,
     several_captions: bool,
     is_decided: bool,
-    reporter: Reporter,
 ) -> ChosenClusters:
     """Let clusters teach; those of other images, or of the teacher before its repair, are refused.
 
@@ -123,7 +122,7 @@ def use_clusters(
                 f"{lacking}: the clusters were made from another keep list{or_not}.",
                 _cluster_again(settings, clusters, embeddings, keep_list=settings.keep_list),
             )
-        reporter.warn(f"{lacking}: they are left out.")
+        reporting.warn(f"{lacking}: they are left out.")
     teach_text = settings.cluster_towers == "both"
     if settings.cluster_towers == "auto":
         # Where it can: in recipes/ablation, on drawings that the teacher knew, retrieval was 4.1 (R@1) and 6.2 points (R@10)
@@ -131,9 +130,9 @@ def use_clusters(
         # a sample may show another caption than its first, the only one whose clusters are known.
         teach_text = clusters.captions is not None and not settings.freeze_text and not several_captions
     elif teach_text and several_captions:
-        reporter.warn("--cluster-towers both: captions after an image's first are taught the clusters of the first.")
+        reporting.warn("--cluster-towers both: captions after an image's first are taught the clusters of the first.")
     towers = "both towers" if teach_text else "the image tower"
-    reporter.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centroids, for {towers}.")
+    reporting.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centroids, for {towers}.")
     stored = clusters.sidecar.temperatures
     image = settings.cluster_temperature or stored["image"]
     caption = settings.cluster_temperature or stored.get("caption", image)

@@ -16,6 +16,7 @@ from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.pipeline import HostMemory, estimate_host_memory
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.result import DistillCost, TeacherCost
 from clipcid_cli.steps.distill.teacher import SAMPLES_AT_ONCE
@@ -30,7 +31,6 @@ _WARM_UP = 1
 def estimate_cost(trainer: Trainer) -> DistillCost:
     """Estimate what a run takes, for ``--dry-run``."""
     plan = trainer.plan
-    reporter = trainer.reporter
     batch_seconds, step_seconds, memory = _measure_steps(trainer)
     # Workers prepare batches during the steps; without any, one follows the other.
     data_seconds = batch_seconds / max(1, plan.workers)
@@ -39,25 +39,25 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
     bound_by = "data" if supply < demand else "model"
     host = _estimate_host_memory(trainer)
     teacher = _measure_teacher(trainer, step_seconds)
-    reporter.note(
+    reporting.note(
         f"A step of {plan.batch_size:,} takes {1e3 * step_seconds:,.0f} ms, preparing its batch "
         f"{1e3 * batch_seconds:,.0f} ms of one core (medians of {_MEASURED}).\n"
         f"Held out: {plan.inputs.held_out.total:,} samples."
     )
     if plan.workers:
         workers = f"{plan.workers} worker" + ("" if plan.workers == 1 else "s")
-        reporter.note(
+        reporting.note(
             f"The model can take {demand:,.0f} samples/s, {workers} can read and decode {supply:,.0f}: "
             f"{'decoding' if bound_by == 'data' else 'the model'} binds."
         )
     if bound_by == "data":
-        reporter.note(
+        reporting.note(
             "More cores and --workers decode more, and so do smaller images: of 256 px on the shorter side a core prepares "
             "twice as many as of 512 (img2dataset --image_size 256 --resize_mode keep_ratio). A mixture is two images."
         )
     if teacher is not None:
         verb = "takes" if plan.inputs.stored is None else "would take"
-        reporter.note(
+        reporting.note(
             f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it {verb} {1e3 * teacher.seconds:,.0f} ms a "
             f"step, {teacher.share:.0%} of it. Embedding everything once pays off after {teacher.break_even:.1f} epochs."
         )
@@ -121,7 +121,7 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
         try:
             teacher = load_model(with_default_tag(parse_model(spec)), context.device)
         except ClipcidError as error:
-            trainer.reporter.note(f"The time that the teacher would take in the loop is not measured: {error.message}")
+            reporting.note(f"The time that the teacher would take in the loop is not measured: {error.message}")
             return None
     images, texts = _time_teacher(teacher, trainer.plan.batch_size // context.size, trainer.plan.settings.precision)
     seconds = images + texts

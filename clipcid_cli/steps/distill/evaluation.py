@@ -25,7 +25,7 @@ from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
 from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 from clipcid_cli.training.train_state import TrainState
@@ -49,12 +49,12 @@ def zeroshot_settings(settings: DistillSettings) -> EvalZeroshotSettings:
     )
 
 
-def plan_evaluation(settings: EvalZeroshotSettings, reporter: Reporter) -> list[ZeroshotTask]:
+def plan_evaluation(settings: EvalZeroshotSettings) -> list[ZeroshotTask]:
     """Open the data sets of ``--eval-data``, each once: metrics are logged as ``NAME/METRIC``."""
     if not settings.data:
         return []
     try:
-        planned = plan_tasks(settings, reporter)
+        planned = plan_tasks(settings)
     except ClipcidError as error:
         fix = error.fix
         if "--" in fix:  # flags that distill lacks, or that it reads its training data by
@@ -153,14 +153,15 @@ class Evaluation:
         if self.held_out is not None:
             images, texts = self.held_out.encode()
             metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
-        model = EvaluatedModel(ModelName(student.info.spec, "tag"), context, self._plan.settings, Reporter(), student)
+        model = EvaluatedModel(ModelName(student.info.spec, "tag"), context, self._plan.settings, student)
 
         def measure_task(task: ZeroshotTask) -> dict[str, float]:
             rows = model.encode(task)
-            return context.on_rank0(lambda: measure(rows, context.device, Reporter()).draws.values())
+            return context.on_rank0(lambda: measure(rows, context.device).draws.values())
 
         for task in self._plan.tasks:
-            found = measure_task(task).items()
+            with reporting_to(Reporter()):  # the bar of the training goes on
+                found = measure_task(task).items()
             metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
         return metrics
 

@@ -16,7 +16,7 @@ from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -46,7 +46,7 @@ class ExtraTexts:
         return self.variants(sample.captions, sample.key, text.row % self.variants.number)
 
 
-def find_extra_texts(settings: DistillSettings, embeddings: Embeddings, reporter: Reporter) -> ExtraTexts | None:
+def find_extra_texts(settings: DistillSettings, embeddings: Embeddings) -> ExtraTexts | None:
     """Find the further texts of a run; None where no loss takes any, or there are none."""
     if not settings.shows_extra_texts:
         return None
@@ -59,12 +59,12 @@ def find_extra_texts(settings: DistillSettings, embeddings: Embeddings, reporter
     if folder is not None:
         texts = open_texts(folder, spec)
         _validate_model(settings, texts, embeddings)
-        reporter.note(f"Extra texts, for the text tower alone: of {folder}, {len(texts.rows):,} texts.")
+        reporting.note(f"Extra texts, for the text tower alone: of {folder}, {len(texts.rows):,} texts.")
         return ExtraTexts(texts.rows, texts.lines, None, settings.extra_texts, texts.fingerprints())
     num_variants = embeddings.num_each(Kind.VARIANTS) if embeddings.has_texts else 0
     if num_variants:
         variants = _find_variants(settings, embeddings, num_variants)
-        reporter.note(
+        reporting.note(
             f"Extra texts, for the text tower alone: of the {num_variants} variants of each sample's captions."
         )
         return ExtraTexts(embeddings.rows(Kind.VARIANTS), None, variants, settings.extra_texts, [])

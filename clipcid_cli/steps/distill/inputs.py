@@ -27,6 +27,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import cache_shards, index_alone, note_missing_captions, open_named
 from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
 from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
@@ -41,11 +42,9 @@ from clipcid_cli.steps.distill.samples import (
 from clipcid_cli.steps.embed.encoder import Views
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
-from clipcid_cli.steps.given_embeddings import open_teachers
-from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
+from clipcid_cli.steps.inputs import ChosenKeepList, choose_keep_list, open_teachers
 from clipcid_cli.steps.models import embed_with, find_mismatch, validate_teacher
 from clipcid_cli.steps.repair import repair_teacher
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
@@ -142,9 +141,7 @@ def named_teachers(settings: DistillSettings) -> list[ModelName]:
     return [with_default_tag(parse_model(teacher)) for teacher in settings.teacher]
 
 
-def find_embeddings(
-    settings: DistillSettings, context: DistContext, reporter: Reporter
-) -> tuple[Path, ...] | EmbedCost:
+def find_embeddings(settings: DistillSettings, context: DistContext) -> tuple[Path, ...] | EmbedCost:
     """Find the teachers' embeddings, and make them where there are none; none when no loss needs them.
 
     Without ``--teacher`` it is the one whose embeddings the work directory holds.
@@ -164,19 +161,17 @@ def find_embeddings(
             if settings.data is None or work.has_embeddings():
                 raise
         teachers = (DEFAULT_MODEL,)
-        reporter.note(f"Teacher: {DEFAULT_MODEL}, the default.")
+        reporting.note(f"Teacher: {DEFAULT_MODEL}, the default.")
     folders = list[Path]()
     for teacher in teachers:
-        found = _ensure_embeddings(settings, teacher, context, reporter)
+        found = _ensure_embeddings(settings, teacher, context)
         if isinstance(found, EmbedCost):
             return found
         folders.append(found)
     return tuple(folders)
 
 
-def _ensure_embeddings(
-    settings: DistillSettings, teacher: str, context: DistContext, reporter: Reporter
-) -> Path | EmbedCost:
+def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistContext) -> Path | EmbedCost:
     work = WorkDirectory(settings.work)
     folder = work.embeddings(with_default_tag(parse_model(teacher)).slug)
     exists = context.on_rank0(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
@@ -184,7 +179,7 @@ def _ensure_embeddings(
         validate_views(settings, folder, None, 0, teacher)
     # Existing embeddings of images only may suffice; new ones are of captions too.
     text = True if losses_of_captions(settings) or not exists else None
-    return ensure_embeddings(settings, context, reporter, data=settings.data, model=teacher, text=text)
+    return ensure_embeddings(settings, context, data=settings.data, model=teacher, text=text)
 
 
 def _find_of_online(settings: DistillSettings) -> tuple[Path, ...]:
@@ -214,9 +209,7 @@ def _choose_online(settings: DistillSettings, embeddings: Embeddings | None) -> 
     return parse_model(embeddings.model.spec)
 
 
-def find_inputs(
-    settings: DistillSettings, folders: tuple[Path, ...], scratch: Path | None, reporter: Reporter
-) -> Inputs:
+def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: Path | None) -> Inputs:
     """Find, open and match the inputs, and report which were taken.
 
     Args:
@@ -231,10 +224,10 @@ def find_inputs(
             with suppress(FileNotFoundError):
                 shutil.copy(cache, scratch)
             cache = scratch / cache.name
-        embeddings = open_stored(settings, folders, cache, reporter)
-    dataset = _open_data(settings, embeddings, scratch, reporter)
+        embeddings = open_stored(settings, folders, cache)
+    dataset = _open_data(settings, embeddings, scratch)
     usable = count_usable(dataset, settings.max_bad_fraction)
-    keep_list = choose_keep_list(settings.keep_list, work, "samples", settings.max_bad_fraction, reporter)
+    keep_list = choose_keep_list(settings.keep_list, work, "samples", settings.max_bad_fraction)
     listed = None if keep_list is None else keep_list.path
     online = _choose_online(settings, embeddings) if settings.online_teacher else None
     if online is None and embeddings is not None:
@@ -244,33 +237,33 @@ def find_inputs(
 
     fingerprints = dataset.fingerprints() + ([] if listed is None else [record(listed)])
     sources = Sources(listed, embeddings, online is None, clusters)
-    matched, counts = find_samples(settings, dataset, sources, fingerprints, scratch, reporter)
+    matched, counts = find_samples(settings, dataset, sources, fingerprints, scratch)
     if counts.bad_rows and sources.required:
         lacking = ", or missing from those of a teacher" if settings.num_teachers > 1 else ""
-        reporter.warn(
+        reporting.warn(
             f"{counts.bad_rows:,} rows of the embeddings are zero or not finite{lacking}: their samples are left out."
         )
     if keep_list is not None:
         missing = usable.total - counts.listed
-        keep_list.report(dataset.spec, usable.total, kept=counts.kept, missing=missing, reporter=reporter)
+        keep_list.report(dataset.spec, usable.total, kept=counts.kept, missing=missing)
 
     repair = None
     if embeddings is not None:
-        embeddings, repair = repair_teacher(settings, embeddings, reporter)
+        embeddings, repair = repair_teacher(settings, embeddings)
     num_views = 0
     first_captions = False
     extra_texts = None
     if online is not None:
-        reporter.note(f"Teacher: {online.spec}, run alongside the student on the same views and captions.")
+        reporting.note(f"Teacher: {online.spec}, run alongside the student on the same views and captions.")
         if embeddings is not None:
             fingerprints += embeddings.fingerprints([Kind.TEXTS])
         elif settings.repair != "none":
-            reporter.note("It is left as it is: a repair is fitted to stored embeddings, of which there are none.")
+            reporting.note("It is left as it is: a repair is fitted to stored embeddings, of which there are none.")
     elif embeddings is not None:
-        num_views = _choose_views(settings, embeddings, counts, reporter)
-        extra_texts = find_extra_texts(settings, embeddings, reporter)
+        num_views = _choose_views(settings, embeddings, counts)
+        extra_texts = find_extra_texts(settings, embeddings)
         varies = extra_texts is not None and extra_texts.variants is not None
-        first_captions = _choose_captions(settings, embeddings, counts, varies, reporter)
+        first_captions = _choose_captions(settings, embeddings, counts, varies)
         kinds = kinds_shown(num_views, first_captions) + ([Kind.VARIANTS] if varies else [])
         fingerprints += embeddings.fingerprints(kinds)
         fingerprints += [] if extra_texts is None else extra_texts.fingerprints
@@ -278,7 +271,7 @@ def find_inputs(
     if clusters is not None:
         several_captions = counts.several_captions > 0 and not first_captions
         is_decided = not settings.dry_run or repair is not None or settings.repair == "none"
-        chosen = use_clusters(settings, clusters, embeddings, counts, several_captions, is_decided, reporter)
+        chosen = use_clusters(settings, clusters, embeddings, counts, several_captions, is_decided)
         fingerprints += chosen.fingerprints()
     return Inputs(
         dataset=dataset,
@@ -297,28 +290,24 @@ def find_inputs(
     )
 
 
-def _open_data(
-    settings: DistillSettings, embeddings: Embeddings | None, scratch: Path | None, reporter: Reporter
-) -> Dataset:
+def _open_data(settings: DistillSettings, embeddings: Embeddings | None, scratch: Path | None) -> Dataset:
     work = WorkDirectory(settings.work)
     if settings.data is not None:
         dataset = open_named(settings, settings.data, work.indexes)
     else:
         dataset = open_described(work.find_data(None if embeddings is None else embeddings.folder), work.indexes)
-        reporter.note(f"Data: {dataset.spec}, from which the embeddings were made.")
+        reporting.note(f"Data: {dataset.spec}, from which the embeddings were made.")
     if scratch is not None and dataset.index is None:
         dataset = dataclasses.replace(dataset, index_folder=scratch / "index")
-    dataset = index_alone(dataset, settings.workers, reporter)  # `embed` has mostly done it before
-    note_missing_captions(dataset, reporter)
+    dataset = index_alone(dataset, settings.workers)  # `embed` has mostly done it before
+    note_missing_captions(dataset)
     return cache_shards(dataset, settings.cache_size)
 
 
-def open_stored(
-    settings: DistillSettings, folders: tuple[Path, ...], cache: Path | None, reporter: Reporter
-) -> Embeddings:
+def open_stored(settings: DistillSettings, folders: tuple[Path, ...], cache: Path | None) -> Embeddings:
     """Open the teachers' embeddings, check that they made them, and look for the captions that the losses need."""
     scratch = None if cache is None else cache.parent
-    embeddings = open_teachers(settings, folders, cache, scratch, reporter)
+    embeddings = open_teachers(settings, folders, cache, scratch)
     if settings.needs_teacher and settings.teacher:
         for member, teacher in zip(embeddings.members, named_teachers(settings), strict=True):
             _validate_made_by(teacher, member, settings)
@@ -334,7 +323,7 @@ def open_stored(
             + f"\nOr add a teacher that has captions: --embeddings {folder} --embeddings OTHER"
             + f"\nOr embed the captions too: {_embed_again(settings, embeddings, text=True)}",
         )
-    reporter.note("They are of images only: losses use the teacher's image tower alone.")
+    reporting.note("They are of images only: losses use the teacher's image tower alone.")
     return embeddings
 
 
@@ -383,7 +372,7 @@ def _validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
         )
 
 
-def _choose_views(settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts, reporter: Reporter) -> int:
+def _choose_views(settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts) -> int:
     """Return how many stored views of each image are shown; refuse embeddings that lack many of the samples."""
     if counts.without_embedding > settings.max_bad_fraction * counts.candidates:
         raise ClipcidError(
@@ -393,16 +382,14 @@ def _choose_views(settings: DistillSettings, embeddings: Embeddings, counts: Mat
     views = embeddings.num_each(Kind.VIEWS) if settings.shows_views else 0
     validate_views(settings, embeddings.folder, embeddings.sidecar, views)
     if views:
-        reporter.note(
+        reporting.note(
             f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
             "have no effect (--views none draws views anew)."
         )
     return views
 
 
-def _choose_captions(
-    settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts, varies: bool, reporter: Reporter
-) -> bool:
+def _choose_captions(settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts, varies: bool) -> bool:
     """Tell whether samples may only show their first caption; refuse other captions than were embedded or varied."""
     has_several = counts.several_captions > 0 and embeddings.has_texts
     shows_all = has_several and Kind.FURTHER in embeddings.kinds
@@ -413,9 +400,9 @@ def _choose_captions(
             f"Run: {_embed_again(settings, embeddings)}",
         )
     if shows_all:
-        reporter.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")
+        reporting.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")
     elif has_several:
-        reporter.note("Captions: only the first of each sample is embedded, so only the first is shown.")
+        reporting.note("Captions: only the first of each sample is embedded, so only the first is shown.")
     return embeddings.has_texts and not shows_all
 
 

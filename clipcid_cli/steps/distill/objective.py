@@ -14,9 +14,9 @@ from clipcid_cli.algorithms.losses.registry import load_loss
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.teacher import Teacher
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.training.gradients import Features, gather_rows
 
@@ -40,14 +40,13 @@ class Objective:
         student_width: int,
         teacher: Teacher | None,
         context: DistContext,
-        reporter: Reporter,
     ) -> Objective:
         """Make the losses that the settings ask for, at such trust in the teacher."""
         space = SharedSpace(student_width) if teacher is None else teacher.space
         chosen = settings.losses(trust)
         weights = {name: weight.at(space.width) for name, weight in chosen.items()}
         why = "" if chosen == settings.losses() else f" (trust in the teacher {trust:.2f}, by its repair)"
-        reporter.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + f"{why}.")
+        reporting.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + f"{why}.")
         seed = derive_seed("loss parameters", settings.seed)
         parameters = LossParameters(weights, student_width, space, seed).to(context.device)
         local_loss = settings.local_loss and context.size > 1

@@ -19,13 +19,13 @@ from clipcid_cli.runtime.models.clip_model import hash_preprocess
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs, named_teachers
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
-from clipcid_cli.steps.keep_list import NO_KEEP_LIST
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.inputs import NO_KEEP_LIST
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.fields import output_settings
 from clipcid_cli.training.optimisers import Recipe
@@ -63,7 +63,7 @@ class Plan:
         return self.recipe.steps
 
 
-def validate_named(settings: DistillSettings, reporter: Reporter) -> list[ZeroshotTask]:
+def validate_named(settings: DistillSettings) -> list[ZeroshotTask]:
     """Look at what can be wrong with named inputs before hours of embedding; return the data sets of ``--eval-data``."""
     if settings.needs_teacher:
         named_teachers(settings)
@@ -71,7 +71,7 @@ def validate_named(settings: DistillSettings, reporter: Reporter) -> list[Zerosh
         read_keep_list(Path(settings.keep_list))
     if any(LOSSES[name].needs_clusters for name in settings.losses()):
         read_cluster_sidecar(settings.clusters or WorkDirectory(settings.work).find_clusters())
-    return plan_evaluation(zeroshot_settings(settings), reporter)
+    return plan_evaluation(zeroshot_settings(settings))
 
 
 def plan_run(
@@ -81,10 +81,9 @@ def plan_run(
     tasks: list[ZeroshotTask],
     scratch: Path | None,
     context: DistContext,
-    reporter: Reporter,
 ) -> Plan:
     """Plan a run, on the first process."""
-    inputs = find_inputs(settings, embeddings, scratch, reporter)
+    inputs = find_inputs(settings, embeddings, scratch)
     batch_size = choose_batch_size(settings, inputs.training.total, context)
     extra_texts = inputs.num_extra_texts(batch_size)
     if extra_texts % context.size:
@@ -92,9 +91,9 @@ def plan_run(
             f"--extra-texts {extra_texts} does not divide among {context.size} processes.",
             f"Use a multiple of {context.size}.",
         )
-    recipe = _choose_recipe(settings, inputs, batch_size, student, context, reporter)
+    recipe = _choose_recipe(settings, inputs, batch_size, student, context)
     if extra_texts:
-        reporter.note(f"Each step the text tower sees {extra_texts:,} further texts.")
+        reporting.note(f"Each step the text tower sees {extra_texts:,} further texts.")
     parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
     name = settings.name or "-".join(parts + ["all"] * (inputs.keep_list is None))
     folder = RunFolder(WorkDirectory(settings.work).distill(name))
@@ -156,7 +155,6 @@ def _choose_recipe(
     batch_size: int,
     student: Student,
     context: DistContext,
-    reporter: Reporter,
 ) -> Recipe:
     """Decide number of steps, warm-up and learning rate, and say so."""
     samples = inputs.training.total
@@ -172,19 +170,19 @@ def _choose_recipe(
             f"({SHARDS_MIXED / shards:.1%} of the data)."
         )
     each = f" ({batch_size // context.size:,} for each of {context.size} processes)" if context.size > 1 else ""
-    reporter.note(
+    reporting.note(
         f"{samples:,} samples, {steps:,} steps of {batch_size:,}{each}: {steps * batch_size / samples:.1f} epochs, "
         f"{warmup:,} steps of warm-up; {inputs.held_out.total:,} more samples are held out.\n"
         f"Shuffle: {shuffle}"
     )
     if settings.optimizer == "muon":
-        reporter.note("Optimizer: Muon for the layers of the towers, AdamW for all else.")
+        reporting.note("Optimizer: Muon for the layers of the towers, AdamW for all else.")
     lr = settings.lr
     if lr is None:
         width = student.model.info.embed_dim
         trained = student.starts_trained
         lr, reason = default_rate(settings.losses(), settings.optimizer, batch_size, width, trained=trained)
-        reporter.note(f"Learning rate: {lr:g} ({reason}).")
+        reporting.note(f"Learning rate: {lr:g} ({reason}).")
     return Recipe(
         optimizer=settings.optimizer,
         lr=lr,

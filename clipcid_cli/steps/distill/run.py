@@ -10,7 +10,7 @@ import msgspec
 
 from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.output import Output, find_output
+from clipcid_cli.formats.output import Output, OutputSpec, find_output
 from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.results.run_folder import list_checkpoints, write_held_out
 from clipcid_cli.formats.sidecar import DistillSidecar
@@ -18,6 +18,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output, scratch_folder
 from clipcid_cli.steps.data_index import warn_of_copies
 from clipcid_cli.steps.distill.cost import estimate_cost
@@ -32,11 +33,10 @@ from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.evaluate.result import ZeroshotResults
 from clipcid_cli.steps.evaluate.zeroshot import evaluate
 from clipcid_cli.steps.preflight import validate_samples
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
-def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCost | EmbedCost:
+def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
     """Train a student; with ``--dry-run`` estimate what that takes, or first the embeddings that it lacks."""
     started = time.perf_counter()
     if settings.workers != 0:
@@ -44,37 +44,40 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
     # Before hours of embedding, and on every process, so that none waits for one that failed.
     validate_board(settings.report_to)
     with open_dist_context(settings.device) as context, scratch_folder(context, dry_run=settings.dry_run) as scratch:
-        tasks = context.on_rank0(lambda: validate_named(settings, reporter))
-        student = context.on_all(lambda: load_student(settings, context.device, reporter))
-        embeddings = find_embeddings(settings, context, reporter)
+        tasks = context.on_rank0(lambda: validate_named(settings))
+        student = context.on_all(lambda: load_student(settings, context.device))
+        embeddings = find_embeddings(settings, context)
         if isinstance(embeddings, EmbedCost):
             return embeddings
-        plan = context.on_rank0(lambda: plan_run(settings, student, embeddings, tasks, scratch, context, reporter))
-        warn_of_copies(plan.inputs.dataset, context, reporter)
+        plan = context.on_rank0(lambda: plan_run(settings, student, embeddings, tasks, scratch, context))
+        warn_of_copies(plan.inputs.dataset, context)
         teacher = load_online_model(plan.inputs, context)
         folder = plan.folder
-        wanted: dict[str, Any] = {
-            "settings": identity(plan, student),
-            "inputs": plan.inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
-            "overwrite": settings.overwrite,
-            "elsewhere": "--name",
-        }
+        spec = OutputSpec(
+            folder.path,
+            "distill",
+            DistillSidecar,
+            settings=identity(plan, student),
+            inputs=plan.inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
+            overwrite=settings.overwrite,
+            elsewhere="--name",
+        )
         if settings.dry_run:
-            context.on_rank0(lambda: find_output(folder.path, "distill", DistillSidecar, **wanted))
-            validate_samples(plan.inputs.dataset, context, settings.seed, dry_run=True, reporter=reporter)
-            cost = estimate_cost(Trainer(plan, student, teacher, context, reporter))
-            cost.evaluations = plan.evaluations.preview(reporter)
+            context.on_rank0(lambda: find_output(spec))
+            validate_samples(plan.inputs.dataset, context, settings.seed, dry_run=True)
+            cost = estimate_cost(Trainer(plan, student, teacher, context))
+            cost.evaluations = plan.evaluations.preview()
             return cost
-        with claim_output(context, folder.path, "distill", DistillSidecar, **wanted) as output:
+        with claim_output(context, spec) as output:
             sidecar = output.finished
             if sidecar is not None:
-                reporter.note(f"{folder.path} holds this run already, finished.")
+                reporting.note(f"{folder.path} holds this run already, finished.")
             else:
                 context.on_rank0(lambda: output.start(folder.clear))
                 # An unfinished run without a checkpoint may have ended because of what this finds.
                 if not (output.resumed and context.on_rank0(lambda: list_checkpoints(folder.checkpoints))):
-                    validate_samples(plan.inputs.dataset, context, settings.seed, dry_run=False, reporter=reporter)
-                trainer = Trainer(plan, student, teacher, context, reporter, output)
+                    validate_samples(plan.inputs.dataset, context, settings.seed, dry_run=False)
+                trainer = Trainer(plan, student, teacher, context, output)
                 first = trainer.state.step
                 seconds = {"prepare": time.perf_counter() - started}
                 with closing(trainer.log), timed(seconds, "train"):
@@ -83,7 +86,7 @@ def run(settings: DistillSettings, reporter: Reporter) -> Distilled | DistillCos
                 unreadable = trainer.unreadable_images()
                 sidecar = context.on_rank0(lambda: write(trainer, output, unreadable, speed, seconds))
             # After the sidecar: a run that is killed here is finished, and evaluates what is left when it is run again.
-            evaluated = evaluate(plan.evaluations, context, reporter) if tasks else ZeroshotResults([], {})
+            evaluated = evaluate(plan.evaluations, context) if tasks else ZeroshotResults([], {})
     files = {
         "student": folder.student,
         **({"student_ema": folder.student_ema} if sidecar.made.ema is not None else {}),
@@ -117,7 +120,7 @@ def write(
     skips = Skips.of(unreadable)
     skips.merge(inputs.usable.skips)
     if skips.total:
-        trainer.reporter.warn(f"Unusable samples: {skips.total:,}\n{skips.describe()}")
+        reporting.warn(f"Unusable samples: {skips.total:,}\n{skips.describe()}")
     with timed(seconds, "write"):
         written = write_students(folder, trainer.student.model, str(plan.settings.student), trainer.state)
         write_held_out(folder.held_out, inputs.held_out_keys())

@@ -18,12 +18,13 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import Listing, Values, join, parquet_listing
-from clipcid_cli.formats.output import find_output, open_output
+from clipcid_cli.formats.output import OutputSpec, find_output, open_output
 from clipcid_cli.formats.results.clusters import TABLE, Clusters
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, STEP, TRAINING, matched_folder, writing_rows
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.randomness import key_fractions
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -135,7 +136,6 @@ def find_samples(
     sources: Sources,
     data_records: list[FileRecord],
     scratch: Path | None,
-    reporter: Reporter,
 ) -> tuple[Path, MatchCounts]:
     """Find the folder of the run's samples, matched by an earlier start or run of the same inputs; else match them now."""
     assert dataset.index_folder is not None, "opened with a folder for the index"
@@ -153,27 +153,26 @@ def find_samples(
         "val_fraction": settings.val_fraction,
     }
     folder = matched_folder(dataset.index_folder, identity)
-    wanted: dict[str, Any] = {"settings": {"matched": folder.name}, "inputs": [], "overwrite": True}
-    matched = find_output(folder, STEP, Sidecar, **wanted).finished
+    spec = OutputSpec(folder, STEP, Sidecar, settings={"matched": folder.name}, inputs=[], overwrite=True)
+    matched = find_output(spec).finished
     if matched is None or (scratch is None and any(folder.glob(f".{STEP}-*"))):  # what a killed run left beside them
         if scratch is not None:
             folder = matched_folder(scratch, identity)
+            spec = dataclasses.replace(spec, folder=folder)
         with lock_index(folder.parent):
-            if find_output(folder, STEP, Sidecar, **wanted).finished is None:
+            if find_output(spec).finished is None:
                 shutil.rmtree(folder, ignore_errors=True)  # damaged, or begun by a run that was killed
-            with open_output(folder, STEP, Sidecar, **wanted) as output:
+            with open_output(spec) as output:
                 matched = output.finished  # another run may just have made it
                 if matched is None:
                     output.start()
-                    counts = match_samples(dataset, sources, settings.val_fraction, output.work, reporter)
+                    counts = match_samples(dataset, sources, settings.val_fraction, output.work)
                     outputs = [record(path, output.work) for path in sorted(output.work.glob("*.npy"))]
                     matched = output.commit(counts=dataclasses.asdict(counts), seconds={}, outputs=outputs)
     return folder, MatchCounts(**matched.counts)
 
 
-def match_samples(
-    dataset: Dataset, sources: Sources, val_fraction: float, folder: Path, reporter: Reporter
-) -> MatchCounts:
+def match_samples(dataset: Dataset, sources: Sources, val_fraction: float, folder: Path) -> MatchCounts:
     """Match the data with other files, and write down the samples to train on and those held out, shard by shard."""
     index = index_of(dataset)
     shards = range(len(index.records))
@@ -183,13 +182,13 @@ def match_samples(
     }
     bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
     counts = MatchCounts(bad_rows=len(bad))
-    bar = reporter if len(shards) > _FEW_SHARDS else Reporter()
+    show = reporting.progress if len(shards) > _FEW_SHARDS else Reporter().progress
     limits = sources.limits(index)
     first = 0
     with (
         writing_rows(folder, TRAINING, limits) as train,
         writing_rows(folder, HELD_OUT, limits) as hold_out,
-        bar.progress("match", len(shards), "shards") as progress,
+        show("match", len(shards), "shards") as progress,
     ):
         for number in shards:
             part = index.part(number)

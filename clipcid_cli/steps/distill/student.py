@@ -23,8 +23,8 @@ from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.models.towers import freeze, image_tower_kind
 from clipcid_cli.runtime.precision import Precision, choose_precision, fast_attention
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import TrainingBatch
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.training.gradients import Features, GradCache
 from clipcid_cli.training.train_state import TrainState
@@ -84,7 +84,7 @@ class Student:
             encoded.backward(before_last)
 
 
-def load_student(settings: DistillSettings, device: torch.device, reporter: Reporter) -> Student:
+def load_student(settings: DistillSettings, device: torch.device) -> Student:
     """Load the student as ``--student``, ``--init-from`` and ``--freeze-…`` say."""
     name = parse_model(str(settings.student))
     model = load_model(name, device, fresh_seed=settings.seed)
@@ -92,7 +92,7 @@ def load_student(settings: DistillSettings, device: torch.device, reporter: Repo
         model = model.with_logit_bias()
     starts_trained = {"image", "text"} if name.has_weights else set()
     if settings.init_from is not None:
-        model = _inherit(model, settings.init_from, settings.init_towers, reporter)
+        model = _inherit(model, settings.init_from, settings.init_towers)
         starts_trained |= {"image", "text"} if settings.init_towers == "both" else {settings.init_towers}
     frozen: list[nn.Module] = []
     for tower, is_frozen in (("image", settings.freeze_image), ("text", settings.freeze_text)):
@@ -101,7 +101,7 @@ def load_student(settings: DistillSettings, device: torch.device, reporter: Repo
             starts_trained -= {tower}
     pruned = PrunedForward(model.module)
     if not pruned.prunes_texts:
-        reporter.note(
+        reporting.note(
             f"Texts are encoded at their full length of {model.info.context_length} tokens: only causal text towers of "
             "open_clip, read at the end of a text, do without the padding."
         )
@@ -120,13 +120,11 @@ def load_student(settings: DistillSettings, device: torch.device, reporter: Repo
         frozen=frozen,
         starts_trained=bool(starts_trained),
         reads_tokens=bool(reads_tokens),
-        masking=_plan_masking(settings, model, pruned.num_patches, reporter),
+        masking=_plan_masking(settings, model, pruned.num_patches),
     )
 
 
-def _plan_masking(
-    settings: DistillSettings, model: ClipModel, num_patches: int | None, reporter: Reporter
-) -> Masking | None:
+def _plan_masking(settings: DistillSettings, model: ClipModel, num_patches: int | None) -> Masking | None:
     """Plan the further pass over masked images that a loss asks for; say what it costs."""
     masked = {name: LOSSES[name].masked_patches for name in settings.losses() if LOSSES[name].masked_patches}
     if not masked:
@@ -137,7 +135,7 @@ def _plan_masking(
     masking = Masking.of(fraction, num_patches)
     # With the class token, which is always seen.
     cost = (masking.kept + 1) / (num_patches + 1)
-    reporter.note(
+    reporting.note(
         f"{name} encodes each image once more, with {masking.kept} of its {num_patches} patches: {cost:.0%} more work for "
         "the image tower."
     )
@@ -173,12 +171,12 @@ def _compile_towers(pruned: PrunedForward) -> EncodeBoth:
     return call
 
 
-def _inherit(model: ClipModel, init_from: str, towers: str, reporter: Reporter) -> ClipModel:
+def _inherit(model: ClipModel, init_from: str, towers: str) -> ClipModel:
     source = load_model(with_default_tag(parse_model(init_from)))
     not_inherited = inherit(model.module, source.module, towers)
     subject = "Both towers start" if towers == "both" else f"The {towers} tower starts"
     fresh = f", except {', '.join(not_inherited)}" if not_inherited else ""
-    reporter.note(f"{subject} from {source.info.spec}{fresh}.")
+    reporting.note(f"{subject} from {source.info.spec}{fresh}.")
     weights_hash = f"{model.info.weights_hash}+{towers}:{source.info.weights_hash}"
     return dataclasses.replace(model, info=dataclasses.replace(model.info, weights_hash=weights_hash))
 

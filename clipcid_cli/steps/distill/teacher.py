@@ -23,12 +23,12 @@ from clipcid_cli.runtime.models.augment import apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model, normalize_pixels
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.precision import Precision, choose_precision
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.clusters import ClusterLookup, validate_width
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.models import cluster_with
 from clipcid_cli.steps.repair import MAX_SCALE, teacher_scale
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 SAMPLES_AT_ONCE = 256
@@ -108,7 +108,6 @@ def open_teacher(
     model: ClipModel | None,
     student_width: int,
     context: DistContext,
-    reporter: Reporter,
 ) -> Teacher | None:
     """Make the teacher ready, where a loss needs one; `model` is what `load_online_model` returned."""
     embeddings = inputs.embeddings
@@ -119,7 +118,7 @@ def open_teacher(
         width = embeddings.width
     else:
         return None
-    space = choose_space(settings, width, embeddings, student_width, context, reporter)
+    space = choose_space(settings, width, embeddings, student_width, context)
     clusters = None
     if chosen is not None:
         if model is not None:
@@ -131,13 +130,13 @@ def open_teacher(
         assert embeddings is not None, "the width is theirs"
         is_recorded = embeddings.model is not None and embeddings.model.logit_scale is not None
         if not is_recorded and any(LOSSES[name].needs_teacher_scale for name in settings.losses()):
-            reporter.note(f"The embeddings do not record the teacher's logit scale; using {MAX_SCALE:g}.")
+            reporting.note(f"The embeddings do not record the teacher's logit scale; using {MAX_SCALE:g}.")
         bias = None if embeddings.model is None else embeddings.model.logit_bias
         return Teacher(space, teacher_scale(embeddings), bias, clusters)
     info = model.info
     precision = choose_precision(settings.precision, context.device, "embed", info.parameters)
     model.cast_products(precision)
-    reporter.note(
+    reporting.note(
         f"Online teacher: {info.parameters / 1e6:.1f} M parameters, {info.image_size[0]} px, {info.context_length} tokens, "
         f"precision {precision.name} ({precision.reason})."
     )
@@ -152,7 +151,6 @@ def choose_space(
     embeddings: Embeddings | None,
     student_width: int,
     context: DistContext,
-    reporter: Reporter,
 ) -> SharedSpace:
     """Choose the space in which student and teacher are compared; all processes take the first one's axes.
 
@@ -166,19 +164,19 @@ def choose_space(
         return SharedSpace(teacher_width)
     by_layer = f"Shared space: the teacher's {teacher_width} dimensions, by a learned layer per student tower."
     if requested == "project" or student_width > teacher_width:
-        reporter.note(by_layer)
+        reporting.note(by_layer)
     elif embeddings is None:
-        reporter.note(
+        reporting.note(
             f"{by_layer} There are no stored embeddings to find the axes of --teacher-space pca in (clipcid embed)."
         )
     else:
         axes = context.on_rank0(lambda: principal_axes(_find_second_moment(settings, embeddings), student_width))
         dimensions = f"{student_width} of the teacher's {teacher_width} dimensions"
         if requested == "pca" or axes.kept >= _ENOUGH_VARIANCE:
-            reporter.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its variance.")
+            reporting.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its variance.")
             basis = axes.basis_Dd.to(context.device)
             return SharedSpace(student_width, dataclasses.replace(axes, basis_Dd=basis))
-        reporter.note(
+        reporting.note(
             f"{dimensions} keep only {axes.kept:.1%} of its variance, so a learned layer per student tower maps to all of "
             "them (--teacher-space pca cuts anyway)."
         )

@@ -30,13 +30,13 @@ from clipcid_cli.runtime.libraries import keep_freed_memory
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.plan import Plan
 from clipcid_cli.steps.distill.student import Student, batch_norms
 from clipcid_cli.steps.distill.teacher import open_teacher
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.training.train_state import StepValues, TrainState
 
 # Every so many steps the processes tell each other whether a signal asks one of them to end. What they exchange stays on the
@@ -53,14 +53,12 @@ class Trainer:
         student: Student,
         teacher_model: ClipModel | None,
         context: DistContext,
-        reporter: Reporter,
         output: Output[DistillSidecar] | None = None,
     ) -> None:
         """Assemble a run, from its last checkpoint on where it has one; without an `output` it writes nothing."""
         self.plan = plan
         self.student = student
         self.context = context
-        self.reporter = reporter
         self._output = output
         keep_freed_memory()
         settings = plan.settings
@@ -69,9 +67,9 @@ class Trainer:
         beside = None if teacher_model is None else Processor.of(teacher_model)
         maker = BatchMaker(settings, inputs, Processor.of(model), beside, student.masking)
         width = model.info.embed_dim
-        teacher = open_teacher(settings, inputs, teacher_model, width, context, reporter)
-        self.objective = Objective.of(settings, inputs.trust, width, teacher, context, reporter)
-        reporter.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
+        teacher = open_teacher(settings, inputs, teacher_model, width, context)
+        self.objective = Objective.of(settings, inputs.trust, width, teacher, context)
+        reporting.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
         self.state = TrainState(
             model.module, self.objective.parameters, plan.recipe, student.precision.dtype, ema=settings.ema
         )
@@ -79,7 +77,7 @@ class Trainer:
         if output is not None:
             self._resume(output)
         if settings.accum_freq * context.size > 1 and batch_norms(model.module):
-            reporter.warn(
+            reporting.warn(
                 "The student has batch normalisation, whose statistics are those of each part of a batch: "
                 "--accum-freq and several processes change what it learns."
             )
@@ -88,7 +86,7 @@ class Trainer:
         self.evaluation = Evaluation(inputs, model, plan.evaluations, context)
         board = None
         if output is not None and context.is_main:
-            board = open_board(settings.report_to, plan.folder, self.state.step, output.run.settings)
+            board = open_board(settings.report_to, plan.folder, self.state.step, output.spec.run.settings)
         self.log = TrainingLog(plan.folder, board, writes=output is not None and context.is_main)
         self._saved_step = self.state.step
         self._values = StepValues(context.device)
@@ -111,7 +109,7 @@ class Trainer:
         started = time.monotonic()
         with (
             closing(self.batches.load(steps, plan.workers)) as batches,
-            self.reporter.progress("distill", len(steps) * plan.batch_size, "samples") as progress,
+            reporting.progress("distill", len(steps) * plan.batch_size, "samples") as progress,
             self.context.limited_waits(),
             interruption.ends_when_saved(lambda: f"from step {self._saved_step:,}"),
         ):
@@ -279,4 +277,4 @@ class Trainer:
             remove_old_checkpoints(folder.checkpoints)
 
         self.context.on_rank0(rewind)
-        self.reporter.note(f"Resuming at step {self.state.step:,} of {self.plan.steps:,}.")
+        reporting.note(f"Resuming at step {self.state.step:,} of {self.plan.steps:,}.")

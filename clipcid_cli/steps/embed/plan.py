@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
@@ -18,16 +19,16 @@ from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.manifest import read_manifest, read_unfinished
 from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.fingerprint import FileRecord, find_lost, record_together
-from clipcid_cli.formats.output import find_output, is_claimed, other_run_error, unfinished
+from clipcid_cli.formats.output import OutputSpec, find_output, is_claimed, other_run_error, unfinished
 from clipcid_cli.formats.sidecar import EmbedSidecar, TextsSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.text_variants import RULES
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.models import find_mismatch
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 EMBED = "embed"
@@ -75,6 +76,19 @@ class EmbedPlan:
     def input(self) -> FileRecord:
         return record_together(self.dataset.spec, self.shards)
 
+    def identify(self, of_model: dict[str, Any], may_differ: Collection[str]) -> OutputSpec[Any]:
+        """Say what decides the output, given the settings of the model."""
+        return OutputSpec(
+            self.folder,
+            self.step,
+            TextsSidecar if self.of_texts else EmbedSidecar,
+            settings=self.requested | of_model,
+            inputs=[self.input],
+            overwrite=self.settings.overwrite,
+            may_differ=may_differ,
+            elsewhere=ELSEWHERE,
+        )
+
     @property
     def max_bad_fraction(self) -> float:
         """Largest share of unusable samples; the empty lines of a file of texts are no fault of theirs."""
@@ -102,7 +116,7 @@ class EmbedPlan:
         return found
 
 
-def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) -> EmbedPlan:
+def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     """Look at the data, the model's name and the output."""
     name = with_default_tag(parse_model(settings.model))
     work = WorkDirectory(settings.work)
@@ -111,7 +125,7 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
         step = TEXTS
         folder = settings.out or work.texts(name.slug)
     else:
-        dataset = _open_data(settings, reporter)
+        dataset = _open_data(settings)
         step = EMBED
         folder = settings.out or work.embeddings(name.slug)
         if settings.text and not _has_captions(dataset):
@@ -121,12 +135,12 @@ def make_plan(settings: EmbedSettings, reporter: Reporter, without_text: str) ->
                 f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
             )
         if settings.text and _has_unused_lines(dataset):
-            reporter.note(
+            reporting.note(
                 "A .txt of several lines is one caption, of which a model reads the beginning; with --caption-lines each "
                 "line is a caption."
             )
         if settings.text:
-            _warn_of_empty_keys(dataset, reporter)
+            _warn_of_empty_keys(dataset)
     plan = EmbedPlan(settings, without_text, step, folder, name, dataset, describe_shards(dataset))
     _validate_own_folder(folder, step)
     with suppress(ClipcidError) if settings.overwrite else nullcontext():  # what is replaced need not be readable
@@ -147,16 +161,7 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
             model = {name: value for name, value in sidecar.settings.items() if name in _OF_MODEL}
             asked = {"batch_size": plan.settings.batch_size, "precision": plan.settings.precision}
             model |= {name: value for name, value in asked.items() if value not in (None, "auto")}
-            found = find_output(
-                folder,
-                step,
-                plan.sidecar_type,
-                settings=plan.requested | model,
-                inputs=[plan.input],
-                overwrite=plan.settings.overwrite,
-                may_differ={"inputs"},
-                elsewhere=ELSEWHERE,
-            )
+            found = find_output(plan.identify(model, may_differ={"inputs"}))
             if found.finished is not None:
                 return dataclasses.replace(plan, finished=found.finished)
         there = [record.input for record in read_manifest(folder, "Add --overwrite to replace it.")]
@@ -168,7 +173,7 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
     return dataclasses.replace(plan, is_begun=is_begun, may_grow=not lost)
 
 
-def _open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
+def _open_data(settings: EmbedSettings) -> Dataset:
     """Open the data that was named, or else that of the embeddings in the work directory."""
     work = WorkDirectory(settings.work)
     if settings.data is None:
@@ -181,17 +186,17 @@ def _open_data(settings: EmbedSettings, reporter: Reporter) -> Dataset:
                 "Give the data as the first argument: a folder of tar shards, one tar, a folder of images or a list.",
             ) from error
         dataset = open_described(described, work.indexes)
-        reporter.note(f"Taking the data of the embeddings in {settings.work}: {dataset.spec}.")
+        reporting.note(f"Taking the data of the embeddings in {settings.work}: {dataset.spec}.")
         return dataset
     return open_named(settings, settings.data, work.indexes)
 
 
-def choose_text(settings: EmbedSettings, reporter: Reporter) -> bool:
+def choose_text(settings: EmbedSettings) -> bool:
     """Tell whether captions are embedded where nobody says so: where the data has some."""
-    dataset = _open_data(settings, reporter)
+    dataset = _open_data(settings)
     if _has_captions(dataset):
         return True
-    reporter.note(f"{dataset.spec} has no captions: only its images are embedded.")
+    reporting.note(f"{dataset.spec} has no captions: only its images are embedded.")
     return False
 
 
@@ -215,13 +220,13 @@ def _has_unused_lines(dataset: Dataset) -> bool:
     return first is not None and any("\n" in caption for caption in first.captions)
 
 
-def _warn_of_empty_keys(dataset: Dataset, reporter: Reporter) -> None:
+def _warn_of_empty_keys(dataset: Dataset) -> None:
     """Name the keys of captions that none of the first samples has: they may be misspelt."""
     skips = Skips()
     number = sum(1 for _ in islice(dataset.shards[0].stream(skips), _LOOKED_AT)) if dataset.caption_keys else 0
     for key in dataset.caption_keys:
         if number and skips.without.get(key) == number:
-            reporter.warn(f"None of the first {number} samples has a caption {key}.")
+            reporting.warn(f"None of the first {number} samples has a caption {key}.")
 
 
 def describe_shards(dataset: Dataset) -> list[FileRecord]:

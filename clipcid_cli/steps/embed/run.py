@@ -32,7 +32,7 @@ from clipcid_cli.formats.embeddings.manifest import (
 )
 from clipcid_cli.formats.embeddings.text_folder import TEXTS, TEXTS_FILE, write_texts
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.output import Output, find_output, find_works, open_output
+from clipcid_cli.formats.output import Output, OutputSpec, find_output, find_works, open_output
 from clipcid_cli.formats.sidecar import TextsSidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -41,73 +41,68 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.pipeline import estimate_host_memory, thread_map, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial, timed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.data_index import ensure_index, note_missing_captions, stream_shard
 from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder, recount_partners
-from clipcid_cli.steps.embed.plan import ELSEWHERE, EmbeddedSidecar, EmbedPlan, choose_text, describe_shards, make_plan
+from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, choose_text, describe_shards, make_plan
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded, EmbedResult, TextsCost, TextsResult
 from clipcid_cli.steps.encode import Batch, Encoded, encode, join, list_batches
 from clipcid_cli.steps.preflight import validate_samples
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.embed import EmbedSettings
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 _ADD_NO_TEXT = "Add --no-text to embed the images alone."
 # About as long as the median caption on the web, for estimates.
 TYPICAL_CAPTION = "a photo of a cat on a red chair"
+# What is done to images that are not shown as they are stored.
+_ADAPTED = {
+    "laid_on_white": "transparent pixels, shown on white",
+    "from_16_bit": "16 bits of grey, scaled to 8",
+}
 # From this many samples on, too many unusable ones end the step before all data is read.
 _EARLY_CHECK = 10_000
 
 
-def run(settings: EmbedSettings, reporter: Reporter) -> Embedded:
+def run(settings: EmbedSettings) -> Embedded:
     """Embed a data set or a file of texts."""
     with open_dist_context(settings.device) as context:
-        return make_embeddings(settings, context, reporter)
+        return make_embeddings(settings, context)
 
 
-def make_embeddings(
-    settings: EmbedSettings, context: DistContext, reporter: Reporter, without_text: str = _ADD_NO_TEXT
-) -> Embedded:
+def make_embeddings(settings: EmbedSettings, context: DistContext, without_text: str = _ADD_NO_TEXT) -> Embedded:
     """Embed with the processes of `context`; `without_text` is as of `EmbedPlan`."""
-    plan = context.on_rank0(lambda: make_plan(settings, reporter, without_text))
+    plan = context.on_rank0(lambda: make_plan(settings, without_text))
     if plan.finished is not None:
         if not settings.dry_run:
             context.on_rank0(lambda: _remove_leftovers(plan))
-        reporter.note(f"{plan.folder} already holds the embeddings of {plan.dataset.spec} with {plan.name.spec}.")
+        reporting.note(f"{plan.folder} already holds the embeddings of {plan.dataset.spec} with {plan.name.spec}.")
         return _describe(plan, plan.finished)
     shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards):,} shards"
-    reporter.note(f"Embedding {plan.dataset.spec} ({shards}) with {plan.name.spec}.")
+    reporting.note(f"Embedding {plan.dataset.spec} ({shards}) with {plan.name.spec}.")
     if not plan.of_texts and (settings.dry_run or not plan.is_begun):
-        validate_samples(plan.dataset, context, settings.seed, dry_run=settings.dry_run, reporter=reporter)
+        validate_samples(plan.dataset, context, settings.seed, dry_run=settings.dry_run)
     encoder = load_encoder(plan, context)
-    reporter.note(encoder.describe())
-    made = plan.requested | encoder.settings
-    wanted: dict[str, Any] = {
-        "settings": made,
-        "inputs": [plan.input],
-        "overwrite": settings.overwrite,
-        "elsewhere": ELSEWHERE,
-        "may_differ": {"inputs"} if plan.may_grow else set(),
-    }
+    reporting.note(encoder.describe())
+    spec = plan.identify(encoder.settings, may_differ={"inputs"} if plan.may_grow else ())
     if settings.dry_run:
-        context.on_rank0(lambda: find_output(plan.folder, plan.step, plan.sidecar_type, **wanted))
+        context.on_rank0(lambda: find_output(spec))
         return _estimate_cost(encoder, plan, context)
-    with claim_output(context, plan.folder, plan.step, plan.sidecar_type, **wanted) as output:
+    with claim_output(context, spec) as output:
         if output.finished is not None:
             return _describe(plan, output.finished)
-        writer = EmbeddingWriter(output.work, made, plan.shards)
+        writer = EmbeddingWriter(output.work, spec.settings, plan.shards)
         context.on_rank0(lambda: _start(output, writer))
-        timings = _embed_missing(plan, encoder, writer, context, reporter)
+        timings = _embed_missing(plan, encoder, writer, context)
         if not plan.of_texts:
-            plan = dataclasses.replace(plan, dataset=ensure_index(plan.dataset, context, encoder.workers, reporter))
-        sidecar = context.on_rank0(lambda: _commit(plan, encoder, output, writer.finish(), timings, reporter))
+            plan = dataclasses.replace(plan, dataset=ensure_index(plan.dataset, context, encoder.workers))
+        sidecar = context.on_rank0(lambda: _commit(plan, encoder, output, writer.finish(), timings))
     return _describe(plan, sidecar)
 
 
 def ensure_embeddings(
     settings: ReadingSettings,
     context: DistContext,
-    reporter: Reporter,
     *,
     data: str | None,
     model: str,
@@ -125,25 +120,19 @@ def ensure_embeddings(
     """
     name = with_default_tag(parse_model(model))
     folder = WorkDirectory(settings.work).embeddings(name.slug)
-    request = EmbedSettings(
-        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(ReadingSettings)}
-        | {"batch_size": None, "precision": "auto"},
-        data=data,
-        model=model,
-        text=bool(text),
-    )
+    request = EmbedSettings.asked_by(settings, data=data, model=model, text=bool(text))
     sidecar = context.on_rank0(lambda: read_embed_sidecar(folder))
     if sidecar is not None:
         own = {field.name for field in dataclasses.fields(EmbedSettings)} - {"keys", "batch_size", "precision"}
         made = {name: getattr(sidecar.made, name) for name in own.intersection(sidecar.settings)}
         request = dataclasses.replace(request, **made | {"text": sidecar.made.text or bool(text)})
     elif text is None:
-        request = dataclasses.replace(request, text=context.on_rank0(lambda: choose_text(request, reporter)))
-    result = make_embeddings(request, context, reporter, "" if text else embed_images_first(request, name))
+        request = dataclasses.replace(request, text=context.on_rank0(lambda: choose_text(request)))
+    result = make_embeddings(request, context, "" if text else embed_images_first(request, name))
     if isinstance(result, EmbedCost):
         flags = settings.data_flags | {"work": settings.work, "text": None if request.text else False}
         embed = command_line("embed", data or "DATA", model=model, **flags)
-        reporter.note(
+        reporting.note(
             f"There are no embeddings of {name.spec} in {folder}, and this is what they would cost. Once they are made, "
             f"--dry-run estimates this step: {embed}"
         )
@@ -164,8 +153,8 @@ def _remove_leftovers(plan: EmbedPlan) -> None:
     """Remove what a run left that was killed right after its sidecar, but not what one works with that goes on."""
     made = plan.finished
     if made is not None and find_works(plan.folder, plan.step):
-        wanted: dict[str, Any] = {"settings": made.settings, "inputs": made.inputs, "overwrite": False}
-        with suppress(ClipcidError), open_output(plan.folder, plan.step, plan.sidecar_type, **wanted):
+        spec = OutputSpec(plan.folder, plan.step, type(made), settings=made.settings, inputs=made.inputs)
+        with suppress(ClipcidError), open_output(spec):
             pass
 
 
@@ -178,7 +167,7 @@ def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
 
 
 def _embed_missing(
-    plan: EmbedPlan, encoder: EmbedEncoder, writer: EmbeddingWriter, context: DistContext, reporter: Reporter
+    plan: EmbedPlan, encoder: EmbedEncoder, writer: EmbeddingWriter, context: DistContext
 ) -> list[tuple[int, dict[str, float]]]:
     """Embed the shards that are not finished, divided among the processes, and write each one when it is complete.
 
@@ -193,7 +182,7 @@ def _embed_missing(
 
     missing, expected = context.on_rank0(find_missing)
     if len(missing) < total:
-        reporter.note(f"{total - len(missing)} of {total} shards are already embedded.")
+        reporting.note(f"{total - len(missing)} of {total} shards are already embedded.")
     mine = missing[context.rank :: context.size]
     seconds = {"read": 0.0, "write": 0.0}
     embedded = 0
@@ -208,7 +197,7 @@ def _embed_missing(
     batches = list_batches(plan.dataset, mine, stream, encoder.decoder.batch_size, reject)
     parts = list[Encoded]()
     start = time.perf_counter()
-    with reporter.progress("embed", expected, "texts" if plan.of_texts else "images") as progress:
+    with reporting.progress("embed", expected, "texts" if plan.of_texts else "images") as progress:
         for batch, encoded in encode(batches, encoder.decoder, encoder, encoder.model.device, encoder.workers):
             if plan.of_texts and encoded.failures:  # no text may be missing
                 text = int(encoded.samples[min(encoded.failures)].key)
@@ -255,8 +244,7 @@ def _make_rows(encoder: EmbedEncoder, shard: Shard, parts: Sequence[Encoded], la
     return ShardRows(
         read=last.read,
         skipped=skipped,
-        laid_on_white=made.laid_on_white,
-        from_16_bit=made.from_16_bit,
+        adapted={how: made.adapted[how] for how in _ADAPTED},
         keys=[sample.key for sample in made.samples],
         captions=[sample.captions[0] if sample.captions else "" for sample in made.samples],
         counts=counts if several else None,
@@ -270,7 +258,6 @@ def _commit(
     output: Output[Any],
     records: Sequence[ShardRecord],
     timings: Sequence[tuple[int, dict[str, float]]],
-    reporter: Reporter,
 ) -> EmbeddedSidecar:
     """Check the embeddings of all shards together and commit them."""
     rows = sum(each.rows for each in records)
@@ -304,23 +291,15 @@ def _commit(
     else:
         fix = plan.without_text if "no_caption" in skips.counts else ""
         skips.check(read, plan.max_bad_fraction, plan.dataset.spec, fix)
-        laid_on_white = sum(each.laid_on_white for each in records)
-        if laid_on_white:
-            reporter.note(f"Images with transparent pixels, shown on white: {laid_on_white:,}.")
-        from_16_bit = sum(each.from_16_bit for each in records)
-        if from_16_bit:
-            reporter.note(f"Images with 16 bits of grey, scaled to 8: {from_16_bit:,}.")
-        missing = note_missing_captions(plan.dataset, reporter) if plan.settings.text else {}
+        adapted = {how: sum(getattr(each, how) for each in records) for how in _ADAPTED}
+        for how, number in adapted.items():
+            if number:
+                reporting.note(f"Images with {_ADAPTED[how]}: {number:,}.")
+        missing = note_missing_captions(plan.dataset) if plan.settings.text else {}
         if skips.total:
-            reporter.warn(f"Samples skipped: {skips.total:,}\n{skips.describe()}")
+            reporting.warn(f"Samples skipped: {skips.total:,}\n{skips.describe()}")
         entries |= {
-            "counts": {
-                "images": rows,
-                "read": read,
-                "skipped": skipped,
-                "laid_on_white": laid_on_white,
-                "from_16_bit": from_16_bit,
-            }
+            "counts": {"images": rows, "read": read, "skipped": skipped, **adapted}
             | ({"without_caption": missing} if missing else {}),
             "seconds": {phase: fmean(each[phase] for _, each in timings) for phase in ("read", "encode", "write")},
             "images_per_second": speed,

@@ -33,15 +33,15 @@ from clipcid_cli.formats.results.metrics import (
 )
 from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.result import ComparedLines, ComparisonResult, Difference, Draws
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 # Metrics files that an error names.
 _NAMED = 8
 
 
-def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> ComparisonResult:
+def compare_results(settings: EvalZeroshotSettings) -> ComparisonResult:
     """Compare two results on the same images, or several pairs of them."""
     sides = [_find_files(side) for side in settings.compared]
     paths = [path for side in sides for path in side]
@@ -66,11 +66,11 @@ def compare_results(settings: EvalZeroshotSettings, reporter: Reporter) -> Compa
     models = [found.model for found in predictions]
     is_pair = num_seeds == 1
     names = _tell_apart(records, files) if is_pair else ["A", "B"]
-    prompts = None if truth.kind == RETRIEVAL else _compare_prompts(sidecars, names if is_pair else files, reporter)
+    prompts = None if truth.kind == RETRIEVAL else _compare_prompts(sidecars, names if is_pair else files)
     metrics = _compare(predictions[:num_seeds], predictions[num_seeds:], settings)
     differences = {name: _judge(name, metric, names) for name, metric in metrics.items()}
     for judged in differences.values():
-        reporter.note(judged.verdict)
+        reporting.note(judged.verdict)
     return ComparisonResult(
         compared=files if is_pair else [files[:num_seeds], files[num_seeds:]],
         models=models if is_pair else [models[:num_seeds], models[num_seeds:]],
@@ -122,15 +122,13 @@ def _validate_same_data(first: Predictions, second: Predictions) -> None:
         raise ClipcidError(f"The results are of the same images with other {other}.", fix)
 
 
-def _compare_prompts(
-    sidecars: list[EvaluationSidecar | None], names: list[str], reporter: Reporter
-) -> dict[str, ComparedLines] | None:
+def _compare_prompts(sidecars: list[EvaluationSidecar | None], names: list[str]) -> dict[str, ComparedLines] | None:
     """Tell whether all results are of the same class names and templates; warn where they are not, or nothing says so."""
     recorded = [None if sidecar is None else sidecar.prompts for sidecar in sidecars]
     prompts = [found for found in recorded if found is not None]
     if len(prompts) < len(recorded):
         without = " and ".join(name for name, found in zip(names, recorded, strict=True) if found is None)
-        reporter.warn(
+        reporting.warn(
             f"No entry `prompts` records the class names and templates of {without}: they may not be the same. Results "
             "of this version of eval-zeroshot have one."
         )
@@ -143,7 +141,7 @@ def _compare_prompts(
         second = prompts[number][kind]
         compared[kind] = ComparedLines(first, second, same=not others)
         if others:
-            reporter.warn(
+            reporting.warn(
                 f"The {kind.replace('_', ' ')} differ, so the scores differ by more than the models: of {labels[0]} "
                 f"{first}; of {labels[number]} {second}."
             )

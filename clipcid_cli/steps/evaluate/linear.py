@@ -55,13 +55,13 @@ from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
 from clipcid_cli.steps.evaluate.result import Draws, FewShot, LinearResult, Preview, Sweep
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, find_copy
 from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.preflight import validate_samples
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 
 _TASK = "linear_probe"
@@ -69,16 +69,16 @@ _TASK = "linear_probe"
 _MAY_DIFFER = frozenset({"shots", "shot_repeats", "knn"})
 
 
-def run(settings: EvalLinearSettings, reporter: Reporter) -> LinearResult | Preview:
+def run(settings: EvalLinearSettings) -> LinearResult | Preview:
     """Fit and measure a linear probe."""
     with open_dist_context(settings.device) as context:
-        plan = context.on_rank0(lambda: make_plan(settings, reporter))
+        plan = context.on_rank0(lambda: make_plan(settings))
         for task in plan.splits.values():
-            validate_samples(task.dataset, context, settings.seed, dry_run=settings.dry_run, reporter=reporter)
+            validate_samples(task.dataset, context, settings.seed, dry_run=settings.dry_run)
         if settings.dry_run:
-            reporter.note(f"Would fit {plan.name.spec} on {plan.splits['train'].dataset.spec} and write {plan.path}.")
+            reporting.note(f"Would fit {plan.name.spec} on {plan.splits['train'].dataset.spec} and write {plan.path}.")
             return Preview(plan.dataset, plan.name.spec, _TASK, {"metrics": str(plan.path)})
-        return _evaluate(plan, EvaluatedModel(plan.name, context, settings, reporter))
+        return _evaluate(plan, EvaluatedModel(plan.name, context, settings))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +95,10 @@ class ProbePlan:
     settings: EvalLinearSettings
 
 
-def make_plan(settings: EvalLinearSettings, reporter: Reporter) -> ProbePlan:
+def make_plan(settings: EvalLinearSettings) -> ProbePlan:
     """Find the model, open all splits and match their classes: class folders by name, numbered classes by number."""
-    model = choose_model(settings.model, settings.work, reporter, positional_of="eval-linear")
-    known = find_copy(settings.data, settings.data_root, reporter) if settings.data is not None else None
+    model = choose_model(settings.model, settings.work, positional_of="eval-linear")
+    known = find_copy(settings.data, settings.data_root) if settings.data is not None else None
     folder = str(settings.data).rstrip("/") if known is None else str(known[1])
     given = {"train": settings.train or f"{folder}/train", "test": settings.test or f"{folder}/test"}
     # Both splits have the name of their data set.
@@ -196,7 +196,7 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
         def find_result() -> LinearResult | None:
             if usable is None or not path.is_file():
                 return None
-            model.reporter.note(f"{path} already holds {model.name.spec} on {plan.dataset}.")
+            reporting.note(f"{path} already holds {model.name.spec} on {plan.dataset}.")
             return _make_result(usable, path, reused=True)
 
         found = context.on_rank0(find_result)
@@ -226,9 +226,9 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
     path = features_path(WorkDirectory(model.settings.work).features, info.slug, identity)
     kept = context.on_rank0(lambda: read_features(path))
     if kept is None and path.exists():
-        model.reporter.warn(f"{path} is damaged: the features of {task.name} are computed again.")
+        reporting.warn(f"{path} is damaged: the features of {task.name} are computed again.")
     if kept is not None:
-        model.reporter.note(f"{task.name}: features of {len(kept):,} images from {path}.")
+        reporting.note(f"{task.name}: features of {len(kept):,} images from {path}.")
         return kept
     rows = model.encode(task)
     features = context.on_all(lambda: Features(rows.encoded.rows[Kind.IMAGES], rows.labels, rows.skips))
@@ -264,19 +264,18 @@ def _write(
     output: Output[LinearSidecar],
 ) -> LinearResult:
     """Fit the probe on the features of all splits, measure it, and write its files."""
-    reporter = model.reporter
     for split, found in features.items():
-        warn_of_skips(plan.splits[split].name, found.skips, reporter)
+        warn_of_skips(plan.splits[split].name, found.skips)
     images = {split: found.to(model.context.device) for split, found in features.items()}
     test = images["test"]
     with timed(seconds, "sweep"):
-        fits = ProbeFits(images, plan, reporter)
+        fits = ProbeFits(images, plan)
         points, best = fits.sweep()
     with timed(seconds, "refit"):
         solution = fits.refit(best)
         measured = fits.measure(solution.classifier, test)
     if "acc5" in measured and len(plan.classes) < ACCURACY_TOP_K:
-        reporter.note(f"lp_acc5 is null because there are only {len(plan.classes)} classes.")
+        reporting.note(f"lp_acc5 is null because there are only {len(plan.classes)} classes.")
     with timed(seconds, "shots"):
         shots = fits.few_shots(test)
     with timed(seconds, "neighbors"):
@@ -325,12 +324,11 @@ def _describe(solution: Solution) -> dict[str, Any]:
 class ProbeFits:
     """All fits on one training split: a strength is chosen on images held out, the final fit uses all images."""
 
-    def __init__(self, images: dict[str, Features], plan: ProbePlan, reporter: Reporter) -> None:
+    def __init__(self, images: dict[str, Features], plan: ProbePlan) -> None:
         """Divide the images of ``train``, where there are none of ``val``; what cannot be fitted or measured is an error."""
         self.num_classes = len(plan.classes)
         self.metric = plan.metric
         self.settings = plan.settings
-        self.reporter = reporter
         self.grid = regularisation_grid()
         train = images["train"]
         if "val" in images:
@@ -376,7 +374,7 @@ class ProbeFits:
                     "Give smaller numbers, or hold out less with --val-fraction.",
                 )
             if few:
-                self.reporter.warn(
+                reporting.warn(
                     f"--shots {shots}: {few} of {len(present)} classes have fewer images, all of which are used."
                 )
         max_neighbours = max(self.settings.neighbour_counts, default=0)
@@ -388,14 +386,14 @@ class ProbeFits:
 
     def sweep(self) -> tuple[list[SweepPoint], SweepPoint]:
         """Fit every strength on the images to fit on, and measure it on the held-out ones; return all, and the best."""
-        self.reporter.note(
+        reporting.note(
             f"Fitting {len(self.grid)} values of C on {len(self.fitted):,} images, choosing on {len(self.held_out):,}."
         )
-        with self.reporter.progress("Linear probe", len(self.grid), "values of C") as progress:
+        with reporting.progress("Linear probe", len(self.grid), "values of C") as progress:
             points = self._sweep(self.fitted, progress.advance)
         short = [point for point in points if not point.solution.converged]
         if short:
-            self.reporter.warn(
+            reporting.warn(
                 f"{len(short)} of {len(points)} fits did not converge, the first at C = {short[0].c:.3g} with "
                 f"a gradient norm of {short[0].solution.gradient_norm:.2e}."
             )
@@ -408,7 +406,7 @@ class ProbeFits:
         return c in (self.grid[0], self.grid[-1])
 
     def _warn_of_end(self, what: str) -> None:
-        self.reporter.warn(
+        reporting.warn(
             f"{what} an end of the range {self.grid[0]:.3g} … {self.grid[-1]:.3g} that was tried; a better one may lie "
             "outside."
         )
@@ -429,7 +427,7 @@ class ProbeFits:
             problem = ProbeProblem(self.images.rows, self.images.labels, self.num_classes)
             solution = problem.fit(chosen.c, chosen.solution.classifier)
         if not solution.converged:
-            self.reporter.warn(
+            reporting.warn(
                 f"The fit did not converge: the gradient norm is {solution.gradient_norm:.2e} after {solution.iterations} "
                 f"iterations (tolerance {TOLERANCE:g})."
             )
@@ -444,7 +442,7 @@ class ProbeFits:
         if not counts:
             return {}
         blocks = []
-        with self.reporter.progress("Nearest neighbors", len(test), "images") as progress:
+        with reporting.progress("Nearest neighbors", len(test), "images") as progress:
             for block in nearest_neighbours(test.rows, self.images.rows, counts[-1]):
                 blocks.append(block)
                 progress.advance(len(block[0]))
@@ -466,7 +464,7 @@ class ProbeFits:
         if not shot_counts:
             return []
         found = []
-        with self.reporter.progress("Few-shot probes", len(shot_counts) * repeats, "draws") as progress:
+        with reporting.progress("Few-shot probes", len(shot_counts) * repeats, "draws") as progress:
             for shots in shot_counts:
                 draws = []
                 chosen = []

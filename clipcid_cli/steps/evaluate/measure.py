@@ -29,8 +29,8 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.sidecar import Calibration, Calibrations, ClassScore, Example
 from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import key_fractions
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.model import TaskRows
-from clipcid_cli.steps.reporting import Reporter
 
 FITTED_FRACTION = 0.5  # of the images, by hash of the key: a temperature is fitted on them
 
@@ -53,13 +53,13 @@ class TaskResult:
     examples: list[Example] = dataclasses.field(default_factory=list)
 
 
-def measure(rows: TaskRows, device: torch.device, reporter: Reporter) -> TaskResult:
+def measure(rows: TaskRows, device: torch.device) -> TaskResult:
     """Measure what a model made of a data set; similarities of images and captions are computed on the device."""
     if rows.weights is None:
-        return _measure_retrieval(rows, device, reporter)
+        return _measure_retrieval(rows, device)
     if rows.task.multi_label:
         return _measure_multi_label(rows, rows.weights)
-    return _measure_classification(rows, rows.weights, reporter)
+    return _measure_classification(rows, rows.weights)
 
 
 def _score(rows: TaskRows, weights: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -68,7 +68,7 @@ def _score(rows: TaskRows, weights: torch.Tensor) -> Iterator[torch.Tensor]:
         yield images @ weights.T
 
 
-def _measure_classification(rows: TaskRows, weights: torch.Tensor, reporter: Reporter) -> TaskResult:
+def _measure_classification(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
     """Measure the accuracy of images that have one class each."""
     task = rows.task
     num_classes = len(weights)
@@ -80,14 +80,14 @@ def _measure_classification(rows: TaskRows, weights: torch.Tensor, reporter: Rep
     predicted, ranks = (torch.cat(parts).numpy() for parts in zip(*ranked, strict=True))
     labels = rows.labels.numpy()
     if num_classes < ACCURACY_TOP_K:
-        reporter.note(f"{task.name}: acc5 is null because there are only {num_classes} classes.")
+        reporting.note(f"{task.name}: acc5 is null because there are only {num_classes} classes.")
     absent = num_classes - len(np.unique(labels))
     if absent:
-        reporter.note(
+        reporting.note(
             f"{task.name}: {absent} of {num_classes} classes have no image; the mean over classes ignores them."
         )
     if ties:
-        reporter.warn(
+        reporting.warn(
             f"{task.name}: {ties:,} of {len(labels):,} images are equally similar to several classes; the first of these "
             "classes is predicted. Does the model, or do the class names, tell the classes apart?"
         )
@@ -167,13 +167,13 @@ def _measure_multi_label(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
     )
 
 
-def _measure_retrieval(rows: TaskRows, device: torch.device, reporter: Reporter) -> TaskResult:
+def _measure_retrieval(rows: TaskRows, device: torch.device) -> TaskResult:
     """Measure recall at k of images from captions, and of captions from images."""
     encoded = rows.encoded
     images, texts = (encoded.rows[kind].to(device) for kind in (Kind.IMAGES, Kind.TEXTS))
     smallest = min(len(images), len(texts))
     if smallest <= max(RECALL_AT):
-        reporter.note(
+        reporting.note(
             f"{rows.task.name}: with {len(images)} images and {len(texts)} captions, recall at {smallest} or more means "
             "little."
         )

@@ -15,7 +15,7 @@ import torch
 from clipcid_cli.algorithms.metrics.classification import class_weights
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.output import Output, OutputSpec
 from clipcid_cli.formats.results.metrics import RETRIEVAL, SIDECARS, Metrics
 from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.skips import Skips
@@ -25,10 +25,10 @@ from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName, find_weight
 from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.encode import BATCH_SIZES, Batch, Decoder, Encoded, Encoder, encode, join, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 AnyEvaluation = TypeVar("AnyEvaluation", bound=EvaluationSidecar)
@@ -54,10 +54,10 @@ class TaskRows:
         return [sample.key for sample in self.encoded.samples]
 
 
-def warn_of_skips(name: str, skips: Skips, reporter: Reporter) -> None:
+def warn_of_skips(name: str, skips: Skips) -> None:
     """Name the samples of a data set that could not be used, if any."""
     if skips.total:
-        reporter.warn(f"{name}, samples skipped: {skips.total:,}\n{skips.describe()}")
+        reporting.warn(f"{name}, samples skipped: {skips.total:,}\n{skips.describe()}")
 
 
 @dataclasses.dataclass
@@ -67,7 +67,6 @@ class EvaluatedModel:
     name: ModelName
     context: DistContext
     settings: ReadingSettings
-    reporter: Reporter
     loaded: ClipModel | None = None  # the model itself, where it is loaded already
 
     def __post_init__(self) -> None:
@@ -118,8 +117,7 @@ class EvaluatedModel:
             may_differ: Settings that do not decide all metrics.
         """
         of_model = {"model": self.name.slug, "precision": self.precision.name, "batch_size": self.batch_size}
-        return claim_output(
-            self.context,
+        spec = OutputSpec(
             path.parent / SIDECARS,
             path.stem,
             kind,
@@ -130,6 +128,7 @@ class EvaluatedModel:
             may_differ=may_differ,
             resumes=False,
         )
+        return claim_output(self.context, spec)
 
     def encode(self, task: ZeroshotTask) -> TaskRows:
         """Encode a data set, and the prompts of its classes where it has templates."""
@@ -185,7 +184,7 @@ class EvaluatedModel:
             progress.advance(sum(sizes[shown:]))
             return mine
 
-        with self.reporter.progress(f"{self.model.info.slug} on {task.name}", None, "images") as progress:
+        with reporting.progress(f"{self.model.info.slug} on {task.name}", None, "images") as progress:
             dealt = context.gather(context.on_all(encode_mine))
             parts = [dealt[number % context.size][number // context.size] for number in range(len(sizes))]
             for _, unread in parts:

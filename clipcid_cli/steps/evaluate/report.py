@@ -14,13 +14,13 @@ from clipcid_cli.formats.results.metrics import SUMMARY_REPORT, SUMMARY_TABLE, r
 from clipcid_cli.formats.sidecar import Calibrations, Example, ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.result import ZeroshotResult
-from clipcid_cli.steps.reporting import Reporter
 
 _WORST_SHOWN = 8
 
 
-def write_summary(work: WorkDirectory, results: list[ZeroshotResult], reporter: Reporter) -> dict[str, str]:
+def write_summary(work: WorkDirectory, results: list[ZeroshotResult]) -> dict[str, str]:
     """Write the table (csv) and the report of one call, which replace those of the call before; return their paths."""
     table, report = (work.eval_summary / name for name in (SUMMARY_TABLE, SUMMARY_REPORT))
     table.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def write_summary(work: WorkDirectory, results: list[ZeroshotResult], reporter: 
     page = render_report("eval_zeroshot.html", tables=_tables(results), details=details)
     missing = sum(detail["missing_examples"] for detail in details)
     if missing:
-        reporter.note(f"{report}: {missing} example images are left out, since they can no longer be read.")
+        reporting.note(f"{report}: {missing} example images are left out, since they can no longer be read.")
     write_text(report, page, shared=True)  # two evaluations may end at once
     return {"table": str(table), "report": str(report)}
 

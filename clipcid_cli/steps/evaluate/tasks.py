@@ -37,9 +37,9 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
 from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.class_names import match_class_names, plain_name, read_folder_numbers
 from clipcid_cli.steps.data_index import open_named
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 _NAME_ONE = "Name one: clipcid eval-zeroshot MODEL DATA"
@@ -154,16 +154,14 @@ class ZeroshotTask:
         return described
 
 
-def plan_tasks(
-    settings: EvalZeroshotSettings, reporter: Reporter, models: Sequence[ModelName] = ()
-) -> list[ZeroshotTask]:
+def plan_tasks(settings: EvalZeroshotSettings, models: Sequence[ModelName] = ()) -> list[ZeroshotTask]:
     """Open every data set; where none is named, what the training runs of the models held out."""
     if not settings.data:
-        return [_plan_held_out(settings, models, reporter)]
-    return [_plan_task(data, settings, reporter) for data in settings.data]
+        return [_plan_held_out(settings, models)]
+    return [_plan_task(data, settings) for data in settings.data]
 
 
-def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName], reporter: Reporter) -> ZeroshotTask:
+def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName]) -> ZeroshotTask:
     """Retrieval on what all the models' training runs held out, else on what the newest one did."""
     folders = [name.path.resolve().parent for name in models if name.path is not None]
     runs = [folder for folder in folders if sidecar_path(folder, "distill").exists()]
@@ -184,13 +182,13 @@ def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName], 
         )
     dataset = open_described(trained.data, WorkDirectory(settings.work).indexes)
     samples = "sample" if len(held_out) == 1 else "samples"
-    reporter.note(f"Data: the {len(held_out):,} {samples} of {dataset.spec} that {named} held out.")
+    reporting.note(f"Data: the {len(held_out):,} {samples} of {dataset.spec} that {named} held out.")
     name = f"{find_benchmark_folder(dataset.spec).name}-held-out"
     return ZeroshotTask(name, RETRIEVAL, dataset, held_out=held_out, read=int(trained.counts["read"]), customary=RECALL)
 
 
-def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotTask:
-    known, place = find_copy(data, settings.data_root, reporter) or (None, data)
+def _plan_task(data: str, settings: EvalZeroshotSettings) -> ZeroshotTask:
+    known, place = find_copy(data, settings.data_root) or (None, data)
     folder = find_benchmark_folder(str(place), settings.split)
     if known is not None:
         folder = dataclasses.replace(folder, name=known.name)
@@ -202,8 +200,8 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
     if known is not None:
         names = known.class_names if names is None and folder.class_names is None else names
         prompts = known.templates if prompts is None and folder.templates is None else prompts
-    class_names, names_from, label_of = _find_class_names(names, folder, dataset, reporter)
-    templates, templates_from = _find_templates(prompts, folder, reporter)
+    class_names, names_from, label_of = _find_class_names(names, folder, dataset)
+    templates, templates_from = _find_templates(prompts, folder)
     lines = {
         "class_names": LinesRecord(names_from, len(class_names), hash_lines(class_names)),
         "templates": LinesRecord(templates_from, len(templates), hash_lines(templates)),
@@ -226,25 +224,25 @@ def _plan_task(data: str, settings: EvalZeroshotSettings, reporter: Reporter) ->
     )
 
 
-def _find_templates(named: str | None, folder: BenchmarkFolder, reporter: Reporter) -> tuple[tuple[str, ...], str]:
+def _find_templates(named: str | None, folder: BenchmarkFolder) -> tuple[tuple[str, ...], str]:
     """Return the templates, those named, else the data set's own, else the default one, and where they are from."""
     if named in BUILTIN_TEMPLATES:
         templates = builtin_templates(str(named))
-        reporter.note(f"{folder.name}: open_clip's {len(templates)} templates named {named}.")
+        reporting.note(f"{folder.name}: open_clip's {len(templates)} templates named {named}.")
         return templates, str(named)
     path = Path(named) if named is not None else folder.templates
     if path is None:
-        reporter.note(f"{folder.name}: no templates were given; using {', '.join(DEFAULT_TEMPLATES)!r}.")
+        reporting.note(f"{folder.name}: no templates were given; using {', '.join(DEFAULT_TEMPLATES)!r}.")
         return DEFAULT_TEMPLATES, "default"
     return read_templates(path), str(path)
 
 
 def _find_class_names(
-    named: str | None, folder: BenchmarkFolder, dataset: Dataset, reporter: Reporter
+    named: str | None, folder: BenchmarkFolder, dataset: Dataset
 ) -> tuple[tuple[str, ...], str, tuple[int, ...] | None]:
     """Return the class names, where they are from and, where folders are in another order, the label of each folder."""
     if named in BUILTIN_CLASS_NAMES:
-        names, labels = _imagenet_names(builtin_class_names(str(named)), folder, dataset, reporter)
+        names, labels = _imagenet_names(builtin_class_names(str(named)), folder, dataset)
         return names, str(named), labels
     path = Path(named) if named is not None else folder.class_names
     if path is None:
@@ -254,7 +252,7 @@ def _find_class_names(
                 "Give a file with one class name per line: --classnames FILE",
             )
         source = "parquet metadata" if dataset.kind == "parquet" else "folder names"
-        reporter.note(f"{folder.name}: the {len(dataset.classes)} class names are taken from the {source}.")
+        reporting.note(f"{folder.name}: the {len(dataset.classes)} class names are taken from the {source}.")
         return tuple(plain_name(name) for name in dataset.classes), source, None
     class_names = read_class_names(path)
     if dataset.classes is None or dataset.kind == "parquet":  # whose classes are numbered
@@ -264,14 +262,14 @@ def _find_class_names(
     except ClipcidError as error:
         raise ClipcidError(f"{path} does not fit {folder.data}: {error.message}", error.fix) from error
     if match.by == "number":
-        reporter.note(f"{folder.name}: the class folders are named by line number in {path}, from 0.")
+        reporting.note(f"{folder.name}: the class folders are named by line number in {path}, from 0.")
     elif match.by == "order":
-        reporter.note(f"{folder.name}: the lines of {path} name the class folders, sorted by name.")
+        reporting.note(f"{folder.name}: the lines of {path} name the class folders, sorted by name.")
     return class_names, str(path), match.labels
 
 
 def _imagenet_names(
-    names: dict[str, str], folder: BenchmarkFolder, dataset: Dataset, reporter: Reporter
+    names: dict[str, str], folder: BenchmarkFolder, dataset: Dataset
 ) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     """Return ImageNet's class names; where folders are named by WordNet ID, as in its variants, only those present."""
     if dataset.classes is None or dataset.kind == "parquet":
@@ -286,18 +284,18 @@ def _imagenet_names(
             "Give the class names of this data set with --classnames FILE.",
         )
     if len(dataset.classes) < len(names):
-        reporter.note(f"{folder.name}: {len(dataset.classes)} of ImageNet's 1,000 classes; only these are candidates.")
+        reporting.note(f"{folder.name}: {len(dataset.classes)} of ImageNet's 1,000 classes; only these are candidates.")
     return tuple(names[name] for name in dataset.classes), None
 
 
-def find_copy(name: str, root: Path, reporter: Reporter) -> tuple[KnownDataset, Path] | None:
+def find_copy(name: str, root: Path) -> tuple[KnownDataset, Path] | None:
     """Find the local copy, under `root`, of a known data set, and report it; None when the name is not that of one."""
     found = find_known_dataset(name, root)
     if found is not None:
         known, folder = found
-        reporter.note(f"Data: {known.name} (usually reported: {known.metric}) in {folder}.")
+        reporting.note(f"Data: {known.name} (usually reported: {known.metric}) in {folder}.")
         if Path(name).exists() and not Path(name).samefile(folder):
-            reporter.note(f"The path {name} in this directory is not used; to use it, write ./{name}.")
+            reporting.note(f"The path {name} in this directory is not used; to use it, write ./{name}.")
     return found
 
 

@@ -24,6 +24,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName
 from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.measure import FITTED_FRACTION, calibrate, measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_skips
@@ -32,24 +33,23 @@ from clipcid_cli.steps.evaluate.result import ComparisonResult, Preview, Preview
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
 from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.preflight import validate_samples
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 Answer = ZeroshotResult | ZeroshotResults | Preview | Previews | ComparisonResult
 
 
-def run(settings: EvalZeroshotSettings, reporter: Reporter) -> Answer:
+def run(settings: EvalZeroshotSettings) -> Answer:
     """Evaluate models on data sets; one pair is returned by itself. ``--compare`` compares two earlier results."""
     if settings.compare:
-        return compare_results(settings, reporter)
+        return compare_results(settings)
     with open_dist_context(settings.device) as context:
-        plan = context.on_rank0(lambda: make_plan(settings, reporter))
+        plan = context.on_rank0(lambda: make_plan(settings))
         if settings.dry_run:
             for task in plan.tasks:
-                validate_samples(task.dataset, context, settings.seed, dry_run=True, reporter=reporter)
-            previews = plan.preview(reporter)
+                validate_samples(task.dataset, context, settings.seed, dry_run=True)
+            previews = plan.preview()
             return previews[0] if len(previews) == 1 else Previews(previews)
-        answer = evaluate(plan, context, reporter)
+        answer = evaluate(plan, context)
     if len(answer.results) > 1:
         return answer
     (only,) = answer.results
@@ -96,38 +96,38 @@ class ZeroshotPlan:
                     "Add --overwrite to replace them, choose another --name, or omit --eval-data.",
                 )
 
-    def preview(self, reporter: Reporter) -> list[Preview]:
+    def preview(self) -> list[Preview]:
         found = []
         for name, task in self.pairs:
             path = self.metrics_path(name, task)
-            reporter.note(f"Would measure {task.task} of {name.spec} on {task.dataset.spec} and write {path}.")
+            reporting.note(f"Would measure {task.task} of {name.spec} on {task.dataset.spec} and write {path}.")
             found.append(Preview(task.name, name.spec, task.task, {"metrics": str(path)}))
         return found
 
 
-def make_plan(settings: EvalZeroshotSettings, reporter: Reporter) -> ZeroshotPlan:
+def make_plan(settings: EvalZeroshotSettings) -> ZeroshotPlan:
     """Find the models, and open the data sets; a model among these, as of ``runs/*/student DATA``, is one more model."""
     folders = [each for each in settings.data if (Path(each) / CONFIG_NAME).is_file()]
     data = tuple(each for each in settings.data if each not in folders)
     settings = dataclasses.replace(settings, data=data, models=(*folders, *settings.models))
-    names = [choose_model(spec, settings.work, reporter) for spec in settings.models]
+    names = [choose_model(spec, settings.work) for spec in settings.models]
     if settings.model is not None or not names:
-        names = [choose_model(settings.model, settings.work, reporter, positional_of="eval-zeroshot"), *names]
-    return ZeroshotPlan(names, plan_tasks(settings, reporter, names), settings)
+        names = [choose_model(settings.model, settings.work, positional_of="eval-zeroshot"), *names]
+    return ZeroshotPlan(names, plan_tasks(settings, names), settings)
 
 
-def evaluate(plan: ZeroshotPlan, context: DistContext, reporter: Reporter) -> ZeroshotResults:
+def evaluate(plan: ZeroshotPlan, context: DistContext) -> ZeroshotResults:
     """Measure every model on every data set, and write all files; on every process. `distill` ends with it, too."""
     settings = plan.settings
     for task in plan.tasks:
-        validate_samples(task.dataset, context, settings.seed, dry_run=False, reporter=reporter)
+        validate_samples(task.dataset, context, settings.seed, dry_run=False)
     data = context.on_rank0(lambda: [task.fingerprints() for task in plan.tasks])
     results = list[ZeroshotResult]()
     for name in plan.names:
-        model = EvaluatedModel(name, context, settings, reporter)
+        model = EvaluatedModel(name, context, settings)
         for task, inputs in zip(plan.tasks, data, strict=True):
             results.append(_evaluate_pair(plan, model, task, inputs))
-    files = context.on_rank0(lambda: write_summary(WorkDirectory(settings.work), results, reporter))
+    files = context.on_rank0(lambda: write_summary(WorkDirectory(settings.work), results))
     return ZeroshotResults(results, files)
 
 
@@ -149,9 +149,9 @@ def _evaluate_pair(
             if output.finished is None or not path.is_file():
                 return None
             if settings.predictions and not predictions_path(path).is_file():
-                model.reporter.note(f"{path} has no predictions; measuring {model.name.spec} on {task.name} again.")
+                reporting.note(f"{path} has no predictions; measuring {model.name.spec} on {task.name} again.")
                 return None
-            model.reporter.note(f"{path} already holds {model.name.spec} on {task.name}.")
+            reporting.note(f"{path} already holds {model.name.spec} on {task.name}.")
             return _make_result(output.finished, task, path, reused=True)
 
         found = model.context.on_rank0(find_result)
@@ -168,10 +168,10 @@ def _write(
     settings = plan.settings
     task = rows.task
     path = plan.metrics_path(model.name, task)
-    warn_of_skips(task.name, rows.skips, model.reporter)
+    warn_of_skips(task.name, rows.skips)
     seconds = dict(rows.seconds)
     with timed(seconds, "compare"):
-        found = measure(rows, model.context.device, model.reporter)
+        found = measure(rows, model.context.device)
         intervals = found.draws.intervals(settings.bootstrap, settings.seed)
         calibration = calibrate(rows, model.model.logit_scale)
     output.start()

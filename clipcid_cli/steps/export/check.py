@@ -38,9 +38,9 @@ from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import read_image
 from clipcid_cli.runtime.models.towers import DenseImageTower, Encode, ImageTower, TextTower
 from clipcid_cli.runtime.timing import time_trial
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.class_names import match_class_names, plain_name
 from clipcid_cli.steps.encode import Decoder, Encoder
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 
 Batch = TypeVar("Batch")
@@ -179,7 +179,6 @@ def read_inputs(
     dataset: Dataset | None,
     classes: Classes | None,
     settings: ExportSettings,
-    reporter: Reporter,
 ) -> CheckInputs:
     """Read and decode what is compared: from the data, else drawn patterns and shipped sentences.
 
@@ -198,7 +197,7 @@ def read_inputs(
         if not readable:
             raise ClipcidError(f"--data {settings.data} holds no readable image.", "Give other data with --data.")
     if dataset is not None and skips.total:
-        reporter.warn(f"Images of {dataset.spec} skipped: {skips.total:,}\n{skips.describe()}")
+        reporting.warn(f"Images of {dataset.spec} skipped: {skips.total:,}\n{skips.describe()}")
     source = "drawn patterns and shipped sentences"
     candidates = None
     if dataset is not None and readable:
@@ -211,7 +210,7 @@ def read_inputs(
         decoded = decoder(samples)
     assert decoded.pixels is not None
     pixels = decoded.pixels[readable]
-    reporter.note(f"Comparing on {len(pixels):,} images: {source}.")
+    reporting.note(f"Comparing on {len(pixels):,} images: {source}.")
     captions = [sample.captions[0] for sample in samples[: _COMPARED_ROWS // 2] if sample.captions]
     texts = list(itertools.islice(itertools.cycle([*captions, *SENTENCES]), _COMPARED_ROWS))
     return CheckInputs(samples, pixels, texts, model.tokenizer(texts), classes, candidates, source, skips)
@@ -270,11 +269,11 @@ def _match_labels(samples: Sequence[Sample], dataset: Dataset, classes: Classes)
     return labels
 
 
-def validate_measurable(inputs: CheckInputs, settings: ExportSettings, reporter: Reporter) -> None:
+def validate_measurable(inputs: CheckInputs, settings: ExportSettings) -> None:
     """Refuse 8 bits where their loss cannot be measured, and warn where too few images measure it."""
     count, max_drop = len(inputs.pixels), settings.max_accuracy_drop
     if settings.quantize and inputs.candidates is not None and 0 < max_drop < 1 / count:
-        reporter.warn(
+        reporting.warn(
             f"What quantization loses is measured on {count:,} images, so one image is {100 / count:.2f} points, more than "
             f"the {100 * max_drop:.2f} allowed. Compare on at least {math.ceil(1 / max_drop):,} images, better on many more "
             "(--data, --check-images)."
@@ -428,7 +427,7 @@ class Checker:
             gated=gated,
         )
 
-    def warn_near_chance(self, reporter: Reporter) -> None:
+    def warn_near_chance(self) -> None:
         """Say where the original answers so little better than a guess that no loss by quantization could be seen."""
         candidates, expected = self.inputs.candidates, self.expected.nearest
         if not self.settings.quantize or candidates is None or expected is None:
@@ -438,7 +437,7 @@ class Checker:
         guess = float(torch.bincount(labels).max()) / len(labels)
         chance = guess + 2 * math.sqrt(guess * (1 - guess) / len(labels))  # two standard deviations
         if right - self.settings.max_accuracy_drop <= chance:
-            reporter.warn(
+            reporting.warn(
                 f"The check of quantized files can hardly fail here: {candidates.measure} of the model itself is "
                 f"{right:.1%} on {len(labels):,} images, and a guess would reach {guess:.1%}. Compare on images that the "
                 "model knows (--data), or lower --max-accuracy-drop."

@@ -55,6 +55,7 @@ from clipcid_cli.runtime.models.towers import (
     image_tower_kind,
     read_tokens,
 )
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.export.card import export_name
 from clipcid_cli.steps.export.check import (
     ACCURACY,
@@ -66,7 +67,6 @@ from clipcid_cli.steps.export.check import (
     run_timed,
     towers_of,
 )
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -81,13 +81,13 @@ _MAX_LEVELS = 4.0
 _EXAMPLE_LABELS = ("cat", "dog", "person", "house", "landscape", "food", "text")
 
 
-def validate_forms(model: ClipModel, settings: ExportSettings, reporter: Reporter) -> None:
+def validate_forms(model: ClipModel, settings: ExportSettings) -> None:
     """Refuse, before anything is read or written, what one of the forms cannot express."""
     info = model.info
     if "hf" in settings.format:
         validate_for_hf(info.config, info.preprocess, info.tokenizer)
     if "onnx" in settings.forms and (problems := _transformers_js_problems(model)):
-        reporter.note(f"onnx/, which transformers.js reads, is left out: {'; '.join(problems)}.")
+        reporting.note(f"onnx/, which transformers.js reads, is left out: {'; '.join(problems)}.")
     if "web" in settings.format:
         problems = pixel_problems(info.preprocess)
         if not fits_tokenizer_file(model.tokenizer.whole):

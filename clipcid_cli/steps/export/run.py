@@ -14,7 +14,7 @@ from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record, validate_unchanged
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, WEB, list_written, sync_files, validate_export_folder
 from clipcid_cli.formats.models.web_folder import write_engine
-from clipcid_cli.formats.output import is_claimed, open_output
+from clipcid_cli.formats.output import OutputSpec, is_claimed, open_output
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, Parity, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -22,11 +22,11 @@ from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.runtime.timing import timed
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.export.card import export_name, render_card
 from clipcid_cli.steps.export.check import Checker, find_classes, find_data, read_inputs, validate_measurable
 from clipcid_cli.steps.export.forms import PACKAGES, WRITERS, validate_forms
 from clipcid_cli.steps.models import choose_model
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.fields import output_settings
 
@@ -40,34 +40,34 @@ class ExportResult(msgspec.Struct):
     seconds: dict[str, float] = {}
 
 
-def run(settings: ExportSettings, reporter: Reporter) -> ExportResult:
+def run(settings: ExportSettings) -> ExportResult:
     """Export a model; with many processes the first does it, on the CPU."""
     with open_dist_context("cpu") as context:
-        return context.on_rank0(lambda: _run(settings, reporter))
+        return context.on_rank0(lambda: _run(settings))
 
 
-def _run(settings: ExportSettings, reporter: Reporter) -> ExportResult:
-    source, folder = _plan(settings, reporter)
+def _run(settings: ExportSettings) -> ExportResult:
+    source, folder = _plan(settings)
     classes, dataset = find_classes(settings), find_data(settings)
     if settings.dry_run:
-        reporter.note(f"Would write {', '.join(settings.format)} of {source.spec} to {folder}.")
+        reporting.note(f"Would write {', '.join(settings.format)} of {source.spec} to {folder}.")
         return ExportResult(source.spec)
     seconds = dict[str, float]()
     with timed(seconds, "load"):
         model = load_model(source, torch.device("cpu"))
-    validate_forms(model, settings, reporter)
-    inputs = read_inputs(model, dataset, classes, settings, reporter)
-    validate_measurable(inputs, settings, reporter)
-    sidecar = _export(source, folder, Checker(model, inputs, settings), seconds, reporter)
+    validate_forms(model, settings)
+    inputs = read_inputs(model, dataset, classes, settings)
+    validate_measurable(inputs, settings)
+    sidecar = _export(source, folder, Checker(model, inputs, settings), seconds)
     files = {str(Path(name).with_suffix("")): str(folder / name) for name in sidecar.written}
     return ExportResult(source.spec, files, sidecar.parity, sidecar.seconds)
 
 
-def _plan(settings: ExportSettings, reporter: Reporter) -> tuple[ModelName, Path]:
+def _plan(settings: ExportSettings) -> tuple[ModelName, Path]:
     """Find the model and the folder of its export, and refuse what is known to fail before the model is loaded."""
-    source = choose_model(settings.model, settings.work, reporter)
+    source = choose_model(settings.model, settings.work)
     if settings.ema:
-        source = _find_average(source, reporter)
+        source = _find_average(source)
     folder = settings.out or WorkDirectory(settings.work).export(export_name(source))
     for form in settings.forms:
         missing = [name for name in PACKAGES[form] if importlib.util.find_spec(name) is None]
@@ -85,7 +85,7 @@ def _plan(settings: ExportSettings, reporter: Reporter) -> tuple[ModelName, Path
     return source, folder
 
 
-def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
+def _find_average(student: ModelName) -> ModelName:
     """Find the model with averaged weights of a student's run."""
     fix = "Train with clipcid distill --ema DECAY, such as 0.999, or omit --ema."
     if student.path is None or not is_claimed(student.path.resolve().parent, "distill"):
@@ -108,13 +108,11 @@ def _find_average(student: ModelName, reporter: Reporter) -> ModelName:
     average = run.student_ema
     if average.is_relative_to(Path.cwd()):
         average = average.relative_to(Path.cwd())
-    reporter.note(f"Average of the weights: {average}, decay {sidecar.made.ema}.")
+    reporting.note(f"Average of the weights: {average}, decay {sidecar.made.ema}.")
     return parse_model(str(average))
 
 
-def _export(
-    source: ModelName, folder: Path, checker: Checker, seconds: dict[str, float], reporter: Reporter
-) -> ExportSidecar:
+def _export(source: ModelName, folder: Path, checker: Checker, seconds: dict[str, float]) -> ExportSidecar:
     """Write and compare the export, unless it is there."""
     info, inputs, settings = checker.model.info, checker.inputs, checker.settings
     decisive = output_settings(settings) | {
@@ -126,7 +124,7 @@ def _export(
     }
     weights = FileRecord(info.spec, info.parameters, info.weights_hash)
     lists = [record(path) for path in inputs.classes.files] if inputs.classes is not None else []
-    with open_output(
+    spec = OutputSpec(
         folder,
         "export",
         ExportSidecar,
@@ -135,20 +133,21 @@ def _export(
         overwrite=settings.overwrite,
         elsewhere="--work or --out",
         resumes=False,
-    ) as output:
+    )
+    with open_output(spec) as output:
         if output.finished is not None and all((folder / name).exists() for name in output.finished.written):
             # Limits do not change the content, so an existing export is checked against those of this run.
             for name, found in output.finished.parity.items():
                 checker.validate(name, found)
-            reporter.note(f"{folder} already holds this export.")
+            reporting.note(f"{folder} already holds this export.")
             return output.finished
         output.start()
         if "web" in settings.format:
             write_engine(output.work / WEB, settings.npm_packages)  # which may fail, so before what takes long
-        checker.warn_near_chance(reporter)
+        checker.warn_near_chance()
         parity = dict[str, Parity]()
         for form in settings.forms:
-            reporter.note(f"Writing {form} and comparing it with {source.spec} …")
+            reporting.note(f"Writing {form} and comparing it with {source.spec} …")
             with timed(seconds, form):
                 parity |= WRITERS[form](checker, output.work)
         write_json(output.work / PARITY, checker.describe() | {"parity": msgspec.to_builtins(parity)})

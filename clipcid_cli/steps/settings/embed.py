@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import AT_LEAST_1, Range, flag_of, given_fields, group
-from clipcid_cli.steps.settings.shared import AugmentationSettings, TrainingDataSettings
+from clipcid_cli.steps.settings.shared import AugmentationSettings, ReadingSettings, TrainingDataSettings
 
 DEFAULT_MODEL = "ViT-L-14"
 VIEW_KINDS = ("crop", "strong", "mix")
@@ -94,6 +95,12 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings):
         for kind in self.view_kinds:
             if kind not in VIEW_KINDS:
                 raise UsageError(f"--view-kind cannot be {kind!r}.", f"Choose from: {', '.join(VIEW_KINDS)}.")
+
+    @classmethod
+    def asked_by(cls, step: ReadingSettings, **chosen: Any) -> EmbedSettings:
+        """Return the settings by which another step asks for embeddings: data is read as it reads data."""
+        read_so = {field.name: getattr(step, field.name) for field in dataclasses.fields(ReadingSettings)}
+        return cls(**read_so | {"batch_size": None, "precision": "auto"} | chosen)
 
     @property
     def view_kinds(self) -> tuple[str, ...]:

@@ -26,7 +26,6 @@ from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.distill.batches import Batches, Item
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import Sources, count_usable, match_samples
-from clipcid_cli.steps.reporting import Reporter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +59,12 @@ def make_inputs(root: Path, sizes: list[int], dropped: int) -> tuple[Inputs, lis
     folder = Path(tempfile.mkdtemp(dir=root))
     dataset = Dataset("none", "list", cut(ListedRows(tuple(sizes)), "none"), index_folder=folder / "index")
     with open_dist_context("cpu") as context:
-        dataset = ensure_index(dataset, context, 0, Reporter())
+        dataset = ensure_index(dataset, context, 0)
     numbers = np.arange(sum(sizes))
     kept = numbers % 7 != dropped
     keys = [f"{number:05d}" for number in numbers]
     pq.write_table(pa.table({"key": keys, "kept": kept}), folder / "keep.parquet")
-    counts = match_samples(dataset, Sources(folder / "keep.parquet"), 0.0, folder, Reporter())
+    counts = match_samples(dataset, Sources(folder / "keep.parquet"), 0.0, folder)
     training, held_out = open_rows(folder, "training"), open_rows(folder, "held_out")
     expected = [key for number, key in enumerate(keys) if kept[number] and number % 5 < 4]
     assert training.total == counts.selected == len(expected)

@@ -10,7 +10,7 @@ from sidecars import edit_sidecar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.output import Output, find_output, is_claimed, open_output
+from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claimed, open_output
 from clipcid_cli.formats.sidecar import Sidecar
 
 SETTINGS = {"keep": 0.5, "seed": 0}
@@ -25,7 +25,8 @@ class KilledError(Exception):
 def open_it(
     folder: Path, settings: dict[str, Any] = SETTINGS, inputs: Any = (), overwrite: bool = False, **more: Any
 ) -> Any:
-    return open_output(folder, "balance", Sidecar, settings=settings, inputs=inputs, overwrite=overwrite, **more)
+    spec = OutputSpec(folder, "balance", Sidecar, settings=settings, inputs=inputs, overwrite=overwrite, **more)
+    return open_output(spec)
 
 
 def finish(output: Output[Sidecar], **files: str) -> Sidecar:
@@ -96,7 +97,7 @@ def test_other_settings_are_an_error_that_names_them(tmp_path: Path, commit: boo
 
 
 def find_it(folder: Path, settings: dict[str, Any]) -> Output[Sidecar]:
-    return find_output(folder, "balance", Sidecar, settings=settings, inputs=[], overwrite=False)
+    return find_output(OutputSpec(folder, "balance", Sidecar, settings=settings, inputs=[]))
 
 
 def test_an_output_stays_whole_until_the_one_that_replaces_it_is_complete(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
-from clipcid_cli.steps.reporting import Reporter
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def test_a_held_out_part_is_read_from_the_index_alone(data: Path, tmp_path: Path
     assert 4 < len(expected[0]) < 14
     with open_dist_context("cpu") as context, serve(data) as server:
         for spec in (str(data), f"{server.url}/{{0..2}}.tar"):
-            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), context, 0, Reporter())
+            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), context, 0)
             before = server.bytes_sent.total()
             assert read_part(dataset) == expected
         assert server.bytes_sent.total() - before == sum(map(len, expected[1]))

@@ -13,8 +13,7 @@ import pytest
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import lock
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
-from clipcid_cli.steps.reporting import Reporter
+from clipcid_cli.steps.inputs import ChosenKeepList, choose_keep_list
 
 KEYS = [f"{row:04d}" for row in range(100)]
 
@@ -31,9 +30,9 @@ def apply(keep_list: Path, work: Path, dry_run: bool) -> list[bool]:
     def keys() -> list[pa.ChunkedArray]:
         return [pa.chunked_array([KEYS[:60]]), pa.chunked_array([KEYS[60:]])]
 
-    chosen = choose_keep_list(str(keep_list), WorkDirectory(work), "rows", 0.0, Reporter())
+    chosen = choose_keep_list(str(keep_list), WorkDirectory(work), "rows", 0.0)
     assert chosen is not None
-    found = chosen.find_kept(keys, 100, None if dry_run else work, "here", Reporter())
+    found = chosen.find_kept(keys, 100, None if dry_run else work, "here")
     return list(found)
 
 
@@ -73,5 +72,5 @@ def test_folders_of_killed_runs_are_removed_but_not_that_of_a_run_that_goes_on(
 def test_a_list_that_lacks_samples_is_refused_with_what_allows_them(missing: int, said: str, fix: str) -> None:
     keep_list = ChosenKeepList(Path("keep.parquet"), 200, 300 - missing, "samples", 0.01)
     with pytest.raises(ClipcidError, match=said) as refused:
-        keep_list.report("data", 300, kept=200, missing=missing, reporter=Reporter())
+        keep_list.report("data", 300, kept=200, missing=missing)
     assert fix in refused.value.fix

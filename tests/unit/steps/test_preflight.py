@@ -6,14 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from balance_data import Listener
+from balance_data import heard
 from conftest import make_image, shard_members, write_tar
 
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.preflight import choose_order, validate_samples
-from clipcid_cli.steps.reporting import Reporter
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +34,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(dataset: Dataset, context: DistContext, *, dry_run: bool = True) -> list[str]:
-    listener = Listener()
-    validate_samples(dataset, context, 0, dry_run=dry_run, reporter=listener)
-    return listener.told
+    with heard() as told:
+        validate_samples(dataset, context, 0, dry_run=dry_run)
+    return told
 
 
 def test_all_shards_are_looked_at_and_it_is_said_what_was_found(
@@ -48,7 +47,7 @@ def test_all_shards_are_looked_at_and_it_is_said_what_was_found(
     assert told == [f"{shards}: checked 6 of 6 shards, 18 samples: all can be decoded."]
     assert check(dataset, context, dry_run=False) == []
 
-    indexed = ensure_index(dataset, context, 0, Reporter())
+    indexed = ensure_index(dataset, context, 0)
     said = f"{shards}: checked 6 of 6 shards, 18 samples: 1 cannot be decoded."  # first, middle and last of each
     assert check(indexed, context) == [f"{said}\n  1 × unreadable image: 00004/000044"]
     assert check(indexed, context, dry_run=False) == [said]  # the run names them at its end

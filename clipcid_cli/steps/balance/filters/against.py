@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -29,21 +29,18 @@ from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
-from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
-from clipcid_cli.steps.balance.shared_arrays import publish_arrays
 from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embed.run import make_embeddings
-from clipcid_cli.steps.given_embeddings import open_given
+from clipcid_cli.steps.inputs import open_given
 from clipcid_cli.steps.models import find_mismatch
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
-from clipcid_cli.steps.settings.shared import ReadingSettings
 
 # In the folder of `balance`: what was compared, for later runs.
 _FOLDER = ".references"
@@ -65,8 +62,9 @@ def validate_none_missing(settings: BalanceSettings) -> None:
     for name in settings.against:
         if not _holds_embeddings(Path(name)):
             try:
-                unkeyed = dataclasses.replace(settings, key_column=KEY_COLUMN)  # references are joined by no key
-                open_named(unkeyed, name, WorkDirectory(settings.work).indexes)
+                # References are joined by no key.
+                indexes = WorkDirectory(settings.work).indexes
+                open_named(dataclasses.replace(settings, key_column=KEY_COLUMN), name, indexes)
             except ClipcidError as error:
                 raise ClipcidError(f"--against {name}: {error.message}", error.fix) from error
 
@@ -92,35 +90,33 @@ def validate_models(settings: BalanceSettings, model: str) -> None:
             )
 
 
-def open_references(
-    settings: BalanceSettings, context: DistContext, embeddings: Embeddings, reporter: Reporter
-) -> list[Reference]:
+def open_references(plan: BalancePlan) -> list[Reference]:
     """Open what ``--against`` names; images are embedded first, as the embeddings to balance were."""
+    context = plan.context
     found = list[Reference]()
-    for name in settings.against:
-        reference = open_reference(settings, context, embeddings, name, reporter)
+    for name in plan.settings.against:
+        reference = open_reference(plan, name)
         assert isinstance(reference, Embeddings)  # this is no dry run
         bad = context.on_rank0(partial(reference.find_bad_rows, texts=False))
         if len(bad):
-            reporter.warn(f"{len(bad):,} rows of {name} are zero or not finite, and nothing is compared with them.")
+            reporting.warn(f"{len(bad):,} rows of {name} are zero or not finite, and nothing is compared with them.")
         identity = identity_of({}, context.on_rank0(reference.fingerprints))
         found.append(Reference(name, identity, reference, np.delete(np.arange(reference.num_rows), bad)))
     return found
 
 
-def open_reference(
-    settings: BalanceSettings, context: DistContext, embeddings: Embeddings, name: str, reporter: Reporter
-) -> Embeddings | EmbedCost:
+def open_reference(plan: BalancePlan, name: str) -> Embeddings | EmbedCost:
     """Open the embeddings of a reference; where there are none make them, or in a dry run return what that would cost."""
+    settings = plan.settings
     folder = Path(name)
     if not _holds_embeddings(folder):
-        folder, made = _embed(settings, context, embeddings, name, reporter)
+        folder, made = _embed(plan, name)
         if isinstance(made, EmbedCost):
             return made
     cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
-    reference = open_given(settings, folder, cache, reporter, needs_column=False)
-    _validate_same_model(embeddings, reference, name)
-    if not context.on_rank0(partial(has_usable_row, reference.rows(Kind.IMAGES))):
+    reference = open_given(settings, folder, cache, needs_column=False)
+    _validate_same_model(plan.embeddings, reference, name)
+    if not plan.context.on_rank0(partial(has_usable_row, reference.rows(Kind.IMAGES))):
         raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Embed again.")
     return reference
 
@@ -136,10 +132,9 @@ def _holds_embeddings(folder: Path) -> bool:
     return found is not None and not any(path.suffix[1:].lower() in IMAGE_SUFFIXES for path in found.parent.iterdir())
 
 
-def _embed(
-    settings: BalanceSettings, context: DistContext, embeddings: Embeddings, data: str, reporter: Reporter
-) -> tuple[Path, Embedded]:
+def _embed(plan: BalancePlan, data: str) -> tuple[Path, Embedded]:
     """Embed reference images as the embeddings to balance were, into the folder; what is there already is taken."""
+    settings, embeddings = plan.settings, plan.embeddings
     model = settings.model if embeddings.sidecar is None else embeddings.sidecar.model.spec
     if model is None:
         raise ClipcidError(
@@ -149,17 +144,15 @@ def _embed(
     name = with_default_tag(parse_model(model))
     digest = hashlib.blake2b(data.encode(), digest_size=4).hexdigest()
     folder = WorkDirectory(settings.work).references / f"{name.slug}-{digest}"
-    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ReadingSettings)}
-    given |= {"batch_size": None, "precision": "auto", "data": data, "model": model, "text": False, "out": folder}
-    given["key_column"] = KEY_COLUMN
+    given = {"data": data, "model": model, "text": False, "out": folder, "key_column": KEY_COLUMN}
     if embeddings.sidecar is not None:
         made_so = embeddings.sidecar.made
         given |= {"fast_decode": made_so.fast_decode, "precision": made_so.precision}
-        if made_so.precision == "fp16" and context.device.type == "cpu":
+        if made_so.precision == "fp16" and plan.context.device.type == "cpu":
             given["precision"] = "fp32"
-            reporter.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
+            reporting.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
     try:
-        made = make_embeddings(EmbedSettings(**given), context, reporter)
+        made = make_embeddings(EmbedSettings.asked_by(settings, **given), plan.context)
     except ClipcidError as error:
         raise ClipcidError(f"--against {data}: {error.message}", error.fix) from error
     return folder, made
@@ -197,7 +190,7 @@ class NearReferences:
     """Which rows lie near a reference."""
 
     reason: ClassVar = "reference"
-    references: list[Reference]
+    references: Sequence[Reference]
     threshold: float
     # Which reference has the row nearest to each row, int16 [N]; the first of equals, −1 where none is near enough.
     owner: npt.NDArray[np.int16]
@@ -249,12 +242,12 @@ class NearReferences:
         ]
 
 
-def find_near(run: BalanceRun, references: list[Reference]) -> NearReferences:
+def find_near(run: BalanceRun) -> NearReferences:
     """Compare all rows with all references; the same on every process.
 
     What was compared stays for later runs in the folder of `balance`.
     """
-    rows = run.rows
+    rows, references = run.rows, run.references
     threshold = run.settings.reference_distance
     assert threshold is not None  # the settings have checked it
     found = [_compare(run, reference, threshold) for reference in references]
@@ -278,9 +271,9 @@ def find_near(run: BalanceRun, references: list[Reference]) -> NearReferences:
         distance[owner < 0] = np.nan
         return owner, row, distance, near
 
-    owner, row, distance, near = publish_arrays(run.context, run.work, merge)
+    owner, row, distance, near = run.shared.publish(merge)
     number = np.count_nonzero(owner >= 0)
-    run.reporter.note(f"{number:,} of {len(rows):,} images are within {threshold:g} of a reference.")
+    reporting.note(f"{number:,} of {len(rows):,} images are within {threshold:g} of a reference.")
     return NearReferences(references, threshold, owner, row, distance, near.tolist())
 
 

@@ -17,9 +17,9 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.formats.results.keep_list import Column, float_column
+from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.result import CaptionWindowResult
-from clipcid_cli.steps.balance.shared_arrays import collect_arrays, publish_arrays
 from clipcid_cli.steps.reporting import Progress
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -99,17 +99,17 @@ def find_captions(run: BalanceRun) -> CaptionWindow:
     rows = run.rows
     start, stop = run.context.rank_range(len(rows))
     mine = rows.numbers[start:stop]
-    with run.reporter.progress("captions", len(mine), "images") as progress:
-        parts = collect_arrays(run.context, run.work, (compare_captions(run.embeddings, mine, progress),))
+    with reporting.progress("captions", len(mine), "images") as progress:
+        parts = run.shared.collect((compare_captions(run.embeddings, mine, progress),))
 
     def merge() -> tuple[FloatArray]:
         similarity = np.concatenate([part for (part,) in parts])
         CaptionWindow.of(run.settings, similarity).validate_not_empty()
         return (similarity,)
 
-    window = CaptionWindow.of(run.settings, *publish_arrays(run.context, run.work, merge))
+    window = CaptionWindow.of(run.settings, *run.shared.publish(merge))
     number = np.count_nonzero(~window.is_dropped)
-    run.reporter.note(f"{number:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
+    reporting.note(f"{number:,} of {len(rows):,} images have a caption similarity {window.describe()}.")
     return window
 
 

@@ -22,11 +22,10 @@ from clipcid_cli.formats.results.clusters import TABLE, read_labels
 from clipcid_cli.formats.results.keep_list import Column
 from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
-from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun
 from clipcid_cli.steps.balance.result import ClusterCapResult
 from clipcid_cli.steps.balance.sets import SCORES
-from clipcid_cli.steps.balance.shared_arrays import publish_arrays
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
@@ -65,17 +64,17 @@ class FoundClusters:
     images: int
     skipped: int  # how many are in none, since their rows are not usable
 
-    def warn_of_few(self, settings: BalanceSettings, num_rows: int, reporter: Reporter) -> None:
+    def warn_of_few(self, plan: BalancePlan, num_rows: int) -> None:
         """Warn, before the search, where they are of fewer images than are balanced."""
         if self.images + self.skipped < num_rows:
-            reporter.warn(
+            reporting.warn(
                 f"The clusters in {self.folder} are of {self.images:,} images, and {num_rows:,} are balanced: where one "
                 f"that is kept is in none of them, the run ends with an error. To cluster all images: "
-                f"{_cluster_all(settings, overwrite=True)}"
+                f"{_cluster_all(plan.settings, overwrite=True)}"
             )
 
 
-def find_cap_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundClusters | None:
+def find_cap_clusters(settings: BalanceSettings) -> FoundClusters | None:
     """Find the clusters of ``--max-per-cluster``, and say which they are; None without it."""
     if settings.max_per_cluster is None:
         return None
@@ -90,7 +89,7 @@ def find_cap_clusters(settings: BalanceSettings, reporter: Reporter) -> FoundClu
     fix = remake_clusters(folder, sidecar, settings.work)
     validate_unchanged(folder, [each for each in sidecar.outputs if each.path == TABLE], path, fix)
     images = sidecar.result["images"]
-    reporter.note(f"Clusters: {folder}, of {images:,} images.")
+    reporting.note(f"Clusters: {folder}, of {images:,} images.")
     return FoundClusters(folder, record(folder / TABLE).hash, images, sum(sidecar.counts["skipped"].values()))
 
 
@@ -134,7 +133,7 @@ def cap_clusters(run: BalanceRun, clusters: FoundClusters, is_kept: BoolArray) -
         is_dropped[crowded[~stays]] = True
         return cluster, is_dropped, before
 
-    return ClusterCap(most, *publish_arrays(run.context, run.work, cap))
+    return ClusterCap(most, *run.shared.publish(cap))
 
 
 def _look_up(run: BalanceRun, table: Path) -> tuple[npt.NDArray[np.int32], FloatArray]:

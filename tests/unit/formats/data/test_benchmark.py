@@ -7,7 +7,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
-from balance_data import Listener
+from balance_data import heard
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import (
@@ -96,15 +96,15 @@ def test_a_name_of_the_suite_means_its_copy_even_beside_a_folder_of_that_name(
     copies, pets = tmp_path / "copies", KNOWN_DATASETS["pets"]
     (tmp_path / "pets").mkdir()
     (copies / "pets").mkdir(parents=True)
-    listener = Listener()
-    assert find_copy("pets", copies, listener) == find_known_dataset("pets", copies) == (pets, copies / "pets")
-    assert "to use it, write ./pets" in listener.told[1]
+    with heard() as told:
+        assert find_copy("pets", copies) == find_known_dataset("pets", copies) == (pets, copies / "pets")
+    assert "to use it, write ./pets" in told[1]
     assert find_known_dataset("./pets", copies) is None
     with pytest.raises(ClipcidError, match=r"The path of that name is \./pets"):
         find_known_dataset("pets", tmp_path / "elsewhere")
-    listener = Listener()
-    assert find_copy("pets", Path(), listener) == (pets, Path("pets"))
-    assert len(listener.told) == 1  # the path is the copy
+    with heard() as told:
+        assert find_copy("pets", Path()) == (pets, Path("pets"))
+    assert len(told) == 1  # the path is the copy
     (copies / "wds_vtab-pets").mkdir()
     assert find_known_dataset("pets", copies) == (pets, copies / "wds_vtab-pets")
 

@@ -18,13 +18,12 @@ from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.data.index import DataIndex, SampleRef
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.reporting import Reporter
 
 
 def index_of(spec: Path, root: Path, workers: int = 0, **settings: str) -> DataIndex:
     with open_dist_context("cpu") as context:
         dataset = open_dataset(spec, index_root=root, **settings)
-        index = ensure_index(dataset, context, workers, Reporter()).index
+        index = ensure_index(dataset, context, workers).index
     assert index is not None
     return index
 

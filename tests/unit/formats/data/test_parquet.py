@@ -18,7 +18,6 @@ from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import cache_shards, ensure_index
-from clipcid_cli.steps.reporting import Reporter
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 NAMES = {"label": {"names": ["red_door", "boat"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
@@ -84,7 +83,7 @@ def test_copies_give_the_same_bytes_in_any_order_from_a_disk_and_a_server(
     with serve(folder, drop_every=7) as server, open_dist_context("cpu") as context:
         url = f"{server.url}/train-{{00000..00002}}-of-00003.parquet"
         for spec in (str(folder), url):
-            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), context, 0, Reporter())
+            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), context, 0)
             assert open_dataset(spec, index_root=tmp_path / "index").index is not None  # nothing is listed again
             index = cache_shards(dataset, 1.0).index
             assert index is not None

@@ -22,7 +22,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import EmbeddingWriter, ShardRows
-from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, find_npy, unit_rows
+from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, find_npy, holds_unit_rows, unit_rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.skips import Skips
@@ -45,7 +45,7 @@ def write_folder(folder: Path) -> dict[str, Any]:
         skips.add("no_caption", f"{number}: x")
         keys, words = [f"{number}-{row}" for row in range(size)], [f"caption {row}" for row in range(size)]
         rows = {Kind.IMAGES: images[number], Kind.TEXTS: captions[number]}
-        writer.write(number, ShardRows(size + 1, skips, number, keys, words, None, rows))
+        writer.write(number, ShardRows(size + 1, skips, {"laid_on_white": number}, keys, words, None, rows))
     records = writer.finish()
     write_sidecar(folder)
     return {"images": np.concatenate(images), "texts": np.concatenate(captions), "records": records}
@@ -218,6 +218,18 @@ def test_the_numbers_in_names_of_bare_rows_say_nothing(tmp_path: Path) -> None:
     assert open_embeddings(tmp_path).num_rows == 6
 
 
+def test_rows_of_other_tools_are_normalised_only_where_they_need_it(tmp_path: Path) -> None:
+    unit = make_rows(700)
+    assert holds_unit_rows(unit)
+    assert not holds_unit_rows(unit.astype(np.float32))
+    for row, factor in ((3, 1.5), (600, np.nan), (600, 0)):
+        rows = unit.copy()
+        rows[row] *= np.float16(factor)
+        assert not holds_unit_rows(rows)
+        np.save(tmp_path / "0.npy", rows)
+        np.testing.assert_array_equal(open_embeddings(tmp_path).rows(Kind.IMAGES).read(0, 700), unit_rows(rows))
+
+
 IMAGES, METADATA = Path("img_emb/img_emb_3.npy"), Path("metadata/metadata_3.parquet")
 
 
@@ -255,6 +267,18 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         open_embeddings(tmp_path)
 
 
+@pytest.mark.parametrize("counts", [[0, 3], [1, 3]])
+def test_captions_that_are_counted_otherwise_than_embedded_are_refused(tmp_path: Path, counts: list[int]) -> None:
+    for kind, rows in (("img_emb", 2), ("text_emb", 2), ("captions_emb", 1)):
+        (tmp_path / kind).mkdir()
+        np.save(tmp_path / kind / f"{kind}_0.npy", make_rows(rows))
+    (tmp_path / "metadata").mkdir()
+    pq.write_table(pa.table({"key": ["a", "b"], "captions": counts}), tmp_path / "metadata" / "metadata_0.parquet")
+    found = open_embeddings(tmp_path)
+    with pytest.raises(ClipcidError, match=r"captions_emb_0\.npy has 1 rows; .* captions after the first"):
+        found.counts_of(found.files[0])
+
+
 @pytest.mark.parametrize(("count", "mapped"), [(1, False), (8_200, True)])
 def test_many_files_take_few_descriptors_and_maps(tmp_path: Path, count: int, mapped: bool) -> None:
     """41,000 shards have more files than a process may have open, and more than the system's maps; small ones are read."""
@@ -281,6 +305,6 @@ def test_many_files_take_few_descriptors_and_maps(tmp_path: Path, count: int, ma
 def test_numbers_of_files_have_at_least_four_digits(tmp_path: Path, shards: int, number: str) -> None:
     inputs = [FileRecord(f"{shard}.tar", 1, "blake2b:00", shard=str(shard)) for shard in range(shards)]
     rows = {Kind.IMAGES: np.zeros((1, 4), np.float16)}
-    EmbeddingWriter(tmp_path, {}, inputs).write(0, ShardRows(1, Skips(), 0, ["a"], [""], None, rows))
+    EmbeddingWriter(tmp_path, {}, inputs).write(0, ShardRows(1, Skips(), {"laid_on_white": 0}, ["a"], [""], None, rows))
     assert (tmp_path / f"img_emb/img_emb_{number}.npy").is_file()
     assert (tmp_path / f"metadata/metadata_{number}.parquet").is_file()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from balance_data import Listener, balance, make_rows, read_keep, write_embeddings
+from balance_data import balance, make_rows, read_keep, write_embeddings
 from conftest import shard_members, write_tar
 from PIL import Image
 from sidecars import leave_work
@@ -39,7 +39,7 @@ def make_pairs() -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 def make_clusters(work: Path, embeddings: Path, num_clusters: int) -> Path:
     chosen = {"keep_list": "none", "num_clusters": num_clusters, "device": "cpu"}
-    run_cluster(ClusterSettings(work=work, embeddings=(embeddings,), **chosen), Listener())
+    run_cluster(ClusterSettings(work=work, embeddings=(embeddings,), **chosen))
     return work / "clusters"
 
 
@@ -197,7 +197,7 @@ def test_images_of_references_are_embedded_as_the_others_were_but_by_no_dry_run(
     write_tar(tmp_path / "r.tar", shard_members(0, 3))
     work, like = tmp_path / "w", {"fast_decode": True, "precision": "bf16"}
     made: dict[str, Any] = {"model": str(tiny_model), "text": False, "workers": 0, "device": "cpu", "work": work}
-    run_embed(EmbedSettings(data=str(tmp_path / "0.tar"), **like, **made), Listener())
+    run_embed(EmbedSettings(data=str(tmp_path / "0.tar"), **like, **made))
     (folder,) = (work / "embeddings").iterdir()
     is_untouched()
     call = {"threshold": 0.001, "against_threshold": 0.0, "workers": 0}
@@ -217,7 +217,7 @@ def test_images_of_references_are_embedded_as_the_others_were_but_by_no_dry_run(
     result, _ = balance(work, folder, dry_run=True, **named)
     assert not result["against"][0]["to_embed"]
     assert left.exists()
-    run_embed(EmbedSettings(data=str(tmp_path / "r.tar"), out=tmp_path / "other", **made), Listener())
+    run_embed(EmbedSettings(data=str(tmp_path / "r.tar"), out=tmp_path / "other", **made))
     said = r"other were preprocessed in another way \(.*, without --fast-decode\) than those of"
     with pytest.raises(ClipcidError, match=said):
         balance(work, folder, against=(str(tmp_path / "other"),), **call)

@@ -13,7 +13,7 @@ from balance_data import balance, make_rows, write_embeddings
 from conftest import process_context
 
 from clipcid_cli.runtime.distributed import open_dist_context
-from clipcid_cli.steps.balance import shared_arrays
+from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 
 
 def _files(folder: Path) -> list[Path]:
@@ -29,9 +29,10 @@ def _process(rank: int, folder: Path, results: multiprocessing.Queue[Any]) -> No
             os.environ["LOCAL_WORLD_SIZE"] = local_size
             place = folder / local_size
             with open_dist_context("cpu") as context:
+                shared = SharedArrays(context, place)
                 for value in (3, 5):
-                    found += shared_arrays.publish_arrays(context, place, lambda value=value: (np.full(4, value),))
-                    parts = shared_arrays.collect_arrays(context, place, (np.full(2, rank),))
+                    found += shared.publish(lambda value=value: (np.full(4, value),))
+                    parts = shared.collect((np.full(2, rank),))
                     assert [part[0].tolist() for part in parts] == ([[0, 0], [1, 1]] if rank == 0 else [])
                 context.barrier()
                 left[local_size] = len(_files(place))

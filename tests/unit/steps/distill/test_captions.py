@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_caption
 from sidecars import edit_sidecar
-from teaching_data import FP32, Listener, embed_data, join, train, write_captions, write_student
+from teaching_data import FP32, embed_data, join, train, write_captions, write_student
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data import texts as text_data
@@ -98,7 +98,7 @@ def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
     given = {"precision": "fp32", "batch_size": 4, "workers": 0, "device": "cpu", "model": str(tiny_model)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_data, "TEXTS_A_SHARD", 10)
-        embed.run(EmbedSettings(texts=folder / "lines.txt", out=folder / "texts" / "tiny", **given), Listener())
+        embed.run(EmbedSettings(texts=folder / "lines.txt", out=folder / "texts" / "tiny", **given))
     return folder
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY_CONFIG, process_context
-from teaching_data import ALONE, Listener, train, write_student
+from teaching_data import ALONE, heard, train, write_student
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
@@ -35,8 +35,9 @@ RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
 def load(folder: Path, vision: dict[str, object], *losses: str) -> tuple[Masking | None, list[str]]:
     path = folder / "student.json"
     path.write_text(json.dumps(TINY_CONFIG | {"vision_cfg": vision}))
-    settings, listener = DistillSettings(student=str(path), preset="clip", loss=losses), Listener()
-    return load_student(settings, torch.device("cpu"), listener).masking, listener.told
+    settings = DistillSettings(student=str(path), preset="clip", loss=losses)
+    with heard() as told:
+        return load_student(settings, torch.device("cpu")).masking, told
 
 
 def test_the_cost_of_masked_images_is_stated(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_a_student_of_the_sigmoid_losses_keeps_its_bias(tiny_shards: Path, tiny_
     again, _ = train(
         work,
         tiny_shards,
-        teacher=made.info.spec,
+        teacher=(made.info.spec,),
         student=made.info.spec,
         name="again",
         teacher_space="project",

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import TINY_CONFIG, write_tiny_model
 from teaching_data import (
-    Listener,
     embed_data,
     encode_shown,
     join,
@@ -30,7 +29,7 @@ def work(tiny_shards: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathF
     """A work directory with the tiny teacher's embeddings and four clusters."""
     work = tmp_path_factory.mktemp("online") / "work"
     embed_data(tiny_shards, tiny_model, work / "embeddings" / "tiny")
-    cluster.run(ClusterSettings(work=work, num_clusters=4, iterations=3, device="cpu"), Listener())
+    cluster.run(ClusterSettings(work=work, num_clusters=4, iterations=3, device="cpu"))
     return work
 
 

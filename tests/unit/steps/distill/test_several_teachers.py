@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from balance_data import write_embeddings
 from conftest import TINY_CONFIG, write_tiny_model
-from teaching_data import Listener, embed_data, join, read_keys, train, write_student
+from teaching_data import embed_data, join, read_keys, train, write_student
 
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
@@ -82,7 +82,7 @@ def test_clusters_and_a_run_of_several_teachers(place: Path, tiny_shards: Path, 
 
     def make_clusters(*of: Path, **settings: Any) -> None:
         given: dict[str, Any] = {"work": work, "num_clusters": 4, "iterations": 3, "device": "cpu", "overwrite": True}
-        cluster.run(ClusterSettings(embeddings=of, **given, **settings), Listener())
+        cluster.run(ClusterSettings(embeddings=of, **given, **settings))
 
     make_clusters(folders[0])
     with pytest.raises(

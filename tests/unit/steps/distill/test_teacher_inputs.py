@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from balance_data import write_embeddings
 from safetensors.numpy import load_file, save_file
-from teaching_data import Listener, embed_data, join, train, write_student
+from teaching_data import embed_data, join, train, write_student
 
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.errors import ClipcidError
@@ -54,7 +54,7 @@ def change_heads(config: dict[str, Any]) -> None:
 
 def open_for(model: Path, folder: Path) -> None:
     settings = DistillSettings(student="student.json", teacher=(str(model),), embeddings=(folder,))
-    open_stored(settings, (folder,), None, Listener())
+    open_stored(settings, (folder,), None)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_embeddings_of_another_tool_that_say_too_little_are_refused(
 def choose(work: Path, folder: Path, space: str = "pca", **settings: Any) -> SharedSpace:
     given = DistillSettings(student="student.json", teacher_space=space, work=work, **settings)
     with open_dist_context("cpu") as context:
-        return choose_space(given, 32, open_embeddings(folder), 24, context, Listener())
+        return choose_space(given, 32, open_embeddings(folder), 24, context)
 
 
 def test_losses_that_compare_no_features_of_student_and_teacher_need_no_shared_space(

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from balance_data import write_embeddings
-from teaching_data import Listener, embed_data, index_data, train, write_student
+from teaching_data import embed_data, index_data, train, write_student
 
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.results.matched_samples import SampleRows, open_rows
-from clipcid_cli.runtime.randomness import key_fraction
+from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.steps.distill import samples
 from clipcid_cli.steps.distill.samples import Sources, match_samples
 
@@ -55,11 +55,11 @@ def test_rows_are_found_in_any_order(order: str, dataset: Dataset, tmp_path: Pat
     embeddings = open_embeddings(
         write_embeddings(tmp_path / "foreign", np.eye(len(embedded), 32, dtype=np.float16), keys=embedded)
     )
-    counts = match_samples(dataset, Sources(tmp_path / "keep.parquet", embeddings), HELD_OUT, tmp_path, Listener())
+    counts = match_samples(dataset, Sources(tmp_path / "keep.parquet", embeddings), HELD_OUT, tmp_path)
     training, held_out = (open_rows(tmp_path, part) for part in ("training", "held_out"))
     kept = [key for key in keys if key in listed and key < keys[20]]
-    held = [key for key in kept if key_fraction(key) < HELD_OUT]
-    assert 0 < len(held) < sum(key_fraction(key) < HELD_OUT for key in keys)
+    held = [key for key in kept if key_fractions([key])[0] < HELD_OUT]
+    assert 0 < len(held) < (key_fractions(keys) < HELD_OUT).sum()
     assert list_samples(dataset, held_out) == held
     candidates = [key for key in kept if key not in held]
     expected = [key for key in candidates if key in embedded]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from balance_data import write_embeddings
 from sidecars import make_sidecar, unfinish
-from teaching_data import Listener, embed_data
+from teaching_data import embed_data, heard
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.sidecar import EmbedSidecar
@@ -22,10 +22,10 @@ from clipcid_cli.steps.settings.embed import EmbedSettings
 
 
 def embed_lines(source: Path, model: Path, out: Path, **settings: Any) -> tuple[dict[str, Any], str]:
-    listener = Listener()
     given = {"precision": "fp32", "batch_size": 4, "workers": 0, "device": "cpu"} | settings
-    result = embed.run(EmbedSettings(texts=source, model=str(model), out=out, **given), listener)
-    return msgspec.to_builtins(result), "\n".join(listener.told)
+    with heard() as told:
+        result = embed.run(EmbedSettings(texts=source, model=str(model), out=out, **given))
+    return msgspec.to_builtins(result), "\n".join(told)
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from balance_data import Listener
+from balance_data import heard
 from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
@@ -17,7 +17,6 @@ from clipcid_cli.formats.results.metrics import Metrics, predictions_path, write
 from clipcid_cli.formats.sidecar import EvaluationSidecar, LinesRecord
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.result import ComparisonResult
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
 
@@ -42,9 +41,9 @@ def test_comparison_of_other_data_is_refused(tmp_path: Path) -> None:
     ):
         write("b", keys, labels, classes)
         with pytest.raises(ClipcidError, match=message):
-            compare_results(settings, Reporter())
+            compare_results(settings)
     write("b", ["y", "x"], [1, 0])  # the order of the rows does not matter
-    assert compare_results(settings, Reporter()).images == 2
+    assert compare_results(settings).images == 2
 
 
 def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
@@ -68,8 +67,8 @@ def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
 
     def compare() -> tuple[ComparisonResult, str]:
         settings = EvalZeroshotSettings(model=str(tmp_path / "a.json"), data=(str(tmp_path / "b.json"),), compare=True)
-        listener = Listener()
-        return compare_results(settings, listener), "\n".join(listener.told)
+        with heard() as told:
+            return compare_results(settings), "\n".join(told)
 
     write("a", ("a {c}",))
     write("b", None)

@@ -13,7 +13,6 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
 from clipcid_cli.steps.evaluate.result import LinearResult, ZeroshotResult
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -42,7 +41,7 @@ def test_zeroshot_results_are_of_these_images_and_outlive_failures(tiny_model: P
 
     def evaluate(**more: Any) -> ZeroshotResult:
         arguments = {"model": str(tiny_model), "data": (str(data),), "work": tmp_path / "work", "workers": 0}
-        found = eval_zeroshot.run(EvalZeroshotSettings(**arguments | {"bootstrap": 20} | more), Reporter())
+        found = eval_zeroshot.run(EvalZeroshotSettings(**arguments | {"bootstrap": 20} | more))
         assert isinstance(found, ZeroshotResult)
         return found
 
@@ -83,7 +82,7 @@ def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: 
         settings = EvalLinearSettings(
             model=str(tiny_model), data=str(data), work=tmp_path / "work", workers=0, shots=shots, shot_repeats=1
         )
-        found = eval_linear.run(settings, Reporter())
+        found = eval_linear.run(settings)
         assert isinstance(found, LinearResult)
         return found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from balance_data import Listener
+from balance_data import heard
 from conftest import make_image, write_tar
 from PIL import Image
 
@@ -25,7 +25,6 @@ from clipcid_cli.steps.export.check import (
     validate_measurable,
 )
 from clipcid_cli.steps.export.run import ExportResult, run
-from clipcid_cli.steps.reporting import Reporter
 from clipcid_cli.steps.settings.export import ExportSettings
 
 
@@ -50,12 +49,11 @@ def collect(
     data: Path,
     names: Sequence[str] | None = None,
     count: int | None = None,
-    reporter: Reporter | None = None,
     bad: float = 0.01,
 ) -> CheckInputs:
     classes = None if names is None else Classes(tuple(names), ("a {c}",))
     settings = ExportSettings(data=str(data), check_images=count, max_bad_fraction=bad)
-    return read_inputs(model, find_data(settings), classes, settings, reporter or Reporter())
+    return read_inputs(model, find_data(settings), classes, settings)
 
 
 def test_a_loss_over_the_limit_is_an_error_that_says_by_how_much(model: ClipModel, drawings: Path) -> None:
@@ -115,11 +113,11 @@ def test_patches_over_the_limit_are_refused(model: ClipModel, drawings: Path) ->
 def test_images_that_cannot_be_read_are_counted_named_and_limited(model: ClipModel, tmp_path: Path) -> None:
     for number in range(20):
         (tmp_path / f"{number:02d}.png").write_bytes(make_image(number) if number != 7 else b"no image")
-    listener = Listener()
-    inputs = collect(model, tmp_path, reporter=listener, bad=0.05)
+    with heard() as told:
+        inputs = collect(model, tmp_path, bad=0.05)
     assert len(inputs.pixels) == 19
     assert inputs.skips.counts == {"unreadable_image": 1}
-    assert "1 × unreadable image: 07" in "\n".join(listener.told)
+    assert "1 × unreadable image: 07" in "\n".join(told)
     with pytest.raises(ClipcidError, match=r"1 of 20 samples in .* cannot be used: 5.0%, more than the allowed 4.0%"):
         collect(model, tmp_path, bad=0.04)
 
@@ -131,17 +129,17 @@ def test_8_bits_need_names_of_classes_and_enough_images(
         (f"{number}{end}", data) for number in range(4) for end, data in ((".png", make_image(number)), (".cls", b"1"))
     ]
     unnamed = collect(model, write_tar(tmp_path / "0.tar", members))
-    validate_measurable(unnamed, ExportSettings(format=("onnx",), quantize=("fp16",)), Reporter())
+    validate_measurable(unnamed, ExportSettings(format=("onnx",), quantize=("fp16",)))
     with pytest.raises(ClipcidError, match=r"neither captions nor names of classes in .*0\.tar") as caught:
-        validate_measurable(unnamed, ExportSettings(format=("onnx",), quantize=("int8",)), Reporter())
+        validate_measurable(unnamed, ExportSettings(format=("onnx",), quantize=("int8",)))
     assert "--classnames" in caught.value.fix
     # 24 captions: one is 4.17 points. 36 classified images: one is 2.78.
     for data, limit, warned in ((tiny_shards, 0.04, True), (drawings, 0.04, False), (drawings, 0.01, True)):
-        listener = Listener()
         options = ExportSettings(format=("onnx",), quantize=("int8",), max_accuracy_drop=limit)
-        validate_measurable(collect(model, data), options, listener)
-        assert any("so one image is" in text for text in listener.told) == warned
-    assert "on 36 images, so one image is 2.78 points" in "\n".join(listener.told)
+        with heard() as told:
+            validate_measurable(collect(model, data), options)
+        assert any("so one image is" in text for text in told) == warned
+    assert "on 36 images, so one image is 2.78 points" in "\n".join(told)
 
 
 def test_an_export_that_is_there_is_held_to_the_limits_asked_for_now(
@@ -149,7 +147,7 @@ def test_an_export_that_is_there_is_held_to_the_limits_asked_for_now(
 ) -> None:
     def export(**changes: Any) -> ExportResult:
         settings = {"model": str(tiny_model), "out": tmp_path / "half", "precision": "fp16", "data": str(drawings)}
-        return run(ExportSettings(**(settings | changes)), Reporter())
+        return run(ExportSettings(**(settings | changes)))
 
     parity = export().parity
     before = {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()}

@@ -42,8 +42,7 @@ def call(group: click.Group, *arguments: str, env: dict[str, str] | None = None)
 
 
 def test_operational_settings_do_not_decide_the_output(group: click.Group) -> None:
-    assert "workers" not in output_settings(ExampleSettings())
-    assert "fast" not in output_settings(ExampleSettings())
+    assert not {"work", "workers", "fast"} & output_settings(ExampleSettings()).keys()
     assert "seed" in output_settings(ExampleSettings())
 
 

@@ -1,0 +1,157 @@
+"""What a command is given or finds: embeddings, and the keep list that chooses among them; what was taken is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
+from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.join import Keys, join, parquet_listing
+from clipcid_cli.formats.results.keep_list import read_keep_list
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.settings.shared import EmbeddingsSettings, KeptSettings
+
+NO_KEEP_LIST = "none"
+
+
+def open_given(
+    settings: EmbeddingsSettings, folder: Path, cache: Path | None, *, needs_column: bool = True
+) -> Embeddings:
+    """Open embeddings; of another tool's, say which column became the key. `cache` is as of `open_embeddings`.
+
+    Args:
+        needs_column: Whether a column that ``--key-column`` names must be there.
+    """
+    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache, settings.key_column)
+    if embeddings.sidecar is not None:
+        return embeddings
+    column = embeddings.key_column
+    keys = "the name of the file and the row" if column is None else f"column {column} of the metadata"
+    if needs_column and settings.key_column not in (KEY_COLUMN, column):
+        there = ", ".join(embeddings.metadata_columns[:12])
+        raise ClipcidError(
+            f"{folder}: the metadata have no column {settings.key_column!r}; "
+            + (f"they have {there}." if there else "there are none."),
+            f"Name another column with --key-column, or omit it: the key is then {keys}.",
+        )
+    reporting.note(f"{folder}: the key is {keys}.")
+    return embeddings
+
+
+def open_teachers(
+    settings: KeptSettings, folders: Sequence[Path], cache: Path | None, scratch: Path | None
+) -> Embeddings:
+    """Open a teacher's embeddings, or join several teachers' to those of one, and say what they are.
+
+    `scratch` is as `folder` of `join`.
+    """
+    opened = [open_given(settings, folder, cache) for folder in folders]
+    for each in opened:
+        reporting.note(f"Embeddings: {each.folder}, {each.num_rows:,} rows of width {each.width}.")
+    if len(opened) == 1:
+        return opened[0]
+    combined = CombinedEmbeddings(opened, settings.teacher_weights, scratch)
+    weights = ", ".join(f"{weight:.3g}" for weight in combined.weights)
+    reporting.note(f"Teachers: {len(opened)}, joined by key to rows of width {combined.width}; weights {weights}.")
+    silent = [str(each.folder) for each in opened if not each.has_texts]
+    if silent and combined.has_texts:
+        reporting.note(f"Without captions, and so with zeros in rows of texts: {', '.join(silent)}.")
+    left = frozenset[Kind]().union(*(each.kinds for each in opened)) - combined.kinds
+    if left:
+        reporting.note(f"Not used, since not all teachers have the same: {', '.join(sorted(left))}.")
+    return combined
+
+
+def skip_rows(embeddings: Embeddings, bad: npt.NDArray[np.int64], max_bad_fraction: float) -> Skips:
+    """Count and name rows that cannot be used, given their numbers, ascending; too many of them are an error."""
+    pieces = embeddings.take_column(embeddings.keys_of, bad)
+    skips = Skips.of({key: "nan_row" for piece in pieces for key in piece.to_pylist()})
+    skips.check(embeddings.num_rows, max_bad_fraction, str(embeddings.folder))
+    if skips.total:
+        reporting.warn(f"Rows skipped: {skips.total:,}\n{skips.describe()}")
+    return skips
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenKeepList:
+    """A keep list, and how many of the images that it lists it keeps."""
+
+    path: Path
+    kept: int
+    images: int
+    samples: str  # what the step's samples are called in messages: ``rows`` or ``samples``
+    max_missing: float  # largest fraction of them that the list may lack
+
+    def describe(self) -> dict[str, Any]:
+        """Return where it is and its counts as JSON values, for a sidecar."""
+        return {"path": str(self.path), "kept": self.kept, "images": self.images}
+
+    def report(self, source: str, total: int, *, kept: int, missing: int) -> None:
+        """Report that it was taken; one that lacks too many of the step's samples was made from other data."""
+        if missing > self.max_missing * total:
+            how = f"lacks {missing:,} of the {total:,} {self.samples} of {source}"
+            if 2 * missing > total:
+                raise self._other_data(how)
+            allowed = math.ceil(1000 * missing / total) / 1000
+            raise ClipcidError(
+                f"Keep list {self.path} {how}, more than the allowed {self.max_missing:.1%}.",
+                f"If those are images that could not be used, allow them: --max-bad-fraction {allowed:g}. If the list is of "
+                "other data, give another --keep-list, or --keep-list none.",
+            )
+        reporting.note(f"Keep list: {self.path}, {kept:,} of {total:,} {self.samples} kept.")
+
+    def validate_related(self, keys: pa.Array, source: str) -> None:
+        """Refuse a list that has none of some keys of `source`, n strings."""
+        for listed, _ in parquet_listing(self.path).read():
+            if pc.any(pc.is_in(listed, value_set=keys.cast(listed.type))).as_py():
+                return
+        raise self._other_data(f"has none of the {self.samples} of {source}")
+
+    def _other_data(self, how: str) -> ClipcidError:
+        return ClipcidError(
+            f"Keep list {self.path} {how}: it was made from other data.",
+            "Give the data or embeddings it was made from, another --keep-list, or --keep-list none to use all "
+            f"{self.samples}.",
+        )
+
+    def find_kept(self, keys: Keys, count: int, folder: Path | None, source: str) -> npt.NDArray[np.bool_]:
+        """Look up the N rows of `source` by their keys, all different, and report that the list was taken.
+
+        A list in another order than the rows is joined with them in `folder`, see `join`.
+
+        Returns:
+            Which rows it keeps, bool [N]; those that it lacks are not kept.
+        """
+        found = join(keys, count, parquet_listing(self.path, "kept"), folder)[:, 0]
+        kept = int(np.count_nonzero(found > 0))
+        missing = int(np.count_nonzero(found < 0))
+        self.report(source, count, kept=kept, missing=missing)
+        return found > 0
+
+
+def choose_keep_list(
+    option: str | None, work: WorkDirectory, samples: str, max_missing: float
+) -> ChosenKeepList | None:
+    """Choose the keep list of a step; None where all samples are to be used, which is reported.
+
+    `option` is the value of ``--keep-list``: a file, ``none``, or None for the work directory's list where there is one.
+    """
+    path = work.find_keep_list() if option is None else Path(option)
+    if path is None or option == NO_KEEP_LIST:
+        reporting.note(f"Keep list: none, all {samples} are used.")
+        return None
+    keep_list = read_keep_list(path)
+    return ChosenKeepList(path, keep_list.num_kept, len(keep_list), samples, max_missing)
