@@ -309,7 +309,11 @@ def _start_fresh(name: ModelName, config: dict[str, Any], seed: int) -> torch.nn
     with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
         Path(scratch, CONFIG_NAME).write_text(json.dumps(content))
         torch.manual_seed(seed)
-        return _create(name, f"local-dir:{scratch}", config, load_weights=False, pretrained_text=False)
+        module = _create(name, f"local-dir:{scratch}", config, load_weights=False, pretrained_text=False)
+        decoder: Any = getattr(module, "text_decoder", None)
+        if decoder is not None:  # CoCa's, whose projection open_clip 3.3 leaves as the memory was
+            torch.nn.init.normal_(decoder.text_projection, std=decoder.width**-0.5)
+        return module
 
 
 def _own_text_tower(config: dict[str, Any], name: ModelName) -> dict[str, Any]:

@@ -66,6 +66,20 @@ def test_fresh_weights_depend_on_the_seed_alone(tmp_path: Path, tiny_model: Path
         load_model(name)
 
 
+def test_a_fresh_coca_has_no_weight_that_was_left_in_memory(tmp_path: Path) -> None:
+    tower = {"width": 32, "layers": 1, "heads": 2}
+    vision = {"width": 32, "layers": 1, "head_width": 16, "patch_size": 16, "image_size": 32}
+    vision |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    text = tower | {"embed_cls": True, "output_tokens": True}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text, "multimodal_cfg": tower, "custom_text": True}
+    (tmp_path / "coca.json").write_text(json.dumps(config))
+    torch.use_deterministic_algorithms(True)  # new memory holds NaN
+    try:
+        load_model(parse_model(str(tmp_path / "coca.json")), fresh_seed=1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_hashes_tell_weights_and_pixels_apart(tiny_model: Path, tmp_path: Path) -> None:
     model = load_model(parse_model(str(tiny_model)))
     moved = shutil.copytree(tiny_model, tmp_path / "moved")
