@@ -92,7 +92,7 @@ _Channels = Annotated[list[float], msgspec.Meta(min_length=3, max_length=3)]
 
 
 class _Tower(msgspec.Struct):
-    """Those entries of a tower that count something; open_clip knows more, and checks those itself."""
+    """Those entries of a tower that are read here, or count something; open_clip knows more, and checks those itself."""
 
     layers: _Count | list[_Count] | None = None
     width: _Count | None = None
@@ -102,6 +102,7 @@ class _Tower(msgspec.Struct):
     image_size: _Count | list[_Count] | None = None
     context_length: _Count | None = None
     vocab_size: _Count | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
 
 
 class _Architecture(msgspec.Struct):
