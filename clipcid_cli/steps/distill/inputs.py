@@ -375,9 +375,11 @@ def _validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
 def _choose_views(settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts) -> int:
     """Return how many stored views of each image are shown; refuse embeddings that lack many of the samples."""
     if counts.without_embedding > settings.max_bad_fraction * counts.candidates:
+        number, member = max(zip(embeddings.lacking, embeddings.members, strict=True), key=lambda pair: pair[0])
+        at_fault = member if 2 * number >= counts.without_embedding else embeddings
         raise ClipcidError(
-            f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {embeddings.folder}.",
-            f"Give the data that was embedded, or run: {_embed_again(settings, embeddings)}",
+            f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {at_fault.folder}.",
+            f"Give the data that was embedded, or run: {_embed_again(settings, at_fault)}",
         )
     views = embeddings.num_each(Kind.VIEWS) if settings.shows_views else 0
     validate_views(settings, embeddings.folder, embeddings.sidecar, views)

@@ -60,8 +60,12 @@ def test_cosines_are_weighted_means_of_views_captions_and_further_texts(place: P
 
 def test_a_teacher_of_images_alone_adds_to_images(place: Path, tiny_shards: Path) -> None:
     """Captions are compared as by the other, images with captions likewise, but for a factor; what one lacks is left out."""
-    with pytest.raises(ClipcidError, match="1 of 24 samples have no embedding"):
+    with pytest.raises(ClipcidError, match=r"1 of 24 samples have no embedding in \S+vision\."):
         teach(place, tiny_shards, "vision", "one")
+    strange = place / "embeddings" / "strange"
+    write_embeddings(strange, np.eye(16, dtype=np.float16), keys=[f"x{number}" for number in range(16)])
+    with pytest.raises(ClipcidError, match=r"strange has none of the 24 keys of \S+one\."):
+        teach(place, tiny_shards, "one", "strange")
     numbers, (images, texts) = teach(place, tiny_shards, "vision", "one", max_bad_fraction=0.1, extra_texts=0)
     assert sorted(numbers) == [number for number in range(24) if number != 5]
     one, vision = (open_embeddings(place / "embeddings" / name) for name in ("one", "vision"))
@@ -96,6 +100,8 @@ def test_clusters_and_a_run_of_several_teachers(place: Path, tiny_shards: Path, 
     assert "24 of the teacher's 56 dimensions" in said
     assert train(work, tiny_shards, **common)[0] == log
     weighted = common | {"teacher_weight": (2.0, 1.0), "preset": "clip-kd"}
+    with pytest.raises(ClipcidError, match=r"are of \S+one \+ \S+two, the embeddings of 0\.667·\S+one \+ 0\.333·\S+two"):
+        train(work, tiny_shards, **weighted | {"preset": "cid"}, name="weighted")
     train(work, tiny_shards, **common | {"preset": "clip-kd", "name": "kd"})
     with pytest.raises(ClipcidError, match="other settings or inputs"):
         train(work, tiny_shards, **weighted, name="kd")
