@@ -351,14 +351,14 @@ def _validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
         return
     made = embeddings.sidecar.made
     keys = made.keys
-    if made.caption_key != dataset.caption_keys:
+    if embeddings.has_texts and made.caption_key != dataset.caption_keys:
         wanted = " ".join(f"--caption-key {key}" for key in made.caption_key)
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} were made with {wanted or 'no --caption-key'}, the data is read with "
             f"{' '.join(dataset.caption_keys) or 'none'}: captions differ.",
             f"Give {wanted}." if wanted else "Omit --caption-key.",
         )
-    if made.caption_lines != dataset.caption_lines:
+    if embeddings.has_texts and made.caption_lines != dataset.caption_lines:
         flag = "--caption-lines" if made.caption_lines else "--no-caption-lines"
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} were made with {flag}, the data is read without it: captions differ.",

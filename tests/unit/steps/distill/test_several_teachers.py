@@ -80,6 +80,14 @@ def test_a_teacher_of_images_alone_adds_to_images(place: Path, tiny_shards: Path
         np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
+def test_images_alone_are_of_data_with_any_captions(place: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    work, model = tmp_path / "work", place / "models" / "one"
+    embed_data(tiny_shards, model, work / "embeddings" / "one", text=False)
+    given: dict[str, Any] = {"student": str(write_student(tmp_path)), "preset": "clip", "loss": ("fd=1",), "steps": 2}
+    said = train(work, tiny_shards, teacher=(str(model),), caption_key=("txt",), **given)[1]
+    assert "They are of images only" in said
+
+
 def test_clusters_and_a_run_of_several_teachers(place: Path, tiny_shards: Path, tmp_path: Path) -> None:
     work, folders = tmp_path / "work", tuple(place / "embeddings" / name for name in ("one", "two"))
     common: dict[str, Any] = {"student": str(write_student(tmp_path)), "steps": 2, "embeddings": folders}
@@ -100,7 +108,9 @@ def test_clusters_and_a_run_of_several_teachers(place: Path, tiny_shards: Path, 
     assert "24 of the teacher's 56 dimensions" in said
     assert train(work, tiny_shards, **common)[0] == log
     weighted = common | {"teacher_weight": (2.0, 1.0), "preset": "clip-kd"}
-    with pytest.raises(ClipcidError, match=r"are of \S+one \+ \S+two, the embeddings of 0\.667·\S+one \+ 0\.333·\S+two"):
+    with pytest.raises(
+        ClipcidError, match=r"are of \S+one \+ \S+two, the embeddings of 0\.667·\S+one \+ 0\.333·\S+two"
+    ):
         train(work, tiny_shards, **weighted | {"preset": "cid"}, name="weighted")
     train(work, tiny_shards, **common | {"preset": "clip-kd", "name": "kd"})
     with pytest.raises(ClipcidError, match="other settings or inputs"):
@@ -111,6 +121,7 @@ def test_clusters_and_a_run_of_several_teachers(place: Path, tiny_shards: Path, 
     ("given", "message"),
     [
         ({"teacher": ("a", "b"), "teacher_weight": (1.0,)}, "--teacher-weight was given 1 times, for 2 teachers"),
+        ({"teacher": ("a", "b"), "teacher_weight": (1.0, math.inf)}, r"--teacher-weight inf is not in the range x>0"),
         ({"teacher": ("a", "b"), "embeddings": (Path("c"),)}, "--teacher was given 2 times, --embeddings 1"),
         ({"teacher": ("a", "none")}, "--teacher none was given beside other teachers"),
         ({"teacher": ("a", "b"), "online_teacher": True}, "--online-teacher is of one teacher, and there are 2"),
