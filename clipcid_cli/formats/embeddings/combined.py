@@ -127,7 +127,10 @@ class CombinedEmbeddings(Embeddings):
 
 
 def _find_places(first: Embeddings, other: Embeddings, scratch: Path | None) -> Numbers | None:
-    """Find where the rows of one are in another: int64 [N], −1 for none; None where both have the same rows."""
+    """Find where the rows of one are in another: int64 [N], −1 for none; None where both have the same rows.
+
+    In another order each start joins them anew, and each process has the places, 8 N bytes, in memory of its own.
+    """
     found = join(lambda: map(first.keys_of, first.files), first.num_rows, other.listing(), scratch)[:, 0]
     is_same = first.num_rows == other.num_rows and np.array_equal(found, np.arange(first.num_rows))
     return None if is_same else found

@@ -166,6 +166,8 @@ def find_embeddings(settings: DistillSettings, context: DistContext) -> tuple[Pa
     for teacher in teachers:
         found = _ensure_embeddings(settings, teacher, context)
         if isinstance(found, EmbedCost):
+            if teacher != teachers[-1]:
+                reporting.note(f"That is the cost of {teacher} alone: the teachers after it are not looked at.")
             return found
         folders.append(found)
     return tuple(folders)
@@ -311,6 +313,11 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], cache: Pat
     if settings.needs_teacher and settings.teacher:
         for member, teacher in zip(embeddings.members, named_teachers(settings), strict=True):
             _validate_made_by(teacher, member, settings)
+    if "siglip-kd" in settings.losses():
+        models = [member.model for member in embeddings.members if member.has_texts]
+        has_bias = [model is not None and model.logit_bias is not None for model in models]
+        if any(has_bias) and not all(has_bias):
+            reporting.note("siglip-kd takes the softmax of the teachers: not all of them have a logit bias.")
     folder = embeddings.folder
     if embeddings.has_texts or settings.online_teacher:
         return embeddings
@@ -332,6 +339,8 @@ def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: Dist
     folder = embeddings.folder
     if embeddings.sidecar is not None:
         fix = f"Omit --embeddings, or run: {embed_with(teacher, settings, embeddings.sidecar.data)}"
+        if settings.num_teachers > 1:
+            fix = f"Give --teacher in the order of --embeddings. {fix}"
         validate_teacher(f"embeddings in {folder}", embeddings.sidecar.model, teacher, fix)
     elif (width := read_width(teacher)) not in (None, embeddings.width):
         raise ClipcidError(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from balance_data import write_embeddings
+from balance_data import heard, write_embeddings
 from conftest import TINY_CONFIG, write_tiny_model
 from teaching_data import embed_data, join, read_keys, train, write_student
 
@@ -18,6 +18,7 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.cluster import run as cluster
+from clipcid_cli.steps.distill import run as distill
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -115,6 +116,23 @@ def test_clusters_and_a_run_of_several_teachers(place: Path, tiny_shards: Path, 
     train(work, tiny_shards, **common | {"preset": "clip-kd", "name": "kd"})
     with pytest.raises(ClipcidError, match="other settings or inputs"):
         train(work, tiny_shards, **weighted, name="kd")
+
+
+def test_what_is_missing_of_several_teachers_is_named(place: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    work, teachers = tmp_path / "work", tuple(str(place / "models" / name) for name in ("one", "two"))
+    given: dict[str, Any] = {"work": work, "data": str(tiny_shards), "teacher": teachers, "dry_run": True}
+    given |= {"student": str(write_student(tmp_path)), "device": "cpu", "workers": 0}
+    with pytest.raises(ClipcidError, match="There are no clusters") as raised:
+        distill.run(DistillSettings(**given, preset="cid", teacher_weight=(2.0, 1.0)))
+    folders = " ".join(f"--embeddings {work / 'embeddings' / name}" for name in ("one", "two"))
+    assert f"clipcid cluster {folders} --teacher-weight 2.0 --teacher-weight 1.0 --work {work}" in raised.value.fix
+    with heard() as told:
+        distill.run(DistillSettings(**given))
+    assert f"That is the cost of {teachers[0]} alone" in told[-1]
+    swapped = tuple(place / "embeddings" / name for name in ("two", "one"))
+    with pytest.raises(ClipcidError, match="the teacher is") as raised:
+        distill.run(DistillSettings(**given, embeddings=swapped))
+    assert "Give --teacher in the order of --embeddings." in raised.value.fix
 
 
 @pytest.mark.parametrize(
