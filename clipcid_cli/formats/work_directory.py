@@ -7,6 +7,7 @@ elsewhere and the command to make it.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,12 @@ class WorkDirectory:
         """Return the file of the second moment of embeddings, in which `distill` finds principal axes."""
         return self.path / ".second-moments" / f"{identity}.npy"
 
-    def repair(self, *embeddings: Path) -> Path:
-        """Return the folder of what was decided of the repair of a teacher: one for its embeddings, or those joined."""
+    def repair(self, embeddings: Sequence[Path], weights: Sequence[float]) -> Path:
+        """Return the folder of what was decided of the repair of a teacher, or of several with these weights."""
         names = [self.name_of(folder) for folder in embeddings]
         label = "+".join(Path(name).name for name in names)
-        return self.path / "repair" / f"{label}-{hash_json(names if len(names) > 1 else names[0])[:8]}"
+        identity = [names, list(weights)] if len(names) > 1 else names[0]
+        return self.path / "repair" / f"{label}-{hash_json(identity)[:8]}"
 
     def distill(self, name: str) -> Path:
         return self.path / "distill" / name

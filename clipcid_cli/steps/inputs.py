@@ -66,6 +66,14 @@ def open_teachers(
     combined = CombinedEmbeddings(opened, settings.teacher_weights, scratch)
     weights = ", ".join(f"{weight:.3g}" for weight in combined.weights)
     reporting.note(f"Teachers: {len(opened)}, joined by key to rows of width {combined.width}; weights {weights}.")
+    for each, lacking in zip(opened, combined.lacking, strict=True):
+        if lacking == combined.num_rows:
+            raise ClipcidError(
+                f"{each.folder} has none of the {lacking:,} keys of {combined.folder}.",
+                "Give embeddings of the same data; or name the column of the keys with --key-column.",
+            )
+        if lacking:
+            reporting.note(f"{each.folder} lacks {lacking:,} of the {combined.num_rows:,} keys of {combined.folder}.")
     silent = [str(each.folder) for each in opened if not each.has_texts]
     if silent and combined.has_texts:
         reporting.note(f"Without captions, and so with zeros in rows of texts: {', '.join(silent)}.")

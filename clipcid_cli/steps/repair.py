@@ -39,7 +39,8 @@ def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embe
     """
     if settings.repair == "none" or not embeddings.has_texts:
         return embeddings, None
-    folder = WorkDirectory(settings.work).repair(*(member.folder for member in embeddings.members))
+    folders = [member.folder for member in embeddings.members]
+    folder = WorkDirectory(settings.work).repair(folders, embeddings.weights)
     scale = teacher_scale(embeddings)
     is_there = sidecar_path(folder, STEP).exists()
     found: RepairSidecar | None = None

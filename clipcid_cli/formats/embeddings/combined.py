@@ -37,6 +37,7 @@ class CombinedEmbeddings(Embeddings):
         self.weights = tuple(weights)
         self.width = sum(member.width for member in members)
         self._places = [None if member is first else _find_places(first, member, scratch) for member in members]
+        self.lacking = tuple(0 if places is None else int(np.sum(places < 0)) for places in self._places)
         self.kinds = self._find_kinds()
 
     @property
@@ -48,6 +49,8 @@ class CombinedEmbeddings(Embeddings):
         """What stands for the teachers in a sidecar; no model has its name."""
         models = [member.model for member in self.members]
         names = [member.model.spec if member.model else str(member.folder) for member in self.members]
+        if len(set(self.weights)) > 1:
+            names = [f"{weight:.3g}·{name}" for weight, name in zip(self.weights, names, strict=True)]
         hashes = ["unrecorded" if model is None else model.weights_hash for model in models]
         scale = self._mean("logit_scale")
         return ModelRecord(
@@ -124,7 +127,10 @@ class CombinedEmbeddings(Embeddings):
 
 
 def _find_places(first: Embeddings, other: Embeddings, scratch: Path | None) -> Numbers | None:
-    """Find where the rows of one are in another: int64 [N], −1 for none; None where both have the same rows."""
+    """Find where the rows of one are in another: int64 [N], −1 for none; None where both have the same rows.
+
+    In another order each start joins them anew, and each process has the places, 8 N bytes, in memory of its own.
+    """
     found = join(lambda: map(first.keys_of, first.files), first.num_rows, other.listing(), scratch)[:, 0]
     is_same = first.num_rows == other.num_rows and np.array_equal(found, np.arange(first.num_rows))
     return None if is_same else found

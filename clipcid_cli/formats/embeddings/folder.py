@@ -61,6 +61,7 @@ class Embeddings:
 
     # The weight of each teacher whose rows are joined in these; see `combined.py`.
     weights: tuple[float, ...] = (1.0,)
+    lacking: tuple[int, ...] = (0,)  # how many of the rows each of them has not
     # What rows of images and views are multiplied by; None where they are read as they are stored.
     image_map: RowMap | None = None
 

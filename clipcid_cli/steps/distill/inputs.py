@@ -166,6 +166,8 @@ def find_embeddings(settings: DistillSettings, context: DistContext) -> tuple[Pa
     for teacher in teachers:
         found = _ensure_embeddings(settings, teacher, context)
         if isinstance(found, EmbedCost):
+            if teacher != teachers[-1]:
+                reporting.note(f"That is the cost of {teacher} alone: the teachers after it are not looked at.")
             return found
         folders.append(found)
     return tuple(folders)
@@ -311,6 +313,11 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], cache: Pat
     if settings.needs_teacher and settings.teacher:
         for member, teacher in zip(embeddings.members, named_teachers(settings), strict=True):
             _validate_made_by(teacher, member, settings)
+    if "siglip-kd" in settings.losses():
+        models = [member.model for member in embeddings.members if member.has_texts]
+        has_bias = [model is not None and model.logit_bias is not None for model in models]
+        if any(has_bias) and not all(has_bias):
+            reporting.note("siglip-kd takes the softmax of the teachers: not all of them have a logit bias.")
     folder = embeddings.folder
     if embeddings.has_texts or settings.online_teacher:
         return embeddings
@@ -332,6 +339,8 @@ def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: Dist
     folder = embeddings.folder
     if embeddings.sidecar is not None:
         fix = f"Omit --embeddings, or run: {embed_with(teacher, settings, embeddings.sidecar.data)}"
+        if settings.num_teachers > 1:
+            fix = f"Give --teacher in the order of --embeddings. {fix}"
         validate_teacher(f"embeddings in {folder}", embeddings.sidecar.model, teacher, fix)
     elif (width := read_width(teacher)) not in (None, embeddings.width):
         raise ClipcidError(
@@ -351,14 +360,14 @@ def _validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
         return
     made = embeddings.sidecar.made
     keys = made.keys
-    if made.caption_key != dataset.caption_keys:
+    if embeddings.has_texts and made.caption_key != dataset.caption_keys:
         wanted = " ".join(f"--caption-key {key}" for key in made.caption_key)
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} were made with {wanted or 'no --caption-key'}, the data is read with "
             f"{' '.join(dataset.caption_keys) or 'none'}: captions differ.",
             f"Give {wanted}." if wanted else "Omit --caption-key.",
         )
-    if made.caption_lines != dataset.caption_lines:
+    if embeddings.has_texts and made.caption_lines != dataset.caption_lines:
         flag = "--caption-lines" if made.caption_lines else "--no-caption-lines"
         raise ClipcidError(
             f"The embeddings in {embeddings.folder} were made with {flag}, the data is read without it: captions differ.",
@@ -375,9 +384,11 @@ def _validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
 def _choose_views(settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts) -> int:
     """Return how many stored views of each image are shown; refuse embeddings that lack many of the samples."""
     if counts.without_embedding > settings.max_bad_fraction * counts.candidates:
+        number, member = max(zip(embeddings.lacking, embeddings.members, strict=True), key=lambda pair: pair[0])
+        at_fault = member if 2 * number >= counts.without_embedding else embeddings
         raise ClipcidError(
-            f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {embeddings.folder}.",
-            f"Give the data that was embedded, or run: {_embed_again(settings, embeddings)}",
+            f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {at_fault.folder}.",
+            f"Give the data that was embedded, or run: {_embed_again(settings, at_fault)}",
         )
     views = embeddings.num_each(Kind.VIEWS) if settings.shows_views else 0
     validate_views(settings, embeddings.folder, embeddings.sidecar, views)

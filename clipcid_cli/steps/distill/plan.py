@@ -70,8 +70,19 @@ def validate_named(settings: DistillSettings) -> list[ZeroshotTask]:
     if settings.keep_list not in (None, NO_KEEP_LIST):
         read_keep_list(Path(settings.keep_list))
     if any(LOSSES[name].needs_clusters for name in settings.losses()):
-        read_cluster_sidecar(settings.clusters or WorkDirectory(settings.work).find_clusters())
+        read_cluster_sidecar(
+            settings.clusters or WorkDirectory(settings.work).find_clusters(**_flags_of_several(settings))
+        )
     return plan_evaluation(zeroshot_settings(settings))
+
+
+def _flags_of_several(settings: DistillSettings) -> dict[str, Any]:
+    """Return the flags by which `cluster` takes several teachers, whose embeddings may not exist yet."""
+    if settings.num_teachers == 1:
+        return {}
+    work = WorkDirectory(settings.work)
+    folders = settings.embeddings or tuple(work.embeddings(teacher.slug) for teacher in named_teachers(settings))
+    return {"embeddings": folders, "teacher_weight": settings.teacher_weight}
 
 
 def plan_run(

@@ -89,7 +89,13 @@ def load_student(settings: DistillSettings, device: torch.device) -> Student:
     name = parse_model(str(settings.student))
     model = load_model(name, device, fresh_seed=settings.seed)
     if any(LOSSES[loss].needs_bias for loss in settings.losses()):
+        before, had_bias = model.logit_scale, model.logit_bias is not None
         model = model.with_logit_bias()
+        if name.has_weights and not had_bias:
+            reporting.note(
+                f"The student gets a logit bias, {model.logit_bias:g}, and with it a new logit scale: {before:.3g} → "
+                f"{model.logit_scale:.3g}."
+            )
     starts_trained = {"image", "text"} if name.has_weights else set()
     if settings.init_from is not None:
         model = _inherit(model, settings.init_from, settings.init_towers)

@@ -126,6 +126,9 @@ def ensure_embeddings(
         own = {field.name for field in dataclasses.fields(EmbedSettings)} - {"keys", "batch_size", "precision"}
         made = {name: getattr(sidecar.made, name) for name in own.intersection(sidecar.settings)}
         request = dataclasses.replace(request, **made | {"text": sidecar.made.text or bool(text)})
+        if not request.text:  # how captions are read made no difference
+            captions = {name: getattr(sidecar.made, name) for name in ("caption_key", "caption_lines")}
+            request = dataclasses.replace(request, **captions)
     elif text is None:
         request = dataclasses.replace(request, text=context.on_rank0(lambda: choose_text(request)))
     result = make_embeddings(request, context, "" if text else embed_images_first(request, name))

@@ -22,14 +22,15 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of which a Path keeps one sla
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may be. NaN is in no range."""
+    """The numbers that a setting may be. NaN and infinity are in no range."""
 
     minimum: float
     maximum: float = math.inf
     min_open: bool = False  # whether the minimum itself is refused, as for a fraction that may not be 0
 
     def __contains__(self, number: float) -> bool:
-        return (self.minimum < number if self.min_open else self.minimum <= number) and number <= self.maximum
+        is_above = self.minimum < number if self.min_open else self.minimum <= number
+        return is_above and number <= self.maximum and math.isfinite(number)
 
     def __str__(self) -> str:  # as click writes it
         if self.maximum == math.inf:

@@ -108,6 +108,11 @@ def test_a_student_of_the_sigmoid_losses_keeps_its_bias(tiny_shards: Path, tiny_
     recorded = json.loads((work / "embeddings" / made.info.slug / "embed.json").read_text())["model"]
     assert recorded["logit_bias"] == made.logit_bias
     assert again[0]["bias_student"] == pytest.approx(made.logit_bias, abs=0.02)
+    teachers = (made.info.spec, str(tiny_model))
+    given = common | {"name": "two", "teacher_space": "project", "steps": 1, "eval_every": 1}
+    _, said = train(work, tiny_shards, teacher=teachers, student=str(tiny_model), **given)
+    assert "siglip-kd takes the softmax of the teachers" in said
+    assert "a new logit scale: 14.3 → 10." in said
 
 
 def share(rank: int, store: str, results: multiprocessing.Queue[Any]) -> None:

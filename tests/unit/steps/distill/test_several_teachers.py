@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from balance_data import write_embeddings
+from balance_data import heard, write_embeddings
 from conftest import TINY_CONFIG, write_tiny_model
 from teaching_data import embed_data, join, read_keys, train, write_student
 
@@ -18,6 +18,7 @@ from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.cluster import run as cluster
+from clipcid_cli.steps.distill import run as distill
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -60,8 +61,12 @@ def test_cosines_are_weighted_means_of_views_captions_and_further_texts(place: P
 
 def test_a_teacher_of_images_alone_adds_to_images(place: Path, tiny_shards: Path) -> None:
     """Captions are compared as by the other, images with captions likewise, but for a factor; what one lacks is left out."""
-    with pytest.raises(ClipcidError, match="1 of 24 samples have no embedding"):
+    with pytest.raises(ClipcidError, match=r"1 of 24 samples have no embedding in \S+vision\."):
         teach(place, tiny_shards, "vision", "one")
+    strange = place / "embeddings" / "strange"
+    write_embeddings(strange, np.eye(16, dtype=np.float16), keys=[f"x{number}" for number in range(16)])
+    with pytest.raises(ClipcidError, match=r"strange has none of the 24 keys of \S+one\."):
+        teach(place, tiny_shards, "one", "strange")
     numbers, (images, texts) = teach(place, tiny_shards, "vision", "one", max_bad_fraction=0.1, extra_texts=0)
     assert sorted(numbers) == [number for number in range(24) if number != 5]
     one, vision = (open_embeddings(place / "embeddings" / name) for name in ("one", "vision"))
@@ -74,6 +79,14 @@ def test_a_teacher_of_images_alone_adds_to_images(place: Path, tiny_shards: Path
         (images @ texts.T, t @ u.T / math.sqrt(2)),
     ):
         np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def test_images_alone_are_of_data_with_any_captions(place: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    work, model = tmp_path / "work", place / "models" / "one"
+    embed_data(tiny_shards, model, work / "embeddings" / "one", text=False)
+    given: dict[str, Any] = {"student": str(write_student(tmp_path)), "preset": "clip", "loss": ("fd=1",), "steps": 2}
+    said = train(work, tiny_shards, teacher=(str(model),), caption_key=("txt",), **given)[1]
+    assert "They are of images only" in said
 
 
 def test_clusters_and_a_run_of_several_teachers(place: Path, tiny_shards: Path, tmp_path: Path) -> None:
@@ -96,15 +109,37 @@ def test_clusters_and_a_run_of_several_teachers(place: Path, tiny_shards: Path, 
     assert "24 of the teacher's 56 dimensions" in said
     assert train(work, tiny_shards, **common)[0] == log
     weighted = common | {"teacher_weight": (2.0, 1.0), "preset": "clip-kd"}
+    with pytest.raises(
+        ClipcidError, match=r"are of \S+one \+ \S+two, the embeddings of 0\.667·\S+one \+ 0\.333·\S+two"
+    ):
+        train(work, tiny_shards, **weighted | {"preset": "cid"}, name="weighted")
     train(work, tiny_shards, **common | {"preset": "clip-kd", "name": "kd"})
     with pytest.raises(ClipcidError, match="other settings or inputs"):
         train(work, tiny_shards, **weighted, name="kd")
+
+
+def test_what_is_missing_of_several_teachers_is_named(place: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    work, teachers = tmp_path / "work", tuple(str(place / "models" / name) for name in ("one", "two"))
+    given: dict[str, Any] = {"work": work, "data": str(tiny_shards), "teacher": teachers, "dry_run": True}
+    given |= {"student": str(write_student(tmp_path)), "device": "cpu", "workers": 0}
+    with pytest.raises(ClipcidError, match="There are no clusters") as raised:
+        distill.run(DistillSettings(**given, preset="cid", teacher_weight=(2.0, 1.0)))
+    folders = " ".join(f"--embeddings {work / 'embeddings' / name}" for name in ("one", "two"))
+    assert f"clipcid cluster {folders} --teacher-weight 2.0 --teacher-weight 1.0 --work {work}" in raised.value.fix
+    with heard() as told:
+        distill.run(DistillSettings(**given))
+    assert f"That is the cost of {teachers[0]} alone" in told[-1]
+    swapped = tuple(place / "embeddings" / name for name in ("two", "one"))
+    with pytest.raises(ClipcidError, match="the teacher is") as raised:
+        distill.run(DistillSettings(**given, embeddings=swapped))
+    assert "Give --teacher in the order of --embeddings." in raised.value.fix
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"teacher": ("a", "b"), "teacher_weight": (1.0,)}, "--teacher-weight was given 1 times, for 2 teachers"),
+        ({"teacher": ("a", "b"), "teacher_weight": (1.0, math.inf)}, r"--teacher-weight inf is not in the range x>0"),
         ({"teacher": ("a", "b"), "embeddings": (Path("c"),)}, "--teacher was given 2 times, --embeddings 1"),
         ({"teacher": ("a", "none")}, "--teacher none was given beside other teachers"),
         ({"teacher": ("a", "b"), "online_teacher": True}, "--online-teacher is of one teacher, and there are 2"),
