@@ -13,7 +13,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record, validate_unchanged
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, WEB, list_written, sync_files, validate_export_folder
-from clipcid_cli.formats.models.web_folder import write_engine
+from clipcid_cli.formats.models.web_folder import validate_packages, write_engine
 from clipcid_cli.formats.output import OutputSpec, is_claimed, open_output
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, Parity, read_sidecar, sidecar_path
@@ -81,6 +81,8 @@ def _plan(settings: ExportSettings) -> tuple[ModelName, Path]:
             f"Model {source.spec} is the folder {folder}, so its export would overwrite it.",
             "Give another folder with --out.",
         )
+    if "web" in settings.format:
+        validate_packages(settings.npm_packages)
     validate_export_folder(folder, overwrite=settings.overwrite)
     return source, folder
 
