@@ -18,6 +18,7 @@ from clipcid_cli.formats.output import OutputSpec, is_claimed, open_output
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, Parity, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
@@ -42,7 +43,7 @@ class ExportResult(msgspec.Struct):
 
 def run(settings: ExportSettings) -> ExportResult:
     """Export a model; with many processes the first does it, on the CPU."""
-    with open_dist_context("cpu") as context:
+    with interruption.starts_over(), open_dist_context("cpu") as context:
         return context.on_rank0(lambda: _run(settings))
 
 
