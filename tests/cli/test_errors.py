@@ -171,7 +171,7 @@ def test_a_line_is_refused(clipcid: OneProcess, place: Path, line: str, code: in
 
 
 def test_those_that_turn_a_flag_off_are_not_refused(clipcid: OneProcess, place: Path) -> None:
-    off = "--views none --extra-texts 0 --steps 1 --batch-size 8 --preset clip --dry-run --json"
+    off = "--views none --extra-texts 0 --steps 1 --batch-size 8 --preset clip --report-to wandb --dry-run --json"
     found = clipcid(*shlex.split(f"{DISTILL} --teacher none {off}"), cwd=place)
     assert found.code == 0, found
     assert json.loads(found.out)["steps"] == 1
