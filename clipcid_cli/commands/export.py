@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def show(result: ExportResult, console: Console) -> None:
         names = dict.fromkeys(first if not others else f"{first}/" for first, *others in places)
         facts |= {"folder": str(folder), "files": ", ".join(names)}
         if page := result.files.get("web/index"):
-            facts["page"] = f"python -m http.server --directory {Path(page).parent}"
+            facts["page"] = shlex.join(["python", "-m", "http.server", "--directory", str(Path(page).parent)])
     print_facts(console, "" if rows else "Would export", facts)
 
 

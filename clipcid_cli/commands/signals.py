@@ -81,7 +81,7 @@ def _wait_for_signal(reader: int, numbers: list[signal.Signals]) -> int:
 
 
 def _end_now(number: int) -> None:
-    _say(f"Interrupted. Run the same command again to continue {interruption.describe_resumption()}.")
+    _say(f"Interrupted. Run the same command again{interruption.describe_resumption()}.")
     os._exit(128 + number)
 
 

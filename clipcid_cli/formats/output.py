@@ -139,6 +139,7 @@ class Output(Generic[AnySidecar]):
                 with suppress(OSError, ValueError):  # of a name that is none
                     if path.is_relative_to(os.path.normpath(top)):  # an edited sidecar names what it likes
                         path.unlink()
+                        path.parent.rmdir()  # which fails where it holds anything else
         try:
             earlier.unlink(missing_ok=True)
         except OSError as error:

@@ -16,6 +16,7 @@ _SECONDS_BETWEEN_PROCESSES = 2.0
 _asked = threading.Event()
 _saved = threading.Event()
 _describe: Callable[[], str] | None = None
+_resumes = True
 
 
 @contextmanager
@@ -33,6 +34,17 @@ def ends_when_saved(describe: Callable[[], str]) -> Iterator[None]:
     finally:
         _describe = None
         _saved.set()
+
+
+@contextmanager
+def starts_over() -> Iterator[None]:
+    """Let what is said at a signal within the block promise no resumption: the same command begins anew."""
+    global _resumes
+    _resumes = False
+    try:
+        yield
+    finally:
+        _resumes = True
 
 
 def is_asked() -> bool:
@@ -59,5 +71,7 @@ def wait_until_saved(seconds: float) -> bool:
 
 
 def describe_resumption() -> str:
-    """Say where the same command goes on."""
-    return "where it stopped" if _describe is None else _describe()
+    """Say where the same command goes on, as the end of a sentence; nothing where it begins anew."""
+    if not _resumes:
+        return ""
+    return f" to continue {'where it stopped' if _describe is None else _describe()}"

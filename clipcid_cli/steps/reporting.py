@@ -35,7 +35,7 @@ _reporters = [Reporter()]
 
 @contextmanager
 def reporting_to(reporter: Reporter) -> Iterator[None]:
-    """Let a reporter receive what is said in the block, by whichever thread."""
+    """Let a reporter receive what is said in the block, by whichever thread: a process runs one command at a time."""
     _reporters.append(reporter)
     try:
         yield

@@ -109,6 +109,8 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("export model --templates names.txt", 2, "Add --classnames FILE"),
     ("export model --classnames names.txt", 2, "--classnames applies only to ONNX files"),
     ("export model --opset 19", 2, "--opset applies only to ONNX files"),
+    ("export model --npm-packages pairs", 2, "Add --format web"),
+    ("export model --format web --npm-packages pairs --dry-run", 1, "pairs has no onnxruntime-web-1.30.0.tgz and no"),
     ("export model --format onnx --classnames nowhere.txt", 1, "nowhere.txt cannot be read"),
     ("export model --format onnx --quantize int8 --work w", 1, "needs images with classes or captions"),
     ("export wide --format open-clip --format hf", 1, "vision_cfg.image_size is [16, 32], not square"),
@@ -169,7 +171,7 @@ def test_a_line_is_refused(clipcid: OneProcess, place: Path, line: str, code: in
 
 
 def test_those_that_turn_a_flag_off_are_not_refused(clipcid: OneProcess, place: Path) -> None:
-    off = "--views none --extra-texts 0 --steps 1 --batch-size 8 --preset clip --dry-run --json"
+    off = "--views none --extra-texts 0 --steps 1 --batch-size 8 --preset clip --report-to wandb --dry-run --json"
     found = clipcid(*shlex.split(f"{DISTILL} --teacher none {off}"), cwd=place)
     assert found.code == 0, found
     assert json.loads(found.out)["steps"] == 1

@@ -134,10 +134,3 @@ def test_the_page_shows_the_scores_of_eval(
         assert status == f"Most like: {NAMES[row['predicted']]}"
         expected = {NAMES[place]: score for place, score in zip(row["top"], row["scores"], strict=True)}
         assert dict(shown) == pytest.approx(expected, abs=1e-3)
-
-
-def test_without_npm_the_command_is_named(clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path) -> None:
-    run = clipcid("export", tiny_model, "--format", "web", "--out", "out", "--npm-packages", ".", check=False)
-    assert run.returncode == 1
-    assert "npm pack onnxruntime-web@" in run.stderr
-    assert not list((tmp_path / "out").glob("[!.]*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from clipcid_cli.formats.models.export_folder import (
     JS_TOKENIZERS_LICENSE,
     TOKENIZER,
 )
+from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.report import render_report
 
 # Packages in the versions that the page was tested with: which of their files it needs, and their names in its folder.
@@ -32,6 +34,17 @@ _FIX = (
 )
 
 
+def validate_packages(packages: Path | None) -> None:
+    """Refuse a folder that lacks a package's file; without a folder, that npm is missing."""
+    if packages is None:
+        if shutil.which("npm") is None:
+            raise ClipcidError("--format web takes two packages from npm, which is not installed.", _FIX)
+        return
+    missing = [name for name in map(_archive_name, _PACKAGES) if not (packages / name).is_file()]
+    if missing:
+        raise ClipcidError(f"--npm-packages: {packages} has no {' and no '.join(missing)}.", _FIX)
+
+
 def write_engine(folder: Path, packages: Path | None) -> None:
     """Write what the page runs by.
 
@@ -41,23 +54,26 @@ def write_engine(folder: Path, packages: Path | None) -> None:
     with TemporaryDirectory() as scratch:
         archives = packages or _fetch_packages(Path(scratch))
         for package, files in _PACKAGES.items():
-            archive = archives / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
-            try:
-                with tarfile.open(archive) as tar:
-                    contents = {name: tar.extractfile(f"package/{member}") for member, name in files.items()}
-                    for name, content in contents.items():
-                        assert content is not None, "packages of npm hold no folders as members"
-                        write_bytes(folder / name, content.read())
-            except (OSError, KeyError, tarfile.TarError) as error:
-                raise ClipcidError(f"--npm-packages: {archive} is not npm's {package}: {error}.", _FIX) from error
+            archive = archives / _archive_name(package)
+            with (
+                reading(archive, f"npm's {package}", _FIX) as file,
+                tarfile.open(fileobj=file, mode="r:gz") as tar,
+            ):
+                for member, name in files.items():
+                    content = tar.extractfile(f"package/{member}")
+                    if content is None:
+                        raise ClipcidError(f"{archive} is not npm's {package}: {member} is a folder.", _FIX)
+                    write_bytes(folder / name, content.read())
+
+
+def _archive_name(package: str) -> str:
+    """Return how ``npm pack`` names a package's file."""
+    return package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz"
 
 
 def _fetch_packages(folder: Path) -> Path:
     command = ["npm", "pack", *_PACKAGES, "--prefer-offline", "--pack-destination", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise ClipcidError("--format web takes two packages from npm, which is not installed.", _FIX) from error
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip()[-500:]
         raise ClipcidError(f"--format web takes two packages from npm, which failed:\n{said}", _FIX)

@@ -17,23 +17,24 @@ from clipcid_cli.formats.results.run_folder import Board, RunFolder
 _OR_NONE = "or omit --report-to: train.jsonl holds the same numbers."
 
 
-def validate_board(kind: str) -> None:
+def validate_board(kind: str, *, quiet: bool) -> None:
     """Refuse a board whose package, or whose key, is missing."""
     if kind == "tensorboard":
         _import_tensorboard()
     if kind == "wandb":
         wandb = _import_wandb()
         try:
+            wandb.setup(wandb.Settings(silent=quiet))
             wandb.login()
         except wandb.Error as error:
             raise _wandb_error(error) from error
 
 
-def open_board(kind: str, folder: RunFolder, step: int, settings: dict[str, Any]) -> Board | None:
+def open_board(kind: str, folder: RunFolder, step: int, settings: dict[str, Any], *, quiet: bool) -> Board | None:
     """Open what ``--report-to`` names, for the steps after `step`."""
     if kind == "none":
         return None
-    return _TensorBoard(folder, step) if kind == "tensorboard" else _WeightsAndBiases(folder, settings)
+    return _TensorBoard(folder, step) if kind == "tensorboard" else _WeightsAndBiases(folder, settings, quiet)
 
 
 class _TensorBoard:
@@ -56,7 +57,7 @@ class _TensorBoard:
 class _WeightsAndBiases:
     """A run of wandb that a killed run continues; steps that are made again are shown twice, with equal values."""
 
-    def __init__(self, folder: RunFolder, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: RunFolder, settings: dict[str, Any], quiet: bool) -> None:
         wandb = _import_wandb()
         name = folder.wandb / "run-id"
         if not name.exists():
@@ -70,7 +71,7 @@ class _WeightsAndBiases:
                 dir=folder.path,
                 resume="allow",
                 config=settings,
-                settings=wandb.Settings(console="off"),
+                settings=wandb.Settings(console="off", silent=quiet),
             )
         except wandb.Error as error:
             raise _wandb_error(error) from error

@@ -21,6 +21,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
+from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
 from clipcid_cli.formats.sidecar import EmbedSidecar, RepairFigures, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -179,6 +180,8 @@ def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistCon
     exists = context.on_rank0(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
     if not exists:
         validate_views(settings, folder, None, 0, teacher)
+        if not settings.dry_run:  # and before hours of embedding
+            context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
     # Existing embeddings of images only may suffice; new ones are of captions too.
     text = True if losses_of_captions(settings) or not exists else None
     return ensure_embeddings(settings, context, data=settings.data, model=teacher, text=text)

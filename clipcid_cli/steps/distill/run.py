@@ -41,8 +41,6 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
     started = time.perf_counter()
     if settings.workers != 0:
         start_worker_server()
-    # Before hours of embedding, and on every process, so that none waits for one that failed.
-    validate_board(settings.report_to)
     with open_dist_context(settings.device) as context, scratch_folder(context, dry_run=settings.dry_run) as scratch:
         tasks = context.on_rank0(lambda: validate_named(settings))
         student = context.on_all(lambda: load_student(settings, context.device))
@@ -73,6 +71,7 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
             if sidecar is not None:
                 reporting.note(f"{folder.path} holds this run already, finished.")
             else:
+                context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
                 context.on_rank0(lambda: output.start(folder.clear))
                 # An unfinished run without a checkpoint may have ended because of what this finds.
                 if not (output.resumed and context.on_rank0(lambda: list_checkpoints(folder.checkpoints))):
@@ -80,11 +79,12 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
                 trainer = Trainer(plan, student, teacher, context, output)
                 first = trainer.state.step
                 seconds = {"prepare": time.perf_counter() - started}
-                with closing(trainer.log), timed(seconds, "train"):
-                    trainer.train()
-                speed = (plan.steps - first) * plan.batch_size / seconds["train"]
-                unreadable = trainer.unreadable_images()
-                sidecar = context.on_rank0(lambda: write(trainer, output, unreadable, speed, seconds))
+                with closing(trainer.log):  # after the sidecar: a board may wait for a network
+                    with timed(seconds, "train"):
+                        trainer.train()
+                    speed = (plan.steps - first) * plan.batch_size / seconds["train"]
+                    unreadable = trainer.unreadable_images()
+                    sidecar = context.on_rank0(lambda: write(trainer, output, unreadable, speed, seconds))
             # After the sidecar: a run that is killed here is finished, and evaluates what is left when it is run again.
             evaluated = evaluate(plan.evaluations, context) if tasks else ZeroshotResults([], {})
     files = {

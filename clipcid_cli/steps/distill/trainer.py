@@ -86,7 +86,9 @@ class Trainer:
         self.evaluation = Evaluation(inputs, model, plan.evaluations, context)
         board = None
         if output is not None and context.is_main:
-            board = open_board(settings.report_to, plan.folder, self.state.step, output.spec.run.settings)
+            board = open_board(
+                settings.report_to, plan.folder, self.state.step, output.spec.run.settings, quiet=settings.quiet
+            )
         self.log = TrainingLog(plan.folder, board, writes=output is not None and context.is_main)
         self._saved_step = self.state.step
         self._values = StepValues(context.device)

@@ -13,11 +13,12 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record, validate_unchanged
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, WEB, list_written, sync_files, validate_export_folder
-from clipcid_cli.formats.models.web_folder import write_engine
+from clipcid_cli.formats.models.web_folder import validate_packages, write_engine
 from clipcid_cli.formats.output import OutputSpec, is_claimed, open_output
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, Parity, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
@@ -42,7 +43,7 @@ class ExportResult(msgspec.Struct):
 
 def run(settings: ExportSettings) -> ExportResult:
     """Export a model; with many processes the first does it, on the CPU."""
-    with open_dist_context("cpu") as context:
+    with interruption.starts_over(), open_dist_context("cpu") as context:
         return context.on_rank0(lambda: _run(settings))
 
 
@@ -81,6 +82,8 @@ def _plan(settings: ExportSettings) -> tuple[ModelName, Path]:
             f"Model {source.spec} is the folder {folder}, so its export would overwrite it.",
             "Give another folder with --out.",
         )
+    if "web" in settings.format:
+        validate_packages(settings.npm_packages)
     validate_export_folder(folder, overwrite=settings.overwrite)
     return source, folder
 

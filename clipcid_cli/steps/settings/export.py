@@ -135,6 +135,8 @@ class ExportSettings(SharedSettings):
         for flag, given in about_onnx.items():
             if given and "onnx" not in self.forms:
                 raise UsageError(f"{flag} applies only to ONNX files.", "Add --format onnx.")
+        if self.npm_packages is not None and "web" not in self.format:
+            raise UsageError("--npm-packages applies only to the page.", "Add --format web.")
         if self.templates is not None and self.classnames is None:
             raise UsageError("--templates needs class names.", "Add --classnames FILE.")
 

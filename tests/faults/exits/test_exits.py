@@ -33,6 +33,8 @@ cli.cli.invoke = lambda _: (print("ready", flush=True), time.sleep(60))
 cli.main(["balance"])
 """
 _IN_A_LIBRARY = _SLEEPS.replace("import time", "import ctypes").replace("time.sleep(60)", "ctypes.CDLL(None).sleep(60)")
+_EXPORTS = _SLEEPS.replace("cli.cli.invoke", "run._run").replace("balance", "export")
+_EXPORTS = _EXPORTS.replace("import cli", "import cli\nfrom clipcid_cli.steps.export import run")
 # A bar on its terminal, whose workers decode.
 _WORKS = """
 import os, time
@@ -81,10 +83,17 @@ def heed_interrupts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "number", "code"),
-    [(_SLEEPS, signal.SIGTERM, 143), (_SLEEPS, signal.SIGINT, 130), (_IN_A_LIBRARY, signal.SIGTERM, 143)],
+    ("program", "number", "code", "said"),
+    [
+        (_SLEEPS, signal.SIGTERM, 143, _INTERRUPTED),
+        (_SLEEPS, signal.SIGINT, 130, _INTERRUPTED),
+        (_IN_A_LIBRARY, signal.SIGTERM, 143, _INTERRUPTED),
+        (_EXPORTS, signal.SIGTERM, 143, "Interrupted. Run the same command again."),
+    ],
 )
-def test_a_signal_ends_the_run_at_once_and_says_how_to_continue(program: str, number: int, code: int) -> None:
+def test_a_signal_ends_the_run_at_once_and_says_how_to_continue(
+    program: str, number: int, code: int, said: str
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         env=clean_environment(),
@@ -100,7 +109,7 @@ def test_a_signal_ends_the_run_at_once_and_says_how_to_continue(program: str, nu
     _, errors = process.communicate(timeout=30)
     assert time.monotonic() - started < 3
     assert process.returncode == code
-    assert errors.strip() == _INTERRUPTED
+    assert errors.strip() == said
 
 
 def test_an_interrupted_run_leaves_a_clean_terminal_and_no_worker(tmp_path: Path) -> None:

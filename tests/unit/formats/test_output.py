@@ -32,6 +32,7 @@ def open_it(
 def finish(output: Output[Sidecar], **files: str) -> Sidecar:
     output.start()
     for name, content in files.items():
+        (output.work / name).parent.mkdir(exist_ok=True)
         (output.work / name).write_text(content)
     return output.commit(counts={}, seconds={}, outputs=[record(output.work / name, output.work) for name in files])
 
@@ -102,7 +103,8 @@ def find_it(folder: Path, settings: dict[str, Any]) -> Output[Sidecar]:
 
 def test_an_output_stays_whole_until_the_one_that_replaces_it_is_complete(tmp_path: Path) -> None:
     with open_it(tmp_path) as output:
-        written = finish(output, a="old", b="old")
+        written = finish(output, a="old", b="old", **{"alone/c": "old", "shared/d": "old"})
+    (tmp_path / "shared" / "mine").write_text("not the step's")
     begin(tmp_path, OTHER, overwrite=True)
     with open_it(tmp_path) as output:
         assert output.finished == written
@@ -112,7 +114,8 @@ def test_an_output_stays_whole_until_the_one_that_replaces_it_is_complete(tmp_pa
         assert output.resumed
         (output.work / "half").unlink()
         finish(output, a="new")
-    assert left(tmp_path) == {"balance.json", "a"}
+    assert left(tmp_path) == {"balance.json", "a", "shared"}
+    assert left(tmp_path / "shared") == {"mine"}
     assert (tmp_path / "a").read_text() == "new"
 
 
