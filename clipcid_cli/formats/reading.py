@@ -40,6 +40,14 @@ def read_regular(path: Path | str) -> bytes:
         return file.read()
 
 
+def read_part(descriptor: int, path: str, offset: int, size: int) -> bytes:
+    """Return part of the file at `path`, which is open; an OSError where the file ends within it."""
+    data = os.pread(descriptor, size, offset)
+    if len(data) != size:
+        raise OSError(f"{path} ends {size - len(data)} bytes early")
+    return data
+
+
 @contextmanager
 def reading(path: Path, expected: str, fix: str) -> Iterator[IO[bytes]]:
     """Open `path` for reading, unbuffered; whatever is raised while it is read becomes one error.

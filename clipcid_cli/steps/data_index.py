@@ -52,16 +52,21 @@ def open_named(settings: ReadingSettings, data: str, index_root: Path | None = N
     )
 
 
-def note_missing_captions(dataset: Dataset) -> dict[str, int]:
-    """Say how many samples of indexed data have no caption of the keys that were named; return it by key."""
-    if dataset.index is None or not dataset.caption_keys:
+def note_missing_captions(dataset: Dataset, read: Skips | None = None) -> dict[str, int]:
+    """Say how many samples have no caption of the keys that were named; return it by key.
+
+    Args:
+        read: What was counted when the data was read; by default, what its index says.
+    """
+    if not dataset.caption_keys:
         return {}
-    found = Skips()
-    for record in dataset.index.records:
-        found.merge(record.skips)
+    found = read or Skips()
+    if read is None and dataset.index is not None:
+        for record in dataset.index.records:
+            found.merge(record.skips)
     if found.without:
-        numbers = ", ".join(f"{number:,} without {key}" for key, number in sorted(found.without.items()))
-        reporting.note(f"Captions of {int(dataset.index.sizes.sum()):,} samples: {numbers}.")
+        numbers = ", ".join(f"{number:,} of {key}" for key, number in sorted(found.without.items()))
+        reporting.note(f"Samples without a caption: {numbers}.")
     return found.without
 
 

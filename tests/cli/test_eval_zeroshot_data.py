@@ -130,7 +130,8 @@ def test_lines_as_captions_are_another_measurement(clipcid: Clipcid, tiny_model:
     members = [(f"{number}.png", make_image(number)) for number in range(6)]
     members += [(f"{number}.txt", f"a red door\nnumber {number}".encode()) for number in range(6)]
     write_tar(tmp_path / "pairs.tar", sorted(members))
-    clipcid("eval-zeroshot", tiny_model, "pairs.tar")
-    other = clipcid("eval-zeroshot", tiny_model, "pairs.tar", "--caption-lines", check=False)
+    call = ("eval-zeroshot", tiny_model, "pairs.tar", "--caption-key", "txt", "--caption-key", "again")
+    assert "Samples without a caption: 6 of again." in " ".join(clipcid(*call).stderr.split())
+    other = clipcid(*call, "--caption-lines", check=False)
     assert other.returncode == 1
     assert "caption_lines: null there, true now" in other.stderr

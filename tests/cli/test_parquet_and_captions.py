@@ -65,7 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     for data, named in keys.items():
         flags = [word for key in named for word in ("--caption-key", key)]
         run = run_clipcid("embed", data, "--model", tiny_model, "--work", f"of-{data}", *flags, cwd=folder)
-        assert f"Captions of 40 samples: 20 without {named[1]}." in " ".join(run.stderr.split())
+        assert f"Samples without a caption: 20 of {named[1]}." in " ".join(run.stderr.split())
     return folder
 
 
@@ -104,6 +104,8 @@ def test_other_keys_of_captions_are_refused_by_name(place: Path, tiny_model: Pat
     misspelt = ("--caption-key", "txt", "--caption-key", "json:recap", "--dry-run")
     warned = run_clipcid("embed", "tars", "--model", tiny_model, "--work", "typo", *misspelt, cwd=place)
     assert "None of the first 10 samples has a caption json:recap" in " ".join(warned.stderr.split())
+    alone = run_clipcid("embed", "tars", "--model", tiny_model, "--work", "typo", *misspelt[2:], cwd=place, check=False)
+    assert "none of the samples looked at (a shard) has a caption json:recap." in " ".join(alone.stderr.split())
 
 
 def test_classes_of_parquet_files_are_evaluated_and_balance_shows_their_images(place: Path, tiny_model: Path) -> None:

@@ -12,13 +12,15 @@ from clipcid_cli.formats.skips import Skips
 TXT = "txt"
 """Key of the captions of a tar where no other is given."""
 
-_JSON = "json"
-_FIELD = f"{_JSON}:"  # before the name of a field of the json member
+JSON = "json"
+"""Extension of the member with attributes, whose fields may be captions."""
+
+_FIELD = f"{JSON}:"  # before the name of a field of the json member
 
 
 def member_of(key: str) -> str:
     """Return the extension of the member that holds the captions of a key."""
-    return _JSON if key.startswith(_FIELD) else key.lower()
+    return JSON if key.startswith(_FIELD) else key.lower()
 
 
 def split_captions(content: bytes, key: str = TXT, *, a_line_each: bool = False) -> tuple[str, ...]:

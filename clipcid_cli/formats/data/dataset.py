@@ -18,11 +18,11 @@ from clipcid_cli.formats.data.benchmark import is_benchmark, list_benchmark_tars
 from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, TEXT_LISTS, Images
 from clipcid_cli.formats.data.image_column import count_rows
 from clipcid_cli.formats.data.index import DataIndex, index_folder, open_index, repeated_key
-from clipcid_cli.formats.data.parquet_shards import ImageTable, find_table, validate_parquet
+from clipcid_cli.formats.data.parquet_shards import ImageTable, find_table, no_images_error, validate_parquet
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
 from clipcid_cli.formats.data.samples import ByteRange, Columns, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
-from clipcid_cli.formats.data.tars import validate_tar
+from clipcid_cli.formats.data.tars import validate_member_keys, validate_tar
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.reading import open_regular
 from clipcid_cli.formats.sidecar import DataSpec
@@ -158,14 +158,17 @@ def open_dataset(
     """
     spec = _SEPARATOR.join(map(_normalize, str(spec).split(_SEPARATOR)))
     columns = columns or Columns()
+    caption_keys = tuple(dict.fromkeys(key.removeprefix(".") for key in caption_keys))
     prefix_keys = keys == "shard"
     files = None if spec.lower().endswith(TEXT_LISTS) else _find_files(spec)
     table, classes = (None, None) if files is None else _find_table(files, columns, caption_keys)
-    if table is None and spec.lower().endswith(LIST_SUFFIXES):
+    if table is None and spec.lower().endswith(LIST_SUFFIXES) and files in (None, [spec]):
         kind = "list"
         shards = cut(Images(spec, columns, caption_keys=caption_keys), spec, prefix_keys=prefix_keys)
     elif files is not None and (table is not None or not _is_parquet(files[0])):
         kind = "parquet" if table is not None else "benchmark" if is_benchmark(spec) else "webdataset"
+        if table is None:
+            validate_member_keys(caption_keys)
         has_numbers = table is not None and table.key is None  # for keys, those of rows in a file
         shards = tuple(
             Shard(
@@ -181,13 +184,15 @@ def open_dataset(
     else:
         kind = "images"
         images = Images(spec, caption_lines=caption_lines)
-        shards = cut(images, spec, prefix_keys=prefix_keys)
-        classes = images.class_names
+        shards = cut(images, spec, prefix_keys=prefix_keys) if os.path.isdir(spec) else ()
         if not shards:
+            if files is not None:
+                raise no_images_error(files[0], columns)
             inside = (path for path in Path(spec).glob("*/*") if path.suffix in _SHARD_SUFFIXES)
             inner = sorted({str(path.parent) for path in inside}, key=natural_key)
             fix = f"Its folders {', '.join(inner[:6])} contain shards: give one of them." if inner else _FORMS
             raise ClipcidError(f"{spec} contains no .tar shard and no image.", fix)
+        classes = images.class_names
         if caption_keys:
             raise ClipcidError(
                 f"--caption-key names members of tars or columns, and {spec} is a folder of images.",

@@ -214,12 +214,12 @@ def _list_rows(source: str, columns: Columns, caption_keys: tuple[str, ...]) -> 
     """List a ``.csv`` (commas, or tabs as open_clip's are), ``.tsv`` or ``.parquet`` file, or its URL, in its own order."""
     with local_file(source) as file:
         for frame in _read_frames(source, file):
-            needed = [columns.image, *caption_keys, *([] if columns.key == Columns.key else [columns.key])]
+            needed = [columns.image, *columns.required(caption_keys)]
             missing = next((name for name in needed if name not in frame), None)
             if missing is not None:
                 raise ClipcidError(
                     f"List {source} has no column {missing!r}; it has {', '.join(map(str, frame.columns[:12]))}.",
-                    "Name its columns: --image-column for the paths of the images, --caption-key, --key-column.",
+                    "Name its columns: --image-column (paths of images), --caption-column or --caption-key, --key-column.",
                 )
             if frame.empty:
                 raise ClipcidError(f"List {source} has a header and no rows.", "Give a list with one row per image.")

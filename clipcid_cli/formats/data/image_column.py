@@ -7,7 +7,6 @@ read away: int64 [rows + 1], where each image begins and the last ends, and then
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 from bisect import bisect_right
@@ -23,7 +22,7 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_remote, open_remote
-from clipcid_cli.formats.reading import describe, open_regular
+from clipcid_cli.formats.reading import describe, open_regular, read_part
 
 _ROWS = 64  # that become Python's bytes at a time
 _BUFFER = 2**20  # of a column while it is read
@@ -34,15 +33,15 @@ _ENDS = struct.Struct("<2q")  # where an image begins and ends, in the table of 
 
 @contextmanager
 def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """Open a file or what is behind a URL; whatever is raised while it is read becomes one error that names it."""
+    """Open a file or what is behind a URL; what a damaged one raises while it is read becomes one error that names it."""
     try:
         with open_remote(path) if is_remote(path) else open_regular(path) as found:
             source = found if is_remote(path) else pa.OSFile(path)
             with pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER) as file:
                 yield file
-    except ClipcidError:
+    except (ClipcidError, MemoryError):  # pyarrow's own lack of memory is of both kinds
         raise
-    except Exception as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ClipcidError(
             f"Shard {path} cannot be read as a parquet file: {describe(error)}.",
             "Copy or download it again, or remove it from the data.",
@@ -82,7 +81,7 @@ def copy_images(path: str, column: str, target: IO[bytes]) -> None:
         starts[row + 1] = starts[row] + target.write(image or b"")
     target.seek(0)
     target.write(starts.tobytes())
-    target.seek(0, os.SEEK_END)
+    target.seek(int(starts[-1]))  # where the copy ends, though room was made for more
 
 
 def _read_all(path: str, column: str) -> Iterator[bytes | None]:
@@ -91,10 +90,10 @@ def _read_all(path: str, column: str) -> Iterator[bytes | None]:
             yield from read_group(file, group, column)
 
 
-def read_copied(descriptor: int, row: int) -> bytes:
-    """Read an image from a copy by the number of its row."""
-    start, end = _ENDS.unpack(os.pread(descriptor, _ENDS.size, row * _ENDS.size // 2))
-    return os.pread(descriptor, end - start, start)
+def read_copied(descriptor: int, path: str, row: int) -> bytes:
+    """Read an image from the copy at `path` by the number of its row; an OSError where the copy is damaged."""
+    start, end = _ENDS.unpack(read_part(descriptor, path, row * _ENDS.size // 2, _ENDS.size))
+    return read_part(descriptor, path, start, end - start)
 
 
 def read_row(path: str, column: str, row: int) -> bytes:

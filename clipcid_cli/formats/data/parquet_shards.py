@@ -52,7 +52,7 @@ def find_table(
     """
     with open_parquet(path) as file:
         schema: pa.Schema = file.schema_arrow
-    candidates = [field.name for field in schema if is_image_column(field.type)]
+    candidates = _list_image_columns(schema)
     if columns.image in schema.names or columns.image != Columns.image:
         candidates = [name for name in candidates if name == columns.image]
     image = _find_image(path, candidates)
@@ -65,16 +65,35 @@ def find_table(
 
     caption = find(_CAPTIONS, columns.caption, Columns.caption)
     key = find(_KEYS, columns.key, Columns.key)
-    wanted = [*caption_keys, *([columns.key] if columns.key != Columns.key else [])]
-    missing = next((name for name in wanted if name not in schema.names), None)
+    missing = next((name for name in columns.required(caption_keys) if name not in schema.names), None)
     if missing is not None:
         raise ClipcidError(
             f"{path} has no column {missing!r}; it has {', '.join(schema.names[:12])}.",
-            "Name its columns: --image-column, --caption-key, --key-column.",
+            "Name its columns: --image-column, --caption-column or --caption-key, --key-column.",
         )
     label = next((name for name in _LABELS if name in schema.names and _is_class(schema.field(name).type)), None)
     captions = tuple(caption_keys) or ((caption,) if caption is not None else ())
     return ImageTable(image, captions, key, label), _find_class_names(schema, label)
+
+
+def no_images_error(path: str, columns: Columns) -> ClipcidError:
+    """Say what a file in which `find_table` finds no images has instead."""
+    with open_parquet(path) as file:
+        schema: pa.Schema = file.schema_arrow
+    found = _list_image_columns(schema)
+    if found:
+        return ClipcidError(
+            f"{path} has no images in column {columns.image!r}; it has some in {', '.join(found[:12])}.",
+            f"Give --image-column {found[0]}.",
+        )
+    return ClipcidError(
+        f"{path} has no column with an image a row, as bytes or {{bytes, path}}; it has {', '.join(schema.names[:12])}.",
+        "Write one image a row: columns with lists of images are not read.",
+    )
+
+
+def _list_image_columns(schema: pa.Schema) -> list[str]:
+    return [field.name for field in schema if is_image_column(field.type)]
 
 
 def validate_parquet(path: str, table: ImageTable) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import os
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.image_column import read_copied, read_row
 from clipcid_cli.formats.data.remote import is_pipe, is_url, read_remote
 from clipcid_cli.formats.data.shard_cache import ShardCopy
-from clipcid_cli.formats.reading import read_regular
+from clipcid_cli.formats.reading import read_part, read_regular
 
 # Suffixes of images; of several in one sample the first in this order is taken (open_clip's, then others that Pillow reads).
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
@@ -39,6 +40,11 @@ class Columns:
     image: str = "filepath"  # relative to the list's folder or absolute, or a URL
     caption: str = "title"  # in parquet perhaps a list of several; optional
     key: str = "key"  # without such a column, the path as written
+
+    def required(self, caption_keys: Sequence[str]) -> list[str]:
+        """Name the columns beside the images that must exist: those of captions, and those that were renamed."""
+        renamed = ((self.caption, Columns.caption), (self.key, Columns.key))
+        return [*caption_keys, *(name for name, default in renamed if name != default)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,7 +70,7 @@ class ByteRange:
         if self.column is not None:
             if self.copy is None:
                 return read_row(self.path, self.column, self.offset)
-            return read_copied(_copy_handle(self.copy).fd, self.offset)
+            return read_copied(_copy_handle(self.copy).fd, str(self.copy.local), self.offset)
         if self.size is None and not is_pipe(self.path):
             return _read_whole(self.path)
         if self.copy is not None:
@@ -76,10 +82,7 @@ class ByteRange:
         else:
             handle = _handle(self.path)
         assert self.size is not None, "part of a file"
-        data = os.pread(handle.fd, self.size, self.offset)
-        if len(data) != self.size:
-            raise OSError(f"{self.path} ends {self.size - len(data)} bytes early")
-        return data
+        return read_part(handle.fd, self.path, self.offset, self.size)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.data.captions import gather_captions, member_of, split_captions
+from clipcid_cli.formats.data.captions import JSON, gather_captions, member_of, split_captions
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, naming_shard, open_remote
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Sample
 from clipcid_cli.formats.reading import open_regular
@@ -194,6 +194,20 @@ def group_members(members: Iterable[Member]) -> Iterator[tuple[str, list[Member]
     keyed = ((found[1], member) for found, member in named if found is not None)
     for key, pairs in groupby(keyed, itemgetter(0)):
         yield key, [member for _, member in pairs]
+
+
+def validate_member_keys(keys: Sequence[str]) -> None:
+    """Refuse keys of captions whose members hold no texts."""
+    for key in keys:
+        if key.lower() == JSON:
+            raise ClipcidError(
+                "--caption-key json would take all of each .json as a caption.",
+                "Name a field of the .json: --caption-key json:FIELD",
+            )
+        if key.lower() in (*IMAGE_SUFFIXES, "npy"):
+            raise ClipcidError(
+                f"--caption-key {key} names files that hold no text.", "Name those of captions, such as txt."
+            )
 
 
 def read_tar(

@@ -129,9 +129,9 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
         step = EMBED
         folder = settings.out or work.embeddings(name.slug)
         if settings.text and not _has_captions(dataset):
-            captions = "captions next to the images (.txt, or --caption-key)."
+            captions = "captions next to the images (.txt), or name their place with --caption-key."
             raise ClipcidError(
-                f"{dataset.spec}: none of the samples looked at (a shard) has a caption.",
+                f"{dataset.spec}: none of the samples looked at (a shard) has a caption{_name_keys(dataset)}.",
                 f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
             )
         if settings.text and _has_unused_lines(dataset):
@@ -196,8 +196,12 @@ def choose_text(settings: EmbedSettings) -> bool:
     dataset = _open_data(settings)
     if _has_captions(dataset):
         return True
-    reporting.note(f"{dataset.spec} has no captions: only its images are embedded.")
+    reporting.note(f"{dataset.spec} has no captions{_name_keys(dataset)}: only its images are embedded.")
     return False
+
+
+def _name_keys(dataset: Dataset) -> str:
+    return f" {' or '.join(dataset.caption_keys)}" if dataset.caption_keys else ""
 
 
 def _has_captions(dataset: Dataset) -> bool:

@@ -12,6 +12,7 @@ from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.metrics import (
+    RETRIEVAL,
     metrics_stem,
     predictions_path,
     read_metrics,
@@ -25,6 +26,7 @@ from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.data_index import note_missing_captions
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.measure import FITTED_FRACTION, calibrate, measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_skips
@@ -169,6 +171,8 @@ def _write(
     task = rows.task
     path = plan.metrics_path(model.name, task)
     warn_of_skips(task.name, rows.skips)
+    if task.kind == RETRIEVAL:
+        note_missing_captions(task.dataset, rows.skips)
     seconds = dict(rows.seconds)
     with timed(seconds, "compare"):
         found = measure(rows, model.context.device)

@@ -120,6 +120,14 @@ class ReadingSettings(KeyedSettings):
         within=FRACTION,
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.caption_key and self.caption_column != ReadingSettings.caption_column:
+            raise UsageError(
+                "--caption-column and --caption-key both say where the captions are.",
+                f"Give --caption-key alone, and for several captions again: --caption-key {self.caption_column}",
+            )
+
     @property
     def data_flags(self) -> dict[str, Any]:
         """The flags by which data is read, as far as they differ from their defaults: for the command of a fix."""

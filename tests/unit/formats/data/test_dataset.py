@@ -189,14 +189,24 @@ def test_a_list_has_captions_in_the_columns_that_are_named(tmp_path: Path) -> No
         open_dataset(tmp_path / "photos", caption_keys=("again",))
 
 
+def test_keys_of_captions_in_tars_name_texts_once_with_or_without_a_dot(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("0.png", make_image(0)), ("0.syn.txt", b"a dog"), ("0.json", b"{}")])
+    samples = list_samples(open_dataset(path, caption_keys=(".syn.txt", "syn.txt")))
+    assert [sample.captions for sample in samples] == [("a dog",)]
+    for key, message in (("json", "would take all of each .json"), ("png", "png names files that hold no text")):
+        with pytest.raises(ClipcidError, match=message):
+            open_dataset(path, caption_keys=("syn.txt", key))
+
+
 def test_columns_of_a_list_can_be_renamed(tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     pd.DataFrame({"url": ["http://x/a.png"], "text": ["NA"], "id": ["007"]}).to_csv(path, index=False)
     with pytest.raises(ClipcidError, match="no column 'filepath'; it has url, text, id") as raised:
         open_dataset(path)
     assert "--image-column" in raised.value.fix
-    with pytest.raises(ClipcidError, match="no column 'ID'; it has url, text, id"):
-        open_dataset(path, columns=Columns(image="url", key="ID"))
+    for misspelt in (Columns(image="url", key="ID"), Columns(image="url", caption="ID")):
+        with pytest.raises(ClipcidError, match="no column 'ID'; it has url, text, id"):
+            open_dataset(path, columns=misspelt)
     dataset = open_dataset(path, columns=Columns(image="url", caption="text", key="id"))
     sample = list_samples(dataset)[0]
     assert (sample.key, sample.image.path, sample.captions) == ("007", "http://x/a.png", ("NA",))

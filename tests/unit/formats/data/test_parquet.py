@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,16 @@ def test_copies_give_the_same_bytes_in_any_order_from_a_disk_and_a_server(
                 assert sample.image.read() == make_image(number), spec
                 assert sample.captions == (make_caption(number),)
         assert server.dropped
-    assert len(list((tmp_path / "cache").glob("*.images"))) == 6
+    copies = list((tmp_path / "cache").glob("*.images"))
+    images = sum(len(make_image(number)) for number in range(24))
+    assert len(copies) == 6
+    assert sum(copy.stat().st_size for copy in copies) == 2 * (images + 3 * 9 * 8)  # and tables of where they are
     assert not list(tmp_path.rglob("*.partial"))
+    for size in (100, 10):  # an image is cut off, or the table
+        for copy in copies:
+            os.truncate(copy, size)
+        with pytest.raises(OSError, match=r"images ends \d+ bytes early"):
+            index.part(2).sample(4).image.read()
 
 
 def test_what_is_missing_is_counted_and_keys_and_captions_are_named(tmp_path: Path) -> None:
@@ -116,8 +125,9 @@ def test_what_is_missing_is_counted_and_keys_and_captions_are_named(tmp_path: Pa
     assert skips.without == {"recaption": 2}
     with pytest.raises(ClipcidError, match="no column 'recaptoin'; it has image, caption, uid, recaption"):
         open_dataset(path, caption_keys=("recaptoin",))
-    with pytest.raises(ClipcidError, match="no column 'id'"):
-        open_dataset(path, columns=Columns(key="id"))
+    for misspelt in (Columns(key="id"), Columns(caption="id")):
+        with pytest.raises(ClipcidError, match="no column 'id'"):
+            open_dataset(path, columns=misspelt)
 
 
 def test_damaged_and_other_parquet_files_are_told(tmp_path: Path) -> None:
@@ -135,6 +145,17 @@ def test_damaged_and_other_parquet_files_are_told(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image_path": ["a"], "caption": ["b"]}), tmp_path / "metadata.parquet")
     with pytest.raises(ClipcidError, match="has no column 'filepath'"):
         open_dataset(tmp_path / "metadata.parquet")
+    (tmp_path / "both").mkdir()
+    pq.write_table(pa.table({"img": [b"1"], "filepath": ["a"], "some": [[b"1"]]}), tmp_path / "both" / "a.parquet")
+    for columns in (Columns(), Columns(image="pic")):
+        with pytest.raises(ClipcidError, match=f"no images in column '{columns.image}'; it has some in img") as error:
+            open_dataset(tmp_path / "both", columns=columns)
+        assert "--image-column img" in error.value.fix
+    pq.write_table(pa.table({"some": [[b"1"]]}), tmp_path / "both" / "a.parquet")
+    for spec in (tmp_path / "both", f"{tmp_path}/both/*.parquet"):
+        with pytest.raises(ClipcidError, match="no column with an image a row") as error:
+            open_dataset(spec)
+        assert "lists of images are not read" in error.value.fix
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(make_image(0))
     (tmp_path / "metadata.parquet").rename(tmp_path / "photos" / "metadata.parquet")

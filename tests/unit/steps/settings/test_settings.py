@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from clipcid_cli.commands.command import PageCommand, build_parameters
 from clipcid_cli.errors import UsageError
 from clipcid_cli.steps.settings.fields import Range, argument, option, output_settings
-from clipcid_cli.steps.settings.shared import SharedSettings
+from clipcid_cli.steps.settings.shared import ReadingSettings, SharedSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,3 +80,5 @@ def test_values_given_in_python_are_checked_too() -> None:
         ExampleSettings(work=Path("a\0b"))
     with pytest.raises(UsageError, match="--work is a URL, s3://bucket/w: only data is read from URLs"):
         ExampleSettings(work=Path("s3://bucket/w"))
+    with pytest.raises(UsageError, match="--caption-column and --caption-key both say where"):
+        ReadingSettings(caption_column="text", caption_key=("txt",))
