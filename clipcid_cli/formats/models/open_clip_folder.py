@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
-from clipcid_cli.formats.atomic import write_bytes, write_json
+from clipcid_cli.formats.atomic import write_bytes, write_error, write_json
 from clipcid_cli.formats.models.export_folder import HF_CONFIG, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 
 # Filters that Hugging Face and ONNX have too: PIL's numbers, as Hugging Face stores them.
@@ -42,8 +45,21 @@ def write_model_folder(
     if text.get("hf_model_name") and source is not None and (source / HF_CONFIG).is_file():
         shutil.copyfile(source / HF_CONFIG, folder / HF_CONFIG)
     if text.get("hf_tokenizer_name") and tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        with refusals_of_the_system(folder):
+            tokenizer.save_pretrained(folder)
     write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": dict(config), "preprocess_cfg": dict(preprocess)})
+
+
+@contextmanager
+def refusals_of_the_system(folder: Path) -> Iterator[None]:
+    """Name a full disk as such: safetensors and tokenizers raise errors of their own, which end in its number."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise write_error(folder, OSError(int(number[1]), os.strerror(int(number[1])))) from error
 
 
 def square_side(size: Any) -> int | None:
