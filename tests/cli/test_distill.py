@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY_CONFIG, Clipcid, Run, run_command, shard_members, write_tar
+from conftest import TINY_CONFIG, Clipcid, Run, run_command, shard_members, write_tar, write_tiny_model
 from distill_data import SHORT, STUDENT, losses, student_bytes
 from safetensors.numpy import load_file
 from sidecars import unfinish
@@ -100,6 +100,16 @@ def test_divergence_stops_with_the_keys_of_the_batch(clipcid: Clipcid, distill_p
     (saved,) = (distill_place / "clipcid-work" / "distill" / "d").glob("diverged_step_*.json")
     assert len(json.loads(saved.read_text())["keys"]) == 8
     assert not (distill_place / "clipcid-work" / "distill" / "d" / "student").exists()
+
+
+def test_refuses_embeddings_of_another_teacher(
+    clipcid: Clipcid, distill_place: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = write_tiny_model(tmp_path_factory.mktemp("other") / "other", seed=1)
+    (embeddings,) = (distill_place / "clipcid-work" / "embeddings").iterdir()
+    run = clipcid("distill", *SHORT, "--teacher", other, "--embeddings", embeddings, check=False)
+    assert run.returncode == 1
+    assert re.search(rf"clipcid embed \S+ \\? *--model {other}", run.stderr.replace("\n", " "))
 
 
 def test_refuses_clusters_of_an_older_keep_list(clipcid: Clipcid, distill_place: Path) -> None:

@@ -215,6 +215,18 @@ def test_half_precision_is_measured_and_over_tolerance_nothing_is_written(
     assert 0 < result["parity"]["open-clip"]["image"]["max_difference"] < 5e-3
 
 
+@pytest.mark.parametrize("kilobytes", [2000, 6000], ids=["tokenizer", "weights"])  # which library in Rust fails
+def test_a_full_disk_is_one_clear_error(tiny_model: Path, tmp_path: Path, kilobytes: int) -> None:
+    # The largest file allowed stands for a full disk: libraries that write in Rust report either as their own error.
+    call = f"ulimit -f {kilobytes}; {sys.executable} -m clipcid_cli export {tiny_model} --format hf --out full"
+    done = subprocess.run(["bash", "-c", call], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Could not write full" in done.stderr
+    assert "Free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "full").glob("[!.]*"))
+
+
 def test_another_form_in_the_same_folder_needs_overwrite(
     clipcid: Clipcid, torchrun: Clipcid, tiny_model: Path, tmp_path: Path
 ) -> None:

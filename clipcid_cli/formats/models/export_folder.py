@@ -26,8 +26,8 @@ WEB = "web"
 PARITY = "parity.json"
 CARD = "README.md"
 
-# Files of a Hugging Face tokenizer, which open_clip, too, reads from the model's folder.
-TOKENIZER_FILES = (
+# Files of a Hugging Face tokenizer, as transformers writes them.
+_TOKENIZER_FILES = (
     TOKENIZER,
     "tokenizer_config.json",
     SPECIAL_TOKENS,
@@ -85,7 +85,7 @@ CONTENT |= {theirs: f"`{ours}` under the name that transformers.js reads" for ou
 # What an export may write; weights of ONNX files above 2 GB go to a second file.
 _WRITTEN = (
     *CONTENT,
-    *TOKENIZER_FILES,
+    *_TOKENIZER_FILES,
     *(f"{name}.data" for name in CONTENT if name.endswith(".onnx")),
     *(f"{WEB}/{name}" for name in _IN_WEB),
     CARD,

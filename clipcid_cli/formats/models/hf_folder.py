@@ -6,19 +6,17 @@ setting of open_clip that is neither translated here nor known to change nothing
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_error, write_json
+from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.models.export_folder import SPECIAL_TOKENS
-from clipcid_cli.formats.models.open_clip_folder import RESAMPLE, pixel_problems, square_side
+from clipcid_cli.formats.models.open_clip_folder import RESAMPLE, pixel_problems, refusals_of_the_system, square_side
 from clipcid_cli.formats.models.tokenizer_file import BOS_ID, EOS_ID, write_clip_tokenizer
 
 _VOCABULARY_SIZE = 49408
@@ -120,7 +118,7 @@ def write_hf_folder(
     with torch.device("meta"):
         empty = transformers.CLIPModel(config)
     empty.load_state_dict(dict(_rename_tensors(tensors)), assign=True)
-    with _refusals_of_the_system(folder):
+    with refusals_of_the_system(folder):
         empty.save_pretrained(folder, max_shard_size="1TB")  # in one file
 
 
@@ -130,25 +128,13 @@ def write_hf_settings(
     """Write all of `write_hf_folder` but the weights; return the ``CLIPConfig``. The scale is the learned logarithm."""
     config = make_config(model, logit_scale)
     written_tokenizer = write_clip_tokenizer(folder, tokenizer)
-    with _refusals_of_the_system(folder):
+    with refusals_of_the_system(folder):
         config.save_pretrained(folder)
         make_image_processor(preprocess).save_pretrained(folder)
         written_tokenizer.save_pretrained(folder)
     # transformers 5 leaves this file out, and other programs read it.
     write_json(folder / SPECIAL_TOKENS, written_tokenizer.special_tokens_map)
     return config
-
-
-@contextmanager
-def _refusals_of_the_system(folder: Path) -> Iterator[None]:
-    """Name a full disk as such: safetensors and tokenizers raise errors of their own, which end in its number."""
-    try:
-        yield
-    except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise write_error(folder, OSError(int(number[1]), os.strerror(int(number[1])))) from error
 
 
 def make_config(model: Mapping[str, Any], logit_scale: float) -> Any:

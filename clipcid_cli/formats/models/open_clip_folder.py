@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 
-from clipcid_cli.formats.atomic import write_bytes, write_json
-from clipcid_cli.formats.models.export_folder import HF_CONFIG, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS, TOKENIZER_FILES
+from clipcid_cli.formats.atomic import write_bytes, write_error, write_json
+from clipcid_cli.formats.models.export_folder import HF_CONFIG, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 
 # Filters that Hugging Face and ONNX have too: PIL's numbers, as Hugging Face stores them.
 RESAMPLE = {"bilinear": 2, "bicubic": 3}
@@ -33,25 +36,30 @@ def write_model_folder(
 
     Args:
         tensors: State dict of the open_clip module, in any number format.
-        source: Model folder from which files of a Hugging Face tokenizer and text tower are copied.
-        tokenizer: open_clip's; where it is Hugging Face's and not in `source` but on a hub, its files are written.
+        source: Model folder from which the configuration of a Hugging Face text tower is copied.
+        tokenizer: open_clip's, as it was loaded; where it is Hugging Face's, its files are written.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(folder / OPEN_CLIP_WEIGHTS, save(stored, metadata={"format": "pt"}))
     text = config["text_cfg"]
-    if text.get("hf_model_name"):
-        _copy_files((HF_CONFIG,), source, folder)
-    if text.get("hf_tokenizer_name") and not _copy_files(TOKENIZER_FILES, source, folder) and tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    if text.get("hf_model_name") and source is not None and (source / HF_CONFIG).is_file():
+        shutil.copyfile(source / HF_CONFIG, folder / HF_CONFIG)
+    if text.get("hf_tokenizer_name") and tokenizer is not None:
+        with refusals_of_the_system(folder):
+            tokenizer.save_pretrained(folder)
     write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": dict(config), "preprocess_cfg": dict(preprocess)})
 
 
-def _copy_files(names: Sequence[str], source: Path | None, folder: Path) -> bool:
-    """Copy those files that there are, and tell whether there are any."""
-    paths = [] if source is None else [source / name for name in names if (source / name).is_file()]
-    for path in paths:
-        shutil.copyfile(path, folder / path.name)
-    return bool(paths)
+@contextmanager
+def refusals_of_the_system(folder: Path) -> Iterator[None]:
+    """Name a full disk as such: safetensors and tokenizers raise errors of their own, which end in its number."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise write_error(folder, OSError(int(number[1]), os.strerror(int(number[1])))) from error
 
 
 def square_side(size: Any) -> int | None:

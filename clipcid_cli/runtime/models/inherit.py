@@ -57,7 +57,8 @@ def inherit(student: nn.Module, source: nn.Module, towers: str) -> list[str]:
     A tower of the same sizes is copied whole, whatever its kind.
 
     Returns:
-        Names of the tensors that stay as they were: other patch sizes, other vocabularies, open_clip's attention pooling.
+        What the student has of its own: tensors that stay as they were (other patch sizes, other vocabularies, open_clip's
+        attention pooling), and what it computes otherwise with those it took.
     """
     left = list[str]()
     for tower in ("image", "text") if towers == "both" else (towers,):
@@ -66,6 +67,7 @@ def inherit(student: nn.Module, source: nn.Module, towers: str) -> list[str]:
         is_same = {name: tensor.shape for name, tensor in own.items()} == {
             name: tensor.shape for name, tensor in others.items()
         }
+        is_same = is_same and _grid(parts[0]) == _grid(parts[1])
         if not is_same:
             _validate_known(*parts, tower)
         for name, tensor in own.items():
@@ -74,6 +76,8 @@ def inherit(student: nn.Module, source: nn.Module, towers: str) -> list[str]:
                 left.append(f"{tower} {name}")
             else:
                 tensor.copy_(taken)
+        here, there = map(_function, parts)
+        left += [f"{tower} {what} ({here[what]}, {there[what]} there)" for what in here if here[what] != there[what]]
     return left
 
 
@@ -107,6 +111,28 @@ def _layers(part: Any) -> Sequence[Any]:
     return cast(Sequence[Any], getattr(transformer, "resblocks", getattr(trunk, "blocks", ())))
 
 
+def _function(part: Any) -> dict[str, Any]:
+    """Return what a tower computes that the shapes of its tensors do not tell; None for what it has not."""
+    trunk = getattr(part, "trunk", part)
+    layer = next(iter(_layers(part)), None)
+    mlp = getattr(layer, "mlp", None)
+    activation = getattr(mlp, "gelu", getattr(mlp, "act", None))
+    poolings = (getattr(trunk, name, None) for name in ("global_pool", "text_pool_type", "pool_type"))
+    return {
+        "activation": None if activation is None else type(activation).__name__,
+        "width of heads": getattr(getattr(layer, "attn", None), "head_dim", None),
+        "pooling": next((pooling for pooling in poolings if isinstance(pooling, str)), None),
+    }
+
+
+def _grid(part: Any) -> tuple[int, int] | None:
+    """Return the rows and columns of patches whose positions a ViT has learned; None of another tower."""
+    trunk = getattr(part, "trunk", part)
+    if getattr(trunk, "pos_embed", getattr(trunk, "positional_embedding", None)) is None:
+        return None
+    return getattr(getattr(trunk, "patch_embed", trunk), "grid_size", None)
+
+
 def evenly_spaced(count: int, available: int) -> Tensor:
     """Return `count` of the numbers 0 … available − 1, the first and last among them; int64, ascending."""
     if count == 1:
@@ -133,7 +159,10 @@ def _take(name: str, shape: torch.Size, own: Any, others: Any, found: dict[str, 
         heads = (own.trunk.attn_pool.num_heads, others.trunk.attn_pool.num_heads)
     taken = found[from_name]
     if "p" in axes:
-        taken = _resize_positions(taken.flatten(0, -2), shape[-2], is_image=tower == "image").view(*shape[:-1], -1)
+        positions = taken.flatten(0, -2)
+        grids = _grid(own), _grid(others)
+        taken = _cut(positions, shape[-2]) if tower == "text" else _resample(positions, shape[-2], *grids)
+        taken = taken.view(*shape[:-1], -1)
     for axis, kind in enumerate(axes):
         count, available = shape[axis], taken.shape[axis]
         if kind == "=" and count != available:
@@ -163,19 +192,27 @@ def _choose(kind: str, count: int, available: int, heads: tuple[int, int]) -> Te
     return (first[:, None] + evenly_spaced(width, source_width)[None, :]).reshape(-1)
 
 
-def _resize_positions(positions: Tensor, count: int, *, is_image: bool) -> Tensor:
-    """Resize position embeddings [n, w] to another number of positions: those of an image are resampled, a text's cut."""
-    if len(positions) == count:
+def _cut(positions: Tensor, count: int) -> Tensor:
+    """Take the first of a text's position embeddings [n, w]."""
+    if count > len(positions):
+        raise ClipcidError(
+            f"--init-from: the student's context of {count} tokens is longer than the model's {len(positions)}.",
+            "Give the student a shorter context_length, or use --init-towers image.",
+        )
+    return positions[:count]
+
+
+def _resample(positions: Tensor, count: int, new: tuple[int, int] | None, old: tuple[int, int] | None) -> Tensor:
+    """Resample an image's position embeddings [n, w] from a grid of patches to another; those before them are kept."""
+    own, extra = count - math.prod(new or ()), len(positions) - math.prod(old or ())
+    if new is None or old is None or own != extra:
+        raise ClipcidError(
+            f"--init-from: the student's image tower has {count:,} positions for a grid of {new} patches, the model's "
+            f"{len(positions):,} for {old}: other tokens, such as a class token, stand before the patches.",
+            "Give the student a tower with the model's tokens, or use --init-towers text.",
+        )
+    if new == old:
         return positions
-    if not is_image:
-        if count > len(positions):
-            raise ClipcidError(
-                f"--init-from: the student's context of {count} tokens is longer than the model's {len(positions)}.",
-                "Give the student a shorter context_length, or use --init-towers image.",
-            )
-        return positions[:count]
-    old, new = math.isqrt(len(positions)), math.isqrt(count)
-    extra = len(positions) - old**2  # of a class token
-    grid = positions[extra:].T.reshape(1, -1, old, old)
-    resized = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
+    grid = positions[extra:].T.reshape(1, -1, *old)
+    resized = F.interpolate(grid, size=new, mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([positions[:extra], resized.flatten(2)[0].T])

@@ -200,7 +200,7 @@ def _checkpoint_layers(model: ClipModel) -> None:
 def write_students(folder: RunFolder, student: ClipModel, source: str, state: TrainState) -> list[Path]:
     """Write the trained model, and the one with averaged weights where there is one, as open_clip folders.
 
-    Where the `source` that was trained is in a folder, its tokenizer files are taken along.
+    Where the `source` that was trained is in a folder, the configuration of its text tower is taken along.
     """
     info = student.info
     folders = folder.students(ema=state.ema is not None)

@@ -16,6 +16,7 @@ from clipcid_cli.formats.data import index as module
 from clipcid_cli.formats.data import tars
 from clipcid_cli.formats.data.dataset import open_dataset
 from clipcid_cli.formats.data.index import DataIndex, SampleRef
+from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
 
@@ -139,3 +140,23 @@ def test_captions_of_a_shard_that_was_cut_are_an_error(tmp_path: Path) -> None:
     os.truncate(data / "00000.tar", 512)
     with pytest.raises(ClipcidError, match=r"captions in .*00000\.tar cannot be read"):
         part.sample(1)
+
+
+def test_a_shard_that_changes_while_it_is_listed_is_listed_again_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_shards(tmp_path / "data", 2)
+    stream, touched = Shard.stream, iter(range(1, 100))
+
+    def touch(shard: Shard, *arguments: object) -> object:
+        if shard.name == "00001" and (time := next(touched)) <= most:
+            os.utime(shard.source, ns=(0, time))
+        return stream(shard, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Shard, "stream", touch)
+    most = 2  # once when the data is opened, once when it is listed
+    found = index_of(data, tmp_path / "once")
+    assert [found.part(number).keys[0].as_py() for number in range(2)] == ["000000", "000010"]
+    most = 100
+    with pytest.raises(ClipcidError, match=r"Shard 00001 of .* changes while it is listed"):
+        index_of(data, tmp_path / "always")

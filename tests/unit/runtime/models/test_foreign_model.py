@@ -95,6 +95,7 @@ def test_copy_loads_where_the_folder_it_was_built_in_is_gone(foreign: Path, tmp_
         model.info.preprocess,
         model.module.state_dict(),
         source=elsewhere,
+        tokenizer=model.tokenizer.whole,
     )
     shutil.rmtree(elsewhere)
     written = load_model(parse_model(str(tmp_path / "written")))
@@ -102,3 +103,19 @@ def test_copy_loads_where_the_folder_it_was_built_in_is_gone(foreign: Path, tmp_
     expected = original.encode_texts(original.tokenizer(TEXTS), FP32)
     assert torch.equal(written.encode_texts(written.tokenizer(TEXTS), FP32), expected)
     assert written.info.config["text_cfg"]["hf_model_name"] == str(tmp_path / "gone")
+
+
+def test_a_tokenizer_from_elsewhere_is_written_whatever_stands_beside_the_configuration(
+    foreign: Path, tmp_path: Path
+) -> None:
+    shutil.copy(foreign / "open_clip_config.json", tmp_path / "student.json")
+    (tmp_path / "merges.txt").write_text("of another model")
+    name = parse_model(str(tmp_path / "student.json"))
+    student = load_model(name, fresh_seed=0)
+    tensors, whole = student.module.state_dict(), student.tokenizer.whole
+    written = tmp_path / "written"
+    write_model_folder(
+        written, student.info.config, student.info.preprocess, tensors, source=name.folder, tokenizer=whole
+    )
+    assert (written / "tokenizer.json").is_file()
+    assert not (written / "merges.txt").exists()

@@ -96,6 +96,33 @@ def test_other_sizes_of_image_text_and_vocabulary() -> None:
     torch.testing.assert_close(student.visual.positional_embedding[1:], torch.full((4, 64), 0.25))
 
 
+@pytest.mark.parametrize(
+    ("there", "here"), [([32, 96], [16, 48]), ([64, 128], [32, 64]), ([32, 96], [48, 64])], ids=str
+)
+def test_positions_keep_their_rows_and_columns(there: list[int], here: list[int]) -> None:
+    sizes = ({"vision_cfg__patch_size": 8, "vision_cfg__image_size": size} for size in (here, there))
+    student, source = (make(smaller(**size), seed) for seed, size in enumerate(sizes))
+    rows, columns = (side // 8 for side in there)
+    with torch.no_grad():  # each row of patches is a constant of its own
+        source.visual.positional_embedding[1:] = torch.arange(rows).repeat_interleave(columns)[:, None].float()
+    assert inherit(student, source, "image") == []
+    assert torch.equal(student.visual.positional_embedding[0], source.visual.positional_embedding[0])
+    found = student.visual.positional_embedding[1:].unflatten(0, [side // 8 for side in here])
+    torch.testing.assert_close(found, found[:, :1].expand_as(found))
+    assert (found[1:] > found[:-1]).all()
+
+
+def test_what_is_computed_otherwise_is_named() -> None:
+    changes = {"vision_cfg__head_width": 32, "text_cfg__pool_type": "last"}
+    student, source = make(smaller(**changes) | {"quick_gelu": True}, 0), make(TEACHER, 1)
+    assert inherit(student, source, "both") == [
+        "image activation (QuickGELU, GELU there)",
+        "image width of heads (32, 16 there)",
+        "text activation (QuickGELU, GELU there)",
+        "text pooling (last, argmax there)",
+    ]
+
+
 def test_one_tower_leaves_the_other_as_it_was() -> None:
     student, source = make(TEACHER, 0), make(TEACHER, 1)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
@@ -120,14 +147,17 @@ def test_refuses_a_model_that_is_smaller(changes: dict[str, int], words: str) ->
 
 
 def test_a_vit_of_timm_with_attention_pooling_takes_whole_heads_of_every_attention(tmp_path: Path) -> None:
-    def make_siglip(seed: int, width: int, side: int, layers: int) -> nn.Module:
+    def make_siglip(seed: int, width: int, side: int, layers: int, **more: bool) -> nn.Module:
         family = FAMILIES["SigLIP"]
         smaller = family.smaller | {"embed_dim": width, "vision_cfg__image_size": side}
-        trunk = {"img_size": side, "embed_dim": width, "num_heads": width // 16, "depth": layers}
+        trunk = {"img_size": side, "embed_dim": width, "num_heads": width // 16, "depth": layers, **more}
         folder = write_family(tmp_path / str(seed), dataclasses.replace(family, smaller=smaller, trunk=trunk))
         return load_model(parse_model(str(folder)), fresh_seed=seed).module
 
     student, source = make_siglip(0, 32, 32, 1), make_siglip(1, 64, 48, 2)
+    with_class = make_siglip(2, 64, 48, 2, class_token=True)
+    with pytest.raises(ClipcidError, match=r"4 positions for a grid of \(2, 2\) patches, the model's 10 for \(3, 3\)"):
+        inherit(student, with_class, "image")
     assert inherit(student, source, "image") == []
     own, others = student.state_dict(), source.state_dict()
     channels = evenly_spaced(32, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from balance_data import write_embeddings
-from teaching_data import embed_data, index_data, train, write_student
+from conftest import make_caption, make_image, shard_members, write_tar
+from teaching_data import embed_data, index_data, read_keys, train, write_student
 
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.embeddings.folder import open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.results.matched_samples import SampleRows, open_rows
 from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.steps.distill import samples
@@ -108,3 +111,47 @@ def test_samples_are_matched_once(
     train(work, tiny_shards, name="another", lr=1e-4, **settings)
     with pytest.raises(AssertionError, match="matched again"):
         train(work, tiny_shards, name="other", **settings | {"val_fraction": 0.3})
+
+
+def test_captions_that_changed_are_matched_anew(tmp_path: Path) -> None:
+    data, work = tmp_path / "data", tmp_path / "work"
+    data.mkdir()
+    for number in range(24):
+        (data / f"{number}.png").write_bytes(make_image(number))
+        (data / f"{number}.txt").write_text(make_caption(number))
+    settings = {"student": str(write_student(tmp_path)), "preset": "clip", "steps": 1}
+    settings |= {"max_bad_fraction": 0.1, "val_fraction": 0}
+    train(work, data, **settings)
+    (data / "3.txt").unlink()
+    train(work, data, name="again", **settings)
+    used = [json.loads((path / "matched.json").read_text())["counts"]["selected"] for path in find_matched(work)]
+    assert sorted(used) == [23, 24]
+
+
+def test_the_same_files_under_names_that_are_in_the_keys_are_matched_anew(tmp_path: Path) -> None:
+    settings = {"student": str(write_student(tmp_path)), "preset": "clip", "steps": 1, "keys": "shard"}
+    for number, names in enumerate((("a", "b"), ("x", "y"))):
+        for folder, old in zip(names, ("a", "b"), strict=True):
+            if number:
+                (tmp_path / old).rename(tmp_path / folder)
+            else:
+                write_tar(tmp_path / folder / "0.tar", shard_members(0, 24))
+        data = f"{tmp_path / names[0]}::{tmp_path / names[1]}"
+        train(tmp_path / "work", data, name=str(number), val_fraction=0.3, **settings)
+        assert len(find_matched(tmp_path / "work")) == number + 1
+
+
+def test_bad_rows_are_told_on_each_start_and_other_texts_are_matched_anew(
+    tiny_shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    embed_data(tiny_shards, tiny_model, tmp_path / "own")
+    own, work = open_embeddings(tmp_path / "own"), tmp_path / "work"
+    rows, texts = own.rows(Kind.IMAGES).read(0, 24), own.rows(Kind.TEXTS).read(0, 24)
+    settings = {"student": str(write_student(tmp_path)), "preset": "clip-kd", "steps": 1, "max_bad_fraction": 0.2}
+    for name, bad, matched in (("first", 1, 1), ("again", 1, 1), ("other", 2, 2)):
+        texts[:bad] = 0
+        shutil.rmtree(tmp_path / "foreign", ignore_errors=True)
+        folder = write_embeddings(tmp_path / "foreign", rows, keys=read_keys(own), texts=texts)
+        _, told = train(work, tiny_shards, name=name, embeddings=(folder,), **settings)
+        assert f"{bad} rows of the embeddings are zero or not finite" in told
+        assert len(find_matched(work)) == matched
