@@ -135,7 +135,12 @@ def read_rows(shared: SharedArrays, images: Rows) -> BalanceRows:
 
     numbers, unique, a, b = shared.publish(survey)
     if len(b):
-        reporting.note(f"{len(b):,} rows are exact copies of earlier ones.")
+        copies = (
+            "1 row is an exact copy of an earlier one"
+            if len(b) == 1
+            else f"{len(b):,} rows are exact copies of earlier ones"
+        )
+        reporting.note(f"{copies}.")
     return BalanceRows(images, numbers, unique, _join(a, b))
 
 
