@@ -28,8 +28,7 @@ from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.runtime.libraries import importing, set_openmp_spins
 from clipcid_cli.steps.reporting import Reporter, reporting_to
-from clipcid_cli.steps.settings.fields import Setting, flag_of, setting_of
-from clipcid_cli.steps.settings.shared import SharedSettings
+from clipcid_cli.steps.settings.shared import Setting, SharedSettings, flag_of, setting_of
 
 if typing.TYPE_CHECKING:
     from rich.console import Console

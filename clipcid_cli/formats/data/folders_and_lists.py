@@ -21,9 +21,16 @@ import numpy as np
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.captions import gather_captions, split_captions
 from clipcid_cli.formats.data.remote import is_url, local_file
-from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Columns, Sample, natural_key
+from clipcid_cli.formats.data.samples import (
+    IMAGE_SUFFIXES,
+    ByteRange,
+    Columns,
+    Sample,
+    gather_captions,
+    natural_key,
+    split_captions,
+)
 from clipcid_cli.formats.data.shard import Slices
 from clipcid_cli.formats.reading import describe, open_regular, read_regular
 from clipcid_cli.formats.skips import Skips

@@ -29,8 +29,7 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import atomic_file, lock, write_error, write_parquet
-from clipcid_cli.formats.data.captions import split_captions
-from clipcid_cli.formats.data.samples import ByteRange, Sample
+from clipcid_cli.formats.data.samples import ByteRange, Sample, split_captions
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy, fetch_ahead
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json

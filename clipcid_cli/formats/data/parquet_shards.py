@@ -12,9 +12,8 @@ from typing import Any
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.captions import clean_captions, gather_captions
 from clipcid_cli.formats.data.image_column import is_image_column, open_parquet, read_group
-from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Columns, Sample
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Columns, Sample, clean_captions, gather_captions
 from clipcid_cli.formats.skips import Skips
 
 # Names that data sets give their columns, the first that there is being taken; the last ones are those of tars on the hub.

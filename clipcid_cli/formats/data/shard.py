@@ -7,10 +7,9 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
-from clipcid_cli.formats.data.captions import TXT
 from clipcid_cli.formats.data.parquet_shards import ImageTable, read_parquet
 from clipcid_cli.formats.data.remote import describe_shard, is_remote
-from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data.samples import TXT, Sample
 from clipcid_cli.formats.data.tars import read_tar
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.skips import Skips

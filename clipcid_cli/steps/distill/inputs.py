@@ -43,8 +43,14 @@ from clipcid_cli.steps.distill.samples import (
 from clipcid_cli.steps.embed.encoder import Views
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
-from clipcid_cli.steps.inputs import ChosenKeepList, choose_keep_list, open_teachers
-from clipcid_cli.steps.models import embed_with, find_mismatch, validate_teacher
+from clipcid_cli.steps.inputs import (
+    ChosenKeepList,
+    choose_keep_list,
+    embed_with,
+    find_mismatch,
+    open_teachers,
+    validate_teacher,
+)
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL

@@ -27,7 +27,7 @@ from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
 from clipcid_cli.steps.inputs import NO_KEEP_LIST
 from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.steps.settings.fields import output_settings
+from clipcid_cli.steps.settings.shared import output_settings
 from clipcid_cli.training.optimisers import Recipe
 
 DEFAULT_EPOCHS = 32

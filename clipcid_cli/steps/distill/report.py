@@ -21,7 +21,7 @@ from clipcid_cli.steps.distill.evaluation import EMA, HeldOut
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.repair import describe_repair
-from clipcid_cli.steps.settings.fields import output_settings
+from clipcid_cli.steps.settings.shared import output_settings
 
 if TYPE_CHECKING:
     from markupsafe import Markup

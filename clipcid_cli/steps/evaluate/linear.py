@@ -19,8 +19,7 @@ from clipcid_cli.algorithms.metrics.classification import (
     SINGLE_LABEL_METRICS,
     measure_scores,
 )
-from clipcid_cli.algorithms.probe.neighbours import nearest_neighbours, vote
-from clipcid_cli.algorithms.probe.probe import (
+from clipcid_cli.algorithms.probe import (
     PROMISED_DECREASE,
     TOLERANCE,
     LinearClassifier,
@@ -29,9 +28,11 @@ from clipcid_cli.algorithms.probe.probe import (
     SweepPoint,
     choose_point,
     draw_shots,
+    nearest_neighbours,
     regularisation_grid,
     split_by_class,
     sweep_regularisation,
+    vote,
 )
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.benchmark import (
@@ -60,7 +61,7 @@ from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
 from clipcid_cli.steps.evaluate.result import Draws, FewShot, LinearResult, Preview, Sweep
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, find_copy
-from clipcid_cli.steps.models import choose_model
+from clipcid_cli.steps.inputs import choose_model
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 
