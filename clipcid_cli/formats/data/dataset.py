@@ -28,8 +28,6 @@ from clipcid_cli.formats.reading import open_regular
 from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
 
-__all__ = ["ByteRange", "Columns", "Dataset", "Sample", "Shard", "open_dataset"]
-
 _FORMS = (
     "Give a folder of .tar shards or of parquet files with images, one such file, a pattern such as "
     "data/{00000..00099}.tar, a folder of images, or a csv, tsv or parquet list."

@@ -32,8 +32,6 @@ from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
 from clipcid_cli.formats.sidecar import EmbedSidecar, ModelRecord, read_sidecar, sidecar_path
 
-__all__ = ["EmbeddingFile", "Embeddings", "RowMap", "has_usable_row", "open_embeddings", "read_embed_sidecar"]
-
 MAX_UNPACKED = 4 * 2**30
 """Limit on the memory of each process for compressed arrays, all files together."""
 # Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.

@@ -19,7 +19,7 @@ from clipcid_cli.algorithms.sets.representatives import find_diameters
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.folder import EmbeddingFile
+from clipcid_cli.formats.embeddings.layouts import EmbeddingFile
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.join import join, parquet_listing
 from clipcid_cli.formats.results.forest import CURVE, ROW_FILES, SET_TABLE, SetTable, write_curve, write_set_table

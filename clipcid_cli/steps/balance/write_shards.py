@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import write_json
-from clipcid_cli.formats.data.dataset import Dataset, Shard
+from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import local_file
+from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.tars import Copied, copy_samples, count_samples
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import find_repeat, join, parquet_listing

@@ -13,7 +13,7 @@ from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output
 from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.results.run_folder import list_checkpoints, write_held_out
-from clipcid_cli.formats.sidecar import DistillSidecar
+from clipcid_cli.formats.sidecar import DistillSidecar, RepairFigures
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.pipeline import start_worker_server
@@ -21,19 +21,33 @@ from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output, scratch_folder
 from clipcid_cli.steps.data_index import warn_of_copies
-from clipcid_cli.steps.distill.cost import estimate_cost
+from clipcid_cli.steps.distill.cost import DistillCost, estimate_cost
 from clipcid_cli.steps.distill.inputs import find_embeddings
 from clipcid_cli.steps.distill.plan import identity, plan_run, validate_named
 from clipcid_cli.steps.distill.report import write_report
-from clipcid_cli.steps.distill.result import DistillCost, Distilled
 from clipcid_cli.steps.distill.student import load_student, write_students
 from clipcid_cli.steps.distill.teacher import describe_weights, load_online_model
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.embed.result import EmbedCost
-from clipcid_cli.steps.evaluate.result import ZeroshotResults
+from clipcid_cli.steps.evaluate.result import ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.zeroshot import evaluate
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.distill import DistillSettings
+
+
+class Distilled(msgspec.Struct, omit_defaults=True):
+    """What a run made."""
+
+    student: str
+    steps: int
+    samples: int
+    samples_per_second: float
+    losses: dict[str, float]  # those of the last step that was logged
+    metrics: dict[str, float]  # those of the last evaluation during the training
+    evaluations: list[ZeroshotResult]  # what `eval-zeroshot` returns for ``--eval-data``
+    seconds: dict[str, float]  # time by phase
+    files: dict[str, str]
+    repair: RepairFigures | None = None  # that of the teacher, where it was repaired
 
 
 def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
