@@ -212,7 +212,6 @@ def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
 
 
 def _sibling_commands(ctx: click.Context) -> dict[str, click.Command | None]:
-    """Return all subcommands by name."""
     group = ctx.parent
     assert group is not None
     assert isinstance(group.command, click.Group)
@@ -343,7 +342,6 @@ class PageCommand(click.Command):
         return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write each group of flags, in their order."""
         groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)

@@ -110,7 +110,6 @@ class Memo:
         return msgspec.structs.replace(known, path=_name(path, folder))
 
     def record_all(self, paths: Iterable[Path], folder: Path | None = None) -> list[FileRecord]:
-        """Return the records of many files, in order."""
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(pool.map(lambda path: self.record(path, folder), paths))
 

@@ -393,7 +393,6 @@ class ExportSidecar(Sidecar, kw_only=True):
     parity: dict[str, Parity]
 
     def files(self, folder: Path) -> set[str]:
-        """Return the files of the export."""
         return set(self.written)
 
 

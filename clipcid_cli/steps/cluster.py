@@ -35,7 +35,6 @@ from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claim
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
     PROGRESS,
-    TABLE,
     join_parts,
     map_tops,
     part_arrays,
@@ -46,7 +45,7 @@ from clipcid_cli.formats.results.clusters import (
 )
 from clipcid_cli.formats.sidecar import ClusterSidecar, RepairFigures
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, memory_for_rows, open_dist_context
 from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.runtime.precision import choose_coarse_dtype
@@ -349,7 +348,7 @@ def run(settings: ClusterSettings) -> ClusterResult | ClusterCost:
                 with timed(seconds, "assign"):
                     _assign(plan, context, state.centroids_KD, output.work)
                 result = context.on_rank0(lambda: _write(plan, state, output, seconds))
-        names = {"centroids": CENTROIDS, "clusters": TABLE, "sidecar": "cluster.json"}
+        names = {"centroids": CENTROIDS, "clusters": CLUSTERS, "sidecar": "cluster.json"}
         return msgspec.structs.replace(result, files={name: str(plan.folder / file) for name, file in names.items()})
 
 
@@ -448,7 +447,6 @@ def _summarise(plan: ClusterPlan, folder: Path) -> tuple[float, npt.NDArray[np.i
 def _write(
     plan: ClusterPlan, state: LloydState, output: Output[ClusterSidecar], seconds: dict[str, float]
 ) -> ClusterResult:
-    """Write centroids and table, and finish the output; return its result."""
     rows, embeddings, num_clusters = plan.rows, plan.rows.embeddings, plan.num_clusters
     with timed(seconds, "write"):
         write_npy(output.work / CENTROIDS, state.centroids_KD.numpy())
@@ -475,7 +473,7 @@ def _write(
     output.commit(
         counts={"read": embeddings.num_rows, "used": len(rows), "skipped": rows.skips.counts},
         seconds=seconds,
-        outputs=[record(output.work / name, output.work) for name in (CENTROIDS, TABLE, *arrays)],
+        outputs=[record(output.work / name, output.work) for name in (CENTROIDS, CLUSTERS, *arrays)],
         embeddings=folders if len(folders) > 1 else folders[0],
         keep_list=None if rows.keep_list is None else record(rows.keep_list),
         repair=None if embeddings.image_map is None else embeddings.image_map.record,
@@ -489,7 +487,6 @@ def _write(
 
 
 def _estimate_cost(plan: ClusterPlan, context: DistContext) -> ClusterCost:
-    """Say what the run takes, without writing anything."""
     settings = plan.settings
     rows = plan.rows
     num_trained = len(plan.trained)

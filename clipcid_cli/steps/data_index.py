@@ -93,7 +93,6 @@ def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample
 
 
 def _list_shard(dataset: Dataset, number: int) -> None:
-    """List one shard into the index."""
     for _ in stream_shard(dataset, number, Skips()):
         pass
 

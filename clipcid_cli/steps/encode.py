@@ -135,7 +135,6 @@ class Decoder:
             yield row, image
 
     def tokenize(self, texts: list[str]) -> torch.Tensor | None:
-        """Tokenise texts; None where there is no tokenizer."""
         if self.tokenizer is None:
             return None
         tokens = self.tokenizer(texts or [""])[: len(texts)]  # some fail without a text
@@ -168,7 +167,6 @@ class Encoded:
         return torch.tensor([row for row in range(len(self.samples)) if row not in self.failures], dtype=torch.int64)
 
     def usable(self) -> Encoded:
-        """Return the samples that can be used."""
         if not self.failures:
             return self
         kept = self.kept
@@ -177,7 +175,6 @@ class Encoded:
         return Encoded([self.samples[row] for row in kept.tolist()], rows, adapted=self.adapted)
 
     def count_skips(self, shard: Shard) -> Skips:
-        """Count the samples of a shard that cannot be used."""
         return Skips.of({shard.describe(self.samples[row].key): self.failures[row] for row in sorted(self.failures)})
 
 
@@ -213,7 +210,6 @@ class Encoder:
         )
 
     def __call__(self, decoded: Decoded) -> dict[Kind, torch.Tensor]:
-        """Encode a batch's images, and its captions."""
         rows = {}
         if decoded.pixels is not None:
             rows[Kind.IMAGES] = self.images(decoded.pixels).cpu()

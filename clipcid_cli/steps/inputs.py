@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
-from clipcid_cli.formats.embeddings.command import embed_command
+from clipcid_cli.formats.embeddings.command import data_command, embed_command
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.join import Keys, join, parquet_listing
@@ -128,6 +128,11 @@ def validate_teacher(what: str, recorded: ModelRecord, teacher: ModelName, fix: 
 def embed_with(name: ModelName, settings: DistillSettings, data: DataSpec | None = None) -> str:
     """Return the command that embeds the data of a run, else `data`, with another model, for a fix."""
     return embed_command(name.spec, data, settings.data, **settings.data_flags, work=settings.work)
+
+
+def embed_again(embeddings: Embeddings, settings: DistillSettings, **more: Any) -> str:
+    """Return the command that makes embeddings as they are, or with more beside them, for a fix."""
+    return data_command(embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags, **more)
 
 
 def cluster_with(name: ModelName, settings: DistillSettings) -> str:

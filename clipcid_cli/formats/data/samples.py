@@ -220,6 +220,11 @@ def clean_captions(found: Any) -> tuple[str, ...]:
     return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
 
 
+def read_cell(cell: Any) -> str:
+    """Return the text of a cell with a key or a path; empty where it has none."""
+    return "" if cell is None else str(cell).strip()
+
+
 def gather_captions(keys: Sequence[str], found: Sequence[Sequence[str]], skips: Skips) -> tuple[str, ...]:
     """Return all captions of a sample, those of each key in turn; keys that have none are counted."""
     for key, captions in zip(keys, found, strict=True):

@@ -102,7 +102,6 @@ class Shard:
             yield dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
 
     def fingerprint(self) -> FileRecord:
-        """Describe the shard's content for a sidecar."""
         if self.slices is not None:
             return FileRecord(f"{self.source}#{self.name}", *self.slices.fingerprint(self.number))
         return describe_shard(self.source)

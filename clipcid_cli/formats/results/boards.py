@@ -88,7 +88,6 @@ class _WeightsAndBiases:
 
 
 def _import_tensorboard() -> Any:
-    """Import PyTorch's side of TensorBoard."""
     try:
         from torch.utils import tensorboard
     except ImportError as error:

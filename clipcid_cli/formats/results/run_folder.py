@@ -189,11 +189,9 @@ class TrainingLog:
             self.flush()
 
     def add_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Log the metrics of an evaluation after `step` steps."""
         self._write("eval", self._folder.results_log, [{"step": step, **metrics}])
 
     def flush(self) -> None:
-        """Write the lines that are not on the disk yet."""
         self._write("train", self._folder.train_log, self._lines)
         if self._board is not None:
             self._board.flush()

@@ -12,7 +12,7 @@ import numpy as np
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.atomic import validate_writable
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.folder import Embeddings, read_embed_sidecar
 from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
 from clipcid_cli.formats.embeddings.rows import remove_copies
 from clipcid_cli.formats.fingerprint import find_lost
@@ -26,7 +26,7 @@ from clipcid_cli.formats.results.forest import (
     read_row_files,
     write_row_files,
 )
-from clipcid_cli.formats.sidecar import BalanceSidecar, EmbedSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
@@ -140,7 +140,7 @@ def _find_embeddings(settings: BalanceSettings, context: DistContext) -> Path | 
 def _model_of(work: WorkDirectory) -> str | None:
     """Return the model of the work directory's embeddings, when there are those of one model."""
     try:
-        sidecar = read_sidecar(sidecar_path(work.find_embeddings(), "embed"), EmbedSidecar)
+        sidecar = read_embed_sidecar(work.find_embeddings())
     except ClipcidError:
         return None
     return None if sidecar is None else sidecar.model.spec

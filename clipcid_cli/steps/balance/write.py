@@ -145,7 +145,6 @@ def write(run: BalanceRun, found: Outcome) -> BalanceResult:
 
 
 def _write_tables(run: BalanceRun, found: Outcome) -> SetTable:
-    """Write the tables; return that of the sets."""
     folder, sets = run.work, found.sets
 
     def map_names(read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.LargeStringArray:
@@ -245,7 +244,6 @@ def write_kept(plan: BalancePlan) -> None:
 
 
 def _kept_uids(plan: BalancePlan, num_kept: int) -> Iterator[pa.ChunkedArray]:
-    """Find the identifiers of the kept rows of each file."""
     embeddings, keep_list = plan.embeddings, plan.keep_list
     keys = partial(map, embeddings.keys_of, embeddings.files)
     kept = join(keys, embeddings.num_rows, parquet_listing(keep_list, "kept"), keep_list.parent)[:, 0] > 0

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import math
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import msgspec
@@ -481,12 +479,6 @@ class ProbeFits:
                 at_edge = sum(map(self._is_end, chosen))
                 if at_edge:
                     self._warn_of_end(f"--shots {shots}: the best C of {at_edge} of {repeats} draws is")
-                values = {f"lp_{name}": _summarise([one[name] for one in metrics]) for name in metrics[0]}
+                values = {f"lp_{name}": Draws.of([one[name] for one in metrics]) for name in metrics[0]}
                 found.append(FewShot(shots, max(draws), chosen, at_edge, values))
         return found
-
-
-def _summarise(values: list[float]) -> Draws:
-    if any(math.isnan(value) for value in values):
-        return Draws(None, None, [None if math.isnan(value) else value for value in values])
-    return Draws(fmean(values), stdev(values) if len(values) > 1 else None, [*values])

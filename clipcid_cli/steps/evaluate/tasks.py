@@ -117,7 +117,6 @@ class ZeroshotTask:
         return None if listed else "no_label"
 
     def label(self, sample: Sample) -> int | None:
-        """Return the sample's class, None when it has none."""
         if sample.label is None:
             return None
         if not 0 <= sample.label < len(self.class_names):

@@ -92,7 +92,6 @@ class ZeroshotPlan:
         return [(name, task) for name in self.names for task in self.tasks]
 
     def metrics_path(self, name: ModelName, task: ZeroshotTask) -> Path:
-        """Return the metrics file of a pair."""
         return (
             WorkDirectory(self.settings.work).eval
             / f"{metrics_stem(task.name, name.slug, task.task, *task.variant)}.json"
