@@ -39,7 +39,7 @@ from clipcid_cli.steps.balance.cost import estimate_cost
 from clipcid_cli.steps.balance.filters.against import find_near, open_references, validate_models, validate_none_missing
 from clipcid_cli.steps.balance.filters.captions import find_captions
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, cap_clusters, find_cap_clusters
-from clipcid_cli.steps.balance.partition import audit_kept
+from clipcid_cli.steps.balance.forest import audit_kept
 from clipcid_cli.steps.balance.report import REPORT, has_new_pictures
 from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
 from clipcid_cli.steps.balance.samples import validate_data, validate_data_there

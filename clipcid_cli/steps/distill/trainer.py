@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -41,12 +41,14 @@ from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
-from clipcid_cli.steps.distill.plan import Plan
 from clipcid_cli.steps.distill.student import Student, batch_norms
 from clipcid_cli.steps.distill.teacher import Teacher, open_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.training.gradients import Features, gather_rows
 from clipcid_cli.training.train_state import StepValues, TrainState
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.distill.run import Plan
 
 # Every so many steps the processes tell each other whether a signal asks one of them to end. What they exchange stays on the
 # hosts: GPUs do not wait, and where one process hangs the others notice it here.
