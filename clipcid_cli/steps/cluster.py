@@ -106,6 +106,31 @@ class ClusterCost(msgspec.Struct):
     seconds: dict[str, float]
 
 
+def run(settings: ClusterSettings) -> ClusterResult | ClusterCost:
+    """Cluster embeddings."""
+    seconds = dict[str, float]()
+    with open_dist_context(settings.device) as context:
+        with timed(seconds, "read"):
+            plan = context.on_rank0(lambda: make_plan(settings))
+        if settings.dry_run:
+            return _estimate_cost(plan, context)
+        with timed(seconds, "read"):
+            spec = context.on_rank0(plan.identify)
+        with claim_output(context, spec) as output:
+            if output.finished is not None:
+                reporting.note(f"These clusters are in {plan.folder} already.")
+                result = msgspec.convert(output.finished.result, ClusterResult)
+            else:
+                context.on_rank0(output.start)
+                with timed(seconds, "kmeans"):
+                    state = _train(plan, context, output.work / PROGRESS)
+                with timed(seconds, "assign"):
+                    _assign(plan, context, state.centroids_KD, output.work)
+                result = context.on_rank0(lambda: _write(plan, state, output, seconds))
+        names = {"centroids": CENTROIDS, "clusters": CLUSTERS, "sidecar": "cluster.json"}
+        return msgspec.structs.replace(result, files={name: str(plan.folder / file) for name, file in names.items()})
+
+
 class Selection:
     """Some of M rows, numbered 0 … N − 1 in their order. Processes send it to each other: 0.13 bytes for each of the M."""
 
@@ -325,31 +350,6 @@ def _prefix_some_keys(embeddings: Embeddings) -> pa.Array:
     first = next(file for file in embeddings.files if file.rows)
     shards, keys = (read(first).combine_chunks() for read in (embeddings.shards_of, embeddings.keys_of))
     return pc.binary_join_element_wise(shards, keys, pa.scalar("/", keys.type))
-
-
-def run(settings: ClusterSettings) -> ClusterResult | ClusterCost:
-    """Cluster embeddings."""
-    seconds = dict[str, float]()
-    with open_dist_context(settings.device) as context:
-        with timed(seconds, "read"):
-            plan = context.on_rank0(lambda: make_plan(settings))
-        if settings.dry_run:
-            return _estimate_cost(plan, context)
-        with timed(seconds, "read"):
-            spec = context.on_rank0(plan.identify)
-        with claim_output(context, spec) as output:
-            if output.finished is not None:
-                reporting.note(f"These clusters are in {plan.folder} already.")
-                result = msgspec.convert(output.finished.result, ClusterResult)
-            else:
-                context.on_rank0(output.start)
-                with timed(seconds, "kmeans"):
-                    state = _train(plan, context, output.work / PROGRESS)
-                with timed(seconds, "assign"):
-                    _assign(plan, context, state.centroids_KD, output.work)
-                result = context.on_rank0(lambda: _write(plan, state, output, seconds))
-        names = {"centroids": CENTROIDS, "clusters": CLUSTERS, "sidecar": "cluster.json"}
-        return msgspec.structs.replace(result, files={name: str(plan.folder / file) for name, file in names.items()})
 
 
 def _train(plan: ClusterPlan, context: DistContext, progress: Path) -> LloydState:
