@@ -12,8 +12,8 @@ import pytest
 from conftest import make_image, shard_members, write_tar
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Dataset, open_dataset, open_described
-from clipcid_cli.formats.data.samples import Columns, Sample
+from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.skips import Skips
 
 

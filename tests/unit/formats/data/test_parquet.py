@@ -14,8 +14,8 @@ from conftest import make_caption, make_image
 from shard_server import serve
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Dataset, open_dataset, open_described
-from clipcid_cli.formats.data.samples import Columns, Sample
+from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.data_index import cache_shards, ensure_index

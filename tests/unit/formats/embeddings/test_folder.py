@@ -19,9 +19,8 @@ import pytest
 from sidecars import make_sidecar, unfinish
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.layouts import EmbeddingFile
 from clipcid_cli.formats.embeddings.manifest import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, find_npy, holds_unit_rows, unit_rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
