@@ -25,7 +25,7 @@ import msgspec
 from click.core import ParameterSource
 
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.reading import read_regular
+from clipcid_cli.formats.files import read_regular
 from clipcid_cli.runtime.libraries import importing, set_openmp_spins
 from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.shared import Setting, SharedSettings, flag_of, setting_of

@@ -18,8 +18,7 @@ from typing import IO, Any
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_text
-from clipcid_cli.formats.reading import open_regular, read_regular
+from clipcid_cli.formats.files import open_regular, read_regular, write_text
 
 # Files up to this size are hashed whole, larger ones at the head, the middle and the tail: a petabyte would take too long.
 _WHOLE_FILE = 64 * 2**20

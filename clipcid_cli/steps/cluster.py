@@ -25,11 +25,10 @@ from clipcid_cli.algorithms.near.exact import BoolArray, HalfArray, IntArray
 from clipcid_cli.algorithms.near.nearest import NearestCentroid, top_nearest
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
-from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.embeddings.rows import Kind, Rows
+from clipcid_cli.formats.files import write_npy
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claimed
 from clipcid_cli.formats.results.clusters import (

@@ -15,7 +15,7 @@ from simulation import KINDS, run_all, total
 
 from clipcid_cli.algorithms.losses.registry import PRESETS
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 
 WORK = "clipcid-work"
 TRAIN = ("distill", "--student", "student.json", "--batch-size", 8, "--val-fraction", 0.2, "--device", "cuda")

@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_remote
-from clipcid_cli.formats.reading import read_regular, reading
+from clipcid_cli.formats.files import read_regular, reading
 
 CLASS_NAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"

@@ -33,7 +33,7 @@ from clipcid_cli.formats.data.samples import (
     split_captions,
 )
 from clipcid_cli.formats.data.shard import Slices
-from clipcid_cli.formats.reading import describe, open_regular, read_regular
+from clipcid_cli.formats.files import describe, open_regular, read_regular
 from clipcid_cli.formats.skips import Skips
 
 if TYPE_CHECKING:

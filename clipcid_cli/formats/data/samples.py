@@ -19,7 +19,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.image_column import read_copied, read_row
 from clipcid_cli.formats.data.remote import is_pipe, is_url, read_remote
 from clipcid_cli.formats.data.shard_cache import ShardCopy
-from clipcid_cli.formats.reading import read_part, read_regular
+from clipcid_cli.formats.files import read_part, read_regular
 from clipcid_cli.formats.skips import Skips
 
 # Suffixes of images; of several in one sample the first in this order is taken (open_clip's, then others that Pillow reads).

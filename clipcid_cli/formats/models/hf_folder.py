@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_bytes, write_json, write_text
+from clipcid_cli.formats.files import write_bytes, write_json, write_text
 from clipcid_cli.formats.models.export_folder import MERGES, SPECIAL_TOKENS, TOKENIZER, VOCABULARY
 from clipcid_cli.formats.models.open_clip_folder import RESAMPLE, pixel_problems, refusals_of_the_system, square_side
 

@@ -23,10 +23,9 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays
-from clipcid_cli.formats.atomic import atomic_file
+from clipcid_cli.formats.files import atomic_file, reading
 from clipcid_cli.formats.fingerprint import validate_unchanged
 from clipcid_cli.formats.parquet import count_rows, read_columns
-from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import CLUSTERS, remake_clusters
 

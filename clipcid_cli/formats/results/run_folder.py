@@ -19,9 +19,8 @@ import pyarrow as pa
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file, write_text
+from clipcid_cli.formats.files import atomic_file, describe, reading, write_text
 from clipcid_cli.formats.parquet import read_columns, write_row_groups
-from clipcid_cli.formats.reading import describe, reading
 
 _HELD_OUT = pa.schema({"key": pa.large_string()})
 # Should the newest checkpoint be damaged on a failing disk, the run is not lost.

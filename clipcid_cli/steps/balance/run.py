@@ -10,11 +10,10 @@ import msgspec
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import validate_writable
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings, read_embed_sidecar
-from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
-from clipcid_cli.formats.embeddings.rows import remove_copies
+from clipcid_cli.formats.embeddings.rows import METADATA, Kind, remove_copies
+from clipcid_cli.formats.files import validate_writable
 from clipcid_cli.formats.fingerprint import find_lost
 from clipcid_cli.formats.output import WORK, Output, OutputSpec, list_differences
 from clipcid_cli.formats.results.forest import (

@@ -9,8 +9,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.command import texts_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.embeddings.text_folder import EmbeddedTexts, TextLines, open_texts
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.work_directory import WorkDirectory

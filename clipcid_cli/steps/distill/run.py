@@ -13,7 +13,7 @@ import msgspec
 
 from clipcid_cli.algorithms.losses.registry import LOSSES, default_rate
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.atomic import write_text
+from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output
 from clipcid_cli.formats.results.boards import validate_board

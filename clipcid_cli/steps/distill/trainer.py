@@ -17,10 +17,9 @@ from clipcid_cli.algorithms.losses.registry import load_loss
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
 from clipcid_cli.algorithms.near.block import exact_accumulation
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.samples import close_copies
+from clipcid_cli.formats.files import reading, write_json
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.results.boards import open_board
 from clipcid_cli.formats.results.run_folder import (
     TrainingLog,

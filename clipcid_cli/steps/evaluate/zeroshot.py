@@ -10,8 +10,8 @@ import msgspec
 
 from clipcid_cli.algorithms.metrics.calibration import BINS
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.atomic import write_text
 from clipcid_cli.formats.data.samples import ByteRange
+from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.report import render_report, thumbnail

@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json, write_text
+from clipcid_cli.formats.files import write_json, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record, validate_unchanged
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, WEB, list_written, sync_files, validate_export_folder
 from clipcid_cli.formats.models.web_folder import validate_packages, write_engine
