@@ -43,7 +43,6 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return one subcommand."""
         if cmd_name not in COMMANDS:
             return None
         command = import_module(f"clipcid_cli.commands.{cmd_name.replace('-', '_')}").command

@@ -13,8 +13,7 @@ import pandas as pd
 
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.plan import identify, make_plan
-from clipcid_cli.steps.balance.run import begin, run
+from clipcid_cli.steps.balance.run import begin, identify, make_plan, run
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.balance import BalanceSettings

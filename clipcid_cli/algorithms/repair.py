@@ -58,7 +58,6 @@ class Pairs:
         return len(self.captions_N)
 
     def take(self, places: Tensor) -> Pairs:
-        """Return the pairs at some places."""
         return Pairs(self.images_ND[places], self.texts_ND[places], self.captions_N[places])
 
 

@@ -11,12 +11,12 @@ from clipcid_cli.commands.summary import format_phases, print_facts
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 if TYPE_CHECKING:
-    from clipcid_cli.steps.cluster.result import ClusterCost, ClusterResult
+    from clipcid_cli.steps.cluster import ClusterCost, ClusterResult
 
 
 def show(result: ClusterResult | ClusterCost, console: Console) -> None:
     """Print how many clusters there are, how close images are to their centroids, and where the files are."""
-    from clipcid_cli.steps.cluster.result import ClusterCost
+    from clipcid_cli.steps.cluster import ClusterCost
 
     facts = {"images": f"{result.images:,}", "clusters": f"{result.clusters:,}"}
     if isinstance(result, ClusterCost):
@@ -36,7 +36,7 @@ def show(result: ClusterResult | ClusterCost, console: Console) -> None:
 command = step_command(
     "cluster",
     ClusterSettings,
-    step="clipcid_cli.steps.cluster.run",
+    step="clipcid_cli.steps.cluster",
     show=show,
     page="""
 Cluster the embeddings of the kept images with spherical k-means. The 16 nearest centroids of each image, and of each

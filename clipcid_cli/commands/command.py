@@ -25,11 +25,10 @@ import msgspec
 from click.core import ParameterSource
 
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.reading import read_regular
+from clipcid_cli.formats.files import read_regular
 from clipcid_cli.runtime.libraries import importing, set_openmp_spins
 from clipcid_cli.steps.reporting import Reporter, reporting_to
-from clipcid_cli.steps.settings.fields import Setting, flag_of, setting_of
-from clipcid_cli.steps.settings.shared import SharedSettings
+from clipcid_cli.steps.settings.shared import Setting, SharedSettings, flag_of, setting_of
 
 if typing.TYPE_CHECKING:
     from rich.console import Console
@@ -213,7 +212,6 @@ def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
 
 
 def _sibling_commands(ctx: click.Context) -> dict[str, click.Command | None]:
-    """Return all subcommands by name."""
     group = ctx.parent
     assert group is not None
     assert isinstance(group.command, click.Group)
@@ -344,7 +342,6 @@ class PageCommand(click.Command):
         return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write each group of flags, in their order."""
         groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)

@@ -15,8 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.atomic import atomic_file, write_error
-from clipcid_cli.formats.reading import read_regular
+from clipcid_cli.formats.files import atomic_file, read_regular, write_error
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -18,8 +18,7 @@ from typing import IO, Any
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_text
-from clipcid_cli.formats.reading import open_regular, read_regular
+from clipcid_cli.formats.files import open_regular, read_regular, write_text
 
 # Files up to this size are hashed whole, larger ones at the head, the middle and the tail: a petabyte would take too long.
 _WHOLE_FILE = 64 * 2**20
@@ -110,7 +109,6 @@ class Memo:
         return msgspec.structs.replace(known, path=_name(path, folder))
 
     def record_all(self, paths: Iterable[Path], folder: Path | None = None) -> list[FileRecord]:
-        """Return the records of many files, in order."""
         with ThreadPoolExecutor(_THREADS) as pool:
             return list(pool.map(lambda path: self.record(path, folder), paths))
 

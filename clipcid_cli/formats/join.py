@@ -23,9 +23,8 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped
-from clipcid_cli.formats.atomic import lock, write_error
+from clipcid_cli.formats.files import lock, reading, write_error
 from clipcid_cli.formats.parquet import is_text
-from clipcid_cli.formats.reading import reading
 
 Keys: TypeAlias = Callable[[], Iterable[pa.ChunkedArray]]
 """Starts reading a column of text, part by part; it may be called again."""

@@ -22,9 +22,8 @@ from typing import Any, Generic
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import lock, write_error, write_json
+from clipcid_cli.formats.files import lock, reading, write_error, write_json
 from clipcid_cli.formats.fingerprint import FileRecord, find_changed, find_lost, identity_of
-from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import (
     AnySidecar,
     Run,

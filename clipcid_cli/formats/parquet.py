@@ -11,8 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.reading import reading
+from clipcid_cli.formats.files import atomic_file, reading
 
 ROWS_AT_ONCE = 2**20
 """Rows of a row group, of files that are written part by part."""

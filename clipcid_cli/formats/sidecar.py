@@ -16,9 +16,8 @@ import msgspec
 
 from clipcid_cli import __version__
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json
+from clipcid_cli.formats.files import reading, write_json
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.reading import reading
 
 FORMAT_VERSION = 2
 
@@ -393,7 +392,6 @@ class ExportSidecar(Sidecar, kw_only=True):
     parity: dict[str, Parity]
 
     def files(self, folder: Path) -> set[str]:
-        """Return the files of the export."""
         return set(self.written)
 
 

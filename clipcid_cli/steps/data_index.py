@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset
+from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.data.index import (
     DataIndex,
     IndexedShard,
@@ -23,7 +23,7 @@ from clipcid_cli.formats.data.index import (
     write_part,
 )
 from clipcid_cli.formats.data.remote import is_remote
-from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data.samples import Columns, Sample
 from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache, cache_folder
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
@@ -93,7 +93,6 @@ def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample
 
 
 def _list_shard(dataset: Dataset, number: int) -> None:
-    """List one shard into the index."""
     for _ in stream_shard(dataset, number, Skips()):
         pass
 

@@ -20,7 +20,7 @@ from PIL import Image
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel, Tokenizer, Transform
@@ -135,7 +135,6 @@ class Decoder:
             yield row, image
 
     def tokenize(self, texts: list[str]) -> torch.Tensor | None:
-        """Tokenise texts; None where there is no tokenizer."""
         if self.tokenizer is None:
             return None
         tokens = self.tokenizer(texts or [""])[: len(texts)]  # some fail without a text
@@ -168,7 +167,6 @@ class Encoded:
         return torch.tensor([row for row in range(len(self.samples)) if row not in self.failures], dtype=torch.int64)
 
     def usable(self) -> Encoded:
-        """Return the samples that can be used."""
         if not self.failures:
             return self
         kept = self.kept
@@ -177,7 +175,6 @@ class Encoded:
         return Encoded([self.samples[row] for row in kept.tolist()], rows, adapted=self.adapted)
 
     def count_skips(self, shard: Shard) -> Skips:
-        """Count the samples of a shard that cannot be used."""
         return Skips.of({shard.describe(self.samples[row].key): self.failures[row] for row in sorted(self.failures)})
 
 
@@ -213,7 +210,6 @@ class Encoder:
         )
 
     def __call__(self, decoded: Decoded) -> dict[Kind, torch.Tensor]:
-        """Encode a batch's images, and its captions."""
         rows = {}
         if decoded.pixels is not None:
             rows[Kind.IMAGES] = self.images(decoded.pixels).cpu()

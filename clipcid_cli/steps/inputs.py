@@ -1,30 +1,145 @@
-"""What a command is given or finds: embeddings, and the keep list that chooses among them; what was taken is said."""
+"""What a command is given or finds: models, embeddings, the keep list that chooses among them; what was taken is said."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
+from clipcid_cli.formats.embeddings.command import data_command, embed_command
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.join import Keys, join, parquet_listing
 from clipcid_cli.formats.results.keep_list import read_keep_list
+from clipcid_cli.formats.sidecar import DataSpec, ModelRecord
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.models.clip_model import hash_weights
+from clipcid_cli.runtime.models.names import (
+    CONFIG_NAME,
+    ModelName,
+    find_weights,
+    parse_model,
+    read_config,
+    with_default_tag,
+)
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.shared import EmbeddingsSettings, KeptSettings
 
+# The entries of a configuration's text tower that determine the tokens.
+_TOKENS = ("context_length", "hf_tokenizer_name", "tokenizer_kwargs")
+
 NO_KEEP_LIST = "none"
+
+
+def choose_model(spec: str | None, work: Path, *, positional_of: str | None = None) -> ModelName:
+    """Resolve a model to evaluate or export, and report whatever the user did not spell out.
+
+    Args:
+        spec: The model as named on the command line; None takes the student of the run that finished last.
+        positional_of: Subcommand whose first positional `spec` is. What is no model there may be data, and the error then
+            says so.
+    """
+    if spec is None:
+        student = WorkDirectory(work).find_student()
+        reporting.note(f"Model: {student}, the newest student of {work}.")
+        return parse_model(str(student))
+    try:
+        name = with_default_tag(parse_model(spec))
+    except ClipcidError as error:
+        if positional_of is None or _is_of_model(Path(spec)):
+            raise
+        fix = f"Put the model first: clipcid {positional_of} MODEL {spec}"
+        if not Path(spec).exists():
+            fix = f"{error.fix}\nIf {spec} is the data: {fix[0].lower()}{fix[1:]}"
+        raise ClipcidError(
+            f"{error.message}\n{spec} was read as the model, because the first positional argument is the model.", fix
+        ) from error
+    if name.spec != spec:
+        reporting.note(f"Weights: {name.spec}.")
+    return name
+
+
+def _is_of_model(path: Path) -> bool:
+    """Tell whether what is no model that can be loaded is no data either: a run, another export, a configuration."""
+    if not path.is_dir():
+        return path.suffix in (".json", ".onnx", ".safetensors") and path.exists()
+    names = ("student", CONFIG_NAME, "*.onnx", "*.safetensors")
+    return any(next(path.glob(name), None) is not None for name in names)
+
+
+class ModelMismatch(NamedTuple):
+    """What differs between a recorded model and a named one, and its two values."""
+
+    what: str
+    recorded: str
+    named: str
+
+
+def find_mismatch(recorded: ModelRecord, name: ModelName) -> ModelMismatch | None:
+    """Compare a model recorded in a sidecar with a named one; None when they are the same.
+
+    Weights given by a tag never change, so such a model is identified by its name; a folder by its weights' bytes, its
+    tokenizer, its preprocessing and its architecture.
+    """
+    weights = find_weights(name.path) if name.path is not None else None
+    if weights is None or name.path is None:
+        return None if recorded.spec == name.spec else ModelMismatch("weights", recorded.spec, name.spec)
+    weights_hash = hash_weights(weights)
+    if recorded.weights_hash != weights_hash:
+        return ModelMismatch("weights", recorded.weights_hash, weights_hash)
+    config, preprocess = read_config(name.path)
+    old_config = recorded.config
+    # The size is the architecture's, whatever the preprocessing says.
+    pixels = [key for key in preprocess if key != "size"]
+    for what, old, new, keys in (
+        ("tokenizer", old_config["text_cfg"], config["text_cfg"], _TOKENS),
+        ("preprocessing", recorded.preprocess, preprocess, pixels),
+        ("architecture", old_config, config, sorted({*old_config, *config})),
+    ):
+        for key in keys:
+            if old.get(key) != new.get(key):
+                return ModelMismatch(what, f"{key} {json.dumps(old.get(key))}", f"{key} {json.dumps(new.get(key))}")
+    return None
+
+
+def validate_teacher(what: str, recorded: ModelRecord, teacher: ModelName, fix: str) -> None:
+    """Refuse what another model than the teacher made."""
+    difference = find_mismatch(recorded, teacher)
+    if difference is not None:
+        raise ClipcidError(
+            f"The {what} are of {recorded.spec}, {difference.what} {difference.recorded}; the teacher is {teacher.spec}, "
+            f"{difference.what} {difference.named}.",
+            fix,
+        )
+
+
+def embed_with(name: ModelName, settings: DistillSettings, data: DataSpec | None = None) -> str:
+    """Return the command that embeds the data of a run, else `data`, with another model, for a fix."""
+    return embed_command(name.spec, data, settings.data, **settings.data_flags, work=settings.work)
+
+
+def embed_again(embeddings: Embeddings, settings: DistillSettings, **more: Any) -> str:
+    """Return the command that makes embeddings as they are, or with more beside them, for a fix."""
+    return data_command(embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags, **more)
+
+
+def cluster_with(name: ModelName, settings: DistillSettings) -> str:
+    """Return the fix that makes clusters of a model whose embeddings may not exist yet."""
+    embeddings = WorkDirectory(settings.work).embeddings(name.slug)
+    cluster = command_line("cluster", embeddings=embeddings, work=settings.work, overwrite=True)
+    return f"Run: {embed_with(name, settings)}\nThen run: {cluster}"
 
 
 def open_given(

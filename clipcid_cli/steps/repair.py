@@ -10,7 +10,7 @@ import torch
 
 from clipcid_cli.algorithms.repair import MAX_PAIRS, Pairs, are_enough, fit_repair, guess_at_1
 from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import OutputSpec, find_output, open_output
 from clipcid_cli.formats.results.repair import REPAIR, STEP, read_repair, write_repair

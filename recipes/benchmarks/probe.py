@@ -67,7 +67,7 @@ def main() -> None:
 
 def compare_synthetic(folder: Path, arguments: argparse.Namespace) -> None:
     """Print the sweep of both sides, then the checked values."""
-    from clipcid_cli.algorithms.probe.probe import regularisation_grid
+    from clipcid_cli.algorithms.probe import regularisation_grid
 
     count = arguments.images + TEST_IMAGES
     rows, labels = make_features(count, arguments.width, arguments.classes, seed=0)
@@ -114,7 +114,7 @@ def compare_synthetic(folder: Path, arguments: argparse.Namespace) -> None:
 
 def compare_real(folder: Path, arguments: argparse.Namespace) -> None:
     """Print objective and accuracy on the features that the real command keeps."""
-    from clipcid_cli.algorithms.probe.probe import regularisation_grid
+    from clipcid_cli.algorithms.probe import regularisation_grid
 
     quickstart = HERE.parent / "quickstart"
     command = ["eval-linear", str(quickstart / "teacher"), str(quickstart / "data" / "classification"), "--json"]
@@ -147,7 +147,7 @@ def check(
     test_labels: npt.NDArray[Any],
 ) -> None:
     """Print objective and accuracy of both sides at the checked values."""
-    from clipcid_cli.algorithms.probe.probe import regularisation_grid
+    from clipcid_cli.algorithms.probe import regularisation_grid
 
     (ours, theirs), grid = sides, regularisation_grid()
     print("scikit-learn in float64, tol=1e-6:")
@@ -216,7 +216,7 @@ def sweep_ours(rows: npt.NDArray[Any], labels: npt.NDArray[Any], threads: int) -
     """Fit the whole grid as `eval-linear` does."""
     import torch
 
-    from clipcid_cli.algorithms.probe.probe import ProbeProblem, regularisation_grid, sweep_regularisation
+    from clipcid_cli.algorithms.probe import ProbeProblem, regularisation_grid, sweep_regularisation
 
     torch.set_num_threads(threads)
     seconds, iterations, weights = [], [], []

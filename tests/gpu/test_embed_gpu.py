@@ -9,7 +9,7 @@ import pytest
 from conftest import Clipcid
 
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 
 pytestmark = pytest.mark.gpu
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from clipcid_cli.algorithms.metrics.classification import measure_scores
-from clipcid_cli.algorithms.probe.neighbours import nearest_neighbours
-from clipcid_cli.algorithms.probe.probe import ProbeProblem, regularisation_grid, sweep_regularisation
+from clipcid_cli.algorithms.probe import ProbeProblem, nearest_neighbours, regularisation_grid, sweep_regularisation
 
 pytestmark = pytest.mark.gpu
 

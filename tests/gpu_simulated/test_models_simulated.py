@@ -15,7 +15,7 @@ from simulation import KINDS, run_all, total
 
 from clipcid_cli.algorithms.losses.registry import PRESETS
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 
 WORK = "clipcid-work"
 TRAIN = ("distill", "--student", "student.json", "--batch-size", 8, "--val-fraction", 0.2, "--device", "cuda")
@@ -80,7 +80,7 @@ OPERATORS_OF_MUON = 435
 # Products of the losses are in float32, also where TF32 is forced on.
 WATCH = """
 import torch
-from clipcid_cli.steps.distill.objective import Objective
+from clipcid_cli.steps.distill.trainer import Objective
 from clipcid_cli.training.train_state import TrainState
 
 def watch(function):

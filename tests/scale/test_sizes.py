@@ -16,7 +16,7 @@ import pytest
 from sidecars import make_sidecar
 
 from clipcid_cli.formats.arrays import map_strings, save_arrays
-from clipcid_cli.formats.atomic import write_json, write_npy
+from clipcid_cli.formats.files import write_json, write_npy
 from clipcid_cli.formats.results.clusters import (
     TopClusters,
     join_parts,

@@ -86,7 +86,6 @@ class LossBatch:
         return self.teacher_image_BD, self.teacher_text_BD
 
     def bias(self) -> Tensor:
-        """Return the logit_bias of a student that has one."""
         assert self.student_bias is not None
         return self.student_bias
 

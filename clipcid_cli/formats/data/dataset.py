@@ -23,12 +23,10 @@ from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_fol
 from clipcid_cli.formats.data.samples import ByteRange, Columns, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
 from clipcid_cli.formats.data.tars import validate_member_keys, validate_tar
+from clipcid_cli.formats.files import open_regular
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.reading import open_regular
 from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
-
-__all__ = ["ByteRange", "Columns", "Dataset", "Sample", "Shard", "open_dataset"]
 
 _FORMS = (
     "Give a folder of .tar shards or of parquet files with images, one such file, a pattern such as "

@@ -21,11 +21,19 @@ import numpy as np
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.captions import gather_captions, split_captions
 from clipcid_cli.formats.data.remote import is_url, local_file
-from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Columns, Sample, natural_key
+from clipcid_cli.formats.data.samples import (
+    IMAGE_SUFFIXES,
+    ByteRange,
+    Columns,
+    Sample,
+    gather_captions,
+    natural_key,
+    read_cell,
+    split_captions,
+)
 from clipcid_cli.formats.data.shard import Slices
-from clipcid_cli.formats.reading import describe, open_regular, read_regular
+from clipcid_cli.formats.files import describe, open_regular, read_regular
 from clipcid_cli.formats.skips import Skips
 
 if TYPE_CHECKING:
@@ -268,15 +276,11 @@ def _texts(source: str, frame: pd.DataFrame, column: str) -> list[str]:
             f"Column {column!r} of list {source} contains lists.",
             "Give a column of single values with --image-column or --key-column: one row per image.",
         )
-    return list(map(_clean, frame[column]))
+    return list(map(read_cell, frame[column]))
 
 
 def _captions(cell: Any) -> list[str]:
-    return list(filter(None, map(_clean, cell if isinstance(cell, _SEVERAL) else [cell])))
-
-
-def _clean(cell: Any) -> str:
-    return "" if cell is None else str(cell).strip()
+    return list(filter(None, map(read_cell, cell if isinstance(cell, _SEVERAL) else [cell])))
 
 
 def _classes(source: str, cells: pd.Series[Any]) -> list[list[int]]:

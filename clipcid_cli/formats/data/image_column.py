@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_remote, open_remote
-from clipcid_cli.formats.reading import describe, open_regular, read_part
+from clipcid_cli.formats.files import describe, open_regular, read_part
 
 _ROWS = 64  # that become Python's bytes at a time
 _BUFFER = 2**20  # of a column while it is read

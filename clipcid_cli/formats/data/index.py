@@ -28,14 +28,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file, lock, write_error, write_parquet
-from clipcid_cli.formats.data.captions import split_captions
-from clipcid_cli.formats.data.samples import ByteRange, Sample
+from clipcid_cli.formats.data.samples import ByteRange, Sample, split_captions
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy, fetch_ahead
+from clipcid_cli.formats.files import atomic_file, lock, read_regular, write_error, write_parquet
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.join import find_repeat
-from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.skips import Skips
 
 # Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB.

@@ -12,9 +12,16 @@ from typing import Any
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.captions import clean_captions, gather_captions
 from clipcid_cli.formats.data.image_column import is_image_column, open_parquet, read_group
-from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Columns, Sample
+from clipcid_cli.formats.data.samples import (
+    IMAGE_SUFFIXES,
+    ByteRange,
+    Columns,
+    Sample,
+    clean_captions,
+    gather_captions,
+    read_cell,
+)
 from clipcid_cli.formats.skips import Skips
 
 # Names that data sets give their columns, the first that there is being taken; the last ones are those of tars on the hub.
@@ -121,7 +128,7 @@ def read_parquet(path: str, name: str, table: ImageTable, skips: Skips) -> Itera
             others = file.read_row_group(group, columns=table.others).to_pylist() if table.others else repeat({})
             for image, row in zip(read_group(file, group, table.image), others, strict=False):  # `repeat` has no end
                 number += 1
-                key = str(number) if table.key is None else _to_key(row[table.key])
+                key = str(number) if table.key is None else read_cell(row[table.key])
                 where = f"{name}/{key or number}"
                 if not image:
                     skips.add("no_image", where)
@@ -149,10 +156,6 @@ def _find_image(path: str, candidates: list[str]) -> str | None:
             f"{path} has several columns with images: {', '.join(candidates[:12])}.", "Name one with --image-column."
         )
     return usual
-
-
-def _to_key(cell: Any) -> str:
-    return "" if cell is None else str(cell).strip()
 
 
 def _is_class(kind: pa.DataType) -> bool:

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import fsspec
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.files import open_regular
 from clipcid_cli.formats.fingerprint import FileRecord, hash_windows
-from clipcid_cli.formats.reading import open_regular
 
 _PIPE = "pipe:"
 # Seconds before each further attempt at a connection that broke. Bytes received start the count anew.

@@ -1,13 +1,15 @@
-"""Samples of image-text data, and where their bytes are."""
+"""Samples of image-text data: where their bytes are, and which captions are in them."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.image_column import read_copied, read_row
 from clipcid_cli.formats.data.remote import is_pipe, is_url, read_remote
 from clipcid_cli.formats.data.shard_cache import ShardCopy
-from clipcid_cli.formats.reading import read_part, read_regular
+from clipcid_cli.formats.files import read_part, read_regular
+from clipcid_cli.formats.skips import Skips
 
 # Suffixes of images; of several in one sample the first in this order is taken (open_clip's, then others that Pillow reads).
 IMAGE_SUFFIXES = ("jpg", "png", "jpeg", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
@@ -27,6 +30,14 @@ _OPEN_FILES = 64
 _OPEN_COPIES = 16
 
 _VECTOR = "a vector with a 1 for each class the image has and 0 for the others."
+
+TXT = "txt"
+"""Key of the captions of a tar where no other is given."""
+
+JSON = "json"
+"""Extension of the member with attributes, whose fields may be captions."""
+
+_FIELD = f"{JSON}:"  # before the name of a field of the json member
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,3 +195,39 @@ def _read_whole(path: str) -> bytes:
         return read_remote(path)
     except ClipcidError as error:  # one image of a list, not a shard
         raise OSError(error.message) from error
+
+
+def member_of(key: str) -> str:
+    """Return the extension of the member that holds the captions of a key."""
+    return JSON if key.startswith(_FIELD) else key.lower()
+
+
+def split_captions(content: bytes, key: str = TXT, *, a_line_each: bool = False) -> tuple[str, ...]:
+    """Return the captions in a member: a field of a json; else all of its text, or one caption a line."""
+    if key.startswith(_FIELD):
+        try:
+            fields = json.loads(content)
+        except ValueError:
+            return ()
+        return clean_captions(fields.get(key.removeprefix(_FIELD)) if isinstance(fields, dict) else None)
+    whole = content.decode("utf-8", errors="replace")
+    return clean_captions(whole.splitlines() if a_line_each else whole)
+
+
+def clean_captions(found: Any) -> tuple[str, ...]:
+    """Return the captions in a value of a field or cell: a text or several; of anything else none."""
+    texts: Iterable[Any] = [found] if isinstance(found, str) else found if isinstance(found, Sequence) else ()
+    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+
+
+def read_cell(cell: Any) -> str:
+    """Return the text of a cell with a key or a path; empty where it has none."""
+    return "" if cell is None else str(cell).strip()
+
+
+def gather_captions(keys: Sequence[str], found: Sequence[Sequence[str]], skips: Skips) -> tuple[str, ...]:
+    """Return all captions of a sample, those of each key in turn; keys that have none are counted."""
+    for key, captions in zip(keys, found, strict=True):
+        if not captions:
+            skips.miss(key)
+    return tuple(chain.from_iterable(found))

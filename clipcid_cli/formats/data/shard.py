@@ -7,10 +7,9 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
-from clipcid_cli.formats.data.captions import TXT
 from clipcid_cli.formats.data.parquet_shards import ImageTable, read_parquet
 from clipcid_cli.formats.data.remote import describe_shard, is_remote
-from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data.samples import TXT, Sample
 from clipcid_cli.formats.data.tars import read_tar
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.skips import Skips
@@ -103,7 +102,6 @@ class Shard:
             yield dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
 
     def fingerprint(self) -> FileRecord:
-        """Describe the shard's content for a sidecar."""
         if self.slices is not None:
             return FileRecord(f"{self.source}#{self.name}", *self.slices.fingerprint(self.number))
         return describe_shard(self.source)

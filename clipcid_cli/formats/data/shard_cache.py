@@ -20,9 +20,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import lock, write_error
 from clipcid_cli.formats.data.image_column import copy_images
 from clipcid_cli.formats.data.remote import describe_shard, expect_answers, open_remote
+from clipcid_cli.formats.files import lock, write_error
 from clipcid_cli.formats.fingerprint import FileRecord
 
 FETCHED_AT_ONCE = 4

@@ -17,11 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file
-from clipcid_cli.formats.data.captions import JSON, gather_captions, member_of, split_captions
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, naming_shard, open_remote
-from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, ByteRange, Sample
-from clipcid_cli.formats.reading import open_regular
+from clipcid_cli.formats.data.samples import (
+    IMAGE_SUFFIXES,
+    JSON,
+    ByteRange,
+    Sample,
+    gather_captions,
+    member_of,
+    split_captions,
+)
+from clipcid_cli.formats.files import atomic_file, open_regular
 from clipcid_cli.formats.skips import Skips
 
 _BLOCK = tarfile.BLOCKSIZE

@@ -12,7 +12,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.data.shard import Slices, cut
-from clipcid_cli.formats.reading import reading
+from clipcid_cli.formats.files import reading
 from clipcid_cli.formats.skips import Skips
 
 TEXTS_A_SHARD = 65_536

@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
-from clipcid_cli.formats.embeddings.rows import Float16, Numbers, Rows, unit_rows
+from clipcid_cli.formats.embeddings.rows import METADATA, Float16, Kind, Numbers, Rows, unit_rows
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.join import join
 from clipcid_cli.formats.sidecar import ModelRecord

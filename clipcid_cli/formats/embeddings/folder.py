@@ -20,19 +20,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_npy
 from clipcid_cli.formats.embeddings.command import data_command, remake
-from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
 from clipcid_cli.formats.embeddings.layouts import AGAIN, EmbeddingFile, find_files
 from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, validate_replaceable
-from clipcid_cli.formats.embeddings.rows import RowFile, Rows, find_npy
+from clipcid_cli.formats.embeddings.rows import COUNTS_COLUMN, METADATA, Kind, RowFile, Rows, find_npy
+from clipcid_cli.formats.files import write_npy
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, identity_of, record_together, validate_unchanged
 from clipcid_cli.formats.join import Listing, Values, find_repeat
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
 from clipcid_cli.formats.sidecar import EmbedSidecar, ModelRecord, read_sidecar, sidecar_path
-
-__all__ = ["EmbeddingFile", "Embeddings", "RowMap", "has_usable_row", "open_embeddings", "read_embed_sidecar"]
 
 MAX_UNPACKED = 4 * 2**30
 """Limit on the memory of each process for compressed arrays, all files together."""

@@ -21,8 +21,7 @@ import numpy as np
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import natural_key
-from clipcid_cli.formats.embeddings.kinds import METADATA, Kind
-from clipcid_cli.formats.embeddings.rows import RowFile, find_member, find_npy, list_arrays
+from clipcid_cli.formats.embeddings.rows import METADATA, Kind, RowFile, find_member, find_npy, list_arrays
 from clipcid_cli.formats.parquet import count_rows
 
 AGAIN = "Copy or make the folder again."

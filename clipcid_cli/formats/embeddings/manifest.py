@@ -21,13 +21,11 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import fingerprint
-from clipcid_cli.formats.atomic import write_error, write_json, write_npy, write_parquet
 from clipcid_cli.formats.data.samples import natural_key
-from clipcid_cli.formats.embeddings.kinds import COUNTS_COLUMN, METADATA, Kind
-from clipcid_cli.formats.embeddings.rows import RowFile, find_npy
+from clipcid_cli.formats.embeddings.rows import COUNTS_COLUMN, METADATA, Kind, RowFile, find_npy
+from clipcid_cli.formats.files import reading, write_error, write_json, write_npy, write_parquet
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, identity_of, validate_unchanged
 from clipcid_cli.formats.parquet import read_rows
-from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.skips import Skips
 
 MANIFEST = "manifest.parquet"

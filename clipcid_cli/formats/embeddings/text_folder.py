@@ -17,11 +17,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.embeddings.command import texts_command
-from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, open_recorded
-from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.embeddings.rows import Kind, Rows
+from clipcid_cli.formats.files import atomic_file
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, record_together, validate_unchanged
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.sidecar import TextsSidecar, read_sidecar, sidecar_path

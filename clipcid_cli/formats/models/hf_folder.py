@@ -6,20 +6,23 @@ setting of open_clip that is neither translated here nor known to change nothing
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json
-from clipcid_cli.formats.models.export_folder import SPECIAL_TOKENS
+from clipcid_cli.formats.files import write_bytes, write_json, write_text
+from clipcid_cli.formats.models.export_folder import MERGES, SPECIAL_TOKENS, TOKENIZER, VOCABULARY
 from clipcid_cli.formats.models.open_clip_folder import RESAMPLE, pixel_problems, refusals_of_the_system, square_side
-from clipcid_cli.formats.models.tokenizer_file import BOS_ID, EOS_ID, write_clip_tokenizer
 
 _VOCABULARY_SIZE = 49408
+BOS_ID, EOS_ID = 49406, 49407
 
 # Settings that are translated, or have no effect on a model that only encodes.
 _KNOWN = (
@@ -212,3 +215,47 @@ def _rename_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, 
             yield name, tensor.T.contiguous()
         else:
             yield name, tensor.reshape(()) if name == "logit_scale" else tensor
+
+
+def write_clip_tokenizer(folder: Path, tokenizer: Any) -> Any:
+    """Write the vocabulary and merges of open_clip's ``SimpleTokenizer``; return transformers' tokenizer of them."""
+    import transformers
+
+    # Its own special tokens are called otherwise, and are the last two.
+    words = {text: number for text, number in tokenizer.encoder.items() if number < BOS_ID}
+    words |= {"<|startoftext|>": BOS_ID, "<|endoftext|>": EOS_ID}
+    write_text(folder / VOCABULARY, json.dumps(words, ensure_ascii=False) + "\n")
+    merges = "".join(f"{left} {right}\n" for left, right in tokenizer.bpe_ranks)
+    write_text(folder / MERGES, "#version: 0.2\n" + merges)
+    length = int(tokenizer.context_length)
+    made = transformers.CLIPTokenizerFast.from_pretrained(folder, model_max_length=length)
+    _fix_length(made.backend_tokenizer, length, 0, made.pad_token)
+    return made
+
+
+def fits_tokenizer_file(tokenizer: Any) -> bool:
+    """Tell whether `tokenizer.json` can express an open_clip tokenizer, which replaces some tokens of Hugging Face's."""
+    if not hasattr(tokenizer, "tokenizer"):
+        return True
+    return tokenizer.tokenizer.is_fast and not (tokenizer.tokenizer_mode or tokenizer.strip_sep_token)
+
+
+def write_tokenizer_file(folder: Path, tokenizer: Any) -> None:
+    """Write `tokenizer.json` of an open_clip tokenizer that it can express, for the library tokenizers alone.
+
+    It pads and cuts texts to the model's length, as open_clip does. It does not clean them first, as open_clip does (curly
+    quotes, HTML entities, broken encodings).
+    """
+    if not hasattr(tokenizer, "tokenizer"):
+        with TemporaryDirectory() as scratch:
+            fast = write_clip_tokenizer(Path(scratch), tokenizer).backend_tokenizer
+    else:
+        own = tokenizer.tokenizer
+        fast = copy.deepcopy(own.backend_tokenizer)
+        _fix_length(fast, int(tokenizer.context_length), own.pad_token_id, own.pad_token)
+    write_bytes(folder / TOKENIZER, fast.to_str().encode())
+
+
+def _fix_length(fast: Any, length: int, pad_id: int, pad_token: str) -> None:
+    fast.enable_truncation(length)
+    fast.enable_padding(length=length, pad_id=pad_id, pad_token=pad_token)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from clipcid_cli.formats.atomic import write_bytes, write_error, write_json
+from clipcid_cli.formats.files import write_bytes, write_error, write_json
 from clipcid_cli.formats.models.export_folder import HF_CONFIG, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 
 # Filters that Hugging Face and ONNX have too: PIL's numbers, as Hugging Face stores them.

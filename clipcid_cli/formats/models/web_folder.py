@@ -12,7 +12,7 @@ from typing import Any
 
 from clipcid_cli import __version__
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_bytes, write_text
+from clipcid_cli.formats.files import reading, write_bytes, write_text
 from clipcid_cli.formats.models.export_folder import (
     ENGINE,
     ENGINE_BINARY,
@@ -21,7 +21,6 @@ from clipcid_cli.formats.models.export_folder import (
     JS_TOKENIZERS_LICENSE,
     TOKENIZER,
 )
-from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.report import render_report
 
 # Packages in the versions that the page was tested with: which of their files it needs, and their names in its folder.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_text
+from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.results.run_folder import Board, RunFolder
 
 _OR_NONE = "or omit --report-to: train.jsonl holds the same numbers."
@@ -88,7 +88,6 @@ class _WeightsAndBiases:
 
 
 def _import_tensorboard() -> Any:
-    """Import PyTorch's side of TensorBoard."""
     try:
         from torch.utils import tensorboard
     except ImportError as error:

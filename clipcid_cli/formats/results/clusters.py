@@ -23,15 +23,13 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays
-from clipcid_cli.formats.atomic import atomic_file
+from clipcid_cli.formats.files import atomic_file, reading
 from clipcid_cli.formats.fingerprint import validate_unchanged
 from clipcid_cli.formats.parquet import count_rows, read_columns
-from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
-from clipcid_cli.formats.work_directory import remake_clusters
+from clipcid_cli.formats.work_directory import CLUSTERS, remake_clusters
 
 CENTROIDS = "centroids.npy"
-TABLE = "clusters.parquet"
 PROGRESS = ".progress.npz"
 """Centroids of an unfinished run."""
 
@@ -91,7 +89,7 @@ def open_clusters(folder: Path, work: Path | None = None, is_checked: bool = Fal
     sidecar = read_cluster_sidecar(folder)
     fix = remake_clusters(folder, sidecar, work)
     validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, "cluster"), fix)
-    num_rows = count_rows(folder / TABLE, fix)
+    num_rows = count_rows(folder / CLUSTERS, fix)
     with reading(folder / CENTROIDS, "centroids", fix):
         centroids = np.load(folder / CENTROIDS, mmap_mode="r", allow_pickle=False)
         if centroids.ndim != 2 or centroids.dtype != np.float32 or not (is_checked or _are_finite(centroids)):
@@ -112,7 +110,7 @@ def map_tops(folder: Path, tower: str, num_rows: int, fix: str = _AGAIN) -> TopC
             array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
             width = found[0].shape[1] if found else array.shape[-1]
             if array.dtype != kind or array.shape != (num_rows, width):
-                raise ValueError(f"it holds {array.dtype} {list(array.shape)}; {TABLE} has {num_rows:,} rows")
+                raise ValueError(f"it holds {array.dtype} {list(array.shape)}; {CLUSTERS} has {num_rows:,} rows")
             found.append(array)
     return TopClusters(*found)
 
@@ -131,7 +129,7 @@ def read_labels(table: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.floa
 
 def read_label_parts(folder: Path) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
     """Read the same from the table of a folder, part by part, as it was written."""
-    with pq.ParquetFile(folder / TABLE) as table:
+    with pq.ParquetFile(folder / CLUSTERS) as table:
         for group in range(table.num_row_groups):
             part = table.read_row_group(group, columns=["cluster", "similarity"])
             yield part["cluster"].to_numpy(), part["similarity"].to_numpy()
@@ -145,7 +143,7 @@ def part_bounds(num_rows: int) -> list[tuple[int, int]]:
 
 def part_path(folder: Path, part: int) -> Path:
     """Return the path of a part, until all are joined."""
-    return folder / f".{TABLE}.part-{part:03d}"
+    return folder / f".{CLUSTERS}.part-{part:03d}"
 
 
 def part_arrays(tops: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]) -> dict[str, npt.NDArray[Any]]:
@@ -161,7 +159,7 @@ def join_parts(folder: Path, bounds: list[tuple[int, int]], keys: Callable[[int,
     """Join the parts into ``clusters.parquet``, one row group each, and the arrays; `keys` reads the keys of bounds."""
     files: dict[str, IO[bytes]] = {}
     with ExitStack() as stack:
-        table = stack.enter_context(atomic_file(folder / TABLE))
+        table = stack.enter_context(atomic_file(folder / CLUSTERS))
         writer = stack.enter_context(pq.ParquetWriter(table, _SCHEMA, compression="zstd"))
         for number, (first, last) in enumerate(bounds):
             part = load_arrays(path := part_path(folder, number))

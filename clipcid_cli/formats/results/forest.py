@@ -18,11 +18,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_bytes, write_parquet, write_text
+from clipcid_cli.formats.files import reading, write_bytes, write_parquet, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import OutputSpec, open_output
 from clipcid_cli.formats.parquet import read_columns, read_rows, write_row_groups
-from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import ForestSidecar
 
 ROW_FILES = "rows.parquet"

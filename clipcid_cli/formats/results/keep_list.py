@@ -24,9 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import named_file, pack_csv
+from clipcid_cli.formats.files import named_file, pack_csv, reading
 from clipcid_cli.formats.parquet import ROWS_AT_ONCE, is_text, write_row_groups
-from clipcid_cli.formats.reading import reading
 
 _SCHEMA = pa.schema(
     {

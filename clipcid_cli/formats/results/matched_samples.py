@@ -24,7 +24,7 @@ from typing import IO, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.atomic import atomic_file, write_npy
+from clipcid_cli.formats.files import atomic_file, write_npy
 from clipcid_cli.formats.fingerprint import hash_json
 
 STEP = "matched"

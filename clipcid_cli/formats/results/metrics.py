@@ -35,9 +35,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json, write_parquet, write_text
+from clipcid_cli.formats.files import reading, write_json, write_parquet, write_text
 from clipcid_cli.formats.fingerprint import validate_unchanged
-from clipcid_cli.formats.reading import reading
 from clipcid_cli.formats.sidecar import AnySidecar, EvaluationSidecar, read_sidecar, sidecar_path
 
 SIDECARS = "sidecars"

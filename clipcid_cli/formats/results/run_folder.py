@@ -19,9 +19,8 @@ import pyarrow as pa
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import atomic_file, write_text
+from clipcid_cli.formats.files import atomic_file, describe, reading, write_text
 from clipcid_cli.formats.parquet import read_columns, write_row_groups
-from clipcid_cli.formats.reading import describe, reading
 
 _HELD_OUT = pa.schema({"key": pa.large_string()})
 # Should the newest checkpoint be damaged on a failing disk, the run is not lost.
@@ -189,11 +188,9 @@ class TrainingLog:
             self.flush()
 
     def add_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Log the metrics of an evaluation after `step` steps."""
         self._write("eval", self._folder.results_log, [{"step": step, **metrics}])
 
     def flush(self) -> None:
-        """Write the lines that are not on the disk yet."""
         self._write("train", self._folder.train_log, self._lines)
         if self._board is not None:
             self._board.flush()

@@ -15,14 +15,14 @@ from clipcid_cli.algorithms.near.partitions import SAMPLE_ROWS, default_num_part
 from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalancePlan
 from clipcid_cli.steps.balance.filters.against import open_reference
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions
-from clipcid_cli.steps.balance.partition import AUDIT_SAMPLE, ITERATIONS, ROWS_PER_PARTITION
+from clipcid_cli.steps.balance.forest import AUDIT_SAMPLE, ITERATIONS, ROWS_PER_PARTITION
 from clipcid_cli.steps.balance.result import BalanceCost, CaptionCost, MemoryCost, ReferenceCost, SearchCost
 from clipcid_cli.steps.balance.samples import validate_data_there
 from clipcid_cli.steps.embed.result import EmbedCost

@@ -4,41 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.rows import remove_copies
-from clipcid_cli.formats.output import Output, list_differences
-from clipcid_cli.formats.results.forest import CURVE, ROW_FILES, SET_TABLE, forest_path, write_row_files
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.embeddings.folder import Embeddings, read_embed_sidecar
+from clipcid_cli.formats.embeddings.rows import METADATA, Kind, remove_copies
+from clipcid_cli.formats.files import validate_writable
+from clipcid_cli.formats.fingerprint import find_lost
+from clipcid_cli.formats.output import WORK, Output, OutputSpec, list_differences
+from clipcid_cli.formats.results.forest import (
+    CURVE,
+    ROW_FILES,
+    SET_TABLE,
+    RowFile,
+    forest_path,
+    read_row_files,
+    write_row_files,
+)
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.distributed import open_dist_context
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.libraries import keep_few_kernels
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRows, BalanceRun, read_rows
+from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRows, BalanceRun, SharedArrays, read_rows
 from clipcid_cli.steps.balance.cost import estimate_cost
-from clipcid_cli.steps.balance.filters.against import find_near
+from clipcid_cli.steps.balance.filters.against import find_near, open_references, validate_models, validate_none_missing
 from clipcid_cli.steps.balance.filters.captions import find_captions
-from clipcid_cli.steps.balance.filters.cluster_cap import cap_clusters
-from clipcid_cli.steps.balance.partition import audit_kept
-from clipcid_cli.steps.balance.plan import identify, list_row_files, make_plan
+from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, cap_clusters, find_cap_clusters
+from clipcid_cli.steps.balance.forest import audit_kept
 from clipcid_cli.steps.balance.report import REPORT, has_new_pictures
 from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
-from clipcid_cli.steps.balance.samples import validate_data_there
+from clipcid_cli.steps.balance.samples import validate_data, validate_data_there
 from clipcid_cli.steps.balance.sets import compare_linkages, make_sets
-from clipcid_cli.steps.balance.shared_arrays import SharedArrays
-from clipcid_cli.steps.balance.write import Outcome, write
-from clipcid_cli.steps.balance.write_lists import validate_new, write_kept
+from clipcid_cli.steps.balance.write import Outcome, validate_new, validate_uids, write, write_kept
 from clipcid_cli.steps.balance.write_shards import write_shards
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.embed.result import EmbedCost
-from clipcid_cli.steps.inputs import skip_rows
+from clipcid_cli.steps.embed.run import ensure_embeddings
+from clipcid_cli.steps.inputs import open_given, skip_rows
 from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
 
 
 def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
@@ -75,6 +87,146 @@ def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
         }
         written = {name: str(path) for name, path in files.items() if path is not None}
         return msgspec.structs.replace(result, files=written)
+
+
+def make_plan(settings: BalanceSettings, context: DistContext) -> BalancePlan | EmbedCost:
+    """Look at what the settings name, before hours of embedding; then make what embeddings there are none of.
+
+    A dry run makes none, and returns what they would cost.
+    """
+    seconds = dict[str, float]()
+    with timed(seconds, "embed"):
+        clusters = context.on_rank0(lambda: _validate_named(settings))
+        folder = _find_embeddings(settings, context)
+        if isinstance(folder, EmbedCost):
+            return folder
+        cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
+        embeddings = open_given(settings, folder, cache)
+    plan = BalancePlan(
+        settings=settings,
+        context=context,
+        embeddings=embeddings,
+        clusters=clusters,
+        seconds=seconds,
+    )
+    plan = dataclasses.replace(plan, data=context.on_rank0(lambda: _open_data(plan)))
+    if settings.dry_run:
+        return plan
+    return dataclasses.replace(plan, references=open_references(plan))
+
+
+def _validate_named(settings: BalanceSettings) -> FoundClusters | None:
+    for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
+        if path is not None:
+            validate_writable(path)
+    validate_none_missing(settings)
+    return find_cap_clusters(settings)
+
+
+def _find_embeddings(settings: BalanceSettings, context: DistContext) -> Path | EmbedCost:
+    work = WorkDirectory(settings.work)
+    folder = settings.embeddings
+    if folder is None and settings.data is None and settings.model is None:
+        folder = context.on_rank0(work.find_embeddings)
+        reporting.note(f"Embeddings: {folder}.")
+    elif folder is None:
+        model = settings.model or context.on_rank0(lambda: _model_of(work)) or DEFAULT_MODEL
+        context.on_rank0(lambda: validate_models(settings, model))
+        return ensure_embeddings(settings, context, data=settings.data, model=model)
+    return folder
+
+
+def _model_of(work: WorkDirectory) -> str | None:
+    """Return the model of the work directory's embeddings, when there are those of one model."""
+    try:
+        sidecar = read_embed_sidecar(work.find_embeddings())
+    except ClipcidError:
+        return None
+    return None if sidecar is None else sidecar.model.spec
+
+
+def _open_data(plan: BalancePlan) -> Dataset | None:
+    """Open the data that ``--write-shards`` copies from, and check that embeddings have what other settings need."""
+    settings = plan.settings
+    data = None
+    if settings.write_shards is not None:
+        data = validate_data(plan, "--write-shards")
+        if not all(shard.is_tar for shard in data.shards):
+            raise ClipcidError(
+                f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
+                "Omit it: the keep list names what is kept.",
+            )
+        for shard in data.shards:
+            target = settings.write_shards / f"{shard.name}.tar"
+            if "://" not in shard.source and target.resolve() == Path(shard.source).resolve():
+                raise ClipcidError(
+                    f"--write-shards {settings.write_shards} would overwrite the data itself.", "Give another folder."
+                )
+    validate_uids(plan)
+    for kind in _kinds_read(settings):
+        plan.embeddings.rows(kind)  # refuses those without
+    return data
+
+
+def _kinds_read(settings: BalanceSettings) -> list[Kind]:
+    """Name what is read beside images: texts where these are compared with their captions."""
+    return [Kind.TEXTS] if settings.has_window or settings.select == "similarity" else []
+
+
+def identify(plan: BalancePlan) -> OutputSpec[BalanceSidecar]:
+    """Say what decides the output; call it on the first process.
+
+    All settings may change on an existing forest; of the inputs, there may be more.
+    """
+    settings, embeddings, references = plan.settings, plan.embeddings, plan.references
+    names = ["keep", "threshold", "cosine_distance", "linkage", "select", "neighbors", "max_per_cluster"]
+    names += ["min_caption_similarity", "max_caption_similarity"]
+    opened = [embeddings, *(each.embeddings for each in references)]
+    kinds = _kinds_read(settings)
+    inputs = embeddings.fingerprints(kinds)
+    texts = inputs.pop() if kinds else None
+    identity = {name: getattr(settings, name) for name in names} | {
+        "seed": settings.seed if settings.select == "random" else None,
+        "texts": None if texts is None else texts.hash,
+        "keys": next((each.key_rule for each in opened if each.key_rule is not None), None),
+        "clusters": None if plan.clusters is None else plan.clusters.identity,
+        "against": [[each.name, each.identity] for each in references] or None,
+        "against_threshold": settings.reference_distance if references else None,
+    }
+    if not settings.overwrite:
+        _validate_none_lost(plan.folder, embeddings)
+    return OutputSpec(
+        plan.folder,
+        "balance",
+        BalanceSidecar,
+        settings=identity,
+        inputs=inputs,
+        overwrite=settings.overwrite,
+        may_differ={*identity} if settings.overwrite else {*identity, "inputs"},
+    )
+
+
+def _validate_none_lost(folder: Path, embeddings: Embeddings) -> None:
+    """Refuse embeddings that lack files of an output of `balance`, finished or not."""
+    now = list_row_files(embeddings)
+    fix = f"Add --overwrite to replace it, or write elsewhere ({WORK})."
+    for path in (folder / ROW_FILES, *folder.glob(f".balance-*/{ROW_FILES}")):
+        if path.exists() and (lost := find_lost(read_row_files(path, fix), now)):
+            raise ClipcidError(
+                f"{folder} holds balance output made with other settings or inputs:\n  inputs: {lost}", fix
+            )
+
+
+def list_row_files(embeddings: Embeddings) -> list[RowFile]:
+    """List the files through which rows are numbered, each with the metadata beside it."""
+    metadata = iter(embeddings.contents(METADATA))
+    found: list[RowFile] = []
+    for images, file in zip(embeddings.contents(Kind.IMAGES), embeddings.files, strict=True):
+        found.append(RowFile(images.path, images.size, images.hash, rows=file.rows))
+        if file.metadata is not None:
+            beside = next(metadata)
+            found.append(RowFile(beside.path, beside.size, beside.hash))
+    return found
 
 
 def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> BalanceResult | None:

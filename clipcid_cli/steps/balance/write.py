@@ -1,35 +1,55 @@
-"""What `balance` has found: counted, explained where it may surprise, and written; the sidecar last."""
+"""What `balance` has found: counted, explained where it may surprise, and written; then the lists for other tools."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
 
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import BoolArray
+from clipcid_cli.algorithms.near.exact import BoolArray, IntArray
 from clipcid_cli.algorithms.sets.representatives import find_diameters
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import map_strings
-from clipcid_cli.formats.embeddings.folder import EmbeddingFile
+from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.embeddings.layouts import EmbeddingFile
 from clipcid_cli.formats.fingerprint import record
+from clipcid_cli.formats.join import join, parquet_listing
 from clipcid_cli.formats.results.forest import CURVE, ROW_FILES, SET_TABLE, SetTable, write_curve, write_set_table
-from clipcid_cli.formats.results.keep_list import Column, write_keep_list
+from clipcid_cli.formats.results.keep_list import (
+    Column,
+    are_uids,
+    read_dropped,
+    read_keep_list,
+    write_keep_list,
+    write_keys,
+    write_pairs,
+    write_uids,
+)
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun
 from clipcid_cli.steps.balance.filters.against import NearReferences, forget_others
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow
 from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
 from clipcid_cli.steps.balance.report import write_report
 from clipcid_cli.steps.balance.result import Audit, BalanceResult
+from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid
 from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
+from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.shared import given_flags
 
 # A set that holds this share of all images is a chain or a placeholder more often than many copies of one picture.
 _LARGE_SET = 0.01
+# Rows whose identifiers are looked up together.
+_ROWS_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +145,6 @@ def write(run: BalanceRun, found: Outcome) -> BalanceResult:
 
 
 def _write_tables(run: BalanceRun, found: Outcome) -> SetTable:
-    """Write the tables; return that of the sets."""
     folder, sets = run.work, found.sets
 
     def map_names(read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.LargeStringArray:
@@ -189,3 +208,94 @@ def _say_reasons(filters: Sequence[NearReferences | CaptionWindow | ClusterCap],
         return pa.array(reasons, pa.string()).take(pa.array(number, mask=is_kept[part]))
 
     return Column("dropped_by", pa.string(), read)
+
+
+def validate_uids(plan: BalancePlan) -> None:
+    """Check that the first sample has an identifier, so that no search is wasted; a dry run keeps no index made for it."""
+    if plan.settings.write_uids is None:
+        return
+    first = next(file for file in plan.embeddings.files if file.rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        _UidFinder(plan, Path(scratch) if plan.settings.dry_run else None).find(first, np.array([0]))
+
+
+def validate_new(settings: BalanceSettings) -> None:
+    """Refuse lists that are there before a search; after it their content is compared."""
+    for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
+        if path is not None and path.exists() and not settings.overwrite:
+            raise ClipcidError(
+                f"{path} already exists, and this run would replace it.",
+                "Add --overwrite, or choose another name.",
+            )
+
+
+def write_kept(plan: BalancePlan) -> None:
+    """Write the lists that the settings name; no search is needed for them."""
+    settings, keep_list, overwrite = plan.settings, plan.keep_list, plan.settings.overwrite
+    if settings.write_keys is not None:
+        write_keys(settings.write_keys, read_keep_list(keep_list).kept_keys(), overwrite=overwrite)
+    if settings.write_pairs is not None:
+        write_pairs(settings.write_pairs, read_dropped(keep_list), overwrite=overwrite)
+    if settings.write_uids is not None:
+        num_kept = read_keep_list(keep_list).num_kept
+        written = write_uids(settings.write_uids, _kept_uids(plan, num_kept), num_kept, overwrite=overwrite)
+        if written < num_kept:
+            reporting.warn(f"{num_kept:,} kept images have {written:,} different uids: each is written once.")
+
+
+def _kept_uids(plan: BalancePlan, num_kept: int) -> Iterator[pa.ChunkedArray]:
+    embeddings, keep_list = plan.embeddings, plan.keep_list
+    keys = partial(map, embeddings.keys_of, embeddings.files)
+    kept = join(keys, embeddings.num_rows, parquet_listing(keep_list, "kept"), keep_list.parent)[:, 0] > 0
+    if np.count_nonzero(kept) < num_kept:
+        raise ClipcidError(
+            f"{keep_list} has keys that {embeddings.folder} does not have: files or shards have other names since.",
+            "Balance again with --overwrite.",
+        )
+    finder = _UidFinder(plan)
+    for file in embeddings.files:
+        yield finder.find(file, np.flatnonzero(kept[file.first : file.first + file.rows]))
+
+
+class _UidFinder:
+    """Finds the identifiers of samples: in the embeddings' metadata, else their keys, else in their ``.json``."""
+
+    def __init__(self, plan: BalancePlan, scratch: Path | None = None) -> None:
+        """Keep an index that has to be made in the work directory, or in a scratch folder."""
+        self._plan = plan
+        self._embeddings = plan.embeddings
+        self._scratch = scratch
+
+    @cached_property
+    def _samples(self) -> SampleFinder | None:
+        data = open_data(self._plan)
+        if data is not None and data.index is None and self._scratch is not None:
+            data = dataclasses.replace(data, index_folder=self._scratch)
+        return None if data is None else SampleFinder(data, self._plan.settings.workers)
+
+    def find(self, file: EmbeddingFile, places: IntArray) -> pa.ChunkedArray:
+        """Return those of the rows at some places in a file, n strings of 32 hexadecimal digits."""
+        keys = self._embeddings.keys_of(file).take(pa.array(places))
+        uids = keys
+        if self._embeddings.has_uids:
+            stored = self._embeddings.uids_of(file).take(pa.array(places))
+            uids = pc.if_else(pa.array(are_uids(stored)), stored, keys.cast(stored.type))
+        missing = np.flatnonzero(~are_uids(uids))
+        if not len(missing):
+            return uids
+        found = uids.to_pylist()
+        for start in range(0, len(missing), _ROWS_AT_ONCE):
+            some = missing[start : start + _ROWS_AT_ONCE]
+            samples: list[Sample | None] = [None] * len(some)
+            if self._samples is not None:
+                samples = self._samples.find_rows(self._embeddings, file.first + places[some])
+            for row, sample in zip(some.tolist(), samples, strict=True):
+                found[row] = read_uid(sample)
+                if found[row] is None:
+                    raise ClipcidError(
+                        f"Sample {keys[row].as_py()!r} has no uid of DataComp's: its key is not 32 hexadecimal digits, and "
+                        "neither the embeddings' metadata nor the .json files of the data have one under `uid`.",
+                        "Name data whose .json files have it (clipcid balance DATA …), or write the keys: --write-keys "
+                        "FILE.txt.",
+                    )
+        return pa.chunked_array([found], type=pa.large_string())

@@ -12,14 +12,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json
-from clipcid_cli.formats.data.dataset import Dataset, Shard
+from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import local_file
+from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.tars import Copied, copy_samples, count_samples
+from clipcid_cli.formats.files import read_regular, write_json
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import find_repeat, join, parquet_listing
 from clipcid_cli.formats.output import Output, OutputSpec, is_claimed
-from clipcid_cli.formats.reading import read_regular
 from clipcid_cli.formats.results.keep_list import KeepList, is_uid, read_keep_list
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.steps import reporting

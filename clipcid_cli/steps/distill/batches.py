@@ -17,8 +17,7 @@ from torch import Tensor
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.rows import take_captions, take_images
+from clipcid_cli.formats.embeddings.rows import Kind, take_captions, take_images
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import (
     Augmentation,

@@ -16,14 +16,14 @@ from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.results.clusters import CENTROIDS, TABLE, Clusters, TopClusters, open_clusters
+from clipcid_cli.formats.results.clusters import CENTROIDS, Clusters, TopClusters, open_clusters
 from clipcid_cli.formats.results.matched_samples import Column
-from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
+from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory, remake_clusters
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.samples import MatchCounts
-from clipcid_cli.steps.models import cluster_with, validate_teacher
+from clipcid_cli.steps.inputs import cluster_with, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -43,8 +43,7 @@ class ChosenClusters:
         return list(zip(taught, self.temperatures, strict=False))
 
     def fingerprints(self) -> list[FileRecord]:
-        """Describe the files a run reads."""
-        return [record(self.files.folder / name) for name in (TABLE, CENTROIDS)]
+        return [record(self.files.folder / name) for name in (CLUSTERS, CENTROIDS)]
 
 
 def find_clusters(

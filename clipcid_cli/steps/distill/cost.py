@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 
+import msgspec
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.distributed import memory_in_use
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
@@ -18,14 +19,45 @@ from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import TrainingBatch
-from clipcid_cli.steps.distill.result import DistillCost, TeacherCost
 from clipcid_cli.steps.distill.teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.embed.run import TYPICAL_CAPTION
+from clipcid_cli.steps.evaluate.result import Preview
 
 _MEASURED = 3
 # The first step also allocates, and compiles with --torchcompile.
 _WARM_UP = 1
+
+
+class TeacherCost(msgspec.Struct):
+    """What the teacher takes."""
+
+    parameters: int
+    seconds: float  # for the images and captions of one process's part of a batch
+    share: float  # its share of a step that runs it
+    # Epochs after which embedding everything once has cost less than running the teacher in each step.
+    break_even: float
+
+
+class DistillCost(msgspec.Struct):
+    """What a run would take."""
+
+    student: str
+    steps: int
+    samples: int
+    parameters: int
+    memory_bytes: int  # of one process, on its device
+    host_memory_bytes: int  # of all processes of a host, with what waits in /dev/shm
+    shared_memory_bytes: int
+    seconds_per_step: float
+    data_seconds_per_step: float  # of one core
+    samples_per_second: float
+    data_samples_per_second: float  # what all workers read and decode
+    bound_by: str  # ``data`` where that is less than the model takes, else ``model``
+    seconds: dict[str, float]
+    teacher: TeacherCost | None  # None where there is none, or it cannot be loaded here
+    files: dict[str, str] = {}
+    evaluations: list[Preview] = []
 
 
 def estimate_cost(trainer: Trainer) -> DistillCost:

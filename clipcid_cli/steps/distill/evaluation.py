@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import ModelName

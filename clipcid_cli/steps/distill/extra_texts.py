@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.index import SampleRef
-from clipcid_cli.formats.embeddings.command import data_command, texts_command
+from clipcid_cli.formats.embeddings.command import texts_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.embeddings.text_folder import EmbeddedTexts, TextLines, open_texts
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.inputs import embed_again
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -70,9 +70,7 @@ def find_extra_texts(settings: DistillSettings, embeddings: Embeddings) -> Extra
         return ExtraTexts(embeddings.rows(Kind.VARIANTS), None, variants, settings.extra_texts, [])
     if settings.extra_texts is None:
         return None
-    with_variants = data_command(
-        embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags, text=True, text_variants=4
-    )
+    with_variants = embed_again(embeddings, settings, text=True, text_variants=4)
     raise ClipcidError(
         f"--extra-texts {settings.extra_texts}, but there are no texts: neither of `embed --texts` in "
         f"{settings.work}/texts, nor variants of captions in {embeddings.folder}.",
@@ -88,13 +86,10 @@ def _find_variants(settings: DistillSettings, embeddings: Embeddings, number: in
     if rules == RULES and made.get("text_variants") == number and isinstance(seed, int):
         return TextVariants(number, seed)
     recorded = "no rules" if rules is None else f"rules {rules} for {made.get('text_variants')} variants, seed {seed}"
-    again = data_command(
-        embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags, text_variants=number
-    )
     raise ClipcidError(
         f"{embeddings.folder} holds {number} text variants of each row, but embed.json records {recorded}; this version "
         f"makes texts by rules {RULES}.",
-        f"Add --extra-texts 0, or run: {again}",
+        f"Add --extra-texts 0, or run: {embed_again(embeddings, settings, text_variants=number)}",
     )
 
 

@@ -18,8 +18,7 @@ from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
@@ -43,8 +42,15 @@ from clipcid_cli.steps.distill.samples import (
 from clipcid_cli.steps.embed.encoder import Views
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
-from clipcid_cli.steps.inputs import ChosenKeepList, choose_keep_list, open_teachers
-from clipcid_cli.steps.models import embed_with, find_mismatch, validate_teacher
+from clipcid_cli.steps.inputs import (
+    ChosenKeepList,
+    choose_keep_list,
+    embed_again,
+    embed_with,
+    find_mismatch,
+    open_teachers,
+    validate_teacher,
+)
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
@@ -109,7 +115,6 @@ class Inputs:
         return [SampleRef(parts[shard], place) for shard, place in zip(shards, places, strict=True)]
 
     def held_out_keys(self) -> pa.ChunkedArray:
-        """Return the keys of the samples held out, in order."""
         places = self.held_out.column("places")
         found = list[pa.Array]()
         for shard in np.flatnonzero(self.held_out.sizes).tolist():
@@ -331,7 +336,7 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], cache: Pat
             "Use losses that need one tower only: "
             + ", ".join(name for name, entry in LOSSES.items() if entry.one_tower)
             + f"\nOr add a teacher that has captions: --embeddings {folder} --embeddings OTHER"
-            + f"\nOr embed the captions too: {_embed_again(settings, embeddings, text=True)}",
+            + f"\nOr embed the captions too: {embed_again(embeddings, settings, text=True)}",
         )
     reporting.note("They are of images only: losses use the teacher's image tower alone.")
     return embeddings
@@ -350,11 +355,6 @@ def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: Dist
             f"The embeddings in {folder} have width {embeddings.width}; those of the teacher {teacher.spec} have {width}.",
             f"Name the model that made them with --teacher, or run: {embed_with(teacher, settings)}",
         )
-
-
-def _embed_again(settings: DistillSettings, embeddings: Embeddings, **more: Any) -> str:
-    """Return the command that makes embeddings as they are, or with more beside them."""
-    return data_command(embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags, **more)
 
 
 def _validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
@@ -391,7 +391,7 @@ def _choose_views(settings: DistillSettings, embeddings: Embeddings, counts: Mat
         at_fault = member if 2 * number >= counts.without_embedding else embeddings
         raise ClipcidError(
             f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {at_fault.folder}.",
-            f"Give the data that was embedded, or run: {_embed_again(settings, at_fault)}",
+            f"Give the data that was embedded, or run: {embed_again(at_fault, settings)}",
         )
     views = embeddings.num_each(Kind.VIEWS) if settings.shows_views else 0
     validate_views(settings, embeddings.folder, embeddings.sidecar, views)
@@ -411,7 +411,7 @@ def _choose_captions(settings: DistillSettings, embeddings: Embeddings, counts: 
         key, now, embedded = counts.changed
         raise ClipcidError(
             f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
-            f"Run: {_embed_again(settings, embeddings)}",
+            f"Run: {embed_again(embeddings, settings)}",
         )
     if shows_all:
         reporting.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.results.run_folder import read_lines
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
@@ -21,7 +21,7 @@ from clipcid_cli.steps.distill.evaluation import EMA, HeldOut
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.repair import describe_repair
-from clipcid_cli.steps.settings.fields import output_settings
+from clipcid_cli.steps.settings.shared import output_settings
 
 if TYPE_CHECKING:
     from markupsafe import Markup

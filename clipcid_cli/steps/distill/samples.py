@@ -15,14 +15,15 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.index import DataIndex, Part, lock_index
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import Listing, Values, join, parquet_listing
 from clipcid_cli.formats.output import OutputSpec, find_output, open_output
-from clipcid_cli.formats.results.clusters import TABLE, Clusters
+from clipcid_cli.formats.results.clusters import Clusters
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, STEP, TRAINING, matched_folder, writing_rows
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.work_directory import CLUSTERS
 from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.reporting import Reporter
@@ -92,7 +93,7 @@ class Sources:
         if self.embeddings is not None:
             found["embeddings"] = self.embeddings.listing()
         if self.clusters is not None:
-            found["clusters"] = parquet_listing(self.clusters.folder / TABLE)
+            found["clusters"] = parquet_listing(self.clusters.folder / CLUSTERS)
         return found
 
     def limits(self, index: DataIndex) -> dict[str, int]:
@@ -109,7 +110,7 @@ class Sources:
     def fingerprints(self) -> list[FileRecord]:
         """Describe what the keys come from, beside the data and the keep list."""
         found = [] if self.embeddings is None else self.embeddings.fingerprints([Kind.TEXTS, Kind.FURTHER])
-        return found if self.clusters is None else [*found, record(self.clusters.folder / TABLE)]
+        return found if self.clusters is None else [*found, record(self.clusters.folder / CLUSTERS)]
 
 
 @dataclasses.dataclass

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.files import describe
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
-from clipcid_cli.formats.reading import describe
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.runtime.models.augment import Masking, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model, normalize_pixels

@@ -13,9 +13,9 @@ from torch import Tensor
 from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
-from clipcid_cli.formats.atomic import atomic_file
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.files import atomic_file
 from clipcid_cli.formats.fingerprint import FileRecord, identity_of
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
@@ -27,7 +27,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.clusters import ClusterLookup, validate_width
 from clipcid_cli.steps.distill.inputs import Inputs
-from clipcid_cli.steps.models import cluster_with
+from clipcid_cli.steps.inputs import cluster_with
 from clipcid_cli.steps.repair import MAX_SCALE, teacher_scale
 from clipcid_cli.steps.settings.distill import DistillSettings
 

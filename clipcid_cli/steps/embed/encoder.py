@@ -21,7 +21,7 @@ from PIL import Image
 
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import (
     PACKED_MIX,

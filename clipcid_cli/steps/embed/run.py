@@ -21,7 +21,6 @@ from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.folder import read_embed_sidecar
-from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import (
     MANIFEST,
     EmbeddingWriter,
@@ -30,6 +29,7 @@ from clipcid_cli.formats.embeddings.manifest import (
     merge_skips,
     read_manifest,
 )
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.embeddings.text_folder import TEXTS, TEXTS_FILE, write_texts
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, open_output

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from glob import glob
 from pathlib import Path
-from statistics import fmean, stdev
 
 import numpy as np
 import torch
@@ -207,7 +206,7 @@ def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
 
 def _summarise(values: list[float]) -> float | Draws:
     """Return the only value, or those of several seeds with mean and standard deviation."""
-    return values[0] if len(values) == 1 else Draws(fmean(values), stdev(values), [*values])
+    return values[0] if len(values) == 1 else Draws.of(values)
 
 
 def _tell_apart(records: list[Metrics], files: list[str]) -> list[str]:

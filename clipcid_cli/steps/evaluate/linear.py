@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import math
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import msgspec
@@ -19,8 +17,7 @@ from clipcid_cli.algorithms.metrics.classification import (
     SINGLE_LABEL_METRICS,
     measure_scores,
 )
-from clipcid_cli.algorithms.probe.neighbours import nearest_neighbours, vote
-from clipcid_cli.algorithms.probe.probe import (
+from clipcid_cli.algorithms.probe import (
     PROMISED_DECREASE,
     TOLERANCE,
     LinearClassifier,
@@ -29,9 +26,11 @@ from clipcid_cli.algorithms.probe.probe import (
     SweepPoint,
     choose_point,
     draw_shots,
+    nearest_neighbours,
     regularisation_grid,
     split_by_class,
     sweep_regularisation,
+    vote,
 )
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.benchmark import (
@@ -43,7 +42,7 @@ from clipcid_cli.formats.data.benchmark import (
 )
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import Sample, read_vector_length
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
@@ -60,7 +59,7 @@ from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
 from clipcid_cli.steps.evaluate.result import Draws, FewShot, LinearResult, Preview, Sweep
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, find_copy
-from clipcid_cli.steps.models import choose_model
+from clipcid_cli.steps.inputs import choose_model
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 
@@ -480,12 +479,6 @@ class ProbeFits:
                 at_edge = sum(map(self._is_end, chosen))
                 if at_edge:
                     self._warn_of_end(f"--shots {shots}: the best C of {at_edge} of {repeats} draws is")
-                values = {f"lp_{name}": _summarise([one[name] for one in metrics]) for name in metrics[0]}
+                values = {f"lp_{name}": Draws.of([one[name] for one in metrics]) for name in metrics[0]}
                 found.append(FewShot(shots, max(draws), chosen, at_edge, values))
         return found
-
-
-def _summarise(values: list[float]) -> Draws:
-    if any(math.isnan(value) for value in values):
-        return Draws(None, None, [None if math.isnan(value) else value for value in values])
-    return Draws(fmean(values), stdev(values) if len(values) > 1 else None, [*values])

@@ -25,7 +25,7 @@ from clipcid_cli.algorithms.metrics.classification import (
 )
 from clipcid_cli.algorithms.metrics.intervals import Array, CellMetrics
 from clipcid_cli.algorithms.metrics.retrieval import RECALL_AT, recall_metrics, retrieval_ranks
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.sidecar import Calibration, Calibrations, ClassScore, Example
 from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import key_fractions

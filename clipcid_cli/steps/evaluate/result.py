@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from statistics import fmean, stdev
 
 import msgspec
 
@@ -67,6 +69,12 @@ class Draws(msgspec.Struct):
     mean: float | None
     std: float | None
     values: list[float | None]
+
+    @classmethod
+    def of(cls, values: list[float]) -> Draws:
+        if any(math.isnan(value) for value in values):
+            return cls(None, None, [None if math.isnan(value) else value for value in values])
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None, [*values])
 
 
 class Difference(msgspec.Struct):

@@ -24,11 +24,14 @@ from clipcid_cli.formats.data.benchmark import (
     find_benchmark_folder,
     find_known_dataset,
     hash_lines,
+    match_class_names,
+    plain_name,
     read_class_names,
+    read_folder_numbers,
     read_templates,
 )
-from clipcid_cli.formats.data.dataset import Dataset, Sample, fingerprint_images, open_described
-from clipcid_cli.formats.data.samples import read_classes
+from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images, open_described
+from clipcid_cli.formats.data.samples import Sample, read_classes
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
 from clipcid_cli.formats.results.run_folder import read_held_out
@@ -38,7 +41,6 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.class_names import match_class_names, plain_name, read_folder_numbers
 from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
@@ -115,7 +117,6 @@ class ZeroshotTask:
         return None if listed else "no_label"
 
     def label(self, sample: Sample) -> int | None:
-        """Return the sample's class, None when it has none."""
         if sample.label is None:
             return None
         if not 0 <= sample.label < len(self.class_names):

@@ -11,14 +11,13 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import torch
 from PIL import Image
 
 from clipcid_cli.algorithms.metrics.classification import class_weights
-from clipcid_cli.algorithms.metrics.parity import RowDifference, compare_rows
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import (
     CLASS_NAMES,
@@ -26,10 +25,13 @@ from clipcid_cli.formats.data.benchmark import (
     MissingSplitError,
     fill_template,
     find_benchmark_folder,
+    match_class_names,
+    plain_name,
     read_class_names,
     read_templates,
 )
-from clipcid_cli.formats.data.dataset import ByteRange, Dataset, Sample, open_dataset, open_described
+from clipcid_cli.formats.data.dataset import Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import Latency, Parity, PredictionParity, RowParity
 from clipcid_cli.formats.skips import Skips
@@ -39,7 +41,6 @@ from clipcid_cli.runtime.models.decode import read_image
 from clipcid_cli.runtime.models.towers import DenseImageTower, Encode, ImageTower, TextTower
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.class_names import match_class_names, plain_name
 from clipcid_cli.steps.encode import Decoder, Encoder
 from clipcid_cli.steps.settings.export import ExportSettings
 
@@ -67,6 +68,14 @@ SENTENCES = (
     "日本の秋",
     "smiling face with heart-shaped eyes 😍",
 )
+
+
+class RowDifference(NamedTuple):
+    """The largest difference of two entries and the smallest cosine of two rows; ∞ and −1 when one is not a number."""
+
+    max_difference: float
+    min_cosine: float
+
 
 # Largest differences allowed on unit rows. fp32: the order of summation. fp16, bf16: weights rounded to 11 or 8 bits in
 # every layer. int8: only what is broken; its limit is the measured loss of accuracy.
@@ -500,3 +509,12 @@ class Checker:
             },
             "allowed": allowed | {"max_accuracy_drop": self.settings.max_accuracy_drop},
         }
+
+
+def compare_rows(reference_ND: torch.Tensor, other_ND: torch.Tensor) -> RowDifference:
+    """Compare rows, float [N, D] both, N ≥ 1, one by one in float64."""
+    left, right = reference_ND.double(), other_ND.double()
+    if not bool(left.isfinite().all() and right.isfinite().all()):
+        return RowDifference(max_difference=float("inf"), min_cosine=-1.0)
+    cosine_N = torch.nn.functional.cosine_similarity(left, right, dim=1)
+    return RowDifference(float((left - right).abs().max()), min(1.0, float(cosine_N.min())))

@@ -28,7 +28,15 @@ from clipcid_cli.formats.models.export_folder import (
     link_file,
     quantized_name,
 )
-from clipcid_cli.formats.models.hf_folder import hf_problems, validate_for_hf, write_hf_folder, write_hf_settings
+from clipcid_cli.formats.models.hf_folder import (
+    EOS_ID,
+    fits_tokenizer_file,
+    hf_problems,
+    validate_for_hf,
+    write_hf_folder,
+    write_hf_settings,
+    write_tokenizer_file,
+)
 from clipcid_cli.formats.models.onnx_file import (
     DENSE_EMBEDS,
     IMAGE_EMBEDS,
@@ -39,7 +47,6 @@ from clipcid_cli.formats.models.onnx_file import (
     write_quantized,
 )
 from clipcid_cli.formats.models.open_clip_folder import pixel_problems, square_side, write_model_folder
-from clipcid_cli.formats.models.tokenizer_file import EOS_ID, fits_tokenizer_file, write_tokenizer_file
 from clipcid_cli.formats.models.web_folder import write_page
 from clipcid_cli.formats.sidecar import Parity
 from clipcid_cli.runtime.libraries import quiet_libraries

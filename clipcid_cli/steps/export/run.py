@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json, write_text
+from clipcid_cli.formats.files import write_json, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record, validate_unchanged
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, WEB, list_written, sync_files, validate_export_folder
 from clipcid_cli.formats.models.web_folder import validate_packages, write_engine
@@ -27,9 +27,9 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.export.card import export_name, render_card
 from clipcid_cli.steps.export.check import Checker, find_classes, find_data, read_inputs, validate_measurable
 from clipcid_cli.steps.export.forms import PACKAGES, WRITERS, validate_forms
-from clipcid_cli.steps.models import choose_model
+from clipcid_cli.steps.inputs import choose_model
 from clipcid_cli.steps.settings.export import ExportSettings
-from clipcid_cli.steps.settings.fields import output_settings
+from clipcid_cli.steps.settings.shared import output_settings
 
 
 class ExportResult(msgspec.Struct):

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.fields import AT_LEAST_1, Range, group
 from clipcid_cli.steps.settings.shared import (
+    AT_LEAST_1,
     BRIEF_SPINS,
     EMBEDDINGS_HELP,
     EmbeddingsSettings,
+    Range,
     TrainingDataSettings,
+    group,
 )
 
 LINKAGES = ("single", "star")

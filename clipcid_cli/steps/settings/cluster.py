@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from clipcid_cli.steps.settings.fields import AT_LEAST_1, FRACTION, Range, group
-from clipcid_cli.steps.settings.shared import BRIEF_SPINS, KeptSettings
+from clipcid_cli.steps.settings.shared import AT_LEAST_1, BRIEF_SPINS, FRACTION, KeptSettings, Range, group
 
 _run = group("How it runs")
 _input = group("Inputs")

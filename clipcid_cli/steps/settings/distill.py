@@ -16,8 +16,19 @@ from clipcid_cli.algorithms.losses.registry import (
     select_losses,
 )
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.fields import ABOVE_0, AT_LEAST_1, FRACTION, Range, flag_of, given_fields, group
-from clipcid_cli.steps.settings.shared import BRIEF_SPINS, AugmentationSettings, KeptSettings, TrainingDataSettings
+from clipcid_cli.steps.settings.shared import (
+    ABOVE_0,
+    AT_LEAST_1,
+    BRIEF_SPINS,
+    FRACTION,
+    AugmentationSettings,
+    KeptSettings,
+    Range,
+    TrainingDataSettings,
+    flag_of,
+    given_fields,
+    group,
+)
 
 NO_TEACHER = "none"
 OPTIMIZERS = ("muon", "adamw")

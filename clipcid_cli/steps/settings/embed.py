@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.fields import AT_LEAST_1, Range, flag_of, given_fields, group
-from clipcid_cli.steps.settings.shared import AugmentationSettings, ReadingSettings, TrainingDataSettings
+from clipcid_cli.steps.settings.shared import (
+    AT_LEAST_1,
+    AugmentationSettings,
+    Range,
+    ReadingSettings,
+    TrainingDataSettings,
+    flag_of,
+    given_fields,
+    group,
+)
 
 DEFAULT_MODEL = "ViT-L-14"
 VIEW_KINDS = ("crop", "strong", "mix")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.fields import AT_LEAST_1, Range, argument, group
-from clipcid_cli.steps.settings.shared import EvaluationSettings
+from clipcid_cli.steps.settings.shared import AT_LEAST_1, EvaluationSettings, Range, argument, group
 
 METRICS = ("acc1", "mean_per_class_recall", "mean_average_precision", "mean_average_precision_11_point")
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.fields import Range, argument, flag_of, given_fields, group, setting_of
-from clipcid_cli.steps.settings.shared import EvaluationSettings
+from clipcid_cli.steps.settings.shared import (
+    EvaluationSettings,
+    Range,
+    argument,
+    flag_of,
+    given_fields,
+    group,
+    setting_of,
+)
 
 # Settings that a comparison follows.
 _COMPARING = frozenset({"model", "data", "bootstrap", "seed"})

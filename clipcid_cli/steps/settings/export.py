@@ -6,8 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.fields import FRACTION, Range, argument, group
-from clipcid_cli.steps.settings.shared import SharedSettings
+from clipcid_cli.steps.settings.shared import FRACTION, Range, SharedSettings, argument, group
 
 # In the order in which they are written: onnx completes the tokenizer's file of hf, and web shows the files of onnx.
 FORMATS = ("open-clip", "hf", "onnx", "web")

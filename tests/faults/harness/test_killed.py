@@ -18,7 +18,7 @@ from pathlib import Path
 real = time.monotonic
 time.monotonic = lambda: 1e4 * real()
 from fault_child import Operations, kill, read_operations, start
-import clipcid_cli.steps.cluster.run
+import clipcid_cli.steps.cluster
 here, log = Path(), Path("log")
 def run(work, kill_at=None):
     arguments = ("cluster", "--num-clusters", "32", "--iterations", "4", "--embeddings", "emb", "--work", work)

@@ -15,7 +15,7 @@ import pytest
 from conftest import Clipcid, make_image, shard_members, start_clipcid, write_tar
 from one_process import OneProcess, Outcome
 
-from clipcid_cli.formats.atomic import validate_writable
+from clipcid_cli.formats.files import validate_writable
 from clipcid_cli.runtime.models.names import parse_model, read_width
 
 LATIN = os.fsdecode(b"caf\xe9")

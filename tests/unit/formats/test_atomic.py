@@ -17,8 +17,8 @@ import pytest
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped, spool_arrays
-from clipcid_cli.formats.atomic import atomic_file, write_json, write_npy, write_text
 from clipcid_cli.formats.embeddings.rows import create_copy
+from clipcid_cli.formats.files import atomic_file, write_json, write_npy, write_text
 
 INT64 = np.dtype(np.int64)
 NUMBERS = np.arange(2000, dtype=np.int32)

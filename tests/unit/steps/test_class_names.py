@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps.class_names import match_class_names
+from clipcid_cli.formats.data.benchmark import match_class_names
 
 
 @pytest.mark.parametrize(

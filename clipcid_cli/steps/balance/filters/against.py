@@ -23,8 +23,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, map_strings
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, has_usable_row, open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.layouts import find_rows
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.results.keep_list import Column, float_column
@@ -37,8 +37,7 @@ from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
 from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embed.run import make_embeddings
-from clipcid_cli.steps.inputs import open_given
-from clipcid_cli.steps.models import find_mismatch
+from clipcid_cli.steps.inputs import find_mismatch, open_given
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 

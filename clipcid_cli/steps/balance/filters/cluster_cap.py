@@ -18,10 +18,10 @@ from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN
 from clipcid_cli.formats.fingerprint import record, validate_unchanged
 from clipcid_cli.formats.join import join, parquet_listing
-from clipcid_cli.formats.results.clusters import TABLE, read_labels
+from clipcid_cli.formats.results.clusters import read_labels
 from clipcid_cli.formats.results.keep_list import Column
 from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
-from clipcid_cli.formats.work_directory import WorkDirectory, remake_clusters
+from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory, remake_clusters
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun
 from clipcid_cli.steps.balance.result import ClusterCapResult
@@ -81,16 +81,16 @@ def find_cap_clusters(settings: BalanceSettings) -> FoundClusters | None:
     folder = settings.clusters or WorkDirectory(settings.work).find_clusters(**_flags_for_all(settings))
     path = sidecar_path(folder, "cluster")
     sidecar = read_sidecar(path, ClusterSidecar)
-    if sidecar is None or not (folder / TABLE).exists():
+    if sidecar is None or not (folder / CLUSTERS).exists():
         raise ClipcidError(
             f"{folder} holds no finished clusters.",
             f"Give --clusters DIR, or run: {_cluster_all(settings)}",
         )
     fix = remake_clusters(folder, sidecar, settings.work)
-    validate_unchanged(folder, [each for each in sidecar.outputs if each.path == TABLE], path, fix)
+    validate_unchanged(folder, [each for each in sidecar.outputs if each.path == CLUSTERS], path, fix)
     images = sidecar.result["images"]
     reporting.note(f"Clusters: {folder}, of {images:,} images.")
-    return FoundClusters(folder, record(folder / TABLE).hash, images, sum(sidecar.counts["skipped"].values()))
+    return FoundClusters(folder, record(folder / CLUSTERS).hash, images, sum(sidecar.counts["skipped"].values()))
 
 
 def _flags_for_all(settings: BalanceSettings) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def cap_clusters(run: BalanceRun, clusters: FoundClusters, is_kept: BoolArray) -
     assert most is not None  # clusters were looked for
 
     def cap() -> Arrays:
-        cluster, similarity = _look_up(run, clusters.folder / TABLE)
+        cluster, similarity = _look_up(run, clusters.folder / CLUSTERS)
         kept = np.flatnonzero(is_kept)
         labels = cluster[kept]
         if num_missing := int(np.count_nonzero(labels < 0)):

@@ -8,9 +8,9 @@ from fractions import Fraction
 import pytest
 import torch
 
+from clipcid_cli.algorithms import probe
 from clipcid_cli.algorithms.metrics.classification import measure_scores
-from clipcid_cli.algorithms.probe import neighbours
-from clipcid_cli.algorithms.probe.neighbours import nearest_neighbours, vote
+from clipcid_cli.algorithms.probe import nearest_neighbours, vote
 
 
 def unit_rows(count: int, width: int, seed: int) -> torch.Tensor:
@@ -25,7 +25,7 @@ def find(images: torch.Tensor, training: torch.Tensor, k: int) -> tuple[torch.Te
 
 @pytest.mark.parametrize("at_once", [1024, 3])
 def test_neighbours_are_those_of_exact_arithmetic_in_any_blocks(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(neighbours._IMAGES, "cpu", at_once)
+    monkeypatch.setitem(probe._IMAGES, "cpu", at_once)
     training, images = unit_rows(12, 4, seed=0), unit_rows(8, 4, seed=1)
     # Copies, so that many cosines are equal, also at the last place, and rows that differ in the last bits alone.
     training = torch.cat([training, training[:9], training[3:4].repeat(4, 1)])
@@ -44,7 +44,7 @@ def test_neighbours_are_those_of_exact_arithmetic_in_any_blocks(at_once: int, mo
 
 @pytest.mark.parametrize("scores_at_once", [2**22, 30])
 def test_votes_are_loops_in_float64(scores_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_SCORES", scores_at_once)
+    monkeypatch.setattr(probe, "_SCORES", scores_at_once)
     training, images = unit_rows(40, 6, seed=2), unit_rows(23, 6, seed=3)
     labels = torch.randint(0, 9, (40,), generator=torch.Generator().manual_seed(4))
     several = torch.rand(40, 9, generator=torch.Generator().manual_seed(5)) < 0.2

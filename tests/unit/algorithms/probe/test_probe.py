@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
 from clipcid_cli.algorithms.metrics.classification import measure_scores
-from clipcid_cli.algorithms.probe.probe import (
+from clipcid_cli.algorithms.probe import (
     LinearClassifier,
     ProbeProblem,
     SweepPoint,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from clipcid_cli.algorithms.probe.probe import draw_shots, split_by_class, stratum
+from clipcid_cli.algorithms.probe import draw_shots, split_by_class, stratum
 
 
 def test_every_class_is_on_both_sides_of_the_split() -> None:

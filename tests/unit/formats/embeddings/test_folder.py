@@ -20,9 +20,8 @@ from sidecars import make_sidecar, unfinish
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import EmbeddingWriter, ShardRows
-from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, find_npy, holds_unit_rows, unit_rows
+from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, Kind, find_npy, holds_unit_rows, unit_rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.skips import Skips

@@ -16,8 +16,7 @@ from uid_data import make_uid
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings import folder as embeddings_file
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
-from clipcid_cli.formats.embeddings.rows import find_member, unit_rows
+from clipcid_cli.formats.embeddings.rows import Kind, find_member, unit_rows
 
 RANDOM = np.random.default_rng(0)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from clipcid_cli.formats.models.hf_folder import fits_tokenizer_file, write_tokenizer_file
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
-from clipcid_cli.formats.models.tokenizer_file import fits_tokenizer_file, write_tokenizer_file
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.lean_open_clip import import_towers
 from clipcid_cli.runtime.models.names import parse_model

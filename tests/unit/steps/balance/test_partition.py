@@ -12,7 +12,7 @@ import pytest
 from balance_data import begun, check_keep_list, distance_matrix, make_rows, read_keep, write_embeddings
 
 from clipcid_cli.algorithms.near import plan as planning
-from clipcid_cli.steps.balance import partition
+from clipcid_cli.steps.balance import forest
 
 NUM_ROWS = 3000
 CUTOFF = 0.6
@@ -66,10 +66,10 @@ def test_an_audit_counts_what_is_left(
     kept = np.arange(0, len(unique), 2)
     expected = near[np.ix_(kept, kept)].any(axis=1)
     with begun(tmp_path, folder, threshold=CUTOFF) as run:
-        whole = partition.audit_kept(run, kept, CUTOFF)
+        whole = forest.audit_kept(run, kept, CUTOFF)
         assert 100 < whole.near == np.count_nonzero(expected) < len(kept)
-        monkeypatch.setattr(partition, "AUDIT_SAMPLE", 900)
-        part = partition.audit_kept(run, kept, CUTOFF)
+        monkeypatch.setattr(forest, "AUDIT_SAMPLE", 900)
+        part = forest.audit_kept(run, kept, CUTOFF)
     assert (part.sampled, part.kept) == (900, len(kept))
     assert part.low < whole.rate < part.high
     assert part.low < part.rate < part.high

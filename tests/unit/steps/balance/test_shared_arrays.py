@@ -13,7 +13,7 @@ from balance_data import balance, make_rows, write_embeddings
 from conftest import process_context
 
 from clipcid_cli.runtime.distributed import open_dist_context
-from clipcid_cli.steps.balance.shared_arrays import SharedArrays
+from clipcid_cli.steps.balance.balance_run import SharedArrays
 
 
 def _files(folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clipcid_cli.steps.cluster.plan import Selection
+from clipcid_cli.steps.cluster import Selection
 
 
 @pytest.mark.parametrize("share", [0.0002, 0.3, 1.0])

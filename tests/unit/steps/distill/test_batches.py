@@ -9,7 +9,7 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.steps.distill.plan import choose_batch_size
+from clipcid_cli.steps.distill.run import choose_batch_size
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 

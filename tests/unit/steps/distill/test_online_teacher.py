@@ -20,7 +20,7 @@ from teaching_data import (
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.cluster import run as cluster
+from clipcid_cli.steps import cluster
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 
 

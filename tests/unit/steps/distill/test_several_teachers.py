@@ -14,10 +14,10 @@ from teaching_data import embed_data, join, read_keys, train, write_student
 
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.cluster import run as cluster
+from clipcid_cli.steps import cluster
 from clipcid_cli.steps.distill import run as distill
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.distill import DistillSettings

@@ -18,7 +18,7 @@ from teaching_data import embed_data, join, train, write_student
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model

@@ -17,7 +17,7 @@ from teaching_data import embed_data, index_data, read_keys, train, write_studen
 
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.embeddings.folder import open_embeddings
-from clipcid_cli.formats.embeddings.kinds import Kind
+from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.results.matched_samples import SampleRows, open_rows
 from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.steps.distill import samples

@@ -11,8 +11,8 @@ from balance_data import heard
 from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.benchmark import hash_lines
+from clipcid_cli.formats.files import write_json
 from clipcid_cli.formats.results.metrics import Metrics, predictions_path, write_metrics, write_predictions
 from clipcid_cli.formats.sidecar import EvaluationSidecar, LinesRecord
 from clipcid_cli.steps.evaluate.compare import compare_results

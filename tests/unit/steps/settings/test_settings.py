@@ -10,8 +10,7 @@ from click.testing import CliRunner
 
 from clipcid_cli.commands.command import PageCommand, build_parameters
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.fields import Range, argument, option, output_settings
-from clipcid_cli.steps.settings.shared import ReadingSettings, SharedSettings
+from clipcid_cli.steps.settings.shared import Range, ReadingSettings, SharedSettings, argument, option, output_settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

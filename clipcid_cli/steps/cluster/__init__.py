@@ -1,1 +1,0 @@
-"""Cluster the kept images' embeddings."""
