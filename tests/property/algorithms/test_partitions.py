@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from clipcid_cli.algorithms.near import partitions as partitioning
 from clipcid_cli.algorithms.near.block import load_block
-from clipcid_cli.algorithms.near.cutoff import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.partitions import Partitions
 from clipcid_cli.algorithms.near.plan import pieces
@@ -60,7 +59,7 @@ def search(rows: np.ndarray, centroids: np.ndarray, margin: float, cutoff: float
 
 
 @given(scenes(), st.integers(1, 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25)
 def test_homes_visits_and_gaps_are_those_of_float64(case: tuple[np.ndarray, np.ndarray, float], nearest: int) -> None:
     """However few of the nearest centroids are looked at first."""
     rows, centroids, margin = case
@@ -77,7 +76,7 @@ def test_homes_visits_and_gaps_are_those_of_float64(case: tuple[np.ndarray, np.n
 
 
 @given(scenes())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25)
 def test_a_margin_of_the_cutoff_loses_no_pair_and_no_pair_is_wrong(case: tuple[np.ndarray, np.ndarray, float]) -> None:
     rows, centroids, cutoff = case
     exact = distance_matrix(rows)
@@ -91,27 +90,3 @@ def test_a_margin_of_the_cutoff_loses_no_pair_and_no_pair_is_wrong(case: tuple[n
         assert pairs <= within
         # Borders are only known to a rounding: the pairs whose gap is the cut-off itself are none of these.
         assert margin < cutoff or pairs == within
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 5), st.booleans())
-@settings(max_examples=40, deadline=None)
-def test_neighbours_are_the_nearest_however_rows_are_shared(seed: int, count: int, size: int, ties: bool) -> None:
-    generator = np.random.default_rng(seed)
-    rows = generator.integers(-2, 3, size=(40, 4)) / 8 if ties else generator.normal(size=(40, 4)) / 4
-    rows, sample = rows.astype(np.float16), np.sort(generator.choice(40, 7, replace=False))
-    shares = np.array_split(np.arange(40), size)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clipcid_cli.algorithms.near.cutoff._ROWS_AT_ONCE", 9)
-        parts = [
-            find_neighbours(rows.__getitem__, np.arange(40), sample, count, CPU, (int(share[0]), int(share[-1]) + 1))
-            for share in shares
-        ]
-    found = Neighbours.nearest(parts, count)
-    exact = distance_matrix(rows)
-    expected = [
-        (place, other)
-        for place, row in enumerate(sample.tolist())
-        for other in sorted(set(range(40)) - {row}, key=lambda other: (exact[row, other], other))[:count]
-    ]
-    assert list(zip(found.row.tolist(), found.other.tolist(), strict=True)) == expected
-    np.testing.assert_array_equal(found.distance, exact[sample[found.row], found.other])

@@ -1,50 +1,68 @@
-"""Every loss against a float64 formula written with NumPy alone: value, gradient, shares of rows, blocks, one tower."""
+"""Every loss against a float64 formula written with NumPy alone, the space they share, and the centroids that are drawn."""
 
 from __future__ import annotations
 
+import functools
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_data import SCALE, TEACHER_BIAS, B, compute, formula, make_batch, make_numbers, slopes, unit, with_gradients
+from loss_data import (
+    SCALE,
+    TEACHER_BIAS,
+    B,
+    compute,
+    formula,
+    formula_rows,
+    make_batch,
+    make_numbers,
+    slopes,
+    unit,
+    with_gradients,
+)
 
 from clipcid_cli.algorithms.losses import batch as batch_module
 from clipcid_cli.algorithms.losses.batch import ClusterTargets, LossBatch
+from clipcid_cli.algorithms.losses.cluster import draw_candidates
 from clipcid_cli.algorithms.losses.registry import LOSSES, load_loss
-from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
+from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace, principal_axes, second_moment
 
 NAMES = tuple(LOSSES)
 ONE_TOWER = [name for name in NAMES if LOSSES[name].needs_teacher and LOSSES[name].one_tower]
 SCALES = torch.tensor(SCALE, dtype=torch.float64)
-ALL, SOME = slice(None), slice(2, 5)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("own", [ALL, SOME])
-def test_gradient_is_the_slope_of_the_formula_in_small_blocks_too(
-    name: str, own: slice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradient_is_the_slope_of_the_formula_in_small_blocks_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets that a loss holds are held by the slope."""
-    if own == SOME:
-        monkeypatch.setattr(batch_module, "BLOCK_ENTRIES", 2 * B)
     numbers = make_numbers()
-    _, gradients = with_gradients(name, make_batch(numbers, own=own))
-    for gradient, slope in zip(gradients, slopes(name, numbers, own), strict=True):
-        np.testing.assert_allclose(gradient, slope, rtol=1e-6, atol=1e-8)
-    assert abs(gradients[0]).sum() > 0
+    slopes_of_rows = slopes(name, numbers)
+    for own, block_entries in ((slice(None), batch_module.BLOCK_ENTRIES), (slice(2, 5), 2 * B)):
+        monkeypatch.setattr(batch_module, "BLOCK_ENTRIES", block_entries)
+        _, gradients = with_gradients(name, make_batch(numbers, own=own))
+        for gradient, slope in zip(gradients, slopes_of_rows, strict=True):
+            np.testing.assert_allclose(gradient, slope[..., own].sum(axis=-1) / B, rtol=1e-6, atol=1e-8)
+        assert abs(gradients[0]).sum() > 0
+
+
+@functools.cache
+def rows_of(name: str) -> np.ndarray:
+    return formula_rows(name, make_numbers(), cluster_towers="sv")
 
 
 @pytest.mark.parametrize("name", NAMES)
 @given(st.integers(0, B - 1), st.integers(1, B), st.integers(1, 30 * B))
+@settings(max_examples=20)
 def test_share_of_any_rows_in_any_blocks_equals_its_formula(name: str, first: int, count: int, entries: int) -> None:
-    numbers, own = make_numbers(), slice(first, min(B, first + count))
+    own = slice(first, min(B, first + count))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_module, "BLOCK_ENTRIES", entries)
-        share = float(compute(name, make_batch(numbers, cluster_towers="sv", own=own), SCALES))
-    assert share == pytest.approx(formula(name, numbers, own, cluster_towers="sv"), rel=1e-12)
+        share = float(compute(name, make_batch(make_numbers(), cluster_towers="sv", own=own), SCALES))
+    assert share == pytest.approx(rows_of(name)[own].sum() / B, rel=1e-12)
 
 
 def test_large_batches_keep_no_matrix_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +135,73 @@ def test_fusion_layers_learn_from_any_share_of_rows() -> None:
         value = load_loss("afd")(make_batch(make_numbers(), own=own), **parameters.of("afd"))
         return list(torch.autograd.grad(value, list(parameters.parameters())))
 
-    for whole, *parts in zip(gradients(ALL), gradients(slice(0, 3)), gradients(slice(3, B)), strict=True):
+    for whole, *parts in zip(gradients(slice(None)), gradients(slice(0, 3)), gradients(slice(3, B)), strict=True):
         assert whole.abs().sum() > 0
         torch.testing.assert_close(sum(parts), whole)
+
+
+def test_axes_keep_what_lies_in_few_dimensions() -> None:
+    random = np.random.default_rng(0)
+    rows = (random.normal(size=(200, 3)) @ random.normal(size=(3, 10))).astype(np.float16)
+    moment = second_moment([rows[:90], rows[90:91], rows[91:]], 10)
+    wide = rows.astype(np.float64)
+    np.testing.assert_allclose(moment, wide.T @ wide, rtol=1e-12, atol=1e-12)
+    found = principal_axes(moment, 3)
+    assert found.kept == pytest.approx(1, abs=1e-5)
+    axes = found.basis_Dd.double().numpy()
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-6)
+    # Dot products survive: that is what the losses see.
+    np.testing.assert_allclose((wide @ axes) @ (wide @ axes).T, wide @ wide.T, rtol=1e-3, atol=1e-2)
+    half = principal_axes(moment, 1)
+    assert half.kept == pytest.approx(((wide @ half.basis_Dd.numpy()) ** 2).sum() / (wide**2).sum(), rel=1e-6)
+    assert (axes[np.abs(axes).argmax(axis=0), range(3)] > 0).all()
+
+
+@st.composite
+def draws(draw: st.DrawFn) -> tuple[np.ndarray, int, float, int, int]:
+    num_clusters = draw(st.integers(1, 400))
+    named = draw(st.lists(st.integers(0, num_clusters - 1), min_size=1, max_size=40))
+    ratio = draw(st.floats(0, 1))
+    minimum = draw(st.integers(0, 500))
+    return np.array(named), num_clusters, ratio, minimum, draw(st.integers(0, 2**40))
+
+
+@given(draws())
+def test_candidates_hold_all_named_and_enough_others_once(case: tuple[np.ndarray, int, float, int, int]) -> None:
+    named, num_clusters, ratio, minimum, seed = case
+    found = draw_candidates(named[:, None], num_clusters, ratio=ratio, minimum=minimum, seed=seed)
+    active = set(named.tolist())
+    assert set(found.ids[: len(active)].tolist()) == active
+    assert len(set(found.ids.tolist())) == len(found.ids)
+    assert found.ids.min() >= 0
+    assert found.ids.max() < num_clusters
+    assert len(found.ids) >= min(num_clusters, minimum)
+    drawn = len(found.ids) - len(active)
+    rest = num_clusters - len(active)
+    assert drawn >= min(rest, math.ceil(ratio * num_clusters))
+    assert not found.log_correction_S[: len(active)].any()
+    assert np.allclose(found.log_correction_S[len(active) :], math.log(rest / drawn) if drawn else 0.0)
+    again = draw_candidates(named[::-1, None], num_clusters, ratio=ratio, minimum=minimum, seed=seed)
+    assert np.array_equal(found.ids, again.ids)
+
+
+def test_corrected_normaliser_is_unbiased_and_plain_one_is_not() -> None:
+    random = np.random.default_rng(0)
+    num_clusters, exponentials = 2_000, np.exp(random.normal(size=2_000))
+    stored = random.choice(num_clusters, (8, 16), replace=False)  # the first four of each are active
+    full = exponentials.sum()
+    corrected, plain = [], []
+    for seed in range(300):
+        found = draw_candidates(stored, num_clusters, ratio=0.1, minimum=0, seed=seed)
+        assert len(found.ids) == 8 * 4 + 200
+        corrected.append((np.exp(found.log_correction_S) * exponentials[found.ids]).sum())
+        plain.append(exponentials[found.ids].sum())
+    assert np.array_equal(
+        draw_candidates(stored, num_clusters, ratio=0, minimum=0, seed=0).ids, np.sort(stored, axis=None)
+    )
+    without = draw_candidates(stored, num_clusters, ratio=0.1, minimum=0, seed=0, corrected=False)
+    assert set(stored.ravel()) <= set(without.ids[: stored.size]), "else nothing would stand for the rest of the target"
+    assert not without.log_correction_S.any()
+    error = np.std(corrected) / math.sqrt(len(corrected))
+    assert abs(np.mean(corrected) - full) < 4 * error
+    assert np.mean(plain) < 0.2 * full
