@@ -83,8 +83,7 @@ def build(
     dtype: torch.dtype,
     panel_rows: int,
     order_seed: int,
-    processes: int = 1,
-    fold: int = 64,
+    processes: int,
 ) -> Edges:
     """Build the forest as a step does: copies collapsed, tiles dealt out, one forest a process, merged."""
     read = rows.__getitem__
@@ -94,7 +93,7 @@ def build(
     random.Random(order_seed).shuffle(tiles)
     forests = [stars]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forest_module, "_MIN_FOLD", fold)
+        patch.setattr(forest_module, "_MIN_FOLD", 64)
         for process in range(processes):
             builder = ForestSink(len(rows))
             for found in near_pairs_of(tiles[process::processes], cutoff, builder.wants):
@@ -164,7 +163,7 @@ def test_minimum_forest_of_any_graph_with_many_ties(data: st.DataObject) -> None
     assert partition(labels) == partition(scipy_components(graph, directed=False)[1]) == labels.tolist()
 
 
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**32), dtype=st.sampled_from(SCAN_DTYPES), width=st.sampled_from([32, 250]))
 def test_rows_made_to_round_the_worst_way_lose_no_pair(seed: int, dtype: torch.dtype, width: int) -> None:
     """Rows whose every value lies just below a midpoint of bfloat16, so all errors of a product point the same way."""
@@ -186,7 +185,7 @@ def test_rows_made_to_round_the_worst_way_lose_no_pair(seed: int, dtype: torch.d
         assert found == set(as_list(edges[edges.weight <= cutoff]))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     st.integers(1, 300),
     st.integers(1, 300),
@@ -232,7 +231,8 @@ def test_near_pairs_come_in_pieces_of_bounded_size(
         pieces = list(near_pairs(*pair, cutoff, all_of_them))
         assert max(map(len, pieces)) <= 100 + 256
         near = expected[is_asked & (expected.weight <= np.float32(cutoff))]
-        assert sorted(as_list(Edges.concatenate(pieces))) == sorted(as_list(near))
+        assert set(as_list(Edges.concatenate(pieces))) == set(as_list(near))
+        assert sum(map(len, pieces)) == len(near)
 
 
 def test_rows_that_would_be_inexact_are_refused() -> None:

@@ -100,7 +100,7 @@ def deal(inputs: Inputs, seed: int, batch_size: int, steps: range, rank: int = 0
     share=st.integers(1, 9),
     dropped=st.integers(0, 6),
 )
-@settings(max_examples=60)
+@settings(max_examples=20)
 def test_no_sample_is_lost_or_doubled(
     root: Path, sizes: list[int], seed: int, processes: int, share: int, dropped: int
 ) -> None:
@@ -118,7 +118,7 @@ def test_no_sample_is_lost_or_doubled(
 
 
 @given(seed=st.integers(0, 50), start=st.integers(0, 20))
-@settings(max_examples=20)
+@settings(max_examples=8)
 def test_resuming_anywhere_goes_on_with_the_same_batches(root: Path, seed: int, start: int) -> None:
     inputs, _ = make_inputs(root, [9, 17, 4], 0)
     assert deal(inputs, seed, 6, range(start, 25)) == deal(inputs, seed, 6, range(25))[start:]

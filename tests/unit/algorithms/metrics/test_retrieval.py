@@ -17,7 +17,7 @@ NEVER = torch.iinfo(torch.int64).max
     num_texts=st.integers(1, 20),
     chunk_entries=st.integers(1, 300),
 )
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_ranks_and_recalls_are_those_of_the_definition(
     seed: int, num_images: int, num_texts: int, chunk_entries: int
 ) -> None:

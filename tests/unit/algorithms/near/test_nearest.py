@@ -32,9 +32,9 @@ def make_case(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.randn(*shape, generator=random)
 
     if name == "spread":
-        return unit_rows(normal(300, 64)), on_grid(normal(1100, 64))
+        return unit_rows(normal(150, 64)), on_grid(normal(1100, 64))
     if name == "cone":  # as CLIP's embeddings: all similarities close to each other
-        return unit_rows(normal(300, 48) + 4), on_grid(normal(1500, 48) + 4)
+        return unit_rows(normal(150, 48) + 4), on_grid(normal(700, 48) + 4)
     if name == "copies":  # many equal centroids and rows that lie on them: ties everywhere
         centroids = on_grid(normal(40, 32)).repeat(30, 1)
         return unit_rows(centroids[:40].clone()), centroids
@@ -42,7 +42,7 @@ def make_case(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         centroids = on_grid(normal(70, 16).abs())
         return unit_rows(-normal(50, 16).abs()), centroids
     if name == "several parts":
-        return unit_rows(normal(150, 24)), on_grid(normal(9000, 24))
+        return unit_rows(normal(60, 24)), on_grid(normal(9000, 24))
     if name == "one centroid":
         return unit_rows(normal(20, 8)), on_grid(normal(1, 8))
     if name == "one column":

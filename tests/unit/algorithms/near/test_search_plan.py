@@ -74,8 +74,8 @@ def test_pieces_are_of_one_partition_and_its_visitors(in_memory: int) -> None:
 
 
 # Panels, and those there is memory for; how many a process reads for all jobs, as counted with this code. In an order made
-# by halving the triangle again and again they were 1,796, 986 and 958.
-@pytest.mark.parametrize(("num_panels", "room", "most"), [(200, 40, 719), (200, 100, 407), (100, 20, 359)])
+# by halving the triangle again and again they were 1,796 and 958.
+@pytest.mark.parametrize(("num_panels", "room", "most"), [(200, 40, 719), (100, 20, 359)])
 def test_few_panels_are_read_twice(num_panels: int, room: int, most: int) -> None:
     plan = triangle(np.arange(num_panels * 10), room * 10)
     kept: OrderedDict[int, None] = OrderedDict()

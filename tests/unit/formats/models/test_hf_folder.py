@@ -1,6 +1,9 @@
-"""Which open_clip models Hugging Face's CLIPModel can express, what they become, and what is said of the others."""
+"""Which open_clip models Hugging Face's CLIPModel can express, what they become, and what the page of an export runs by."""
+
+from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import open_clip
@@ -10,6 +13,7 @@ from conftest import TINY_CONFIG, changed
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.hf_folder import make_config, make_image_processor, validate_for_hf
 from clipcid_cli.formats.models.onnx_file import validate_for_classifier
+from clipcid_cli.formats.models.web_folder import validate_packages, write_engine
 
 PIXELS = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 ARCHITECTURES = sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
@@ -108,3 +112,22 @@ def test_settings_are_translated() -> None:
     assert (dict(squash.size), squash.do_center_crop) == ({"height": 32, "width": 32}, False)
     bilinear = make_image_processor(PIXELS | {"interpolation": "bilinear"})
     assert (shortest.resample, bilinear.resample) == (3, 2)
+
+
+def test_without_npm_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ClipcidError, match="npm pack onnxruntime-web@"):
+        validate_packages(None)
+
+
+@pytest.mark.parametrize(("kept", "reason"), [(0.5, "cannot be read as npm's"), (1, "is a folder")])
+def test_a_damaged_package_is_named(tmp_path: Path, kept: float, reason: str) -> None:
+    archive = tmp_path / "onnxruntime-web-1.30.0.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        folder = tarfile.TarInfo("package/dist/ort.wasm.bundle.min.mjs")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    content = archive.read_bytes()
+    archive.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ClipcidError, match=f"{archive.name} .*{reason}"):
+        write_engine(tmp_path / "web", tmp_path)

@@ -1,7 +1,6 @@
 """The pruned forward passes give open_clip's own features and gradients."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def features(
 )
 def test_equal_to_open_clip(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = load(tmp_path, **changes)
-    for captions in (CAPTIONS, ["a cat"], ["word " * 40, "word " * 40]):
+    for captions in (CAPTIONS, ["word " * 40, "word " * 40]):
         tokens = model.tokenizer(captions)
         # In float64, where what a wrong pass would change cannot hide behind rounding.
         image, text, gradients, _ = features(model, False, tokens, torch.float64)
@@ -100,15 +99,6 @@ def test_other_structures_go_open_clips_way(tmp_path: Path, changes: dict[str, A
     torch.testing.assert_close(pruned_text, plain_text, rtol=1e-4, atol=1e-5)
 
 
-def _note_size(sizes: list[int], tensor: Tensor) -> Tensor:
-    sizes.append(tensor.nbytes)
-    return tensor
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def test_gradient_checkpointing_changes_no_bit_and_halves_the_memory(tmp_path: Path) -> None:
     model = load(tmp_path)
     tower: Any = model.module
@@ -118,8 +108,13 @@ def test_gradient_checkpointing_changes_no_bit_and_halves_the_memory(tmp_path: P
     with torch.autocast("cpu", dtype=torch.bfloat16), fast_attention(model.device, torch.bfloat16):
         for checkpoints in (False, True):
             tower.set_grad_checkpointing(checkpoints)
-            sizes: list[int] = []
-            with saved_tensors_hooks(partial(_note_size, sizes), _as_it_is):
+            sizes = list[int]()
+
+            def note(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+                sizes.append(tensor.nbytes)
+                return tensor
+
+            with saved_tensors_hooks(note, lambda tensor: tensor):
                 _, _, gradients, towers = features(model, True, tokens)
             found.append(gradients)
             saved.append(sum(sizes))
