@@ -73,8 +73,6 @@ class TwoPartsError(Exception):
 
 def end_at_four(number: int, how: str) -> int:
     match how if number == 4 else "":
-        case "memory":
-            raise MemoryError("four is too large")
         case "two parts":
             raise TwoPartsError(number, 2)
         case "exit":
