@@ -122,15 +122,3 @@ def test_no_sample_is_lost_or_doubled(
 def test_resuming_anywhere_goes_on_with_the_same_batches(root: Path, seed: int, start: int) -> None:
     inputs, _ = make_inputs(root, [9, 17, 4], 0)
     assert deal(inputs, seed, 6, range(start, 25)) == deal(inputs, seed, 6, range(25))[start:]
-
-
-def test_epochs_and_seeds_differ(root: Path) -> None:
-    inputs, expected = make_inputs(root, [30, 30], 0)
-    total = len(expected)
-    orders = [
-        [item.row for item in deal(inputs, seed, total, range(epoch, epoch + 1))[0]]
-        for seed, epoch in ((0, 0), (0, 1), (1, 0))
-    ]
-    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
-    assert orders[0] != orders[1]
-    assert orders[0] != orders[2]

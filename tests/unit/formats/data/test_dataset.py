@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import make_image, shard_members, write_tar
+from conftest import make_caption, make_image, shard_members, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,20 +30,27 @@ def list_keys(dataset: Dataset) -> list[str]:
     return [sample.key for sample in list_samples(dataset)]
 
 
-def test_folder_pattern_and_single_tar_agree(tiny_shards: Path) -> None:
-    folder = open_dataset(tiny_shards)
-    pattern = open_dataset(f"{tiny_shards}/{{00000..00001}}.tar")
-    assert folder.kind == pattern.kind == "webdataset"
-    assert [shard.name for shard in folder.shards] == ["00000", "00001"]
-    assert list_samples(folder) == list_samples(pattern) == list_samples(open_dataset(f"file://{tiny_shards}"))
-    assert list_samples(open_dataset(f"{tiny_shards}/0*.tar")) == list_samples(folder)
-    assert list_keys(open_dataset(tiny_shards / "00001.tar")) == list_keys(folder)[14:]
+@pytest.mark.parametrize(
+    "pattern",
+    ["{}/{{00000..00001}}.tar", "file://{}", "{}/0*.tar", "{0}/00001.tar::{0}/{{00000..00000}}.tar"],
+)
+def test_patterns_mean_the_shards_of_a_folder(pattern: str, tiny_shards: Path) -> None:
+    folder, dataset = open_dataset(tiny_shards), open_dataset(pattern.format(tiny_shards))
+    assert folder.kind == dataset.kind == "webdataset"
+    assert list_samples(dataset) == list_samples(open_described(dataset.describe())) == list_samples(folder)
     assert list_keys(folder) == [f"{number:06d}" for number in range(24)]
+    assert list_keys(open_dataset(tiny_shards / "00001.tar")) == list_keys(folder)[14:]
     sample = list_samples(folder)[3]
-    assert sample.image.read() == make_image(3)
-    assert sample.captions[0].startswith("a ")
+    assert (sample.image.read(), sample.captions) == (make_image(3), (make_caption(3),))
     assert sample.attributes is not None
     assert sample.attributes.read() == b'{"number": 3}'
+
+
+def test_patterns_that_name_a_shard_twice_or_an_unknown_variable_are_refused(tiny_shards: Path) -> None:
+    with pytest.raises(ClipcidError, match="lists a shard twice"):
+        open_dataset(f"{tiny_shards}::{tiny_shards}/00001.tar")
+    with pytest.raises(ClipcidError, match="environment variable WDS_NAME, which is not set"):
+        open_dataset(f"{tiny_shards}/${{NOWHERE}}.tar")
 
 
 def test_shards_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -58,19 +65,9 @@ def test_keys_are_webdatasets(tmp_path: Path) -> None:
     import webdataset
 
     png = make_image(0)
-    path = write_tar(
-        tmp_path / "0.tar",
-        [
-            ("__meta__/a.png", png),
-            ("dir.v2/a.PNG", png),
-            ("dir.v2/a.txt", b" two\nlines "),
-            ("b.seg.png", png),
-            ("b.jpg", png),
-            ("b.txt", b""),
-            ("noext", b"x"),
-            ("./c.webp", png),
-        ],
-    )
+    members = {"__meta__/a.png": png, "dir.v2/a.PNG": png, "dir.v2/a.txt": b" two\nlines "}
+    members |= {"b.seg.png": png, "b.jpg": png, "b.txt": b"", "noext": b"x", "./c.webp": png}
+    path = write_tar(tmp_path / "0.tar", members.items())
     with path.open("rb") as stream:
         members = webdataset.tariterators.tar_file_expander([{"url": str(path), "stream": stream}])
         theirs = [item["__key__"] for item in webdataset.tariterators.group_by_keys(members)]
@@ -82,13 +79,8 @@ def test_keys_are_webdatasets(tmp_path: Path) -> None:
 
 
 def test_samples_without_image_and_repeated_keys_are_counted(tmp_path: Path) -> None:
-    members = [
-        *shard_members(0, 3),
-        ("000009.txt", b"no image"),
-        ("000001.png", make_image(7)),
-        ("000001.txt", b"again"),
-    ]
-    path = write_tar(tmp_path / "0.tar", members)
+    more = [("000009.txt", b"no image"), ("000001.png", make_image(7)), ("000001.txt", b"again")]
+    path = write_tar(tmp_path / "0.tar", [*shard_members(0, 3), *more])
     skips = Skips()
     samples = open_dataset(path).shards[0].samples(skips)
     assert [sample.key for sample in samples] == ["000000", "000001", "000002"]
@@ -274,16 +266,6 @@ def test_bad_data_is_told(make: Callable[[Path], Path | str], message: str, fix:
         open_dataset(make(tmp_path))
     assert raised.value.fix
     assert fix in raised.value.fix
-
-
-def test_several_patterns_are_one_data_set(tiny_shards: Path) -> None:
-    joined = open_dataset(f"{tiny_shards}/00001.tar::{tiny_shards}/{{00000..00000}}.tar")
-    assert list_samples(joined) == list_samples(open_dataset(tiny_shards))
-    assert list_samples(open_described(joined.describe())) == list_samples(joined)
-    with pytest.raises(ClipcidError, match="lists a shard twice"):
-        open_dataset(f"{tiny_shards}::{tiny_shards}/00001.tar")
-    with pytest.raises(ClipcidError, match="environment variable WDS_NAME, which is not set"):
-        open_dataset(f"{tiny_shards}/${{NOWHERE}}.tar")
 
 
 def npy(values: object) -> bytes:

@@ -384,38 +384,36 @@ def test_compressed_arrays_are_unpacked_up_to_a_limit(tmp_path: Path, monkeypatc
     assert "numpy.savez" in refused.value.fix
 
 
-def the_last(folder: Path, form: str = "npz") -> Path:
-    return next(folder.glob(f"2*.{form}"))
-
-
 def write_no_array(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("l14_img.npy", b"nothing of numpy's")
 
 
+def test_archives_of_several_models_need_the_name_of_an_array(tmp_path: Path) -> None:
+    write_datacomp(tmp_path / "d")
+    with pytest.raises(ClipcidError, match="contains 2 arrays of image embeddings: b32_img, l14_img"):
+        open_embeddings(tmp_path / "d")
+    arrays = "b32_img, b32_txt, l14_img, l14_txt, dedup"
+    with pytest.raises(ClipcidError, match=f"contains no array h14_img; its arrays: {arrays}"):
+        open_embeddings(tmp_path / "d", npz_array="h14_img")
+
+
+SIX = np.ones((6, 12))
+
+
 @pytest.mark.parametrize(
-    ("damage", "name", "message"),
+    ("damage", "message"),
     [
-        (lambda folder: None, None, "contains 2 arrays of image embeddings: b32_img, l14_img"),
-        (
-            lambda folder: None,
-            "h14_img",
-            "contains no array h14_img; its arrays: b32_img, b32_txt, l14_img, l14_txt, dedup",
-        ),
-        (lambda folder: the_last(folder).write_bytes(b"PK"), "l14_img", "cannot be read"),
-        (lambda folder: np.savez(the_last(folder), l14_img=np.array([{}], object)), "l14_img", "holds Python objects"),
-        (
-            lambda folder: np.savez(the_last(folder), l14_img=np.ones((6, 12)), l14_txt=np.ones((6, 12))),
-            "l14_img",
-            r"l14_img\] has 6 rows and .*parquet has 7",
-        ),
-        (lambda folder: the_last(folder, "parquet").unlink(), "l14_img", "has no metadata of the same name"),
-        (lambda folder: np.savez(the_last(folder), b32_img=np.ones((7, 12))), "l14_img", "contains no array l14_img"),
-        (lambda folder: write_no_array(the_last(folder)), "l14_img", "cannot be read as an .npz with an array l14_img"),
+        (lambda last: last.write_bytes(b"PK"), "cannot be read"),
+        (lambda last: np.savez(last, l14_img=np.array([{}], object)), "holds Python objects"),
+        (lambda last: np.savez(last, l14_img=SIX, l14_txt=SIX), r"l14_img\] has 6 rows and .*parquet has 7"),
+        (lambda last: last.with_suffix(".parquet").unlink(), "has no metadata of the same name"),
+        (lambda last: np.savez(last, b32_img=np.ones((7, 12))), "contains no array l14_img"),
+        (write_no_array, "cannot be read as an .npz with an array l14_img"),
     ],
 )
-def test_what_cannot_be_read_is_one_error(damage: Any, name: str | None, message: str, tmp_path: Path) -> None:
+def test_archives_that_cannot_be_read_are_one_error(damage: Any, message: str, tmp_path: Path) -> None:
     write_datacomp(tmp_path / "d")
-    damage(tmp_path / "d")
+    damage(next((tmp_path / "d").glob("2*.npz")))
     with pytest.raises(ClipcidError, match=message):
-        open_embeddings(tmp_path / "d", npz_array=name)
+        open_embeddings(tmp_path / "d", npz_array="l14_img")
