@@ -115,10 +115,11 @@ def test_mapped_arrays_are_zeros_that_can_be_written(
     """Also on systems that cannot reserve space, as macOS."""
     if not has_fallocate:
         monkeypatch.delattr(os, "posix_fallocate")
-    for array in (
+    named, unnamed = (
         create_mapped(tmp_path / "array", INT64, (3, 2)),
         create_mapped(tmp_path, INT64, (3, 2), unnamed=True),
-    ):
+    )
+    for array in (named, unnamed):
         assert (array.shape, array.dtype) == ((3, 2), INT64)
         assert not array.any()
         array[:] = 7

@@ -94,17 +94,14 @@ def test_other_settings_are_an_error_that_names_them(tmp_path: Path, commit: boo
     else:
         begin(tmp_path)
     before = left(tmp_path)
-    for look in (open_it(tmp_path, OTHER).__enter__, lambda: find_it(tmp_path, OTHER)):
+    found = OutputSpec(tmp_path, "balance", Sidecar, settings=OTHER, inputs=[])
+    for look in (open_it(tmp_path, OTHER).__enter__, lambda: find_output(found)):
         with pytest.raises(ClipcidError, match=r"settings\.keep: 0\.5 there, 0\.6 now") as caught:
             look()
         assert "--overwrite" in caught.value.fix
     assert left(tmp_path) == before
     with open_it(tmp_path) as output:
         assert (output.finished is not None, output.resumed) == (commit, not commit)
-
-
-def find_it(folder: Path, settings: dict[str, Any]) -> Output[Sidecar]:
-    return find_output(OutputSpec(folder, "balance", Sidecar, settings=settings, inputs=[]))
 
 
 def test_an_output_stays_whole_until_the_one_that_replaces_it_is_complete(tmp_path: Path) -> None:
@@ -173,14 +170,12 @@ def test_a_run_killed_while_it_moves_its_files_is_finished_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     def write(output: Output[Sidecar]) -> None:
-        (output.work / "folder").mkdir(exist_ok=True)
+        output.start()
         (output.work / "new").mkdir(exist_ok=True)
         (output.work / "new" / "c").write_text("new")
         finish(output, **{"a": "new", "folder/b": "new"})
 
     with open_it(tmp_path, OTHER) as output:
-        output.start()
-        (output.work / "folder").mkdir()
         finish(output, **{"a": "old", "folder/b": "old", "folder/gone": "old"})
     (tmp_path / "folder" / "foreign").write_text("mine")
     count = iter(range(100))
@@ -193,16 +188,11 @@ def test_a_run_killed_while_it_moves_its_files_is_finished_by_the_next(
             return real(*given, **named)
 
         monkeypatch.setattr(os, name, act)
-    try:
-        with open_it(tmp_path, overwrite=True) as output:
-            output.start()
-            write(output)
-    except KilledError:
-        pass
+    with contextlib.suppress(KilledError), open_it(tmp_path, overwrite=True) as output:
+        write(output)
     monkeypatch.undo()
     with open_it(tmp_path, overwrite=True) as output:
         if output.finished is None:
-            output.start()
             write(output)
     files = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     del files["balance.json"]

@@ -10,19 +10,10 @@ import pytest
 from sidecars import make_sidecar, unfinish
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats import sidecar as formats
 from clipcid_cli.formats.atomic import write_json, write_text
 from clipcid_cli.formats.sidecar import BalanceSidecar, EmbedSidecar, read_sidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
-
-EMBED = formats.EmbedSidecar
-
-
-def write(path: Path, kind: Any = EMBED, **entries: Any) -> dict[str, Any]:
-    content = make_sidecar(kind, **entries)
-    path.write_text(json.dumps(content))
-    return content
 
 
 @pytest.mark.parametrize(
@@ -38,14 +29,14 @@ def write(path: Path, kind: Any = EMBED, **entries: Any) -> dict[str, Any]:
 )
 def test_one_that_was_edited_at_any_depth_is_refused(tmp_path: Path, change: Any) -> None:
     path = tmp_path / "embed.json"
-    content = write(path)
-    assert read_sidecar(path, EMBED) is not None
-    path.write_text(json.dumps(dict(reversed(content.items())), indent=8))
-    assert read_sidecar(path, EMBED) is not None
+    content = make_sidecar(EmbedSidecar)
+    for same in (json.dumps(content), json.dumps(dict(reversed(content.items())), indent=8)):
+        path.write_text(same)
+        assert read_sidecar(path, EmbedSidecar) is not None
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(ClipcidError, match=r"embed\.json cannot be read as a sidecar .* it was edited") as found:
-        read_sidecar(path, EMBED, "Make it again.")
+        read_sidecar(path, EmbedSidecar, "Make it again.")
     assert found.value.fix == "Make it again."
 
 
@@ -53,7 +44,7 @@ def test_one_that_was_edited_at_any_depth_is_refused(tmp_path: Path, change: Any
 def test_another_version_says_what_to_do(tmp_path: Path, version: int, said: str) -> None:
     (tmp_path / "embed.json").write_text(json.dumps({"format_version": version}))
     with pytest.raises(ClipcidError, match=said) as found:
-        read_sidecar(tmp_path / "embed.json", EMBED)
+        read_sidecar(tmp_path / "embed.json", EmbedSidecar)
     assert "--overwrite" in found.value.fix if version == 1 else "Upgrade" in found.value.fix
 
 
