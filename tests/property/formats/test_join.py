@@ -73,7 +73,7 @@ def test_rows_in_another_order_within_a_shard_are_read_in_step(monkeypatch: pyte
     size=st.integers(1, 9),
     chunk=st.integers(1, 9),
 )
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_a_join_is_a_dictionary(keys: list[str], listed: list[str], size: int, chunk: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = join(in_parts(keys, size), len(keys), listing(listed, chunk), Path(folder))
@@ -93,7 +93,7 @@ def test_a_key_that_a_file_has_twice_is_refused(chunk: int, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("few", [0, 2**20])
 @given(keys=st.lists(KEYS, max_size=12), size=st.integers(1, 5))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_the_first_two_rows_of_a_repeated_key_are_found(few: int, keys: list[str], size: int) -> None:
     repeated = sorted(key for key in set(keys) if keys.count(key) > 1)
     first = None

@@ -200,21 +200,6 @@ def test_a_run_killed_while_it_moves_its_files_is_finished_by_the_next(
     assert left(tmp_path) == {"balance.json", "a", "folder", "new"}
 
 
-def test_files_may_lie_above_the_sidecar(tmp_path: Path) -> None:
-    with open_it(tmp_path / "sidecars", top=tmp_path) as output:
-        output.start()
-        (output.root / "a").write_text("content")
-        written = output.commit(counts={}, seconds={}, outputs=[record(output.root / "a", output.work)])
-    assert [each.path for each in written.outputs] == ["../a"]
-    assert (left(tmp_path), left(tmp_path / "sidecars")) == ({"a", "sidecars"}, {"balance.json"})
-    with open_it(tmp_path / "sidecars", top=tmp_path) as output:
-        assert output.finished == written
-        output.start()
-    (output.root / "balance.json").write_text("not the sidecar, although it is called so")
-    with open_it(tmp_path / "sidecars", OTHER, overwrite=True, top=tmp_path) as output:
-        assert output.finished is None
-
-
 def test_an_output_made_in_place_is_cleared_before_its_work_appears(tmp_path: Path) -> None:
     with open_it(tmp_path) as output:
         finish(output)

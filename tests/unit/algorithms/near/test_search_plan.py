@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clipcid_cli.algorithms.near import plan as planning
-from clipcid_cli.algorithms.near.plan import Plan, components, triangle
+from clipcid_cli.algorithms.near.plan import Plan, components, pieces, triangle
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +54,18 @@ def test_components_are_compared_within_and_little_between() -> None:
             (a, b) for a in range(len(labels)) for b in range(a + 1, len(labels)) if label_of[a] == label_of[b]
         }
         assert len(pairs) <= 20 * len(labels) + sum(size * size for size in sizes)
+
+
+@pytest.mark.parametrize("in_memory", [0, 50, 10**6])
+def test_pieces_are_of_one_partition_and_its_visitors(in_memory: int) -> None:
+    generator = np.random.default_rng(0)
+    for number in (1, 2, 6):
+        ends = np.cumsum(generator.integers(0, 35, size=2 * number))
+        expected = set()
+        lists = np.split(np.arange(ends[-1]), ends[:-1])
+        for home, visitors in zip(lists[::2], lists[1::2], strict=True):
+            expected |= {(a, b) for a in home for b in [*home, *visitors] if a < b}
+        assert set(list_pairs(pieces(np.arange(ends[-1]), ends, in_memory))) == expected
 
 
 # Panels, and those there is memory for; how many a process reads for all jobs, as counted with this code. In an order made

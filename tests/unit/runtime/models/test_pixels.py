@@ -114,17 +114,6 @@ def test_a_file_is_read_or_skipped_with_a_reason(tmp_path: Path) -> None:
     assert read_size(whole) == (10_000, 9_000)
 
 
-def test_a_draft_is_smaller_but_large_enough() -> None:
-    data = make_image(4, side=512, kind="JPEG")
-    full, draft = decode_image(data), decode_image(data, draft_size=(128, 128))
-    assert full.size == (512, 512)
-    assert draft.size == (128, 128)
-    assert full_size(draft) == full_size(full) == (512, 512)
-    small = np.asarray(full.resize((32, 32), Image.Resampling.BICUBIC), dtype=float)
-    close = np.asarray(draft.resize((32, 32), Image.Resampling.BICUBIC), dtype=float)
-    assert 0 < np.abs(small - close).mean() < 4
-
-
 PREPROCESS = {"size": 32, "interpolation": "bicubic"}
 
 
