@@ -9,11 +9,13 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,17 @@ def run_clipcid(
     command = ("clipcid", *map(str, arguments)) if processes == 1 else (f"{processes} × clipcid", *map(str, arguments))
     started = start_clipcid(*arguments, cwd=cwd, env=env, processes=processes)
     return _finish(Run(command, cwd, started.wait(timeout), *started.read()), check)
+
+
+@contextmanager
+def limited(what: int, most: int) -> Iterator[None]:
+    """Limit what this process may use, one of the names of `resource`: beyond it the kernel refuses, as on a full disk."""
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, (soft, hard))
 
 
 def process_context() -> ForkServerContext:

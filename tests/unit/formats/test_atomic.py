@@ -7,13 +7,14 @@ import multiprocessing
 import os
 import re
 import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import limited
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped, spool_arrays
@@ -22,17 +23,6 @@ from clipcid_cli.formats.embeddings.rows import create_copy
 
 INT64 = np.dtype(np.int64)
 NUMBERS = np.arange(2000, dtype=np.int32)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Limit the size of files that this process writes: the write fails inside the kernel, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_old_file_survives_a_failed_write(tmp_path: Path) -> None:
@@ -75,7 +65,8 @@ def test_a_limit_of_file_sizes_is_an_error_that_names_the_place(
     tmp_path: Path, make: Callable[[Path], object], reason: str
 ) -> None:
     make(tmp_path)
-    with largest_file(4096), pytest.raises(ClipcidError, match=f"^Could not write {re.escape(str(tmp_path))}{reason}"):
+    message = f"^Could not write {re.escape(str(tmp_path))}{reason}"
+    with limited(resource.RLIMIT_FSIZE, 4096), pytest.raises(ClipcidError, match=message):
         make(tmp_path)
     assert not list(tmp_path.glob(".*.partial"))
 

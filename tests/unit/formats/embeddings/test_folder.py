@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import limited
 from sidecars import make_sidecar, unfinish
 from uid_data import make_uid
 
@@ -289,13 +290,9 @@ def test_many_files_take_few_descriptors_and_maps(tmp_path: Path, count: int, ma
     before = len(os.listdir("/proc/self/fd"))
     rows = open_embeddings(tmp_path).rows(Kind.IMAGES)
     order = RANDOM.permutation(len(whole))[:1000]
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before + MAPS_KEPT + 32, hard))  # nor while it reads
-    try:
+    with limited(resource.RLIMIT_NOFILE, before + MAPS_KEPT + 32):  # nor while it reads
         assert np.array_equal(rows.take(order), whole[order])
         assert np.array_equal(rows.read(0, len(whole)), whole)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(os.listdir("/proc/self/fd")) - before <= MAPS_KEPT <= 128
     maps = Path("/proc/self/maps").read_text().count(str(tmp_path))
     assert (0 < maps <= MAPS_KEPT) if mapped else maps == 0
