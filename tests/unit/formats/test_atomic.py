@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import re
 import resource
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import limited
+from conftest import limited, process_context
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped, spool_arrays
@@ -82,7 +81,7 @@ def write_shared(path: Path, content: bytes, is_begun: Any = None, may_end: Any 
 def test_of_two_that_write_one_file_at_once_one_waits_and_what_killed_ones_left_is_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "file"
     (tmp_path / ".file.partial").write_bytes(b"left by one that was killed, and longer")
-    context = multiprocessing.get_context("spawn")
+    context = process_context()
     is_begun, may_end = context.Event(), context.Event()
     first = context.Process(target=write_shared, args=(path, b"first", is_begun, may_end))
     first.start()

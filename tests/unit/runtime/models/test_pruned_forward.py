@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import changed
+from conftest import TINY_CONFIG, changed
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -17,17 +17,12 @@ from clipcid_cli.runtime.models.towers import DenseImageTower
 from clipcid_cli.runtime.precision import fast_attention
 
 CAPTIONS = ["a red square", "", "two cats, a dog and a very long list of other animals of every kind and size", "sky"]
-PLAIN: dict[str, Any] = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16},
-    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3},
-}
 
 
 def load(tmp_path: Path, **changes: Any) -> ClipModel:
-    """Make a model of the plain configuration with some values of it changed."""
+    """Make a model of the tiny configuration with some values of it changed; its projections are not square."""
     path = tmp_path / "model.json"
-    path.write_text(json.dumps(changed(PLAIN, **changes)))
+    path.write_text(json.dumps(changed(TINY_CONFIG, **{"embed_dim": 24} | changes)))
     return load_model(parse_model(str(path)), fresh_seed=3)
 
 
@@ -165,7 +160,7 @@ def test_tokens_are_those_of_open_clip(tmp_path: Path, changes: dict[str, Any]) 
     torch.testing.assert_close(text, module.encode_text(tokens), rtol=1e-9, atol=1e-9)
     _, dense = DenseImageTower(module)(pixels)
     torch.testing.assert_close(patches, dense.flatten(1, 2), rtol=1e-9, atol=1e-9)
-    assert pieces.shape == (len(CAPTIONS), 20, 24)
+    assert pieces.shape == (len(CAPTIONS), 12, 24)
     whole: Any = getattr(module, "text", module)
     for number, end in enumerate(tokens.argmax(dim=1).tolist()):
         assert pieces[number, end + 1 :].abs().sum() == 0
