@@ -13,19 +13,6 @@ from clipcid_cli.algorithms.near import partitions as partitioning
 from clipcid_cli.algorithms.near.partitions import Partitions
 
 
-@st.composite
-def scenes(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, float]:
-    """Rows, centroids of which some are equal or rows themselves, and a distance."""
-    width, seed = draw(st.integers(2, 40)), draw(st.integers(0, 2**32 - 1))
-    rows = np.unique(make_rows(draw(st.integers(20, 120)), width=width, seed=seed), axis=0)
-    generator = np.random.default_rng(seed)
-    centroids = rows[generator.integers(len(rows), size=draw(st.integers(1, 12)))]
-    if draw(st.booleans()):
-        other = generator.normal(size=(4, width))
-        centroids = np.concatenate([centroids, (other / np.linalg.norm(other, axis=1)[:, None]).astype(np.float16)])
-    return rows, centroids, draw(st.floats(0.01, 1.5))
-
-
 def exact_gaps(rows: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The definition in float64: homes [N], and gaps to every partition [N, K]."""
     wide, middle = rows.astype(np.float64), centroids.astype(np.float64)
@@ -36,11 +23,23 @@ def exact_gaps(rows: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.
     return home, np.divide(ahead, apart, out=np.zeros_like(ahead), where=apart > 0)
 
 
-@given(scenes(), st.integers(1, 20))
+@given(
+    width=st.integers(2, 40),
+    num_near=st.integers(1, 12),
+    num_others=st.sampled_from([0, 4]),
+    margin=st.floats(0.01, 1.5),
+    nearest=st.integers(1, 20),
+    seed=st.integers(0, 2**32 - 1),
+)
 @settings(max_examples=25)
-def test_homes_visits_and_gaps_are_those_of_float64(case: tuple[np.ndarray, np.ndarray, float], nearest: int) -> None:
-    """However few of the nearest centroids are looked at first."""
-    rows, centroids, margin = case
+def test_homes_visits_and_gaps_are_those_of_float64(
+    width: int, num_near: int, num_others: int, margin: float, nearest: int, seed: int
+) -> None:
+    """However few of the nearest centroids are looked at first; some centroids are equal, or rows."""
+    generator = np.random.default_rng(seed)
+    rows = np.unique(make_rows(100, width=width, seed=seed), axis=0)
+    others = make_rows(num_others, width=width, seed=seed + 1)
+    centroids = np.concatenate([rows[generator.integers(len(rows), size=num_near)], others])
     home, gaps = exact_gaps(rows, centroids)
     gaps[np.arange(len(rows)), home] = np.inf
     with pytest.MonkeyPatch.context() as patch:

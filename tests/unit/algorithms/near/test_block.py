@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from clipcid_cli.algorithms.near.block import (
-    Block,
     distortion,
     make_block,
     multiply,
@@ -34,10 +33,6 @@ def make_rows(width: int, kind: str) -> torch.Tensor:
     return (rows * torch.linspace(0.2, 1.9, 60)[:, None]).half()
 
 
-def prepare(rows: torch.Tensor, dtype: torch.dtype) -> Block:
-    return make_block(np.arange(len(rows)), rows, dtype)
-
-
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize("width", [1, 2, 33, 512])
 @pytest.mark.parametrize("kind", ["cloud", "spikes", "worst"])
@@ -49,7 +44,7 @@ def test_scores_are_within_the_proven_error(
     both = make_rows(width, kind), make_rows(width, "worst" if kind == "worst" else "cloud").flip(0).contiguous()
     if stored == torch.float32:
         both = tuple((rows.float() * 0.7 * 2**24).round() / 2**24 for rows in both)
-    a, b = (prepare(rows, dtype) for rows in both)
+    a, b = (make_block(np.arange(60), rows, dtype) for rows in both)
     exact = a.stored.double() @ b.stored.double().T
     copies_a, copies_b = (block.scan.double() * block.step for block in (a, b))
     assert float((copies_a @ copies_b.T - exact).abs().max()) <= score_error(a, b)

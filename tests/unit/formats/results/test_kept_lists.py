@@ -79,24 +79,17 @@ def test_what_is_no_keep_list_is_refused(tmp_path: Path, columns: dict[str, Any]
 
 def write_odd_tar(path: Path, form: int) -> None:
     """Write samples with odd members: long names, a folder, a key that comes twice, a member without a suffix."""
+    members = [("x/a.jpg", b"A" * 700), ("x/a.txt", b"first"), ("x/README", b"no suffix")]
+    members += [(f"x/{'b' * 300}.jpg", b"B" * 512), ("c.jpg", b""), ("c.seg.png", b"C")]
+    members += [("x/a.jpg", b"again"), ("d.jpg", b"D")]
     with tarfile.open(path, "w", format=form) as archive:
-
-        def add(name: str, data: bytes) -> None:
-            header = tarfile.TarInfo(name)
-            header.size, header.mtime, header.uname = len(data), 1_700_000_000, "jörg"
-            archive.addfile(header, io.BytesIO(data))
-
         folder = tarfile.TarInfo("x")
         folder.type = tarfile.DIRTYPE
         archive.addfile(folder)
-        add("x/a.jpg", b"A" * 700)
-        add("x/a.txt", b"first")
-        add("x/README", b"no suffix")
-        add("x/" + "b" * 300 + ".jpg", b"B" * 512)
-        add("c.jpg", b"")
-        add("c.seg.png", b"C")
-        add("x/a.jpg", b"again")
-        add("d.jpg", b"D")
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size, header.mtime, header.uname = len(data), 1_700_000_000, "jörg"
+            archive.addfile(header, io.BytesIO(data))
 
 
 def raw_bytes(path: Path, member: tarfile.TarInfo) -> bytes:
