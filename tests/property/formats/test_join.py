@@ -135,9 +135,9 @@ def test_a_disk_without_room_is_an_error_not_a_killed_process(
 
 
 def test_a_join_beyond_its_memory_goes_on_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MEMORY", "32MB")
+    monkeypatch.setattr(module, "_MEMORY", "64MB")
     monkeypatch.setattr(module, "_FEW_NUMBERS", 0)
-    keys = [f"{row:0100d}" for row in range(300_000)]
+    keys = [f"{row:0100d}" for row in range(600_000)]
     found = join(in_parts(keys, 2**14), len(keys), listing(keys[::-1], 2**14), tmp_path)
     assert np.array_equal(found[:, 0], np.arange(len(keys))[::-1])
     assert not list(tmp_path.iterdir())
