@@ -1,4 +1,4 @@
-"""Seeds, shares of keys, orders of samples, variants of captions and the pace of saves depend on their arguments only."""
+"""Seeds, shares of keys, orders of samples and variants of captions depend on their arguments only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import random
 from collections import Counter
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +17,6 @@ from clipcid_cli.runtime.randomness import (
     key_fractions,
 )
 from clipcid_cli.runtime.text_variants import TextVariants, vary_caption
-from clipcid_cli.runtime.timing import SavePace
 
 
 def epoch_order(seed: int, epoch: int, shard_sizes: list[int], group: int = SHARDS_MIXED) -> np.ndarray:
@@ -125,22 +123,3 @@ def test_they_follow_from_seed_key_and_number() -> None:
     assert len({TextVariants(3, seed)([KEYWORDS], key, 0) for seed in range(4) for key in "abcd"}) > 8
     several = {TextVariants(3, seed=5)(["one", "two", "three"], str(key), 0) for key in range(40)}
     assert several == {"one", "two", "three"}, "of several captions, any is varied"
-
-
-@pytest.mark.parametrize("growth", [0.0, 0.5])
-@pytest.mark.parametrize("cost", [0.1, 2.0, 240.0])
-def test_saves_are_at_most_one_a_minute_and_take_at_most_a_twentieth_of_the_time(cost: float, growth: float) -> None:
-    now, spent, saved, longest = 0.0, 0.0, 0.0, 0.0
-    pace = SavePace(cost, clock=lambda: now)
-    while now < 40_000.0:
-        now += 1.0
-        if pace.is_due():
-            assert now - saved > 60.0
-            longest = max(longest, now - saved)
-            with pace.saving():
-                now += cost
-                spent += cost
-            saved, cost = now, cost * (1.0 + growth * (saved < 15_000.0 and cost < 400.0))
-            assert spent <= 0.05 * now * (1.0 + growth)
-    assert longest <= max(61.0, 21.0 * 1.5 * cost)
-    assert spent > 0.0

@@ -205,10 +205,12 @@ def parameters(shapes: tuple[tuple[int, ...], ...]) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
 
 
-def set_gradients(of: list[nn.Parameter], seed: int) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    for parameter in of:
-        parameter.grad = torch.randn(parameter.shape, generator=draw)
+def take_steps(of: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        for parameter in of:
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        optimizer.step()
 
 
 def muon(matrices: list[nn.Parameter], others: list[nn.Parameter]) -> Muon:
@@ -221,14 +223,10 @@ def muon(matrices: list[nn.Parameter], others: list[nn.Parameter]) -> Muon:
 
 def test_updates_are_pytorchs() -> None:
     ours, theirs = parameters(SHAPES), parameters(SHAPES)
-    first = copy.deepcopy(ours)
-    optimizer = muon(ours, [])
-    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    for step in range(6):
-        for each, of in ((ours, optimizer), (theirs, reference)):
-            set_gradients(each, step)
-            of.step()
-    for one, other, before in zip(ours, theirs, first, strict=True):
+    take_steps(ours, muon(ours, []))
+    options = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    take_steps(theirs, torch.optim.Muon(theirs, **options))
+    for one, other, before in zip(ours, theirs, parameters(SHAPES), strict=True):
         # PyTorch's are rounded to bfloat16, eight bits.
         moved = (other - before).norm()
         assert (one - other).norm() < 0.02 * moved
@@ -237,12 +235,9 @@ def test_updates_are_pytorchs() -> None:
 def test_what_is_no_matrix_is_updated_by_adamw_to_the_bit() -> None:
     shapes = ((7,), (), (5, 3, 2, 2))
     ours, theirs = parameters(shapes), parameters(shapes)
-    optimizer = muon(parameters(SHAPES), ours)
-    reference = torch.optim.AdamW(theirs, lr=0.02, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True)
-    for step in range(3):
-        for each, of in ((ours, optimizer), (theirs, reference)):
-            set_gradients(each, step)
-            of.step()
+    take_steps(ours, muon(parameters(SHAPES), ours))
+    options = {"lr": 0.02, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1, "fused": True}
+    take_steps(theirs, torch.optim.AdamW(theirs, **options))
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 

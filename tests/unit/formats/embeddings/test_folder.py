@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from balance_data import write_embeddings
 from conftest import limited
 from sidecars import make_sidecar, unfinish
 from uid_data import make_uid
@@ -118,12 +119,7 @@ def test_a_manifest_that_does_not_fit_its_files_is_refused(tmp_path: Path) -> No
 def write_foreign(folder: Path) -> npt.NDArray[np.float32]:
     """Write what clip-retrieval and others do: float32, not unit, numbers without leading zeros, 11 files."""
     rows = RANDOM.normal(size=(22, 6)).astype(np.float32) * 3
-    for number in range(11):
-        for kind in ("img_emb", "metadata"):
-            (folder / kind).mkdir(parents=True, exist_ok=True)
-        np.save(folder / "img_emb" / f"img_emb_{number}.npy", rows[2 * number : 2 * number + 2])
-        keys = [f"p/{number}a", f"p/{number}b"]
-        pq.write_table(pa.table({"image_path": keys}), folder / "metadata" / f"metadata_{number}.parquet")
+    write_embeddings(folder, rows, 11, keys=[f"p/{number}{place}" for number in range(11) for place in "ab"])
     return rows
 
 
