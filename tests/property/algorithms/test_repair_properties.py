@@ -19,12 +19,12 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def make_pairs(seed: int, *, num_pairs: int = 400, num_captions: int = 130, noise: float = 0.1) -> Pairs:
+def make_pairs(seed: int, *, num_pairs: int = 400, num_captions: int = 130) -> Pairs:
     """Make pairs of a sound teacher: images lie around their captions, which repeat."""
     random = np.random.default_rng(seed)
     captions = unit(random.normal(size=(num_captions, WIDTH)))
     number = random.integers(num_captions, size=num_pairs)
-    images = unit(captions[number] + noise * random.normal(size=(num_pairs, WIDTH)))
+    images = unit(captions[number] + 0.1 * random.normal(size=(num_pairs, WIDTH)))
     return Pairs(*(torch.from_numpy(rows).float() for rows in (images, captions[number])), torch.from_numpy(number))
 
 

@@ -86,8 +86,8 @@ KEYWORDS = "woman student with medium skin tone, graduation, female, human, wome
 PROSE = "A dog runs on the beach, wet and happy, at noon. Two cats sleep! It was shot on film, in 1,000 frames."
 
 
-def variants_of(caption: str, count: int = 400) -> Counter[str]:
-    return Counter(vary_caption(caption, random.Random(seed).random) for seed in range(count))
+def variants_of(caption: str) -> Counter[str]:
+    return Counter(vary_caption(caption, random.Random(seed).random) for seed in range(400))
 
 
 def test_keywords_are_dropped_one_by_one_and_shuffled() -> None:

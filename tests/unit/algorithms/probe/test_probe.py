@@ -21,17 +21,17 @@ from clipcid_cli.algorithms.probe.probe import (
     sweep_regularisation,
 )
 
+NUM_IMAGES, WIDTH = 400, 24
 
-def make_data(
-    num_images: int = 400, width: int = 24, num_classes: int = 6, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+
+def make_data(num_classes: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Correlated features of unequal variance around class centres, off the origin, unit rows as CLIP's are."""
     random = np.random.default_rng(seed)
     shape = np.random.default_rng(1)
-    labels = random.integers(0, num_classes, num_images)
-    centres = shape.normal(size=(num_classes, width))
-    mixing = shape.normal(size=(width, width)) * np.exp(-3 * np.arange(width) / width)
-    rows = (0.5 * centres[labels] + random.normal(size=(num_images, width))) @ mixing + shape.normal(size=width)
+    labels = random.integers(0, num_classes, NUM_IMAGES)
+    centres = shape.normal(size=(num_classes, WIDTH))
+    mixing = shape.normal(size=(WIDTH, WIDTH)) * np.exp(-3 * np.arange(WIDTH) / WIDTH)
+    rows = (0.5 * centres[labels] + random.normal(size=(NUM_IMAGES, WIDTH))) @ mixing + shape.normal(size=WIDTH)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return torch.from_numpy(rows.astype(np.float32)), torch.from_numpy(labels)
 

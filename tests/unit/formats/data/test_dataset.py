@@ -277,8 +277,8 @@ def npy(values: object) -> bytes:
     return buffer.getvalue()
 
 
-def classes_of(path: Path, num_classes: int = 4) -> list[tuple[int, ...] | None]:
-    return [read_classes(sample, num_classes) for shard in open_dataset(path).shards for sample in shard.samples()]
+def classes_of(path: Path) -> list[tuple[int, ...] | None]:
+    return [read_classes(sample, num_classes=4) for shard in open_dataset(path).shards for sample in shard.samples()]
 
 
 @pytest.mark.parametrize(

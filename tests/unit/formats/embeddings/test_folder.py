@@ -52,9 +52,9 @@ def write_folder(folder: Path) -> dict[str, Any]:
         keys, words = [f"{number}-{row}" for row in range(size)], [f"caption {row}" for row in range(size)]
         rows = {Kind.IMAGES: images[number], Kind.TEXTS: captions[number]}
         writer.write(number, ShardRows(size + 1, skips, {"laid_on_white": number}, keys, words, None, rows))
-    records = writer.finish()
+    writer.finish()
     write_sidecar(folder)
-    return {"images": np.concatenate(images), "texts": np.concatenate(captions), "records": records}
+    return {"images": np.concatenate(images), "texts": np.concatenate(captions)}
 
 
 def write_sidecar(folder: Path) -> None:
@@ -303,12 +303,12 @@ def test_numbers_of_files_have_at_least_four_digits(tmp_path: Path, shards: int,
     assert (tmp_path / f"metadata/metadata_{number}.parquet").is_file()
 
 
-def write_datacomp(folder: Path, save: Any = np.savez, sizes: tuple[int, ...] = (5, 0, 7)) -> dict[str, np.ndarray]:
+def write_datacomp(folder: Path, save: Any = np.savez) -> dict[str, np.ndarray]:
     """Write what DataComp's metadata hold: arrays of two models, float16, not quite unit; returns all rows of each."""
     folder.mkdir(parents=True)
     widths = {"b32_img": 8, "b32_txt": 8, "l14_img": 12, "l14_txt": 12, "dedup": 6}
     whole: dict[str, list[np.ndarray]] = {name: [] for name in widths}
-    for number, size in enumerate(sizes):
+    for number, size in enumerate(SIZES):
         arrays = {name: (3 * RANDOM.normal(size=(size, width))).astype(np.float16) for name, width in widths.items()}
         stem = f"{number}{make_uid(number)[1:]}"
         save(folder / f"{stem}.npz", **arrays)

@@ -26,16 +26,16 @@ from clipcid_cli.formats.results.run_folder import (
 )
 from clipcid_cli.formats.sidecar import ClusterSidecar
 
-CLUSTERS, M = 6, 3
+N, CLUSTERS, M = 10, 6, 3
 
 
-def write_clusters(folder: Path, num_rows: int = 10) -> np.ndarray:
-    """Write what `cluster` does; returns clusters [num_rows, M], of captions those of images."""
+def write_clusters(folder: Path) -> np.ndarray:
+    """Write what `cluster` does; returns clusters [N, M], of captions those of images."""
     random = np.random.default_rng(0)
-    clusters = random.integers(0, CLUSTERS, (num_rows, M))
-    similarities = -np.sort(-random.random((num_rows, M)), axis=1)
-    keys = pa.array([f"key {row}" for row in range(num_rows)], pa.large_string())
-    bounds = part_bounds(num_rows)
+    clusters = random.integers(0, CLUSTERS, (N, M))
+    similarities = -np.sort(-random.random((N, M)), axis=1)
+    keys = pa.array([f"key {row}" for row in range(N)], pa.large_string())
+    bounds = part_bounds(N)
     for part, (first, last) in enumerate(bounds):
         piece = clusters[first:last], similarities[first:last]
         save_arrays(part_path(folder, part), part_arrays({"image": piece, "caption": piece}))
