@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -15,7 +16,6 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def run_clipcid(
     return _finish(Run(command, cwd, started.wait(timeout), *started.read()), check)
 
 
-@contextmanager
+@contextlib.contextmanager
 def limited(what: int, most: int) -> Iterator[None]:
     """Limit what this process may use, one of the names of `resource`: beyond it the kernel refuses, as on a full disk."""
     soft, hard = resource.getrlimit(what)
