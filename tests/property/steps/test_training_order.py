@@ -73,15 +73,10 @@ def make_inputs(root: Path, sizes: list[int], dropped: int) -> tuple[Inputs, lis
         usable=count_usable(dataset, 1.0),
         training=training,
         held_out=held_out,
-        keep_list=None,
-        embeddings=None,
-        online=None,
         num_views=0,
         first_captions=False,
-        extra_texts=None,
-        repair=None,
-        clusters=None,
         fingerprints=[],
+        **dict.fromkeys(("keep_list", "embeddings", "online", "extra_texts", "repair", "clusters")),
     )
     return found, expected
 
