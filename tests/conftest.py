@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -9,6 +10,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -132,6 +134,17 @@ def run_clipcid(
     command = ("clipcid", *map(str, arguments)) if processes == 1 else (f"{processes} × clipcid", *map(str, arguments))
     started = start_clipcid(*arguments, cwd=cwd, env=env, processes=processes)
     return _finish(Run(command, cwd, started.wait(timeout), *started.read()), check)
+
+
+@contextlib.contextmanager
+def limited(what: int, most: int) -> Iterator[None]:
+    """Limit what this process may use, one of the names of `resource`: beyond it the kernel refuses, as on a full disk."""
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, (soft, hard))
 
 
 def process_context() -> ForkServerContext:

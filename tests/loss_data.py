@@ -267,17 +267,17 @@ def formula(name: str, n: Numbers, own: slice = slice(None), **options: object) 
     return float(rows[own].sum() / len(rows))
 
 
-def slopes(name: str, n: Numbers, own: slice) -> list[np.ndarray]:
-    """Derivatives of `formula` by s, v, scale, the student's bias and scale, as central differences; fixed targets held."""
+def slopes(name: str, n: Numbers) -> list[np.ndarray]:
+    """Derivatives of `formula_rows` by s, v, scale, the student's bias and scale, [..., B] each; fixed targets held."""
     step, found = 1e-6, []
     for key in ("s", "v", "scale", "bias", "student_scale"):
-        slope = np.zeros(n[key].shape)
-        for place in np.ndindex(slope.shape):
+        slope = np.zeros((*n[key].shape, len(n["s"])))
+        for place in np.ndindex(n[key].shape):
             ends = []
             for sign in (1, -1):
                 moved = n[key].copy()
                 moved[place] += sign * step
-                ends.append(formula(name, n | {key: moved}, own, fixed=n))
+                ends.append(formula_rows(name, n | {key: moved}, fixed=n))
             slope[place] = (ends[0] - ends[1]) / (2 * step)
         found.append(slope)
     return found

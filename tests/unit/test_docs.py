@@ -48,24 +48,17 @@ def anchors_of(path: Path) -> set[str]:
     return anchors
 
 
-def find_broken_links(path: Path, root: Path = ROOT) -> list[str]:
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file_and_a_heading(path: Path) -> None:
     text = prose_of(path)
-    broken = []
     for target in _LINK.findall(text) + _HTML_LINK.findall(text):
         if re.match(r"[a-z]+:", target):
             continue
         name, _, anchor = target.partition("#")
         file = (path.parent / name).resolve() if name else path
-        if not file.is_relative_to(root) or not file.exists():
-            broken.append(f"{target}: no such file")
-        elif anchor and anchor not in anchors_of(file):
-            broken.append(f"{target}: no such heading")
-    return broken
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_relative_link_leads_to_a_file_and_a_heading(path: Path) -> None:
-    assert find_broken_links(path) == []
+        assert file.is_relative_to(ROOT), target
+        assert file.exists(), target
+        assert not anchor or anchor in anchors_of(file), target
 
 
 def test_every_link_from_the_code_leads_to_a_heading_of_the_documents() -> None:
@@ -82,17 +75,13 @@ def test_every_link_from_the_code_leads_to_a_heading_of_the_documents() -> None:
         assert not anchor or anchor in anchors_of(path), f"{source}: {link}"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in DOCUMENTS if path.name != "CHANGELOG.md" and "recipes" not in path.parts],
-    ids=lambda path: str(path.relative_to(ROOT)),
-)
-def test_every_file_of_the_repository_that_a_document_names_exists(path: Path) -> None:
-    for name in _PATH.findall(prose_of(path)):
-        if name.startswith(TOP):
-            assert (ROOT / name).exists(), name
-        elif name.startswith(ROOMS):
-            assert (ROOT / "clipcid_cli" / name).exists(), name
+def test_every_file_of_the_repository_that_a_document_names_exists() -> None:
+    documents = [path for path in DOCUMENTS if path.name != "CHANGELOG.md" and "recipes" not in path.parts]
+    for document in documents:
+        for name in _PATH.findall(prose_of(document)):
+            if name.startswith((*TOP, *ROOMS)):
+                root = ROOT if name.startswith(TOP) else ROOT / "clipcid_cli"
+                assert (root / name).exists(), f"{document}: {name}"
 
 
 def test_every_name_that_the_map_places_in_a_file_is_defined_there() -> None:
@@ -101,9 +90,8 @@ def test_every_name_that_the_map_places_in_a_file_is_defined_there() -> None:
     assert len(places) >= 10
     for name, file in places:
         path = ROOT / file if file.startswith(TOP) else ROOT / "clipcid_cli" / file
-        assert re.search(rf"^ *(def|class) {name}\b|^{name}\b.* = ", path.read_text(encoding="utf-8"), re.MULTILINE), (
-            f"{name} is not in {file}"
-        )
+        definition = re.compile(rf"^ *(def|class) {name}\b|^{name}\b.* = ", re.MULTILINE)
+        assert definition.search(path.read_text(encoding="utf-8")), f"{name} is not in {file}"
 
 
 def test_the_method_defines_every_loss_and_every_preset() -> None:
@@ -112,10 +100,12 @@ def test_the_method_defines_every_loss_and_every_preset() -> None:
         assert f"`{name}`" in method or f"preset {name}" in method, name
 
 
+FILES_PAGE = (ROOT / "clipcid_cli" / "docs" / "files.md").read_text(encoding="utf-8")
+
+
 def columns_under(heading: str) -> list[str]:
     """The names in the first column of the table below a heading of docs/files.md, in order."""
-    page = (ROOT / "clipcid_cli" / "docs" / "files.md").read_text(encoding="utf-8")
-    section = re.split(r"^#+ ", page.partition(f"\n## {heading}\n")[2], flags=re.MULTILINE)[0]
+    section = re.split(r"^#+ ", FILES_PAGE.partition(f"\n## {heading}\n")[2], flags=re.MULTILINE)[0]
     cells = re.findall(r"^\| (`.+?`) \|", section, flags=re.MULTILINE)
     return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
 
@@ -125,28 +115,20 @@ def test_the_documented_columns_are_those_that_are_written() -> None:
     assert columns_under("Sets") == forest._SETS.names
     assert columns_under("Clusters") == clusters._SCHEMA.names
     assert columns_under("Metrics") == list(metrics.Metrics.__struct_fields__)
+    predictions = {"classification": "classification", "several classes": "multilabel", "retrieval": "retrieval"}
+    for row, kind in predictions.items():
+        (line,) = re.findall(rf"^\| {row} \| (`key`.*) \|$", FILES_PAGE, flags=re.MULTILINE)
+        columns = ["key", *metrics._COLUMNS[kind]]
+        assert list(dict.fromkeys(name for name in re.findall(r"`(\w+)`", line) if name in columns)) == columns, row
 
 
 def test_every_folder_of_the_work_directory_is_documented() -> None:
     work = WorkDirectory(Path("work"))
     named = [place for name, place in vars(work).items() if name != "path"]
     places = [*named, work.embeddings("m"), work.distill("n"), work.export("n")]
-    page = (ROOT / "clipcid_cli" / "docs" / "files.md").read_text(encoding="utf-8")
-    tree = page.partition("clipcid-work/\n")[2].partition("\n\n")[0]
+    tree = FILES_PAGE.partition("clipcid-work/\n")[2].partition("\n\n")[0]
     for place in places:
         assert re.search(rf"^ +{re.escape(place.relative_to('work').parts[0])}[/ ]", tree, flags=re.MULTILINE), place
-
-
-def test_the_documented_columns_of_predictions_are_those_that_are_written() -> None:
-    page = (ROOT / "clipcid_cli" / "docs" / "files.md").read_text(encoding="utf-8")
-    for row, kind in (
-        ("classification", "classification"),
-        ("several classes", "multilabel"),
-        ("retrieval", "retrieval"),
-    ):
-        (line,) = re.findall(rf"^\| {row} \| (`key`.*) \|$", page, flags=re.MULTILINE)
-        named = [name for name in re.findall(r"`(\w+)`", line) if name in {"key", *metrics._COLUMNS[kind]}]
-        assert list(dict.fromkeys(named)) == ["key", *metrics._COLUMNS[kind]], row
 
 
 def test_pictures_are_small_and_fetch_nothing() -> None:
@@ -154,11 +136,5 @@ def test_pictures_are_small_and_fetch_nothing() -> None:
     assert pictures
     for picture in pictures:
         assert picture.stat().st_size < 150_000, picture
-        if picture.suffix == ".svg":
-            assert not re.search(r"url\([\"']?http|href=[\"']http|<script", picture.read_text(encoding="utf-8")), (
-                picture
-            )
-
-
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+        fetched = r"url\([\"']?http|href=[\"']http|<script"
+        assert picture.suffix != ".svg" or not re.search(fetched, picture.read_text(encoding="utf-8")), picture

@@ -35,13 +35,9 @@ def test_every_name_that_a_recipe_imports_from_the_package_exists(script: str) -
             assert not missing, f"{node.module} has no {', '.join(missing)}"
 
 
-@pytest.fixture
-def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
+def test_the_ablation_tries_weights_at_the_best_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "recipes" / "ablation"))
-    return importlib.import_module("plan")
-
-
-def test_the_ablation_tries_weights_at_the_best_rate(plan: Any) -> None:
+    plan = importlib.import_module("plan")
     log: dict[str, Any] = {}
     rate = {"muon": 1.2e-2, "adamw": 6e-3}
     phases = plan.phases(log)
@@ -57,43 +53,37 @@ def test_the_ablation_tries_weights_at_the_best_rate(plan: Any) -> None:
             assert run.setting.lr == rate[run.setting.optimizer]
 
 
-def programs(folder: Path, **scripts: str) -> dict[str, str]:
-    """Write programs that stand for those of a cluster; return an environment that finds them first."""
-    folder.mkdir()
-    for name, script in scripts.items():
+def submit(folder: Path, srun: str, **variables: str) -> tuple[int, list[str]]:
+    """Run the job's script with programs that stand for SLURM's; its exit code, and what was asked of `scontrol`."""
+    scontrol = f'if [ "$1" = show ]; then echo node1; else echo "$@" >> {folder}/asked; fi'
+    for name, script in (("srun", srun), ("scontrol", scontrol)):
         (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (folder / name).chmod(0o755)
-    return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
-
-
-def submit(tmp_path: Path, srun: str, **variables: str) -> tuple[int, list[str]]:
-    """Run the job's script with a `srun`; its exit code, and what was asked of SLURM."""
-    scontrol = f'if [ "$1" = show ]; then echo node1; else echo "$@" >> {tmp_path}/asked; fi'
+    (folder / "asked").touch()
     job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
-    # SLURM tells the script of the end of its time by a signal.
-    environment = programs(tmp_path / "bin", srun=srun, scontrol=scontrol) | job | {"CLIPCID_VENV": str(tmp_path)}
-    done = subprocess.run(
-        ["bash", str(ROOT / "recipes" / "many-hosts" / "clipcid.sbatch")], env=environment | variables, check=False
-    )
-    asked = tmp_path / "asked"
-    return done.returncode, asked.read_text().split() if asked.exists() else []
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "CLIPCID_VENV": str(folder)} | job | variables
+    script = ROOT / "recipes" / "many-hosts" / "clipcid.sbatch"
+    done = subprocess.run(["bash", str(script)], env=environment, check=False)
+    return done.returncode, (folder / "asked").read_text().split()
 
 
-def test_a_job_that_fails_goes_back_to_the_queue_a_limited_number_of_times(tmp_path: Path) -> None:
-    for number, (srun, variables, expected) in enumerate(
-        (
-            ("exit 0", {}, (0, [])),
-            ("exit 3", {"QUICK": "0"}, (3, ["requeue", "7"])),
-            ("exit 3", {"QUICK": "0", "SLURM_RESTART_COUNT": "9"}, (3, [])),
-            ("exit 3", {}, (3, [])),  # at once: it would fail again
-        )
-    ):
-        place = tmp_path / str(number)
-        place.mkdir()
-        assert submit(place, srun, **variables) == expected, variables
+@pytest.mark.parametrize(
+    ("srun", "variables", "expected"),
+    [
+        ("exit 0", {}, (0, [])),
+        ("exit 3", {"QUICK": "0"}, (3, ["requeue", "7"])),
+        ("exit 3", {"QUICK": "0", "SLURM_RESTART_COUNT": "9"}, (3, [])),
+        ("exit 3", {}, (3, [])),  # at once: it would fail again
+    ],
+)
+def test_a_job_that_fails_goes_back_to_the_queue_a_limited_number_of_times(
+    srun: str, variables: dict[str, str], expected: tuple[int, list[str]], tmp_path: Path
+) -> None:
+    assert submit(tmp_path, srun, **variables) == expected
 
 
 def test_a_job_whose_time_is_over_ends_its_hosts_and_goes_back_to_the_queue(tmp_path: Path) -> None:
+    # SLURM tells the script of the end of its time by a signal.
     srun = f"trap 'touch {tmp_path}/ended; exit 143' TERM; kill -USR1 $PPID; for _ in {{1..100}}; do sleep 0.1; done"
     _, asked = submit(tmp_path, srun)
     assert (tmp_path / "ended").exists()
@@ -144,6 +134,7 @@ def test_an_environment_without_pip_runs_the_checkout_on_this_pythons_packages(t
     assert "recipes/gpu/run.sh --prepare" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_pilot_names_the_command_to_go_on_with(tmp_path: Path, tiny_model: Path, tiny_shards: Path) -> None:
     student = tmp_path / "student.json"
     student.write_text(json.dumps(json.loads((tiny_model / "open_clip_config.json").read_text())["model_cfg"]))

@@ -1,29 +1,54 @@
-"""Every folder of the package says what it is, and no file is called for nothing."""
+"""What is true of the package's modules: names, what folders say, and that any can be imported first."""
 
 from __future__ import annotations
 
+import ast
+import graphlib
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parents[2] / "clipcid_cli"
-FILES = sorted(PACKAGE.rglob("*.py"))
-FOLDERS = sorted({path.parent for path in FILES})
+FILES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 
-def relative(path: Path) -> str:
-    return str(path.relative_to(PACKAGE.parent))
-
-
-def test_nothing_is_called_utils() -> None:
-    names = {path.stem for path in FILES} | {folder.name for folder in FOLDERS}
-    assert not names & {"utils", "util", "helpers", "misc", "common"}
-
-
-def test_every_folder_says_what_it_is() -> None:
-    for folder in FOLDERS:
-        assert (folder / "__init__.py").read_text(encoding="utf-8").startswith('"""'), relative(folder)
+def test_every_folder_says_what_it_is_and_nothing_is_called_utils() -> None:
+    for path in FILES.values():
+        assert not {path.stem, path.parent.name} & {"utils", "util", "helpers", "misc", "common"}, path
+        assert (path.parent / "__init__.py").read_text(encoding="utf-8").startswith('"""'), path
 
 
 def test_no_two_test_files_have_the_same_name() -> None:
     # pytest imports them by name; a run of one folder alone would not notice.
     names = [path.name for path in (PACKAGE.parent / "tests").rglob("test_*.py")]
     assert sorted(names) == sorted(set(names))
+
+
+def list_imported_at_once(tree: ast.AST) -> Iterator[str]:
+    """Yield the names that a module's import may load as modules: of `from a import b`, both a and a.b."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from list_imported_at_once(node)
+
+
+def test_modules_can_be_imported_in_any_order() -> None:
+    graph = {
+        name: (set(list_imported_at_once(ast.parse(path.read_bytes()))) & FILES.keys()) - {name}
+        for name, path in FILES.items()
+    }
+    assert len(graph["clipcid_cli.cli"]) > 3
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"which is imported first decides whether this works: {' ← '.join(error.args[1])}")

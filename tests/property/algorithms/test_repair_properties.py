@@ -13,76 +13,65 @@ from hypothesis import strategies as st
 from clipcid_cli.algorithms.repair import Pairs, Repair, are_enough, deal_captions, fit_repair, standard_error
 
 WIDTH, SCALE = 32, 50.0
-SEEDS = st.integers(0, 2**31)
-
-
-def make_pairs(seed: int, *, num_pairs: int = 600, num_captions: int = 200, noise: float = 0.1) -> Pairs:
-    """Make pairs of a sound teacher: images lie around their captions, which repeat."""
-    random = np.random.default_rng(seed)
-    captions = unit(random.normal(size=(num_captions, WIDTH)))
-    number = random.integers(num_captions, size=num_pairs)
-    images = unit(captions[number] + noise * random.normal(size=(num_pairs, WIDTH)))
-    return Pairs(*(torch.from_numpy(rows).float() for rows in (images, captions[number])), torch.from_numpy(number))
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def turn(pairs: Pairs, seed: int) -> Pairs:
-    """Rotate the images, all by the same."""
-    rotation = np.linalg.qr(np.random.default_rng(seed).normal(size=(WIDTH, WIDTH)))[0]
-    return dataclasses.replace(pairs, images_ND=pairs.images_ND @ torch.from_numpy(rotation).float())
+def make_pairs(seed: int, *, num_pairs: int = 400, num_captions: int = 130) -> Pairs:
+    """Make pairs of a sound teacher: images lie around their captions, which repeat."""
+    random = np.random.default_rng(seed)
+    captions = unit(random.normal(size=(num_captions, WIDTH)))
+    number = random.integers(num_captions, size=num_pairs)
+    images = unit(captions[number] + 0.1 * random.normal(size=(num_pairs, WIDTH)))
+    return Pairs(*(torch.from_numpy(rows).float() for rows in (images, captions[number])), torch.from_numpy(number))
 
 
-def repair(pairs: Pairs, seed: int = 0) -> Repair:
-    return fit_repair(pairs, SCALE, seed)
+def repair(pairs: Pairs) -> Repair:
+    return fit_repair(pairs, SCALE, seed=0)
 
 
-@given(SEEDS)
-@settings(max_examples=2)
-def test_a_rotated_teacher_is_brought_back(seed: int) -> None:
-    found = repair(turn(make_pairs(seed), seed))
+def test_a_rotated_teacher_is_brought_back_by_a_map_that_multiplies_float16_rows_without_error() -> None:
+    pairs = make_pairs(1)
+    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(WIDTH, WIDTH)))[0]
+    found = repair(dataclasses.replace(pairs, images_ND=pairs.images_ND @ torch.from_numpy(rotation).float()))
     assert found.map_DD is not None
     assert found.recall_at_1[0] < 0.1
     assert found.recall_at_1[1] > 0.3
     assert found.log_rank[1] < found.log_rank[0]
+    rows = torch.nn.functional.normalize(torch.randn(50, WIDTH)).half().double()
+    wide = found.map_DD.double()
+    sums = sum((rows[:, [place]] * wide[place] for place in reversed(range(WIDTH))), torch.zeros(50, WIDTH))
+    torch.testing.assert_close(rows @ wide, sums, rtol=0, atol=0)
 
 
-@given(SEEDS)
-@settings(max_examples=2)
-def test_a_sound_teacher_stays(seed: int) -> None:
-    found = repair(make_pairs(seed))
-    assert found.map_DD is None
-    assert found.recall_at_1[0] > 0.8
-
-
-@pytest.mark.parametrize("num_captions", [40, 600])
-@given(SEEDS)
-@settings(max_examples=2)
-def test_noise_is_not_followed(num_captions: int, seed: int) -> None:
-    """Neither where captions differ nor where few of them, some much more frequent, serve all images."""
-    random = np.random.default_rng(seed)
-    captions = unit(random.normal(size=(num_captions, WIDTH)))
-    number = (num_captions * random.uniform(size=600) ** 2).astype(np.int64)
-    images = unit(random.normal(size=(600, WIDTH)) + 0.5)
-    pairs = Pairs(*(torch.from_numpy(rows).float() for rows in (images, captions[number])), torch.from_numpy(number))
-    assert repair(pairs).map_DD is None
-
-
-@pytest.mark.parametrize("exchanged", [0.2, 0.5, 0.8])
-@given(SEEDS)
-@settings(max_examples=1)
-def test_a_sound_teacher_of_wrong_captions_stays(exchanged: float, seed: int) -> None:
-    pairs, random = make_pairs(seed, num_captions=600), np.random.default_rng(seed)
+@pytest.mark.parametrize("exchanged", [0.0, 0.2, 0.5, 0.8])
+def test_a_sound_teacher_stays_whatever_share_of_the_captions_is_wrong(exchanged: float) -> None:
+    pairs = make_pairs(2, num_captions=130 if exchanged == 0.0 else 400)
+    random = np.random.default_rng(2)
     places = np.arange(len(pairs))
     wrong = np.flatnonzero(random.uniform(size=len(pairs)) < exchanged)
     places[wrong] = random.permutation(wrong)
     other = pairs.take(torch.from_numpy(places))
-    assert repair(Pairs(pairs.images_ND, other.texts_ND, other.captions_N)).map_DD is None
+    found = repair(Pairs(pairs.images_ND, other.texts_ND, other.captions_N))
+    assert found.map_DD is None
+    assert exchanged > 0.0 or found.recall_at_1[0] > 0.8
 
 
-@given(SEEDS, st.integers(4, 400))
+@pytest.mark.parametrize("num_captions", [40, 600])
+@pytest.mark.parametrize("seed", range(2))
+def test_noise_is_not_followed(num_captions: int, seed: int) -> None:
+    """Neither where captions differ nor where few of them, some much more frequent, serve all images."""
+    random = np.random.default_rng(seed)
+    captions = unit(random.normal(size=(num_captions, WIDTH)))
+    number = (num_captions * random.uniform(size=400) ** 2).astype(np.int64)
+    images = unit(random.normal(size=(400, WIDTH)) + 0.5)
+    pairs = Pairs(*(torch.from_numpy(rows).float() for rows in (images, captions[number])), torch.from_numpy(number))
+    assert repair(pairs).map_DD is None
+
+
+@given(st.integers(0, 2**31), st.integers(4, 400))
 @settings(max_examples=20)
 def test_no_caption_is_in_two_folds(seed: int, num_captions: int) -> None:
     captions = make_pairs(seed, num_captions=num_captions).captions_N
@@ -90,6 +79,15 @@ def test_no_caption_is_in_two_folds(seed: int, num_captions: int) -> None:
     for caption in captions.unique():
         assert len(folds[captions == caption].unique()) == 1
     assert set(folds.tolist()) == set(range(min(5, len(captions.unique()) // 2)))
+
+
+@pytest.mark.parametrize("sizes", [[300] + 9 * [12], [150] + 10 * [12], [5, 5, 5, 900]])
+def test_a_frequent_caption_leaves_at_least_two_folds(sizes: list[int]) -> None:
+    pairs = make_pairs(0, num_pairs=sum(sizes), num_captions=len(sizes))
+    pairs = dataclasses.replace(pairs, captions_N=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)))
+    for seed in range(4):
+        assert len(deal_captions(pairs.captions_N, seed).unique()) >= 2
+    assert repair(pairs).pairs == sum(sizes)
 
 
 @pytest.mark.parametrize(
@@ -106,20 +104,3 @@ def test_standard_error_is_that_of_the_captions_where_their_pairs_agree() -> Non
     assert standard_error(values[captions], captions) == pytest.approx(float(values.std()) / 6**0.5)
     single = torch.randn(300, dtype=torch.float64)
     assert standard_error(single, torch.arange(300)) == pytest.approx(float(single.std()) / 300**0.5)
-
-
-def test_the_map_multiplies_float16_rows_without_error() -> None:
-    found = repair(turn(make_pairs(1), 1)).map_DD
-    assert found is not None
-    rows = torch.nn.functional.normalize(torch.randn(50, WIDTH)).half().double()
-    sums = sum((rows[:, [place]] * found.double()[place] for place in reversed(range(WIDTH))), torch.zeros(50, WIDTH))
-    torch.testing.assert_close(rows @ found.double(), sums, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("sizes", [[300] + 9 * [12], [150] + 10 * [12], [5, 5, 5, 900]])
-@pytest.mark.parametrize("seed", range(4))
-def test_a_frequent_caption_leaves_at_least_two_folds(sizes: list[int], seed: int) -> None:
-    pairs = make_pairs(seed, num_pairs=sum(sizes), num_captions=len(sizes))
-    pairs = dataclasses.replace(pairs, captions_N=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)))
-    assert len(deal_captions(pairs.captions_N, seed).unique()) >= 2
-    assert fit_repair(pairs, SCALE, seed).pairs == sum(sizes)

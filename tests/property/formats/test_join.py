@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import limited
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,7 +73,7 @@ def test_rows_in_another_order_within_a_shard_are_read_in_step(monkeypatch: pyte
     size=st.integers(1, 9),
     chunk=st.integers(1, 9),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20)
 def test_a_join_is_a_dictionary(keys: list[str], listed: list[str], size: int, chunk: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = join(in_parts(keys, size), len(keys), listing(listed, chunk), Path(folder))
@@ -93,7 +93,7 @@ def test_a_key_that_a_file_has_twice_is_refused(chunk: int, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("few", [0, 2**20])
 @given(keys=st.lists(KEYS, max_size=12), size=st.integers(1, 5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15)
 def test_the_first_two_rows_of_a_repeated_key_are_found(few: int, keys: list[str], size: int) -> None:
     repeated = sorted(key for key in set(keys) if keys.count(key) > 1)
     first = None
@@ -127,16 +127,9 @@ def test_a_disk_without_room_is_an_error_not_a_killed_process(
     monkeypatch.setattr(module, "_MEMORY", memory)
     monkeypatch.setattr(module, "_FEW_NUMBERS", 0 if memory == "1GB" else 2**30)  # the numbers, or what DuckDB writes
     keys = [f"{row:040d}" for row in range(300_000)]
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    soft = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(ClipcidError, match=r"Could not write .*File too large|could not be joined in") as error:
-            join(in_parts(keys, 2**16), len(keys), listing(keys[::-1], 2**16), tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, previous)
+    message = r"Could not write .*File too large|could not be joined in"
+    with limited(resource.RLIMIT_FSIZE, 4096), pytest.raises(ClipcidError, match=message) as error:
+        join(in_parts(keys, 2**16), len(keys), listing(keys[::-1], 2**16), tmp_path)
     assert "space" in error.value.fix
     assert not list(tmp_path.iterdir())
 

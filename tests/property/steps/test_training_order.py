@@ -73,15 +73,10 @@ def make_inputs(root: Path, sizes: list[int], dropped: int) -> tuple[Inputs, lis
         usable=count_usable(dataset, 1.0),
         training=training,
         held_out=held_out,
-        keep_list=None,
-        embeddings=None,
-        online=None,
         num_views=0,
         first_captions=False,
-        extra_texts=None,
-        repair=None,
-        clusters=None,
         fingerprints=[],
+        **dict.fromkeys(("keep_list", "embeddings", "online", "extra_texts", "repair", "clusters")),
     )
     return found, expected
 
@@ -100,7 +95,7 @@ def deal(inputs: Inputs, seed: int, batch_size: int, steps: range, rank: int = 0
     share=st.integers(1, 9),
     dropped=st.integers(0, 6),
 )
-@settings(max_examples=60)
+@settings(max_examples=20)
 def test_no_sample_is_lost_or_doubled(
     root: Path, sizes: list[int], seed: int, processes: int, share: int, dropped: int
 ) -> None:
@@ -118,19 +113,7 @@ def test_no_sample_is_lost_or_doubled(
 
 
 @given(seed=st.integers(0, 50), start=st.integers(0, 20))
-@settings(max_examples=20)
+@settings(max_examples=8)
 def test_resuming_anywhere_goes_on_with_the_same_batches(root: Path, seed: int, start: int) -> None:
     inputs, _ = make_inputs(root, [9, 17, 4], 0)
     assert deal(inputs, seed, 6, range(start, 25)) == deal(inputs, seed, 6, range(25))[start:]
-
-
-def test_epochs_and_seeds_differ(root: Path) -> None:
-    inputs, expected = make_inputs(root, [30, 30], 0)
-    total = len(expected)
-    orders = [
-        [item.row for item in deal(inputs, seed, total, range(epoch, epoch + 1))[0]]
-        for seed, epoch in ((0, 0), (0, 1), (1, 0))
-    ]
-    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
-    assert orders[0] != orders[1]
-    assert orders[0] != orders[2]

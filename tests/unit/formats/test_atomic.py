@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import re
 import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import limited, process_context
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped, spool_arrays
@@ -22,17 +22,6 @@ from clipcid_cli.formats.files import atomic_file, write_json, write_npy, write_
 
 INT64 = np.dtype(np.int64)
 NUMBERS = np.arange(2000, dtype=np.int32)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Limit the size of files that this process writes: the write fails inside the kernel, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_old_file_survives_a_failed_write(tmp_path: Path) -> None:
@@ -75,7 +64,8 @@ def test_a_limit_of_file_sizes_is_an_error_that_names_the_place(
     tmp_path: Path, make: Callable[[Path], object], reason: str
 ) -> None:
     make(tmp_path)
-    with largest_file(4096), pytest.raises(ClipcidError, match=f"^Could not write {re.escape(str(tmp_path))}{reason}"):
+    message = f"^Could not write {re.escape(str(tmp_path))}{reason}"
+    with limited(resource.RLIMIT_FSIZE, 4096), pytest.raises(ClipcidError, match=message):
         make(tmp_path)
     assert not list(tmp_path.glob(".*.partial"))
 
@@ -91,7 +81,7 @@ def write_shared(path: Path, content: bytes, is_begun: Any = None, may_end: Any 
 def test_of_two_that_write_one_file_at_once_one_waits_and_what_killed_ones_left_is_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "file"
     (tmp_path / ".file.partial").write_bytes(b"left by one that was killed, and longer")
-    context = multiprocessing.get_context("spawn")
+    context = process_context()
     is_begun, may_end = context.Event(), context.Event()
     first = context.Process(target=write_shared, args=(path, b"first", is_begun, may_end))
     first.start()
@@ -115,10 +105,11 @@ def test_mapped_arrays_are_zeros_that_can_be_written(
     """Also on systems that cannot reserve space, as macOS."""
     if not has_fallocate:
         monkeypatch.delattr(os, "posix_fallocate")
-    for array in (
+    named, unnamed = (
         create_mapped(tmp_path / "array", INT64, (3, 2)),
         create_mapped(tmp_path, INT64, (3, 2), unnamed=True),
-    ):
+    )
+    for array in (named, unnamed):
         assert (array.shape, array.dtype) == ((3, 2), INT64)
         assert not array.any()
         array[:] = 7

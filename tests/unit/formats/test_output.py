@@ -1,15 +1,21 @@
-"""The life of an output: lock, identity, work folder, sidecar."""
+"""The life of an output: lock, identity, work folder, sidecar; and by which rule a file is still the one it was."""
+
+from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from sidecars import edit_sidecar
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.fingerprint import FileRecord, record
+from clipcid_cli.formats import fingerprint
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claimed, open_output
 from clipcid_cli.formats.sidecar import Sidecar
 
@@ -88,17 +94,14 @@ def test_other_settings_are_an_error_that_names_them(tmp_path: Path, commit: boo
     else:
         begin(tmp_path)
     before = left(tmp_path)
-    for look in (open_it(tmp_path, OTHER).__enter__, lambda: find_it(tmp_path, OTHER)):
+    found = OutputSpec(tmp_path, "balance", Sidecar, settings=OTHER, inputs=[])
+    for look in (open_it(tmp_path, OTHER).__enter__, lambda: find_output(found)):
         with pytest.raises(ClipcidError, match=r"settings\.keep: 0\.5 there, 0\.6 now") as caught:
             look()
         assert "--overwrite" in caught.value.fix
     assert left(tmp_path) == before
     with open_it(tmp_path) as output:
         assert (output.finished is not None, output.resumed) == (commit, not commit)
-
-
-def find_it(folder: Path, settings: dict[str, Any]) -> Output[Sidecar]:
-    return find_output(OutputSpec(folder, "balance", Sidecar, settings=settings, inputs=[]))
 
 
 def test_an_output_stays_whole_until_the_one_that_replaces_it_is_complete(tmp_path: Path) -> None:
@@ -167,14 +170,12 @@ def test_a_run_killed_while_it_moves_its_files_is_finished_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     def write(output: Output[Sidecar]) -> None:
-        (output.work / "folder").mkdir(exist_ok=True)
+        output.start()
         (output.work / "new").mkdir(exist_ok=True)
         (output.work / "new" / "c").write_text("new")
         finish(output, **{"a": "new", "folder/b": "new"})
 
     with open_it(tmp_path, OTHER) as output:
-        output.start()
-        (output.work / "folder").mkdir()
         finish(output, **{"a": "old", "folder/b": "old", "folder/gone": "old"})
     (tmp_path / "folder" / "foreign").write_text("mine")
     count = iter(range(100))
@@ -187,36 +188,16 @@ def test_a_run_killed_while_it_moves_its_files_is_finished_by_the_next(
             return real(*given, **named)
 
         monkeypatch.setattr(os, name, act)
-    try:
-        with open_it(tmp_path, overwrite=True) as output:
-            output.start()
-            write(output)
-    except KilledError:
-        pass
+    with contextlib.suppress(KilledError), open_it(tmp_path, overwrite=True) as output:
+        write(output)
     monkeypatch.undo()
     with open_it(tmp_path, overwrite=True) as output:
         if output.finished is None:
-            output.start()
             write(output)
     files = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     del files["balance.json"]
     assert files == {"a": "new", "folder/b": "new", "folder/foreign": "mine", "new/c": "new"}
     assert left(tmp_path) == {"balance.json", "a", "folder", "new"}
-
-
-def test_files_may_lie_above_the_sidecar(tmp_path: Path) -> None:
-    with open_it(tmp_path / "sidecars", top=tmp_path) as output:
-        output.start()
-        (output.root / "a").write_text("content")
-        written = output.commit(counts={}, seconds={}, outputs=[record(output.root / "a", output.work)])
-    assert [each.path for each in written.outputs] == ["../a"]
-    assert (left(tmp_path), left(tmp_path / "sidecars")) == ({"a", "sidecars"}, {"balance.json"})
-    with open_it(tmp_path / "sidecars", top=tmp_path) as output:
-        assert output.finished == written
-        output.start()
-    (output.root / "balance.json").write_text("not the sidecar, although it is called so")
-    with open_it(tmp_path / "sidecars", OTHER, overwrite=True, top=tmp_path) as output:
-        assert output.finished is None
 
 
 def test_an_output_made_in_place_is_cleared_before_its_work_appears(tmp_path: Path) -> None:
@@ -236,3 +217,81 @@ def test_an_output_made_in_place_is_cleared_before_its_work_appears(tmp_path: Pa
     with open_it(tmp_path, OTHER) as output:
         assert output.resumed
         output.start(die)
+
+
+def test_large_files_are_told_apart_by_their_middle(tmp_path: Path) -> None:
+    size = 70 * 2**20
+    path = tmp_path / "large.tar"
+    with path.open("wb") as file:
+        file.truncate(size)
+    before = record(path)
+    with path.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(b"x")
+    assert before.hash.startswith("blake2b-sampled:")
+    assert before.hash != record(path).hash
+
+
+def test_a_file_is_hashed_again_only_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / name for name in ("a", "b")]
+    for file in files:
+        file.write_text(f"content of {file.name}")
+    expected = [record(file) for file in files]
+    first = Memo(tmp_path / "table")
+    assert first.record_all(files) == expected
+    first.save()
+
+    hashed: list[Path] = []
+    monkeypatch.setattr(fingerprint, "record", lambda path: hashed.append(path) or record(path))
+    again = Memo(tmp_path / "table")
+    assert again.record_all(files, tmp_path) == [replace(each, path=Path(each.path).name) for each in expected]
+    assert hashed == []
+    files[1].write_text("content of c")  # as long as before
+    os.utime(files[1], ns=(1, 1))
+    assert again.record(files[1]) == record(files[1]) != expected[1]
+    assert hashed == [files[1]]
+
+
+@pytest.mark.parametrize("content", [b"", b"[{", b"[1]"])
+def test_a_damaged_table_only_costs_time(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "table").write_bytes(content)
+    (tmp_path / "a").write_text("a")
+    memo = Memo(tmp_path / "table")
+    assert memo.record(tmp_path / "a") == record(tmp_path / "a")
+    memo.save()
+    assert Memo(tmp_path / "table").record(tmp_path / "a") == record(tmp_path / "a")
+
+
+def copy_elsewhere(path: Path) -> None:
+    path.rename(path.with_suffix(".elsewhere"))
+    path.symlink_to(path.with_suffix(".elsewhere"))
+
+
+@pytest.mark.parametrize("number", [3, 100])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path: path.write_bytes(b"longer than it was"), "has changed"),
+        (lambda path: path.write_bytes(b"unlike it"), "has changed"),  # of the same size
+        (Path.unlink, "is missing"),
+        (lambda path: os.utime(path, ns=(0, 0)), None),
+        (copy_elsewhere, None),
+    ],
+)
+def test_of_files_one_that_changed_is_found(
+    tmp_path: Path, change: Callable[[Path], object], said: str | None, number: int
+) -> None:
+    """Many files are compared with a listing of their folders; a file of another time by its hash."""
+    files = [tmp_path / kind / f"{each}.bin" for kind in ("a", "b") for each in range(number // 2 + 1)]
+    for each, path in enumerate(files):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes([each]) * 9)
+        os.utime(path, ns=(1, 1))
+    records, since = Memo().record_all(files, tmp_path), tmp_path / "embed.json"
+    assert find_changed(tmp_path, records, since) is None
+    change(files[-1])
+    found = find_changed(tmp_path, records, since)
+    assert (found is None) == (said is None)
+    assert found is None or found.startswith(f"{files[-1]} {said}")
+    shutil.rmtree(files[0].parent)
+    assert str(find_changed(tmp_path, records, since)).startswith(f"{files[0]} is missing")

@@ -1,19 +1,34 @@
-"""Spherical k-means: its sums, centroids, seeds, temperature and default number of clusters."""
+"""Spherical k-means: iterations are those of its definition in float64, on any number of processes and in every format."""
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kmeans_data import assert_same, beginning, run, unit
 
-from clipcid_cli.algorithms.kmeans.centroids import (
-    centroids_of_sums,
-)
+from clipcid_cli.algorithms.kmeans import coarse, lloyd
+from clipcid_cli.algorithms.kmeans.centroids import centroids_of_sums
+from clipcid_cli.algorithms.kmeans.coarse import CoarseCentroids, CoarseRows
 from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters
+from clipcid_cli.algorithms.kmeans.lloyd import LloydState
+from clipcid_cli.algorithms.near.exact import round_to_grid
+
+NUM_CLUSTERS = 70
 
 
-def unit_rows(count: int, width: int, seed: int = 0) -> torch.Tensor:
-    values = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.normalize(values, dim=1).half()
+@pytest.fixture(scope="module")
+def values() -> npt.NDArray[np.float16]:
+    """A cloud with few strong directions, with equal rows and rows that are not quite of unit length."""
+    random = np.random.default_rng(0)
+    values = random.normal(size=(2500, 160)) * np.arange(1, 161) ** -0.9
+    values[100:140] = values[100]
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    values[::7] *= 1.0015
+    return values.astype(np.float16)
 
 
 @pytest.mark.parametrize(
@@ -24,11 +39,138 @@ def test_default_number_of_clusters(num_rows: int, expected: int) -> None:
     assert default_num_clusters(num_rows) == expected
 
 
-def test_centroids_are_normalised_means_and_empty_clusters_keep_theirs() -> None:
-    rows, previous = unit_rows(60, 24), torch.eye(24)[:2]
-    sums = torch.stack([rows.double().sum(dim=0), torch.zeros(24, dtype=torch.float64)])
+def test_centroids_are_normalised_means_on_the_grid_and_empty_clusters_keep_theirs(
+    values: npt.NDArray[np.float16],
+) -> None:
+    previous = torch.eye(160)[:2]
+    sums = torch.stack([torch.from_numpy(values).double().sum(dim=0), torch.zeros(160, dtype=torch.float64)])
     centroids = centroids_of_sums(sums, previous)
     expected = torch.nn.functional.normalize(sums[0], dim=0)
     torch.testing.assert_close(centroids[0].double(), expected, rtol=0, atol=2.0**-25)
     assert torch.equal(centroids[1], previous[1])
     assert torch.equal(centroids * 2**24, (centroids * 2**24).round())
+
+
+def assert_defined(values: npt.NDArray[np.float16], start: LloydState, states: list[LloydState]) -> None:
+    """Compare states with the definition in float64; which rows empty clusters get is left open."""
+    exact, before = torch.from_numpy(values).double(), start.centroids_KD
+    for state in states:
+        labels = (exact @ before.double().T).argmax(dim=1)  # the first of equals
+        sums = torch.zeros(before.shape, dtype=torch.float64).index_add_(0, labels, exact)
+        filled = torch.bincount(labels, minlength=len(before)) > 0
+        assert torch.equal(state.centroids_KD[filled], centroids_of_sums(sums, before)[filled])
+        similarities = (exact * state.centroids_KD[labels]).sum(dim=1)
+        assert state.similarity == pytest.approx(float(similarities.mean()), rel=1e-12)
+        assert state.num_empty == len(before) - int(filled.sum())
+        assert state.converged == torch.equal(state.centroids_KD, before)
+        before = state.centroids_KD
+
+
+@settings(max_examples=10)
+@given(
+    width=st.integers(1, 40),
+    num_clusters=st.integers(1, 90),
+    spread=st.sampled_from([0.05, 5.0]),
+    dtype=st.sampled_from([torch.int8, torch.bfloat16, torch.float32]),
+    processes=st.integers(1, 3),
+    kept_bytes=st.sampled_from([0, 2**31]),
+    seed=st.integers(0, 1000),
+)
+def test_iterations_are_those_of_the_definition(
+    width: int, num_clusters: int, spread: float, dtype: torch.dtype, processes: int, kept_bytes: int, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    values = unit(random.normal(size=(120, width)) * spread + random.normal(size=width))
+    start = beginning(values, num_clusters)
+    # Copies of centroids, and rows that lie on one: ties.
+    start.centroids_KD[num_clusters // 2 :: 3] = start.centroids_KD[0].clone()
+    values[:20] = start.centroids_KD[0].numpy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lloyd, "_RUN_ROWS", {"cpu": 50})
+        states = run(values, start, iterations=5, dtype=dtype, processes=processes, kept_bytes=kept_bytes)
+    assert_defined(values, start, states)
+
+
+@pytest.mark.parametrize(("dtype", "processes"), [(torch.int8, 1), (torch.bfloat16, 3)], ids=str)
+def test_iterations_of_many_rows_are_those_of_the_definition(
+    values: npt.NDArray[np.float16], dtype: torch.dtype, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lloyd, "_RUN_ROWS", {"cpu": 300})
+    start = beginning(values, NUM_CLUSTERS)
+    assert_defined(values, start, run(values, start, dtype=dtype, processes=processes))
+
+
+def test_coarse_iterations_change_neither_with_processes_and_formats_nor_by_resuming(
+    values: npt.NDArray[np.float16], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = beginning(values, NUM_CLUSTERS)
+    without = run(values, start, iterations=24)
+    monkeypatch.setattr(lloyd, "PLUS_PLUS_CLUSTERS", NUM_CLUSTERS - 1)
+    monkeypatch.setattr(coarse, "_NEAR_GROUPS", 4)
+    states = run(values, start, iterations=24)
+    # The first is exact but for rounding; the loose ones, 4 of 24, let it end nearer.
+    assert states[0].similarity == pytest.approx(without[0].similarity, abs=1e-3)
+    assert states[-1].similarity > without[-1].similarity
+    assert not any(state.converged or state.num_empty for state in states)
+    resumable = [state.resumable for state in states]
+    assert resumable == sorted(resumable)
+    num_coarse = resumable.index(True) + 1
+    assert 4 <= num_coarse <= 18
+    assert_same(run(values, states[num_coarse - 1], iterations=24), states[num_coarse:])
+
+    monkeypatch.setattr(lloyd, "_RUN_ROWS", {"cpu": 300})
+    for processes, dtype in ((1, torch.int8), (4, torch.bfloat16)):
+        assert_same(run(values, start, iterations=24, processes=processes, dtype=dtype, kept_bytes=2**20), states)
+
+
+def test_empty_clusters_get_the_farthest_rows_on_any_number_of_processes(values: npt.NDArray[np.float16]) -> None:
+    centroids = beginning(values, NUM_CLUSTERS).centroids_KD
+    centroids[40:] = centroids[:30]
+    states = run(values, LloydState(centroids), iterations=3)
+    assert states[0].num_empty == 30
+    assert states[1].num_empty < 30
+    similarities = (torch.from_numpy(values).double() @ centroids.double().T).amax(dim=1)
+    # Clusters 40 … 69 lose every tie, so the rows farthest from all become theirs, the farthest first.
+    farthest = unit(values[int(similarities.argmin())][None].astype(np.float64)).astype(np.float32)
+    assert np.allclose(states[0].centroids_KD[40], farthest[0], atol=1e-3)
+    assert_same(run(values, LloydState(centroids), iterations=3, processes=2), states)
+
+
+def test_it_ends_where_no_centroid_moves() -> None:
+    values = unit(np.repeat(np.eye(8), 20, axis=0))
+    states = run(values, LloydState(torch.eye(8)), iterations=9)
+    assert [state.converged for state in states] == [True]
+    assert run(values, LloydState(torch.eye(8), 9), iterations=9) == []
+
+
+@pytest.mark.parametrize("width", [1, 2, 37, 1500])
+@pytest.mark.parametrize(("grouped", "near_groups"), [(False, 2), (True, 2), (True, 99)])
+def test_coarse_comparisons_find_nearly_the_nearest_and_the_same_in_every_format(
+    width: int, grouped: bool, near_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coarse, "_NEAR_GROUPS", near_groups)
+    monkeypatch.setattr(coarse, "PRODUCT_ROWS", {"cpu": 64})
+    random = np.random.default_rng(0)
+    cloud = torch.from_numpy(random.normal(size=(800, width)) * np.arange(1, width + 1) ** -0.7)
+    centroids, stored = torch.nn.functional.normalize(cloud, dim=1).split([300, 500])
+    centroids, stored = round_to_grid(centroids), stored.half()
+    exact = stored.double() @ centroids.double().T
+    rows, search = CoarseRows.of(stored, torch.int8), CoarseCentroids(centroids, torch.int8, grouped=grouped)
+    number, cosine = search.nearest(rows)
+    each = torch.arange(500)
+    assert float((exact.amax(dim=1) - exact[each, number]).max()) < 0.02
+    assert float((exact[each, number] - cosine).abs().max()) < 0.02
+
+    own = torch.from_numpy(random.integers(300, size=500))
+    other, cosine, own_cosine = search.nearest_other(rows, own)
+    assert (other != own).all()
+    assert float((exact[each, other] - cosine).abs().max()) < 0.02
+    assert float((exact[each, own] - own_cosine).abs().max()) < 0.02
+    if near_groups == 99 or not grouped:
+        nearest_other = exact.scatter(1, own[:, None], -9.0).amax(dim=1)
+        assert float((nearest_other - exact[each, other]).max()) < 0.02
+
+    wide = CoarseCentroids(centroids, torch.float32, grouped=grouped)
+    for found in (search.nearest_other(rows, own), wide.nearest_other(CoarseRows.of(stored, torch.float32), own)):
+        assert all(torch.equal(a, b) for a, b in zip(found, (other, cosine, own_cosine), strict=True))
+    assert torch.equal(wide.nearest(CoarseRows.of(stored, torch.float32))[0], number)

@@ -19,11 +19,11 @@ def in_blocks(cosines: torch.Tensor, labels: torch.Tensor, size: int = 1000) -> 
     return blocks
 
 
-def make(images: int = 300, classes: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def make(images: int = 300, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines as CLIP's are, close together, of which the right one is larger than most."""
     random = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, classes, (images,), generator=random)
-    cosines = 0.2 + 0.03 * torch.randn(images, classes, generator=random)
+    labels = torch.randint(0, 7, (images,), generator=random)
+    cosines = 0.2 + 0.03 * torch.randn(images, 7, generator=random)
     cosines[torch.arange(images), labels] += 0.04
     return cosines, labels
 

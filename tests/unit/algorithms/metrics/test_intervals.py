@@ -44,10 +44,10 @@ def test_intervals_are_those_of_images_drawn_one_by_one() -> None:
     assert metrics.intervals(0, seed=3) == {}
 
 
-def make_seeds(rates: list[float], count: int = 500) -> list[CellMetrics]:
+def make_seeds(rates: list[float]) -> list[CellMetrics]:
     """Models that have these shares of the same images right, each of its own."""
     generator = np.random.default_rng(0)
-    right = np.stack([generator.random(count) < rate for rate in rates], axis=1)
+    right = np.stack([generator.random(500) < rate for rate in rates], axis=1)
     cells, images = count_cells(right.astype(np.int64))
     return [
         CellMetrics(images, lambda draws, seed=seed: {"share": ratio(draws, cells[:, seed])})

@@ -1,4 +1,4 @@
-"""The linear probe against scikit-learn, and what it promises of sweeps, two, absent and several classes."""
+"""The linear probe against scikit-learn, and what it promises of sweeps, splits, two, absent and several classes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from clipcid_cli.algorithms.probe import (
     ProbeProblem,
     SweepPoint,
     choose_point,
+    draw_shots,
     regularisation_grid,
+    split_by_class,
+    stratum,
     sweep_regularisation,
 )
 
+NUM_IMAGES, WIDTH = 400, 24
 
-def make_data(
-    num_images: int = 400, width: int = 24, num_classes: int = 6, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+
+def make_data(num_classes: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Correlated features of unequal variance around class centres, off the origin, unit rows as CLIP's are."""
     random = np.random.default_rng(seed)
     shape = np.random.default_rng(1)
-    labels = random.integers(0, num_classes, num_images)
-    centres = shape.normal(size=(num_classes, width))
-    mixing = shape.normal(size=(width, width)) * np.exp(-3 * np.arange(width) / width)
-    rows = (0.5 * centres[labels] + random.normal(size=(num_images, width))) @ mixing + shape.normal(size=width)
+    labels = random.integers(0, num_classes, NUM_IMAGES)
+    centres = shape.normal(size=(num_classes, WIDTH))
+    mixing = shape.normal(size=(WIDTH, WIDTH)) * np.exp(-3 * np.arange(WIDTH) / WIDTH)
+    rows = (0.5 * centres[labels] + random.normal(size=(NUM_IMAGES, WIDTH))) @ mixing + shape.normal(size=WIDTH)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return torch.from_numpy(rows.astype(np.float32)), torch.from_numpy(labels)
 
@@ -73,6 +76,13 @@ def several_labels(labels: torch.Tensor, classes: int, seed: int = 0) -> torch.T
     return torch.nn.functional.one_hot(labels, classes).bool() | more
 
 
+def their_objective(theirs: LogisticRegression, features: np.ndarray, positive: np.ndarray) -> float:
+    """What scikit-learn's fit of one class comes to, as a mean over images."""
+    margins = theirs.decision_function(features)
+    loss = np.logaddexp(0, np.where(positive, -margins, margins)).mean()
+    return float(loss + (theirs.coef_**2).sum() / (2 * theirs.C * len(positive)))
+
+
 def test_two_classes_are_scikit_learns_one_weight_vector() -> None:
     features, labels = make_data(num_classes=2)
     for c in (0.1, 10.0):
@@ -81,29 +91,25 @@ def test_two_classes_are_scikit_learns_one_weight_vector() -> None:
         weights_CD, bias_C = found.classifier.weights_CD, found.classifier.bias_C
         np.testing.assert_allclose((weights_CD[1] - weights_CD[0]).numpy(), theirs.coef_[0], rtol=1e-3, atol=1e-4)
         assert float(bias_C[1] - bias_C[0]) == pytest.approx(theirs.intercept_[0], rel=1e-3, abs=1e-4)
-        margins = features.double().numpy() @ theirs.coef_[0] + theirs.intercept_[0]
-        loss = np.logaddexp(0, np.where(labels.numpy() == 1, -margins, margins)).mean()
-        assert found.objective == pytest.approx(loss + (theirs.coef_**2).sum() / (2 * c * len(labels)), rel=1e-6)
+        expected = their_objective(theirs, features.double().numpy(), labels.numpy() == 1)
+        assert found.objective == pytest.approx(expected, rel=1e-6)
 
 
 def test_several_classes_are_scikit_learns_fits_of_each_class() -> None:
     features, labels = make_data()
     positive = several_labels(labels, 6)
     test_features, test_labels = make_data(seed=5)
-    for c in (0.1, 10.0, 1000.0):
+    test_positive = several_labels(test_labels, 6, 1)
+    for c in (0.1, 100.0):
         found = ProbeProblem(features, positive, 6).fit(c)
         assert found.converged
-        total, scores = 0.0, []
-        for number in range(6):
-            theirs = LogisticRegression(C=c, tol=1e-6, max_iter=5000).fit(
-                features.double().numpy(), positive[:, number].numpy()
-            )
-            margins = theirs.decision_function(features.double().numpy())
-            loss = np.logaddexp(0, np.where(positive[:, number].numpy(), -margins, margins)).mean()
-            total += loss + (theirs.coef_**2).sum() / (2 * c * len(labels))
+        total = 0.0
+        scores = list[np.ndarray]()
+        for own in positive.numpy().T:
+            theirs = LogisticRegression(C=c, tol=1e-6, max_iter=5000).fit(features.double().numpy(), own)
+            total += their_objective(theirs, features.double().numpy(), own)
             scores.append(theirs.decision_function(test_features.double().numpy()))
         assert found.objective == pytest.approx(total, rel=1e-4)
-        test_positive = several_labels(test_labels, 6, 1)
         metrics = measure_scores(found.classifier.scores(test_features), test_positive, 6)
         expected = average_precision_score(test_positive.numpy(), np.stack(scores, 1), average="macro")
         assert metrics["mean_average_precision"] == pytest.approx(expected, abs=1e-3)
@@ -149,7 +155,11 @@ def test_the_sweep_solves_every_value_and_the_best_is_the_simplest_of_equals() -
         tight = model.fit(features.double().numpy(), labels.numpy())
         weights, bias = torch.from_numpy(tight.coef_), torch.from_numpy(tight.intercept_)
         assert solution.objective <= objective(features, labels, weights, bias, c) * (1 + 1e-4)
-    assert sum(solution.iterations for solution in solutions) < sum(problem.fit(c).iterations for c in grid)
+    # Each begins with the one before.
+    some = range(20, 45, 8)
+    assert sum(solutions[place].iterations for place in some) < sum(
+        problem.fit(grid[place]).iterations for place in some
+    )
     points = [
         SweepPoint(c, measure_scores(solution.classifier.scores(rows), own, 6)["acc1"], solution)
         for c, solution in zip(grid, solutions, strict=True)
@@ -167,3 +177,40 @@ def test_the_sweep_solves_every_value_and_the_best_is_the_simplest_of_equals() -
 def test_wrong_arguments_are_named(labels: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ProbeProblem(torch.ones(2, 4), labels, 3)
+
+
+def test_every_class_is_on_both_sides_of_the_split() -> None:
+    labels = torch.tensor([0] * 50 + [1] * 3 + [2] * 2 + [3])
+    chosen = split_by_class(labels, 0.2, seed=3)
+    counts = [int(chosen[labels == label].sum()) for label in range(4)]
+    assert counts == [10, 1, 1, 0]
+    assert torch.equal(chosen, split_by_class(labels, 0.2, seed=3))
+    assert not torch.equal(chosen, split_by_class(labels, 0.2, seed=4))
+
+
+def test_images_with_several_classes_are_split_by_their_rarest() -> None:
+    labels = torch.zeros(60, 3, dtype=torch.bool)
+    labels[:50, 0] = True
+    labels[:10, 1] = True
+    assert stratum(labels).tolist() == [1] * 10 + [0] * 40 + [-1] * 10
+    chosen = split_by_class(labels, 0.2, seed=0)
+    assert [int(chosen[part].sum()) for part in (slice(0, 10), slice(10, 50), slice(50, 60))] == [2, 8, 2]
+
+
+def test_shots_are_so_many_of_every_class_and_nested() -> None:
+    labels = torch.tensor([0] * 20 + [1] * 3 + [3] * 9)
+    draws = {shots: draw_shots(labels, shots, seed=1) for shots in (1, 4, 8)}
+    for shots, drawn in draws.items():
+        counts = torch.bincount(labels[drawn], minlength=4).tolist()
+        assert counts == [shots, min(shots, 3), 0, shots]
+        assert drawn.tolist() == sorted(set(drawn.tolist()))
+    assert set(draws[1].tolist()) < set(draws[4].tolist()) < set(draws[8].tolist())
+    assert torch.equal(draws[4], draw_shots(labels, 4, seed=1))
+    assert not torch.equal(draws[4], draw_shots(labels, 4, seed=2))
+
+
+def test_shots_of_images_with_several_classes_give_every_class_its_number() -> None:
+    labels = torch.rand(200, 5, generator=torch.Generator().manual_seed(0)) < 0.2
+    drawn = draw_shots(labels, 4, seed=0)
+    assert (labels[drawn].sum(dim=0) >= 4).all()
+    assert len(drawn) <= 20

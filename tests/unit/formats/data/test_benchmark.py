@@ -26,21 +26,16 @@ from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_t
 from clipcid_cli.steps.evaluate.tasks import find_copy
 
 
-def write_folder(folder: Path, *splits: str) -> Path:
-    for split in splits:
-        (folder / split).mkdir(parents=True)
-        (folder / split / "nshards.txt").write_text("1\n")
-    (folder / "classnames.txt").write_text("apple pie\n")
-    (folder / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\n")
-    (folder / "dataset_type.txt").write_text("Retrieval\n")
-    return folder
-
-
 @pytest.mark.parametrize(("inner", "name", "data"), [("", "food", "food/test"), ("train", "food/train", "food/train")])
 def test_a_folder_of_splits_means_its_test_split_with_the_files_beside_it(
     tmp_path: Path, inner: str, name: str, data: str
 ) -> None:
-    food = write_folder(tmp_path / "food", "train", "test")
+    food = tmp_path / "food"
+    for split in ("train", "test"):
+        (food / split).mkdir(parents=True)
+        (food / split / "nshards.txt").write_text("1\n")
+    for file in ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"):
+        (food / file).write_text("Retrieval\n")
     found = find_benchmark_folder(str(food / inner))
     assert (found.name, found.data) == (name, str(tmp_path / data))
     assert found.class_names == food / "classnames.txt"

@@ -1,19 +1,27 @@
-"""Every form of input, its order and keys, and what damaged ones are told."""
+"""Every form of input, its order, keys, classes, texts and fingerprints, and what damaged ones are told."""
 
 from __future__ import annotations
 
 import gzip
+import io
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
-from conftest import make_image, shard_members, write_tar
+from conftest import make_caption, make_image, shard_members, write_tar
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
-from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data import texts
+from clipcid_cli.formats.data.dataset import Columns, Dataset, fingerprint_images, open_dataset, open_described
+from clipcid_cli.formats.data.samples import Sample, natural_key, read_classes
+from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.skips import Skips
 
 
@@ -25,21 +33,27 @@ def list_keys(dataset: Dataset) -> list[str]:
     return [sample.key for sample in list_samples(dataset)]
 
 
-def test_folder_pattern_and_single_tar_agree(tiny_shards: Path) -> None:
-    folder = open_dataset(tiny_shards)
-    pattern = open_dataset(f"{tiny_shards}/{{00000..00001}}.tar")
-    assert folder.kind == pattern.kind == "webdataset"
-    assert [shard.name for shard in folder.shards] == ["00000", "00001"]
-    assert list_samples(folder) == list_samples(pattern) == list_samples(open_dataset(f"file://{tiny_shards}"))
-    for spec in (f"{tiny_shards}/0*.tar", f"{tiny_shards}/00000.*::{tiny_shards}/*1.tar"):
-        assert list_samples(open_dataset(spec)) == list_samples(folder)
-    assert list_keys(open_dataset(tiny_shards / "00001.tar")) == list_keys(folder)[14:]
+@pytest.mark.parametrize(
+    "pattern",
+    ["{}/{{00000..00001}}.tar", "file://{}", "{}/0*.tar", "{0}/00001.tar::{0}/{{00000..00000}}.tar"],
+)
+def test_patterns_mean_the_shards_of_a_folder(pattern: str, tiny_shards: Path) -> None:
+    folder, dataset = open_dataset(tiny_shards), open_dataset(pattern.format(tiny_shards))
+    assert folder.kind == dataset.kind == "webdataset"
+    assert list_samples(dataset) == list_samples(open_described(dataset.describe())) == list_samples(folder)
     assert list_keys(folder) == [f"{number:06d}" for number in range(24)]
+    assert list_keys(open_dataset(tiny_shards / "00001.tar")) == list_keys(folder)[14:]
     sample = list_samples(folder)[3]
-    assert sample.image.read() == make_image(3)
-    assert sample.captions[0].startswith("a ")
+    assert (sample.image.read(), sample.captions) == (make_image(3), (make_caption(3),))
     assert sample.attributes is not None
     assert sample.attributes.read() == b'{"number": 3}'
+
+
+def test_patterns_that_name_a_shard_twice_or_an_unknown_variable_are_refused(tiny_shards: Path) -> None:
+    with pytest.raises(ClipcidError, match="lists a shard twice"):
+        open_dataset(f"{tiny_shards}::{tiny_shards}/00001.tar")
+    with pytest.raises(ClipcidError, match="environment variable WDS_NAME, which is not set"):
+        open_dataset(f"{tiny_shards}/${{NOWHERE}}.tar")
 
 
 def test_shards_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -54,19 +68,9 @@ def test_keys_are_webdatasets(tmp_path: Path) -> None:
     import webdataset
 
     png = make_image(0)
-    path = write_tar(
-        tmp_path / "0.tar",
-        [
-            ("__meta__/a.png", png),
-            ("dir.v2/a.PNG", png),
-            ("dir.v2/a.txt", b" two\nlines "),
-            ("b.seg.png", png),
-            ("b.jpg", png),
-            ("b.txt", b""),
-            ("noext", b"x"),
-            ("./c.webp", png),
-        ],
-    )
+    members = {"__meta__/a.png": png, "dir.v2/a.PNG": png, "dir.v2/a.txt": b" two\nlines "}
+    members |= {"b.seg.png": png, "b.jpg": png, "b.txt": b"", "noext": b"x", "./c.webp": png}
+    path = write_tar(tmp_path / "0.tar", members.items())
     with path.open("rb") as stream:
         members = webdataset.tariterators.tar_file_expander([{"url": str(path), "stream": stream}])
         theirs = [item["__key__"] for item in webdataset.tariterators.group_by_keys(members)]
@@ -78,13 +82,8 @@ def test_keys_are_webdatasets(tmp_path: Path) -> None:
 
 
 def test_samples_without_image_and_repeated_keys_are_counted(tmp_path: Path) -> None:
-    members = [
-        *shard_members(0, 3),
-        ("000009.txt", b"no image"),
-        ("000001.png", make_image(7)),
-        ("000001.txt", b"again"),
-    ]
-    path = write_tar(tmp_path / "0.tar", members)
+    more = [("000009.txt", b"no image"), ("000001.png", make_image(7)), ("000001.txt", b"again")]
+    path = write_tar(tmp_path / "0.tar", [*shard_members(0, 3), *more])
     skips = Skips()
     samples = open_dataset(path).shards[0].samples(skips)
     assert [sample.key for sample in samples] == ["000000", "000001", "000002"]
@@ -272,23 +271,176 @@ def test_bad_data_is_told(make: Callable[[Path], Path | str], message: str, fix:
     assert fix in raised.value.fix
 
 
-def test_fingerprints_follow_content_not_place(tiny_shards: Path, tmp_path: Path) -> None:
-    first = open_dataset(tiny_shards).fingerprints()
-    moved = shutil.copytree(tiny_shards, tmp_path / "moved")
-    again = open_dataset(moved).fingerprints()
-    assert [each.content for each in first] == [each.content for each in again]
-    write_tar(moved / "00001.tar", shard_members(30, 10))
-    changed = open_dataset(moved).fingerprints()
-    assert changed[0].hash == first[0].hash
-    assert changed[1].hash != first[1].hash
+def npy(values: object) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(values))
+    return buffer.getvalue()
 
 
-def test_several_patterns_are_one_data_set(tiny_shards: Path) -> None:
-    whole = list_samples(open_dataset(tiny_shards))
-    joined = open_dataset(f"{tiny_shards}/00001.tar::{tiny_shards}/{{00000..00000}}.tar")
-    assert list_samples(joined) == whole
-    assert list_samples(open_described(joined.describe())) == whole
-    with pytest.raises(ClipcidError, match="lists a shard twice"):
-        open_dataset(f"{tiny_shards}::{tiny_shards}/00001.tar")
-    with pytest.raises(ClipcidError, match="environment variable WDS_NAME, which is not set"):
-        open_dataset(f"{tiny_shards}/${{NOWHERE}}.tar")
+def classes_of(path: Path) -> list[tuple[int, ...] | None]:
+    return [read_classes(sample, num_classes=4) for shard in open_dataset(path).shards for sample in shard.samples()]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (npy([0, 1, 0]), r"int64 \[3\], not zeros and ones for 4 classes"),
+        (npy([0, 1, 2, 0]), "not zeros and ones"),
+        (b"not numpy", "cannot be read"),
+        (npy(np.array([{}], dtype=object)), "cannot be read"),
+    ],
+    ids=["length", "values", "no npy", "pickle"],
+)
+def test_vectors_that_say_something_else_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = write_tar(tmp_path / "0.tar", [("a.npy", content), ("a.png", make_image(0))])
+    with pytest.raises(ClipcidError, match=message):
+        classes_of(path)
+
+
+def test_lists_of_numbers(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"filepath": ["a.png", "b.png", "c.png"], "label": ["3 1", "", "2"]})
+    frame.to_csv(tmp_path / "list.csv", index=False)
+    frame.assign(label=[[3, 1], [], [2]]).to_parquet(tmp_path / "list.parquet")
+    for suffix in ("csv", "parquet"):
+        path = tmp_path / f"list.{suffix}"
+        assert classes_of(path) == [(1, 3), (), (2,)]
+        assert [sample.label for sample in open_dataset(path).shards[0].samples()] == [None, None, None]
+    (tmp_path / "list.csv").write_text("filepath,label\na.png,2\nb.png,\nc.png,1.0\n")
+    assert [sample.label for sample in open_dataset(tmp_path / "list.csv").shards[0].samples()] == [2, None, 1]
+    assert classes_of(tmp_path / "list.csv") == [(2,), None, (1,)]
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("cat", "other than integers"),
+        ("1.5", "other than integers"),
+        ("1 x", "other than integers"),
+        ("0 4", "has class 4; there are 4 class names"),
+    ],
+)
+def test_labels_of_no_class_are_refused(tmp_path: Path, cell: str, message: str) -> None:
+    (tmp_path / "list.csv").write_text(f"filepath,label\na.png,{cell}\n")
+    with pytest.raises(ClipcidError, match=message):
+        classes_of(tmp_path / "list.csv")
+
+
+def digest(data: Path) -> str:
+    return fingerprint_images(open_dataset(data)).hash
+
+
+def test_images_of_the_same_size_are_told_apart_in_folders_and_lists(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "0.png").write_bytes(make_image(1))
+    listed = folder / "list.csv"
+    listed.write_text("filepath,label\ncat/0.png,0\ndog/0.png,1\n")
+    before = [digest(folder), digest(listed)]
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert [digest(moved), digest(moved / "list.csv")] == before
+
+    (folder / "dog" / "0.png").write_bytes(make_image(1)[:-1] + b"\0")
+    assert digest(folder) != before[0]
+    assert digest(listed) != before[1]
+    (folder / "dog" / "0.png").write_bytes(make_image(1))
+    assert [digest(folder), digest(listed)] == before
+    listed.write_text("filepath,label\ncat/0.png,0\ndog/0.png,0\n")
+    relabelled = digest(listed)
+    (folder / "dog" / "0.png").unlink()
+    assert len({before[1], relabelled, digest(listed)}) == 3
+
+
+def test_images_that_are_not_compressed_count_whole(tmp_path: Path) -> None:
+    def write(middle: int) -> str:
+        image = np.full((80, 80, 3), 255, np.uint8)
+        image[40, 40] = middle
+        Image.fromarray(image).save(tmp_path / "0.bmp")
+        return digest(tmp_path)
+
+    assert write(0) == write(0) != write(1)
+
+
+def test_a_member_in_the_midst_of_a_tar_counts(tmp_path: Path) -> None:
+    def write(image: bytes, label: bytes, classes: bytes) -> str:
+        filler = [(f"{number:03d}.png", make_image(0).ljust(70_000, b"\0")) for number in range(8)]
+        middle = [("004a.png", image), ("004a.cls", label), ("004b.png", make_image(3)), ("004b.npy", classes)]
+        write_tar(tmp_path / "0.tar", [*filler[:4], *middle, *filler[4:]])
+        return digest(tmp_path / "0.tar")
+
+    image = make_image(1)
+    before = write(image, b"1", b"a vector")
+    assert write(image, b"1", b"a vector") == before
+    assert write(image[:-1] + b"\0", b"1", b"a vector") != before
+    assert write(image, b"2", b"a vector") != before
+    assert write(image, b"1", b"anothers") != before
+
+
+NAMES = st.lists(st.text("a19.", max_size=6), unique=True)
+
+
+@given(names=NAMES)
+def test_any_names_have_one_order_by_the_numbers_in_them(names: list[str]) -> None:
+    ordered = sorted(names, key=natural_key)
+    names.reverse()
+    assert ordered == sorted(names, key=natural_key)
+    numbers = [name for name in ordered if name.isdigit()]
+    assert list(map(int, numbers)) == sorted(map(int, numbers))
+
+
+def test_a_name_that_begins_another_comes_before_it() -> None:
+    assert sorted(["cat2", "cat10", "cat", "ca"], key=natural_key) == ["ca", "cat", "cat2", "cat10"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [b"", b"a", b"", b"b", b"c", b" ", b"d", b""],
+        [b"a", *[b"%d" % row for row in range(12)]],
+        [b"a", b"b", b"c", b"d"],
+        [b"", b"a"],
+    ],
+)
+def test_each_text_is_in_one_slice_and_each_empty_line_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[bytes]
+) -> None:
+    monkeypatch.setattr(texts, "TEXTS_A_SHARD", 2)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    dataset, skips = pickle.loads(pickle.dumps(open_texts(path))), Skips()
+    expected = [line.decode() for line in lines if line.strip()]
+    found = [sample for shard in dataset.shards for sample in shard.stream(skips)]
+    assert [sample.captions for sample in found] == [(text,) for text in expected]
+    assert [sample.key for sample in found] == [str(row) for row in range(len(expected))]
+    # What ends without a line break is no further line.
+    assert skips.counts.get("empty_line", 0) == len(lines) - len(expected) - (lines[-1] == b"")
+    assert dataset.estimate_samples() == len(expected)
+    assert [len(shard.samples()) for shard in dataset.shards] == [2] * (len(expected) // 2) + [1] * (len(expected) % 2)
+    first = dataset.fingerprints()
+    path.write_bytes(path.read_bytes().replace(b"a", b"x"))
+    assert [one == other for one, other in zip(first, open_texts(path).fingerprints(), strict=True)] == [
+        False,
+        *[True] * (len(first) - 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no text: it has 0 lines"),
+        (b"\n \n", "holds no text: it has 2 lines, all empty"),
+        (b"a\nb\0c\n", "line 2, holds a NUL character"),
+        (b"a\ncaf\xe9\n", "line 2, is not UTF-8: byte 4 is 0xe9"),
+        (b"a\n" + b"x" * 8193, "line 2, is longer than 8,192 characters"),
+        (b"a\n" + "漢".encode() * 100_000, "line 2, is longer than 8,192 characters"),
+    ],
+)
+def test_what_is_no_file_of_texts_is_told(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(ClipcidError, match=message) as raised:
+        open_texts(path)
+    assert raised.value.fix
+    path.unlink()
+    with pytest.raises(ClipcidError, match="cannot be read"):
+        open_texts(path)

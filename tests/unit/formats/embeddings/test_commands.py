@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -31,47 +32,42 @@ def sidecar(data: dict | None = None, **settings: object) -> EmbedSidecar:
 
 def assert_says(command: str, expected: str) -> None:
     """Compare commands but for the order of their flags."""
-    assert sorted(command.split(" --")) == sorted(expected.split(" --"))
+    assert sorted(command.split(" --")) == sorted(f"clipcid embed {expected}".split(" --"))
 
 
 @pytest.mark.parametrize(
-    ("found", "expected"),
+    ("settings", "expected"),
     [
-        (data_command(PLACE, sidecar()), f"data {SHARED}"),
-        (
-            data_command(PLACE, sidecar(keys="shard", fast_decode=True, text=False)),
-            f"data {SHARED} --no-text --fast-decode --keys shard",
-        ),
-        (data_command(PLACE, sidecar(**VIEWS)), f"data {SHARED} --views 4"),
-        (
-            data_command(PLACE, sidecar(**VIEWS | {"view_kind": ["strong", "mix"], "seed": 3})),
-            f"data {SHARED} --views 4 --view-kind strong,mix --seed 3",
-        ),
-        (data_command(PLACE, sidecar(**VIEWS), text_variants=8), f"data {SHARED} --views 4 --text-variants 8"),
-        (
-            data_command(PLACE, sidecar(text_variants=2, seed=5, text_variant_rules=1), text_variants=8),
-            f"data {SHARED} --text-variants 8 --seed 5",
-        ),
-        (data_command(PLACE, sidecar(LIST)), f"'my list.csv' {SHARED} --image-column url --key-column id"),
-        (
-            data_command(PLACE, sidecar(LIST), "my list.csv"),
-            f"'my list.csv' {SHARED} --image-column url --key-column id",
-        ),
-        (
-            data_command(PLACE, sidecar(LIST), "other.csv", key_column="number"),
-            f"other.csv {SHARED} --key-column number",
-        ),
-        # What clipcid did not make is not replaced.
-        (data_command(PLACE, None, text_variants=8), "DATA --model MODEL --text-variants 8"),
-        (texts_command(None), "--texts FILE --model MODEL"),
-        (
-            texts_command("ViT-L-14", work=Path("w"), overwrite=True),
-            "--texts FILE --model ViT-L-14 --work w --overwrite",
-        ),
+        ({}, ""),
+        ({"keys": "shard", "fast_decode": True, "text": False}, " --no-text --fast-decode --keys shard"),
+        (VIEWS, " --views 4"),
+        (VIEWS | {"view_kind": ["strong", "mix"], "seed": 3}, " --views 4 --view-kind strong,mix --seed 3"),
     ],
 )
-def test_a_command_has_what_was_made_and_what_is_missing(found: str, expected: str) -> None:
-    assert_says(found, f"clipcid embed {expected}")
+def test_a_command_has_what_was_made(settings: dict[str, Any], expected: str) -> None:
+    assert_says(data_command(PLACE, sidecar(**settings)), f"data {SHARED}{expected}")
+
+
+def test_a_command_has_what_is_missing() -> None:
+    for settings, expected in (
+        (VIEWS, "--views 4"),
+        ({"text_variants": 2, "seed": 5, "text_variant_rules": 1}, "--seed 5"),
+    ):
+        found = data_command(PLACE, sidecar(**settings), text_variants=8)
+        assert_says(found, f"data {SHARED} --text-variants 8 {expected}")
+    # What clipcid did not make is not replaced.
+    assert_says(data_command(PLACE, None, text_variants=8), "DATA --model MODEL --text-variants 8")
+    assert_says(texts_command(None), "--texts FILE --model MODEL")
+    overwriting = texts_command("ViT-L-14", work=Path("w"), overwrite=True)
+    assert_says(overwriting, "--texts FILE --model ViT-L-14 --work w --overwrite")
+
+
+def test_a_command_names_the_columns_of_the_list_it_names() -> None:
+    for data in (None, "my list.csv"):
+        found = data_command(PLACE, sidecar(LIST), data)
+        assert_says(found, f"'my list.csv' {SHARED} --image-column url --key-column id")
+    found = data_command(PLACE, sidecar(LIST), "other.csv", key_column="number")
+    assert_says(found, f"other.csv {SHARED} --key-column number")
 
 
 def test_the_values_that_need_no_flag_are_the_defaults() -> None:

@@ -1,4 +1,4 @@
-"""Folders of embeddings, ours and other tools'."""
+"""Folders of embeddings, ours and other tools', and of DataComp's archives."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,21 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from balance_data import write_embeddings
+from conftest import limited
 from sidecars import make_sidecar, unfinish
+from uid_data import make_uid
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings import folder as embeddings_file
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
+from clipcid_cli.formats.embeddings.kinds import Kind
 from clipcid_cli.formats.embeddings.manifest import EmbeddingWriter, ShardRows
-from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, Kind, find_npy, holds_unit_rows, unit_rows
+from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, find_member, find_npy, holds_unit_rows, unit_rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.skips import Skips
@@ -45,9 +52,9 @@ def write_folder(folder: Path) -> dict[str, Any]:
         keys, words = [f"{number}-{row}" for row in range(size)], [f"caption {row}" for row in range(size)]
         rows = {Kind.IMAGES: images[number], Kind.TEXTS: captions[number]}
         writer.write(number, ShardRows(size + 1, skips, {"laid_on_white": number}, keys, words, None, rows))
-    records = writer.finish()
+    writer.finish()
     write_sidecar(folder)
-    return {"images": np.concatenate(images), "texts": np.concatenate(captions), "records": records}
+    return {"images": np.concatenate(images), "texts": np.concatenate(captions)}
 
 
 def write_sidecar(folder: Path) -> None:
@@ -112,12 +119,7 @@ def test_a_manifest_that_does_not_fit_its_files_is_refused(tmp_path: Path) -> No
 def write_foreign(folder: Path) -> npt.NDArray[np.float32]:
     """Write what clip-retrieval and others do: float32, not unit, numbers without leading zeros, 11 files."""
     rows = RANDOM.normal(size=(22, 6)).astype(np.float32) * 3
-    for number in range(11):
-        for kind in ("img_emb", "metadata"):
-            (folder / kind).mkdir(parents=True, exist_ok=True)
-        np.save(folder / "img_emb" / f"img_emb_{number}.npy", rows[2 * number : 2 * number + 2])
-        keys = [f"p/{number}a", f"p/{number}b"]
-        pq.write_table(pa.table({"image_path": keys}), folder / "metadata" / f"metadata_{number}.parquet")
+    write_embeddings(folder, rows, 11, keys=[f"p/{number}{place}" for number in range(11) for place in "ab"])
     return rows
 
 
@@ -145,19 +147,16 @@ def test_unit_rows_in_float16_keep_their_bits() -> None:
     assert unit_rows(bad)[3].tolist() == [np.float16(0.6), np.float16(0.8)]
 
 
-def test_a_damaged_sidecar_is_not_to_be_removed(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    (tmp_path / "embed.json").write_text("[]")  # without it they are another tool's
-    with pytest.raises(ClipcidError) as raised:
-        open_embeddings(tmp_path)
-    assert "Give the command that made it again, with --overwrite" in raised.value.fix
-
-
-def test_unfinished_embeddings_are_refused(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    unfinish(tmp_path, "embed")
+def test_unfinished_embeddings_are_refused_and_a_damaged_sidecar_is_not_to_be_removed(tmp_path: Path) -> None:
+    for folder in (tmp_path / "unfinished", tmp_path / "damaged"):
+        write_folder(folder)
+    unfinish(tmp_path / "unfinished", "embed")
     with pytest.raises(ClipcidError, match="are unfinished"):
-        open_embeddings(tmp_path)
+        open_embeddings(tmp_path / "unfinished")
+    (tmp_path / "damaged" / "embed.json").write_text("[]")  # without it they are another tool's
+    with pytest.raises(ClipcidError) as raised:
+        open_embeddings(tmp_path / "damaged")
+    assert "Give the command that made it again, with --overwrite" in raised.value.fix
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -211,14 +210,13 @@ def test_captions_that_are_not_utf_8_have_a_mark_in_their_place(tmp_path: Path) 
     assert found.captions_of(found.files[0]).to_pylist() == ["cat\ufffd", "dog"]
 
 
-def test_the_numbers_in_names_of_bare_rows_say_nothing(tmp_path: Path) -> None:
-    for name in ("train_1", "validation_01"):
-        np.save(tmp_path / f"{name}.npy", make_rows(3))
-    assert open_embeddings(tmp_path).num_rows == 6
-
-
 def test_rows_of_other_tools_are_normalised_only_where_they_need_it(tmp_path: Path) -> None:
     unit = make_rows(700)
+    for name in ("train_1", "validation_01"):
+        np.save(tmp_path / f"{name}.npy", unit)
+    assert open_embeddings(tmp_path).num_rows == 1400, "the numbers in names of bare rows say nothing"
+    for path in tmp_path.iterdir():
+        path.unlink()
     assert holds_unit_rows(unit)
     assert not holds_unit_rows(unit.astype(np.float32))
     for row, factor in ((3, 1.5), (600, np.nan), (600, 0)):
@@ -288,13 +286,9 @@ def test_many_files_take_few_descriptors_and_maps(tmp_path: Path, count: int, ma
     before = len(os.listdir("/proc/self/fd"))
     rows = open_embeddings(tmp_path).rows(Kind.IMAGES)
     order = RANDOM.permutation(len(whole))[:1000]
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before + MAPS_KEPT + 32, hard))  # nor while it reads
-    try:
+    with limited(resource.RLIMIT_NOFILE, before + MAPS_KEPT + 32):  # nor while it reads
         assert np.array_equal(rows.take(order), whole[order])
         assert np.array_equal(rows.read(0, len(whole)), whole)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(os.listdir("/proc/self/fd")) - before <= MAPS_KEPT <= 128
     maps = Path("/proc/self/maps").read_text().count(str(tmp_path))
     assert (0 < maps <= MAPS_KEPT) if mapped else maps == 0
@@ -307,3 +301,112 @@ def test_numbers_of_files_have_at_least_four_digits(tmp_path: Path, shards: int,
     EmbeddingWriter(tmp_path, {}, inputs).write(0, ShardRows(1, Skips(), {"laid_on_white": 0}, ["a"], [""], None, rows))
     assert (tmp_path / f"img_emb/img_emb_{number}.npy").is_file()
     assert (tmp_path / f"metadata/metadata_{number}.parquet").is_file()
+
+
+def write_datacomp(folder: Path, save: Any = np.savez) -> dict[str, np.ndarray]:
+    """Write what DataComp's metadata hold: arrays of two models, float16, not quite unit; returns all rows of each."""
+    folder.mkdir(parents=True)
+    widths = {"b32_img": 8, "b32_txt": 8, "l14_img": 12, "l14_txt": 12, "dedup": 6}
+    whole: dict[str, list[np.ndarray]] = {name: [] for name in widths}
+    for number, size in enumerate(SIZES):
+        arrays = {name: (3 * RANDOM.normal(size=(size, width))).astype(np.float16) for name, width in widths.items()}
+        stem = f"{number}{make_uid(number)[1:]}"
+        save(folder / f"{stem}.npz", **arrays)
+        uids = [make_uid(100 * number + row) for row in range(size)]
+        texts = [f"caption {uid[:4]}" for uid in uids]
+        columns = {"uid": uids, "url": "http://x/y.jpg", "text": texts, "original_width": 640, "sha256": uids}
+        pd.DataFrame(columns).to_parquet(folder / f"{stem}.parquet")
+        for name, rows in arrays.items():
+            whole[name].append(rows)
+    return {name: np.concatenate(parts) for name, parts in whole.items()}
+
+
+def test_arrays_are_mapped_where_they_lie_and_keyed_by_uid(tmp_path: Path) -> None:
+    whole = write_datacomp(tmp_path / "small")
+    found = open_embeddings(tmp_path / "small", npz_array="l14_img")
+    assert (found.num_rows, found.width, found.has_texts, found.sidecar) == (12, 12, True, None)
+    assert np.array_equal(found.rows(Kind.IMAGES).read(0, 12), unit_rows(whole["l14_img"]))
+    assert np.array_equal(found.rows(Kind.TEXTS).take(np.array([11, 3])), unit_rows(whole["l14_txt"])[[11, 3]])
+    assert read_all(found, found.keys_of) == [make_uid(n) for n in [*range(5), *range(200, 207)]]
+    assert read_all(found, found.captions_of)[5] == f"caption {make_uid(200)[:4]}"
+    assert read_all(found, found.shards_of)[11] == f"2{make_uid(2)[1:]}"
+    path = next((tmp_path / "small").glob("0*.npz"))
+    array = find_member(path, "b32_img")
+    assert array.unpacked == 0
+    # What tells one array from another is its content, by the archive's own checksum.
+    assert array.hash != find_member(path, "b32_txt").hash
+    assert [each.path for each in found.fingerprints()] == [f"{path.parent}[l14_img]", str(path.parent)]
+    assert found.contents(Kind.IMAGES)[0].path == f"{path}[l14_img]"
+
+    # The largest pool has its files in folders of their own.
+    (tmp_path / "small").rename(tmp_path / "xlarge")
+    (tmp_path / "above").mkdir()
+    (tmp_path / "xlarge").rename(tmp_path / "above" / "part-0")
+    assert open_embeddings(tmp_path / "above", npz_array="b32_img").width == 8
+
+
+def test_the_only_array_of_images_is_taken_and_an_empty_or_columnwise_one_read(tmp_path: Path) -> None:
+    rows = np.asfortranarray(RANDOM.normal(size=(4, 6)))
+    np.savez(tmp_path / "a.npz", img=rows, a_img=rows, a_txt=rows)
+    found = open_embeddings(tmp_path)
+    assert np.array_equal(found.rows(Kind.IMAGES).read(0, 4), unit_rows(rows))
+    assert found.has_texts
+    assert read_all(found, found.keys_of) == ["a/0", "a/1", "a/2", "a/3"]
+
+
+def test_unit_rows_that_begin_at_an_odd_byte_are_read_as_any_others(tmp_path: Path) -> None:
+    rows = unit_rows(RANDOM.normal(size=(9_000, 8)))
+    np.savez(tmp_path / "a.npz", b32_img=rows, by_column_img=np.asfortranarray(rows))
+    for name in ("b32_img", "by_column_img"):
+        part = open_embeddings(tmp_path, npz_array=name).rows(Kind.IMAGES).read(2, 7)
+        assert np.array_equal(part, rows[2:7])
+        assert part.flags.aligned
+        assert part.flags.c_contiguous
+    mapped = find_member(tmp_path / "a.npz", "b32_img").map()
+    assert isinstance(mapped, np.memmap)
+    assert mapped.ctypes.data % 2 == 1
+
+
+def test_compressed_arrays_are_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write_datacomp(tmp_path / "c", np.savez_compressed)
+    found = open_embeddings(tmp_path / "c", npz_array="b32_img")
+    assert np.array_equal(found.rows(Kind.IMAGES).read(2, 9), unit_rows(whole["b32_img"])[2:9])
+    monkeypatch.setattr(embeddings_file, "MAX_UNPACKED", 500)
+    with pytest.raises(ClipcidError, match="are compressed, so that they cannot be mapped") as refused:
+        found.rows(Kind.IMAGES)
+    assert "numpy.savez" in refused.value.fix
+
+
+def write_no_array(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("l14_img.npy", b"nothing of numpy's")
+
+
+def test_archives_of_several_models_need_the_name_of_an_array(tmp_path: Path) -> None:
+    write_datacomp(tmp_path / "d")
+    with pytest.raises(ClipcidError, match="contains 2 arrays of image embeddings: b32_img, l14_img"):
+        open_embeddings(tmp_path / "d")
+    arrays = "b32_img, b32_txt, l14_img, l14_txt, dedup"
+    with pytest.raises(ClipcidError, match=f"contains no array h14_img; its arrays: {arrays}"):
+        open_embeddings(tmp_path / "d", npz_array="h14_img")
+
+
+SIX = np.ones((6, 12))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda last: last.write_bytes(b"PK"), "cannot be read"),
+        (lambda last: np.savez(last, l14_img=np.array([{}], object)), "holds Python objects"),
+        (lambda last: np.savez(last, l14_img=SIX, l14_txt=SIX), r"l14_img\] has 6 rows and .*parquet has 7"),
+        (lambda last: last.with_suffix(".parquet").unlink(), "has no metadata of the same name"),
+        (lambda last: np.savez(last, b32_img=np.ones((7, 12))), "contains no array l14_img"),
+        (write_no_array, "cannot be read as an .npz with an array l14_img"),
+    ],
+)
+def test_archives_that_cannot_be_read_are_one_error(damage: Any, message: str, tmp_path: Path) -> None:
+    write_datacomp(tmp_path / "d")
+    damage(next((tmp_path / "d").glob("2*.npz")))
+    with pytest.raises(ClipcidError, match=message):
+        open_embeddings(tmp_path / "d", npz_array="l14_img")

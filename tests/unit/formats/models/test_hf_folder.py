@@ -1,6 +1,9 @@
-"""Which open_clip models Hugging Face's CLIPModel can express, what they become, and what is said of the others."""
+"""Which open_clip models Hugging Face's CLIPModel can express, what they become, and what the page of an export runs by."""
+
+from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import open_clip
@@ -10,6 +13,7 @@ from conftest import TINY_CONFIG, changed
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.hf_folder import make_config, make_image_processor, validate_for_hf
 from clipcid_cli.formats.models.onnx_file import validate_for_classifier
+from clipcid_cli.formats.models.web_folder import validate_packages, write_engine
 
 PIXELS = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
 ARCHITECTURES = sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
@@ -34,54 +38,37 @@ def test_every_architecture_of_open_clip_is_translated_or_refused_by_name() -> N
     assert {path.stem for path in ARCHITECTURES} >= EXPRESSIBLE
 
 
+UNEXPRESSED = {
+    "vision_cfg.timm_model_name": ("convnext_base", ""),
+    "vision_cfg.layers": ([3, 4, 6, 3], ", a ResNet's"),
+    "vision_cfg.image_size": ([32, 64], ", not square"),
+    "vision_cfg.patch_size": ([8, 16], ", not square"),
+    "vision_cfg.pool_type": ("avg", ""),
+    "vision_cfg.ls_init_value": (0, ""),  # 0 is a value, and no way to say `none`: the model may have trained it
+    "vision_cfg.act_kwargs": ({"beta": 1}, ""),
+    "vision_cfg.norm_kwargs": ({"bias": False}, ""),
+    "text_cfg.no_causal_mask": (True, ""),
+    "text_cfg.pool_type": ("eos", ""),
+    "text_cfg.proj_type": ("none", ""),
+    "text_cfg.vocab_size": (1000, ", below the 49408 of CLIP's tokenizer"),
+    "text_cfg.some_new_setting": (0, ""),
+    "custom_text": (True, ""),
+    "init_logit_bias": (False, ""),
+}
+
+
 def test_all_that_cannot_be_expressed_is_named() -> None:
-    config = changed(
-        TINY_CONFIG,
-        vision_cfg__timm_model_name="convnext_base",
-        vision_cfg__layers=[3, 4, 6, 3],
-        vision_cfg__image_size=[32, 64],
-        vision_cfg__patch_size=[8, 16],
-        vision_cfg__pool_type="avg",
-        vision_cfg__ls_init_value=0,  # 0 is a value, and no way to say `none`: the model may have trained it
-        vision_cfg__act_kwargs={"beta": 1},
-        vision_cfg__norm_kwargs={"bias": False},
-        text_cfg__no_causal_mask=True,
-        text_cfg__pool_type="eos",
-        text_cfg__proj_type="none",
-        text_cfg__vocab_size=1000,
-        text_cfg__some_new_setting=0,
-        multimodal_cfg={"width": 8, "heads": 2},
-        custom_text=True,
-        init_logit_bias=False,
-    )
-    pixels = PIXELS | {"resize_mode": "longest", "size": [32, 48], "interpolation": "random"}
+    changes = {name.replace(".", "__"): value for name, (value, _) in UNEXPRESSED.items()}
+    config = changed(TINY_CONFIG, multimodal_cfg={"width": 8, "heads": 2}, **changes)
+    pixels = {"resize_mode": "longest", "size": [32, 48], "interpolation": "random"}
     with pytest.raises(ClipcidError) as caught:
-        validate_for_hf(config, pixels, "HFTokenizer")
-    for said in (
-        "vision_cfg.timm_model_name is 'convnext_base';",
-        "vision_cfg.layers is [3, 4, 6, 3], a ResNet's;",
-        "vision_cfg.image_size is [32, 64], not square;",
-        "vision_cfg.patch_size is [8, 16], not square;",
-        "vision_cfg.pool_type is 'avg';",
-        "vision_cfg.ls_init_value is 0;",
-        "vision_cfg.act_kwargs is {'beta': 1};",
-        "vision_cfg.norm_kwargs is {'bias': False};",
-        "text_cfg.no_causal_mask is True;",
-        "text_cfg.pool_type is 'eos';",
-        "text_cfg.proj_type is 'none';",
-        "text_cfg.vocab_size is 1000, below the 49408 of CLIP's tokenizer;",
-        "text_cfg.some_new_setting is 0;",
-        "multimodal_cfg is set;",
-        "custom_text is True;",
-        "init_logit_bias is False;",
-        "its tokenizer is HFTokenizer, not CLIP's;",
-        "preprocess_cfg.resize_mode is 'longest'",
-        "preprocess_cfg.size is [32, 48]",
-        "preprocess_cfg.interpolation is 'random'",
-    ):
+        validate_for_hf(config, PIXELS | pixels, "HFTokenizer")
+    expected = [f"{name} is {value!r}{why};" for name, (value, why) in UNEXPRESSED.items()]
+    expected += [f"preprocess_cfg.{name} is {value!r}" for name, value in pixels.items()]
+    for said in (*expected, "multimodal_cfg is set;", "its tokenizer is HFTokenizer, not CLIP's;"):
         assert said in caught.value.message
     with pytest.raises(ClipcidError, match=r"classifier\.onnx: .*resize_mode is 'longest'"):
-        validate_for_classifier(pixels)
+        validate_for_classifier(PIXELS | pixels)
 
 
 def test_settings_are_translated() -> None:
@@ -108,3 +95,22 @@ def test_settings_are_translated() -> None:
     assert (dict(squash.size), squash.do_center_crop) == ({"height": 32, "width": 32}, False)
     bilinear = make_image_processor(PIXELS | {"interpolation": "bilinear"})
     assert (shortest.resample, bilinear.resample) == (3, 2)
+
+
+def test_without_npm_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ClipcidError, match="npm pack onnxruntime-web@"):
+        validate_packages(None)
+
+
+@pytest.mark.parametrize(("kept", "reason"), [(0.5, "cannot be read as npm's"), (1, "is a folder")])
+def test_a_damaged_package_is_named(tmp_path: Path, kept: float, reason: str) -> None:
+    archive = tmp_path / "onnxruntime-web-1.30.0.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        folder = tarfile.TarInfo("package/dist/ort.wasm.bundle.min.mjs")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    content = archive.read_bytes()
+    archive.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ClipcidError, match=f"{archive.name} .*{reason}"):
+        write_engine(tmp_path / "web", tmp_path)

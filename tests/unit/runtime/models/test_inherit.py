@@ -9,7 +9,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import TINY_CONFIG, changed
+from conftest import changed
 from families import FAMILIES, write_family
 from torch import nn
 
@@ -17,7 +17,6 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.inherit import evenly_spaced, inherit
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.towers import freeze
 
 TEACHER = {
     "embed_dim": 48,
@@ -37,6 +36,12 @@ def make(config: dict, seed: int) -> nn.Module:  # type: ignore[type-arg]
 
 def smaller(**changes: object) -> dict:  # type: ignore[type-arg]
     return changed(TEACHER, **changes)
+
+
+def rows_of_heads(parts: int) -> torch.Tensor:
+    """The rows of heads 0 and 3 of 4, 16 wide each, in so many stacked matrices: of queries, keys and values."""
+    heads = torch.cat([torch.arange(16), 48 + torch.arange(16)])
+    return torch.cat([64 * part + heads for part in range(parts)])
 
 
 def test_fewer_layers_take_the_first_the_last_and_between() -> None:
@@ -59,41 +64,34 @@ def test_pooling_by_attention_stays_as_it_is_and_its_heads_are_not_the_layers() 
     left = inherit(student, source, "image")
     assert left
     assert all(name.startswith("image attn_pool.") for name in left)
-    heads = torch.cat([torch.arange(16), 48 + torch.arange(16)])  # heads 0 and 3 of 4
     name = "visual.transformer.resblocks.1.attn.in_proj_bias"
-    rows = torch.cat([heads, 64 + heads, 128 + heads])
-    assert torch.equal(student.state_dict()[name], source.state_dict()[name][rows])
+    assert torch.equal(student.state_dict()[name], source.state_dict()[name][rows_of_heads(3)])
 
 
-def test_a_narrower_tower_takes_whole_heads_and_the_same_channels_everywhere() -> None:
+def test_a_narrower_tower_takes_whole_heads_and_the_same_channels_everywhere_and_the_other_stays() -> None:
     student, source = make(smaller(vision_cfg__width=32, embed_dim=48), 0), make(TEACHER, 1)
+    before = copy.deepcopy(student.state_dict())
     assert inherit(student, source, "image") == []
     own, others = student.state_dict(), source.state_dict()
     channels = evenly_spaced(32, 64)
-    heads = torch.cat([torch.arange(16), 48 + torch.arange(16)])  # heads 0 and 3 of 4
     name = "visual.transformer.resblocks.1.attn.in_proj_weight"
-    rows = torch.cat([heads, 64 + heads, 128 + heads])
-    assert torch.equal(own[name], others[name][rows][:, channels])
+    assert torch.equal(own[name], others[name][rows_of_heads(3)][:, channels])
     name = "visual.transformer.resblocks.1.attn.out_proj.weight"
-    assert torch.equal(own[name], others[name][channels][:, heads])
+    assert torch.equal(own[name], others[name][channels][:, rows_of_heads(1)])
     name = "visual.positional_embedding"
     assert torch.equal(own[name], others[name][:, channels])
     assert torch.equal(own["visual.proj"], others["visual.proj"][channels])
+    for name, tensor in before.items():
+        assert torch.equal(own[name], tensor) == (not name.startswith("visual.")), name
 
 
-def test_other_sizes_of_image_text_and_vocabulary() -> None:
-    config = smaller(vision_cfg__image_size=32, text_cfg__context_length=10, text_cfg__vocab_size=400)
+def test_another_length_of_texts_and_another_vocabulary() -> None:
+    config = smaller(text_cfg__context_length=10, text_cfg__vocab_size=400)
     student, source = make(config, 0), make(TEACHER, 1)
     before = student.token_embedding.weight.detach().clone()
     assert inherit(student, source, "both") == ["text token_embedding.weight"]
     assert torch.equal(student.token_embedding.weight, before)
     assert torch.equal(student.positional_embedding, source.positional_embedding[:10])
-    assert torch.equal(student.visual.positional_embedding[0], source.visual.positional_embedding[0])
-    # A constant grid stays that constant when it is resampled.
-    with torch.no_grad():
-        source.visual.positional_embedding[1:] = 0.25
-    inherit(student, source, "image")
-    torch.testing.assert_close(student.visual.positional_embedding[1:], torch.full((4, 64), 0.25))
 
 
 @pytest.mark.parametrize(
@@ -121,16 +119,6 @@ def test_what_is_computed_otherwise_is_named() -> None:
         "text activation (QuickGELU, GELU there)",
         "text pooling (last, argmax there)",
     ]
-
-
-def test_one_tower_leaves_the_other_as_it_was() -> None:
-    student, source = make(TEACHER, 0), make(TEACHER, 1)
-    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    inherit(student, source, "text")
-    after = student.state_dict()
-    for name, tensor in before.items():
-        same = torch.equal(after[name], tensor)
-        assert same == (name.startswith("visual.") or name == "logit_scale"), name
 
 
 @pytest.mark.parametrize(
@@ -161,13 +149,9 @@ def test_a_vit_of_timm_with_attention_pooling_takes_whole_heads_of_every_attenti
     assert inherit(student, source, "image") == []
     own, others = student.state_dict(), source.state_dict()
     channels = evenly_spaced(32, 64)
-    heads = torch.cat([torch.arange(16), 48 + torch.arange(16)])  # heads 0 and 3 of 4
-    for name, rows in {
-        "visual.trunk.blocks.0.attn.qkv.weight": [heads, 64 + heads, 128 + heads],
-        "visual.trunk.attn_pool.kv.weight": [heads, 64 + heads],
-        "visual.trunk.attn_pool.q.weight": [heads],
-    }.items():
-        assert torch.equal(own[name], others[name][torch.cat(rows)][:, channels])
+    for name, parts in {"blocks.0.attn.qkv": 3, "attn_pool.kv": 2, "attn_pool.q": 1}.items():
+        found, there = (weights[f"visual.trunk.{name}.weight"] for weights in (own, others))
+        assert torch.equal(found, there[rows_of_heads(parts)][:, channels])
     # A constant grid stays that constant when it is resampled: there is no class token.
     with torch.no_grad():
         source.visual.trunk.pos_embed.fill_(0.25)
@@ -188,14 +172,3 @@ def test_chooses_channels_only_where_the_layout_of_the_attention_is_known() -> N
         inherit(student, other, "image")
     assert "--init-towers text" in str(caught.value.fix)
     assert inherit(make(smaller(**attention), 0), other, "image") == [], "its own is copied whole"
-
-
-@pytest.mark.parametrize("tower", ["image", "text"])
-def test_a_frozen_tower_has_no_trained_parameter(tower: str) -> None:
-    model: nn.Module = open_clip.CLIP(**TINY_CONFIG)
-    modules = freeze(model, tower)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert "logit_scale" in trained
-    assert any(name.startswith("visual.") for name in trained) == (tower == "text")
-    assert ("token_embedding.weight" in trained) == (tower == "image")
-    assert (model.visual in modules) == (tower == "image")

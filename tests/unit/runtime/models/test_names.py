@@ -1,10 +1,12 @@
-"""Names of models: what each form means, and what a wrong one is told."""
+"""Names of models, what a wrong one is told, and what is imported for which."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.models.names import (
@@ -15,6 +17,7 @@ from clipcid_cli.runtime.models.names import (
     read_config,
     with_default_tag,
 )
+from clipcid_cli.runtime.pipeline import ordered_map
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,10 @@ def test_unknown_names_are_told_what_is_close_and_what_else_works(tmp_path: Path
         parse_model(str(tmp_path / "absent"))
     with pytest.raises(ClipcidError, match=r"has no open_clip_config\.json"):
         parse_model(str(tmp_path))
+    (tmp_path / "student.json").write_text("[]")
+    with pytest.raises(ClipcidError, match="is not an open_clip configuration") as caught:
+        read_config(tmp_path / "student.json")
+    assert "weights" not in caught.value.fix
 
 
 def test_a_teacher_needs_weights(tmp_path: Path, tiny_model: Path) -> None:
@@ -83,19 +90,28 @@ def test_weights_are_found_as_open_clip_finds_them(tmp_path: Path) -> None:
     from open_clip.factory import _find_checkpoint_in_dir
 
     assert find_weights(tmp_path) is None
-    for name in (
-        "zzz.pth",
-        "aaa.bin",
-        "model.safetensors",
-        "open_clip_pytorch_model.bin",
-        "open_clip_model.safetensors",
-    ):
+    names = ("zzz.pth", "aaa.bin", "model.safetensors", "open_clip_pytorch_model.bin", "open_clip_model.safetensors")
+    for name in names:
         (tmp_path / name).touch()
         assert str(find_weights(tmp_path)) == _find_checkpoint_in_dir(tmp_path)
 
 
-def test_an_error_in_a_configuration_alone_does_not_speak_of_weights(tmp_path: Path) -> None:
-    (tmp_path / "student.json").write_text("[]")
-    with pytest.raises(ClipcidError, match="is not an open_clip configuration") as caught:
-        read_config(tmp_path / "student.json")
-    assert "weights" not in caught.value.fix
+def use_open_clip(_: int) -> None:
+    """Be run in a worker, whose server has imported open_clip and nothing that few models need."""
+    from torchvision.ops import roi_align
+
+    from clipcid_cli.runtime.models.lean_open_clip import import_towers, open_clip
+
+    assert not {"timm", "transformers", "torch._dynamo", "torch._dynamo.utils"} & sys.modules.keys()
+    import_towers({"vision_cfg": {}, "text_cfg": {}})
+    assert open_clip.timm_model.timm is None
+    import_towers({"vision_cfg": {"timm_model_name": "test_vit"}, "text_cfg": {}})
+    assert open_clip.timm_model.timm.__name__ == "timm"
+    assert open_clip.hf_model.transformers is None
+    # What torchvision's operators ask the compiler, once they run on a GPU.
+    assert sys.modules["torchvision.ops.roi_align"].is_compile_supported("cpu") is True
+    assert roi_align(torch.ones(1, 1, 4, 4), [torch.tensor([[0.0, 0, 2, 2]])], 1).item() == 1
+
+
+def test_what_open_clip_imports_comes_when_it_is_needed() -> None:
+    assert list(ordered_map(use_open_clip, [0], 1)) == [None]
