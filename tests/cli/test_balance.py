@@ -71,9 +71,7 @@ def test_a_share_is_single_linkage(clipcid: Clipcid, embeddings: Path, rows: np.
     ],
     ids=["star, against", "partitioned"],
 )
-def test_two_processes_write_the_bytes_of_one(
-    clipcid: Clipcid, torchrun: Clipcid, tmp_path: Path, amount: tuple[object, ...]
-) -> None:
+def test_two_processes_agree(clipcid: Clipcid, torchrun: Clipcid, tmp_path: Path, amount: tuple[object, ...]) -> None:
     write_embeddings(tmp_path / "e", make_rows(3000, width=64), num_files=3)
     write_embeddings(tmp_path / "r", make_rows(1000, width=64, seed=1))
     call = ("balance", "--embeddings", "e", *amount)
@@ -179,9 +177,7 @@ def test_all_filters_go_together(clipcid: Clipcid, torchrun: Clipcid, tiny_model
     assert one["kept"] == keep["kept"].sum() == keep["dropped_by"].isna().sum()
 
 
-def test_new_shards_replace_no_other_files(
-    clipcid: Clipcid, torchrun: Clipcid, tiny_shards: Path, tmp_path: Path
-) -> None:
+def test_new_shards_replace_no_others(clipcid: Clipcid, torchrun: Clipcid, tiny_shards: Path, tmp_path: Path) -> None:
     rows = make_rows(24, seed=3)
     rows[1::2] = rows[::2]
     shards = ["00000"] * 14 + ["00001"] * 10

@@ -67,9 +67,7 @@ def test_a_finished_output_is_kept(embedded: Run, clipcid: Clipcid, tiny_shards:
 
 
 @pytest.mark.parametrize("file", ["rows.npy", "img_emb/img_emb_0000.npy", "a.npz", "inner/a.npz", "distill.json"])
-def test_what_others_wrote_is_left_alone(
-    clipcid: Clipcid, tiny_shards: Path, tiny_model: Path, tmp_path: Path, file: str
-) -> None:
+def test_what_others_wrote(clipcid: Clipcid, tiny_shards: Path, tiny_model: Path, tmp_path: Path, file: str) -> None:
     path = tmp_path / "out" / file
     path.parent.mkdir(parents=True)
     path.write_text("{}")

@@ -129,9 +129,7 @@ def check_shots(clipcid: Clipcid, plain: dict[str, Any], arguments: list[object]
     assert first["std"] > 0
 
 
-def test_features_are_kept_until_something_changes(
-    clipcid: Clipcid, tiny_model: Path, colours: Path, tmp_path: Path
-) -> None:
+def test_features_are_kept_while_valid(clipcid: Clipcid, tiny_model: Path, colours: Path, tmp_path: Path) -> None:
     model, data = tmp_path / "model", tmp_path / "colours"
     shutil.copytree(tiny_model, model)
     shutil.copytree(colours, data)

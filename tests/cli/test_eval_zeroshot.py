@@ -220,9 +220,7 @@ def test_several_seeds_are_compared(clipcid: Clipcid, classification: Path, retr
         assert message in clipcid("eval-zeroshot", "--compare", *sides, code=code).said
 
 
-def test_held_out_samples_are_the_default(
-    clipcid: Clipcid, tiny_model: Path, tiny_shards: Path, tmp_path: Path
-) -> None:
+def test_held_out_samples_by_default(clipcid: Clipcid, tiny_model: Path, tiny_shards: Path, tmp_path: Path) -> None:
     student = ("--teacher", "none", "--student", tiny_model / "open_clip_config.json")
     common = ("distill", tiny_shards, *student, "--steps", 2, "--batch-size", 4)
     trained = clipcid(*common, "--val-fraction", 0.3, "--name", "alone", "--json").json

@@ -30,6 +30,8 @@ from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.inputs import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.preflight import choose_order, validate_samples
 
+KEYS = [f"{row:04d}" for row in range(100)]
+
 
 @pytest.mark.parametrize(
     ("names", "folders", "labels", "by"),
@@ -45,9 +47,7 @@ from clipcid_cli.steps.preflight import choose_order, validate_samples
         (("x", "y"), ("1", "2"), (0, 1), "order"),  # no line has the number 2
     ],
 )
-def test_the_name_of_each_folder(
-    names: tuple[str, ...], folders: tuple[str, ...], labels: tuple[int, ...], by: str
-) -> None:
+def test_names_of_folders(names: tuple[str, ...], folders: tuple[str, ...], labels: tuple[int, ...], by: str) -> None:
     found = match_class_names(names, folders)
     assert (found.labels, found.by) == (labels, by)
 
@@ -128,9 +128,6 @@ def test_a_held_out_part_is_read_from_the_index_alone(data: Path, tmp_path: Path
             before = server.bytes_sent.total()
             assert read_part(dataset) == expected
         assert server.bytes_sent.total() - before == sum(map(len, expected[1]))
-
-
-KEYS = [f"{row:04d}" for row in range(100)]
 
 
 @pytest.fixture

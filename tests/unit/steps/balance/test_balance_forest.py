@@ -24,7 +24,7 @@ from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 FILES = ("keep.parquet", "forest.parquet", "curve.csv", "sets.parquet")
 NUM_JOBS = 10 * 11 // 2  # of ten panels
 CUTOFF = 0.6  # of a search in partitions
-FEW, MANY = 4_000, 12_000  # rows whose memory is compared
+FEW, MANY = 10_000, 40_000  # rows whose memory is compared
 
 
 def write_shards(folder: Path, rows: np.ndarray, shards: dict[int, range]) -> Path:

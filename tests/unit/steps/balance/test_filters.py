@@ -23,6 +23,23 @@ from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 NUM_ROWS = 400
+CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("good", {"against": ("narrow",), "against_threshold": 0.1}, "have width 16, those in .*good 32"),
+    ("good", {"against": ("zeros",), "against_threshold": 0.1}, "All 20 rows of .*zeros are zero or not finite"),
+    ("good", {"against": ("pictures.tar",), "against_threshold": 0.1}, "does not record the model to embed it with"),
+    ("good", {"max_caption_similarity": -0.99}, r"of none of the \d+ images is in the window to -0.99: they range"),
+    ("good", {"max_per_cluster": 2}, "There are no clusters in"),
+    ("good", {"max_per_cluster": 2, "clusters": "."}, "holds no finished clusters"),
+    ("good", {"write_shards": "s"}, "needs the data itself"),
+    ("good", {"write_shards": "s", "data": "no-such-data"}, "There is no data at"),
+    ("good", {"select": "resolution"}, "--select resolution needs the data itself"),
+    ("good", {"write_uids": "u.npy"}, "Sample '000000' has no uid of DataComp's"),
+    ("narrow", {"min_caption_similarity": 0.1}, "contains no text embeddings"),
+    ("narrow", {"select": "similarity"}, "contains no text embeddings"),
+    ("zeros", {}, "None of the 20 rows of .*zeros is finite"),
+    ("text", {}, "cannot be read"),
+    ("empty", {}, "all without rows"),
+)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -219,25 +236,6 @@ def test_references_are_embedded_alike(tmp_path: Path, tiny_model: Path, is_unto
     said = r"other were preprocessed in another way \(.*, without --fast-decode\) than those of"
     with pytest.raises(ClipcidError, match=said):
         balance(work, folder, against=(str(tmp_path / "other"),), **call)
-
-
-CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
-    ("good", {"against": ("narrow",), "against_threshold": 0.1}, "have width 16, those in .*good 32"),
-    ("good", {"against": ("zeros",), "against_threshold": 0.1}, "All 20 rows of .*zeros are zero or not finite"),
-    ("good", {"against": ("pictures.tar",), "against_threshold": 0.1}, "does not record the model to embed it with"),
-    ("good", {"max_caption_similarity": -0.99}, r"of none of the \d+ images is in the window to -0.99: they range"),
-    ("good", {"max_per_cluster": 2}, "There are no clusters in"),
-    ("good", {"max_per_cluster": 2, "clusters": "."}, "holds no finished clusters"),
-    ("good", {"write_shards": "s"}, "needs the data itself"),
-    ("good", {"write_shards": "s", "data": "no-such-data"}, "There is no data at"),
-    ("good", {"select": "resolution"}, "--select resolution needs the data itself"),
-    ("good", {"write_uids": "u.npy"}, "Sample '000000' has no uid of DataComp's"),
-    ("narrow", {"min_caption_similarity": 0.1}, "contains no text embeddings"),
-    ("narrow", {"select": "similarity"}, "contains no text embeddings"),
-    ("zeros", {}, "None of the 20 rows of .*zeros is finite"),
-    ("text", {}, "cannot be read"),
-    ("empty", {}, "all without rows"),
-)
 
 
 @pytest.fixture(scope="module")

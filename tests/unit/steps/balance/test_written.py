@@ -26,6 +26,23 @@ from clipcid_cli.steps.balance.samples import SampleFinder, read_uid
 from clipcid_cli.steps.data_index import index_alone
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
+VOCABULARY = [
+    "Red",
+    "red",
+    "façade",
+    "the",
+    "of",
+    "x",
+    "boat",
+    "boats",
+    "don't",
+    "2012",
+    "Straße",
+    "with",
+    "лес",
+    "ab1cd",
+]
+
 
 @pytest.fixture(scope="module")
 def rows() -> np.ndarray:
@@ -151,24 +168,6 @@ def test_a_report_lists_no_large_data_for_another_tools_keys(tmp_path: Path, mon
     assert gallery.data is not None
     index_alone(gallery.data, 0)
     assert report.Gallery(plan).read(["0.parquet"], ["000003"])[0].startswith("data:")
-
-
-VOCABULARY = [
-    "Red",
-    "red",
-    "façade",
-    "the",
-    "of",
-    "x",
-    "boat",
-    "boats",
-    "don't",
-    "2012",
-    "Straße",
-    "with",
-    "лес",
-    "ab1cd",
-]
 
 
 def test_it_tells_what_moved_and_loads_nothing(tmp_path: Path) -> None:

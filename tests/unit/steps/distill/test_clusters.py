@@ -23,6 +23,8 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 
 K, D, CUT, N, M = 300, 24, 10, 40, 6
 CPU = torch.device("cpu")
+NUM_CLUSTERS, WIDTH, BATCH, STORED = 1_000_000, 768, 1_024, 16
+LIMIT = 800_000_000  # bytes that a step with so many clusters may add
 
 
 @pytest.fixture
@@ -35,9 +37,7 @@ def file(tmp_path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("is_projected", [False, True])
 @pytest.mark.parametrize("is_kept", [False, True])
-def test_taken_rows_are_the_file_rows_projected(
-    file: np.ndarray, is_projected: bool, is_kept: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_projected_rows(file: np.ndarray, is_projected: bool, is_kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = principal_axes(file.astype(np.float64).T @ file.astype(np.float64), CUT) if is_projected else None
     width = CUT if is_projected else D
     monkeypatch.setattr(cluster, "_KEPT_BYTES", K * width * 4 - (not is_kept))
@@ -99,9 +99,6 @@ def test_a_cluster_that_is_not_there_is_named(file: np.ndarray, cluster: int) ->
     with pytest.raises(ClipcidError, match=rf"name clusters .*{cluster}.*; there are {K:,} centroids"):
         lookup.targets(rows, step=1)
 
-
-NUM_CLUSTERS, WIDTH, BATCH, STORED = 1_000_000, 768, 1_024, 16
-LIMIT = 800_000_000
 
 STEP = f"""
 import sys

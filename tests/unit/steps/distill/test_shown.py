@@ -43,6 +43,9 @@ from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 COUNTS = (1, 3, 2, 5, 1, 4)
+TEXTS = [make_caption(number) for number in range(500, 523)]
+# Batches of 40 pictures hold ten samples, with 1 + 3 pictures each.
+MIXED = {"views": 3, "view_kind": ("strong", "mix,crop"), "crop_scale": 0.8, "seed": 5, "batch_size": 40}
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +105,6 @@ def test_other_captions_than_those_embedded_are_refused(
     given += ["--precision", "fp32", "--batch-size", "16"]
     assert words[:3] == ["clipcid", "embed", str(changed)]
     assert sorted(words[3:]) == sorted(given)
-
-
-TEXTS = [make_caption(number) for number in range(500, 523)]
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +180,6 @@ def test_further_texts_by_default(work: Path, plain: Path, data: Path, tiny_shar
     parts, _ = train(tmp_path / "c", tiny_shards, accum_freq=4, workers=1, **common, extra_texts=5, texts=lines)
     for one, other in zip(shown, parts, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-
-
-# Batches of 40 pictures hold ten samples, with 1 + 3 pictures each.
-MIXED = {"views": 3, "view_kind": ("strong", "mix,crop"), "crop_scale": 0.8, "seed": 5, "batch_size": 40}
 
 
 @pytest.fixture(scope="module")

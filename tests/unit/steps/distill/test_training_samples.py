@@ -175,9 +175,7 @@ def test_bad_rows_are_told_on_each_start(tiny_shards: Path, tiny_model: Path, tm
         ("cuda", 6, 400_000_000, {}, 2046),  # as many for each process
     ],
 )
-def test_batches_grow_with_the_data_where_there_are_gpus(
-    device: str, gpus: int, samples: int, settings: dict[str, Any], expected: int
-) -> None:
+def test_batches_grow_with_data(device: str, gpus: int, samples: int, settings: dict[str, Any], expected: int) -> None:
     context = DistContext(0, gpus, 0, torch.device(device))
     assert choose_batch_size(DistillSettings(student="ViT-B-32", **settings), samples, context) == expected
 
