@@ -150,7 +150,7 @@ def process_context() -> ForkServerContext:
 
 
 def run_in_two(function: Callable[..., Any], folder: Path, *arguments: object) -> list[Any]:
-    """Call a function with each rank in two processes of one run (gloo), which meet in a folder; what they returned."""
+    """Call a function with each rank in two processes of one run (gloo), which meet in a folder; return what they do."""
     with ProcessPoolExecutor(2, process_context()) as pool:
         calls = [pool.submit(_call_as_rank, rank, folder / "store", function, *arguments) for rank in range(2)]
         return [call.result(timeout=180) for call in calls]
@@ -305,6 +305,16 @@ def shard_members(first: int, count: int, *, captions: bool = True) -> list[tupl
             members.append((f"{number:06d}.txt", make_caption(number).encode()))
         members.append((f"{number:06d}.json", json.dumps({"number": number}).encode()))
     return members
+
+
+def write_benchmark(folder: Path, split: str, *shards: Iterable[tuple[str, bytes]], **texts: str) -> Path:
+    """Write the shards of a split as CLIP_benchmark lays them out, and text files beside the split."""
+    for number, members in enumerate(shards):
+        write_tar(folder / split / f"{number}.tar", members)
+    (folder / split / "nshards.txt").write_text(str(len(shards)))
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    return folder
 
 
 def write_class_folders(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Clipcid, make_image, run_in_two, start_clipcid, write_tar
+from conftest import Clipcid, make_image, run_in_two, start_clipcid, write_benchmark
 from distill_data import FULL_PRESETS, SHORT, losses, student_bytes, train
 from safetensors.torch import load_file
 
@@ -50,14 +50,11 @@ def whole(distill_prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def tiny_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of two classes as CLIP_benchmark lays it out."""
-    folder = tmp_path_factory.mktemp("benchmark") / "shades"
     members = []
     for number in range(6):
         members += [(f"{number}.png", make_image(number)), (f"{number}.cls", str(number % 2).encode())]
-    write_tar(folder / "test" / "0.tar", members)
-    (folder / "test" / "nshards.txt").write_text("1\n")
-    (folder / "classnames.txt").write_text("dark\nzebra\n")  # no caption has a zebra
-    return folder
+    classnames = "dark\nzebra\n"  # no caption has a zebra
+    return write_benchmark(tmp_path_factory.mktemp("benchmark") / "shades", "test", members, classnames=classnames)
 
 
 def test_parts_of_a_batch_train_as_the_whole(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

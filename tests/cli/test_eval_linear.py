@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Clipcid, write_tar, write_tiny_model
+from conftest import Clipcid, write_benchmark, write_tiny_model
 from PIL import Image
 from sidecars import make_sidecar
 from sklearn.linear_model import LogisticRegression
@@ -173,9 +173,7 @@ def several_classes(folder: Path, split: str, count: int, seed: int) -> Path:
         vector = io.BytesIO()
         np.save(vector, np.isin(np.arange(4), chosen).astype(np.int64))
         members += [(f"{number:03d}.png", buffer.getvalue()), (f"{number:03d}.npy", vector.getvalue())]
-    write_tar(folder / split / "0.tar", members)
-    (folder / split / "nshards.txt").write_text("1")
-    return folder
+    return write_benchmark(folder, split, members)
 
 
 def test_an_image_may_have_several_classes(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
@@ -213,8 +211,7 @@ def test_benchmark_shards_and_the_newest_student(clipcid: Clipcid, tiny_model: P
             name = list(COLOURS)[number % 4]
             members.append((f"{number:03d}.png", draw(COLOURS[name], number + 30_000 * count)))
             members.append((f"{number:03d}.cls", str(number % 4).encode()))
-        write_tar(tmp_path / "bench" / split / "0.tar", members)
-        (tmp_path / "bench" / split / "nshards.txt").write_text("1")
+        write_benchmark(tmp_path / "bench", split, members)
     run = tmp_path / "clipcid-work" / "distill" / "first"
     shutil.copytree(tiny_model, run / "student")
     (run / "distill.json").write_text(json.dumps(make_sidecar(DistillSidecar)))

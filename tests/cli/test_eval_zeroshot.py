@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import Clipcid, embed_with_open_clip, make_caption, make_image, write_tar, write_tiny_model
+from conftest import Clipcid, embed_with_open_clip, make_caption, make_image, write_benchmark, write_tiny_model
 
 from clipcid_cli.runtime.randomness import key_fractions
 
@@ -28,38 +28,24 @@ def label_of(number: int) -> int:
 @pytest.fixture(scope="module")
 def classification(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP_benchmark folder: a test split of two shards, 18 and 12 samples, six classes of which five occur."""
-    folder = tmp_path_factory.mktemp("data") / "things"
-    for shard, numbers in enumerate([range(18), range(18, SAMPLES)]):
-        members = [
-            member
-            for number in numbers
-            for member in (
-                (f"s{number:07d}.cls", str(label_of(number)).encode()),
-                (f"s{number:07d}.webp", make_image(number, kind="WEBP")),
-            )
-        ]
-        write_tar(folder / "test" / f"{shard}.tar", members)
-    (folder / "test" / "nshards.txt").write_text("2")
-    (folder / "classnames.txt").write_text("\n".join(CLASS_NAMES) + "\n")
-    (folder / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
-    return folder
+    members = []
+    for number in range(SAMPLES):
+        members.append((f"s{number:07d}.cls", str(label_of(number)).encode()))
+        members.append((f"s{number:07d}.webp", make_image(number, kind="WEBP")))
+    classnames, templates = ("".join(f"{line}\n" for line in lines) for lines in (CLASS_NAMES, TEMPLATES))
+    texts = {"classnames": classnames, "zeroshot_classification_templates": templates}
+    return write_benchmark(tmp_path_factory.mktemp("data") / "things", "test", members[:36], members[36:], **texts)
 
 
 @pytest.fixture(scope="module")
 def retrieval(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP_benchmark retrieval folder: 24 images with one or two captions."""
-    folder = tmp_path_factory.mktemp("data") / "captions"
     members = []
     for number in range(24):
         captions = [make_caption(number)] + ([make_caption(100 + number)] if number % 3 == 0 else [])
-        members += [
-            (f"{number:04d}.jpg", make_image(number, kind="JPEG")),
-            (f"{number:04d}.txt", "\n".join(captions).encode()),
-        ]
-    write_tar(folder / "test" / "0.tar", members)
-    (folder / "test" / "nshards.txt").write_text("1")
-    (folder / "dataset_type.txt").write_text("retrieval")
-    return folder
+        members.append((f"{number:04d}.jpg", make_image(number, kind="JPEG")))
+        members.append((f"{number:04d}.txt", "\n".join(captions).encode()))
+    return write_benchmark(tmp_path_factory.mktemp("data") / "captions", "test", members, dataset_type="retrieval")
 
 
 def test_classification_is_open_clips(clipcid: Clipcid, tiny_model: Path, classification: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import open_clip
 import pandas as pd
 import pytest
 import torch
-from conftest import Clipcid, embed_with_open_clip, make_image, write_class_folders, write_tar
+from conftest import Clipcid, embed_with_open_clip, make_image, write_benchmark, write_class_folders, write_tar
 from sklearn.metrics import average_precision_score
 
 
@@ -62,11 +62,8 @@ def test_several_classes_an_image(clipcid: Clipcid, tiny_model: Path, tmp_path: 
         members += [(f"{number:02d}.npy", content.getvalue()), (f"{number:02d}.png", make_image(number))]
         (tmp_path / f"{number:02d}.png").write_bytes(make_image(number))
         lines.append(f"{number:02d}.png,{' '.join(str(place) for place in range(4) if vector[place])}")
-    folder = tmp_path / "many"
-    write_tar(folder / "test" / "0.tar", members)
-    (folder / "test" / "nshards.txt").write_text("1")
-    (folder / "dataset_type.txt").write_text("multilabel")
-    (folder / "classnames.txt").write_text("red\ngreen\nblue\ndark\n")
+    texts = {"dataset_type": "multilabel", "classnames": "red\ngreen\nblue\ndark\n"}
+    folder = write_benchmark(tmp_path / "many", "test", members, **texts)
     (tmp_path / "list.csv").write_text("\n".join(lines) + "\n")
     prompted = ("--classnames", folder / "classnames.txt", "--templates", "simple")
     run = clipcid("eval-zeroshot", tiny_model, folder, "list.csv", *prompted, "--predictions", "--json")

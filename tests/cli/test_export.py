@@ -186,7 +186,7 @@ def test_parity_is_measured_and_told(exported: Exported) -> None:
     assert "The check of quantized files can hardly fail here: acc1 of the model itself is" in exported.run.said
     assert "a guess would reach 33.3%" in exported.run.said
     card = (folder / "README.md").read_text()
-    assert card.startswith('---\nlicense: "cc0-1.0"\nlibrary_name: transformers\n')
+    assert card.startswith('---\nlicense: "cc0-1.0"\nlibrary_name: open_clip\n')
     assert "| Teacher | unknown |" in card
     assert "| `classifier_int8.onnx` |" in card
 
@@ -255,6 +255,7 @@ def test_another_form_needs_overwrite(clipcid: Clipcid, torchrun: Clipcid, tiny_
     torchrun(2, "export", tiny_model, "--out", "here", "--format", "hf", "--overwrite")
     names = {name for name in os.listdir(tmp_path / "here") if not name.startswith(".")}
     assert names == {"README.md", "export.json", "parity.json", *HUGGING_FACE}
+    assert "library_name: transformers" in (tmp_path / "here" / "README.md").read_text()
 
 
 def test_files_of_others_are_not_replaced(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
