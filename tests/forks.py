@@ -28,8 +28,7 @@ from typing import Any, NoReturn
 from package import import_package
 
 # Beside the package. Not faiss: with a GPU it loads CUDA's libraries, which must not be loaded where forks are made.
-# PyTorch's optimisers import its compiler.
-_IMPORTED = ("jinja2", "matplotlib.figure", "open_clip", "pyarrow.dataset", "torch._dynamo")
+_IMPORTED = ("jinja2", "matplotlib.figure", "open_clip", "pyarrow.dataset")
 
 # Libraries read these when they are imported, which has happened where a fork begins.
 _READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH_", "OMP_", "GOMP_", "MKL_", "PYTHON")

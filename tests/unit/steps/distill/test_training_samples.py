@@ -51,12 +51,10 @@ def list_samples(dataset: Dataset, rows: SampleRows) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("order", ["as the data", "reversed", "shuffled"])
-def test_rows_are_found_in_any_order(order: str, dataset: Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_shuffled", [False, True])
+def test_rows_are_found_in_any_order(is_shuffled: bool, dataset: Dataset, tmp_path: Path) -> None:
     keys = list_keys(dataset)
-    numbers = {"as the data": np.arange(24), "reversed": np.arange(24)[::-1]}.get(
-        order, np.random.default_rng(0).permutation(24)
-    )
+    numbers = np.random.default_rng(0).permutation(24) if is_shuffled else np.arange(24)
     listed = [keys[number] for number in numbers if number % 8 != 3]
     embedded = [keys[number] for number in numbers if number % 12 != 7]
     pq.write_table(pa.table({"key": listed, "kept": [key < keys[20] for key in listed]}), tmp_path / "keep.parquet")
