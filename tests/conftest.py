@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,11 @@ class Run:
         """The one JSON object on stdout."""
         return json.loads(self.stdout)
 
+    @property
+    def said(self) -> str:
+        """All of stderr as one line."""
+        return " ".join(self.stderr.split())
+
     def __repr__(self) -> str:
         return (
             f"\n$ cd {self.cwd}\n$ {' '.join(self.command)}\nexit {self.returncode}"
@@ -126,14 +132,15 @@ def run_clipcid(
     *arguments: object,
     cwd: Path,
     check: bool = True,
+    code: int = 0,
     timeout: float = 300,
     env: dict[str, str] | None = None,
     processes: int = 1,
 ) -> Run:
-    """Run a command line to its end, as `start_clipcid` starts it."""
+    """Run a command line to its end, as `start_clipcid` starts it; with `check`, another exit code fails the test."""
     command = ("clipcid", *map(str, arguments)) if processes == 1 else (f"{processes} × clipcid", *map(str, arguments))
     started = start_clipcid(*arguments, cwd=cwd, env=env, processes=processes)
-    return _finish(Run(command, cwd, started.wait(timeout), *started.read()), check)
+    return _finish(Run(command, cwd, started.wait(timeout), *started.read()), check, code)
 
 
 @contextlib.contextmanager
@@ -155,6 +162,24 @@ def process_context() -> ForkServerContext:
     return multiprocessing.get_context("forkserver")
 
 
+def run_in_two(function: Callable[..., Any], folder: Path, *arguments: object) -> list[Any]:
+    """Call a function with each rank in two processes of one run (gloo), which meet in a folder; return what they do."""
+    with ProcessPoolExecutor(2, process_context()) as pool:
+        calls = [pool.submit(_call_as_rank, rank, folder / "store", function, *arguments) for rank in range(2)]
+        return [call.result(timeout=180) for call in calls]
+
+
+def _call_as_rank(rank: int, store: Path, function: Callable[..., Any], *arguments: object) -> Any:
+    import torch.distributed as dist
+
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        return function(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
 def _command_environment(command: list[str], environment: dict[str, str] | None) -> dict[str, str]:
     """Return the environment of a command.
 
@@ -165,8 +190,8 @@ def _command_environment(command: list[str], environment: dict[str, str] | None)
     return clean_environment() | workers | (environment or {})
 
 
-def _finish(run: Run, check: bool) -> Run:
-    if check and run.returncode != 0:
+def _finish(run: Run, check: bool, code: int = 0) -> Run:
+    if check and run.returncode != code:
         pytest.fail(repr(run))
     return run
 
@@ -293,6 +318,27 @@ def shard_members(first: int, count: int, *, captions: bool = True) -> list[tupl
             members.append((f"{number:06d}.txt", make_caption(number).encode()))
         members.append((f"{number:06d}.json", json.dumps({"number": number}).encode()))
     return members
+
+
+def write_benchmark(folder: Path, split: str, *shards: Iterable[tuple[str, bytes]], **texts: str) -> Path:
+    """Write the shards of a split as CLIP_benchmark lays them out, and text files beside the split."""
+    for number, members in enumerate(shards):
+        write_tar(folder / split / f"{number}.tar", members)
+    (folder / split / "nshards.txt").write_text(str(len(shards)))
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def write_class_folders(
+    folder: Path, classes: Mapping[str, Iterable[int]], draw: Callable[[int], bytes] = make_image
+) -> Path:
+    """Write a folder of images for each class; each image is called as the number it is drawn from."""
+    for name, numbers in classes.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in numbers:
+            (folder / name / f"{number}.png").write_bytes(draw(number))
+    return folder
 
 
 def write_classified(folder: Path) -> None:

@@ -1,20 +1,13 @@
-"""A tiny student, short runs of it, and what they logged.
-
-As a script (`FOLDER NAME,SETTING=NUMBER,… …`, alone or under torchrun) it trains with `FULL_PRESETS` in each of these ways:
-one start of PyTorch serves them all.
-"""
+"""A tiny student, short runs of it, and what they logged."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from clipcid_cli.algorithms.losses.registry import PRESETS
-from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 STUDENT = {
@@ -24,7 +17,7 @@ STUDENT = {
 }
 # Losses that no preset has: the runs of one preset have them too.
 FURTHER = {"clip-rd": ("mfd=1", "gd=0.001", "afd=1", "siglip=1", "siglip-kd=1")}
-SHORT = ("--student", "student.json", "--preset", "cid", "--batch-size", 8, "--workers", 1, "--val-fraction", 0.2)
+SHORT = ("--student", "student.json", "--preset", "cid", "--batch-size", 8, "--val-fraction", 0.2)
 
 FULL_PRESETS = tuple(
     name
@@ -74,14 +67,3 @@ def train(
         report = {} if with_report else {"return_value": ""}
         with patch.object(run, "write_report", wraps=run.write_report, **report):
             run.run(asked)
-
-
-if __name__ == "__main__":
-    # Joined once: every run of this process meets the others in the same group.
-    with open_dist_context("cpu"):
-        for way in sys.argv[2:]:
-            name, *given = way.split(",")
-            train(Path(sys.argv[1]), name, **{flag: int(value) for flag, value in (word.split("=") for word in given)})
-    # As the command line: once in a hundred runs a library's thread aborts a process that is done (see cli.py).
-    sys.stderr.flush()
-    os._exit(0)

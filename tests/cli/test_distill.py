@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY_CONFIG, Clipcid, Run, run_command, shard_members, write_tar, write_tiny_model
+import torch
+from conftest import TINY_CONFIG, Clipcid, shard_members, write_tar
 from distill_data import SHORT, STUDENT, losses, student_bytes
 from safetensors.numpy import load_file
 from sidecars import unfinish
 
+from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.names import parse_model
+
 WEIGHTS = "open_clip_model.safetensors"
-
-
-def said(run: Run) -> str:
-    return " ".join(run.stderr.split())
 
 
 def test_writes_a_student_that_open_clip_loads_alone(clipcid: Clipcid, distill_place: Path) -> None:
@@ -33,10 +33,9 @@ def test_writes_a_student_that_open_clip_loads_alone(clipcid: Clipcid, distill_p
         assert (distill_place / name).exists()
     assert [line["step"] for line in losses(run)] == [1, 2, 3, 4, 5, 6]
     for dry in ((), ("--dry-run",)):
-        refused = clipcid(*call, 7, *dry, check=False)
-        assert refused.returncode == 1
+        refused = clipcid(*call, 7, *dry, code=1)
         assert "settings.steps: 6 there, 7 now" in refused.stderr
-        assert "write elsewhere (--name)" in said(refused)
+        assert "write elsewhere (--name)" in refused.said
     # Its model card says what the sidecars of the run say.
     card = distill_place / clipcid("export", "--json").json["files"]["README"]
     lines = [line.strip("| ").split(" | ") for line in card.read_text().splitlines() if line.startswith("| ")]
@@ -49,18 +48,9 @@ def test_writes_a_student_that_open_clip_loads_alone(clipcid: Clipcid, distill_p
     report = (run / "report.html").read_text()
     assert "Retrieval examples" in report
     assert not re.findall(r"http(?!://(?:www\.w3|purl|creativecommons)\.org)", report)
-    code = (
-        "import sys, torch, open_clip\n"
-        "class Refuse:\n"
-        "    def find_spec(self, name, *rest):\n"
-        "        if name.startswith('clipcid'): raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Refuse())\n"
-        "model, _, preprocess = open_clip.create_model_and_transforms('local-dir:' + sys.argv[1])\n"
-        "tokens = open_clip.get_tokenizer('local-dir:' + sys.argv[1])(['a red drawing'])\n"
-        "print(model.encode_text(tokens).shape[1], preprocess.transforms[0].size)\n"
-    )
-    program = [sys.executable, "-W", "ignore", "-c", code, str(run / "student")]
-    assert run_command(program, distill_place, True, 120, None).stdout.split()[0] == str(STUDENT["embed_dim"])
+    student, _, _ = open_clip.create_model_and_transforms(f"local-dir:{run / 'student'}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{run / 'student'}")(["a red drawing"])
+    assert student.encode_text(tokens).shape == (1, STUDENT["embed_dim"])
     assert "finished" in clipcid(*call, 6).stderr
     # Killed after its last checkpoint and before its sidecar, a run only has its results written again.
     weights = student_bytes(run)
@@ -70,15 +60,10 @@ def test_writes_a_student_that_open_clip_loads_alone(clipcid: Clipcid, distill_p
     assert student_bytes(run) == weights
 
 
-def test_needs_no_teacher_for_preset_clip(binary: Clipcid, tmp_path: Path, tiny_shards: Path) -> None:
-    import torch
-
-    from clipcid_cli.runtime.models.clip_model import load_model
-    from clipcid_cli.runtime.models.names import parse_model
-
+def test_needs_no_teacher_for_preset_clip(clipcid: Clipcid, tmp_path: Path, tiny_shards: Path) -> None:
     (tmp_path / "student.json").write_text(json.dumps(STUDENT))
     arguments = ("distill", tiny_shards, *SHORT, "--teacher", "none", "--preset", "clip", "--steps", 3)
-    result = binary(*arguments, "--wd", 0.5, "--lr", 0.1, "--warmup", 0, "--json").json
+    result = clipcid(*arguments, "--wd", 0.5, "--lr", 0.1, "--warmup", 0, "--json").json
     assert set(result["losses"]) == {"clip"}
     assert not (tmp_path / "clipcid-work" / "embeddings").exists()
     # Tokens that no caption uses are decayed as AdamW decays a row without gradient, by Π(1 − lr·wd).
@@ -94,22 +79,10 @@ def test_needs_no_teacher_for_preset_clip(binary: Clipcid, tmp_path: Path, tiny_
 def test_divergence_stops_with_the_keys_of_the_batch(clipcid: Clipcid, distill_place: Path) -> None:
     # The preset that needs no teacher takes its data from where the embeddings were made of.
     wild = ("--preset", "clip", "--steps", 30, "--lr", 1e30, "--warmup", 0)
-    run = clipcid("distill", *SHORT, *wild, "--name", "d", check=False)
-    assert run.returncode == 1
-    assert "diverged" in run.stderr
+    assert "diverged" in clipcid("distill", *SHORT, *wild, "--name", "d", code=1).stderr
     (saved,) = (distill_place / "clipcid-work" / "distill" / "d").glob("diverged_step_*.json")
     assert len(json.loads(saved.read_text())["keys"]) == 8
     assert not (distill_place / "clipcid-work" / "distill" / "d" / "student").exists()
-
-
-def test_refuses_embeddings_of_another_teacher(
-    clipcid: Clipcid, distill_place: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    other = write_tiny_model(tmp_path_factory.mktemp("other") / "other", seed=1)
-    (embeddings,) = (distill_place / "clipcid-work" / "embeddings").iterdir()
-    run = clipcid("distill", *SHORT, "--teacher", other, "--embeddings", embeddings, check=False)
-    assert run.returncode == 1
-    assert re.search(rf"clipcid embed \S+ \\? *--model {other}", run.stderr.replace("\n", " "))
 
 
 def test_refuses_clusters_of_an_older_keep_list(clipcid: Clipcid, distill_place: Path) -> None:
@@ -122,16 +95,13 @@ def test_refuses_clusters_of_an_older_keep_list(clipcid: Clipcid, distill_place:
     write(20)
     clipcid("cluster", "--keep-list", "keep.parquet", "--num-clusters", 3, "--overwrite")
     write(18)
-    run = clipcid("distill", *SHORT, "--keep-list", "keep.parquet", check=False)
-    assert run.returncode == 1
+    run = clipcid("distill", *SHORT, "--keep-list", "keep.parquet", code=1)
     command = " ".join(run.stderr.rpartition("Run: ")[2].replace("\\\n", " ").split())
     assert command.startswith("clipcid cluster --num-clusters 3 --embeddings clipcid-work/embeddings/"), run
     assert command.endswith(" --keep-list keep.parquet --overwrite"), run
 
 
-def test_what_was_not_embedded_is_left_out_beside_an_online_teacher(
-    clipcid: Clipcid, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_samples_without_clusters_are_left_out(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
     members = [*shard_members(0, 23), ("bad.png", b"no image"), ("bad.txt", b"a damaged one")]
     data = write_tar(tmp_path / "a.tar", members)
     (tmp_path / "student.json").write_text(json.dumps(STUDENT))
@@ -139,11 +109,10 @@ def test_what_was_not_embedded_is_left_out_beside_an_online_teacher(
     clipcid("cluster", "--num-clusters", 4, "--iterations", 2)
     command = ("distill", *SHORT, "--steps", 2, "--val-fraction", 0, "--online-teacher", "--max-bad-fraction")
     taught = clipcid(*command, 0.1)
-    assert "1 of 24 samples to train on are not in clipcid-work/clusters: they are left out." in said(taught)
+    assert "1 of 24 samples to train on are not in clipcid-work/clusters: they are left out." in taught.said
     assert "23 samples, 2 steps" in taught.stderr
-    refused = clipcid(*command, 0.01, "--name", "other", check=False)
-    assert refused.returncode == 1
-    assert "or these could not be embedded (--max-bad-fraction)" in said(refused)
+    refused = clipcid(*command, 0.01, "--name", "other", code=1)
+    assert "or these could not be embedded (--max-bad-fraction)" in refused.said
 
 
 @pytest.mark.parametrize(
@@ -161,15 +130,12 @@ def test_what_is_missing_is_told_before_anything_is_embedded(
 ) -> None:
     (tmp_path / "student.json").write_text(json.dumps(STUDENT))
     call = ("distill", tiny_shards, "--teacher", tiny_model, "--student", "student.json")
-    refused = clipcid(*call, *flags, check=False)
-    assert refused.returncode == 1
-    assert message in said(refused)
+    refused = clipcid(*call, *flags, code=1)
+    assert message in refused.said
     assert not (tmp_path / "clipcid-work" / "embeddings").exists()
 
 
-def test_the_average_is_measured_written_and_exported(
-    clipcid: Clipcid, distill_place: Path, tiny_model: Path, tiny_shards: Path
-) -> None:
+def test_the_average_is_exported(clipcid: Clipcid, distill_place: Path, tiny_model: Path, tiny_shards: Path) -> None:
     given = ("distill", *SHORT, "--preset", "clip", "--steps", 6, "--eval-every", 3, "--optimizer", "adamw")
     result = clipcid(*given, "--name", "a", "--ema", 0.9, "--eval-data", tiny_shards, "--json").json
     run = distill_place / "clipcid-work" / "distill" / "a"
@@ -190,13 +156,9 @@ def test_the_average_is_measured_written_and_exported(
     assert not np.array_equal(student["visual.proj"], average["visual.proj"])
     assert "Student and average (EMA)" in (run / "report.html").read_text()
 
-    # Keeping it changes nothing of what is learned, and how a batch is encoded nothing of it.
+    # Keeping it changes nothing of what is learned.
     clipcid(*given, "--name", "b")
     assert student_bytes(run.parent / "b") == student_bytes(run)
-    clipcid(*given, "--name", "parts", "--ema", 0.9, "--accum-freq", 2)
-    parts = load_file(run.parent / "parts" / "student-ema" / WEIGHTS)
-    for name, tensor in average.items():
-        np.testing.assert_allclose(parts[name], tensor, rtol=1e-3, atol=1e-5, err_msg=name)
 
     (distill_place / "link").symlink_to(run / "student")
     exported = clipcid("export", "link", "--ema", "--json").json
@@ -210,10 +172,7 @@ def test_the_average_is_measured_written_and_exported(
     recall = measured["metrics"]["image_retrieval_recall@10"]
     assert f"| image_retrieval_recall@10 | {measured['images']} | {recall:.4f} |" in card
 
-    refused = clipcid("export", tiny_model, "--ema", check=False)
-    assert "is no student of clipcid distill" in said(refused)
+    assert "is no student of clipcid distill" in clipcid("export", tiny_model, "--ema", check=False).said
     with (run / "student-ema" / WEIGHTS).open("ab") as file:
         file.write(b"\0")
-    refused = clipcid("export", result["student"], "--ema", check=False)
-    assert refused.returncode == 1
-    assert "has changed since" in said(refused)
+    assert "has changed since" in clipcid("export", result["student"], "--ema", code=1).said

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from balance_data import make_rows, write_embeddings
-from conftest import TINY_CONFIG, make_image, shard_members, write_tar, write_tiny_model
+from conftest import TINY_CONFIG, make_image, shard_members, write_class_folders, write_tar, write_tiny_model
 from one_process import OneProcess
 
 DISTILL = "distill --student student.json"
@@ -134,10 +134,7 @@ def place(
     write_tar(place / "unlabelled" / "0.tar", [("a.png", make_image(0)), ("b.png", make_image(1))])
     write_tar(place / "unnamed" / "0.tar", [("a.png", make_image(0)), ("a.cls", b"0")])
     for folder, names, number in (("two", "ab", 6), ("three", "abc", 6), ("lonely", "abc", 1)):
-        for name in names:
-            (place / folder / name).mkdir(parents=True)
-            for image in range(number):
-                (place / folder / name / f"{image}.png").write_bytes(make_image(image))
+        write_class_folders(place / folder, dict.fromkeys(names, range(number)))
     (place / "damaged").mkdir()
     for path in tiny_model.iterdir():
         (place / "damaged" / path.name).write_bytes(path.read_bytes()[:2000])

@@ -142,7 +142,7 @@ def test_an_interrupted_run_leaves_a_clean_terminal_and_no_worker(tmp_path: Path
 
 def test_a_terminated_distill_saves_its_last_step_and_is_continued_from_it(distill_place: Path) -> None:
     log = distill_place / "clipcid-work/distill/stopped/train.jsonl"
-    length = ("--steps", 100_000, "--checkpoint-every", 100_000, "--eval-every", 100_000)
+    length = ("--steps", 100_000, "--checkpoint-every", 100_000, "--eval-every", 100_000, "--workers", 1)
     process = subprocess.Popen(
         [*clipcid_command(), *map(str, ("distill", *SHORT, *length, "--name", "stopped"))],
         cwd=distill_place,

@@ -1,4 +1,4 @@
-"""What `balance` drops beside repeats: each filter against a plain computation, and what a dry run says it takes."""
+"""What `balance` drops beside repeats, against plain computations; what it refuses, a dry run with the same words."""
 
 from __future__ import annotations
 
@@ -23,6 +23,23 @@ from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 NUM_ROWS = 400
+CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("good", {"against": ("narrow",), "against_threshold": 0.1}, "have width 16, those in .*good 32"),
+    ("good", {"against": ("zeros",), "against_threshold": 0.1}, "All 20 rows of .*zeros are zero or not finite"),
+    ("good", {"against": ("pictures.tar",), "against_threshold": 0.1}, "does not record the model to embed it with"),
+    ("good", {"max_caption_similarity": -0.99}, r"of none of the \d+ images is in the window to -0.99: they range"),
+    ("good", {"max_per_cluster": 2}, "There are no clusters in"),
+    ("good", {"max_per_cluster": 2, "clusters": "."}, "holds no finished clusters"),
+    ("good", {"write_shards": "s"}, "needs the data itself"),
+    ("good", {"write_shards": "s", "data": "no-such-data"}, "There is no data at"),
+    ("good", {"select": "resolution"}, "--select resolution needs the data itself"),
+    ("good", {"write_uids": "u.npy"}, "Sample '000000' has no uid of DataComp's"),
+    ("narrow", {"min_caption_similarity": 0.1}, "contains no text embeddings"),
+    ("narrow", {"select": "similarity"}, "contains no text embeddings"),
+    ("zeros", {}, "None of the 20 rows of .*zeros is finite"),
+    ("text", {}, "cannot be read"),
+    ("empty", {}, "all without rows"),
+)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -190,9 +207,7 @@ def test_a_dry_run_says_what_each_filter_takes(tmp_path: Path, is_untouched: Cal
         assert line in told
 
 
-def test_images_of_references_are_embedded_as_the_others_were_but_by_no_dry_run(
-    tmp_path: Path, tiny_model: Path, is_untouched: Callable[[], bool]
-) -> None:
+def test_references_are_embedded_alike(tmp_path: Path, tiny_model: Path, is_untouched: Callable[[], bool]) -> None:
     write_tar(tmp_path / "0.tar", shard_members(0, 8))
     write_tar(tmp_path / "r.tar", shard_members(0, 3))
     work, like = tmp_path / "w", {"fast_decode": True, "precision": "bf16"}
@@ -221,3 +236,61 @@ def test_images_of_references_are_embedded_as_the_others_were_but_by_no_dry_run(
     said = r"other were preprocessed in another way \(.*, without --fast-decode\) than those of"
     with pytest.raises(ClipcidError, match=said):
         balance(work, folder, against=(str(tmp_path / "other"),), **call)
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of embeddings, of which only `good` can be balanced."""
+    place = tmp_path_factory.mktemp("refused")
+    rows = make_rows(20)
+    write_embeddings(place / "good", rows, texts=rows, captions=[f"picture {row}" for row in range(20)])
+    write_embeddings(place / "narrow", make_rows(20, width=16))
+    write_embeddings(place / "zeros", np.zeros((20, 32), np.float16))
+    write_embeddings(
+        place / "repeated", rows, keys=[f"{row % 10}" for row in range(20)], shards=["a"] * 10 + ["b"] * 10
+    )
+    for name in ("text", "empty"):
+        (place / name).mkdir()
+    (place / "text" / "img_emb_0.npy").write_text("no array")
+    np.save(place / "empty" / "img_emb_0.npy", np.empty((0, 8), np.float16))
+    write_tar(place / "pictures.tar", shard_members(0, 2))
+    return place
+
+
+@pytest.mark.parametrize(("folder", "settings", "message"), CASES, ids=[case[2][:40] for case in CASES])
+def test_a_dry_run_refuses_what_the_run_refuses(
+    refusing: Path, tmp_path: Path, folder: str, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(refusing)
+    paths = {
+        name: Path(value) for name, value in settings.items() if name in ("clusters", "write_shards", "write_uids")
+    }
+    told = []
+    for is_dry in (True, False):
+        work = tmp_path / ("dry" if is_dry else "run")
+        with pytest.raises(ClipcidError, match=message) as refused:
+            balance(work, refusing / folder, keep=0.5, dry_run=is_dry, max_bad_fraction=1.0, **settings | paths)
+        told.append(str(refused.value).replace(str(work), "W"))
+    assert told[0] == told[1]
+    assert not (tmp_path / "dry").exists()
+    assert not (tmp_path / "run" / "balance" / "keep.parquet").exists()
+
+
+def test_all_images_are_near_a_reference(refusing: Path, tmp_path: Path) -> None:
+    with pytest.raises(ClipcidError, match="All 20 images are dropped before repeats are searched"):
+        balance(tmp_path, refusing / "good", threshold=0.2, against=(str(refusing / "good"),))
+
+
+def test_keys_that_repeat_are_refused_until_told_apart(refusing: Path, tmp_path: Path) -> None:
+    with pytest.raises(ClipcidError, match="Key '0' belongs to rows 0 and 10") as refused:
+        balance(tmp_path, refusing / "repeated", keep=0.5)
+    assert "--keys shard" in refused.value.fix
+    balance(tmp_path, refusing / "repeated", keep=0.5, keys="shard")
+    assert read_keep(tmp_path)["key"].tolist()[::10] == ["a/0", "b/0"]
+
+
+def test_the_command_that_makes_clusters_names_the_embeddings(refusing: Path, tmp_path: Path) -> None:
+    with pytest.raises(ClipcidError) as refused:
+        balance(tmp_path / "w", refusing / "repeated", keep=1.0, max_per_cluster=2, keys="shard")
+    flags = f"--embeddings {refusing / 'repeated'} --keys shard --keep-list none --work {tmp_path / 'w'}"
+    assert refused.value.fix == f"Give --clusters, or run: clipcid cluster {flags}"

@@ -1,19 +1,47 @@
-"""What `balance` writes beside its keep list: DataComp's uids, and new shards; where their samples are found."""
+"""What `balance` writes beside its keep list: report, uids and new shards; where their samples are found."""
 
 from __future__ import annotations
 
 import json
+import re
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from balance_data import make_rows, write_embeddings
+from PIL import Image
 from uid_data import NUM_ROWS, UIDS, balance, datacomp_subset, write_data
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import open_dataset
+from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.steps.balance import report
+from clipcid_cli.steps.balance.balance_run import BalancePlan
+from clipcid_cli.steps.balance.samples import SampleFinder, read_uid
+from clipcid_cli.steps.data_index import index_alone
+from clipcid_cli.steps.settings.balance import BalanceSettings
+
+VOCABULARY = [
+    "Red",
+    "red",
+    "façade",
+    "the",
+    "of",
+    "x",
+    "boat",
+    "boats",
+    "don't",
+    "2012",
+    "Straße",
+    "with",
+    "лес",
+    "ab1cd",
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +99,7 @@ def tar_keys(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("keys", [None, UIDS], ids=["keys", "uids"])
-def test_samples_are_found_where_the_shard_was_not_recorded(
-    rows: np.ndarray, data: Path, tmp_path: Path, keys: list[str] | None
-) -> None:
+def test_samples_are_found_by_key_or_uid(rows: np.ndarray, data: Path, tmp_path: Path, keys: list[str] | None) -> None:
     """clip-retrieval records keys, DataComp's metadata uids, and neither the tar that a row came from."""
     folder = write_embeddings(tmp_path / "e", rows, num_files=3, keys=keys)
     result = balance(tmp_path / "w", folder, data=str(data), write_shards=tmp_path / "out")
@@ -107,3 +133,82 @@ def test_a_shard_that_keeps_nothing_has_statistics_and_no_tar(data: Path, tmp_pa
     assert not (tmp_path / "out" / "00000001.tar").exists()
     stats = read_json(tmp_path / "out" / "00000001_stats.json")
     assert (stats["count"], stats["successes"], stats["status_dict"]) == (30, 0, {"repeat": 30})
+
+
+def test_samples_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_data(tmp_path / "data", UIDS)
+    plain = open_dataset(data, index_root=tmp_path / "index")
+    rows = (3, 0, 31, 30, 999, NUM_ROWS - 1)
+    keys = [f"{row:06d}" for row in rows]
+    shards = [plain.shards[int(row >= NUM_ROWS // 2)].name for row in rows]
+    expected = SampleFinder(plain, 0).find(shards, keys)
+    assert [read_uid(sample) for sample in expected] == [UIDS[3], UIDS[0], UIDS[31], UIDS[30], None, UIDS[-1]]
+    indexed = index_alone(plain, 0)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a shard was listed")
+
+    monkeypatch.setattr(Shard, "stream", refuse)
+    monkeypatch.setattr(Shard, "samples", refuse)
+    foreign = ["another tool's file"] * len(keys)
+    for dataset in (plain, indexed):
+        for names in (shards, foreign):
+            assert SampleFinder(dataset, 0).find(names, keys) == expected
+
+
+def test_a_report_lists_no_large_data_for_another_tools_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_data(tmp_path / "data", UIDS)
+    settings = BalanceSettings(keep=0.5, data=str(data), work=tmp_path / "work", workers=0)
+    unread: Any = None  # the keys are given
+    plan = BalancePlan(settings=settings, context=unread, embeddings=unread, clusters=None, seconds={})
+    monkeypatch.setattr(report, "_MAX_LISTED", 1)
+    gallery = report.Gallery(plan)
+    assert gallery.read(["0.parquet"], ["000003"]) == [""]
+    assert "has no index yet" in gallery.unread["0.parquet", "000003"]
+    assert gallery.data is not None
+    index_alone(gallery.data, 0)
+    assert report.Gallery(plan).read(["0.parquet"], ["000003"])[0].startswith("data:")
+
+
+def test_it_tells_what_moved_and_loads_nothing(tmp_path: Path) -> None:
+    """Three images of class `ant` are one picture, one of them is kept; `bee` and `cat` keep both of theirs."""
+    sizes = {"ant": 3, "bee": 2, "cat": 2}
+    keys = [f"{name}/{number}" for name, count in sizes.items() for number in range(count)]
+    for number, key in enumerate(keys):
+        (tmp_path / "photos" / key).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (30 * number, 90, 120)).save(tmp_path / "photos" / f"{key}.png")
+    rows = np.unique(make_rows(300), axis=0)[[0, 0, 0, 1, 2, 3, 4]]
+    captions = [f"A {key[:3].upper()}, the" for key in keys]
+    folder = write_embeddings(tmp_path / "e", rows, keys=keys, captions=captions)
+    reports = {}
+    for name, data in (("classes", str(tmp_path / "photos")), ("words", None)):
+        balance(tmp_path / name, folder, threshold=0.0, keep=None, data=data, with_report=True)
+        page = reports[name] = (tmp_path / name / "balance" / "report.html").read_text()
+        assert "Changes in composition</h2>" in page
+        risen, fallen = page.split("Largest decreases")
+        assert [risen.count(f'class="name">{word}<') for word in ("bee", "cat", "ant")] == [1, 1, 0]
+        assert 'class="name">ant<' in fallen
+        assert "42.86 → 20.00 %<br><small>3 → 1</small>" in fallen
+        assert not re.findall(r"""(?:src|href)=["'](?!data:|#)|url\((?!#)|@import|<link|<script""", page)
+    assert "each of 3 classes, among the 7 images and the 5 kept ones" in reports["classes"]
+    assert "whose caption has the word" in reports["words"]
+    assert reports["classes"].count("data:image/webp") == 3 + 2 * 2  # the set, and the pairs that join it
+    assert "not shown: it is not recorded which data" in " ".join(reports["words"].split())
+
+
+@pytest.mark.parametrize("at_once", [7, 2**16])
+def test_words_are_counted_once_an_image(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_CAPTIONS_AT_ONCE", at_once)
+    generator = np.random.default_rng(0)
+    captions = [", ".join(generator.choice(VOCABULARY, generator.integers(0, 7))) for _ in range(500)]
+    kept = generator.random(500) < 0.4
+    found = report.count_words(pa.array(captions, pa.large_string()), kept)
+    before: Counter[str] = Counter()
+    after: Counter[str] = Counter()
+    for caption, is_kept in zip(captions, kept, strict=True):
+        words = {word for word in re.findall(r"[^\W\d_]+", caption.lower()) if len(word) >= 3} - {"the", "with"}
+        before.update(words)
+        after.update(words if is_kept else ())
+    assert found["name"].tolist() == sorted(before) == ["boat", "boats", "don", "façade", "red", "straße", "лес"]
+    assert found["before"].tolist() == [before[name] for name in found["name"]]
+    assert found["after"].tolist() == [after[name] for name in found["name"]]

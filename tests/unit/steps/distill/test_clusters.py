@@ -1,8 +1,11 @@
-"""Cluster centroids gathered from their file, the targets built on them, and which towers they teach."""
+"""Cluster centroids gathered from their file, the targets built on them, and what a step of a million of them takes."""
 
 from __future__ import annotations
 
-import dataclasses
+import re
+import select
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,8 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 
 K, D, CUT, N, M = 300, 24, 10, 40, 6
 CPU = torch.device("cpu")
+NUM_CLUSTERS, WIDTH, BATCH, STORED = 1_000_000, 768, 1_024, 16
+LIMIT = 800_000_000  # bytes that a step with so many clusters may add
 
 
 @pytest.fixture
@@ -32,9 +37,7 @@ def file(tmp_path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("is_projected", [False, True])
 @pytest.mark.parametrize("is_kept", [False, True])
-def test_taken_rows_are_the_file_rows_projected(
-    file: np.ndarray, is_projected: bool, is_kept: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_projected_rows(file: np.ndarray, is_projected: bool, is_kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = principal_axes(file.astype(np.float64).T @ file.astype(np.float64), CUT) if is_projected else None
     width = CUT if is_projected else D
     monkeypatch.setattr(cluster, "_KEPT_BYTES", K * width * 4 - (not is_kept))
@@ -79,18 +82,13 @@ def test_targets_have_all_stored_clusters_and_four_of_each_are_candidates(file: 
     assert len(images.centroids_SD) == len(active) + 0.1 * K
 
 
-def test_draw_depends_on_the_step_and_its_correction_can_be_left_out(file: np.ndarray) -> None:
+def test_the_correction_of_the_draw_can_be_left_out(file: np.ndarray) -> None:
     rows = np.arange(6)
-    first, _ = make_lookup(file, captions=False).targets(rows, step=1)
-    again, texts = make_lookup(file, captions=False).targets(rows, step=1)
-    other, _ = make_lookup(file, captions=False).targets(rows, step=2)
-    assert texts is None
-    for field in dataclasses.fields(first):
-        assert torch.equal(getattr(first, field.name), getattr(again, field.name))
-    assert not torch.equal(first.centroids_SD, other.centroids_SD)
+    corrected, texts = make_lookup(file, captions=False).targets(rows, step=1)
     without, _ = make_lookup(file, captions=False, corrected=False).targets(rows, step=1)
-    assert len(without.centroids_SD) > len(first.centroids_SD), "all stored clusters are candidates then"
-    assert float(first.log_correction_S.max()) > 0
+    assert texts is None
+    assert len(without.centroids_SD) > len(corrected.centroids_SD), "all stored clusters are candidates then"
+    assert float(corrected.log_correction_S.max()) > 0
     assert not without.log_correction_S.any()
 
 
@@ -100,3 +98,71 @@ def test_a_cluster_that_is_not_there_is_named(file: np.ndarray, cluster: int) ->
     lookup.towers[0][0].clusters[lookup.table_rows[3], 1] = cluster
     with pytest.raises(ClipcidError, match=rf"name clusters .*{cluster}.*; there are {K:,} centroids"):
         lookup.targets(rows, step=1)
+
+
+STEP = f"""
+import sys
+import numpy as np, torch
+import torch.nn.functional as F
+from clipcid_cli.algorithms.losses.batch import LossBatch
+from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, cluster
+from clipcid_cli.formats.results.clusters import TopClusters
+from clipcid_cli.steps.distill.clusters import ClusterLookup
+from clipcid_cli.steps.settings.distill import DistillSettings
+
+def top(seed):
+    random = np.random.default_rng(seed)
+    clusters = random.integers(0, {NUM_CLUSTERS}, ({BATCH}, {STORED}), dtype=np.int32)
+    return TopClusters(clusters, -np.sort(-random.uniform(size=clusters.shape)).astype(np.float16))
+
+def features(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn({BATCH}, {WIDTH}, generator=generator), dim=1).requires_grad_()
+
+centroids = ProjectedCentroids(np.load(sys.argv[1], mmap_mode="r"), None, torch.device("cpu"))
+towers = [(top(0), 0.05), (top(1), 0.05)]
+settings = DistillSettings(student="s.json", preset="cid", candidate_ratio=0.1, min_candidates=4096)
+lookup = ClusterLookup(centroids, np.arange({BATCH}), towers, settings)
+image, text, scale = features(2), features(3), torch.tensor(14.0, requires_grad=True)
+torch.autograd.grad((image @ text.T).sum(), image)  # its threads are there
+print("ready", flush=True)
+sys.stdin.readline()
+targets = lookup.targets(np.arange({BATCH}), step=0)
+batch = LossBatch(image, text, scale, image, text, image_clusters=targets[0], text_clusters=targets[1])
+cluster(batch, scale).backward()
+print(float(image.grad.norm()) > 0, flush=True)
+"""
+
+
+def anonymous_bytes(pid: int) -> int:
+    found = re.search(r"^RssAnon:\s*(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def measure_step(centroids: Path) -> int:
+    """Run a step in a process of its own; return by how much its anonymous memory rose at most."""
+    command = [sys.executable, "-c", STEP, str(centroids)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        before = peak = anonymous_bytes(process.pid)
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        while not select.select([process.stdout], [], [], 0.002)[0]:
+            peak = max(peak, anonymous_bytes(process.pid))
+        assert process.stdout.readline() == "True\n"
+        return peak - before
+
+
+@pytest.mark.slow
+def test_million_centroids_add_at_most_800_mb(tmp_path: Path) -> None:
+    path = tmp_path / "centroids.npy"
+    file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(NUM_CLUSTERS, WIDTH))
+    rows = unit(np.random.default_rng(0).normal(size=(20_000, WIDTH))).astype(np.float32)
+    for place, first in enumerate(range(0, NUM_CLUSTERS, len(rows))):
+        file[first : first + len(rows)] = np.roll(rows, place, axis=1)
+    file.flush()
+    # The candidates' rows alone are there in any case: less would mean that nothing was measured.
+    assert 0.1 * NUM_CLUSTERS * WIDTH * 4 < measure_step(path) <= LIMIT

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import TINY_CONFIG, process_context
-from teaching_data import ALONE, heard, train, write_student
+from conftest import TINY_CONFIG, run_in_two
+from teaching_data import heard, train, write_student
 
-from clipcid_cli.algorithms.losses.registry import LOSSES
-from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Masking
@@ -26,9 +21,7 @@ from clipcid_cli.steps.distill.evaluation import share_statistics
 from clipcid_cli.steps.distill.student import load_student
 from clipcid_cli.steps.distill.trainer import Objective
 from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.training.gradients import Features
 
-BATCH, WIDTH, TEACHER_WIDTH = 12, 6, 9
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
 
 
@@ -53,38 +46,6 @@ def test_an_image_tower_without_patches_is_refused(loss: str, tmp_path: Path) ->
     with pytest.raises(ClipcidError, match="ModifiedResNet"):
         load(tmp_path, RESNET, f"{loss}=1")
     assert load(tmp_path, RESNET, "fd=1") == (None, [])
-
-
-def test_masks_depend_on_their_seed_and_hide_three_quarters() -> None:
-    masking = Masking.of(0.75, 49)
-    drawn = [masking.choose(seed) for seed in range(300)]
-    assert all(len(set(kept.tolist())) == 12 and (np.diff(kept) > 0).all() for kept in drawn)
-    np.testing.assert_array_equal(masking.choose(5), drawn[5])
-    # Each patch is seen about equally often: 300 · 12/49 = 73 times, with a standard deviation of 7.4.
-    counts = np.bincount(np.concatenate(drawn), minlength=49)
-    assert 40 < counts.min() <= counts.max() < 110
-    assert Masking.of(0.75, 1) == Masking(1, 1)
-
-
-def test_masked_images_reach_no_other_loss() -> None:
-    """Neither the value nor the gradients of the other losses depend on them."""
-    weights = {name: 1.0 for name, entry in LOSSES.items() if not entry.needs_clusters}
-    space = SharedSpace(TEACHER_WIDTH, is_learned=True)
-    rows = torch.nn.functional.normalize(torch.randn(2, BATCH, TEACHER_WIDTH), dim=2)
-    teacher: Any = SimpleNamespace(space=space, scale=30.0, bias=None, rows=lambda _: (*rows, None))
-    batch: Any = SimpleNamespace(image_clusters=None, text_clusters=None)
-    parameters = LossParameters(weights, WIDTH, space, 1)
-    objective = Objective(weights | {"mfd": 0.0}, parameters, teacher, ALONE, 100.0, False)
-    image, text = torch.randn(2, BATCH, WIDTH)
-
-    def losses(masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features = Features(image, text, masked.requires_grad_(), image[:, None], text[:, None])
-        others, found = objective(features, torch.tensor(5.0), torch.tensor(-5.0), batch)
-        return found, torch.autograd.grad(others, masked)[0]
-
-    (some, gradient), (other, _) = losses(torch.ones(BATCH, WIDTH)), losses(torch.eye(BATCH, WIDTH))
-    assert gradient.abs().sum() == 0
-    assert [name for name, one, two in zip(weights, some, other, strict=True) if one != two] == ["mfd"]
 
 
 def test_a_student_of_the_sigmoid_losses_keeps_its_bias(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -115,28 +76,17 @@ def test_a_student_of_the_sigmoid_losses_keeps_its_bias(tiny_shards: Path, tiny_
     assert "a new logit scale: 14.3 → 10." in said
 
 
-def share(rank: int, store: str, results: multiprocessing.Queue[Any]) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    try:
-        norm = torch.nn.Sequential(torch.nn.BatchNorm1d(5))
-        norm(torch.randn(BATCH, 5, generator=torch.Generator().manual_seed(rank)))
-        own = norm[0].running_mean.numpy().copy()
-        share_statistics(norm, DistContext(rank, 2, rank, torch.device("cpu")))
-        results.put((rank, (own, [buffer.numpy() for buffer in norm.buffers()])))
-    finally:
-        dist.destroy_process_group()
+def share(rank: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return a process's own running mean, and the buffers that it has once the statistics are shared."""
+    norm = torch.nn.Sequential(torch.nn.BatchNorm1d(5))
+    norm(torch.randn(12, 5, generator=torch.Generator().manual_seed(rank)))
+    own = norm[0].running_mean.numpy().copy()
+    share_statistics(norm, DistContext(rank, 2, rank, torch.device("cpu")))
+    return own, [buffer.numpy() for buffer in norm.buffers()]
 
 
 def test_students_are_written_with_the_statistics_of_the_first_process(tmp_path: Path) -> None:
-    context = process_context()
-    results = context.Queue()
-    workers = [context.Process(target=share, args=(rank, str(tmp_path / "store"), results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    found = dict(results.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(timeout=60)
-        assert worker.exitcode == 0
-    assert not np.array_equal(found[0][0], found[1][0])
-    for first, other in zip(found[0][1], found[1][1], strict=True):
-        np.testing.assert_array_equal(first, other)
+    (first, shared), (other, also_shared) = run_in_two(share, tmp_path)
+    assert not np.array_equal(first, other)
+    for one, another in zip(shared, also_shared, strict=True):
+        np.testing.assert_array_equal(one, another)

@@ -1,4 +1,4 @@
-"""Samples matched with the files of earlier steps: in any order, once for all runs of the same inputs."""
+"""Samples matched with the files of earlier steps, and how many make a batch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from balance_data import write_embeddings
 from conftest import make_caption, make_image, shard_members, write_tar
 from teaching_data import embed_data, index_data, read_keys, train, write_student
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
 from clipcid_cli.formats.embeddings.folder import open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.results.matched_samples import SampleRows, open_rows
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.steps.distill import samples
+from clipcid_cli.steps.distill.plan import choose_batch_size
 from clipcid_cli.steps.distill.samples import Sources, match_samples
+from clipcid_cli.steps.settings.distill import DistillSettings
 
 HELD_OUT = 0.3
 
@@ -46,12 +51,10 @@ def list_samples(dataset: Dataset, rows: SampleRows) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("order", ["as the data", "reversed", "shuffled"])
-def test_rows_are_found_in_any_order(order: str, dataset: Dataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_shuffled", [False, True])
+def test_rows_are_found_in_any_order(is_shuffled: bool, dataset: Dataset, tmp_path: Path) -> None:
     keys = list_keys(dataset)
-    numbers = {"as the data": np.arange(24), "reversed": np.arange(24)[::-1]}.get(
-        order, np.random.default_rng(0).permutation(24)
-    )
+    numbers = np.random.default_rng(0).permutation(24) if is_shuffled else np.arange(24)
     listed = [keys[number] for number in numbers if number % 8 != 3]
     embedded = [keys[number] for number in numbers if number % 12 != 7]
     pq.write_table(pa.table({"key": listed, "kept": [key < keys[20] for key in listed]}), tmp_path / "keep.parquet")
@@ -141,9 +144,7 @@ def test_the_same_files_under_names_that_are_in_the_keys_are_matched_anew(tmp_pa
         assert len(find_matched(tmp_path / "work")) == number + 1
 
 
-def test_bad_rows_are_told_on_each_start_and_other_texts_are_matched_anew(
-    tiny_shards: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_bad_rows_are_told_on_each_start(tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     embed_data(tiny_shards, tiny_model, tmp_path / "own")
     own, work = open_embeddings(tmp_path / "own"), tmp_path / "work"
     rows, texts = own.rows(Kind.IMAGES).read(0, 24), own.rows(Kind.TEXTS).read(0, 24)
@@ -155,3 +156,38 @@ def test_bad_rows_are_told_on_each_start_and_other_texts_are_matched_anew(
         _, told = train(work, tiny_shards, name=name, embeddings=(folder,), **settings)
         assert f"{bad} rows of the embeddings are zero or not finite" in told
         assert len(find_matched(work)) == matched
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "samples", "settings", "expected"),
+    [
+        ("cpu", 1, 400_000_000, {}, 256),
+        ("cpu", 1, 100, {}, 100),
+        ("cpu", 3, 100, {"accum_freq": 2}, 96),
+        ("cuda", 8, 400_000_000, {}, 4096),
+        ("cuda", 1, 400_000_000, {}, 512),
+        ("cuda", 8, 400_000_000, {"steps": 1000}, 2048),
+        ("cuda", 8, 640_000, {}, 1024),  # 32 epochs are 20,000 steps of 1,024
+        ("cuda", 8, 639_999, {}, 512),
+        ("cuda", 8, 640_000, {"epochs": 16}, 512),
+        ("cuda", 6, 400_000_000, {}, 2046),  # as many for each process
+    ],
+)
+def test_batches_grow_with_data(device: str, gpus: int, samples: int, settings: dict[str, Any], expected: int) -> None:
+    context = DistContext(0, gpus, 0, torch.device(device))
+    assert choose_batch_size(DistillSettings(student="ViT-B-32", **settings), samples, context) == expected
+
+
+@pytest.mark.parametrize(
+    ("processes", "samples", "settings", "fix"),
+    [
+        (1, 3, {"batch_size": 8}, "Lower --batch-size, or give more data."),
+        (4, 3, {}, "Use fewer processes or a lower --accum-freq, or give more data."),
+        (1, 0, {}, "Give more data."),
+    ],
+)
+def test_too_few_samples_for_a_batch(processes: int, samples: int, settings: dict[str, Any], fix: str) -> None:
+    context = DistContext(0, processes, 0, torch.device("cpu"))
+    with pytest.raises(ClipcidError, match="fewer than one batch") as refused:
+        choose_batch_size(DistillSettings(student="ViT-B-32", **settings), samples, context)
+    assert refused.value.fix == fix

@@ -73,9 +73,7 @@ def test_texts_leave_other_embeddings_alone(kind: str, lines: Path, tiny_model: 
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("kind", ["texts", "begun texts", "foreign texts"])
-def test_images_leave_embeddings_of_texts_alone(
-    kind: str, texts: Path, tiny_shards: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_images_leave_texts_alone(kind: str, texts: Path, tiny_shards: Path, tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     shutil.copytree(texts, folder)
     if kind == "begun texts":

@@ -62,13 +62,6 @@ def test_a_bad_value_of_the_environment_is_told_by_its_variable(group: click.Gro
     assert "Invalid value for CLIPCID_EXAMPLE_SHARE: 'half' is not a valid number" in result.output
 
 
-def test_an_unknown_table_of_the_file_is_an_error(group: click.Group, tmp_path: Path) -> None:
-    config = tmp_path / "c.toml"
-    config.write_text("[balanse]\nkeep = 0.1\n")
-    with pytest.raises(UsageError, match=r"\[balanse\] is not a command"):
-        call(group, "--config", str(config))
-
-
 def test_values_given_in_python_are_checked_too() -> None:
     for number in (2.0, float("nan")):  # and NaN alone of the command line, since click finds it in every range
         with pytest.raises(UsageError, match=f"--share {number:g} is not in the range 0<x<=1"):

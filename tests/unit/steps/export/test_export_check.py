@@ -1,7 +1,9 @@
-"""What an export is compared on, and the gate of what quantisation may cost."""
+"""Exports: what they are compared on, the gate of what quantisation may cost, and what a model card states."""
+
+from __future__ import annotations
 
 import dataclasses
-import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from balance_data import heard
-from conftest import make_image, write_tar
-from PIL import Image
+from conftest import make_image, write_class_folders, write_tar
+from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.sidecar import Parity, PredictionParity
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
-from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.formats.results.metrics import SIDECARS, Metrics, write_metrics
+from clipcid_cli.formats.sidecar import EvaluationSidecar, Parity, PredictionParity
+from clipcid_cli.runtime.models.clip_model import ClipModel, ModelInfo, load_model
+from clipcid_cli.runtime.models.names import ModelName, parse_model
+from clipcid_cli.steps.export.card import render_card
 from clipcid_cli.steps.export.check import (
     Checker,
     CheckInputs,
@@ -36,12 +40,8 @@ def model(tiny_model: Path) -> ClipModel:
 @pytest.fixture(scope="module")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve images each of three classes, in folders called a_cat, b_dog and c_cow."""
-    folder = tmp_path_factory.mktemp("drawings")
-    for number in range(36):
-        place = folder / ("a_cat", "b_dog", "c_cow")[number // 12]
-        place.mkdir(exist_ok=True)
-        Image.open(io.BytesIO(make_image(number))).save(place / f"{number}.png")
-    return folder
+    classes = {"a_cat": range(12), "b_dog": range(12, 24), "c_cow": range(24, 36)}
+    return write_class_folders(tmp_path_factory.mktemp("drawings"), classes)
 
 
 def collect(
@@ -122,9 +122,7 @@ def test_images_that_cannot_be_read_are_counted_named_and_limited(model: ClipMod
         collect(model, tmp_path, bad=0.04)
 
 
-def test_8_bits_need_names_of_classes_and_enough_images(
-    model: ClipModel, drawings: Path, tiny_shards: Path, tmp_path: Path
-) -> None:
+def test_8_bits_need_classes_and_images(model: ClipModel, drawings: Path, tiny_shards: Path, tmp_path: Path) -> None:
     members = [
         (f"{number}{end}", data) for number in range(4) for end, data in ((".png", make_image(number)), (".cls", b"1"))
     ]
@@ -142,9 +140,7 @@ def test_8_bits_need_names_of_classes_and_enough_images(
     assert "on 36 images, so one image is 2.78 points" in "\n".join(told)
 
 
-def test_an_export_that_is_there_is_held_to_the_limits_asked_for_now(
-    tiny_model: Path, drawings: Path, tiny_shards: Path, tmp_path: Path
-) -> None:
+def test_limits_hold_for_what_is_there(tiny_model: Path, drawings: Path, tiny_shards: Path, tmp_path: Path) -> None:
     def export(**changes: Any) -> ExportResult:
         settings = {"model": str(tiny_model), "out": tmp_path / "half", "precision": "fp16", "data": str(drawings)}
         return run(ExportSettings(**(settings | changes)))
@@ -160,3 +156,60 @@ def test_an_export_that_is_there_is_held_to_the_limits_asked_for_now(
             export(**changes)
         assert "#compared" in caught.value.message
     assert {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()} == before
+
+
+def write_evaluation(work: Path, name: str, weights_hash: str, value: float, dataset: str | None = None) -> None:
+    """Write what an evaluation leaves, as far as the card reads it."""
+    (work / "eval" / SIDECARS).mkdir(parents=True, exist_ok=True)
+    record = Metrics(
+        dataset=dataset or name,
+        model="m",
+        pretrained="p",
+        task="zeroshot_classification",
+        language="en",
+        metrics={"acc1": value},
+    )
+    write_metrics(work / "eval" / f"{name}.json", record)
+    inputs = [{"path": "m", "size": 1, "hash": weights_hash}]
+    lines = [{"source": "default", "number": 1, "hash": digest} for digest in ("aa01", "bb02")]
+    prompts = dict(zip(("class_names", "templates"), lines, strict=True))
+    sidecar = make_sidecar(EvaluationSidecar, inputs=inputs, prompts=prompts, counts={"images": 1234})
+    (work / "eval" / SIDECARS / f"{name}.json").write_text(json.dumps(sidecar))
+
+
+def render(info: ModelInfo, source: ModelName, **settings: Any) -> str:
+    return render_card(info, source, ExportSettings(**settings), {}, [])
+
+
+def test_metrics_are_those_of_the_same_weights(model: ClipModel, tiny_model: Path, tmp_path: Path) -> None:
+    write_evaluation(tmp_path, "own", "blake2b:aa", 0.5)
+    write_evaluation(tmp_path, "others", "blake2b:bb", 0.25)
+    write_evaluation(tmp_path, "sampled", "blake2b-sampled:aa", 0.75)
+    own = dataclasses.replace(model.info, weights_hash="blake2b:aa")
+    tagged = ModelName("ViT-B-32:laion2b_s34b_b79k", "tag", architecture="ViT-B-32", tag="laion2b_s34b_b79k")
+    for source in (tagged, parse_model(str(tiny_model))):
+        card = render(own, source, work=tmp_path)
+        assert "| own | zeroshot_classification | acc1 | 1,234 | 0.5000 | aa01, bb02 |" in card
+        assert "| others |" not in card
+        assert "| sampled |" not in card
+
+
+def test_metrics_of_other_weights_than_those_written_say_so(model: ClipModel, tiny_model: Path, tmp_path: Path) -> None:
+    write_evaluation(tmp_path, "own", model.info.weights_hash, 0.5)
+    source = parse_model(str(tiny_model))
+    for precision, said in (
+        ("fp16", "Measured on the original model, not on the fp16 weights here;"),
+        ("auto", "Measured on the original model;"),
+    ):
+        assert said in render(model.info, source, work=tmp_path, precision=precision)
+    assert "Measured on" not in render(model.info, source, work=tmp_path / "empty")
+
+
+def test_names_never_become_tags(model: ClipModel, tiny_model: Path, tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>|\n<b>"
+    write_evaluation(tmp_path, "own", model.info.weights_hash, 0.5, dataset=evil)
+    named = dataclasses.replace(model.info, architecture=evil)
+    card = render(named, parse_model(str(tiny_model)), work=tmp_path, license=evil)
+    assert "<script" not in card
+    assert "<b>" not in card
+    assert "| &lt;script&gt;alert(1)&lt;/script&gt;\\| &lt;b&gt; | zeroshot_classification |" in card

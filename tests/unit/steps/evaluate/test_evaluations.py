@@ -1,0 +1,233 @@
+"""Evaluations: comparing two results, fits on given features, and when finished ones are taken as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from balance_data import heard
+from conftest import make_image, write_class_folders
+from sidecars import make_sidecar
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import write_json
+from clipcid_cli.formats.data.benchmark import hash_lines
+from clipcid_cli.formats.results.features import Features
+from clipcid_cli.formats.results.metrics import Metrics, predictions_path, write_metrics, write_predictions
+from clipcid_cli.formats.sidecar import EvaluationSidecar, LinesRecord
+from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.steps.evaluate import linear as eval_linear
+from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
+from clipcid_cli.steps.evaluate.compare import compare_results
+from clipcid_cli.steps.evaluate.linear import ProbeFits, ProbePlan
+from clipcid_cli.steps.evaluate.result import ComparisonResult, LinearResult, ZeroshotResult
+from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
+from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
+
+
+def write_result(
+    path: Path, keys: str, labels: list[int], classes: int = 2, templates: tuple[str, ...] | None = None
+) -> None:
+    """Write metrics and predictions of an image a key and, where templates are given, the sidecar that records them."""
+    kind = {"dataset": "d", "model": "m", "pretrained": "p", "task": "zeroshot_classification", "language": "en"}
+    write_metrics(path, Metrics(**kind, metrics={"acc1": 0.5}))
+    rows = {"key": list(keys), "label": labels, "predicted": [0, 1]}
+    rows |= {"top": [[0, 1], [1, 0]], "scores": [[0.2, 0.1], [0.3, 0.1]]}
+    write_predictions(predictions_path(path), "classification", "m", "d", classes, rows)
+    if templates is not None:
+        prompts = {
+            "class_names": LinesRecord("folder names", 2, hash_lines(("cat", "dog"))),
+            "templates": LinesRecord(f"{path.stem}.txt", len(templates), hash_lines(templates)),
+        }
+        sidecar = path.parent / "sidecars" / path.name
+        sidecar.parent.mkdir(exist_ok=True)
+        write_json(sidecar, make_sidecar(EvaluationSidecar, prompts=msgspec.to_builtins(prompts)))
+
+
+def compare(one: Path, other: Path) -> tuple[ComparisonResult, str]:
+    """Compare two results; returns the answer and what was said."""
+    with heard() as told:
+        answer = compare_results(EvalZeroshotSettings(model=str(one), data=(str(other),), compare=True))
+    return answer, "\n".join(told)
+
+
+def test_comparison_of_other_data_is_refused(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    write_result(a, "xy", [0, 1])
+    for keys, labels, classes, message in (
+        ("xz", [0, 1], 2, "2 of d, 2 of d, 1 in both"),
+        ("xy", [0, 0], 2, "other classes"),
+        ("xy", [0, 1], 3, "other classes"),
+    ):
+        write_result(b, keys, labels, classes)
+        with pytest.raises(ClipcidError, match=message):
+            compare(a, b)
+    write_result(b, "yx", [1, 0])  # the order of the rows does not matter
+    assert compare(a, b)[0].images == 2
+
+
+def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
+    """Of the same model, data and classes: only the sidecars know that the templates were others."""
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    write_result(a, "xy", [0, 1], templates=("a {c}",))
+    write_result(b, "xy", [0, 1])
+    result, told = compare(a, b)
+    assert result.prompts is None
+    assert "No entry `prompts` records the class names and templates of B" in told
+    write_result(b, "xy", [0, 1], templates=("a {c}",))
+    result, told = compare(a, b)
+    assert "templates" not in told
+    assert result.prompts is not None
+    digest = result.prompts["templates"].first.hash
+    write_result(b, "xy", [0, 1], templates=("a {c}", "the {c}"))
+    result, told = compare(a, b)
+    assert "The templates differ, so the scores differ by more than the models" in told
+    assert result.prompts is not None
+    assert f"of A 1, a.txt ({digest}); of B 2, b.txt ({result.prompts['templates'].second.hash})" in told
+    assert result.prompts["class_names"].same
+    sidecar = tmp_path / "sidecars" / "b.json"
+    sidecar.write_text(sidecar.read_text().replace('"number": 2', '"number": "two"'))
+    with pytest.raises(ClipcidError, match="it was edited, or is damaged"):
+        compare(a, b)
+
+
+def make_images(counts: list[int], seed: int = 0) -> Features:
+    """Make unit rows around one centre for each class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    centres = torch.randn(len(counts), 6, generator=torch.Generator().manual_seed(9))
+    rows = 0.7 * centres[labels] + torch.randn(len(labels), 6, generator=generator)
+    return Features(torch.nn.functional.normalize(rows, dim=1), labels)
+
+
+def make_fits(images: Features, **settings: Any) -> ProbeFits:
+    return ProbeFits({"train": images}, make_plan(int(images.labels.max()) + 1, **settings))
+
+
+def make_plan(classes: int, metric: str = "acc1", **settings: Any) -> ProbePlan:
+    chosen = EvalLinearSettings(data="nowhere", **settings)
+    names = tuple(map(str, range(classes)))
+    return ProbePlan(ModelName("m", "tag"), "nowhere", names, metric, {}, Path("metrics.json"), chosen)
+
+
+def test_few_shot_probes_see_no_image_that_chooses_their_strength() -> None:
+    images = make_images([30, 30, 6])
+    with heard() as told:
+        fits = make_fits(images, shots="8,2", shot_repeats=2)
+    assert told == ["--shots 8: 1 of 3 classes have fewer images, all of which are used."]
+    assert len(fits.fitted) + len(fits.held_out) == len(images)
+    held_out = {tuple(row) for row in fits.held_out.rows.tolist()}
+    assert held_out.isdisjoint({tuple(row) for row in fits.fitted.rows.tolist()})
+    curve = fits.few_shots(make_images([20, 20, 20], seed=1))
+    assert [(point.shots, point.images) for point in curve] == [(2, 6), (8, 21)]
+    half = make_fits(images, val_fraction=0.5)
+    assert (len(half.fitted), len(half.held_out), len(half.images)) == (33, 33, 66)
+    assert all(len(set(point.metrics["lp_acc1"].values)) <= 2 for point in curve)
+    again = make_fits(images, shots="8", shot_repeats=2).few_shots(make_images([20, 20, 20], seed=1))
+    assert again == curve[1:]
+
+
+def test_a_best_strength_at_an_end_is_told_once_for_each_number_of_shots() -> None:
+    # Classes that any strength tells apart: the strongest regularisation is taken, an end of the range.
+    apart = Features(torch.eye(2).repeat_interleave(20, dim=0), torch.arange(2).repeat_interleave(20))
+    with heard() as told:
+        curve = make_fits(apart, shots="1,4", shot_repeats=3).few_shots(apart)
+    assert [point.at_edge for point in curve] == [3, 3]
+    assert [text.partition(" an end of")[0] for text in told] == [
+        "--shots 1: the best C of 3 of 3 draws is",
+        "--shots 4: the best C of 3 of 3 draws is",
+    ]
+
+
+def test_what_cannot_be_drawn_or_held_out_is_refused() -> None:
+    with pytest.raises(
+        ClipcidError, match="no class has 17 training images besides those held out; the largest has 16"
+    ):
+        make_fits(make_images([20, 10]), shots="17")
+    with pytest.raises(ClipcidError, match="none can be held out"):
+        make_fits(make_images([1, 1]))
+    without = Features(torch.eye(4), torch.zeros(4, 2, dtype=torch.bool))
+    with pytest.raises(ClipcidError, match="No validation image has a class"):
+        ProbeFits({"train": without, "val": without}, make_plan(2, "mean_average_precision"))
+    several = Features(torch.eye(4), torch.ones(4, 2, dtype=torch.bool))
+    with pytest.raises(ClipcidError, match="to all training images or to none"):
+        ProbeFits({"train": several}, make_plan(2, "mean_average_precision"))
+
+
+def write_photos(folder: Path, seed: int, per_class: int = 4) -> Path:
+    """Write one folder of images for each of two classes, every file of 8,000 bytes."""
+    classes = {"cat": range(per_class), "dog": range(100, 100 + per_class)}
+    return write_class_folders(folder, classes, lambda number: make_image(seed + number).ljust(8000, b"\0"))
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def test_zeroshot_results_are_of_these_images_and_outlive_failures(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_photos(tmp_path / "photos", 0)
+
+    def evaluate(**more: Any) -> ZeroshotResult:
+        arguments = {"model": str(tiny_model), "data": (str(data),), "work": tmp_path / "work", "workers": 0}
+        found = eval_zeroshot.run(EvalZeroshotSettings(**arguments | {"bootstrap": 20} | more))
+        assert isinstance(found, ZeroshotResult)
+        return found
+
+    first = evaluate(predictions=True)
+    assert evaluate().reused
+    rows = Path(first.files["predictions"])
+    said = rows.read_bytes()
+    # Other draws keep what was said of each image.
+    drawn = evaluate(bootstrap=30)
+    assert not drawn.reused
+    assert drawn.files["predictions"] == str(rows)
+    assert rows.read_bytes() == said
+
+    # Other images of the same names and sizes are other data.
+    folder = tmp_path / "work" / "eval"
+    before = read_all(folder)
+    write_photos(data, 50)
+    with pytest.raises(ClipcidError, match="photos#images"):
+        evaluate(bootstrap=30)
+    for path in data.rglob("*.png"):
+        path.write_bytes(b"no image".ljust(8000))
+    with pytest.raises(ClipcidError, match="8 of 8 samples"):
+        evaluate(overwrite=True)
+    assert read_all(folder) == before
+    write_photos(data, 50)
+    replaced = evaluate(overwrite=True)
+    assert not replaced.reused
+    assert "predictions" not in replaced.files  # those were of the other images
+    assert evaluate().reused
+
+
+def test_a_probe_outlives_failures_and_serves_who_asks_for_no_curve(tiny_model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "photos"
+    write_photos(data / "train", 0, 8)
+    write_photos(data / "test", 50)
+
+    def probe(shots: str | None) -> LinearResult:
+        settings = EvalLinearSettings(
+            model=str(tiny_model), data=str(data), work=tmp_path / "work", workers=0, shots=shots, shot_repeats=1
+        )
+        found = eval_linear.run(settings)
+        assert isinstance(found, LinearResult)
+        return found
+
+    curve = probe("1,2")
+    before = read_all(tmp_path / "work" / "eval")
+    with pytest.raises(ClipcidError, match="--shots 1000"):
+        probe("1000")
+    assert read_all(tmp_path / "work" / "eval") == before
+    plain = probe(None)
+    assert plain == msgspec.structs.replace(curve, reused=True)
+    other = probe("2")
+    assert not other.reused
+    assert [point.shots for point in other.shots] == [2]

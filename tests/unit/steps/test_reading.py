@@ -1,0 +1,231 @@
+"""What steps share where they read: names of classes, batches, keep lists, and the look at the data before long work."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from balance_data import heard
+from conftest import make_image, shard_members, write_tar
+from PIL import Image
+from shard_server import serve
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.atomic import lock
+from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images, open_dataset
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, RETRIEVAL
+from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.distributed import DistContext, open_dist_context
+from clipcid_cli.steps.class_names import match_class_names
+from clipcid_cli.steps.data_index import ensure_index
+from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
+from clipcid_cli.steps.inputs import ChosenKeepList, choose_keep_list
+from clipcid_cli.steps.preflight import choose_order, validate_samples
+
+KEYS = [f"{row:04d}" for row in range(100)]
+
+
+@pytest.mark.parametrize(
+    ("names", "folders", "labels", "by"),
+    [
+        (("tabby cat", "Dog"), ("dog", "tabby_cat"), (1, 0), "name"),
+        (("cat", "dog", "cow"), ("cow", "dog"), (2, 1), "name"),  # of ten classes some may have no image
+        (("2", "0", "1"), ("0", "1", "2"), (1, 2, 0), "name"),  # digits are names where the list holds them
+        (("a", "b", "c", "d", "e", "f", "g", "h"), ("0", "5", "7"), (0, 5, 7), "number"),
+        (tuple("abcdefghijk"), ("0", "1", "10", "2"), (0, 1, 10, 2), "number"),
+        (("crane", "crane", "cat"), ("0", "1", "2"), (0, 1, 2), "number"),
+        (("crane", "crane"), ("n1", "n2"), (0, 1), "order"),
+        (("crane", "crane"), ("crane", "crane_"), (0, 1), "order"),
+        (("x", "y"), ("1", "2"), (0, 1), "order"),  # no line has the number 2
+    ],
+)
+def test_names_of_folders(names: tuple[str, ...], folders: tuple[str, ...], labels: tuple[int, ...], by: str) -> None:
+    found = match_class_names(names, folders)
+    assert (found.labels, found.by) == (labels, by)
+
+
+def test_another_number_of_names_is_refused() -> None:
+    with pytest.raises(ClipcidError, match=r"3 class names .* 2 folders"):
+        match_class_names(("a", "b", "c"), ("n1", "n2"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three shards of seven images; one has no class, one no image, one key is repeated, one image is damaged."""
+    for shard in range(3):
+        members = [("odd.cls", b"1"), ("odd.txt", b"no image")] if shard == 1 else []
+        for number in range(shard * 7, shard * 7 + 7):
+            members.append((f"{number}.png", make_image(number)[: 99 if number == 9 else None]))
+            members += [(f"{number}.cls", b"%d" % (number % 2))] if number != 16 else []
+        members += [("14.png", make_image(1)), ("14.cls", b"0")] if shard == 2 else []
+        write_tar(tmp_path / "data" / f"{shard}.tar", members)
+    return tmp_path / "data"
+
+
+def read(spec: str) -> tuple[list[list[tuple[object, ...]]], int, Skips]:
+    """List the batches of four samples: keys, classes and bytes; and count what was read and what was skipped."""
+    task = ZeroshotTask("data", CLASSIFICATION, open_dataset(spec), ("no", "yes"))
+    found, total, skips = [], 0, Skips()
+    for batch in list_batches(task.dataset, range(3), task.stream, 4, task.reject):
+        found.append([(sample.key, sample.label, sample.image.read()) for sample in batch.samples])
+        total += batch.read or 0
+        skips.merge(batch.skipped)
+    return found, total, skips
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bytes_of_images_are_dropped_once_they_are_decoded(data: Path, workers: int) -> None:
+    with serve(data) as server:
+        samples = list(open_dataset(f"{server.url}/{{0..2}}.tar").shards[1].stream())
+        decoder = Decoder((32, 32), first_pixels, None)
+        ((batch, decoded),) = decode([Batch(1, samples)], decoder, workers)
+    assert [sample.key for sample in batch.samples] == [str(number) for number in range(7, 14)]
+    assert decoded.failures == {2: "unreadable_image"}
+    assert decoded.pixels is not None
+    assert decoded.pixels.flatten(1).any(dim=1).tolist() == [True, True, False, True, True, True, True]
+    assert all(sample.image.data is None for sample in batch.samples)
+    assert all(sample.image.data is not None for sample in samples)
+
+
+def first_pixels(image: Image.Image) -> torch.Tensor:
+    """Return an image without its preprocessing."""
+    return torch.from_numpy(np.array(image.resize((32, 32))))
+
+
+def test_images_behind_a_url_are_identified_without_reading_them(data: Path) -> None:
+    with serve(data) as server:
+        dataset = open_dataset(f"{server.url}/{{0..2}}.tar")
+        sent = server.bytes_sent.total()
+        before = fingerprint_images(dataset)
+        assert server.bytes_sent.total() == sent
+        assert fingerprint_images(dataset) == before
+        write_tar(data / "2.tar", [("14.png", make_image(2)), ("14.cls", b"0")])
+        assert fingerprint_images(dataset).hash != before.hash
+
+
+def read_part(dataset: Dataset) -> tuple[list[str], list[bytes], Skips]:
+    skips = Skips()
+    held_out = frozenset(str(number) for number in range(0, 21, 2))
+    task = ZeroshotTask("part", RETRIEVAL, dataset, held_out=held_out)
+    used = [sample for number in range(3) for sample in task.stream(number, skips)]
+    return [sample.key for sample in used], [sample.image.read() for sample in used], skips
+
+
+def test_a_held_out_part_is_read_from_the_index_alone(data: Path, tmp_path: Path) -> None:
+    expected = read_part(open_dataset(data))
+    assert 4 < len(expected[0]) < 14
+    with open_dist_context("cpu") as context, serve(data) as server:
+        for spec in (str(data), f"{server.url}/{{0..2}}.tar"):
+            dataset = ensure_index(open_dataset(spec, index_root=tmp_path / "index"), context, 0)
+            before = server.bytes_sent.total()
+            assert read_part(dataset) == expected
+        assert server.bytes_sent.total() - before == sum(map(len, expected[1]))
+
+
+@pytest.fixture
+def keep_list(tmp_path: Path) -> Path:
+    path = tmp_path / "keep.parquet"
+    kept = [row % 3 == 0 for row in range(100)]
+    pq.write_table(pa.table({"key": KEYS[::-1], "kept": kept[::-1]}), path)
+    return path
+
+
+def apply(keep_list: Path, work: Path, dry_run: bool) -> list[bool]:
+    def keys() -> list[pa.ChunkedArray]:
+        return [pa.chunked_array([KEYS[:60]]), pa.chunked_array([KEYS[60:]])]
+
+    chosen = choose_keep_list(str(keep_list), WorkDirectory(work), "rows", 0.0)
+    assert chosen is not None
+    found = chosen.find_kept(keys, 100, None if dry_run else work, "here")
+    return list(found)
+
+
+def test_it_is_joined_in_the_work_directory(keep_list: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file" / "no such folder"))
+    work = tmp_path / "work"
+    assert apply(keep_list, work, dry_run=False) == list(np.arange(100) % 3 == 0)
+    assert not work.exists()
+    with pytest.raises(ClipcidError, match=r"Could not write .*no such folder"):
+        apply(keep_list, work, dry_run=True)
+
+
+def test_folders_of_killed_runs_are_removed(keep_list: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "work"
+    killed = work / ".clipcid-join-killed"
+    killed.mkdir(parents=True)
+    killed.with_suffix(".lock").touch()
+    other = work / ".clipcid-join-other"
+    other.mkdir()
+    with lock(other.with_suffix(".lock")):
+        assert apply(keep_list, work, dry_run=False) == list(np.arange(100) % 3 == 0)
+        assert sorted(work.iterdir()) == [other, other.with_suffix(".lock")]
+
+
+@pytest.mark.parametrize(
+    ("missing", "said", "fix"),
+    [
+        (5, "lacks 5 of the 300 samples of data, more than the allowed 1.0%", "--max-bad-fraction 0.017"),
+        (200, "lacks 200 of the 300 samples of data: it was made from other data", "--keep-list none"),
+    ],
+)
+def test_a_list_that_lacks_samples_is_refused_with_what_allows_them(missing: int, said: str, fix: str) -> None:
+    keep_list = ChosenKeepList(Path("keep.parquet"), 200, 300 - missing, "samples", 0.01)
+    with pytest.raises(ClipcidError, match=said) as refused:
+        keep_list.report("data", 300, kept=200, missing=missing)
+    assert fix in refused.value.fix
+
+
+@pytest.fixture(scope="module")
+def context() -> DistContext:
+    with open_dist_context("cpu") as opened:
+        return opened
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six shards of five samples; the last image of the fifth is cut off."""
+    folder = tmp_path_factory.mktemp("data") / "pairs"
+    for number in range(6):
+        members = shard_members(10 * number, 5)
+        if number == 4:
+            members = [(name, make_image(1)[:60] if name == "000044.png" else data) for name, data in members]
+        write_tar(folder / f"{number:05d}.tar", members)
+    return folder
+
+
+def check(dataset: Dataset, context: DistContext, *, dry_run: bool = True) -> list[str]:
+    with heard() as told:
+        validate_samples(dataset, context, 0, dry_run=dry_run)
+    return told
+
+
+def test_all_shards_are_looked_at(shards: Path, context: DistContext, tmp_path: Path) -> None:
+    dataset = open_dataset(shards, index_root=tmp_path)
+    told = check(dataset, context)  # the first three samples of each: the cut image is the fifth
+    assert told == [f"{shards}: checked 6 of 6 shards, 18 samples: all can be decoded."]
+    assert check(dataset, context, dry_run=False) == []
+
+    indexed = ensure_index(dataset, context, 0)
+    said = f"{shards}: checked 6 of 6 shards, 18 samples: 1 cannot be decoded."  # first, middle and last of each
+    assert check(indexed, context) == [f"{said}\n  1 × unreadable image: 00004/000044"]
+    assert check(indexed, context, dry_run=False) == [said]  # the run names them at its end
+
+
+def test_of_remote_data_a_dry_run_looks_at_few_shards_and_a_run_at_none(shards: Path) -> None:
+    dataset = open_dataset(shards)
+    for prefix, looked_at in (("https://example.org/", 4), ("pipe:cat ", 0)):
+        remote = dataclasses.replace(
+            dataset,
+            shards=tuple(dataclasses.replace(shard, source=f"{prefix}{shard.file}") for shard in dataset.shards),
+        )
+        assert len(choose_order(remote, 0, dry_run=True)) == looked_at
+        assert choose_order(remote, 0, dry_run=False) == []
