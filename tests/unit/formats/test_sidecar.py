@@ -10,7 +10,7 @@ import pytest
 from sidecars import make_sidecar, unfinish
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json, write_text
+from clipcid_cli.formats.files import write_json, write_text
 from clipcid_cli.formats.sidecar import BalanceSidecar, EmbedSidecar, read_sidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory

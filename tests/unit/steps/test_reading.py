@@ -17,13 +17,13 @@ from PIL import Image
 from shard_server import serve
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import lock
+from clipcid_cli.formats.data.benchmark import match_class_names
 from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images, open_dataset
+from clipcid_cli.formats.files import lock
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, RETRIEVAL
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
-from clipcid_cli.steps.class_names import match_class_names
 from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask

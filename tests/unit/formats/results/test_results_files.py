@@ -13,7 +13,7 @@ from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import save_arrays
-from clipcid_cli.formats.atomic import write_json, write_npy
+from clipcid_cli.formats.files import write_json, write_npy
 from clipcid_cli.formats.results.clusters import join_parts, open_clusters, part_arrays, part_bounds, part_path
 from clipcid_cli.formats.results.features import Features, read_features, write_features
 from clipcid_cli.formats.results.matched_samples import TRAINING, open_rows, writing_rows

@@ -19,7 +19,6 @@ from clipcid_cli.runtime.models.clip_model import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill.evaluation import share_statistics
 from clipcid_cli.steps.distill.student import load_student
-from clipcid_cli.steps.distill.trainer import Objective
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}

@@ -36,7 +36,7 @@ from clipcid_cli.runtime.models.augment import MixedView, Processor, mix_pixels
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.decode import decode_image
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.steps.cluster import run as cluster
+from clipcid_cli.steps import cluster
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.cluster import ClusterSettings

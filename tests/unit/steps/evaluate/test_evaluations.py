@@ -13,8 +13,8 @@ from conftest import make_image, write_class_folders
 from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.atomic import write_json
 from clipcid_cli.formats.data.benchmark import hash_lines
+from clipcid_cli.formats.files import write_json
 from clipcid_cli.formats.results.features import Features
 from clipcid_cli.formats.results.metrics import Metrics, predictions_path, write_metrics, write_predictions
 from clipcid_cli.formats.sidecar import EvaluationSidecar, LinesRecord
