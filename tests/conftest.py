@@ -158,6 +158,21 @@ def _finish(run: Run, check: bool) -> Run:
     return run
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    """A test that writes beside its own folder would write where pytest was started."""
+    before = set(os.listdir())
+    yield
+    left = [name for name in os.listdir() if name not in before and not name.startswith(".")]
+    assert not left, f"tests left {', '.join(left)} in {os.getcwd()}"
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test or a default writes to a relative path goes to its own folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def clipcid(tmp_path: Path) -> Clipcid:
     """Run a command line in the test's own folder: ``clipcid("balance", …, check=False)``."""
