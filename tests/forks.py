@@ -30,6 +30,8 @@ from typing import Any, NoReturn
 
 # What commands import only when they need it, beside the package. The first optimizer of a process imports torch._dynamo.
 _IMPORTED = ("jinja2", "matplotlib.figure", "open_clip", "pyarrow.dataset", "torch._dynamo")
+# What exports to Hugging Face's form need: it is imported before the first of them.
+_IMPORTED_FOR_HF = ("modeling", "processing", "image_processing", "tokenization")
 
 # Libraries read these when they are imported, which has happened where a fork begins.
 _READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH_", "OMP_", "GOMP_", "MKL_", "PYTHON")
@@ -226,6 +228,9 @@ def _serve() -> None:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
         else:
+            if "hf" in request["arguments"]:
+                for part in _IMPORTED_FOR_HF:
+                    importlib.import_module(f"transformers.models.clip.{part}_clip")
             answer = os.fork()
             if answer == 0:
                 answers.close()

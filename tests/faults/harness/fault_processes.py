@@ -6,6 +6,7 @@ Two hosts are two agents of torchrun on one machine.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fault_child import Operations, kill, read_operations
+from fault_child import count_operations, read_operations
 from fault_place import Result, Site, Step, read_tree
 from one_process import Outcome
 
@@ -43,9 +44,9 @@ def run_rank_kill(site: Site, step: Step, case: tuple[int, float]) -> Result:
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "LOCAL_WORLD_SIZE": "2"}
         ranks = []
         for each in range(2):
-            operations = Operations(_log_of(site, each), number, act=kill if each == killed else None)
-            ranks.append(site.start(step, operations.install, **world, RANK=str(each), LOCAL_RANK=str(each)))
-        return [running.finish(site.patience(step) + 30) for running in ranks]
+            hook = functools.partial(count_operations, _log_of(site, each), number if each == killed else None)
+            ranks.append(site.start(step, hook, **world, RANK=str(each), LOCAL_RANK=str(each)))
+        return [site.finish(step, rank, 30) for rank in ranks]
 
     if name not in site.expected:
         _expect(site, step, name, run)
@@ -95,20 +96,20 @@ def list_worker_kills(site: Site, step: Step, chance: random.Random) -> list[flo
 
 def run_worker_kill(site: Site, step: Step, delay: float) -> Result:
     """Kill a process that decodes images, then give the command again."""
-    running = site.start(step, CLIPCID_WORKERS="2")
+    started = site.start(step, CLIPCID_WORKERS="2")
     deadline = time.monotonic() + site.patience(step)
     workers: list[int] = []
-    while not workers and not running.has_ended() and time.monotonic() < deadline:
+    while not workers and started.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
         # Those that the server of workers, a child of the run, has forked.
-        workers = [worker for server in _children_of(running.process) for worker in _children_of(server)]
+        workers = [worker for server in _children_of(started.pids[0]) for worker in _children_of(server)]
     time.sleep(delay)
     reached = False
     for worker in workers[:1]:
         with contextlib.suppress(ProcessLookupError):  # it ended by itself
             os.kill(worker, signal.SIGKILL)
             reached = True
-    found = running.finish(site.patience(step) + 30)
+    found = site.finish(step, started, 30)
     problems = found.problems()
     if found.code and "A process that decodes images ended" not in found.err:
         problems.append("it does not say that a process has ended")
