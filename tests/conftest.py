@@ -113,11 +113,15 @@ def run_command(command: list[str], cwd: Path, check: bool, timeout: float, envi
 
 
 def start_clipcid(
-    *arguments: object, cwd: Path, env: dict[str, str] | None = None, processes: int = 1
+    *arguments: object,
+    cwd: Path,
+    env: dict[str, str] | None = None,
+    processes: int = 1,
+    hook: Callable[[], None] | None = None,
 ) -> forks.Started:
     """Start a command line in a process, or in several as torchrun would; see `forks`."""
     words = list(map(str, arguments))
-    return forks.start(words, cwd, _command_environment(words, env), processes)
+    return forks.start(words, cwd, _command_environment(words, env), processes, hook=hook)
 
 
 def run_clipcid(
