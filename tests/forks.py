@@ -187,7 +187,10 @@ def _make_outputs() -> tuple[Path, Path]:
     if not _folders:
         _folders.append(tempfile.TemporaryDirectory(prefix="forks-", ignore_cleanup_errors=True))
     number = next(_numbers)
-    return Path(_folders[0].name, f"{number}.out"), Path(_folders[0].name, f"{number}.err")
+    out, err = (Path(_folders[0].name, f"{number}.{name}") for name in ("out", "err"))
+    out.touch()
+    err.touch()
+    return out, err
 
 
 def _describe_worlds(processes: int) -> list[dict[str, str]]:
