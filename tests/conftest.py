@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -136,6 +137,13 @@ def run_clipcid(
     command = ("clipcid", *map(str, arguments)) if processes == 1 else (f"{processes} × clipcid", *map(str, arguments))
     started = start_clipcid(*arguments, cwd=cwd, env=env, processes=processes)
     return _finish(Run(command, cwd, started.wait(timeout), *started.read()), check)
+
+
+def free_port() -> str:
+    """Return a port on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def process_context() -> ForkServerContext:
@@ -299,6 +307,15 @@ def shard_members(first: int, count: int, *, captions: bool = True) -> list[tupl
             members.append((f"{number:06d}.txt", make_caption(number).encode()))
         members.append((f"{number:06d}.json", json.dumps({"number": number}).encode()))
     return members
+
+
+def write_inputs(folder: Path) -> None:
+    """Write what every step can begin with: a model, a student, two shards of pairs, and images of three classes."""
+    write_tiny_model(folder / "model")
+    write_tar(folder / "data/00000.tar", shard_members(0, 10))
+    write_tar(folder / "data/00001.tar", shard_members(10, 8))
+    write_classified(folder / "classified")
+    (folder / "student.json").write_text(json.dumps(STUDENT))
 
 
 def write_classified(folder: Path) -> None:

@@ -20,8 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_caption, make_image, shard_members, write_classified, write_tar, write_tiny_model
-from distill_data import STUDENT
+from conftest import make_caption, make_image, write_inputs
 from one_process import OneProcess
 from sidecars import edit_sidecar, leave_work, unfinish
 
@@ -134,9 +133,7 @@ TARGETS = {
 
 def make_place(clipcid: OneProcess, place: Path) -> None:
     """Write the data, a model and what every step makes of them, once."""
-    write_tiny_model(place / "model")
-    write_tar(place / "data/00000.tar", shard_members(0, 10))
-    write_tar(place / "data/00001.tar", shard_members(10, 8))
+    write_inputs(place)
     (place / "images").mkdir()
     for number in range(8):
         (place / f"images/{number:03d}.png").write_bytes(make_image(number))
@@ -147,11 +144,9 @@ def make_place(clipcid: OneProcess, place: Path) -> None:
     frame.to_csv(place / "list.csv", index=False)
     frame.to_csv(place / "list.tsv", index=False, sep="\t")
     frame.to_parquet(place / "list.parquet")
-    write_classified(place / "classified")
     (place / "classes.txt").write_text("one\ntwo\nthree\n")
     (place / "templates.txt").write_text("a photo of a {c}.\na {c}\n")
     (place / "c.toml").write_text('[balance]\nkeep = 0.7\nembeddings = "rows"\nseed = 3\nlinkage = "single"\n')
-    (place / "student.json").write_text(json.dumps(STUDENT))
     rows = np.random.default_rng(0).normal(size=(9, 8)).astype(np.float32)
     (place / "npz").mkdir()
     np.savez(place / "npz/a.npz", x_img=rows, x_txt=rows[::-1])

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 
 import forks
 import pyarrow.parquet as pq
-from conftest import shard_members, write_classified, write_tar, write_tiny_model
-from distill_data import STUDENT
+from conftest import write_inputs
 from fault_child import count_operations, read_operations
 from fault_disks import own_disk
 from one_process import Outcome
@@ -95,7 +94,7 @@ class Site:
 
     def prepare(self) -> None:
         """Write the data and a model, and run every step undisturbed."""
-        _write_inputs(self.root / "before-None")
+        write_inputs(self.root / "before-None")
         for step in STEPS:
             self.reset(step)
             began = time.monotonic()
@@ -171,14 +170,6 @@ class Site:
             for name, content in found.items()
             if name in expected and content not in (expected[name], before.get(name)) and not name.endswith(".jsonl")
         ]
-
-
-def _write_inputs(place: Path) -> None:
-    write_tiny_model(place / "model")
-    write_tar(place / "data/00000.tar", shard_members(0, 10))
-    write_tar(place / "data/00001.tar", shard_members(10, 8))
-    write_classified(place / "classified")
-    (place / "student.json").write_text(json.dumps(STUDENT))
 
 
 # A checksum is of these, too.

@@ -10,13 +10,13 @@ import functools
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from conftest import free_port
 from fault_child import count_operations, read_operations
 from fault_place import Result, Site, Step, read_tree
 from one_process import Outcome
@@ -41,7 +41,7 @@ def run_rank_kill(site: Site, step: Step, case: tuple[int, float]) -> Result:
     name = f"{step.name} by two"
 
     def run(killed: int | None = None, number: int = 0) -> list[Outcome]:
-        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "LOCAL_WORLD_SIZE": "2"}
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_WORLD_SIZE": "2"}
         ranks = []
         for each in range(2):
             hook = functools.partial(count_operations, _log_of(site, each), number if each == killed else None)
@@ -71,7 +71,7 @@ def run_host_kill(site: Site, step: Step, case: tuple[int, float]) -> Result:
 
     def run(killed: int | None = None) -> list[Outcome]:
         before = set(site.place.rglob("*"))
-        port = _free_port()
+        port = free_port()
         agents = [_start_agent(site, step, each, port) for each in range(2)]
         if killed is not None:
             deadline = time.monotonic() + _PATIENCE
@@ -150,12 +150,6 @@ def _judge(
 
 def _log_of(site: Site, rank: int) -> Path:
     return site.log.with_name(f"operations-{rank}")
-
-
-def _free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def _start_agent(site: Site, step: Step, host: int, port: str) -> subprocess.Popen[str]:

@@ -136,14 +136,6 @@ def test_rows_of_another_tool_must_have_the_teachers_width(
     assert widths == [32, 768, None]
 
 
-@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_export_with_data_that_is_nowhere(
-    one_process: OneProcess, tiny_model: Path, tmp_path: Path, dry: list[str]
-) -> None:
-    command = ("export", tiny_model, "--data", "nowhere", "--format", "open-clip", *dry)
-    assert "nowhere" in said(one_process(*command, cwd=tmp_path))
-
-
 @pytest.mark.parametrize(
     ("flag", "place"),
     [("--write-keys", "folder.csv"), ("--write-pairs", "file/in.csv"), ("--write-uids", "file/in/deeper.csv")],
