@@ -94,8 +94,10 @@ def _environment(command: str) -> dict[str, str]:
 
 def _interrupt_after(pattern: str) -> None:
     """Interrupt this process, as Ctrl-C does, right after the first file of a pattern has its name: always at one place."""
+    from clipcid_cli.commands import signals
     from clipcid_cli.runtime import interruption
 
+    signals._UNNOTICED = 20.0  # how long it takes to save what is done depends on the machine
     is_named = is_over = False
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
