@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -121,11 +122,15 @@ def run_command(command: list[str], cwd: Path, check: bool, timeout: float, envi
 
 
 def start_clipcid(
-    *arguments: object, cwd: Path, env: dict[str, str] | None = None, processes: int = 1
+    *arguments: object,
+    cwd: Path,
+    env: dict[str, str] | None = None,
+    processes: int = 1,
+    hook: Callable[[], None] | None = None,
 ) -> forks.Started:
     """Start a command line in a process, or in several as torchrun would; see `forks`."""
     words = list(map(str, arguments))
-    return forks.start(words, cwd, _command_environment(words, env), processes)
+    return forks.start(words, cwd, _command_environment(words, env), processes, hook=hook)
 
 
 def run_clipcid(
@@ -152,6 +157,13 @@ def limited(what: int, most: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(what, (soft, hard))
+
+
+def free_port() -> str:
+    """Return a port on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def process_context() -> ForkServerContext:
@@ -194,6 +206,21 @@ def _finish(run: Run, check: bool, code: int = 0) -> Run:
     if check and run.returncode != code:
         pytest.fail(repr(run))
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_behind() -> Iterator[None]:
+    """A test that writes beside its own folder would write where pytest was started."""
+    before = set(os.listdir())
+    yield
+    left = [name for name in os.listdir() if name not in before and not name.startswith(".")]
+    assert not left, f"tests left {', '.join(left)} in {os.getcwd()}"
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test or a default writes to a relative path goes to its own folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -339,6 +366,15 @@ def write_class_folders(
         for number in numbers:
             (folder / name / f"{number}.png").write_bytes(draw(number))
     return folder
+
+
+def write_inputs(folder: Path) -> None:
+    """Write what every step can begin with: a model, a student, two shards of pairs, and images of three classes."""
+    write_tiny_model(folder / "model")
+    write_tar(folder / "data/00000.tar", shard_members(0, 10))
+    write_tar(folder / "data/00001.tar", shard_members(10, 8))
+    write_classified(folder / "classified")
+    (folder / "student.json").write_text(json.dumps(STUDENT))
 
 
 def write_classified(folder: Path) -> None:

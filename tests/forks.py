@@ -11,24 +11,27 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import gc
 import importlib
 import itertools
 import json
 import os
+import pickle
+import pkgutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from package import import_package
-
-# Beside the package. Not faiss: with a GPU it loads CUDA's libraries, which must not be loaded where forks are made.
-_IMPORTED = ("jinja2", "matplotlib.figure", "open_clip", "pyarrow.dataset")
+# What commands import only when they need it, beside the package. The first optimizer of a process imports torch._dynamo.
+_IMPORTED = ("jinja2", "matplotlib.figure", "open_clip", "pyarrow.dataset", "torch._dynamo")
+# What exports to Hugging Face's form need: it is imported before the first of them.
+_IMPORTED_FOR_HF = ("modeling", "processing", "image_processing", "tokenization")
 
 # Libraries read these when they are imported, which has happened where a fork begins.
 _READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH_", "OMP_", "GOMP_", "MKL_", "PYTHON")
@@ -143,8 +146,20 @@ def _parents_environment() -> dict[str, str]:
     return clean_environment()
 
 
-def start(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], processes: int = 1) -> Started:
+def start(
+    arguments: Sequence[str],
+    cwd: Path,
+    environment: Mapping[str, str],
+    processes: int = 1,
+    *,
+    hook: Callable[[], None] | None = None,
+    outputs: tuple[Path, Path] | None = None,
+) -> Started:
     """Start a command line of clipcid with a whole environment; in several processes, with what torchrun adds to it.
+
+    Args:
+        hook: Called in the fork before the program; it is pickled, so its module is imported there.
+        outputs: What to write stdout and stderr to, in place of files of its own.
 
     Raises:
         ValueError: when a variable that libraries read while they are imported has another value than it had then.
@@ -153,16 +168,29 @@ def start(arguments: Sequence[str], cwd: Path, environment: Mapping[str, str], p
     late = [name for name in {**then, **environment} if environment.get(name) != then.get(name)]
     if late := [name for name in late if name.startswith(_READ_AT_IMPORT)]:
         raise ValueError(f"{', '.join(late)} would have no effect in a fork: use the fixture `binary`.")
+    outputs = outputs or _make_outputs()
+    request: dict[str, object] = {
+        "arguments": list(arguments),
+        "cwd": str(cwd),
+        "outputs": [str(path) for path in outputs],
+    }
+    if hook is not None:
+        request |= {"hook": pickle.dumps(hook).hex(), "import_path": sys.path}
+    started = []
+    for world in _describe_worlds(processes):
+        parent = next(_turns)
+        started.append((parent, parent.ask(request | {"environment": {**environment, **world}})))
+    return Started(started, outputs)
+
+
+def _make_outputs() -> tuple[Path, Path]:
     if not _folders:
         _folders.append(tempfile.TemporaryDirectory(prefix="forks-", ignore_cleanup_errors=True))
     number = next(_numbers)
     out, err = (Path(_folders[0].name, f"{number}.{name}") for name in ("out", "err"))
-    started = []
-    for world in _describe_worlds(processes):
-        parent = next(_turns)
-        request = {"arguments": list(arguments), "cwd": str(cwd), "environment": {**environment, **world}}
-        started.append((parent, parent.ask(request | {"outputs": [str(out), str(err)]})))
-    return Started(started, (out, err))
+    out.touch()
+    err.touch()
+    return out, err
 
 
 def _describe_worlds(processes: int) -> list[dict[str, str]]:
@@ -196,15 +224,16 @@ def _serve() -> None:
     """Fork for each request."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import_package()
-    for module in _IMPORTED:
-        importlib.import_module(module)
+    _import_all()
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
             pid, status = os.waitpid(request["poll"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
         else:
+            if "hf" in request["arguments"]:
+                for part in _IMPORTED_FOR_HF:
+                    importlib.import_module(f"transformers.models.clip.{part}_clip")
             answer = os.fork()
             if answer == 0:
                 answers.close()
@@ -218,7 +247,37 @@ def _serve() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _run(arguments: list[str], cwd: str, environment: dict[str, str], outputs: list[str]) -> NoReturn:
+def _import_all() -> None:
+    """Import every module of the package, and what they import late, so that a command line in a fork waits for none.
+
+    Garbage is not collected meanwhile: imports make 400,000 objects and keep them all.
+    """
+    import torch
+    from PIL import Image
+
+    import clipcid_cli
+
+    gc.disable()
+    for module in pkgutil.walk_packages(clipcid_cli.__path__, "clipcid_cli."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    if torch.version.cuda is None:  # or it loads CUDA's libraries, which must not be loaded where forks are made
+        importlib.import_module("faiss")
+    Image.init()
+    gc.freeze()
+    gc.enable()
+
+
+def _run(
+    arguments: list[str],
+    cwd: str,
+    environment: dict[str, str],
+    outputs: list[str],
+    hook: str = "",
+    import_path: Sequence[str] = (),
+) -> NoReturn:
     """Be the program: its folder, environment, streams and end."""
     from clipcid_cli.cli import main
 
@@ -233,10 +292,12 @@ def _run(arguments: list[str], cwd: str, environment: dict[str, str], outputs: l
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # open until the process ends
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored where the tests run in the background of a script
+    # Ignored where the tests run in the background of a script.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["clipcid", *arguments]
+    if hook:
+        sys.path[:] = import_path
+        pickle.loads(bytes.fromhex(hook))()
     main()
 
 

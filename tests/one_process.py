@@ -1,8 +1,13 @@
-"""Many command lines in one process, since loading PyTorch takes longer than most of them."""
+"""Many command lines in one process, since loading PyTorch takes longer than most of them.
+
+As a program: that process. It reads a command line from each line of stdin and answers with a line.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import select
@@ -11,23 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import clean_environment
-
-_PROGRAM = """
-import contextlib, io, json, os, sys
-from clipcid_cli.cli import run
-from package import forget_files
-
-real = sys.stdout
-for line in sys.stdin:
-    case = json.loads(line)
-    forget_files()
-    os.chdir(case["cwd"])
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = run(case["arguments"])
-    print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}), file=real, flush=True)
-"""
+from forks import clean_environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +96,41 @@ class OneProcess:
 
 
 def _start() -> subprocess.Popen[str]:
-    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = clean_environment() | {"CLIPCID_WORKERS": "0", "PYTHONWARNINGS": "ignore", "PYTHONPATH": paths}
     return subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM],
+        [sys.executable, __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=environment,
+        env=clean_environment() | {"CLIPCID_WORKERS": "0", "PYTHONWARNINGS": "ignore"},
         cwd=os.sep,
     )
+
+
+def _serve() -> None:
+    """Run each command line."""
+    from clipcid_cli.cli import run
+
+    answers = sys.stdout
+    for line in sys.stdin:
+        case = json.loads(line)
+        _forget_files()
+        os.chdir(case["cwd"])
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = run(case["arguments"])
+        answer = {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _forget_files() -> None:
+    """Clear what the modules remember of files by their names: in the next folder another file may have the name."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("clipcid_cli."):
+            for value in list(vars(module).values()):
+                if callable(clear := getattr(value, "cache_clear", None)):
+                    clear()
+
+
+if __name__ == "__main__":
+    _serve()

@@ -15,10 +15,12 @@ which should never be needed.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 import os
 import signal
-import time
+import sys
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,10 +57,16 @@ def ask(place: Path, *arguments: object, **options: Any) -> Any:
     return run_clipcid(*arguments, *FLAGS, cwd=place, **options).json
 
 
-def kill_when(place: Path, appears: str, absent: Sequence[str], *arguments: object) -> None:
-    """Run a command line, kill it as soon as a file of such a name exists anywhere in its work directory, and prove it.
+def read_samples(number: int) -> list[tuple[str, bytes]]:
+    """Read the members of the first samples of the first shard."""
+    with tarfile.open(QUICKSTART / "data" / "pairs" / "00000.tar") as archive:
+        members = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
+    keys = list(dict.fromkeys(name.partition(".")[0] for name, _ in members))[:number]
+    return [(name, data) for name, data in members if name.partition(".")[0] in set(keys)]
 
-    Whether the file already lies where it will in the end is the program's affair: it is looked for everywhere.
+
+def kill_when(place: Path, appears: str, absent: Sequence[str], *arguments: object) -> None:
+    """Run a command line, kill it as soon as a file of such a name exists anywhere, and prove it.
 
     Args:
         place: Folder to run in; the work directory, in which there is no such file yet, is the word after ``--work``.
@@ -68,13 +76,24 @@ def kill_when(place: Path, appears: str, absent: Sequence[str], *arguments: obje
     """
     work = place / str(arguments[arguments.index("--work") + 1])
     assert not _holds(work, appears), "it would be killed before it has begun"
-    process = start_clipcid(*arguments, *FLAGS, cwd=place)
-    while process.poll() is None and not _holds(work, appears):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
+    process = start_clipcid(*arguments, *FLAGS, cwd=place, hook=functools.partial(die_after, appears))
     assert process.wait() == -signal.SIGKILL, (f"ended before {appears} was seen", *process.read())
     assert _holds(work, appears)
     assert [name for name in absent if _holds(work, name)] == [], "killed too late"
+
+
+def die_after(pattern: str) -> None:
+    """Let this process be killed once a file has got a name of such a pattern."""
+    named = ""
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal named
+        if event == "os.rename" and fnmatch.fnmatch(os.path.basename(os.fsdecode(arguments[1])), pattern):
+            named = os.fsdecode(arguments[1])
+        elif named and event != "os.kill" and os.path.exists(named):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
 
 
 def _holds(folder: Path, pattern: str) -> bool:

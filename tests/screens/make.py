@@ -2,13 +2,11 @@
 
 Each command runs on a terminal of its own in a folder with a little of the shipped data. What is seen in the end is kept as
 text, a file per subcommand; measured numbers are written as zeros, and the folder as ``/home/me/clip-data``.
-
-``make.py WIDTH [FOLDER [WIDTH FOLDER]]``: one width alone, into another folder; the second time only exact screens, whose
-commands are repeated where they were given the first time.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -22,13 +20,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a command; under pytest it is there already
 
-from package import import_package
+import forks
 from place import make_place
 from scenes import SCENES, Scene
-from terminal import run_in_terminal
-
-from clipcid_cli.cli import main
-from clipcid_cli.runtime import interruption
+from terminal import Terminal
 
 HERE = Path(__file__).parent
 WIDTHS = (80, 120)
@@ -49,67 +44,60 @@ _VARYING = re.compile(
 _LAST_COLUMN = re.compile(rf"(?<=[\d%*] ) *{_DIGITS}(?=$| +[\d.]+ / [\d.]+$)", re.MULTILINE)
 
 
-def make_screens(width: int, target: Path, exact: tuple[int, Path] | None = None) -> None:
-    """Run every command on terminals of a width and write what they show.
+def make_screens(folders: dict[int, Path], exact_only: tuple[int, ...] = ()) -> None:
+    """Run every command on terminals of some widths and write what they show.
 
     Args:
-        exact: Another width, and where what exact scenes show on it is written.
+        folders: Where the screens of each width are written.
+        exact_only: Widths of which only the exact scenes are wanted. Where a width has all, these repeat its commands.
     """
-    os.environ |= {"TERM": "xterm-256color", "HF_HUB_OFFLINE": "1", "GOMP_SPINCOUNT": "0", "CLIPCID_WORKERS": "0"}
-    os.environ |= {"CLIPCID_PRECISION": "fp32", "CLIPCID_DEVICE": "cpu"}  # what `auto` chooses depends on the machine
-    for name in ("COLUMNS", "LINES"):  # they would stand above the size of the terminal
-        os.environ.pop(name, None)
-    import_package()  # once for all: a command is then a fork of this process
     with tempfile.TemporaryDirectory(prefix="clip-", dir="/tmp") as name:
         place = make_place(Path(name))
         for subcommand, scenes in SCENES.items():
-            shown: list[str] = []
-            repeated: list[str] = []
+            shown: dict[int, list[str]] = {width: [] for width in folders}
             for scene in scenes:
-                shown.append(_play(scene, place, width))
-                if exact is not None and scene.exact:
-                    repeated.append(_play(scene, place, exact[0]))
-            _write_screens(target, subcommand, shown)
-            if exact is not None:
-                _write_screens(exact[1], subcommand, repeated)
-
-
-def _write_screens(folder: Path, subcommand: str, shown: list[str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{subcommand}.txt").write_text("\n".join(shown), encoding="utf-8")
+                for width, screens in shown.items():
+                    if scene.exact or width not in exact_only:
+                        screens.append(_play(scene, place, width))
+            for width, screens in shown.items():
+                folders[width].mkdir(parents=True, exist_ok=True)
+                (folders[width] / f"{subcommand}.txt").write_text("\n".join(screens), encoding="utf-8")
 
 
 def _play(scene: Scene, place: Path, width: int) -> str:
     if scene.before is not None:
         scene.before(place)
     command, _, log = scene.command.partition(" 2> ")
-
-    def run() -> None:
-        os.chdir(place)
-        if "--compare" in command:
-            del os.environ["CLIPCID_PRECISION"]  # a comparison takes none
-        if log:
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-        if scene.interrupt_at is not None:
-            _interrupt_after(scene.interrupt_at)
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # open until the process ends
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-        main(shlex.split(command)[1:])
-
-    text, code = run_in_terminal(run, width)
+    terminal = Terminal(width)
+    interrupt = functools.partial(_interrupt_after, scene.interrupt_at) if scene.interrupt_at else None
+    outputs = terminal.path, place / log if log else terminal.path
+    words = shlex.split(command)[1:]
+    program = forks.start(words, place, _environment(command), hook=interrupt, outputs=outputs)
+    text = terminal.watch(program)
     if log:
         text += (place / log).read_text(encoding="utf-8")
     text = _HASH.sub(lambda found: "0" * len(found[0]), text.replace(str(place), _FOLDER))
     if not scene.exact:
         text = _LAST_COLUMN.sub(_hide, _VARYING.sub(_hide, text))
-    return f"=== {scene.about}\n$ {scene.command}\n{text.lstrip()}[exit {code}]\n"
+    return f"=== {scene.about}\n$ {scene.command}\n{text.lstrip()}[exit {program.poll()}]\n"
+
+
+def _environment(command: str) -> dict[str, str]:
+    """Return that of a person's terminal, which sets its own size and colours."""
+    environment = forks.clean_environment() | {"TERM": "xterm-256color", "CLIPCID_WORKERS": "0"}
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        environment.pop(name, None)
+    # What `auto` chooses depends on the machine.
+    precision = {} if "--compare" in command else {"CLIPCID_PRECISION": "fp32"}
+    return environment | precision | {"CLIPCID_DEVICE": "cpu"}
 
 
 def _interrupt_after(pattern: str) -> None:
     """Interrupt this process, as Ctrl-C does, right after the first file of a pattern has its name: always at one place."""
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored where the tests run in the background of a script
+    from clipcid_cli.commands import signals
+    from clipcid_cli.runtime import interruption
+
+    signals._UNNOTICED = 20.0  # how long it takes to save what is done depends on the machine
     is_named = is_over = False
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -131,6 +119,6 @@ def _hide(found: re.Match[str]) -> str:
 
 
 if __name__ == "__main__":
-    for columns in WIDTHS if len(sys.argv) == 1 else [int(sys.argv[1])]:
-        again = (int(sys.argv[3]), Path(sys.argv[4])) if len(sys.argv) > 3 else None
-        make_screens(columns, Path(sys.argv[2]) if len(sys.argv) > 2 else HERE / str(columns), again)
+    for columns in WIDTHS:
+        make_screens({columns: HERE / str(columns)})
+    forks.close()

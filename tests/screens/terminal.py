@@ -1,18 +1,16 @@
-"""A terminal of a given width that runs a command and keeps what a person sees in the end."""
+"""A terminal of a given width that keeps what a person sees in the end."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-import pty
 import re
 import select
-import signal
 import struct
-import sys
 import termios
-import time
-from collections.abc import Callable
+from pathlib import Path
+
+from forks import Started
 
 _ROWS = 2000  # so that nothing scrolls out of sight
 _SEQUENCE = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|\x1b\]8;[^\x1b]*\x1b\\")
@@ -72,48 +70,25 @@ class Screen:
         return "\n".join("".join(line).rstrip() for line in self.lines).rstrip() + "\n"
 
 
-def run_in_terminal(
-    program: Callable[[], None],
-    columns: int,
-    timeout_seconds: float = 300.0,
-) -> tuple[str, int]:
-    """Run a program in a child process on a terminal of its own.
+class Terminal:
+    """A terminal of a given width; programs are started with `path` as their streams."""
 
-    Args:
-        program: Called in the child; does not return (exec, or sys.exit).
+    def __init__(self, columns: int) -> None:
+        self._columns = columns
+        self._ours, self._theirs = os.openpty()
+        fcntl.ioctl(self._theirs, termios.TIOCSWINSZ, struct.pack("HHHH", _ROWS, columns, 0, 0))
+        self.path = Path(os.ttyname(self._theirs))
 
-    Returns:
-        What is on the terminal in the end, and the exit status.
-    """
-    child, terminal = pty.fork()
-    if child == 0:
-        code = 70
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", _ROWS, columns, 0, 0))
-        try:
-            program()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    received = b""
-    end = time.monotonic() + timeout_seconds
-    while True:
-        if time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
-            raise TimeoutError(received.decode(errors="replace"))
-        if not select.select([terminal], [], [], 0.05)[0]:
-            continue
-        try:
-            chunk = os.read(terminal, 1 << 16)
-        except OSError:  # how Linux says that the child closed its end
-            chunk = b""
-        if not chunk:
-            break
-        received += chunk
-    os.close(terminal)
-    _, status = os.waitpid(child, 0)
-    screen = Screen(columns)
-    screen.feed(received.decode())
-    return screen.text(), os.waitstatus_to_exitcode(status)
+    def watch(self, program: Started) -> str:
+        """Wait for a program's end and return what is seen then."""
+        received = b""
+        ended = False
+        while not ended:
+            ended = program.poll() is not None
+            while select.select([self._ours], [], [], 0.005)[0]:
+                received += os.read(self._ours, 1 << 16)
+        os.close(self._ours)
+        os.close(self._theirs)
+        screen = Screen(self._columns)
+        screen.feed(received.decode())
+        return screen.text()

@@ -1,135 +1,139 @@
 """How a run ends that is stopped from outside: signals, full disks, readers and peers that are gone, odd environments."""
 
 import contextlib
+import ctypes
 import datetime
+import functools
 import os
-import pty
+import pkgutil
 import re
 import resource
 import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
+import forks
 import pytest
 import torch
-from conftest import Clipcid, clean_environment, clipcid_command, run_command
+from conftest import Clipcid, clean_environment, clipcid_command, free_port, run_command, start_clipcid
 from distill_data import SHORT
 
 from clipcid_cli.cli import cli
+from clipcid_cli.commands.console import ConsoleReporter, make_console
 from clipcid_cli.commands.failures import explain
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.distributed import rendezvous_all
-
-# Runs whose main thread sleeps, in Python or in a library's call that no handler of Python's interrupts.
-_SLEEPS = """
-import time
-from clipcid_cli import cli
-cli.cli.invoke = lambda _: (print("ready", flush=True), time.sleep(60))
-cli.main(["balance"])
-"""
-_IN_A_LIBRARY = _SLEEPS.replace("import time", "import ctypes").replace("time.sleep(60)", "ctypes.CDLL(None).sleep(60)")
-_EXPORTS = _SLEEPS.replace("cli.cli.invoke", "run._run").replace("balance", "export")
-_EXPORTS = _EXPORTS.replace("import cli", "import cli\nfrom clipcid_cli.steps.export import run")
-# A bar on its terminal, whose workers decode.
-_WORKS = """
-import os, time
-from clipcid_cli import cli
+from clipcid_cli.runtime import distributed
+from clipcid_cli.runtime.distributed import open_dist_context, rendezvous_all
 from clipcid_cli.runtime.pipeline import ordered_map
 
-def invoke(_):
-    from clipcid_cli.commands.console import ConsoleReporter, make_console
+_INTERRUPTED = "Interrupted. Run the same command again to continue where it stopped."
+_INVOKE = ("clipcid_cli.cli:cli", "invoke")
+
+
+# What runs do in place of their work, in the fork that runs them.
+
+
+def put(place: str, name: str, function: Callable[..., object]) -> None:
+    """Let a function of the package be another one."""
+    setattr(pkgutil.resolve_name(place), name, function)
+
+
+def sleep(*_: object) -> None:
+    print("ready", flush=True)
+    time.sleep(60)
+
+
+def sleep_in_a_library(*_: object) -> None:
+    """No handler of Python's interrupts such a call."""
+    print("ready", flush=True)
+    ctypes.CDLL(None).sleep(60)
+
+
+def sleep_in_workers(*_: object) -> None:
+    """Show a bar on the terminal while processes decode."""
     with ConsoleReporter(make_console()).progress("embed", 9, "images"):
         for _ in ordered_map(time.sleep, [0, 60], 1):
-            os.write(1, b"ready\\n")  # past the bar, which shows what is printed
-
-if __name__ == "__main__":
-    cli.cli.invoke = invoke
-    cli.main(["balance"])
-"""
-_INTERRUPTED = "Interrupted. Run the same command again to continue where it stopped."
+            os.write(1, b"ready\n")  # past the bar, which shows what is printed
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+def lead_workers() -> None:
+    """Be the first of a group, to which a terminal sends its signals."""
+    os.setsid()
+    put(*_INVOKE, sleep_in_workers)
 
 
-def run_two(program: str, *arguments: str) -> tuple[str, int]:
-    """Run a program as two processes of one run; return what the first one said, and the second one's exit code."""
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    first, second = (
-        subprocess.Popen(
-            [sys.executable, "-c", program, *arguments],
-            env=clean_environment() | world | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(2)
-    )
-    said, _ = first.communicate(timeout=150)
-    second.communicate(timeout=60)
-    return said, second.returncode
+def write_to_nobody(*_: object) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.write(writer, b"x")
 
 
-def heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which pytest's parent may ignore
+def meet(fate: str) -> None:
+    """Meet the other process of the run, and end in some way."""
+    rank = int(os.environ["RANK"])
+    if fate == "dies between meeting and connecting" and rank == 1:
+        rendezvous_all(1, 2)
+        os._exit(9)
+    distributed.RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=6)
+    try:
+        with open_dist_context("cpu") as context:
+            context.gather(rank)
+            if fate == "dies later" and rank == 1:
+                os._exit(9)
+            time.sleep(12 * rank if fate == "is slow" else 0)  # a collective may wait for longer than the meeting
+            print(context.gather(rank), flush=True)
+    except ClipcidError as error:
+        print(error.message, flush=True)
+    os._exit(0)
+
+
+def wait_until_ready(run: forks.Started) -> None:
+    while "ready" not in run.read()[0]:
+        assert run.poll() is None, run.read()
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
-    ("program", "number", "code", "said"),
+    ("command", "replaced", "function", "number", "said"),
     [
-        (_SLEEPS, signal.SIGTERM, 143, _INTERRUPTED),
-        (_SLEEPS, signal.SIGINT, 130, _INTERRUPTED),
-        (_IN_A_LIBRARY, signal.SIGTERM, 143, _INTERRUPTED),
-        (_EXPORTS, signal.SIGTERM, 143, "Interrupted. Run the same command again."),
+        ("balance", _INVOKE, sleep, signal.SIGTERM, _INTERRUPTED),
+        ("balance", _INVOKE, sleep, signal.SIGINT, _INTERRUPTED),
+        ("balance", _INVOKE, sleep_in_a_library, signal.SIGTERM, _INTERRUPTED),
+        (
+            "export",
+            ("clipcid_cli.steps.export.run", "_run"),
+            sleep,
+            signal.SIGTERM,
+            _INTERRUPTED.partition(" to ")[0] + ".",
+        ),
     ],
 )
 def test_a_signal_ends_the_run_at_once_and_says_how_to_continue(
-    program: str, number: int, code: int, said: str
+    command: str, replaced: tuple[str, str], function: Callable[..., None], number: int, said: str, tmp_path: Path
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    started = time.monotonic()
-    _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - started < 3
-    assert process.returncode == code
-    assert errors.strip() == said
+    run = start_clipcid(command, cwd=tmp_path, hook=functools.partial(put, *replaced, function))
+    wait_until_ready(run)
+    run.send_signal(number)
+    assert run.wait(30) == 128 + number  # of 60 seconds in which it would sleep
+    assert run.read()[1].strip() == said
 
 
 def test_an_interrupted_run_leaves_a_clean_terminal_and_no_worker(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(_WORKS)
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "program.py")],
-        env=clean_environment() | {"TERM": "xterm"},
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-        text=True,
-        preexec_fn=heed_interrupts,
-        start_new_session=True,
-    )
+    ours, theirs = os.openpty()
+    outputs = tmp_path / "out", Path(os.ttyname(theirs))
+    environment = clean_environment() | {"TERM": "xterm"}
+    run = forks.start(["balance"], tmp_path, environment, hook=lead_workers, outputs=outputs)
+    while not outputs[0].exists() or "ready" not in outputs[0].read_text():  # not of the terminal, which is read once
+        assert run.poll() is None
+        time.sleep(0.01)
     os.close(theirs)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers and their server as well
-    assert process.wait(30) == 130
-    process.stdout.close()
+    os.killpg(run.pids[0], signal.SIGINT)  # as a terminal does: to the workers and their server as well
+    assert run.wait(30) == 130
     shown = b""
     with contextlib.suppress(OSError):  # of a terminal that nobody has open any more: all that wrote to it have ended
         while part := os.read(ours, 1 << 16):
@@ -143,28 +147,23 @@ def test_an_interrupted_run_leaves_a_clean_terminal_and_no_worker(tmp_path: Path
 def test_a_terminated_distill_saves_its_last_step_and_is_continued_from_it(distill_place: Path) -> None:
     log = distill_place / "clipcid-work/distill/stopped/train.jsonl"
     length = ("--steps", 100_000, "--checkpoint-every", 100_000, "--eval-every", 100_000, "--workers", 1)
-    process = subprocess.Popen(
-        [*clipcid_command(), *map(str, ("distill", *SHORT, *length, "--name", "stopped"))],
-        cwd=distill_place,
-        env=clean_environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    run = start_clipcid("distill", *SHORT, *length, "--name", "stopped", cwd=distill_place, hook=os.setsid)
     while not log.exists() or not log.stat().st_size:
-        assert process.poll() is None, process.communicate()
+        assert run.poll() is None, run.read()
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)  # as torchrun does: to the decoding process and its server as well
-    _, errors = process.communicate(timeout=40)
-    assert process.returncode == 143, errors
+    os.killpg(run.pids[0], signal.SIGTERM)  # as torchrun does: to the decoding process and its server as well
+    code, (_, errors) = run.wait(60), run.read()
+    assert code == 143, errors
     (checkpoint,) = (log.parent / "checkpoints").iterdir()
     step = int(checkpoint.stem.removeprefix("step_"))
     assert step > 0
     assert f"Run the same command again to continue from step {step:,}." in errors
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
-@pytest.mark.parametrize("value", ["abc", "-1", "٣"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "-1"), ("WORLD_SIZE", "٣"), ("RANK", "abc"), ("LOCAL_RANK", "abc")],
+)
 def test_an_odd_environment_is_a_usage_error(clipcid: Clipcid, name: str, value: str) -> None:
     run = clipcid("--version", check=False, env={name: value})
     assert run.returncode == 2, run
@@ -186,19 +185,6 @@ def test_a_full_disk_behind_stdout_is_no_traceback(arguments: list[str], tmp_pat
         )
     assert done.returncode in (1, 2)
     assert not [mark for mark in ("Traceback", "Exception ignored", "bug") if mark in done.stderr], done.stderr
-
-
-_BROKEN_PIPE = """
-import sys, os
-from clipcid_cli import cli
-from clipcid_cli.commands import command
-def run_step(*_):
-    reader, writer = os.pipe()
-    os.close(reader)
-    os.write(writer, b"x")
-command.run_step = run_step
-cli.main(["balance", "--keep", "0.5"])
-"""
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["balance", "--json", "--keep", "0.5"], ["balance", "--keep", "2"]])
@@ -239,10 +225,11 @@ def test_a_closed_stream_is_as_good_as_one_that_leads_nowhere(line: str, code: i
 
 
 def test_another_process_behind_a_broken_pipe_is_told(tmp_path: Path) -> None:
-    done = run_command([sys.executable, "-c", _BROKEN_PIPE], tmp_path, False, 60, None)
-    assert done.returncode == 1
-    assert "a process that this one was writing to has ended (broken pipe)" in done.stderr
-    assert "bug" not in done.stderr
+    hook = functools.partial(put, "clipcid_cli.commands.command", "run_step", write_to_nobody)
+    run = start_clipcid("balance", "--keep", "0.5", cwd=tmp_path, hook=hook)
+    assert run.wait() == 1
+    assert "a process that this one was writing to has ended (broken pipe)" in run.read()[1]
+    assert "bug" not in run.read()[1]
 
 
 @pytest.mark.parametrize("taken", [False, True])
@@ -257,32 +244,10 @@ def test_processes_that_cannot_meet_are_told_within_the_limit(taken: bool, monke
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         missing = r"waited 0\.05 minutes for the other 1 of the run, and not all of them arrived"
         in_use = rf"Process 0 could not connect to the other 1 of the run: .*{port}"
-        started = time.monotonic()
         with pytest.raises(ClipcidError, match=in_use if taken else missing):
             rendezvous_all(0, 2, datetime.timedelta(seconds=3))
-        assert time.monotonic() - started < 30
 
 
-_PEER = """
-import datetime, os, sys, time
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime import distributed as module
-from clipcid_cli.runtime.distributed import rendezvous_all, open_dist_context
-fate, rank = sys.argv[1], int(os.environ["RANK"])
-if fate == "dies between meeting and connecting" and rank == 1:
-    rendezvous_all(1, 2)
-    os._exit(9)
-module.RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=6)
-try:
-    with open_dist_context("cpu") as context:
-        context.gather(rank)
-        if fate == "dies later" and rank == 1:
-            os._exit(9)
-        time.sleep(12 * rank if fate == "is slow" else 0)  # a collective may wait for longer than the meeting
-        print(context.gather(rank))
-except ClipcidError as error:
-    print(error.message)
-"""
 _MISSED = "Another process of the run has ended, or cannot be reached"
 
 
@@ -294,10 +259,17 @@ _MISSED = "Another process of the run has ended, or cannot be reached"
         pytest.param("is slow", "[0, 1]", 0, marks=pytest.mark.slow),
     ],
 )
-def test_a_process_that_ends_is_missed_and_a_slow_one_waited_for(fate: str, said: str, code: int) -> None:
-    heard, ended = run_two(_PEER, fate)
-    assert heard.startswith(said), heard
-    assert ended == code
+def test_a_process_that_ends_is_missed_and_a_slow_one_waited_for(
+    fate: str, said: str, code: int, tmp_path: Path
+) -> None:
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    first, second = (
+        start_clipcid("balance", cwd=tmp_path, env=world | {"RANK": str(rank)}, hook=functools.partial(meet, fate))
+        for rank in range(2)
+    )
+    assert first.wait(150) == 0
+    assert first.read()[0].startswith(said), first.read()
+    assert second.wait(60) == code
 
 
 def test_a_world_without_a_place_to_meet_is_refused(clipcid: Clipcid, tmp_path: Path) -> None:
@@ -342,19 +314,11 @@ def test_a_batch_that_does_not_fit_into_memory_is_told_with_the_flag(
     tiny_model: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
     limit = 16 * 2**30  # a batch of ten million images of 32 × 32 pixels has 31 GB
-    command = ["embed", str(tiny_shards), "--model", str(tiny_model), "--batch-size", "10000000", "--workers", "0"]
-    done = subprocess.run(
-        [*clipcid_command(), *command],
-        cwd=tmp_path,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )
-    assert done.returncode == 1, done.stderr
-    assert "Error: Memory ran out: " in done.stderr
-    assert done.stderr.strip().endswith(
-        "Use a smaller --batch-size or fewer --workers; or use a machine with more memory."
-    )
-    assert "Traceback" not in done.stderr
+    command = ("embed", tiny_shards, "--model", tiny_model, "--batch-size", 10_000_000)
+    hook = functools.partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))
+    run = start_clipcid(*command, cwd=tmp_path, hook=hook)
+    code, (_, errors) = run.wait(), run.read()
+    assert code == 1, errors
+    assert "Error: Memory ran out: " in errors
+    assert errors.strip().endswith("Use a smaller --batch-size or fewer --workers; or use a machine with more memory.")
+    assert "Traceback" not in errors

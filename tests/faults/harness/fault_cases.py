@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fault_child import Operations, kill, shift_clock
+from fault_child import break_clock, count_operations, pause, tell_when_ready
 from fault_disks import can_mount, heed_permissions, limit_file_sizes, limit_room, set_read_only
 from fault_place import Result, Site, Step, read_tree
 from fault_processes import (
@@ -74,7 +75,7 @@ def list_kills(site: Site, step: Step, chance: random.Random) -> list[tuple[int,
 
 def run_kill(site: Site, step: Step, case: tuple[int, bool]) -> Result:
     """Kill a run at a file operation, then give the command again."""
-    found = site.run(step, Operations(site.log, *case, act=kill).install)
+    found = site.run(step, functools.partial(count_operations, site.log, *case))
     problems = killed_problems(found) + site.find_half(step)
     return Result(found.code, problems + site.check_again(step), found.code == -9)
 
@@ -123,7 +124,13 @@ def list_sizes(site: Site, step: Step, chance: random.Random) -> list[int]:
 
 def run_limited_sizes(site: Site, step: Step, size: int) -> Result:
     """Run where no file may grow beyond a size (EFBIG, as a quota), then give the command again."""
-    found = site.run(step, lambda: limit_file_sizes(size))
+    pipe = site.root / "pipe"
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    found = site.run(step, functools.partial(limit_file_sizes, size, pipe))
+    found = dataclasses.replace(found, err=found.err + os.read(reader, 1 << 16).decode())
+    os.close(reader)
     return Result(found.code, refused_problems(site, step, found) + site.check_again(step), found.code == 1)
 
 
@@ -217,12 +224,15 @@ def list_moments(site: Site, step: Step, chance: random.Random) -> list[tuple[in
 def run_signal(site: Site, step: Step, case: tuple[int, float]) -> Result:
     """Send a signal, then give the command again."""
     number, part = case
-    running = site.start(step)
-    running.wait_until_ready()
+    ready = site.root / "ready"
+    ready.unlink(missing_ok=True)
+    started = site.start(step, functools.partial(tell_when_ready, ready))
+    while not ready.exists() and started.poll() is None:
+        time.sleep(0.002)
     time.sleep(part * site.seconds[step.name])
-    os.kill(running.process, number)
+    started.send_signal(number)
     began = time.monotonic()
-    found = running.finish(site.patience(step))
+    found = site.finish(step, started)
     problems = []
     if found.code not in (0, 128 + number):
         problems.append(f"exit {found.code}{found!r}")
@@ -247,31 +257,23 @@ def run_wrong_clock(site: Site, step: Step, case: tuple[int, float, float, float
     number, offset, drift, later = case
     for path in site.place.rglob("*"):
         os.utime(path, (time.time() + _YEAR,) * 2)
-
-    def hook() -> None:
-        shift_clock(offset, drift)
-        Operations(site.log, number, act=kill).install()
-
-    found = site.run(step, hook)
+    found = site.run(step, functools.partial(break_clock, offset, drift, site.log, number))
     problems = killed_problems(found) + site.find_half(step)
-    problems += site.check_again(step, lambda: shift_clock(later, -0.5))
+    problems += site.check_again(step, functools.partial(break_clock, later, -0.5, site.log))
     problems = [text for text in problems if not _TIMES_OF_FILES.fullmatch(text)]
     return Result(found.code, problems, found.code == -9)
 
 
 def run_delayed(site: Site, step: Step, number: int) -> Result:
     """Start a second run while the first one is slow at a file operation; then give the command again."""
-
-    def wait(name: str, unflushed: list[tuple[int, int]]) -> None:
-        os.write(writer, b".")
-        time.sleep(2 * site.seconds[step.name] + 0.5)
-
-    reader, writer = os.pipe()
-    first = site.start(step, Operations(site.log, number, act=wait).install)
-    os.close(writer)
-    reached = os.read(reader, 1) == b"."
-    os.close(reader)
-    found = [site.run(step), first.finish(2 * site.patience(step))]
+    mark = site.root / "reached"
+    mark.unlink(missing_ok=True)
+    act = functools.partial(pause, mark, 2 * site.seconds[step.name] + 0.5)
+    first = site.start(step, functools.partial(count_operations, site.log, number, act=act))
+    while not mark.exists() and first.poll() is None:
+        time.sleep(0.002)
+    reached = mark.exists()
+    found = [site.run(step), site.finish(step, first, site.patience(step))]
     problems = []
     for outcome in found:
         if outcome.problems() or (outcome.code == 1 and "Another run" not in outcome.err):

@@ -60,8 +60,10 @@ def can_mount() -> bool:
             return False
 
 
-def limit_file_sizes(size: int) -> None:
-    """Let every write beyond `size` bytes of a file fail, in this process and for good."""
+def limit_file_sizes(size: int, pipe: Path) -> None:
+    """Let every write beyond `size` bytes of a file fail; what the process says goes to a pipe, which has no size."""
+    for stream in (1, 2):
+        os.dup2(os.open(pipe, os.O_WRONLY), stream)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 

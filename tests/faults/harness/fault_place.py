@@ -5,23 +5,24 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
+import functools
 import io
 import json
-import os
 import pickle
 import re
 import shutil
+import subprocess
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forks
 import pyarrow.parquet as pq
-from conftest import shard_members, write_classified, write_tar, write_tiny_model
-from distill_data import STUDENT
-from fault_child import Hook, Operations, Running, read_operations, start
+from conftest import write_inputs
+from fault_child import count_operations, read_operations
 from fault_disks import own_disk
 from one_process import Outcome
 
@@ -55,6 +56,7 @@ STEPS = (
 )
 
 Tree = dict[str, bytes]
+Hook = Callable[[], None]
 
 
 class Result(NamedTuple):
@@ -92,19 +94,11 @@ class Site:
 
     def prepare(self) -> None:
         """Write the data and a model, and run every step undisturbed."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        base = self.root / "before-None"
-        child = os.fork()  # a parent whose PyTorch has computed could not be forked
-        if child == 0:
-            try:
-                _write_inputs(base)
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
+        write_inputs(self.root / "before-None")
         for step in STEPS:
             self.reset(step)
             began = time.monotonic()
-            found = self.run(step, Operations(self.log).install)
+            found = self.run(step, functools.partial(count_operations, self.log))
             self.seconds[step.name] = time.monotonic() - began
             assert found.code == 0, found
             self.operations[step.name] = read_operations(self.log)
@@ -120,13 +114,22 @@ class Site:
         """Copy what there is before a step into the place."""
         shutil.copytree(self.before(step), self.place, symlinks=True, dirs_exist_ok=True)
 
-    def start(self, step: Step, hook: Hook | None = None, **environment: str) -> Running:
-        """Start a step in the place."""
-        return start(step.command, self.place, hook, environment)
+    def start(self, step: Step, hook: Hook | None = None, **environment: str) -> forks.Started:
+        """Start a step in the place; the hook puts a fault in."""
+        everywhere = forks.clean_environment() | {"CLIPCID_WORKERS": "0", "CLIPCID_DEVICE": "cpu"}
+        return forks.start(step.command, self.place, everywhere | environment, hook=hook)
+
+    def finish(self, step: Step, started: forks.Started, more: float = 0.0) -> Outcome:
+        """Wait for the end of a step; one that takes much longer than it should hangs, which is no exit code."""
+        try:
+            code = started.wait(self.patience(step) + more)
+        except subprocess.TimeoutExpired:
+            code = None
+        return Outcome(step.command, code, *started.read())
 
     def run(self, step: Step, hook: Hook | None = None) -> Outcome:
         """Run a step in the place to its end."""
-        return self.start(step, hook).finish(self.patience(step))
+        return self.finish(step, self.start(step, hook))
 
     def patience(self, step: Step) -> float:
         """Return the seconds after which a step is said to hang: 30, more where the machine is busy or at first."""
@@ -167,14 +170,6 @@ class Site:
             for name, content in found.items()
             if name in expected and content not in (expected[name], before.get(name)) and not name.endswith(".jsonl")
         ]
-
-
-def _write_inputs(place: Path) -> None:
-    write_tiny_model(place / "model")
-    write_tar(place / "data/00000.tar", shard_members(0, 10))
-    write_tar(place / "data/00001.tar", shard_members(10, 8))
-    write_classified(place / "classified")
-    (place / "student.json").write_text(json.dumps(STUDENT))
 
 
 # A checksum is of these, too.

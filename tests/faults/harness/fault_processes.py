@@ -6,17 +6,18 @@ Two hosts are two agents of torchrun on one machine.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fault_child import Operations, kill, read_operations
+from conftest import free_port
+from fault_child import count_operations, read_operations
 from fault_place import Result, Site, Step, read_tree
 from one_process import Outcome
 
@@ -40,12 +41,12 @@ def run_rank_kill(site: Site, step: Step, case: tuple[int, float]) -> Result:
     name = f"{step.name} by two"
 
     def run(killed: int | None = None, number: int = 0) -> list[Outcome]:
-        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "LOCAL_WORLD_SIZE": "2"}
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_WORLD_SIZE": "2"}
         ranks = []
         for each in range(2):
-            operations = Operations(_log_of(site, each), number, act=kill if each == killed else None)
-            ranks.append(site.start(step, operations.install, **world, RANK=str(each), LOCAL_RANK=str(each)))
-        return [running.finish(site.patience(step) + 30) for running in ranks]
+            hook = functools.partial(count_operations, _log_of(site, each), number if each == killed else None)
+            ranks.append(site.start(step, hook, **world, RANK=str(each), LOCAL_RANK=str(each)))
+        return [site.finish(step, rank, 30) for rank in ranks]
 
     if name not in site.expected:
         _expect(site, step, name, run)
@@ -70,7 +71,7 @@ def run_host_kill(site: Site, step: Step, case: tuple[int, float]) -> Result:
 
     def run(killed: int | None = None) -> list[Outcome]:
         before = set(site.place.rglob("*"))
-        port = _free_port()
+        port = free_port()
         agents = [_start_agent(site, step, each, port) for each in range(2)]
         if killed is not None:
             deadline = time.monotonic() + _PATIENCE
@@ -95,20 +96,20 @@ def list_worker_kills(site: Site, step: Step, chance: random.Random) -> list[flo
 
 def run_worker_kill(site: Site, step: Step, delay: float) -> Result:
     """Kill a process that decodes images, then give the command again."""
-    running = site.start(step, CLIPCID_WORKERS="2")
+    started = site.start(step, CLIPCID_WORKERS="2")
     deadline = time.monotonic() + site.patience(step)
     workers: list[int] = []
-    while not workers and not running.has_ended() and time.monotonic() < deadline:
+    while not workers and started.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
         # Those that the server of workers, a child of the run, has forked.
-        workers = [worker for server in _children_of(running.process) for worker in _children_of(server)]
+        workers = [worker for server in _children_of(started.pids[0]) for worker in _children_of(server)]
     time.sleep(delay)
     reached = False
     for worker in workers[:1]:
         with contextlib.suppress(ProcessLookupError):  # it ended by itself
             os.kill(worker, signal.SIGKILL)
             reached = True
-    found = running.finish(site.patience(step) + 30)
+    found = site.finish(step, started, 30)
     problems = found.problems()
     if found.code and "A process that decodes images ended" not in found.err:
         problems.append("it does not say that a process has ended")
@@ -149,12 +150,6 @@ def _judge(
 
 def _log_of(site: Site, rank: int) -> Path:
     return site.log.with_name(f"operations-{rank}")
-
-
-def _free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def _start_agent(site: Site, step: Step, host: int, port: str) -> subprocess.Popen[str]:

@@ -1,4 +1,4 @@
-"""Several processes, each with a GPU of its own: the bytes of one process, whatever travels through NCCL or gloo."""
+"""Compiled towers, and several processes, each with a GPU of its own: what one process has, by NCCL or gloo."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from balance_data import make_rows, write_embeddings
 from conftest import Clipcid, clean_environment, torchrun_command
 from distill_data import SHORT, losses
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-]
+pytestmark = pytest.mark.gpu
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+TRAIN = ("distill", *SHORT, "--precision", "fp32", "--device", "cuda")
 
 
+@two_devices
 def test_balance_and_cluster(clipcid: Clipcid, torchrun: Clipcid, tmp_path: Path) -> None:
     write_embeddings(tmp_path / "embeddings", make_rows(9000, 48))
     for command in (("balance", "--keep", 0.6), ("cluster", "--num-clusters", 40)):
@@ -35,22 +35,21 @@ def test_balance_and_cluster(clipcid: Clipcid, torchrun: Clipcid, tmp_path: Path
         assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes(), file
 
 
-def test_distill(clipcid: Clipcid, torchrun: Clipcid, distill_place: Path) -> None:
-    options = ("distill", *SHORT, "--steps", 4, "--precision", "fp32", "--device", "cuda", "--name")
-    clipcid(*options, "one")
-    torchrun(2, *options, "two")
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=two_devices)])
+def test_other_ways_to_train_have_the_same_losses(processes: int, torchrun: Clipcid, distill_place: Path) -> None:
+    torchrun(1, *TRAIN, "--steps", 4, "--name", "plain")
+    torchrun(processes, *TRAIN, "--steps", 4, "--name", "other", *(["--torchcompile"] if processes == 1 else []))
     runs = distill_place / "clipcid-work" / "distill"
-    for one, two in zip(losses(runs / "one"), losses(runs / "two"), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    for plain, other in zip(losses(runs / "plain"), losses(runs / "other"), strict=True):
+        assert other["loss"] == pytest.approx(plain["loss"], rel=1e-3)
 
 
+@two_devices
 def test_a_killed_process_ends_the_others_within_half_a_minute(distill_place: Path) -> None:
-    options = (*SHORT, "--steps", 100_000, "--checkpoint-every", 2, "--device", "cuda", "--name", "killed")
-    command = [*torchrun_command(2), "distill", *map(str, options)]
-    checkpoints, deadline = (
-        distill_place / "clipcid-work" / "distill" / "killed" / "checkpoints",
-        time.monotonic() + 120,
-    )
+    options = ("--steps", 100_000, "--checkpoint-every", 2, "--name", "killed")
+    command = [*torchrun_command(2), *map(str, (*TRAIN, *options))]
+    checkpoints = distill_place / "clipcid-work" / "distill" / "killed" / "checkpoints"
+    deadline = time.monotonic() + 120
     with subprocess.Popen(command, cwd=distill_place, env=clean_environment()) as process:
         while not list(checkpoints.glob("*.pt")):
             assert process.poll() is None
