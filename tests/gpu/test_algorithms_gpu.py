@@ -10,8 +10,7 @@ from clipcid_cli.algorithms.kmeans.centroids import ClusterSums, centroids_of_su
 from clipcid_cli.algorithms.metrics.classification import measure_scores
 from clipcid_cli.algorithms.near.block import make_block
 from clipcid_cli.algorithms.near.nearest import NearestCentroid, top_nearest
-from clipcid_cli.algorithms.probe.neighbours import nearest_neighbours
-from clipcid_cli.algorithms.probe.probe import ProbeProblem, regularisation_grid, sweep_regularisation
+from clipcid_cli.algorithms.probe import ProbeProblem, nearest_neighbours, regularisation_grid, sweep_regularisation
 
 pytestmark = pytest.mark.gpu
 
