@@ -209,12 +209,10 @@ def _finish(run: Run, check: bool, code: int = 0) -> Run:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _nothing_is_left_behind() -> Iterator[None]:
-    """A test that writes beside its own folder would write where pytest was started."""
-    before = set(os.listdir())
-    yield
-    left = [name for name in os.listdir() if name not in before and not name.startswith(".")]
-    assert not left, f"tests left {', '.join(left)} in {os.getcwd()}"
+def _no_folder_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What fixtures of several tests write to a relative path goes to a folder of the run."""
+    with contextlib.chdir(tmp_path_factory.mktemp("run")):
+        yield
 
 
 @pytest.fixture(autouse=True)

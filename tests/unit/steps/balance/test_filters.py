@@ -17,7 +17,7 @@ from sidecars import leave_work
 
 from clipcid_cli.algorithms.sets.representatives import random_scores
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.steps import cluster as run_cluster
+from clipcid_cli.steps.cluster import run as run_cluster
 from clipcid_cli.steps.embed.run import run as run_embed
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
