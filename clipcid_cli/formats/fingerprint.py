@@ -98,7 +98,7 @@ class Memo:
                 found = msgspec.convert(json.loads(read_regular(table)), list[FileRecord])
                 self._known = {each.path: each for each in found}
 
-    def record(self, path: Path, folder: Path | None = None) -> FileRecord:
+    def record(self, path: Path) -> FileRecord:
         """Return what `record` returns; a file of the same size and time is not read again."""
         place = os.path.abspath(path)
         stat = path.stat()
@@ -106,11 +106,11 @@ class Memo:
         if known is None or (known.size, known.time) != (stat.st_size, stat.st_mtime_ns):
             known = self._known[place] = msgspec.structs.replace(record(path), path=place)
             self._is_new = True
-        return msgspec.structs.replace(known, path=_name(path, folder))
+        return msgspec.structs.replace(known, path=str(path))
 
-    def record_all(self, paths: Iterable[Path], folder: Path | None = None) -> list[FileRecord]:
+    def record_all(self, paths: Iterable[Path]) -> list[FileRecord]:
         with ThreadPoolExecutor(_THREADS) as pool:
-            return list(pool.map(lambda path: self.record(path, folder), paths))
+            return list(pool.map(self.record, paths))
 
     def save(self) -> None:
         """Write the table where something was added to it, and it can be written."""

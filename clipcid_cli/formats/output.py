@@ -100,7 +100,7 @@ class Output(Generic[AnySidecar]):
                 where there is nothing to resume.
         """
         try:
-            for work in find_works(self.folder, self.spec.step):
+            for work in _find_works(self.folder, self.spec.step):
                 if work not in (self.begun, self.root):
                     shutil.rmtree(work, ignore_errors=True)
             if self.begun is not None and not self.root.exists():
@@ -181,7 +181,7 @@ def open_output(spec: OutputSpec[AnySidecar], *, waits: bool = False) -> Iterato
     except OSError as error:
         raise write_error(folder, error) from error
     with _lock_output(spec, waits):
-        works = find_works(folder, step)
+        works = _find_works(folder, step)
         for killed in (Output(spec, root) for root in works):
             if sidecar_path(killed.work, step).exists():
                 killed.place()
@@ -203,7 +203,7 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
     """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks."""
     folder, step, run = spec.folder, spec.step, spec.run
     output = Output(spec, spec.root)
-    works = find_works(folder, step) if spec.resumes else []
+    works = _find_works(folder, step) if spec.resumes else []
     begun = output.root in works
     lenient = suppress(ClipcidError) if spec.overwrite else nullcontext()  # what is replaced need not be readable
 
@@ -250,15 +250,20 @@ def _find_changed(sidecar: Sidecar, folder: Path, path: Path, resumes: bool) -> 
 
 def unfinished(folder: Path, step: str) -> Run | None:
     """Return settings and inputs of an unfinished run; None when there is none."""
-    return next((run for work in find_works(folder, step) if (run := _read_run(work)) is not None), None)
+    return next((run for work in _find_works(folder, step) if (run := _read_run(work)) is not None), None)
+
+
+def has_leftovers(folder: Path, step: str) -> bool:
+    """Tell whether a killed run has left its lock or a work folder; so does one that goes on."""
+    return (folder / _lock_name(step)).exists() or bool(_find_works(folder, step))
 
 
 def is_claimed(folder: Path, step: str) -> bool:
     """Tell whether a folder holds a step's output, finished or begun."""
-    return sidecar_path(folder, step).exists() or bool(find_works(folder, step))
+    return sidecar_path(folder, step).exists() or bool(_find_works(folder, step))
 
 
-def find_works(folder: Path, step: str) -> list[Path]:
+def _find_works(folder: Path, step: str) -> list[Path]:
     """Return the work folders of a step's output: of unfinished runs, or left by one that was killed at its end."""
     return sorted(folder.glob(f".{glob.escape(step)}-" + "[0-9a-f]" * 16))
 
@@ -331,9 +336,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
+def _lock_name(step: str) -> str:
+    return f".{step}.lock"
+
+
 @contextmanager
 def _lock_output(spec: OutputSpec[Any], waits: bool) -> Iterator[None]:
-    path = spec.folder / f".{spec.step}.lock"
+    path = spec.folder / _lock_name(spec.step)
     with ExitStack() as stack:
         try:
             held = stack.enter_context(lock(path, wait=waits))

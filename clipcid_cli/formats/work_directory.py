@@ -79,13 +79,8 @@ class WorkDirectory:
         """Whether there are finished embeddings, or a `balance` that used some of another place."""
         return self._balanced() is not None or bool(self._embedded())
 
-    def find_embeddings(self, model_slug: str | None = None) -> Path:
-        """Find finished embeddings of a model; without one, those that `balance` used, or else the only ones."""
-        if model_slug is not None:
-            folder = self.embeddings(model_slug)
-            if read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is None:
-                raise self._missing("embeddings", folder, "--embeddings", "embed", "DATA", model="MODEL")
-            return folder
+    def find_embeddings(self) -> Path:
+        """Find the finished embeddings that `balance` used, or else the only ones."""
         if (balanced := self._balanced()) is not None:
             return balanced
         found = self._embedded()

@@ -1,1 +1,1 @@
-"""Floor 3: one story per file: read, compute, write."""
+"""Floor 3: one story per step: read, compute, write."""

@@ -24,18 +24,17 @@ from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.sidecar import DataSpec, ModelRecord
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.models.clip_model import hash_weights
 from clipcid_cli.runtime.models.names import (
     CONFIG_NAME,
     ModelName,
     find_weights,
+    hash_weights,
     parse_model,
     read_config,
     with_default_tag,
 )
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.steps.settings.shared import EmbeddingsSettings, KeptSettings
+from clipcid_cli.steps.settings.shared import EmbeddingsSettings, KeptSettings, TrainingDataSettings
 
 # The entries of a configuration's text tower that determine the tokens.
 _TOKENS = ("context_length", "hf_tokenizer_name", "tokenizer_kwargs")
@@ -125,17 +124,17 @@ def validate_teacher(what: str, recorded: ModelRecord, teacher: ModelName, fix: 
         )
 
 
-def embed_with(name: ModelName, settings: DistillSettings, data: DataSpec | None = None) -> str:
+def embed_with(name: ModelName, settings: TrainingDataSettings, data: DataSpec | None = None) -> str:
     """Return the command that embeds the data of a run, else `data`, with another model, for a fix."""
     return embed_command(name.spec, data, settings.data, **settings.data_flags, work=settings.work)
 
 
-def embed_again(embeddings: Embeddings, settings: DistillSettings, **more: Any) -> str:
+def embed_again(embeddings: Embeddings, settings: TrainingDataSettings, **more: Any) -> str:
     """Return the command that makes embeddings as they are, or with more beside them, for a fix."""
     return data_command(embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags, **more)
 
 
-def cluster_with(name: ModelName, settings: DistillSettings) -> str:
+def cluster_with(name: ModelName, settings: TrainingDataSettings) -> str:
     """Return the fix that makes clusters of a model whose embeddings may not exist yet."""
     embeddings = WorkDirectory(settings.work).embeddings(name.slug)
     cluster = command_line("cluster", embeddings=embeddings, work=settings.work, overwrite=True)

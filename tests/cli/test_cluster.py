@@ -88,7 +88,7 @@ def test_other_processes_and_products_write_the_same(clipcid: Clipcid, torchrun:
     images, texts = (rows / np.linalg.norm(rows, axis=2, keepdims=True)).astype(np.float16)
     embeddings = write_embeddings(tmp_path / "wide", images, texts=texts)
     keep = write_keep_list(tmp_path / "keep.parquet", np.arange(2400) % 3 > 0)
-    call = ("cluster", "--embeddings", embeddings, "--keep-list", keep, "--num-clusters", 512, "--features", "joint")
+    call = ("cluster", "--embeddings", embeddings, "--keep-list", keep, "--num-clusters", 600, "--features", "joint")
     clipcid(*call, "--work", "one")
     clipcid(*call, "--work", "fp32", "--precision", "fp32")
     torchrun(2, *call, "--work", "two")

@@ -101,6 +101,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     (f"{LINEAR} --knn '10;20'", 2, "--knn is '10;20'"),
     (f"{LINEAR} --knn 3,97", 1, "--knn 97: there are only 18 training images"),
     (f"{LINEAR} --metric mean_average_precision", 2, "an image has one class"),
+    ("export model --data nowhere --dry-run", 1, "nowhere"),
     ("export nowhere/model", 1, "no architecture nowhere-model"),
     ("export damaged", 1, "could not be loaded"),
     ("export unfit --format onnx", 1, "unfit cannot encode a text of 12 tokens"),

@@ -218,6 +218,8 @@ def test_held_out_samples_by_default(clipcid: Clipcid, tiny_model: Path, tiny_sh
     for direction in ("image", "text"):
         measured = run.json["metrics"][f"{direction}_retrieval_recall@5"]
         assert measured == pytest.approx(trained["metrics"][f"{direction}_retrieval_recall@5"], abs=1e-9)
+    clipcid("export")  # an export is measured as the student that it is of
+    assert clipcid("eval-zeroshot", "clipcid-work/export/alone", "--json").json["metrics"] == run.json["metrics"]
     # A named student is measured on what its own run held out, with another on what both did.
     clipcid(*common, "--val-fraction", 0.5, "--name", "newer")
     alone, newer = ("clipcid-work/distill/alone/student", "clipcid-work/distill/newer/student")

@@ -258,6 +258,12 @@ def test_another_form_needs_overwrite(clipcid: Clipcid, torchrun: Clipcid, tiny_
     assert "library_name: transformers" in (tmp_path / "here" / "README.md").read_text()
 
 
+def test_transformers_js_finds_its_files_in_onnx_alone(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
+    clipcid("export", tiny_model, "--out", "js", "--format", "onnx")
+    expected = {*HUGGING_FACE} - {"model.safetensors"} | {"onnx", "text_encoder.onnx"}
+    assert expected <= {*os.listdir(tmp_path / "js")}
+
+
 def test_files_of_others_are_not_replaced(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_bytes(b"precious")  # what goes beside them is welcome

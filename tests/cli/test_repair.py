@@ -151,3 +151,7 @@ def test_a_sound_teacher_stays_to_the_bit(clipcid: Clipcid, tmp_path: Path) -> N
     assert "was decided for other rows, or has been changed: repairing anew." in anew.said
     assert REPAIRED in anew.said
     assert (repair_of(work) / "repair.npz").exists()
+    shutil.rmtree(tmp_path / "teacher")
+    write_teacher(tmp_path / "teacher", turned=False)
+    assert "Teacher left as it is" in clipcid(*CLUSTER, "--overwrite").said
+    assert not (repair_of(work) / "repair.npz").exists()

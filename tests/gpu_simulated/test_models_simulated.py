@@ -80,7 +80,7 @@ OPERATORS_OF_MUON = 435
 # Products of the losses are in float32, also where TF32 is forced on.
 WATCH = """
 import torch
-from clipcid_cli.steps.distill.trainer import Objective
+from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.training.train_state import TrainState
 
 def watch(function):

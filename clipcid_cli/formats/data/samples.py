@@ -221,7 +221,7 @@ def clean_captions(found: Any) -> tuple[str, ...]:
 
 
 def read_cell(cell: Any) -> str:
-    """Return the text of a cell with a key or a path; empty where it has none."""
+    """Return the text of a cell; empty where it has none."""
     return "" if cell is None else str(cell).strip()
 
 

@@ -34,6 +34,7 @@ Numbers = npt.NDArray[np.int64]
 
 METADATA = "metadata"
 COUNTS_COLUMN = "captions"
+
 MAPS_KEPT = 96
 """Files that a process holds mapped; mapping one anew takes 50 µs, reading one of at most 64 KiB 5 µs."""
 

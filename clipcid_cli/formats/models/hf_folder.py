@@ -1,7 +1,8 @@
 """An open_clip model as a folder that ``CLIPModel`` and ``CLIPProcessor`` of transformers read, or why there is none.
 
 ``CLIPModel`` is one architecture: a plain ViT with a class token, and a causal text transformer read at its end token. Any
-setting of open_clip that is neither translated here nor known to change nothing in evaluation is refused by name.
+setting of open_clip that is neither translated here nor known to change nothing in evaluation is refused by name. Also
+``tokenizer.json``, which the ONNX form has too.
 """
 
 from __future__ import annotations

@@ -23,7 +23,14 @@ from PIL import Image
 
 from clipcid_cli.errors import ClipcidError, in_one_line
 from clipcid_cli.runtime.libraries import quiet_libraries
-from clipcid_cli.runtime.models.names import CONFIG_NAME, HF_CONFIG_NAME, ModelName, find_weights, read_config
+from clipcid_cli.runtime.models.names import (
+    CONFIG_NAME,
+    HF_CONFIG_NAME,
+    ModelName,
+    find_weights,
+    hash_weights,
+    read_config,
+)
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.precision import Precision
 
@@ -459,9 +466,3 @@ def builtin_class_names(name: str) -> dict[str, str]:
     assert name == "imagenet", name
     synsets = cast(Any, ImageNetInfo("imagenet-1k")).label_names()
     return dict(zip(synsets, open_clip.IMAGENET_CLASSNAMES, strict=True))
-
-
-def hash_weights(path: Path) -> str:
-    """Hash a weights file, as `ModelInfo.weights_hash` records it."""
-    with path.open("rb") as file:
-        return "blake2b:" + hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import importlib.util
 import json
 import os
@@ -247,3 +248,9 @@ def _config_folder() -> Path:
     assert found is not None, "open_clip is a dependency"
     assert found.origin is not None, "open_clip is a package on disk"
     return Path(found.origin).parent / "model_configs"
+
+
+def hash_weights(path: Path) -> str:
+    """Hash a weights file, as `ModelInfo.weights_hash` records it."""
+    with path.open("rb") as file:
+        return "blake2b:" + hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

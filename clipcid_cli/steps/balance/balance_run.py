@@ -1,14 +1,12 @@
-"""What all parts of one `balance` share: its settings, its rows, and arrays that all its processes read."""
+"""What all parts of one `balance` share: its settings and its rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +15,10 @@ import numpy as np
 from clipcid_cli.algorithms.near.duplicates import collapse_duplicates, hash_rows
 from clipcid_cli.algorithms.near.edges import Edges, sort_edges
 from clipcid_cli.algorithms.near.exact import BoolArray, HalfArray, IntArray, row_type
-from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Rows
-from clipcid_cli.formats.files import write_error, write_npy
 from clipcid_cli.formats.fingerprint import FileRecord, identity_of
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.sidecar import BalanceSidecar
@@ -31,6 +27,7 @@ from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 if TYPE_CHECKING:
@@ -202,112 +199,3 @@ class BalanceRun(BalancePlan):
         other = self.seconds["search"] + self.seconds.get("audit", 0.0)
         phases = self.seconds | {"write": time.perf_counter() - self.began - other}
         return {phase: round(value, 3) for phase, value in phases.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class SharedArrays:
-    """How the processes of a run share large arrays: in memory where there is one, else in files that all of them map.
-
-    A gathered or broadcast array takes memory in every process, several times while it is sent. A mapped file takes the
-    memory of the host once, and only as long as the system has no other use for it. Processes on several hosts share it.
-    """
-
-    context: DistContext
-    work: Path  # the folder of unfinished work, in which that folder is
-
-    @property
-    def _folder(self) -> Path:
-        return self.work / ".shared"
-
-    def publish(self, make: Callable[[], Arrays]) -> Arrays:
-        """Make arrays on the first process and return them, read-only, on every process.
-
-        Where all processes are on one host, the files are gone when this returns: the maps keep their content. Another host
-        reads what it has mapped from the disk whenever it needs it, so there they stay until `clear`.
-        """
-        context = self.context
-        if context.size == 1:
-            return make()
-
-        def write() -> tuple[Path, int]:
-            arrays = make()
-            place = self._new_place()
-            _write_arrays(place, 0, arrays)
-            return place, len(arrays)
-
-        place, number = context.on_rank0(write)
-        found = context.on_all(lambda: _map_arrays(place, 0, number))
-        if not context.spans_hosts:
-            context.on_rank0(lambda: shutil.rmtree(place, ignore_errors=True))
-        return found
-
-    def collect(self, arrays: Arrays) -> list[Arrays]:
-        """Return the arrays of every process, in order of rank, on the first one; nothing on the others."""
-        context = self.context
-        if context.size == 1:
-            return [arrays]
-        place = context.on_rank0(self._new_place)
-        context.on_all(lambda: _write_arrays(place, context.rank, arrays))
-
-        found: list[Arrays] = []
-
-        def read() -> None:
-            found.extend(_map_arrays(place, rank, len(arrays)) for rank in range(context.size))
-            shutil.rmtree(place, ignore_errors=True)  # by the host that has mapped them: NFS keeps their content for it
-
-        context.on_rank0(read)
-        return found
-
-    def reduce(self, result: Callable[[], Arrays], add: Callable[[Arrays], None]) -> Arrays:
-        """Join in pairs what processes have, round by round: half of them add what others have to their own.
-
-        Args:
-            result: Returns what this process has, as arrays.
-            add: Adds what another process has.
-
-        Returns:
-            What the first process has in the end, read-only, on every process.
-        """
-        context = self.context
-        step = 1
-        while step < context.size:
-            place = context.on_rank0(self._new_place)
-            arrays = result() if context.rank % (2 * step) == step else ()
-            context.on_all(partial(_write_arrays, place, context.rank, arrays))
-            counts = context.gather(len(arrays))
-            other = context.rank + step
-            if context.rank % (2 * step) == 0 and other < context.size:
-                add(_map_arrays(place, other, counts[other]))
-            context.barrier()
-            context.on_rank0(partial(shutil.rmtree, place, ignore_errors=True))
-            step *= 2
-        return self.publish(result)
-
-    def clear(self) -> None:
-        """Remove the files of all arrays: of this run, when no process reads them any more, or of one that was killed."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _new_place(self) -> Path:
-        """Make a folder with a new name: under a name used before, another host may still see the earlier content (NFS)."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix="", dir=self._folder))
-        except OSError as error:
-            raise write_error(self._folder, error) from error
-
-
-def _write_arrays(place: Path, rank: int, arrays: Arrays) -> None:
-    for number, array in enumerate(arrays):
-        write_npy(place / f"{rank}-{number}.npy", array)
-
-
-def _map_arrays(place: Path, rank: int, number: int) -> Arrays:
-    paths = [place / f"{rank}-{each}.npy" for each in range(number)]
-    try:
-        found = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
-    except FileNotFoundError as error:
-        raise ClipcidError(
-            f"{error.filename} was written by another process of the run, but not every host has it.",
-            "Use a --work that all hosts share.",
-        ) from error
-    return tuple(each.view(np.ndarray) if len(each) else np.empty(0, each.dtype) for each in found)

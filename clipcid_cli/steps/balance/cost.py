@@ -22,7 +22,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalancePlan
 from clipcid_cli.steps.balance.filters.against import open_reference
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions
-from clipcid_cli.steps.balance.forest import AUDIT_SAMPLE, ITERATIONS, ROWS_PER_PARTITION
+from clipcid_cli.steps.balance.partition import AUDIT_SAMPLE, ITERATIONS, ROWS_PER_PARTITION
 from clipcid_cli.steps.balance.result import BalanceCost, CaptionCost, MemoryCost, ReferenceCost, SearchCost
 from clipcid_cli.steps.balance.samples import validate_data_there
 from clipcid_cli.steps.embed.result import EmbedCost

@@ -33,16 +33,17 @@ from clipcid_cli.runtime.libraries import keep_few_kernels
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRows, BalanceRun, SharedArrays, read_rows
+from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRows, BalanceRun, read_rows
 from clipcid_cli.steps.balance.cost import estimate_cost
 from clipcid_cli.steps.balance.filters.against import find_near, open_references, validate_models, validate_none_missing
 from clipcid_cli.steps.balance.filters.captions import find_captions
 from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters, cap_clusters, find_cap_clusters
-from clipcid_cli.steps.balance.forest import audit_kept
+from clipcid_cli.steps.balance.partition import audit_kept
 from clipcid_cli.steps.balance.report import REPORT, has_new_pictures
 from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
 from clipcid_cli.steps.balance.samples import validate_data, validate_data_there
 from clipcid_cli.steps.balance.sets import compare_linkages, make_sets
+from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 from clipcid_cli.steps.balance.write import Outcome, validate_new, validate_uids, write, write_kept
 from clipcid_cli.steps.balance.write_shards import write_shards
 from clipcid_cli.steps.claim import claim_output

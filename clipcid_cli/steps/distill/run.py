@@ -38,7 +38,7 @@ from clipcid_cli.steps.distill.inputs import Inputs, find_embeddings, find_input
 from clipcid_cli.steps.distill.report import write_report
 from clipcid_cli.steps.distill.student import Student, load_student, write_students
 from clipcid_cli.steps.distill.teacher import describe_weights, load_online_model
-from clipcid_cli.steps.distill.trainer import Trainer
+from clipcid_cli.steps.distill.trainer import Plan, Trainer
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.evaluate.result import ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
@@ -142,28 +142,6 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
         | {f"evaluation_{name}": path for name, path in evaluated.files.items()},
         **sidecar.result,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A run."""
-
-    settings: DistillSettings
-    inputs: Inputs
-    folder: RunFolder
-    evaluations: ZeroshotPlan  # what `eval-zeroshot` measures in the end
-    recipe: Recipe
-    batch_size: int  # over all processes, as `extra_texts`
-    extra_texts: int
-    workers: int  # for each training process
-    log_every: int  # in steps, as what follows
-    eval_every: int
-    checkpoint_every: int
-
-    @property
-    def steps(self) -> int:
-        """Of the whole run."""
-        return self.recipe.steps
 
 
 def validate_named(settings: DistillSettings) -> list[ZeroshotTask]:

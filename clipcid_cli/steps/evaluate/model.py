@@ -20,8 +20,8 @@ from clipcid_cli.formats.results.metrics import RETRIEVAL, SIDECARS, Metrics
 from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.clip_model import ClipModel, hash_weights, load_model
-from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName, find_weights
+from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName, find_weights, hash_weights
 from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.timing import timed

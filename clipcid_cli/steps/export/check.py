@@ -11,13 +11,14 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import torch
 from PIL import Image
 
 from clipcid_cli.algorithms.metrics.classification import class_weights
+from clipcid_cli.algorithms.metrics.parity import RowDifference, compare_rows
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import (
     CLASS_NAMES,
@@ -68,14 +69,6 @@ SENTENCES = (
     "日本の秋",
     "smiling face with heart-shaped eyes 😍",
 )
-
-
-class RowDifference(NamedTuple):
-    """The largest difference of two entries and the smallest cosine of two rows; ∞ and −1 when one is not a number."""
-
-    max_difference: float
-    min_cosine: float
-
 
 # Largest differences allowed on unit rows. fp32: the order of summation. fp16, bf16: weights rounded to 11 or 8 bits in
 # every layer. int8: only what is broken; its limit is the measured loss of accuracy.
@@ -509,12 +502,3 @@ class Checker:
             },
             "allowed": allowed | {"max_accuracy_drop": self.settings.max_accuracy_drop},
         }
-
-
-def compare_rows(reference_ND: torch.Tensor, other_ND: torch.Tensor) -> RowDifference:
-    """Compare rows, float [N, D] both, N ≥ 1, one by one in float64."""
-    left, right = reference_ND.double(), other_ND.double()
-    if not bool(left.isfinite().all() and right.isfinite().all()):
-        return RowDifference(max_difference=float("inf"), min_cosine=-1.0)
-    cosine_N = torch.nn.functional.cosine_similarity(left, right, dim=1)
-    return RowDifference(float((left - right).abs().max()), min(1.0, float(cosine_N.min())))

@@ -1,4 +1,4 @@
-"""How a setting is declared: a field that also says how it is spelled, checked and explained; and those of all commands.
+"""How a setting is declared: a field that says how it is spelled, checked and explained; and what several commands have.
 
 The command line, environment variables, the configuration file, the generated reference and the sidecars all read the same
 field, so a default, a range or a help text is written once.

@@ -88,6 +88,13 @@ def deal(inputs: Inputs, seed: int, batch_size: int, steps: range, rank: int = 0
     return [[item for part in dealt.work for item in part.items] for dealt in batches.deal(steps)]
 
 
+def test_another_seed_is_another_order(root: Path) -> None:
+    inputs, expected = make_inputs(root, [30, 30], 0)
+    one, other = ([item.row for item in deal(inputs, seed, len(expected), range(1))[0]] for seed in (0, 1))
+    assert sorted(one) == sorted(other)
+    assert one != other
+
+
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=25).filter(lambda sizes: sum(sizes) >= 10),
     seed=st.integers(0, 1000),

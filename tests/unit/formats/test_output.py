@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from msgspec.structs import replace
 from sidecars import edit_sidecar
 
 from clipcid_cli.errors import ClipcidError
@@ -244,7 +243,7 @@ def test_a_file_is_hashed_again_only_when_it_changed(tmp_path: Path, monkeypatch
     hashed: list[Path] = []
     monkeypatch.setattr(fingerprint, "record", lambda path: hashed.append(path) or record(path))
     again = Memo(tmp_path / "table")
-    assert again.record_all(files, tmp_path) == [replace(each, path=Path(each.path).name) for each in expected]
+    assert again.record_all(files) == expected
     assert hashed == []
     files[1].write_text("content of c")  # as long as before
     os.utime(files[1], ns=(1, 1))
@@ -287,7 +286,7 @@ def test_of_files_one_that_changed_is_found(
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes([each]) * 9)
         os.utime(path, ns=(1, 1))
-    records, since = Memo().record_all(files, tmp_path), tmp_path / "embed.json"
+    records, since = [record(file, tmp_path) for file in files], tmp_path / "embed.json"
     assert find_changed(tmp_path, records, since) is None
     change(files[-1])
     found = find_changed(tmp_path, records, since)

@@ -106,4 +106,3 @@ def test_embeddings_are_those_that_were_balanced_or_the_only_ones(tmp_path: Path
         work.find_embeddings()
     balance(work)
     assert work.find_embeddings() == tmp_path / "embeddings" / "a"
-    assert work.find_embeddings("b") == tmp_path / "embeddings" / "b"

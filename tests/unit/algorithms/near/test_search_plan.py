@@ -19,7 +19,7 @@ from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.algorithms.near.cutoff import CutoffEstimator, Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.near.partitions import Partitions
-from clipcid_cli.algorithms.near.plan import Plan, components, pieces, triangle
+from clipcid_cli.algorithms.near.plan import Plan, components, pieces, rectangle, triangle
 
 CPU = torch.device("cpu")
 
@@ -56,6 +56,12 @@ def test_a_triangle_has_each_pair_once(in_memory: int, monkeypatch: pytest.Monke
         for first in range(0, number, 13):
             pairs = list_pairs(triangle(rows, in_memory, first))
             assert sorted(pairs) == [(a, b) for a in rows[:first] for b in rows[a + 1 :]]
+
+
+def test_a_rectangle_has_each_pair_of_both_sides() -> None:
+    rows = np.arange(25)
+    others = np.arange(100, 141)
+    assert sorted(list_pairs(rectangle(rows, others, 40))) == [(a, b) for a in rows for b in others]
 
 
 def test_components_are_compared_within_and_little_between() -> None:

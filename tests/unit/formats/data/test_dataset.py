@@ -49,6 +49,12 @@ def test_patterns_mean_the_shards_of_a_folder(pattern: str, tiny_shards: Path) -
     assert sample.attributes.read() == b'{"number": 3}'
 
 
+def test_a_moved_folder_is_the_same_input(tiny_shards: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(tiny_shards, tmp_path / "moved")
+    here, there = ([each.content for each in open_dataset(str(path)).fingerprints()] for path in (tiny_shards, moved))
+    assert here == there
+
+
 def test_patterns_that_name_a_shard_twice_or_an_unknown_variable_are_refused(tiny_shards: Path) -> None:
     with pytest.raises(ClipcidError, match="lists a shard twice"):
         open_dataset(f"{tiny_shards}::{tiny_shards}/00001.tar")

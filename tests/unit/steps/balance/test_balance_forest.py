@@ -18,9 +18,8 @@ from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import arrays, parquet
 from clipcid_cli.runtime.distributed import open_dist_context
-from clipcid_cli.steps.balance import chunks
-from clipcid_cli.steps.balance import forest as partition
-from clipcid_cli.steps.balance.balance_run import SharedArrays
+from clipcid_cli.steps.balance import chunks, partition
+from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 
 FILES = ("keep.parquet", "forest.parquet", "curve.csv", "sets.parquet")
 NUM_JOBS = 10 * 11 // 2  # of ten panels

@@ -92,6 +92,13 @@ def test_the_correction_of_the_draw_can_be_left_out(file: np.ndarray) -> None:
     assert not without.log_correction_S.any()
 
 
+def test_candidates_are_drawn_by_seed_and_step(file: np.ndarray) -> None:
+    rows = np.arange(6)
+    first, again, other = (make_lookup(file, captions=False).targets(rows, step=step)[0] for step in (1, 1, 2))
+    assert torch.equal(first.centroids_SD, again.centroids_SD)
+    assert not torch.equal(first.centroids_SD, other.centroids_SD)
+
+
 @pytest.mark.parametrize("cluster", [-1, K])
 def test_a_cluster_that_is_not_there_is_named(file: np.ndarray, cluster: int) -> None:
     lookup, rows = make_lookup(file, captions=False), np.arange(6)

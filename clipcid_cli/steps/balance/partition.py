@@ -1,0 +1,193 @@
+"""From rows to the partitions in which near ones are looked for, the same for any number of processes; and their audit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from clipcid_cli.algorithms.kmeans.centroids import rows_as_centroids
+from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
+from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
+from clipcid_cli.algorithms.near.block import read_stored
+from clipcid_cli.algorithms.near.cutoff import Neighbours, draw_sample, find_neighbours
+from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
+from clipcid_cli.algorithms.near.partitions import (
+    NEIGHBOURS,
+    SAMPLE_ROWS,
+    Partitions,
+    default_num_partitions,
+    group_rows,
+    measure_margin,
+)
+from clipcid_cli.algorithms.near.plan import Plan, pieces, rectangle
+from clipcid_cli.algorithms.sets.sinks import NearestOf
+from clipcid_cli.formats.arrays import Arrays, create_mapped, spool_arrays
+from clipcid_cli.formats.embeddings.rows import create_copy, open_copies, remove_copies
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.chunks import Search, run_chunks
+from clipcid_cli.steps.balance.result import Audit
+
+# Where this share of all pairs would be compared, all of them may as well be.
+_MAX_FRACTION = 0.5
+_ROWS_AT_ONCE = 16_384
+_ENTRIES_AT_ONCE = 2**20
+_ROWS_ASSIGNED = {"cpu": 2048, "cuda": 16_384}
+# Partitions need no fine centroids, only few rows near their borders.
+ROWS_PER_PARTITION = 64
+ITERATIONS = 4
+# If none of this many kept images has another, the rate is at most 1.3e-4 (95 %).
+AUDIT_SAMPLE = 30_000
+
+
+@contextmanager
+def partitioned(run: BalanceRun, reach: float) -> Iterator[tuple[Plan, ReadRows] | None]:
+    """Divide unique rows into partitions so that few pairs within `reach` are missed, and copy them partition by partition.
+
+    Yields:
+        What to compare, and how to read its rows; None where it would be half of all pairs or more.
+    """
+    try:
+        yield _partition(run, reach)
+        run.context.barrier()
+    finally:
+        if run.context.is_main:
+            remove_copies(run.work)
+
+
+def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
+    context, rows = run.context, run.rows
+    read, unique = rows.read, rows.unique
+    partitions = _find_partitions(run)
+    number = len(unique)
+    sample = draw_sample(number, SAMPLE_ROWS, seed=1)
+    start, stop = context.rank_range(number)
+    neighbours = find_sampled(run, sample, NEIGHBOURS)
+    margin, visits = context.on_rank0(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
+    if number * number / len(partitions) * (0.5 + visits) > _MAX_FRACTION * number * (number - 1) / 2:
+        return None
+    reporting.note(
+        f"{len(partitions):,} partitions; rows within {margin:.4f} of a border, {visits:.1f} partitions a row, are compared "
+        "beyond their own."
+    )
+    with reporting.progress("assign", stop - start, "images") as progress:
+
+        def assign() -> Iterator[Arrays]:
+            """Yield homes of rows, and entries of rows in lists: of each partition, those at home and its visitors."""
+            at_once = _ROWS_ASSIGNED[context.device.type]
+            for at in range(start, stop, at_once):
+                numbers = unique[at : min(at + at_once, stop)]
+                home_B, row_P, other_P, _ = partitions.visits(read_stored(read, numbers, context.device), margin)
+                home, visited, visitor = (each.cpu().numpy() for each in (home_B, other_P, row_P))
+                yield home, np.concatenate([2 * home, 2 * visited + 1]), np.concatenate([numbers, numbers[visitor]])
+                progress.advance(len(numbers))
+
+        # Some dozens of entries a row: on the disk.
+        assigned = context.on_all(lambda: spool_arrays(run.work, (np.int32, np.int32, unique.dtype), assign()))
+    places = context.on_all(lambda: _copy(run, assigned[0], partitions))
+    parts = run.shared.collect((*assigned[1:], places))
+
+    def allocate(length: int) -> IntArray:
+        return create_mapped(run.work, np.dtype(unique.dtype), (length,), unnamed=True)
+
+    def entries() -> Iterator[tuple[IntArray, IntArray]]:
+        for lists, listed, _ in parts:
+            for at in range(0, len(lists), _ENTRIES_AT_ONCE):
+                yield lists[at : at + _ENTRIES_AT_ONCE], listed[at : at + _ENTRIES_AT_ONCE]
+
+    def group() -> Arrays:
+        place_of = allocate(len(rows))
+        place_of[unique] = np.concatenate([places for *_, places in parts])
+        return *group_rows(entries, 2 * len(partitions), allocate), place_of
+
+    listed, ends, place_of = run.shared.publish(group)
+    sizes = context.gather(stop - start)
+    copies = context.on_all(lambda: open_copies(run.work, sizes, partitions.width))
+
+    def read_copies(numbers: IntArray) -> HalfArray:
+        return copies.take(place_of[numbers].astype(np.int64))
+
+    return pieces(listed, ends, run.rows_in_memory), read_copies
+
+
+def find_sampled(run: BalanceRun, sample: IntArray, count: int) -> Neighbours:
+    """Find so many nearest neighbours of some unique rows, by their places, ascending: each process in its share of all."""
+    context, unique = run.context, run.rows.unique
+    own = context.rank_range(len(unique))
+    found = context.on_all(lambda: find_neighbours(run.rows.read, unique, sample, count, context.device, own))
+    return Neighbours.nearest(context.gather(found), count)
+
+
+def _find_partitions(run: BalanceRun) -> Partitions:
+    """Find centroids by k-means on a sample of the unique rows; the same on every process."""
+    context, unique = run.context, run.rows.unique
+    number = default_num_partitions(len(unique))
+    reader = _Sample(run, unique[draw_sample(len(unique), ROWS_PER_PARTITION * number, seed=0)])
+    # Drawn evenly, so that a crowd is cut into as many as its size asks for.
+    centroids_KD = rows_as_centroids(reader, draw_sample(len(reader), number, seed=0))
+    states = run_lloyd(
+        reader,
+        LloydState(centroids_KD),
+        iterations=ITERATIONS,
+        dtype=run.scan.dtype,
+        device=context.device,
+        processes=Processes(context.rank_range, context.sum_, context.gather),
+    )
+    with reporting.progress("partitions", ITERATIONS, "iterations") as progress:
+        for state in states:
+            centroids_KD = state.centroids_KD
+            progress.advance()
+    return Partitions(centroids_KD.to(context.device))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """Some rows, as k-means reads them."""
+
+    run: BalanceRun
+    rows: IntArray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def width(self) -> int:
+        return self.run.embeddings.width
+
+    def features(self, numbers: IntArray) -> HalfArray:
+        return self.run.rows.read(self.rows[numbers])
+
+
+def _copy(run: BalanceRun, home: IntArray, partitions: Partitions) -> IntArray:
+    """Copy this process's share of the unique rows, partition by partition: the rows of one are then read at once.
+
+    Returns:
+        The place of each row of the share, whose homes are given, among the copies of all processes, integers [M].
+    """
+    rows = run.rows
+    start, stop = run.context.rank_range(len(rows.unique))
+    copies = create_copy(run.work, run.context.rank, stop - start, partitions.width)
+    places = np.empty(stop - start, row_type(len(rows)))
+    places[np.argsort(home, kind="stable")] = np.arange(stop - start)
+    with reporting.progress("group", stop - start, "images") as progress:
+        for at in range(0, stop - start, _ROWS_AT_ONCE):
+            numbers = rows.unique[start + at : min(start + at + _ROWS_AT_ONCE, stop)]
+            copies[places[at : at + len(numbers)]] = rows.read(numbers)
+            progress.advance(len(numbers))
+    if run.context.spans_hosts and isinstance(copies, np.memmap):
+        copies.flush()
+    return places + start
+
+
+def audit_kept(run: BalanceRun, kept: IntArray, cutoff: float) -> Audit:
+    """Estimate what a search in partitions missed: compare a random sample of the kept rows, ascending, with all of them."""
+    sample = np.sort(np.random.default_rng(0).permutation(kept)[:AUDIT_SAMPLE])
+    plan = rectangle(sample, kept, run.rows_in_memory)
+    found = run_chunks(run, Search("audit", plan, run.rows.read, cutoff, lambda: NearestOf(sample)))
+    near = int(np.count_nonzero(np.isin(sample, np.concatenate([found.a, found.b]))))
+    rate = near / len(sample)
+    low, high = (rate, rate) if len(sample) == len(kept) else clopper_pearson(near, len(sample))
+    return Audit(len(sample), len(kept), near, low, high, rate)

@@ -1,0 +1,136 @@
+"""What a student is trained for: the weighted sum of a run's losses over one global batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipcid_cli.algorithms.losses.batch import LossBatch, rows_between
+from clipcid_cli.algorithms.losses.registry import load_loss
+from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
+from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.randomness import derive_seed
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.distill.batches import TrainingBatch
+from clipcid_cli.steps.distill.teacher import Teacher
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.training.gradients import Features, gather_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The losses of a run, with their weights."""
+
+    weights: dict[str, float]
+    parameters: LossParameters
+    teacher: Teacher | None
+    context: DistContext
+    affinity_scale: float
+    local_loss: bool  # whether each process computes the losses of its own rows only, against everybody's
+
+    @classmethod
+    def of(
+        cls,
+        settings: DistillSettings,
+        trust: float,
+        student_width: int,
+        teacher: Teacher | None,
+        context: DistContext,
+    ) -> Objective:
+        """Make the losses that the settings ask for, at such trust in the teacher."""
+        space = SharedSpace(student_width) if teacher is None else teacher.space
+        chosen = settings.losses(trust)
+        weights = {name: weight.at(space.width) for name, weight in chosen.items()}
+        why = "" if chosen == settings.losses() else f" (trust in the teacher {trust:.2f}, by its repair)"
+        reporting.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + f"{why}.")
+        seed = derive_seed("loss parameters", settings.seed)
+        parameters = LossParameters(weights, student_width, space, seed).to(context.device)
+        local_loss = settings.local_loss and context.size > 1
+        return cls(weights, parameters, teacher, context, settings.affinity_scale, local_loss)
+
+    def __call__(
+        self, features: Features, student_scale: Tensor, student_bias: Tensor | None, batch: TrainingBatch
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the loss of a step from each process's features; call it on every process.
+
+        Returns:
+            What the gradients are of: the weighted sum of the losses of the global batch, or (with local losses) of this
+            process's rows, times the number of processes. And the losses of the global batch in order, without weights
+            and gradients, float32 [L].
+        """
+        whole = dataclasses.replace(
+            self._gather(features, student_scale, batch), student_bias=student_bias, affinity_scale=self.affinity_scale
+        )
+        terms = [load_loss(name)(whole, **self.parameters.of(name)) for name in self.weights]
+        total = torch.stack([weight * term for weight, term in zip(self.weights.values(), terms, strict=True)]).sum()
+        values = torch.stack([term.detach() for term in terms])
+        if not self.local_loss:
+            return total, values
+        return total * self.context.size, self.context.sum_(values)
+
+    def _gather(self, features: Features, student_scale: Tensor, batch: TrainingBatch) -> LossBatch:
+        """Collect everybody's features, and the teacher's, as unit rows of the shared space."""
+        size = self.context.size
+        count = len(features.image)
+        start = self.context.rank * count if self.local_loss else 0
+        own = self._project(features)
+        num_extra = len(features.text) - count  # texts without images come last
+        extra = own.get("text_BD", own["text_Bd"])[count:] if num_extra else None
+        # All in one exchange.
+        together = gather_rows(torch.cat([rows_between(rows, 0, count) for rows in own.values()], dim=1))
+        widths = [rows.shape[1] for rows in own.values()]
+        rows: dict[str, Any] = dict(zip(own, torch.split(together, widths, dim=1), strict=True))
+        taught = LossBatch(
+            **{"image_BD": rows["image_Bd"], "text_BD": rows["text_Bd"]} | rows,
+            student_scale=student_scale,
+            image_tokens_bLD=self._project_tokens(features.image_tokens, self.parameters.image_map, count),
+            text_tokens_bLD=self._project_tokens(features.text_tokens, self.parameters.text_map, count),
+            extra_text_ED=self._gather_compared(extra),
+            num_extra=size * num_extra,
+            own=slice(start, start + count) if self.local_loss else slice(0, size * count),
+        )
+        if self.teacher is None:
+            return taught
+        with torch.no_grad():
+            image, text, extra = self.teacher.rows(batch)
+            return dataclasses.replace(
+                taught,
+                teacher_image_BD=gather_rows(image),
+                teacher_text_BD=None if text is None else gather_rows(text),
+                teacher_extra_text_ED=self._gather_compared(extra),
+                teacher_scale=self.teacher.scale,
+                teacher_bias=self.teacher.bias,
+                image_clusters=batch.image_clusters,
+                text_clusters=batch.text_clusters,
+            )
+
+    def _project(self, features: Features) -> dict[str, Tensor]:
+        """Return the unit rows that losses compare, by their names in `LossBatch`."""
+        # float32 from here on, whatever the towers ran in: the losses subtract numbers that are nearly equal.
+        rows = {"image_Bd": features.image.float(), "text_Bd": features.text.float()}
+        image_map = self.parameters.image_map
+        text_map = self.parameters.text_map
+        if image_map is not None and text_map is not None:
+            rows |= {"image_BD": image_map(rows["image_Bd"]), "text_BD": text_map(rows["text_Bd"])}
+        if features.masked_image is not None:
+            masked = features.masked_image.float()
+            rows["masked_image_BD"] = masked if image_map is None else image_map(masked)
+        return {name: F.normalize(found, dim=1) for name, found in rows.items()}
+
+    def _project_tokens(self, tokens_bLd: Tensor | None, learned: nn.Module | None, count: int) -> Tensor | None:
+        """Return unit rows of patches or tokens in the shared space, zeros where there is none; none of further texts."""
+        if tokens_bLd is None:
+            return None
+        found = tokens_bLd[:count].float()
+        exists_bL1 = found.detach().any(dim=2, keepdim=True)
+        found = F.normalize(found if learned is None else learned(found), dim=2) * exists_bL1
+        gathered = self._gather_compared(found.flatten(1))
+        return None if gathered is None else gathered.view(-1, *found.shape[1:])
+
+    def _gather_compared(self, rows: Tensor | None) -> Tensor | None:
+        """Collect everybody's rows of what a loss reads of the own samples alone, unless it is of these alone."""
+        return rows if rows is None or self.local_loss else gather_rows(rows)
