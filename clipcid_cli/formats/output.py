@@ -253,9 +253,14 @@ def unfinished(folder: Path, step: str) -> Run | None:
     return next((run for work in _find_works(folder, step) if (run := _read_run(work)) is not None), None)
 
 
-def has_leftovers(folder: Path, step: str) -> bool:
-    """Tell whether a killed run has left its lock or a work folder; so does one that goes on."""
-    return (folder / _lock_name(step)).exists() or bool(_find_works(folder, step))
+def remove_leftovers(spec: OutputSpec[Any]) -> None:
+    """Remove what a run left beside a finished output when it was killed right after its sidecar.
+
+    A lock that is held stays, as does the work folder of a run that goes on.
+    """
+    if (spec.folder / _lock_name(spec.step)).exists() or _find_works(spec.folder, spec.step):
+        with suppress(ClipcidError), open_output(spec):
+            pass
 
 
 def is_claimed(folder: Path, step: str) -> bool:

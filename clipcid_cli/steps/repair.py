@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.repair import MAX_PAIRS, Pairs, are_enough, fit_repa
 from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.output import OutputSpec, find_output, open_output
+from clipcid_cli.formats.output import OutputSpec, find_output, open_output, remove_leftovers
 from clipcid_cli.formats.results.repair import REPAIR, STEP, read_repair, write_repair
 from clipcid_cli.formats.sidecar import RepairFigures, RepairSidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -61,6 +61,8 @@ def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embe
         with reporting.progress("repair", len(pairs), "pairs") as bar:
             found = _decide(spec, pairs, scale)
             bar.advance(len(pairs))
+    elif not settings.dry_run:
+        remove_leftovers(spec)
     reporting.note(describe_repair(found.result))
     if not found.result.repaired:
         return embeddings, found.result

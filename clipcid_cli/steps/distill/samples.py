@@ -18,7 +18,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.join import Listing, Values, join, parquet_listing
-from clipcid_cli.formats.output import OutputSpec, find_output, open_output
+from clipcid_cli.formats.output import OutputSpec, find_output, open_output, remove_leftovers
 from clipcid_cli.formats.results.clusters import Clusters
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, STEP, TRAINING, matched_folder, writing_rows
 from clipcid_cli.formats.sidecar import Sidecar
@@ -156,7 +156,7 @@ def find_samples(
     folder = matched_folder(dataset.index_folder, identity)
     spec = OutputSpec(folder, STEP, Sidecar, settings={"matched": folder.name}, inputs=[], overwrite=True)
     matched = find_output(spec).finished
-    if matched is None or (scratch is None and any(folder.glob(f".{STEP}-*"))):  # what a killed run left beside them
+    if matched is None:
         if scratch is not None:
             folder = matched_folder(scratch, identity)
             spec = dataclasses.replace(spec, folder=folder)
@@ -170,6 +170,8 @@ def find_samples(
                     counts = match_samples(dataset, sources, settings.val_fraction, output.work)
                     outputs = [record(path, output.work) for path in sorted(output.work.glob("*.npy"))]
                     matched = output.commit(counts=dataclasses.asdict(counts), seconds={}, outputs=outputs)
+    elif scratch is None:
+        remove_leftovers(spec)
     return folder, MatchCounts(**matched.counts)
 
 

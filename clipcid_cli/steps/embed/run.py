@@ -32,7 +32,7 @@ from clipcid_cli.formats.embeddings.manifest import (
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.embeddings.text_folder import TEXTS, TEXTS_FILE, write_texts
 from clipcid_cli.formats.fingerprint import record
-from clipcid_cli.formats.output import Output, OutputSpec, find_output, has_leftovers, open_output
+from clipcid_cli.formats.output import Output, OutputSpec, find_output, remove_leftovers
 from clipcid_cli.formats.sidecar import TextsSidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -153,12 +153,9 @@ def embed_images_first(request: EmbedSettings, name: ModelName) -> str:
 
 
 def _remove_leftovers(plan: EmbedPlan) -> None:
-    """Remove what a run left that was killed right after its sidecar, but not what one works with that goes on."""
     made = plan.finished
-    if made is not None and has_leftovers(plan.folder, plan.step):
-        spec = OutputSpec(plan.folder, plan.step, type(made), settings=made.settings, inputs=made.inputs)
-        with suppress(ClipcidError), open_output(spec):
-            pass
+    assert made is not None
+    remove_leftovers(OutputSpec(plan.folder, plan.step, type(made), settings=made.settings, inputs=made.inputs))
 
 
 def _start(output: Output[Any], writer: EmbeddingWriter) -> None:

@@ -15,7 +15,7 @@ from sidecars import edit_sidecar
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import fingerprint
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, record
-from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claimed, open_output
+from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claimed, open_output, remove_leftovers
 from clipcid_cli.formats.sidecar import Sidecar
 
 SETTINGS = {"keep": 0.5, "seed": 0}
@@ -66,6 +66,17 @@ def test_opening_writes_nothing_and_what_was_committed_is_found_finished(tmp_pat
     with open_it(tmp_path / "out") as output:
         assert output.finished == written
     assert is_claimed(tmp_path / "out", "balance")
+
+
+def test_what_was_killed_after_its_sidecar_leaves_nothing_in_the_end(tmp_path: Path) -> None:
+    with open_it(tmp_path) as output:
+        finish(output, a="content")
+        remove_leftovers(output.spec)  # of a run that goes on
+        assert (tmp_path / ".balance.lock").exists()
+    (tmp_path / ".balance-0123456789abcdef").mkdir()
+    (tmp_path / ".balance.lock").touch()
+    remove_leftovers(output.spec)
+    assert {path.name for path in tmp_path.iterdir()} == {"balance.json", "a"}
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, lambda lock: lock.symlink_to(lock.parent / "nowhere" / "lock")])
