@@ -236,7 +236,8 @@ def run_signal(site: Site, step: Step, case: tuple[int, float]) -> Result:
     problems = []
     if found.code not in (0, 128 + number):
         problems.append(f"exit {found.code}{found!r}")
-    if found.code and not found.err.strip().rpartition("\n")[2].startswith(_INTERRUPTED):
+    # A line of progress may still come before the end.
+    if found.code and not any(line.startswith(_INTERRUPTED) for line in found.err.splitlines()):
         problems.append(f"it did not say that it was interrupted{found!r}")
     problems += [f"{mark}{found!r}" for mark in ("Traceback", "bug in clipcid", "Error: ") if mark in found.err]
     if time.monotonic() - began > _PROMPT:
