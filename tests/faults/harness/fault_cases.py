@@ -34,7 +34,7 @@ _PAGE = 4096
 _YEAR = 366 * 86400.0
 _PROMPT = 10.0
 """Seconds in which a signalled run ends on a machine that does other things too."""
-_INTERRUPTED = "Interrupted. Run the same command again to continue "  # where it stopped, or from a step
+_INTERRUPTED = "Interrupted. Run the same command again"
 
 _TIMES_OF_FILES = re.compile(
     r"(other bytes|half under its final name): .*(/index/|/\.fingerprints\.).*|left over: [^/]+/\.fingerprints\.json|"
