@@ -182,7 +182,9 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         for worker in list(crew.values()):
             worker.kill()  # the pool waits for all, and SIGTERM does not reach them
         pool.shutdown()
-        if ended is None and error.__cause__ is not None:
+        # A pipe breaks, or has no more to read, where the process at its other end has ended.
+        its_end = isinstance(error.__cause__, EOFError | ConnectionError)
+        if ended is None and error.__cause__ is not None and not its_end:
             reason = str(error.__cause__).strip("'\n").splitlines()[-1]
             raise ClipcidError(
                 f"What a process that decodes images sent could not be received ({reason}).",
