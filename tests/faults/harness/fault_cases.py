@@ -35,6 +35,7 @@ _YEAR = 366 * 86400.0
 _PROMPT = 10.0
 """Seconds in which a signalled run ends on a machine that does other things too."""
 _INTERRUPTED = "Interrupted. Run the same command again"
+_CONTINUES = f"{_INTERRUPTED} to continue "  # where it stopped, or from a step
 
 _TIMES_OF_FILES = re.compile(
     r"(other bytes|half under its final name): .*(/index/|/\.fingerprints\.).*|left over: [^/]+/\.fingerprints\.json|"
@@ -236,8 +237,9 @@ def run_signal(site: Site, step: Step, case: tuple[int, float]) -> Result:
     problems = []
     if found.code not in (0, 128 + number):
         problems.append(f"exit {found.code}{found!r}")
+    said = f"{_INTERRUPTED}." if step.name == "export" else _CONTINUES  # an export begins anew
     # A line of progress may still come before the end.
-    if found.code and not any(line.startswith(_INTERRUPTED) for line in found.err.splitlines()):
+    if found.code and not any(line.startswith(said) for line in found.err.splitlines()):
         problems.append(f"it did not say that it was interrupted{found!r}")
     problems += [f"{mark}{found!r}" for mark in ("Traceback", "bug in clipcid", "Error: ") if mark in found.err]
     if time.monotonic() - began > _PROMPT:
