@@ -209,7 +209,7 @@ def identify(plan: BalancePlan) -> OutputSpec[BalanceSidecar]:
 
 def _validate_none_lost(folder: Path, embeddings: Embeddings) -> None:
     """Refuse embeddings that lack files of an output of `balance`, finished or not."""
-    now = list_row_files(embeddings)
+    now = _list_row_files(embeddings)
     fix = f"Add --overwrite to replace it, or write elsewhere ({WORK})."
     for path in (folder / ROW_FILES, *folder.glob(f".balance-*/{ROW_FILES}")):
         if path.exists() and (lost := find_lost(read_row_files(path, fix), now)):
@@ -218,7 +218,7 @@ def _validate_none_lost(folder: Path, embeddings: Embeddings) -> None:
             )
 
 
-def list_row_files(embeddings: Embeddings) -> list[RowFile]:
+def _list_row_files(embeddings: Embeddings) -> list[RowFile]:
     """List the files through which rows are numbered, each with the metadata beside it."""
     metadata = iter(embeddings.contents(METADATA))
     found: list[RowFile] = []
@@ -244,7 +244,7 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> Balance
         reporting.note(f"The result in {plan.folder}, of other settings or inputs, will be replaced:\n{told}")
     validate_data_there(plan)
     output.start()
-    write_row_files(output.work / ROW_FILES, list_row_files(plan.embeddings))
+    write_row_files(output.work / ROW_FILES, _list_row_files(plan.embeddings))
     SharedArrays(plan.context, output.work).clear()
     remove_copies(output.work)  # of a search in partitions that was killed
     plan.embeddings.validate_unique_keys()

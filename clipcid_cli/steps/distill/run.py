@@ -81,12 +81,12 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
     if settings.workers != 0:
         start_worker_server()
     with open_dist_context(settings.device) as context, scratch_folder(context, dry_run=settings.dry_run) as scratch:
-        tasks = context.on_rank0(lambda: validate_named(settings))
+        tasks = context.on_rank0(lambda: _validate_named(settings))
         student = context.on_all(lambda: load_student(settings, context.device))
         embeddings = find_embeddings(settings, context)
         if isinstance(embeddings, EmbedCost):
             return embeddings
-        plan = context.on_rank0(lambda: plan_run(settings, student, embeddings, tasks, scratch, context))
+        plan = context.on_rank0(lambda: _plan_run(settings, student, embeddings, tasks, scratch, context))
         warn_of_copies(plan.inputs.dataset, context)
         teacher = load_online_model(plan.inputs, context)
         folder = plan.folder
@@ -144,7 +144,7 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
     )
 
 
-def validate_named(settings: DistillSettings) -> list[ZeroshotTask]:
+def _validate_named(settings: DistillSettings) -> list[ZeroshotTask]:
     """Look at what can be wrong with named inputs before hours of embedding; return the data sets of ``--eval-data``."""
     if settings.needs_teacher:
         named_teachers(settings)
@@ -166,7 +166,7 @@ def _flags_of_several(settings: DistillSettings) -> dict[str, Any]:
     return {"embeddings": folders, "teacher_weight": settings.teacher_weight}
 
 
-def plan_run(
+def _plan_run(
     settings: DistillSettings,
     student: Student,
     embeddings: tuple[Path, ...],

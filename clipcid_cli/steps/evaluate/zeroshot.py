@@ -137,7 +137,7 @@ def evaluate(plan: ZeroshotPlan, context: DistContext) -> ZeroshotResults:
         model = EvaluatedModel(name, context, settings)
         for task, inputs in zip(plan.tasks, data, strict=True):
             results.append(_evaluate_pair(plan, model, task, inputs))
-    files = context.on_rank0(lambda: write_summary(WorkDirectory(settings.work), results))
+    files = context.on_rank0(lambda: _write_summary(WorkDirectory(settings.work), results))
     return ZeroshotResults(results, files)
 
 
@@ -230,7 +230,7 @@ def _make_result(sidecar: ZeroshotSidecar, task: ZeroshotTask, path: Path, *, re
     )
 
 
-def write_summary(work: WorkDirectory, results: list[ZeroshotResult]) -> dict[str, str]:
+def _write_summary(work: WorkDirectory, results: list[ZeroshotResult]) -> dict[str, str]:
     """Write the table (csv) and the report of one call, which replace those of the call before; return their paths."""
     table, report = (work.eval_summary / name for name in (SUMMARY_TABLE, SUMMARY_REPORT))
     table.parent.mkdir(parents=True, exist_ok=True)
