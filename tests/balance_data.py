@@ -15,7 +15,8 @@ import pandas as pd
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance import write
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.run import begin, identify, make_plan, run
+from clipcid_cli.steps.balance.compute import begin
+from clipcid_cli.steps.balance.run import identify, make_plan, run
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.balance import BalanceSettings

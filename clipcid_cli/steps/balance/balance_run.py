@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,11 +28,6 @@ from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 from clipcid_cli.steps.settings.balance import BalanceSettings
-
-if TYPE_CHECKING:
-    from clipcid_cli.steps.balance.filters.against import NearReferences, Reference
-    from clipcid_cli.steps.balance.filters.captions import CaptionWindow
-    from clipcid_cli.steps.balance.filters.cluster_cap import FoundClusters
 
 # Limit on a CPU of the panels kept in memory, in the format of the fast product and as stored.
 CACHE_BYTES = 2**30
@@ -144,6 +138,26 @@ def read_rows(shared: SharedArrays, images: Rows) -> BalanceRows:
     return BalanceRows(images, numbers, unique, _join(a, b))
 
 
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """One reference, by the name that the user gave, the hash of its files, and its usable rows, int64 [R], ascending."""
+
+    name: str
+    identity: str
+    embeddings: Embeddings
+    numbers: IntArray
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundClusters:
+    """The clusters of ``--max-per-cluster``, the hash of their table, and how many images are in them."""
+
+    folder: Path
+    identity: str
+    images: int
+    skipped: int  # how many are in none, since their rows are not usable
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BalancePlan:
     """What one `balance` works on."""
@@ -174,8 +188,6 @@ class BalanceRun(BalancePlan):
     rows: BalanceRows
     skips: Skips  # rows that are not finite
     scan: Precision  # the format of the fast product
-    near: NearReferences | None = None
-    captions: CaptionWindow | None = None
     # When its output was begun, by `time.perf_counter`.
     began: float
 

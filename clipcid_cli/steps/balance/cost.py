@@ -22,6 +22,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalancePlan
 from clipcid_cli.steps.balance.filters.against import open_reference
 from clipcid_cli.steps.balance.filters.captions import CaptionWindow, compare_captions
+from clipcid_cli.steps.balance.filters.cluster_cap import warn_of_few
 from clipcid_cli.steps.balance.partition import AUDIT_SAMPLE, ITERATIONS, ROWS_PER_PARTITION
 from clipcid_cli.steps.balance.result import BalanceCost, CaptionCost, MemoryCost, ReferenceCost, SearchCost
 from clipcid_cli.steps.balance.samples import validate_data_there
@@ -118,7 +119,7 @@ def _estimate(plan: BalancePlan, references: list[Embeddings | EmbedCost]) -> Ba
         reporting.note(line)
     if clusters is not None:
         reporting.note(f"After it, clusters are capped: {clusters.folder}, {clusters.images:,} images.")
-        clusters.warn_of_few(plan, searched)
+        warn_of_few(plan, clusters, searched)
     return result
 
 

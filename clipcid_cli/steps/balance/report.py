@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,14 +32,12 @@ from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.runtime.models.decode import SkippedImage, decode_image
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRows, BalanceRun
+from clipcid_cli.steps.balance.compute import Outcome
 from clipcid_cli.steps.balance.filters.against import NearReferences
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, open_recorded, take_texts
 from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
 from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
-
-if TYPE_CHECKING:
-    from clipcid_cli.steps.balance.write import Outcome
 
 REPORT = "report.html"
 
@@ -81,15 +79,13 @@ def has_new_pictures(plan: BalancePlan, finished: BalanceSidecar) -> bool:
     return any(Gallery(plan).read(shards, keys))
 
 
-def write_report(
-    run: BalanceRun, found: Outcome, measured: SetTable, result: BalanceResult, warnings: list[str]
-) -> dict[str, Any]:
+def write_report(found: Outcome, measured: SetTable, result: BalanceResult, warnings: list[str]) -> dict[str, Any]:
     """Write the report as one page, with what the user was warned of.
 
     Returns:
         For the sidecar, which pictures are in it: ``{"shown": number, "unread": [[shard, key], …], "why": reason}``.
     """
-    sets, other = found.sets, found.other
+    run, sets, other = found.run, found.sets, found.other
     largest = np.argsort(-measured.size, kind="stable")[:_SETS_SHOWN]
     shown = [_choose_members(sets, label) for label in measured.label[largest].tolist()]
     alone = np.ones(run.rows.num_searched - measured.size.sum(), np.int64)
@@ -139,8 +135,8 @@ def write_report(
             why_no_images=gallery.closed,
             classes=compare_classes(gallery.data, run.embeddings, run.rows, found.is_kept),
             cluster_sizes=[] if found.cap is None else _count_sizes(found.cap.before, found.cap.most),
-            near=[] if run.near is None else _show_near(run, run.near, gallery),
-            window_figure=None if run.captions is None else run.captions.draw(),
+            near=[] if found.near is None else _show_near(run, found.near, gallery),
+            window_figure=None if found.captions is None else found.captions.draw(),
             reasons=REASONS,
             embeddings=str(run.embeddings.folder),
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -13,8 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import BoolArray, IntArray
+from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.algorithms.sets.representatives import find_diameters
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import map_strings
@@ -36,13 +35,12 @@ from clipcid_cli.formats.results.keep_list import (
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun
-from clipcid_cli.steps.balance.filters.against import NearReferences, forget_others
-from clipcid_cli.steps.balance.filters.captions import CaptionWindow
-from clipcid_cli.steps.balance.filters.cluster_cap import ClusterCap
+from clipcid_cli.steps.balance.compute import Outcome
+from clipcid_cli.steps.balance.filters.against import forget_others
 from clipcid_cli.steps.balance.report import write_report
-from clipcid_cli.steps.balance.result import Audit, BalanceResult
+from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid
-from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
+from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.shared import given_flags
 
@@ -52,23 +50,12 @@ _LARGE_SET = 0.01
 _ROWS_AT_ONCE = 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What is to be written: sets, the forest they were made from, …, and which rows are kept in the end, bool [N]."""
-
-    sets: Sets
-    forest: Edges
-    other: OtherLinkage | NotComputed
-    cap: ClusterCap | None
-    is_kept: BoolArray
-    audit: Audit | None
-
-
-def summarise(run: BalanceRun, found: Outcome) -> BalanceResult:
+def summarise(found: Outcome) -> BalanceResult:
     """Count what is kept, and what was dropped by what."""
-    sets, other, rows = found.sets, found.other, run.rows
+    run, sets, other = found.run, found.sets, found.other
+    rows = run.rows
     kept = int(np.count_nonzero(found.is_kept))
-    near = 0 if run.near is None else int(np.count_nonzero(run.near.is_dropped))
+    near = 0 if found.near is None else int(np.count_nonzero(found.near.is_dropped))
     embedded = {} if run.embeddings.sidecar is None else run.embeddings.sidecar.counts["skipped"]
     return BalanceResult(
         images=len(rows),
@@ -88,8 +75,8 @@ def summarise(run: BalanceRun, found: Outcome) -> BalanceResult:
             "repeat": rows.num_searched - sets.num_kept,
             "cluster": sets.num_kept - kept,
         },
-        against=None if run.near is None else run.near.summarise(),
-        caption_window=None if run.captions is None else run.captions.summarise(),
+        against=None if found.near is None else found.near.summarise(),
+        caption_window=None if found.captions is None else found.captions.summarise(),
         cluster_cap=None if found.cap is None else found.cap.summarise(),
         skipped={**embedded, **run.skips.counts},
         seconds=run.phases(),
@@ -120,14 +107,15 @@ def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
     return warnings
 
 
-def write(run: BalanceRun, found: Outcome) -> BalanceResult:
+def write(found: Outcome) -> BalanceResult:
     """Write the output, on the first process; return its result."""
+    run = found.run
     warnings = find_warnings(run, found.sets)
     for warning in warnings:
         reporting.warn(warning)
-    measured = _write_tables(run, found)
-    result = summarise(run, found)
-    pictures = write_report(run, found, measured, result, warnings)
+    measured = _write_tables(found)
+    result = summarise(found)
+    pictures = write_report(found, measured, result, warnings)
     result = msgspec.structs.replace(result, seconds=run.phases())
     output = run.output
     output.commit(
@@ -139,20 +127,20 @@ def write(run: BalanceRun, found: Outcome) -> BalanceResult:
         pictures=pictures,
         result=result,
     )
-    if run.near is None:
+    if found.near is None:
         forget_others(output.folder)
     return result
 
 
-def _write_tables(run: BalanceRun, found: Outcome) -> SetTable:
-    folder, sets = run.work, found.sets
+def _write_tables(found: Outcome) -> SetTable:
+    run, sets, filters = found.run, found.sets, found.filters
+    folder = run.work
 
     def map_names(read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> pa.LargeStringArray:
         return map_strings(folder, run.embeddings.take_column(read, run.rows.numbers))
 
     keys = map_names(run.embeddings.keys_of)
-    filters = [each for each in (run.near, run.captions, found.cap) if each is not None]
-    columns = [_say_reasons(filters, found.is_kept)] if filters else []
+    columns = [_say_reasons(found)] if filters else []
     is_represented = (sets.representatives >= 0) & found.is_kept[sets.representatives]
     write_keep_list(
         folder / KEEP_LIST,
@@ -196,16 +184,16 @@ def _measure_sets(run: BalanceRun, sets: Sets) -> SetTable:
     return SetTable(label, size, sets.representatives[label], farthest, reach, diameter, is_exact)
 
 
-def _say_reasons(filters: Sequence[NearReferences | CaptionWindow | ClusterCap], is_kept: BoolArray) -> Column:
+def _say_reasons(found: Outcome) -> Column:
     """Return the column that names by what an image was dropped: the first filter that drops it, else as a repeat."""
-    reasons = [*(each.reason for each in filters), "repeat"]
-    masks = [each.is_dropped for each in filters]
+    reasons = [*(each.reason for each in found.filters), "repeat"]
+    masks = [each.is_dropped for each in found.filters]
 
     def read(part: slice) -> pa.Array:
         number = np.full(part.stop - part.start, len(masks), np.int8)
         for place in reversed(range(len(masks))):
             number[masks[place][part]] = place
-        return pa.array(reasons, pa.string()).take(pa.array(number, mask=is_kept[part]))
+        return pa.array(reasons, pa.string()).take(pa.array(number, mask=found.is_kept[part]))
 
     return Column("dropped_by", pa.string(), read)
 

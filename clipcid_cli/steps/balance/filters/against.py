@@ -31,7 +31,7 @@ from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun
+from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun, Reference
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
 from clipcid_cli.steps.data_index import open_named
@@ -44,16 +44,6 @@ from clipcid_cli.steps.settings.embed import EmbedSettings
 # In the folder of `balance`: what was compared, for later runs.
 _FOLDER = ".references"
 _SAME_MODEL = "Embed it with the same model: give the images themselves (--against DATA)."
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """One reference, by the name that the user gave, the hash of its files, and its usable rows, int64 [R], ascending."""
-
-    name: str
-    identity: str
-    embeddings: Embeddings
-    numbers: IntArray
 
 
 def validate_none_missing(settings: BalanceSettings) -> None:

@@ -23,7 +23,7 @@ from clipcid_cli.formats.results.keep_list import Column
 from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory, remake_clusters
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun
+from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun, FoundClusters
 from clipcid_cli.steps.balance.result import ClusterCapResult
 from clipcid_cli.steps.balance.sets import SCORES
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -55,25 +55,6 @@ class ClusterCap:
         return [Column("cluster", pa.int32(), read)]
 
 
-@dataclasses.dataclass(frozen=True)
-class FoundClusters:
-    """The clusters of ``--max-per-cluster``, the hash of their table, and how many images are in them."""
-
-    folder: Path
-    identity: str
-    images: int
-    skipped: int  # how many are in none, since their rows are not usable
-
-    def warn_of_few(self, plan: BalancePlan, num_rows: int) -> None:
-        """Warn, before the search, where they are of fewer images than are balanced."""
-        if self.images + self.skipped < num_rows:
-            reporting.warn(
-                f"The clusters in {self.folder} are of {self.images:,} images, and {num_rows:,} are balanced: where one "
-                f"that is kept is in none of them, the run ends with an error. To cluster all images: "
-                f"{_cluster_all(plan.settings, overwrite=True)}"
-            )
-
-
 def find_cap_clusters(settings: BalanceSettings) -> FoundClusters | None:
     """Find the clusters of ``--max-per-cluster``, and say which they are; None without it."""
     if settings.max_per_cluster is None:
@@ -91,6 +72,16 @@ def find_cap_clusters(settings: BalanceSettings) -> FoundClusters | None:
     images = sidecar.result["images"]
     reporting.note(f"Clusters: {folder}, of {images:,} images.")
     return FoundClusters(folder, record(folder / CLUSTERS).hash, images, sum(sidecar.counts["skipped"].values()))
+
+
+def warn_of_few(plan: BalancePlan, clusters: FoundClusters, num_rows: int) -> None:
+    """Warn, before the search, where clusters are of fewer images than are balanced."""
+    if clusters.images + clusters.skipped < num_rows:
+        reporting.warn(
+            f"The clusters in {clusters.folder} are of {clusters.images:,} images, and {num_rows:,} are balanced: where one "
+            f"that is kept is in none of them, the run ends with an error. To cluster all images: "
+            f"{_cluster_all(plan.settings, overwrite=True)}"
+        )
 
 
 def _flags_for_all(settings: BalanceSettings) -> dict[str, Any]:
