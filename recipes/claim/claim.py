@@ -28,6 +28,7 @@ import purity
 import table
 
 HERE = Path(__file__).resolve().parent
+ABLATION = HERE.parent / "ablation"
 FOREIGN = HERE.parent / "foreign-teacher"
 PAIRS, QUICK_PAIRS, STEPS = 20_000, 2_000, 600
 PHOTOGRAPH_PAIRS, PHOTOGRAPH_SIZE = 4_500, 224
@@ -38,13 +39,18 @@ AGAINST = 0.3
 PAPER, PLANTED = "0.563", "planted"
 METHODS = ("single", "star", "semdedup", "random")
 LOSSES = ("fd-instance", "clip", "cid")
-CURVE = "report-drawings-retrieval"
+DRAWINGS = "report-drawings-retrieval"
 CURVE_POINTS = 6
 
 
 class Web(inputs.Inputs):
-    """Pairs that repeat, and which of them each method keeps."""
+    """Pairs that repeat, and which of them each method keeps.
 
+    Attributes:
+        watched: The evaluation set that students are measured on while they learn.
+    """
+
+    watched = DRAWINGS
     sets = tuple(f"report-{what}-{task}" for what in ("concepts", "drawings") for task in ("retrieval", "classes"))
 
     def __init__(self, work: Path, num_pairs: int = PAIRS) -> None:
@@ -129,31 +135,44 @@ class Web(inputs.Inputs):
 
 
 class Photographs(Web):
-    """The same of photographs, with the teacher of recipes/foreign-teacher; students are not trained on them."""
+    """The same of photographs, with the teacher of recipes/foreign-teacher."""
+
+    watched = "report-photographs-classes"
+    sets = (watched,)
 
     def __init__(self, work: Path, train: Path, test: Path) -> None:
         """Take two folders of one folder per class."""
         super().__init__(work, PHOTOGRAPH_PAIRS)
         self.teacher = FOREIGN / "teacher"
-        self.train, self.references = train, [test]
+        self.train, self.references = train, [test.resolve()]
 
     def make(self) -> None:
-        """Build the teacher, and make the pairs."""
+        """Build the teacher, link the set under its name, and make the pairs."""
         subprocess.run(["bash", FOREIGN / "teacher.sh"], check=True)
+        link = self.work / "sets" / self.watched
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.references[0])
         self.repeat(self.train, "--size", str(PHOTOGRAPH_SIZE))
 
 
 class Claim(ablation.Ablation):
-    """The runs, with R@1 on the way."""
+    """The runs, with R@1 or accuracy on the way."""
+
+    inputs: Web
 
     def train(self, run: plan.Run) -> dict[str, Any]:
-        """Train one student, and read how its retrieval rose."""
+        """Train one student, and read how it improved."""
         trained = super().train(run)
         lines = (self.work / "distill" / ablation.folder_name(run) / "results.jsonl").read_text().splitlines()
         curve = {}
         for point in map(json.loads, lines):
-            recalls = [value for name, value in point.items() if name.endswith("retrieval_recall@1") and CURVE in name]
-            curve[point["step"]] = float(np.mean(recalls))
+            values = [
+                value
+                for name, value in point.items()
+                if self.inputs.watched in name and name.endswith(("retrieval_recall@1", "acc1"))
+            ]
+            curve[point["step"]] = float(np.mean(values))
         return trained | {"curve": curve}
 
 
@@ -189,12 +208,11 @@ def judged(keep: pd.DataFrame, truth: pd.DataFrame) -> dict[str, float]:
 
 def settings(log: plan.Log, web: Web) -> Iterator[list[plan.Setting]]:
     """Yield settings, the most telling first, at the rates and weights that were best in the ablation."""
-    watched = ("--eval-data", str(web.work / "sets" / CURVE), "--eval-every", str(STEPS // CURVE_POINTS))
 
     def on(loss: str, keep: str, steps: int = STEPS) -> plan.Setting:
-        base = plan.tuned(loss, log)
+        base = dataclasses.replace(plan.tuned(loss, log), extras=())
         name = f"{loss}/{keep}" + ("" if steps == STEPS else "/equal epochs")
-        return dataclasses.replace(base, name=name, extras=(), keep=keep, steps=steps, flags=(*base.flags, *watched))
+        return watched(dataclasses.replace(base, name=name, keep=keep, steps=steps), web, STEPS)
 
     def planted(loss: str, *methods: str, steps: int = STEPS) -> list[plan.Setting]:
         return [on(loss, f"{method}-{PLANTED}", steps) for method in methods]
@@ -217,9 +235,28 @@ def settings(log: plan.Log, web: Web) -> Iterator[list[plan.Setting]]:
     yield paper("cid", *METHODS)
 
 
-def runs(log: plan.Log, web: Web, *, is_quick: bool) -> Iterator[list[plan.Run]]:
+def photograph_settings(drawings: plan.Log, log: plan.Log, web: Web) -> Iterator[list[plan.Setting]]:
+    """Yield settings of students of photographs, at the rates and weights that were best in the ablation."""
+    ours = plan.repaired(log, drawings)[0]
+    clip = plan.best(plan.photograph_students("clip", drawings), log)
+
+    def on(base: plan.Setting, keep: str) -> plan.Setting:
+        loss = "fd-instance" if base is ours else "clip"
+        return watched(dataclasses.replace(base, name=f"{loss}/{keep}", keep=keep), web, base.steps)
+
+    yield [on(ours, "all"), *(on(ours, f"{method}-{PLANTED}") for method in METHODS)]
+    yield [on(clip, "all"), on(clip, f"single-{PLANTED}"), on(clip, f"random-{PLANTED}")]
+
+
+def watched(setting: plan.Setting, web: Web, steps: int) -> plan.Setting:
+    """Return a setting whose students are measured on their way through so many steps."""
+    flags = ("--eval-data", str(web.work / "sets" / web.watched), "--eval-every", str(steps // CURVE_POINTS))
+    return dataclasses.replace(setting, flags=(*setting.flags, *flags))
+
+
+def runs(settings: Iterable[list[plan.Setting]], *, is_quick: bool) -> Iterator[list[plan.Run]]:
     """Yield all runs as one phase: all seeds of some settings, then of the next; two settings of each where it is quick."""
-    groups = list(settings(log, web))
+    groups = list(settings)
     if is_quick:
         yield [plan.Run(setting, SEEDS[0]) for group in groups for setting in group[:2]]
     else:
@@ -228,7 +265,9 @@ def runs(log: plan.Log, web: Web, *, is_quick: bool) -> Iterator[list[plan.Run]]
 
 def split(entries: Mapping[str, Mapping[str, Any]]) -> table.Results:
     """Return the log with retrieval of drawings also for the third of them whose concepts are seen most, and least."""
-    keys = entries["teacher"]["keys"][CURVE]
+    keys = entries["teacher"]["keys"].get(DRAWINGS)
+    if keys is None:
+        return table.Results({run: entry for run, entry in entries.items() if run != "data"})
     counts = entries["data"]["frequency"]
     seen = np.array([counts.get(inputs.concept(key), 0) for key in keys])
     order = np.argsort(seen, kind="stable")
@@ -242,7 +281,7 @@ def split(entries: Mapping[str, Mapping[str, Any]]) -> table.Results:
         for name, rows in parts.items():
             dataset = f"report-{name}-retrieval"
             items[dataset] = {
-                side: np.array(items[CURVE][side])[rows].tolist() for side in ("image_ranks", "text_ranks")
+                side: np.array(items[DRAWINGS][side])[rows].tolist() for side in ("image_ranks", "text_ranks")
             }
             of[dataset] = [keys[row] for row in rows]
         found[run] = {**entry, "items": items, "keys": of}
@@ -285,7 +324,7 @@ def subset_table(subsets: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def compared(results: table.Results, names: Iterable[str], against: str) -> list[str]:
     """Return a line for each setting: its means, their differences, and when it was as good as the other at its end."""
-    heads = ("setting", "seeds", "steps", *results.columns, f"steps to R@1 of `{against}`")
+    heads = ("setting", "seeds", "steps", *results.columns, f"steps to `{against}`")
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     goal = np.mean([list(results.entry(against, seed)["curve"].values())[-1] for seed in results.seeds(against)])
     for name in names:
@@ -313,7 +352,7 @@ def main() -> None:
     """Do the runs that the log lacks, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--log", type=Path, default=HERE / "log.jsonl")
+    parser.add_argument("--log", type=Path, help="default: log.jsonl, photographs.jsonl, here")
     parser.add_argument("--quick", action="store_true", help="few pairs and steps, to prove that it works")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--tables", action="store_true", help="only print the tables of what the log holds")
@@ -322,24 +361,25 @@ def main() -> None:
         type=Path,
         nargs=2,
         metavar=("TRAIN", "TEST"),
-        help="only choose subsets of repeated photographs",
+        help="folders of classes instead of drawings",
     )
     given = parser.parse_args()
-    if given.photographs:
-        photographs = Photographs(given.work, *given.photographs)
-        photographs.prepare()
-        print("\n".join(subset_table(photographs.describe()["subsets"])))
-        return
-    log = ablation.Log(given.log)
+    log = ablation.Log(given.log or HERE / ("photographs.jsonl" if given.photographs else "log.jsonl"))
     if not given.tables:
-        web = Web(given.work, QUICK_PAIRS if given.quick else PAIRS)
+        drawings = ablation.Log(ABLATION / "log.jsonl").entries
+        web: Web
+        if given.photographs:
+            web = Photographs(given.work, *given.photographs)
+            photographs = ablation.Log(ABLATION / "photographs.jsonl").entries
+            choose = partial(photograph_settings, drawings, photographs, web)
+        else:
+            web = Web(given.work, QUICK_PAIRS if given.quick else PAIRS)
+            choose = partial(settings, drawings, web)
         web.prepare()
         data = {"run": "data", "setting": "data", "seed": 0} | web.describe()
         if log.entries.get("data") != data:
             log.add(data)
-        tuned = ablation.Log(HERE.parent / "ablation" / "log.jsonl").entries
-        phases = partial(runs, tuned, web, is_quick=given.quick)
-        Claim(web, log, phases, given.jobs, is_quick=given.quick).run()
+        Claim(web, log, lambda: runs(choose(), is_quick=given.quick), given.jobs, is_quick=given.quick).run()
     print("\n".join(tabulate(log.entries)))
 
 
