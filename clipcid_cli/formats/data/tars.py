@@ -236,11 +236,11 @@ def read_tar(
             for member in members:  # of two with the same suffix the first counts
                 files.setdefault(member.name.rpartition("/")[2].partition(".")[2].lower(), member)
             image = locate(next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None))
-            if key in seen or image is None:
-                skips.add("duplicate_key" if key in seen else "no_image", f"{name}/{key}")
-                seen.add(key)
-                continue
+            is_repeated = key in seen
             seen.add(key)
+            if is_repeated or image is None:
+                skips.add("duplicate_key" if is_repeated else "no_image", f"{name}/{key}")
+                continue
             texts = tuple(locate(files.get(suffix)) for suffix in suffixes)
             found = [
                 () if text is None else split_captions(text.read(), key, a_line_each=caption_lines)

@@ -89,13 +89,14 @@ def test_keys_are_webdatasets(tmp_path: Path) -> None:
 
 def test_samples_without_image_and_repeated_keys_are_counted(tmp_path: Path) -> None:
     more = [("000009.txt", b"no image"), ("000001.png", make_image(7)), ("000001.txt", b"again")]
+    more += [("000009.png", make_image(9))]
     path = write_tar(tmp_path / "0.tar", [*shard_members(0, 3), *more])
     skips = Skips()
     samples = open_dataset(path).shards[0].samples(skips)
     assert [sample.key for sample in samples] == ["000000", "000001", "000002"]
     assert samples[1].image.read() == make_image(1)
-    assert skips.counts == {"no_image": 1, "duplicate_key": 1}
-    assert skips.examples == {"no_image": ["0/000009"], "duplicate_key": ["0/000001"]}
+    assert skips.counts == {"no_image": 1, "duplicate_key": 2}
+    assert skips.examples == {"no_image": ["0/000009"], "duplicate_key": ["0/000001", "0/000009"]}
 
 
 def test_benchmark_folder(tmp_path: Path) -> None:
