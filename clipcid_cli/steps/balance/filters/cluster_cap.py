@@ -68,8 +68,8 @@ class FoundClusters:
         """Warn, before the search, where they are of fewer images than are balanced."""
         if self.images + self.skipped < num_rows:
             reporting.warn(
-                f"The clusters in {self.folder} are of {self.images:,} images, and {num_rows:,} are balanced: where one "
-                f"that is kept is in none of them, the run ends with an error. To cluster all images: "
+                f"The clusters in {self.folder} are of {self.images:,} images, and {num_rows:,} are balanced: if a kept "
+                f"image is in no cluster, the run ends with an error. To cluster all images: "
                 f"{_cluster_all(plan.settings, overwrite=True)}"
             )
 
