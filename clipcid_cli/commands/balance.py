@@ -69,7 +69,7 @@ def _format_dropped(result: BalanceResult) -> str:
         "reference": "near references",
         "caption": "outside the window of caption similarity",
         "repeat": f"repeats among the {result.searched:,} left" if result.searched < result.images else "repeats",
-        "cluster": "in clusters of too many",
+        "cluster": "in clusters with too many images",
     }
     numbers = result.dropped_by
     return ", ".join(f"{numbers[name]:,} {text}" for name, text in parts.items() if numbers[name]) or "none"

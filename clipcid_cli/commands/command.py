@@ -227,7 +227,7 @@ def _validate_variables(ctx: click.Context) -> None:
     for name in sorted(given - known):
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"Unset it, or see clipcid {ctx.command.name} --help."
-        raise UsageError(f"{name} is set in the environment, but no flag has this variable.", hint)
+        raise UsageError(f"{name} is set in the environment, but no flag reads it.", hint)
 
 
 def _variables(command: click.Command) -> set[str]:

@@ -22,12 +22,12 @@ def show(result: Embedded, console: Console) -> None:
     if isinstance(result, EmbedCost):
         facts = {
             "images": f"about {result.images:,} in {count(result.shards, 'shard')}",
-            "disk": f"{format_bytes(result.bytes)}, {result.bytes_per_image:,} bytes an image",
+            "disk": f"{format_bytes(result.bytes)}, {result.bytes_per_image:,} bytes per image",
             "time": f"about {format_seconds(result.seconds['encode'])}, if the data is read as fast",
             "memory": format_host_memory(result.host_memory_bytes, result.shared_memory_bytes),
         }
         if result.bytes > result.free_bytes:
-            facts["disk"] += f": more than the {format_bytes(result.free_bytes)} that are free"
+            facts["disk"] += f": more than the {format_bytes(result.free_bytes)} free"
         print_facts(console, "Would embed", facts)
         return
     if isinstance(result, TextsCost):

@@ -37,8 +37,8 @@ def show(result: ExportResult, console: Console) -> None:
     if rows:
         print_table(console, "Exported", columns, rows)
         note = (
-            "cosine: the smallest with the original; same: images with the same answer; ms: of single images"
-            f"; {accuracy}: of the original → here" * (answers is not None)
+            "cosine: the smallest to the original; same: images with the same prediction; ms: for single images"
+            f"; {accuracy}: original → export" * (answers is not None)
         )
         console.print(Text(wrap(note, console.width), style="dim"), soft_wrap=True)
         console.print()

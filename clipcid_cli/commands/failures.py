@@ -105,12 +105,12 @@ def _explain_system(error: OSError, text: str) -> tuple[str, str]:
     elif isinstance(error, ConnectionError | TimeoutError):
         fix = f"Check the network, then {again}"
     else:
-        fix = "Check that it exists, what it is and its permissions, then run the same command again."
+        fix = "Check that it exists, its type and its permissions, then run the same command again."
     return f"The system refused: {what.rstrip('.')}.", fix
 
 
 def validate_world() -> None:
-    """Refuse what no process of a run can be told of its rank and of their number by torchrun's environment."""
+    """Refuse an environment that does not give a rank and a number of processes as torchrun does."""
     found = {}
     for name in _RANKS:
         text = os.environ.get(name) or ("0" if name.endswith("RANK") else "1")
@@ -122,6 +122,6 @@ def validate_world() -> None:
     rank, size = found["RANK"], found["WORLD_SIZE"]
     if rank >= max(size, 1) or size < 1:
         raise UsageError(
-            f"RANK is {rank} and WORLD_SIZE is {size}; a rank is from 0 to the size less 1.",
+            f"RANK is {rank} and WORLD_SIZE is {size}; a rank must be from 0 to one less than the size.",
             "Start with torchrun, or unset both.",
         )

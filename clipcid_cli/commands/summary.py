@@ -135,7 +135,7 @@ def format_bytes(number: int) -> str:
 
 def format_host_memory(total: int, shared: int) -> str:
     """Write what a run takes of a host."""
-    return f"up to {total / 1e9:,.1f} GB of each host, {shared / 1e9:,.1f} GB of it in /dev/shm"
+    return f"up to {total / 1e9:,.1f} GB on each host, {shared / 1e9:,.1f} GB of it in /dev/shm"
 
 
 def format_percent(value: float | None, digits: int = 1) -> str:

@@ -39,7 +39,7 @@ def open_regular(path: Path | str) -> IO[bytes]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:  # Python's, of a null character in the name
-        raise OSError(f"its name is impossible: {error}") from error
+        raise OSError(f"its name is invalid: {error}") from error
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
@@ -178,7 +178,7 @@ def write_error(path: Path, error: OSError) -> ClipcidError:
         fix = "Remove or rename what is in its place, then run the same command again."
     elif isinstance(error, FileNotFoundError):
         fix = (
-            "Check that its folder is there and that it is no link to a missing file, then run the same command again."
+            "Check that its folder exists and that it is not a link to a missing file, then run the same command again."
         )
     elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
         fix = "Allow writing there, or choose another folder."
@@ -188,7 +188,7 @@ def write_error(path: Path, error: OSError) -> ClipcidError:
         )
     reason = error.strerror or str(error)
     if error.errno is None and " requested and " in reason:  # NumPy counts elements and does not say why
-        reason = "the disk is full, or a limit of file sizes is reached"
+        reason = "the disk is full, or a file size limit is reached"
     return ClipcidError(f"Could not write {path}: {reason}.", fix)
 
 

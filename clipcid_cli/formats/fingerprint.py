@@ -149,7 +149,7 @@ def find_changed(folder: Path, records: Collection[FileRecord], since: Path, mem
         return None
     path = folder / changed.path
     if not path.is_file():
-        return f"{path} is missing, which {since} says was written."
+        return f"{path} is missing, although {since} says it was written."
     now = record(path)
     return (
         f"{path} has changed since {since} was written: {changed.size:,} bytes ({changed.hash}) then, {now.size:,} bytes "
@@ -179,7 +179,7 @@ def find_lost(there: Sequence[FileRecord], now: Collection[FileRecord]) -> str:
     told = f"{len(there)} files there, {len(now)} now"
     if renamed:
         first = renamed[0]
-        told += f"; {len(renamed)} shards have another name, such as {first.shard}, now {names[first.content[:2]]}"
+        told += f"; {len(renamed)} shards were renamed, such as {first.shard}, now {names[first.content[:2]]}"
     if gone:
         told += f"; changed or gone: {', '.join(gone[:3])}" + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
     return told

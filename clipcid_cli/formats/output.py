@@ -210,7 +210,7 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
     path = sidecar_path(folder, step)
     existing = None
     with lenient:
-        fix = f"Add --overwrite to make the output again, or write elsewhere ({spec.elsewhere})."
+        fix = f"Add --overwrite to redo the output, or write elsewhere ({spec.elsewhere})."
         existing = read_sidecar(path, spec.kind, fix)
     if existing is not None:
         differences, serious = _compare(existing, run, spec.may_differ)
@@ -356,7 +356,7 @@ def _lock_output(spec: OutputSpec[Any], waits: bool) -> Iterator[None]:
             with suppress(OSError):  # it has ended since
                 holder = path.read_text(errors="replace").strip()
             raise ClipcidError(
-                f"Another run ({holder or 'of unknown process number'}) is writing to {spec.folder}.",
+                f"Another run ({holder or 'process number unknown'}) is writing to {spec.folder}.",
                 f"Wait for it, stop it, or write elsewhere ({spec.elsewhere}).",
             ) from error
         except OSError as error:  # also of a file system without locks

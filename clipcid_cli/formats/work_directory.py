@@ -88,7 +88,8 @@ class WorkDirectory:
             raise self._missing("embeddings", self.path / "embeddings", "--embeddings", "embed", "DATA")
         if len(found) > 1:
             raise ClipcidError(
-                f"{self.path / 'embeddings'} has those of {len(found)} models: {', '.join(path.name for path in found)}.",
+                f"{self.path / 'embeddings'} has embeddings of {len(found)} models: "
+                f"{', '.join(path.name for path in found)}.",
                 "Choose one with --embeddings.",
             )
         return found[0]
@@ -114,7 +115,7 @@ class WorkDirectory:
         if sidecar is not None and path.exists():
             edited = shlex.join(["--keep-list", str(path)])
             again = command_line("balance", **_flags_of(sidecar, self.path), overwrite=True)
-            fix = f"Name the list as it is now: {edited}\nOr make it again: {again}"
+            fix = f"Use the list as it is now: {edited}\nOr make it again: {again}"
             validate_unchanged(self.balance, sidecar.outputs, record, fix)
             return path
         if path.exists() or unfinished(self.balance, "balance") is not None:
@@ -145,7 +146,7 @@ class WorkDirectory:
             )
         run = runs[-1].parent
         student = run / "student"
-        fix = f"Name the model as it is now: {student}; or train it again, by its command and --overwrite."
+        fix = f"Use the model as it is now, by its path: {student}; or train it again: its command, with --overwrite."
         sidecar = read_sidecar(runs[-1], DistillSidecar, fix)
         validate_unchanged(run, [] if sidecar is None else sidecar.outputs, runs[-1], fix)
         return student
@@ -174,7 +175,7 @@ def remake_clusters(folder: Path, sidecar: ClusterSidecar, work: Path | None, **
         more: Flags in which the new ones differ.
     """
     if work is None or folder.resolve() != WorkDirectory(work).clusters.resolve():
-        again = "" if more else ", or give the command that made these again, with --overwrite"
+        again = "" if more else ", or rerun the command that made these, with --overwrite"
         return f"Name other clusters with --clusters{again}."
     keep_list = "none"  # there may be a list by now
     if sidecar.keep_list is not None:

@@ -203,8 +203,8 @@ def rendezvous_all(rank: int, size: int, limit: datetime.timedelta = RENDEZVOUS_
         ) from error
     except dist.DistStoreError as error:  # what PyTorch raises when a limit has passed
         raise ClipcidError(
-            f"Process {rank} waited {limit.total_seconds() / 60:g} minutes for the other {size - 1} of the run, and not all "
-            "of them arrived.",
+            f"Process {rank} waited {limit.total_seconds() / 60:g} minutes for the other {size - 1} of the run, but not all "
+            "of them connected.",
             "Look for the error of the one that ended first; check that all hosts are started with the same "
             "--rdzv-endpoint and can reach it.",
         ) from error
@@ -239,7 +239,7 @@ def _name_failures(store: Any, rank: int, size: int) -> Iterator[None]:
             if store.check([key]):
                 other, named = json.loads(store.get(key))
                 message = f"Process {other} of the run failed: {named}."
-                fix = "What that process said tells how to fix it."
+                fix = "Its own error says how to fix it."
             elif silent:
                 message += f" No answer from {silent}: it hangs or was killed."
                 fix = "Look at its own error and its host: memory, disk, GPU, network."

@@ -171,7 +171,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         for future in _in_order(submit, items, _AHEAD * workers):
             if not concurrent.futures.wait([future], _STALL_SECONDS).done:
                 raise ClipcidError(
-                    f"A process that decodes images returned no batch for {_STALL_SECONDS} seconds: reading has stalled.",
+                    f"A decoding process returned no batch for {_STALL_SECONDS} seconds: reading has stalled.",
                     "Check the disk or network that holds the data; --workers 0 reads in the main process.",
                 )
             yield future.result()
@@ -187,11 +187,11 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         if ended is None and error.__cause__ is not None and not its_end:
             reason = str(error.__cause__).strip("'\n").splitlines()[-1]
             raise ClipcidError(
-                f"What a process that decodes images sent could not be received ({reason}).",
+                f"The output of a decoding process could not be received ({reason}).",
                 "If too many files are open, allow more: ulimit -n 4096",
             ) from error
         raise ClipcidError(
-            f"A process that decodes images ended ({ended or 'at its start'}).",
+            f"A decoding process ended ({ended or 'at its start'}).",
             "If memory or the space in /dev/shm ran out, use fewer --workers or a smaller --batch-size.",
         ) from error
     finally:

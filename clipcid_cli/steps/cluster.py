@@ -274,7 +274,7 @@ def make_plan(settings: ClusterSettings) -> ClusterPlan:
             reporting.warn(
                 f"--train-rows {len(trained):,} gives each of {num_clusters:,} centroids "
                 f"{len(trained) / num_clusters:.1f} images, too few to represent the others. Use at least "
-                f"{_MIN_PER_CENTROID * num_clusters:,} ({_MIN_PER_CENTROID} a centroid)."
+                f"{_MIN_PER_CENTROID * num_clusters:,} ({_MIN_PER_CENTROID} per centroid)."
             )
     plan = ClusterPlan(settings, rows, trained, num_clusters)
     if settings.dry_run and is_claimed(plan.folder, "cluster"):
@@ -465,7 +465,7 @@ def _write(
     if result.empty_clusters:
         reporting.warn(
             f"{result.empty_clusters:,} of {num_clusters:,} clusters are empty: the data has hardly more "
-            "different images than clusters, or fewer. Use a smaller --num-clusters."
+            "distinct images than clusters, or fewer. Use a smaller --num-clusters."
         )
     folders = [WorkDirectory(plan.settings.work).name_of(member.folder) for member in embeddings.members]
     arrays = [path.name for tower in rows.towers for path in top_paths(output.work, tower)]
@@ -501,8 +501,8 @@ def _estimate_cost(plan: ClusterPlan, context: DistContext) -> ClusterCost:
     reporting.note(
         f"{num_trained:,} images × {num_clusters:,} clusters × width {width}: {format_duration(iteration)} for an "
         f"iteration, at most {format_duration(iteration * settings.iterations)} for {settings.iterations} (fewer and fewer "
-        f"images are compared again), {format_duration(assign)} to assign {len(rows):,}; {memory / 2**30:.3g} GiB a process "
-        "above the mapped files."
+        f"images are compared again), {format_duration(assign)} to assign {len(rows):,}; {memory / 2**30:.3g} GiB per "
+        "process, besides the mapped files."
     )
     seconds = {"kmeans_least": iteration, "kmeans_most": iteration * settings.iterations, "assign": assign}
     return ClusterCost(

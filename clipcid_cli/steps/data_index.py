@@ -183,7 +183,7 @@ def _find_record(dataset: Dataset, folder: Path, number: int) -> IndexedShard:
         record = read_record(folder, shard)
     if record is None:
         raise ClipcidError(
-            f"Shard {shard.name} of {dataset.spec} changes while it is listed.",
+            f"Shard {shard.name} of {dataset.spec} changed while it was being listed.",
             "Run the same command again once nothing writes to the data.",
         )
     return record

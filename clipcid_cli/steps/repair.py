@@ -53,7 +53,7 @@ def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embe
         return embeddings, None
     if found is None:
         if is_there:
-            reporting.note(f"{folder} was decided for other rows, or has been changed: repairing anew.")
+            reporting.note(f"{folder} was decided for other rows, or has been changed: deciding again.")
         pairs = _read_pairs(embeddings)
         if not are_enough(pairs):
             reporting.note("Teacher left as it is: too few pairs, or different captions, to judge a repair by.")

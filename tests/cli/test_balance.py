@@ -123,7 +123,7 @@ def test_another_result_is_replaced_and_told_apart(clipcid: Clipcid, rows: np.nd
     folder = write_embeddings(tmp_path / "e", rows[:200], num_files=1)
     write_embeddings(tmp_path / "eval", make_rows(5, seed=4))
     call = ("balance", "--embeddings", folder, "--threshold", 0.5)
-    replaced = "of other settings or inputs, will be replaced:"
+    replaced = "made with other settings or inputs, will be replaced:"
     for _ in range(2):
         assert replaced not in clipcid(*call).said
     told = clipcid(*call, "--against", "eval").said
@@ -199,7 +199,7 @@ def test_new_shards_replace_no_others(clipcid: Clipcid, torchrun: Clipcid, tiny_
     assert "already holds these shards" in clipcid(*arguments, "out").stderr
     whole = (tmp_path / "out" / "00000.tar").read_bytes()
     (tmp_path / "out" / "00000.tar").unlink()
-    assert "out/00000.tar is missing, which" in clipcid(*arguments, "out", code=1).said
+    assert "out/00000.tar is missing, although" in clipcid(*arguments, "out", code=1).said
     clipcid(*arguments, "out", "--overwrite")
     assert (tmp_path / "out" / "00000.tar").read_bytes() == whole
     torchrun(2, *arguments, "two")

@@ -103,7 +103,7 @@ def test_shards_with_other_names_are_refused(clipcid: Clipcid, tiny_model: Path,
     write_tar(tmp_path / "redcaps" / "00000.tar", shard_members(5, 5))
     clipcid("embed", "laion", "--model", tiny_model)
     told = clipcid("embed", "laion::redcaps", "--model", tiny_model, code=1).said
-    assert "1 files there, 2 now; 1 shards have another name, such as 00000, now laion/00000" in told
+    assert "1 files there, 2 now; 1 shards were renamed, such as 00000, now laion/00000" in told
     (tmp_path / "redcaps" / "00000.tar").rename(tmp_path / "redcaps" / "1.tar")
     assert "1 of 2 shards are already embedded." in clipcid("embed", "laion::redcaps", "--model", tiny_model).stderr
 

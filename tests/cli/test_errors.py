@@ -50,7 +50,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("embed --texts names.txt --fast-decode", 2, "--texts decodes no images"),
     (f"{DISTILL} --loss clip=-1", 2, "clip=-1"),
     (f"{DISTILL} --steps 5 --epochs 2", 2, "--epochs and --steps were both given"),
-    (f"{DISTILL} --clusters nowhere", 2, "--clusters: for the cluster loss"),
+    (f"{DISTILL} --clusters nowhere", 2, "--clusters: only for the cluster loss"),
     (f"{DISTILL} --keep-list nowhere.parquet", 1, "There is no keep list nowhere.parquet"),
     (f"{DISTILL} --resume latest --batch-size 8", 1, "no checkpoint"),
     (f"{DISTILL} --resume latest --overwrite", 2, "--overwrite discards"),

@@ -124,7 +124,7 @@ def test_two_processes_make_the_same_repair_and_no_dry_run_does(clustered: Run, 
     call = (*DISTILL, "--preset", "cid", "--work", "two")
     refused = run_clipcid(*call, cwd=place, code=1).said
     assert "repair.npz is damaged: it is not the file that repair.json says was written." in refused
-    assert f"Remove {repair.parent.relative_to(place)}: the next run repairs anew." in refused
+    assert f"Remove {repair.parent.relative_to(place)}: the next run decides again." in refused
     # A dry run that leaves the repair open takes clusters of repaired rows; a run makes the same again.
     shutil.rmtree(place / "two" / "repair")
     assert "a run decides whether it is repaired" in run_clipcid(*call, "--dry-run", cwd=place).said
@@ -148,7 +148,7 @@ def test_a_sound_teacher_stays_to_the_bit(clipcid: Clipcid, tmp_path: Path) -> N
     shutil.rmtree(tmp_path / "teacher")
     write_teacher(tmp_path / "teacher", turned=True)
     anew = clipcid(*CLUSTER)
-    assert "was decided for other rows, or has been changed: repairing anew." in anew.said
+    assert "was decided for other rows, or has been changed: deciding again." in anew.said
     assert REPAIRED in anew.said
     assert (repair_of(work) / "repair.npz").exists()
     shutil.rmtree(tmp_path / "teacher")

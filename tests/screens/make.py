@@ -119,6 +119,8 @@ def _hide(found: re.Match[str]) -> str:
 
 
 if __name__ == "__main__":
+    import make  # a command's process finds `_interrupt_after` by the name of this module
+
     for columns in WIDTHS:
-        make_screens({columns: HERE / str(columns)})
+        make.make_screens({columns: HERE / str(columns)})
     forks.close()

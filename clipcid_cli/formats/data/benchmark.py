@@ -294,7 +294,7 @@ def match_class_names(names: Sequence[str], folders: Sequence[str]) -> ClassMatc
         return ClassMatch(numbers, "number")
     if len(names) != len(folders):
         raise ClipcidError(
-            f"{len(names)} class names were given; the data has {len(folders)} folders of classes.",
+            f"{len(names)} class names were given; the data has {len(folders)} class folders.",
             "Write one class name per folder, in the order of the folders' names.",
         )
     return ClassMatch(tuple(range(len(folders))), "order")

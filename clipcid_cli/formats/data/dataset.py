@@ -231,10 +231,10 @@ def _validate_shards(dataset: Dataset) -> None:
             pass
     skips = Skips()
     if all(next(shard.stream(skips), None) is None for shard in dataset.shards[:_LOOKED_AT]):
-        looked = "it has" if len(dataset.shards) <= _LOOKED_AT else f"the first {_LOOKED_AT} of its shards have"
+        looked = "it" if len(dataset.shards) <= _LOOKED_AT else f"the first {_LOOKED_AT} of its shards"
         without = skips.examples.get("no_image")
         seen = f" ({skips.total} without one, first {without[0]})" if without else ""
-        raise ClipcidError(f"{dataset.spec}: no sample with an image in what {looked}{seen}.", _FORMS)
+        raise ClipcidError(f"{dataset.spec}: no sample with an image in {looked}{seen}.", _FORMS)
     small = sum(os.path.getsize(path) for path in local) <= _SMALL
     first = tars if small and dataset.index_folder is None else tars[:2]
     if len(local) < len(tars) or len(first) < 2:  # reading remote ones whole would take longer than "quick"

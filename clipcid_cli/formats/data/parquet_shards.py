@@ -94,8 +94,9 @@ def no_images_error(path: str, columns: Columns) -> ClipcidError:
             f"Give --image-column {found[0]}.",
         )
     return ClipcidError(
-        f"{path} has no column with an image a row, as bytes or {{bytes, path}}; it has {', '.join(schema.names[:12])}.",
-        "Write one image a row: columns with lists of images are not read.",
+        f"{path} has no column with one image per row, as bytes or {{bytes, path}}; "
+        f"it has {', '.join(schema.names[:12])}.",
+        "Write one image per row: columns with lists of images are not read.",
     )
 
 

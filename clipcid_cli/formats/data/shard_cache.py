@@ -63,9 +63,9 @@ class ShardCache:
                     used -= taken
             if used + size > self.max_bytes:
                 raise ClipcidError(
-                    f"{self.folder} may hold {self.max_bytes:,} bytes: "
-                    f"copies in use have {used:,}, and the next has {size:,}.",
-                    "Raise --cache-size, or set CLIPCID_CACHE to a folder of its own for each run.",
+                    f"{self.folder} is limited to {self.max_bytes:,} bytes: "
+                    f"copies in use take {used:,}, and the next takes {size:,}.",
+                    "Raise --cache-size, or set CLIPCID_CACHE to a separate folder for each run.",
                 )
             yield
 

@@ -20,7 +20,7 @@ LONGEST_LINE = 8_192
 """Characters of a text; a tokenizer reads no more of one."""
 
 _MOST_BYTES = 4 * LONGEST_LINE + 8  # of a line that is long enough, whatever its letters
-_GIVE = "Give --texts a file with a text a line."
+_GIVE = "Give --texts a file with one text per line."
 
 
 class _Place(NamedTuple):

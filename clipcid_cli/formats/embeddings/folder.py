@@ -40,8 +40,8 @@ KEY_COLUMN = "key"
 # Of metadata without one, in this order.
 _OTHER_KEYS = ("image_path", "uid")
 _REMAKE = (
-    "Give the command that made it again, with --overwrite; or copy the rows to another folder, without embed.json, and "
-    "name that one."
+    "Rerun the command that made it, with --overwrite; or copy the rows to another folder, without embed.json, and name "
+    "that one."
 )
 
 
@@ -80,7 +80,7 @@ class Embeddings:
         firsts = [0, *accumulate(file.rows for file in files)]
         self.num_rows = firsts.pop()
         if not self.num_rows:
-            raise ClipcidError(f"{folder} contains {len(files)} files of embeddings, all without rows.", "Embed again.")
+            raise ClipcidError(f"{folder} contains {len(files)} files of embeddings, all empty.", "Embed again.")
         self.files = tuple(dataclasses.replace(file, first=first) for file, first in zip(files, firsts, strict=True))
         self._memo = memo
         self._records = records

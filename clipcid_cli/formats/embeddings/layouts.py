@@ -108,7 +108,7 @@ def _by_number(paths: list[Path]) -> dict[str, Path]:
         other = found.setdefault(str(int(digits[1])) if digits else path.stem, path)
         if other != path:
             raise ClipcidError(
-                f"{other} and {path.name} have the same number, which tells what belongs together.",
+                f"{other} and {path.name} have the same number, by which files are matched.",
                 "Rename or remove one of them.",
             )
     return found

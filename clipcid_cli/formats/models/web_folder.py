@@ -29,7 +29,8 @@ _PACKAGES = {
     "@huggingface/tokenizers@0.2.0": {f"dist/{JS_TOKENIZERS}": JS_TOKENIZERS, "LICENSE": JS_TOKENIZERS_LICENSE},
 }
 _FIX = (
-    f"Where there is a network: npm pack {' '.join(_PACKAGES)}; then give the folder of both files: --npm-packages DIR"
+    f"On a machine with a network: npm pack {' '.join(_PACKAGES)}; then give the folder of both files: "
+    "--npm-packages DIR"
 )
 
 

@@ -28,6 +28,6 @@ def read_repair(folder: Path, written: FileRecord) -> npt.NDArray[np.float32]:
     if arrays is None or record(path).content != written.content:
         raise ClipcidError(
             f"{path} is damaged: it is not the file that {STEP}.json says was written.",
-            f"Remove {folder}: the next run repairs anew.",
+            f"Remove {folder}: the next run decides again.",
         )
     return arrays[_MAP]

@@ -87,7 +87,7 @@ def read_held_out(run: Path) -> frozenset[str]:
         raise ClipcidError(
             f"There is no {path}: earlier versions did not record what a run held out, and counted dropped copies of "
             "training images among it.",
-            f"{fix}\nOr train again, by the command of the run and --overwrite.",
+            f"{fix}\nOr train again: the command of the run, with --overwrite.",
         )
     return frozenset(read_columns(path, {"key": pa.large_string()}, fix)["key"].to_pylist())
 
@@ -141,7 +141,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     if not path.exists():
         return found
-    fix = "Restore it, or train again, by the command of the run and --overwrite."
+    fix = "Restore it, or train again: the command of the run, with --overwrite."
     with reading(path, "a log of training", fix):
         lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):

@@ -99,7 +99,7 @@ def _validate_known(own: nn.Module, others: nn.Module, tower: str) -> None:
         other = "text" if tower == "image" else "image"
         raise ClipcidError(
             f"--init-from: the {tower} towers of student and model are of different kinds or sizes, and layers and channels "
-            "can be chosen only where the layout of the attention is known: in ViTs of open_clip 3 and timm, and in CLIP's "
+            "can be chosen only where the attention layout is known: in ViTs of open_clip 3 and timm, and in CLIP's "
             "text tower.",
             f"Give the student the model's own {tower} tower, or fill the other one alone: --init-towers {other}.",
         )
@@ -168,7 +168,9 @@ def _take(name: str, shape: torch.Size, own: Any, others: Any, found: dict[str, 
         if kind == "=" and count != available:
             return None
         if count > available:
-            raise _smaller(f"{tower} {name} is {tuple(taken.shape)} there and larger in the student, {tuple(shape)}")
+            raise _smaller(
+                f"{tower} {name} is {tuple(taken.shape)} in the model and larger in the student, {tuple(shape)}"
+            )
         if count < available:
             taken = taken.index_select(axis, _choose(kind, count, available, heads))
     return taken

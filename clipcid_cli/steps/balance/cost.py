@@ -153,7 +153,7 @@ def _describe(result: BalanceCost, num_processes: int) -> Iterator[str]:
             found = f"none of {sampled} is inside the window, so at most {share} of all images are (95 % confidence)."
         yield f"  captions: about {format_duration(captions.seconds)}; {found}"
     resident, mapped = result.memory.resident / 2**30, result.memory.mapped / 2**30
-    memory = f"Memory: {resident:.1f} GiB a process above the {mapped:.2f} GiB of mapped rows"
+    memory = f"Memory: {resident:.1f} GiB per process, besides the {mapped:.2f} GiB of mapped rows"
     yield f"{memory}; disk: {result.disk / 2**20:,.0f} MiB."
 
 

@@ -174,8 +174,8 @@ def _read_earlier(run: BalanceRun) -> tuple[Forest, BoolArray] | None:
         stored = read_forest(dataclasses.replace(spec, inputs=sidecar.inputs))
         if lost or stored is None or stored.num_rows != np.count_nonzero(~is_new):
             reporting.note(
-                "The existing forest cannot be extended, since its files are not all there, unchanged and in that "
-                f"order{lost and f' ({lost})'}: all pairs are compared."
+                "The existing forest cannot be extended, since its files are not all there, unchanged and in the "
+                f"same order{lost and f' ({lost})'}: all pairs are compared."
             )
             return ()
         rows = np.flatnonzero(~is_new).astype(row_type(len(is_new)))

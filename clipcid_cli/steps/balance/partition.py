@@ -70,8 +70,8 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
     if number * number / len(partitions) * (0.5 + visits) > _MAX_FRACTION * number * (number - 1) / 2:
         return None
     reporting.note(
-        f"{len(partitions):,} partitions; rows within {margin:.4f} of a border, {visits:.1f} partitions a row, are compared "
-        "beyond their own."
+        f"{len(partitions):,} partitions; rows within {margin:.4f} of a border are also compared beyond their own, in "
+        f"{visits:.1f} partitions per row."
     )
     with reporting.progress("assign", stop - start, "images") as progress:
 

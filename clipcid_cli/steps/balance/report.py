@@ -109,7 +109,7 @@ def write_report(found: Outcome, measured: SetTable, result: BalanceResult, warn
     if missing := len(gallery.unread):
         warning = (
             f"The report shows {gallery.shown:,} of {gallery.shown + missing:,} pictures: {recorded['why']} Once they can "
-            "be read, the same command writes it with them."
+            "be read, the same command adds them."
         )
         reporting.warn(warning)
         warnings = [*warnings, warning]

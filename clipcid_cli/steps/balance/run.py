@@ -234,7 +234,7 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> Balance
         validate_new(plan.settings)
     if output.differences:
         told = list_differences(output.differences)
-        reporting.note(f"The result in {plan.folder}, of other settings or inputs, will be replaced:\n{told}")
+        reporting.note(f"The result in {plan.folder}, made with other settings or inputs, will be replaced:\n{told}")
     validate_data_there(plan)
     output.start()
     write_row_files(output.work / ROW_FILES, _list_row_files(plan.embeddings))

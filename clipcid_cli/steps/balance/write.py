@@ -92,7 +92,7 @@ def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
     missed = 0 if settings.keep is None else max(1, round(settings.keep * images)) - kept
     if missed > 0:
         cause = (
-            f"There are more exact copies than --keep {settings.keep:g} drops images, and all of them are dropped"
+            f"There are more exact copies than images that --keep {settings.keep:g} drops, and all of them are dropped"
             if sets.threshold == 0.0
             else f"Pairs tie at the cut-off {sets.threshold:.6g}, and all of them merge"
         )
@@ -237,7 +237,7 @@ def _kept_uids(plan: BalancePlan, num_kept: int) -> Iterator[pa.ChunkedArray]:
     kept = join(keys, embeddings.num_rows, parquet_listing(keep_list, "kept"), keep_list.parent)[:, 0] > 0
     if np.count_nonzero(kept) < num_kept:
         raise ClipcidError(
-            f"{keep_list} has keys that {embeddings.folder} does not have: files or shards have other names since.",
+            f"{keep_list} has keys that {embeddings.folder} does not have: files or shards have been renamed since.",
             "Balance again with --overwrite.",
         )
     finder = _UidFinder(plan)

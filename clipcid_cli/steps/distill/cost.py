@@ -80,18 +80,19 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
         workers = f"{plan.workers} worker" + ("" if plan.workers == 1 else "s")
         reporting.note(
             f"The model can take {demand:,.0f} samples/s, {workers} can read and decode {supply:,.0f}: "
-            f"{'decoding' if bound_by == 'data' else 'the model'} binds."
+            f"{'decoding' if bound_by == 'data' else 'the model'} is the bottleneck."
         )
     if bound_by == "data":
         reporting.note(
-            "More cores and --workers decode more, and so do smaller images: of 256 px on the shorter side a core prepares "
-            "twice as many as of 512 (img2dataset --image_size 256 --resize_mode keep_ratio). A mixture is two images."
+            "More cores and --workers decode more, and so do smaller images: with 256 px on the shorter side a core "
+            "prepares twice as many as with 512 (img2dataset --image_size 256 --resize_mode keep_ratio). A mixture is two "
+            "images."
         )
     if teacher is not None:
         verb = "takes" if plan.inputs.stored is None else "would take"
         reporting.note(
-            f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it {verb} {1e3 * teacher.seconds:,.0f} ms a "
-            f"step, {teacher.share:.0%} of it. Embedding everything once pays off after {teacher.break_even:.1f} epochs."
+            f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it {verb} {1e3 * teacher.seconds:,.0f} ms "
+            f"per step, {teacher.share:.0%} of it. Embedding everything once pays off after {teacher.break_even:.1f} epochs."
         )
     return DistillCost(
         student=str(plan.folder.student),

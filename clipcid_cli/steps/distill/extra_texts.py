@@ -59,13 +59,13 @@ def find_extra_texts(settings: DistillSettings, embeddings: Embeddings) -> Extra
     if folder is not None:
         texts = open_texts(folder, spec)
         _validate_model(settings, texts, embeddings)
-        reporting.note(f"Extra texts, for the text tower alone: of {folder}, {len(texts.rows):,} texts.")
+        reporting.note(f"Extra texts, for the text tower alone: the {len(texts.rows):,} texts of {folder}.")
         return ExtraTexts(texts.rows, texts.lines, None, settings.extra_texts, texts.fingerprints())
     num_variants = embeddings.num_each(Kind.VARIANTS) if embeddings.has_texts else 0
     if num_variants:
         variants = _find_variants(settings, embeddings, num_variants)
         reporting.note(
-            f"Extra texts, for the text tower alone: of the {num_variants} variants of each sample's captions."
+            f"Extra texts, for the text tower alone: from the {num_variants} variants of each sample's captions."
         )
         return ExtraTexts(embeddings.rows(Kind.VARIANTS), None, variants, settings.extra_texts, [])
     if settings.extra_texts is None:

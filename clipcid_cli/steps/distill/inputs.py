@@ -173,7 +173,7 @@ def find_embeddings(settings: DistillSettings, context: DistContext) -> tuple[Pa
         found = _ensure_embeddings(settings, teacher, context)
         if isinstance(found, EmbedCost):
             if teacher != teachers[-1]:
-                reporting.note(f"That is the cost of {teacher} alone: the teachers after it are not looked at.")
+                reporting.note(f"That is the cost of {teacher} alone: the teachers after it are not estimated.")
             return found
         folders.append(found)
     return tuple(folders)
@@ -398,7 +398,7 @@ def _choose_views(settings: DistillSettings, embeddings: Embeddings, counts: Mat
     if views:
         reporting.note(
             f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
-            "have no effect (--views none draws views anew)."
+            "have no effect (--views none draws new views)."
         )
     return views
 

@@ -268,7 +268,7 @@ def _choose_recipe(
         f"Shuffle: {shuffle}"
     )
     if settings.optimizer == "muon":
-        reporting.note("Optimizer: Muon for the layers of the towers, AdamW for all else.")
+        reporting.note("Optimizer: Muon for the layers of the towers, AdamW for the rest.")
     lr = settings.lr
     if lr is None:
         width = student.model.info.embed_dim

@@ -109,7 +109,7 @@ def load_student(settings: DistillSettings, device: torch.device) -> Student:
     if not pruned.prunes_texts:
         reporting.note(
             f"Texts are encoded at their full length of {model.info.context_length} tokens: only causal text towers of "
-            "open_clip, read at the end of a text, do without the padding."
+            "open_clip, read at the end of a text, can skip the padding."
         )
     reads_tokens = [name for name in settings.losses() if LOSSES[name].reads_tokens]
     if reads_tokens and not pruned.has_tokens:

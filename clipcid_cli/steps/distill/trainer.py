@@ -104,7 +104,7 @@ class Trainer:
             self._resume(output)
         if settings.accum_freq * context.size > 1 and batch_norms(model.module):
             reporting.warn(
-                "The student has batch normalisation, whose statistics are those of each part of a batch: "
+                "The student has batch normalisation, whose statistics are computed for each part of a batch: "
                 "--accum-freq and several processes change what it learns."
             )
         clusters = None if teacher is None else teacher.clusters

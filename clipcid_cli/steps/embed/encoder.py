@@ -258,7 +258,7 @@ class EmbedEncoder:
             more.append(f"{made.views.number} views ({', '.join(made.views.kinds)}{mixing})")
         if made.text_variants is not None:
             more.append(f"{made.text_variants.number} text variants")
-        size = f" Of each image {' and '.join(more)}: {self.bytes_per_sample:,} bytes an image." if more else ""
+        size = f" For each image {' and '.join(more)}: {self.bytes_per_sample:,} bytes per image." if more else ""
         return (
             f"{self.model.info.parameters / 1e6:.1f} M parameters, precision {precision.name} ({precision.reason}), batches "
             f"of {self.batch_size}, {self.workers} worker{'' if self.workers == 1 else 's'} per process.{size}"

@@ -131,7 +131,7 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
         if settings.text and not _has_captions(dataset):
             captions = "captions next to the images (.txt), or name their place with --caption-key."
             raise ClipcidError(
-                f"{dataset.spec}: none of the samples looked at (a shard) has a caption{_name_keys(dataset)}.",
+                f"{dataset.spec}: none of the samples checked (a shard) has a caption{_name_keys(dataset)}.",
                 f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
             )
         if settings.text and _has_unused_lines(dataset):

@@ -58,7 +58,7 @@ def compare_results(settings: EvalZeroshotSettings) -> ComparisonResult:
     if num_seeds != len(sides[1]):
         raise ClipcidError(
             f"Seeds are compared in pairs, but A has {num_seeds:,} metrics files and B has {len(sides[1]):,}.",
-            "Give as many of each, in the same order of seeds, or some of them with commas: clipcid eval-zeroshot "
+            "Give the same number of each, in the same order of seeds, or list some with commas: clipcid eval-zeroshot "
             "--compare A1.json,A2.json B1.json,B2.json",
         )
     files = [str(path) for path in paths]
@@ -118,7 +118,7 @@ def _validate_same_data(first: Predictions, second: Predictions) -> None:
     if not first.has_truth_of(second):
         classes = f"classes ({first.num_classes} and {second.num_classes}, or in another order)"
         other = "captions" if first.kind == RETRIEVAL else classes
-        raise ClipcidError(f"The results are of the same images with other {other}.", fix)
+        raise ClipcidError(f"The results are of the same images with different {other}.", fix)
 
 
 def _compare_prompts(sidecars: list[EvaluationSidecar | None], names: list[str]) -> dict[str, ComparedLines] | None:
@@ -192,7 +192,7 @@ def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
     elif difference == 0 and not metric.excludes_zero:
         verdict = f"{name}: no difference ({numbers})."
     else:
-        verdict = f"{name}: {names[better]} scores higher, but so small a difference can be chance ({numbers})."
+        verdict = f"{name}: {names[better]} scores higher, but the difference may be due to chance ({numbers})."
     return Difference(
         first=_summarise(metric.first),
         second=_summarise(metric.second),

@@ -129,7 +129,7 @@ def _write_open_clip(checker: Checker, folder: Path) -> dict[str, Parity]:
     same_tokens = torch.equal(written.tokenizer(_TOKENIZER_TEXTS), model.tokenizer(_TOKENIZER_TEXTS))
     if not same_tokens or written.info.preprocess != model.info.preprocess:
         raise ClipcidError(
-            f"open-clip: the written folder makes other {'pixels' if same_tokens else 'tokens'} than {model.info.spec}.",
+            f"open-clip: the written folder gives other {'pixels' if same_tokens else 'tokens'} than {model.info.spec}.",
             "Export from a folder that has the model's own preprocessing and tokenizer files.",
         )
     precision = checker.settings.stored_precision
@@ -212,7 +212,7 @@ def _validate_tokens(form: str, tokenize: Callable[[list[str]], torch.Tensor], c
         cleaned = tokenize([tokenizer.whole.clean_fn(text) for text in mended])
         if different := _find_different(mended, tokenizer(mended), cleaned):
             raise ClipcidError(
-                f"{form}: the tokenizer makes other tokens of {different[0][:60]!r} than open_clip's.",
+                f"{form}: the tokenizer gives other tokens for {different[0][:60]!r} than open_clip's.",
                 "Report this text; --format open-clip is not affected.",
             )
     return {"texts": len(texts), "same": len(texts) - len(mended), "same_once_mended": len(mended)}

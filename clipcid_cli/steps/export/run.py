@@ -106,7 +106,7 @@ def _find_average(student: ModelName) -> ModelName:
         run.path,
         sidecar.outputs,
         path,
-        f"Name the model as it is now: {run.student_ema}; or train it again, by its command and --overwrite.",
+        f"Use the model as it is now, by its path: {run.student_ema}; or train it again: its command, with --overwrite.",
     )
     average = run.student_ema
     if average.is_relative_to(Path.cwd()):

@@ -65,12 +65,14 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
     )
     min_caption_similarity: float | None = _first(
         None,
-        "Smallest cosine similarity of an image to its caption: images below are dropped before sets are made, and --keep "
-        "is a share of those that remain. Needs text embeddings.",
+        "Smallest cosine similarity of an image to its caption: images below it are dropped before sets are made, "
+        "and --keep is a share of the rest. Needs text embeddings.",
         within=_COSINE,
     )
     max_caption_similarity: float | None = _first(
-        None, "Largest cosine similarity of an image to its caption, likewise.", within=_COSINE
+        None,
+        "Largest cosine similarity of an image to its caption: images above it are dropped likewise.",
+        within=_COSINE,
     )
     linkage: str = _sets(
         "single",
@@ -92,8 +94,8 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
     )
     neighbors: str = _sets(
         "exact",
-        "`exact` compares all pairs of images. `partitioned`, for tens of millions of images, compares only those in or "
-        "near the same partition; an audit estimates how many near-duplicates it missed.",
+        "`exact` compares all pairs of images. `partitioned`, for ten million images and more, compares only those "
+        "in or near the same partition; an audit estimates how many near-duplicates it missed.",
         choices=NEIGHBORS,
     )
     embeddings: Path | None = _input(None, EMBEDDINGS_HELP, operational=True)

@@ -33,12 +33,12 @@ class ClusterSettings(KeptSettings):
     )
     num_clusters: int | None = _clusters(
         None,
-        "Number of clusters; by default one per 225 images, at most 1,000,000, but on small data at least 256 or one per "
-        "8 images.",
+        "Number of clusters; by default one per 225 images, at most 1,000,000, but for small data at least 256, or "
+        "one per 8 images if fewer.",
         within=AT_LEAST_1,
     )
     iterations: int = _clusters(
-        20, "Maximum number of Lloyd iterations; fewer if no image changes its cluster.", within=AT_LEAST_1
+        20, "Maximum number of Lloyd iterations; stops early if no image changes its cluster.", within=AT_LEAST_1
     )
     train_rows: int | None = _clusters(
         None,

@@ -84,8 +84,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     )
     init_from: str | None = _models(
         None,
-        "Model to initialize the student from. Of a deeper model every N-th layer is copied, of a wider one evenly spaced "
-        "heads and channels.",
+        "Model to initialize the student from. From a deeper model every N-th layer is copied, from a wider one "
+        "evenly spaced heads and channels.",
         metavar="MODEL",
     )
     init_towers: str = _models("both", "Towers that --init-from initializes.", choices=("both", "image", "text"))
@@ -107,8 +107,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     )
     extra_texts: int | None = _input(
         None,
-        "Further texts in each batch, for the text tower alone, by losses fd and mfd: those of `embed --texts`, or else of "
-        "`embed --text-variants`. By default as many as samples, where there are such texts; 0 for none.",
+        "Further texts in each batch, for the text tower alone, by losses fd and mfd: those of `embed --texts`, or "
+        "else of `embed --text-variants`. By default one per sample, if there are such texts; 0 for none.",
         within=Range(0),
     )
     texts: Path | None = _input(
@@ -173,8 +173,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     )
     batch_size: int | None = _length(
         None,
-        "Samples per batch over all processes; by default at most 256, on GPUs up to 512 for each if that leaves 20,000 "
-        "steps, and with --steps 256 for each.",
+        "Samples per batch over all processes; by default at most 256; on GPUs up to 512 per GPU if that leaves "
+        "20,000 steps, or with --steps 256 per GPU.",
         within=AT_LEAST_1,
     )
     epochs: int | None = _length(None, "Passes over the data; by default 32.", within=AT_LEAST_1)
@@ -186,12 +186,12 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     )
     local_loss: bool = _memory(
         True,
-        "Compute in each process only the losses of its own rows; without it, each computes those of all, in more time and "
-        "memory. The gradient is the same.",
+        "Compute in each process only the losses of its own rows; otherwise each computes those of all rows, with "
+        "more time and memory. The gradient is the same.",
     )
     gather_with_grad: bool = _memory(
         True,
-        "As in open_clip, gradients flow to the features of every process; here always, so that --no-gather-with-grad is an "
+        "As in open_clip, gradients flow to the features of every process; always on, so --no-gather-with-grad is an "
         "error.",
         operational=True,
     )
@@ -205,8 +205,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     )
     torchcompile: bool = _memory(
         False,
-        "Compile the towers with torch.compile, but not an open_clip text tower, whose texts have another length in each "
-        "batch; the first steps take longer.",
+        "Compile the towers with torch.compile, but not an open_clip text tower, whose text length varies by batch; "
+        "the first steps take longer.",
     )
     optimizer: str = _optimizer(
         "muon",
@@ -215,8 +215,8 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     )
     lr: float | None = _optimizer(
         None,
-        "Peak learning rate; by default it follows from losses, optimizer, batch and the student's width, a tenth of that "
-        "for weights that are trained already, and the run says how.",
+        "Peak learning rate; by default it follows from losses, optimizer, batch size and the student's width, and "
+        "is a tenth of that for already trained weights; the run prints it.",
         within=ABOVE_0,
     )
     wd: float = _optimizer(
@@ -246,7 +246,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     )
     name: str | None = _output(
         None,
-        "Name of the run and its folder; by default made of student, preset and seed.",
+        "Name of the run and its folder; by default made from student, preset and seed.",
         metavar="NAME",
         operational=True,
     )
@@ -344,13 +344,13 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         if named and folders and named != folders and not self.has_no_teacher:
             raise UsageError(
                 f"--teacher was given {named} times, --embeddings {folders}.",
-                "Give one --embeddings for each teacher, in their order; or only the one or the other.",
+                "Give one --embeddings for each teacher, in their order; or only one of the two flags.",
             )
         if self.num_teachers > 1:
             for flag, is_given in (("--online-teacher", self.online_teacher), ("--texts", self.texts is not None)):
                 if is_given:
                     raise UsageError(
-                        f"{flag} is of one teacher, and there are {self.num_teachers}.",
+                        f"{flag} works with one teacher, and there are {self.num_teachers}.",
                         f"Omit {flag}, or name one teacher.",
                     )
 
@@ -361,7 +361,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
             fix = f"Omit {flags}"
             if not self.has_no_teacher:
                 fix += f", or use {_TO_HAVE[loss]}"
-            raise UsageError(f"{flags}: for the {loss} loss, which the run does not have.", f"{fix}.")
+            raise UsageError(f"{flags}: only for the {loss} loss, which the run does not have.", f"{fix}.")
 
     def _validate_stored_extras(self) -> None:
         given = {
@@ -372,7 +372,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         if flags and (self.online_teacher or not self.needs_teacher):
             reason = "--online-teacher reads none" if self.online_teacher else "no loss of the run needs a teacher"
             raise UsageError(
-                f"{flags}: for what the teacher has embedded, but {reason}.",
+                f"{flags}: only for stored embeddings of a teacher, but {reason}.",
                 f"Omit {flags}" + (", or --online-teacher." if self.online_teacher else "."),
             )
 

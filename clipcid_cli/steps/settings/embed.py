@@ -73,9 +73,9 @@ class EmbedSettings(AugmentationSettings, TrainingDataSettings):
     )
     text_variants: int = _augment(
         0,
-        "Also embed this many variants of each image's captions: keywords dropped and shuffled, of prose sentences and "
-        "clauses dropped. They teach the text tower alone (`clipcid distill --extra-texts`). A variant takes 2 bytes x "
-        "width.",
+        "Also embed this many variants of each image's captions: keywords are dropped and shuffled; prose loses "
+        "sentences and clauses. They teach the text tower alone (`clipcid distill --extra-texts`). A variant takes 2 "
+        "bytes x width.",
         within=Range(0),
         metavar="V",
     )

@@ -54,8 +54,8 @@ class EvalLinearSettings(EvaluationSettings):
     )
     knn: str | None = group("Nearest neighbors")(
         None,
-        "Also classify each test image by this many nearest training images, whose votes weigh exp(cosine/0.07), for "
-        "example 10,20.",
+        "Also classify each test image by this many nearest training images, with votes weighted by "
+        "exp(cosine/0.07), for example 10,20.",
         metavar="K,K,…",
     )
 

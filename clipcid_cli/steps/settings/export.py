@@ -29,7 +29,7 @@ class ExportSettings(SharedSettings):
     )
     workers: int | None = _run(
         None,
-        "Without effect: `export` decodes the few images of --data by itself.",
+        "Without effect: `export` decodes the few images of --data itself.",
         within=Range(0),
         operational=True,
     )

@@ -248,7 +248,7 @@ class ReadingSettings(KeyedSettings):
         if self.caption_key and self.caption_column != ReadingSettings.caption_column:
             raise UsageError(
                 "--caption-column and --caption-key both say where the captions are.",
-                f"Give --caption-key alone, and for several captions again: --caption-key {self.caption_column}",
+                f"Give --caption-key alone, repeated for several captions: --caption-key {self.caption_column}",
             )
 
     @property

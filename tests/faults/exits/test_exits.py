@@ -242,7 +242,7 @@ def test_processes_that_cannot_meet_are_told_within_the_limit(taken: bool, monke
         for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "WORLD_SIZE": "2"}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-        missing = r"waited 0\.05 minutes for the other 1 of the run, and not all of them arrived"
+        missing = r"waited 0\.05 minutes for the other 1 of the run, but not all of them connected"
         in_use = rf"Process 0 could not connect to the other 1 of the run: .*{port}"
         with pytest.raises(ClipcidError, match=in_use if taken else missing):
             rendezvous_all(0, 2, datetime.timedelta(seconds=3))

@@ -111,7 +111,7 @@ def run_worker_kill(site: Site, step: Step, delay: float) -> Result:
             reached = True
     found = site.finish(step, started, 30)
     problems = found.problems()
-    if found.code and "A process that decodes images ended" not in found.err:
+    if found.code and "A decoding process ended" not in found.err:
         problems.append("it does not say that a process has ended")
     problems += site.find_half(step)
     problems = ([*problems, repr(found)] if problems else []) + site.check_again(step)

@@ -53,7 +53,7 @@ def test_a_full_disk_is_one_clear_error_and_one_about_another_file_is_left_alone
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda folder: write_npy(folder / "array.npy", NUMBERS), "/array.npy: the disk is full, or a limit of file"),
+        (lambda folder: write_npy(folder / "array.npy", NUMBERS), "/array.npy: the disk is full, or a file size limit"),
         (lambda folder: create_mapped(folder / "array", INT64, (1000, 2)), "/array: File too large"),
         (lambda folder: create_mapped(folder, INT64, (1000, 2), unnamed=True), ": File too large"),
         (lambda folder: create_copy(folder, 0, 1000, 8), "/.*: File too large"),

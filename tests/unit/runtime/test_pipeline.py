@@ -132,8 +132,8 @@ def test_an_error_comes_in_its_place_and_no_thread_outlives_it(way: Map) -> None
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ("exit", r"process that decodes images ended \(exit code 3\)"),
-        ("signal", r"process that decodes images ended \(killed by SIGKILL\)"),
+        ("exit", r"decoding process ended \(exit code 3\)"),
+        ("signal", r"decoding process ended \(killed by SIGKILL\)"),
         ("never", "returned no batch for 2 seconds"),
         ("two parts", r"could not be received \(TypeError: .*two"),
     ],

@@ -168,7 +168,7 @@ def _validate_same_model(embeddings: Embeddings, reference: Embeddings, name: st
     if decoded[0].preprocess != decoded[1].preprocess:
         ways = ["with" if each.fast_decode else "without" for each in decoded]
         raise ClipcidError(
-            f"The images of {name} were preprocessed in another way ({decoded[1].preprocess}, {ways[1]} --fast-decode) than "
+            f"The images of {name} were preprocessed differently ({decoded[1].preprocess}, {ways[1]} --fast-decode) than "
             f"those of {embeddings.folder} ({decoded[0].preprocess}, {ways[0]}).",
             "Embed them in the same way: give the images themselves (--against DATA).",
         )

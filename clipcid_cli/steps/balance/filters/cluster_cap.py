@@ -78,8 +78,8 @@ def warn_of_few(plan: BalancePlan, clusters: FoundClusters, num_rows: int) -> No
     """Warn, before the search, where clusters are of fewer images than are balanced."""
     if clusters.images + clusters.skipped < num_rows:
         reporting.warn(
-            f"The clusters in {clusters.folder} are of {clusters.images:,} images, and {num_rows:,} are balanced: where one "
-            f"that is kept is in none of them, the run ends with an error. To cluster all images: "
+            f"The clusters in {clusters.folder} are of {clusters.images:,} images, and {num_rows:,} are balanced: if a kept "
+            f"image is in no cluster, the run ends with an error. To cluster all images: "
             f"{_cluster_all(plan.settings, overwrite=True)}"
         )
 

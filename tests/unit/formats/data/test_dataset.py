@@ -262,7 +262,7 @@ SAMPLES = shard_members(0, 5)
         (tar_of(*SAMPLES, compressed=True), r"is compressed \(gzip\)", ""),
         (
             tar_of(("1.txt", b"x"), ("2.txt", b"y")),
-            r"no sample with an image in what it has \(2 without one, first a/1\)",
+            r"no sample with an image in it \(2 without one, first a/1\)",
             "",
         ),
         (tar_of(("a.png", make_image(0)), ("a.cls", b"cat")), r"\.cls of sample a/a contains b'cat'", ""),

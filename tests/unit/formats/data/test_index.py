@@ -158,5 +158,5 @@ def test_a_shard_that_changes_while_it_is_listed_is_listed_again_or_named(
     found = index_of(data, tmp_path / "once")
     assert [found.part(number).keys[0].as_py() for number in range(2)] == ["000000", "000010"]
     most = 100
-    with pytest.raises(ClipcidError, match=r"Shard 00001 of .* changes while it is listed"):
+    with pytest.raises(ClipcidError, match=r"Shard 00001 of .* changed while it was being listed"):
         index_of(data, tmp_path / "always")

@@ -153,7 +153,7 @@ def test_damaged_and_other_parquet_files_are_told(tmp_path: Path) -> None:
         assert "--image-column img" in error.value.fix
     pq.write_table(pa.table({"some": [[b"1"]]}), tmp_path / "both" / "a.parquet")
     for spec in (tmp_path / "both", f"{tmp_path}/both/*.parquet"):
-        with pytest.raises(ClipcidError, match="no column with an image a row") as error:
+        with pytest.raises(ClipcidError, match="no column with one image per row") as error:
             open_dataset(spec)
         assert "lists of images are not read" in error.value.fix
     (tmp_path / "photos").mkdir()

@@ -197,7 +197,7 @@ def test_a_copy_in_use_stays(data: Path, tmp_path: Path) -> None:
         copies = copies_of(server, cache)
         first, second = copies[0].open(), copies[1].open()
         with pytest.raises(
-            ClipcidError, match=r"may hold 2,000 bytes: copies in use have 2,000, and the next has 1,000"
+            ClipcidError, match=r"is limited to 2,000 bytes: copies in use take 2,000, and the next takes 1,000"
         ):
             copies[2].open()
         os.close(second)
@@ -242,7 +242,7 @@ def test_the_output_of_a_command_is_copied_and_makes_room_once_a_process_closes_
     one, other = (copy_of(cache, f"pipe:printf {text}") for text in ("0123456789", "abcdefghij"))
     assert ByteRange(one.shard.path, 3, 4, copy=one).read() == b"3456"
     assert one.local.read_bytes() == b"0123456789"
-    with pytest.raises(ClipcidError, match="may hold 10 bytes: copies in use have 10, and the next has 10"):
+    with pytest.raises(ClipcidError, match="is limited to 10 bytes: copies in use take 10, and the next takes 10"):
         ByteRange(other.shard.path, 3, 4, copy=other).read()
     close_copies()
     assert ByteRange(other.shard.path, 3, 4, copy=other).read() == b"defg"

@@ -155,7 +155,7 @@ def test_unfinished_embeddings_are_refused_and_a_damaged_sidecar_is_not_to_be_re
     (tmp_path / "damaged" / "embed.json").write_text("[]")  # without it they are another tool's
     with pytest.raises(ClipcidError) as raised:
         open_embeddings(tmp_path / "damaged")
-    assert "Give the command that made it again, with --overwrite" in raised.value.fix
+    assert "Rerun the command that made it, with --overwrite" in raised.value.fix
 
 
 def replace_file(path: Path, content: bytes) -> None:

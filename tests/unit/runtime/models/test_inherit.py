@@ -168,7 +168,7 @@ def test_chooses_channels_only_where_the_layout_of_the_attention_is_known() -> N
     attention = {"vision_cfg__block_type": "custom", "vision_cfg__qk_norm": True}
     other = make(smaller(**attention), 1)
     assert other.visual.transformer.resblocks[0].attn.in_proj_weight.shape == (192, 64)
-    with pytest.raises(ClipcidError, match="where the layout of the attention is known") as caught:
+    with pytest.raises(ClipcidError, match="where the attention layout is known") as caught:
         inherit(student, other, "image")
     assert "--init-towers text" in str(caught.value.fix)
     assert inherit(make(smaller(**attention), 0), other, "image") == [], "its own is copied whole"

@@ -129,7 +129,7 @@ def test_changed_and_removed_files_are_named_and_nothing_of_theirs_is_used(tmp_p
     # Shards in another order.
     other = write_shards(tmp_path / "e", rows, {1: shards[3], 3: shards[1], 4: shards[2]})
     _, told = balance(tmp_path / "work", other, threshold=0.5, overwrite=True)
-    assert "unchanged and in that order (2 files there, 3 now): all pairs are compared" in told
+    assert "unchanged and in the same order (2 files there, 3 now): all pairs are compared" in told
     # A larger cut-off than the forest was searched to.
     write_shards(folder, rows, {5: range(10)})
     _, told = balance(tmp_path / "work", folder, threshold=0.6, keys="shard")

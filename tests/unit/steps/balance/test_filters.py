@@ -38,7 +38,7 @@ CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("narrow", {"select": "similarity"}, "contains no text embeddings"),
     ("zeros", {}, "None of the 20 rows of .*zeros is finite"),
     ("text", {}, "cannot be read"),
-    ("empty", {}, "all without rows"),
+    ("empty", {}, "all empty"),
 )
 
 
@@ -233,7 +233,7 @@ def test_references_are_embedded_alike(tmp_path: Path, tiny_model: Path, is_unto
     assert not result["against"][0]["to_embed"]
     assert left.exists()
     run_embed(EmbedSettings(data=str(tmp_path / "r.tar"), out=tmp_path / "other", **made))
-    said = r"other were preprocessed in another way \(.*, without --fast-decode\) than those of"
+    said = r"other were preprocessed differently \(.*, without --fast-decode\) than those of"
     with pytest.raises(ClipcidError, match=said):
         balance(work, folder, against=(str(tmp_path / "other"),), **call)
 

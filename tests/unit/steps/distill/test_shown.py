@@ -173,7 +173,7 @@ def test_further_texts_by_default(work: Path, plain: Path, data: Path, tiny_shar
     common |= {"preset": "clip-kd", "steps": 3}
     without, _ = train(tmp_path / "a", tiny_shards, **common, extra_texts=0)
     shown, said = train(tmp_path / "b", tiny_shards, **common, extra_texts=5, texts=lines)
-    assert f"Extra texts, for the text tower alone: of {lines}, 23 texts." in said
+    assert f"Extra texts, for the text tower alone: the 23 texts of {lines}." in said
     assert "Each step the text tower sees 5 further texts." in said
     assert shown[0]["loss_fd"] != without[0]["loss_fd"]
     assert shown[0]["loss_icl"] == pytest.approx(without[0]["loss_icl"], rel=1e-5)

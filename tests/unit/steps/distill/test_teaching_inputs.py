@@ -264,7 +264,7 @@ def test_what_is_missing_of_several_teachers_is_named(place: Path, tiny_shards: 
         ({"teacher": ("a", "b"), "teacher_weight": (1.0, math.inf)}, r"--teacher-weight inf is not in the range x>0"),
         ({"teacher": ("a", "b"), "embeddings": (Path("c"),)}, "--teacher was given 2 times, --embeddings 1"),
         ({"teacher": ("a", "none")}, "--teacher none was given beside other teachers"),
-        ({"teacher": ("a", "b"), "online_teacher": True}, "--online-teacher is of one teacher, and there are 2"),
+        ({"teacher": ("a", "b"), "online_teacher": True}, "--online-teacher works with one teacher, and there are 2"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(given: dict[str, Any], message: str) -> None:

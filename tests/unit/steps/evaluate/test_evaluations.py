@@ -59,8 +59,8 @@ def test_comparison_of_other_data_is_refused(tmp_path: Path) -> None:
     write_result(a, "xy", [0, 1])
     for keys, labels, classes, message in (
         ("xz", [0, 1], 2, "2 of d, 2 of d, 1 in both"),
-        ("xy", [0, 0], 2, "other classes"),
-        ("xy", [0, 1], 3, "other classes"),
+        ("xy", [0, 0], 2, "different classes"),
+        ("xy", [0, 1], 3, "different classes"),
     ):
         write_result(b, keys, labels, classes)
         with pytest.raises(ClipcidError, match=message):
