@@ -33,6 +33,7 @@ from clipcid_cli.formats.results.keep_list import (
     write_pairs,
     write_uids,
 )
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun
@@ -43,6 +44,7 @@ from clipcid_cli.steps.balance.report import write_report
 from clipcid_cli.steps.balance.result import Audit, BalanceResult
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid
 from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
+from clipcid_cli.steps.balance.write_shards import WRITE_SHARDS
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.shared import given_flags
 
@@ -220,13 +222,21 @@ def validate_uids(plan: BalancePlan) -> None:
 
 
 def validate_new(settings: BalanceSettings) -> None:
-    """Refuse lists that are there before a search; after it their content is compared."""
+    """Refuse lists and shards that are there before a search; after it their content is compared."""
+    if settings.overwrite:
+        return
     for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
-        if path is not None and path.exists() and not settings.overwrite:
+        if path is not None and path.exists():
             raise ClipcidError(
                 f"{path} already exists, and this run would replace it.",
                 "Add --overwrite, or choose another name.",
             )
+    shards = settings.write_shards
+    if shards is not None and sidecar_path(shards, WRITE_SHARDS).exists():
+        raise ClipcidError(
+            f"{shards} already holds shards, and this run would replace them.",
+            "Add --overwrite, or choose another folder.",
+        )
 
 
 def write_kept(plan: BalancePlan) -> None:
