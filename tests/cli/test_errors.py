@@ -84,6 +84,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("eval-zeroshot model unlabelled", 1, "neither a class nor a caption"),
     ("eval-zeroshot model unnamed", 1, "has no class names"),
     ("eval-zeroshot model unnamed --classnames names.txt --templates names.txt", 1, "has no placeholder for the class"),
+    ("eval-zeroshot model pairs --classnames names.txt", 2, "--classnames would have no effect: "),
     ("eval-zeroshot NoSuchModel unnamed", 1, "no architecture NoSuchModel"),
     ("eval-zeroshot NoSuchModel unnamed", 1, "was read as the model"),
     ("eval-zeroshot model three three", 2, "same metrics file"),

@@ -119,6 +119,8 @@ def _hide(found: re.Match[str]) -> str:
 
 
 if __name__ == "__main__":
+    import make  # under the name by which a fork finds what interrupts it
+
     for columns in WIDTHS:
-        make_screens({columns: HERE / str(columns)})
+        make.make_screens({columns: HERE / str(columns)})
     forks.close()
