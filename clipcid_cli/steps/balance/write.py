@@ -99,26 +99,30 @@ def summarise(run: BalanceRun, found: Outcome) -> BalanceResult:
 
 
 def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
-    """Explain what may surprise: ties at the cut-off, copies beyond the target, one very large set."""
+    """Explain what may surprise: fewer images than asked for, one very large set."""
     warnings = []
     settings = run.settings
     images = run.rows.num_searched
     kept = sets.num_kept
     missed = 0 if settings.keep is None else max(1, round(settings.keep * images)) - kept
     if missed > 0:
-        cause = (
-            f"There are more exact copies than --keep {settings.keep:g} drops images, and all of them are dropped"
-            if sets.threshold == 0.0
-            else f"Pairs tie at the cut-off {sets.threshold:.6g}, and all of them merge"
-        )
+        if sets.threshold == 0.0:
+            cause = (
+                f"There are more exact copies than --keep {settings.keep:g} drops images, and all of them are dropped"
+            )
+        elif settings.linkage == "single":
+            cause = f"Pairs tie at the cut-off {sets.threshold:.6g}, and all of them merge"
+        else:
+            cause = f"With stars one more pair may drop several images, as at the cut-off {sets.threshold:.6g}"
         warnings.append(f"{cause}: {kept:,} images are kept, {missed:,} fewer than requested.")
     largest = sets.largest
     if largest > 1 and largest > _LARGE_SET * images:
-        advice = "; --linkage star keeps sets compact" if settings.linkage == "single" else ""
-        warnings.append(
-            f"One set holds {largest:,} of {images:,} images ({largest / images:.1%}). It may be a chain of different "
-            f"images, or a placeholder: see the report{advice}."
+        advice = (
+            "It may be a chain of different images, or a placeholder: see the report; --linkage star keeps sets compact."
+            if settings.linkage == "single"
+            else "It may be a placeholder: see the report."
         )
+        warnings.append(f"One set holds {largest:,} of {images:,} images ({largest / images:.1%}). {advice}")
     return warnings
 
 
