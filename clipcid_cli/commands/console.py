@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -31,9 +33,16 @@ _LONGEST_RATE = "  12,345/s  12:34:56 left"
 _SCALES = ((1e12, " trillion"), (1e9, " billion"))
 
 
+class _Console(Console):
+    """A console whose broken pipe is an error like any other; rich's ends the program with exit code 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def make_console() -> Console:
     """Make the console of the run: stderr, and no guessing which numbers and paths to colour."""
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDTH_OF_A_FILE)
+    return _Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDTH_OF_A_FILE)
 
 
 class ConsoleReporter(Reporter):

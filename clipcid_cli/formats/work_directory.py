@@ -107,15 +107,18 @@ class WorkDirectory:
     def find_keep_list(self) -> Path | None:
         """Find the keep list of a finished `balance`; None when there was no `balance` here.
 
-        An unfinished one is refused: to go on without its list would take all images. So is a list that was edited since.
+        An unfinished one is refused: to go on without its list would take all images. So is a list that was edited since, or
+        that is gone.
         """
         path = self.balance / KEEP_LIST
         record = sidecar_path(self.balance, "balance")
         sidecar = read_sidecar(record, BalanceSidecar)
-        if sidecar is not None and path.exists():
-            edited = shlex.join(["--keep-list", str(path)])
+        if sidecar is not None:
+            other = f"Use the list as it is now: {shlex.join(['--keep-list', str(path)])}"
+            if not path.exists():
+                other = "Take all images: --keep-list none"
             again = command_line("balance", **_flags_of(sidecar, self.path), overwrite=True)
-            fix = f"Use the list as it is now: {edited}\nOr make it again: {again}"
+            fix = f"{other}\nOr make it again: {again}"
             validate_unchanged(self.balance, sidecar.outputs, record, fix)
             return path
         if path.exists() or unfinished(self.balance, "balance") is not None:

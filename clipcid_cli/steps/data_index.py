@@ -23,8 +23,10 @@ from clipcid_cli.formats.data.index import (
     write_part,
 )
 from clipcid_cli.formats.data.remote import is_remote
-from clipcid_cli.formats.data.samples import Columns, Sample
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Columns, Sample
 from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache, cache_folder
+from clipcid_cli.formats.embeddings.layouts import find_rows
+from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.pipeline import default_workers, ordered_map
@@ -32,6 +34,7 @@ from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
+_OF_DATA = {*IMAGE_SUFFIXES, "tar"}
 # Fewer shards than this are listed before a worker has started.
 _FEW_SHARDS = 8
 # Each worker holds one copy for each shard of a group at most, those it read last: together the group that is read, and the
@@ -42,14 +45,33 @@ _SHARDS_IN_USE = 2 * SHARDS_MIXED + FETCHED_AT_ONCE + 1
 def open_named(settings: ReadingSettings, data: str, index_root: Path | None = None) -> Dataset:
     """Open the data that a command names, as its flags say."""
     columns = Columns(settings.image_column, settings.caption_column, settings.key_column)
-    return open_dataset(
-        data,
-        settings.keys,
-        columns,
-        index_root,
-        caption_lines=settings.caption_lines,
-        caption_keys=settings.caption_key,
-    )
+    try:
+        return open_dataset(
+            data,
+            settings.keys,
+            columns,
+            index_root,
+            caption_lines=settings.caption_lines,
+            caption_keys=settings.caption_key,
+        )
+    except ClipcidError as error:
+        if not holds_embeddings(Path(data)):
+            raise
+        raise ClipcidError(
+            f"{data} holds embeddings, and no images.",
+            "Name it with --embeddings (balance, cluster, distill), not as the data.",
+        ) from error
+
+
+def holds_embeddings(folder: Path) -> bool:
+    """Tell whether a folder is one of embeddings, as `open_embeddings` finds them; also where they are unfinished.
+
+    An array beside images or tars is a label of theirs, or a list.
+    """
+    if is_claimed(folder, "embed"):
+        return True
+    found = find_rows(folder)
+    return found is not None and not any(path.suffix[1:].lower() in _OF_DATA for path in found.parent.iterdir())
 
 
 def note_missing_captions(dataset: Dataset, read: Skips | None = None) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -89,11 +91,14 @@ def _decide(spec: OutputSpec[RepairSidecar], pairs: Pairs, scale: float) -> Repa
 
 def describe_repair(found: RepairFigures) -> str:
     """Say what was decided, and by what."""
-    before, after = found.recall_at_1
     if found.repaired:
-        return f"Teacher's held-out R@1 {before:.1%} → {after:.1%}: repaired (--repair none leaves it as it is)."
-    guess = guess_at_1(found.captions)
-    return f"Teacher left as it is: held-out R@1 {before:.1%} (a guess: {guess:.1%}), and no clear gain from a repair."
+        before, after = (f"{math.exp(log_rank):,.2f}" for log_rank in found.log_rank)
+        return (
+            f"Teacher's rank of a held-out caption's image {before} → {after} (geometric mean): repaired (--repair none "
+            "leaves it as it is)."
+        )
+    recall, guess = found.recall_at_1[0], guess_at_1(found.captions)
+    return f"Teacher left as it is: held-out R@1 {recall:.1%} (a guess: {guess:.1%}), and no clear gain from a repair."
 
 
 def teacher_scale(embeddings: Embeddings) -> float:

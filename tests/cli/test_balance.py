@@ -206,9 +206,12 @@ def test_new_shards_replace_no_others(clipcid: Clipcid, torchrun: Clipcid, tiny_
     for name in ("00000.tar", "00001.tar", "sizes.json", "00000_stats.json", "00001_stats.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
-    # Another keep list: refused, then replaced; a folder of other tars is never touched.
+    # Another keep list: refused before the search, then replaced; a folder of other tars is never touched.
     changed = ("balance", tiny_shards, "--embeddings", "e", "--keep", 1.0, "--write-shards", "out")
-    clipcid(*changed, code=1)
+    result = json.loads((tmp_path / "clipcid-work" / "balance" / "balance.json").read_text())
+    refused = clipcid(*changed, code=1)
+    assert "out already holds shards, and this run would replace them. Add --overwrite" in refused.said
+    assert json.loads((tmp_path / "clipcid-work" / "balance" / "balance.json").read_text()) == result
     clipcid(*changed, "--overwrite")
     with tarfile.open(tmp_path / "out" / "00000.tar") as found, tarfile.open(tiny_shards / "00000.tar") as source:
         assert found.getnames() == source.getnames()

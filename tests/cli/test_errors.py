@@ -30,6 +30,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("balance --keep 56.3", 2, "56.3 is not in the range 0<x<=1. Did you mean 0.563?"),
     ("balance --keep nan", 2, "nan is not in the range 0<x<=1"),
     ("balance --keep 0.5 --embeddings nowhere", 1, "nowhere contains no embeddings"),
+    ("balance foreign --keep 0.5 --model model", 1, "foreign holds embeddings, and no images. Name it with"),
     ("balance /etc/passwd /etc/hosts /etc/group --keep 0.5", 2, "Got 2 more arguments than DATA, such as /etc/hosts"),
     ("balance a.tar b.tar c.tar --keep 0.5", 2, "Got unexpected extra arguments (b.tar c.tar)"),
     ("balance --keep 0.5 --against-threshold 0.1", 2, "--against-threshold was given without --against"),
@@ -37,6 +38,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("balance --keep 0.5 --max-per-cluster 3 --select medoid", 2, "--select medoid chooses one image of a set"),
     ("balance --keep 0.5 --clusters x", 2, "--clusters was given without --max-per-cluster"),
     ("balance --keep 0.5 --write-pairs p.txt", 2, "neither a .parquet nor a .csv file"),
+    ("embed untitled.csv --model model --work w", 1, "Or name their column with --caption-column."),
     ("cluster --embeddings foreign --features joint --work w", 1, "needs text embeddings"),
     ("cluster --embeddings foreign --keep-list nobody.parquet --work w", 1, "Nothing is left to cluster"),
     ("cluster --embeddings foreign --keep-list others.parquet --work w", 1, "lacks 40 of the 40 rows"),
@@ -82,6 +84,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("eval-zeroshot model unlabelled", 1, "neither a class nor a caption"),
     ("eval-zeroshot model unnamed", 1, "has no class names"),
     ("eval-zeroshot model unnamed --classnames names.txt --templates names.txt", 1, "has no placeholder for the class"),
+    ("eval-zeroshot model pairs --classnames names.txt", 2, "--classnames would have no effect: "),
     ("eval-zeroshot NoSuchModel unnamed", 1, "no architecture NoSuchModel"),
     ("eval-zeroshot NoSuchModel unnamed", 1, "was read as the model"),
     ("eval-zeroshot model three three", 2, "same metrics file"),
@@ -102,7 +105,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     (f"{LINEAR} --knn 3,97", 1, "--knn 97: there are only 18 training images"),
     (f"{LINEAR} --metric mean_average_precision", 2, "an image has one class"),
     ("export model --data nowhere --dry-run", 1, "nowhere"),
-    ("export nowhere/model", 1, "no architecture nowhere-model"),
+    ("export nowhere/model", 1, "no architecture nowhere/model"),
     ("export damaged", 1, "could not be loaded"),
     ("export unfit --format onnx", 1, "unfit cannot encode a text of 12 tokens"),
     ("export model --format onnx --format onnx", 2, "given twice"),
@@ -133,6 +136,7 @@ def place(
     pq.write_table(pa.table({"key": keys, "kept": np.zeros(40, bool)}), place / "nobody.parquet")
     pq.write_table(pa.table({"key": ["a", "b"], "kept": [True, True]}), place / "others.parquet")
     write_tar(place / "unlabelled" / "0.tar", [("a.png", make_image(0)), ("b.png", make_image(1))])
+    (place / "untitled.csv").write_text("filepath,text\nthree/a/0.png,a\n")
     write_tar(place / "unnamed" / "0.tar", [("a.png", make_image(0)), ("a.cls", b"0")])
     for folder, names, number in (("two", "ab", 6), ("three", "abc", 6), ("lonely", "abc", 1)):
         write_class_folders(place / folder, dict.fromkeys(names, range(number)))

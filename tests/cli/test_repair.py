@@ -70,7 +70,8 @@ def test_cluster_and_distill_take_one_repair(clustered: Run) -> None:
     figures = sidecar["result"]
     assert clustered.json["repair"] == figures
     assert figures["recall_at_1"][0] < 0.2 < 0.3 < figures["recall_at_1"][1]
-    assert REPAIRED in clustered.said
+    before, after = np.exp(figures["log_rank"])
+    assert f"image {before:.2f} → {after:.2f} (geometric mean): {REPAIRED}" in clustered.said
     with np.load(repair / "repair.npz") as arrays:
         assert arrays["image_map"].shape == (WIDTH, WIDTH)
         assert arrays["image_map"].dtype == np.float32

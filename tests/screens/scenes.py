@@ -109,8 +109,8 @@ SCENES: dict[str, tuple[Scene, ...]] = {
         Scene("nothing to do", "clipcid balance --keep 0.5"),
         Scene("another amount to keep", "clipcid balance --threshold 0.6 --linkage star --write-keys kept.txt"),
         Scene("searched in partitions", "clipcid balance --keep 0.6 --neighbors partitioned", before=_forget_balance),
-        Scene("new shards", "clipcid balance --keep 0.6 --write-shards smaller"),
-        Scene("other settings: shards of another list", "clipcid balance --keep 0.5 --write-shards smaller"),
+        Scene("new shards", "clipcid balance --keep 0.5 --write-shards smaller"),
+        Scene("other settings: shards of another list", "clipcid balance --keep 0.6 --write-shards smaller"),
     ),
     "cluster": (
         Scene("help", "clipcid cluster --help", exact=True),

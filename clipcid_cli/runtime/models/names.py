@@ -175,14 +175,14 @@ def parse_model(spec: str) -> ModelName:
             return ModelName(spec, "config", path=path)
         fix = "Check the path." if spec.endswith(".json") else _LOCAL_HINT
         raise ClipcidError(f"Model {spec}: there is no such folder or .json file.", fix)
-    architecture, _, tag = spec.partition(":")
-    architecture = architecture.replace("/", "-")
+    named, _, tag = spec.partition(":")
+    architecture = named.replace("/", "-")
     known = known_architectures()
     if architecture not in known:
         near = difflib.get_close_matches(architecture, known, n=3)
         hint = f"Close names: {', '.join(near)}. " if near else ""
         raise ClipcidError(
-            f"Model {spec}: open_clip has no architecture {architecture}, and there is no folder of that name.",
+            f"Model {spec}: open_clip has no architecture {named}, and there is no folder of that name.",
             hint + _LOCAL_HINT,
         )
     return ModelName(spec, "tag" if tag else "architecture", architecture=architecture, tag=tag or None)

@@ -39,7 +39,7 @@ from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
 from clipcid_cli.steps.balance.samples import validate_data, validate_data_there
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 from clipcid_cli.steps.balance.write import validate_new, validate_uids, write, write_kept
-from clipcid_cli.steps.balance.write_shards import write_shards
+from clipcid_cli.steps.balance.write_shards import validate_own, write_shards
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
@@ -156,6 +156,7 @@ def _open_data(plan: BalancePlan) -> Dataset | None:
                 raise ClipcidError(
                     f"--write-shards {settings.write_shards} would overwrite the data itself.", "Give another folder."
                 )
+        validate_own(settings.write_shards)
     validate_uids(plan)
     for kind in _kinds_read(settings):
         plan.embeddings.rows(kind)  # refuses those without

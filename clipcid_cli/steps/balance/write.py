@@ -32,6 +32,7 @@ from clipcid_cli.formats.results.keep_list import (
     write_pairs,
     write_uids,
 )
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun
@@ -41,6 +42,7 @@ from clipcid_cli.steps.balance.report import write_report
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid
 from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
+from clipcid_cli.steps.balance.write_shards import WRITE_SHARDS
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.shared import given_flags
 
@@ -84,26 +86,28 @@ def summarise(found: Outcome) -> BalanceResult:
 
 
 def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
-    """Explain what may surprise: ties at the cut-off, copies beyond the target, one very large set."""
+    """Explain what may surprise: fewer images than asked for, one very large set."""
     warnings = []
     settings = run.settings
     images = run.rows.num_searched
     kept = sets.num_kept
     missed = 0 if settings.keep is None else max(1, round(settings.keep * images)) - kept
     if missed > 0:
-        cause = (
-            f"There are more exact copies than images that --keep {settings.keep:g} drops, and all of them are dropped"
-            if sets.threshold == 0.0
-            else f"Pairs tie at the cut-off {sets.threshold:.6g}, and all of them merge"
-        )
+        if sets.threshold == 0.0:
+            cause = f"There are more exact copies than images that --keep {settings.keep:g} drops, and all of them are dropped"
+        elif settings.linkage == "single":
+            cause = f"Pairs tie at the cut-off {sets.threshold:.6g}, and all of them merge"
+        else:
+            cause = f"With stars one more pair may drop several images, as at the cut-off {sets.threshold:.6g}"
         warnings.append(f"{cause}: {kept:,} images are kept, {missed:,} fewer than requested.")
     largest = sets.largest
     if largest > 1 and largest > _LARGE_SET * images:
-        advice = "; --linkage star keeps sets compact" if settings.linkage == "single" else ""
-        warnings.append(
-            f"One set holds {largest:,} of {images:,} images ({largest / images:.1%}). It may be a chain of different "
-            f"images, or a placeholder: see the report{advice}."
+        advice = (
+            "It may be a chain of different images, or a placeholder: see the report; --linkage star keeps sets compact."
+            if settings.linkage == "single"
+            else "It may be a placeholder: see the report."
         )
+        warnings.append(f"One set holds {largest:,} of {images:,} images ({largest / images:.1%}). {advice}")
     return warnings
 
 
@@ -208,13 +212,21 @@ def validate_uids(plan: BalancePlan) -> None:
 
 
 def validate_new(settings: BalanceSettings) -> None:
-    """Refuse lists that are there before a search; after it their content is compared."""
+    """Refuse lists and shards that are there before a search; after it their content is compared."""
+    if settings.overwrite:
+        return
     for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
-        if path is not None and path.exists() and not settings.overwrite:
+        if path is not None and path.exists():
             raise ClipcidError(
                 f"{path} already exists, and this run would replace it.",
                 "Add --overwrite, or choose another name.",
             )
+    shards = settings.write_shards
+    if shards is not None and sidecar_path(shards, WRITE_SHARDS).exists():
+        raise ClipcidError(
+            f"{shards} already holds shards, and this run would replace them.",
+            "Add --overwrite, or choose another folder.",
+        )
 
 
 def write_kept(plan: BalancePlan) -> None:

@@ -31,7 +31,7 @@ from clipcid_cli.steps.claim import claim_output
 _SIZES = "sizes.json"
 # img2dataset's name for the statistics of a shard; DataComp's tools read the size of the tar from `successes`.
 _STATS = "_stats.json"
-_STEP = "write-shards"
+WRITE_SHARDS = "write-shards"
 
 # Tells the keys to keep of a shard, and how many of its samples to drop.
 Choose = Callable[[Shard], tuple[set[str], int]]
@@ -45,10 +45,9 @@ def write_shards(plan: BalancePlan, target: Path) -> None:
     """
     data, context = plan.data, plan.context
     assert data is not None  # the plan has opened it
-    context.on_rank0(lambda: _validate_own(target))
     spec = OutputSpec(
         target,
-        _STEP,
+        WRITE_SHARDS,
         Sidecar,
         settings={},
         inputs=[record(plan.keep_list)],
@@ -141,9 +140,9 @@ def _write_shard(shard: Shard, choose: Choose, output: Output[Sidecar], dropped_
     return copied.samples
 
 
-def _validate_own(target: Path) -> None:
+def validate_own(target: Path) -> None:
     """Refuse a folder whose shards another program wrote."""
-    if is_claimed(target, _STEP):
+    if is_claimed(target, WRITE_SHARDS):
         return
     if any(next(target.rglob(name), None) is not None for name in ("*.tar", f"*{_STATS}")):
         raise ClipcidError(

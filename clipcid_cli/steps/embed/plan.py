@@ -129,10 +129,12 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
         step = EMBED
         folder = settings.out or work.embeddings(name.slug)
         if settings.text and not _has_captions(dataset):
-            captions = "captions next to the images (.txt), or name their place with --caption-key."
+            place = "put captions next to the images (.txt), or name their place with --caption-key."
+            if dataset.kind in ("list", "parquet"):
+                place = "name their column with --caption-column."
             raise ClipcidError(
                 f"{dataset.spec}: none of the samples checked (a shard) has a caption{_name_keys(dataset)}.",
-                f"{without_text}\nOr put {captions}" if without_text else f"Put {captions}",
+                f"{without_text}\nOr {place}" if without_text else f"{place[0].upper()}{place[1:]}",
             )
         if settings.text and _has_unused_lines(dataset):
             reporting.note(

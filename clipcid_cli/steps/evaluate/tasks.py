@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from clipcid_cli.algorithms.metrics.classification import MULTI_LABEL_METRICS, SINGLE_LABEL_METRICS
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.benchmark import (
     ACCURACY,
     BUILTIN_CLASS_NAMES,
@@ -157,9 +157,14 @@ class ZeroshotTask:
 
 def plan_tasks(settings: EvalZeroshotSettings, models: Sequence[ModelName] = ()) -> list[ZeroshotTask]:
     """Open every data set; where none is named, what the training runs of the models held out."""
-    if not settings.data:
-        return [_plan_held_out(settings, models)]
-    return [_plan_task(data, settings) for data in settings.data]
+    tasks = [_plan_task(data, settings) for data in settings.data] or [_plan_held_out(settings, models)]
+    idle = " and ".join(f"--{name}" for name in ("classnames", "templates") if getattr(settings, name) is not None)
+    if idle and all(task.kind == RETRIEVAL for task in tasks):
+        raise UsageError(
+            f"{idle} would have no effect: {', '.join(task.name for task in tasks)} is measured by retrieval.",
+            f"Omit {idle}, or give data with classes: a .cls beside each image, a `label` column or a folder per class.",
+        )
+    return tasks
 
 
 def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName]) -> ZeroshotTask:

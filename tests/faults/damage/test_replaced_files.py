@@ -86,6 +86,20 @@ def test_a_copied_work_directory_is_the_same_one(one_process: OneProcess, chain:
         assert found.code == 0, found
 
 
+@pytest.mark.parametrize("step", [(*CLUSTER, "--overwrite"), DISTILL], ids=["cluster", "distill"])
+def test_a_keep_list_that_is_gone_does_not_mean_all_images(
+    one_process: OneProcess, chain: Path, tmp_path: Path, step: tuple[str, ...]
+) -> None:
+    place = tmp_path / "place"
+    shutil.copytree(chain, place)
+    (place / "clipcid-work/balance/keep.parquet").unlink()
+    refused(
+        one_process, place, step, "keep.parquet is missing, which clipcid-work/balance/balance.json says was written."
+    )
+    found = one_process(*CLUSTER, "--keep-list", "none", "--overwrite", "--json", cwd=place)
+    assert found.json["images"] == 24
+
+
 def test_an_edited_keep_list_that_is_named_is_taken(one_process: OneProcess, chain: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     shutil.copytree(chain, place)

@@ -206,6 +206,15 @@ def test_a_program_that_nobody_reads_ends_as_others_do(arguments: list[str], tmp
     assert done.stderr in ("", None) or arguments[-1] == "2"
 
 
+def test_a_run_whose_notes_nobody_reads_ends_likewise(tiny_model: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*clipcid_command(), "embed", str(tiny_shards), "--model", str(tiny_model)]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == 141
+
+
 @pytest.mark.parametrize(
     ("line", "code", "told"),
     [

@@ -21,12 +21,9 @@ from clipcid_cli.algorithms.near.plan import rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, map_strings
-from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, has_usable_row, open_embeddings
-from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import identity_of
-from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
@@ -34,7 +31,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun, Reference
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
-from clipcid_cli.steps.data_index import open_named
+from clipcid_cli.steps.data_index import holds_embeddings, open_named
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
 from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.inputs import find_mismatch, open_given
@@ -49,7 +46,7 @@ _SAME_MODEL = "Embed it with the same model: give the images themselves (--again
 def validate_none_missing(settings: BalanceSettings) -> None:
     """Refuse references that are neither embeddings nor data, before anything is embedded."""
     for name in settings.against:
-        if not _holds_embeddings(Path(name)):
+        if not holds_embeddings(Path(name)):
             try:
                 # References are joined by no key.
                 indexes = WorkDirectory(settings.work).indexes
@@ -66,7 +63,7 @@ def validate_models(settings: BalanceSettings, model: str) -> None:
     named = with_default_tag(parse_model(model))
     if named.path is None:
         return
-    for folder in filter(_holds_embeddings, map(Path, settings.against)):
+    for folder in filter(holds_embeddings, map(Path, settings.against)):
         reference = open_embeddings(folder, settings.keys, settings.npz_array).model
         if reference is None or parse_model(reference.spec).path is None:
             continue
@@ -98,7 +95,7 @@ def open_reference(plan: BalancePlan, name: str) -> Embeddings | EmbedCost:
     """Open the embeddings of a reference; where there are none make them, or in a dry run return what that would cost."""
     settings = plan.settings
     folder = Path(name)
-    if not _holds_embeddings(folder):
+    if not holds_embeddings(folder):
         folder, made = _embed(plan, name)
         if isinstance(made, EmbedCost):
             return made
@@ -108,17 +105,6 @@ def open_reference(plan: BalancePlan, name: str) -> Embeddings | EmbedCost:
     if not plan.context.on_rank0(partial(has_usable_row, reference.rows(Kind.IMAGES))):
         raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Embed again.")
     return reference
-
-
-def _holds_embeddings(folder: Path) -> bool:
-    """Tell whether a folder is one of embeddings, as `open_embeddings` finds them; also where they are unfinished.
-
-    An array beside images is a label of theirs.
-    """
-    if is_claimed(folder, "embed"):
-        return True
-    found = find_rows(folder)
-    return found is not None and not any(path.suffix[1:].lower() in IMAGE_SUFFIXES for path in found.parent.iterdir())
 
 
 def _embed(plan: BalancePlan, data: str) -> tuple[Path, Embedded]:

@@ -53,6 +53,16 @@ def test_ties_at_the_cutoff_all_merge_and_it_is_said(tmp_path: Path) -> None:
     check_keep_list(read_keep(tmp_path), rows)
 
 
+def test_stars_that_miss_the_target_without_ties_are_not_said_to_tie(tmp_path: Path) -> None:
+    rows = np.random.default_rng(43).normal(size=(8, 8))  # the tenth pair turns four stars into two
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+    result, said = balance(tmp_path, write_embeddings(tmp_path / "stars", rows), keep=3 / 8, linkage="star")
+    assert result["kept"] == 2
+    cutoff = f"{result['threshold']:.6g}"
+    assert f"drop several images, as at the cut-off {cutoff}: 2 images are kept, 1 fewer than requested" in said
+    assert "chain" not in said
+
+
 def test_captions_without_a_usable_embedding_come_last_and_are_counted(tmp_path: Path) -> None:
     rows = np.repeat(make_rows(1), 5, axis=0)
     texts = np.stack([rows[0] * np.float16("nan"), rows[0] * 0, -rows[0], rows[0], rows[0]])
