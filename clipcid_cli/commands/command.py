@@ -186,7 +186,7 @@ class _FloatRange(click.FloatRange):
         except click.BadParameter as error:
             number = math.nan
             with suppress(ValueError):
-                number = float(value)
+                number = float(str(value).removesuffix("%"))
             if not (self.min == 0 and self.max == 1 and 2 <= number <= 100):
                 raise
             self.fail(f"{error.message} Did you mean {number / 100:g}?", param, ctx)

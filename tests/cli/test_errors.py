@@ -28,6 +28,7 @@ COMPARE = "eval-zeroshot --compare a.json"
 CASES: tuple[tuple[str, int, str], ...] = (
     ("balance --keep 0", 2, "0.0 is not in the range 0<x<=1"),
     ("balance --keep 56.3", 2, "56.3 is not in the range 0<x<=1. Did you mean 0.563?"),
+    ("balance --keep 56.3%", 2, "'56.3%' is not a valid number. Did you mean 0.563?"),
     ("balance --keep nan", 2, "nan is not in the range 0<x<=1"),
     ("balance --keep 0.5 --embeddings nowhere", 1, "nowhere contains no embeddings"),
     ("balance foreign --keep 0.5 --model model", 1, "foreign holds embeddings, and no images. Name it with"),
