@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -55,12 +55,14 @@ def open_named(settings: ReadingSettings, data: str, index_root: Path | None = N
             caption_keys=settings.caption_key,
         )
     except ClipcidError as error:
-        if not holds_embeddings(Path(data)):
-            raise
-        raise ClipcidError(
-            f"{data} holds embeddings, and no images.",
-            "Name it with --embeddings (balance, cluster, distill), not as the data.",
-        ) from error
+        folder = Path(data)
+        with suppress(OSError, ValueError):  # what is no path: a URL, a command
+            if holds_embeddings(folder) and not _holds_data(folder):
+                raise ClipcidError(
+                    f"{data} holds embeddings, and no images.",
+                    "Name it with --embeddings (balance, cluster, distill), not as the data.",
+                ) from error
+        raise
 
 
 def holds_embeddings(folder: Path) -> bool:
@@ -71,7 +73,11 @@ def holds_embeddings(folder: Path) -> bool:
     if is_claimed(folder, "embed"):
         return True
     found = find_rows(folder)
-    return found is not None and not any(path.suffix[1:].lower() in _OF_DATA for path in found.parent.iterdir())
+    return found is not None and not _holds_data(found.parent)
+
+
+def _holds_data(folder: Path) -> bool:
+    return any(path.suffix[1:].lower() in _OF_DATA for path in folder.iterdir())
 
 
 def note_missing_captions(dataset: Dataset, read: Skips | None = None) -> dict[str, int]:
@@ -138,7 +144,7 @@ def ensure_index(dataset: Dataset, context: DistContext, workers: int) -> Datase
             for _ in ordered_map(lister, numbers, workers if len(numbers) > _FEW_SHARDS else 0):
                 progress.advance()
 
-    with lock_index(folder) if context.is_main else contextlib.nullcontext():
+    with lock_index(folder) if context.is_main else nullcontext():
         missing = context.on_rank0(find_missing)
         context.on_all(lambda: list_all(missing[context.rank :: context.size]))
         return dataset.with_index(context.on_rank0(lambda: _finish(dataset, folder)))

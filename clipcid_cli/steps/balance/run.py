@@ -113,6 +113,8 @@ def _validate_named(settings: BalanceSettings) -> FoundClusters | None:
     for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
         if path is not None:
             validate_writable(path)
+    if settings.write_shards is not None:
+        validate_own(settings.write_shards)
     validate_none_missing(settings)
     return find_cap_clusters(settings)
 
@@ -156,7 +158,6 @@ def _open_data(plan: BalancePlan) -> Dataset | None:
                 raise ClipcidError(
                     f"--write-shards {settings.write_shards} would overwrite the data itself.", "Give another folder."
                 )
-        validate_own(settings.write_shards)
     validate_uids(plan)
     for kind in _kinds_read(settings):
         plan.embeddings.rows(kind)  # refuses those without

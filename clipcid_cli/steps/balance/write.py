@@ -94,7 +94,7 @@ def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
     missed = 0 if settings.keep is None else max(1, round(settings.keep * images)) - kept
     if missed > 0:
         if sets.threshold == 0.0:
-            cause = f"There are more exact copies than images that --keep {settings.keep:g} drops, and all of them are dropped"
+            cause = f"There are more exact copies than --keep {settings.keep:g} would drop, and all of them are dropped"
         elif settings.linkage == "single":
             cause = f"Pairs tie at the cut-off {sets.threshold:.6g}, and all of them merge"
         else:

@@ -45,6 +45,7 @@ def write_shards(plan: BalancePlan, target: Path) -> None:
     """
     data, context = plan.data, plan.context
     assert data is not None  # the plan has opened it
+    context.on_rank0(lambda: validate_own(target))  # again: the search may have taken hours
     spec = OutputSpec(
         target,
         WRITE_SHARDS,

@@ -131,7 +131,7 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
         if settings.text and not _has_captions(dataset):
             place = "put captions next to the images (.txt), or name their place with --caption-key."
             if dataset.kind in ("list", "parquet"):
-                place = "name their column with --caption-column."
+                place = f"name their column with {'--caption-key' if dataset.caption_keys else '--caption-column'}."
             raise ClipcidError(
                 f"{dataset.spec}: none of the samples checked (a shard) has a caption{_name_keys(dataset)}.",
                 f"{without_text}\nOr {place}" if without_text else f"{place[0].upper()}{place[1:]}",

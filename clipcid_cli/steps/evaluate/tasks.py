@@ -160,9 +160,12 @@ def plan_tasks(settings: EvalZeroshotSettings, models: Sequence[ModelName] = ())
     tasks = [_plan_task(data, settings) for data in settings.data] or [_plan_held_out(settings, models)]
     idle = " and ".join(f"--{name}" for name in ("classnames", "templates") if getattr(settings, name) is not None)
     if idle and all(task.kind == RETRIEVAL for task in tasks):
+        other = "give data with classes: a .cls beside each image, a `label` column or a folder per class"
+        if settings.task == RETRIEVAL:
+            other = "--task retrieval"
         raise UsageError(
-            f"{idle} would have no effect: {', '.join(task.name for task in tasks)} is measured by retrieval.",
-            f"Omit {idle}, or give data with classes: a .cls beside each image, a `label` column or a folder per class.",
+            f"{idle} would have no effect: all is measured by retrieval ({', '.join(task.name for task in tasks)}).",
+            f"Omit {idle}, or {other}.",
         )
     return tasks
 

@@ -94,7 +94,10 @@ def test_a_keep_list_that_is_gone_does_not_mean_all_images(
     shutil.copytree(chain, place)
     (place / "clipcid-work/balance/keep.parquet").unlink()
     refused(
-        one_process, place, step, "keep.parquet is missing, which clipcid-work/balance/balance.json says was written."
+        one_process,
+        place,
+        step,
+        "keep.parquet is missing, although clipcid-work/balance/balance.json says it was written.",
     )
     found = one_process(*CLUSTER, "--keep-list", "none", "--overwrite", "--json", cwd=place)
     assert found.json["images"] == 24
