@@ -174,7 +174,7 @@ class Ablation:
         answer = inputs.clipcid(
             "eval-zeroshot", models[0], *sets, *flags[2:], "--bootstrap", 0, "--predictions", "--work", work
         )
-        results = iter(answer["results"])
+        results = iter(answer.get("results", [answer]))  # one alone is the whole answer
         found = []
         for _ in models:
             entry: dict[str, Any] = {"metrics": {}, "items": {}}
