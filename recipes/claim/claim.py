@@ -288,6 +288,10 @@ def tabulate(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     data = entries["data"]
     lines = [*table.head(results), f"## What is kept of {data['pairs']:,} pairs", "", *subset_table(data["subsets"])]
     trained = list(dict.fromkeys(entry["setting"] for entry in results.entries.values()))
+    if all(f"{loss}/random-{PAPER}" in trained for loss in LOSSES):
+        lines += ["## Averaged over the losses: what differs from all pairs", "", *averaged(results, "all")]
+        lines += ["## Averaged over the losses: what differs from as many at random", ""]
+        lines += averaged(results, "random-{share}")
     for loss in LOSSES:
         names = [name for name in trained if name.startswith(f"{loss}/")]
         if f"{loss}/all" in names:
@@ -328,6 +332,21 @@ def compared(results: table.Results, names: Iterable[str], against: str) -> list
             mean = f"{100 * results.mean(name, column):.1f}"
             cells.append(mean if name == against else f"{mean}: {table.signed(results, name, against, column)}")
         lines.append(f"| {' | '.join(cells)} | {reached(entries, float(goal))} |")
+    return [*lines, ""]
+
+
+def averaged(results: table.Results, against: str) -> list[str]:
+    """Return a line for each subset: its differences from another one of the same losses, averaged over these."""
+    lines = [f"| subset | {' | '.join(results.columns)} |", f"|{'---|' * (len(results.columns) + 1)}"]
+    for share in (PLANTED, PAPER):
+        for method in METHODS:
+            other = against.format(share=share)
+            cells = [name := f"{method}-{share}"]
+            for column in results.columns:
+                rows = [results.difference(f"{loss}/{name}", f"{loss}/{other}", column)[0] for loss in LOSSES]
+                cells.append(table.points(np.mean(rows, axis=0)))
+            if name != other:
+                lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
