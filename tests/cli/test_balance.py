@@ -217,12 +217,9 @@ def test_new_shards_replace_no_others(clipcid: Clipcid, torchrun: Clipcid, tiny_
         assert found.getnames() == source.getnames()
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "mine.tar").write_bytes(b"precious")
-    for target, message in (
-        (tiny_shards, "would overwrite the data"),
-        (tmp_path / "foreign", "that --write-shards did not write"),
-    ):
+    for target in (tiny_shards, tmp_path / "foreign"):
         refused = clipcid(*arguments, target, code=1)
-        assert message in refused.said
+        assert "that --write-shards did not write" in refused.said
     assert (tmp_path / "foreign" / "mine.tar").read_bytes() == b"precious"
 
 

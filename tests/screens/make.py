@@ -40,6 +40,10 @@ _VARYING = re.compile(
     r"|\b\d?\d:\d\d(?::\d\d)?\b"  # durations
     rf"|(?<=iterations  ){' *'}{_DIGITS}|(?<=at step ){_DIGITS}|(?<=from step ){_DIGITS}|(?<=images/s: ){_DIGITS}"
 )
+# What a dry run adds where, for a moment, images were decoded more slowly than the model takes them.
+_SLOW_DECODING = re.compile(
+    r"More cores and --workers.*?A\s+mixture\s+is\s+two\s+images\.\n|, bound by decoding", re.DOTALL
+)
 # The last column of a table, images/s, or C; or images/s before the time of single images.
 _LAST_COLUMN = re.compile(rf"(?<=[\d%*] ) *{_DIGITS}(?=$| +[\d.]+ / [\d.]+$)", re.MULTILINE)
 
@@ -78,7 +82,7 @@ def _play(scene: Scene, place: Path, width: int) -> str:
         text += (place / log).read_text(encoding="utf-8")
     text = _HASH.sub(lambda found: "0" * len(found[0]), text.replace(str(place), _FOLDER))
     if not scene.exact:
-        text = _LAST_COLUMN.sub(_hide, _VARYING.sub(_hide, text))
+        text = _LAST_COLUMN.sub(_hide, _VARYING.sub(_hide, _SLOW_DECODING.sub("", text)))
     return f"=== {scene.about}\n$ {scene.command}\n{text.lstrip()}[exit {program.poll()}]\n"
 
 

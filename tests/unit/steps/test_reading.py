@@ -53,7 +53,7 @@ def test_names_of_folders(names: tuple[str, ...], folders: tuple[str, ...], labe
 
 
 def test_another_number_of_names_is_refused() -> None:
-    with pytest.raises(ClipcidError, match=r"3 class names .* 2 folders"):
+    with pytest.raises(ClipcidError, match=r"3 class names .* 2 class folders"):
         match_class_names(("a", "b", "c"), ("n1", "n2"))
 
 
