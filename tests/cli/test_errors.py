@@ -32,6 +32,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("balance --keep nan", 2, "nan is not in the range 0<x<=1"),
     ("balance --keep 0.5 --embeddings nowhere", 1, "nowhere contains no embeddings"),
     ("balance foreign --keep 0.5 --model model", 1, "foreign holds embeddings, and no images. Name it with"),
+    (f"balance {300 * 'x'}.tar --keep 0.5 --model model", 1, "There is no data at"),  # no path can be so long
     ("balance /etc/passwd /etc/hosts /etc/group --keep 0.5", 2, "Got 2 more arguments than DATA, such as /etc/hosts"),
     ("balance a.tar b.tar c.tar --keep 0.5", 2, "Got unexpected extra arguments (b.tar c.tar)"),
     ("balance --keep 0.5 --against-threshold 0.1", 2, "--against-threshold was given without --against"),
