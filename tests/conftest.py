@@ -70,7 +70,7 @@ class Run:
 
     command: tuple[str, ...]
     cwd: Path
-    returncode: int
+    returncode: int | None  # None where it hung
     stdout: str
     stderr: str
 
@@ -83,6 +83,16 @@ class Run:
     def said(self) -> str:
         """All of stderr as one line."""
         return " ".join(self.stderr.split())
+
+    def problems(self) -> list[str]:
+        """Return how it breaks the rules of an exit: a known code, one error of two sentences, no traceback, no bug."""
+        found = [] if self.returncode in (0, 1, 2) else [f"exit {self.returncode}"]
+        for mark in ("Traceback", "bug in clipcid", "Interrupted"):
+            found += [mark] if mark in self.stderr + self.stdout else []
+        errors = [line for line in self.stderr.splitlines() if line.startswith("Error: ")]
+        if len(errors) != (self.returncode in (1, 2)):
+            found.append(f"{len(errors)} errors")
+        return found
 
     def __repr__(self) -> str:
         return (
@@ -415,13 +425,3 @@ def distill_place(distill_prepared: Path, tmp_path: Path) -> Path:
     """The test's own copy of the prepared folder."""
     shutil.copytree(distill_prepared, tmp_path, dirs_exist_ok=True)
     return tmp_path
-
-
-@pytest.fixture(scope="session")
-def one_process() -> Iterator[Any]:
-    """Run command lines one after another in one process, each in a given folder: ``one_process("balance", …, cwd=…)``."""
-    from one_process import OneProcess  # which imports this file
-
-    process = OneProcess(patience=60)
-    yield process
-    process.close()

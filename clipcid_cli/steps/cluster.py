@@ -395,7 +395,7 @@ def _assign(plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor,
     """Write the parts of the table that are not there yet, dealt to the processes."""
     bounds = part_bounds(len(plan.rows))
     mine = range(context.rank, len(bounds), context.size)
-    left = [part for part in mine if not part_path(folder, part).exists()]
+    left = [part for part in mine if load_arrays(part_path(folder, part)) is None]
     centroids_KD = centroids_KD.to(context.device)
     size = _ROWS_AT_ONCE[context.device.type]
     blocks = (

@@ -213,6 +213,7 @@ def test_new_shards_replace_no_others(clipcid: Clipcid, torchrun: Clipcid, tiny_
     assert "out already holds shards, and this run would replace them. Add --overwrite" in refused.said
     assert json.loads((tmp_path / "clipcid-work" / "balance" / "balance.json").read_text()) == result
     clipcid(*changed, "--overwrite")
+    assert "would overwrite the data itself" in clipcid("balance", "out", *changed[2:], "--overwrite", code=1).said
     with tarfile.open(tmp_path / "out" / "00000.tar") as found, tarfile.open(tiny_shards / "00000.tar") as source:
         assert found.getnames() == source.getnames()
     (tmp_path / "foreign").mkdir()

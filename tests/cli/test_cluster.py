@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from balance_data import write_embeddings
 from conftest import Clipcid
+from sidecars import unfinish
 
-from clipcid_cli.formats.results.clusters import open_clusters
+from clipcid_cli.formats.results.clusters import open_clusters, part_path
 
 NUM_ROWS, WIDTH, NUM_CLUSTERS = 900, 48, 40
 KEYS = [f"{row:06d}" for row in range(NUM_ROWS)]
@@ -94,6 +95,16 @@ def test_other_processes_and_products_write_the_same(clipcid: Clipcid, torchrun:
     torchrun(2, *call, "--work", "two")
     one, fp32, two = (hash_outputs(tmp_path / work) for work in ("one", "fp32", "two"))
     assert one == fp32 == two
+
+
+def test_a_damaged_part_of_a_killed_run_is_computed_again(clipcid: Clipcid, embeddings: Path) -> None:
+    command = ("cluster", "--embeddings", embeddings, "--num-clusters", NUM_CLUSTERS)
+    clipcid(*command, cwd=embeddings.parent)
+    work = embeddings.parent / "clipcid-work"
+    expected = hash_outputs(work)
+    part_path(unfinish(work / "clusters", "cluster"), 0).write_bytes(b"half")
+    clipcid(*command, cwd=embeddings.parent)
+    assert hash_outputs(work) == expected
 
 
 def test_centroids_of_some_rows_serve_all(clipcid: Clipcid, embeddings: Path, tmp_path: Path) -> None:

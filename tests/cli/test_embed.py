@@ -201,6 +201,10 @@ def test_dry_run_writes_nothing(clipcid: Clipcid, tiny_shards: Path, tiny_model:
         first = clipcid(step[0], tiny_shards, *step[1:], "--dry-run", "--json")
         assert (first.json["dry_run"], first.json["images"]) == (True, 24)
         assert "There are no embeddings of" in first.stderr
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(make_image(0))
+    told = clipcid("balance", "images", "--model", tiny_model, "--keep", 0.5, "--dry-run").said
+    assert re.search(r"clipcid embed images --model \S+ --no-text", told)
     assert re.search(r"Would embed\s+images +about 24", clipcid("distill", tiny_shards, *step[1:], "--dry-run").stderr)
     assert not (tmp_path / "clipcid-work").exists()
 

@@ -7,10 +7,8 @@ are not.
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from balance_data import make_rows, write_embeddings
-from conftest import TINY_CONFIG, make_image, shard_members, write_class_folders, write_tar, write_tiny_model
-from one_process import OneProcess
+from conftest import (
+    TINY_CONFIG,
+    make_image,
+    run_clipcid,
+    shard_members,
+    write_class_folders,
+    write_tar,
+    write_tiny_model,
+)
 
 DISTILL = "distill --student student.json"
 LINEAR = "eval-linear model --train three --test three"
@@ -68,6 +73,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     (f"{DISTILL} --teacher none --texts names.txt", 2, "Omit --texts."),
     (f"{DISTILL} --teacher none --clusters x", 2, "Omit --clusters."),
     (f"{DISTILL} --preset clip --online-teacher", 2, "no loss of the run needs a teacher"),
+    (f"{DISTILL} pairs --preset clip-kd --online-teacher --work w", 1, "ViT-L-14:laion2b_s32b_b82k"),
     (f"{DISTILL} --preset clip-kd --online-teacher --views stored", 2, "but --online-teacher reads none"),
     (f"{DISTILL} --preset clip-kd --online-teacher --extra-texts 4", 2, "not with --online-teacher"),
     (f"{DISTILL} --preset clip-kd --freeze-text --texts names.txt", 2, "not with --freeze-text"),
@@ -151,13 +157,6 @@ def place(
     return place
 
 
-@pytest.fixture(scope="module")
-def clipcid() -> Iterator[OneProcess]:
-    process = OneProcess(patience=60)
-    yield process
-    process.close()
-
-
 def list_outputs(place: Path) -> set[Path]:
     """List what is there under a name of its own, but for caches: the index of the data, and features of images."""
     found = (path.relative_to(place) for path in place.rglob("*") if path.is_file())
@@ -166,19 +165,18 @@ def list_outputs(place: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize(("line", "code", "sentence"), CASES, ids=[case[0] for case in CASES])
-def test_a_line_is_refused(clipcid: OneProcess, place: Path, line: str, code: int, sentence: str) -> None:
+def test_a_line_is_refused(place: Path, line: str, code: int, sentence: str) -> None:
     before = list_outputs(place)
-    found = clipcid(*shlex.split(line), cwd=place)
-    assert (found.code, found.out, found.problems()) == (code, "", []), found
-    assert sentence in " ".join(found.err.split()), found
+    found = run_clipcid(*shlex.split(line), cwd=place, check=False)
+    assert (found.returncode, found.stdout, found.problems()) == (code, "", []), found
+    assert sentence in found.said, found
     assert list_outputs(place) == before
 
 
-def test_those_that_turn_a_flag_off_are_not_refused(clipcid: OneProcess, place: Path) -> None:
+def test_those_that_turn_a_flag_off_are_not_refused(place: Path) -> None:
     off = "--views none --extra-texts 0 --steps 1 --batch-size 8 --preset clip --report-to wandb --dry-run --json"
-    found = clipcid(*shlex.split(f"{DISTILL} --teacher none {off}"), cwd=place)
-    assert found.code == 0, found
-    assert json.loads(found.out)["steps"] == 1
+    found = run_clipcid(*shlex.split(f"{DISTILL} --teacher none {off}"), cwd=place)
+    assert found.json["steps"] == 1
 
 
 # How each subcommand is told its data.
@@ -225,15 +223,15 @@ def bad(place: Path) -> Path:
 
 @pytest.mark.parametrize("folder", BAD_DATA)
 @pytest.mark.parametrize("line", READERS, ids=[line.partition(" ")[0] for line in READERS])
-def test_bad_data_is_one_error(clipcid: OneProcess, bad: Path, line: str, folder: str) -> None:
+def test_bad_data_is_one_error(bad: Path, line: str, folder: str) -> None:
     word, stays = BAD_DATA[folder]
     work = bad / f"work-{line.partition(' ')[0]}-{folder}"
-    found = clipcid(*line.replace("{}", folder).split(), "--work", work.name, cwd=bad)
+    found = run_clipcid(*line.replace("{}", folder).split(), "--work", work.name, cwd=bad, check=False)
     if folder == "unlabelled" and line.startswith("balance"):  # an image needs no caption to be balanced
-        assert found.code == 0, found
+        assert found.returncode == 0, found
         return
-    assert found.code in (1, 2), found
+    assert found.returncode in (1, 2), found
     assert found.problems() == [], found
-    assert word in found.err, found
+    assert word in found.stderr, found
     assert list_outputs(work) == set()
     assert stays or not work.exists()

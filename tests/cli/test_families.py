@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ import pytest
 from conftest import Clipcid, embed_with_open_clip, make_caption, make_image, run_clipcid, write_classified
 from distill_data import STUDENT
 from families import FAMILIES, write_family
-from one_process import OneProcess
 from safetensors.torch import save_file
 
 import clipcid_cli
@@ -40,14 +38,6 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_shards
     write_classified(folder / "classes")
     run_clipcid("embed", tiny_shards, "--model", tiny_model, cwd=folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def one_process() -> Iterator[OneProcess]:
-    """Run command lines one after another in one process; PyTorch's exporter takes its time."""
-    process = OneProcess(patience=600)
-    yield process
-    process.close()
 
 
 def write_trained(fresh: Path, folder: Path) -> Path:
@@ -82,7 +72,7 @@ def test_the_documentation_names_each_family() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_works_or_is_refused_as_documented(
-    name: str, base: Path, tiny_model: Path, tiny_shards: Path, one_process: OneProcess, tmp_path: Path
+    name: str, base: Path, tiny_model: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
     fresh = write_family(tmp_path / "fresh", FAMILIES[name])
     trained = write_trained(fresh, tmp_path / "trained")
@@ -101,10 +91,10 @@ def test_works_or_is_refused_as_documented(
     said = dict[str, str]()
     documented = read_documented()[name]
     for column, words in commands.items():
-        outcome = one_process(*words, cwd=tmp_path)
+        outcome = run_clipcid(*words, cwd=tmp_path, check=False)
         assert not outcome.problems(), outcome
-        assert (outcome.code == 0) == (documented.get(column, "works") == "works"), outcome
-        said[column] = " ".join(outcome.err.split())
+        assert (outcome.returncode == 0) == (documented.get(column, "works") == "works"), outcome
+        said[column] = outcome.said
     assert f"Both towers start from {trained}." in said["--init-from"]
     assert ("at their full length" in said["learn"]) == (documented["texts without padding"] == "no")
     assert "at their full length" not in said["teach"]

@@ -123,6 +123,11 @@ class _Preprocess(msgspec.Struct):
     mode: Literal["RGB"] = "RGB"
 
 
+class _Configuration(msgspec.Struct):
+    model_cfg: _Architecture
+    preprocess_cfg: _Preprocess | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelName:
     """A model as the user named it, see the module's docstring."""
@@ -217,16 +222,13 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the ``model_cfg`` and ``preprocess_cfg`` of a folder or of such a file; a bare ``model_cfg`` has no other."""
     file = path / CONFIG_NAME if path.is_dir() else path
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        model = content.get("model_cfg", content)
-        preprocess = content.get("preprocess_cfg") or {}
-        msgspec.convert(model, _Architecture)
-        msgspec.convert(preprocess, _Preprocess)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        content = msgspec.convert(json.loads(file.read_text(encoding="utf-8")), dict[str, Any])
+        msgspec.convert(content, _Configuration if "model_cfg" in content else _Architecture)
+    except (OSError, ValueError, RecursionError) as error:
         example = "one of open_clip's own, such as ViT-B-32.json"
         fix = _LOCAL_HINT if path.is_dir() else f"Correct it by {example}: it has embed_dim, vision_cfg and text_cfg."
         raise ClipcidError(f"{file} is not an open_clip configuration: {error}.", fix) from error
-    return model, preprocess
+    return content.get("model_cfg", content), content.get("preprocess_cfg") or {}
 
 
 def read_width(name: ModelName) -> int | None:

@@ -263,8 +263,8 @@ def _choose_recipe(
         )
     each = f" ({batch_size // context.size:,} for each of {context.size} processes)" if context.size > 1 else ""
     reporting.note(
-        f"{samples:,} samples, {steps:,} steps of {batch_size:,}{each}: {steps * batch_size / samples:.1f} epochs, "
-        f"{warmup:,} steps of warm-up; {inputs.held_out.total:,} more samples are held out.\n"
+        f"{samples:,} samples, {steps:,} steps of {batch_size:,}{each}, {warmup:,} of them warm-up: "
+        f"{steps * batch_size / samples:.1f} epochs; {inputs.held_out.total:,} more samples are held out.\n"
         f"Shuffle: {shuffle}"
     )
     if settings.optimizer == "muon":

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_image, write_tar, write_tiny_model
-from one_process import OneProcess
+from conftest import make_image, run_clipcid, write_tar, write_tiny_model
 from safetensors.torch import load_file, save_file
 
 from clipcid_cli.runtime.models.clip_model import LONGEST_TEXT, load_model
@@ -52,9 +51,7 @@ def make_constant(weights: dict[str, torch.Tensor]) -> None:
     weights["text_projection"].zero_()
 
 
-def test_weights_that_are_not_finite_are_refused_by_every_step(
-    one_process: OneProcess, tiny_model: Path, data: Path, tmp_path: Path
-) -> None:
+def test_weights_that_are_not_finite_are_refused_by_every_step(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     model = change_weights(tiny_model, tmp_path / "nan", spoil)
     steps = (
         ("eval-zeroshot", model, data, "--task", "retrieval"),
@@ -63,29 +60,28 @@ def test_weights_that_are_not_finite_are_refused_by_every_step(
         ("export", model, "--format", "open-clip"),
     )
     for arguments in steps:
-        found = one_process(*arguments, cwd=tmp_path)
-        assert found.code == 1, found
+        found = run_clipcid(*arguments, cwd=tmp_path, check=False)
+        assert found.returncode == 1, found
         assert not found.problems(), found
         assert (
             f"Model {model} has weights that are not finite: 1 of the 6,144 entries of visual.conv1.weight."
-            in found.err
+            in found.stderr
         )
     assert not (tmp_path / "clipcid-work" / "eval").exists() or not list(
         (tmp_path / "clipcid-work/eval").glob("*.json")
     )
 
 
-def test_constant_rows_score_as_a_guess(one_process: OneProcess, tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_constant_rows_score_as_a_guess(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     model = change_weights(tiny_model, tmp_path / "constant", make_constant)
-    found = one_process("eval-zeroshot", model, data, "--task", "classification", "--json", cwd=tmp_path)
-    assert found.code == 0, found
+    found = run_clipcid("eval-zeroshot", model, data, "--task", "classification", "--json", cwd=tmp_path)
     assert found.json["metrics"] == {
         "acc1": pytest.approx(1 / CLASSES),
         "acc5": pytest.approx(5 / CLASSES),
         "mean_per_class_recall": pytest.approx(1 / CLASSES),
     }
-    assert "12 of 12 images are equally similar to several classes" in found.err
-    captions = one_process("eval-zeroshot", model, data, "--task", "retrieval", "--json", cwd=tmp_path)
+    assert "12 of 12 images are equally similar to several classes" in found.stderr
+    captions = run_clipcid("eval-zeroshot", model, data, "--task", "retrieval", "--json", cwd=tmp_path)
     assert captions.json["metrics"]["image_retrieval_recall@1"] == pytest.approx(1 / 12)
     assert captions.json["metrics"]["text_retrieval_recall@1"] == pytest.approx(1 / 12)
 

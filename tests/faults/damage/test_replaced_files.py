@@ -9,7 +9,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from one_process import OneProcess
+from conftest import run_clipcid
 from sidecars import edit_sidecar, leave_work, unfinish
 
 from clipcid_cli.formats.embeddings.manifest import read_manifest
@@ -22,13 +22,12 @@ DISTILL = ("distill", "--student", "student.json", "--preset", "cid", *SHORT)
 
 
 @pytest.fixture(scope="module")
-def chain(one_process: OneProcess, distill_prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chain(distill_prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work directory after embed, balance and cluster."""
     folder = tmp_path_factory.mktemp("chain") / "place"
     shutil.copytree(distill_prepared, folder)
     for step in (BALANCE, (*CLUSTER, "--overwrite")):
-        found = one_process(*step, cwd=folder)
-        assert found.code == 0, found
+        run_clipcid(*step, cwd=folder)
     return folder
 
 
@@ -60,56 +59,51 @@ def keep_all(path: Path) -> None:
     ],
 )
 def test_a_changed_file_is_refused_and_the_error_says_what_to_run(
-    one_process: OneProcess, chain: Path, tmp_path: Path, file: str, step: tuple[str, ...]
+    chain: Path, tmp_path: Path, file: str, step: tuple[str, ...]
 ) -> None:
     place = tmp_path / "place"
     shutil.copytree(chain, place)
     flip_bit(place / file)
-    refused(one_process, place, step, f"{file.rpartition('/')[2]} has changed since")
+    refused(place, step, f"{file.rpartition('/')[2]} has changed since")
 
 
-def refused(one_process: OneProcess, place: Path, step: tuple[object, ...], reason: str) -> None:
+def refused(place: Path, step: tuple[object, ...], reason: str) -> None:
     """Run a step that must end with one error, which says the reason and what to run."""
-    found = one_process(*step, cwd=place)
-    assert found.code == 1, found
+    found = run_clipcid(*step, cwd=place, check=False)
+    assert found.returncode == 1, found
     assert not found.problems(), found
-    said = " ".join(found.err.split())
+    said = found.said
     assert reason in said, found
     assert any(way in said for way in ("--overwrite", "searched again", "Remove")), found
 
 
-def test_a_copied_work_directory_is_the_same_one(one_process: OneProcess, chain: Path, tmp_path: Path) -> None:
+def test_a_copied_work_directory_is_the_same_one(chain: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     shutil.copytree(chain, place, copy_function=shutil.copyfile)  # other times
     for step in (BALANCE, ("balance", "--keep", "0.5"), (*CLUSTER, "--overwrite"), DISTILL):
-        found = one_process(*step, cwd=place)
-        assert found.code == 0, found
+        run_clipcid(*step, cwd=place)
 
 
 @pytest.mark.parametrize("step", [(*CLUSTER, "--overwrite"), DISTILL], ids=["cluster", "distill"])
-def test_a_keep_list_that_is_gone_does_not_mean_all_images(
-    one_process: OneProcess, chain: Path, tmp_path: Path, step: tuple[str, ...]
-) -> None:
+def test_a_keep_list_that_is_gone_does_not_mean_all_images(chain: Path, tmp_path: Path, step: tuple[str, ...]) -> None:
     place = tmp_path / "place"
     shutil.copytree(chain, place)
     (place / "clipcid-work/balance/keep.parquet").unlink()
     refused(
-        one_process,
         place,
         step,
         "keep.parquet is missing, although clipcid-work/balance/balance.json says it was written.",
     )
-    found = one_process(*CLUSTER, "--keep-list", "none", "--overwrite", "--json", cwd=place)
+    found = run_clipcid(*CLUSTER, "--keep-list", "none", "--overwrite", "--json", cwd=place)
     assert found.json["images"] == 24
 
 
-def test_an_edited_keep_list_that_is_named_is_taken(one_process: OneProcess, chain: Path, tmp_path: Path) -> None:
+def test_an_edited_keep_list_that_is_named_is_taken(chain: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     shutil.copytree(chain, place)
     keep_all(place / "clipcid-work/balance/keep.parquet")
     named = ("--keep-list", "clipcid-work/balance/keep.parquet")
-    found = one_process(*CLUSTER, *named, "--overwrite", "--json", cwd=place)
-    assert found.code == 0, found
+    found = run_clipcid(*CLUSTER, *named, "--overwrite", "--json", cwd=place)
     assert found.json["images"] == 24
 
 
@@ -117,7 +111,7 @@ def test_an_edited_keep_list_that_is_named_is_taken(one_process: OneProcess, cha
     ("gone", "reason"), [("data/00001.tar", "the data has no image"), ("data", "There is no data at")]
 )
 def test_the_report_is_written_again_once_its_pictures_can_be_read(
-    one_process: OneProcess, chain: Path, tiny_shards: Path, tmp_path: Path, gone: str, reason: str
+    chain: Path, tiny_shards: Path, tmp_path: Path, gone: str, reason: str
 ) -> None:
     place = tmp_path / "place"
     shutil.copytree(tiny_shards, place / "data")
@@ -126,11 +120,10 @@ def test_the_report_is_written_again_once_its_pictures_can_be_read(
     (place / gone).rename(tmp_path / "aside")
 
     def balance() -> tuple[str, dict[str, Any], int]:
-        found = one_process(*BALANCE, cwd=place)
-        assert found.code == 0, found
+        found = run_clipcid(*BALANCE, cwd=place)
         folder = place / "clipcid-work/balance"
         recorded = json.loads((folder / "balance.json").read_text())["pictures"]
-        return " ".join(found.err.split()), recorded, (folder / "report.html").read_text().count("data:image/webp")
+        return found.said, recorded, (folder / "report.html").read_text().count("data:image/webp")
 
     said, without, num_without = balance()
     missing = len(without["unread"])
@@ -146,63 +139,56 @@ def test_the_report_is_written_again_once_its_pictures_can_be_read(
     assert "already holds this result" in balance()[0]
 
 
-def test_an_edited_index_is_refused_until_it_is_removed(one_process: OneProcess, chain: Path, tmp_path: Path) -> None:
+def test_an_edited_index_is_refused_until_it_is_removed(chain: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     shutil.copytree(chain, place)
     (path,) = (each for each in (place / "clipcid-work/index").glob("*/*.arrow") if b"000001" in each.read_bytes())
     path.write_bytes(path.read_bytes().replace(b"000001", b"999999", 1))
     reason = f"{path.name} is missing, edited, damaged, or of another version of its shard."
-    refused(one_process, place, DISTILL, reason)
+    refused(place, DISTILL, reason)
     shutil.rmtree(path.parent)
-    assert one_process(*DISTILL, cwd=place).code == 0
+    run_clipcid(*DISTILL, cwd=place)
 
 
-def test_a_replaced_student_is_refused_unless_it_is_named(one_process: OneProcess, chain: Path, tmp_path: Path) -> None:
+def test_a_replaced_student_is_refused_unless_it_is_named(chain: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     shutil.copytree(chain, place)
-    assert one_process(*DISTILL, "--name", "small", cwd=place).code == 0
+    run_clipcid(*DISTILL, "--name", "small", cwd=place)
     student = place / "clipcid-work/distill/small/student"
     weights = bytearray((student / "open_clip_model.safetensors").read_bytes())
     weights[-4:] = bytes(4)
     (student / "open_clip_model.safetensors").write_bytes(weights)
     for step in (("eval-zeroshot",), ("export",), (*DISTILL, "--name", "small")):
-        refused(one_process, place, step, "open_clip_model.safetensors has changed since")
-    found = one_process("export", student, "--out", "named", "--dry-run", cwd=place)
-    assert found.code == 0, found
+        refused(place, step, "open_clip_model.safetensors has changed since")
+    run_clipcid("export", student, "--out", "named", "--dry-run", cwd=place)
 
 
-def test_edited_metrics_are_refused_and_removed_ones_made_again(
-    one_process: OneProcess, chain: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_edited_metrics_are_refused_and_removed_ones_made_again(chain: Path, tiny_model: Path, tmp_path: Path) -> None:
     data, _ = _sources(chain)
     call = ("eval-zeroshot", tiny_model, data, "--task", "retrieval", "--predictions", "--bootstrap", "10")
-    first = one_process(*call, "--json", cwd=tmp_path)
-    assert first.code == 0, first
+    first = run_clipcid(*call, "--json", cwd=tmp_path)
     path, rows = (tmp_path / first.json["files"][name] for name in ("metrics", "predictions"))
     compare = ("eval-zeroshot", "--compare", path, path)
-    assert one_process(*compare, cwd=tmp_path).code == 0
+    run_clipcid(*compare, cwd=tmp_path)
     written = path.read_bytes()
     for changed, content in ((path, written.replace(b"0.", b"1.", 1)), (rows, rows.read_bytes()[:-1] + b"X")):
         before = changed.read_bytes()
         changed.write_bytes(content)
         for step in (call, compare):
-            refused(one_process, tmp_path, step, f"{changed.name} has changed since")
+            refused(tmp_path, step, f"{changed.name} has changed since")
         changed.write_bytes(before)
     path.unlink()
-    again = one_process(*call, "--json", cwd=tmp_path)
-    assert again.code == 0, again
+    again = run_clipcid(*call, "--json", cwd=tmp_path)
     assert again.json["metrics"] == first.json["metrics"]
     assert path.read_bytes() == written
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"\0" * 1000])
-def test_a_resumed_embed_makes_a_damaged_shard_again(
-    one_process: OneProcess, chain: Path, tmp_path: Path, content: bytes
-) -> None:
+def test_a_resumed_embed_makes_a_damaged_shard_again(chain: Path, tmp_path: Path, content: bytes) -> None:
     """The state of a run that was killed after its last shard: a work folder with records of its shards, no sidecar."""
     data, model = _sources(chain)
     command = ("embed", data, "--model", model, "--out", "rows", "--json")
-    assert one_process(*command, cwd=tmp_path).code == 0
+    run_clipcid(*command, cwd=tmp_path)
     folder = tmp_path / "rows"
     whole = (folder / "img_emb/img_emb_0000.npy").read_bytes()
     work = unfinish(folder, "embed")
@@ -212,13 +198,12 @@ def test_a_resumed_embed_makes_a_damaged_shard_again(
     for name in ("img_emb", "text_emb", "metadata"):
         (folder / name).rename(work / name)
     (work / "img_emb/img_emb_0000.npy").write_bytes(content)
-    found = one_process(*command, cwd=tmp_path)
-    assert found.code == 0, found
-    assert "1 of 2 shards are already embedded" in found.err
+    found = run_clipcid(*command, cwd=tmp_path)
+    assert "1 of 2 shards are already embedded" in found.stderr
     assert (folder / "img_emb/img_emb_0000.npy").read_bytes() == whole
     # What a run leaves which is killed right after its sidecar is removed by the next.
     leave_work(folder, "embed")
-    assert one_process(*command, cwd=tmp_path).code == 0
+    run_clipcid(*command, cwd=tmp_path)
     assert not [path for path in folder.glob(".*") if path.suffix != ".lock"]
 
 

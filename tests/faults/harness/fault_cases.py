@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from conftest import Run
 from fault_child import break_clock, count_operations, pause, tell_when_ready
 from fault_disks import can_mount, heed_permissions, limit_file_sizes, limit_room, set_read_only
 from fault_place import Result, Site, Step, read_tree
@@ -26,7 +27,6 @@ from fault_processes import (
     run_rank_kill,
     run_worker_kill,
 )
-from one_process import Outcome
 
 from clipcid_cli.formats.embeddings.manifest import all_files, read_manifest
 
@@ -62,10 +62,10 @@ class Fault:
     needs_mount: bool = False
 
 
-def killed_problems(found: Outcome) -> list[str]:
+def killed_problems(found: Run) -> list[str]:
     """Return what a run said that must not have said anything but its progress."""
-    problems = [] if found.code in (-9, 0) else [f"exit {found.code}"]
-    problems += [mark for mark in ("Traceback", "bug in clipcid", "Error: ") if mark in found.err]
+    problems = [] if found.returncode in (-9, 0) else [f"exit {found.returncode}"]
+    problems += [mark for mark in ("Traceback", "bug in clipcid", "Error: ") if mark in found.stderr]
     return [f"killed: {', '.join(problems)}{found!r}"] if problems else []
 
 
@@ -78,23 +78,23 @@ def run_kill(site: Site, step: Step, case: tuple[int, bool]) -> Result:
     """Kill a run at a file operation, then give the command again."""
     found = site.run(step, functools.partial(count_operations, site.log, *case))
     problems = killed_problems(found) + site.find_half(step)
-    return Result(found.code, problems + site.check_again(step), found.code == -9)
+    return Result(found.returncode, problems + site.check_again(step), found.returncode == -9)
 
 
-def refused_problems(site: Site, step: Step, found: Outcome) -> list[str]:
+def refused_problems(site: Site, step: Step, found: Run) -> list[str]:
     """Return what is wrong with a run that could not do its work: one error, or a whole result where it could after all."""
     problems = [f"refused: {', '.join(found.problems())}{found!r}"] if found.problems() else []
-    if found.code == 1:
-        _, _, error = found.err.rpartition("Error: ")
+    if found.returncode == 1:
+        _, _, error = found.stderr.rpartition("Error: ")
         problems += [] if len(error.strip().splitlines()) >= 2 else [f"no fix: {found!r}"]
         return problems + site.find_half(step)
     return problems or site.compare(step)
 
 
-def unnamed_problems(found: Outcome, name: str) -> list[str]:
+def unnamed_problems(found: Run, name: str) -> list[str]:
     """Return what is wrong where an error names neither a file nor its folder; one in the place itself has no folder."""
     path = Path(name)
-    named = found.code != 1 or any(str(part) in found.err for part in (path, path.parent) if part != Path())
+    named = found.returncode != 1 or any(str(part) in found.stderr for part in (path, path.parent) if part != Path())
     return [] if named or path == Path() else [f"{name} is not named{found!r}"]
 
 
@@ -113,7 +113,7 @@ def run_full_disk(site: Site, step: Step, room: int) -> Result:
         found = site.run(step)
         problems = refused_problems(site, step, found)
         limit_room(site.place, None)
-        return Result(found.code, problems + site.check_again(step), found.code == 1)
+        return Result(found.returncode, problems + site.check_again(step), found.returncode == 1)
 
 
 def list_sizes(site: Site, step: Step, chance: random.Random) -> list[int]:
@@ -130,9 +130,9 @@ def run_limited_sizes(site: Site, step: Step, size: int) -> Result:
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     found = site.run(step, functools.partial(limit_file_sizes, size, pipe))
-    found = dataclasses.replace(found, err=found.err + os.read(reader, 1 << 16).decode())
+    found = dataclasses.replace(found, stderr=found.stderr + os.read(reader, 1 << 16).decode())
     os.close(reader)
-    return Result(found.code, refused_problems(site, step, found) + site.check_again(step), found.code == 1)
+    return Result(found.returncode, refused_problems(site, step, found) + site.check_again(step), found.returncode == 1)
 
 
 def list_read_only(site: Site, step: Step, chance: random.Random) -> list[str]:
@@ -146,13 +146,15 @@ def run_read_only(site: Site, step: Step, case: str) -> Result:
         set_read_only(site.place, True)
         found = site.run(step)
         set_read_only(site.place, False)
-        return Result(found.code, refused_problems(site, step, found) + site.check_again(step), found.code == 1)
+        return Result(
+            found.returncode, refused_problems(site, step, found) + site.check_again(step), found.returncode == 1
+        )
 
 
-def is_told(found: Outcome, name: str) -> bool:
+def is_told(found: Run, name: str) -> bool:
     """Tell whether a run warned that its result lacks something because of a file, and then succeeded."""
-    _, warning, text = "".join(found.err.split()).partition("warning:Thereport")
-    return found.code == 0 and bool(warning) and Path(name).name in text
+    _, warning, text = "".join(found.stderr.split()).partition("warning:Thereport")
+    return found.returncode == 0 and bool(warning) and Path(name).name in text
 
 
 def list_permissions(site: Site, step: Step, chance: random.Random) -> list[str]:
@@ -170,11 +172,11 @@ def run_without_permission(site: Site, step: Step, name: str) -> Result:
     return judge_unusable(site, step, found, name)
 
 
-def judge_unusable(site: Site, step: Step, found: Outcome, name: str) -> Result:
+def judge_unusable(site: Site, step: Step, found: Run, name: str) -> Result:
     """Judge a run that could not use a file, and give the command again with the file in order."""
     told = is_told(found, name)
     problems = found.problems() if told else refused_problems(site, step, found) + unnamed_problems(found, name)
-    return Result(found.code, problems + site.check_again(step), told or found.code == 1)
+    return Result(found.returncode, problems + site.check_again(step), told or found.returncode == 1)
 
 
 def list_recorded(site: Site, step: Step, chance: random.Random) -> list[str]:
@@ -214,7 +216,7 @@ def run_folder_in_place(site: Site, step: Step, name: str) -> Result:
     problems = refused_problems(site, step, found) + unnamed_problems(found, name)
     if path.is_dir():
         path.rmdir()
-    return Result(found.code, problems + site.check_again(step), found.code == 1)
+    return Result(found.returncode, problems + site.check_again(step), found.returncode == 1)
 
 
 def list_moments(site: Site, step: Step, chance: random.Random) -> list[tuple[int, float]]:
@@ -235,17 +237,17 @@ def run_signal(site: Site, step: Step, case: tuple[int, float]) -> Result:
     began = time.monotonic()
     found = site.finish(step, started)
     problems = []
-    if found.code not in (0, 128 + number):
-        problems.append(f"exit {found.code}{found!r}")
+    if found.returncode not in (0, 128 + number):
+        problems.append(f"exit {found.returncode}{found!r}")
     said = f"{_INTERRUPTED}." if step.name == "export" else _CONTINUES  # an export begins anew
     # A line of progress may still come before the end.
-    if found.code and not any(line.startswith(said) for line in found.err.splitlines()):
+    if found.returncode and not any(line.startswith(said) for line in found.stderr.splitlines()):
         problems.append(f"it did not say that it was interrupted{found!r}")
-    problems += [f"{mark}{found!r}" for mark in ("Traceback", "bug in clipcid", "Error: ") if mark in found.err]
+    problems += [f"{mark}{found!r}" for mark in ("Traceback", "bug in clipcid", "Error: ") if mark in found.stderr]
     if time.monotonic() - began > _PROMPT:
         problems.append(f"it took {time.monotonic() - began:.1f} s to end")
     problems += site.find_half(step) + site.check_again(step)
-    return Result(found.code, problems, found.code != 0)
+    return Result(found.returncode, problems, found.returncode != 0)
 
 
 def list_clocks(site: Site, step: Step, chance: random.Random) -> list[tuple[int, float, float, float]]:
@@ -264,7 +266,7 @@ def run_wrong_clock(site: Site, step: Step, case: tuple[int, float, float, float
     problems = killed_problems(found) + site.find_half(step)
     problems += site.check_again(step, functools.partial(break_clock, later, -0.5, site.log))
     problems = [text for text in problems if not _TIMES_OF_FILES.fullmatch(text)]
-    return Result(found.code, problems, found.code == -9)
+    return Result(found.returncode, problems, found.returncode == -9)
 
 
 def run_delayed(site: Site, step: Step, number: int) -> Result:
@@ -279,11 +281,11 @@ def run_delayed(site: Site, step: Step, number: int) -> Result:
     found = [site.run(step), site.finish(step, first, site.patience(step))]
     problems = []
     for outcome in found:
-        if outcome.problems() or (outcome.code == 1 and "Another run" not in outcome.err):
+        if outcome.problems() or (outcome.returncode == 1 and "Another run" not in outcome.stderr):
             problems.append(f"{outcome.problems()}{outcome!r}")
-    if all(outcome.code for outcome in found):
+    if all(outcome.returncode for outcome in found):
         problems.append(f"neither of the two runs succeeded{found!r}")
-    return Result(found[0].code, problems + site.check_again(step), reached)
+    return Result(found[0].returncode, problems + site.check_again(step), reached)
 
 
 def list_operations(site: Site, step: Step, chance: random.Random) -> list[int]:

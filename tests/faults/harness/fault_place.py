@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 
 import forks
 import pyarrow.parquet as pq
-from conftest import write_inputs
+from conftest import Run, write_inputs
 from fault_child import count_operations, read_operations
 from fault_disks import own_disk
-from one_process import Outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +99,7 @@ class Site:
             began = time.monotonic()
             found = self.run(step, functools.partial(count_operations, self.log))
             self.seconds[step.name] = time.monotonic() - began
-            assert found.code == 0, found
+            assert found.returncode == 0, found
             self.operations[step.name] = read_operations(self.log)
             self.expected[step.name] = read_tree(self.place)
             shutil.copytree(self.place, self.root / f"before-{step.name}", symlinks=True)
@@ -119,15 +118,15 @@ class Site:
         everywhere = forks.clean_environment() | {"CLIPCID_WORKERS": "0", "CLIPCID_DEVICE": "cpu"}
         return forks.start(step.command, self.place, everywhere | environment, hook=hook)
 
-    def finish(self, step: Step, started: forks.Started, more: float = 0.0) -> Outcome:
+    def finish(self, step: Step, started: forks.Started, more: float = 0.0) -> Run:
         """Wait for the end of a step; one that takes much longer than it should hangs, which is no exit code."""
         try:
             code = started.wait(self.patience(step) + more)
         except subprocess.TimeoutExpired:
             code = None
-        return Outcome(step.command, code, *started.read())
+        return Run(step.command, self.place, code, *started.read())
 
-    def run(self, step: Step, hook: Hook | None = None) -> Outcome:
+    def run(self, step: Step, hook: Hook | None = None) -> Run:
         """Run a step in the place to its end."""
         return self.finish(step, self.start(step, hook))
 
@@ -150,7 +149,7 @@ class Site:
     def check_again(self, step: Step, hook: Hook | None = None) -> list[str]:
         """Give the command once more, and return what is not as if nothing had happened."""
         found = self.run(step, hook)
-        if found.code != 0 or found.problems():
+        if found.returncode != 0 or found.problems():
             return [f"given again: {', '.join(found.problems())}{found!r}"]
         return self.compare(step)
 

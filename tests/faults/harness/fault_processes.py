@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import free_port
+from conftest import Run, free_port
 from fault_child import count_operations, read_operations
 from fault_place import Result, Site, Step, read_tree
-from one_process import Outcome
 
 _DECODING = ("embed", "distill", "eval-zeroshot", "eval-linear")
 _BY_RANKS = ("embed", "balance", "balance, partitioned", "balance, new shards", "cluster", "distill")
@@ -40,7 +39,7 @@ def run_rank_kill(site: Site, step: Step, case: tuple[int, float]) -> Result:
     rank, part = case
     name = f"{step.name} by two"
 
-    def run(killed: int | None = None, number: int = 0) -> list[Outcome]:
+    def run(killed: int | None = None, number: int = 0) -> list[Run]:
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_WORLD_SIZE": "2"}
         ranks = []
         for each in range(2):
@@ -69,7 +68,7 @@ def run_host_kill(site: Site, step: Step, case: tuple[int, float]) -> Result:
     host, delay = case
     name = f"{step.name} by two hosts"
 
-    def run(killed: int | None = None) -> list[Outcome]:
+    def run(killed: int | None = None) -> list[Run]:
         before = set(site.place.rglob("*"))
         port = free_port()
         agents = [_start_agent(site, step, each, port) for each in range(2)]
@@ -85,7 +84,7 @@ def run_host_kill(site: Site, step: Step, case: tuple[int, float]) -> Result:
         _expect(site, step, name, run)
     found = run(host)
     left = found[1 - host]  # beside its own words there are torchrun's
-    problems = [] if left.code in (0, 1) and "bug in clipcid" not in left.err else [f"exit {left.code}, or a bug"]
+    problems = [] if left.returncode in (0, 1) and "bug in clipcid" not in left.stderr else [repr(left)]
     return _judge(site, step, name, found, host, problems, run)
 
 
@@ -111,17 +110,17 @@ def run_worker_kill(site: Site, step: Step, delay: float) -> Result:
             reached = True
     found = site.finish(step, started, 30)
     problems = found.problems()
-    if found.code and "A decoding process ended" not in found.err:
+    if found.returncode and "A decoding process ended" not in found.stderr:
         problems.append("it does not say that a process has ended")
     problems += site.find_half(step)
     problems = ([*problems, repr(found)] if problems else []) + site.check_again(step)
-    return Result(found.code, problems, reached)
+    return Result(found.returncode, problems, reached)
 
 
-def _expect(site: Site, step: Step, name: str, run: Callable[[], list[Outcome]]) -> None:
+def _expect(site: Site, step: Step, name: str, run: Callable[[], list[Run]]) -> None:
     """Remember what an undisturbed run of two leaves."""
     whole = run()
-    assert [found.code for found in whole] == [0, 0], whole
+    assert [found.returncode for found in whole] == [0, 0], whole
     site.expected[name] = read_tree(site.place)
     site.reset(step)
 
@@ -130,22 +129,22 @@ def _judge(
     site: Site,
     step: Step,
     name: str,
-    found: list[Outcome],
+    found: list[Run],
     killed: int,
     problems: list[str],
-    run: Callable[[], list[Outcome]],
+    run: Callable[[], list[Run]],
 ) -> Result:
     """Judge two of which one was killed, add what is wrong with the one that is left, and give the command to both again."""
     left = found[1 - killed]
-    reached = found[killed].code == -signal.SIGKILL
+    reached = found[killed].returncode == -signal.SIGKILL
     if not reached:
         problems = []
-    elif left.code and "Another process of the run has ended" not in left.err:
+    elif left.returncode and "Another process of the run has ended" not in left.stderr:
         problems = [*problems, "it does not say that a process has ended"]
     problems += site.find_half(step, name) if reached else []
-    problems += [f"given again: exit {outcome.code}{outcome!r}" for outcome in run() if outcome.code != 0]
+    problems += [f"given again: exit {outcome.returncode}{outcome!r}" for outcome in run() if outcome.returncode != 0]
     problems += site.compare(step, name)
-    return Result(left.code, [*problems, repr(found)] if problems else [], reached)
+    return Result(left.returncode, [*problems, repr(found)] if problems else [], reached)
 
 
 def _log_of(site: Site, rank: int) -> Path:
@@ -166,13 +165,13 @@ def _start_agent(site: Site, step: Step, host: int, port: str) -> subprocess.Pop
     )
 
 
-def _finish_agent(step: Step, agent: subprocess.Popen[str]) -> Outcome:
+def _finish_agent(step: Step, agent: subprocess.Popen[str]) -> Run:
     try:
         out, err = agent.communicate(timeout=_PATIENCE)
     except subprocess.TimeoutExpired:
         _kill_all(agent)
-        return Outcome(step.command, None, *agent.communicate())
-    return Outcome(step.command, agent.returncode, out, err)
+        return Run(step.command, Path(), None, *agent.communicate())
+    return Run(step.command, Path(), agent.returncode, out, err)
 
 
 def _kill_all(agent: subprocess.Popen[str]) -> None:

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 from balance_data import make_rows, write_embeddings
+from conftest import Run
 from fault_cases import FAULTS, Fault, killed_problems
 from fault_child import hasten, read_operations
 from fault_disks import can_mount
 from fault_place import STEPS, Site, Step, read_tree
-from one_process import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +102,9 @@ def test_losses_are_noticed(tmp_path: Path) -> None:
     (site.place / ".stray.partial").touch()
     assert sorted(site.compare(step)) == ["left over: .stray.partial", "missing: gone.npy", "other bytes: half.npy"]
     assert site.find_half(step) == ["half under its final name: half.npy"]
-    assert killed_problems(Outcome((), -9, "", "Embedding")) == []
-    assert killed_problems(Outcome((), -9, "", "Traceback (most recent call last)"))
-    assert killed_problems(Outcome((), None, "", ""))
+    assert killed_problems(Run((), Path(), -9, "", "Embedding")) == []
+    assert killed_problems(Run((), Path(), -9, "", "Traceback (most recent call last)"))
+    assert killed_problems(Run((), Path(), None, "", ""))
 
 
 def test_cluster_continues_after_its_last_iteration(tmp_path: Path) -> None:
@@ -114,13 +114,13 @@ def test_cluster_continues_after_its_last_iteration(tmp_path: Path) -> None:
     write_embeddings(site.place / "rows", make_rows(2_000, 64, noise=2.0), num_files=1)
     arguments = ("cluster", "--num-clusters", "32", "--iterations", "4", "--embeddings", "rows", "--work")
     whole, broken = (Step(work, (*arguments, work)) for work in ("whole", "broken"))
-    assert site.run(whole, functools.partial(hasten, site.log)).code == 0
+    assert site.run(whole, functools.partial(hasten, site.log)).returncode == 0
     operations = read_operations(site.log)
     saves = [n for n, line in enumerate(operations) if line.startswith("replace") and "/..progress.npz." in line]
-    assert site.run(broken, functools.partial(hasten, site.log, saves[1])).code == -9
+    assert site.run(broken, functools.partial(hasten, site.log, saves[1])).returncode == -9
     again = site.run(broken)
-    assert again.code == 0, again
-    assert "Resuming after 2 iterations" in again.err
+    assert again.returncode == 0, again
+    assert "Resuming after 2 iterations" in again.stderr
     found, expected = (read_tree(site.place / step.name / "clusters") for step in (broken, whole))
     for name in ("centroids.npy", "clusters.parquet"):
         assert found[name] == expected[name], name

@@ -141,6 +141,30 @@ def test_the_nearest_is_that_of_a_float64_product(
         assert bool((found.others_B >= cosines[:, 1]).all())
 
 
+@pytest.mark.parametrize("given", ["exact", "less"])
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_known_centroid_counts_with_the_similarity_that_is_given(
+    case: str, dtype: torch.dtype, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nearest, "_PRODUCT_CENTROIDS", {"cpu": 256})
+    rows, centroids = make_case(case)
+    exact = rows.double() @ centroids.double().T
+    number = torch.arange(len(rows)) * 7 % len(centroids)
+    number[::3] = exact[::3].argmax(dim=1)
+    number[1::3] = len(centroids) - 1 - torch.arange(len(rows))[1::3] % 2 * (len(centroids) // 2)
+    cosine = exact.gather(1, number[:, None])[:, 0] - (0.01 if given == "less" else 0.0)
+    expected, numbers = torch.sort(
+        exact.scatter(1, number[:, None], cosine[:, None]), dim=1, descending=True, stable=True
+    )
+    search = NearestCentroid(centroids, dtype)
+    found = search.of(make_block(np.arange(len(rows)), rows, dtype), known=Found(number, cosine, cosine))
+    assert torch.equal(found.number_B, numbers[:, 0])
+    assert torch.equal(found.cosine_B, expected[:, 0])
+    if len(centroids) > 1:
+        assert bool((found.others_B >= expected[:, 1]).all())
+
+
 @pytest.mark.parametrize("with_faiss", [True, False])
 @pytest.mark.parametrize(("m", "all_exact"), [(1, False), (2, True), (16, False), (16, True)])
 @pytest.mark.parametrize("case", CASES)

@@ -19,6 +19,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import arrays, parquet
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance import chunks, partition
+from clipcid_cli.steps.balance import cost as costs
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 
 FILES = ("keep.parquet", "forest.parquet", "curve.csv", "sets.parquet")
@@ -76,7 +77,7 @@ def test_another_keep_ratio_reuses_the_forest_and_a_smaller_one_extends_it(tmp_p
     assert read_outputs(work) == read_outputs(tmp_path / "fresh")
 
 
-def test_a_dry_run_states_pairs_memory_and_time(tmp_path: Path) -> None:
+def test_a_dry_run_states_pairs_memory_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_embeddings(tmp_path / "e", make_rows(300))
     result, said = balance(tmp_path / "w", folder, keep=0.5, dry_run=True)
     assert (result["images"], result["pairs"]) == (300, 300 * 299 // 2)
@@ -89,6 +90,9 @@ def test_a_dry_run_states_pairs_memory_and_time(tmp_path: Path) -> None:
     for cost in (parts["exact"], parts["partitioned"]):
         assert cost["pairs"] > 0
         assert 0.0 < cost["seconds"] < 60.0
+    monkeypatch.setattr(costs, "_measure", lambda plan, scan: (1000.0, 3.0, None))  # seconds a row, and a pair
+    result, _ = balance(tmp_path / "w", folder, keep=0.5, dry_run=True)
+    assert result["seconds"] == 3.0 * (300 * 299 // 2 + 300 * 300) + 1000.0 * 2 * 300  # the cut-off is found first
     assert not (tmp_path / "w").exists()
 
 
