@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -216,6 +217,11 @@ def test_new_shards_replace_no_others(clipcid: Clipcid, torchrun: Clipcid, tiny_
     assert "would overwrite the data itself" in clipcid("balance", "out", *changed[2:], "--overwrite", code=1).said
     with tarfile.open(tmp_path / "out" / "00000.tar") as found, tarfile.open(tiny_shards / "00000.tar") as source:
         assert found.getnames() == source.getnames()
+    shutil.copytree(tiny_shards, tmp_path / "fewer")
+    write_tar(tmp_path / "fewer" / "00001.tar", shard_members(14, 9))
+    refused = clipcid("balance", "fewer", *changed[2:-1], "less", code=1)
+    assert "fewer/00001.tar holds 9 of its 10 samples to keep, and 9 samples in total" in refused.said
+    assert not list(tmp_path.glob("less/0*"))
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "mine.tar").write_bytes(b"precious")
     for target in (tiny_shards, tmp_path / "foreign"):

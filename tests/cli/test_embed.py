@@ -6,6 +6,7 @@ import hashlib
 import io
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,9 @@ def test_bytes_do_not_depend_on_workers_or_processes(
 ) -> None:
     expected = hash_rows(embedded.cwd / "clipcid-work" / "embeddings" / "tiny")
     command = ["embed", tiny_shards, "--model", tiny_model, "--precision", "fp32", "--batch-size", 8, "--json"]
-    clipcid(*command, "--workers", 2, "--out", "workers")
+    began = time.monotonic()
+    seconds = clipcid(*command, "--workers", 2, "--out", "workers").json["seconds"]
+    assert 0 < sum(seconds.values()) < time.monotonic() - began
     together = [*torchrun_command(2), *map(str, command), "--out", "two-processes"]
     assert run_command(together, tmp_path, True, 300, None).json["images"] == 24
     assert hash_rows(tmp_path / "workers") == hash_rows(tmp_path / "two-processes") == expected

@@ -188,6 +188,7 @@ def test_parity_is_measured_and_told(exported: Exported) -> None:
     card = (folder / "README.md").read_text()
     assert card.startswith('---\nlicense: "cc0-1.0"\nlibrary_name: open_clip\n')
     assert "| Teacher | unknown |" in card
+    assert "| Embedding width | 32 |" in card
     assert "| `classifier_int8.onnx` |" in card
 
 

@@ -112,9 +112,10 @@ def test_benchmark_folder(tmp_path: Path) -> None:
     (tmp_path / "7.tar").unlink()
     with pytest.raises(ClipcidError, match=r"should contain 11 shards .* 1 are missing, first 7\.tar"):
         open_dataset(tmp_path)
-    (tmp_path / "nshards.txt").write_text("many")
-    with pytest.raises(ClipcidError, match="not a number of shards"):
-        open_dataset(tmp_path)
+    for content in (b"many", b"\xff"):
+        (tmp_path / "nshards.txt").write_bytes(content)
+        with pytest.raises(ClipcidError, match="not a number of shards"):
+            open_dataset(tmp_path)
 
 
 def test_image_folder_with_captions(tmp_path: Path) -> None:
