@@ -155,7 +155,11 @@ def run_clipcid(
     """Run a command line to its end, as `start_clipcid` starts it; with `check`, another exit code fails the test."""
     command = ("clipcid", *map(str, arguments)) if processes == 1 else (f"{processes} × clipcid", *map(str, arguments))
     started = start_clipcid(*arguments, cwd=cwd, env=env, processes=processes)
-    return _finish(Run(command, cwd, started.wait(timeout), *started.read()), check, code)
+    try:
+        ended = started.wait(timeout)
+    except subprocess.TimeoutExpired:
+        ended = None
+    return _finish(Run(command, cwd, ended, *started.read()), check, code)
 
 
 @contextlib.contextmanager

@@ -392,7 +392,7 @@ def _train(plan: ClusterPlan, context: DistContext, progress: Path) -> LloydStat
 
 
 def _assign(plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor, folder: Path) -> None:
-    """Write the parts of the table that are not there yet, dealt to the processes."""
+    """Write the parts of the table that are not there yet, or damaged, dealt to the processes."""
     bounds = part_bounds(len(plan.rows))
     mine = range(context.rank, len(bounds), context.size)
     left = [part for part in mine if load_arrays(part_path(folder, part)) is None]

@@ -1,8 +1,7 @@
 """What a command line is refused with: exit code, sentence, and nothing written.
 
-The most common of these errors are among the screens, word for word. All lines run in one process, since loading PyTorch
-takes longer than most of them, in one folder: with a model, data, embeddings and clusters that are in order, and some that
-are not.
+The most common of these errors are among the screens, word for word. All lines run in one folder: with a model, data,
+embeddings and clusters that are in order, and some that are not.
 """
 
 from __future__ import annotations

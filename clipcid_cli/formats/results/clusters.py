@@ -162,8 +162,9 @@ def join_parts(folder: Path, bounds: list[tuple[int, int]], keys: Callable[[int,
         table = stack.enter_context(atomic_file(folder / CLUSTERS))
         writer = stack.enter_context(pq.ParquetWriter(table, _SCHEMA, compression="zstd"))
         for number, (first, last) in enumerate(bounds):
-            part = load_arrays(part_path(folder, number))
-            assert part is not None, number
+            part = load_arrays(path := part_path(folder, number))
+            if part is None:
+                raise ClipcidError(f"{path} cannot be read.", "Run the same command again.")
             columns = [keys(first, last), part["top_clusters"][:, 0], part.pop("similarity")]
             writer.write_table(pa.table(columns, schema=_SCHEMA))
             for name, rows in part.items():

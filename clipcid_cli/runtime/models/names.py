@@ -223,12 +223,13 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     file = path / CONFIG_NAME if path.is_dir() else path
     try:
         content = msgspec.convert(json.loads(file.read_text(encoding="utf-8")), dict[str, Any])
-        msgspec.convert(content, _Configuration if "model_cfg" in content else _Architecture)
+        content = content if "model_cfg" in content else {"model_cfg": content}
+        msgspec.convert(content, _Configuration)
     except (OSError, ValueError, RecursionError) as error:
         example = "one of open_clip's own, such as ViT-B-32.json"
         fix = _LOCAL_HINT if path.is_dir() else f"Correct it by {example}: it has embed_dim, vision_cfg and text_cfg."
         raise ClipcidError(f"{file} is not an open_clip configuration: {error}.", fix) from error
-    return content.get("model_cfg", content), content.get("preprocess_cfg") or {}
+    return content["model_cfg"], content.get("preprocess_cfg") or {}
 
 
 def read_width(name: ModelName) -> int | None:

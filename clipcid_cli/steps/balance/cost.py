@@ -90,8 +90,8 @@ def _estimate(plan: BalancePlan, references: list[Embeddings | EmbedCost]) -> Ba
         against.append(ReferenceCost(name, rows, made is not None, embed_seconds, compared.pairs, compared.seconds))
 
     other_rows = sum(each.rows for each in against)
-    in_panels = searched * (1.0 if settings.neighbors == "exact" else 1.0 + _VISITS)
-    cached = min(CACHE_BYTES, bytes_an_entry(scan) * width * round(max(in_panels, other_rows)))
+    in_panels = searched if settings.neighbors == "exact" else round((1.0 + _VISITS) * searched)
+    cached = min(CACHE_BYTES, bytes_an_entry(scan) * width * max(in_panels, other_rows))
     an_image = _BYTES_OF_LISTS + _BYTES_OF_NUMBER * ((captions is not None) + (clusters is not None))
     an_image += _BYTES_OF_REFERENCE * (len(references) + 1 if references else 0)
     disk = images * an_image + sum(made.bytes for made in to_embed if made is not None)

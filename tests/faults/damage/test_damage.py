@@ -193,7 +193,7 @@ def test_damage(whole: Path, tmp_path: Path, name: str, numbers: range) -> None:
         place = tmp_path / "place"
         shutil.copytree(whole, place, copy_function=os.link, symlinks=True)
         done = damage(place, target, chance)
-        found = run_clipcid(*target.command, cwd=place, check=False)
+        found = run_clipcid(*target.command, cwd=place, check=False, timeout=60)
         problems = found.problems()
         problems += [f"left {path.name}" for path in place.rglob("*.partial")]
         if problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def test_reads_folders(tiny_model: Path, tmp_path: Path) -> None:
     assert parse_model(str(student)).slug == "run-7-student"
 
 
-def test_unknown_names_are_told_what_is_close_and_what_else_works(tmp_path: Path) -> None:
+def test_unknown_names_are_told_what_is_close_and_what_else_works(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ClipcidError, match="no architecture ViT-L-15") as raised:
         parse_model("ViT-L-15")
     assert "ViT-L-14" in raised.value.fix
@@ -62,6 +63,12 @@ def test_unknown_names_are_told_what_is_close_and_what_else_works(tmp_path: Path
     with pytest.raises(ClipcidError, match="is not an open_clip configuration") as caught:
         read_config(tmp_path / "student.json")
     assert "weights" not in caught.value.fix
+    bare = json.loads((tiny_model / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "student.json").write_text(json.dumps(bare))
+    assert read_config(tmp_path / "student.json") == (bare, {})
+    (tmp_path / "student.json").write_text(json.dumps(bare | {"embed_dim": 0}))
+    with pytest.raises(ClipcidError, match=r"Expected `int` >= 1 - at `\$\.model_cfg\.embed_dim`"):
+        read_config(tmp_path / "student.json")
 
 
 def test_a_teacher_needs_weights(tmp_path: Path, tiny_model: Path) -> None:
