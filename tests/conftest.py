@@ -116,19 +116,21 @@ def torchrun_command(processes: int) -> list[str]:
     return [*launcher, "--nproc-per-node", str(processes), "-m", "clipcid_cli"]
 
 
-def run_command(command: list[str], cwd: Path, check: bool, timeout: float, environment: dict[str, str] | None) -> Run:
-    """Run a command to its end; with `check`, a non-zero exit fails the test and shows everything."""
+def run_command(
+    command: list[str], cwd: Path, check: bool, timeout: float, environment: dict[str, str] | None, **streams: Any
+) -> Run:
+    """Run a command, its streams captured unless given; with `check`, a non-zero exit fails the test and shows all."""
+    captured = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     done = subprocess.run(
         command,
         cwd=cwd,
         env=_command_environment(command, environment),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
+        **(captured | streams),
     )
-    return _finish(Run(tuple(command), cwd, done.returncode, done.stdout, done.stderr), check)
+    return _finish(Run(tuple(command), cwd, done.returncode, done.stdout or "", done.stderr or ""), check)
 
 
 def start_clipcid(
@@ -255,8 +257,8 @@ def torchrun(tmp_path: Path) -> Clipcid:
 def binary(tmp_path: Path) -> Clipcid:
     """Run the installed binary, as a user does: where what happens while Python starts and ends is tested, too."""
 
-    def call(*arguments: object, check: bool = True, env: dict[str, str] | None = None) -> Run:
-        return run_command([*clipcid_command(), *map(str, arguments)], tmp_path, check, 300, env)
+    def call(*arguments: object, check: bool = True, env: dict[str, str] | None = None, **streams: Any) -> Run:
+        return run_command([*clipcid_command(), *map(str, arguments)], tmp_path, check, 300, env, **streams)
 
     return call
 

@@ -11,10 +11,10 @@ import resource
 import shlex
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import click
 import forks
@@ -67,10 +67,16 @@ def lead_workers() -> None:
     put(*_INVOKE, sleep_in_workers)
 
 
-def write_to_nobody(*_: object) -> None:
+def open_broken_pipe() -> IO[bytes]:
+    """Open a pipe that nobody reads, to write to."""
     reader, writer = os.pipe()
     os.close(reader)
-    os.write(writer, b"x")
+    return open(writer, "wb", buffering=0)
+
+
+def write_to_nobody(*_: object) -> None:
+    with open_broken_pipe() as pipe:
+        pipe.write(b"x")
 
 
 def meet(fate: str) -> None:
@@ -172,47 +178,27 @@ def test_an_odd_environment_is_a_usage_error(clipcid: Clipcid, name: str, value:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's device of a full disk")
 @pytest.mark.parametrize("arguments", [["--help"], ["balance", "--json", "--keep", "2"]])
-def test_a_full_disk_behind_stdout_is_no_traceback(arguments: list[str], tmp_path: Path) -> None:
+def test_a_full_disk_behind_stdout_is_no_traceback(arguments: list[str], binary: Clipcid) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [*clipcid_command(), *arguments],
-            cwd=tmp_path,
-            env=clean_environment(),
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-    assert done.returncode in (1, 2)
-    assert not [mark for mark in ("Traceback", "Exception ignored", "bug") if mark in done.stderr], done.stderr
+        run = binary(*arguments, check=False, stdout=full)
+    assert run.returncode in (1, 2), run
+    assert not [mark for mark in ("Traceback", "Exception ignored", "bug") if mark in run.stderr], run
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["balance", "--json", "--keep", "0.5"], ["balance", "--keep", "2"]])
-def test_a_program_that_nobody_reads_ends_as_others_do(arguments: list[str], tmp_path: Path) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(
-        [*clipcid_command(), *arguments],
-        cwd=tmp_path,
-        env=clean_environment(),
-        stdout=writer,
-        stderr=writer if "--json" in arguments else subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    os.close(writer)
+def test_a_program_that_nobody_reads_ends_as_others_do(arguments: list[str], binary: Clipcid) -> None:
+    with open_broken_pipe() as pipe:
+        streams = {"stdout": pipe, "stderr": pipe} if "--json" in arguments else {"stdout": pipe}
+        run = binary(*arguments, check=False, **streams)
     # An error is written to stderr, and its code stays; nothing was to be written to stdout.
-    assert done.returncode == {"--help": 141, "balance": 1 if "--json" in arguments else 2}[arguments[0]]
-    assert done.stderr in ("", None) or arguments[-1] == "2"
+    assert run.returncode == {"--help": 141, "balance": 1 if "--json" in arguments else 2}[arguments[0]], run
+    assert not run.stderr or arguments[-1] == "2", run
 
 
-def test_a_run_whose_notes_nobody_reads_ends_likewise(tiny_model: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [*clipcid_command(), "embed", str(tiny_shards), "--model", str(tiny_model)]
-    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), stderr=writer, check=False)
-    os.close(writer)
-    assert done.returncode == 141
+def test_a_run_whose_notes_nobody_reads_ends_likewise(binary: Clipcid, tiny_model: Path, tiny_shards: Path) -> None:
+    with open_broken_pipe() as pipe:
+        run = binary("embed", tiny_shards, "--model", tiny_model, "--workers", 1, check=False, stderr=pipe)
+    assert run.returncode == 141, run
 
 
 @pytest.mark.parametrize(
