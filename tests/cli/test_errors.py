@@ -172,6 +172,13 @@ def test_a_line_is_refused(place: Path, line: str, code: int, sentence: str) -> 
     assert list_outputs(place) == before
 
 
+@pytest.mark.parametrize(("line", "code"), {(line.split()[0], code): (line, code) for line, code, _ in CASES}.values())
+def test_an_error_of_each_code_of_each_command_is_told_as_json(place: Path, line: str, code: int) -> None:
+    before = list_outputs(place)
+    assert run_clipcid(*shlex.split(line), "--json", cwd=place, code=code).json.keys() == {"error", "fix"}
+    assert list_outputs(place) == before
+
+
 def test_those_that_turn_a_flag_off_are_not_refused(place: Path) -> None:
     off = "--views none --extra-texts 0 --steps 1 --batch-size 8 --preset clip --report-to wandb --dry-run --json"
     found = run_clipcid(*shlex.split(f"{DISTILL} --teacher none {off}"), cwd=place)
