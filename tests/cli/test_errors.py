@@ -6,6 +6,7 @@ embeddings and clusters that are in order, and some that are not.
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -44,6 +45,19 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("balance --keep 0.5 --max-per-cluster 3 --select medoid", 2, "--select medoid chooses one image of a set"),
     ("balance --keep 0.5 --clusters x", 2, "--clusters was given without --max-per-cluster"),
     ("balance --keep 0.5 --write-pairs p.txt", 2, "neither a .parquet nor a .csv file"),
+    # Said before the embeddings are looked for.
+    ("balance --keep 0.5 --embeddings nowhere --write-keys pairs", 1, "Could not write pairs"),
+    ("balance --keep 0.5 --embeddings nowhere --write-pairs names.txt/in.csv", 1, "Could not write names.txt/in.csv"),
+    ("balance --keep 0.5 --embeddings nowhere --write-uids names.txt/in/it.csv", 1, "Could not write names.txt/in/it"),
+    ("balance --config pipe.toml", 2, "not a file"),
+    ("balance --config pairs", 2, "not a file"),
+    (
+        "balance --config outside.toml",
+        2,
+        "keep is outside the tables. Write it below the name of its command, e.g. [balance].",
+    ),
+    ("embed pairs --model damaged --work w", 1, "could not be loaded"),
+    ("embed pairs --model student.json --work w", 1, "without weights"),
     ("embed untitled.csv --model model --work w", 1, "Or name their column with --caption-column."),
     ("cluster --embeddings foreign --features joint --work w", 1, "needs text embeddings"),
     ("cluster --embeddings foreign --keep-list nobody.parquet --work w", 1, "Nothing is left to cluster"),
@@ -68,6 +82,11 @@ CASES: tuple[tuple[str, int, str], ...] = (
     (f"{DISTILL} --batch-size 8 --accum-freq 3", 2, "multiple"),
     (f"{DISTILL} --init-from nowhere/", 1, "nowhere"),
     (f"{DISTILL} --teacher ViT-L-99 --embeddings no/rows", 1, "Model ViT-L-99"),
+    (
+        f"{DISTILL} pairs --teacher ViT-B-32 --embeddings foreign",
+        1,
+        "foreign have width 32; those of the teacher ViT-B-32:laion2b_s34b_b79k have 512",
+    ),
     (f"{DISTILL} --teacher none --views stored", 2, "no loss of the run needs a teacher"),
     (f"{DISTILL} --teacher none --texts names.txt", 2, "Omit --texts."),
     (f"{DISTILL} --teacher none --clusters x", 2, "Omit --clusters."),
@@ -100,6 +119,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     (f"{COMPARE} b.json --predictions", 2, "--predictions has no effect with --compare"),
     (f"{COMPARE} b.json --model x --templates simple", 2, "--model, --templates have no effect with --compare"),
     (f"{COMPARE} b.json --precision bf16", 2, "--precision has no effect"),
+    ("eval-linear --config single.toml", 2, "There is no data to evaluate on"),  # a single value stands for a list
     ("eval-linear test", 2, "--train and --test are missing. test was read as the model"),
     ("eval-linear model --train three", 2, "--test is missing"),
     ("eval-linear model --train two --test three", 1, "1 classes that"),
@@ -111,6 +131,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     (f"{LINEAR} --knn '10;20'", 2, "--knn is '10;20'"),
     (f"{LINEAR} --knn 3,97", 1, "--knn 97: there are only 18 training images"),
     (f"{LINEAR} --metric mean_average_precision", 2, "an image has one class"),
+    ("export --config single.toml", 1, "No model was named"),
     ("export model --data nowhere --dry-run", 1, "nowhere"),
     ("export nowhere/model", 1, "no architecture nowhere/model"),
     ("export damaged", 1, "could not be loaded"),
@@ -138,6 +159,9 @@ def place(
     (place / "model").symlink_to(tiny_model)
     (place / "pairs").symlink_to(tiny_shards)
     (place / "names.txt").write_text("cat\ndog\n")
+    os.mkfifo(place / "pipe.toml")
+    (place / "outside.toml").write_text("keep = 0.5\n")
+    (place / "single.toml").write_text('[eval-linear]\nshots = 4\n[export]\nformat = "onnx"\n')
     write_embeddings(place / "foreign", make_rows(40))
     keys = [f"{row:06d}" for row in range(40)]
     pq.write_table(pa.table({"key": keys, "kept": np.zeros(40, bool)}), place / "nobody.parquet")

@@ -53,20 +53,6 @@ def test_a_variable_of_no_flag_is_a_usage_error(clipcid: Clipcid) -> None:
     assert "Did you mean CLIPCID_BALANCE_KEEP?" in run.stderr
 
 
-@pytest.mark.parametrize(
-    ("written", "said"),
-    [
-        ("keep = 0.5", "keep is outside the tables. Write it below the name of its command, e.g. [balance]."),
-        ("[eval_zeroshot]", "[eval_zeroshot] is not a command. Did you mean [eval-zeroshot]?"),
-        ("[distill]\nstudent = ViT-B-32", "texts in quotes, and switches as true or false"),
-    ],
-)
-def test_what_is_wrong_in_a_configuration_is_said(clipcid: Clipcid, tmp_path: Path, written: str, said: str) -> None:
-    (tmp_path / "c.toml").write_text(written)
-    run = clipcid("balance", "--config", "c.toml", code=2)
-    assert said in run.said
-
-
 def test_an_empty_request_for_completions_is_none(clipcid: Clipcid) -> None:
     assert clipcid("--version", env={"_CLIPCID_COMPLETE": ""}).stdout.count("clipcid, version") == 1
 

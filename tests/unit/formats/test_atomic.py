@@ -18,7 +18,7 @@ from conftest import limited, process_context
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped, spool_arrays
 from clipcid_cli.formats.embeddings.rows import create_copy
-from clipcid_cli.formats.files import atomic_file, write_json, write_npy, write_text
+from clipcid_cli.formats.files import atomic_file, validate_writable, write_json, write_npy, write_text
 
 INT64 = np.dtype(np.int64)
 NUMBERS = np.arange(2000, dtype=np.int32)
@@ -36,6 +36,11 @@ def test_the_old_file_survives_a_failed_write(tmp_path: Path) -> None:
         write_npy(path, np.array([{}], dtype=object))
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file.json"]
+
+
+def test_a_file_may_go_to_folders_that_are_still_to_be_made(tmp_path: Path) -> None:
+    validate_writable(tmp_path / "a" / "b" / "c.txt")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_full_disk_is_one_clear_error_and_one_about_another_file_is_left_alone(tmp_path: Path) -> None:

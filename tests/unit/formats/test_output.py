@@ -87,6 +87,13 @@ def test_a_folder_or_a_broken_link_in_the_place_of_a_lock_is_one_error(tmp_path:
     assert found.value.fix
 
 
+def test_another_run_is_refused_by_the_number_of_its_process(tmp_path: Path) -> None:
+    refused = pytest.raises(ClipcidError, match=rf"^Another run \(process {os.getpid()}\) is writing to {tmp_path}\.")
+    with open_it(tmp_path), refused as found, open_it(tmp_path, elsewhere="--out"):
+        pytest.fail("it was locked")
+    assert found.value.fix == "Wait for it, stop it, or write elsewhere (--out)."
+
+
 def test_a_step_that_does_not_resume_leaves_nothing_unfinished(tmp_path: Path) -> None:
     begin(tmp_path, resumes=False)
     assert left(tmp_path) == set()

@@ -16,6 +16,7 @@ from clipcid_cli.runtime.models.names import (
     known_architectures,
     parse_model,
     read_config,
+    read_width,
     with_default_tag,
 )
 from clipcid_cli.runtime.pipeline import ordered_map
@@ -48,6 +49,10 @@ def test_reads_folders(tiny_model: Path, tmp_path: Path) -> None:
     (student / "open_clip_config.json").write_text(config.read_text())
     assert parse_model(str(student)).kind == "config"
     assert parse_model(str(student)).slug == "run-7-student"
+
+
+def test_the_width_is_known_without_weights(tiny_model: Path) -> None:
+    assert [read_width(parse_model(name)) for name in (str(tiny_model), "ViT-L-14", "hf-hub:a/b")] == [32, 768, None]
 
 
 def test_unknown_names_are_told_what_is_close_and_what_else_works(tiny_model: Path, tmp_path: Path) -> None:
