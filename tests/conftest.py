@@ -350,14 +350,16 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
     return path
 
 
-def shard_members(first: int, count: int, *, captions: bool = True) -> list[tuple[str, bytes]]:
-    """Make the members of a shard: image, caption and attributes of `count` samples."""
+def shard_members(first: int, count: int, *, captions: bool = True, classes: int = 0) -> list[tuple[str, bytes]]:
+    """Make the members of a shard: image, caption, attributes and, where there are classes, the class of `count` samples."""
     members: list[tuple[str, bytes]] = []
     for number in range(first, first + count):
         members.append((f"{number:06d}.png", make_image(number)))
         if captions:
             members.append((f"{number:06d}.txt", make_caption(number).encode()))
         members.append((f"{number:06d}.json", json.dumps({"number": number}).encode()))
+        if classes:
+            members.append((f"{number:06d}.cls", str(number % classes).encode()))
     return members
 
 
@@ -393,12 +395,7 @@ def write_inputs(folder: Path) -> None:
 
 def write_classified(folder: Path) -> None:
     """Write a tar of 12 images of three classes, and the classes' names."""
-    members = [
-        member
-        for number in range(12)
-        for member in ((f"{number}.png", make_image(number)), (f"{number}.cls", str(number % 3).encode()))
-    ]
-    write_tar(folder / "0.tar", members)
+    write_tar(folder / "0.tar", shard_members(0, 12, captions=False, classes=3))
     (folder / "classnames.txt").write_text("one\ntwo\nthree\n")
 
 

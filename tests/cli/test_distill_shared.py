@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Clipcid, make_image, run_in_two, start_clipcid, write_benchmark
+from conftest import Clipcid, run_in_two, shard_members, start_clipcid, write_benchmark
 from distill_data import FULL_PRESETS, SHORT, losses, student_bytes, train
 from safetensors.torch import load_file
 
@@ -53,9 +53,7 @@ def whole(distill_prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def tiny_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of two classes as CLIP_benchmark lays it out."""
-    members = []
-    for number in range(6):
-        members += [(f"{number}.png", make_image(number)), (f"{number}.cls", str(number % 2).encode())]
+    members = shard_members(0, 6, captions=False, classes=2)
     classnames = "dark\nzebra\n"  # no caption has a zebra
     return write_benchmark(tmp_path_factory.mktemp("benchmark") / "shades", "test", members, classnames=classnames)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_image, write_tar
+from conftest import shard_members, write_tar
 from distill_data import losses
 from simulation import KINDS, run_all, total
 
@@ -122,10 +122,7 @@ def evaluated(
     """Embeddings in three number formats beside a CPU's, and the evaluations of the tiny model on both devices."""
     place = tmp_path_factory.mktemp("evaluated")
     for split, first in (("train", 0), ("test", 40)):
-        members: list[tuple[str, bytes]] = []
-        for number in range(first, first + 40):
-            members += [(f"{number:04d}.png", make_image(number)), (f"{number:04d}.cls", str(number % 4).encode())]
-        write_tar(place / "labeled" / split / "00000.tar", members)
+        write_tar(place / "labeled" / split / "00000.tar", shard_members(first, 40, captions=False, classes=4))
     (place / "names.txt").write_text("red\ngreen\nblue\npale\n")
     commands: list[tuple[object, ...]] = []
     for device, precision in (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "bf16"), ("cuda", "fp16")):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_image, run_clipcid, write_tar, write_tiny_model
+from conftest import run_clipcid, shard_members, write_tar, write_tiny_model
 from safetensors.torch import load_file, save_file
 
 from clipcid_cli.runtime.models.clip_model import LONGEST_TEXT, load_model
@@ -19,16 +19,7 @@ CLASSES = 6
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve images with a caption each, of six classes."""
     folder = tmp_path_factory.mktemp("data")
-    members = [
-        member
-        for number in range(12)
-        for member in (
-            (f"{number:03d}.png", make_image(number)),
-            (f"{number:03d}.txt", f"drawing {number}".encode()),
-            (f"{number:03d}.cls", str(number % CLASSES).encode()),
-        )
-    ]
-    write_tar(folder / "0.tar", members)
+    write_tar(folder / "0.tar", shard_members(0, 12, classes=CLASSES))
     (folder / "classnames.txt").write_text("".join(f"class {number}\n" for number in range(CLASSES)))
     return folder
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from balance_data import heard
-from conftest import make_image, write_class_folders, write_tar
+from conftest import make_image, shard_members, write_class_folders, write_tar
 from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
@@ -123,10 +123,7 @@ def test_images_that_cannot_be_read_are_counted_named_and_limited(model: ClipMod
 
 
 def test_8_bits_need_classes_and_images(model: ClipModel, drawings: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    members = [
-        (f"{number}{end}", data) for number in range(4) for end, data in ((".png", make_image(number)), (".cls", b"1"))
-    ]
-    unnamed = collect(model, write_tar(tmp_path / "0.tar", members))
+    unnamed = collect(model, write_tar(tmp_path / "0.tar", shard_members(0, 4, captions=False, classes=2)))
     validate_measurable(unnamed, ExportSettings(format=("onnx",), quantize=("fp16",)))
     with pytest.raises(ClipcidError, match=r"neither captions nor names of classes in .*0\.tar") as caught:
         validate_measurable(unnamed, ExportSettings(format=("onnx",), quantize=("int8",)))
