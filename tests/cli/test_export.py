@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,28 @@ def test_encoders_compute_what_the_model_does(exported: Exported) -> None:
     assert package not in (folder / "image_encoder.onnx").read_bytes(), "the file must not name paths of its machine"
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("", 1e-3), ("_fp16", 1e-2), ("_int8", 0.3)])
+def test_encoders_of_8_bits_compute_nearly_what_the_model_does(exported: Exported) -> None:
+    image_rows, _ = ask(exported.folder / "image_encoder_int8.onnx", pixel_values=exported.pixels.numpy())
+    (text_rows,) = ask(exported.folder / "text_encoder_int8.onnx", input_ids=exported.tokens.numpy())
+    for found, rows in ((image_rows, exported.image_rows), (text_rows, exported.text_rows)):
+        assert (found * rows.numpy()).sum(axis=1).min() > 0.99
+
+
+def test_transformers_computes_what_the_model_does(exported: Exported) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own
+        from transformers import CLIPModel, CLIPProcessor
+
+        model = CLIPModel.from_pretrained(exported.folder).eval()
+        processor = CLIPProcessor.from_pretrained(exported.folder)
+        given = processor(text=exported.texts, images=exported.images, return_tensors="pt", padding="max_length")
+        with torch.no_grad():
+            found = model(**given)
+    np.testing.assert_allclose(found.image_embeds, exported.image_rows, atol=1e-3)  # of pixels made by another library
+    np.testing.assert_allclose(found.text_embeds, exported.text_rows, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("", 1e-4), ("_fp16", 1e-2), ("_int8", 0.3)])
 def test_a_classifier_gives_the_probabilities_of_the_model(exported: Exported, kind: str, tolerance: float) -> None:
     file = exported.folder / f"classifier{kind}.onnx"
     onnx.checker.check_model(onnx.load(file), full_check=True)
