@@ -14,7 +14,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -124,15 +124,16 @@ def atomic_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            if shared:
-                stack.enter_context(lock(partial))
-            stack.callback(partial.unlink, missing_ok=True)
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-                partial.replace(path)
+        with lock(partial) if shared else nullcontext():
+            try:
+                with partial.open("wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                    partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)  # not once it is renamed: the next process may have made its own
+                raise
     except BaseException as error:
         refusal = _find_refusal(error)
         if refusal is not None and refusal.filename in (None, *map(str, (path, partial, *path.parents))):

@@ -59,8 +59,8 @@ def progress(label: str, total: float | None, unit: str) -> AbstractContextManag
 
 
 def format_duration(seconds: float) -> str:
-    """Print a time as a person would: 8 s, 12 min, 3.4 h, 5.2 days."""
-    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
+    """Print a time as a person would: 8 s, 12 min, 3.4 h, 5.2 days, 120 days."""
+    for limit, unit, name in ((99.5, 1, "s"), (5_970, 60, "min"), (172_800, 3600, "h"), (8_596_800, 86_400, "days")):
         if seconds < limit:
             return f"{seconds / unit:.2g} {name}"
-    return f"{seconds / 86_400:.2g} days"
+    return f"{seconds / 86_400:,.0f} days"

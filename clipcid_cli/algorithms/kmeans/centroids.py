@@ -26,14 +26,21 @@ import numpy.typing as npt
 import torch
 
 from clipcid_cli.algorithms.near.block import ACCUMULATION_UNIT
-from clipcid_cli.algorithms.near.exact import DoubleArray, HalfArray, IntArray, ReadRows, fold_sum, root, round_to_grid
+from clipcid_cli.algorithms.near.exact import (
+    LONGEST_UNIT_ROW,
+    DoubleArray,
+    HalfArray,
+    IntArray,
+    ReadRows,
+    fold_sum,
+    root,
+    round_to_grid,
+)
 
 PLUS_PLUS_CLUSTERS = 512
 PLUS_PLUS_ROWS_PER_CLUSTER = 16
 # Distances are integers in these units.
 _UNIT = 2.0**30
-# Of a float16 unit row.
-_LONGEST = 1.01
 # Covers the rounding of weights and bounds to float32.
 _SLACK = 2.0**-20
 # Rows added to sums at once: on a CPU their float64 copies stay near the caches.
@@ -143,8 +150,8 @@ def spread_out(rows_SD: torch.Tensor, num_clusters: int, random: np.random.Gener
         return distance_LP.masked_fill_(chosen_L[:, None] == others_P, 0)
 
     # A chosen row's distance to itself counts as 0, even if a longer one is nearer by its product.
-    about_SS = (rows_SD.float() @ rows_SD.float().T).fill_diagonal_(_LONGEST**2)
-    nearer = 1.0 - (rows_SD.shape[1] * ACCUMULATION_UNIT * _LONGEST**2 + _SLACK)
+    about_SS = (rows_SD.float() @ rows_SD.float().T).fill_diagonal_(LONGEST_UNIT_ROW**2)
+    nearer = 1.0 - (rows_SD.shape[1] * ACCUMULATION_UNIT * LONGEST_UNIT_ROW**2 + _SLACK)
     num_trials = 2 + int(math.log(num_clusters))
     chosen = [int(random.integers(len(rows_SD)))]
     weight_S = distances(torch.tensor(chosen), torch.arange(len(rows_SD)))[0]

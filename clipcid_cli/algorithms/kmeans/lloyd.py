@@ -58,7 +58,7 @@ from clipcid_cli.algorithms.kmeans.centroids import (
 )
 from clipcid_cli.algorithms.kmeans.coarse import CoarseCentroids, CoarseRows, are_local
 from clipcid_cli.algorithms.near.block import Block, make_block
-from clipcid_cli.algorithms.near.exact import DoubleArray, IntArray, exact_dots, fold_sum, root
+from clipcid_cli.algorithms.near.exact import LONGEST_UNIT_ROW, DoubleArray, IntArray, exact_dots, fold_sum, root
 from clipcid_cli.algorithms.near.nearest import PRODUCT_ROWS, Found, NearestCentroid
 
 # Rows read and prepared at once. On a CPU a run is computed by a thread, which is 1.3 times as fast as all threads on each
@@ -78,8 +78,7 @@ _ONE_LOOSE_IN = 6
 _LOOSENESS = 16.0
 _LEAST_REST = 0.3
 
-# Bounds: the longest row, as unit ones are rounded to float16; the part θ; what covers the rounding of the movements.
-_LONGEST_ROW = 1.01
+# Bounds: the part θ; what covers the rounding of the movements.
 _SHARE_OF_GAP = 0.5
 _ROUNDED_UP = 1 + 1e-9
 
@@ -388,7 +387,7 @@ class CentroidDrift:
 
     @classmethod
     def of(cls, distances_K: torch.Tensor) -> CentroidDrift:
-        reach_K, order_K = torch.sort(distances_K * (_LONGEST_ROW * _ROUNDED_UP), descending=True, stable=True)
+        reach_K, order_K = torch.sort(distances_K * (LONGEST_UNIT_ROW * _ROUNDED_UP), descending=True, stable=True)
         return cls(order_K, distances_K > 0, torch.cat([reach_K, torch.full_like(reach_K[:1], -torch.inf)]))
 
     def leading(self, before_B: torch.Tensor, now_B: torch.Tensor, others_B: torch.Tensor) -> torch.Tensor:

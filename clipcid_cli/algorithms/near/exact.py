@@ -35,8 +35,9 @@ ROUNDING_MARGIN = 2.0**-22
 # Values of unit rows that are rounded are integers over this.
 _GRID = 2.0**24
 
-# Longest row for which the sums above are exact; unit rows rounded to float16 are within 1e-3 of length 1.
+# Longest row for which the sums above are exact, and longest unit row once it is rounded: to float16, within 1e-3 of 1.
 LONGEST_ROW = 2.0
+LONGEST_UNIT_ROW = 1.01
 
 # Gathering and multiplying one pair costs as much as this many entries of a float64 matrix product (measured on two cores:
 # 0.8 million pairs a second against 91 million entries); it only chooses between two ways to the same bits. A search of

@@ -40,7 +40,7 @@ from clipcid_cli.algorithms.near.block import (
     rounded_error,
     score_dtype,
 )
-from clipcid_cli.algorithms.near.exact import exact_dots
+from clipcid_cli.algorithms.near.exact import LONGEST_UNIT_ROW, exact_dots
 
 # Rows and centroids of one product: on a CPU its scores stay near the caches, a GPU needs more work at a time.
 PRODUCT_ROWS = {"cpu": 1024, "cuda": 16_384}
@@ -57,8 +57,6 @@ _NONE = torch.iinfo(torch.int64).max
 
 # More centroids than asked for, so that the m-th is told from the first that is not proposed: each makes the search slower.
 _SPARE = 3
-# Of rows and centroids: unit vectors, rounded. Its square covers terms of second order in the rounding as well.
-_LONGEST = 1.01
 # s − e and s + e are rounded to float32.
 _SLACK = 2.0**-23
 
@@ -243,7 +241,7 @@ def top_nearest(
     k = min(num_centroids, m + _SPARE)
     score_Bk, found_Bk = _propose(wide_BD, centroids_KD, k)
     unit = 2.0**-24 if wide_BD.device.type == "cpu" else ACCUMULATION_UNIT
-    error = wide_BD.shape[1] * unit * _LONGEST**2 + _SLACK
+    error = wide_BD.shape[1] * unit * LONGEST_UNIT_ROW**2 + _SLACK
     open_B = score_Bk[:, m - 1] - score_Bk[:, -1] <= 2 * error
     if k == num_centroids:
         open_B = torch.zeros_like(open_B)

@@ -30,15 +30,13 @@ import torch
 
 from clipcid_cli.algorithms.near.block import read_stored
 from clipcid_cli.algorithms.near.cutoff import Neighbours
-from clipcid_cli.algorithms.near.exact import IntArray, ReadRows, exact_dots, root, squared_lengths
+from clipcid_cli.algorithms.near.exact import LONGEST_UNIT_ROW, IntArray, ReadRows, exact_dots, root, squared_lengths
 from clipcid_cli.algorithms.near.nearest import top_nearest
 
 # How many of a row's nearest centroids are looked at first. Of 20,000 synthetic rows of width 512 in 1,200 partitions, 173
 # have more that they may visit. These are multiplied with all, so many values at once.
 _NEAREST = 16
 _VALUES_AT_ONCE = 2**22
-# No two centroids are farther apart: their lengths are at most 1.01, as for those that are searched.
-_FARTHEST = 2.02
 # Similarities but the first are only known to float16.
 _SLACK = 2.0**-10
 # Rows whose neighbours determine the margin, and how many neighbours each.
@@ -92,7 +90,7 @@ class Partitions:
         """
         m = min(_NEAREST, len(self))
         number_Bm, cosine_Bm = top_nearest(rows_BD, self._centroids_KD, m)
-        home_B, least_B1 = number_Bm[:, 0], cosine_Bm[:, :1] - margin * _FARTHEST
+        home_B, least_B1 = number_Bm[:, 0], cosine_Bm[:, :1] - margin * 2 * LONGEST_UNIT_ROW
         may_Bm = cosine_Bm >= least_B1 - _SLACK
         open_B = may_Bm[:, -1] & (m < len(self))
         row_P, place_P = (may_Bm & ~open_B[:, None]).nonzero(as_tuple=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -259,15 +258,13 @@ def open_index(folder: Path, shards: Sequence[Shard]) -> DataIndex | None:
 
 @contextmanager
 def lock_index(folder: Path) -> Iterator[None]:
-    """Hold an index while files are added to it, and remove what killed runs left. A second run waits for the first."""
+    """Hold an index while files are added to it. A second run waits for the first."""
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock(folder / ".lock"))
         except OSError as error:
             raise write_error(folder, error) from error
-        for left in folder.glob(".matched-*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
         yield
 
 

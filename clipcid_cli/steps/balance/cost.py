@@ -163,10 +163,11 @@ def _measure(plan: BalancePlan, scan: torch.dtype) -> tuple[float, float, Captio
     settings, context, embeddings = plan.settings, plan.context, plan.embeddings
     read = embeddings.rows(Kind.IMAGES).take
     num_rows = embeddings.num_rows
-    numbers = np.arange(num_rows)
     if num_rows > _SAMPLED:
         starts = np.linspace(0, num_rows - _SAMPLED // _STRETCHES, _STRETCHES).astype(np.int64)
         numbers = (starts[:, None] + np.arange(_SAMPLED // _STRETCHES)).reshape(-1)
+    else:
+        numbers = np.arange(num_rows)
     rows: IntArray = numbers[np.isfinite(read(numbers)).all(axis=1)]
     if not len(rows):
         sampled = "" if len(numbers) == num_rows else "sampled "

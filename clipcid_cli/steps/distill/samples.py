@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pyarrow as pa
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.index import DataIndex, Part, lock_index
+from clipcid_cli.formats.data.index import DataIndex, Part
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
@@ -160,16 +159,13 @@ def find_samples(
         if scratch is not None:
             folder = matched_folder(scratch, identity)
             spec = dataclasses.replace(spec, folder=folder)
-        with lock_index(folder.parent):
-            if find_output(spec).finished is None:
-                shutil.rmtree(folder, ignore_errors=True)  # damaged, or begun by a run that was killed
-            with open_output(spec) as output:
-                matched = output.finished  # another run may just have made it
-                if matched is None:
-                    output.start()
-                    counts = match_samples(dataset, sources, settings.val_fraction, output.work)
-                    outputs = [record(path, output.work) for path in sorted(output.work.glob("*.npy"))]
-                    matched = output.commit(counts=dataclasses.asdict(counts), seconds={}, outputs=outputs)
+        with open_output(spec, waits=True) as output:
+            matched = output.finished  # another run may just have made it
+            if matched is None:
+                output.start()
+                counts = match_samples(dataset, sources, settings.val_fraction, output.work)
+                outputs = [record(path, output.work) for path in sorted(output.work.glob("*.npy"))]
+                matched = output.commit(counts=dataclasses.asdict(counts), seconds={}, outputs=outputs)
     elif scratch is None:
         remove_leftovers(spec)
     return folder, MatchCounts(**matched.counts)

@@ -19,7 +19,7 @@ from clipcid_cli.algorithms.near.edges import Edges, merge_edges, sort_edges
 from clipcid_cli.algorithms.near.exact import LONGEST_ROW, IntArray
 from clipcid_cli.algorithms.near.search import near_pairs, near_pairs_of
 from clipcid_cli.algorithms.sets import forest as forest_module
-from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components
+from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components, forest_curve
 
 CPU = torch.device("cpu")
 SCAN_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -125,7 +125,13 @@ def test_minimum_forest_of_any_graph_with_many_ties(data: st.DataObject) -> None
     pairs = data.draw(st.lists(st.tuples(pair, st.sampled_from([0.0, 0.25, 0.5])), max_size=80))
     a, b = np.array([ends for ends, _ in pairs], np.int64).reshape(-1, 2).T
     edges = Edges(a, b, np.array([weight for _, weight in pairs], np.float32))
-    assert as_list(ForestSink(num_rows, edges).result()) == kruskal(num_rows, edges)
+    forest = ForestSink(num_rows, edges).result()
+    assert as_list(forest) == kruskal(num_rows, edges)
+    curve = forest_curve(num_rows, forest, data.draw(st.sampled_from([None, 0.0, 0.1, 0.6])))
+    for distance, kept, largest in zip(curve.distance, curve.kept, curve.largest, strict=True):
+        within = edges[edges.weight <= distance]
+        _, sizes = np.unique(connected_components(num_rows, within.a, within.b), return_counts=True)
+        assert (kept, largest) == (len(sizes), sizes.max())
     ascending = sort_edges(edges)
     assert as_list(ascending) == sorted(as_list(edges))
     cut = data.draw(st.integers(0, len(edges)))

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from clipcid_cli.commands.console import ConsoleReporter
 from clipcid_cli.commands.summary import wrap
+from clipcid_cli.steps.reporting import format_duration
 
 
 def console(width: int) -> tuple[Console, io.StringIO]:
@@ -17,6 +18,12 @@ def test_a_line_ends_between_words_and_a_path_after_a_slash() -> None:
     assert wrap("clip-retrieval's layout", 10) == "clip-retrieval's\nlayout"
     assert wrap("  indented words stay", 12) == "  indented\n  words stay"
     assert wrap("in some/where/far/away.json here", 14) == "in some/where/\nfar/away.json\nhere"
+
+
+def test_a_time_is_a_plain_number_of_the_unit_that_fits() -> None:
+    times = {0.04: "0.04 s", 99.4: "99 s", 99.6: "1.7 min", 5_969: "99 min", 5_971: "1.7 h", 172_799: "48 h"}
+    times |= {172_800: "2 days", 86_400 * 99.4: "99 days", 86_400 * 1_234.5: "1,234 days"}
+    assert {seconds: format_duration(seconds) for seconds in times} == times
 
 
 def test_a_log_gets_a_line_of_numbers_in_the_end_and_nothing_where_there_is_nothing_to_do() -> None:

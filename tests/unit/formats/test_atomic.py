@@ -7,6 +7,7 @@ import os
 import re
 import resource
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,12 @@ def test_of_two_that_write_one_file_at_once_one_waits_and_what_killed_ones_left_
         process.join(30)
         assert process.exitcode == 0
     assert path.read_bytes() == b"second"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_many_that_write_one_file_at_once_all_succeed(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: write_text(tmp_path / "file", str(number), shared=True), range(1500)))
     assert os.listdir(tmp_path) == ["file"]
 
 

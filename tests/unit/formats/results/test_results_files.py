@@ -55,6 +55,14 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         np.save(tmp_path / "top_clusters.npy", wrong)
         with pytest.raises(ClipcidError, match=message):
             open_clusters(tmp_path)
+    np.save(tmp_path / "top_clusters.npy", clusters)
+    centroids = np.eye(CLUSTERS, 8, dtype=np.float32)
+    for row in (0, CLUSTERS - 1):
+        centroids[:] = 1
+        centroids[row, 3] = np.nan
+        np.save(tmp_path / "centroids.npy", centroids)
+        with pytest.raises(ClipcidError, match="not finite float32"):
+            open_clusters(tmp_path)
 
 
 @pytest.mark.parametrize(

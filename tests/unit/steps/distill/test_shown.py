@@ -175,6 +175,7 @@ def test_further_texts_by_default(work: Path, plain: Path, data: Path, tiny_shar
     shown, said = train(tmp_path / "b", tiny_shards, **common, extra_texts=5, texts=lines)
     assert f"Extra texts, for the text tower alone: the 23 texts of {lines}." in said
     assert "Each step the text tower sees 5 further texts." in said
+    assert "Shared space: the teacher's 32 dimensions, by a learned layer per student tower." in said
     assert shown[0]["loss_fd"] != without[0]["loss_fd"]
     assert shown[0]["loss_icl"] == pytest.approx(without[0]["loss_icl"], rel=1e-5)
     parts, _ = train(tmp_path / "c", tiny_shards, accum_freq=4, workers=1, **common, extra_texts=5, texts=lines)
