@@ -23,7 +23,7 @@ from clipcid_cli.formats.results.forest import (
     read_row_files,
     write_row_files,
 )
-from clipcid_cli.formats.sidecar import BalanceSidecar
+from clipcid_cli.formats.sidecar import BalanceSidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.libraries import keep_few_kernels
@@ -73,7 +73,7 @@ def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
             "sets": plan.folder / SET_TABLE,
             "curve": plan.folder / CURVE,
             "report": plan.folder / REPORT,
-            "sidecar": plan.folder / "balance.json",
+            "sidecar": sidecar_path(plan.folder, "balance"),
             "keys": settings.write_keys,
             "pairs": settings.write_pairs,
             "uids": settings.write_uids,

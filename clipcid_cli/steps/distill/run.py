@@ -132,7 +132,7 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
         "train_log": folder.train_log,
         "results_log": folder.results_log,
         "report": folder.report,
-        "sidecar": folder.path / "distill.json",
+        "sidecar": sidecar_path(folder.path, "distill"),
     }
     return Distilled(
         student=str(folder.student),
