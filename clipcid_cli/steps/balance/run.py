@@ -13,7 +13,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings, read_embed_sidecar
 from clipcid_cli.formats.embeddings.rows import METADATA, Kind, remove_copies
 from clipcid_cli.formats.files import validate_writable
 from clipcid_cli.formats.fingerprint import find_lost
-from clipcid_cli.formats.output import WORK, Output, OutputSpec, list_differences
+from clipcid_cli.formats.output import WORK, Output, list_differences
 from clipcid_cli.formats.results.forest import (
     CURVE,
     ROW_FILES,
@@ -58,7 +58,10 @@ def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
             keep_few_kernels()
         if settings.dry_run:
             return estimate_cost(plan)
-        with claim_output(context, context.on_rank0(lambda: identify(plan))) as output:
+        spec = context.on_rank0(plan.identify)
+        if not settings.overwrite:
+            context.on_rank0(lambda: _validate_none_lost(plan))
+        with claim_output(context, spec) as output:
             result = context.on_rank0(lambda: _take_or_start(plan, output))
             if result is None:
                 found = compute(begin(plan, output))
@@ -159,52 +162,15 @@ def _open_data(plan: BalancePlan) -> Dataset | None:
                     f"--write-shards {settings.write_shards} would overwrite the data itself.", "Give another folder."
                 )
     validate_uids(plan)
-    for kind in _kinds_read(settings):
-        plan.embeddings.rows(kind)  # refuses those without
+    if settings.reads_texts:
+        plan.embeddings.rows(Kind.TEXTS)  # refuses those without
     return data
 
 
-def _kinds_read(settings: BalanceSettings) -> list[Kind]:
-    """Name what is read beside images: texts where these are compared with their captions."""
-    return [Kind.TEXTS] if settings.has_window or settings.select == "similarity" else []
-
-
-def identify(plan: BalancePlan) -> OutputSpec[BalanceSidecar]:
-    """Say what decides the output; call it on the first process.
-
-    All settings may change on an existing forest; of the inputs, there may be more.
-    """
-    settings, embeddings, references = plan.settings, plan.embeddings, plan.references
-    names = ["keep", "threshold", "cosine_distance", "linkage", "select", "neighbors", "max_per_cluster"]
-    names += ["min_caption_similarity", "max_caption_similarity"]
-    opened = [embeddings, *(each.embeddings for each in references)]
-    kinds = _kinds_read(settings)
-    inputs = embeddings.fingerprints(kinds)
-    texts = inputs.pop() if kinds else None
-    identity = {name: getattr(settings, name) for name in names} | {
-        "seed": settings.seed if settings.select == "random" else None,
-        "texts": None if texts is None else texts.hash,
-        "keys": next((each.key_rule for each in opened if each.key_rule is not None), None),
-        "clusters": None if plan.clusters is None else plan.clusters.identity,
-        "against": [[each.name, each.identity] for each in references] or None,
-        "against_threshold": settings.reference_distance if references else None,
-    }
-    if not settings.overwrite:
-        _validate_none_lost(plan.folder, embeddings)
-    return OutputSpec(
-        plan.folder,
-        "balance",
-        BalanceSidecar,
-        settings=identity,
-        inputs=inputs,
-        overwrite=settings.overwrite,
-        may_differ={*identity} if settings.overwrite else {*identity, "inputs"},
-    )
-
-
-def _validate_none_lost(folder: Path, embeddings: Embeddings) -> None:
+def _validate_none_lost(plan: BalancePlan) -> None:
     """Refuse embeddings that lack files of an output of `balance`, finished or not."""
-    now = _list_row_files(embeddings)
+    folder = plan.folder
+    now = _list_row_files(plan.embeddings)
     fix = f"Add --overwrite to replace it, or write elsewhere ({WORK})."
     for path in (folder / ROW_FILES, *folder.glob(f".balance-*/{ROW_FILES}")):
         if path.exists() and (lost := find_lost(read_row_files(path, fix), now)):
