@@ -13,7 +13,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings, read_embed_sidecar
 from clipcid_cli.formats.embeddings.rows import METADATA, Kind, remove_copies
 from clipcid_cli.formats.files import validate_writable
 from clipcid_cli.formats.fingerprint import find_lost
-from clipcid_cli.formats.output import WORK, Output, list_differences
+from clipcid_cli.formats.output import WORK, Output, find_works, list_differences, other_run_error
 from clipcid_cli.formats.results.forest import (
     CURVE,
     ROW_FILES,
@@ -172,11 +172,10 @@ def _validate_none_lost(plan: BalancePlan) -> None:
     folder = plan.folder
     now = _list_row_files(plan.embeddings)
     fix = f"Add --overwrite to replace it, or write elsewhere ({WORK})."
-    for path in (folder / ROW_FILES, *folder.glob(f".balance-*/{ROW_FILES}")):
+    for holder in (folder, *find_works(folder, "balance")):
+        path = holder / ROW_FILES
         if path.exists() and (lost := find_lost(read_row_files(path, fix), now)):
-            raise ClipcidError(
-                f"{folder} holds balance output made with other settings or inputs:\n  inputs: {lost}", fix
-            )
+            raise other_run_error(f"{folder} holds balance output", {"inputs": lost})
 
 
 def _list_row_files(embeddings: Embeddings) -> list[RowFile]:
