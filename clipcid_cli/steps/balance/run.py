@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import msgspec
@@ -99,17 +98,17 @@ def make_plan(settings: BalanceSettings, context: DistContext) -> BalancePlan | 
             return folder
         cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
         embeddings = open_given(settings, folder, cache)
-    plan = BalancePlan(
+    data = context.on_rank0(lambda: _open_data(settings, embeddings))
+    references = [] if settings.dry_run else open_references(settings, embeddings, context)
+    return BalancePlan(
         settings=settings,
         context=context,
         embeddings=embeddings,
+        data=data,
         clusters=clusters,
+        references=references,
         seconds=seconds,
     )
-    plan = dataclasses.replace(plan, data=context.on_rank0(lambda: _open_data(plan)))
-    if settings.dry_run:
-        return plan
-    return dataclasses.replace(plan, references=open_references(plan))
 
 
 def _validate_named(settings: BalanceSettings) -> FoundClusters | None:
@@ -144,12 +143,11 @@ def _model_of(work: WorkDirectory) -> str | None:
     return None if sidecar is None else sidecar.model.spec
 
 
-def _open_data(plan: BalancePlan) -> Dataset | None:
+def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
     """Open the data that ``--write-shards`` copies from, and check that embeddings have what other settings need."""
-    settings = plan.settings
     data = None
     if settings.write_shards is not None:
-        data = validate_data(plan, "--write-shards")
+        data = validate_data(settings, embeddings, "--write-shards")
         if not all(shard.is_tar for shard in data.shards):
             raise ClipcidError(
                 f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
@@ -161,9 +159,9 @@ def _open_data(plan: BalancePlan) -> Dataset | None:
                 raise ClipcidError(
                     f"--write-shards {settings.write_shards} would overwrite the data itself.", "Give another folder."
                 )
-    validate_uids(plan)
+    validate_uids(settings, embeddings)
     if settings.reads_texts:
-        plan.embeddings.rows(Kind.TEXTS)  # refuses those without
+        embeddings.rows(Kind.TEXTS)  # refuses those without
     return data
 
 
@@ -202,7 +200,7 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> Balance
     if output.differences:
         told = list_differences(output.differences)
         reporting.note(f"The result in {plan.folder}, made with other settings or inputs, will be replaced:\n{told}")
-    validate_data_there(plan)
+    validate_data_there(plan.settings, plan.embeddings)
     output.start()
     write_row_files(output.work / ROW_FILES, _list_row_files(plan.embeddings))
     SharedArrays(plan.context, output.work).clear()

@@ -50,7 +50,8 @@ def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
 
 def _resolution(run: BalanceRun, rows: IntArray) -> DoubleArray:
     """Return width × height of images; 0 where one cannot be found or read."""
-    finder = SampleFinder(validate_data(run, "--select resolution"), run.settings.workers)
+    data = validate_data(run.settings, run.embeddings, "--select resolution")
+    finder = SampleFinder(data, run.settings.workers)
     numbers = run.rows.numbers[rows]
     pixels = np.zeros(len(rows))
     with ThreadPoolExecutor(_THREADS) as pool, reporting.progress("image sizes", len(rows), "images") as progress:
