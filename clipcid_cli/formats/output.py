@@ -100,7 +100,7 @@ class Output(Generic[AnySidecar]):
                 where there is nothing to resume.
         """
         try:
-            for work in _find_works(self.folder, self.spec.step):
+            for work in find_works(self.folder, self.spec.step):
                 if work not in (self.begun, self.root):
                     shutil.rmtree(work, ignore_errors=True)
             if self.begun is not None and not self.root.exists():
@@ -181,7 +181,7 @@ def open_output(spec: OutputSpec[AnySidecar], *, waits: bool = False) -> Iterato
     except OSError as error:
         raise write_error(folder, error) from error
     with _lock_output(spec, waits):
-        works = _find_works(folder, step)
+        works = find_works(folder, step)
         for killed in (Output(spec, root) for root in works):
             if sidecar_path(killed.work, step).exists():
                 killed.place()
@@ -203,7 +203,7 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
     """Determine whether an output is finished, unfinished or new; without a lock and writing nothing, as a dry run asks."""
     folder, step, run = spec.folder, spec.step, spec.run
     output = Output(spec, spec.root)
-    works = _find_works(folder, step) if spec.resumes else []
+    works = find_works(folder, step) if spec.resumes else []
     begun = output.root in works
     lenient = suppress(ClipcidError) if spec.overwrite else nullcontext()  # what is replaced need not be readable
 
@@ -250,7 +250,7 @@ def _find_changed(sidecar: Sidecar, folder: Path, path: Path, resumes: bool) -> 
 
 def unfinished(folder: Path, step: str) -> Run | None:
     """Return settings and inputs of an unfinished run; None when there is none."""
-    return next((run for work in _find_works(folder, step) if (run := _read_run(work)) is not None), None)
+    return next((run for work in find_works(folder, step) if (run := _read_run(work)) is not None), None)
 
 
 def remove_leftovers(spec: OutputSpec[Any]) -> None:
@@ -258,17 +258,17 @@ def remove_leftovers(spec: OutputSpec[Any]) -> None:
 
     A lock that is held stays, as does the work folder of a run that goes on.
     """
-    if (spec.folder / _lock_name(spec.step)).exists() or _find_works(spec.folder, spec.step):
+    if (spec.folder / _lock_name(spec.step)).exists() or find_works(spec.folder, spec.step):
         with suppress(ClipcidError), open_output(spec):
             pass
 
 
 def is_claimed(folder: Path, step: str) -> bool:
     """Tell whether a folder holds a step's output, finished or begun."""
-    return sidecar_path(folder, step).exists() or bool(_find_works(folder, step))
+    return sidecar_path(folder, step).exists() or bool(find_works(folder, step))
 
 
-def _find_works(folder: Path, step: str) -> list[Path]:
+def find_works(folder: Path, step: str) -> list[Path]:
     """Return the work folders of a step's output: of unfinished runs, or left by one that was killed at its end."""
     return sorted(folder.glob(f".{glob.escape(step)}-" + "[0-9a-f]" * 16))
 

@@ -42,7 +42,7 @@ from clipcid_cli.formats.results.clusters import (
     read_label_parts,
     top_paths,
 )
-from clipcid_cli.formats.sidecar import ClusterSidecar, RepairFigures
+from clipcid_cli.formats.sidecar import ClusterSidecar, RepairFigures, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, memory_for_rows, open_dist_context
@@ -126,8 +126,12 @@ def run(settings: ClusterSettings) -> ClusterResult | ClusterCost:
                 with timed(seconds, "assign"):
                     _assign(plan, context, state.centroids_KD, output.work)
                 result = context.on_rank0(lambda: _write(plan, state, output, seconds))
-        names = {"centroids": CENTROIDS, "clusters": CLUSTERS, "sidecar": "cluster.json"}
-        return msgspec.structs.replace(result, files={name: str(plan.folder / file) for name, file in names.items()})
+        files = {
+            "centroids": plan.folder / CENTROIDS,
+            "clusters": plan.folder / CLUSTERS,
+            "sidecar": sidecar_path(plan.folder, "cluster"),
+        }
+        return msgspec.structs.replace(result, files={name: str(path) for name, path in files.items()})
 
 
 class Selection:

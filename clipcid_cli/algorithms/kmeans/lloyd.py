@@ -113,6 +113,29 @@ class Processes:
     kept_bytes: int = 2**31
 
 
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
+    """Which iterations are coarse, and how loose these are; by default none is coarse."""
+
+    num_coarse: int = 0  # the most there may be
+    num_loose: int = 0  # the first of those
+    grouped: bool = False  # whether they compare rows with centroids around their own only
+
+    @classmethod
+    def of(cls, iterations: int, *, grouped: bool) -> _Schedule:
+        """Plan a run of at most so many iterations."""
+        num_loose = iterations // _ONE_LOOSE_IN
+        return cls(int(_MOST_COARSE * iterations) if grouped else num_loose, num_loose, grouped)
+
+    def looseness(self, done: int) -> float:
+        """Return the looseness of the coarse iteration that follows `done` ones."""
+        return _LOOSENESS * (1 - done / self.num_loose) if done < self.num_loose else 0.0
+
+    def stays_coarse(self, done: int, num_moved: int, num_clusters: int) -> bool:
+        """Tell whether another coarse iteration follows `done` ones, the last of which moved `num_moved` centroids."""
+        return done < self.num_coarse and (done < self.num_loose or num_moved >= _LEAST_MOVED * num_clusters)
+
+
 def run_lloyd(
     rows: RowReader,
     state: LloydState,
@@ -135,19 +158,17 @@ def run_lloyd(
         The state after each iteration, the same on every process. The next iteration may overwrite its centroids.
     """
     mine = _RankRows(rows, len(state.centroids_KD), dtype, device, processes)
-    # A resumed run makes none: they need the clusters before them.
-    is_new = state.iterations == 0 and len(state.centroids_KD) > PLUS_PLUS_CLUSTERS
-    num_loose = iterations // _ONE_LOOSE_IN
     centroids_KD = state.centroids_KD.to(device, copy=True)
     drift = None
     similarity_K = None
-    grouped = is_new and mine.are_local(centroids_KD)
-    num_coarse = int(_MOST_COARSE * iterations) if grouped else num_loose if is_new else 0
-    coarse = num_coarse > 0
+    # A resumed run makes no coarse iterations: they need the clusters before them.
+    is_new = state.iterations == 0 and len(centroids_KD) > PLUS_PLUS_CLUSTERS
+    schedule = _Schedule.of(iterations, grouped=mine.are_local(centroids_KD)) if is_new else _Schedule()
+    coarse = schedule.num_coarse > 0
     while state.iterations < iterations and not state.converged:
         if coarse:
-            looseness = _LOOSENESS * (1 - state.iterations / num_loose) if state.iterations < num_loose else 0.0
-            mine.assign_coarsely(centroids_KD, similarity_K, looseness, grouped=grouped)
+            looseness = schedule.looseness(state.iterations)
+            mine.assign_coarsely(centroids_KD, similarity_K, looseness, grouped=schedule.grouped)
         else:
             mine.assign(centroids_KD, drift)
         empty_E = (processes.sum_(mine.sums.counts_K.clone()) == 0).nonzero()[:, 0]
@@ -157,8 +178,7 @@ def run_lloyd(
         done = state.iterations + 1
         converged = not coarse and num_moved == 0
         drift = None if coarse else CentroidDrift.of(moved_K)
-        if done >= num_coarse or (done >= num_loose and num_moved < _LEAST_MOVED * len(moved_K)):
-            coarse = False
+        coarse = coarse and schedule.stays_coarse(done, num_moved, len(moved_K))
         similarity = float(fold_sum(similarity_K[None])[0]) / len(rows)
         state = LloydState(centroids_KD.cpu(), done, converged, similarity, len(empty_E), resumable=not coarse)
         yield state

@@ -25,6 +25,7 @@ from clipcid_cli.formats.data.samples import natural_key
 from clipcid_cli.formats.embeddings.rows import COUNTS_COLUMN, METADATA, Kind, RowFile, find_npy
 from clipcid_cli.formats.files import reading, write_error, write_json, write_npy, write_parquet
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, identity_of, validate_unchanged
+from clipcid_cli.formats.output import find_works
 from clipcid_cli.formats.parquet import read_rows
 from clipcid_cli.formats.skips import Skips
 
@@ -280,7 +281,8 @@ def _make_metadata(shard: str, made: ShardRows) -> pa.Table:
 
 def read_unfinished(folder: Path, step: str) -> list[FileRecord]:
     """Return the shards that an unfinished run of a folder has embedded, in order, whatever its settings are."""
-    paths = sorted(folder.glob(f".{step}-*/{_RECORDS}/*.json"), key=lambda path: natural_key(path.name))
+    found = (path for work in find_works(folder, step) for path in (work / _RECORDS).glob("*.json"))
+    paths = sorted(found, key=lambda path: natural_key(path.name))
     return [record.input for path in paths if (record := _read_record(path)) is not None]
 
 

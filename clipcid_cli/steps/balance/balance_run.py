@@ -17,9 +17,9 @@ from clipcid_cli.algorithms.near.exact import BoolArray, HalfArray, IntArray, ro
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import Rows
+from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.fingerprint import FileRecord, identity_of
-from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.output import Output, OutputSpec
 from clipcid_cli.formats.sidecar import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
@@ -177,6 +177,35 @@ class BalancePlan:
     @property
     def keep_list(self) -> Path:
         return self.folder / KEEP_LIST
+
+    def identify(self) -> OutputSpec[BalanceSidecar]:
+        """Say what decides the output; call it on the first process.
+
+        All settings may change on an existing forest; of the inputs, there may be more.
+        """
+        settings, embeddings, references = self.settings, self.embeddings, self.references
+        names = ["keep", "threshold", "cosine_distance", "linkage", "select", "neighbors", "max_per_cluster"]
+        names += ["min_caption_similarity", "max_caption_similarity"]
+        opened = [embeddings, *(each.embeddings for each in references)]
+        inputs = embeddings.fingerprints([Kind.TEXTS] if settings.reads_texts else [])
+        texts = inputs.pop() if settings.reads_texts else None
+        identity = {name: getattr(settings, name) for name in names} | {
+            "seed": settings.seed if settings.select == "random" else None,
+            "texts": None if texts is None else texts.hash,
+            "keys": next((each.key_rule for each in opened if each.key_rule is not None), None),
+            "clusters": None if self.clusters is None else self.clusters.identity,
+            "against": [[each.name, each.identity] for each in references] or None,
+            "against_threshold": settings.reference_distance if references else None,
+        }
+        return OutputSpec(
+            self.folder,
+            "balance",
+            BalanceSidecar,
+            settings=identity,
+            inputs=inputs,
+            overwrite=settings.overwrite,
+            may_differ={*identity} if settings.overwrite else {*identity, "inputs"},
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

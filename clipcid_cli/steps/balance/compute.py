@@ -54,8 +54,9 @@ def begin(plan: BalancePlan, output: Output[BalanceSidecar]) -> BalanceRun:
     shared = SharedArrays(plan.context, output.work)
     with timed(plan.seconds, "search"):
         rows = read_rows(shared, plan.embeddings.rows(Kind.IMAGES))
+    planned = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     return BalanceRun(
-        **vars(plan),
+        **planned,
         output=output,
         shared=shared,
         rows=rows,

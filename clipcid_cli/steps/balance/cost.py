@@ -51,13 +51,14 @@ _BYTES_OF_PLACES = 16
 
 def estimate_cost(plan: BalancePlan) -> BalanceCost:
     """Estimate a new search; with an existing forest, `balance` takes seconds."""
-    references = [open_reference(plan, name) for name in plan.settings.against]
-    return plan.context.on_rank0(lambda: _estimate(plan, references))
+    settings, context = plan.settings, plan.context
+    references = [open_reference(settings, plan.embeddings, name, context) for name in settings.against]
+    return context.on_rank0(lambda: _estimate(plan, references))
 
 
 def _estimate(plan: BalancePlan, references: list[Embeddings | EmbedCost]) -> BalanceCost:
-    validate_data_there(plan)
     settings, context = plan.settings, plan.context
+    validate_data_there(settings, plan.embeddings)
     images = plan.embeddings.num_rows
     width = plan.embeddings.width
     clusters = plan.clusters

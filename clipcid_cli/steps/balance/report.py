@@ -286,13 +286,16 @@ class Gallery:
 
     def __init__(self, plan: BalancePlan, reference: Embeddings | None = None) -> None:
         """Open the data, or that which the embeddings of a reference record."""
-        self._plan = plan
+        settings = plan.settings
+        self._workers = settings.workers
         self._embeddings = plan.embeddings if reference is None else reference
         self.data: Dataset | None = None  # the data; None where it is not known, or cannot be opened
         self.shown = 0
         self.unread = dict[tuple[str, str], str]()  # why other pictures are not shown, by shard and key
         try:
-            self.data = open_data(plan) if reference is None else open_recorded(plan.settings, reference)
+            self.data = (
+                open_data(settings, plan.embeddings) if reference is None else open_recorded(settings, reference)
+            )
             self.closed = _UNKNOWN if self.data is None else ""  # why there is none
         except ClipcidError as error:
             self.closed = error.message
@@ -310,7 +313,7 @@ class Gallery:
             if self.closed != _UNKNOWN:
                 self.unread |= dict.fromkeys(zip(shards, keys, strict=True), self.closed)
             return [""] * len(keys)
-        finder = SampleFinder(self.data, self._plan.settings.workers)
+        finder = SampleFinder(self.data, self._workers)
         found: list[Sample | None] | None = None
         if finder.searches_all(shards):  # once for all of them
             try:

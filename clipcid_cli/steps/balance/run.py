@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import msgspec
@@ -13,7 +12,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings, read_embed_sidecar
 from clipcid_cli.formats.embeddings.rows import METADATA, Kind, remove_copies
 from clipcid_cli.formats.files import validate_writable
 from clipcid_cli.formats.fingerprint import find_lost
-from clipcid_cli.formats.output import WORK, Output, OutputSpec, list_differences
+from clipcid_cli.formats.output import WORK, Output, find_works, list_differences, other_run_error
 from clipcid_cli.formats.results.forest import (
     CURVE,
     ROW_FILES,
@@ -23,7 +22,7 @@ from clipcid_cli.formats.results.forest import (
     read_row_files,
     write_row_files,
 )
-from clipcid_cli.formats.sidecar import BalanceSidecar
+from clipcid_cli.formats.sidecar import BalanceSidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.libraries import keep_few_kernels
@@ -58,7 +57,10 @@ def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
             keep_few_kernels()
         if settings.dry_run:
             return estimate_cost(plan)
-        with claim_output(context, context.on_rank0(lambda: identify(plan))) as output:
+        spec = context.on_rank0(plan.identify)
+        if not settings.overwrite:
+            context.on_rank0(lambda: _validate_none_lost(plan))
+        with claim_output(context, spec) as output:
             result = context.on_rank0(lambda: _take_or_start(plan, output))
             if result is None:
                 found = compute(begin(plan, output))
@@ -73,7 +75,7 @@ def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
             "sets": plan.folder / SET_TABLE,
             "curve": plan.folder / CURVE,
             "report": plan.folder / REPORT,
-            "sidecar": plan.folder / "balance.json",
+            "sidecar": sidecar_path(plan.folder, "balance"),
             "keys": settings.write_keys,
             "pairs": settings.write_pairs,
             "uids": settings.write_uids,
@@ -96,17 +98,17 @@ def make_plan(settings: BalanceSettings, context: DistContext) -> BalancePlan | 
             return folder
         cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
         embeddings = open_given(settings, folder, cache)
-    plan = BalancePlan(
+    data = context.on_rank0(lambda: _open_data(settings, embeddings))
+    references = [] if settings.dry_run else open_references(settings, embeddings, context)
+    return BalancePlan(
         settings=settings,
         context=context,
         embeddings=embeddings,
+        data=data,
         clusters=clusters,
+        references=references,
         seconds=seconds,
     )
-    plan = dataclasses.replace(plan, data=context.on_rank0(lambda: _open_data(plan)))
-    if settings.dry_run:
-        return plan
-    return dataclasses.replace(plan, references=open_references(plan))
 
 
 def _validate_named(settings: BalanceSettings) -> FoundClusters | None:
@@ -141,12 +143,11 @@ def _model_of(work: WorkDirectory) -> str | None:
     return None if sidecar is None else sidecar.model.spec
 
 
-def _open_data(plan: BalancePlan) -> Dataset | None:
+def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
     """Open the data that ``--write-shards`` copies from, and check that embeddings have what other settings need."""
-    settings = plan.settings
     data = None
     if settings.write_shards is not None:
-        data = validate_data(plan, "--write-shards")
+        data = validate_data(settings, embeddings, "--write-shards")
         if not all(shard.is_tar for shard in data.shards):
             raise ClipcidError(
                 f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
@@ -158,59 +159,21 @@ def _open_data(plan: BalancePlan) -> Dataset | None:
                 raise ClipcidError(
                     f"--write-shards {settings.write_shards} would overwrite the data itself.", "Give another folder."
                 )
-    validate_uids(plan)
-    for kind in _kinds_read(settings):
-        plan.embeddings.rows(kind)  # refuses those without
+    validate_uids(settings, embeddings)
+    if settings.reads_texts:
+        embeddings.rows(Kind.TEXTS)  # refuses those without
     return data
 
 
-def _kinds_read(settings: BalanceSettings) -> list[Kind]:
-    """Name what is read beside images: texts where these are compared with their captions."""
-    return [Kind.TEXTS] if settings.has_window or settings.select == "similarity" else []
-
-
-def identify(plan: BalancePlan) -> OutputSpec[BalanceSidecar]:
-    """Say what decides the output; call it on the first process.
-
-    All settings may change on an existing forest; of the inputs, there may be more.
-    """
-    settings, embeddings, references = plan.settings, plan.embeddings, plan.references
-    names = ["keep", "threshold", "cosine_distance", "linkage", "select", "neighbors", "max_per_cluster"]
-    names += ["min_caption_similarity", "max_caption_similarity"]
-    opened = [embeddings, *(each.embeddings for each in references)]
-    kinds = _kinds_read(settings)
-    inputs = embeddings.fingerprints(kinds)
-    texts = inputs.pop() if kinds else None
-    identity = {name: getattr(settings, name) for name in names} | {
-        "seed": settings.seed if settings.select == "random" else None,
-        "texts": None if texts is None else texts.hash,
-        "keys": next((each.key_rule for each in opened if each.key_rule is not None), None),
-        "clusters": None if plan.clusters is None else plan.clusters.identity,
-        "against": [[each.name, each.identity] for each in references] or None,
-        "against_threshold": settings.reference_distance if references else None,
-    }
-    if not settings.overwrite:
-        _validate_none_lost(plan.folder, embeddings)
-    return OutputSpec(
-        plan.folder,
-        "balance",
-        BalanceSidecar,
-        settings=identity,
-        inputs=inputs,
-        overwrite=settings.overwrite,
-        may_differ={*identity} if settings.overwrite else {*identity, "inputs"},
-    )
-
-
-def _validate_none_lost(folder: Path, embeddings: Embeddings) -> None:
+def _validate_none_lost(plan: BalancePlan) -> None:
     """Refuse embeddings that lack files of an output of `balance`, finished or not."""
-    now = _list_row_files(embeddings)
+    folder = plan.folder
+    now = _list_row_files(plan.embeddings)
     fix = f"Add --overwrite to replace it, or write elsewhere ({WORK})."
-    for path in (folder / ROW_FILES, *folder.glob(f".balance-*/{ROW_FILES}")):
+    for holder in (folder, *find_works(folder, "balance")):
+        path = holder / ROW_FILES
         if path.exists() and (lost := find_lost(read_row_files(path, fix), now)):
-            raise ClipcidError(
-                f"{folder} holds balance output made with other settings or inputs:\n  inputs: {lost}", fix
-            )
+            raise other_run_error(f"{folder} holds balance output", {"inputs": lost})
 
 
 def _list_row_files(embeddings: Embeddings) -> list[RowFile]:
@@ -237,7 +200,7 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> Balance
     if output.differences:
         told = list_differences(output.differences)
         reporting.note(f"The result in {plan.folder}, made with other settings or inputs, will be replaced:\n{told}")
-    validate_data_there(plan)
+    validate_data_there(plan.settings, plan.embeddings)
     output.start()
     write_row_files(output.work / ROW_FILES, _list_row_files(plan.embeddings))
     SharedArrays(plan.context, output.work).clear()

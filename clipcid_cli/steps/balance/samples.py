@@ -23,16 +23,14 @@ from clipcid_cli.formats.embeddings.layouts import EmbeddingFile
 from clipcid_cli.formats.join import Keys, Listing, Values, join
 from clipcid_cli.formats.results.keep_list import is_uid
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.steps.balance.balance_run import BalancePlan
 from clipcid_cli.steps.data_index import index_alone, open_named, open_part
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
-def open_data(plan: BalancePlan) -> Dataset | None:
+def open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
     """Open the data that was named, or else what :func:`open_recorded` opens."""
-    settings = plan.settings
     if settings.data is None:
-        return open_recorded(settings, plan.embeddings)
+        return open_recorded(settings, embeddings)
     return open_named(settings, settings.data, WorkDirectory(settings.work).indexes)
 
 
@@ -43,22 +41,21 @@ def open_recorded(settings: BalanceSettings, embeddings: Embeddings) -> Dataset 
     return open_described(embeddings.sidecar.data, index_root=WorkDirectory(settings.work).indexes)
 
 
-def validate_data(plan: BalancePlan, purpose: str) -> Dataset:
+def validate_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:
     """Open the data as :func:`open_data` does, for a purpose that needs it."""
-    data = open_data(plan)
+    data = open_data(settings, embeddings)
     if data is None:
         raise ClipcidError(
-            f"{purpose} needs the data itself, and {plan.embeddings.folder} does not record which data it was made from.",
+            f"{purpose} needs the data itself, and {embeddings.folder} does not record which data it was made from.",
             "Give the data as the first argument: clipcid balance DATA …",
         )
     return data
 
 
-def validate_data_there(plan: BalancePlan) -> None:
+def validate_data_there(settings: BalanceSettings, embeddings: Embeddings) -> None:
     """Check that the data is there where ``--select resolution`` reads it; what is finished needs none."""
-    settings = plan.settings
     if settings.select == "resolution" and (settings.keep != 1.0 or settings.max_per_cluster is not None):
-        validate_data(plan, "--select resolution")
+        validate_data(settings, embeddings, "--select resolution")
 
 
 def read_uid(sample: Sample | None) -> str | None:

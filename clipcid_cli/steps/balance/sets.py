@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from clipcid_cli.algorithms.near.cutoff import FARTHEST
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import BoolArray, DoubleArray, FloatArray, IntArray, row_type
+from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.near.plan import components, hash_arrays
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
-from clipcid_cli.algorithms.sets.representatives import (
-    best_rows,
-    central_rows,
-    distances_to,
-    medoid_rows,
-    random_scores,
-    ratio_beyond,
-)
+from clipcid_cli.algorithms.sets.representatives import best_rows, central_rows, distances_to, medoid_rows, ratio_beyond
 from clipcid_cli.algorithms.sets.sinks import PairsWithin
 from clipcid_cli.algorithms.sets.star import (
     StarCover,
@@ -34,18 +25,13 @@ from clipcid_cli.algorithms.sets.star import (
 )
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
-from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.models.decode import read_size
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRows, BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
-from clipcid_cli.steps.balance.filters.captions import compare_captions, have_captions
 from clipcid_cli.steps.balance.forest import Forest, find_forest
 from clipcid_cli.steps.balance.result import OtherLinkageResult
-from clipcid_cli.steps.balance.samples import SampleFinder, take_texts, validate_data
-from clipcid_cli.steps.reporting import Progress
+from clipcid_cli.steps.balance.scores import SCORES
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
 _STAR_STEP = 1.05
@@ -59,9 +45,6 @@ _MAX_FOUND = 2**23
 # Pairs of a star cover, and the memory that each takes while they are sorted and covered (measured).
 _MAX_COLLECTED = 2**26
 _BYTES_A_PAIR = 75
-# Images whose sizes are looked up together, and threads that read them.
-_ROWS_AT_ONCE = 4096
-_THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,58 +275,3 @@ def _choose_representatives(run: BalanceRun, labels: IntArray) -> IntArray:
     members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
     scores[members] = SCORES[select](run, members)
     return best_rows(scores, labels)
-
-
-def _random(run: BalanceRun, rows: IntArray) -> DoubleArray:
-    if run.rows.is_searched is not None:  # by the place among the rows that filters have left
-        rows = np.cumsum(run.rows.is_searched)[rows] - 1
-    return random_scores(rows, run.settings.seed)
-
-
-def _similarity(run: BalanceRun, rows: IntArray) -> DoubleArray:
-    """Return the similarity of images to their captions.
-
-    It is −inf where there is no caption, or its embedding is zero or not finite; the latter are counted in a warning.
-    """
-    embeddings, numbers = run.embeddings, run.rows.numbers[rows]
-    similarity = compare_captions(embeddings, numbers, Progress()).astype(np.float64)
-    unusable = numbers[np.isnan(similarity)]
-    captioned = unusable[have_captions(embeddings, unusable)]
-    skips = Skips.of(dict.fromkeys(take_texts(embeddings, embeddings.keys_of, captioned), "nan_row"))
-    if skips.total:
-        reporting.warn(
-            f"{skips.total:,} text embeddings of images in sets are zero or not finite: such an image is kept only where "
-            f"no other image of its set has a usable one.\n{skips.describe()}"
-        )
-    return np.nan_to_num(similarity, nan=-np.inf)
-
-
-def _resolution(run: BalanceRun, rows: IntArray) -> DoubleArray:
-    """Return width × height of images; 0 where one cannot be found or read."""
-    finder = SampleFinder(validate_data(run, "--select resolution"), run.settings.workers)
-    numbers = run.rows.numbers[rows]
-    pixels = np.zeros(len(rows))
-    with ThreadPoolExecutor(_THREADS) as pool, reporting.progress("image sizes", len(rows), "images") as progress:
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            samples = finder.find_rows(run.embeddings, numbers[start : start + _ROWS_AT_ONCE])
-            pixels[start : start + len(samples)] = list(pool.map(_pixels, samples))
-            progress.advance(len(samples))
-    missing = int(np.count_nonzero(pixels == 0))
-    if missing:
-        reporting.warn(f"The size of {missing:,} of {len(rows):,} images is unknown; they are kept last.")
-    return pixels
-
-
-def _pixels(sample: Sample | None) -> int:
-    size = None if sample is None else read_size(sample.image)
-    return math.prod(size) if isinstance(size, tuple) else 0
-
-
-SCORES: dict[str, Callable[[BalanceRun, IntArray], DoubleArray]] = {
-    "first": lambda run, rows: np.zeros(len(rows)),
-    "random": _random,
-    "similarity": _similarity,
-    "resolution": _resolution,
-}
-"""Rules of ``--select`` that score each image, float64 [n], given rows in ascending order: the highest is kept, of equal
-ones the first."""

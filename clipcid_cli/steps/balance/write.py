@@ -18,6 +18,7 @@ from clipcid_cli.algorithms.sets.representatives import find_diameters
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.layouts import EmbeddingFile
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.join import join, parquet_listing
@@ -202,13 +203,13 @@ def _say_reasons(found: Outcome) -> Column:
     return Column("dropped_by", pa.string(), read)
 
 
-def validate_uids(plan: BalancePlan) -> None:
+def validate_uids(settings: BalanceSettings, embeddings: Embeddings) -> None:
     """Check that the first sample has an identifier, so that no search is wasted; a dry run keeps no index made for it."""
-    if plan.settings.write_uids is None:
+    if settings.write_uids is None:
         return
-    first = next(file for file in plan.embeddings.files if file.rows)
+    first = next(file for file in embeddings.files if file.rows)
     with tempfile.TemporaryDirectory() as scratch:
-        _UidFinder(plan, Path(scratch) if plan.settings.dry_run else None).find(first, np.array([0]))
+        _UidFinder(settings, embeddings, Path(scratch) if settings.dry_run else None).find(first, np.array([0]))
 
 
 def validate_new(settings: BalanceSettings) -> None:
@@ -252,7 +253,7 @@ def _kept_uids(plan: BalancePlan, num_kept: int) -> Iterator[pa.ChunkedArray]:
             f"{keep_list} has keys that {embeddings.folder} does not have: files or shards have been renamed since.",
             "Balance again with --overwrite.",
         )
-    finder = _UidFinder(plan)
+    finder = _UidFinder(plan.settings, embeddings)
     for file in embeddings.files:
         yield finder.find(file, np.flatnonzero(kept[file.first : file.first + file.rows]))
 
@@ -260,18 +261,18 @@ def _kept_uids(plan: BalancePlan, num_kept: int) -> Iterator[pa.ChunkedArray]:
 class _UidFinder:
     """Finds the identifiers of samples: in the embeddings' metadata, else their keys, else in their ``.json``."""
 
-    def __init__(self, plan: BalancePlan, scratch: Path | None = None) -> None:
+    def __init__(self, settings: BalanceSettings, embeddings: Embeddings, scratch: Path | None = None) -> None:
         """Keep an index that has to be made in the work directory, or in a scratch folder."""
-        self._plan = plan
-        self._embeddings = plan.embeddings
+        self._settings = settings
+        self._embeddings = embeddings
         self._scratch = scratch
 
     @cached_property
     def _samples(self) -> SampleFinder | None:
-        data = open_data(self._plan)
+        data = open_data(self._settings, self._embeddings)
         if data is not None and data.index is None and self._scratch is not None:
             data = dataclasses.replace(data, index_folder=self._scratch)
-        return None if data is None else SampleFinder(data, self._plan.settings.workers)
+        return None if data is None else SampleFinder(data, self._settings.workers)
 
     def find(self, file: EmbeddingFile, places: IntArray) -> pa.ChunkedArray:
         """Return those of the rows at some places in a file, n strings of 32 hexadecimal digits."""

@@ -10,8 +10,9 @@ from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.command import texts_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
-from clipcid_cli.formats.embeddings.text_folder import EmbeddedTexts, TextLines, open_texts
+from clipcid_cli.formats.embeddings.text_folder import TEXTS, EmbeddedTexts, TextLines, open_texts
 from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
@@ -55,7 +56,7 @@ def find_extra_texts(settings: DistillSettings, embeddings: Embeddings) -> Extra
     folder = settings.texts
     if folder is None and spec is not None:
         kept = WorkDirectory(settings.work).texts(parse_model(spec).slug)
-        folder = kept if (kept / "texts.json").exists() else None
+        folder = kept if sidecar_path(kept, TEXTS).exists() else None
     if folder is not None:
         texts = open_texts(folder, spec)
         _validate_model(settings, texts, embeddings)

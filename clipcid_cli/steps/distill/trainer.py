@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from contextlib import closing
@@ -15,7 +14,6 @@ from clipcid_cli.formats.files import reading, write_json
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.boards import open_board
 from clipcid_cli.formats.results.run_folder import (
-    RunFolder,
     TrainingLog,
     checkpoint_path,
     list_checkpoints,
@@ -34,13 +32,10 @@ from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
-from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.objective import Objective
+from clipcid_cli.steps.distill.plan import DistillPlan
 from clipcid_cli.steps.distill.student import Student, batch_norms
 from clipcid_cli.steps.distill.teacher import open_teacher
-from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
-from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.training.optimisers import Recipe
 from clipcid_cli.training.train_state import StepValues, TrainState
 
 # Every so many steps the processes tell each other whether a signal asks one of them to end. What they exchange stays on the
@@ -48,34 +43,12 @@ from clipcid_cli.training.train_state import StepValues, TrainState
 _STEPS_BETWEEN_WORDS = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A run."""
-
-    settings: DistillSettings
-    inputs: Inputs
-    folder: RunFolder
-    evaluations: ZeroshotPlan  # what `eval-zeroshot` measures in the end
-    recipe: Recipe
-    batch_size: int  # over all processes, as `extra_texts`
-    extra_texts: int
-    workers: int  # for each training process
-    log_every: int  # in steps, as what follows
-    eval_every: int
-    checkpoint_every: int
-
-    @property
-    def steps(self) -> int:
-        """Of the whole run."""
-        return self.recipe.steps
-
-
 class Trainer:
     """A run in progress; `losses` are of the last step that was read, `metrics` of the last evaluation."""
 
     def __init__(
         self,
-        plan: Plan,
+        plan: DistillPlan,
         student: Student,
         teacher_model: ClipModel | None,
         context: DistContext,

@@ -81,7 +81,7 @@ class EmbedPlan:
         return OutputSpec(
             self.folder,
             self.step,
-            TextsSidecar if self.of_texts else EmbedSidecar,
+            self.sidecar_type,
             settings=self.requested | of_model,
             inputs=[self.input],
             overwrite=self.settings.overwrite,

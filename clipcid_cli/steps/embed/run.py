@@ -31,7 +31,7 @@ from clipcid_cli.formats.embeddings.manifest import (
 )
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.embeddings.text_folder import TEXTS, TEXTS_FILE, write_texts
-from clipcid_cli.formats.fingerprint import record
+from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, remove_leftovers
 from clipcid_cli.formats.sidecar import TextsSidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
@@ -261,53 +261,63 @@ def _commit(
 ) -> EmbeddedSidecar:
     """Check the embeddings of all shards together and commit them."""
     rows = sum(each.rows for each in records)
-    read = sum(each.read for each in records)
     skips = merge_skips(records)
     if not rows:
         output.discard()  # it must not stand in the way of other data
+        read = sum(each.read for each in records)
         raise ClipcidError(
             f"None of the {read:,} samples in {plan.dataset.spec} can be used:\n{skips.describe()}", "Fix the data."
         )
     embedded = sum(number for number, _ in timings)
     elapsed = max(sum(seconds.values()) for _, seconds in timings)
     speed = round(embedded / elapsed, 1) if embedded else None
-    skipped = dict(sorted(skips.counts.items()))
-    entries: dict[str, Any] = {
-        "outputs": [record(output.work / MANIFEST, output.work)],
-        "model": _describe_model(encoder.model),
-    }
+    manifest = record(output.work / MANIFEST, output.work)
+    model = _describe_model(encoder.model)
+    sidecar: EmbeddedSidecar
     if plan.of_texts:
-        if describe_shards(plan.dataset) != plan.shards:
-            raise ClipcidError(
-                f"{plan.dataset.spec} changed while it was being embedded.", "Run the same command again."
-            )
-        write_texts(output.work, ([sample.captions[0] for sample in shard.stream()] for shard in plan.dataset.shards))
-        entries["outputs"].append(record(output.work / TEXTS_FILE, output.work))
-        entries |= {
-            "counts": {"texts": rows, "skipped": skipped},
-            "seconds": {"encode": elapsed},
-            "texts_per_second": speed,
-        }
+        sidecar = output.commit(
+            outputs=[manifest, _write_texts(plan, output.work)],
+            model=model,
+            counts={"texts": rows, "skipped": dict(sorted(skips.counts.items()))},
+            seconds={"encode": elapsed},
+            texts_per_second=speed,
+        )
     else:
-        fix = plan.without_text if "no_caption" in skips.counts else ""
-        skips.check(read, plan.max_bad_fraction, plan.dataset.spec, fix)
-        adapted = {how: sum(getattr(each, how) for each in records) for how in _ADAPTED}
-        for how, number in adapted.items():
-            if number:
-                reporting.note(f"Images with {_ADAPTED[how]}: {number:,}.")
-        missing = note_missing_captions(plan.dataset) if plan.settings.text else {}
-        if skips.total:
-            reporting.warn(f"Samples skipped: {skips.total:,}\n{skips.describe()}")
-        entries |= {
-            "counts": {"images": rows, "read": read, "skipped": skipped, **adapted}
-            | ({"without_caption": missing} if missing else {}),
-            "seconds": {phase: fmean(each[phase] for _, each in timings) for phase in ("read", "encode", "write")},
-            "images_per_second": speed,
-            "data": plan.dataset.describe(),
-            "run": {"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__},
-        }
-    sidecar: EmbeddedSidecar = output.commit(**entries)
+        sidecar = output.commit(
+            outputs=[manifest],
+            model=model,
+            counts={"images": rows, **_count_images(plan, records, skips)},
+            seconds={phase: fmean(each[phase] for _, each in timings) for phase in ("read", "encode", "write")},
+            images_per_second=speed,
+            data=plan.dataset.describe(),
+            run={"processes": len(timings), "device": encoder.model.device.type, "pillow": PIL.__version__},
+        )
     return sidecar
+
+
+def _write_texts(plan: EmbedPlan, work: Path) -> FileRecord:
+    """Write the texts beside their rows, unless the file has changed since it was read."""
+    dataset = plan.dataset
+    if describe_shards(dataset) != plan.shards:
+        raise ClipcidError(f"{dataset.spec} changed while it was being embedded.", "Run the same command again.")
+    write_texts(work, ([sample.captions[0] for sample in shard.stream()] for shard in dataset.shards))
+    return record(work / TEXTS_FILE, work)
+
+
+def _count_images(plan: EmbedPlan, records: Sequence[ShardRecord], skips: Skips) -> dict[str, Any]:
+    """Count the samples that were read, skipped and adapted, and say so; refuse too many that were skipped."""
+    read = sum(each.read for each in records)
+    fix = plan.without_text if "no_caption" in skips.counts else ""
+    skips.check(read, plan.max_bad_fraction, plan.dataset.spec, fix)
+    adapted = {how: sum(getattr(each, how) for each in records) for how in _ADAPTED}
+    for how, number in adapted.items():
+        if number:
+            reporting.note(f"Images with {_ADAPTED[how]}: {number:,}.")
+    missing = note_missing_captions(plan.dataset) if plan.settings.text else {}
+    if skips.total:
+        reporting.warn(f"Samples skipped: {skips.total:,}\n{skips.describe()}")
+    counts = {"read": read, "skipped": dict(sorted(skips.counts.items())), **adapted}
+    return counts | ({"without_caption": missing} if missing else {})
 
 
 def _describe_model(model: ClipModel) -> dict[str, Any]:

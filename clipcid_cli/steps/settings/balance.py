@@ -178,6 +178,11 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
         return self.min_caption_similarity is not None or self.max_caption_similarity is not None
 
     @property
+    def reads_texts(self) -> bool:
+        """Whether images are compared with their captions."""
+        return self.has_window or self.select == "similarity"
+
+    @property
     def reference_distance(self) -> float | None:
         """The distance for `against`; None where there is none."""
         return self.distance if self.against_threshold is None else self.against_threshold

@@ -26,9 +26,10 @@ from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun, Reference
+from clipcid_cli.steps.balance.balance_run import BalanceRun, Reference
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
 from clipcid_cli.steps.data_index import holds_embeddings, open_named
@@ -76,12 +77,11 @@ def validate_models(settings: BalanceSettings, model: str) -> None:
             )
 
 
-def open_references(plan: BalancePlan) -> list[Reference]:
+def open_references(settings: BalanceSettings, embeddings: Embeddings, context: DistContext) -> list[Reference]:
     """Open what ``--against`` names; images are embedded first, as the embeddings to balance were."""
-    context = plan.context
     found = list[Reference]()
-    for name in plan.settings.against:
-        reference = open_reference(plan, name)
+    for name in settings.against:
+        reference = open_reference(settings, embeddings, name, context)
         assert isinstance(reference, Embeddings)  # this is no dry run
         bad = context.on_rank0(partial(reference.find_bad_rows, texts=False))
         if len(bad):
@@ -91,25 +91,25 @@ def open_references(plan: BalancePlan) -> list[Reference]:
     return found
 
 
-def open_reference(plan: BalancePlan, name: str) -> Embeddings | EmbedCost:
+def open_reference(
+    settings: BalanceSettings, embeddings: Embeddings, name: str, context: DistContext
+) -> Embeddings | EmbedCost:
     """Open the embeddings of a reference; where there are none make them, or in a dry run return what that would cost."""
-    settings = plan.settings
     folder = Path(name)
     if not holds_embeddings(folder):
-        folder, made = _embed(plan, name)
+        folder, made = _embed(settings, embeddings, name, context)
         if isinstance(made, EmbedCost):
             return made
     cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
     reference = open_given(settings, folder, cache, needs_column=False)
-    _validate_same_model(plan.embeddings, reference, name)
-    if not plan.context.on_rank0(partial(has_usable_row, reference.rows(Kind.IMAGES))):
+    _validate_same_model(embeddings, reference, name)
+    if not context.on_rank0(partial(has_usable_row, reference.rows(Kind.IMAGES))):
         raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Embed again.")
     return reference
 
 
-def _embed(plan: BalancePlan, data: str) -> tuple[Path, Embedded]:
+def _embed(settings: BalanceSettings, embeddings: Embeddings, data: str, context: DistContext) -> tuple[Path, Embedded]:
     """Embed reference images as the embeddings to balance were, into the folder; what is there already is taken."""
-    settings, embeddings = plan.settings, plan.embeddings
     model = settings.model if embeddings.sidecar is None else embeddings.sidecar.model.spec
     if model is None:
         raise ClipcidError(
@@ -123,11 +123,11 @@ def _embed(plan: BalancePlan, data: str) -> tuple[Path, Embedded]:
     if embeddings.sidecar is not None:
         made_so = embeddings.sidecar.made
         given |= {"fast_decode": made_so.fast_decode, "precision": made_so.precision}
-        if made_so.precision == "fp16" and plan.context.device.type == "cpu":
+        if made_so.precision == "fp16" and context.device.type == "cpu":
             given["precision"] = "fp32"
             reporting.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
     try:
-        made = make_embeddings(EmbedSettings.asked_by(settings, **given), plan.context)
+        made = make_embeddings(EmbedSettings.asked_by(settings, **given), context)
     except ClipcidError as error:
         raise ClipcidError(f"--against {data}: {error.message}", error.fix) from error
     return folder, made

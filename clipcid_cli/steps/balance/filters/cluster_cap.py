@@ -25,7 +25,7 @@ from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory, remake_c
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun, FoundClusters
 from clipcid_cli.steps.balance.result import ClusterCapResult
-from clipcid_cli.steps.balance.sets import SCORES
+from clipcid_cli.steps.balance.scores import SCORES
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 

@@ -24,7 +24,7 @@ from clipcid_cli.formats.results.matched_samples import SampleRows, open_rows
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.randomness import key_fractions
 from clipcid_cli.steps.distill import samples
-from clipcid_cli.steps.distill.run import choose_batch_size
+from clipcid_cli.steps.distill.plan import choose_batch_size
 from clipcid_cli.steps.distill.samples import Sources, match_samples
 from clipcid_cli.steps.settings.distill import DistillSettings
 

@@ -1,0 +1,246 @@
+"""What `distill` will do: the data, the recipe, and the folder of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from clipcid_cli.algorithms.losses.registry import LOSSES, default_rate
+from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.output import OutputSpec
+from clipcid_cli.formats.results.clusters import read_cluster_sidecar
+from clipcid_cli.formats.results.keep_list import read_keep_list
+from clipcid_cli.formats.results.run_folder import RunFolder
+from clipcid_cli.formats.sidecar import DistillSidecar, sidecar_path
+from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess
+from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.runtime.pipeline import default_workers
+from clipcid_cli.runtime.randomness import SHARDS_MIXED
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
+from clipcid_cli.steps.distill.inputs import Inputs, find_inputs, named_teachers
+from clipcid_cli.steps.distill.student import Student
+from clipcid_cli.steps.distill.teacher import describe_weights
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
+from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
+from clipcid_cli.steps.inputs import NO_KEEP_LIST
+from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.settings.shared import output_settings
+from clipcid_cli.training.optimisers import Recipe
+
+_DEFAULT_EPOCHS = 32
+# Samples of a batch by default: at least so many (fewer if the data has fewer), with --steps so many for each GPU. On GPUs
+# without --steps up to so many for each as long as that leaves so many steps.
+_SMALLEST_BATCH = 256
+_LARGEST_BATCH_PER_GPU = 512
+_ENOUGH_STEPS = 20_000
+
+# The log has at most about this many lines, whatever the length of the run.
+_MAX_LOG_LINES = 5_000
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillPlan:
+    """What is trained, on what, and for how long."""
+
+    settings: DistillSettings
+    inputs: Inputs
+    folder: RunFolder
+    evaluations: ZeroshotPlan  # what `eval-zeroshot` measures in the end
+    recipe: Recipe
+    batch_size: int  # over all processes, as `extra_texts`
+    extra_texts: int
+    workers: int  # for each training process
+    log_every: int  # in steps, as what follows
+    eval_every: int
+    checkpoint_every: int
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.recipe.steps
+
+    def identify(self, student: Student, teacher: ClipModel | None) -> OutputSpec[DistillSidecar]:
+        """Say what decides the output, given the student and the teacher that runs alongside it."""
+        settings, inputs = self.settings, self.inputs
+        identity = output_settings(settings)
+        # Data and teacher are inputs, identified by their content, however they were named.
+        for name in ("data", "teacher", "epochs", "init_from"):
+            del identity[name]
+        info = student.model.info
+        clusters = inputs.clusters
+        identity |= {
+            "preset": settings.chosen_preset,
+            "precision": student.precision.name,
+            "warmup": self.recipe.warmup,
+            "lr": self.recipe.lr,
+            "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses(inputs.trust).items()},
+            "student": {
+                "config": info.config,
+                "weights": info.weights_hash,
+                "pixels": hash_preprocess(info.preprocess, fast_decode=settings.fast_decode),
+            },
+            "batch_size": self.batch_size,
+            "extra_texts": self.extra_texts,
+            "eval_every": self.eval_every,
+            "steps": self.steps,
+            "views": "stored" if settings.shows_views else "none",
+            "cluster_towers": "both" if clusters is not None and clusters.teach_text else "image",
+        }
+        if clusters is not None:
+            identity["cluster_temperature"] = clusters.temperatures
+        return OutputSpec(
+            self.folder.path,
+            "distill",
+            DistillSidecar,
+            settings=identity,
+            inputs=inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
+            overwrite=settings.overwrite,
+            elsewhere="--name",
+        )
+
+
+def validate_named(settings: DistillSettings) -> list[ZeroshotTask]:
+    """Look at what can be wrong with named inputs before hours of embedding; return the data sets of ``--eval-data``."""
+    if settings.needs_teacher:
+        named_teachers(settings)
+    if settings.keep_list not in (None, NO_KEEP_LIST):
+        read_keep_list(Path(settings.keep_list))
+    if any(LOSSES[name].needs_clusters for name in settings.losses()):
+        read_cluster_sidecar(
+            settings.clusters or WorkDirectory(settings.work).find_clusters(**_flags_of_several(settings))
+        )
+    return plan_evaluation(zeroshot_settings(settings))
+
+
+def _flags_of_several(settings: DistillSettings) -> dict[str, Any]:
+    """Return the flags by which `cluster` takes several teachers, whose embeddings may not exist yet."""
+    if settings.num_teachers == 1:
+        return {}
+    work = WorkDirectory(settings.work)
+    folders = settings.embeddings or tuple(work.embeddings(teacher.slug) for teacher in named_teachers(settings))
+    return {"embeddings": folders, "teacher_weight": settings.teacher_weight}
+
+
+def make_plan(
+    settings: DistillSettings,
+    student: Student,
+    embeddings: tuple[Path, ...],
+    tasks: list[ZeroshotTask],
+    scratch: Path | None,
+    context: DistContext,
+) -> DistillPlan:
+    """Plan a run, on the first process."""
+    inputs = find_inputs(settings, embeddings, scratch)
+    batch_size = choose_batch_size(settings, inputs.training.total, context)
+    extra_texts = inputs.num_extra_texts(batch_size)
+    if extra_texts % context.size:
+        raise UsageError(
+            f"--extra-texts {extra_texts} does not divide among {context.size} processes.",
+            f"Use a multiple of {context.size}.",
+        )
+    recipe = _choose_recipe(settings, inputs, batch_size, student, context)
+    if extra_texts:
+        reporting.note(f"Each step the text tower sees {extra_texts:,} further texts.")
+    parts = [student.model.info.slug, settings.chosen_preset, f"s{settings.seed}"]
+    name = settings.name or "-".join(parts + ["all"] * (inputs.keep_list is None))
+    folder = RunFolder(WorkDirectory(settings.work).distill(name))
+    students = [ModelName(str(path), "folder", path=path) for path in folder.students(ema=settings.ema is not None)]
+    evaluations = ZeroshotPlan(students, tasks, zeroshot_settings(settings))
+    # Before the start, which removes what an unfinished run left.
+    if not sidecar_path(folder.path, "distill").exists():
+        evaluations.validate_unmeasured()
+    steps = recipe.steps
+    return DistillPlan(
+        settings=settings,
+        inputs=inputs,
+        folder=folder,
+        evaluations=evaluations,
+        recipe=recipe,
+        batch_size=batch_size,
+        extra_texts=extra_texts,
+        workers=default_workers(context.device) if settings.workers is None else settings.workers,
+        log_every=max(1, steps // _MAX_LOG_LINES),
+        eval_every=settings.eval_every or max(1, steps // 10),
+        checkpoint_every=settings.checkpoint_every or max(1, min(1_000, steps // 10)),
+    )
+
+
+def choose_batch_size(settings: DistillSettings, samples: int, context: DistContext) -> int:
+    """Return the size of a global batch, which all processes and parts divide; refuse one that is larger than the data.
+
+    By default it is the largest power of two that leaves enough steps, within the bounds.
+    """
+    divisor = context.size * settings.accum_freq
+    batch_size = settings.batch_size
+    if batch_size is None:
+        batch_size = _SMALLEST_BATCH
+        if context.device.type == "cuda" and settings.steps is not None:
+            batch_size *= context.size
+        elif context.device.type == "cuda":
+            shown = (settings.epochs or _DEFAULT_EPOCHS) * samples
+            while 2 * batch_size <= min(_LARGEST_BATCH_PER_GPU * context.size, shown // _ENOUGH_STEPS):
+                batch_size *= 2
+        batch_size = max(divisor, min(batch_size, samples) // divisor * divisor)
+    if batch_size % divisor:
+        raise UsageError(
+            f"--batch-size {batch_size} does not divide into {context.size} x {settings.accum_freq} equal parts "
+            "(processes x --accum-freq).",
+            f"Use a multiple of {divisor}.",
+        )
+    if samples < batch_size:
+        lower = "Use fewer processes or a lower --accum-freq" if samples < divisor > 1 else "Lower --batch-size"
+        raise ClipcidError(
+            f"There are {samples:,} samples to train on, fewer than one batch of {batch_size:,}.",
+            f"{lower}, or give more data." if samples else "Give more data.",
+        )
+    return batch_size
+
+
+def _choose_recipe(
+    settings: DistillSettings,
+    inputs: Inputs,
+    batch_size: int,
+    student: Student,
+    context: DistContext,
+) -> Recipe:
+    """Decide number of steps, warm-up and learning rate, and say so."""
+    samples = inputs.training.total
+    steps = settings.steps or max(1, (settings.epochs or _DEFAULT_EPOCHS) * samples // batch_size)
+    warmup = min(steps // 10, 2_000) if settings.warmup is None else settings.warmup
+    if warmup > steps:
+        raise UsageError(f"--warmup {warmup:,} exceeds the {steps:,} steps of the run.", "Give fewer warm-up steps.")
+    shards = len(inputs.training.sizes)
+    shuffle = "uniform over all samples, in each epoch."
+    if shards > SHARDS_MIXED:
+        shuffle = (
+            f"{shards:,} shards in a new order each epoch, samples uniformly among {SHARDS_MIXED} shards at a time "
+            f"({SHARDS_MIXED / shards:.1%} of the data)."
+        )
+    each = f" ({batch_size // context.size:,} for each of {context.size} processes)" if context.size > 1 else ""
+    reporting.note(
+        f"{samples:,} samples, {steps:,} steps of {batch_size:,}{each}, {warmup:,} of them warm-up: "
+        f"{steps * batch_size / samples:.1f} epochs; {inputs.held_out.total:,} more samples are held out.\n"
+        f"Shuffle: {shuffle}"
+    )
+    if settings.optimizer == "muon":
+        reporting.note("Optimizer: Muon for the layers of the towers, AdamW for the rest.")
+    lr = settings.lr
+    if lr is None:
+        width = student.model.info.embed_dim
+        trained = student.starts_trained
+        lr, reason = default_rate(settings.losses(), settings.optimizer, batch_size, width, trained=trained)
+        reporting.note(f"Learning rate: {lr:g} ({reason}).")
+    return Recipe(
+        optimizer=settings.optimizer,
+        lr=lr,
+        weight_decay=settings.wd,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        warmup=warmup,
+        steps=steps,
+        max_norm=settings.grad_clip_norm or None,
+    )
