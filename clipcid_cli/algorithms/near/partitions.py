@@ -90,6 +90,7 @@ class Partitions:
         """
         m = min(_NEAREST, len(self))
         number_Bm, cosine_Bm = top_nearest(rows_BD, self._centroids_KD, m)
+        # No two centroids are farther apart than twice the longest.
         home_B, least_B1 = number_Bm[:, 0], cosine_Bm[:, :1] - margin * 2 * LONGEST_UNIT_ROW
         may_Bm = cosine_Bm >= least_B1 - _SLACK
         open_B = may_Bm[:, -1] & (m < len(self))
