@@ -22,6 +22,10 @@ from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
 def make_rows(
     num_rows: int, width: int = 32, seed: int = 0, num_centroids: int | None = None, noise: float = 0.25
 ) -> np.ndarray:
@@ -30,7 +34,7 @@ def make_rows(
     centroids = generator.normal(size=(num_centroids or num_rows // 3 + 1, width))
     rows = centroids[generator.integers(len(centroids), size=num_rows)]
     rows = rows + noise * generator.random((num_rows, 1)) * generator.normal(size=rows.shape)
-    stored = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+    stored = unit(rows).astype(np.float16)
     copied = generator.random(num_rows) < 0.1
     stored[copied] = stored[generator.integers(num_rows, size=int(copied.sum()))]
     return stored

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import fnmatch
 import functools
 import io
 import json
@@ -12,6 +13,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -162,6 +164,30 @@ def run_clipcid(
     except subprocess.TimeoutExpired:
         ended = None
     return _finish(Run(command, cwd, ended, *started.read()), check, code)
+
+
+def kill_when(
+    folder: Path, appears: str, absent: Iterable[str], *arguments: object, cwd: Path, processes: int = 1
+) -> None:
+    """Run a command line, kill it as soon as a file of such a name is anywhere in a folder, and prove it.
+
+    Args:
+        folder: It has no such file yet.
+        appears: Pattern of the file's name, such as ``step_*.pt``.
+        absent: Names of files that must not exist yet: the last that is computed, and the sidecar that marks the end.
+        processes: The one that names the file is killed, the others are terminated.
+    """
+    assert not _holds(folder, appears), "it would be killed before it has begun"
+    hook = functools.partial(forks.after_naming, appears, functools.partial(signal.raise_signal, signal.SIGKILL))
+    process = start_clipcid(*arguments, cwd=cwd, processes=processes, hook=hook)
+    assert process.wait() == -signal.SIGKILL, (f"ended before {appears} was seen", *process.read())
+    assert _holds(folder, appears)
+    assert [name for name in absent if _holds(folder, name)] == [], "killed too late"
+
+
+def _holds(folder: Path, pattern: str) -> bool:
+    """Whether a file of such a name is anywhere below a folder in which folders come and go."""
+    return any(fnmatch.filter(names, pattern) for _, _, names in os.walk(folder))
 
 
 @contextlib.contextmanager

@@ -42,28 +42,28 @@ def student_bytes(run: Path) -> bytes:
 
 
 def train(
-    folder: Path, name: str, presets: tuple[str, ...] = FULL_PRESETS, *, with_report: bool = False, **settings: Any
-) -> None:
-    """Train with each preset on the work directory `folder`/clipcid-work; runs are called PRESET-`name`.
+    work: Path, data: Path | None = None, *, with_report: bool = False, **settings: Any
+) -> tuple[list[dict[str, Any]], str]:
+    """Run `distill` in this process; returns its log and what it said. A report takes as long as its steps."""
+    from balance_data import heard
 
-    They write no report unless asked to: it takes as long as their steps.
+    from clipcid_cli.steps.distill import run  # most who need the tiny student train nothing
+
+    given = {"preset": "cid", "name": "run", "batch_size": 8, "workers": 0, "device": "cpu"}
+    given |= {"data": data and str(data), "steps": 4, "val_fraction": 0.2}
+    report = {} if with_report else {"return_value": ""}
+    with heard() as told, patch.object(run, "write_report", wraps=run.write_report, **report):
+        result = run.run(DistillSettings(work=work, **given | settings))
+    return losses(Path(result.files["train_log"]).parent), "\n".join(told)
+
+
+def train_presets(folder: Path, name: str, presets: tuple[str, ...] = FULL_PRESETS, **settings: Any) -> None:
+    """Train with each preset on the work directory `folder`/clipcid-work; runs are called PRESET-`name`.
 
     The rate is low: where a gradient is 0 but for rounding, Adam moves a weight by the whole rate either way, and at 1e-3
     sums in another order differed by 1.4e-5 of the gradient's norm after some steps (AVX2).
     """
-    from clipcid_cli.steps.distill import run  # most who need the tiny student train nothing
-
     for preset in presets:
-        chosen: dict[str, Any] = {"steps": 6, "batch_size": 8, "workers": 0, "val_fraction": 0.2, "eval_every": 6}
-        towers = "both" if "cluster" in PRESETS[preset] else "auto"
-        chosen |= {"lr": 1e-4, "cluster_towers": towers, "loss": FURTHER.get(preset, ())}
-        asked = DistillSettings(
-            work=folder / "clipcid-work",
-            student=str(folder / "student.json"),
-            preset=preset,
-            name=f"{preset}-{name}",
-            **chosen | settings,
-        )
-        report = {} if with_report else {"return_value": ""}
-        with patch.object(run, "write_report", wraps=run.write_report, **report):
-            run.run(asked)
+        given: dict[str, Any] = {"student": str(folder / "student.json"), "steps": 6, "eval_every": 6, "lr": 1e-4}
+        given |= {"cluster_towers": "both" if "cluster" in PRESETS[preset] else "auto", "loss": FURTHER.get(preset, ())}
+        train(folder / "clipcid-work", preset=preset, name=f"{preset}-{name}", **given | settings)

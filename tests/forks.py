@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import fnmatch
 import functools
 import gc
 import importlib
@@ -210,6 +211,22 @@ def _describe_worlds(processes: int) -> list[dict[str, str]]:
         "OMP_NUM_THREADS": "1",
     }
     return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def after_naming(pattern: str, act: Callable[[], None]) -> None:
+    """Let this process act once, always at one place: where it opens a file after one of a pattern has got its name."""
+    named = ""
+    is_over = False
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal named, is_over
+        if event == "os.rename" and fnmatch.fnmatch(os.fsdecode(arguments[1]), f"*{pattern}"):
+            named = os.fsdecode(arguments[1])
+        elif event == "open" and not is_over and os.path.exists(named):
+            is_over = True
+            act()
+
+    sys.addaudithook(watch)
 
 
 def close() -> None:

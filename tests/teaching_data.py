@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from balance_data import heard
-from conftest import make_caption, make_image, write_tar
+from conftest import changed, make_caption, make_image, write_tar
+from distill_data import STUDENT
 from torch import Tensor
 
 from clipcid_cli.formats.data.dataset import Dataset
@@ -24,7 +23,6 @@ from clipcid_cli.runtime.models.augment import Processor, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.data_index import ensure_index
-from clipcid_cli.steps.distill import run as distill
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
 from clipcid_cli.steps.distill.teacher import open_teacher
@@ -34,11 +32,6 @@ from clipcid_cli.steps.settings.embed import EmbedSettings
 
 ALONE = DistContext(0, 1, 0, torch.device("cpu"))
 FP32 = Precision("fp32", "a test")
-STUDENT = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 24, "layers": 1, "width": 32, "head_width": 16, "patch_size": 12},
-    "text_cfg": {"context_length": 10, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
-}
 
 
 def write_captions(folder: Path, counts: tuple[int, ...]) -> Path:
@@ -55,10 +48,11 @@ def write_captions(folder: Path, counts: tuple[int, ...]) -> Path:
     return folder
 
 
-def write_student(folder: Path, config: dict[str, Any] = STUDENT) -> Path:
+def write_student(folder: Path) -> Path:
     """Write an architecture that differs from the tiny teacher in width, resolution and context."""
     path = folder / "student.json"
-    path.write_text(json.dumps(config))
+    sizes = {"vision_cfg__image_size": 24, "vision_cfg__patch_size": 12, "text_cfg__context_length": 10}
+    path.write_text(json.dumps(changed(STUDENT, **sizes)))
     return path
 
 
@@ -77,24 +71,6 @@ def read_params(embeddings: Embeddings, row: int, view: int) -> npt.NDArray[np.f
 def read_keys(embeddings: Embeddings) -> list[str]:
     """Return the keys of all rows."""
     return [key for file in embeddings.files for key in embeddings.keys_of(file).to_pylist()]
-
-
-def train(work: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Any]], str]:
-    """Run `distill` in this process, without its report; returns its log but for times, and what it said."""
-    given = {
-        "preset": "cid",
-        "batch_size": 8,
-        "workers": 0,
-        "device": "cpu",
-        "steps": 4,
-        "name": "run",
-        "val_fraction": 0.2,
-    } | settings
-    with heard() as told, patch.object(distill, "write_report", return_value=""):
-        result = distill.run(DistillSettings(work=work, data=str(data), **given))
-    log = [json.loads(line) for line in Path(result.files["train_log"]).read_text().splitlines()]
-    clock = ("samples_per_second", "data_wait_share")
-    return [{name: line[name] for name in line if name not in clock} for line in log], "\n".join(told)
 
 
 def index_data(dataset: Dataset, folder: Path) -> Dataset:

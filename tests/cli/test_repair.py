@@ -6,11 +6,10 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from balance_data import write_embeddings
+from balance_data import unit, write_embeddings
 from conftest import Clipcid, Run, make_image, run_clipcid, write_tar
 from distill_data import STUDENT, losses, student_bytes
 
@@ -19,10 +18,6 @@ DISTILL = ("distill", "pairs.tar", "--embeddings", "teacher", "--student", "stud
 DISTILL += ("--steps", 3, "--val-fraction", 0.1)
 CLUSTER = ("cluster", "--embeddings", "teacher", "--num-clusters", 16, "--iterations", 3)
 REPAIRED = "repaired (--repair none leaves it as it is)"
-
-
-def unit(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def write_teacher(folder: Path, *, turned: bool) -> None:

@@ -14,21 +14,17 @@ which should never be needed.
 
 from __future__ import annotations
 
-import fnmatch
-import functools
 import json
 import os
-import signal
-import sys
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_clipcid, start_clipcid
+from conftest import run_clipcid
 
 RECORDING = os.environ.get("CLIPCID_GOLDEN") == "record"
 RECORDING_ROWS = os.environ.get("CLIPCID_GOLDEN") == "rows"
@@ -63,42 +59,6 @@ def read_samples(number: int) -> list[tuple[str, bytes]]:
         members = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
     keys = list(dict.fromkeys(name.partition(".")[0] for name, _ in members))[:number]
     return [(name, data) for name, data in members if name.partition(".")[0] in set(keys)]
-
-
-def kill_when(place: Path, appears: str, absent: Sequence[str], *arguments: object) -> None:
-    """Run a command line, kill it as soon as a file of such a name exists anywhere, and prove it.
-
-    Args:
-        place: Folder to run in; the work directory, in which there is no such file yet, is the word after ``--work``.
-        appears: Pattern of the file's name, such as ``step_*.pt``.
-        absent: Names of files that must not exist yet: the last that is computed, and the sidecar that marks the end.
-        arguments: The command line.
-    """
-    work = place / str(arguments[arguments.index("--work") + 1])
-    assert not _holds(work, appears), "it would be killed before it has begun"
-    process = start_clipcid(*arguments, *FLAGS, cwd=place, hook=functools.partial(die_after, appears))
-    assert process.wait() == -signal.SIGKILL, (f"ended before {appears} was seen", *process.read())
-    assert _holds(work, appears)
-    assert [name for name in absent if _holds(work, name)] == [], "killed too late"
-
-
-def die_after(pattern: str) -> None:
-    """Let this process be killed once a file has got a name of such a pattern."""
-    named = ""
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal named
-        if event == "os.rename" and fnmatch.fnmatch(os.path.basename(os.fsdecode(arguments[1])), pattern):
-            named = os.fsdecode(arguments[1])
-        elif named and event != "os.kill" and os.path.exists(named):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
-
-
-def _holds(folder: Path, pattern: str) -> bool:
-    """Whether a file of such a name is anywhere below a folder in which folders come and go."""
-    return any(fnmatch.filter(names, pattern) for _, _, names in os.walk(folder))
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> Arrays:

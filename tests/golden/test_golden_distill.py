@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_tar
-from golden import SHARDS, Arrays, ask, assert_same, check, kill_when, make_place, plain, read_samples
+from conftest import kill_when, write_tar
+from golden import FLAGS, SHARDS, Arrays, ask, assert_same, check, make_place, plain, read_samples
 from safetensors.numpy import load_file
 
 STUDENT = ("distill", SHARDS, "--student", "student.json", "--batch-size", 64)
@@ -89,9 +89,9 @@ def test_average_and_parts_killed_and_repeated(place: Path, distill: Callable[..
     run = place / "work" / "distill" / "run"
     check_run("distill-ema", run, answer)
     again = (*TAUGHT, "--keep-list", "work/balance/keep.parquet", "--name", "run", *settings, "--work", "killed")
-    kill_when(place, "step_*.pt", ("step_00000006.pt", "distill.json"), *again)
-    ask(place, *again)
     killed = place / "killed" / "distill" / "run"
+    kill_when(killed, "step_*.pt", ("step_00000006.pt", "distill.json"), *again, *FLAGS, cwd=place)
+    ask(place, *again)
     found, expected = read_weights(killed), read_weights(run)
     average, student = (
         np.concatenate([tensor.ravel() for name, tensor in expected.items() if name.startswith(f"{folder}.")])

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
-from conftest import Clipcid, write_tar
+from conftest import Clipcid, kill_when, write_tar
 from golden import (
     FLAGS,
     QUICKSTART,
@@ -21,7 +21,6 @@ from golden import (
     ask,
     assert_same,
     check,
-    kill_when,
     make_place,
     plain,
     read_metadata,
@@ -160,6 +159,7 @@ def test_one_thread_and_two_workers_have_the_same_rows(
 
 def test_killed_and_repeated_has_the_same_rows(place: Path, few: Arrays) -> None:
     command = ("embed", "few", "--model", "teacher", *AUGMENTED, "--work", "killed")
-    kill_when(place, "img_emb_0000.npy", ("img_emb_0001.npy", "embed.json"), *command)
+    killed = place / "killed"
+    kill_when(killed, "img_emb_0000.npy", ("img_emb_0001.npy", "embed.json"), *command, *FLAGS, cwd=place)
     ask(place, *command)
-    assert_same(read_embeddings(place / "killed" / "embeddings" / "teacher"), few)
+    assert_same(read_embeddings(killed / "embeddings" / "teacher"), few)

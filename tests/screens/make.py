@@ -14,9 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a command; under pytest it is there already
 
@@ -73,7 +71,7 @@ def _play(scene: Scene, place: Path, width: int) -> str:
         scene.before(place)
     command, _, log = scene.command.partition(" 2> ")
     terminal = Terminal(width)
-    interrupt = functools.partial(_interrupt_after, scene.interrupt_at) if scene.interrupt_at else None
+    interrupt = functools.partial(forks.after_naming, scene.interrupt_at, _interrupt) if scene.interrupt_at else None
     outputs = terminal.path, place / log if log else terminal.path
     words = shlex.split(command)[1:]
     program = forks.start(words, place, _environment(command), hook=interrupt, outputs=outputs)
@@ -96,25 +94,15 @@ def _environment(command: str) -> dict[str, str]:
     return environment | precision | {"CLIPCID_DEVICE": "cpu"}
 
 
-def _interrupt_after(pattern: str) -> None:
-    """Interrupt this process, as Ctrl-C does, right after the first file of a pattern has its name: always at one place."""
+def _interrupt() -> None:
+    """Interrupt this process, as Ctrl-C does."""
     from clipcid_cli.commands import signals
     from clipcid_cli.runtime import interruption
 
     signals._UNNOTICED = 20.0  # how long it takes to save what is done depends on the machine
-    is_named = is_over = False
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal is_named, is_over
-        if event == "os.rename" and fnmatch(os.fsdecode(arguments[1]), f"*{pattern}"):
-            is_named = True  # with the next event, the renaming is done
-        elif is_named and not is_over and event == "open":
-            is_over = True
-            os.kill(os.getpid(), signal.SIGINT)
-            if not interruption.ask():  # work that saves itself goes on to its next step
-                time.sleep(60)  # until another thread has ended the process
-
-    sys.addaudithook(watch)
+    os.kill(os.getpid(), signal.SIGINT)
+    if not interruption.ask():  # work that saves itself goes on to its next step
+        time.sleep(60)  # until another thread has ended the process
 
 
 def _hide(found: re.Match[str]) -> str:
@@ -123,7 +111,7 @@ def _hide(found: re.Match[str]) -> str:
 
 
 if __name__ == "__main__":
-    import make  # a command's process finds `_interrupt_after` by the name of this module
+    import make  # a command's process finds `_interrupt` by the name of this module
 
     for columns in WIDTHS:
         make.make_screens({columns: HERE / str(columns)})

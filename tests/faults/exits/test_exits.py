@@ -86,16 +86,33 @@ def meet(fate: str) -> None:
         rendezvous_all(1, 2)
         os._exit(9)
     distributed.RENDEZVOUS_TIMEOUT = datetime.timedelta(seconds=6)
+    distributed._ROLL_CALL = 2.0
     try:
         with open_dist_context("cpu") as context:
             context.gather(rank)
-            if fate == "dies later" and rank == 1:
-                os._exit(9)
-            time.sleep(12 * rank if fate == "is slow" else 0)  # a collective may wait for longer than the meeting
+            if rank == 1:
+                end(fate)
+            if fate in ("hangs", "fails"):
+                with context.limited_waits(datetime.timedelta(seconds=3)):
+                    torch.distributed.all_reduce(torch.ones(4))  # as gradients are summed
             print(context.gather(rank), flush=True)
     except ClipcidError as error:
         print(error.message, flush=True)
+    except OSError as error:
+        print(f"OSError: {error}", flush=True)
     os._exit(0)
+
+
+def end(fate: str) -> None:
+    match fate:
+        case "dies later":
+            os._exit(9)
+        case "hangs":
+            time.sleep(60)
+        case "fails":
+            raise OSError(5, "Input/output error", "/data/00007.tar")
+        case "is slow":
+            time.sleep(12)  # a collective may wait for longer than the meeting
 
 
 def wait_until_ready(run: forks.Started) -> None:
@@ -243,7 +260,8 @@ def test_processes_that_cannot_meet_are_told_within_the_limit(taken: bool, monke
             rendezvous_all(0, 2, datetime.timedelta(seconds=3))
 
 
-_MISSED = "Another process of the run has ended, or cannot be reached"
+_MISSED = "Another process of the run has ended, or cannot be reached: "
+_FAILED = r"OSError: \[Errno 5\] Input/output error: '/data/00007\.tar'"
 
 
 @pytest.mark.parametrize(
@@ -251,10 +269,12 @@ _MISSED = "Another process of the run has ended, or cannot be reached"
     [
         ("dies later", _MISSED, 9),
         ("dies between meeting and connecting", _MISSED, 9),
-        pytest.param("is slow", "[0, 1]", 0, marks=pytest.mark.slow),
+        ("hangs", rf"{_MISSED}.* No answer from process 1: it hangs or was killed\.\n$", -signal.SIGKILL),
+        ("fails", rf"Process 1 of the run failed: {_FAILED}\.\n{_FAILED}\n$", 0),
+        pytest.param("is slow", r"\[0, 1\]", 0, marks=pytest.mark.slow),
     ],
 )
-def test_a_process_that_ends_is_missed_and_a_slow_one_waited_for(
+def test_a_process_that_is_lost_is_told_and_a_slow_one_waited_for(
     fate: str, said: str, code: int, tmp_path: Path
 ) -> None:
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
@@ -262,9 +282,13 @@ def test_a_process_that_ends_is_missed_and_a_slow_one_waited_for(
         start_clipcid("balance", cwd=tmp_path, env=world | {"RANK": str(rank)}, hook=functools.partial(meet, fate))
         for rank in range(2)
     )
-    assert first.wait(150) == 0
-    assert first.read()[0].startswith(said), first.read()
+    if fate == "hangs":
+        first.wait(150)
+        second.send_signal(signal.SIGKILL)
     assert second.wait(60) == code
+    assert first.wait(30) == 0
+    told = first.read()[0] + second.read()[0]
+    assert re.match(said, told), told
 
 
 def test_a_world_without_a_place_to_meet_is_refused(clipcid: Clipcid, tmp_path: Path) -> None:

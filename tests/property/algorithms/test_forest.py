@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from balance_data import make_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import DisjointSet
@@ -23,18 +24,6 @@ from clipcid_cli.algorithms.sets.forest import ForestSink, connected_components,
 
 CPU = torch.device("cpu")
 SCAN_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-
-
-def unit_rows(seed: int, num_rows: int, width: int, num_centres: int, noise: float) -> np.ndarray:
-    """Rows around a few centres, some of them exact copies."""
-    generator = np.random.default_rng(seed)
-    centres = generator.normal(size=(num_centres, width))
-    rows = centres[generator.integers(num_centres, size=num_rows)] + noise * generator.normal(size=(num_rows, width))
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    stored = rows.astype(np.float16)
-    copies = generator.random(num_rows) < 0.15
-    stored[copies] = stored[generator.integers(num_rows, size=int(copies.sum()))]
-    return stored
 
 
 def all_edges(rows: np.ndarray) -> Edges:
@@ -111,7 +100,7 @@ def test_forest_is_kruskals_whatever_the_tiling_order_format_and_number_of_proce
     panel_rows: int,
     processes: int,
 ) -> None:
-    rows = unit_rows(seed, num_rows, width, 5, noise)
+    rows = make_rows(num_rows, width, seed, 5, noise)
     edges = all_edges(rows)
     expected = kruskal(num_rows, edges[edges.weight <= np.float32(cutoff)])
     assert as_list(build(rows, cutoff, dtype, panel_rows, seed, processes)) == expected
@@ -160,7 +149,7 @@ def test_blocks_queued_as_on_a_gpu_have_the_same_pairs_crowded_or_not(
     m: int, n: int, is_diagonal: bool, queued: tuple[int, int], seed: int
 ) -> None:
     n = 0 if is_diagonal else n
-    rows = unit_rows(seed, m + n, 16, 40, 0.2)
+    rows = make_rows(m + n, 16, seed, 40, 0.2)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         a = load_block(rows.__getitem__, np.arange(m), CPU, dtype)
         b = load_block(rows.__getitem__, np.arange(m, m + n), CPU, dtype) if n else a
@@ -183,7 +172,7 @@ def test_near_pairs_come_in_pieces_of_bounded_size(
     """Also up to a distance beyond √2, where scores are negative: that of many centres."""
     monkeypatch.setattr(search, "_STRETCHES_AT_ONCE", 2)
     monkeypatch.setattr(search, "_MANY_PAIRS", 100)
-    rows = unit_rows(5, 256 + others, 16, centres, 0.05)
+    rows = make_rows(256 + others, 16, 5, centres, 0.05)
     expected = all_edges(rows)
     one, other = cut(rows, np.arange(256), dtype, 256) + cut(rows, np.arange(256, len(rows)), dtype, others)
     for pair, is_asked in (

@@ -7,16 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from balance_data import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipcid_cli.algorithms.repair import Pairs, Repair, are_enough, deal_captions, fit_repair, standard_error
 
 WIDTH, SCALE = 32, 50.0
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def make_pairs(seed: int, *, num_pairs: int = 400, num_captions: int = 130) -> Pairs:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from balance_data import balance, make_rows, read_keep, write_embeddings
+from balance_data import balance, make_rows, read_keep, unit, write_embeddings
 from conftest import shard_members, write_tar
 from PIL import Image
 from sidecars import leave_work
@@ -42,14 +42,10 @@ CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
 )
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-
-
 def make_pairs() -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Images, texts at all angles to them, and captions, some of them empty; two text rows are not usable."""
     rows, generator = make_rows(NUM_ROWS), np.random.default_rng(5)
-    texts = unit(rows + generator.random((NUM_ROWS, 1)) * generator.normal(size=rows.shape))
+    texts = unit(rows + generator.random((NUM_ROWS, 1)) * generator.normal(size=rows.shape)).astype(np.float16)
     texts[7], texts[11] = 0.0, np.nan
     return rows, texts, ["" if row % 29 == 0 else f"picture {row}" for row in range(NUM_ROWS)]
 
@@ -93,7 +89,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Embeddings with captions, their images, and a work directory whose clusters are of all; read-only."""
     folder = tmp_path_factory.mktemp("cap")
     rows, generator = make_rows(NUM_ROWS), np.random.default_rng(4)
-    texts = unit(rows + 0.3 * generator.normal(size=rows.shape))
+    texts = unit(rows + 0.3 * generator.normal(size=rows.shape)).astype(np.float16)
     write_embeddings(folder / "e", rows, 3, texts=texts, captions=[f"picture {row}" for row in range(NUM_ROWS)])
     (folder / "photos").mkdir()
     for row in range(NUM_ROWS):

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from balance_data import heard
 from conftest import TINY_CONFIG, run_in_two
-from teaching_data import heard, train, write_student
+from distill_data import train
+from teaching_data import write_student
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.runtime.distributed import DistContext

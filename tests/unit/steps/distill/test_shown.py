@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY_CONFIG, make_caption, make_image, write_tar, write_tiny_model
+from distill_data import train
 from PIL import Image
 from sidecars import edit_sidecar
 from teaching_data import (
@@ -23,7 +24,6 @@ from teaching_data import (
     read_keys,
     read_params,
     shown_views,
-    train,
     write_captions,
     write_student,
 )

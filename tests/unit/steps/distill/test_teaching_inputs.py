@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from balance_data import heard, write_embeddings
 from conftest import TINY_CONFIG, changed, write_tiny_model
+from distill_data import train
 from safetensors.numpy import load_file, save_file
-from teaching_data import embed_data, join, read_keys, train, write_student
+from teaching_data import embed_data, join, read_keys, write_student
 
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.embeddings.folder import open_embeddings

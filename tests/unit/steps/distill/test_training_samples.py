@@ -14,7 +14,8 @@ import pytest
 import torch
 from balance_data import write_embeddings
 from conftest import make_caption, make_image, shard_members, write_tar
-from teaching_data import embed_data, index_data, read_keys, train, write_student
+from distill_data import train
+from teaching_data import embed_data, index_data, read_keys, write_student
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset

@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from balance_data import write_embeddings
+from balance_data import heard, write_embeddings
 from sidecars import make_sidecar, unfinish
-from teaching_data import embed_data, heard
+from teaching_data import embed_data
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.sidecar import EmbedSidecar
