@@ -35,7 +35,7 @@ ROUNDING_MARGIN = 2.0**-22
 # Values of unit rows that are rounded are integers over this.
 _GRID = 2.0**24
 
-# Longest row for which the sums above are exact; and longest unit row or centroid once it is rounded: to float16, within 1e-3
+# Longest row for which the sums above are exact; and longest unit row or centroid once it is rounded, to float16 within 1e-3
 # of 1. The square of the latter covers terms of second order in the rounding.
 LONGEST_ROW = 2.0
 LONGEST_UNIT_ROW = 1.01
