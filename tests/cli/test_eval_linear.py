@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Clipcid, write_benchmark, write_tiny_model
+from conftest import Clipcid, shard_members, write_benchmark, write_tar, write_tiny_model
 from PIL import Image
 from sidecars import make_sidecar
 from sklearn.linear_model import LogisticRegression
@@ -133,10 +133,10 @@ def test_features_are_kept_while_valid(clipcid: Clipcid, tiny_model: Path, colou
     shutil.copytree(tiny_model, model)
     shutil.copytree(colours, data)
 
-    def evaluate() -> list[str]:
+    def evaluate(*flags: object) -> list[str]:
         """Run anew and tell which splits' features were taken from before."""
         shutil.rmtree(tmp_path / "clipcid-work" / "eval", ignore_errors=True)
-        told = clipcid("eval-linear", model, data).said
+        told = clipcid("eval-linear", model, data, *flags).said
         return [split for split, count in (("train", 96), ("test", 36)) if f"features of {count} images from" in told]
 
     assert evaluate() == []
@@ -148,14 +148,34 @@ def test_features_are_kept_while_valid(clipcid: Clipcid, tiny_model: Path, colou
 
     config = model / "open_clip_config.json"
     changed = json.loads(config.read_text())
-    changed["preprocess_cfg"]["mean"] = [0.4] * 3
-    config.write_text(json.dumps(changed))
-    assert evaluate() == []
+    for part, entry, value in (("preprocess_cfg", "mean", [0.4] * 3), ("model_cfg", "quick_gelu", True)):
+        changed[part][entry] = value
+        config.write_text(json.dumps(changed))
+        assert evaluate() == []
 
     write_tiny_model(tmp_path / "other", seed=1)
     shutil.copy(tmp_path / "other" / "open_clip_model.safetensors", model / "open_clip_model.safetensors")
     assert evaluate() == []
     assert evaluate() == ["train", "test"]
+    # A limit is one of each run, also where nothing is read again.
+    for number in range(3):
+        (data / "train" / "grey" / f"{number}.png").write_bytes(b"no image")
+    assert evaluate("--max-bad-fraction", 0.5) == ["test"]
+    shutil.rmtree(tmp_path / "clipcid-work" / "eval")
+    refused = clipcid("eval-linear", model, data, code=1).said
+    assert "features of 93 images from" in refused
+    assert "3 of 96 samples in" in refused
+
+
+def test_splits_are_named_in_any_form(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 24), ("c", 48)):
+        write_tar(tmp_path / f"{name}.tar", shard_members(first, 24, classes=3))
+    run = clipcid("eval-linear", tiny_model, "--train", "a.tar::b.tar", "--test", "pipe:cat c.tar", "--json")
+    assert (run.json["train_images"], run.json["images"]) == (48, 24)
+    for split, data in (("train", "none.tar"), ("test", f"pipe:cat {300 * 'x'}")):
+        given = {"train": "a.tar", "test": "c.tar"} | {split: data}
+        refused = clipcid("eval-linear", tiny_model, "--train", given["train"], "--test", given["test"], code=1)
+        assert "Error: " in refused.stderr
 
 
 def several_classes(folder: Path, split: str, count: int, seed: int) -> Path:

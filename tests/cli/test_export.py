@@ -275,6 +275,13 @@ def test_a_full_disk_is_one_clear_error(tiny_model: Path, tmp_path: Path, kiloby
 def test_another_form_needs_overwrite(clipcid: Clipcid, torchrun: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
     clipcid("export", tiny_model, "--out", "here")
     assert "settings.format" in clipcid("export", tiny_model, "--out", "here", "--format", "hf", code=1).stderr
+    changed = shutil.copytree(tiny_model, tmp_path / "changed" / tiny_model.name)
+    config = changed / "open_clip_config.json"
+    for part, entry, name in (("model_cfg", "quick_gelu", "config"), ("preprocess_cfg", "mean", "preprocess")):
+        content = json.loads((tiny_model / config.name).read_text())
+        content[part][entry] = {"quick_gelu": True, "mean": [0.4] * 3}[entry]
+        config.write_text(json.dumps(content))
+        assert f"settings.{name}: " in clipcid("export", changed, "--out", "here", code=1).stderr
     torchrun(2, "export", tiny_model, "--out", "here", "--format", "hf", "--overwrite")
     names = {name for name in os.listdir(tmp_path / "here") if not name.startswith(".")}
     assert names == {"README.md", "export.json", "parity.json", *HUGGING_FACE}

@@ -13,6 +13,8 @@ from PIL import Image
 # Pillow's own warning level. It bounds what one image can cost: 89 M pixels are 268 MB as RGB.
 MAX_PIXELS = 89_478_485
 
+# Names in the `info` of an image, where Pillow also puts a file's own texts under the file's own names: those are Latin-1.
+_FULL_SIZE, _FLATTENED, _SCALED = "→ full size", "→ flattened", "→ scaled"
 _WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
@@ -59,7 +61,7 @@ def decode_image(data: bytes, draft_size: tuple[int, int] | None = None) -> Imag
             if draft_size is not None:
                 size = image.size
                 image.draft("RGB", draft_size)
-                image.info["full_size"] = size
+                image.info[_FULL_SIZE] = size
             image.load()
             return _to_rgb(image)
     except Image.DecompressionBombError:  # Pillow's own limit, twice the default above
@@ -80,17 +82,17 @@ def read_size(source: Readable) -> tuple[int, int] | SkippedImage:
 
 def had_alpha(image: Image.Image) -> bool:
     """Tell whether `decode_image` found transparent pixels, which it shows on white."""
-    return bool(image.info.get("flattened", False))
+    return bool(image.info.get(_FLATTENED, False))
 
 
 def was_16_bit(image: Image.Image) -> bool:
     """Tell whether `decode_image` scaled the image from 16 bits of grey."""
-    return bool(image.info.get("scaled", False))
+    return bool(image.info.get(_SCALED, False))
 
 
 def full_size(image: Image.Image) -> tuple[int, int]:
     """Return the (width, height) that an image of `decode_image` has in its file."""
-    size: tuple[int, int] = image.info.get("full_size", image.size)
+    size: tuple[int, int] = image.info.get(_FULL_SIZE, image.size)
     return size
 
 
@@ -99,7 +101,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         levels = (np.asarray(image).astype(np.int64) + 128) // 257
         grey = Image.fromarray(levels.astype(np.uint8)).convert("RGB")
-        grey.info["scaled"] = True
+        grey.info[_SCALED] = True
         return grey
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         layered = image.convert("RGBA")
@@ -107,7 +109,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if alpha.getextrema() != (255, 255):
             flat = Image.new("RGB", layered.size, (255, 255, 255))
             flat.paste(layered, mask=alpha)
-            flat.info["flattened"] = True
+            flat.info[_FLATTENED] = True
             return flat
     return image if image.mode == "RGB" else image.convert("RGB")
 

@@ -16,7 +16,7 @@ from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_ax
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.files import atomic_file
-from clipcid_cli.formats.fingerprint import FileRecord, identity_of
+from clipcid_cli.formats.fingerprint import FileRecord, hash_json, identity_of
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import apply_colors
@@ -96,9 +96,10 @@ def load_online_model(inputs: Inputs, context: DistContext) -> ClipModel | None:
 
 
 def describe_weights(model: ClipModel) -> FileRecord:
-    """Describe an online teacher as an input of the run: by its weights, and what decides its pixels and tokens."""
+    """Describe an online teacher as an input of the run: its weights, configuration, and what decides pixels and tokens."""
     info = model.info
-    content = f"{info.weights_hash} {info.preprocess_hash} {info.tokenizer} {info.context_length}"
+    config = hash_json(info.config)
+    content = f"{info.weights_hash} {config} {info.preprocess_hash} {info.tokenizer} {info.context_length}"
     return FileRecord(f"the teacher {info.spec}", info.parameters, content)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,18 +101,18 @@ def make_plan(settings: EvalLinearSettings) -> ProbePlan:
     known = find_copy(settings.data, settings.data_root) if settings.data is not None else None
     folder = str(settings.data).rstrip("/") if known is None else str(known[1])
     given = {"train": settings.train or f"{folder}/train", "test": settings.test or f"{folder}/test"}
-    # Both splits have the name of their data set.
-    name = name_data(given["test"]).partition("/")[0] if known is None else known[0].name
-    if settings.val is not None:
-        given["val"] = settings.val
-    opened = dict[str, Dataset]()
     for split, data in given.items():
-        if "://" not in data and "{" not in data and not (Path(data).exists() or glob.glob(data)):
+        is_named = getattr(settings, split) is not None or "://" in data or "{" in data
+        if not (is_named or os.path.exists(data) or glob.glob(data)):
             raise ClipcidError(
                 f"There is no data at {data}.",
                 f"Give --{split}, or a DATA folder that holds train/ and test/; the first positional argument is the model.",
             )
-        opened[split] = open_named(settings, data)
+    # Both splits have the name of their data set.
+    name = name_data(given["test"]).partition("/")[0] if known is None else known[0].name
+    if settings.val is not None:
+        given["val"] = settings.val
+    opened = {split: open_named(settings, data) for split, data in given.items()}
     train = opened["train"]
     described = find_benchmark_folder(given["train"], "train")
     several = described.dataset_type == MULTI_LABEL
@@ -213,12 +214,13 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
     context = model.context
     identity = {
         "weights": info.weights_hash,
+        "config": info.config,
         "preprocess": info.preprocess_hash,
         "data": [[each.size, each.hash] for each in data],
         "keys": task.dataset.keys,
         "columns": dataclasses.asdict(task.dataset.columns),
         "labels": task.label_of,
-        "classes": len(task.class_names) if task.multi_label else None,
+        "classes": len(task.class_names),
         "precision": model.precision.name,
         "batch_size": model.batch_size,
     }
@@ -228,6 +230,7 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
         reporting.warn(f"{path} is damaged: the features of {task.name} are computed again.")
     if kept is not None:
         reporting.note(f"{task.name}: features of {len(kept):,} images from {path}.")
+        context.on_rank0(lambda: model.validate_usable(task, len(kept) + kept.skips.total, len(kept), kept.skips))
         return kept
     rows = model.encode(task)
     features = context.on_all(lambda: Features(rows.encoded.rows[Kind.IMAGES], rows.labels, rows.skips))

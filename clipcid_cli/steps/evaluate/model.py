@@ -190,10 +190,10 @@ class EvaluatedModel:
             for _, unread in parts:
                 skips.merge(unread)
             encoded = join(part for part, _ in parts)
-            self._validate(task, read, len(encoded.samples), skips)
+            self.validate_usable(task, read, len(encoded.samples), skips)
         return encoded, skips
 
-    def _validate(self, task: ZeroshotTask, read: int, usable: int, skips: Skips) -> None:
+    def validate_usable(self, task: ZeroshotTask, read: int, usable: int, skips: Skips) -> None:
         """Refuse a data set of whose samples too many, or all, cannot be used."""
         need = "Classification needs an image and a class (a .cls, a `label` column or a folder) for each sample."
         if task.kind == RETRIEVAL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ class ZeroshotPlan:
 
 def make_plan(settings: EvalZeroshotSettings) -> ZeroshotPlan:
     """Find the models, and open the data sets; a model among these, as of ``runs/*/student DATA``, is one more model."""
-    folders = [each for each in settings.data if (Path(each) / CONFIG_NAME).is_file()]
+    # pathlib raises where a name is too long, as of a command.
+    folders = [each for each in settings.data if os.path.isfile(os.path.join(each, CONFIG_NAME))]
     data = tuple(each for each in settings.data if each not in folders)
     settings = dataclasses.replace(settings, data=data, models=(*folders, *settings.models))
     names = [choose_model(spec, settings.work) for spec in settings.models]

@@ -8,6 +8,7 @@ from pathlib import Path
 from clipcid_cli import __version__
 from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.models.export_folder import CONTENT
 from clipcid_cli.formats.report import render_report
 from clipcid_cli.formats.results.metrics import read_metrics, validate_unchanged_metrics
@@ -15,7 +16,7 @@ from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import AnySidecar, DistillSidecar, EmbedSidecar, Parity, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ModelInfo
-from clipcid_cli.runtime.models.names import ModelName
+from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName
 from clipcid_cli.steps.settings.export import ExportSettings
 
 _UNKNOWN = "unknown"
@@ -60,7 +61,7 @@ def render_card(
         license=settings.license or _UNKNOWN,
         library=_LIBRARIES[settings.format[0]],
         facts=facts,
-        metrics=list(_find_metrics(work, info.weights_hash)),
+        metrics=list(_find_metrics(work, _hash_model(info, source))),
         precision=settings.stored_precision,
         parity=parity,
         dense=settings.dense,
@@ -104,15 +105,23 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     }
 
 
-def _find_metrics(work: WorkDirectory, weights_hash: str) -> Iterator[tuple[str, str, str, int, float, str]]:
-    """Yield what was measured on these very weights: data set, task, metric, images, value, hashes of the prompts."""
+def _hash_model(info: ModelInfo, source: ModelName) -> set[str]:
+    """Return the hashes that an evaluation of the model records: of its weights and, of a folder, its configuration."""
+    of_folder = (
+        {record(source.path / CONFIG_NAME).hash} if source.path is not None and source.kind == "folder" else set()
+    )
+    return {info.weights_hash} | of_folder
+
+
+def _find_metrics(work: WorkDirectory, hashes: set[str]) -> Iterator[tuple[str, str, str, int, float, str]]:
+    """Yield what was measured on this very model: data set, task, metric, images, value, hashes of the prompts."""
     for path in sorted(work.eval.glob("*.json")):
         try:
             content = read_metrics(path)
             sidecar = validate_unchanged_metrics(path, "")
         except ClipcidError:
             continue  # not ours, changed, or damaged: it states nothing
-        if sidecar is None or weights_hash not in [each.hash for each in sidecar.inputs]:
+        if sidecar is None or not hashes.issubset(each.hash for each in sidecar.inputs):
             continue
         prompts = ", ".join(lines.hash for lines in (sidecar.prompts or {}).values())
         for name, value in content.metrics.items():

@@ -11,7 +11,7 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import write_json, write_text
-from clipcid_cli.formats.fingerprint import FileRecord, record, validate_unchanged
+from clipcid_cli.formats.fingerprint import FileRecord, hash_json, record, validate_unchanged
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, WEB, list_written, sync_files, validate_export_folder
 from clipcid_cli.formats.models.web_folder import validate_packages, write_engine
 from clipcid_cli.formats.output import OutputSpec, is_claimed, open_output
@@ -120,6 +120,8 @@ def _export(source: ModelName, folder: Path, checker: Checker, seconds: dict[str
     info, inputs, settings = checker.model.info, checker.inputs, checker.settings
     decisive = output_settings(settings) | {
         "model": info.slug,
+        "config": hash_json(info.config),
+        "preprocess": info.preprocess_hash,
         "format": sorted(settings.format),
         "quantize": sorted(settings.quantize),
         "opset": settings.onnx_opset,

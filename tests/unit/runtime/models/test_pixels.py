@@ -11,7 +11,7 @@ import torch
 from conftest import make_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from clipcid_cli.formats.data.samples import ByteRange
 from clipcid_cli.runtime.models.augment import Augmentation, View, ViewPixels, apply_colors, choose_view
@@ -40,6 +40,14 @@ def test_opaque_images_are_what_open_clip_sees(mode: str) -> None:
     assert np.array_equal(decoded, Image.open(io.BytesIO(data)).convert("RGB"))
     assert not had_alpha(decoded)
     assert not was_16_bit(decoded)
+
+
+def test_texts_in_a_file_are_not_what_decoding_tells() -> None:
+    texts = PngImagePlugin.PngInfo()
+    for name in ("full_size", "flattened", "scaled", "â full size", "â flattened", "â scaled"):
+        texts.add_text(name, "yes")
+    decoded = decode_image(encode(Image.new("RGB", (6, 4)), "PNG", pnginfo=texts))
+    assert (full_size(decoded), had_alpha(decoded), was_16_bit(decoded)) == ((6, 4), False, False)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
