@@ -177,6 +177,13 @@ def _parse_type(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
+class _Path(click.Path):
+    """A path, which may begin with ``~``: a shell leaves that of ``--work=~/w``, and a file of settings has no shell."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
 class _FloatRange(click.FloatRange):
     """A range that asks whether a number of percent was meant as a share."""
 
@@ -196,7 +203,7 @@ def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
     if setting.choices is not None:
         return click.Choice(setting.choices)
     if kind is Path:
-        return click.Path(path_type=Path)
+        return _Path(path_type=Path)
     if kind is str:
         return click.STRING
     assert setting.within is not None, "every number has a range"

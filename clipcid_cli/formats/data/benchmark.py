@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -239,7 +240,7 @@ def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | Non
     """
     known = KNOWN_DATASETS.get(name)
     if known is None:
-        close = [] if Path(name).exists() else difflib.get_close_matches(name, KNOWN_DATASETS, n=1, cutoff=0.75)
+        close = [] if os.path.exists(name) else difflib.get_close_matches(name, KNOWN_DATASETS, n=1, cutoff=0.75)
         if close:
             raise ClipcidError(
                 f"There is neither a file or folder {name} nor a data set of that name.", f"Did you mean {close[0]}?"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_url, local_file
@@ -45,6 +46,7 @@ VIRTUAL_SHARD = 10_000
 TEXT_LISTS = (".csv", ".tsv")
 LIST_SUFFIXES = (*TEXT_LISTS, ".parquet")
 LABEL_COLUMN = "label"
+_MAX_NUMBER = 2**53  # of a class: beyond, a float does not tell integers apart
 # What pandas makes of a cell of a parquet list.
 _SEVERAL = (list, tuple, np.ndarray)
 
@@ -248,7 +250,8 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
     def read() -> Iterator[pd.DataFrame]:
         open_regular(path).close()
         if source.lower().endswith(".parquet"):
-            frame = pd.read_parquet(path)
+            # As columns: pandas would make one the index, if one was, and floats of integers where one is missing.
+            frame = pq.read_table(path).to_pandas(ignore_metadata=True, integer_object_nulls=True)
             for start in range(0, len(frame) or 1, VIRTUAL_SHARD):
                 yield frame[start : start + VIRTUAL_SHARD]
             return
@@ -257,7 +260,14 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
         # open_clip writes and reads tab-separated lists, whatever they are called.
         separator = "\t" if source.lower().endswith(".tsv") or ("\t" in header and "," not in header) else ","
         with pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, chunksize=VIRTUAL_SHARD) as frames:
-            yield from frames
+            for frame in frames:
+                if not isinstance(frame.index, pd.RangeIndex):  # pandas took the first cells for names of the rows
+                    raise ValueError(f"rows have more cells than the header; quote cells with a {separator!r}")
+                if separator == "\t" and any(frame[name].str.contains(r"\n.*\t").any() for name in frame):
+                    raise ValueError(
+                        "a cell that begins with a quotation mark takes in further rows; double such marks"
+                    )
+                yield frame
 
     try:
         for frame in read():
@@ -299,7 +309,7 @@ def _numbers(cell: Any) -> list[int]:
         cell = re.split(r"[\s,;|]+", cell.strip())
     parts = cell if isinstance(cell, _SEVERAL) else [cell]
     numbers = [float(part) for part in parts if part not in ("", None)]
-    broken = next((number for number in numbers if not number.is_integer()), None)
+    broken = next((number for number in numbers if not number.is_integer() or abs(number) >= _MAX_NUMBER), None)
     if broken is not None:
-        raise ValueError(f"{broken:g} is not an integer")
+        raise ValueError(f"{broken:g} is {'too large' if broken.is_integer() else 'not an integer'}")
     return list(dict.fromkeys(map(int, numbers)))

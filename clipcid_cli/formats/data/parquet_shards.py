@@ -29,6 +29,9 @@ _IMAGES = ("image", "img", *IMAGE_SUFFIXES)
 _CAPTIONS = (Columns.caption, "caption", "captions", "text", "txt")
 _KEYS = (Columns.key, "__key__")
 _LABELS = ("label", "cls")
+# img2dataset writes rows of what it could not download, too: without an image, and with one of these in their `status`.
+_STATUS = "status"
+_FAILED = ("failed_to_download", "failed_to_resize")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +128,16 @@ def read_parquet(path: str, name: str, table: ImageTable, skips: Skips) -> Itera
     number = -1
     with open_parquet(path) as file:
         _validate_columns(path, table, file.schema_arrow.names)
+        columns = table.others + [_STATUS] * (_STATUS in file.schema_arrow.names)
         for group in range(file.num_row_groups):
-            others = file.read_row_group(group, columns=table.others).to_pylist() if table.others else repeat({})
+            others = file.read_row_group(group, columns=columns).to_pylist() if columns else repeat({})
             for image, row in zip(read_group(file, group, table.image), others, strict=False):  # `repeat` has no end
                 number += 1
                 key = str(number) if table.key is None else read_cell(row[table.key])
                 where = f"{name}/{key or number}"
                 if not image:
-                    skips.add("no_image", where)
+                    if row.get(_STATUS) not in _FAILED:
+                        skips.add("no_image", where)
                 elif not key:
                     skips.add("no_key", where)
                 elif key in seen:

@@ -210,14 +210,21 @@ def split_captions(content: bytes, key: str = TXT, *, a_line_each: bool = False)
         except ValueError:
             return ()
         return clean_captions(fields.get(key.removeprefix(_FIELD)) if isinstance(fields, dict) else None)
-    whole = content.decode("utf-8", errors="replace")
+    whole = content.decode("utf-8-sig", errors="replace")
     return clean_captions(whole.splitlines() if a_line_each else whole)
 
 
 def clean_captions(found: Any) -> tuple[str, ...]:
     """Return the captions in a value of a field or cell: a text or several; of anything else none."""
+    if isinstance(found, bytes):  # of a column that is not marked as text
+        found = found.decode("utf-8", errors="replace")
     texts: Iterable[Any] = [found] if isinstance(found, str) else found if isinstance(found, Sequence) else ()
-    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+    return tuple(filter(None, (_clean(text) for text in texts if isinstance(text, str))))
+
+
+def _clean(text: str) -> str:
+    """Return a text without space around it, half characters, as JSON may hold, replaced: tokenizers fail on those."""
+    return (text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")).strip()
 
 
 def read_cell(cell: Any) -> str:

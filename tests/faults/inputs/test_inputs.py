@@ -91,6 +91,13 @@ def test_a_folder_may_be_called_like_a_pattern_or_a_user(tiny_model: Path, tmp_p
     assert found.json["images"] == 4
 
 
+def test_the_users_folder_is_known_where_no_shell_names_it(tiny_model: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('[embed]\nout = "~/rows"\n')
+    command = ("embed", tiny_shards, "--model", tiny_model, "--no-text", "--config=~/c.toml")
+    run_clipcid(*command, cwd=tmp_path, env={"HOME": str(tmp_path)})
+    assert (tmp_path / "rows" / "embed.json").exists()
+
+
 @pytest.mark.parametrize("place", ["image", "member", "shard", "work"])
 def test_a_name_that_is_not_utf8_is_refused(tiny_model: Path, tmp_path: Path, place: str) -> None:
     data = tmp_path / "data"

@@ -180,6 +180,29 @@ def test_a_list_has_one_or_several_captions_in_a_cell(tmp_path: Path) -> None:
         open_dataset(tmp_path / "keys.parquet")
 
 
+def test_keys_of_a_parquet_list_are_those_that_were_written(tmp_path: Path) -> None:
+    numbers = [2**60 + 1, 2**60 + 3, None]
+    frame = pd.DataFrame({"filepath": ["a.png", "b.png", "c.png"], "key": pd.array(numbers, "Int64")})
+    frame.to_parquet(tmp_path / "numbers.parquet")
+    frame.assign(key=["x", "y", "z"]).set_index("key").to_parquet(tmp_path / "index.parquet")
+    skips = Skips()
+    for name, keys in (("numbers", list(map(str, numbers[:2]))), ("index", ["x", "y", "z"])):
+        assert [each.key for each in list_samples(open_dataset(tmp_path / f"{name}.parquet"), skips)] == keys
+    assert skips.counts == {"no_key": 1}
+
+
+def test_texts_are_read_without_mark_and_half_characters(tmp_path: Path) -> None:
+    texts = {"a": "\ufeffa cat", "b": "zwei Hunde \u2026", "c": "a dog"}
+    members = [(f"{key}.png", make_image(0)) for key in texts] + [
+        (f"{key}.txt", text.encode()) for key, text in texts.items()
+    ]
+    members.append(("c.json", rb'{"new": "a dog \ud83d", "all": ["\ud83d\ude00", " "]}'))
+    path = write_tar(tmp_path / "a.tar", sorted(members))
+    keys = ("txt", "json:new", "json:all")
+    captions = [sample.captions for sample in list_samples(open_dataset(path, caption_keys=keys))]
+    assert captions == [("a cat",), ("zwei Hunde …",), ("a dog", "a dog \ufffd", "😀")]
+
+
 def test_a_list_has_captions_in_the_columns_that_are_named(tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     pd.DataFrame({"filepath": ["a.png", "b.png"], "title": ["a", "b"], "again": ["c", None]}).to_csv(path, index=False)
@@ -268,6 +291,16 @@ SAMPLES = shard_members(0, 5)
         ),
         (tar_of(("a.png", make_image(0)), ("a.cls", b"cat")), r"\.cls of sample a/a contains b'cat'", ""),
         (lambda folder: write(folder / "list.csv", b"filepath,title\n"), "has a header and no rows", ""),
+        (
+            lambda folder: write(folder / "l.csv", b"title,filepath\na cat, grey,a.png\n"),
+            "more cells than the header",
+            "",
+        ),
+        (
+            lambda folder: write(folder / "l.tsv", b'title\tfilepath\n"a\t1.png\n"b\t2.png\n'),
+            "takes in further rows",
+            "",
+        ),
         (lambda folder: write(folder / "a.tar"), "is empty: 0 bytes", ""),
         (lambda folder: write(folder / "list.parquet", b"not parquet"), "cannot be read", ""),
     ],
@@ -324,6 +357,7 @@ def test_lists_of_numbers(tmp_path: Path) -> None:
         ("cat", "other than integers"),
         ("1.5", "other than integers"),
         ("1 x", "other than integers"),
+        (str(2**63), r"integers: 9.*e\+18 is too large"),
         ("0 4", "has class 4; there are 4 class names"),
     ],
 )

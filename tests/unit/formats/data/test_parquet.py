@@ -130,6 +130,17 @@ def test_what_is_missing_is_counted_and_keys_and_captions_are_named(tmp_path: Pa
             open_dataset(path, columns=misspelt)
 
 
+def test_rows_that_img2dataset_could_not_download_are_no_samples(tmp_path: Path) -> None:
+    images = [make_image(0), None, None, None, make_image(4)]
+    status = ["success", "failed_to_download", "failed_to_resize", "success", "success"]
+    captions = pa.array([b"a", b"b", b"c", b"d", b"e"])  # not marked as text
+    pq.write_table(pa.table({"jpg": images, "caption": captions, "status": status}), tmp_path / "00000.parquet")
+    skips = Skips()
+    samples = list_samples(open_dataset(tmp_path), skips)
+    assert [(sample.key, sample.captions) for sample in samples] == [("00000/0", ("a",)), ("00000/4", ("e",))]
+    assert skips.counts == {"no_image": 1}
+
+
 def test_damaged_and_other_parquet_files_are_told(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data")
     second = folder / "train-00001-of-00003.parquet"
