@@ -263,7 +263,7 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
             for frame in frames:
                 if not isinstance(frame.index, pd.RangeIndex):  # pandas took the first cells for names of the rows
                     raise ValueError(f"rows have more cells than the header; quote cells with a {separator!r}")
-                if separator == "\t" and any(frame[name].str.contains(r"\n.*\t").any() for name in frame):
+                if separator == "\t" and any(frame[name].str.contains(r"\t.*\n|\n.*\t").any() for name in frame):
                     raise ValueError(
                         "a cell that begins with a quotation mark takes in further rows; double such marks"
                     )
