@@ -61,7 +61,7 @@ def render_card(
         license=settings.license or _UNKNOWN,
         library=_LIBRARIES[settings.format[0]],
         facts=facts,
-        metrics=list(_find_metrics(work, _hash_model(info, source))),
+        metrics=list(_find_metrics(work, info.weights_hash, source)),
         precision=settings.stored_precision,
         parity=parity,
         dense=settings.dense,
@@ -105,23 +105,24 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     }
 
 
-def _hash_model(info: ModelInfo, source: ModelName) -> set[str]:
-    """Return the hashes that an evaluation of the model records: of its weights and, of a folder, its configuration."""
-    of_folder = (
-        {record(source.path / CONFIG_NAME).hash} if source.path is not None and source.kind == "folder" else set()
-    )
-    return {info.weights_hash} | of_folder
+def _find_metrics(
+    work: WorkDirectory, weights_hash: str, source: ModelName
+) -> Iterator[tuple[str, str, str, int, float, str]]:
+    """Yield what was measured on these very weights: data set, task, metric, images, value, hashes of the prompts.
 
-
-def _find_metrics(work: WorkDirectory, hashes: set[str]) -> Iterator[tuple[str, str, str, int, float, str]]:
-    """Yield what was measured on this very model: data set, task, metric, images, value, hashes of the prompts."""
+    Where both are folders, they have the same configuration, too.
+    """
+    config = record(source.path / CONFIG_NAME).hash if source.path is not None and source.kind == "folder" else None
     for path in sorted(work.eval.glob("*.json")):
         try:
             content = read_metrics(path)
             sidecar = validate_unchanged_metrics(path, "")
         except ClipcidError:
             continue  # not ours, changed, or damaged: it states nothing
-        if sidecar is None or not hashes.issubset(each.hash for each in sidecar.inputs):
+        if sidecar is None or weights_hash not in [each.hash for each in sidecar.inputs]:
+            continue
+        measured = [each.hash for each in sidecar.inputs if Path(each.path).name == CONFIG_NAME]
+        if measured and config not in (None, *measured):
             continue
         prompts = ", ".join(lines.hash for lines in (sidecar.prompts or {}).values())
         for name, value in content.metrics.items():

@@ -15,6 +15,7 @@ from conftest import make_image, shard_members, write_class_folders, write_tar
 from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.results.metrics import SIDECARS, Metrics, write_metrics
 from clipcid_cli.formats.sidecar import EvaluationSidecar, Parity, PredictionParity
 from clipcid_cli.runtime.models.clip_model import ClipModel, ModelInfo, load_model
@@ -155,10 +156,12 @@ def test_limits_hold_for_what_is_there(tiny_model: Path, drawings: Path, tiny_sh
     assert {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()} == before
 
 
-def write_evaluation(work: Path, name: str, weights_hash: str, value: float, dataset: str | None = None) -> None:
+def write_evaluation(
+    work: Path, name: str, weights_hash: str, value: float, dataset: str | None = None, config: str = ""
+) -> None:
     """Write what an evaluation leaves, as far as the card reads it."""
     (work / "eval" / SIDECARS).mkdir(parents=True, exist_ok=True)
-    record = Metrics(
+    metrics = Metrics(
         dataset=dataset or name,
         model="m",
         pretrained="p",
@@ -166,8 +169,9 @@ def write_evaluation(work: Path, name: str, weights_hash: str, value: float, dat
         language="en",
         metrics={"acc1": value},
     )
-    write_metrics(work / "eval" / f"{name}.json", record)
+    write_metrics(work / "eval" / f"{name}.json", metrics)
     inputs = [{"path": "m", "size": 1, "hash": weights_hash}]
+    inputs += [{"path": "m/open_clip_config.json", "size": 1, "hash": config}] if config else []
     lines = [{"source": "default", "number": 1, "hash": digest} for digest in ("aa01", "bb02")]
     prompts = dict(zip(("class_names", "templates"), lines, strict=True))
     sidecar = make_sidecar(EvaluationSidecar, inputs=inputs, prompts=prompts, counts={"images": 1234})
@@ -180,6 +184,7 @@ def render(info: ModelInfo, source: ModelName, **settings: Any) -> str:
 
 def test_metrics_are_those_of_the_same_weights(model: ClipModel, tiny_model: Path, tmp_path: Path) -> None:
     write_evaluation(tmp_path, "own", "blake2b:aa", 0.5)
+    write_evaluation(tmp_path, "same", "blake2b:aa", 0.5, config=record(tiny_model / "open_clip_config.json").hash)
     write_evaluation(tmp_path, "others", "blake2b:bb", 0.25)
     write_evaluation(tmp_path, "sampled", "blake2b-sampled:aa", 0.75)
     own = dataclasses.replace(model.info, weights_hash="blake2b:aa")
@@ -187,8 +192,11 @@ def test_metrics_are_those_of_the_same_weights(model: ClipModel, tiny_model: Pat
     for source in (tagged, parse_model(str(tiny_model))):
         card = render(own, source, work=tmp_path)
         assert "| own | zeroshot_classification | acc1 | 1,234 | 0.5000 | aa01, bb02 |" in card
+        assert "| same |" in card
         assert "| others |" not in card
         assert "| sampled |" not in card
+    write_evaluation(tmp_path, "changed", "blake2b:aa", 0.9, config="blake2b:cc")
+    assert "| changed |" not in render(own, parse_model(str(tiny_model)), work=tmp_path)
 
 
 def test_metrics_of_other_weights_than_those_written_say_so(model: ClipModel, tiny_model: Path, tmp_path: Path) -> None:
