@@ -263,7 +263,7 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
             for frame in frames:
                 if not isinstance(frame.index, pd.RangeIndex):  # pandas took the first cells for names of the rows
                     raise ValueError(f"rows have more cells than the header; quote cells with a {separator!r}")
-                if separator == "\t" and any(frame[name].str.contains(r"\t.*\n|\n.*\t").any() for name in frame):
+                if separator == "\t" and _joins_rows(frame):
                     raise ValueError(
                         "a cell that begins with a quotation mark takes in further rows; double such marks"
                     )
@@ -278,6 +278,16 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
         raise ClipcidError(
             f"List {source} cannot be read: {describe(error)}.", "Give a csv, tsv or parquet file with a header."
         ) from error
+
+
+def _joins_rows(frame: pd.DataFrame) -> bool:
+    """Tell whether a cell of a tab-separated list takes in further rows, whole: each has a line break and all their tabs."""
+    tabs_a_row = frame.shape[1] - 1
+    for name in frame:
+        cells = frame[name][frame[name].str.contains("\n", regex=False)]
+        if tabs_a_row and (cells.str.count("\t") == tabs_a_row * cells.str.count("\n")).any():
+            return True
+    return False
 
 
 def _texts(source: str, frame: pd.DataFrame, column: str) -> list[str]:

@@ -216,14 +216,14 @@ def split_captions(content: bytes, key: str = TXT, *, a_line_each: bool = False)
 
 def clean_captions(found: Any) -> tuple[str, ...]:
     """Return the captions in a value of a field or cell: a text or several; of anything else none."""
-    if isinstance(found, bytes):  # of a column that is not marked as text
-        found = found.decode("utf-8", errors="replace")
-    texts: Iterable[Any] = [found] if isinstance(found, str) else found if isinstance(found, Sequence) else ()
-    return tuple(filter(None, (_clean(text) for text in texts if isinstance(text, str))))
+    texts: Iterable[Any] = [found] if isinstance(found, str | bytes) else found if isinstance(found, Sequence) else ()
+    return tuple(filter(None, (_clean(text) for text in texts if isinstance(text, str | bytes))))
 
 
-def _clean(text: str) -> str:
+def _clean(text: str | bytes) -> str:
     """Return a text without space around it, half characters, as JSON may hold, replaced: tokenizers fail on those."""
+    if isinstance(text, bytes):  # of a column that is not marked as text
+        text = text.decode("utf-8", errors="replace")
     return (text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")).strip()
 
 

@@ -103,6 +103,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = Image.fromarray(levels.astype(np.uint8)).convert("RGB")
         grey.info[_SCALED] = True
         return grey
+    if isinstance(image.info.get("transparency"), str):  # a text of the file's own
+        del image.info["transparency"]
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         layered = image.convert("RGBA")
         alpha = layered.getchannel("A")

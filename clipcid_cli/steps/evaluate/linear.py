@@ -99,7 +99,7 @@ def make_plan(settings: EvalLinearSettings) -> ProbePlan:
     """Find the model, open all splits and match their classes: class folders by name, numbered classes by number."""
     model = choose_model(settings.model, settings.work, positional_of="eval-linear")
     known = find_copy(settings.data, settings.data_root) if settings.data is not None else None
-    folder = str(settings.data).rstrip("/") if known is None else str(known[1])
+    folder = os.path.expanduser(str(settings.data)).rstrip("/") if known is None else str(known[1])
     given = {"train": settings.train or f"{folder}/train", "test": settings.test or f"{folder}/test"}
     for split, data in given.items():
         is_named = getattr(settings, split) is not None or "://" in data or "{" in data

@@ -239,7 +239,7 @@ def _find_templates(named: str | None, folder: BenchmarkFolder) -> tuple[tuple[s
         templates = builtin_templates(str(named))
         reporting.note(f"{folder.name}: open_clip's {len(templates)} templates named {named}.")
         return templates, str(named)
-    path = Path(named) if named is not None else folder.templates
+    path = Path(named).expanduser() if named is not None else folder.templates
     if path is None:
         reporting.note(f"{folder.name}: no templates were given; using {', '.join(DEFAULT_TEMPLATES)!r}.")
         return DEFAULT_TEMPLATES, "default"
@@ -253,7 +253,7 @@ def _find_class_names(
     if named in BUILTIN_CLASS_NAMES:
         names, labels = _imagenet_names(builtin_class_names(str(named)), folder, dataset)
         return names, str(named), labels
-    path = Path(named) if named is not None else folder.class_names
+    path = Path(named).expanduser() if named is not None else folder.class_names
     if path is None:
         if dataset.classes is None:
             raise ClipcidError(

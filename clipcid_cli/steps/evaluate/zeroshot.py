@@ -119,7 +119,7 @@ class ZeroshotPlan:
 def make_plan(settings: EvalZeroshotSettings) -> ZeroshotPlan:
     """Find the models, and open the data sets; a model among these, as of ``runs/*/student DATA``, is one more model."""
     # pathlib raises where a name is too long, as of a command.
-    folders = [each for each in settings.data if os.path.isfile(os.path.join(each, CONFIG_NAME))]
+    folders = [each for each in settings.data if os.path.isfile(os.path.join(os.path.expanduser(each), CONFIG_NAME))]
     data = tuple(each for each in settings.data if each not in folders)
     settings = dataclasses.replace(settings, data=data, models=(*folders, *settings.models))
     names = [choose_model(spec, settings.work) for spec in settings.models]

@@ -180,6 +180,14 @@ def test_a_list_has_one_or_several_captions_in_a_cell(tmp_path: Path) -> None:
         open_dataset(tmp_path / "keys.parquet")
 
 
+def test_quoted_captions_of_a_tab_separated_list_may_have_tabs_and_lines(tmp_path: Path) -> None:
+    texts = ["\n\t\ta cat", "size\tL\ncolour\tred", "a dog\non grass"]
+    frame = pd.DataFrame({"filepath": ["a.png", "b.png", "c.png"], "title": texts})
+    frame.to_csv(tmp_path / "list.tsv", sep="\t", index=False)
+    captions = [sample.captions for sample in list_samples(open_dataset(tmp_path / "list.tsv"))]
+    assert captions == [(text.strip(),) for text in texts]
+
+
 def test_keys_of_a_parquet_list_are_those_that_were_written(tmp_path: Path) -> None:
     numbers = [2**60 + 1, 2**60 + 3, None]
     frame = pd.DataFrame({"filepath": ["a.png", "b.png", "c.png"], "key": pd.array(numbers, "Int64")})

@@ -42,11 +42,12 @@ def test_opaque_images_are_what_open_clip_sees(mode: str) -> None:
     assert not was_16_bit(decoded)
 
 
-def test_texts_in_a_file_are_not_what_decoding_tells() -> None:
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_texts_in_a_file_are_not_what_decoding_tells(mode: str) -> None:
     texts = PngImagePlugin.PngInfo()
-    for name in ("full_size", "flattened", "scaled", "â full size", "â flattened", "â scaled"):
+    for name in ("transparency", "full_size", "flattened", "scaled", "â full size", "â flattened", "â scaled"):
         texts.add_text(name, "yes")
-    decoded = decode_image(encode(Image.new("RGB", (6, 4)), "PNG", pnginfo=texts))
+    decoded = decode_image(encode(Image.new(mode, (6, 4)), "PNG", pnginfo=texts))
     assert (full_size(decoded), had_alpha(decoded), was_16_bit(decoded)) == ((6, 4), False, False)
 
 
