@@ -261,17 +261,14 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
         separator = "\t" if source.lower().endswith(".tsv") or ("\t" in header and "," not in header) else ","
         with pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, chunksize=VIRTUAL_SHARD) as frames:
             for frame in frames:
-                if not isinstance(frame.index, pd.RangeIndex):  # pandas took the first cells for names of the rows
-                    raise ValueError(f"rows have more cells than the header; quote cells with a {separator!r}")
-                if separator == "\t" and _joins_rows(frame):
-                    raise ValueError(
-                        "a cell that begins with a quotation mark takes in further rows; double such marks"
-                    )
+                _validate_rows(source, frame, separator)
                 yield frame
 
     try:
         for frame in read():
             yield frame.astype(object).where(frame.notna(), None)
+    except ClipcidError:
+        raise
     except FileNotFoundError as error:
         raise ClipcidError(f"There is no list {source}.", "Check the path.") from error
     except Exception as error:  # pandas and pyarrow raise what they like for a damaged file
@@ -280,14 +277,29 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
         ) from error
 
 
-def _joins_rows(frame: pd.DataFrame) -> bool:
-    """Tell whether a cell of a tab-separated list takes in further rows, whole: each has a line break and all their tabs."""
-    tabs_a_row = frame.shape[1] - 1
+def _validate_rows(source: str, frame: pd.DataFrame, separator: str) -> None:
+    """Refuse rows that pandas has shifted, as they have more cells than the header, and cells that take in further rows."""
+    import pandas as pd
+
+    columns = frame.shape[1]
+    if not isinstance(frame.index, pd.RangeIndex):  # of the first cells
+        called = "tab" if separator == "\t" else "comma"
+        raise ClipcidError(
+            f"The header of list {source} has {columns} columns, and rows have {columns + frame.index.nlevels}.",
+            f"Put cells that contain a {called} into quotation marks.",
+        )
+    if separator != "\t" or columns == 1:
+        return
     for name in frame:
+        # Rows that were taken in have a line break and all their tabs; the captions of a csv may have commas and lines.
         cells = frame[name][frame[name].str.contains("\n", regex=False)]
-        if tabs_a_row and (cells.str.count("\t") == tabs_a_row * cells.str.count("\n")).any():
-            return True
-    return False
+        joined = cells[cells.str.count("\t") == (columns - 1) * cells.str.count("\n")]
+        if len(joined):
+            raise ClipcidError(
+                f"A cell of list {source} takes in further rows, since it begins with a quotation mark: "
+                f"{str(joined.iloc[0])[:60]!r}.",
+                "Double the quotation marks within cells, or remove them.",
+            )
 
 
 def _texts(source: str, frame: pd.DataFrame, column: str) -> list[str]:

@@ -96,6 +96,14 @@ def test_the_users_folder_is_known_where_no_shell_names_it(tiny_model: Path, tin
     command = ("embed", tiny_shards, "--model", tiny_model, "--no-text", "--config=~/c.toml")
     run_clipcid(*command, cwd=tmp_path, env={"HOME": str(tmp_path)})
     assert (tmp_path / "rows" / "embed.json").exists()
+    shutil.copytree(tiny_model, tmp_path / "model")
+    for split, first in (("train", 0), ("test", 24)):
+        write_tar(tmp_path / "data" / split / "0.tar", shard_members(first, 24, classes=3))
+    (tmp_path / "names.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "said.txt").write_text("a {c}\n")
+    prompts = ("--classnames=~/names.txt", "--templates=~/said.txt", "--task", "classification")
+    for line in (("eval-zeroshot", "~/model", "~/data/test/0.tar", *prompts), ("eval-linear", "~/model", "~/data")):
+        assert run_clipcid(*line, "--json", cwd=tmp_path, env={"HOME": str(tmp_path)}).json["images"] == 24
 
 
 @pytest.mark.parametrize("place", ["image", "member", "shard", "work"])

@@ -95,6 +95,7 @@ def test_a_name_of_the_suite_means_its_copy_even_beside_a_folder_of_that_name(
         assert find_copy("pets", copies) == find_known_dataset("pets", copies) == (pets, copies / "pets")
     assert "to use it, write ./pets" in told[1]
     assert find_known_dataset("./pets", copies) is None
+    assert find_known_dataset(f"pipe:cat {300 * 'x'}", copies) is None  # no file can have such a name
     with pytest.raises(ClipcidError, match=r"The path of that name is \./pets"):
         find_known_dataset("pets", tmp_path / "elsewhere")
     with heard() as told:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import shutil
 from pathlib import Path
@@ -38,6 +39,7 @@ from clipcid_cli.runtime.models.decode import decode_image
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps import cluster
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
+from clipcid_cli.steps.distill.teacher import describe_weights
 from clipcid_cli.steps.embed import run as embed
 from clipcid_cli.steps.settings.cluster import ClusterSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
@@ -290,6 +292,11 @@ def test_it_sees_what_the_student_sees(tiny_shards: Path, teacher: ClipModel, cl
     # Same view, another size: the larger picture made small is the smaller one, but for the filter.
     small = torch.nn.functional.interpolate(batch.teacher_pixels.permute(0, 3, 1, 2).float(), 32, mode="area")
     assert (small - batch.pixels.permute(0, 3, 1, 2)).abs().mean() < 8
+
+
+def test_an_online_teacher_of_another_configuration_is_another_input(teacher: ClipModel) -> None:
+    info = dataclasses.replace(teacher.info, config=teacher.info.config | {"quick_gelu": True})
+    assert describe_weights(dataclasses.replace(teacher, info=info)).content != describe_weights(teacher).content
 
 
 def test_it_teaches_as_its_embeddings(tiny_shards: Path, tiny_model: Path, clustered: Path, tmp_path: Path) -> None:
