@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from clipcid_cli.errors import ClipcidError, in_one_line
+from clipcid_cli.runtime.host import count_cores
 
 T = TypeVar("T")
 
@@ -271,12 +272,6 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
             f"Start at most {count} processes per host (torchrun --nproc-per-node {count}).",
         )
     return torch.device("cuda", local_rank)
-
-
-def count_cores() -> int:
-    """Return this process's share of the cores that a scheduler assigned to this job on this host."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def memory_in_use(device: torch.device) -> int:

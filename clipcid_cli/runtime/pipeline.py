@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.runtime.distributed import count_cores, memory_in_use
+from clipcid_cli.runtime.distributed import memory_in_use
+from clipcid_cli.runtime.host import count_cores, memory_limit
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -102,8 +103,7 @@ def estimate_host_memory(item_bytes: int, batch_bytes: int, workers: int) -> Hos
     shared = processes * item_bytes * (_AHEAD * workers + 1) if workers else 0
     own = memory_in_use(torch.device("cpu")) + 2 * batch_bytes + workers * (_WORKER_BYTES + item_bytes)
     needed = HostMemory(processes * own + shared, shared)
-    page = os.sysconf("SC_PAGE_SIZE")
-    limits = [(needed.total, os.sysconf("SC_PHYS_PAGES") * page, "memory")]
+    limits = [(needed.total, memory_limit(), "memory")]
     with suppress(OSError):  # only Linux has it
         limits.append((needed.shared, shutil.disk_usage("/dev/shm").free, "free space in /dev/shm"))
     for takes, there, what in limits:

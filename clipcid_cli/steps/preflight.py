@@ -1,23 +1,28 @@
-"""A look at the data before long work begins: a few samples of every shard are read and decoded, in parallel.
+"""What is looked at before long work begins: whether the cores suffice, and a few samples of every shard.
 
-It takes at most two seconds. Where not all shards can be looked at in that time, those that are lie evenly in the data, in
-an order that depends on the seed.
+The samples are read and decoded in parallel, which takes at most two seconds. Where not all shards can be looked at in that
+time, those that are lie evenly in the data, in an order that depends on the seed.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 
 import numpy as np
+import torch
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.remote import is_pipe, is_url
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.runtime.host import count_cores
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
+from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 
@@ -26,6 +31,29 @@ _SAMPLES_OF_A_SHARD = 3
 _STREAMED_SHARDS = 4
 _THREADS = 16
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+# A core decodes some 500 images a second (docs/scale.md); a GPU of today takes more than 2,000 (assumed).
+_CORES_OF_GPU = 4
+
+
+def choose_workers(asked: int | None, device: torch.device) -> int:
+    """Return the number of worker processes: what was asked for, else what the cores of this process allow.
+
+    A GPU with too few cores to decode for it is reported. Under SLURM that is an error: since version 22.05 `srun` gives a
+    task one core unless it is told otherwise.
+    """
+    if asked is not None:
+        return asked
+    cores = count_cores()
+    if device.type == "cuda" and cores < _CORES_OF_GPU:
+        problem = (
+            f"This process may use {cores} of the host's cores, and decoding for a GPU takes {_CORES_OF_GPU} or more."
+        )
+        if "SLURM_JOB_ID" in os.environ:
+            fix = "Set SRUN_CPUS_PER_TASK to the cores of a task (a GPU's times its GPUs), or choose a number of --workers."
+            raise ClipcidError(problem, fix)
+        reporting.warn(problem)
+    return default_workers(device)
 
 
 def validate_samples(dataset: Dataset, context: DistContext, seed: int, *, dry_run: bool) -> None:

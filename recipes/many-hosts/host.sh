@@ -18,20 +18,22 @@ read -ra cluster_flags <<<"${CLUSTER_FLAGS:---features joint}"
 read -ra distill_flags <<<"${DISTILL_FLAGS:---preset cid}"
 
 # Each step meets at a port of its own: a host that is through early must not meet the store of the step before.
-# A signal is passed on: this shell is the first process of a pod, and has 30 s. Then `wait` ends, before torchrun does.
+# A signal is passed on: this shell is the first process of a pod, and has 30 s. Then `wait` ends, before torchrun does, which
+# leaves with 1 whatever its processes answered: 143 says that they were asked to end.
 together() {
-    local child status=0
+    local child status=0 asked=
     torchrun --nnodes "${HOSTS:-1}" --nproc-per-node "${PROCESSES:-gpu}" \
         --rdzv-backend c10d --rdzv-endpoint "$HEAD:$port" --rdzv-id "${JOB:-clipcid}-$1" \
         -m clipcid_cli "$@" &
     child=$!
-    trap 'kill -TERM "$child"' TERM INT
+    trap 'asked=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT # SLURM has sent it to torchrun, too
     wait "$child" || status=$?
     if kill -0 "$child" 2>/dev/null; then
         status=0
         wait "$child" || status=$?
     fi
     trap - TERM INT
+    [ -z "$asked" ] || exit 143
     port=$((port + 1))
     return "$status"
 }

@@ -61,6 +61,7 @@ def submit(folder: Path, srun: str, **variables: str) -> tuple[int, list[str]]:
         (folder / name).chmod(0o755)
     (folder / "asked").touch()
     job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
+    job |= {"SLURM_CPUS_PER_TASK": "8"}
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "CLIPCID_VENV": str(folder)} | job | variables
     script = ROOT / "recipes" / "many-hosts" / "clipcid.sbatch"
     done = subprocess.run(["bash", str(script)], env=environment, check=False)
@@ -82,12 +83,37 @@ def test_a_job_that_fails_goes_back_to_the_queue_a_limited_number_of_times(
     assert submit(tmp_path, srun, **variables) == expected
 
 
-def test_a_job_whose_time_is_over_ends_its_hosts_and_goes_back_to_the_queue(tmp_path: Path) -> None:
-    # SLURM tells the script of the end of its time by a signal.
-    srun = f"trap 'touch {tmp_path}/ended; exit 143' TERM; kill -USR1 $PPID; for _ in {{1..100}}; do sleep 0.1; done"
-    _, asked = submit(tmp_path, srun)
-    assert (tmp_path / "ended").exists()
-    assert asked == ["requeue", "7"]
+# As srun: a task has one core unless SRUN_CPUS_PER_TASK says more, all its processes get the signal, and srun leaves with
+# what the task left with. The signal is sent once torchrun has started.
+SRUN = """
+shift
+[ -n "${SRUN_CPUS_PER_TASK:-}" ] || one_core="taskset --cpu-list 0"
+setsid ${one_core:-} "$@" &
+task=$!
+until [ -e "$STARTED" ]; do sleep 0.02; done
+kill -TERM -- -$task
+code=0
+wait $task || code=$?
+exit $code
+"""
+# As torchrun: its processes save, and it leaves with 1 because a signal ended it.
+TORCHRUN = """
+trap 'echo saved >> "$STARTED"; exit 1' TERM
+python3 -c 'import os; print(len(os.sched_getaffinity(0)))' > "$STARTED.part" && mv "$STARTED.part" "$STARTED"
+while true; do sleep 0.02; done
+"""
+
+
+def test_a_job_whose_time_is_over_saves_and_goes_back_to_the_queue(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "torchrun").write_text(f"#!/usr/bin/env bash\n{TORCHRUN}")
+    (tmp_path / "bin" / "torchrun").chmod(0o755)
+    settings = {"DATA": "d", "TEACHER": "t", "STUDENT": "s", "CLIPCID_WORK": "w", "STARTED": str(tmp_path / "started")}
+    code, asked = submit(tmp_path, SRUN, **settings, SLURM_CPUS_PER_TASK="64")
+    assert (code, asked) == (143, ["requeue", "7"])
+    cores, *saved = (tmp_path / "started").read_text().split()
+    assert int(cores) == len(os.sched_getaffinity(0))
+    assert saved == ["saved"]
 
 
 def test_the_manifest_starts_what_every_host_runs_with_variables_it_reads() -> None:

@@ -17,7 +17,6 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess
 from clipcid_cli.runtime.models.names import ModelName
-from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
@@ -27,6 +26,7 @@ from clipcid_cli.steps.distill.teacher import describe_weights
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
 from clipcid_cli.steps.inputs import NO_KEEP_LIST
+from clipcid_cli.steps.preflight import choose_workers
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.shared import output_settings
 from clipcid_cli.training.optimisers import Recipe
@@ -162,7 +162,7 @@ def make_plan(
         recipe=recipe,
         batch_size=batch_size,
         extra_texts=extra_texts,
-        workers=default_workers(context.device) if settings.workers is None else settings.workers,
+        workers=choose_workers(settings.workers, context.device),
         log_every=max(1, steps // _MAX_LOG_LINES),
         eval_every=settings.eval_every or max(1, steps // 10),
         checkpoint_every=settings.checkpoint_every or max(1, min(1_000, steps // 10)),

@@ -38,12 +38,13 @@ from clipcid_cli.runtime.models.augment import (
     mix_pixels,
 )
 from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess, load_model, normalize_pixels
-from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
+from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.text_variants import TextVariants
 from clipcid_cli.steps.embed.plan import EmbedPlan
 from clipcid_cli.steps.encode import BATCH_SIZES, Decoded, Decoder, Encoded, Encoder
+from clipcid_cli.steps.preflight import choose_workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +304,7 @@ class EmbedEncoder:
 def load_encoder(plan: EmbedPlan, context: DistContext) -> EmbedEncoder:
     """Load the model on every process."""
     settings = plan.settings
-    workers = default_workers(context.device) if settings.workers is None else settings.workers
+    workers = choose_workers(settings.workers, context.device)
     if workers:
         start_worker_server()
     model = context.on_all(lambda: load_model(plan.name, context.device))

@@ -22,13 +22,14 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName, find_weights, hash_weights
-from clipcid_cli.runtime.pipeline import default_workers, start_worker_server
+from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.encode import BATCH_SIZES, Batch, Decoder, Encoded, Encoder, encode, join, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
+from clipcid_cli.steps.preflight import choose_workers
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 AnyEvaluation = TypeVar("AnyEvaluation", bound=EvaluationSidecar)
@@ -76,7 +77,7 @@ class EvaluatedModel:
         # Processes that decode; None decodes by the threads that compute, as on a CPU where nothing is asked for.
         self.workers = self.settings.workers
         if self.workers is None and device.type == "cuda":
-            self.workers = default_workers(device)
+            self.workers = choose_workers(None, device)
         if self.workers:
             start_worker_server()  # its imports run while the model loads
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from clipcid_cli.steps.data_index import ensure_index
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.inputs import ChosenKeepList, choose_keep_list
-from clipcid_cli.steps.preflight import choose_order, validate_samples
+from clipcid_cli.steps.preflight import choose_order, choose_workers, validate_samples
 
 KEYS = [f"{row:04d}" for row in range(100)]
 
@@ -229,3 +230,20 @@ def test_of_remote_data_a_dry_run_looks_at_few_shards_and_a_run_at_none(shards: 
         )
         assert len(choose_order(remote, 0, dry_run=True)) == looked_at
         assert choose_order(remote, 0, dry_run=False) == []
+
+
+def test_too_few_cores_for_a_gpu_are_told_and_under_slurm_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    with heard() as said:
+        assert choose_workers(None, gpu) == 1
+        assert choose_workers(None, torch.device("cpu")) == 1
+    [warning] = said
+    assert "may use 1 of the host's cores" in warning
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert choose_workers(5, gpu) == 5
+    with pytest.raises(ClipcidError, match="SRUN_CPUS_PER_TASK"):
+        choose_workers(None, gpu)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert choose_workers(None, gpu) == 7
