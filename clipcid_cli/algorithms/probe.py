@@ -24,8 +24,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn import functional
 
-from clipcid_cli.algorithms.near.exact import round_to_grid
-from clipcid_cli.algorithms.near.nearest import top_nearest
+from clipcid_cli.algorithms.near.nearest import top
 
 TOLERANCE = 1e-6
 PROMISED_DECREASE = 1e-5
@@ -319,19 +318,17 @@ def draw_shots(labels: torch.Tensor, shots: int, seed: int) -> torch.Tensor:
 def nearest_neighbours(
     images_ND: torch.Tensor, training_MD: torch.Tensor, k: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Find the training images most similar to each image, unit rows in float32, exactly.
+    """Find the training images most similar to each image, unit rows in float32.
 
-    Entries are rounded to multiples of 2⁻²⁴, each by at most 2⁻²⁵: then cosines have the same bits in any block and on any
-    device (:mod:`clipcid_cli.algorithms.near.nearest`). Of equal ones the smaller row number comes first [O].
+    Of equal ones the smaller row number comes first [O].
 
     Yields:
         For block after block of images the cosines, float64 [B, k], descending, and the row numbers, int64 [B, k], both on
         the CPU.
     """
-    training_MD = round_to_grid(training_MD)
     for images_BD in torch.split(images_ND, _IMAGES[images_ND.device.type]):
-        number_Bk, cosine_Bk = top_nearest(round_to_grid(images_BD), training_MD, k, all_exact=True)
-        yield cosine_Bk.cpu(), number_Bk.cpu()
+        number_Bk, cosine_Bk = top(images_BD, training_MD, k)
+        yield cosine_Bk.double().cpu(), number_Bk.cpu()
 
 
 def vote(

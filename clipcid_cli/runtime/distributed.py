@@ -66,6 +66,11 @@ class DistContext:
         """Return this process's even share of 0 … number − 1: the first, and the one after the last."""
         return number * self.rank // self.size, number * (self.rank + 1) // self.size
 
+    def block_range(self, number: int, size: int) -> tuple[int, int]:
+        """Return a share as `rank_range` does, in whole blocks of `size`: these are the same for any number of processes."""
+        first, last = self.rank_range(-(-number // size))
+        return min(first * size, number), min(last * size, number)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

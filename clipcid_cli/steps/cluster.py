@@ -20,9 +20,8 @@ import torch
 from clipcid_cli.algorithms.kmeans.centroids import first_centroids, rows_as_centroids
 from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters, joint_features, temperature_for_perplexity
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
-from clipcid_cli.algorithms.near.block import bytes_an_entry, make_block
 from clipcid_cli.algorithms.near.exact import BoolArray, HalfArray, IntArray
-from clipcid_cli.algorithms.near.nearest import NearestCentroid, top_nearest
+from clipcid_cli.algorithms.near.nearest import Integers, integer_dtype, nearest, top
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
 from clipcid_cli.formats.embeddings.command import data_command
@@ -368,14 +367,13 @@ def _train(plan: ClusterPlan, context: DistContext, progress: Path) -> LloydStat
         return LloydState(torch.from_numpy(found["centroids"]), iterations, bool(found["converged"]))
 
     state = context.on_rank0(begin)
-    scan = choose_coarse_dtype(settings.precision, context.device)
     used = "all images" if len(trained) == num_rows else f"{len(trained):,} of {num_rows:,} images (--train-rows)"
-    reporting.note(f"Centroids are computed from {used}, compared in {scan.name} ({scan.reason}) and decided in fp64.")
+    reporting.note(f"Centroids are computed from {used}.")
     states = run_lloyd(
         trained,
         state,
         iterations=settings.iterations,
-        dtype=scan.dtype,
+        dtype=choose_coarse_dtype(settings.precision, context.device).dtype,
         device=context.device,
         processes=Processes(
             context.rank_range,
@@ -387,7 +385,7 @@ def _train(plan: ClusterPlan, context: DistContext, progress: Path) -> LloydStat
     )
     with reporting.progress("k-means", settings.iterations - state.iterations, "iterations") as bar:
         for state in states:
-            if context.is_main and state.resumable:
+            if context.is_main:
                 so_far = {"iterations": state.iterations, "converged": state.converged}
                 save_arrays(progress, {"centroids": state.centroids_KD.numpy(), **so_far})
             bar.advance()
@@ -411,7 +409,7 @@ def _assign(plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor,
         tops = {}
         for tower, read in plan.rows.towers.items():
             rows_BD = torch.from_numpy(read(np.arange(start, stop))).to(context.device)
-            found_Bm, cosine_Bm = top_nearest(rows_BD, centroids_KD, plan.num_nearest)
+            found_Bm, cosine_Bm = top(rows_BD, centroids_KD, plan.num_nearest)
             tops[tower] = found_Bm.cpu().numpy(), cosine_Bm.cpu().numpy()
         return part, part_arrays(tops)
 
@@ -499,14 +497,14 @@ def _estimate_cost(plan: ClusterPlan, context: DistContext) -> ClusterCost:
     iteration, assign = context.on_rank0(lambda: _measure(plan, scan, context))
     iteration *= num_trained
     assign *= len(rows) * len(rows.towers)
-    kept = min(memory_for_rows(context.device), bytes_an_entry(scan) * width * num_trained // context.size)
-    memory = num_clusters * width * (4 + 8 + scan.itemsize) + kept
+    integer_bytes = integer_dtype(context.device, scan, width).itemsize
+    kept = min(memory_for_rows(context.device), integer_bytes * width * num_trained // context.size)
+    memory = num_clusters * width * (4 + 8 + integer_bytes) + kept
     memory += _BYTES_OF_LIBRARIES + _BYTES_A_ROW * len(rows)
     reporting.note(
         f"{num_trained:,} images × {num_clusters:,} clusters × width {width}: {format_duration(iteration)} for an "
-        f"iteration, at most {format_duration(iteration * settings.iterations)} for {settings.iterations} (fewer and fewer "
-        f"images are compared again), {format_duration(assign)} to assign {len(rows):,}; {memory / 2**30:.3g} GiB per "
-        "process, besides the mapped files."
+        f"iteration, at most {format_duration(iteration * settings.iterations)} for {settings.iterations}, "
+        f"{format_duration(assign)} to assign {len(rows):,}; {memory / 2**30:.3g} GiB per process, besides the mapped files."
     )
     seconds = {"kmeans_least": iteration, "kmeans_most": iteration * settings.iterations, "assign": assign}
     return ClusterCost(
@@ -524,14 +522,14 @@ def _measure(plan: ClusterPlan, scan: torch.dtype, context: DistContext) -> tupl
     chosen = np.linspace(0, len(rows) - 1, min(plan.num_clusters, _CENTROIDS), dtype=np.int64)
     centroids_CD = rows_as_centroids(rows, chosen).to(device)
     batch_BD = torch.from_numpy(rows.features(np.arange(min(len(rows), _BATCH)))).to(device)
-    nearest = NearestCentroid(centroids_CD, scan)
-    block = make_block(np.arange(len(batch_BD)), batch_BD, scan)
+    centroids = Integers.from_rows(centroids_CD, scan, one_step=True)
+    integers = Integers.from_rows(batch_BD, scan)
 
     def seconds_a_row(work: Callable[[], object]) -> float:
         return time_trial(work, device, at_least=_SHORTEST).seconds / len(batch_BD) / context.size
 
-    prepare = seconds_a_row(lambda: make_block(block.rows, batch_BD, scan))
-    iterate = seconds_a_row(lambda: nearest.of(block))
-    assign = seconds_a_row(lambda: top_nearest(batch_BD, centroids_CD, plan.num_nearest))
+    prepare = seconds_a_row(lambda: Integers.from_rows(batch_BD, scan))
+    iterate = seconds_a_row(lambda: nearest(integers, centroids))
+    assign = seconds_a_row(lambda: top(batch_BD, centroids_CD, plan.num_nearest))
     scale = plan.num_clusters / len(centroids_CD)
     return prepare + iterate * scale, assign * scale

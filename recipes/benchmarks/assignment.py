@@ -3,9 +3,9 @@
     python recipes/benchmarks/assignment.py                     four kinds of rows and sizes
     python recipes/benchmarks/assignment.py --cases 1           the first of them
 
-Ours is `top_nearest` on blocks of 2,048 rows by one set of threads, as `cluster` calls it: `faiss.knn` of 19, proof and
-order in float64. Theirs is `faiss.knn` of 16 in float32 alone, all rows at once. Both begin with the same float16 rows in
-memory and alternate in one process; printed are medians of seconds and of processor seconds, and their ratios.
+Ours is `top` on blocks of 2,048 rows by one set of threads, as `cluster` calls it. Theirs is `faiss.knn` of 16, all rows at
+once. Both begin with the same float16 rows in memory and alternate in one process; printed are medians of seconds and of
+processor seconds, and their ratios.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from balance import describe_machine
 
 from clipcid_cli.algorithms.kmeans.centroids import centroids_of_sums
-from clipcid_cli.algorithms.near.nearest import top_nearest
+from clipcid_cli.algorithms.near.nearest import top
 from clipcid_cli.runtime.pipeline import thread_map
 
 CASES = [
@@ -95,7 +95,7 @@ def measure(run: Callable[[], None]) -> tuple[float, float]:
 
 def ours(rows: torch.Tensor, centroids: torch.Tensor, threads: int) -> None:
     """Look up all rows as `cluster` does."""
-    for _ in thread_map(lambda block: top_nearest(block, centroids, NEAREST), torch.split(rows, BLOCK), threads):
+    for _ in thread_map(lambda block: top(block, centroids, NEAREST), torch.split(rows, BLOCK), threads):
         pass
 
 

@@ -221,11 +221,20 @@ def read_clusters(folder: Path) -> Arrays:
     return found
 
 
+def check_clusters(name: str, answer: Any, found: Arrays) -> None:
+    """Compare clusters: of centroids nearly equally near, another may come first on another machine."""
+    check(f"{name}-centroids", {"centroids": found["centroids"]})
+    others = {
+        column: values for column, values in found.items() if column != "centroids" and "top_clusters" not in column
+    }
+    check(name, {"json": plain(answer)} | others, arrays_within=5e-4)
+
+
 def test_clusters_of_images_with_captions(place: Path, kept: Arrays) -> None:
     arguments = ("--embeddings", "rows", "--num-clusters", 64, "--features", "joint")
     answer = ask(place, "cluster", *arguments, "--work", "kept")
     found = read_clusters(place / "kept" / "clusters")
-    check("cluster-joint", {"json": plain(answer)} | found)
+    check_clusters("cluster-joint", answer, found)
     keep_list = os.path.join("kept", "balance", "keep.parquet")
     again = ask(place, "cluster", *arguments, "--keep-list", keep_list, "--work", "kept-two", processes=2)
     assert_same(
@@ -237,4 +246,4 @@ def test_clusters_of_all_images(place: Path, few_clusters: Any) -> None:
     found = read_clusters(place / "few" / "clusters")
     # All 16 clusters of each image are as large as the rest of the net: a part of them will do.
     found |= {name: column[::10] for name, column in found.items() if "top_" in name}
-    check("cluster-all", {"json": plain(few_clusters)} | found)
+    check_clusters("cluster-all", few_clusters, found)

@@ -13,7 +13,7 @@ K². So it is used for few clusters and uniform rows for many.
 
 Shape letters beside those of the map: P sampled rows that are looked at, L trials.
 
-Source: docs/method.md#exact-k-means.
+Source: docs/method.md#k-means.
 """
 
 from __future__ import annotations

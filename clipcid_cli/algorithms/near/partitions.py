@@ -11,7 +11,8 @@ about a share 1/√D of its length along it. What is needed is measured on a sam
 
 Centroids are at most 2 apart, so b visits none with b·c_v < b·c_h − 2 · margin. Where some of b's 16 nearest are left out by
 that, the others of them are all that it may visit; only rows of which none is left out are multiplied with all centroids.
-What decides is exact but for two roundings, in float64 and on the grid of 2⁻²⁴
+Where two centroids are equally near but for the last digit of float32, a row's home may be the other one on another machine.
+Which partitions it visits is decided by gaps that are exact but for two roundings
 (:mod:`clipcid_cli.algorithms.near.exact`), so which rows are compared does not depend on threads or processes.
 
 Shape letters beside those of the map: K partitions, R rows of a block that are multiplied with all.
@@ -31,13 +32,13 @@ import torch
 from clipcid_cli.algorithms.near.block import read_stored
 from clipcid_cli.algorithms.near.cutoff import Neighbours
 from clipcid_cli.algorithms.near.exact import LONGEST_UNIT_ROW, IntArray, ReadRows, exact_dots, root, squared_lengths
-from clipcid_cli.algorithms.near.nearest import top_nearest
+from clipcid_cli.algorithms.near.nearest import top
 
 # How many of a row's nearest centroids are looked at first. Of 20,000 synthetic rows of width 512 in 1,200 partitions, 173
 # have more that they may visit. These are multiplied with all, so many values at once.
 _NEAREST = 16
 _VALUES_AT_ONCE = 2**22
-# Similarities but the first are only known to float16.
+# Similarities are float32 sums of up to some thousand products.
 _SLACK = 2.0**-10
 # Rows whose neighbours determine the margin, and how many neighbours each.
 SAMPLE_ROWS = 1024
@@ -69,7 +70,7 @@ class Partitions:
 
     def home(self, rows_BD: torch.Tensor) -> torch.Tensor:
         """Return the nearest centroid of stored rows, of equally near ones the smaller, int64 [B]."""
-        return top_nearest(rows_BD, self._centroids_KD, 1)[0][:, 0]
+        return top(rows_BD, self._centroids_KD, 1)[0][:, 0]
 
     def gaps(
         self, rows_BD: torch.Tensor, row_P: torch.Tensor, home_P: torch.Tensor, other_P: torch.Tensor
@@ -89,7 +90,7 @@ class Partitions:
             and the gap, float64 [P].
         """
         m = min(_NEAREST, len(self))
-        number_Bm, cosine_Bm = top_nearest(rows_BD, self._centroids_KD, m)
+        number_Bm, cosine_Bm = top(rows_BD, self._centroids_KD, m)
         # No two centroids are farther apart than twice the longest.
         home_B, least_B1 = number_Bm[:, 0], cosine_Bm[:, :1] - margin * 2 * LONGEST_UNIT_ROW
         may_Bm = cosine_Bm >= least_B1 - _SLACK

@@ -64,7 +64,7 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
     partitions = _find_partitions(run)
     number = len(unique)
     sample = draw_sample(number, SAMPLE_ROWS, seed=1)
-    start, stop = context.rank_range(number)
+    start, stop = _share(run)
     neighbours = find_sampled(run, sample, NEIGHBOURS)
     margin, visits = context.on_rank0(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
     if number * number / len(partitions) * (0.5 + visits) > _MAX_FRACTION * number * (number - 1) / 2:
@@ -73,11 +73,11 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
         f"{len(partitions):,} partitions; rows within {margin:.4f} of a border are also compared beyond their own, in "
         f"{visits:.1f} partitions per row."
     )
+    at_once = _ROWS_ASSIGNED[context.device.type]
     with reporting.progress("assign", stop - start, "images") as progress:
 
         def assign() -> Iterator[Arrays]:
             """Yield homes of rows, and entries of rows in lists: of each partition, those at home and its visitors."""
-            at_once = _ROWS_ASSIGNED[context.device.type]
             for at in range(start, stop, at_once):
                 numbers = unique[at : min(at + at_once, stop)]
                 home_B, row_P, other_P, _ = partitions.visits(read_stored(read, numbers, context.device), margin)
@@ -111,6 +111,11 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
         return copies.take(place_of[numbers].astype(np.int64))
 
     return pieces(listed, ends, run.rows_in_memory), read_copies
+
+
+def _share(run: BalanceRun) -> tuple[int, int]:
+    """Return this process's share of the unique rows, in whole blocks of those that are assigned together."""
+    return run.context.block_range(len(run.rows.unique), _ROWS_ASSIGNED[run.context.device.type])
 
 
 def find_sampled(run: BalanceRun, sample: IntArray, count: int) -> Neighbours:
@@ -168,7 +173,7 @@ def _copy(run: BalanceRun, home: IntArray, partitions: Partitions) -> IntArray:
         The place of each row of the share, whose homes are given, among the copies of all processes, integers [M].
     """
     rows = run.rows
-    start, stop = run.context.rank_range(len(rows.unique))
+    start, stop = _share(run)
     copies = create_copy(run.work, run.context.rank, stop - start, partitions.width)
     places = np.empty(stop - start, row_type(len(rows)))
     places[np.argsort(home, kind="stable")] = np.arange(stop - start)

@@ -1,6 +1,8 @@
-"""Spherical k-means: iterations are those of its definition in float64, on any number of processes and in every format."""
+"""Spherical k-means: iterations are those of its definition, on any number of processes and in every format."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -10,12 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kmeans_data import assert_same, beginning, run, unit
 
-from clipcid_cli.algorithms.kmeans import coarse, lloyd
+from clipcid_cli.algorithms.kmeans import lloyd
 from clipcid_cli.algorithms.kmeans.centroids import centroids_of_sums
-from clipcid_cli.algorithms.kmeans.coarse import CoarseCentroids, CoarseRows
 from clipcid_cli.algorithms.kmeans.kmeans import default_num_clusters
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState
-from clipcid_cli.algorithms.near.exact import round_to_grid
 
 NUM_CLUSTERS = 70
 
@@ -52,10 +52,15 @@ def test_centroids_are_normalised_means_on_the_grid_and_empty_clusters_keep_thei
 
 
 def assert_defined(values: npt.NDArray[np.float16], start: LloydState, states: list[LloydState]) -> None:
-    """Compare states with the definition in float64; which rows empty clusters get is left open."""
+    """Compare states with the definition, by products of rounded integers; which rows empty clusters get is left open."""
     exact, before = torch.from_numpy(values).double(), start.centroids_KD
+    limit = np.float32(min(127, math.isqrt(2**24 // values.shape[1])))
+    wide = values.astype(np.float32)
+    integers = np.round(wide / (np.abs(wide).max(axis=1, keepdims=True) / limit)).astype(np.int64)
     for state in states:
-        labels = (exact @ before.double().T).argmax(dim=1)  # the first of equals
+        centroids = before.numpy()
+        products = integers @ np.round(centroids / (np.abs(centroids).max() / limit)).astype(np.int64).T
+        labels = torch.from_numpy(products.argmax(axis=1))  # the first of equals
         sums = torch.zeros(before.shape, dtype=torch.float64).index_add_(0, labels, exact)
         filled = torch.bincount(labels, minlength=len(before)) > 0
         assert torch.equal(state.centroids_KD[filled], centroids_of_sums(sums, before)[filled])
@@ -100,27 +105,15 @@ def test_iterations_of_many_rows_are_those_of_the_definition(
     assert_defined(values, start, run(values, start, dtype=dtype, processes=processes))
 
 
-def test_coarse_iterations_change_neither_with_processes_and_formats_nor_by_resuming(
+def test_a_resumed_run_goes_on_as_it_would_have(
     values: npt.NDArray[np.float16], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = beginning(values, NUM_CLUSTERS)
-    without = run(values, start, iterations=24)
-    monkeypatch.setattr(lloyd, "PLUS_PLUS_CLUSTERS", NUM_CLUSTERS - 1)
-    monkeypatch.setattr(coarse, "_NEAR_GROUPS", 4)
-    states = run(values, start, iterations=24)
-    # The first is exact but for rounding; the loose ones, 4 of 24, let it end nearer.
-    assert states[0].similarity == pytest.approx(without[0].similarity, abs=1e-3)
-    assert states[-1].similarity > without[-1].similarity
-    assert not any(state.converged or state.num_empty for state in states)
-    resumable = [state.resumable for state in states]
-    assert resumable == sorted(resumable)
-    num_coarse = resumable.index(True) + 1
-    assert 4 <= num_coarse <= 18
-    assert_same(run(values, states[num_coarse - 1], iterations=24), states[num_coarse:])
-
+    states = run(values, start)
+    assert not any(state.converged for state in states)
     monkeypatch.setattr(lloyd, "_RUN_ROWS", {"cpu": 300})
-    for processes, dtype in ((1, torch.int8), (4, torch.bfloat16)):
-        assert_same(run(values, start, iterations=24, processes=processes, dtype=dtype, kept_bytes=2**20), states)
+    for done, processes, dtype in ((1, 1, torch.int8), (5, 4, torch.bfloat16)):
+        assert_same(run(values, states[done - 1], processes=processes, dtype=dtype, kept_bytes=2**18), states[done:])
 
 
 def test_empty_clusters_get_the_farthest_rows_on_any_number_of_processes(values: npt.NDArray[np.float16]) -> None:
@@ -141,36 +134,3 @@ def test_it_ends_where_no_centroid_moves() -> None:
     states = run(values, LloydState(torch.eye(8)), iterations=9)
     assert [state.converged for state in states] == [True]
     assert run(values, LloydState(torch.eye(8), 9), iterations=9) == []
-
-
-@pytest.mark.parametrize("width", [1, 2, 37, 1500])
-@pytest.mark.parametrize(("grouped", "near_groups"), [(False, 2), (True, 2), (True, 99)])
-def test_coarse_comparisons_find_nearly_the_nearest_and_the_same_in_every_format(
-    width: int, grouped: bool, near_groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(coarse, "_NEAR_GROUPS", near_groups)
-    monkeypatch.setattr(coarse, "PRODUCT_ROWS", {"cpu": 64})
-    random = np.random.default_rng(0)
-    cloud = torch.from_numpy(random.normal(size=(800, width)) * np.arange(1, width + 1) ** -0.7)
-    centroids, stored = torch.nn.functional.normalize(cloud, dim=1).split([300, 500])
-    centroids, stored = round_to_grid(centroids), stored.half()
-    exact = stored.double() @ centroids.double().T
-    rows, search = CoarseRows.of(stored, torch.int8), CoarseCentroids(centroids, torch.int8, grouped=grouped)
-    number, cosine = search.nearest(rows)
-    each = torch.arange(500)
-    assert float((exact.amax(dim=1) - exact[each, number]).max()) < 0.02
-    assert float((exact[each, number] - cosine).abs().max()) < 0.02
-
-    own = torch.from_numpy(random.integers(300, size=500))
-    other, cosine, own_cosine = search.nearest_other(rows, own)
-    assert (other != own).all()
-    assert float((exact[each, other] - cosine).abs().max()) < 0.02
-    assert float((exact[each, own] - own_cosine).abs().max()) < 0.02
-    if near_groups == 99 or not grouped:
-        nearest_other = exact.scatter(1, own[:, None], -9.0).amax(dim=1)
-        assert float((nearest_other - exact[each, other]).max()) < 0.02
-
-    wide = CoarseCentroids(centroids, torch.float32, grouped=grouped)
-    for found in (search.nearest_other(rows, own), wide.nearest_other(CoarseRows.of(stored, torch.float32), own)):
-        assert all(torch.equal(a, b) for a, b in zip(found, (other, cosine, own_cosine), strict=True))
-    assert torch.equal(wide.nearest(CoarseRows.of(stored, torch.float32))[0], number)
