@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, TooManyBytesError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,10 +51,18 @@ def open_regular(path: Path | str) -> IO[bytes]:
         raise
 
 
-def read_regular(path: Path | str) -> bytes:
-    """Return the content of a file; errors as `open_regular`'s."""
+def read_regular(path: Path | str, max_bytes: int | None = None) -> bytes:
+    """Return the content of a file; errors as `open_regular`'s, and a TooManyBytesError beyond `max_bytes`."""
     with open_regular(path) as file:
+        if max_bytes is not None:
+            validate_size(str(path), os.fstat(file.fileno()).st_size, max_bytes)
         return file.read()
+
+
+def validate_size(path: str, size: int, max_bytes: int) -> None:
+    """Raise a TooManyBytesError for a file of a sample that has more than `max_bytes`."""
+    if size > max_bytes:
+        raise TooManyBytesError(f"{path} has {size:,} bytes, more than {max_bytes:,}")
 
 
 def read_part(descriptor: int, path: str, offset: int, size: int) -> bytes:

@@ -17,6 +17,7 @@ REASONS = {
     "duplicate_key": "key seen before in the shard",
     "unreadable_image": "unreadable image",
     "too_many_pixels": "image with too many pixels",
+    "too_many_bytes": "file larger than --max-sample-bytes",
     "nan_row": "embedding that is zero or not finite",
 }
 

@@ -25,6 +25,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_url, local_file
 from clipcid_cli.formats.data.samples import (
     IMAGE_SUFFIXES,
+    MAX_SAMPLE_BYTES,
     ByteRange,
     Columns,
     Sample,
@@ -79,6 +80,7 @@ class Images(Slices):
     columns: Columns | None = None  # of a list
     caption_lines: bool = False  # whether each line of a ``.txt`` is a caption
     caption_keys: tuple[str, ...] = ()  # columns of captions that a list must have, in place of that of `columns`
+    max_sample_bytes: int = MAX_SAMPLE_BYTES  # of an image or of its ``.txt``
 
     @cached_property
     def _listed(self) -> _Listed:
@@ -157,7 +159,7 @@ class Images(Slices):
                 captions = split_captions(text, a_line_each=self.caption_lines)
         return Sample(
             key=os.fsdecode(row["key"]),
-            image=ByteRange(path if is_url(path) else os.path.join(folder, path)),
+            image=ByteRange(path if is_url(path) else os.path.join(folder, path), max_bytes=self.max_sample_bytes),
             captions=captions,
             label=classes[0] if classes and not self._listed.several else None,
             labels=tuple(classes) if classes is not None and self._listed.several else None,

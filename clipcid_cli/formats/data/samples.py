@@ -19,7 +19,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.image_column import read_copied, read_row
 from clipcid_cli.formats.data.remote import is_pipe, is_url, read_remote
 from clipcid_cli.formats.data.shard_cache import ShardCopy
-from clipcid_cli.formats.files import read_part, read_regular
+from clipcid_cli.formats.files import read_part, read_regular, validate_size
 from clipcid_cli.formats.skips import Skips
 
 # Suffixes of images; of several in one sample the first in this order is taken (open_clip's, then others that Pillow reads).
@@ -30,6 +30,9 @@ _OPEN_FILES = 64
 _OPEN_COPIES = 16
 
 _VECTOR = "a vector with a 1 for each class the image has and 0 for the others."
+
+MAX_SAMPLE_BYTES = 64 * 2**20
+"""Bytes that one file of a sample may have, unless ``--max-sample-bytes`` says otherwise."""
 
 TXT = "txt"
 """Key of the captions of a tar where no other is given."""
@@ -70,12 +73,16 @@ class ByteRange:
     # Local copy of a file behind a URL, or of the images of a parquet file, to read from.
     copy: ShardCopy | None = dataclasses.field(default=None, compare=False, repr=False)
     column: str | None = None  # that of the images in a parquet file
+    max_bytes: int = dataclasses.field(default=MAX_SAMPLE_BYTES, compare=False, repr=False)
 
     def read(self) -> bytes:
         """Read the bytes; an OSError where the file is missing or has become shorter.
 
+        A TooManyBytesError, which is an OSError too, where there are more than `max_bytes`: they are not read.
         Commands are never run here: a path may come from a file that someone else wrote.
         """
+        if self.size is not None:
+            validate_size(self.path, self.size, self.max_bytes)
         if self.data is not None:
             return self.data
         if self.column is not None:
@@ -83,7 +90,7 @@ class ByteRange:
                 return read_row(self.path, self.column, self.offset)
             return read_copied(_copy_handle(self.copy).fd, str(self.copy.local), self.offset)
         if self.size is None and not is_pipe(self.path):
-            return _read_whole(self.path)
+            return _read_whole(self.path, self.max_bytes)
         if self.copy is not None:
             handle = _copy_handle(self.copy)
         elif is_pipe(self.path):
@@ -188,9 +195,9 @@ def close_copies() -> None:
     _copy_handle.cache_clear()
 
 
-def _read_whole(path: str) -> bytes:
+def _read_whole(path: str, max_bytes: int) -> bytes:
     if not is_url(path):
-        return read_regular(path)
+        return read_regular(path, max_bytes)
     try:
         return read_remote(path)
     except ClipcidError as error:  # one image of a list, not a shard

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from clipcid_cli.formats.data.parquet_shards import ImageTable, read_parquet
 from clipcid_cli.formats.data.remote import describe_shard, is_remote
-from clipcid_cli.formats.data.samples import TXT, Sample
+from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, TXT, Sample
 from clipcid_cli.formats.data.tars import read_tar
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.skips import Skips
@@ -58,6 +58,8 @@ class Shard:
     caption_lines: bool = False
     caption_keys: tuple[str, ...] = ()  # where its captions are; empty where it is the usual place
     table: ImageTable | None = None  # the columns of a parquet file
+    # What one file of a sample may have: samples with a larger one are counted in place of being read.
+    max_sample_bytes: int = MAX_SAMPLE_BYTES
 
     @property
     def is_tar(self) -> bool:

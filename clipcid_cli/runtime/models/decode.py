@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from clipcid_cli.errors import TooManyBytesError
+
 # Pillow's own warning level. It bounds what one image can cost: 89 M pixels are 268 MB as RGB.
 MAX_PIXELS = 89_478_485
 
@@ -29,13 +31,15 @@ class Readable(Protocol):
 class SkippedImage:
     """The result for an image that cannot be used."""
 
-    reason: str  # `unreadable_image` or `too_many_pixels`, a key of `formats.skips.REASONS`
+    reason: str  # `unreadable_image`, `too_many_pixels` or `too_many_bytes`, a key of `formats.skips.REASONS`
 
 
 def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:
     """Read and decode an image, see `decode_image`; every step learns here that a sample has to be skipped, and why."""
     try:
         return decode_image(source.read(), draft_size)
+    except TooManyBytesError:
+        return SkippedImage("too_many_bytes")
     except OSError:  # the file was removed or truncated after it was listed
         return SkippedImage("unreadable_image")
 
@@ -76,6 +80,8 @@ def read_size(source: Readable) -> tuple[int, int] | SkippedImage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(source.read())).size
+    except TooManyBytesError:
+        return SkippedImage("too_many_bytes")
     except Exception:  # as in read_image and decode_image
         return SkippedImage("unreadable_image")
 

@@ -111,6 +111,9 @@ def test_a_file_is_read_or_skipped_with_a_reason(tmp_path: Path) -> None:
     assert read_size(whole) == image.size == (48, 48)
     for source in (missing, cut):
         assert read_image(source) == read_size(source) == SkippedImage("unreadable_image")
+    limit = place.stat().st_size - 1
+    for source in (ByteRange(str(place), max_bytes=limit), ByteRange(str(place), 0, limit + 1, max_bytes=limit)):
+        assert read_image(source) == read_size(source) == SkippedImage("too_many_bytes")
     place.write_bytes(make_bomb(10_000, 9_000))
     assert read_image(whole) == SkippedImage("too_many_pixels")
     assert read_size(whole) == (10_000, 9_000)
