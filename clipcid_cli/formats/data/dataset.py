@@ -419,7 +419,7 @@ def _read_ends(place: ByteRange) -> bytes:
             size = os.fstat(file.fileno()).st_size if place.size is None else place.size
             head = os.pread(file.fileno(), min(size, _WINDOW), place.offset)
             rest = size - len(head)
-            if head.startswith(_COMPRESSED):
+            if head.startswith(_COMPRESSED) or size > place.max_bytes:  # which is not decoded
                 rest = min(rest, _WINDOW)
             return b"%d:" % size + head + os.pread(file.fileno(), rest, place.offset + size - rest)
     except OSError:

@@ -38,7 +38,7 @@ from clipcid_cli.formats.skips import Skips
 # Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB.
 _PARTS_KEPT = 48
 
-_VERSION = 5
+_VERSION = 6
 _LOCATION = pa.struct(
     [
         ("path", pa.string()),  # null where it is the shard's own file

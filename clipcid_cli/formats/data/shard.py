@@ -97,9 +97,16 @@ class Shard:
         if self.slices is not None:
             found = self.slices.read(self.number, skips)
         elif self.table is not None:
-            found = read_parquet(self.source, self.name, self.table, skips)
+            found = read_parquet(self.source, self.name, self.table, skips, self.max_sample_bytes)
         else:
-            found = read_tar(self.source, self.name, skips, self.member_keys, caption_lines=self.caption_lines)
+            found = read_tar(
+                self.source,
+                self.name,
+                skips,
+                self.member_keys,
+                caption_lines=self.caption_lines,
+                max_bytes=self.max_sample_bytes,
+            )
         for sample in found:
             yield dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
 
