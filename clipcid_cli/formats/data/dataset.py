@@ -39,6 +39,7 @@ _SEPARATOR = "::"  # webdataset's, between several folders, tars or patterns
 _SMALL = 2**30
 
 _SHARD_SUFFIXES = (".tar", ".parquet")
+_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _SPLIT = re.compile(r"(.+)-\d+-of-(\d+).*[.]parquet$")  # as ``datasets`` names files
 
 _MAX_SHARDS = 1_000_000  # of a pattern: LAION-5B has some 232,000
@@ -186,6 +187,8 @@ def open_dataset(
         if not shards:
             if files is not None:
                 raise no_images_error(files[0], columns)
+            if os.path.isdir(spec):
+                _refuse_compressed(spec, os.listdir(spec))
             inside = (path for path in Path(spec).glob("*/*") if path.suffix in _SHARD_SUFFIXES)
             inner = sorted({str(path.parent) for path in inside}, key=natural_key)
             fix = f"Its folders {', '.join(inner[:6])} contain shards: give one of them." if inner else _FORMS
@@ -289,6 +292,8 @@ def _choose_form(folder: str, paths: list[str]) -> list[str]:
         files = [path for path in paths if path.lower().endswith(suffix)]
         if files:
             break
+    if suffix == ".tar":
+        _refuse_compressed(folder, paths)
     splits = {found[1]: int(found[2]) for path in files if (found := _SPLIT.match(path.rpartition("/")[2]))}
     if len(splits) > 1:
         ends = {split: f"{{00000..{number - 1:05d}}}-of-{number:05d}.parquet" for split, number in splits.items()}
@@ -297,6 +302,20 @@ def _choose_form(folder: str, paths: list[str]) -> list[str]:
             f"{folder} holds several splits of a data set.", f"Give one of them: {', '.join(sorted(patterns))}."
         )
     return files
+
+
+def _refuse_compressed(folder: str, paths: list[str]) -> None:
+    """Refuse a folder with compressed tars, which would be missing from the data; unpacked ones may lie beside them."""
+    names = {path.rpartition("/")[2] for path in paths}
+    packed = [name for name in sorted(names, key=natural_key) if name.lower().endswith(_COMPRESSED_TARS)]
+    packed = [name for name in packed if f"{name[: name.lower().rindex('.t')]}.tar" not in names]
+    if packed:
+        raise ClipcidError(
+            f"{folder} contains compressed tars, from which samples cannot be read one by one: {len(packed):,}, "
+            f"first {packed[0]}.",
+            f"Unpack them to plain ones, for example: gunzip {folder.rstrip('/')}/{packed[0]}\n"
+            f'Or name the plain ones alone, for example "{folder.rstrip("/")}/{{00000..00099}}.tar".',
+        )
 
 
 def _is_parquet(file: str) -> bool:

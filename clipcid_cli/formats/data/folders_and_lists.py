@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from stat import S_ISDIR
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -204,7 +205,10 @@ def _list_folder(root: str) -> tuple[tuple[str, ...] | None, Iterator[dict[str, 
 
 
 def _walk(root: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield every file that is not hidden by its relative path; links to folders are followed, each folder visited once."""
+    """Yield every file that is not hidden by its relative path; links to folders are followed, each folder visited once.
+
+    Links to nothing and what else is no file are among them, to be counted where they are called as images.
+    """
     visited: set[tuple[int, int]] = set()
     pending = [""]
     while pending:
@@ -218,10 +222,14 @@ def _walk(root: str) -> Iterator[tuple[str, os.stat_result]]:
                 path = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                try:
+                    found = entry.stat()
+                except OSError:  # a link to nothing, or to itself
+                    found = entry.stat(follow_symlinks=False)
+                if S_ISDIR(found.st_mode):
                     pending.append(path)
-                elif entry.is_file():
-                    yield path, entry.stat()
+                else:
+                    yield path, found
 
 
 def _list_rows(source: str, columns: Columns, caption_keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import io
 import os
 import time
@@ -208,3 +209,28 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for place in (ByteRange(str(tmp_path / "pipe"), 0, 10), ByteRange("/dev/zero", 0, 10), ByteRange("/dev/zero")):
         assert read_image(place) == SkippedImage("unreadable_image")
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["beside-plain", "alone"])
+def test_compressed_tars_are_not_left_out_in_silence(tmp_path: Path, plain: bool) -> None:
+    if plain:
+        write_tar(tmp_path / "0.tar", shard_members(0, 2))
+    packed = write_tar(tmp_path / "1.tar", shard_members(2, 2))
+    (tmp_path / "1.tar.gz").write_bytes(gzip.compress(packed.read_bytes()))
+    assert [shard.name for shard in open_dataset(tmp_path).shards] == ["0", "1"][1 - plain :]
+    packed.unlink()
+    with pytest.raises(ClipcidError, match=r"contains compressed tars, .*: 1, first 1\.tar\.gz") as raised:
+        open_dataset(tmp_path)
+    assert f"gunzip {tmp_path}/1.tar.gz" in raised.value.fix
+
+
+def test_links_to_nothing_are_unreadable_images(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(make_image(0))
+    (tmp_path / "1.png").symlink_to("gone.png")
+    (tmp_path / "2.png").symlink_to("2.png")
+    (tmp_path / "0.txt").symlink_to("gone.txt")
+    os.mkfifo(tmp_path / "3.png")
+    samples = open_dataset(tmp_path).shards[0].samples()
+    assert [sample.key for sample in samples] == ["0", "1", "2", "3"]
+    assert {read_image(sample.image) for sample in samples[1:]} == {SkippedImage("unreadable_image")}
+    assert samples[0].captions == ()
