@@ -10,8 +10,9 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import compress, count, islice
 from pathlib import Path
+from statistics import median
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import is_benchmark, list_benchmark_tars
@@ -22,7 +23,7 @@ from clipcid_cli.formats.data.parquet_shards import ImageTable, find_table, no_i
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
 from clipcid_cli.formats.data.samples import ByteRange, Columns, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
-from clipcid_cli.formats.data.tars import validate_member_keys, validate_tar
+from clipcid_cli.formats.data.tars import CutTarError, validate_member_keys, validate_tar
 from clipcid_cli.formats.files import open_regular
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import DataSpec
@@ -128,6 +129,7 @@ def open_described(description: DataSpec, index_root: Path | None = None) -> Dat
         index_root,
         caption_lines=description.caption_lines,
         caption_keys=description.caption_key,
+        max_bad_fraction=1.0,  # the step that recorded it has accepted the data
     )
 
 
@@ -139,6 +141,7 @@ def open_dataset(
     *,
     caption_lines: bool = False,
     caption_keys: tuple[str, ...] = (),
+    max_bad_fraction: float = 0.0,
 ) -> Dataset:
     """Open image-text data.
 
@@ -154,6 +157,7 @@ def open_dataset(
         caption_lines: Whether each line of a ``.txt`` is a caption, as always in CLIP_benchmark's folders.
         caption_keys: Where the captions of a sample are, all of them: extensions of members or fields of the json member
             (``json:FIELD``) of tars, columns of a list or a parquet file. Without one ``txt``, or the column of `columns`.
+        max_bad_fraction: What may be missing of the data at the end of truncated local tars, whose readable part is used.
     """
     spec = _SEPARATOR.join(map(_normalize, str(spec).split(_SEPARATOR)))
     columns = columns or Columns()
@@ -206,8 +210,15 @@ def open_dataset(
         folder = index_folder(index_root, kind, read_so)
         dataset = dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, shards))
     if dataset.index is None:
+        cut_off = _find_cut(dataset)
+        dataset = _allow_cut(dataset, cut_off, max_bad_fraction)
         _validate_shards(dataset)
-    return dataset
+        return dataset
+    was_cut = (bool(record.skips.counts.get("cut_off")) for record in dataset.index.records)
+    cut_off = {
+        number: CutTarError(f"Shard {shards[number].source} is truncated.") for number in compress(count(), was_cut)
+    }
+    return _allow_cut(dataset, cut_off, max_bad_fraction)
 
 
 def _estimate_samples(shard: Shard) -> int:
@@ -224,14 +235,53 @@ def _estimate_samples(shard: Shard) -> int:
     return round(size * (_PROBED - 1) / (first[-1].image.offset - first[0].image.offset))
 
 
+def _find_cut(dataset: Dataset) -> dict[int, CutTarError]:
+    """Look whether the local shards are whole; return those that are truncated, by number, other damage being an error."""
+    local = {number: shard for number, shard in enumerate(dataset.shards) if not is_remote(shard.source)}
+    with ThreadPoolExecutor(16) as pool:
+        found = zip(local, pool.map(_validate_file, local.values()), strict=True)
+        return {number: error for number, error in found if error is not None}
+
+
+def _validate_file(shard: Shard) -> CutTarError | None:
+    if shard.table is not None:
+        validate_parquet(shard.source, shard.table)
+    elif shard.is_tar:
+        try:
+            validate_tar(Path(shard.source))
+        except CutTarError as error:
+            return error
+    return None
+
+
+def _allow_cut(dataset: Dataset, cut_off: dict[int, CutTarError], max_bad_fraction: float) -> Dataset:
+    """Use what is readable of truncated tars, unless too much is missing.
+
+    How much is estimated from the size of half of the whole tars; without any, all may be missing.
+    """
+    if not cut_off:
+        return dataset
+    sizes = [shard.stamp()[0] for shard in dataset.shards]
+    whole = [size for number, size in enumerate(sizes) if size and number not in cut_off]
+    fraction = 1.0
+    if whole:
+        missing = sum(max(1.0, median(whole) - sizes[number]) for number in cut_off)
+        fraction = missing / (missing + sum(sizes))
+    if fraction > max_bad_fraction:
+        error = next(iter(cut_off.values()))
+        lost = f"about {fraction:.1%} of the data" if whole else "an unknown part of the data"
+        raise CutTarError(
+            f"{error.message[:-1]}; {lost} is missing, more than the allowed {max_bad_fraction:.1%}.",
+            f"{error.fix}\nTo use the samples before its end, add --max-bad-fraction {math.ceil(fraction * 1000) / 1000:g}.",
+        )
+    shards = (dataclasses.replace(shard, is_cut=number in cut_off) for number, shard in enumerate(dataset.shards))
+    return dataclasses.replace(dataset, shards=tuple(shards))
+
+
 def _validate_shards(dataset: Dataset) -> None:
-    """Look into the shards: all are whole, some of the first have an image, and keys differ, as far as that is quick."""
+    """Look into the first shards: some have an image, and keys differ, as far as that is quick."""
     tars = [shard for shard in dataset.shards if shard.is_tar]
     local = [Path(shard.source) for shard in tars if not is_remote(shard.source)]
-    tables = [shard for shard in dataset.shards if shard.table is not None and not is_remote(shard.source)]
-    with ThreadPoolExecutor(16) as pool:
-        for _ in chain(pool.map(validate_tar, local), pool.map(_validate_table, tables)):
-            pass
     skips = Skips()
     if all(next(shard.stream(skips), None) is None for shard in dataset.shards[:_LOOKED_AT]):
         looked = "it" if len(dataset.shards) <= _LOOKED_AT else f"the first {_LOOKED_AT} of its shards"
@@ -248,11 +298,6 @@ def _validate_shards(dataset: Dataset) -> None:
             owner = owners.setdefault(sample.key, shard.name)
             if owner != shard.name:
                 raise repeated_key(sample.key, owner, shard.name)
-
-
-def _validate_table(shard: Shard) -> None:
-    assert shard.table is not None, "a parquet file"
-    validate_parquet(shard.source, shard.table)
 
 
 def _find_files(spec: str) -> list[str] | None:
