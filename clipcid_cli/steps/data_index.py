@@ -104,7 +104,7 @@ def note_captions(dataset: Dataset, read: Skips | None = None) -> dict[str, dict
         changes = (
             f"{found.changed[what]:,} {words}" for what, words in CAPTION_CHANGES.items() if what in found.changed
         )
-        reporting.note(f"Captions: {', '.join(changes)}.")
+        reporting.note(f"Captions: {'; '.join(changes)}.")
     return counts
 
 

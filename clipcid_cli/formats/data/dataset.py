@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import compress, count, islice
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +23,7 @@ from clipcid_cli.formats.data.parquet_shards import ImageTable, find_table, no_i
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
 from clipcid_cli.formats.data.samples import ByteRange, Columns, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
-from clipcid_cli.formats.data.tars import CutTarError, validate_member_keys, validate_tar
+from clipcid_cli.formats.data.tars import COPY_AGAIN, CutTarError, validate_member_keys, validate_tar
 from clipcid_cli.formats.files import open_regular
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import DataSpec
@@ -209,16 +209,10 @@ def open_dataset(
         read_so |= dataclasses.asdict(columns)
         folder = index_folder(index_root, kind, read_so)
         dataset = dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, shards))
+    dataset = _allow_cut(dataset, _find_cut(dataset), max_bad_fraction)
     if dataset.index is None:
-        cut_off = _find_cut(dataset)
-        dataset = _allow_cut(dataset, cut_off, max_bad_fraction)
         _validate_shards(dataset)
-        return dataset
-    was_cut = (bool(record.skips.counts.get("cut_off")) for record in dataset.index.records)
-    cut_off = {
-        number: CutTarError(f"Shard {shards[number].source} is truncated.") for number in compress(count(), was_cut)
-    }
-    return _allow_cut(dataset, cut_off, max_bad_fraction)
+    return dataset
 
 
 def _estimate_samples(shard: Shard) -> int:
@@ -235,29 +229,37 @@ def _estimate_samples(shard: Shard) -> int:
     return round(size * (_PROBED - 1) / (first[-1].image.offset - first[0].image.offset))
 
 
-def _find_cut(dataset: Dataset) -> dict[int, CutTarError]:
-    """Look whether the local shards are whole; return those that are truncated, by number, other damage being an error."""
+def _find_cut(dataset: Dataset) -> dict[int, str]:
+    """Look whether the local shards are whole; return what is wrong with truncated ones, other damage being an error."""
+    if dataset.index is not None:
+        listed = enumerate(zip(dataset.shards, dataset.index.records, strict=True))
+        return {
+            number: f"Shard {shard.source} is truncated."
+            for number, (shard, record) in listed
+            if "cut_off" in record.skips.counts
+        }
     local = {number: shard for number, shard in enumerate(dataset.shards) if not is_remote(shard.source)}
     with ThreadPoolExecutor(16) as pool:
         found = zip(local, pool.map(_validate_file, local.values()), strict=True)
-        return {number: error for number, error in found if error is not None}
+        return {number: problem for number, problem in found if problem}
 
 
-def _validate_file(shard: Shard) -> CutTarError | None:
+def _validate_file(shard: Shard) -> str:
+    """Check that a file is whole; return how a tar is truncated."""
     if shard.table is not None:
         validate_parquet(shard.source, shard.table)
     elif shard.is_tar:
         try:
             validate_tar(Path(shard.source))
         except CutTarError as error:
-            return error
-    return None
+            return error.message
+    return ""
 
 
-def _allow_cut(dataset: Dataset, cut_off: dict[int, CutTarError], max_bad_fraction: float) -> Dataset:
+def _allow_cut(dataset: Dataset, cut_off: dict[int, str], max_bad_fraction: float) -> Dataset:
     """Use what is readable of truncated tars, unless too much is missing.
 
-    How much is estimated from the size of half of the whole tars; without any, all may be missing.
+    How much is estimated from the median size of the whole tars; without any, all may be missing.
     """
     if not cut_off:
         return dataset
@@ -268,11 +270,12 @@ def _allow_cut(dataset: Dataset, cut_off: dict[int, CutTarError], max_bad_fracti
         missing = sum(max(1.0, median(whole) - sizes[number]) for number in cut_off)
         fraction = missing / (missing + sum(sizes))
     if fraction > max_bad_fraction:
-        error = next(iter(cut_off.values()))
+        problem = next(iter(cut_off.values())).removesuffix(".")
         lost = f"about {fraction:.1%} of the data" if whole else "an unknown part of the data"
+        enough = math.ceil(fraction * 1000) / 1000
         raise CutTarError(
-            f"{error.message[:-1]}; {lost} is missing, more than the allowed {max_bad_fraction:.1%}.",
-            f"{error.fix}\nTo use the samples before its end, add --max-bad-fraction {math.ceil(fraction * 1000) / 1000:g}.",
+            f"{problem}; {lost} is missing, more than the allowed {max_bad_fraction:.1%}.",
+            f"{COPY_AGAIN}\nTo use the samples before its end, add --max-bad-fraction {enough:g}.",
         )
     shards = (dataclasses.replace(shard, is_cut=number in cut_off) for number, shard in enumerate(dataset.shards))
     return dataclasses.replace(dataset, shards=tuple(shards))

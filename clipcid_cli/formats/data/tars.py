@@ -49,6 +49,7 @@ _RECORD = 20 * _BLOCK
 _COPY = 2**24  # bytes at a time
 
 _FIX = "Make the shard again, or remove it from the data."
+COPY_AGAIN = "Copy or download it again, or remove it from the data."
 
 
 class Member(NamedTuple):
@@ -176,7 +177,7 @@ def read_members(path: str | Path, max_bytes: int = MAX_SAMPLE_BYTES, *, allow_c
                             return
                         raise CutTarError(
                             f"Shard {path} is truncated: {name} should end at byte {member.end:,}, the file has {end:,}.",
-                            "Copy or download it again, or remove it from the data.",
+                            COPY_AGAIN,
                         )
                     content = tar.extractfile(header) if remote else None  # a stream does not come back to it
                     yield member if content is None else member._replace(data=content.read(max_bytes))
@@ -187,7 +188,8 @@ def read_members(path: str | Path, max_bytes: int = MAX_SAMPLE_BYTES, *, allow_c
                 if allow_cut:
                     yield Member(name, end, 0, error.position, is_cut=True)
                     return
-                raise CutTarError(f"Shard {path} is truncated: it ends within a header, after {name}.", _FIX) from error
+                problem = f"Shard {path} is truncated: it ends within a header, after {name}."
+                raise CutTarError(problem, COPY_AGAIN) from error
             where = f"{error.position:,}" if end is None else f"{error.position:,} of {end:,}"
             raise ClipcidError(f"Shard {path} is damaged at byte {where}: {error}.", _FIX) from error
         except tarfile.ReadError as error:
