@@ -31,6 +31,10 @@ class ClipcidError(Exception):
         return type(self), (self.message, self.fix)
 
 
+class TooManyBytesError(OSError):
+    """A file of a sample is larger than ``--max-sample-bytes``: the sample is skipped and counted as `too_many_bytes`."""
+
+
 class UsageError(ClipcidError):
     """The command line itself does not make sense; nothing was read or written."""
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import math
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,12 +21,42 @@ from clipcid_cli.formats.files import atomic_file, read_regular, write_error
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Header = tuple[tuple[int, ...], bool, np.dtype[Any]]  # shape, whether by column, number format
 Arrays = tuple[npt.NDArray[Any], ...]
 Number = TypeVar("Number", bound=np.generic)
 
 _HASH = "hash"
 
 _STRINGS_AT_ONCE = 2**20
+_LARGEST_HEADER = 2**16  # bytes of an npy's, which NumPy reads before it finds it too long; real ones have 128
+
+
+def read_npy_header(file: IO[bytes]) -> tuple[Header, int]:
+    """Read an npy's header at the place of the file: what it says, and how many bytes it takes."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, by_column, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+        length = int.from_bytes(file.read(4), "little")
+        if length > _LARGEST_HEADER:
+            raise ValueError(f"its header has {length:,} bytes")
+        file.seek(-4, os.SEEK_CUR)
+        shape, by_column, dtype = np.lib.format.read_array_header_2_0(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects (a pickle)")
+    if any(length < 0 for length in shape):
+        raise ValueError(f"it holds {dtype} {list(shape)}")
+    return (shape, by_column, dtype), file.tell()
+
+
+def parse_npy(content: bytes) -> npt.NDArray[Any]:
+    """Return the array in the bytes of an npy; a ValueError where they are none, or fewer than its header promises."""
+    (shape, by_column, dtype), begin = read_npy_header(io.BytesIO(content))
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if size > len(content) - begin:
+        raise ValueError(f"its header promises {size:,} bytes, and it has {len(content) - begin:,}")
+    return np.frombuffer(content, dtype, count, begin).reshape(shape, order="F" if by_column else "C")
 
 
 def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
@@ -37,7 +68,11 @@ def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
 def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
     """Load what `save_arrays` saved; None where there is nothing, or it is damaged or edited: it is then computed again."""
     try:
-        with np.load(io.BytesIO(read_regular(path)), allow_pickle=False) as saved:
+        content = read_regular(path)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if sum(member.file_size for member in archive.infolist()) > len(content):
+                return None  # compressed, as `save_arrays` writes none: it may fill the memory
+        with np.load(io.BytesIO(content), allow_pickle=False) as saved:
             arrays = {name: saved[name] for name in saved.files}
         return arrays if arrays.pop(_HASH) == _hash(arrays) else None
     except MemoryError:

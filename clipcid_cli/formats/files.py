@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, TooManyBytesError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,12 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 def open_regular(path: Path | str) -> IO[bytes]:
-    """Open a file for reading, unbuffered.
+    """Open a file for reading, unbuffered; errors as `open_descriptor`'s."""
+    return os.fdopen(open_descriptor(path), "rb", buffering=0)
+
+
+def open_descriptor(path: Path | str) -> int:
+    """Open a file for reading.
 
     Raises:
         OSError: when it cannot be opened, or is no regular file: reading a FIFO would wait for ever.
@@ -45,16 +50,24 @@ def open_regular(path: Path | str) -> IO[bytes]:
         if not stat.S_ISREG(mode):
             kind = "folder" if stat.S_ISDIR(mode) else "pipe or device"
             raise OSError(f"it is a {kind}, not a file")
-        return os.fdopen(descriptor, "rb", buffering=0)
+        return descriptor
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def read_regular(path: Path | str) -> bytes:
-    """Return the content of a file; errors as `open_regular`'s."""
+def read_regular(path: Path | str, max_bytes: int | None = None) -> bytes:
+    """Return the content of a file; errors as `open_regular`'s, and a TooManyBytesError beyond `max_bytes`."""
     with open_regular(path) as file:
+        if max_bytes is not None:
+            validate_size(str(path), os.fstat(file.fileno()).st_size, max_bytes)
         return file.read()
+
+
+def validate_size(path: str, size: int, max_bytes: int) -> None:
+    """Raise a TooManyBytesError for a file of a sample that has more than `max_bytes`."""
+    if size > max_bytes:
+        raise TooManyBytesError(f"{path} has {size:,} bytes, more than {max_bytes:,}")
 
 
 def read_part(descriptor: int, path: str, offset: int, size: int) -> bytes:

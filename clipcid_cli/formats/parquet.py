@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +20,10 @@ _EXPECTED = "a parquet file"
 # To read so few with threads takes longer.
 _FEW_ROWS = 65_536
 _SMALL = 2**20
+# What a file's rows may take in memory: this, or so many times what the file has. Texts compress tenfold, images hardly.
+_MOST_EXPANDED = 2**28
+_MOST_EXPANSION = 100
+_BYTES_OF_ROW = 8  # of any row, though it may have no value
 
 
 def column_names(path: Path, fix: str) -> list[str]:
@@ -93,12 +97,24 @@ def replace_invalid(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column
 
 
+def validate_expansion(metadata: pq.FileMetaData, file: IO[bytes]) -> None:
+    """Raise a ValueError for a file that would fill the memory, as its own description says; it is not read."""
+    groups = range(metadata.num_row_groups)
+    values = sum(metadata.row_group(group).total_byte_size for group in groups)
+    expanded = max(values, _BYTES_OF_ROW * metadata.num_rows)
+    if expanded > _MOST_EXPANDED and expanded > _MOST_EXPANSION * (size := file.seek(0, os.SEEK_END)):
+        raise ValueError(
+            f"its {metadata.num_rows:,} rows would take {expanded:,} bytes of memory, and the file has {size:,}"
+        )
+
+
 @contextmanager
 def _open(path: Path, fix: str) -> Iterator[pq.ParquetFile]:
     # Not through `pq.read_table`, whose data sets and threads take 1 ms a file; small files are read at once.
     with reading(path, _EXPECTED, fix) as found:
         small = os.fstat(found.fileno()).st_size <= _SMALL
         with pa.BufferReader(found.read()) if small else pa.OSFile(str(path)) as source, pq.ParquetFile(source) as file:
+            validate_expansion(file.metadata, found)
             yield file
 
 

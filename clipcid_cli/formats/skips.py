@@ -17,7 +17,16 @@ REASONS = {
     "duplicate_key": "key seen before in the shard",
     "unreadable_image": "unreadable image",
     "too_many_pixels": "image with too many pixels",
+    "too_many_bytes": "file larger than --max-sample-bytes",
+    "cut_off": "cut off by the end of its shard",
     "nan_row": "embedding that is zero or not finite",
+}
+
+# Captions that are used, though not as they are stored. The keys are those of the `captions` entry of `embed.json`.
+CAPTION_CHANGES = {
+    "not_utf8": "not UTF-8",
+    "cut": "too long, cut",
+    "several_lines": "of several lines, each taken as one caption (--caption-lines takes each line as one)",
 }
 
 _NAMED = 5
@@ -25,11 +34,12 @@ _NAMED = 5
 
 @dataclasses.dataclass
 class Skips:
-    """Counts of unusable samples; and, of those that can be used, how many have no caption of a key."""
+    """Counts of unusable samples; and, of those that can be used, of missing captions by key, and of changed ones."""
 
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     without: dict[str, int] = dataclasses.field(default_factory=dict)
+    changed: dict[str, int] = dataclasses.field(default_factory=dict)  # by key of `CAPTION_CHANGES`
 
     @property
     def total(self) -> int:
@@ -52,9 +62,16 @@ class Skips:
         """Count samples without a caption of this key."""
         self.without[key] = self.without.get(key, 0) + number
 
+    def change(self, what: str, number: int = 1) -> None:
+        """Count captions that are not used as they are stored."""
+        assert what in CAPTION_CHANGES, what
+        self.changed[what] = self.changed.get(what, 0) + number
+
     def merge(self, other: Skips) -> None:
         for key, number in other.without.items():
             self.miss(key, number)
+        for what, number in other.changed.items():
+            self.change(what, number)
         for reason, number in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + number
             names = self.examples.setdefault(reason, [])

@@ -27,7 +27,7 @@ from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Columns, Sample
 from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache, cache_folder
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.output import is_claimed
-from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.skips import CAPTION_CHANGES, Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.pipeline import default_workers, ordered_map
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
@@ -53,6 +53,7 @@ def open_named(settings: ReadingSettings, data: str, index_root: Path | None = N
             index_root,
             caption_lines=settings.caption_lines,
             caption_keys=settings.caption_key,
+            max_bad_fraction=settings.max_bad_fraction,
         )
     except ClipcidError as error:
         folder = Path(data)
@@ -80,22 +81,31 @@ def _holds_data(folder: Path) -> bool:
     return any(path.suffix[1:].lower() in _OF_DATA for path in folder.iterdir())
 
 
-def note_missing_captions(dataset: Dataset, read: Skips | None = None) -> dict[str, int]:
-    """Say how many samples have no caption of the keys that were named; return it by key.
+def note_captions(dataset: Dataset, read: Skips | None = None) -> dict[str, dict[str, int]]:
+    """Say which captions are missing, by the keys that were named, and which are not used as they are stored.
 
     Args:
         read: What was counted when the data was read; by default, what its index says.
+
+    Returns:
+        The entries of the sidecar's counts, as far as there are such captions.
     """
-    if not dataset.caption_keys:
-        return {}
     found = read or Skips()
     if read is None and dataset.index is not None:
         for record in dataset.index.records:
             found.merge(record.skips)
-    if found.without:
+    counts = dict[str, dict[str, int]]()
+    if dataset.caption_keys and found.without:
+        counts["without_caption"] = found.without
         numbers = ", ".join(f"{number:,} of {key}" for key, number in sorted(found.without.items()))
         reporting.note(f"Samples without a caption: {numbers}.")
-    return found.without
+    if found.changed:
+        counts["captions"] = found.changed
+        changes = (
+            f"{found.changed[what]:,} {words}" for what, words in CAPTION_CHANGES.items() if what in found.changed
+        )
+        reporting.note(f"Captions: {'; '.join(changes)}.")
+    return counts
 
 
 def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample]:

@@ -10,8 +10,9 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
+from statistics import median
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import is_benchmark, list_benchmark_tars
@@ -22,7 +23,7 @@ from clipcid_cli.formats.data.parquet_shards import ImageTable, find_table, no_i
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
 from clipcid_cli.formats.data.samples import ByteRange, Columns, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
-from clipcid_cli.formats.data.tars import validate_member_keys, validate_tar
+from clipcid_cli.formats.data.tars import COPY_AGAIN, CutTarError, validate_member_keys, validate_tar
 from clipcid_cli.formats.files import open_regular
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import DataSpec
@@ -39,6 +40,7 @@ _SEPARATOR = "::"  # webdataset's, between several folders, tars or patterns
 _SMALL = 2**30
 
 _SHARD_SUFFIXES = (".tar", ".parquet")
+_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _SPLIT = re.compile(r"(.+)-\d+-of-(\d+).*[.]parquet$")  # as ``datasets`` names files
 
 _MAX_SHARDS = 1_000_000  # of a pattern: LAION-5B has some 232,000
@@ -127,6 +129,7 @@ def open_described(description: DataSpec, index_root: Path | None = None) -> Dat
         index_root,
         caption_lines=description.caption_lines,
         caption_keys=description.caption_key,
+        max_bad_fraction=1.0,  # the step that recorded it has accepted the data
     )
 
 
@@ -138,6 +141,7 @@ def open_dataset(
     *,
     caption_lines: bool = False,
     caption_keys: tuple[str, ...] = (),
+    max_bad_fraction: float = 0.0,
 ) -> Dataset:
     """Open image-text data.
 
@@ -153,6 +157,7 @@ def open_dataset(
         caption_lines: Whether each line of a ``.txt`` is a caption, as always in CLIP_benchmark's folders.
         caption_keys: Where the captions of a sample are, all of them: extensions of members or fields of the json member
             (``json:FIELD``) of tars, columns of a list or a parquet file. Without one ``txt``, or the column of `columns`.
+        max_bad_fraction: What may be missing of the data at the end of truncated local tars, whose readable part is used.
     """
     spec = _SEPARATOR.join(map(_normalize, str(spec).split(_SEPARATOR)))
     columns = columns or Columns()
@@ -186,6 +191,8 @@ def open_dataset(
         if not shards:
             if files is not None:
                 raise no_images_error(files[0], columns)
+            if os.path.isdir(spec):
+                _refuse_compressed(spec, os.listdir(spec))
             inside = (path for path in Path(spec).glob("*/*") if path.suffix in _SHARD_SUFFIXES)
             inner = sorted({str(path.parent) for path in inside}, key=natural_key)
             fix = f"Its folders {', '.join(inner[:6])} contain shards: give one of them." if inner else _FORMS
@@ -202,6 +209,7 @@ def open_dataset(
         read_so |= dataclasses.asdict(columns)
         folder = index_folder(index_root, kind, read_so)
         dataset = dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, shards))
+    dataset = _allow_cut(dataset, _find_cut(dataset), max_bad_fraction)
     if dataset.index is None:
         _validate_shards(dataset)
     return dataset
@@ -221,14 +229,62 @@ def _estimate_samples(shard: Shard) -> int:
     return round(size * (_PROBED - 1) / (first[-1].image.offset - first[0].image.offset))
 
 
+def _find_cut(dataset: Dataset) -> dict[int, str]:
+    """Look whether the local shards are whole; return what is wrong with truncated ones, other damage being an error."""
+    if dataset.index is not None:
+        listed = enumerate(zip(dataset.shards, dataset.index.records, strict=True))
+        return {
+            number: f"Shard {shard.source} is truncated."
+            for number, (shard, record) in listed
+            if "cut_off" in record.skips.counts
+        }
+    local = {number: shard for number, shard in enumerate(dataset.shards) if not is_remote(shard.source)}
+    with ThreadPoolExecutor(16) as pool:
+        found = zip(local, pool.map(_validate_file, local.values()), strict=True)
+        return {number: problem for number, problem in found if problem}
+
+
+def _validate_file(shard: Shard) -> str:
+    """Check that a file is whole; return how a tar is truncated."""
+    if shard.table is not None:
+        validate_parquet(shard.source, shard.table)
+    elif shard.is_tar:
+        try:
+            validate_tar(Path(shard.source))
+        except CutTarError as error:
+            return error.message
+    return ""
+
+
+def _allow_cut(dataset: Dataset, cut_off: dict[int, str], max_bad_fraction: float) -> Dataset:
+    """Use what is readable of truncated tars, unless too much is missing.
+
+    How much is estimated from the median size of the whole tars; without any, all may be missing.
+    """
+    if not cut_off:
+        return dataset
+    sizes = [shard.stamp()[0] for shard in dataset.shards]
+    whole = [size for number, size in enumerate(sizes) if size and number not in cut_off]
+    fraction = 1.0
+    if whole:
+        missing = sum(max(1.0, median(whole) - sizes[number]) for number in cut_off)
+        fraction = missing / (missing + sum(sizes))
+    if fraction > max_bad_fraction:
+        problem = next(iter(cut_off.values())).removesuffix(".")
+        lost = f"about {fraction:.1%} of the data" if whole else "an unknown part of the data"
+        enough = math.ceil(fraction * 1000) / 1000
+        raise CutTarError(
+            f"{problem}; {lost} is missing, more than the allowed {max_bad_fraction:.1%}.",
+            f"{COPY_AGAIN}\nTo use the samples before its end, add --max-bad-fraction {enough:g}.",
+        )
+    shards = (dataclasses.replace(shard, is_cut=number in cut_off) for number, shard in enumerate(dataset.shards))
+    return dataclasses.replace(dataset, shards=tuple(shards))
+
+
 def _validate_shards(dataset: Dataset) -> None:
-    """Look into the shards: all are whole, some of the first have an image, and keys differ, as far as that is quick."""
+    """Look into the first shards: some have an image, and keys differ, as far as that is quick."""
     tars = [shard for shard in dataset.shards if shard.is_tar]
     local = [Path(shard.source) for shard in tars if not is_remote(shard.source)]
-    tables = [shard for shard in dataset.shards if shard.table is not None and not is_remote(shard.source)]
-    with ThreadPoolExecutor(16) as pool:
-        for _ in chain(pool.map(validate_tar, local), pool.map(_validate_table, tables)):
-            pass
     skips = Skips()
     if all(next(shard.stream(skips), None) is None for shard in dataset.shards[:_LOOKED_AT]):
         looked = "it" if len(dataset.shards) <= _LOOKED_AT else f"the first {_LOOKED_AT} of its shards"
@@ -245,11 +301,6 @@ def _validate_shards(dataset: Dataset) -> None:
             owner = owners.setdefault(sample.key, shard.name)
             if owner != shard.name:
                 raise repeated_key(sample.key, owner, shard.name)
-
-
-def _validate_table(shard: Shard) -> None:
-    assert shard.table is not None, "a parquet file"
-    validate_parquet(shard.source, shard.table)
 
 
 def _find_files(spec: str) -> list[str] | None:
@@ -289,6 +340,8 @@ def _choose_form(folder: str, paths: list[str]) -> list[str]:
         files = [path for path in paths if path.lower().endswith(suffix)]
         if files:
             break
+    if suffix == ".tar":
+        _refuse_compressed(folder, paths)
     splits = {found[1]: int(found[2]) for path in files if (found := _SPLIT.match(path.rpartition("/")[2]))}
     if len(splits) > 1:
         ends = {split: f"{{00000..{number - 1:05d}}}-of-{number:05d}.parquet" for split, number in splits.items()}
@@ -297,6 +350,20 @@ def _choose_form(folder: str, paths: list[str]) -> list[str]:
             f"{folder} holds several splits of a data set.", f"Give one of them: {', '.join(sorted(patterns))}."
         )
     return files
+
+
+def _refuse_compressed(folder: str, paths: list[str]) -> None:
+    """Refuse a folder with compressed tars, which would be missing from the data; unpacked ones may lie beside them."""
+    names = {path.rpartition("/")[2] for path in paths}
+    packed = [name for name in sorted(names, key=natural_key) if name.lower().endswith(_COMPRESSED_TARS)]
+    packed = [name for name in packed if f"{name[: name.lower().rindex('.t')]}.tar" not in names]
+    if packed:
+        raise ClipcidError(
+            f"{folder} contains compressed tars, from which samples cannot be read one by one: {len(packed):,}, "
+            f"first {packed[0]}.",
+            f"Unpack them to plain ones, for example: gunzip {folder.rstrip('/')}/{packed[0]}\n"
+            f'Or name the plain ones alone, for example "{folder.rstrip("/")}/{{00000..00099}}.tar".',
+        )
 
 
 def _is_parquet(file: str) -> bool:
@@ -419,7 +486,7 @@ def _read_ends(place: ByteRange) -> bytes:
             size = os.fstat(file.fileno()).st_size if place.size is None else place.size
             head = os.pread(file.fileno(), min(size, _WINDOW), place.offset)
             rest = size - len(head)
-            if head.startswith(_COMPRESSED):
+            if head.startswith(_COMPRESSED) or size > place.max_bytes:  # which is not decoded
                 rest = min(rest, _WINDOW)
             return b"%d:" % size + head + os.pread(file.fileno(), rest, place.offset + size - rest)
     except OSError:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from stat import S_ISDIR
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,9 +26,11 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_url, local_file
 from clipcid_cli.formats.data.samples import (
     IMAGE_SUFFIXES,
+    MAX_SAMPLE_BYTES,
     ByteRange,
     Columns,
     Sample,
+    cut_cell,
     gather_captions,
     natural_key,
     read_cell,
@@ -35,6 +38,7 @@ from clipcid_cli.formats.data.samples import (
 )
 from clipcid_cli.formats.data.shard import Slices
 from clipcid_cli.formats.files import describe, open_regular, read_regular
+from clipcid_cli.formats.parquet import is_text, validate_expansion
 from clipcid_cli.formats.skips import Skips
 
 if TYPE_CHECKING:
@@ -79,6 +83,7 @@ class Images(Slices):
     columns: Columns | None = None  # of a list
     caption_lines: bool = False  # whether each line of a ``.txt`` is a caption
     caption_keys: tuple[str, ...] = ()  # columns of captions that a list must have, in place of that of `columns`
+    max_sample_bytes: int = MAX_SAMPLE_BYTES  # of an image or of its ``.txt``
 
     @cached_property
     def _listed(self) -> _Listed:
@@ -153,11 +158,11 @@ class Images(Slices):
             folder = folder.rpartition("/")[0] if is_url(folder) else os.path.dirname(folder)
         if row["text"]:
             with contextlib.suppress(OSError):  # a caption that cannot be read is a missing one, and counted as such
-                text = read_regular(os.path.join(folder, os.fsdecode(row["text"])))
-                captions = split_captions(text, a_line_each=self.caption_lines)
+                text = read_regular(os.path.join(folder, os.fsdecode(row["text"])), self.max_sample_bytes)
+                captions = split_captions(text, a_line_each=self.caption_lines, skips=skips)
         return Sample(
             key=os.fsdecode(row["key"]),
-            image=ByteRange(path if is_url(path) else os.path.join(folder, path)),
+            image=ByteRange(path if is_url(path) else os.path.join(folder, path), max_bytes=self.max_sample_bytes),
             captions=captions,
             label=classes[0] if classes and not self._listed.several else None,
             labels=tuple(classes) if classes is not None and self._listed.several else None,
@@ -200,7 +205,10 @@ def _list_folder(root: str) -> tuple[tuple[str, ...] | None, Iterator[dict[str, 
 
 
 def _walk(root: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield every file that is not hidden by its relative path; links to folders are followed, each folder visited once."""
+    """Yield every file that is not hidden by its relative path; links to folders are followed, each folder visited once.
+
+    Links to nothing and what else is no file are among them, to be counted where they are called as images.
+    """
     visited: set[tuple[int, int]] = set()
     pending = [""]
     while pending:
@@ -214,10 +222,14 @@ def _walk(root: str) -> Iterator[tuple[str, os.stat_result]]:
                 path = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                try:
+                    found = entry.stat()
+                except OSError:  # a link to nothing, or to itself
+                    found = entry.stat(follow_symlinks=False)
+                if S_ISDIR(found.st_mode):
                     pending.append(path)
-                elif entry.is_file():
-                    yield path, entry.stat()
+                else:
+                    yield path, found
 
 
 def _list_rows(source: str, columns: Columns, caption_keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -235,6 +247,8 @@ def _list_rows(source: str, columns: Columns, caption_keys: tuple[str, ...]) -> 
                 raise ClipcidError(f"List {source} has a header and no rows.", "Give a list with one row per image.")
             nothing = [None] * len(frame)
             texts = [name for name in caption_keys or (columns.caption,) if name in frame]
+            for name in {columns.image, columns.key, LABEL_COLUMN, *texts}.intersection(frame):
+                _refuse_structs(source, frame, name)
             paths = _texts(source, frame, columns.image)
             keys = _texts(source, frame, columns.key) if columns.key in frame else paths
             captions = zip(*(map(_captions, frame[name]) for name in texts), strict=True) if texts else nothing
@@ -250,10 +264,7 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
     def read() -> Iterator[pd.DataFrame]:
         open_regular(path).close()
         if source.lower().endswith(".parquet"):
-            # As columns: pandas would make one the index, if one was, and floats of integers where one is missing.
-            frame = pq.read_table(path).to_pandas(ignore_metadata=True, integer_object_nulls=True)
-            for start in range(0, len(frame) or 1, VIRTUAL_SHARD):
-                yield frame[start : start + VIRTUAL_SHARD]
+            yield from _read_tables(path)
             return
         with path.open(encoding="utf-8", errors="replace") as file:
             header = file.readline()
@@ -275,6 +286,18 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
         raise ClipcidError(
             f"List {source} cannot be read: {describe(error)}.", "Give a csv, tsv or parquet file with a header."
         ) from error
+
+
+def _read_tables(path: Path) -> Iterator[pd.DataFrame]:
+    with open_regular(path) as file, pq.ParquetFile(path) as table:
+        validate_expansion(table.metadata, file)
+        texts = [column.name for column in table.schema_arrow if is_text(column.type)]
+    # Texts that are stored once and occur in many rows are held once.
+    with pq.ParquetFile(path, read_dictionary=texts) as table:
+        nothing = table.schema_arrow.empty_table()
+        for batch in table.iter_batches(VIRTUAL_SHARD) if table.metadata.num_rows else [nothing]:
+            # As columns: pandas would make one the index, if one was, and floats of integers where one is missing.
+            yield batch.to_pandas(ignore_metadata=True, integer_object_nulls=True)
 
 
 def _validate_rows(source: str, frame: pd.DataFrame, separator: str) -> None:
@@ -311,8 +334,18 @@ def _texts(source: str, frame: pd.DataFrame, column: str) -> list[str]:
     return list(map(read_cell, frame[column]))
 
 
+def _refuse_structs(source: str, frame: pd.DataFrame, column: str) -> None:
+    cells = (each for cell in frame[column] for each in (cell if isinstance(cell, _SEVERAL) else (cell,)))
+    if any(isinstance(each, dict | tuple) for each in cells):
+        raise ClipcidError(
+            f"Column {column!r} of list {source} contains structs or maps, not texts or numbers.",
+            "Write the field that is wanted as a column of its own, or name another: --image-column, --caption-column, "
+            "--caption-key, --key-column.",
+        )
+
+
 def _captions(cell: Any) -> list[str]:
-    return list(filter(None, map(read_cell, cell if isinstance(cell, _SEVERAL) else [cell])))
+    return list(filter(None, map(read_cell, cut_cell(list(cell)) if isinstance(cell, _SEVERAL) else [cell])))
 
 
 def _classes(source: str, cells: pd.Series[Any]) -> list[list[int]]:

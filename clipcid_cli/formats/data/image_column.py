@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
@@ -23,8 +23,11 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_remote, open_remote
 from clipcid_cli.formats.files import describe, open_regular, read_part
+from clipcid_cli.formats.parquet import validate_expansion
 
-_ROWS = 64  # that become Python's bytes at a time
+_ROWS = 64  # that become Python's bytes at a time, or fewer, so that they are of at most
+_AT_ONCE = 2**26  # bytes, though each be as large as all that is stored: of equal ones a file holds one
+_MOST_REPEATED = 8  # times the stored bytes that the images of a row group may have
 _BUFFER = 2**20  # of a column while it is read
 _FILES = 64  # whose row groups a process remembers
 _one_reads = threading.Lock()  # a row group, which the other threads wait for
@@ -38,6 +41,7 @@ def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
         with open_remote(path) if is_remote(path) else open_regular(path) as found:
             source = found if is_remote(path) else pa.OSFile(path)
             with pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER) as file:
+                validate_expansion(file.metadata, found)
                 yield file
     except (ClipcidError, MemoryError):  # pyarrow's own lack of memory is of both kinds
         raise
@@ -67,9 +71,33 @@ def read_group(file: pq.ParquetFile, group: int, column: str) -> Iterator[bytes 
     kind = file.schema_arrow.field(column).type
     is_struct = pa.types.is_struct(kind)
     name = f"{column}.bytes" if is_struct else column
-    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[name], use_threads=False):
+    most = _AT_ONCE + _MOST_REPEATED * _count_stored(file, group, [name])
+    size = 0
+    for batch in read_batches(file, group, [name]):
         cells = batch.column(0)
-        yield from (cells.flatten()[0] if is_struct else cells).to_pylist()
+        images = (cells.flatten()[0] if is_struct else cells).to_pylist()
+        size += sum(len(image) for image in images if image)
+        if size > most:
+            raise ValueError(f"row group {group:,} has more than {most:,} bytes of images, which are repeated")
+        yield from images
+
+
+def read_batches(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield columns of a row group by a few rows at a time, fewer where they may be large."""
+    rows = _AT_ONCE // max(1, _count_stored(file, group, columns))
+    yield from file.iter_batches(min(max(rows, 1), _ROWS), row_groups=[group], columns=columns, use_threads=False)
+
+
+def _count_stored(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
+    """Return the uncompressed bytes of columns in a row group, as the file describes them."""
+    found = file.metadata.row_group(group)
+    parts = map(found.column, range(found.num_columns))
+    inside = tuple(f"{name}." for name in columns)
+    return sum(
+        part.total_uncompressed_size
+        for part in parts
+        if part.path_in_schema in columns or part.path_in_schema.startswith(inside)
+    )
 
 
 def copy_images(path: str, column: str, target: IO[bytes]) -> None:

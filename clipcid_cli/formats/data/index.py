@@ -38,7 +38,7 @@ from clipcid_cli.formats.skips import Skips
 # Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB.
 _PARTS_KEPT = 48
 
-_VERSION = 5
+_VERSION = 6
 _LOCATION = pa.struct(
     [
         ("path", pa.string()),  # null where it is the shard's own file
@@ -80,6 +80,7 @@ class Part:
     digest: str
     shard: Shard | None  # None where each image is a file of its own
     copy: ShardCopy | None  # of a shard that is streamed, to read from
+    max_sample_bytes: int
 
     @property
     def table(self) -> pa.Table:
@@ -125,10 +126,17 @@ class Part:
 
     def _locate(self, found: dict[str, Any]) -> ByteRange:
         if found["path"] is not None or self.shard is None:
-            return ByteRange(**found)
+            return ByteRange(**found, max_bytes=self.max_sample_bytes)
         table = self.shard.table
         column = None if table is None else table.image
-        return ByteRange(self.shard.file, found["offset"], found["size"], copy=self.copy, column=column)
+        return ByteRange(
+            self.shard.file,
+            found["offset"],
+            found["size"],
+            copy=self.copy,
+            column=column,
+            max_bytes=self.max_sample_bytes,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +171,8 @@ class DataIndex:
     def part(self, number: int) -> Part:
         shard = self.shards[number]
         path = str(_part_path(self.folder, shard))
-        return Part(path, self.records[number].digest, shard if shard.file else None, self._copy(number))
+        digest = self.records[number].digest
+        return Part(path, digest, shard if shard.file else None, self._copy(number), shard.max_sample_bytes)
 
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Copy shards to the cache in the background, in order; see `shard_cache.fetch_ahead`."""

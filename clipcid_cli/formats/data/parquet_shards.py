@@ -10,15 +10,18 @@ from itertools import repeat
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.image_column import is_image_column, open_parquet, read_group
+from clipcid_cli.formats.data.image_column import is_image_column, open_parquet, read_batches, read_group
 from clipcid_cli.formats.data.samples import (
     IMAGE_SUFFIXES,
+    MAX_SAMPLE_BYTES,
     ByteRange,
     Columns,
     Sample,
     clean_captions,
+    cut_cell,
     gather_captions,
     read_cell,
 )
@@ -122,15 +125,22 @@ def _validate_columns(path: str, table: ImageTable, names: list[str]) -> None:
         )
 
 
-def read_parquet(path: str, name: str, table: ImageTable, skips: Skips) -> Iterator[Sample]:
-    """Yield the samples of a file with the bytes of their images; count rows without image or key, and repeated keys."""
+def read_parquet(
+    path: str, name: str, table: ImageTable, skips: Skips, max_bytes: int = MAX_SAMPLE_BYTES
+) -> Iterator[Sample]:
+    """Yield the samples of a file with the bytes of their images; count rows without image or key, and repeated keys.
+
+    Args:
+        max_bytes: What an image may have; a larger one is not held, and reading it is a TooManyBytesError.
+    """
     seen = set[str]()
     number = -1
     with open_parquet(path) as file:
         _validate_columns(path, table, file.schema_arrow.names)
         columns = table.others + [_STATUS] * (_STATUS in file.schema_arrow.names)
         for group in range(file.num_row_groups):
-            others = file.read_row_group(group, columns=columns).to_pylist() if columns else repeat({})
+            # Before the images: a stream goes back for each column.
+            others = list(_read_others(file, group, columns)) if columns else repeat({})
             for image, row in zip(read_group(file, group, table.image), others, strict=False):  # `repeat` has no end
                 number += 1
                 key = str(number) if table.key is None else read_cell(row[table.key])
@@ -144,13 +154,27 @@ def read_parquet(path: str, name: str, table: ImageTable, skips: Skips) -> Itera
                     skips.add("duplicate_key", where)
                 else:
                     seen.add(key)
-                    found = [clean_captions(row[each]) for each in table.captions]
+                    found = [clean_captions(row[each], skips) for each in table.captions]
                     yield Sample(
                         key=key,
-                        image=ByteRange(path, number, len(image), image, column=table.image),
+                        image=ByteRange(
+                            path,
+                            number,
+                            len(image),
+                            image if len(image) <= max_bytes else None,
+                            column=table.image,
+                            max_bytes=max_bytes,
+                        ),
                         captions=gather_captions(table.captions, found, skips),
                         **_read_classes(None if table.label is None else row[table.label]),
                     )
+
+
+def _read_others(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a row group, without what is too long for a caption."""
+    for batch in read_batches(file, group, columns):
+        for row in batch.to_pylist():
+            yield {column: cut_cell(cell) for column, cell in row.items()}
 
 
 def _find_image(path: str, candidates: list[str]) -> str | None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
-import io
 import json
 import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import parse_npy
 from clipcid_cli.formats.data.image_column import read_copied, read_row
 from clipcid_cli.formats.data.remote import is_pipe, is_url, read_remote
 from clipcid_cli.formats.data.shard_cache import ShardCopy
-from clipcid_cli.formats.files import read_part, read_regular
+from clipcid_cli.formats.files import open_descriptor, read_part, read_regular, validate_size
 from clipcid_cli.formats.skips import Skips
 
 # Suffixes of images; of several in one sample the first in this order is taken (open_clip's, then others that Pillow reads).
@@ -30,6 +31,17 @@ _OPEN_FILES = 64
 _OPEN_COPIES = 16
 
 _VECTOR = "a vector with a 1 for each class the image has and 0 for the others."
+
+MAX_SAMPLE_BYTES = 64 * 2**20
+"""Bytes that one file of a sample may have, unless ``--max-sample-bytes`` says otherwise."""
+
+MOST_TEXT = 2**22
+"""Bytes of a file of captions or attributes; of a longer one no more is read."""
+
+LONGEST_CAPTION = 8_192
+"""Characters of a caption; a tokenizer reads no more of one."""
+
+_MOST_CAPTIONS = 1_000  # of an image, by each key
 
 TXT = "txt"
 """Key of the captions of a tar where no other is given."""
@@ -70,12 +82,16 @@ class ByteRange:
     # Local copy of a file behind a URL, or of the images of a parquet file, to read from.
     copy: ShardCopy | None = dataclasses.field(default=None, compare=False, repr=False)
     column: str | None = None  # that of the images in a parquet file
+    max_bytes: int = dataclasses.field(default=MAX_SAMPLE_BYTES, compare=False, repr=False)
 
     def read(self) -> bytes:
         """Read the bytes; an OSError where the file is missing or has become shorter.
 
+        A TooManyBytesError, which is an OSError too, where there are more than `max_bytes`: they are not read.
         Commands are never run here: a path may come from a file that someone else wrote.
         """
+        if self.size is not None:
+            validate_size(self.path, self.size, self.max_bytes)
         if self.data is not None:
             return self.data
         if self.column is not None:
@@ -83,7 +99,7 @@ class ByteRange:
                 return read_row(self.path, self.column, self.offset)
             return read_copied(_copy_handle(self.copy).fd, str(self.copy.local), self.offset)
         if self.size is None and not is_pipe(self.path):
-            return _read_whole(self.path)
+            return _read_whole(self.path, self.max_bytes)
         if self.copy is not None:
             handle = _copy_handle(self.copy)
         elif is_pipe(self.path):
@@ -145,8 +161,8 @@ def _read_vector(sample: Sample, length: int | None) -> npt.NDArray[Any]:
     """Read a vector of zeros and ones, of any length where `length` is None."""
     assert sample.multi_hot is not None
     try:
-        vector: npt.NDArray[Any] = np.load(io.BytesIO(sample.multi_hot.read()), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        vector = parse_npy(sample.multi_hot.read())
+    except (OSError, ValueError) as error:
         raise ClipcidError(f"The .npy of sample {sample.key} cannot be read: {error}.", f"Write {_VECTOR}") from error
     if vector.ndim != 1 or length not in (None, len(vector)) or not np.isin(vector, (0, 1)).all():
         wanted = "a vector of zeros and ones" if length is None else f"zeros and ones for {length} classes"
@@ -175,7 +191,7 @@ class _Handle:
 
 @lru_cache(maxsize=_OPEN_FILES)
 def _handle(path: str) -> _Handle:
-    return _Handle(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    return _Handle(open_descriptor(path))
 
 
 @lru_cache(maxsize=_OPEN_COPIES)
@@ -188,9 +204,9 @@ def close_copies() -> None:
     _copy_handle.cache_clear()
 
 
-def _read_whole(path: str) -> bytes:
+def _read_whole(path: str, max_bytes: int) -> bytes:
     if not is_url(path):
-        return read_regular(path)
+        return read_regular(path, max_bytes)
     try:
         return read_remote(path)
     except ClipcidError as error:  # one image of a list, not a shard
@@ -202,34 +218,79 @@ def member_of(key: str) -> str:
     return JSON if key.startswith(_FIELD) else key.lower()
 
 
-def split_captions(content: bytes, key: str = TXT, *, a_line_each: bool = False) -> tuple[str, ...]:
-    """Return the captions in a member: a field of a json; else all of its text, or one caption a line."""
+def split_captions(
+    content: bytes, key: str = TXT, *, a_line_each: bool = False, skips: Skips | None = None
+) -> tuple[str, ...]:
+    """Return the captions in a member: a field of a json; else all of its text, or one caption a line.
+
+    Args:
+        content: More than `MOST_TEXT` bytes are cut off; of a json that is too long there is no caption.
+        skips: Counts captions that are not used as they are stored.
+    """
+    skips = Skips() if skips is None else skips
     if key.startswith(_FIELD):
-        try:
-            fields = json.loads(content)
-        except ValueError:
-            return ()
-        return clean_captions(fields.get(key.removeprefix(_FIELD)) if isinstance(fields, dict) else None)
-    whole = content.decode("utf-8-sig", errors="replace")
-    return clean_captions(whole.splitlines() if a_line_each else whole)
+        fields = parse_json(content)
+        return clean_captions(fields.get(key.removeprefix(_FIELD)) if isinstance(fields, dict) else None, skips)
+    text = _decode(content, skips).removeprefix("\ufeff").strip()
+    if a_line_each:
+        if len(content) > MOST_TEXT:
+            skips.change("cut")
+        return clean_captions(text.splitlines(), skips)
+    if "\n" in text:
+        skips.change("several_lines")
+    return _limit((text,), skips) if text else ()
 
 
-def clean_captions(found: Any) -> tuple[str, ...]:
+def parse_json(content: bytes) -> Any:
+    """Return what a json member says; None where it is none, has more than `MOST_TEXT` bytes, or nests too deeply."""
+    try:
+        return json.loads(content) if len(content) <= MOST_TEXT else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def clean_captions(found: Any, skips: Skips) -> tuple[str, ...]:
     """Return the captions in a value of a field or cell: a text or several; of anything else none."""
     texts: Iterable[Any] = [found] if isinstance(found, str | bytes) else found if isinstance(found, Sequence) else ()
-    return tuple(filter(None, (_clean(text) for text in texts if isinstance(text, str | bytes))))
+    cleaned = (_clean(text, skips) for text in texts if isinstance(text, str | bytes))
+    return _limit(tuple(islice(filter(None, cleaned), _MOST_CAPTIONS + 1)), skips)
 
 
-def _clean(text: str | bytes) -> str:
+def _limit(captions: Sequence[str], skips: Skips) -> tuple[str, ...]:
+    """Return captions that are neither too many nor too long for a model; those that were are counted."""
+    if len(captions) <= _MOST_CAPTIONS and max(map(len, captions), default=0) <= LONGEST_CAPTION:
+        return tuple(captions)
+    skips.change("cut", max(1, sum(len(caption) > LONGEST_CAPTION for caption in captions)))
+    return tuple(caption[:LONGEST_CAPTION] for caption in captions[:_MOST_CAPTIONS])
+
+
+def cut_cell(cell: Any) -> Any:
+    """Return a cell of a parquet file without most of what `clean_captions` would cut off; the rest tells it to count."""
+    if isinstance(cell, str | bytes):
+        return cell[: 4 * LONGEST_CAPTION + 1]
+    return [cut_cell(each) for each in cell[: _MOST_CAPTIONS + 1]] if isinstance(cell, list) else cell
+
+
+def _decode(content: bytes, skips: Skips) -> str:
+    """Return the text of UTF-8 bytes, whatever else is among them replaced and counted."""
+    is_whole = len(content) <= MOST_TEXT
+    try:
+        return codecs.utf_8_decode(content[:MOST_TEXT], "strict", is_whole)[0]  # a letter may be cut in two
+    except UnicodeDecodeError:
+        skips.change("not_utf8")
+        return content[:MOST_TEXT].decode("utf-8", errors="replace")
+
+
+def _clean(text: str | bytes, skips: Skips) -> str:
     """Return a text without space around it, half characters, as JSON may hold, replaced: tokenizers fail on those."""
     if isinstance(text, bytes):  # of a column that is not marked as text
-        text = text.decode("utf-8", errors="replace")
+        text = _decode(text, skips)
     return (text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")).strip()
 
 
 def read_cell(cell: Any) -> str:
-    """Return the text of a cell; empty where it has none."""
-    return "" if cell is None else str(cell).strip()
+    """Return the text of a cell, without what is too long for any; empty where it has none."""
+    return "" if cell is None else str(cut_cell(cell)).strip()
 
 
 def gather_captions(keys: Sequence[str], found: Sequence[Sequence[str]], skips: Skips) -> tuple[str, ...]:
@@ -237,4 +298,4 @@ def gather_captions(keys: Sequence[str], found: Sequence[Sequence[str]], skips: 
     for key, captions in zip(keys, found, strict=True):
         if not captions:
             skips.miss(key)
-    return tuple(chain.from_iterable(found))
+    return tuple(chain.from_iterable(_limit(captions, skips) for captions in found))

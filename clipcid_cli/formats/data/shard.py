@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from clipcid_cli.formats.data.parquet_shards import ImageTable, read_parquet
 from clipcid_cli.formats.data.remote import describe_shard, is_remote
-from clipcid_cli.formats.data.samples import TXT, Sample
+from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, TXT, Sample
 from clipcid_cli.formats.data.tars import read_tar
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.skips import Skips
@@ -58,6 +58,9 @@ class Shard:
     caption_lines: bool = False
     caption_keys: tuple[str, ...] = ()  # where its captions are; empty where it is the usual place
     table: ImageTable | None = None  # the columns of a parquet file
+    # What one file of a sample may have: samples with a larger one are counted in place of being read.
+    max_sample_bytes: int = MAX_SAMPLE_BYTES
+    is_cut: bool = False  # whether its tar ends too early, and the samples before the end are used
 
     @property
     def is_tar(self) -> bool:
@@ -95,9 +98,17 @@ class Shard:
         if self.slices is not None:
             found = self.slices.read(self.number, skips)
         elif self.table is not None:
-            found = read_parquet(self.source, self.name, self.table, skips)
+            found = read_parquet(self.source, self.name, self.table, skips, self.max_sample_bytes)
         else:
-            found = read_tar(self.source, self.name, skips, self.member_keys, caption_lines=self.caption_lines)
+            found = read_tar(
+                self.source,
+                self.name,
+                skips,
+                self.member_keys,
+                caption_lines=self.caption_lines,
+                max_bytes=self.max_sample_bytes,
+                allow_cut=self.is_cut,
+            )
         for sample in found:
             yield dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample
 

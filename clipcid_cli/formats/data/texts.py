@@ -10,16 +10,13 @@ from typing import NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.samples import ByteRange, Sample
+from clipcid_cli.formats.data.samples import LONGEST_CAPTION, ByteRange, Sample
 from clipcid_cli.formats.data.shard import Slices, cut
 from clipcid_cli.formats.files import reading
 from clipcid_cli.formats.skips import Skips
 
 TEXTS_A_SHARD = 65_536
-LONGEST_LINE = 8_192
-"""Characters of a text; a tokenizer reads no more of one."""
-
-_MOST_BYTES = 4 * LONGEST_LINE + 8  # of a line that is long enough, whatever its letters
+_MOST_BYTES = 4 * LONGEST_CAPTION + 8  # of a line that is long enough, whatever its letters
 _GIVE = "Give --texts a file with one text per line."
 
 
@@ -66,7 +63,7 @@ class _TextLines(Slices):
 def open_texts(path: Path) -> Dataset:
     """Open a file of texts: samples with a caption and no image, whose keys are the numbers of the texts from 0.
 
-    All of it is read once: lines must be UTF-8, hold no NUL and be no longer than `LONGEST_LINE`.
+    All of it is read once: lines must be UTF-8, hold no NUL and be no longer than `LONGEST_CAPTION`.
     """
     bounds = [_Place()]
     total = 0
@@ -104,9 +101,9 @@ def _decode(path: Path, number: int, line: bytes) -> str:
                 "Save the file as UTF-8.",
             ) from error
         text = ""  # cut within a letter
-    if len(line) == _MOST_BYTES or len(text) > LONGEST_LINE:
+    if len(line) == _MOST_BYTES or len(text) > LONGEST_CAPTION:
         raise ClipcidError(
-            f"{path}, line {number:,}, is longer than {LONGEST_LINE:,} characters.",
+            f"{path}, line {number:,}, is longer than {LONGEST_CAPTION:,} characters.",
             "Put one text on each line: a model reads about 300 characters of it.",
         )
     return text

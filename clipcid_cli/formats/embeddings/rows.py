@@ -20,13 +20,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import create_mapped
+from clipcid_cli.formats.arrays import create_mapped, read_npy_header
 from clipcid_cli.formats.files import reading, write_error
 
 Float16 = npt.NDArray[np.float16]
@@ -50,8 +50,6 @@ _ROWS_IN_CACHE = 512
 _UNIT_TOLERANCE = 2e-3
 
 _COPIES = ".grouped"
-
-Header = tuple[tuple[int, ...], bool, np.dtype[Any]]  # shape, whether by column, number format
 
 
 class Kind(enum.StrEnum):
@@ -139,7 +137,7 @@ class RowFile:
 def find_npy(path: Path) -> RowFile:
     """Look at an npy's header; the file is not mapped for it."""
     with reading(path, "an .npy", _FIX) as file:
-        (shape, by_column, dtype), offset = _read_header(file)
+        (shape, by_column, dtype), offset = read_npy_header(file)
         stat = os.fstat(file.fileno())
         needed = offset + math.prod(shape) * dtype.itemsize
         if stat.st_size < needed:
@@ -165,7 +163,7 @@ def find_member(path: Path, name: str) -> RowFile:
         if member.flag_bits & _ENCRYPTED:
             raise ClipcidError(f"{path} is encrypted.", "Write it again without a password.")
         with archive.open(member) as values:
-            (shape, by_column, dtype), begin = _read_header(values)
+            (shape, by_column, dtype), begin = read_npy_header(values)
         if begin + math.prod(shape) * dtype.itemsize > member.file_size:
             raise ValueError(f"it promises {dtype} {list(shape)} and has {member.file_size:,} bytes")
         offset = None
@@ -180,18 +178,6 @@ def find_member(path: Path, name: str) -> RowFile:
     stamp = (stat.st_ino, stat.st_mtime_ns)
     # The archive's own checksum of all bytes tells one array from another.
     return RowFile(path, shape, dtype, offset, stamp, by_column, name, member.file_size, f"crc32:{member.CRC:08x}")
-
-
-def _read_header(file: IO[bytes]) -> tuple[Header, int]:
-    """Read an npy's header at the place of the file: what it says, and how many bytes it takes."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, by_column, dtype = read(file)
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects (a pickle)")
-    if any(length < 0 for length in shape):
-        raise ValueError(f"it holds {dtype} {list(shape)}")
-    return (shape, by_column, dtype), file.tell()
 
 
 @lru_cache(maxsize=MAPS_KEPT)

@@ -5,13 +5,29 @@ from __future__ import annotations
 import dataclasses
 import io
 import warnings
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin, WebPImagePlugin
+
+from clipcid_cli.errors import TooManyBytesError
 
 # Pillow's own warning level. It bounds what one image can cost: 89 M pixels are 268 MB as RGB.
 MAX_PIXELS = 89_478_485
+
+# The formats that are decoded, whatever a file is called. Pillow knows forty, one of which runs Ghostscript.
+# Two of their modules are imported above: Pillow would look for them by importing all forty.
+_FORMATS = (
+    "JPEG",
+    "PNG",
+    "GIF",
+    "BMP",
+    "PPM",
+    WebPImagePlugin.WebPImageFile.format,
+    TiffImagePlugin.TiffImageFile.format,
+)
+_STRIP = 2**20  # pixels that are converted at a time, where that takes several copies of them
 
 # Names in the `info` of an image, where Pillow also puts a file's own texts under the file's own names: those are Latin-1.
 _FULL_SIZE, _FLATTENED, _SCALED = "→ full size", "→ flattened", "→ scaled"
@@ -29,13 +45,15 @@ class Readable(Protocol):
 class SkippedImage:
     """The result for an image that cannot be used."""
 
-    reason: str  # `unreadable_image` or `too_many_pixels`, a key of `formats.skips.REASONS`
+    reason: str  # `unreadable_image`, `too_many_pixels` or `too_many_bytes`, a key of `formats.skips.REASONS`
 
 
 def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:
     """Read and decode an image, see `decode_image`; every step learns here that a sample has to be skipped, and why."""
     try:
         return decode_image(source.read(), draft_size)
+    except TooManyBytesError:
+        return SkippedImage("too_many_bytes")
     except OSError:  # the file was removed or truncated after it was listed
         return SkippedImage("unreadable_image")
 
@@ -55,7 +73,7 @@ def decode_image(data: bytes, draft_size: tuple[int, int] | None = None) -> Imag
         with warnings.catch_warnings():
             # Pillow warns of damaged metadata, which is not used.
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
+            image = _open(data)
             if image.width * image.height > MAX_PIXELS:
                 return SkippedImage("too_many_pixels")
             if draft_size is not None:
@@ -75,9 +93,16 @@ def read_size(source: Readable) -> tuple[int, int] | SkippedImage:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Image.open(io.BytesIO(source.read())).size
+            return _open(source.read()).size
+    except TooManyBytesError:
+        return SkippedImage("too_many_bytes")
     except Exception:  # as in read_image and decode_image
         return SkippedImage("unreadable_image")
+
+
+def _open(data: bytes) -> Image.Image:
+    """Open the bytes of an image file, reading no more than its header; every image of the package is opened here."""
+    return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
 def had_alpha(image: Image.Image) -> bool:
@@ -99,21 +124,44 @@ def full_size(image: Image.Image) -> tuple[int, int]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     # Of a PNG or PGM, mode I is 16 bits too.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        levels = (np.asarray(image).astype(np.int64) + 128) // 257
-        grey = Image.fromarray(levels.astype(np.uint8)).convert("RGB")
-        grey.info[_SCALED] = True
-        return grey
+        return _scale(image)
     if isinstance(image.info.get("transparency"), str):  # a text of the file's own
         del image.info["transparency"]
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
-        layered = image.convert("RGBA")
-        alpha = layered.getchannel("A")
-        if alpha.getextrema() != (255, 255):
-            flat = Image.new("RGB", layered.size, (255, 255, 255))
-            flat.paste(layered, mask=alpha)
-            flat.info[_FLATTENED] = True
-            return flat
+        return _flatten(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scale(image: Image.Image) -> Image.Image:
+    """Scale an image of 16 bits of grey to 8."""
+    scaled = Image.new("RGB", image.size)
+    for top, strip in _cut(image):
+        levels = (np.asarray(strip).astype(np.int32) + 128) // 257
+        scaled.paste(Image.fromarray(levels.astype(np.uint8)).convert("RGB"), (0, top))
+    scaled.info[_SCALED] = True
+    return scaled
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Lay an image with transparent pixels on white."""
+    flat = Image.new("RGB", image.size, (255, 255, 255))
+    for top, strip in _cut(image):
+        layered = strip.convert("RGBA")
+        alpha = layered.getchannel("A")
+        flat.paste(layered, (0, top), mask=alpha)
+        if alpha.getextrema() != (255, 255):
+            flat.info[_FLATTENED] = True
+    return flat
+
+
+def _cut(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield an image in strips of `_STRIP` pixels, each with the number of its first row."""
+    height = max(1, _STRIP // image.width)
+    if height >= image.height:
+        yield 0, image
+        return
+    for top in range(0, image.height, height):
+        yield top, image.crop((0, top, image.width, min(top + height, image.height)))
 
 
 class ImageCache:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +15,7 @@ import pyarrow.compute as pc
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, names_command, open_described
-from clipcid_cli.formats.data.samples import Sample
+from clipcid_cli.formats.data.samples import Sample, parse_json
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.layouts import EmbeddingFile
 from clipcid_cli.formats.join import Keys, Listing, Values, join
@@ -63,8 +61,8 @@ def read_uid(sample: Sample | None) -> str | None:
     if sample is None or sample.attributes is None:
         return None
     try:
-        attributes: Any = json.loads(sample.attributes.read())
-    except (OSError, ValueError):
+        attributes = parse_json(sample.attributes.read())
+    except OSError:
         return None
     uid = attributes.get("uid") if isinstance(attributes, dict) else None
     return str(uid) if is_uid(uid) else None

@@ -28,7 +28,7 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.data_index import cache_shards, index_alone, note_missing_captions, open_named
+from clipcid_cli.steps.data_index import cache_shards, index_alone, note_captions, open_named
 from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
 from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
 from clipcid_cli.steps.distill.samples import (
@@ -310,7 +310,7 @@ def _open_data(settings: DistillSettings, embeddings: Embeddings | None, scratch
     if scratch is not None and dataset.index is None:
         dataset = dataclasses.replace(dataset, index_folder=scratch / "index")
     dataset = index_alone(dataset, settings.workers)  # `embed` has mostly done it before
-    note_missing_captions(dataset)
+    note_captions(dataset)
     return cache_shards(dataset, settings.cache_size)
 
 

@@ -136,12 +136,8 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
                 f"{dataset.spec}: none of the samples checked (a shard) has a caption{_name_keys(dataset)}.",
                 f"{without_text}\nOr {place}" if without_text else f"{place[0].upper()}{place[1:]}",
             )
-        if settings.text and _has_unused_lines(dataset):
-            reporting.note(
-                "A .txt of several lines is one caption, of which a model reads the beginning; with --caption-lines each "
-                "line is a caption."
-            )
         if settings.text:
+            _note_lines(dataset)
             _warn_of_empty_keys(dataset)
     plan = EmbedPlan(settings, without_text, step, folder, name, dataset, describe_shards(dataset))
     _validate_own_folder(folder, step)
@@ -218,12 +214,17 @@ def _has_captions(dataset: Dataset) -> bool:
     return False
 
 
-def _has_unused_lines(dataset: Dataset) -> bool:
-    """Tell whether the first sample's ``.txt`` has several lines that are taken as one caption."""
+def _note_lines(dataset: Dataset) -> None:
+    """Say how many of the first samples have a ``.txt`` of several lines that is taken as one caption."""
     if dataset.kind not in ("webdataset", "images") or dataset.caption_lines or is_remote(dataset.shards[0].file):
-        return False
-    first = next(dataset.shards[0].stream(), None)
-    return first is not None and any("\n" in caption for caption in first.captions)
+        return
+    skips = Skips()
+    looked_at = sum(1 for _ in islice(dataset.shards[0].stream(skips), _LOOKED_AT))
+    if count := skips.changed.get("several_lines"):
+        reporting.note(
+            f"{count:,} of the first {looked_at:,} samples have a caption of several lines, of which a model reads the "
+            "beginning; with --caption-lines each line is a caption."
+        )
 
 
 def _warn_of_empty_keys(dataset: Dataset) -> None:

@@ -43,7 +43,7 @@ from clipcid_cli.runtime.pipeline import estimate_host_memory, thread_map, threa
 from clipcid_cli.runtime.timing import time_trial, timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.data_index import ensure_index, note_missing_captions, stream_shard
+from clipcid_cli.steps.data_index import ensure_index, note_captions, stream_shard
 from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder, recount_partners
 from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, choose_text, describe_shards, make_plan
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded, EmbedResult, TextsCost, TextsResult
@@ -313,11 +313,10 @@ def _count_images(plan: EmbedPlan, records: Sequence[ShardRecord], skips: Skips)
     for how, number in adapted.items():
         if number:
             reporting.note(f"Images with {_ADAPTED[how]}: {number:,}.")
-    missing = note_missing_captions(plan.dataset) if plan.settings.text else {}
+    captions = note_captions(plan.dataset) if plan.settings.text else {}
     if skips.total:
         reporting.warn(f"Samples skipped: {skips.total:,}\n{skips.describe()}")
-    counts = {"read": read, "skipped": dict(sorted(skips.counts.items())), **adapted}
-    return counts | ({"without_caption": missing} if missing else {})
+    return {"read": read, "skipped": dict(sorted(skips.counts.items())), **adapted, **captions}
 
 
 def _describe_model(model: ClipModel) -> dict[str, Any]:

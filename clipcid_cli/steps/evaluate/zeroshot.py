@@ -35,7 +35,7 @@ from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.data_index import note_missing_captions
+from clipcid_cli.steps.data_index import note_captions
 from clipcid_cli.steps.evaluate.compare import compare_results
 from clipcid_cli.steps.evaluate.measure import FITTED_FRACTION, calibrate, measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_skips
@@ -182,7 +182,7 @@ def _write(
     path = plan.metrics_path(model.name, task)
     warn_of_skips(task.name, rows.skips)
     if task.kind == RETRIEVAL:
-        note_missing_captions(task.dataset, rows.skips)
+        note_captions(task.dataset, rows.skips)
     seconds = dict(rows.seconds)
     with timed(seconds, "compare"):
         found = measure(rows, model.context.device)

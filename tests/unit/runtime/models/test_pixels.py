@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,52 @@ def test_16_bits_of_grey_are_scaled_and_told(kind: str) -> None:
     np.testing.assert_array_equal(np.asarray(decoded), np.rint(deep / 257)[:, :, None].repeat(3, axis=2))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
+def test_formats_that_are_promised_are_decoded(kind: str) -> None:
+    assert decode_image(encode(picture(), kind)).size == (60, 44)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "TGA", "PCX", "ICO", "SGI", "JPEG2000"])
+def test_other_formats_are_unreadable_images(kind: str) -> None:
+    data = encode(picture(), kind)
+    assert decode_image(data) == SkippedImage("unreadable_image")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_large_images_are_converted_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = np.arange(60 * 44, dtype=np.uint16).reshape(44, 60)
+    image = Image.fromarray(columns * 24) if mode == "I;16" else picture().convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray((columns % 256).astype(np.uint8)))
+    data = encode(image, "PNG", **{"transparency": image.getpixel((30, 22))} if mode == "P" else {})
+    whole = decode_image(data)
+    monkeypatch.setattr("clipcid_cli.runtime.models.decode._STRIP", 60 * 7)
+    cut = decode_image(data)
+    assert np.array_equal(cut, whole)
+    assert (
+        (had_alpha(cut), was_16_bit(cut)) == (had_alpha(whole), was_16_bit(whole)) == (mode != "I;16", mode == "I;16")
+    )
+
+
+_PEAK = """
+import resource, sys
+from clipcid_cli.runtime.models.decode import decode_image
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+data = sys.stdin.buffer.read()
+before = peak()
+assert decode_image(data).size == (9_400, 9_400)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["I;16", "RGBA"])
+def test_the_largest_image_takes_less_than_800_megabytes(mode: str) -> None:
+    data = encode(Image.new(mode, (9_400, 9_400)), "PNG")
+    answer = subprocess.run([sys.executable, "-c", _PEAK], input=data, capture_output=True, check=True)
+    assert int(answer.stdout) < 800_000
+
+
 def test_transparent_pixels_are_laid_on_white_and_told() -> None:
     image = Image.new("RGBA", (4, 2), (10, 20, 30, 0))
     image.putpixel((0, 0), (10, 20, 30, 255))
@@ -111,6 +159,9 @@ def test_a_file_is_read_or_skipped_with_a_reason(tmp_path: Path) -> None:
     assert read_size(whole) == image.size == (48, 48)
     for source in (missing, cut):
         assert read_image(source) == read_size(source) == SkippedImage("unreadable_image")
+    limit = place.stat().st_size - 1
+    for source in (ByteRange(str(place), max_bytes=limit), ByteRange(str(place), 0, limit + 1, max_bytes=limit)):
+        assert read_image(source) == read_size(source) == SkippedImage("too_many_bytes")
     place.write_bytes(make_bomb(10_000, 9_000))
     assert read_image(whole) == SkippedImage("too_many_pixels")
     assert read_size(whole) == (10_000, 9_000)
