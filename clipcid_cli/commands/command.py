@@ -26,6 +26,7 @@ from click.core import ParameterSource
 
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.files import read_regular
+from clipcid_cli.formats.trust import validate_work
 from clipcid_cli.runtime.libraries import importing, set_openmp_spins
 from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.shared import Setting, SharedSettings, flag_of, setting_of
@@ -71,6 +72,8 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
     console = make_console()
     is_main = os.environ.get("RANK", "0") == "0"
     reporter = ConsoleReporter(console, quiet=settings.quiet) if is_main else Reporter()
+    if settings.writes_work and not settings.trust_work:
+        validate_work(settings.work)
     with importing():
         module = importlib.import_module(step)
     with reporting_to(reporter):
