@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from sidecars import edit_sidecar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import fingerprint
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, record
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, memo_table, record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claimed, open_output, remove_leftovers
 from clipcid_cli.formats.sidecar import Sidecar
 
@@ -348,6 +351,7 @@ def test_a_file_is_hashed_again_only_when_it_changed(tmp_path: Path, monkeypatch
     for file in files:
         file.write_text(f"content of {file.name}")
     expected = [record(file) for file in files]
+    time.sleep(0.15)  # a file that was just written may change again within the tick of its clock
     first = Memo(tmp_path / "table")
     assert first.record_all(files) == expected
     first.save()
@@ -361,6 +365,50 @@ def test_a_file_is_hashed_again_only_when_it_changed(tmp_path: Path, monkeypatch
     os.utime(files[1], ns=(1, 1))
     assert again.record(files[1]) == record(files[1]) != expected[1]
     assert hashed == [files[1]]
+
+
+def test_another_file_of_the_same_size_and_time_is_hashed_again(tmp_path: Path) -> None:
+    """Archives that can be reproduced all have time 0."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for file in (one, other):
+        file.write_text(file.name.ljust(9))
+        os.utime(file, ns=(0, 0))
+    time.sleep(0.15)
+    memo = Memo(tmp_path / "table")
+    assert memo.record(one) == record(one)
+    memo.save()
+    other.replace(one)
+    assert Memo(tmp_path / "table").record(one) == record(one)
+
+
+def test_the_hash_of_a_file_that_may_still_change_unseen_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    memo = Memo(tmp_path / "table")
+    memo.record(tmp_path / "a")
+    memo.save()
+    assert not (tmp_path / "table").exists()
+    time.sleep(0.15)
+    memo.record(tmp_path / "a")
+    memo.save()
+    assert len(json.loads((tmp_path / "table").read_text())) == 1
+
+
+def test_hashes_are_kept_in_the_users_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPCID_CACHE", str(tmp_path / "cache"))
+    before = os.umask(0)
+    try:
+        (tmp_path / "rows").mkdir()
+        (tmp_path / "rows" / "a").write_text("a")
+        time.sleep(0.15)
+        memo = Memo(memo_table(tmp_path / "rows"))
+        memo.record(tmp_path / "rows" / "a")
+        memo.save()
+    finally:
+        os.umask(before)
+    (table,) = (tmp_path / "cache" / "fingerprints").iterdir()
+    assert memo.table == table
+    assert stat.S_IMODE(table.parent.stat().st_mode) == 0o700
+    assert os.listdir(tmp_path / "rows") == ["a"]
 
 
 @pytest.mark.parametrize("content", [b"", b"[{", b"[1]"])
