@@ -86,6 +86,9 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
         sys.stdout.flush()
     elif not settings.quiet:
         show(result, console)
+    code = getattr(result, "exit_code", 0)  # of a result that may be bad news
+    if code:
+        raise click.exceptions.Exit(code)
 
 
 def _name_sources(message: str) -> str:
@@ -138,11 +141,12 @@ def build_parameters(command: str, settings: type[SharedSettings]) -> list[click
         """How far from the command itself the class is that declares a field: its own headings come first."""
         return max(far for far, base in enumerate(settings.__mro__) if field.name in inspect.get_annotations(base))
 
-    fields = sorted(dataclasses.fields(settings), key=distance)
+    flags = [field for field in dataclasses.fields(settings) if field.name not in settings.omitted]
+    fields = sorted(flags, key=distance)
     headings = list(dict.fromkeys(setting_of(field).group for field in fields))
     return [
         _make_parameter(command, field, *_parse_type(hints[field.name]))
-        for field in sorted(dataclasses.fields(settings), key=lambda field: headings.index(setting_of(field).group))
+        for field in sorted(flags, key=lambda field: headings.index(setting_of(field).group))
     ]
 
 
@@ -152,7 +156,12 @@ def _make_parameter(command: str, field: dataclasses.Field[Any], kind: Any, mult
     if setting.positional:
         default = None if multiple else field.default
         return click.Argument(
-            [field.name], help=setting.help, required=False, default=default, nargs=-1 if multiple else 1
+            [field.name],
+            type=_click_type(kind, setting),
+            help=setting.help,
+            required=False,
+            default=default,
+            nargs=-1 if multiple else 1,
         )
     scope = "" if field.name in _SHARED else f"{command}_"
     given: dict[str, Any] = {

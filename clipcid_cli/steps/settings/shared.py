@@ -165,6 +165,7 @@ class SharedSettings:
 
     # How long an idle OpenMP thread spins before it sleeps (GOMP_SPINCOUNT), where the user has not said.
     openmp_spins: ClassVar[str] = NO_SPINS
+    omitted: ClassVar[tuple[str, ...]] = ()  # settings of every step that have no effect on this one, and no flag
     writes_work: ClassVar[bool] = True  # whether the step writes to the work directory
 
     work: Path = _run(
