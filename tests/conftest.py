@@ -252,8 +252,9 @@ def _finish(run: Run, check: bool, code: int = 0) -> Run:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_folder_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What fixtures of several tests write to a relative path goes to a folder of the run."""
-    with contextlib.chdir(tmp_path_factory.mktemp("run")):
+    """What fixtures of several tests write to a relative path goes to a folder of the run; so does the user's cache."""
+    with contextlib.chdir(tmp_path_factory.mktemp("run")), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIPCID_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

@@ -127,11 +127,12 @@ _numbers = itertools.count()
 
 
 def clean_environment() -> dict[str, str]:
-    """Return this process's environment without clipcid's and torchrun's own variables, and offline."""
+    """Return this process's environment without clipcid's and torchrun's own variables but the cache, and offline."""
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("CLIPCID_", "TORCHELASTIC_")) and name not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+        if name == "CLIPCID_CACHE"
+        or (not name.startswith(("CLIPCID_", "TORCHELASTIC_")) and name not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"})
     }
     return kept | {
         "HF_HUB_OFFLINE": "1",

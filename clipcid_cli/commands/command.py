@@ -26,6 +26,7 @@ from click.core import ParameterSource
 
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.files import read_regular
+from clipcid_cli.formats.trust import validate_work
 from clipcid_cli.runtime.libraries import importing, set_openmp_spins
 from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.shared import Setting, SharedSettings, flag_of, setting_of
@@ -71,6 +72,8 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
     console = make_console()
     is_main = os.environ.get("RANK", "0") == "0"
     reporter = ConsoleReporter(console, quiet=settings.quiet) if is_main else Reporter()
+    if settings.writes_work and not settings.trust_work:
+        validate_work(settings.work)
     with importing():
         module = importlib.import_module(step)
     with reporting_to(reporter):
@@ -83,6 +86,9 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
         sys.stdout.flush()
     elif not settings.quiet:
         show(result, console)
+    code = getattr(result, "exit_code", 0)  # of a result that may be bad news
+    if code:
+        raise click.exceptions.Exit(code)
 
 
 def _name_sources(message: str) -> str:
@@ -135,11 +141,12 @@ def build_parameters(command: str, settings: type[SharedSettings]) -> list[click
         """How far from the command itself the class is that declares a field: its own headings come first."""
         return max(far for far, base in enumerate(settings.__mro__) if field.name in inspect.get_annotations(base))
 
-    fields = sorted(dataclasses.fields(settings), key=distance)
+    flags = [field for field in dataclasses.fields(settings) if field.name not in settings.omitted]
+    fields = sorted(flags, key=distance)
     headings = list(dict.fromkeys(setting_of(field).group for field in fields))
     return [
         _make_parameter(command, field, *_parse_type(hints[field.name]))
-        for field in sorted(dataclasses.fields(settings), key=lambda field: headings.index(setting_of(field).group))
+        for field in sorted(flags, key=lambda field: headings.index(setting_of(field).group))
     ]
 
 
@@ -149,7 +156,12 @@ def _make_parameter(command: str, field: dataclasses.Field[Any], kind: Any, mult
     if setting.positional:
         default = None if multiple else field.default
         return click.Argument(
-            [field.name], help=setting.help, required=False, default=default, nargs=-1 if multiple else 1
+            [field.name],
+            type=_click_type(kind, setting),
+            help=setting.help,
+            required=False,
+            default=default,
+            nargs=-1 if multiple else 1,
         )
     scope = "" if field.name in _SHARED else f"{command}_"
     given: dict[str, Any] = {

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.formats.files import atomic_file, read_regular, write_error
+from clipcid_cli.formats.files import atomic_file, create, read_regular, write_error
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -104,7 +104,7 @@ def create_mapped(
     if not size:
         return np.empty(shape, dtype)
     try:
-        with TemporaryFile(dir=place) if unnamed else place.open("w+b") as file:
+        with TemporaryFile(dir=place) if unnamed else create(place, "x+b") as file:
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(file.fileno(), 0, size)
             else:

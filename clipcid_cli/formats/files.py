@@ -1,8 +1,9 @@
 """How files are read and written: damage is one error that names the file, and what is written is there whole or not at all.
 
 Whatever a library raises over a file that someone else may have damaged becomes that error. What is written goes to a hidden
-sibling, is flushed to the disk, and renamed. The sibling's name is fixed, so the next run overwrites what a killed one left;
-the lock of the output folder keeps two writers apart, or else one of the sibling.
+sibling, is flushed to the disk, and renamed. The sibling's name is fixed, so the next run removes what a killed one left.
+It is made anew, so a link that lies there is never followed. The lock of the output folder keeps two writers apart, or else
+one of the sibling.
 """
 
 from __future__ import annotations
@@ -110,18 +111,23 @@ def describe(error: Exception) -> str:
 def lock(path: Path, *, wait: bool = True) -> Iterator[int]:
     """Hold a file, made where it is missing, and give its descriptor, open for reading and writing.
 
-    The kernel ends a lock with its process, however that ends; it holds between the hosts of a shared disk.
+    The kernel ends a lock with its process, however that ends; it holds between the hosts of a shared disk. A link, or a
+    second name of a file, is refused: the holder writes to what it holds.
 
     Args:
         wait: Whether to wait for the process that holds it; if not, that is a BlockingIOError.
     """
     held = False
     while not held:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o666)
         try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                raise FileExistsError(errno.EEXIST, "it is another file, not a lock", str(path))
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             with suppress(FileNotFoundError):  # removed or renamed before it was held
-                held = os.path.samestat(os.fstat(descriptor), path.stat())
+                held = os.path.samestat(found, path.lstat())
             if held:
                 yield descriptor
         finally:
@@ -139,7 +145,7 @@ def atomic_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock(partial) if shared else nullcontext():
             try:
-                with partial.open("wb") as file:
+                with partial.open("wb") if shared else create(partial) as file:
                     yield file
                     file.flush()
                     os.fsync(file.fileno())
@@ -152,6 +158,30 @@ def atomic_file(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
         if refusal is not None and refusal.filename in (None, *map(str, (path, partial, *path.parents))):
             raise write_error(path, refusal) from error
         raise
+
+
+def create(path: Path, mode: str = "xb") -> IO[Any]:
+    """Make a file anew and open it; a file or a link of its name is removed before, and never written through.
+
+    Args:
+        mode: As of `open`, with an x: ``x+b`` for one that is read too.
+    """
+    path.unlink(missing_ok=True)
+    return path.open(mode)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk: only then does a file that was renamed there outlast a power cut."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in _DISK_ERRORS:
+            raise write_error(folder, error) from error
+        # else of a file system that does not sync folders, or of one that may not be listed
 
 
 def _find_refusal(error: BaseException) -> OSError | None:
@@ -173,6 +203,7 @@ def named_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
                 f"{path} already exists with other content.",
                 "Add --overwrite to replace it, or choose another name.",
             )
+    sync_folder(path.parent)
 
 
 def validate_writable(path: Path) -> None:
@@ -188,7 +219,8 @@ def validate_writable(path: Path) -> None:
 
 def write_error(path: Path, error: OSError) -> ClipcidError:
     """Return the error for a `path` that could not be written."""
-    if isinstance(error, IsADirectoryError | FileExistsError | NotADirectoryError) or error.errno == errno.ENOTEMPTY:
+    in_place = (errno.ENOTEMPTY, errno.ELOOP)  # the latter of a link, which is not followed
+    if isinstance(error, IsADirectoryError | FileExistsError | NotADirectoryError) or error.errno in in_place:
         fix = "Remove or rename what is in its place, then run the same command again."
     elif isinstance(error, FileNotFoundError):
         fix = (
@@ -200,7 +232,7 @@ def write_error(path: Path, error: OSError) -> ClipcidError:
         fix = (
             "Free some space or choose another folder, then run the same command again: it continues where it stopped."
         )
-    reason = error.strerror or str(error)
+    reason = "it is a link, which is not followed" if error.errno == errno.ELOOP else error.strerror or str(error)
     if error.errno is None and " requested and " in reason:  # NumPy counts elements and does not say why
         reason = "the disk is full, or a file size limit is reached"
     return ClipcidError(f"Could not write {path}: {reason}.", fix)

@@ -1,7 +1,8 @@
 """Fingerprints: one rule by which a file is still the one it was, and a memo of the hashes that were taken.
 
 The same size and time of modification are enough; of another time, as in a copy, the hash decides. A hash is taken once and
-remembered with size and time in one table of the work directory, on which only speed depends.
+remembered as git does: with size, both times and inode, and not while the file may still change without a trace. The table
+is in the user's own cache, so that a work directory from elsewhere brings no hashes of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,10 +21,13 @@ import msgspec
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import open_regular, read_regular, write_text
+from clipcid_cli.formats.user_cache import cache_folder, make_private
 
 # Files up to this size are hashed whole, larger ones at the head, the middle and the tail: a petabyte would take too long.
 _WHOLE_FILE = 64 * 2**20
 _WINDOW = 2**20
+_SECOND = 10**9
+_TICK = _SECOND // 10  # above the few ms of kernels, for clocks that differ a little
 _THREADS = 16  # hashing waits for the disk
 
 
@@ -76,13 +81,42 @@ def record_together(path: str, contents: Iterable[FileRecord]) -> FileRecord:
 
 
 def identity_of(settings: dict[str, Any], inputs: Iterable[FileRecord]) -> str:
-    """Hash settings and the content of inputs, independent of their paths: 16 hexadecimal digits."""
-    return hash_json([settings, [[part for part in each.content if part is not None] for each in inputs]])
+    """Hash settings and the content of inputs, independent of their paths: 32 hexadecimal digits."""
+    return hash_json([settings, [[part for part in each.content if part is not None] for each in inputs]], 16)
 
 
-def hash_json(content: Any) -> str:
-    """Hash JSON values: 16 hexadecimal digits, for the names of files that depend on all of them."""
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+def hash_json(content: Any, num_bytes: int = 8) -> str:
+    """Hash JSON values to hexadecimal digits, two a byte, for the names of files that depend on all of them."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=num_bytes).hexdigest()
+
+
+class _Remembered(FileRecord, frozen=True, omit_defaults=True):
+    """A record, and what else changes when somebody writes to the file or puts another one in its place."""
+
+    changed: int = 0  # time of the last change of content, name or owner, in ns
+    inode: int = 0
+
+    @property
+    def stamp(self) -> tuple[int, int, int, int]:
+        return self.size, self.time, self.changed, self.inode
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int, int]:
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def _is_settled(found: os.stat_result, now: int) -> bool:
+    """Tell whether a later change would have another time: clocks of file systems tick, some only every other second."""
+    latest = max(found.st_mtime_ns, found.st_ctime_ns)
+    return latest + (_TICK if latest % _SECOND else 2 * _SECOND) < now
+
+
+def memo_table(folder: Path) -> Path | None:
+    """Return the table of what is remembered of a folder's files; None where the user has no folder for caches."""
+    try:
+        return cache_folder() / "fingerprints" / f"{hash_json(str(folder.resolve()))}.json"
+    except RuntimeError:  # no home
+        return None
 
 
 class Memo:
@@ -91,22 +125,27 @@ class Memo:
     def __init__(self, table: Path | None = None) -> None:
         """Read the table, which need not exist; None remembers nothing beyond this object."""
         self.table = table
-        self._known: dict[str, FileRecord] = {}
+        self._known: dict[str, _Remembered] = {}
         self._is_new = False
         if table is not None:
             with suppress(Exception):  # missing, or damaged in whatever way
-                found = msgspec.convert(json.loads(read_regular(table)), list[FileRecord])
-                self._known = {each.path: each for each in found}
+                known = msgspec.convert(json.loads(read_regular(table)), list[_Remembered])
+                self._known = {each.path: each for each in known}
 
     def record(self, path: Path) -> FileRecord:
-        """Return what `record` returns; a file of the same size and time is not read again."""
+        """Return what `record` returns; a file that is still the one it was is not read again."""
         place = os.path.abspath(path)
-        stat = path.stat()
+        before, now = path.stat(), time.time_ns()
         known = self._known.get(place)
-        if known is None or (known.size, known.time) != (stat.st_size, stat.st_mtime_ns):
-            known = self._known[place] = msgspec.structs.replace(record(path), path=place)
+        if known is not None and known.stamp == _stamp(before):
+            return FileRecord(str(path), known.size, known.hash, known.time)
+        taken = record(path)
+        if _stamp(path.stat()) == _stamp(before) and _is_settled(before, now):
+            self._known[place] = _Remembered(
+                place, taken.size, taken.hash, taken.time, changed=before.st_ctime_ns, inode=before.st_ino
+            )
             self._is_new = True
-        return msgspec.structs.replace(known, path=str(path))
+        return taken
 
     def record_all(self, paths: Iterable[Path]) -> list[FileRecord]:
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -117,7 +156,8 @@ class Memo:
         if self.table is None or not self._is_new:
             return
         known = msgspec.to_builtins(sorted(self._known.values(), key=lambda each: each.path))
-        with suppress(ClipcidError):
+        with suppress(ClipcidError, OSError):
+            make_private(self.table.parent)
             write_text(self.table, json.dumps(known), shared=True)  # two runs may save at once
         self._is_new = False
 

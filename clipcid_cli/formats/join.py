@@ -250,7 +250,7 @@ def _scratch_folder(folder: Path | None) -> Iterator[Path]:
             stack.callback(held.unlink, missing_ok=True)
             # Over NFS a mapped file stays until it is closed.
             stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-            scratch.mkdir()
+            scratch.mkdir(mode=0o700)
         except OSError as error:
             raise write_error(place, error) from error
         yield scratch

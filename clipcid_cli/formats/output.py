@@ -4,7 +4,9 @@ The identity is a hash of the settings and of what the inputs hold. Unfinished w
 output's folder, with settings and inputs in ``.run.json``: a killed run resumes where that folder exists, and another
 identity there is another run's. A finished output stays whole meanwhile. With its sidecar in the work folder the new one is
 complete: everything moves from there to its place, the sidecar last, and where a run is killed on the way, the next one
-goes on.
+goes on. Folders are synced before each of the two sidecars, so that it stands for files that outlast a power cut too.
+
+Nothing moves through a link, and nothing is removed beyond one: an unpacked folder may hold links that lead anywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any, Generic
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.files import lock, reading, write_error, write_json
+from clipcid_cli.formats.files import lock, reading, sync_folder, write_error, write_json
 from clipcid_cli.formats.fingerprint import FileRecord, find_changed, find_lost, identity_of
 from clipcid_cli.formats.sidecar import (
     AnySidecar,
@@ -116,7 +118,10 @@ class Output(Generic[AnySidecar]):
     def commit(self, **entries: Any) -> AnySidecar:
         """Write the sidecar with these entries, which makes the output complete, and move everything to its place."""
         sidecar = make_sidecar(self.spec.kind, self.spec.step, self.spec.run, entries)
+        for folder, _, _ in os.walk(self.root):
+            sync_folder(Path(folder))
         write_sidecar(sidecar_path(self.work, self.spec.step), sidecar)
+        sync_folder(self.work)
         self.place()
         return sidecar
 
@@ -134,9 +139,10 @@ class Output(Generic[AnySidecar]):
         with suppress(ClipcidError):  # of an earlier version, or damaged
             old = read_sidecar(earlier, spec.kind)
             for name in set() if old is None else old.files(spec.folder) - new.files(self.work):
-                path = Path(os.path.normpath(spec.folder / name))
                 with suppress(OSError, ValueError):  # of a name that is none
-                    if path.is_relative_to(os.path.normpath(top)):  # an edited sidecar names what it likes
+                    # An edited sidecar names what it likes, also beyond a link.
+                    path = (spec.folder / name).parent.resolve() / Path(name).name
+                    if path.is_relative_to(top.resolve()):
                         path.unlink()
                         path.parent.rmdir()  # which fails where it holds anything else
         try:
@@ -145,20 +151,34 @@ class Output(Generic[AnySidecar]):
             raise write_error(earlier, error) from error
         _move(self.root, top, complete)
         _rename(complete, earlier)
+        sync_folder(spec.folder)
         self.discard()
 
 
 def _move(source: Path, target: Path, last: Path) -> None:
-    """Move what is in a folder to another, but for `last` and scratch; where a folder is not there yet, it is one piece."""
+    """Move what is in a folder to another, but for `last` and scratch; where a folder is not there yet, it is one piece.
+
+    The names are then on the disk.
+    """
     for piece in sorted(source.iterdir()):
         place = target / piece.name
         if piece == last or piece.name.startswith("."):
             continue
-        if piece.is_dir() and (place.is_dir() or last.is_relative_to(piece)):
-            place.mkdir(exist_ok=True)
+        is_there = place.is_dir() and not place.is_symlink()
+        if piece.is_dir() and not piece.is_symlink() and (is_there or last.is_relative_to(piece)):
+            if not is_there:
+                _make(place)
             _move(piece, place, last)
         else:
             _rename(piece, place)
+    sync_folder(target)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir()
+    except OSError as error:  # also of a link in its place
+        raise write_error(folder, error) from error
 
 
 def _rename(source: Path, target: Path) -> None:
@@ -176,12 +196,17 @@ def open_output(spec: OutputSpec[AnySidecar], *, waits: bool = False) -> Iterato
         waits: Whether to wait for another run that writes it; if not, that is an error.
     """
     folder, step = spec.folder, spec.step
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
+    for made in missing:
+        sync_folder(made.parent)
     with _lock_output(spec, waits):
         works = find_works(folder, step)
+        for work in works:
+            _validate_no_links(work)
         for killed in (Output(spec, root) for root in works):
             if sidecar_path(killed.work, step).exists():
                 killed.place()
@@ -270,7 +295,29 @@ def is_claimed(folder: Path, step: str) -> bool:
 
 def find_works(folder: Path, step: str) -> list[Path]:
     """Return the work folders of a step's output: of unfinished runs, or left by one that was killed at its end."""
-    return sorted(folder.glob(f".{glob.escape(step)}-" + "[0-9a-f]" * 16))
+    digits = ("[0-9a-f]" * 16, "[0-9a-f]" * 32)  # the former of an earlier version
+    return sorted(path for each in digits for path in folder.glob(f".{glob.escape(step)}-{each}"))
+
+
+def _validate_no_links(work: Path) -> None:
+    """Refuse unfinished work with a link in it: clipcid makes none, and would write to where it leads."""
+    link = work if work.is_symlink() else _find_link(work)
+    if link is not None:
+        raise ClipcidError(
+            f"{link} is a link in the folder of an unfinished run, which clipcid does not make.",
+            f"Remove {work}, then run the same command again.",
+        )
+
+
+def _find_link(folder: Path) -> Path | None:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            link = Path(entry.path) if entry.is_symlink() else None
+            if entry.is_dir(follow_symlinks=False):
+                link = _find_link(Path(entry.path))
+            if link is not None:
+                return link
+    return None
 
 
 def _read_run(work: Path) -> Run | None:

@@ -36,7 +36,6 @@ class WorkDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fingerprints = path / ".fingerprints.json"  # hashes of files read before
         self.indexes = path / "index"  # of data sets
         self.references = path / "references"  # embeddings of images that `balance` compares others with
         self.balance = path / "balance"

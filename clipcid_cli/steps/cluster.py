@@ -304,9 +304,8 @@ def _choose_rows(settings: ClusterSettings) -> ClusterRows:
     """Find the embeddings and the keep list, join them by key and say which were taken."""
     work = WorkDirectory(settings.work)
     folders = settings.embeddings or (work.find_embeddings(),)
-    cache = None if settings.dry_run else work.fingerprints
     scratch = None if settings.dry_run else work.path  # a dry run leaves it as it is
-    embeddings = open_teachers(settings, folders, cache, scratch)
+    embeddings = open_teachers(settings, folders, scratch)
     folder = embeddings.folder
     if settings.features == "joint" and not embeddings.has_texts:
         raise ClipcidError(

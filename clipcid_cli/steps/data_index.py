@@ -24,10 +24,11 @@ from clipcid_cli.formats.data.index import (
 )
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Columns, Sample
-from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache, cache_folder
+from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.output import is_claimed
 from clipcid_cli.formats.skips import CAPTION_CHANGES, Skips
+from clipcid_cli.formats.user_cache import cache_folder
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.pipeline import default_workers, ordered_map
 from clipcid_cli.runtime.randomness import SHARDS_MIXED

@@ -142,14 +142,14 @@ def cluster_with(name: ModelName, settings: TrainingDataSettings) -> str:
 
 
 def open_given(
-    settings: EmbeddingsSettings, folder: Path, cache: Path | None, *, needs_column: bool = True
+    settings: EmbeddingsSettings, folder: Path, work: Path | None, *, needs_column: bool = True
 ) -> Embeddings:
-    """Open embeddings; of another tool's, say which column became the key. `cache` is as of `open_embeddings`.
+    """Open embeddings; of another tool's, say which column became the key. `work` is as of `open_embeddings`.
 
     Args:
         needs_column: Whether a column that ``--key-column`` names must be there.
     """
-    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache, settings.key_column)
+    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, work, settings.key_column)
     if embeddings.sidecar is not None:
         return embeddings
     column = embeddings.key_column
@@ -165,19 +165,17 @@ def open_given(
     return embeddings
 
 
-def open_teachers(
-    settings: KeptSettings, folders: Sequence[Path], cache: Path | None, scratch: Path | None
-) -> Embeddings:
+def open_teachers(settings: KeptSettings, folders: Sequence[Path], work: Path | None) -> Embeddings:
     """Open a teacher's embeddings, or join several teachers' to those of one, and say what they are.
 
-    `scratch` is as `folder` of `join`.
+    `work` is as of `open_embeddings`.
     """
-    opened = [open_given(settings, folder, cache) for folder in folders]
+    opened = [open_given(settings, folder, work) for folder in folders]
     for each in opened:
         reporting.note(f"Embeddings: {each.folder}, {each.num_rows:,} rows of width {each.width}.")
     if len(opened) == 1:
         return opened[0]
-    combined = CombinedEmbeddings(opened, settings.teacher_weights, scratch)
+    combined = CombinedEmbeddings(opened, settings.teacher_weights, work)
     weights = ", ".join(f"{weight:.3g}" for weight in combined.weights)
     reporting.note(f"Teachers: {len(opened)}, joined by key to rows of width {combined.width}; weights {weights}.")
     for each, lacking in zip(opened, combined.lacking, strict=True):

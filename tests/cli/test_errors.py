@@ -135,6 +135,8 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("export model --data nowhere --dry-run", 1, "nowhere"),
     ("export nowhere/model", 1, "no architecture nowhere/model"),
     ("export damaged", 1, "could not be loaded"),
+    ("export coded", 1, "text_cfg.tokenizer_kwargs has trust_remote_code, which a model may not ask for"),
+    ("export model --work linked", 1, "linked/export is a link out of the work directory"),
     ("export unfit --format onnx", 1, "unfit cannot encode a text of 12 tokens"),
     ("export model --format onnx --format onnx", 2, "given twice"),
     ("export model --format onnx --precision fp16", 2, "cannot be combined with --format onnx"),
@@ -176,6 +178,10 @@ def place(
         (place / "damaged" / path.name).write_bytes(path.read_bytes()[:2000])
     wide = TINY_CONFIG | {"vision_cfg": TINY_CONFIG["vision_cfg"] | {"image_size": [16, 32]}}
     write_tiny_model(place / "wide", wide)
+    asks = {"tokenizer_kwargs": {"trust_remote_code": True}}
+    write_tiny_model(place / "coded", TINY_CONFIG | {"text_cfg": TINY_CONFIG["text_cfg"] | asks})
+    (place / "linked").mkdir()
+    (place / "linked" / "export").symlink_to(place / "three")
     write_tiny_model(place / "unfit", TINY_CONFIG | {"text_cfg": TINY_CONFIG["text_cfg"] | {"vocab_size": 100}})
     return place
 

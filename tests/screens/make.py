@@ -27,8 +27,8 @@ HERE = Path(__file__).parent
 WIDTHS = (80, 120)
 _FOLDER = "/home/me/clip-data"  # as long as the real one, so that lines break alike
 _DIGITS = r"\d[\d,]*"
-_UNITS = r"/s|%|\s(?:images/s|samples/s|s|ms|MB|GB|MiB|GiB|bytes|pairs|iterations|hours)"
-_HASH = re.compile(r"(?<=blake2b:)[0-9a-f]{32}|(?<=\", \")[0-9a-f]{16}(?=\"\])")
+_UNITS = r"/s|%|\s(?:images/s|samples/s|s|ms|kB|MB|GB|MiB|GiB|bytes|pairs|iterations|hours)"
+_HASH = re.compile(r"(?<=blake2b:)[0-9a-f]{32}|(?<=\")[0-9a-f]{32}(?=\"\])")
 # What differs from run to run, or between machines.
 _VARYING = re.compile(
     rf"(?<![\w.-])(?:{_DIGITS})?\.?\d+e[+-]?\d+"  # 1.5e-06

@@ -40,6 +40,11 @@ def _forget_filters(place: Path) -> None:
         shutil.rmtree(place / "clipcid-work" / name)
 
 
+def _damage_clusters(place: Path) -> None:
+    (place / "clipcid-work" / "clusters" / "clusters.parquet").unlink()
+    (place / "clipcid-work" / "clusters" / ".cluster-0123456789abcdef").mkdir()
+
+
 _EMBEDDINGS = "clipcid-work/embeddings/teacher"
 _AGAINST = "clipcid balance --keep 0.8 --against retrieval/test --against-threshold 0.6"
 _WINDOW = "--min-caption-similarity 0.7 --max-caption-similarity 0.9"
@@ -200,5 +205,11 @@ SCENES: dict[str, tuple[Scene, ...]] = {
         Scene("other settings", "clipcid export", exact=True),
         Scene("average of the weights", "clipcid export clipcid-work/distill/averaged/student --ema"),
         Scene("average: a run without", "clipcid export clipcid-work/distill/taught/student --ema", exact=True),
+    ),
+    "verify": (
+        Scene("help", "clipcid verify --help", exact=True),
+        Scene("missing input: no such folder", "clipcid verify nowhere", exact=True),
+        Scene("result", f"clipcid verify {_EMBEDDINGS} --read-data"),
+        Scene("faults", "clipcid verify clipcid-work/clusters", before=_damage_clusters),
     ),
 }

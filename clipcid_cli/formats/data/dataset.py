@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
-import math
 import os
 import re
+import string
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -44,7 +44,14 @@ _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _SPLIT = re.compile(r"(.+)-\d+-of-(\d+).*[.]parquet$")  # as ``datasets`` names files
 
 _MAX_SHARDS = 1_000_000  # of a pattern: LAION-5B has some 232,000
+_MANY = 10**15  # what is counted as more is so many
+_MAX_NESTED = 100
 _NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}")
+_LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")
+_ALPHABET = string.ascii_uppercase + string.ascii_lowercase  # in the order of ranges between braces
+_GROUP = re.compile(r"\{([^{}]*)\}")
+_ESCAPED = re.compile(r"\\.")
+_COUNTED = re.compile("\0(\\d+)\0")
 
 _LOOKED_AT = 10  # shards, for an image
 _ESTIMATED_FROM = 4
@@ -402,12 +409,41 @@ def _expand(spec: str) -> list[str]:
 
 
 def _count_expansions(spec: str) -> int:
-    """Count what the numbers between braces make, before a list of it fills the memory."""
-    return sum(
-        math.prod(abs(int(last) - int(first)) // max(1, abs(int(step or 1))) + 1 for first, last, step in found)
-        for part in spec.split(_SEPARATOR)
-        if (found := _NUMBERS.findall(part))
-    )
+    """Count what braces make, before a list of it fills the memory.
+
+    From the inside out: a group makes the sum of what its alternatives make, an alternative the product of its groups.
+    """
+    return sum(map(_count_part, spec.replace("\0", "").split(_SEPARATOR)))
+
+
+def _count_part(part: str) -> int:
+    part = _ESCAPED.sub("", part)
+    for _ in range(_MAX_NESTED):
+        counted = _GROUP.sub(lambda group: f"\0{_count_group(group[1])}\0", part)
+        if counted == part:
+            return _count_alternative(part)
+        part = counted
+    return _MANY
+
+
+def _count_group(content: str) -> int:
+    numbers = _NUMBERS.fullmatch(f"{{{content}}}")
+    letters = _LETTERS.fullmatch(content)
+    if numbers is not None:
+        first, last, step = (int(each or 1) for each in numbers.groups())
+    elif letters is not None:
+        first, last = (_ALPHABET.index(letter) for letter in letters.groups()[:2])
+        step = int(letters[3] or 1)
+    else:
+        return min(_MANY, sum(map(_count_alternative, content.split(","))))
+    return abs(last - first) // max(1, abs(step)) + 1
+
+
+def _count_alternative(text: str) -> int:
+    count = 1
+    for counted in _COUNTED.findall(text):
+        count = min(_MANY, count * int(counted))
+    return count
 
 
 def _normalize(spec: str) -> str:

@@ -24,18 +24,13 @@ from clipcid_cli.formats.data.image_column import copy_images
 from clipcid_cli.formats.data.remote import describe_shard, expect_answers, open_remote
 from clipcid_cli.formats.files import lock, write_error
 from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.user_cache import make_private
 
 FETCHED_AT_ONCE = 4
 """Copies that a process fetches ahead at a time."""
 
 # Seconds between looks at a copy that another process is fetching.
 _ASK_AGAIN = 0.02
-
-
-def cache_folder() -> Path:
-    """Return the folder of copies: ``CLIPCID_CACHE``, or ``clipcid`` in the user's cache folder."""
-    own = os.environ.get("CLIPCID_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipcid"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +50,7 @@ class ShardCache:
             files = list[tuple[int, int, Path]]()
             for path in self.folder.iterdir():
                 with suppress(FileNotFoundError):  # given up just now
-                    if path != apart and path.name != ".lock":
+                    if path != apart and path.name != ".lock" and not path.is_dir():
                         files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
             used = sum(taken for _, taken, _ in files)
             for _, taken, path in sorted(files):
@@ -101,7 +96,7 @@ class ShardCopy:
         """Fetch the copy where it is missing, or wait for the process that is fetching it."""
         partial = self.local.with_name(f".{self.local.name}.partial")
         try:
-            self.cache.folder.mkdir(parents=True, exist_ok=True)
+            make_private(self.cache.folder)
             while not self.local.exists():
                 try:
                     # Not waited for, but asked for again: once whole, this very file is the copy, and its readers hold it.

@@ -25,7 +25,14 @@ from clipcid_cli.formats.embeddings.layouts import AGAIN, EmbeddingFile, find_fi
 from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, validate_replaceable
 from clipcid_cli.formats.embeddings.rows import COUNTS_COLUMN, METADATA, Kind, RowFile, Rows, find_npy
 from clipcid_cli.formats.files import write_npy
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, identity_of, record_together, validate_unchanged
+from clipcid_cli.formats.fingerprint import (
+    FileRecord,
+    Memo,
+    identity_of,
+    memo_table,
+    record_together,
+    validate_unchanged,
+)
 from clipcid_cli.formats.join import Listing, Values, find_repeat
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
@@ -71,6 +78,7 @@ class Embeddings:
         records: Sequence[ShardRecord] = (),
         keys: str = "sample",
         key_column: str = KEY_COLUMN,
+        work: Path | None = None,
     ) -> None:
         """Take the files of each shard, and of a folder of `embed` what its manifest records."""
         self.folder = folder
@@ -83,6 +91,7 @@ class Embeddings:
             raise ClipcidError(f"{folder} contains {len(files)} files of embeddings, all empty.", "Embed again.")
         self.files = tuple(dataclasses.replace(file, first=first) for file, first in zip(files, firsts, strict=True))
         self._memo = memo
+        self._work = work
         self._records = records
         self._keys = keys
         self._key_columns = tuple(dict.fromkeys((key_column, KEY_COLUMN, *_OTHER_KEYS)))
@@ -284,8 +293,7 @@ class Embeddings:
         """Refuse keys of two rows in a folder of another tool; `embed` has checked its own."""
         if self.is_verified:
             return
-        table = self._memo.table
-        repeat = find_repeat(lambda: map(self.keys_of, self.files), None if table is None else table.parent)
+        repeat = find_repeat(lambda: map(self.keys_of, self.files), self._work)
         if repeat is not None:
             key, one, other = repeat
             raise ClipcidError(
@@ -303,10 +311,9 @@ class Embeddings:
             return np.empty(0, dtype=np.int64)
         kinds = [Kind.IMAGES, *([Kind.TEXTS] if texts and self.has_texts else [])]
         remembered = None
-        table = self._memo.table
-        if table is not None and table.parent.is_dir():
+        if self._work is not None and self._work.is_dir():
             identity = identity_of({"kinds": kinds}, self.fingerprints(kinds[1:]))
-            remembered = table.with_name(".bad-rows") / f"{identity}.npy"
+            remembered = self._work / ".bad-rows" / f"{identity}.npy"
             if remembered.is_file():
                 with suppress(ClipcidError):
                     return np.array(find_npy(remembered).map(), dtype=np.int64)
@@ -349,7 +356,7 @@ def open_embeddings(
     folder: Path,
     keys: str = "sample",
     npz_array: str | None = None,
-    cache: Path | None = None,
+    work: Path | None = None,
     key_column: str = KEY_COLUMN,
 ) -> Embeddings:
     """Open a folder of embeddings.
@@ -358,19 +365,21 @@ def open_embeddings(
         keys: ``shard`` puts the shard's name before each key of another tool's folder; the keys of `embed` are as its own
             option made them.
         npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
-        cache: Table in which the fingerprints of the files are remembered; None hashes them each time.
+        work: Work directory, for scratch files and to remember which rows are unusable; None has neither.
         key_column: Column of another tool's metadata with the keys; where there is none, the usual ones.
     """
     sidecar = read_embed_sidecar(folder)
-    memo = Memo(cache)
+    memo = Memo(memo_table(folder))
     if sidecar is None:
         if unfinished(folder, "embed"):
             raise ClipcidError(
                 f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
             )
-        return Embeddings(folder, find_files(folder, npz_array), None, memo, keys=keys, key_column=key_column)
+        return Embeddings(
+            folder, find_files(folder, npz_array), None, memo, keys=keys, key_column=key_column, work=work
+        )
     fix = remake(folder, sidecar)
     validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, "embed"), fix, memo)
     records, rows = open_recorded(folder, memo, fix)
     metadata = (folder / record.files[METADATA].path for record in records)
-    return Embeddings(folder, list(map(EmbeddingFile, rows, metadata)), sidecar, memo, records)
+    return Embeddings(folder, list(map(EmbeddingFile, rows, metadata)), sidecar, memo, records, work=work)

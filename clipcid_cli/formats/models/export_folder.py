@@ -19,6 +19,7 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 VOCABULARY = "vocab.json"
 MERGES = "merges.txt"
 TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 IMAGE_ENCODER = "image_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
 CLASSIFIER = "classifier.onnx"
@@ -29,7 +30,7 @@ CARD = "README.md"
 # Files of a Hugging Face tokenizer, as transformers writes them.
 _TOKENIZER_FILES = (
     TOKENIZER,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     SPECIAL_TOKENS,
     "added_tokens.json",
     "vocab.txt",

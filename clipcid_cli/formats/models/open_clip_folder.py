@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,12 @@ import torch
 from safetensors.torch import save
 
 from clipcid_cli.formats.files import write_bytes, write_error, write_json
-from clipcid_cli.formats.models.export_folder import HF_CONFIG, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
+from clipcid_cli.formats.models.export_folder import (
+    HF_CONFIG,
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHTS,
+    TOKENIZER_CONFIG,
+)
 
 # Filters that Hugging Face and ONNX have too: PIL's numbers, as Hugging Face stores them.
 RESAMPLE = {"bilinear": 2, "bicubic": 3}
@@ -44,10 +50,19 @@ def write_model_folder(
     text = config["text_cfg"]
     if text.get("hf_model_name") and source is not None and (source / HF_CONFIG).is_file():
         shutil.copyfile(source / HF_CONFIG, folder / HF_CONFIG)
+        _drop_code(folder / HF_CONFIG)
     if text.get("hf_tokenizer_name") and tokenizer is not None:
         with refusals_of_the_system(folder):
             tokenizer.save_pretrained(folder)
+        _drop_code(folder / TOKENIZER_CONFIG)
     write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": dict(config), "preprocess_cfg": dict(preprocess)})
+
+
+def _drop_code(path: Path) -> None:
+    """Remove the entry by which transformers would run code of the model, which was not run here and is not copied."""
+    content = json.loads(path.read_bytes()) if path.exists() else {}
+    if content.pop("auto_map", None) is not None:
+        write_json(path, content)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.files import atomic_file, describe, reading, write_text
+from clipcid_cli.formats.files import atomic_file, describe, reading, sync_folder, write_error, write_text
 from clipcid_cli.formats.parquet import read_columns, write_row_groups
 
 _HELD_OUT = pa.schema({"key": pa.large_string()})
@@ -106,6 +106,7 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write a checkpoint (tensors, numbers, texts, and dicts and lists of them), then remove all but the newest ones."""
     with atomic_file(checkpoint_path(folder, step)) as file:
         torch.save(state, file)
+    sync_folder(folder)  # before the earlier ones go
     remove_old_checkpoints(folder)
 
 
@@ -130,10 +131,17 @@ def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Append JSON objects to a log, one a line; they are on the disk before a checkpoint that comes after them."""
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     if text:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(path, "a", encoding="utf-8", opener=_open_no_link) as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_error(path, error) from error
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

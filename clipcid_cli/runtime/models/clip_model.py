@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import socket
 import tempfile
 import urllib.parse
@@ -30,6 +31,8 @@ from clipcid_cli.runtime.models.names import (
     find_weights,
     hash_weights,
     read_config,
+    validate_hub_name,
+    validate_passed_on,
 )
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.precision import Precision
@@ -50,6 +53,7 @@ SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
 _CONVOLVED_AT_ONCE = 8
 
 _TOKENIZER_FILES = ("tokenizer*.json", "vocab.*", "*.model")
+_VOCABULARY_ENTRIES = ("vocab_file", "merges_file", "spm_file", "source_spm", "target_spm", "tokenizer_file")
 _TOKENIZER_HINT = (
     f"Name a model's folder that holds {CONFIG_NAME} and the tokenizer's files, tokenizer.json and others."
 )
@@ -253,7 +257,9 @@ def _find_config(name: ModelName) -> dict[str, Any]:
         return read_config(name.path)[0]
     if name.kind == "hub":
         with _reaching_hub(f"files of model {name.spec}", _FOLDER_HINT):
-            return cast(dict[str, Any], open_clip.get_model_config(name.spec))
+            hub_config = cast(dict[str, Any], open_clip.get_model_config(name.spec))
+        validate_passed_on(f"Model {name.spec}", hub_config)
+        return hub_config
     config = cast(dict[str, Any], open_clip.get_model_config(name.architecture))
     if name.tag is not None:
         # The one the weights were trained with, whatever the architecture's.
@@ -284,7 +290,8 @@ def _load_trained(name: ModelName, config: dict[str, Any]) -> tuple[torch.nn.Mod
     if name.kind == "hub":
         with _reaching_hub(f"weights of model {name.spec}", _FOLDER_HINT):
             weights = Path(open_clip.pretrained.download_pretrained_from_hf(name.spec.removeprefix("hf-hub:")))
-        return _create(name, name.spec, config, require_pretrained=True), weights
+        own = _own_text_tower(config, name)
+        return _create(name, name.spec, config, require_pretrained=True, **own), weights
     architecture, tag = cast(str, name.architecture), cast(str, name.tag)
     known = open_clip.get_pretrained_cfg(architecture, tag)
     if not known:
@@ -330,7 +337,10 @@ def _own_text_tower(config: dict[str, Any], name: ModelName) -> dict[str, Any]:
     """
     text = config["text_cfg"]
     folder = name.folder
-    if folder is None or not text.get("hf_model_name") or not (folder / HF_CONFIG_NAME).is_file():
+    if not text.get("hf_model_name"):
+        return {}
+    if folder is None or not (folder / HF_CONFIG_NAME).is_file():
+        validate_hub_name(name, "hf_model_name", text["hf_model_name"])
         return {}
     return {"text_cfg": text | {"hf_model_name": str(folder), "hf_model_pretrained": False}}
 
@@ -357,11 +367,21 @@ def _load_tokenizer(name: ModelName, config: dict[str, Any]) -> BoundedTokenizer
     hub_name = text.get("hf_tokenizer_name")
     if not hub_name:
         return BoundedTokenizer(open_clip.SimpleTokenizer(**options))
-    load = partial(open_clip.tokenizer.HFTokenizer, tokenizer_mode=text.get("tokenizer_mode"), **options)
     folder = name.folder
-    if folder is None or not any(any(folder.glob(files)) for files in _TOKENIZER_FILES):
+    has_own = folder is not None and any(any(folder.glob(files)) for files in _TOKENIZER_FILES)
+    load = partial(
+        open_clip.tokenizer.HFTokenizer,
+        tokenizer_mode=text.get("tokenizer_mode"),
+        **options,
+        trust_remote_code=False,
+        local_files_only=has_own,
+    )
+    if not has_own:
+        validate_hub_name(name, "hf_tokenizer_name", hub_name)
         with _reaching_hub(f"files of {hub_name}, the tokenizer of model {name.spec},", _TOKENIZER_HINT):
             return BoundedTokenizer(load(hub_name))
+    assert folder is not None
+    _validate_tokenizer_files(folder)
     try:
         return BoundedTokenizer(load(folder))
     except Exception as error:  # transformers raises OSError, ValueError, ImportError and its own
@@ -369,6 +389,25 @@ def _load_tokenizer(name: ModelName, config: dict[str, Any]) -> BoundedTokenizer
             f"The tokenizer of model {name.spec} could not be loaded from {folder}: {in_one_line(error, 400)}",
             f"Put all files of {hub_name} there (tokenizer.json, tokenizer_config.json, …).",
         ) from error
+
+
+def _validate_tokenizer_files(folder: Path) -> None:
+    """Refuse a `tokenizer_config.json` that names a file outside its folder, which transformers 4 opens as it is named."""
+    file = folder / "tokenizer_config.json"
+    content: Any = {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # whatever is wrong with it, transformers tells
+        content = json.loads(file.read_text(encoding="utf-8"))
+    for entry in _VOCABULARY_ENTRIES:
+        value = content.get(entry) if isinstance(content, dict) else None
+        if (
+            isinstance(value, str)
+            and os.path.exists(value)
+            and not Path(value).resolve().is_relative_to(folder.resolve())
+        ):
+            raise ClipcidError(
+                f"{file}: {entry} is {value!r}, a file outside the model's folder.",
+                f"Choose another model, or remove the entry {entry}.",
+            )
 
 
 @contextlib.contextmanager

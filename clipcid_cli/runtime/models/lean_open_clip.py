@@ -12,6 +12,7 @@ import importlib
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -65,3 +66,16 @@ def import_towers(config: Mapping[str, Any]) -> None:
         if tower and getattr(module, library) is None:
             # Classes defined before look names up in their module when they are used, so they find the library now.
             importlib.reload(module)
+    hf_model: Any = importlib.import_module("open_clip.hf_model")
+    for auto in ("AutoConfig", "AutoModel"):
+        if hf_model.transformers is not None and not isinstance(getattr(hf_model, auto), _WithoutCode):
+            setattr(hf_model, auto, _WithoutCode(getattr(hf_model, auto)))
+
+
+class _WithoutCode:
+    """One of transformers' automatic classes that neither runs code of a model nor asks at the terminal whether it may."""
+
+    def __init__(self, auto: Any) -> None:
+        self.from_pretrained = partial(auto.from_pretrained, trust_remote_code=False)
+        if hasattr(auto, "from_config"):
+            self.from_config = partial(auto.from_config, trust_remote_code=False)

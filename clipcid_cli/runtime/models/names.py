@@ -88,6 +88,19 @@ _LOCAL_HINT = (
     "local-dir:/path/to/folder means the same)."
 )
 
+# What open_clip and a tokenizer of transformers are given of ``tokenizer_kwargs``. Others name files or run code.
+_TOKENIZER_OPTIONS = (
+    "clean",
+    "context_length",
+    "language",
+    "padding_side",
+    "reduction_mask",
+    "strip_sep_token",
+    "use_fast",
+)
+_TIMM_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # timm's own; with a prefix, it names a folder or a repository
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?")
+
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 _Channels = Annotated[list[float], msgspec.Meta(min_length=3, max_length=3)]
 
@@ -229,7 +242,42 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         example = "one of open_clip's own, such as ViT-B-32.json"
         fix = _LOCAL_HINT if path.is_dir() else f"Correct it by {example}: it has embed_dim, vision_cfg and text_cfg."
         raise ClipcidError(f"{file} is not an open_clip configuration: {error}.", fix) from error
+    validate_passed_on(str(file), content["model_cfg"], file.parent)
     return content["model_cfg"], content.get("preprocess_cfg") or {}
+
+
+def validate_passed_on(source: str, config: dict[str, Any], folder: Path | None = None) -> None:
+    """Refuse a ``model_cfg`` by which open_clip, timm or transformers would run code, or read files outside its `folder`."""
+    options = [key for key in config["text_cfg"].get("tokenizer_kwargs") or {} if key not in _TOKENIZER_OPTIONS]
+    if options:
+        raise ClipcidError(
+            f"{source}: text_cfg.tokenizer_kwargs has {', '.join(options)}, which a model may not ask for.",
+            f"Choose another model, or remove it there: a model may give {', '.join(_TOKENIZER_OPTIONS)}.",
+        )
+    tower = config["vision_cfg"].get("timm_model_name")
+    if not isinstance(tower, str) or not tower or _TIMM_NAME.fullmatch(tower):
+        return
+    place = Path(tower.removeprefix("local-dir:")).resolve() if tower.startswith("local-dir:") else None
+    if folder is None or place is None or not place.is_relative_to(folder.resolve()):
+        raise ClipcidError(
+            f"{source}: vision_cfg.timm_model_name is {tower!r}, no architecture of timm and no folder in the model's.",
+            "Choose another model, or name the architecture there as timm does: vit_base_patch16_siglip_224.",
+        )
+
+
+def validate_hub_name(name: ModelName, entry: str, value: Any) -> None:
+    """Refuse a path where a model's configuration names a repository: transformers would read what lies there.
+
+    A ``.json`` file that the user named may lead to other folders.
+    """
+    is_own = name.kind in ("architecture", "tag") or (name.path is not None and not name.path.is_dir())
+    if is_own or not isinstance(value, str):
+        return
+    if not _HUB_NAME.fullmatch(value) or ".." in value or os.path.lexists(value):
+        raise ClipcidError(
+            f"Model {name.spec}: text_cfg.{entry} is {value!r}, a path outside the model.",
+            "Choose another model, or copy the files from there into the model's folder.",
+        )
 
 
 def read_width(name: ModelName) -> int | None:

@@ -122,9 +122,11 @@ class HfClip:
 
             transformers.utils.logging.disable_progress_bar()
             self._model = transformers.CLIPModel.from_pretrained(
-                folder, local_files_only=True, torch_dtype=torch.float32
+                folder, local_files_only=True, trust_remote_code=False, torch_dtype=torch.float32
             ).eval()
-            self._processor = transformers.CLIPProcessor.from_pretrained(folder, local_files_only=True)
+            self._processor = transformers.CLIPProcessor.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         self.engine = f"transformers {transformers.__version__}"
 
     def encode_images(self, pixels: Tensor) -> Tensor:

@@ -96,8 +96,7 @@ def make_plan(settings: BalanceSettings, context: DistContext) -> BalancePlan | 
         folder = _find_embeddings(settings, context)
         if isinstance(folder, EmbedCost):
             return folder
-        cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
-        embeddings = open_given(settings, folder, cache)
+        embeddings = open_given(settings, folder, None if settings.dry_run else settings.work)
     data = context.on_rank0(lambda: _open_data(settings, embeddings))
     references = [] if settings.dry_run else open_references(settings, embeddings, context)
     return BalancePlan(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -229,12 +227,7 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
     work = WorkDirectory(settings.work)
     embeddings = None
     if folders:
-        cache = work.fingerprints
-        if scratch is not None:  # a dry run adds to a copy
-            with suppress(FileNotFoundError):
-                shutil.copy(cache, scratch)
-            cache = scratch / cache.name
-        embeddings = open_stored(settings, folders, cache)
+        embeddings = open_stored(settings, folders, scratch or work.path)
     dataset = _open_data(settings, embeddings, scratch)
     usable = count_usable(dataset, settings.max_bad_fraction)
     keep_list = choose_keep_list(settings.keep_list, work, "samples", settings.max_bad_fraction)
@@ -314,10 +307,9 @@ def _open_data(settings: DistillSettings, embeddings: Embeddings | None, scratch
     return cache_shards(dataset, settings.cache_size)
 
 
-def open_stored(settings: DistillSettings, folders: tuple[Path, ...], cache: Path | None) -> Embeddings:
+def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path | None) -> Embeddings:
     """Open the teachers' embeddings, check that they made them, and look for the captions that the losses need."""
-    scratch = None if cache is None else cache.parent
-    embeddings = open_teachers(settings, folders, cache, scratch)
+    embeddings = open_teachers(settings, folders, work)
     if settings.needs_teacher and settings.teacher:
         for member, teacher in zip(embeddings.members, named_teachers(settings), strict=True):
             _validate_made_by(teacher, member, settings)

@@ -165,9 +165,16 @@ class SharedSettings:
 
     # How long an idle OpenMP thread spins before it sleeps (GOMP_SPINCOUNT), where the user has not said.
     openmp_spins: ClassVar[str] = NO_SPINS
+    omitted: ClassVar[tuple[str, ...]] = ()  # settings of every step that have no effect on this one, and no flag
+    writes_work: ClassVar[bool] = True  # whether the step writes to the work directory
 
     work: Path = _run(
         DEFAULT_WORK, "Work directory: each step writes its output here, and the next one finds it.", operational=True
+    )
+    trust_work: bool = _run(
+        False,
+        "Write to a work directory that belongs to another user, or has a linked folder that leads out of it.",
+        operational=True,
     )
     config: Path | None = _run(
         None,

@@ -38,7 +38,7 @@ _INTERRUPTED = "Interrupted. Run the same command again"
 _CONTINUES = f"{_INTERRUPTED} to continue "  # where it stopped, or from a step
 
 _TIMES_OF_FILES = re.compile(
-    r"(other bytes|half under its final name): .*(/index/|/\.fingerprints\.).*|left over: [^/]+/\.fingerprints\.json|"
+    r"(other bytes|half under its final name): .*/index/.*|"
     r"(left over|missing): [^/]+/index/\w+/matched-\w+/[\w.]*"
 )
 """Caches record the times of files or are named after them; hashes are kept only of files of a certain age."""

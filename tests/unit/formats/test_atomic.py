@@ -20,6 +20,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped, spool_arrays
 from clipcid_cli.formats.embeddings.rows import create_copy
 from clipcid_cli.formats.files import atomic_file, validate_writable, write_json, write_npy, write_text
+from clipcid_cli.formats.results.run_folder import append_lines
 
 INT64 = np.dtype(np.int64)
 NUMBERS = np.arange(2000, dtype=np.int32)
@@ -74,6 +75,21 @@ def test_a_limit_of_file_sizes_is_an_error_that_names_the_place(
     with limited(resource.RLIMIT_FSIZE, 4096), pytest.raises(ClipcidError, match=message):
         make(tmp_path)
     assert not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_what_is_written_never_reaches_a_file_beyond_a_link(tmp_path: Path, link: Any) -> None:
+    victim, log = tmp_path / "victim", tmp_path / "log"
+    victim.write_text("mine")
+    for name in (".file.partial", "file", "array"):
+        link(tmp_path / name, victim)
+    log.symlink_to(victim)
+    write_text(tmp_path / "file", "new")
+    create_mapped(tmp_path / "array", INT64, (2, 2))[:] = 7
+    with pytest.raises(ClipcidError, match="log: it is a link, which is not followed"):
+        append_lines(log, [{"step": 1}])
+    assert victim.read_text() == "mine"
+    assert (tmp_path / "file").read_text() == "new"
 
 
 def write_shared(path: Path, content: bytes, is_begun: Any = None, may_end: Any = None) -> None:

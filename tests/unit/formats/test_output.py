@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from sidecars import edit_sidecar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import fingerprint
-from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, record
+from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, memo_table, record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claimed, open_output, remove_leftovers
 from clipcid_cli.formats.sidecar import Sidecar
 
@@ -156,6 +159,67 @@ def test_an_edited_sidecar_removes_nothing_of_others(tmp_path: Path) -> None:
     assert left(tmp_path) == {"mine", "out"}
 
 
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_lock_that_leads_to_another_file_is_refused_and_that_file_stays(tmp_path: Path, link: Any) -> None:
+    profile = tmp_path / "profile"
+    profile.write_text("export PATH")
+    (tmp_path / "out").mkdir()
+    link(tmp_path / "out" / ".balance.lock", profile)
+    with (
+        pytest.raises(ClipcidError, match=r"Could not write .*\.balance\.lock: it is ") as found,
+        open_it(tmp_path / "out"),
+    ):
+        pytest.fail("it was locked")
+    assert found.value.fix.startswith("Remove or rename what is in its place")
+    assert profile.read_text() == "export PATH"
+
+
+def test_nothing_moves_through_a_link_and_nothing_beyond_one_is_removed(tmp_path: Path) -> None:
+    others, out = tmp_path / "others", tmp_path / "out"
+    others.mkdir()
+    (others / "key").write_text("mine")
+    with open_it(out) as output:
+        finish(output, **{"folder/key": "old", "a": "old"})
+    shutil.rmtree(out / "folder")
+    (out / "folder").symlink_to(others)
+    refused = pytest.raises(ClipcidError, match=r"Could not write .*/out/folder: Not a directory")
+    with refused as found, open_it(out, OTHER, overwrite=True) as output:
+        finish(output, **{"folder/new": "new"})
+    assert "Remove or rename what is in its place" in found.value.fix
+    assert left(others) == {"key"}
+    (out / "folder").unlink()
+    with open_it(out, OTHER) as output:
+        assert output.finished is not None, "it was complete, and only had to be moved"
+    assert left(out) == {"balance.json", "folder"}
+
+
+def test_a_folder_that_the_user_names_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    for settings in (SETTINGS, OTHER):
+        with open_it(tmp_path / "out", settings, overwrite=True) as output:
+            finish(output, **{"folder/b": str(settings)})
+    assert left(tmp_path / "disk") == {"balance.json", "folder"}
+
+
+@pytest.mark.parametrize("place", ["", "half", "folder/half"])
+def test_unfinished_work_with_a_link_is_not_continued(tmp_path: Path, place: str) -> None:
+    others = tmp_path / "others"
+    others.mkdir()
+    work = begin(tmp_path / "out")
+    if place:
+        (work / place).parent.mkdir(exist_ok=True)
+        (work / place).unlink(missing_ok=True)
+        (work / place).symlink_to(others)
+    else:
+        work.rename(tmp_path / "moved")
+        work.symlink_to(tmp_path / "moved")
+    with pytest.raises(ClipcidError, match=rf"{work / place} is a link in the folder of an unfinished run") as found:
+        open_it(tmp_path / "out").__enter__()
+    assert found.value.fix == f"Remove {work}, then run the same command again."
+    assert left(others) == set()
+
+
 def test_settings_and_inputs_that_may_differ_need_no_overwrite_and_unfinished_work_of_others_is_continued(
     tmp_path: Path,
 ) -> None:
@@ -217,6 +281,39 @@ def test_a_run_killed_while_it_moves_its_files_is_finished_by_the_next(
     assert left(tmp_path) == {"balance.json", "a", "folder", "new"}
 
 
+def test_every_name_is_on_the_disk_before_the_sidecar_and_the_sidecars_own_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_sync, real_replace = os.fsync, os.replace
+    events: list[tuple[str, Path]] = []
+    folders: dict[int, Path] = {}
+
+    def sync(descriptor: int) -> None:
+        folders.update({path.stat().st_ino: path for path in (tmp_path, *tmp_path.rglob("*")) if path.is_dir()})
+        events.append(("sync", folders.get(os.fstat(descriptor).st_ino, Path())))
+        real_sync(descriptor)
+
+    def replace(source: Any, target: Any, **more: Any) -> None:
+        events.append(("move", Path(target)))
+        real_replace(source, target, **more)
+
+    with open_it(tmp_path / "out") as output:
+        finish(output, **{"folder/b": "old"})
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    with open_it(tmp_path / "out", OTHER, overwrite=True) as output:
+        finish(output, **{"a": "new", "folder/b": "new", "alone/c": "new"})
+    out = tmp_path / "out"
+    moves = [path for kind, path in events if kind == "move" and output.root not in path.parents]
+    assert moves == [out / "a", out / "alone", out / "folder" / "b", out / "balance.json"]
+    commit = events.index(("move", out / "balance.json"))
+    for path in moves[:-1]:
+        assert ("sync", path.parent) in events[events.index(("move", path)) : commit]
+    assert ("sync", out) in events[commit:]
+    # What moves as one piece was synced where it was made.
+    assert ("sync", output.work / "alone") in events[: events.index(("move", out / "alone"))]
+
+
 def test_an_output_made_in_place_is_cleared_before_its_work_appears(tmp_path: Path) -> None:
     with open_it(tmp_path) as output:
         finish(output)
@@ -254,6 +351,7 @@ def test_a_file_is_hashed_again_only_when_it_changed(tmp_path: Path, monkeypatch
     for file in files:
         file.write_text(f"content of {file.name}")
     expected = [record(file) for file in files]
+    time.sleep(0.15)  # a file that was just written may change again within the tick of its clock
     first = Memo(tmp_path / "table")
     assert first.record_all(files) == expected
     first.save()
@@ -267,6 +365,50 @@ def test_a_file_is_hashed_again_only_when_it_changed(tmp_path: Path, monkeypatch
     os.utime(files[1], ns=(1, 1))
     assert again.record(files[1]) == record(files[1]) != expected[1]
     assert hashed == [files[1]]
+
+
+def test_another_file_of_the_same_size_and_time_is_hashed_again(tmp_path: Path) -> None:
+    """Archives that can be reproduced all have time 0."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for file in (one, other):
+        file.write_text(file.name.ljust(9))
+        os.utime(file, ns=(0, 0))
+    time.sleep(0.15)
+    memo = Memo(tmp_path / "table")
+    assert memo.record(one) == record(one)
+    memo.save()
+    other.replace(one)
+    assert Memo(tmp_path / "table").record(one) == record(one)
+
+
+def test_the_hash_of_a_file_that_may_still_change_unseen_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a")
+    memo = Memo(tmp_path / "table")
+    memo.record(tmp_path / "a")
+    memo.save()
+    assert not (tmp_path / "table").exists()
+    time.sleep(0.15)
+    memo.record(tmp_path / "a")
+    memo.save()
+    assert len(json.loads((tmp_path / "table").read_text())) == 1
+
+
+def test_hashes_are_kept_in_the_users_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIPCID_CACHE", str(tmp_path / "cache"))
+    before = os.umask(0)
+    try:
+        (tmp_path / "rows").mkdir()
+        (tmp_path / "rows" / "a").write_text("a")
+        time.sleep(0.15)
+        memo = Memo(memo_table(tmp_path / "rows"))
+        memo.record(tmp_path / "rows" / "a")
+        memo.save()
+    finally:
+        os.umask(before)
+    (table,) = (tmp_path / "cache" / "fingerprints").iterdir()
+    assert memo.table == table
+    assert stat.S_IMODE(table.parent.stat().st_mode) == 0o700
+    assert os.listdir(tmp_path / "rows") == ["a"]
 
 
 @pytest.mark.parametrize("content", [b"", b"[{", b"[1]"])

@@ -100,8 +100,7 @@ def open_reference(
         folder, made = _embed(settings, embeddings, name, context)
         if isinstance(made, EmbedCost):
             return made
-    cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
-    reference = open_given(settings, folder, cache, needs_column=False)
+    reference = open_given(settings, folder, None if settings.dry_run else settings.work, needs_column=False)
     _validate_same_model(embeddings, reference, name)
     if not context.on_rank0(partial(has_usable_row, reference.rows(Kind.IMAGES))):
         raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Embed again.")

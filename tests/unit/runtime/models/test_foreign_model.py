@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.models.hf_folder import fits_tokenizer_file, write_tokenizer_file
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.runtime.models.clip_model import load_model
@@ -119,3 +122,84 @@ def test_a_tokenizer_from_elsewhere_is_written_whatever_stands_beside_the_config
     )
     assert (written / "tokenizer.json").is_file()
     assert not (written / "merges.txt").exists()
+
+
+def change(file: Path, entry: str, value: Any) -> None:
+    """Set one entry of a JSON file, named by its path."""
+    content = json.loads(file.read_text())
+    *outer, last = entry.split(".")
+    holder = content
+    for name in outer:
+        holder = holder[name]
+    holder[last] = value
+    file.write_text(json.dumps(content))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ClipcidError) as raised:
+        load_model(parse_model(str(folder)))
+    return raised.value.message
+
+
+def test_code_of_a_model_folder_is_never_executed(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = tmp_path / "ran"
+    tokenizer, tower = (shutil.copytree(foreign, tmp_path / name) for name in ("tokenizer", "tower"))
+    for folder in (tokenizer, tower):
+        (folder / "theirs.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    change(tokenizer / "tokenizer_config.json", "auto_map", {"AutoTokenizer": ["theirs.Tokenizer", None]})
+    change(tokenizer / "open_clip_config.json", "model_cfg.text_cfg.tokenizer_kwargs", {"trust_remote_code": True})
+    change(tower / "config.json", "auto_map", {"AutoConfig": "theirs.Config"})
+    change(tower / "config.json", "model_type", "theirs")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # transformers asks whoever sits at a terminal
+    messages = [refusal(folder) for folder in (tokenizer, tower)]
+    assert not ran.exists()
+    assert "tokenizer_kwargs has trust_remote_code" in messages[0]
+    assert "custom code" in messages[1]
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("text_cfg.tokenizer_kwargs", {"bpe_path": "../secret.gz"}),
+        ("vision_cfg.timm_model_name", "local-dir:../elsewhere"),
+        ("vision_cfg.timm_model_name", "hf-hub:org/name"),
+        ("text_cfg.hf_tokenizer_name", "../elsewhere"),
+        ("text_cfg.hf_tokenizer_name", "elsewhere"),
+        ("text_cfg.hf_model_name", "~/elsewhere"),
+    ],
+)
+def test_a_model_folder_leads_to_no_other(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, value: Any
+) -> None:
+    folder = shutil.copytree(foreign, tmp_path / "model")
+    shutil.copytree(foreign, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "model" if str(value).startswith("../") else tmp_path)
+    own = {"hf_model_name": ["config.json"], "hf_tokenizer_name": ["tokenizer*.json", "vocab.txt"]}
+    for pattern in own.get(entry.rpartition(".")[2], []):  # or they were taken, whatever the name
+        for file in folder.glob(pattern):
+            file.unlink()
+    change(folder / "open_clip_config.json", f"model_cfg.{entry}", value)
+    message = refusal(folder)
+    assert entry in message
+    assert (value if isinstance(value, str) else "bpe_path") in message
+
+
+def test_a_written_model_asks_for_no_code(foreign: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(foreign, tmp_path / "model")
+    change(folder / "config.json", "auto_map", {"AutoModel": "theirs.Model"})
+    change(folder / "tokenizer_config.json", "auto_map", {"AutoTokenizer": ["theirs.Tokenizer", None]})
+    model = load_model(parse_model(str(folder)))  # of the classes that transformers has itself
+    info, tensors = model.info, model.module.state_dict()
+    written = tmp_path / "written"
+    write_model_folder(written, info.config, info.preprocess, tensors, source=folder, tokenizer=model.tokenizer.whole)
+    assert (written / "config.json").is_file()
+    assert [file.name for file in written.glob("*.json") if "auto_map" in file.read_text()] == []
+
+
+def test_a_tokenizer_names_no_file_outside_its_folder(foreign: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(foreign, tmp_path / "model")
+    (tmp_path / "secret").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nsecret\n")
+    change(folder / "tokenizer_config.json", "vocab_file", str(tmp_path / "secret"))
+    assert "vocab_file" in refusal(folder)
