@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
 from PIL import Image
+
+from clipcid_cli.shown import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,15 +25,22 @@ _PIXELS_PER_INCH = 105
 
 
 def render_report(template: str, **context: Any) -> str:
-    """Fill a template of ``formats/templates/``: a whole page without external resources. Text is escaped."""
+    """Fill a template of ``formats/templates/``: a whole page without external resources. Text is made plain and escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("clipcid_cli.formats"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: plain(value) if type(value) is str else value,  # Markup is ours
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"plain": plain, "script_hash": _hash_script}
     return environment.get_template(template).render(**context)
+
+
+def _hash_script(script: str) -> str:
+    """Return by which a page's content security policy admits one script written in the page."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
 
 
 def make_figure() -> Figure:
