@@ -243,6 +243,9 @@ def test_parity_is_measured_and_told(exported: Exported) -> None:
     assert "| Teacher | unknown |" in card
     assert "| Embedding width | 32 |" in card
     assert "| `classifier_int8.onnx` |" in card
+    assert "tells 3 classes apart, by 2 prompts each (a {c}, …):\n\ngreen line, red square, blue circle\n\n#" in card
+    assert "Images become 32 × 32 pixels, and texts are cut at 12 tokens" in card
+    assert "`tokenizer(texts, { padding: 'max_length', truncation: true })`" in card
 
 
 def test_the_examples_of_the_documents_run_as_they_stand(exported: Exported, tmp_path: Path) -> None:
