@@ -73,6 +73,6 @@ def test_what_a_name_says_to_the_terminal_is_shown_as_text(width: int) -> None:
     assert "pw" not in text
 
 
-def test_a_usage_error_shows_control_characters_as_text(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["embed", "--no-such-flag-\x1b[31m\x9b2J"]) == 2
-    assert r"--no-such-flag-\x1b[31m\x9b2J" in capsys.readouterr().err
+def test_an_error_shows_control_characters_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["embed", "--config", "no\x1b]0;owned\x07\x9b2J.toml"]) == 2
+    assert r"--config no\x1b]0;owned\x07\x9b2J.toml cannot be read" in capsys.readouterr().err
