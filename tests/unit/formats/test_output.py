@@ -320,7 +320,7 @@ def test_settings_with_a_secret_are_those_with_another(tmp_path: Path) -> None:
 
     begin(tmp_path, name("x"))
     with open_it(tmp_path, name("y")) as output:
-        assert output.resumed
+        assert output.begun == output.root
         finish(output)
     with open_it(tmp_path, name("x")) as output:
         assert output.finished is not None
