@@ -19,6 +19,7 @@ from clipcid_cli import __version__
 from clipcid_cli.commands.command import PageContext
 from clipcid_cli.commands.failures import explain, validate_world
 from clipcid_cli.commands.signals import end_on_signals, leave_end_to_signal, open_closed
+from clipcid_cli.shown import plain
 
 # Name → one line for `clipcid --help`, in the order of the work; each lives in commands/<name>.py and is imported only when
 # it is called, so that help and usage errors answer at once.
@@ -125,7 +126,7 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     except Exception as error:
         if debug and not isinstance(error, click.UsageError):
-            traceback.print_exception(error)
+            click.echo(plain("".join(traceback.format_exception(error))), err=True, nl=False)
         failure = explain(error, next((word for word in arguments if word in COMMANDS), ""))
         if failure.message:
             _say(failure.message, head="Error:")
@@ -140,7 +141,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _say(text: str, head: str = "") -> None:
     """Write to stderr, if it can be written to: in lines that fit a terminal, but whole to a log file, to be searched."""
-    text = f"{head} {text}" if head else text
+    text = plain(f"{head} {text}" if head else text)
     if sys.stderr.isatty():
         from clipcid_cli.commands.summary import wrap  # and with it rich, which a help page does without
 

@@ -9,6 +9,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from clipcid_cli.shown import redact
+
 DEFAULT_WORK = Path("clipcid-work")
 
 
@@ -18,9 +20,9 @@ class ClipcidError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, fix: str = "") -> None:
-        super().__init__(message)
-        self.message = message  # what is wrong, where, and both numbers when two disagree
-        self.fix = fix  # what to type or change; may be empty only when the message already says it
+        super().__init__(redact(message))
+        self.message = redact(message)  # what is wrong, where, and both numbers when two disagree
+        self.fix = redact(fix)  # what to type or change; may be empty only when the message already says it
         self.already_reported = False  # whether another process of the run prints it, so that the user reads it once
 
     def __str__(self) -> str:

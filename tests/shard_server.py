@@ -51,7 +51,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer(with_content=True)
 
     def _answer(self, *, with_content: bool) -> None:
-        server, name = self.server, self.path.lstrip("/")
+        server, name = self.server, self.path.partition("?")[0].lstrip("/")  # a signature is not looked at
         time.sleep(server.delay)
         path = server.folder / name
         with server.lock:

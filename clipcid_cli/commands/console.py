@@ -19,6 +19,7 @@ from rich.text import Text
 
 from clipcid_cli.commands.signals import said_at_end
 from clipcid_cli.commands.summary import format_seconds, wrap
+from clipcid_cli.shown import plain
 from clipcid_cli.steps.reporting import Progress, Reporter
 
 # A bar would fill a log file: where stderr is no terminal, a line now and then says as much.
@@ -91,7 +92,7 @@ class _Shown(Progress):
 
     def __init__(self, console: Console, label: str, total: float | None, unit: str) -> None:
         self.console = console
-        self.label = label
+        self.label = plain(label)
         self.total = total
         self.unit = unit
         self.scale, self.word = next((each for each in _SCALES if (total or 0) >= 10 * each[0]), (1.0, ""))
@@ -109,7 +110,7 @@ class _Shown(Progress):
     def show(self, **fields: Any) -> None:
         values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in fields.items()}
         # Lines may break between them only.
-        self.values = " ".join(f"{name}={value}" for name, value in values.items())
+        self.values = plain(" ".join(f"{name}={value}" for name, value in values.items()))
 
     def end(self, mark: str) -> None:
         """Show that the work is over; it may have ended early: then the numbers still say of how much."""

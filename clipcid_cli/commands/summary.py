@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from clipcid_cli.shown import plain
+
 _GAP = 2
 _UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 1000}
 _PART = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\]"""  # of a word, as a shell reads it
@@ -20,11 +22,11 @@ _COMMAND = re.compile(rf"(?P<before>.*:) (?P<command>(?:clipcid|torchrun) .*|--[
 
 
 def wrap(text: str, width: int) -> str:
-    """Break each line of a text that is wider than `width`, keeping its indentation.
+    """Make a text plain, and break each line of a text that is wider than `width`, keeping its indentation.
 
     Lines end between words; a path that is too long for a line, after a slash. A longer word stays whole.
     """
-    return "\n".join(_wrap_line(line, width) for line in text.split("\n"))
+    return "\n".join(_wrap_line(line, width) for line in plain(text).split("\n"))
 
 
 def wrap_command(command: str, width: int) -> str:
@@ -67,8 +69,9 @@ class _Wrapper(textwrap.TextWrapper):
 def print_facts(console: Console, title: str, facts: dict[str, str], files: dict[str, str] | None = None) -> None:
     """Print a title and a list of names and values, then of written files, the form of every step's summary."""
     if title:
-        console.print(Text(title, style="bold"), soft_wrap=True)
+        console.print(Text(plain(title), style="bold"), soft_wrap=True)
     facts = facts | {name.replace("_", " "): path for name, path in (files or {}).items()}
+    facts = {plain(name): plain(value) for name, value in facts.items()}
     indent = max(map(len, facts), default=0) + _GAP
     for name, value in facts.items():
         room = console.width - indent
@@ -87,7 +90,8 @@ def print_table(
 
     The first `left` columns are aligned left; the others are numbers and aligned right.
     """
-    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(Text(plain(title), style="bold"), soft_wrap=True)
+    columns, *rows = ([plain(cell) for cell in row] for row in [columns, *rows])
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     if sum(widths) + _GAP * (len(widths) - 1) <= console.width:
         for number, row in enumerate([columns, *rows]):

@@ -35,6 +35,7 @@ from clipcid_cli.formats.sidecar import (
     sidecar_path,
     write_sidecar,
 )
+from clipcid_cli.shown import redact_all
 
 WORK = "--work"
 
@@ -60,12 +61,12 @@ class OutputSpec(Generic[AnySidecar]):
 
     @property
     def run(self) -> Run:
-        return Run(settings=json.loads(json.dumps(self.settings)), inputs=[*self.inputs])
+        return Run(settings=redact_all(json.loads(json.dumps(self.settings))), inputs=[*self.inputs])
 
     @property
     def root(self) -> Path:
         """The work folder; its tree is that of `top`."""
-        return self.folder / f".{self.step}-{identity_of(self.settings, self.inputs)}"
+        return self.folder / f".{self.step}-{identity_of(redact_all(self.settings), self.inputs)}"
 
 
 @dataclasses.dataclass

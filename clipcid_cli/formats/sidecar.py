@@ -18,6 +18,7 @@ from clipcid_cli import __version__
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import reading, write_json
 from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.shown import redact_all
 
 FORMAT_VERSION = 2
 
@@ -440,4 +441,5 @@ def make_sidecar(kind: type[AnySidecar], step: str, run: Run, entries: dict[str,
     seconds = {phase: round(value, 3) for phase, value in entries["seconds"].items()}
     content |= {"settings": run.settings, "inputs": run.inputs, **entries, "seconds": seconds}
     assert content.keys() <= {*kind.__struct_fields__}, content.keys() - {*kind.__struct_fields__}
-    return msgspec.convert(msgspec.to_builtins(content, enc_hook=lambda number: number.item()), kind)  # NumPy's numbers
+    plain = msgspec.to_builtins(content, enc_hook=lambda number: number.item())  # NumPy's numbers
+    return msgspec.convert(redact_all(plain), kind)

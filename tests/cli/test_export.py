@@ -142,6 +142,37 @@ def test_encoders_of_8_bits_compute_nearly_what_the_model_does(exported: Exporte
         assert (found * rows.numpy()).sum(axis=1).min() > 0.99
 
 
+def test_rows_are_compared_of_all_images_and_in_8_bits_one_by_one(exported: Exported) -> None:
+    drawn = [*range(1, 24, 3), *range(2, 24, 3), *range(0, 24, 3)]  # folder after folder
+    pixels = torch.stack([exported.transform(Image.open(io.BytesIO(draw(number)))) for number in drawn])
+    with torch.no_grad():
+        expected = exported.model.encode_image(pixels, normalize=True).numpy()
+    parity = exported.run.json["parity"]
+    for form, name in (("onnx", "image_encoder.onnx"), ("onnx-int8", "image_encoder_int8.onnx")):
+        session = ort.InferenceSession(exported.folder / name, providers=["CPUExecutionProvider"])
+        cosines = []
+        for size, count in ((1, 24), (2, 16), (5, 16), (16, 16), (32, 24)):
+            for first in range(0, count, size):
+                batch = slice(first, min(first + size, count))
+                rows = session.run(["image_embeds"], {"pixel_values": pixels[batch].numpy()})[0]
+                cosines += [*(rows * expected[batch]).sum(axis=1)]
+        assert parity[form]["image"]["samples"] == 24
+        assert parity[form]["image"]["min_cosine"] == pytest.approx(min(cosines), abs=2e-6)
+
+
+def test_rows_of_16_bits_are_of_unit_length(exported: Exported) -> None:
+    image_rows, _ = ask(exported.folder / "image_encoder_fp16.onnx", pixel_values=exported.pixels.numpy())
+    (text_rows,) = ask(exported.folder / "text_encoder_fp16.onnx", input_ids=exported.tokens.numpy())
+    for rows in (image_rows, text_rows):
+        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+
+
+def test_whoever_reads_one_file_reads_all(exported: Exported) -> None:
+    modes = {path.name: path.stat().st_mode for path in exported.folder.iterdir() if path.is_file()}
+    assert len(modes) > 15
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_transformers_computes_what_the_model_does(exported: Exported) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' own
@@ -195,7 +226,7 @@ def test_parity_is_measured_and_told(exported: Exported) -> None:
     assert set(parity) == {"open-clip", "hf"} | kinds
     for form in ("open-clip", "onnx"):
         for tower in ("image", "text"):
-            assert parity[form][tower]["batch_sizes"] == [1, 2, 5, 16]
+            assert parity[form][tower]["batch_sizes"] == [1, 2, 5, 16] + [32] * (tower == "image")
             assert parity[form][tower]["min_cosine"] > 0.99999
     for form in ("hf", "onnx", "classifier"):
         assert (parity[form]["zeroshot"]["measure"], parity[form]["zeroshot"]["agreement"]) == ("acc1", 1)
@@ -212,6 +243,9 @@ def test_parity_is_measured_and_told(exported: Exported) -> None:
     assert "| Teacher | unknown |" in card
     assert "| Embedding width | 32 |" in card
     assert "| `classifier_int8.onnx` |" in card
+    assert "tells 3 classes apart, by 2 prompts each (a {c}, …):\n\ngreen line, red square, blue circle\n\n#" in card
+    assert "Images become 32 × 32 pixels, and texts are cut at 12 tokens" in card
+    assert "`tokenizer(texts, { padding: 'max_length', truncation: true })`" in card
 
 
 def test_the_examples_of_the_documents_run_as_they_stand(exported: Exported, tmp_path: Path) -> None:

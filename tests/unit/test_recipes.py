@@ -177,3 +177,17 @@ def test_a_pilot_names_the_command_to_go_on_with(tmp_path: Path, tiny_model: Pat
     assert command.startswith("Go on with: ")
     assert "--preset clip --lr" in command
     assert command.endswith("--steps 40")
+
+
+def test_what_is_installed_comes_from_one_place() -> None:
+    """Actions are named by commit, and no package may come from the one of two indexes that has the larger number."""
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    actions = [line for path in workflows for line in re.findall(r"uses: (.+)", path.read_text())]
+    assert len(actions) >= 6
+    for action in actions:
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), action
+    scripts = [
+        path for name in ("recipes", ".ci", "tests") for path in (ROOT / name).rglob("*") if path.suffix == ".sh"
+    ]
+    for path in (*workflows, *scripts, ROOT / "README.md", *(ROOT / "recipes").rglob("README.md")):
+        assert not re.search(r"extra[-_]index", path.read_text(), re.IGNORECASE), path

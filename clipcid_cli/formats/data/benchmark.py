@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import is_remote
+from clipcid_cli.formats.data.remote import is_remote, without_query
 from clipcid_cli.formats.files import read_regular, reading
+from clipcid_cli.shown import REDACTED, redact
 
 CLASS_NAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"
@@ -123,8 +124,7 @@ def _describe(name: str, data: str, about: Path) -> BenchmarkFolder:
 
 def name_data(data: str) -> str:
     """Name data by the end of its path, from the first part that tells: ``cars/test``, ``pairs/{00000..00099}.tar``."""
-    if not is_remote(data):
-        data = str(Path(data).resolve())
+    data = redact(without_query(data)).replace(f"{REDACTED}@", "") if is_remote(data) else str(Path(data).resolve())
     parts = data.rstrip("/").split("/")
     first = len(parts) - 1
     while first > 0 and (parts[first] in _SPLITS or _NUMBERED_SHARDS.fullmatch(parts[first])):

@@ -20,7 +20,7 @@ from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, TEXT_LISTS
 from clipcid_cli.formats.data.image_column import count_rows
 from clipcid_cli.formats.data.index import DataIndex, index_folder, open_index, repeated_key
 from clipcid_cli.formats.data.parquet_shards import ImageTable, find_table, no_images_error, validate_parquet
-from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
+from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder, without_query
 from clipcid_cli.formats.data.samples import ByteRange, Columns, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
 from clipcid_cli.formats.data.tars import COPY_AGAIN, CutTarError, validate_member_keys, validate_tar
@@ -28,6 +28,7 @@ from clipcid_cli.formats.files import open_regular
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import DataSpec
 from clipcid_cli.formats.skips import Skips
+from clipcid_cli.shown import is_redacted, redact
 
 _FORMS = (
     "Give a folder of .tar shards or of parquet files with images, one such file, a pattern such as "
@@ -68,7 +69,7 @@ _HASHED_AT_ONCE = 256
 class Dataset:
     """Image-text data."""
 
-    spec: str  # its name as given; local paths are absolute
+    spec: str  # its name as given, without secrets; local paths are absolute
     # ``webdataset``, ``benchmark`` (CLIP_benchmark's folder), ``parquet`` (with the images in it), ``images``, ``list`` or
     # ``texts``.
     kind: str
@@ -128,6 +129,11 @@ def open_described(description: DataSpec, index_root: Path | None = None) -> Dat
             f"The data is the output of a command, {description.spec}, which is not run unless you give it yourself.",
             "If you trust the command, give it as the data.",
         )
+    if is_redacted(description.spec):
+        raise ClipcidError(
+            f"The data is at {description.spec}, an address whose secrets are not recorded.",
+            "Give the data again, with its whole address.",
+        )
     columns = Columns(description.image, description.caption, description.key)
     return open_dataset(
         description.spec,
@@ -170,9 +176,10 @@ def open_dataset(
     columns = columns or Columns()
     caption_keys = tuple(dict.fromkeys(key.removeprefix(".") for key in caption_keys))
     prefix_keys = keys == "shard"
-    files = None if spec.lower().endswith(TEXT_LISTS) else _find_files(spec)
+    place = without_query(spec).lower()
+    files = None if place.endswith(TEXT_LISTS) else _find_files(spec)
     table, classes = (None, None) if files is None else _find_table(files, columns, caption_keys)
-    if table is None and spec.lower().endswith(LIST_SUFFIXES) and files in (None, [spec]):
+    if table is None and place.endswith(LIST_SUFFIXES) and files in (None, [spec]):
         kind = "list"
         shards = cut(Images(spec, columns, caption_keys=caption_keys), spec, prefix_keys=prefix_keys)
     elif files is not None and (table is not None or not _is_parquet(files[0])):
@@ -210,7 +217,7 @@ def open_dataset(
                 f"--caption-key names members of tars or columns, and {spec} is a folder of images.",
                 "Omit it: their captions are in a .txt beside each image.",
             )
-    dataset = Dataset(spec, kind, shards, classes, keys, columns, caption_lines, caption_keys)
+    dataset = Dataset(redact(spec), kind, shards, classes, keys, columns, caption_lines, caption_keys)
     if index_root is not None:
         read_so = {"keys": keys, "caption_lines": caption_lines, "caption_keys": caption_keys}
         read_so |= dataclasses.asdict(columns)
@@ -321,7 +328,11 @@ def _find_files(spec: str) -> list[str] | None:
             if found is None:
                 raise ClipcidError(f"{part} contains no .tar shard.", _FORMS)
             files += found
-    elif is_pipe(spec) or (is_url(spec) and spec.lower().endswith(_SHARD_SUFFIXES)) or os.path.isfile(spec):
+    elif (
+        is_pipe(spec)
+        or (is_url(spec) and without_query(spec).lower().endswith(_SHARD_SUFFIXES))
+        or os.path.isfile(spec)
+    ):
         files = [spec]
     elif is_url(spec):
         files = _choose_form(spec, list_folder(spec))
@@ -344,7 +355,7 @@ def _find_files(spec: str) -> list[str] | None:
 def _choose_form(folder: str, paths: list[str]) -> list[str]:
     """Return the tars of a folder, or else its parquet files: tools write these beside tars, without images."""
     for suffix in _SHARD_SUFFIXES:
-        files = [path for path in paths if path.lower().endswith(suffix)]
+        files = [path for path in paths if without_query(path).lower().endswith(suffix)]
         if files:
             break
     if suffix == ".tar":
@@ -374,7 +385,7 @@ def _refuse_compressed(folder: str, paths: list[str]) -> None:
 
 
 def _is_parquet(file: str) -> bool:
-    return file.lower().endswith(".parquet") and not is_pipe(file)
+    return without_query(file).lower().endswith(".parquet") and not is_pipe(file)
 
 
 def _find_table(
@@ -454,7 +465,7 @@ def _normalize(spec: str) -> str:
 
 def _name_shards(files: list[str]) -> list[str]:
     """Name shards by their files, preceded by as many folders as it takes to distinguish them."""
-    paths = [_path_in_command(file) if is_pipe(file) else file for file in files]
+    paths = [_path_in_command(redact(file)) if is_pipe(file) else redact(without_query(file)) for file in files]
     names = [os.path.splitext(path)[0] if path.lower().endswith(_SHARD_SUFFIXES) else path for path in paths]
     parts = [name.split("/") for name in names]
     depth = 1

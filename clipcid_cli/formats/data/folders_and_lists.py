@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import is_url, local_file
+from clipcid_cli.formats.data.remote import is_url, local_file, without_query
 from clipcid_cli.formats.data.samples import (
     IMAGE_SUFFIXES,
     MAX_SAMPLE_BYTES,
@@ -155,7 +155,7 @@ class Images(Slices):
             if row["captions"] is not None:
                 keys = self.caption_keys or (self.columns.caption,)
                 captions = gather_captions(keys, row["captions"], skips)
-            folder = folder.rpartition("/")[0] if is_url(folder) else os.path.dirname(folder)
+            folder = without_query(folder).rpartition("/")[0] if is_url(folder) else os.path.dirname(folder)
         if row["text"]:
             with contextlib.suppress(OSError):  # a caption that cannot be read is a missing one, and counted as such
                 text = read_regular(os.path.join(folder, os.fsdecode(row["text"])), self.max_sample_bytes)
@@ -261,15 +261,17 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
     """Read a list slice by slice; what is missing in a cell is None."""
     import pandas as pd  # 0.15 s, which other kinds of data should not wait for
 
+    name = without_query(source).lower()
+
     def read() -> Iterator[pd.DataFrame]:
         open_regular(path).close()
-        if source.lower().endswith(".parquet"):
+        if name.endswith(".parquet"):
             yield from _read_tables(path)
             return
         with path.open(encoding="utf-8", errors="replace") as file:
             header = file.readline()
         # open_clip writes and reads tab-separated lists, whatever they are called.
-        separator = "\t" if source.lower().endswith(".tsv") or ("\t" in header and "," not in header) else ","
+        separator = "\t" if name.endswith(".tsv") or ("\t" in header and "," not in header) else ","
         with pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, chunksize=VIRTUAL_SHARD) as frames:
             for frame in frames:
                 _validate_rows(source, frame, separator)

@@ -34,6 +34,7 @@ from clipcid_cli.formats.files import atomic_file, lock, read_regular, write_err
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.join import find_repeat
 from clipcid_cli.formats.skips import Skips
+from clipcid_cli.shown import redact
 
 # Parts that a process holds: two groups of the shuffle's shards and some; 10,000 samples take about 0.7 MB.
 _PARTS_KEPT = 48
@@ -185,7 +186,8 @@ class DataIndex:
             return None
         record = self.records[number]
         column = None if shard.table is None else shard.table.image
-        return ShardCopy(self.cache, record.fingerprint, record.digest, column)
+        listed = msgspec.structs.replace(record.fingerprint, path=shard.source)  # with its secrets, to be fetched
+        return ShardCopy(self.cache, listed, record.digest, column)
 
 
 def index_folder(root: Path, kind: str, settings: dict[str, Any]) -> Path:
@@ -286,11 +288,11 @@ def repeated_key(key: str, one: str, other: str) -> ClipcidError:
 
 
 def _part_path(folder: Path, shard: Shard) -> Path:
-    return folder / f"{hash_json([shard.name, shard.source])}.arrow"
+    return folder / f"{hash_json([shard.name, redact(shard.source)])}.arrow"
 
 
 def _table_path(folder: Path, shards: Sequence[Shard]) -> Path:
-    return folder / f"shards-{hash_json([(shard.name, shard.source) for shard in shards])}.parquet"
+    return folder / f"shards-{hash_json([(shard.name, redact(shard.source)) for shard in shards])}.parquet"
 
 
 def _to_json(record: IndexedShard) -> str:

@@ -21,8 +21,10 @@ import fsspec
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import open_regular
 from clipcid_cli.formats.fingerprint import FileRecord, hash_windows
+from clipcid_cli.shown import redact
 
 _PIPE = "pipe:"
+_FILES = (".tar", ".parquet", ".csv", ".tsv")
 # Seconds before each further attempt at a connection that broke. Bytes received start the count anew.
 _WAITS = (0.25, 0.5, 1.0, 2.0, 4.0)
 # And then, where waiting will help and a run would die: overloaded servers ask for minutes.
@@ -59,6 +61,12 @@ def is_pipe(spec: str) -> bool:
 def is_remote(spec: str) -> bool:
     """Tell whether this is read as a stream: a URL or a command."""
     return is_url(spec) or is_pipe(spec)
+
+
+def without_query(spec: str) -> str:
+    """Return a web address without the query that signs it, where what is before that names a file; else all of it."""
+    place, _, _ = spec.partition("?")
+    return place if spec.startswith(("http://", "https://")) and place.lower().endswith(_FILES) else spec
 
 
 def open_remote(path: str) -> io.BufferedReader:
@@ -183,17 +191,18 @@ def read_remote(url: str, offset: int = 0, size: int | None = None) -> bytes:
 def describe_file(path: str) -> FileRecord:
     """Return the size of the file behind a URL, and a hash of what its server tells of its content: no byte of it is read.
 
-    That is its size and ETag, checksum or modification time, whichever the server knows. Of a command it is its text.
+    That is its size and ETag, checksum or modification time, whichever the server knows. Of a command it is its text,
+    without secrets: as the signature of an address, they may differ from run to run.
     """
     size = 0
-    version = path
+    version = redact(path)
     if not is_pipe(path):
         info: dict[str, Any] = _ask(path, lambda filesystem, inner: filesystem.info(inner))
         known = {name.lower(): value for name, value in info.items()}
         size = int(known.get("size") or 0)
         version = next((str(known[name]) for name in _VERSIONS if known.get(name)), "")
     digest = hashlib.blake2b(f"{size} {version}".encode("utf-8", "surrogateescape"), digest_size=16)
-    return FileRecord(path, size, f"blake2b-remote:{digest.hexdigest()}")
+    return FileRecord(redact(path), size, f"blake2b-remote:{digest.hexdigest()}")
 
 
 def describe_shard(path: str) -> FileRecord:
@@ -235,7 +244,7 @@ def local_file(path: str) -> Iterator[Path]:
         yield Path(path)
         return
     with tempfile.TemporaryDirectory(prefix="clipcid-") as folder:
-        copy = Path(folder, "copy" + Path(path).suffix)
+        copy = Path(folder, "copy" + Path(without_query(path)).suffix)
         with copy.open("wb") as file, open_remote(path) as source:
             shutil.copyfileobj(source, file)
         yield copy

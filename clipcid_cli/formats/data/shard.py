@@ -13,6 +13,7 @@ from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, TXT, Sample
 from clipcid_cli.formats.data.tars import read_tar
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.skips import Skips
+from clipcid_cli.shown import redact
 
 
 class Slices(ABC):
@@ -114,7 +115,7 @@ class Shard:
 
     def fingerprint(self) -> FileRecord:
         if self.slices is not None:
-            return FileRecord(f"{self.source}#{self.name}", *self.slices.fingerprint(self.number))
+            return FileRecord(f"{redact(self.source)}#{self.name}", *self.slices.fingerprint(self.number))
         return describe_shard(self.source)
 
     def stamp(self) -> tuple[int, int]:

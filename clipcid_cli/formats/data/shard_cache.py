@@ -114,7 +114,7 @@ class ShardCopy:
                 return
             expect_answers(self.shard.path)  # by whom it was listed
             found = describe_shard(self.shard.path)
-            if found != self.shard:
+            if found.content != self.shard.content:
                 raise ClipcidError(
                     f"{self.shard.path} has changed since it was listed.",
                     "Remove index/ from the work directory, then run the same command again: the data is listed anew.",

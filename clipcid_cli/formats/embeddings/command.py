@@ -11,6 +11,7 @@ import msgspec
 from clipcid_cli.errors import command_line
 from clipcid_cli.formats.data.samples import Columns
 from clipcid_cli.formats.sidecar import DataSpec, EmbedMade, EmbedSidecar
+from clipcid_cli.shown import redact
 
 # What a command of `embed` omits.
 DEFAULTS = {
@@ -57,7 +58,7 @@ def texts_command(model: str | None, texts: str | None = None, **more: Any) -> s
 
 def _flags_of_data(described: DataSpec | None, data: str | None, flags: dict[str, Any]) -> dict[str, Any]:
     """Return flags and those by which the recorded data was read, where that is the data of the command."""
-    if described is None or (data is not None and data != described.spec):
+    if described is None or (data is not None and redact(data) != described.spec):
         return flags
     recorded = {f"{name}_column": getattr(described, name) for name in dataclasses.asdict(Columns())}
     recorded |= {name: getattr(described, name) for name in ("keys", "caption_lines", "caption_key")}

@@ -19,7 +19,14 @@ import torch
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import write_bytes, write_json, write_text
-from clipcid_cli.formats.models.export_folder import MERGES, SPECIAL_TOKENS, TOKENIZER, VOCABULARY
+from clipcid_cli.formats.models.export_folder import (
+    HF_CONFIG,
+    HF_WEIGHTS,
+    MERGES,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    VOCABULARY,
+)
 from clipcid_cli.formats.models.open_clip_folder import RESAMPLE, pixel_problems, refusals_of_the_system, square_side
 
 _VOCABULARY_SIZE = 49408
@@ -124,6 +131,8 @@ def write_hf_folder(
     empty.load_state_dict(dict(_rename_tensors(tensors)), assign=True)
     with refusals_of_the_system(folder):
         empty.save_pretrained(folder, max_shard_size="1TB")  # in one file
+    # safetensors lets the owner alone read it.
+    (folder / HF_WEIGHTS).chmod((folder / HF_CONFIG).stat().st_mode)
 
 
 def write_hf_settings(

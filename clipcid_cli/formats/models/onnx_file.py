@@ -163,6 +163,8 @@ def _write_fp16(source: Path, target: Path) -> None:
     converted = OnnxModel(
         convert_float_to_float16(whole, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *in_fp32])
     )
+    _remove_rounding(converted.model.graph)
+    converted.prune_graph()
     converted.topological_sort()  # the converter appends its casts at the end
     model = converted.model
     # Shapes are inferred again, because the converter leaves some in their old number format.
@@ -170,6 +172,26 @@ def _write_fp16(source: Path, target: Path) -> None:
     beside = model.ByteSize() >= _PROTOBUF_LIMIT
     onnx.save(model, target, save_as_external_data=beside, location=f"{target.name}.data" if beside else None)
     onnx.shape_inference.infer_shapes_path(target, target)
+
+
+def _remove_rounding(graph: Any) -> None:
+    """Let operators in 32 bits pass on what they compute: the converter rounds all of it to 16 bits, unit rows too."""
+    from onnx import TensorProto
+
+    rounded = {node.output[0]: node.input[0] for node in graph.node if _is_cast(node, TensorProto.FLOAT16)}
+    widened = [node for node in graph.node if _is_cast(node, TensorProto.FLOAT) and node.input[0] in rounded]
+    exact = {node.output[0]: rounded[node.input[0]] for node in widened}
+    for node in widened:
+        graph.node.remove(node)
+    # What is an output of the graph keeps the output's name.
+    named = {exact[output.name]: output.name for output in graph.output if output.name in exact}
+    for node in graph.node:
+        node.input[:] = [named.get(name, name) for name in (exact.get(name, name) for name in node.input)]
+        node.output[:] = [named.get(name, name) for name in node.output]
+
+
+def _is_cast(node: Any, kind: int) -> bool:
+    return bool(node.op_type == "Cast" and node.attribute[0].i == kind)
 
 
 def validate_for_classifier(preprocess: Mapping[str, Any]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import shutil
 import subprocess
 import tarfile
@@ -27,6 +30,15 @@ from clipcid_cli.formats.report import render_report
 _PACKAGES = {
     "onnxruntime-web@1.30.0": {f"dist/{ENGINE}": ENGINE, f"dist/{ENGINE_BINARY}": ENGINE_BINARY},
     "@huggingface/tokenizers@0.2.0": {f"dist/{JS_TOKENIZERS}": JS_TOKENIZERS, "LICENSE": JS_TOKENIZERS_LICENSE},
+}
+# What npm calls their integrity (npm view PACKAGE dist.integrity): the SHA-512 of each archive.
+_INTEGRITY = {
+    "onnxruntime-web@1.30.0": (
+        "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+    ),
+    "@huggingface/tokenizers@0.2.0": (
+        "sha512-LidMHe1FpcSYH4vcSjXooda34pC0M8m1gmDOv7SQi6Iv+ib1zX7J3sHBCC9/3FPCkn2k1b55FneVqMRxrr99pg=="
+    ),
 }
 _FIX = (
     f"On a machine with a network: npm pack {' '.join(_PACKAGES)}; then give the folder of both files: "
@@ -55,15 +67,23 @@ def write_engine(folder: Path, packages: Path | None) -> None:
         archives = packages or _fetch_packages(Path(scratch))
         for package, files in _PACKAGES.items():
             archive = archives / _archive_name(package)
-            with (
-                reading(archive, f"npm's {package}", _FIX) as file,
-                tarfile.open(fileobj=file, mode="r:gz") as tar,
-            ):
+            with reading(archive, f"npm's {package}", _FIX) as file:
+                content = file.read()
+            _validate_archive(content, archive, package)
+            with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as tar:
                 for member, name in files.items():
-                    content = tar.extractfile(f"package/{member}")
-                    if content is None:
-                        raise ClipcidError(f"{archive} is not npm's {package}: {member} is a folder.", _FIX)
-                    write_bytes(folder / name, content.read())
+                    packed = tar.extractfile(f"package/{member}")
+                    assert packed is not None, "a file of this very archive"
+                    write_bytes(folder / name, packed.read())
+
+
+def _validate_archive(content: bytes, archive: Path, package: str) -> None:
+    """Refuse an archive that is not the very one that the page was tested with."""
+    integrity = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode("ascii")
+    if integrity != _INTEGRITY[package]:
+        raise ClipcidError(
+            f"{archive} is not npm's {package}: its hash is {integrity}, not {_INTEGRITY[package]}.", _FIX
+        )
 
 
 def _archive_name(package: str) -> str:

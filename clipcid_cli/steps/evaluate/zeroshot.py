@@ -34,6 +34,7 @@ from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName
 from clipcid_cli.runtime.timing import timed
+from clipcid_cli.shown import is_redacted
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import note_captions
 from clipcid_cli.steps.evaluate.compare import compare_results
@@ -316,7 +317,9 @@ def _describe_calibration(found: Calibrations | None) -> dict[str, str]:
 
 
 def _thumbnail(example: Example) -> str | None:
-    """Return an example's image as a small ``data:`` URL; None when it can no longer be read."""
+    """Return an example's image as a small ``data:`` URL; None when it can no longer be read, or its address is secret."""
+    if is_redacted(example.path):
+        return None
     image = read_image(ByteRange(example.path, example.offset, example.size, column=example.column))
     return None if isinstance(image, SkippedImage) else thumbnail(image)
 

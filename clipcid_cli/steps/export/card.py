@@ -17,6 +17,7 @@ from clipcid_cli.formats.sidecar import AnySidecar, DistillSidecar, EmbedSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ModelInfo
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName
+from clipcid_cli.steps.export.check import Classes
 from clipcid_cli.steps.settings.export import ExportSettings
 
 _UNKNOWN = "unknown"
@@ -29,6 +30,7 @@ def render_card(
     settings: ExportSettings,
     parity: Mapping[str, Parity],
     files: Sequence[str],
+    classes: Classes | None = None,
 ) -> str:
     """Write the model card in Markdown; the folder of a run's student leads to the sidecars of that run."""
     work = WorkDirectory(settings.work)
@@ -67,6 +69,7 @@ def render_card(
         dense=settings.dense,
         files=files,
         content=CONTENT,
+        classes=classes,
     )
     return card.rstrip() + "\n"
 

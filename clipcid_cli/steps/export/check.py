@@ -47,7 +47,7 @@ from clipcid_cli.steps.settings.export import ExportSettings
 
 Batch = TypeVar("Batch")
 
-# Images, and texts, whose rows are compared at each batch size; predictions are compared on all images.
+# Images, and texts, whose rows are compared at each batch size; all images are compared in batches, and in int8 alone.
 _COMPARED_ROWS = 16
 # One sample, two, an odd number, and more than a vector register holds.
 _BATCH_SIZES = (1, 2, 5, _COMPARED_ROWS)
@@ -315,14 +315,16 @@ def towers_of(model: ClipModel, *, dense: bool = False) -> Towers:
 class Outputs:
     """What a model, the original or an export, makes of the inputs."""
 
-    rows: dict[str, torch.Tensor]  # by output, of the compared samples in batches of each size, one after another
+    rows: dict[str, torch.Tensor]  # by output, of _COMPARED_ROWS samples in batches of each size, one after another
+    images: torch.Tensor  # rows of all images, in batches
+    alone: torch.Tensor  # rows of the first images, or of all, computed one by one
     nearest: torch.Tensor | None  # the most similar candidate of each image, int64 [N], where there are candidates
     images_per_second: float  # of the image encoder, from the bytes of cropped images, by the median batch
     latency: Latency  # of the same, from one image
 
 
-def evaluate(towers: Towers, inputs: CheckInputs) -> Outputs:
-    """Run a model on the inputs."""
+def evaluate(towers: Towers, inputs: CheckInputs, alone: int = _TIMED_SINGLY) -> Outputs:
+    """Run a model on the inputs, and on so many of the images one by one."""
     pixels = inputs.compared_pixels
     compared = {
         "image": (towers.images, pixels),
@@ -334,13 +336,13 @@ def evaluate(towers: Towers, inputs: CheckInputs) -> Outputs:
         for output, (encode, samples) in compared.items()
         if encode is not None
     }
-    embedded, seconds = run_timed(towers.images, torch.split(inputs.pixels, _IMAGE_BATCH))
-    _, seconds_of_one = run_timed(towers.images, torch.split(inputs.pixels[:_TIMED_SINGLY], 1))
+    images, seconds = run_timed(towers.images, torch.split(inputs.pixels, _IMAGE_BATCH))
+    single_images, seconds_of_one = run_timed(towers.images, torch.split(inputs.pixels[:alone], 1))
     nearest = None
     if inputs.candidates is not None:
         weights = class_weights(towers.encode_prompts(inputs.candidates.prompts))
-        nearest = (embedded @ weights.T).argmax(dim=1)
-    return Outputs(rows, nearest, rate_of(seconds), latency_of(seconds_of_one))
+        nearest = (images @ weights.T).argmax(dim=1)
+    return Outputs(rows, images, single_images, nearest, rate_of(seconds), latency_of(seconds_of_one))
 
 
 def run_timed(compute: Callable[[Batch], torch.Tensor], batches: Iterable[Batch]) -> tuple[torch.Tensor, list[float]]:
@@ -384,8 +386,10 @@ class Checker:
             kind: Number format of its weights, `files`: it determines the limits.
             gated: Whether a loss of accuracy over the limit is an error.
         """
-        found = evaluate(towers, self.inputs)
-        rows = {output: self._compare_rows(name, output, found.rows[output]) for output in found.rows}
+        # In int8 a row depends on the rest of its batch, and many users have batches of one.
+        alone = len(self.inputs.pixels) if kind == "int8" else _TIMED_SINGLY
+        found = evaluate(towers, self.inputs, alone)
+        rows = {output: self._compare_rows(name, output, found) for output in found.rows}
         parity = Parity(
             precision=kind,
             image=rows["image"],
@@ -399,15 +403,24 @@ class Checker:
         self.validate(name, parity)
         return parity
 
-    def _compare_rows(self, name: str, output: str, theirs: torch.Tensor) -> RowParity:
-        ours = self.expected.rows[output]
+    def _compare_rows(self, name: str, output: str, found: Outputs) -> RowParity:
+        """Compare the rows of the compared samples; of images, which are compared for their predictions, those of all."""
+        ours, theirs = self.expected.rows[output], found.rows[output]
         if ours.shape != theirs.shape:
             raise ClipcidError(f"{name}: {_OUTPUTS[output]} makes {[*theirs.shape[1:]]}, PyTorch {[*ours.shape[1:]]}.")
+        samples = _COMPARED_ROWS
+        batch_sizes: tuple[int, ...] = _BATCH_SIZES
+        if output == "image":
+            images = self.expected.images
+            ours = torch.cat([ours, images, images[: len(found.alone)]])
+            theirs = torch.cat([theirs, found.images, found.alone])
+            samples = len(images)
+            batch_sizes = (*_BATCH_SIZES, _IMAGE_BATCH)
         # Rows are of unit length, patches of a length that varies with the model.
         longest = ours.norm(dim=-1).amax()
         return RowParity(
-            batch_sizes=_BATCH_SIZES,
-            samples=_COMPARED_ROWS,
+            batch_sizes=batch_sizes,
+            samples=samples,
             **compare_rows(*((rows / longest).flatten(0, -2) for rows in (ours, theirs)))._asdict(),
             shape=None if ours.ndim == 2 else ["batch", *ours.shape[1:]],
         )

@@ -157,7 +157,7 @@ def _export(source: ModelName, folder: Path, checker: Checker, seconds: dict[str
                 parity |= WRITERS[form](checker, output.work)
         write_json(output.work / PARITY, checker.describe() | {"parity": msgspec.to_builtins(parity)})
         written = list_written(output.work)
-        write_text(output.work / CARD, render_card(info, source, settings, parity, written))
+        write_text(output.work / CARD, render_card(info, source, settings, parity, written, inputs.classes))
         sync_files(output.work / name for name in [*written, CARD])
         return output.commit(
             counts={

@@ -2,10 +2,12 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
+from clipcid_cli.cli import run
 from clipcid_cli.commands.console import ConsoleReporter
-from clipcid_cli.commands.summary import wrap
+from clipcid_cli.commands.summary import print_facts, print_table, wrap
 from clipcid_cli.steps.reporting import format_duration
 
 
@@ -49,3 +51,28 @@ def test_a_bar_keeps_eight_columns_beside_any_label_and_the_largest_numbers() ->
         assert "━" * 8 in last
         assert last.rstrip().endswith(" s")
     assert "trillion" not in last
+
+
+@pytest.mark.parametrize("width", [80, 10_000])
+def test_what_a_name_says_to_the_terminal_is_shown_as_text(width: int) -> None:
+    name = "a\x1b]0;owned\x07\u202e\rb?token=abc"
+    address = f"https://ann:pw@host/{name}"
+    log, shown = console(width)
+    reporter = ConsoleReporter(log)
+    reporter.note(address)
+    reporter.warn(address)
+    with reporter.progress(address, 3, "images") as progress:
+        progress.advance(3)
+        progress.show(data=address)
+    print_facts(log, address, {address: address}, {address: address})
+    print_table(log, address, [address], [[address]])
+    text = "".join(shown.getvalue().split())
+    seen = r"https://REDACTED@host/a\x1b]0;owned\x07\u202e\x0db?token=REDACTED"
+    assert text.count(seen) == 10
+    assert text.isprintable()
+    assert "pw" not in text
+
+
+def test_an_error_shows_control_characters_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["embed", "--config", "no\x1b]0;owned\x07\x9b2J.toml"]) == 2
+    assert r"--config no\x1b]0;owned\x07\x9b2J.toml cannot be read" in capsys.readouterr().err

@@ -454,3 +454,19 @@ def test_of_files_one_that_changed_is_found(
     assert found is None or found.startswith(f"{files[-1]} {said}")
     shutil.rmtree(files[0].parent)
     assert str(find_changed(tmp_path, records, since)).startswith(f"{files[0]} is missing")
+
+
+def test_settings_with_a_secret_are_those_with_another(tmp_path: Path) -> None:
+    def name(word: str, host: str = "h") -> dict[str, Any]:
+        return {"data": [f"https://ann:{word}@{host}/a.tar"]}
+
+    begin(tmp_path, name("x"))
+    with open_it(tmp_path, name("y")) as output:
+        assert output.begun == output.root
+        finish(output)
+    with open_it(tmp_path, name("x")) as output:
+        assert output.finished is not None
+        assert output.finished.settings == {"data": ["https://REDACTED@h/a.tar"]}
+    differ = r"REDACTED@h/a\.tar.* there, .*REDACTED@i/a\.tar.* now"
+    with pytest.raises(ClipcidError, match=differ), open_it(tmp_path, name("x", "i")):
+        pass

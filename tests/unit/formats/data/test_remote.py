@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import process_context
+from conftest import process_context, shard_members, write_tar
 from shard_server import ShardServer, serve
 
 from clipcid_cli.errors import ClipcidError
@@ -247,3 +247,20 @@ def test_the_output_of_a_command_is_copied_and_makes_room_once_a_process_closes_
     close_copies()
     assert ByteRange(other.shard.path, 3, 4, copy=other).read() == b"defg"
     close_copies()
+
+
+def test_the_name_of_data_holds_no_secret_and_lists_and_shards_are_told_by_their_path(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", shard_members(0, 2))
+    (tmp_path / "0.csv").write_text("filepath,title\n0.png,a\n")
+    with serve(tmp_path) as server:
+        login = server.url.replace("//", "//ann:hunter2@")
+        for name, kind in (("0.tar", "webdataset"), ("{0..0}.tar", "webdataset"), ("0.csv", "list")):
+            data = open_dataset(f"{login}/{name}?sig=secret&part=1")
+            redacted = f"{server.url.replace('//', '//REDACTED@')}/{name}?sig=REDACTED&part=1"
+            assert (data.kind, data.spec, data.describe().spec) == (kind, redacted, redacted)
+            assert "secret" not in str(data.fingerprints())
+            assert [shard.name for shard in data.shards] == (["0"] if kind == "webdataset" else ["00000"])
+            (sample, *_) = data.shards[0].samples()
+            assert sample.image.path.startswith(login)
+    with pytest.raises(ClipcidError, match="an address whose secrets are not recorded"):
+        open_described(data.describe())

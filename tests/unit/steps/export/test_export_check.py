@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from balance_data import heard
 from conftest import make_image, shard_members, write_class_folders, write_tar
+from markdown_it import MarkdownIt
 from sidecars import make_sidecar
 
 from clipcid_cli.errors import ClipcidError
@@ -218,3 +221,17 @@ def test_names_never_become_tags(model: ClipModel, tiny_model: Path, tmp_path: P
     assert "<script" not in card
     assert "<b>" not in card
     assert "| &lt;script&gt;alert(1)&lt;/script&gt;\\| &lt;b&gt; | zeroshot_classification |" in card
+
+
+def test_names_never_become_links_or_marks(model: ClipModel, tiny_model: Path, tmp_path: Path) -> None:
+    evil = "[x](http://a.b) ![y](//c.d/e.png) <http://f.g> **h** _i_ `j` ~~k~~ |l\\| $m$ \x1b[31m www.n.o p@q.r https://s.t"
+    write_evaluation(tmp_path, "own", model.info.weights_hash, 0.5, dataset=evil)
+    named = dataclasses.replace(model.info, architecture=evil)
+    card = render(named, parse_model(str(tiny_model)), work=tmp_path)
+    page = MarkdownIt("commonmark").enable("table").render(card)
+    shown = html.escape(evil.replace("\x1b", "\\x1b")).replace("&#x27;", "'")
+    assert page.count(shown) == 2
+    assert not re.search("<(a|img|em|strong|s) ", page.replace(">", " "))
+    assert "\x1b" not in card
+    # What GitHub and the hub make links of, wherever it stands.
+    assert not re.search(r"(?<!\\)://|www\.|\w@", card.partition("## Use")[0])

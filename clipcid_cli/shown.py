@@ -1,0 +1,109 @@
+"""How text is shown to people: without the secrets of addresses and commands, and with control characters as text."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+REDACTED = "REDACTED"
+"""What stands in place of a secret."""
+
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"]+")
+# What stands before a server's name: name and password, or a token. In `abfs://container@account/` it is no secret.
+_LOGIN = re.compile(r"(?P<before>\b(?:https?|ftps?)://)[^/?#]*@|(?P<other>://)[^/?#:@]*:[^/?#]*@")
+# Names by which addresses are signed (S3, Google, Azure, CloudFront, Akamai, …). Dates change with every signature.
+_SIGNATURE = r"""
+    x-(?:amz|goog|oss|cos|obs|tos|ms)-[\w-]+ | awsaccesskeyid | googleaccessid | ossaccesskeyid | q-[\w-]+
+    | sig | se | st | ske | skt | skoid | sktid | expires | policy | key-pair-id | hdn(?:ea|ts)
+    | sign | pwd | pass | auth | jwt
+    | key(?!=[^&\#]*\.[a-z]\w{1,6}(?:[&\#]|::|$))"""  # that of an object ends as a file does
+# Parts of names of secrets anywhere: in a query, before `=` in a command, in a flag or a header.
+_SECRET = r"token|secret|passw|signature|credential|api[_-]?key|access[_-]?key|authorization|bearer|cookie|session"
+_QUERY = re.compile(
+    rf"""(?P<name>[?&;](?:{_SIGNATURE} | [\w.-]*(?:{_SECRET})[\w.-]*)=)(?:(?!::)[^&\#])+?(?=[.,:;)\]]*(?:[&\#]|::|$))""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+_COMMAND = re.compile(r"pipe:.+", re.DOTALL)
+_VALUE = r"""(?P<value>"[^"]*"|'[^']*'|(?:\\.|[^\s'"\\])+)"""
+_HEADER_NAME = rf"[\w-]*(?:{_SECRET}|-key|-auth)[\w-]*"
+_IN_COMMAND = (
+    # A header in quotation marks, which end it, and one without.
+    re.compile(rf"""(?P<name>(?P<mark>['"]){_HEADER_NAME}:\s*)(?P<value>(?:(?!(?P=mark)).)+)""", re.IGNORECASE),
+    re.compile(rf"""(?P<name>(?<![\w'"-]){_HEADER_NAME}:\s*){_VALUE}""", re.IGNORECASE),
+    # `--password X`, `--token=X`, `AWS_SECRET_ACCESS_KEY=X`
+    re.compile(rf"(?P<name>--[\w-]*(?:{_SECRET})[\w-]*[ =]){_VALUE}", re.IGNORECASE),
+    re.compile(rf"""(?P<name>(?<![\w$/-])\w*(?:{_SECRET})\w*=)(?P<value>"[^"]*"|'[^']*'|[^\s'"&]+)""", re.IGNORECASE),
+    # curl's name and password, and its cookie.
+    re.compile(
+        r"""(?P<name>(?<!\S)(?:-u|-U|--user|--proxy-user)[ =]?)"""
+        r"""(?P<value>"[^"]*:[^"]*"|'[^']*:[^']*'|[^\s'":]+:[^\s'"]*)"""
+    ),
+    re.compile(rf"(?P<name>(?<!\S)-b ){_VALUE}"),
+)
+# A variable is no secret: the shell puts its value there when the command runs.
+_VARIABLE = re.compile(r"""['"]?(?:(?:bearer|basic|token)\s+)?(?:\$\{?\w+\}?|\$\([^)]*\))['"]?""", re.IGNORECASE)
+
+# C0 but tab and line feed, DEL, C1, and Unicode's Bidi_Control.
+_CONTROLS = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for code in (
+        *(code for code in range(0x20) if chr(code) not in "\t\n"),
+        *range(0x7F, 0xA0),
+        *(0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),
+    )
+}
+
+
+def plain(text: str) -> str:
+    """Return a text as it may reach a terminal, a log file or a page: secrets redacted, control characters visible."""
+    return redact(visible(text))  # in this order: a control character must not end an address
+
+
+def visible(text: str) -> str:
+    r"""Return a text with its control characters as text, ``\x1b``, so that a terminal does nothing but show it.
+
+    Tabs and line feeds stay, which messages have.
+    """
+    return text if text.isprintable() else text.translate(_CONTROLS)
+
+
+def redact(text: str) -> str:
+    """Return a text without what is secret in its addresses and ``pipe:`` commands.
+
+    These are names and passwords before a server's name, the values by which an address is signed, and in commands headers,
+    flags and variables that are called like a secret. Equal texts stay equal, and so do addresses signed anew.
+    """
+    if "://" not in text and "pipe:" not in text:
+        return text
+    text = _ADDRESS.sub(lambda address: _redact_address(address[0]), text)
+    return _COMMAND.sub(lambda command: _redact_command(command[0]), text)
+
+
+def redact_all(value: Any) -> Any:
+    """Redact every text within JSON values."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {name: redact_all(inner) for name, inner in value.items()}
+    return [redact_all(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def is_redacted(spec: str) -> bool:
+    """Tell whether data was named by an address or a command whose secrets are not recorded: it cannot be opened."""
+    return re.search(rf"://{REDACTED}@|={REDACTED}\b", spec) is not None
+
+
+def _redact_address(address: str) -> str:
+    address = _LOGIN.sub(lambda login: f"{login['before'] or login['other']}{REDACTED}@", address)
+    return _QUERY.sub(lambda part: part["name"] + REDACTED, address)
+
+
+def _redact_command(command: str) -> str:
+    for pattern in _IN_COMMAND:
+        command = pattern.sub(_redact_value, command)
+    return command
+
+
+def _redact_value(part: re.Match[str]) -> str:
+    return part[0] if _VARIABLE.fullmatch(part["value"]) else part["name"] + REDACTED
