@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 WIDTHS = (80, 120)
 _FOLDER = "/home/me/clip-data"  # as long as the real one, so that lines break alike
 _DIGITS = r"\d[\d,]*"
-_UNITS = r"/s|%|\s(?:images/s|samples/s|s|ms|kB|MB|GB|MiB|GiB|bytes|pairs|iterations|hours)"
+_UNITS = r"/s|%|\s(?:images/s|samples/s|s|ms|MB|GB|MiB|GiB|bytes|pairs|iterations|hours)"
 _HASH = re.compile(r"(?<=blake2b:)[0-9a-f]{32}|(?<=\")[0-9a-f]{32}(?=\"\])")
 # What differs from run to run, or between machines.
 _VARYING = re.compile(
@@ -37,6 +37,7 @@ _VARYING = re.compile(
     rf"|(?<![\w.-]){_DIGITS}(?:/{_DIGITS}(?= samples)|(?=/{_DIGITS} \w))"  # done of total; total of what was left to train
     r"|\b\d?\d:\d\d(?::\d\d)?\b"  # durations
     rf"|(?<=iterations  ){' *'}{_DIGITS}|(?<=at step ){_DIGITS}|(?<=from step ){_DIGITS}|(?<=images/s: ){_DIGITS}"
+    rf"|(?<=\d, ){_DIGITS}(?= kB)"  # of files that record times
 )
 # What a dry run adds where, for a moment, images were decoded more slowly than the model takes them.
 _SLOW_DECODING = re.compile(
