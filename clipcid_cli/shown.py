@@ -8,7 +8,8 @@ from typing import Any
 REDACTED = "REDACTED"
 """What stands in place of a secret."""
 
-_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"]+")
+# No pattern looks back far or tries a long stretch twice: names may be as long as a stranger likes.
+_ADDRESS = re.compile(r"(?:\b(?:https?|ftps?))?://[^\s'\"]+")
 # What stands before a server's name: name and password, or a token. In `abfs://container@account/` it is no secret.
 _LOGIN = re.compile(r"(?P<before>\b(?:https?|ftps?)://)[^/?#]*@|(?P<other>://)[^/?#:@]*:[^/?#]*@")
 # Names by which addresses are signed (S3, Google, Azure, CloudFront, Akamai, …). Dates change with every signature.
@@ -20,24 +21,28 @@ _SIGNATURE = r"""
 # Parts of names of secrets anywhere: in a query, before `=` in a command, in a flag or a header.
 _SECRET = r"token|secret|passw|signature|credential|api[_-]?key|access[_-]?key|authorization|bearer|cookie|session"
 _QUERY = re.compile(
-    rf"""(?P<name>[?&;](?:{_SIGNATURE} | [\w.-]*(?:{_SECRET})[\w.-]*)=)(?:(?!::)[^&\#])+?(?=[.,:;)\]]*(?:[&\#]|::|$))""",
+    rf"""(?P<name>[?&;](?:{_SIGNATURE} | [\w.-]{{0,64}}(?:{_SECRET})[\w.-]{{0,64}})=)
+    (?:(?!::)[^&\#])+?(?=[.,:;)\]]{{0,4}}(?:[&\#]|::|$))""",
     re.IGNORECASE | re.VERBOSE,
 )
 
 _COMMAND = re.compile(r"pipe:.+", re.DOTALL)
 _VALUE = r"""(?P<value>"[^"]*"|'[^']*'|(?:\\.|[^\s'"\\])+)"""
-_HEADER_NAME = rf"[\w-]*(?:{_SECRET}|-key|-auth)[\w-]*"
+_HEADER_NAME = rf"[\w-]{{0,64}}(?:{_SECRET}|-key|-auth)[\w-]{{0,64}}"
 _IN_COMMAND = (
     # A header in quotation marks, which end it, and one without.
     re.compile(rf"""(?P<name>(?P<mark>['"]){_HEADER_NAME}:\s*)(?P<value>(?:(?!(?P=mark)).)+)""", re.IGNORECASE),
     re.compile(rf"""(?P<name>(?<![\w'"-]){_HEADER_NAME}:\s*){_VALUE}""", re.IGNORECASE),
     # `--password X`, `--token=X`, `AWS_SECRET_ACCESS_KEY=X`
-    re.compile(rf"(?P<name>--[\w-]*(?:{_SECRET})[\w-]*[ =]){_VALUE}", re.IGNORECASE),
-    re.compile(rf"""(?P<name>(?<![\w$/-])\w*(?:{_SECRET})\w*=)(?P<value>"[^"]*"|'[^']*'|[^\s'"&]+)""", re.IGNORECASE),
+    re.compile(rf"(?P<name>--[\w-]{{0,64}}(?:{_SECRET})[\w-]{{0,64}}[ =]){_VALUE}", re.IGNORECASE),
+    re.compile(
+        rf"""(?P<name>(?<![\w$/-])\w{{0,64}}(?:{_SECRET})\w{{0,64}}=)(?P<value>"[^"]*"|'[^']*'|[^\s'"&]+)""",
+        re.IGNORECASE,
+    ),
     # curl's name and password, and its cookie.
     re.compile(
         r"""(?P<name>(?<!\S)(?:-u|-U|--user|--proxy-user)[ =]?)"""
-        r"""(?P<value>"[^"]*:[^"]*"|'[^']*:[^']*'|[^\s'":]+:[^\s'"]*)"""
+        r"""(?P<value>"[^":]*:[^"]*"|'[^':]*:[^']*'|[^\s'":]+:[^\s'"]*)"""
     ),
     re.compile(rf"(?P<name>(?<!\S)-b ){_VALUE}"),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,3 +81,14 @@ def test_control_characters_are_shown_as_text() -> None:
     title = "\x1b]0;owned\x07"
     assert plain(f"{title} a\rb\x9b2J \u202egpj.exe\u2069") == r"\x1b]0;owned\x07 a\x0db\x9b2J \u202egpj.exe\u2069"
     assert plain("日本の秋 😍 👩\u200d🚀\tcafé\n") == "日本の秋 😍 👩\u200d🚀\tcafé\n"
+
+
+@pytest.mark.parametrize(
+    "part", ["a+", "A", "@", "&a", "token", "token=.", "://", "https://x:", "'token", '-u "', "x-key-", "q-"]
+)
+def test_a_name_of_any_length_is_shown_at_once(part: str) -> None:
+    name = part * (100_000 // len(part))
+    for text in (f"https://h?{name}", f"pipe:{name}", f"pipe:-u ':{name}", f"{name}://"):
+        started = time.process_time()
+        plain(text)
+        assert time.process_time() - started < 10  # a tenth of a second; a minute where a pattern tries a stretch twice

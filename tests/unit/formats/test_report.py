@@ -34,7 +34,7 @@ TRAINING = {
 
 
 @pytest.mark.parametrize(
-    ("template", "context", "count"), [("eval_zeroshot.html", EVALUATION, 7), ("distill.html", TRAINING, 11)]
+    ("template", "context", "count"), [("eval_zeroshot.html", EVALUATION, 8), ("distill.html", TRAINING, 11)]
 )
 def test_names_in_a_report_are_text(template: str, context: dict[str, Any], count: int) -> None:
     page = render_report(template, **context).replace("/<wbr>", "/")

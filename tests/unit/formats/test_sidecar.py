@@ -10,8 +10,9 @@ import pytest
 from sidecars import make_sidecar, unfinish
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats import sidecar as formats
 from clipcid_cli.formats.files import write_json, write_text
-from clipcid_cli.formats.sidecar import BalanceSidecar, EmbedSidecar, read_sidecar
+from clipcid_cli.formats.sidecar import BalanceSidecar, EmbedSidecar, Run, read_sidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 
@@ -38,6 +39,14 @@ def test_one_that_was_edited_at_any_depth_is_refused(tmp_path: Path, change: Any
     with pytest.raises(ClipcidError, match=r"embed\.json cannot be read as a sidecar .* it was edited") as found:
         read_sidecar(path, EmbedSidecar, "Make it again.")
     assert found.value.fix == "Make it again."
+
+
+def test_a_secret_is_not_recorded() -> None:
+    run = Run(settings={}, inputs=[])
+    entries = make_sidecar(BalanceSidecar) | {"flags": {"against": "https://ann:pw@host/a.tar", "keep": 0.5}}
+    kept = {name: entries[name] for name in ("embeddings", "flags", "pictures", "result", "counts", "seconds")}
+    flags = formats.make_sidecar(BalanceSidecar, "balance", run, kept).flags
+    assert flags == {"against": "https://REDACTED@host/a.tar", "keep": 0.5}
 
 
 @pytest.mark.parametrize(("version", "said"), [(1, "written by an earlier clipcid"), (99, "knows up to 2")])
