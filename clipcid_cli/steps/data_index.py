@@ -53,6 +53,7 @@ def open_named(settings: ReadingSettings, data: str, index_root: Path | None = N
             index_root,
             caption_lines=settings.caption_lines,
             caption_keys=settings.caption_key,
+            **settings.trust,
         )
     except ClipcidError as error:
         folder = Path(data)
