@@ -18,6 +18,7 @@ REASONS = {
     "unreadable_image": "unreadable image",
     "too_many_pixels": "image with too many pixels",
     "too_many_bytes": "file larger than --max-sample-bytes",
+    "cut_off": "cut off by the end of its shard",
     "nan_row": "embedding that is zero or not finite",
 }
 

@@ -54,6 +54,7 @@ def open_named(settings: ReadingSettings, data: str, index_root: Path | None = N
             caption_lines=settings.caption_lines,
             caption_keys=settings.caption_key,
             **settings.trust,
+            max_bad_fraction=settings.max_bad_fraction,
         )
     except ClipcidError as error:
         folder = Path(data)
@@ -104,7 +105,7 @@ def note_captions(dataset: Dataset, read: Skips | None = None) -> dict[str, dict
         changes = (
             f"{found.changed[what]:,} {words}" for what, words in CAPTION_CHANGES.items() if what in found.changed
         )
-        reporting.note(f"Captions: {', '.join(changes)}.")
+        reporting.note(f"Captions: {'; '.join(changes)}.")
     return counts
 
 

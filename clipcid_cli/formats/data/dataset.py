@@ -10,8 +10,9 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
+from statistics import median
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import is_benchmark, list_benchmark_tars
@@ -22,7 +23,7 @@ from clipcid_cli.formats.data.parquet_shards import ImageTable, find_table, no_i
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder, scheme_of, strip_file_scheme
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, ByteRange, Columns, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
-from clipcid_cli.formats.data.tars import validate_member_keys, validate_tar
+from clipcid_cli.formats.data.tars import COPY_AGAIN, CutTarError, validate_member_keys, validate_tar
 from clipcid_cli.formats.files import open_regular
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import DataSpec
@@ -148,6 +149,7 @@ def open_described(
         caption_keys=description.caption_key,
         schemes=schemes,
         max_sample_bytes=max_sample_bytes,
+        max_bad_fraction=1.0,  # the step that recorded it has accepted the data
     )
 
 
@@ -161,6 +163,7 @@ def open_dataset(
     caption_keys: tuple[str, ...] = (),
     schemes: tuple[str, ...] = (),
     max_sample_bytes: int = MAX_SAMPLE_BYTES,
+    max_bad_fraction: float = 0.0,
 ) -> Dataset:
     """Open image-text data that the user has named in this run; what a file names is for `open_described`.
 
@@ -178,6 +181,7 @@ def open_dataset(
             (``json:FIELD``) of tars, columns of a list or a parquet file. Without one ``txt``, or the column of `columns`.
         schemes: Of URLs that the cells of a list may name, beside http and https.
         max_sample_bytes: What one file of a sample may have; samples with a larger one are skipped.
+        max_bad_fraction: What may be missing of the data at the end of truncated local tars, whose readable part is used.
     """
     spec = _SEPARATOR.join(_split(str(spec)))
     columns = columns or Columns()
@@ -235,6 +239,7 @@ def open_dataset(
             read_so["max_sample_bytes"] = max_sample_bytes
         folder = index_folder(index_root, kind, read_so)
         dataset = dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, shards))
+    dataset = _allow_cut(dataset, _find_cut(dataset), max_bad_fraction)
     if dataset.index is None:
         _validate_shards(dataset)
     return dataset
@@ -254,14 +259,62 @@ def _estimate_samples(shard: Shard) -> int:
     return round(size * (_PROBED - 1) / (first[-1].image.offset - first[0].image.offset))
 
 
+def _find_cut(dataset: Dataset) -> dict[int, str]:
+    """Look whether the local shards are whole; return what is wrong with truncated ones, other damage being an error."""
+    if dataset.index is not None:
+        listed = enumerate(zip(dataset.shards, dataset.index.records, strict=True))
+        return {
+            number: f"Shard {shard.source} is truncated."
+            for number, (shard, record) in listed
+            if "cut_off" in record.skips.counts
+        }
+    local = {number: shard for number, shard in enumerate(dataset.shards) if not is_remote(shard.source)}
+    with ThreadPoolExecutor(16) as pool:
+        found = zip(local, pool.map(_validate_file, local.values()), strict=True)
+        return {number: problem for number, problem in found if problem}
+
+
+def _validate_file(shard: Shard) -> str:
+    """Check that a file is whole; return how a tar is truncated."""
+    if shard.table is not None:
+        validate_parquet(shard.source, shard.table)
+    elif shard.is_tar:
+        try:
+            validate_tar(Path(shard.source))
+        except CutTarError as error:
+            return error.message
+    return ""
+
+
+def _allow_cut(dataset: Dataset, cut_off: dict[int, str], max_bad_fraction: float) -> Dataset:
+    """Use what is readable of truncated tars, unless too much is missing.
+
+    How much is estimated from the median size of the whole tars; without any, all may be missing.
+    """
+    if not cut_off:
+        return dataset
+    sizes = [shard.stamp()[0] for shard in dataset.shards]
+    whole = [size for number, size in enumerate(sizes) if size and number not in cut_off]
+    fraction = 1.0
+    if whole:
+        missing = sum(max(1.0, median(whole) - sizes[number]) for number in cut_off)
+        fraction = missing / (missing + sum(sizes))
+    if fraction > max_bad_fraction:
+        problem = next(iter(cut_off.values())).removesuffix(".")
+        lost = f"about {fraction:.1%} of the data" if whole else "an unknown part of the data"
+        enough = math.ceil(fraction * 1000) / 1000
+        raise CutTarError(
+            f"{problem}; {lost} is missing, more than the allowed {max_bad_fraction:.1%}.",
+            f"{COPY_AGAIN}\nTo use the samples before its end, add --max-bad-fraction {enough:g}.",
+        )
+    shards = (dataclasses.replace(shard, is_cut=number in cut_off) for number, shard in enumerate(dataset.shards))
+    return dataclasses.replace(dataset, shards=tuple(shards))
+
+
 def _validate_shards(dataset: Dataset) -> None:
-    """Look into the shards: all are whole, some of the first have an image, and keys differ, as far as that is quick."""
+    """Look into the first shards: some have an image, and keys differ, as far as that is quick."""
     tars = [shard for shard in dataset.shards if shard.is_tar]
     local = [Path(shard.source) for shard in tars if not is_remote(shard.source)]
-    tables = [shard for shard in dataset.shards if shard.table is not None and not is_remote(shard.source)]
-    with ThreadPoolExecutor(16) as pool:
-        for _ in chain(pool.map(validate_tar, local), pool.map(_validate_table, tables)):
-            pass
     skips = Skips()
     if all(next(shard.stream(skips), None) is None for shard in dataset.shards[:_LOOKED_AT]):
         looked = "it" if len(dataset.shards) <= _LOOKED_AT else f"the first {_LOOKED_AT} of its shards"
@@ -278,11 +331,6 @@ def _validate_shards(dataset: Dataset) -> None:
             owner = owners.setdefault(sample.key, shard.name)
             if owner != shard.name:
                 raise repeated_key(sample.key, owner, shard.name)
-
-
-def _validate_table(shard: Shard) -> None:
-    assert shard.table is not None, "a parquet file"
-    validate_parquet(shard.source, shard.table)
 
 
 def _find_files(spec: str) -> list[str] | None:

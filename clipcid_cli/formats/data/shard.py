@@ -66,6 +66,7 @@ class Shard:
     table: ImageTable | None = None  # the columns of a parquet file
     # What one file of a sample may have: samples with a larger one are counted in place of being read.
     max_sample_bytes: int = MAX_SAMPLE_BYTES
+    is_cut: bool = False  # whether its tar ends too early, and the samples before the end are used
 
     @property
     def is_tar(self) -> bool:
@@ -112,6 +113,7 @@ class Shard:
                 self.member_keys,
                 caption_lines=self.caption_lines,
                 max_bytes=self.max_sample_bytes,
+                allow_cut=self.is_cut,
             )
         for sample in found:
             yield dataclasses.replace(sample, key=f"{self.name}/{sample.key}") if self.prefix_keys else sample

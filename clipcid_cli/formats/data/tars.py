@@ -49,6 +49,7 @@ _RECORD = 20 * _BLOCK
 _COPY = 2**24  # bytes at a time
 
 _FIX = "Make the shard again, or remove it from the data."
+COPY_AGAIN = "Copy or download it again, or remove it from the data."
 
 
 class Member(NamedTuple):
@@ -59,6 +60,7 @@ class Member(NamedTuple):
     size: int
     start: int  # of its headers, including those of a long name
     data: bytes | None = None  # its content, or the beginning of one that is too large, where it was read from a stream
+    is_cut: bool = False  # whether the tar ends within it
 
     @property
     def end(self) -> int:
@@ -68,6 +70,10 @@ class Member(NamedTuple):
 
 def _text(field: bytes) -> bytes:
     return field.split(b"\0", 1)[0]
+
+
+class CutTarError(ClipcidError):
+    """A tar on the disk ends too early; the samples before its end can be read."""
 
 
 class _DamageError(Exception):
@@ -134,7 +140,7 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def read_members(path: str | Path, max_bytes: int = MAX_SAMPLE_BYTES) -> Iterator[Member]:
+def read_members(path: str | Path, max_bytes: int = MAX_SAMPLE_BYTES, *, allow_cut: bool = False) -> Iterator[Member]:
     """List the regular files of a tar, in order, from its headers; of a URL or a command, with their content.
 
     Understands POSIX (ustar, pax) and GNU long names, as Python, GNU tar and bsdtar write them. A header that is damaged, a
@@ -142,6 +148,7 @@ def read_members(path: str | Path, max_bytes: int = MAX_SAMPLE_BYTES) -> Iterato
 
     Args:
         max_bytes: Of the content of a larger member no more is read.
+        allow_cut: Whether a member that a local file ends within is the last one, marked so, and no CutTarError.
     """
     path = str(path)
     name = ""
@@ -165,15 +172,24 @@ def read_members(path: str | Path, max_bytes: int = MAX_SAMPLE_BYTES) -> Iterato
                     member = Member(name, header.offset_data, header.size, header.offset)
                     # Content is padded to whole blocks, so a tar may also be truncated within the padding.
                     if end is not None and member.end > end:
-                        raise ClipcidError(
+                        if allow_cut:
+                            yield member._replace(is_cut=True)
+                            return
+                        raise CutTarError(
                             f"Shard {path} is truncated: {name} should end at byte {member.end:,}, the file has {end:,}.",
-                            "Copy or download it again, or remove it from the data.",
+                            COPY_AGAIN,
                         )
                     content = tar.extractfile(header) if remote else None  # a stream does not come back to it
                     yield member if content is None else member._replace(data=content.read(max_bytes))
             while is_pipe(path) and file.read(_READ):  # whether a command fails is known at its end
                 pass
         except _DamageError as error:
+            if end is not None and error.position < end < error.position + _BLOCK:  # within a header
+                if allow_cut:
+                    yield Member(name, end, 0, error.position, is_cut=True)
+                    return
+                problem = f"Shard {path} is truncated: it ends within a header, after {name}."
+                raise CutTarError(problem, COPY_AGAIN) from error
             where = f"{error.position:,}" if end is None else f"{error.position:,} of {end:,}"
             raise ClipcidError(f"Shard {path} is damaged at byte {where}: {error}.", _FIX) from error
         except tarfile.ReadError as error:
@@ -182,7 +198,10 @@ def read_members(path: str | Path, max_bytes: int = MAX_SAMPLE_BYTES) -> Iterato
 
 
 def validate_tar(path: Path) -> None:
-    """Check that a tar is complete by its first and last block; by all headers if it does not end with two empty blocks."""
+    """Check that a tar is complete by its first and last block; by all headers if it does not end with two empty blocks.
+
+    A CutTarError where it ends too early.
+    """
     with _open(str(path)) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(_BLOCK)
@@ -210,6 +229,7 @@ class Group(NamedTuple):
     key: str
     members: dict[str, Member]  # the first of each suffix, in their order
     repeats: int  # how often one of the suffixes occurs again: webdataset reads no shard with such a sample
+    is_cut: bool  # whether the tar ends within one of them
 
 
 def group_members(members: Iterable[Member]) -> Iterator[Group]:
@@ -219,12 +239,15 @@ def group_members(members: Iterable[Member]) -> Iterator[Group]:
     for key, rows in groupby(keyed, itemgetter(0)):
         files: dict[str, Member] = {}
         again = Counter[str]()
+        is_cut = False
         for _, suffix, member in rows:
-            if suffix in files:
+            if member.is_cut:
+                is_cut = True
+            elif suffix in files:
                 again[suffix] += 1
             else:
                 files[suffix] = member
-        yield Group(key, files, max(again.values(), default=0))
+        yield Group(key, files, max(again.values(), default=0), is_cut)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -263,6 +286,7 @@ def read_tar(
     *,
     caption_lines: bool,
     max_bytes: int = MAX_SAMPLE_BYTES,
+    allow_cut: bool = False,
 ) -> Iterator[Sample]:
     """Yield the samples of a tar in order, and count keys without an image or that occur earlier.
 
@@ -271,6 +295,7 @@ def read_tar(
 
     Args:
         max_bytes: What a member may have; a larger image is not held, and reading it is a TooManyBytesError.
+        allow_cut: Whether the sample that a local file ends within is counted, and no CutTarError.
     """
 
     def locate(member: Member | None, most: int | None = None) -> ByteRange | None:
@@ -284,7 +309,10 @@ def read_tar(
     seen: set[str] = set()
     suffixes = [member_of(key) for key in caption_keys]
     with naming_shard(path):
-        for key, files, repeats in group_members(read_members(path, max_bytes)):
+        for key, files, repeats, is_cut in group_members(read_members(path, max_bytes, allow_cut=allow_cut)):
+            if is_cut:
+                skips.add("cut_off", f"{name}/{key}")
+                continue
             image = locate(next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None))
             is_repeated = key in seen
             seen.add(key)
@@ -335,8 +363,8 @@ class Copied(NamedTuple):
 
 
 def count_samples(source: Path) -> int:
-    """Count the samples of a tar, including those without an image."""
-    return sum(1 + group.repeats for group in group_members(read_members(source)))
+    """Count the samples of a tar, including those without an image and one that it ends within."""
+    return sum(1 + group.repeats for group in group_members(read_members(source, allow_cut=True)))
 
 
 def copy_samples(source: Path, target: Path, keys: Set[str]) -> Copied:
@@ -351,9 +379,9 @@ def copy_samples(source: Path, target: Path, keys: Set[str]) -> Copied:
     read = 0
     copied = set[str]()
     ranges = list[tuple[int, int]]()
-    for key, files, repeats in group_members(read_members(source)):
+    for key, files, repeats, is_cut in group_members(read_members(source, allow_cut=True)):
         read += 1 + repeats
-        if key not in keys or key in copied:
+        if is_cut or key not in keys or key in copied:
             continue
         copied.add(key)
         for member in files.values():
