@@ -6,8 +6,8 @@ import http.server
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -108,3 +108,46 @@ def serve(folder: Path, drop_every: int = 0, delay: float = 0.0, *, sends_ranges
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def serve_answers(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """Answer each request by a function while the block runs; gives the server's address."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            with suppress(ConnectionError):  # of those who have read enough
+                answer(self)
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    class Server(http.server.ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_: object) -> None:
+            """Say nothing of those who have read enough."""
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def send(request: http.server.BaseHTTPRequestHandler, status: int, content: bytes = b"", **headers: str) -> None:
+    """Send an answer; an underscore in a header's name stands for a hyphen."""
+    request.send_response(status)
+    for name, value in ({"Content_Length": str(len(content))} | headers).items():
+        request.send_header(name.replace("_", "-"), value)
+    request.end_headers()
+    if request.command == "GET":
+        request.wfile.write(content)

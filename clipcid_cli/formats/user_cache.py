@@ -9,7 +9,12 @@ from pathlib import Path
 def cache_folder() -> Path:
     """Return the folder of the cache: ``CLIPCID_CACHE``, or ``clipcid`` in the user's cache folder."""
     own = os.environ.get("CLIPCID_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipcid"
+    return Path(own) if own else user_folder()
+
+
+def user_folder() -> Path:
+    """Return ``clipcid`` in the user's cache folder, which is never shared as the folder of copies may be."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipcid"
 
 
 def make_private(folder: Path) -> None:

@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -51,8 +52,9 @@ _WORKER_IMPORTS = [
 
 # Items that wait for each worker or thread, so that it never waits for this process.
 _AHEAD = 2
-# Time to wait for a result before its worker counts as stalled.
-_STALL_SECONDS = 600
+STALL_SECONDS = 600.0
+"""Time to wait for a result, or for any sign of activity, before a worker counts as stalled."""
+_LOOKS = 20  # for activity, in that time
 # The end of a worker that was killed is seen a moment after its pipe breaks.
 _REAP_SECONDS = 2.0
 
@@ -147,16 +149,28 @@ def start_worker_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result]:
+def ordered_map(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    activity: Callable[[], int] | None = None,
+) -> Generator[Result]:
     """Apply a picklable function by worker processes, or with none in this one; tensors come back through shared memory.
 
     Items are taken as workers become free; each is sent to one, so it must be small (offsets in files, not their content).
+
+    Args:
+        activity: Returns a number that differs after a worker has received something, however slowly: then it has not
+            stalled. Picklable, called in the workers.
     """
     if workers == 0:
         yield from map(function, items)
         return
     start_worker_server()
-    pool = ProcessPoolExecutor(workers, _CONTEXT, initializer=_begin_work, initargs=(function,))
+    signs = _CONTEXT.RawValue("Q")  # of activity; several workers may count at once, as long as it changes
+    pool = ProcessPoolExecutor(
+        workers, _CONTEXT, initializer=_begin_work, initargs=(function, activity, signs, STALL_SECONDS / _LOOKS)
+    )
     crew = pool._processes  # nothing public tells how a worker ended
     assert crew is not None, "a new pool has its processes"
 
@@ -169,11 +183,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
 
     try:
         for future in _in_order(submit, items, _AHEAD * workers):
-            if not concurrent.futures.wait([future], _STALL_SECONDS).done:
-                raise ClipcidError(
-                    f"A decoding process returned no batch for {_STALL_SECONDS} seconds: reading has stalled.",
-                    "Check the disk or network that holds the data; --workers 0 reads in the main process.",
-                )
+            _wait(future, signs)
             yield future.result()
     except BrokenProcessPool as error:
         if isinstance(error.__cause__, EOFError | OSError):
@@ -199,6 +209,21 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
         pool.shutdown(wait=False)
         for worker in list(crew.values()):
             worker.kill()
+
+
+def _wait(future: Future[Any], signs: Any) -> None:
+    """Wait for a result; an error where there is neither one nor a sign of activity for too long."""
+    last = signs.value
+    end = time.monotonic() + STALL_SECONDS
+    while not concurrent.futures.wait([future], STALL_SECONDS / _LOOKS).done:
+        if signs.value != last:
+            last = signs.value
+            end = time.monotonic() + STALL_SECONDS
+        elif time.monotonic() > end:
+            raise ClipcidError(
+                f"A decoding process returned no batch for {STALL_SECONDS:g} seconds: reading has stalled.",
+                "Check the disk or network that holds the data; --workers 0 reads in the main process.",
+            )
 
 
 def thread_map(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result]:
@@ -327,17 +352,28 @@ _function: Callable[[Any], Any]
 """In a worker: what it was started for."""
 
 
-def _begin_work(function: Callable[[Any], Any]) -> None:
-    """Prepare this process, a worker."""
+def _begin_work(function: Callable[[Any], Any], activity: Callable[[], int] | None, signs: Any, seconds: float) -> None:
+    """Prepare this process, a worker, which looks for activity every so many seconds."""
     global _function
     _function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if activity is not None:
+        threading.Thread(target=_count_signs, args=(activity, signs, seconds), daemon=True).start()
     torch.set_num_threads(1)
 
 
 def _work(item: Any) -> Any:
     return _function(item)
+
+
+def _count_signs(activity: Callable[[], int], signs: Any, seconds: float) -> None:
+    last = activity()
+    while True:
+        time.sleep(seconds)
+        now = activity()
+        signs.value += now != last
+        last = now
 
 
 def _end_with_parent() -> None:

@@ -22,7 +22,7 @@ from clipcid_cli.formats.data.index import (
     read_record,
     write_part,
 )
-from clipcid_cli.formats.data.remote import is_remote
+from clipcid_cli.formats.data.remote import count_received, is_remote
 from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Columns, Sample
 from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache
 from clipcid_cli.formats.embeddings.layouts import find_rows
@@ -54,6 +54,7 @@ def open_named(settings: ReadingSettings, data: str, index_root: Path | None = N
             index_root,
             caption_lines=settings.caption_lines,
             caption_keys=settings.caption_key,
+            **settings.trust,
             max_bad_fraction=settings.max_bad_fraction,
         )
     except ClipcidError as error:
@@ -152,7 +153,7 @@ def ensure_index(dataset: Dataset, context: DistContext, workers: int) -> Datase
     def list_all(numbers: list[int]) -> None:
         with reporting.progress("index", len(numbers), "shards") as progress:
             lister = partial(_list_shard, dataset)
-            for _ in ordered_map(lister, numbers, workers if len(numbers) > _FEW_SHARDS else 0):
+            for _ in ordered_map(lister, numbers, workers if len(numbers) > _FEW_SHARDS else 0, count_received):
                 progress.advance()
 
     with lock_index(folder) if context.is_main else nullcontext():

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.remote import count_received
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.rows import Kind
@@ -252,7 +253,7 @@ def decode(
             yield batch.samples
 
     start = time.perf_counter()
-    for decoded in ordered_map(decoder, send(), workers):
+    for decoded in ordered_map(decoder, send(), workers, count_received):
         batch = sent.popleft()
         batch.waited = time.perf_counter() - start
         yield batch, decoded

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import STUDENT, Clipcid, shard_members, write_tar
+from conftest import STUDENT, Clipcid, make_image, shard_members, write_tar
 from shard_server import serve
 
 from clipcid_cli.errors import ClipcidError
@@ -54,6 +54,20 @@ def test_embeddings_are_those_of_the_same_data_on_a_disk(clipcid: Clipcid, tiny_
     for work in ("url", "pipe"):
         assert rows(tmp_path / work) == expected, work
         assert counts(tmp_path / work) == counts(tmp_path / "disk")
+
+
+def test_what_a_run_allows_to_a_list_is_allowed_in_that_run(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
+    sizes = [(tmp_path / f"{number}.png").write_bytes(make_image(number)) for number in range(3)]
+    cells = [f"local://{tmp_path}/{number}.png" for number in range(3)]
+    (tmp_path / "list.csv").write_text("\n".join(["filepath", *cells]))
+    embed = ("embed", "list.csv", "--model", tiny_model, "--no-text", "--json")
+    assert "the scheme local is not read from lists" in clipcid(*embed, code=1).said
+    allowed = (*embed, "--allow-scheme", "local", "--max-bad-fraction", 1)
+    done = clipcid(*allowed, "--max-sample-bytes", max(sizes) - 1).json
+    too_large = sizes.count(max(sizes))
+    assert (done["images"], done["skipped"]) == (3 - too_large, {"too_many_bytes": too_large})
+    assert "settings.max_sample_bytes" in clipcid(*allowed, code=1).said
+    assert "--allow-scheme local" in clipcid("embed", *embed[2:], code=1).said  # what is recorded is no permission
 
 
 def test_the_chain_from_urls_with_little_disk(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
+import math
 import os
 import re
 import string
@@ -20,8 +21,16 @@ from clipcid_cli.formats.data.folders_and_lists import LIST_SUFFIXES, TEXT_LISTS
 from clipcid_cli.formats.data.image_column import count_rows
 from clipcid_cli.formats.data.index import DataIndex, index_folder, open_index, repeated_key
 from clipcid_cli.formats.data.parquet_shards import ImageTable, find_table, no_images_error, validate_parquet
-from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder, without_query
-from clipcid_cli.formats.data.samples import ByteRange, Columns, Sample, natural_key
+from clipcid_cli.formats.data.remote import (
+    is_pipe,
+    is_remote,
+    is_url,
+    list_folder,
+    scheme_of,
+    strip_file_scheme,
+    without_query,
+)
+from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, ByteRange, Columns, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
 from clipcid_cli.formats.data.tars import COPY_AGAIN, CutTarError, validate_member_keys, validate_tar
 from clipcid_cli.formats.files import open_regular
@@ -39,6 +48,9 @@ _SEPARATOR = "::"  # webdataset's, between several folders, tars or patterns
 # Up to this size, keys are compared across all shards when data is opened; of larger data, or data that will have an index,
 # only those of the first two shards are, and all once they have been read.
 _SMALL = 2**30
+
+# Schemes of URLs that are opened where a file names the data; others only where the user does.
+_PLAIN_SCHEMES = frozenset({"http", "https", "s3", "gs", "gcs", "hf", "az", "abfs", "abfss", "hdfs"})
 
 _SHARD_SUFFIXES = (".tar", ".parquet")
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -119,11 +131,20 @@ class Dataset:
 
 def names_command(spec: str) -> bool:
     """Tell whether the name of a data set holds a ``pipe:`` command."""
-    return any(map(is_pipe, spec.split(_SEPARATOR)))
+    return any(map(is_pipe, _split(spec)))
 
 
-def open_described(description: DataSpec, index_root: Path | None = None) -> Dataset:
-    """Open recorded data; no command, since the record is from a file, which may be someone else's."""
+def open_described(
+    description: DataSpec,
+    index_root: Path | None = None,
+    *,
+    schemes: tuple[str, ...] = (),
+    max_sample_bytes: int = MAX_SAMPLE_BYTES,
+) -> Dataset:
+    """Open recorded data as `open_dataset` does: the record is from a file, which may be someone else's.
+
+    So no command is run, only common schemes are opened, and what the user allows is not taken from the record.
+    """
     if names_command(description.spec):
         raise ClipcidError(
             f"The data is the output of a command, {description.spec}, which is not run unless you give it yourself.",
@@ -134,6 +155,12 @@ def open_described(description: DataSpec, index_root: Path | None = None) -> Dat
             f"The data is at {description.spec}, an address whose secrets are not recorded.",
             "Give the data again, with its whole address.",
         )
+    uncommon = [part for part in _split(description.spec) if is_url(part) and scheme_of(part) not in _PLAIN_SCHEMES]
+    if uncommon:
+        raise ClipcidError(
+            f"The data is at {uncommon[0]}; the scheme {scheme_of(uncommon[0])} is not opened unless you give it yourself.",
+            "If you trust the address, give it as the data.",
+        )
     columns = Columns(description.image, description.caption, description.key)
     return open_dataset(
         description.spec,
@@ -142,6 +169,8 @@ def open_described(description: DataSpec, index_root: Path | None = None) -> Dat
         index_root,
         caption_lines=description.caption_lines,
         caption_keys=description.caption_key,
+        schemes=schemes,
+        max_sample_bytes=max_sample_bytes,
         max_bad_fraction=1.0,  # the step that recorded it has accepted the data
     )
 
@@ -154,9 +183,11 @@ def open_dataset(
     *,
     caption_lines: bool = False,
     caption_keys: tuple[str, ...] = (),
+    schemes: tuple[str, ...] = (),
+    max_sample_bytes: int = MAX_SAMPLE_BYTES,
     max_bad_fraction: float = 0.0,
 ) -> Dataset:
-    """Open image-text data.
+    """Open image-text data that the user has named in this run; what a file names is for `open_described`.
 
     Refused within seconds: when it contains no shard or image, a local shard is truncated or not what it is called, the
     first shards contain no image, or keys repeat across the shards looked at.
@@ -164,15 +195,17 @@ def open_dataset(
     Args:
         spec: A folder of tar shards (CLIP_benchmark's among them) or of parquet files with images, one such file, a
             pattern, several of these with ``::`` between them, a folder of images, a csv, tsv or parquet list; local or a
-            URL that fsspec knows. A ``pipe:`` command is run by a shell: pass on only what the user wrote.
+            URL that fsspec knows. A ``pipe:`` command is run by a shell.
         keys: ``shard`` puts the shard's name before each key, for data whose keys repeat across shards.
         index_root: Folder of indexes. Data with an up-to-date index is opened without reading its shards.
         caption_lines: Whether each line of a ``.txt`` is a caption, as always in CLIP_benchmark's folders.
         caption_keys: Where the captions of a sample are, all of them: extensions of members or fields of the json member
             (``json:FIELD``) of tars, columns of a list or a parquet file. Without one ``txt``, or the column of `columns`.
+        schemes: Of URLs that the cells of a list may name, beside http and https.
+        max_sample_bytes: What one file of a sample may have; samples with a larger one are skipped.
         max_bad_fraction: What may be missing of the data at the end of truncated local tars, whose readable part is used.
     """
-    spec = _SEPARATOR.join(map(_normalize, str(spec).split(_SEPARATOR)))
+    spec = _SEPARATOR.join(_split(str(spec)))
     columns = columns or Columns()
     caption_keys = tuple(dict.fromkeys(key.removeprefix(".") for key in caption_keys))
     prefix_keys = keys == "shard"
@@ -181,7 +214,8 @@ def open_dataset(
     table, classes = (None, None) if files is None else _find_table(files, columns, caption_keys)
     if table is None and place.endswith(LIST_SUFFIXES) and files in (None, [spec]):
         kind = "list"
-        shards = cut(Images(spec, columns, caption_keys=caption_keys), spec, prefix_keys=prefix_keys)
+        images = Images(spec, columns, caption_keys=caption_keys, max_sample_bytes=max_sample_bytes, schemes=schemes)
+        shards = cut(images, spec, prefix_keys=prefix_keys, max_sample_bytes=max_sample_bytes)
     elif files is not None and (table is not None or not _is_parquet(files[0])):
         kind = "parquet" if table is not None else "benchmark" if is_benchmark(spec) else "webdataset"
         if table is None:
@@ -195,13 +229,16 @@ def open_dataset(
                 caption_lines=caption_lines or kind == "benchmark",
                 caption_keys=caption_keys,
                 table=table,
+                max_sample_bytes=max_sample_bytes,
             )
             for name, file in zip(_name_shards(files), files, strict=True)
         )
     else:
         kind = "images"
-        images = Images(spec, caption_lines=caption_lines)
-        shards = cut(images, spec, prefix_keys=prefix_keys) if os.path.isdir(spec) else ()
+        images = Images(spec, caption_lines=caption_lines, max_sample_bytes=max_sample_bytes)
+        shards = ()
+        if os.path.isdir(spec):
+            shards = cut(images, spec, prefix_keys=prefix_keys, max_sample_bytes=max_sample_bytes)
         if not shards:
             if files is not None:
                 raise no_images_error(files[0], columns)
@@ -221,6 +258,8 @@ def open_dataset(
     if index_root is not None:
         read_so = {"keys": keys, "caption_lines": caption_lines, "caption_keys": caption_keys}
         read_so |= dataclasses.asdict(columns)
+        if max_sample_bytes != MAX_SAMPLE_BYTES:  # the index says what was skipped
+            read_so["max_sample_bytes"] = max_sample_bytes
         folder = index_folder(index_root, kind, read_so)
         dataset = dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, shards))
     dataset = _allow_cut(dataset, _find_cut(dataset), max_bad_fraction)
@@ -457,9 +496,14 @@ def _count_alternative(text: str) -> int:
     return count
 
 
+def _split(spec: str) -> list[str]:
+    """Return the parts of a spec as they are opened: URLs, commands and absolute paths."""
+    return [_normalize(part) for part in spec.split(_SEPARATOR)]
+
+
 def _normalize(spec: str) -> str:
     """Make a local path absolute."""
-    spec = spec.removeprefix("file://")
+    spec = strip_file_scheme(spec)
     return spec if not spec or is_remote(spec) else os.path.abspath(os.path.expanduser(spec))
 
 

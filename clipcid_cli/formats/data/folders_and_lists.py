@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import is_url, local_file, without_query
+from clipcid_cli.formats.data.cells import Origin, origin_of_list
+from clipcid_cli.formats.data.remote import local_file, without_query
 from clipcid_cli.formats.data.samples import (
     IMAGE_SUFFIXES,
     MAX_SAMPLE_BYTES,
@@ -84,6 +85,12 @@ class Images(Slices):
     caption_lines: bool = False  # whether each line of a ``.txt`` is a caption
     caption_keys: tuple[str, ...] = ()  # columns of captions that a list must have, in place of that of `columns`
     max_sample_bytes: int = MAX_SAMPLE_BYTES  # of an image or of its ``.txt``
+    schemes: tuple[str, ...] = ()  # of URLs that a list may name, beside http and https
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Where the images are named."""
+        return Origin(self.source) if self.columns is None else origin_of_list(self.source, self.schemes)
 
     @cached_property
     def _listed(self) -> _Listed:
@@ -91,7 +98,7 @@ class Images(Slices):
             class_names, rows = _list_folder(self.source)
         else:
             class_names = None
-            rows = _list_rows(self.source, self.columns, self.caption_keys)
+            rows = _list_rows(self.origin, self.columns, self.caption_keys)
         slices = list[pa.RecordBatch]()
         seen = set[bytes]()
         several = False
@@ -150,19 +157,20 @@ class Images(Slices):
         path = os.fsdecode(row["path"])
         captions: tuple[str, ...] = ()
         classes = row["classes"]
-        folder = self.source
-        if self.columns is not None:
+        if self.columns is None:
+            path = os.path.join(self.source, path)
+        else:
+            path = self.origin.locate(path)
             if row["captions"] is not None:
                 keys = self.caption_keys or (self.columns.caption,)
                 captions = gather_captions(keys, row["captions"], skips)
-            folder = without_query(folder).rpartition("/")[0] if is_url(folder) else os.path.dirname(folder)
         if row["text"]:
             with contextlib.suppress(OSError):  # a caption that cannot be read is a missing one, and counted as such
-                text = read_regular(os.path.join(folder, os.fsdecode(row["text"])), self.max_sample_bytes)
+                text = read_regular(os.path.join(self.source, os.fsdecode(row["text"])), self.max_sample_bytes)
                 captions = split_captions(text, a_line_each=self.caption_lines, skips=skips)
         return Sample(
             key=os.fsdecode(row["key"]),
-            image=ByteRange(path if is_url(path) else os.path.join(folder, path), max_bytes=self.max_sample_bytes),
+            image=ByteRange(path, max_bytes=self.max_sample_bytes, origin=self.origin),
             captions=captions,
             label=classes[0] if classes and not self._listed.several else None,
             labels=tuple(classes) if classes is not None and self._listed.several else None,
@@ -232,8 +240,9 @@ def _walk(root: str) -> Iterator[tuple[str, os.stat_result]]:
                     yield path, found
 
 
-def _list_rows(source: str, columns: Columns, caption_keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _list_rows(origin: Origin, columns: Columns, caption_keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """List a ``.csv`` (commas, or tabs as open_clip's are), ``.tsv`` or ``.parquet`` file, or its URL, in its own order."""
+    source = origin.source
     with local_file(source) as file:
         for frame in _read_frames(source, file):
             needed = [columns.image, *columns.required(caption_keys)]
@@ -254,6 +263,8 @@ def _list_rows(source: str, columns: Columns, caption_keys: tuple[str, ...]) -> 
             captions = zip(*(map(_captions, frame[name]) for name in texts), strict=True) if texts else nothing
             classes = _classes(source, frame[LABEL_COLUMN]) if LABEL_COLUMN in frame else nothing
             for key, path, found, numbers in zip(keys, paths, captions, classes, strict=True):
+                if path and not origin.is_plain(path):
+                    origin.locate(path)  # what it may not name stops the step at its start
                 yield {"key": os.fsencode(key), "path": os.fsencode(path), "captions": found, "classes": numbers}
 
 

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.cells import Origin
 from clipcid_cli.formats.data.samples import ByteRange, Sample, split_captions
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.data.shard_cache import ShardCache, ShardCopy, fetch_ahead
@@ -82,6 +83,7 @@ class Part:
     shard: Shard | None  # None where each image is a file of its own
     copy: ShardCopy | None  # of a shard that is streamed, to read from
     max_sample_bytes: int
+    origin: Origin | None  # what names the images where each is a file of its own
 
     @property
     def table(self) -> pa.Table:
@@ -126,8 +128,8 @@ class Part:
         )
 
     def _locate(self, found: dict[str, Any]) -> ByteRange:
-        if found["path"] is not None or self.shard is None:
-            return ByteRange(**found, max_bytes=self.max_sample_bytes)
+        if self.shard is None:
+            return ByteRange(**found, max_bytes=self.max_sample_bytes, origin=self.origin)
         table = self.shard.table
         column = None if table is None else table.image
         return ByteRange(
@@ -173,7 +175,9 @@ class DataIndex:
         shard = self.shards[number]
         path = str(_part_path(self.folder, shard))
         digest = self.records[number].digest
-        return Part(path, digest, shard if shard.file else None, self._copy(number), shard.max_sample_bytes)
+        origin = None if shard.slices is None else shard.slices.origin
+        file_of = shard if shard.file else None
+        return Part(path, digest, file_of, self._copy(number), shard.max_sample_bytes, origin)
 
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Copy shards to the cache in the background, in order; see `shard_cache.fetch_ahead`."""
@@ -186,8 +190,9 @@ class DataIndex:
             return None
         record = self.records[number]
         column = None if shard.table is None else shard.table.image
-        listed = msgspec.structs.replace(record.fingerprint, path=shard.source)  # with its secrets, to be fetched
-        return ShardCopy(self.cache, listed, record.digest, column)
+        # With its secrets, to be fetched; and an index may be someone else's: what is fetched is what the data names.
+        described = msgspec.structs.replace(record.fingerprint, path=shard.source)
+        return ShardCopy(self.cache, described, record.digest, column)
 
 
 def index_folder(root: Path, kind: str, settings: dict[str, Any]) -> Path:

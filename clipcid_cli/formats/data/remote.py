@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -18,8 +19,8 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.files import open_regular
+from clipcid_cli.errors import ClipcidError, TooManyBytesError
+from clipcid_cli.formats.files import open_regular, validate_size
 from clipcid_cli.formats.fingerprint import FileRecord, hash_windows
 from clipcid_cli.shown import redact
 
@@ -42,15 +43,86 @@ _VERSIONS = (
     *("lastmodified", "last-modified", "last_modified", "mtime"),
 )
 
+_SCHEME = re.compile(r"([A-Za-z][\w+.-]*)://")
+_FILE = re.compile("(?:file://)+", re.IGNORECASE)
+_CHAIN = "::"  # fsspec's, by which one file system reads another, some by templates that are code
+
+# Images of a list that a server failed to send in a row, before the list's others there are left out.
+FAILURES = 3
+# Seconds for which they are.
+SKIP_SECONDS = 60.0
+
+WEB_SCHEMES = frozenset({"http", "https"})
+"""Schemes of what a list from anywhere may name, read by `web`, whose import takes a while."""
+
 Result = TypeVar("Result")
+
+
+class ChangedError(ValueError):
+    """A file is no longer the version of which parts have been read."""
+
+
+class _UnansweredError(ClipcidError):
+    """A server did not answer, however often it was asked, or answered that it is overloaded."""
+
 
 _answered = set[str]()
 """Servers that have answered this process: what breaks there was no wrong address."""
 
 
+@dataclasses.dataclass
+class _Failing:
+    """A server that sent none of the last images that a list names there."""
+
+    count: int = 0
+    until: float = 0.0  # left out until then
+
+
+_failing = dict[str, _Failing]()
+
+_received = itertools.count(1)
+_last_received = 0
+
+
+def count_received() -> int:
+    """Return a number that grows while this process receives, asks again or waits for a copy that grows: no stall."""
+    return _last_received
+
+
+def note_received() -> None:
+    """Let `count_received` grow."""
+    global _last_received
+    _last_received = next(_received)
+
+
 def is_url(spec: str) -> bool:
     """Tell a URL from a local path."""
-    return re.match(r"[A-Za-z][\w+.-]*://", spec) is not None
+    return _SCHEME.match(spec) is not None
+
+
+def scheme_of(spec: str) -> str:
+    """Return the scheme of a URL in lower case; empty for a local path."""
+    found = _SCHEME.match(spec)
+    return "" if found is None else found[1].lower()
+
+
+def is_web(spec: str) -> bool:
+    """Tell whether this is an http or https address."""
+    return scheme_of(spec) in WEB_SCHEMES
+
+
+def strip_file_scheme(spec: str) -> str:
+    """Return the path that a ``file://`` address names, whatever it looks like then; anything else as it is."""
+    found = _FILE.match(spec)
+    if found is None:
+        return spec
+    path = spec[found.end() :]
+    return path if path[:1] in ("", "/", "~") else f"./{path}"
+
+
+def is_chain(url: str) -> bool:
+    """Tell whether fsspec would take a URL for several file systems, one within the other."""
+    return _CHAIN in url
 
 
 def is_pipe(spec: str) -> bool:
@@ -80,8 +152,8 @@ class _RemoteStream(io.RawIOBase):
     def __init__(self, path: str) -> None:
         self._path = path
         self._place = 0
-        self._request = _REQUEST
         self._source: Any = None
+        self._version: object = None  # of the file when it was first opened
 
     def readable(self) -> bool:
         return True
@@ -115,11 +187,8 @@ class _RemoteStream(io.RawIOBase):
             if not data and size is not None and self._place < size:
                 raise OSError(f"the connection ended at byte {self._place:,}")
             return data
-        except Exception as error:
+        except Exception:
             self._disconnect()
-            if isinstance(error, ValueError) and self._request:  # fsspec's, of an HTTP server that sends no parts
-                self._request = 0  # the file as one stream
-                return self._read(count)
             raise
 
     def _connect(self) -> None:
@@ -127,7 +196,13 @@ class _RemoteStream(io.RawIOBase):
             self._source = _CommandOutput(self._path)
         else:
             filesystem, inner = _open_filesystem(self._path)
-            self._source = filesystem.open(inner, "rb", block_size=self._request, cache_type="none")
+            if is_web(self._path):
+                from clipcid_cli.formats.data import web
+
+                self._source = web.WebFile(filesystem, inner, _REQUEST)
+            else:
+                self._source = filesystem.open(inner, "rb", block_size=_REQUEST, cache_type="none")
+            self._validate_version()
         try:
             if self._place:
                 self._source.seek(self._place)
@@ -138,6 +213,13 @@ class _RemoteStream(io.RawIOBase):
                 if not passed:
                     raise OSError(f"it ended before byte {self._place:,}, where it had broken") from None
                 left -= passed
+
+    def _validate_version(self) -> None:
+        """Refuse a file that is no longer the one of which a part has been read."""
+        version = _describe(getattr(self._source, "details", None) or {})
+        if self._version not in (None, version):
+            raise ChangedError(f"it has changed since its first {self._place:,} bytes were read")
+        self._version = version
 
     def _disconnect(self) -> None:
         source, self._source = self._source, None
@@ -172,20 +254,65 @@ class _CommandOutput:
             self._process.terminate()
 
 
-def read_remote(url: str, offset: int = 0, size: int | None = None) -> bytes:
-    """Read `size` bytes of the file behind a URL, or all of it, by one request; an OSError where it is shorter.
+def read_remote(url: str, offset: int, size: int) -> bytes:
+    """Read `size` bytes of the file behind a URL by one request; an OSError where it is shorter."""
 
-    A whole file is one image of a list, of which some may be missing: its server is not waited for long.
-    """
-    end = None if size is None else offset + size
-    data: bytes = _ask(url, lambda filesystem, inner: filesystem.cat_file(inner, offset or None, end), size is not None)
-    if size is None:
+    def read(filesystem: Any, inner: str) -> bytes:
+        if is_web(url):
+            from clipcid_cli.formats.data import web
+
+            return web.read_part(filesystem, inner, offset, size)
+        data: bytes = filesystem.cat_file(inner, offset or None, offset + size)
         return data
-    if len(data) > size:  # the server sends no parts of files
-        data = data[offset:end]
+
+    data = _ask(url, read)
     if len(data) < size:
         raise OSError(f"{url} ends {size - len(data)} bytes early")
     return data
+
+
+def read_image(url: str, max_bytes: int, listed_in: str | None = None) -> bytes:
+    """Read an image of a list, of which some may be missing: its server is not waited for long.
+
+    A TooManyBytesError where it has more than `max_bytes`, of which no more is read.
+
+    Args:
+        listed_in: The URL of the list, from whose network an image may not lead into a nearer one; None for a local list.
+    """
+
+    def read(filesystem: Any, inner: str) -> bytes:
+        if is_web(url):
+            from clipcid_cli.formats.data import web
+
+            with web.named_by(listed_in):
+                return web.read_whole(filesystem, inner, max_bytes)
+        data: bytes = filesystem.cat_file(inner, None, max_bytes + 1)
+        validate_size(url, len(data), max_bytes)
+        return data
+
+    server = _server_of(url)
+    failing = _failing.get(server)
+    if failing is not None and failing.count >= FAILURES and time.monotonic() < failing.until:
+        raise _failing_error(url)
+    try:
+        data = _ask(url, read, patient=False)
+    except _UnansweredError:
+        failing = _failing.setdefault(server, _Failing())
+        failing.count += 1
+        failing.until = time.monotonic() + SKIP_SECONDS
+        raise
+    except (ClipcidError, TooManyBytesError):
+        _failing.pop(server, None)
+        raise
+    _failing.pop(server, None)
+    return data
+
+
+def _failing_error(url: str) -> ClipcidError:
+    return ClipcidError(
+        f"{url} is left out: {_server_of(url)} did not send the last {FAILURES} images.",
+        f"Check the server; it is asked again after {SKIP_SECONDS:g} seconds.",
+    )
 
 
 def describe_file(path: str) -> FileRecord:
@@ -194,15 +321,18 @@ def describe_file(path: str) -> FileRecord:
     That is its size and ETag, checksum or modification time, whichever the server knows. Of a command it is its text,
     without secrets: as the signature of an address, they may differ from run to run.
     """
-    size = 0
-    version = redact(path)
+    size, version = 0, redact(path)
     if not is_pipe(path):
-        info: dict[str, Any] = _ask(path, lambda filesystem, inner: filesystem.info(inner))
-        known = {name.lower(): value for name, value in info.items()}
-        size = int(known.get("size") or 0)
-        version = next((str(known[name]) for name in _VERSIONS if known.get(name)), "")
+        size, version = _describe(_ask(path, lambda filesystem, inner: filesystem.info(inner)))
     digest = hashlib.blake2b(f"{size} {version}".encode("utf-8", "surrogateescape"), digest_size=16)
     return FileRecord(redact(path), size, f"blake2b-remote:{digest.hexdigest()}")
+
+
+def _describe(info: dict[str, Any]) -> tuple[int, str]:
+    """Return the size of a file and the surest of what its server knows of its version."""
+    known = {name.lower(): value for name, value in info.items()}
+    version = next((str(known[name]) for name in _VERSIONS if known.get(name)), "")
+    return int(known.get("size") or 0), version
 
 
 def describe_shard(path: str) -> FileRecord:
@@ -252,8 +382,18 @@ def local_file(path: str) -> Iterator[Path]:
 
 def _open_filesystem(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of a URL and the path within it."""
+    if is_chain(url):
+        raise ClipcidError(
+            f"{url} holds {_CHAIN}, by which file systems are read one through the other.",
+            "Give the address of a file, or copy the data to a local folder.",
+        )
+    more = dict[str, Any]()
+    if is_web(url):
+        from clipcid_cli.formats.data import web
+
+        more["get_client"] = web.make_session
     try:
-        return fsspec.core.url_to_fs(url)  # type: ignore[no-any-return]  # fsspec has no types
+        return fsspec.core.url_to_fs(url, **more)  # type: ignore[no-any-return]  # fsspec has no types
     except (ImportError, ValueError) as error:
         raise ClipcidError(
             f"{url} cannot be opened: {error}",
@@ -278,23 +418,27 @@ def _ask(url: str, question: Callable[[Any, str], Result], patient: bool = True)
 def _retry(path: str, attempt: Callable[[], Result], patient: bool = True) -> Result:
     """Return what `attempt` does, tried again after each of `_WAITS`.
 
-    With `patient` also after `_LATER_WAITS`, where the server says that it is overloaded or has answered before. A command
-    has its own way to wait, and does not say why it failed.
+    With `patient` also after `_LATER_WAITS`, where the server says that it is overloaded or has answered before; without,
+    not where it has been waited for in vain. A command has its own way to wait, and does not say why it failed.
     """
     for attempts in itertools.count(1):
         try:
             result = attempt()
-        except ClipcidError:
+        except (ClipcidError, TooManyBytesError):
             raise
         except Exception as error:  # every fsspec backend raises its client's own errors
             status = _status_of(error)
             waits: tuple[float, ...] = _WAITS
             if patient and not is_pipe(path) and (status in _PASSING_STATUSES or _server_of(path) in _answered):
                 waits += _LATER_WAITS
-            if attempts > len(waits) or _is_lasting(error, status):
+            note_received()
+            if _is_lasting(error, status):
                 raise _fetch_error(path, error, attempts) from error
+            if attempts > len(waits) or (not patient and isinstance(error, TimeoutError)):
+                raise _fetch_error(path, error, attempts, _UnansweredError) from error
             time.sleep(waits[attempts - 1])
         else:
+            note_received()
             _answered.add(_server_of(path))
             return result
     raise AssertionError("the last attempt returns or raises")
@@ -312,7 +456,7 @@ def _is_lasting(error: Exception, status: int | None) -> bool:
     return isinstance(error.__cause__ or error, _LASTING)
 
 
-def _fetch_error(path: str, error: Exception, attempts: int) -> ClipcidError:
+def _fetch_error(path: str, error: Exception, attempts: int, kind: type[ClipcidError] = ClipcidError) -> ClipcidError:
     reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
     again = f" (tried {attempts} times)" if attempts > 1 else ""
     if is_pipe(path):
@@ -320,6 +464,11 @@ def _fetch_error(path: str, error: Exception, attempts: int) -> ClipcidError:
             f"The command {path} failed{again}: {reason[:300]}.",
             "Run what follows `pipe:` in a shell to see why.",
         )
-    return ClipcidError(
+    if isinstance(error, ChangedError):
+        return ClipcidError(
+            f"{path} was replaced while it was read: {reason}.",
+            "Run the same command again once nothing writes to it.",
+        )
+    return kind(
         f"{path} could not be fetched{again}: {reason[:300]}", "Check the address, the network and the credentials."
     )

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import parse_npy
+from clipcid_cli.formats.data.cells import Origin
 from clipcid_cli.formats.data.image_column import read_copied, read_row
-from clipcid_cli.formats.data.remote import is_pipe, is_url, read_remote
+from clipcid_cli.formats.data.remote import is_pipe, is_url, read_image, read_remote
 from clipcid_cli.formats.data.shard_cache import ShardCopy
 from clipcid_cli.formats.files import open_descriptor, read_part, read_regular, validate_size
 from clipcid_cli.formats.skips import Skips
@@ -60,7 +61,7 @@ class Columns:
     any number of classes, and an empty cell means none.
     """
 
-    image: str = "filepath"  # relative to the list's folder or absolute, or a URL
+    image: str = "filepath"  # see `cells.Origin`
     caption: str = "title"  # in parquet perhaps a list of several; optional
     key: str = "key"  # without such a column, the path as written
 
@@ -83,6 +84,8 @@ class ByteRange:
     copy: ShardCopy | None = dataclasses.field(default=None, compare=False, repr=False)
     column: str | None = None  # that of the images in a parquet file
     max_bytes: int = dataclasses.field(default=MAX_SAMPLE_BYTES, compare=False, repr=False)
+    # The list or folder that named it, where that is no file of the data itself.
+    origin: Origin | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def read(self) -> bytes:
         """Read the bytes; an OSError where the file is missing or has become shorter.
@@ -90,6 +93,9 @@ class ByteRange:
         A TooManyBytesError, which is an OSError too, where there are more than `max_bytes`: they are not read.
         Commands are never run here: a path may come from a file that someone else wrote.
         """
+        problem = "" if self.origin is None else self.origin.find_problem(self.path)
+        if problem:  # an index may be someone else's, too
+            raise OSError(f"{self.path}{problem}")
         if self.size is not None:
             validate_size(self.path, self.size, self.max_bytes)
         if self.data is not None:
@@ -99,17 +105,22 @@ class ByteRange:
                 return read_row(self.path, self.column, self.offset)
             return read_copied(_copy_handle(self.copy).fd, str(self.copy.local), self.offset)
         if self.size is None and not is_pipe(self.path):
-            return _read_whole(self.path, self.max_bytes)
-        if self.copy is not None:
-            handle = _copy_handle(self.copy)
-        elif is_pipe(self.path):
+            return self._read_whole()
+        if self.copy is None and is_pipe(self.path):
             raise OSError(f"the output of {self.path} has passed")
-        elif is_url(self.path):
-            return read_remote(self.path, self.offset, self.size)
-        else:
-            handle = _handle(self.path)
         assert self.size is not None, "part of a file"
+        if self.copy is None and is_url(self.path):
+            return read_remote(self.path, self.offset, self.size)
+        handle = _handle(self.path) if self.copy is None else _copy_handle(self.copy)
         return read_part(handle.fd, self.path, self.offset, self.size)
+
+    def _read_whole(self) -> bytes:
+        if not is_url(self.path):
+            return read_regular(self.path, self.max_bytes)
+        try:
+            return read_image(self.path, self.max_bytes, None if self.origin is None else self.origin.url)
+        except ClipcidError as error:  # one image of a list, not a shard
+            raise OSError(error.message) from error
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -202,15 +213,6 @@ def _copy_handle(copy: ShardCopy) -> _Handle:
 def close_copies() -> None:
     """Close the copies of shards that this process holds open, so that they can make room for others."""
     _copy_handle.cache_clear()
-
-
-def _read_whole(path: str, max_bytes: int) -> bytes:
-    if not is_url(path):
-        return read_regular(path, max_bytes)
-    try:
-        return read_remote(path)
-    except ClipcidError as error:  # one image of a list, not a shard
-        raise OSError(error.message) from error
 
 
 def member_of(key: str) -> str:

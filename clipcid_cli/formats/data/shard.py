@@ -7,6 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
+from clipcid_cli.formats.data.cells import Origin
 from clipcid_cli.formats.data.parquet_shards import ImageTable, read_parquet
 from clipcid_cli.formats.data.remote import describe_shard, is_remote
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, TXT, Sample
@@ -21,6 +22,11 @@ class Slices(ABC):
 
     total: int | None = None
     """Number of samples, where that is known without reading them."""
+
+    @property
+    def origin(self) -> Origin | None:
+        """The list or folder that names its images; None where it has none."""
+        return None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -132,6 +138,11 @@ class Shard:
         return found.st_size, found.st_mtime_ns
 
 
-def cut(slices: Slices, source: str, *, prefix_keys: bool = False) -> tuple[Shard, ...]:
+def cut(
+    slices: Slices, source: str, *, prefix_keys: bool = False, max_sample_bytes: int = MAX_SAMPLE_BYTES
+) -> tuple[Shard, ...]:
     """Return slices as shards."""
-    return tuple(Shard(f"{number:05d}", source, slices, number, prefix_keys) for number in range(len(slices)))
+    return tuple(
+        Shard(f"{number:05d}", source, slices, number, prefix_keys, max_sample_bytes=max_sample_bytes)
+        for number in range(len(slices))
+    )

@@ -36,7 +36,7 @@ def open_recorded(settings: BalanceSettings, embeddings: Embeddings) -> Dataset 
     """Open the data that embeddings record; None when they do not, or it is the output of a command, which is not run."""
     if embeddings.sidecar is None or names_command(embeddings.sidecar.data.spec):
         return None
-    return open_described(embeddings.sidecar.data, index_root=WorkDirectory(settings.work).indexes)
+    return open_described(embeddings.sidecar.data, WorkDirectory(settings.work).indexes, **settings.trust)
 
 
 def validate_data(settings: BalanceSettings, embeddings: Embeddings, purpose: str) -> Dataset:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
 from clipcid_cli.formats.data.index import SampleRef
+from clipcid_cli.formats.data.remote import count_received
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.rows import Kind, take_captions, take_images
 from clipcid_cli.runtime.distributed import DistContext
@@ -322,7 +323,7 @@ class Batches:
                 dealt.append(batch)
                 yield from batch.work
 
-        with closing(ordered_map(self._make, deal(), workers)) as made:
+        with closing(ordered_map(self._make, deal(), workers, count_received)) as made:
             # In shared memory each tensor of a part would hold an open file until its batch is whole.
             parts = made if self._num_parts == 1 else map(TrainingBatch.copied, made)
             whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self._num_parts, strict=True))

@@ -298,7 +298,8 @@ def _open_data(settings: DistillSettings, embeddings: Embeddings | None, scratch
     if settings.data is not None:
         dataset = open_named(settings, settings.data, work.indexes)
     else:
-        dataset = open_described(work.find_data(None if embeddings is None else embeddings.folder), work.indexes)
+        described = work.find_data(None if embeddings is None else embeddings.folder)
+        dataset = open_described(described, work.indexes, **settings.trust)
         reporting.note(f"Data: {dataset.spec}, from which the embeddings were made.")
     if scratch is not None and dataset.index is None:
         dataset = dataclasses.replace(dataset, index_folder=scratch / "index")

@@ -14,6 +14,7 @@ import msgspec
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.remote import is_remote
+from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES
 from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.manifest import read_manifest, read_unfinished
@@ -105,6 +106,8 @@ class EmbedPlan:
             found["caption_lines"] = True
         if self.dataset.caption_keys:
             found["caption_key"] = list(self.dataset.caption_keys)
+        if settings.max_sample_bytes != MAX_SAMPLE_BYTES:
+            found["max_sample_bytes"] = settings.max_sample_bytes
         if settings.views:
             for name in ("views", "crop_scale", "color_jitter", "gray_probability", "seed"):
                 found[name] = getattr(settings, name)
@@ -183,7 +186,7 @@ def _open_data(settings: EmbedSettings) -> Dataset:
                 f"No data was given, and the work directory names none: {error.message}",
                 "Give the data as the first argument: a folder of tar shards, one tar, a folder of images or a list.",
             ) from error
-        dataset = open_described(described, work.indexes)
+        dataset = open_described(described, work.indexes, **settings.trust)
         reporting.note(f"Taking the data of the embeddings in {settings.work}: {dataset.spec}.")
         return dataset
     return open_named(settings, settings.data, work.indexes)

@@ -189,7 +189,7 @@ def _plan_held_out(settings: EvalZeroshotSettings, models: Sequence[ModelName]) 
             f"There is no sample that {named} held out, and no data set was named.",
             f"{_NAME_ONE}\nOr train with a larger --val-fraction.",
         )
-    dataset = open_described(trained.data, WorkDirectory(settings.work).indexes)
+    dataset = open_described(trained.data, WorkDirectory(settings.work).indexes, **settings.trust)
     samples = "sample" if len(held_out) == 1 else "samples"
     reporting.note(f"Data: the {len(held_out):,} {samples} of {dataset.spec} that {named} held out.")
     name = f"{find_benchmark_folder(dataset.spec).name}-held-out"

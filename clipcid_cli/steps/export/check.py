@@ -121,12 +121,12 @@ def find_data(settings: ExportSettings) -> Dataset | None:
     """Open ``--data``, else the work directory's data; None where there is none."""
     if settings.data is not None:
         try:
-            return open_dataset(find_benchmark_folder(settings.data).data)
+            return open_dataset(find_benchmark_folder(settings.data).data, **settings.trust)
         except MissingSplitError as error:
             # `export` has no --split.
             raise ClipcidError(error.message, "Give the folder of one of them.") from error
     try:
-        return open_described(WorkDirectory(settings.work).find_data())
+        return open_described(WorkDirectory(settings.work).find_data(), **settings.trust)
     except ClipcidError:
         # The data may have been moved since it was embedded, or the model comes from elsewhere; patterns will do.
         return None

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from clipcid_cli.errors import UsageError
-from clipcid_cli.steps.settings.shared import FRACTION, Range, SharedSettings, argument, group
+from clipcid_cli.steps.settings.shared import FRACTION, Range, TrustSettings, argument, group
 
 # In the order in which they are written: onnx completes the tokenizer's file of hf, and web shows the files of onnx.
 FORMATS = ("open-clip", "hf", "onnx", "web")
@@ -21,7 +21,7 @@ _check = group("Verification")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportSettings(SharedSettings):
+class ExportSettings(TrustSettings):
     """Settings of `export`."""
 
     model: str | None = argument(

@@ -19,6 +19,7 @@ from clipcid_cli.runtime.libraries import NO_SPINS
 
 _KEY = "clipcid"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # of which a Path keeps one slash
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
 
 # About 0.1 ms: it bridges thousands of short parallel sections, and leaves the core to another process otherwise.
 BRIEF_SPINS = "10000"
@@ -229,7 +230,43 @@ class KeyedSettings(SharedSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReadingSettings(KeyedSettings):
+class TrustSettings(SharedSettings):
+    """Settings of every step that reads samples: what is allowed to data that someone else made."""
+
+    # Operational: it opens what would be an error. No record of an earlier run gives the permission again.
+    allow_scheme: tuple[str, ...] = _read(
+        (),
+        "Scheme that the cells of a list may use beside http and https, such as s3; may be repeated. It is read with your "
+        "credentials.",
+        metavar="SCHEME",
+        operational=True,
+    )
+    # Operational, for it makes no earlier output stale; embeddings record it where it is not the default.
+    max_sample_bytes: int = _read(
+        64 * 2**20,
+        "Skip samples with a file, image or caption, larger than this.",
+        within=AT_LEAST_1,
+        metavar="BYTES",
+        operational=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wrong = next((name for name in self.allow_scheme if not _SCHEME.fullmatch(name)), None)
+        if wrong is not None:
+            raise UsageError(
+                f"--allow-scheme takes the name of a scheme in lower case, and {wrong!r} is none.",
+                "Give it as --allow-scheme s3, for addresses such as s3://bucket/image.jpg.",
+            )
+
+    @property
+    def trust(self) -> dict[str, Any]:
+        """What data is opened with."""
+        return {"schemes": self.allow_scheme, "max_sample_bytes": self.max_sample_bytes}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadingSettings(TrustSettings, KeyedSettings):
     """Settings of every step that reads image-text data."""
 
     image_column: str = _read("filepath", "Column of a csv, tsv or parquet list with the image paths.")
@@ -261,7 +298,8 @@ class ReadingSettings(KeyedSettings):
     @property
     def data_flags(self) -> dict[str, Any]:
         """The flags by which data is read, as far as they differ from their defaults: for the command of a fix."""
-        of_data = ("keys", "image_column", "caption_column", "caption_key", "caption_lines", "key_column")
+        of_list = ("image_column", "caption_column", "caption_key", "caption_lines", "key_column", "allow_scheme")
+        of_data = ("keys", *of_list, "max_sample_bytes")
         return {field.name: getattr(self, field.name) for field in given_fields(self) if field.name in of_data}
 
 

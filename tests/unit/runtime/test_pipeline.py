@@ -127,16 +127,23 @@ def test_an_error_comes_in_its_place_and_no_thread_outlives_it(way: Map) -> None
     [
         ("exit", r"decoding process ended \(exit code 3\)"),
         ("signal", r"decoding process ended \(killed by SIGKILL\)"),
-        ("never", "returned no batch for 2 seconds"),
+        ("never", "returned no batch for 1 seconds"),
         ("two parts", r"could not be received \(TypeError: .*two"),
     ],
 )
 def test_a_worker_that_dies_or_hangs_is_told(how: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if how == "never":
-        monkeypatch.setattr(pipeline, "_STALL_SECONDS", 2)
+        monkeypatch.setattr(pipeline, "STALL_SECONDS", 1)
     with pytest.raises(ClipcidError, match=told) as raised:
         list(ordered_map(partial(end_at_four, how=how), range(9), 2))
     assert raised.value.fix
+
+
+def test_a_worker_that_receives_slowly_has_not_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "STALL_SECONDS", 0.4)
+    assert list(ordered_map(time.sleep, [1.2], 1, time.monotonic_ns)) == [None]
+    with pytest.raises(ClipcidError, match=r"returned no batch for 0\.4 seconds"):
+        list(ordered_map(time.sleep, [1.2], 1, threading.get_native_id))
 
 
 def test_workers_are_forked_from_a_server_with_what_they_need_and_no_faiss() -> None:
