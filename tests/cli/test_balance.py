@@ -241,6 +241,17 @@ def test_too_few_captions_name_the_command_that_needs_none(clipcid: Clipcid, tin
     assert len(read_keep(tmp_path, "w")) == 12
 
 
+def test_the_table_of_embed_says_how_balance_embeds(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
+    write_tar(tmp_path / "data/0.tar", shard_members(0, 6))
+    (tmp_path / "c.toml").write_text(f'[embed]\nmodel = "{tiny_model}"\nviews = 2\nbatch-size = 3\n[balance]\nkeep = 0.5\n')
+    call = ("balance", "data", "--config", "c.toml", "--max-bad-fraction", 0.5)
+    clipcid(*call, env={"CLIPCID_EMBED_TEXT_VARIANTS": "1"})
+    made = json.loads(Path("clipcid-work/embeddings/tiny/embed.json").read_text())["settings"]
+    assert (made["views"], made["text_variants"], made["batch_size"]) == (2, 1, 3)
+    (tmp_path / "c.toml").write_text("[embed]\nviewz = 2\n")
+    assert "[embed] has an unknown key 'viewz'" in clipcid(*call, "--keep", 0.5, code=2).said
+
+
 def test_references_of_another_model(clipcid: Clipcid, tiny_model: Path, tiny_shards: Path, tmp_path: Path) -> None:
     clipcid("embed", tiny_shards, "--model", tiny_model, "--no-text", "--out", "references")
     other = write_tiny_model(tmp_path / "other", seed=7)

@@ -44,7 +44,7 @@ from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.inputs import open_given
 from clipcid_cli.steps.settings.balance import BalanceSettings
-from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
 
 
 def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
@@ -128,7 +128,7 @@ def _find_embeddings(settings: BalanceSettings, context: DistContext) -> Path | 
         folder = context.on_rank0(work.find_embeddings)
         reporting.note(f"Embeddings: {folder}.")
     elif folder is None:
-        model = settings.model or context.on_rank0(lambda: _model_of(work)) or DEFAULT_MODEL
+        model = settings.model or context.on_rank0(lambda: _model_of(work)) or configured().get("model", DEFAULT_MODEL)
         context.on_rank0(lambda: validate_models(settings, model))
         return ensure_embeddings(settings, context, data=settings.data, model=model)
     return folder

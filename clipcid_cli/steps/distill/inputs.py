@@ -53,7 +53,7 @@ from clipcid_cli.steps.inputs import (
 )
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
 
 # Another tool's views may have any crop and colours.
 _ANY = Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)
@@ -184,7 +184,7 @@ def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistCon
     folder = work.embeddings(with_default_tag(parse_model(teacher)).slug)
     exists = context.on_rank0(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
     if not exists:
-        validate_views(settings, folder, None, 0, teacher)
+        validate_views(settings, folder, None, configured().get("views", 0), teacher)
         if not settings.dry_run:  # and before hours of embedding
             context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
     # Existing embeddings of images only may suffice; new ones are of captions too.

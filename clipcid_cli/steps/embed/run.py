@@ -49,7 +49,7 @@ from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, choose_text
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded, EmbedResult, TextsCost, TextsResult
 from clipcid_cli.steps.encode import Batch, Encoded, encode, join, list_batches
 from clipcid_cli.steps.preflight import validate_samples
-from clipcid_cli.steps.settings.embed import EmbedSettings
+from clipcid_cli.steps.settings.embed import EmbedSettings, configured
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 _ADD_NO_TEXT = "Add --no-text to embed the images alone."
@@ -120,8 +120,10 @@ def ensure_embeddings(
     """
     name = with_default_tag(parse_model(model))
     folder = WorkDirectory(settings.work).embeddings(name.slug)
-    request = EmbedSettings.asked_by(settings, data=data, model=model, text=bool(text))
     sidecar = context.on_rank0(lambda: read_embed_sidecar(folder))
+    given = configured() if sidecar is None else {}
+    wanted = given.get("text", sidecar is None) if text is None else text
+    request = EmbedSettings.asked_by(settings, **given | {"data": data, "model": model, "text": wanted})
     if sidecar is not None:
         own = {field.name for field in dataclasses.fields(EmbedSettings)} - {"keys", "batch_size", "precision"}
         made = {name: getattr(sidecar.made, name) for name in own.intersection(sidecar.settings)}
@@ -129,7 +131,7 @@ def ensure_embeddings(
         if not request.text:  # how captions are read made no difference
             captions = {name: getattr(sidecar.made, name) for name in ("caption_key", "caption_lines")}
             request = dataclasses.replace(request, **captions)
-    elif text is None:
+    elif text is None and wanted:
         request = dataclasses.replace(request, text=context.on_rank0(lambda: choose_text(request)))
     result = make_embeddings(request, context, "" if text else embed_images_first(request, name))
     if isinstance(result, EmbedCost):
