@@ -86,6 +86,12 @@ class Dataset:
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(lambda shard: shard.fingerprint(), self.shards))
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether the number of samples is known without reading the shards."""
+        slices = self.shards[0].slices
+        return self.index is not None or (slices is not None and slices.total is not None)
+
     def estimate_samples(self) -> int:
         """Estimate how many samples there are from the first samples of a few shards spread over the data.
 

@@ -133,7 +133,7 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
             if dataset.kind in ("list", "parquet"):
                 place = f"name their column with {'--caption-key' if dataset.caption_keys else '--caption-column'}."
             raise ClipcidError(
-                f"{dataset.spec}: none of the samples checked (a shard) has a caption{_name_keys(dataset)}.",
+                f"{dataset.spec}: no sample of the first shard has a caption{_name_keys(dataset)}.",
                 f"{without_text}\nOr {place}" if without_text else f"{place[0].upper()}{place[1:]}",
             )
         if settings.text and _has_unused_lines(dataset):

@@ -18,6 +18,7 @@ import PIL
 import torch
 
 from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.formats.data.remote import is_pipe
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.folder import read_embed_sidecar
@@ -178,8 +179,10 @@ def _embed_missing(
     """
     total = len(plan.shards)
 
-    def find_missing() -> tuple[list[int], float]:
+    def find_missing() -> tuple[list[int], float | None]:
         missing = [number for number in range(total) if writer.read_record(number) is None]
+        if any(is_pipe(shard.file) for shard in plan.dataset.shards) and not plan.dataset.is_counted:
+            return missing, None  # nothing is known of the output of a command
         return missing, plan.dataset.estimate_samples() * len(missing) / total
 
     missing, expected = context.on_rank0(find_missing)
@@ -189,6 +192,8 @@ def _embed_missing(
     seconds = {"read": 0.0, "write": 0.0}
     embedded = 0
     read = 0
+    finished = 0
+    shown = 0
     skipped = Skips()
     with_texts = encoder.decoder.tokenizer is not None
 
@@ -207,6 +212,7 @@ def _embed_missing(
                     f"The embedding of text {text + 1:,} is not finite.", "Try --precision fp32, or remove the text."
                 )
             parts.append(encoded)
+            shown += len(encoded.samples)
             progress.advance(len(encoded.samples) * len(missing) / len(mine))  # the bar covers all processes
             seconds["read"] += batch.waited
             if batch.read is None:
@@ -218,6 +224,9 @@ def _embed_missing(
             embedded += len(made.keys)
             skipped.merge(made.skipped)
             read += made.read
+            finished += 1
+            if not plan.dataset.is_counted:  # what remains is estimated by what was read
+                progress.expect(shown * len(missing) / finished)
             if read >= _EARLY_CHECK:
                 skipped.check(read, plan.max_bad_fraction, plan.dataset.spec)
         # What was spent neither waiting for workers nor writing.
