@@ -54,7 +54,6 @@ def step_command(name: str, settings: type[SharedSettings], *, step: str, show: 
     `step` is a module imported only when the step runs. Its ``run(settings)`` returns the result, a
     `msgspec.Struct` whose fields are the keys of the JSON object; `show` prints it for a person.
     """
-
     embeds = name != EMBED and issubclass(settings, TrainingDataSettings)
 
     def invoke(**values: Any) -> None:

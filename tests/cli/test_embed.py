@@ -20,6 +20,7 @@ from conftest import (
     shard_members,
     torchrun_command,
     write_tar,
+    write_tiny_model,
 )
 from PIL import Image
 
@@ -99,6 +100,22 @@ def test_added_shards_are_embedded_alone(clipcid: Clipcid, tiny_shards: Path, ti
     assert not list((tmp_path / "out").glob(".embed-*"))
     (tmp_path / "data" / "00000.tar").unlink()
     assert "3 files there, 2 now; changed or gone: 00000.tar" in clipcid(*call, code=1).said
+
+
+def test_models_of_one_name_have_folders_of_their_own(
+    clipcid: Clipcid, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    data = tiny_shards / "00001.tar"
+    own = {}
+    for place, seed in (("a", 1), ("b", 2), ("c", 1)):  # the third is a copy of the first
+        write_tiny_model(tmp_path / place / "tiny", seed=seed)
+        made = clipcid("embed", data, "--model", f"{place}/tiny", "--json").json
+        own[place] = Path(made["files"]["embeddings"]).name
+    assert own["a"] == own["c"] == "tiny"
+    assert re.fullmatch("tiny-[0-9a-f]{8}", own["b"])
+    # The same place with other weights is the same model, trained again.
+    write_tiny_model(tmp_path / "a" / "tiny", seed=3)
+    assert "settings.weights: " in clipcid("embed", data, "--model", "a/tiny", code=1).said
 
 
 def test_shards_with_other_names_are_refused(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:

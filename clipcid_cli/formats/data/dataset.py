@@ -113,6 +113,13 @@ class Dataset:
         return DataSpec(self.spec, self.keys, *named, self.caption_lines, self.caption_keys)
 
 
+def list_shards(spec: str) -> list[str]:
+    """Name the shards that local data has by now, without opening one; none of what is behind a URL or a command."""
+    if any(map(is_remote, spec.split(_SEPARATOR))):
+        return []
+    return _name_shards(_find_files(spec) or [])
+
+
 def names_command(spec: str) -> bool:
     """Tell whether the name of a data set holds a ``pipe:`` command."""
     return any(map(is_pipe, spec.split(_SEPARATOR)))

@@ -32,6 +32,8 @@ from clipcid_cli.formats.skips import Skips
 MANIFEST = "manifest.parquet"
 # Records of finished shards, until all are finished.
 _RECORDS = ".shards"
+FINISHED = f"{_RECORDS}/*.json"
+"""Pattern of these records in a work folder."""
 # Bytes that numpy writes before the values of an array of few dimensions.
 _HEADER = 128
 
@@ -281,7 +283,7 @@ def _make_metadata(shard: str, made: ShardRows) -> pa.Table:
 
 def read_unfinished(folder: Path, step: str) -> list[FileRecord]:
     """Return the shards that an unfinished run of a folder has embedded, in order, whatever its settings are."""
-    found = (path for work in find_works(folder, step) for path in (work / _RECORDS).glob("*.json"))
+    found = (path for work in find_works(folder, step) for path in work.glob(FINISHED))
     paths = sorted(found, key=lambda path: natural_key(path.name))
     return [record.input for path in paths if (record := _read_record(path)) is not None]
 

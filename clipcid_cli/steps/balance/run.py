@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.formats.data.dataset import Dataset, list_shards
+from clipcid_cli.formats.embeddings.command import reading_flags
 from clipcid_cli.formats.embeddings.folder import Embeddings, read_embed_sidecar
 from clipcid_cli.formats.embeddings.rows import METADATA, Kind, remove_copies
 from clipcid_cli.formats.files import validate_writable
@@ -45,6 +47,7 @@ from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.inputs import open_given
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
+from clipcid_cli.steps.settings.shared import given_flags
 
 
 def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
@@ -98,6 +101,7 @@ def make_plan(settings: BalanceSettings, context: DistContext) -> BalancePlan | 
             return folder
         cache = None if settings.dry_run else WorkDirectory(settings.work).fingerprints
         embeddings = open_given(settings, folder, cache)
+    context.on_rank0(lambda: _note_new_shards(settings, embeddings))
     data = context.on_rank0(lambda: _open_data(settings, embeddings))
     references = [] if settings.dry_run else open_references(settings, embeddings, context)
     return BalancePlan(
@@ -132,6 +136,28 @@ def _find_embeddings(settings: BalanceSettings, context: DistContext) -> Path | 
         context.on_rank0(lambda: validate_models(settings, model))
         return ensure_embeddings(settings, context, data=settings.data, model=model)
     return folder
+
+
+def _note_new_shards(settings: BalanceSettings, embeddings: Embeddings) -> None:
+    """Say that the data has more shards than its embeddings, and how to take them in, where no data was named."""
+    if settings.data is not None or settings.embeddings is not None or embeddings.sidecar is None:
+        return
+    spec = embeddings.sidecar.data.spec
+    embedded = set(embeddings.shards)
+    now = list[str]()
+    with suppress(ClipcidError):  # it is gone, and not needed
+        now = list_shards(spec)
+    new = len(set(now) - embedded)
+    if new and not embedded.isdisjoint(now):
+        shards = "1 shard that is" if new == 1 else f"{new:,} shards that are"
+        flags = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in given_flags(settings).items()
+        }
+        flags |= {"model": embeddings.sidecar.model.spec, "work": settings.work} | reading_flags(
+            embeddings.sidecar.data
+        )
+        again = command_line("balance", spec, **flags)
+        reporting.note(f"{spec} has {shards} not embedded yet. To include them, run: {again}")
 
 
 def _model_of(work: WorkDirectory) -> str | None:
@@ -188,6 +214,21 @@ def _list_row_files(embeddings: Embeddings) -> list[RowFile]:
     return found
 
 
+def _name_added(plan: BalancePlan, output: Output[BalanceSidecar]) -> dict[str, str]:
+    """Return how a result differs; of embeddings that only have more shards than it, how many."""
+    path = plan.folder / ROW_FILES
+    there: list[RowFile] = []
+    with suppress(ClipcidError):  # replaced anyway
+        there = read_row_files(path, "") if path.exists() else []
+    now = _list_row_files(plan.embeddings)
+    added = sum(bool(each.rows) for each in now) - sum(bool(each.rows) for each in there)
+    changed = {name for name in output.differences if name.startswith("input")}
+    if not there or added <= 0 or find_lost(there, now):
+        return output.differences
+    others = {name: told for name, told in output.differences.items() if name not in changed}
+    return others | {"inputs": f"{added:,} more shard{'s' * (added > 1)} now"}
+
+
 def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> BalanceResult | None:
     """Return the result that is there already, unless its report can now show more; else start the output."""
     if output.finished is not None:
@@ -198,7 +239,7 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> Balance
     else:
         validate_new(plan.settings)
     if output.differences:
-        told = list_differences(output.differences)
+        told = list_differences(_name_added(plan, output))
         reporting.note(f"The result in {plan.folder}, made with other settings or inputs, will be replaced:\n{told}")
     validate_data_there(plan.settings, plan.embeddings)
     output.start()

@@ -36,7 +36,6 @@ from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, remove_leftovers
 from clipcid_cli.formats.sidecar import TextsSidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
@@ -49,6 +48,7 @@ from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder, recount_
 from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, choose_text, describe_shards, make_plan
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded, EmbedResult, TextsCost, TextsResult
 from clipcid_cli.steps.encode import Batch, Encoded, encode, join, list_batches
+from clipcid_cli.steps.inputs import choose_embeddings
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.embed import EmbedSettings, configured
 from clipcid_cli.steps.settings.shared import ReadingSettings
@@ -120,7 +120,7 @@ def ensure_embeddings(
         Folder of finished embeddings of this model over this data; in a dry run without them what they would cost.
     """
     name = with_default_tag(parse_model(model))
-    folder = WorkDirectory(settings.work).embeddings(name.slug)
+    folder = choose_embeddings(settings.work, name)
     sidecar = context.on_rank0(lambda: read_embed_sidecar(folder))
     given = configured() if sidecar is None else {}
     wanted = given.get("text", sidecar is None) if text is None else text

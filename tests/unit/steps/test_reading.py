@@ -174,13 +174,18 @@ def test_folders_of_killed_runs_are_removed(keep_list: Path, tmp_path: Path, mon
     ("missing", "said", "fix"),
     [
         (5, "lacks 5 of the 300 samples of data, more than the allowed 1.0%", "--max-bad-fraction 0.017"),
-        (200, "lacks 200 of the 300 samples of data: it was made from other data", "--keep-list none"),
+        (
+            200,
+            "lacks 200 of the 300 samples of data: it was made from other data. One of its keys is '7.jpg', .* '7'",
+            "none to use",
+        ),
     ],
 )
 def test_a_list_that_lacks_samples_is_refused_with_what_allows_them(missing: int, said: str, fix: str) -> None:
+    pq.write_table(pa.table({"key": ["7.jpg"]}), "keep.parquet")
     keep_list = ChosenKeepList(Path("keep.parquet"), 200, 300 - missing, "samples", 0.01)
     with pytest.raises(ClipcidError, match=said) as refused:
-        keep_list.report("data", 300, kept=200, missing=missing)
+        keep_list.report("data", 300, kept=200, missing=missing, key="7")
     assert fix in refused.value.fix
 
 
