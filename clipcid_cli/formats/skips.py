@@ -15,6 +15,8 @@ REASONS = {
     "no_caption": "no caption",
     "no_label": "no class",
     "duplicate_key": "key seen before in the shard",
+    "not_found": "file not found",
+    "http_error": "image that its server did not send",
     "unreadable_image": "unreadable image",
     "too_many_pixels": "image with too many pixels",
     "nan_row": "embedding that is zero or not finite",
@@ -44,9 +46,13 @@ class Skips:
         return skips
 
     def add(self, reason: str, name: str) -> None:
-        """Count one sample; its name is what a user would search for: its key, with the shard where that helps."""
+        """Count one sample; its name is what a user would search for: its key, with the shard where that helps.
+
+        Details may follow a reason, as in ``http_error: HTTP 403``.
+        """
+        reason, _, details = reason.partition(": ")
         assert reason in REASONS, reason
-        self.merge(Skips({reason: 1}, {reason: [name]}))
+        self.merge(Skips({reason: 1}, {reason: [f"{name} ({details})" if details else name]}))
 
     def miss(self, key: str, number: int = 1) -> None:
         """Count samples without a caption of this key."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -23,7 +24,7 @@ from clipcid_cli.formats.data.index import (
     write_part,
 )
 from clipcid_cli.formats.data.remote import is_remote
-from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Columns, Sample
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Columns, ListFormat, Sample
 from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache, cache_folder
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.output import is_claimed
@@ -53,6 +54,11 @@ def open_named(settings: ReadingSettings, data: str, index_root: Path | None = N
             index_root,
             caption_lines=settings.caption_lines,
             caption_keys=settings.caption_key,
+            list_format=ListFormat(
+                None if settings.list_root is None else os.path.abspath(settings.list_root),
+                settings.list_separator,
+                settings.list_encoding,
+            ),
         )
     except ClipcidError as error:
         folder = Path(data)

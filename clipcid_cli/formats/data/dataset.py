@@ -20,7 +20,7 @@ from clipcid_cli.formats.data.image_column import count_rows
 from clipcid_cli.formats.data.index import DataIndex, index_folder, open_index, repeated_key
 from clipcid_cli.formats.data.parquet_shards import ImageTable, find_table, no_images_error, validate_parquet
 from clipcid_cli.formats.data.remote import is_pipe, is_remote, is_url, list_folder
-from clipcid_cli.formats.data.samples import ByteRange, Columns, Sample, natural_key
+from clipcid_cli.formats.data.samples import ByteRange, Columns, ListFormat, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
 from clipcid_cli.formats.data.tars import validate_member_keys, validate_tar
 from clipcid_cli.formats.files import open_regular
@@ -69,6 +69,7 @@ class Dataset:
     columns: Columns = dataclasses.field(default_factory=Columns)
     # Whether each line of a ``.txt`` is a caption, where that was asked for.
     caption_lines: bool = False
+    list_format: ListFormat = dataclasses.field(default_factory=ListFormat)
     caption_keys: tuple[str, ...] = ()  # where captions are; empty where they are in the usual places
     index_folder: Path | None = None
     index: DataIndex | None = None  # its index, where it is finished and no shard has changed since
@@ -110,7 +111,9 @@ class Dataset:
         """Return the name and the options of the data, from which `open_described` opens it again."""
         columns = self.columns
         named = (columns.image, columns.caption, columns.key)
-        return DataSpec(self.spec, self.keys, *named, self.caption_lines, self.caption_keys)
+        form = self.list_format
+        named_form = (form.root, form.separator, form.encoding)
+        return DataSpec(self.spec, self.keys, *named, self.caption_lines, self.caption_keys, *named_form)
 
 
 def list_shards(spec: str) -> list[str]:
@@ -140,6 +143,7 @@ def open_described(description: DataSpec, index_root: Path | None = None) -> Dat
         index_root,
         caption_lines=description.caption_lines,
         caption_keys=description.caption_key,
+        list_format=ListFormat(description.list_root, description.list_separator, description.list_encoding),
     )
 
 
@@ -151,6 +155,7 @@ def open_dataset(
     *,
     caption_lines: bool = False,
     caption_keys: tuple[str, ...] = (),
+    list_format: ListFormat | None = None,
 ) -> Dataset:
     """Open image-text data.
 
@@ -166,16 +171,19 @@ def open_dataset(
         caption_lines: Whether each line of a ``.txt`` is a caption, as always in CLIP_benchmark's folders.
         caption_keys: Where the captions of a sample are, all of them: extensions of members or fields of the json member
             (``json:FIELD``) of tars, columns of a list or a parquet file. Without one ``txt``, or the column of `columns`.
+        list_format: How a list is read.
     """
     spec = _SEPARATOR.join(map(_normalize, str(spec).split(_SEPARATOR)))
     columns = columns or Columns()
+    list_format = list_format or ListFormat()
     caption_keys = tuple(dict.fromkeys(key.removeprefix(".") for key in caption_keys))
     prefix_keys = keys == "shard"
     files = None if spec.lower().endswith(TEXT_LISTS) else _find_files(spec)
     table, classes = (None, None) if files is None else _find_table(files, columns, caption_keys)
     if table is None and spec.lower().endswith(LIST_SUFFIXES) and files in (None, [spec]):
         kind = "list"
-        shards = cut(Images(spec, columns, caption_keys=caption_keys), spec, prefix_keys=prefix_keys)
+        images = Images(spec, columns, caption_keys=caption_keys, list_format=list_format)
+        shards = cut(images, spec, prefix_keys=prefix_keys)
     elif files is not None and (table is not None or not _is_parquet(files[0])):
         kind = "parquet" if table is not None else "benchmark" if is_benchmark(spec) else "webdataset"
         if table is None:
@@ -209,10 +217,17 @@ def open_dataset(
                 f"--caption-key names members of tars or columns, and {spec} is a folder of images.",
                 "Omit it: their captions are in a .txt beside each image.",
             )
-    dataset = Dataset(spec, kind, shards, classes, keys, columns, caption_lines, caption_keys)
+    if kind != "list" and list_format != ListFormat():
+        raise ClipcidError(
+            f"--list-root, --list-separator and --list-encoding say how a list is read, and {spec} is none.",
+            "Omit them.",
+        )
+    dataset = Dataset(spec, kind, shards, classes, keys, columns, caption_lines, list_format, caption_keys)
     if index_root is not None:
         read_so = {"keys": keys, "caption_lines": caption_lines, "caption_keys": caption_keys}
         read_so |= dataclasses.asdict(columns)
+        if list_format != ListFormat():
+            read_so["list_format"] = dataclasses.asdict(list_format)
         folder = index_folder(index_root, kind, read_so)
         dataset = dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, shards))
     if dataset.index is None:

@@ -6,6 +6,7 @@ other processes: they list the images themselves where they need to.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import hashlib
@@ -27,6 +28,7 @@ from clipcid_cli.formats.data.samples import (
     IMAGE_SUFFIXES,
     ByteRange,
     Columns,
+    ListFormat,
     Sample,
     gather_captions,
     natural_key,
@@ -79,6 +81,7 @@ class Images(Slices):
     columns: Columns | None = None  # of a list
     caption_lines: bool = False  # whether each line of a ``.txt`` is a caption
     caption_keys: tuple[str, ...] = ()  # columns of captions that a list must have, in place of that of `columns`
+    list_format: ListFormat = dataclasses.field(default_factory=ListFormat)
 
     @cached_property
     def _listed(self) -> _Listed:
@@ -86,7 +89,7 @@ class Images(Slices):
             class_names, rows = _list_folder(self.source)
         else:
             class_names = None
-            rows = _list_rows(self.source, self.columns, self.caption_keys)
+            rows = _list_rows(self.source, self.columns, self.caption_keys, self.list_format)
         slices = list[pa.RecordBatch]()
         seen = set[bytes]()
         several = False
@@ -133,7 +136,7 @@ class Images(Slices):
 
     def fingerprint(self, number: int) -> tuple[int, str]:
         """Return the number of rows, and a hash of paths, sizes, captions and classes."""
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b((self.list_format.root or "").encode("utf-8", "surrogateescape"), digest_size=16)
         rows = self._listed.slices[number].to_pylist()
         for row in rows:
             sample = self._sample(row, Skips())
@@ -151,6 +154,9 @@ class Images(Slices):
                 keys = self.caption_keys or (self.columns.caption,)
                 captions = gather_captions(keys, row["captions"], skips)
             folder = folder.rpartition("/")[0] if is_url(folder) else os.path.dirname(folder)
+            folder = self.list_format.root or folder
+            if "\\" in path and not os.path.exists(os.path.join(folder, path)):
+                path = path.replace("\\", "/")  # as Windows writes paths
         if row["text"]:
             with contextlib.suppress(OSError):  # a caption that cannot be read is a missing one, and counted as such
                 text = read_regular(os.path.join(folder, os.fsdecode(row["text"])))
@@ -220,16 +226,19 @@ def _walk(root: str) -> Iterator[tuple[str, os.stat_result]]:
                     yield path, entry.stat()
 
 
-def _list_rows(source: str, columns: Columns, caption_keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _list_rows(
+    source: str, columns: Columns, caption_keys: tuple[str, ...], form: ListFormat
+) -> Iterator[dict[str, Any]]:
     """List a ``.csv`` (commas, or tabs as open_clip's are), ``.tsv`` or ``.parquet`` file, or its URL, in its own order."""
     with local_file(source) as file:
-        for frame in _read_frames(source, file):
+        for frame in _read_frames(source, file, form):
             needed = [columns.image, *columns.required(caption_keys)]
             missing = next((name for name in needed if name not in frame), None)
             if missing is not None:
                 raise ClipcidError(
                     f"List {source} has no column {missing!r}; it has {', '.join(map(str, frame.columns[:12]))}.",
-                    "Name its columns: --image-column (paths of images), --caption-column or --caption-key, --key-column.",
+                    "Name its columns: --image-column (paths of images), --caption-column or --caption-key, --key-column."
+                    + ("" if len(frame.columns) > 1 else " Or say what separates them: --list-separator TEXT."),
                 )
             if frame.empty:
                 raise ClipcidError(f"List {source} has a header and no rows.", "Give a list with one row per image.")
@@ -243,7 +252,7 @@ def _list_rows(source: str, columns: Columns, caption_keys: tuple[str, ...]) -> 
                 yield {"key": os.fsencode(key), "path": os.fsencode(path), "captions": found, "classes": numbers}
 
 
-def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
+def _read_frames(source: str, path: Path, form: ListFormat) -> Iterator[pd.DataFrame]:
     """Read a list slice by slice; what is missing in a cell is None."""
     import pandas as pd  # 0.15 s, which other kinds of data should not wait for
 
@@ -255,11 +264,14 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
             for start in range(0, len(frame) or 1, VIRTUAL_SHARD):
                 yield frame[start : start + VIRTUAL_SHARD]
             return
-        with path.open(encoding="utf-8", errors="replace") as file:
+        encoding = form.encoding or _find_encoding(path)
+        with path.open(encoding=encoding, errors="replace") as file:
             header = file.readline()
-        # open_clip writes and reads tab-separated lists, whatever they are called.
-        separator = "\t" if source.lower().endswith(".tsv") or ("\t" in header and "," not in header) else ","
-        with pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, chunksize=VIRTUAL_SHARD) as frames:
+        separator = form.separator or _find_separator(source, header)
+        options: dict[str, Any] = {"encoding": encoding, "dtype": str, "keep_default_na": False}
+        # A separator of several letters is one of pandas' regular expressions, which its slower parser reads.
+        options |= {"sep": re.escape(separator), "engine": "python"} if len(separator) > 1 else {"sep": separator}
+        with pd.read_csv(path, **options, chunksize=VIRTUAL_SHARD) as frames:
             for frame in frames:
                 _validate_rows(source, frame, separator)
                 yield frame
@@ -271,10 +283,29 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
         raise
     except FileNotFoundError as error:
         raise ClipcidError(f"There is no list {source}.", "Check the path.") from error
+    except UnicodeError as error:
+        raise ClipcidError(
+            f"List {source} cannot be read as {form.encoding or 'UTF-8'}: {describe(error)}.",
+            "Name its encoding, such as --list-encoding latin-1 or cp1252, or save it as UTF-8.",
+        ) from error
     except Exception as error:  # pandas and pyarrow raise what they like for a damaged file
         raise ClipcidError(
             f"List {source} cannot be read: {describe(error)}.", "Give a csv, tsv or parquet file with a header."
         ) from error
+
+
+def _find_encoding(path: Path) -> str:
+    """Return UTF-16 where a text is marked as that, as Excel's "Unicode text" is; else UTF-8, whose mark pandas knows."""
+    with open_regular(path) as file:
+        mark = file.read(2)
+    return "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8"
+
+
+def _find_separator(source: str, header: str) -> str:
+    """Return what separates the cells of a text: open_clip writes and reads tabs, whatever a list is called."""
+    if source.lower().endswith(".tsv") or ("\t" in header and "," not in header):
+        return "\t"
+    return ";" if ";" in header and "," not in header else ","
 
 
 def _validate_rows(source: str, frame: pd.DataFrame, separator: str) -> None:
@@ -283,7 +314,7 @@ def _validate_rows(source: str, frame: pd.DataFrame, separator: str) -> None:
 
     columns = frame.shape[1]
     if not isinstance(frame.index, pd.RangeIndex):  # of the first cells
-        called = "tab" if separator == "\t" else "comma"
+        called = {"\t": "tab", ",": "comma"}.get(separator, separator)
         raise ClipcidError(
             f"The header of list {source} has {columns} columns, and rows have {columns + frame.index.nlevels}.",
             f"Put cells that contain a {called} into quotation marks.",

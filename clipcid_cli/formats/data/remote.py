@@ -46,6 +46,19 @@ _answered = set[str]()
 """Servers that have answered this process: what breaks there was no wrong address."""
 
 
+class RemoteImageError(OSError):
+    """An image of a list that could not be fetched."""
+
+    def __init__(self, error: ClipcidError) -> None:
+        super().__init__(error.message)
+        cause = error.__cause__
+        status = _status_of(cause) if isinstance(cause, Exception) else None
+        if status is None and isinstance(cause, FileNotFoundError) and cause.__cause__ is None:
+            status = 404  # fsspec's error for it
+        self.answer = "no answer" if status is None else f"HTTP {status}"
+        """What the server said: ``HTTP 403``."""
+
+
 def is_url(spec: str) -> bool:
     """Tell a URL from a local path."""
     return re.match(r"[A-Za-z][\w+.-]*://", spec) is not None

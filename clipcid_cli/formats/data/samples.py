@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.image_column import read_copied, read_row
-from clipcid_cli.formats.data.remote import is_pipe, is_url, read_remote
+from clipcid_cli.formats.data.remote import RemoteImageError, is_pipe, is_url, read_remote
 from clipcid_cli.formats.data.shard_cache import ShardCopy
 from clipcid_cli.formats.files import read_part, read_regular
 from clipcid_cli.formats.skips import Skips
@@ -56,6 +56,15 @@ class Columns:
         """Name the columns beside the images that must exist: those of captions, and those that were renamed."""
         renamed = ((self.caption, Columns.caption), (self.key, Columns.key))
         return [*caption_keys, *(name for name, default in renamed if name != default)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ListFormat:
+    """How a list is read where that is not found out: None."""
+
+    root: str | None = None  # the folder of relative paths; else that of the list
+    separator: str | None = None  # of the cells of a text
+    encoding: str | None = None  # of a text
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -194,7 +203,7 @@ def _read_whole(path: str) -> bytes:
     try:
         return read_remote(path)
     except ClipcidError as error:  # one image of a list, not a shard
-        raise OSError(error.message) from error
+        raise RemoteImageError(error) from error
 
 
 def member_of(key: str) -> str:

@@ -66,6 +66,7 @@ def _flags_of_data(described: DataSpec | None, data: str | None, flags: dict[str
         return flags
     recorded = {f"{name}_column": getattr(described, name) for name in dataclasses.asdict(Columns())}
     recorded |= {name: getattr(described, name) for name in ("keys", "caption_lines", "caption_key")}
+    recorded |= {name: getattr(described, name) for name in ("list_root", "list_separator", "list_encoding")}
     return flags | recorded if data is None else recorded | flags
 
 

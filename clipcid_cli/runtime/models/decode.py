@@ -29,15 +29,20 @@ class Readable(Protocol):
 class SkippedImage:
     """The result for an image that cannot be used."""
 
-    reason: str  # `unreadable_image` or `too_many_pixels`, a key of `formats.skips.REASONS`
+    # A key of `formats.skips.REASONS`: `not_found`, `http_error`, `unreadable_image` or `too_many_pixels`; after a colon
+    # details may follow.
+    reason: str
 
 
 def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:
     """Read and decode an image, see `decode_image`; every step learns here that a sample has to be skipped, and why."""
     try:
         return decode_image(source.read(), draft_size)
-    except OSError:  # the file was removed or truncated after it was listed
-        return SkippedImage("unreadable_image")
+    except FileNotFoundError:
+        return SkippedImage("not_found")
+    except OSError as error:  # the file was truncated after it was listed, or a server does not send it
+        answer = getattr(error, "answer", None)
+        return SkippedImage("unreadable_image" if answer is None else f"http_error: {answer}")
 
 
 def decode_image(data: bytes, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:

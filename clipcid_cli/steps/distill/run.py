@@ -68,7 +68,7 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
         spec = plan.identify(student, teacher)
         if settings.dry_run:
             context.on_rank0(lambda: find_output(spec))
-            validate_samples(plan.inputs.dataset, context, settings.seed, dry_run=True)
+            validate_samples(plan.inputs.dataset, context, settings, dry_run=True)
             cost = estimate_cost(Trainer(plan, student, teacher, context))
             cost.evaluations = plan.evaluations.preview()
             return cost
@@ -81,7 +81,7 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
                 context.on_rank0(lambda: output.start(folder.clear))
                 # An unfinished run without a checkpoint may have ended because of what this finds.
                 if not (output.resumed and context.on_rank0(lambda: list_checkpoints(folder.checkpoints))):
-                    validate_samples(plan.inputs.dataset, context, settings.seed, dry_run=False)
+                    validate_samples(plan.inputs.dataset, context, settings, dry_run=False)
                 trainer = Trainer(plan, student, teacher, context, output)
                 first = trainer.state.step
                 seconds = {"prepare": time.perf_counter() - started}

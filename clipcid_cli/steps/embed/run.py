@@ -82,7 +82,7 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
     shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards):,} shards"
     reporting.note(f"Embedding {plan.dataset.spec} ({shards}) with {plan.name.spec}.")
     if not plan.of_texts and (settings.dry_run or not plan.is_begun):
-        validate_samples(plan.dataset, context, settings.seed, dry_run=settings.dry_run)
+        validate_samples(plan.dataset, context, settings, dry_run=settings.dry_run)
     encoder = load_encoder(plan, context)
     reporting.note(encoder.describe())
     spec = plan.identify(encoder.settings, may_differ={"inputs"} if plan.may_grow else ())

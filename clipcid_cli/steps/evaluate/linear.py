@@ -74,7 +74,7 @@ def run(settings: EvalLinearSettings) -> LinearResult | Preview:
     with open_dist_context(settings.device) as context:
         plan = context.on_rank0(lambda: make_plan(settings))
         for task in plan.splits.values():
-            validate_samples(task.dataset, context, settings.seed, dry_run=settings.dry_run)
+            validate_samples(task.dataset, context, settings, dry_run=settings.dry_run)
         if settings.dry_run:
             reporting.note(f"Would fit {plan.name.spec} on {plan.splits['train'].dataset.spec} and write {plan.path}.")
             return Preview(plan.dataset, plan.name.spec, _TASK, {"metrics": str(plan.path)})

@@ -58,7 +58,7 @@ def run(settings: EvalZeroshotSettings) -> Answer:
         plan = context.on_rank0(lambda: make_plan(settings))
         if settings.dry_run:
             for task in plan.tasks:
-                validate_samples(task.dataset, context, settings.seed, dry_run=True)
+                validate_samples(task.dataset, context, settings, dry_run=True)
             previews = plan.preview()
             return previews[0] if len(previews) == 1 else Previews(previews)
         answer = evaluate(plan, context)
@@ -132,7 +132,7 @@ def evaluate(plan: ZeroshotPlan, context: DistContext) -> ZeroshotResults:
     """Measure every model on every data set, and write all files; on every process. `distill` ends with it, too."""
     settings = plan.settings
     for task in plan.tasks:
-        validate_samples(task.dataset, context, settings.seed, dry_run=False)
+        validate_samples(task.dataset, context, settings, dry_run=False)
     data = context.on_rank0(lambda: [task.fingerprints() for task in plan.tasks])
     results = list[ZeroshotResult]()
     for name in plan.names:

@@ -29,6 +29,7 @@ from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.inputs import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.preflight import choose_order, validate_samples
+from clipcid_cli.steps.settings.shared import ReadingSettings
 
 KEYS = [f"{row:04d}" for row in range(100)]
 
@@ -209,7 +210,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(dataset: Dataset, context: DistContext, *, dry_run: bool = True) -> list[str]:
     with heard() as told:
-        validate_samples(dataset, context, 0, dry_run=dry_run)
+        validate_samples(dataset, context, ReadingSettings(), dry_run=dry_run)
     return told
 
 
@@ -223,6 +224,32 @@ def test_all_shards_are_looked_at(shards: Path, context: DistContext, tmp_path: 
     said = f"{shards}: checked 6 of 6 shards, 18 samples: 1 cannot be decoded."  # first, middle and last of each
     assert check(indexed, context) == [f"{said}\n  1 × unreadable image: 00004/000044"]
     assert check(indexed, context, dry_run=False) == [said]  # the run names them at its end
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_samples_of_which_none_can_be_used_end_a_run(context: DistContext, tmp_path: Path, dry_run: bool) -> None:
+    (tmp_path / "list.csv").write_text("filepath,title\n" + "".join(f"{number}.png,a\n" for number in range(20)))
+    dataset = open_dataset(tmp_path / "list.csv")
+    with pytest.raises(ClipcidError, match=r"15 samples: none can be used\.\n  15 × file not found: 0\.png, ") as told:
+        check(dataset, context, dry_run=dry_run)
+    assert f"looked for in {tmp_path}, or where --list-root DIR says" in told.value.fix
+    with heard() as notes:
+        validate_samples(dataset, context, ReadingSettings(max_bad_fraction=0.9), dry_run=False)
+    assert "15 cannot be decoded" in notes[0]
+    for number in range(20):
+        (tmp_path / f"{number}.png").write_bytes(make_image(number) if number == 3 else b"no image")
+    assert "14 cannot be decoded" in check(dataset, context, dry_run=dry_run)[0]
+
+
+def test_a_dry_run_says_what_servers_answer(context: DistContext, tmp_path: Path) -> None:
+    with serve(tmp_path) as server:
+        (tmp_path / "list.csv").write_text(f"filepath,title\n{server.url}/absent.png,a\n")
+        dataset = open_dataset(tmp_path / "list.csv")
+        with pytest.raises(
+            ClipcidError, match=r"1 × image that its server did not send: http\S+absent\.png \(HTTP 404\)"
+        ):
+            check(dataset, context)
+        assert check(dataset, context, dry_run=False) == []  # a run does not ask twice
 
 
 def test_of_remote_data_a_dry_run_looks_at_few_shards_and_a_run_at_none(shards: Path) -> None:
