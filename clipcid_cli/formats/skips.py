@@ -22,7 +22,8 @@ REASONS = {
     "nan_row": "embedding that is zero or not finite",
 }
 
-_NAMED = 5
+NAMED = 5
+"""Samples of a reason that are named."""
 
 
 @dataclasses.dataclass
@@ -32,6 +33,9 @@ class Skips:
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     without: dict[str, int] = dataclasses.field(default_factory=dict)
+    # Key, shard and reason of each, of one shard or of data that is held in memory. Until `Shard.locate` has said them, the
+    # key is a name and the shard is empty.
+    listed: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -52,7 +56,12 @@ class Skips:
         """
         reason, _, details = reason.partition(": ")
         assert reason in REASONS, reason
-        self.merge(Skips({reason: 1}, {reason: [f"{name} ({details})" if details else name]}))
+        named = f"{name} ({details})" if details else name
+        self.merge(Skips({reason: 1}, {reason: [named]}, listed=[(name, "", reason)]))
+
+    def counted(self) -> Skips:
+        """Return the counts without the list of all samples, which is as long as the data."""
+        return dataclasses.replace(self, listed=[])
 
     def miss(self, key: str, number: int = 1) -> None:
         """Count samples without a caption of this key."""
@@ -64,7 +73,8 @@ class Skips:
         for reason, number in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + number
             names = self.examples.setdefault(reason, [])
-            names.extend(other.examples.get(reason, [])[: _NAMED - len(names)])
+            names.extend(other.examples.get(reason, [])[: NAMED - len(names)])
+        self.listed.extend(other.listed)
 
     def describe(self) -> str:
         """Return what was skipped, one reason per line; empty when nothing was."""

@@ -113,7 +113,7 @@ def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample
     shard = dataset.shards[number]
     index = dataset.index
     if index is not None and not shard.is_streamed:
-        skips.merge(index.records[number].skips)
+        skips.merge(index.skips(number))
         part = index.part(number)
         yield from map(part.sample, range(len(part)))
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,8 @@ from clipcid_cli.formats.sidecar import (
     read_sidecar,
     sidecar_path,
 )
-from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.skipped import list_rows
+from clipcid_cli.formats.skips import NAMED, Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import (
     CONFIG_NAME,
@@ -262,12 +263,26 @@ def advise_keys(embeddings: Embeddings) -> str:
 
 def skip_rows(embeddings: Embeddings, bad: npt.NDArray[np.int64], max_bad_fraction: float) -> Skips:
     """Count and name rows that cannot be used, given their numbers, ascending; too many of them are an error."""
-    pieces = embeddings.take_column(embeddings.keys_of, bad)
-    skips = Skips.of({key: "nan_row" for piece in pieces for key in piece.to_pylist()})
+    first = embeddings.take_column(embeddings.keys_of, bad[:NAMED])
+    skips = Skips()
+    if len(bad):
+        skips = Skips({"nan_row": len(bad)}, {"nan_row": [key for piece in first for key in piece.to_pylist()]})
     skips.check(embeddings.num_rows, max_bad_fraction, str(embeddings.folder))
     if skips.total:
         reporting.warn(f"Rows skipped: {skips.total:,}\n{skips.describe()}")
     return skips
+
+
+def list_bad_rows(embeddings: Embeddings, bad: npt.NDArray[np.int64]) -> Iterator[pa.Table]:
+    """List rows that cannot be used, given their numbers, ascending: one file in memory at a time."""
+    for file in embeddings.files:
+        start, stop = np.searchsorted(bad, [file.first, file.first + file.rows])
+        if start < stop:
+            places = pa.array(bad[start:stop] - file.first)
+            keys, shards = (
+                read(file).take(places).combine_chunks() for read in (embeddings.keys_of, embeddings.shards_of)
+            )
+            yield list_rows(keys, shards, "nan_row")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,6 +114,8 @@ def test_rows_that_are_not_finite_are_counted_and_named(clipcid: Clipcid, rows: 
     run = clipcid(*call, "--json")
     assert (run.json["images"], run.json["skipped"]) == (297, {"nan_row": 3})
     assert "3 × embedding that is zero or not finite: 000005, 000009, 000200" in run.said
+    skipped = pd.read_parquet(tmp_path / run.json["files"]["skipped"])
+    assert (list(skipped["key"]), set(skipped["reason"])) == (["000005", "000009", "000200"], {"nan_row"})
     assert not set(read_keep(tmp_path)["key"]) & {"000005", "000009", "000200"}
     refused = clipcid(*call, "--max-bad-fraction", 0.005, "--work", "w", code=1)
     assert "3 of 300 samples in nan cannot be used: 1.0%" in refused.said

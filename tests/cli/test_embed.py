@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import (
     Clipcid,
@@ -30,6 +31,10 @@ def hash_rows(folder: Path) -> dict[str, str]:
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in (".npy", ".parquet"))
     files = [path for path in found if "index" not in path.parts and path.name != "manifest.parquet"]
     return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
+
+
+def read_skipped(path: str) -> list[tuple[str, ...]]:
+    return [tuple(row.values()) for row in pq.read_table(path).to_pylist()]
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +174,22 @@ def test_what_is_skipped_is_counted_and_named(clipcid: Clipcid, tiny_model: Path
     assert run.json["images"] == 22
     assert run.json["skipped"] == {"duplicate_key": 1, "no_caption": 1, "unreadable_image": 1}
     assert "unreadable image: a/bad" in run.stderr
+    skipped = [("bad", "a", "unreadable_image"), ("000003", "a", "duplicate_key"), ("mute", "a", "no_caption")]
+    assert read_skipped(run.json["files"]["skipped"]) == skipped
+    # From the index, and with prefixed keys; `balance` adds to those of the embeddings.
+    for keys, key in (("sample", "bad"), ("shard", "a/bad")):
+        given = ("--model", tiny_model, "--max-bad-fraction", 0.2, "--work", keys, "--keys", keys, "--json")
+        assert read_skipped(clipcid("embed", data, *given).json["files"]["skipped"])[0] == (
+            key,
+            "a",
+            "unreadable_image",
+        )
+    balanced = clipcid("balance", "--keep", 0.9, "--json").json
+    assert (balanced["files"]["skipped"], balanced["skipped"]) == (
+        "clipcid-work/balance/skipped.parquet",
+        run.json["skipped"],
+    )
+    assert read_skipped(balanced["files"]["skipped"]) == skipped
     assert "Images with transparent pixels, shown on white: 1." in run.said
     assert "Images with 16 bits of grey, scaled to 8: 1." in run.said
     strict = clipcid("embed", data, "--model", tiny_model, "--out", tmp_path / "strict", code=1)

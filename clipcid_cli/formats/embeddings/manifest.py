@@ -27,6 +27,7 @@ from clipcid_cli.formats.files import reading, write_error, write_json, write_np
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, identity_of, validate_unchanged
 from clipcid_cli.formats.output import find_works
 from clipcid_cli.formats.parquet import read_rows
+from clipcid_cli.formats.skipped import SKIPPED, make_table, read_shards, read_skipped, write_skipped
 from clipcid_cli.formats.skips import Skips
 
 MANIFEST = "manifest.parquet"
@@ -184,6 +185,7 @@ class EmbeddingWriter:
         """Write a shard, with its metadata where it has images; the first has number 0."""
         # The record of another run must never accompany rows of this one, even if it is killed in between.
         self._record_path(number).unlink(missing_ok=True)
+        write_skipped(self._skipped_path(number), [make_table(made.skipped.listed)])
         for kind in Kind:
             if kind in made.rows:
                 write_npy(self._path(kind, number), made.rows[kind])
@@ -215,14 +217,23 @@ class EmbeddingWriter:
         record = _read_record(path)
         if record is None or record.identity != self._identities[number]:
             return None
+        if record.skipped and not self._skipped_path(number).exists():
+            return None
         return record if find_changed(self.folder, record.files.values(), path) is None else None
 
     def take(self, folder: Path, records: Sequence[ShardRecord]) -> None:
         """Take over the shards of a finished folder, whatever their numbers there, whose files are those it records."""
         there = {record.identity: record for record in records}
+        numbers = {str(given.shard): number for number, given in enumerate(self._inputs)}
+        for shard, listed in read_shards(folder / SKIPPED):
+            number = numbers.get(shard, -1)
+            if number >= 0 and self._identities[number] in there and not self._record_path(number).exists():
+                write_skipped(self._skipped_path(number), [listed])
         for number, identity in enumerate(self._identities):
             earlier = there.get(identity)
             if earlier is None or self._record_path(number).exists():
+                continue
+            if earlier.skipped and not self._skipped_path(number).exists():  # it does not say which
                 continue
             if find_changed(folder, earlier.files.values(), folder / MANIFEST) is not None:
                 continue
@@ -233,10 +244,12 @@ class EmbeddingWriter:
             self._write_record(number, msgspec.structs.replace(earlier, files=files))
 
     def finish(self) -> list[ShardRecord]:
-        """Write the manifest once all shards are finished, and return it."""
+        """Write the manifest and the list of skipped samples once all shards are finished; return the manifest."""
         records = [self.read_record(number) for number in range(len(self._inputs))]
         finished = [record for record in records if record is not None]
         assert len(finished) == len(records), "every shard was written by one of the processes"
+        skipped = (self._skipped_path(number) for number, record in enumerate(finished) if record.skipped)
+        write_skipped(self.folder / SKIPPED, (table for path in skipped for table in read_skipped(path)))
         parts = [part for part in (*Kind, METADATA) if any(part in each.files for each in finished)]
         schema = pa.schema(
             {
@@ -252,6 +265,9 @@ class EmbeddingWriter:
 
     def _write_record(self, number: int, record: ShardRecord) -> None:
         write_json(self._record_path(number), msgspec.to_builtins(record))
+
+    def _skipped_path(self, number: int) -> Path:
+        return self._record_path(number).with_suffix(f".{SKIPPED}")
 
     def _record_path(self, number: int) -> Path:
         return self.folder / _RECORDS / f"{number:0{self._digits}d}.json"

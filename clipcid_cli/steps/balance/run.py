@@ -25,6 +25,7 @@ from clipcid_cli.formats.results.forest import (
     write_row_files,
 )
 from clipcid_cli.formats.sidecar import BalanceSidecar, sidecar_path
+from clipcid_cli.formats.skipped import SKIPPED
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.libraries import keep_few_kernels
@@ -72,12 +73,14 @@ def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
             context.on_rank0(lambda: write_kept(plan))
             if settings.write_shards is not None:
                 write_shards(plan, settings.write_shards)
+        skipped = plan.folder / SKIPPED
         files = {
             "keep_list": plan.keep_list,
             "forest": forest_path(plan.folder, settings.forest_kind),
             "sets": plan.folder / SET_TABLE,
             "curve": plan.folder / CURVE,
             "report": plan.folder / REPORT,
+            "skipped": skipped if skipped.is_file() else None,
             "sidecar": sidecar_path(plan.folder, "balance"),
             "keys": settings.write_keys,
             "pairs": settings.write_pairs,

@@ -35,6 +35,7 @@ from clipcid_cli.formats.embeddings.text_folder import TEXTS, TEXTS_FILE, write_
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, remove_leftovers
 from clipcid_cli.formats.sidecar import TextsSidecar, sidecar_path
+from clipcid_cli.formats.skipped import SKIPPED, skipped_file
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.clip_model import ClipModel
@@ -222,7 +223,7 @@ def _embed_missing(
                 writer.write(batch.shard, made)
             parts.clear()
             embedded += len(made.keys)
-            skipped.merge(made.skipped)
+            skipped.merge(made.skipped.counted())
             read += made.read
             finished += 1
             if not plan.dataset.is_counted:  # what remains is estimated by what was read
@@ -282,12 +283,13 @@ def _commit(
     embedded = sum(number for number, _ in timings)
     elapsed = max(sum(seconds.values()) for _, seconds in timings)
     speed = round(embedded / elapsed, 1) if embedded else None
-    manifest = record(output.work / MANIFEST, output.work)
+    written = [output.work / name for name in (MANIFEST, SKIPPED)]
+    outputs = [record(path, output.work) for path in written if path.exists()]
     model = _describe_model(encoder.model)
     sidecar: EmbeddedSidecar
     if plan.of_texts:
         sidecar = output.commit(
-            outputs=[manifest, _write_texts(plan, output.work)],
+            outputs=[*outputs, _write_texts(plan, output.work)],
             model=model,
             counts={"texts": rows, "skipped": dict(sorted(skips.counts.items()))},
             seconds={"encode": elapsed},
@@ -295,7 +297,7 @@ def _commit(
         )
     else:
         sidecar = output.commit(
-            outputs=[manifest],
+            outputs=outputs,
             model=model,
             counts={"images": rows, **_count_images(plan, records, skips)},
             seconds={phase: fmean(each[phase] for _, each in timings) for phase in ("read", "encode", "write")},
@@ -340,6 +342,7 @@ def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> EmbedResult | TextsR
     counts = sidecar.counts
     seconds = sidecar.seconds
     files = {TEXTS if plan.of_texts else "embeddings": str(plan.folder)}
+    files |= skipped_file(sidecar, plan.folder)
     files["sidecar"] = str(sidecar_path(plan.folder, plan.step))
     if isinstance(sidecar, TextsSidecar):
         return TextsResult(counts["texts"], counts["skipped"], sidecar.texts_per_second, seconds, files)

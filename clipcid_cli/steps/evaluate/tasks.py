@@ -94,7 +94,7 @@ class ZeroshotTask:
                 if held_out is None or sample.key in held_out:
                     yield sample
             return
-        skips.merge(index.records[number].skips)
+        skips.merge(index.skips(number))
         part = index.part(number)
         for place, key in enumerate(part.keys.to_pylist()):
             if key in held_out:

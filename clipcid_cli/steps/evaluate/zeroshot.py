@@ -24,11 +24,13 @@ from clipcid_cli.formats.results.metrics import (
     predictions_path,
     read_metrics,
     read_metrics_sidecar,
+    skipped_path,
     write_metrics,
     write_predictions,
     write_results,
 )
 from clipcid_cli.formats.sidecar import Calibrations, Example, ZeroshotSidecar
+from clipcid_cli.formats.skipped import make_table, write_skipped
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
@@ -197,6 +199,9 @@ def _write(
         columns = {"key": rows.keys, **found.columns()}
         written.append(output.work / earlier.name)
         write_predictions(written[1], task.kind, model.model.info.slug, task.name, len(task.class_names), columns)
+    skipped = skipped_path(path)
+    if write_skipped(output.work / skipped.name, [make_table(rows.skips.listed)]):
+        written.append(output.work / skipped.name)
     images = len(rows.encoded.samples)
     sidecar = output.commit(
         counts={"images": images, "texts": found.texts, "skipped": rows.skips.counts},
@@ -217,6 +222,8 @@ def _make_result(sidecar: ZeroshotSidecar, task: ZeroshotTask, path: Path, *, re
     files = {"metrics": str(path)}
     if predictions_path(path).is_file():
         files["predictions"] = str(predictions_path(path))
+    if skipped_path(path).is_file():
+        files["skipped"] = str(skipped_path(path))
     return ZeroshotResult(
         **msgspec.structs.asdict(read_metrics(path)),
         prompts=task.prompt_lines,

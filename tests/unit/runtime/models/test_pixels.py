@@ -109,8 +109,9 @@ def test_a_file_is_read_or_skipped_with_a_reason(tmp_path: Path) -> None:
     image = read_image(whole)
     assert isinstance(image, Image.Image)
     assert read_size(whole) == image.size == (48, 48)
-    for source in (missing, cut):
-        assert read_image(source) == read_size(source) == SkippedImage("unreadable_image")
+    for source, reason in ((missing, "not_found"), (cut, "unreadable_image")):
+        assert read_image(source) == SkippedImage(reason)
+        assert read_size(source) == SkippedImage("unreadable_image")
     place.write_bytes(make_bomb(10_000, 9_000))
     assert read_image(whole) == SkippedImage("too_many_pixels")
     assert read_size(whole) == (10_000, 9_000)
