@@ -53,6 +53,7 @@ class OutputSpec(Generic[AnySidecar]):
     overwrite: bool = False  # whether one of other settings or inputs counts as missing
     may_differ: Collection[str] = ()  # settings, and ``inputs``, in which one that is there may differ without an error
     resumes: bool = True
+    begun_may_differ: Collection[str] = ()  # further settings in which unfinished work may differ
     # Pattern of the files of finished parts in a work folder: unfinished work without one, of other settings or inputs, is
     # dropped. Empty where all work counts.
     parts: str = ""
@@ -234,7 +235,7 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
         with lenient:
             other = _read_run(work)
         if other is not None:
-            _, serious = _compare(other, run, spec.may_differ)
+            _, serious = _compare(other, run, {*spec.may_differ, *spec.begun_may_differ})
             is_empty = bool(spec.parts) and next(work.glob(spec.parts), None) is None
             if serious and not spec.overwrite and not is_empty:
                 raise other_run_error(f"{folder} holds unfinished {step} output", serious, spec.elsewhere)

@@ -15,6 +15,7 @@ import pytest
 from conftest import (
     Clipcid,
     Run,
+    kill_when,
     make_image,
     run_clipcid,
     run_command,
@@ -105,6 +106,25 @@ def test_added_shards_are_embedded_alone(clipcid: Clipcid, tiny_shards: Path, ti
     assert not list((tmp_path / "out").glob(".embed-*"))
     (tmp_path / "data" / "00000.tar").unlink()
     assert "3 files there, 2 now; changed or gone: 00000.tar" in clipcid(*call, code=1).said
+
+
+def test_other_keys_keep_the_rows(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        members = [*shard_members(5 * number, 5), (f"{number}x.png", b"no image"), (f"{number}x.txt", b"a")]
+        write_tar(tmp_path / "data" / f"{number}.tar", members)
+    call = ("embed", "data", "--model", tiny_model, "--max-bad-fraction", 0.5)
+    clipcid(*call, "--keys", "shard", "--out", "whole")
+    clipcid(*call, "--out", "plain")
+    # Killed after the first shard, then with other keys: as after keys that repeat across shards.
+    (tmp_path / "out").mkdir()
+    kill_when(tmp_path / "out", "0000.json", ["0002.json", "embed.json"], *call, "--out", "out", cwd=tmp_path)
+    told = clipcid(*call, "--keys", "shard", "--out", "out").said
+    assert re.search("[12] of 3 shards are already embedded", told)
+    assert hash_rows(tmp_path / "out") == hash_rows(tmp_path / "whole")
+    # What is finished is not replaced in silence.
+    assert 'settings.keys: "shard" there, "sample" now' in clipcid(*call, "--out", "out", code=1).said
+    assert "3 of 3 shards are already embedded" in clipcid(*call, "--out", "out", "--overwrite").said
+    assert hash_rows(tmp_path / "out") == hash_rows(tmp_path / "plain")
 
 
 def test_models_of_one_name_have_folders_of_their_own(

@@ -8,10 +8,15 @@ import hashlib
 import math
 import os
 import re
+import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import is_benchmark, list_benchmark_tars
@@ -35,8 +40,9 @@ _FORMS = (
 _SEPARATOR = "::"  # webdataset's, between several folders, tars or patterns
 
 # Up to this size, keys are compared across all shards when data is opened; of larger data, or data that will have an index,
-# only those of the first two shards are, and all once they have been read.
+# those of as many shards as can be listed in this time, two at least, and all once they have been read.
 _SMALL = 2**30
+_KEY_SECONDS = 1.0
 
 _SHARD_SUFFIXES = (".tar", ".parquet")
 _SPLIT = re.compile(r"(.+)-\d+-of-(\d+).*[.]parquet$")  # as ``datasets`` names files
@@ -264,15 +270,36 @@ def _validate_shards(dataset: Dataset) -> None:
         seen = f" ({skips.total} without one, first {without[0]})" if without else ""
         raise ClipcidError(f"{dataset.spec}: no sample with an image in {looked}{seen}.", _FORMS)
     small = sum(os.path.getsize(path) for path in local) <= _SMALL
-    first = tars if small and dataset.index_folder is None else tars[:2]
-    if len(local) < len(tars) or len(first) < 2:  # reading remote ones whole would take longer than "quick"
-        return
-    owners: dict[str, str] = {}
-    for shard in first:
-        for sample in shard.samples():
-            owner = owners.setdefault(sample.key, shard.name)
-            if owner != shard.name:
-                raise repeated_key(sample.key, owner, shard.name)
+    # Reading remote ones whole would take longer than "quick"; a key that begins with the shard's name is in no other.
+    if len(local) == len(tars) > 1 and not tars[0].prefix_keys:
+        _validate_keys(tars, math.inf if small and dataset.index_folder is None else _KEY_SECONDS)
+
+
+def _validate_keys(tars: Sequence[Shard], seconds: float) -> None:
+    """Refuse a key of two tars, as far as that is found in this time; tars of one name, as of two crawls, come first."""
+    names = [shard.name.rpartition("/")[2] for shard in tars]
+    count_of = Counter(names)
+    order = sorted(range(len(tars)), key=lambda number: (count_of[names[number]] == 1, names[number]))
+    end = time.perf_counter() + seconds
+    listed = list[Shard]()
+    hashes = list[npt.NDArray[np.int64]]()
+    for number in order:
+        if len(listed) > 1 and time.perf_counter() > end:
+            break
+        listed.append(tars[number])
+        hashes.append(np.fromiter((hash(sample.key) for sample in tars[number].stream()), np.int64))
+    hash_N = np.concatenate(hashes)
+    owner_N = np.repeat(np.arange(len(listed)), [len(part) for part in hashes])
+    sorted_N = np.argsort(hash_N, kind="stable")
+    repeats = np.flatnonzero(hash_N[sorted_N][1:] == hash_N[sorted_N][:-1])
+    pairs = dict.fromkeys(
+        zip(owner_N[sorted_N[repeats]].tolist(), owner_N[sorted_N[repeats + 1]].tolist(), strict=True)
+    )
+    for one, other in pairs:
+        keys = {sample.key for sample in listed[one].stream()}
+        key = next((sample.key for sample in listed[other].stream() if sample.key in keys), None)
+        if key is not None:
+            raise repeated_key(key, listed[one].name, listed[other].name)
 
 
 def _validate_table(shard: Shard) -> None:

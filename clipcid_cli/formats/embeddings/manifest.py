@@ -18,6 +18,8 @@ from typing import Any
 import msgspec
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import fingerprint
@@ -66,6 +68,7 @@ class ShardRecord(msgspec.Struct, frozen=True):
     skipped: list[Skipped]
     files: dict[str, FileRecord]
     from_16_bit: int = 0  # images of 16 bits of grey, which were scaled
+    keys: str = "sample"  # or ``shard``, where keys begin with the shard's name
 
 
 def read_manifest(folder: Path, fix: str) -> list[ShardRecord]:
@@ -174,9 +177,12 @@ class ShardRows:
 class EmbeddingWriter:
     """Writer of the shards of one folder, each followed by its record."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], inputs: Sequence[FileRecord]) -> None:
-        """Prepare to write shards, whose rows these settings decide."""
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], inputs: Sequence[FileRecord], keys: str = "sample"
+    ) -> None:
+        """Prepare to write shards, whose rows these settings decide; `keys` are as of `ShardRecord`."""
         self.folder = folder
+        self._keys = keys
         self._inputs = inputs
         self._identities = [identity_of(settings, [each]) for each in inputs]
         self._digits = max(4, len(str(len(inputs) - 1)))
@@ -208,11 +214,16 @@ class EmbeddingWriter:
             **made.adapted,
             skipped=skipped,
             files={part: fingerprint.record(self._path(part, number), self.folder) for part in parts},
+            keys=self._keys,
         )
         self._write_record(number, record)
 
     def read_record(self, number: int) -> ShardRecord | None:
         """Read the outcome of a shard; None when it is unfinished, was changed or damaged, or is of another plan."""
+        record = self._find_record(number)
+        return record if record is not None and record.keys == self._keys else None
+
+    def _find_record(self, number: int) -> ShardRecord | None:
         path = self._record_path(number)
         record = _read_record(path)
         if record is None or record.identity != self._identities[number]:
@@ -243,6 +254,36 @@ class EmbeddingWriter:
                 files[part] = msgspec.structs.replace(file, path=self._name(part, number))
             self._write_record(number, msgspec.structs.replace(earlier, files=files))
 
+    def rename_keys(self) -> None:
+        """Give shards that are finished with keys of the other kind those of this plan; their rows stay.
+
+        Where it is killed on the way, the shard is written again, since its record is of other metadata.
+        """
+        for number in range(len(self._inputs)):
+            record = self._find_record(number)
+            if record is None or record.keys == self._keys:
+                continue
+            prefix = f"{record.input.shard}/"
+            files = dict(record.files)
+            if METADATA in files:
+                path = self._path(METADATA, number)
+                with reading(path, "metadata of embeddings", "Embed again.") as file:
+                    metadata = pq.read_table(file)
+                write_parquet(path, self._rename(metadata, prefix))
+                files[METADATA] = fingerprint.record(path, self.folder)
+            if record.skipped:
+                path = self._skipped_path(number)
+                write_skipped(path, [self._rename(pa.concat_tables(read_skipped(path)), prefix)])
+            self._write_record(number, msgspec.structs.replace(record, files=files, keys=self._keys))
+
+    def _rename(self, table: pa.Table, prefix: str) -> pa.Table:
+        keys = table["key"]
+        if self._keys == "shard":
+            renamed = pc.binary_join_element_wise(prefix, keys, "")
+        else:
+            renamed = pc.utf8_slice_codeunits(keys, len(prefix))
+        return table.set_column(table.column_names.index("key"), "key", renamed)
+
     def finish(self) -> list[ShardRecord]:
         """Write the manifest and the list of skipped samples once all shards are finished; return the manifest."""
         records = [self.read_record(number) for number in range(len(self._inputs))]
@@ -256,6 +297,7 @@ class EmbeddingWriter:
                 "input": _INPUT,
                 "identity": _TEXT,
                 **dict.fromkeys(("read", "rows", "laid_on_white", "from_16_bit"), _NUMBER),
+                "keys": _TEXT,
                 "skipped": _SKIPPED,
                 "files": pa.struct([(part, _FILE) for part in parts]),
             }

@@ -88,7 +88,19 @@ class EmbedPlan:
             may_differ=may_differ,
             elsewhere=ELSEWHERE,
             parts=FINISHED,
+            begun_may_differ={"keys"} if self.keys_are_free else (),
         )
+
+    @property
+    def keys_are_free(self) -> bool:
+        """Whether rows are the same whatever their keys are, so that these alone are rewritten: views are drawn by key."""
+        settings = self.settings
+        has_numbers = self.dataset.shards[0].table is not None and self.dataset.keys == "sample"
+        return not (self.of_texts or settings.views or settings.text_variants or has_numbers)
+
+    def decide_rows(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return what of all settings decides the rows of a shard."""
+        return settings | {"keys": "sample"} if self.keys_are_free else settings
 
     @property
     def max_bad_fraction(self) -> float:

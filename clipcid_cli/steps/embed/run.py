@@ -93,7 +93,7 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
     with claim_output(context, spec) as output:
         if output.finished is not None:
             return _describe(plan, output.finished)
-        writer = EmbeddingWriter(output.work, spec.settings, plan.shards)
+        writer = EmbeddingWriter(output.work, plan.decide_rows(spec.settings), plan.shards, plan.dataset.keys)
         context.on_rank0(lambda: _start(output, writer))
         timings = _embed_missing(plan, encoder, writer, context)
         if not plan.of_texts:
@@ -168,6 +168,7 @@ def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
     if (output.folder / MANIFEST).exists():
         with suppress(ClipcidError):  # it is damaged: all shards are embedded again
             writer.take(output.folder, read_manifest(output.folder, ""))
+    writer.rename_keys()
 
 
 def _embed_missing(

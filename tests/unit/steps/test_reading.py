@@ -25,6 +25,7 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
+from clipcid_cli.steps.distill.samples import list_skipped
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.inputs import ChosenKeepList, choose_keep_list
@@ -224,6 +225,21 @@ def test_all_shards_are_looked_at(shards: Path, context: DistContext, tmp_path: 
     said = f"{shards}: checked 6 of 6 shards, 18 samples: 1 cannot be decoded."  # first, middle and last of each
     assert check(indexed, context) == [f"{said}\n  1 × unreadable image: 00004/000044"]
     assert check(indexed, context, dry_run=False) == [said]  # the run names them at its end
+
+
+@pytest.mark.parametrize("keys", ["sample", "shard"])
+def test_samples_that_training_skips_are_listed(context: DistContext, tmp_path: Path, keys: str) -> None:
+    members = [*shard_members(0, 3), ("alone.txt", b"a"), ("mute.png", make_image(9))]
+    write_tar(tmp_path / "data/a.tar", [*members, *shard_members(2, 1)])
+    write_tar(tmp_path / "data/b.tar", shard_members(3, 2))
+    dataset = ensure_index(open_dataset(tmp_path / "data", keys, index_root=tmp_path / "index"), context, 0)
+    prefix = {"a": "", "b": ""} if keys == "sample" else {"a": "a/", "b": "b/"}
+    unread = {f"{prefix['b']}000004": "http_error: HTTP 403"}
+    listed = pa.concat_tables(list_skipped(dataset, unread)).to_pylist()
+    skipped = [("a", "alone", "no_image"), ("a", "000002", "duplicate_key"), ("a", "mute", "no_caption")]
+    skipped += [("b", "000004", "http_error")]
+    assert [tuple(row.values()) for row in listed] == [(prefix[shard] + key, shard, why) for shard, key, why in skipped]
+    assert [table.num_rows for table in list_skipped(dataset, {})] == [2, 1, 0]  # the second shard is not looked into
 
 
 @pytest.mark.parametrize("dry_run", [True, False])

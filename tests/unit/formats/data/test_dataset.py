@@ -151,6 +151,17 @@ FRAME = pd.DataFrame(
 )
 
 
+def test_two_crawls_with_the_same_keys_are_refused_when_they_are_opened(tmp_path: Path) -> None:
+    for number, first in enumerate((0, 4, 8)):
+        write_tar(tmp_path / "one" / f"{number}.tar", shard_members(first, 4))
+    write_tar(tmp_path / "other" / "2.tar", shard_members(11, 4))
+    both = f"{tmp_path}/one::{tmp_path}/other"
+    with pytest.raises(ClipcidError, match="Key '000011' occurs in shard one/2 and again in shard other/2") as refused:
+        open_dataset(both, index_root=tmp_path / "index")
+    assert "--keys shard" in refused.value.fix
+    assert len(open_dataset(both, "shard", index_root=tmp_path / "index").shards) == 4
+
+
 @pytest.mark.parametrize(
     ("encoding", "separator", "told"),
     [
