@@ -26,7 +26,7 @@ from clipcid_cli.steps.settings.shared import ReadingSettings
 
 _SECONDS = 2.0
 _SAMPLES_OF_A_SHARD = 3
-_SAMPLES = 15  # of data of few shards
+_SAMPLES_OF_BAD_DATA = 15  # where none of the first can be used
 # Where so large a share of the samples may be bad, it means little that a few are.
 _MOST = 0.5
 _STREAMED_SHARDS = 4
@@ -42,21 +42,24 @@ def validate_samples(dataset: Dataset, context: DistContext, settings: ReadingSe
     """
     mine = choose_order(dataset, settings.seed, dry_run=dry_run)[context.rank :: context.size]
 
-    def look() -> list[tuple[int, Skips]]:
+    def look(few: int) -> list[tuple[int, Skips]]:
         found = list[tuple[int, Skips]]()
         end = time.perf_counter() + _SECONDS
         with ThreadPoolExecutor(_THREADS) as pool:
             for first in range(0, len(mine), _THREADS):
                 if time.perf_counter() > end:
                     break
-                found += pool.map(partial(_look, dataset, urls=dry_run), mine[first : first + _THREADS])
+                found += pool.map(partial(_look, dataset, few, urls=dry_run), mine[first : first + _THREADS])
         return found
 
-    looks = [each for part in context.gather(context.on_all(look)) for each in part]
-    samples = sum(number for number, _ in looks)
-    bad = Skips()
-    for _, skips in looks:
-        bad.merge(skips)
+    for few in (_SAMPLES_OF_A_SHARD, _SAMPLES_OF_BAD_DATA):
+        looks = [each for part in context.gather(context.on_all(partial(look, few))) for each in part]
+        samples = sum(number for number, _ in looks)
+        bad = Skips()
+        for _, skips in looks:
+            bad.merge(skips)
+        if bad.total < samples or not samples:
+            break
     total = len(dataset.shards)
     looked = f"{dataset.spec}: checked {len(looks):,} of {total:,} shard{'s' * (total > 1)}, {samples:,} samples"
     if len(looks) < total:
@@ -93,12 +96,11 @@ def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
     return others + streamed[: _STREAMED_SHARDS if dry_run else 0]
 
 
-def _look(dataset: Dataset, number: int, *, urls: bool) -> tuple[int, Skips]:
+def _look(dataset: Dataset, few: int, number: int, *, urls: bool) -> tuple[int, Skips]:
     """Read and decode a few samples of a shard, from the index spread over it, else the first; count all, and bad ones.
 
     Images of a list behind URLs are looked at where `urls` says so.
     """
-    few = max(_SAMPLES_OF_A_SHARD, _SAMPLES // len(dataset.shards))
     shard = dataset.shards[number]
     if dataset.index is not None and not shard.is_streamed:
         part = dataset.index.part(number)

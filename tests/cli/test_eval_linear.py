@@ -169,6 +169,7 @@ def test_features_are_kept_while_valid(clipcid: Clipcid, tiny_model: Path, colou
     # Also of features that are there.
     again = clipcid("eval-linear", model, data, "--max-bad-fraction", 0.5, "--json").json
     assert pq.read_table(again["files"]["skipped"]).num_rows == 3
+    shutil.rmtree(tmp_path / "clipcid-work" / "eval")
     refused = clipcid("eval-linear", model, data, code=1).said
     assert "features of 93 images from" in refused
     assert "3 of 96 samples in" in refused

@@ -19,6 +19,7 @@ from shard_server import serve
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import match_class_names
 from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images, open_dataset
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.files import lock
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, RETRIEVAL
 from clipcid_cli.formats.skips import Skips
@@ -117,7 +118,11 @@ def read_part(dataset: Dataset) -> tuple[list[str], list[bytes], Skips]:
     skips = Skips()
     held_out = frozenset(str(number) for number in range(0, 21, 2))
     task = ZeroshotTask("part", RETRIEVAL, dataset, held_out=held_out)
-    used = [sample for number in range(3) for sample in task.stream(number, skips)]
+    used = list[Sample]()
+    for number, shard in enumerate(dataset.shards):
+        part = Skips()
+        used += task.stream(number, part)
+        skips.merge(shard.locate(part))
     return [sample.key for sample in used], [sample.image.read() for sample in used], skips
 
 
