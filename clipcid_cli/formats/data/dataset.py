@@ -292,10 +292,8 @@ def _validate_keys(tars: Sequence[Shard], seconds: float) -> None:
     owner_N = np.repeat(np.arange(len(listed)), [len(part) for part in hashes])
     sorted_N = np.argsort(hash_N, kind="stable")
     repeats = np.flatnonzero(hash_N[sorted_N][1:] == hash_N[sorted_N][:-1])
-    pairs = dict.fromkeys(
-        zip(owner_N[sorted_N[repeats]].tolist(), owner_N[sorted_N[repeats + 1]].tolist(), strict=True)
-    )
-    for one, other in pairs:
+    pairs = zip(owner_N[sorted_N[repeats]].tolist(), owner_N[sorted_N[repeats + 1]].tolist(), strict=True)
+    for one, other in sorted(set(pairs)):
         keys = {sample.key for sample in listed[one].stream()}
         key = next((sample.key for sample in listed[other].stream() if sample.key in keys), None)
         if key is not None:
