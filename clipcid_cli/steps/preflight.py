@@ -61,7 +61,8 @@ def validate_samples(dataset: Dataset, context: DistContext, settings: ReadingSe
         if bad.total < samples or not samples:
             break
     total = len(dataset.shards)
-    looked = f"{dataset.spec}: checked {len(looks):,} of {total:,} shard{'s' * (total > 1)}, {samples:,} samples"
+    looked = f"{dataset.spec}: checked {len(looks):,} of {total:,} shard{'s' * (total > 1)}, {samples:,} "
+    looked += "sample" if samples == 1 else "samples"
     if len(looks) < total:
         looked += " (evenly spread)"
     if bad.total and bad.total == samples and settings.max_bad_fraction < _MOST:

@@ -155,7 +155,9 @@ def test_shards_with_other_names_are_refused(clipcid: Clipcid, tiny_model: Path,
 
 def test_unusable_input_leaves_nothing_behind(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("filepath,title\nnowhere.png,a cat\n")
-    assert "None of the 1 samples" in clipcid("embed", "list.csv", "--model", tiny_model, check=False).stderr
+    for allowed, told in ((0.01, "1 sample: none can be used"), (1, "None of the 1 samples")):
+        call = ("embed", "list.csv", "--model", tiny_model, "--max-bad-fraction", allowed)
+        assert told in clipcid(*call, code=1).stderr
     (tmp_path / "1.png").write_bytes(make_image(1))
     (tmp_path / "list.csv").write_text("filepath,title\n1.png,a cat\n")
     assert clipcid("embed", "list.csv", "--model", tiny_model, "--json").json["images"] == 1
