@@ -119,7 +119,9 @@ class _Shown(Progress):
         self.mark = mark
         self.ended = time.monotonic()
         if mark == "✓":
-            self.expect(self.bar.completed)
+            self.bar.total = self.bar.completed
+            if self.total is not None:  # which may have been estimated
+                self.total = self.bar.completed
 
     def print_line(self) -> None:
         self.printed = time.monotonic()
