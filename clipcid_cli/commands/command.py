@@ -29,7 +29,8 @@ from clipcid_cli.formats.files import read_regular
 from clipcid_cli.formats.trust import validate_work
 from clipcid_cli.runtime.libraries import importing, set_openmp_spins
 from clipcid_cli.steps.reporting import Reporter, reporting_to
-from clipcid_cli.steps.settings.shared import Setting, SharedSettings, flag_of, setting_of
+from clipcid_cli.steps.settings.embed import embedding_as
+from clipcid_cli.steps.settings.shared import Setting, SharedSettings, TrainingDataSettings, flag_of, setting_of
 
 if typing.TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +38,8 @@ if typing.TYPE_CHECKING:
 Show = Callable[[Any, "Console"], None]
 
 _PREFIX = "CLIPCID_"
+EMBED = "embed"
+"""The command whose table and variables other commands take for embedding."""
 # Variables that give no flag: the cache of shards, and what recipes and tests read.
 _NOT_FLAGS = {f"{_PREFIX}{name}" for name in ("CACHE", "GOLDEN", "GPU_OUT", "GPU_PATIENCE", "SCALE", "VENV")}
 _SHARED = {field.name for field in dataclasses.fields(SharedSettings)}
@@ -52,10 +55,12 @@ def step_command(name: str, settings: type[SharedSettings], *, step: str, show: 
     `step` is a module imported only when the step runs. Its ``run(settings)`` returns the result, a
     `msgspec.Struct` whose fields are the keys of the JSON object; `show` prints it for a person.
     """
+    embeds = name != EMBED and issubclass(settings, TrainingDataSettings)
 
     def invoke(**values: Any) -> None:
         try:
-            run_step(settings(**values), step, show)
+            with embedding_as(_read_embedding(click.get_current_context()) if embeds else {}):
+                run_step(settings(**values), step, show)
         except ClipcidError as error:
             error.message += _name_sources(error.message)
             raise
@@ -89,6 +94,16 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
     code = getattr(result, "exit_code", 0)  # of a result that may be bad news
     if code:
         raise click.exceptions.Exit(code)
+
+
+def _read_embedding(ctx: click.Context) -> dict[str, Any]:
+    """Return what the configuration file and the environment say of `embed`, for a command that embeds."""
+    command = _sibling_commands(ctx)[EMBED]
+    assert command is not None
+    config = ctx.params["config"]
+    with command.make_context(EMBED, [] if config is None else ["--config", str(config)], parent=ctx.parent) as own:
+        given = (ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
+        return {name: value for name, value in own.params.items() if own.get_parameter_source(name) in given}
 
 
 def _name_sources(message: str) -> str:
@@ -163,19 +178,18 @@ def _make_parameter(command: str, field: dataclasses.Field[Any], kind: Any, mult
             default=default,
             nargs=-1 if multiple else 1,
         )
-    scope = "" if field.name in _SHARED else f"{command}_"
     given: dict[str, Any] = {
         "group": setting.group,
         "help": setting.help,
         "default": field.default,
         "show_default": field.default is not False,
-        "envvar": f"{_PREFIX}{scope}{flag.removeprefix('--')}".replace("-", "_").upper(),
+        "envvar": _variable("" if field.name in _SHARED else command, flag.removeprefix("--")),
     }
     if field.name == "config":  # before every other flag, since it sets their defaults
         given |= {"is_eager": True, "callback": load_config}
     if kind is bool:
         # Every switch has its opposite, since a config file or the environment may have turned it on.
-        return Option([f"{flag}/--no-{flag.removeprefix('--')}", field.name], **given)
+        return Option([f"{flag}/--no-{flag.removeprefix('--')}", field.name], type=_Switch(), **given)
     metavar = setting.metavar or {int: "N", float: "X"}.get(kind)
     return Option([flag, field.name], type=_click_type(kind, setting), multiple=multiple, metavar=metavar, **given)
 
@@ -194,6 +208,16 @@ class _Path(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(os.path.expanduser(value), param, ctx)
+
+
+class _Switch(click.types.BoolParamType):
+    """On or off; click's error also lists the empty text, as if a word was missing."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
+        found = self.str_to_bool(value)
+        if found is None:
+            self.fail(f"{value!r} is neither true nor false (1 and 0, yes and no, on and off).", param, ctx)
+        return found
 
 
 class _FloatRange(click.FloatRange):
@@ -242,11 +266,19 @@ def _validate_variables(ctx: click.Context) -> None:
     given = {name for name in os.environ if name.startswith(_PREFIX)} - _NOT_FLAGS - _variables(ctx.command)
     if not given:
         return
-    known = set[str]().union(*map(_variables, filter(None, _sibling_commands(ctx).values())))
+    commands = _sibling_commands(ctx)
+    known = set[str]().union(*map(_variables, filter(None, commands.values())))
     for name in sorted(given - known):
-        close = difflib.get_close_matches(name, known, n=1)
+        # With the name of a command in it, first of all of this one.
+        complete = [_variable(command, name.removeprefix(_PREFIX)) for command in (str(ctx.command.name), *commands)]
+        close = [each for each in complete if each in known] or difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"Unset it, or see clipcid {ctx.command.name} --help."
         raise UsageError(f"{name} is set in the environment, but no flag reads it.", hint)
+
+
+def _variable(command: str, flag: str) -> str:
+    scope = f"{command}_" if command else ""
+    return f"{_PREFIX}{scope}{flag}".replace("-", "_").upper()
 
 
 def _variables(command: click.Command) -> set[str]:

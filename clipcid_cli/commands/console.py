@@ -107,6 +107,9 @@ class _Shown(Progress):
         if not self.console.is_terminal and time.monotonic() - self.printed > _SECONDS_BETWEEN_LINES:
             self.print_line()
 
+    def expect(self, total: float) -> None:
+        self.total = self.bar.total = total
+
     def show(self, **fields: Any) -> None:
         values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in fields.items()}
         # Lines may break between them only.
@@ -118,6 +121,8 @@ class _Shown(Progress):
         self.ended = time.monotonic()
         if mark == "✓":
             self.bar.total = self.bar.completed
+            if self.total is not None:  # which may have been estimated
+                self.total = self.bar.completed
 
     def print_line(self) -> None:
         self.printed = time.monotonic()

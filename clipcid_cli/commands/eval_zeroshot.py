@@ -25,7 +25,7 @@ def show(answer: Answer, console: Console) -> None:
         return
     results = answer.results if isinstance(answer, ZeroshotResults | Previews) else [answer]
     show_tables([one for one in results if not isinstance(one, Preview)], console)
-    kinds = ("metrics", "predictions")
+    kinds = ("metrics", "predictions", "skipped")
     files = {kind: "\n".join(one.files[kind] for one in results if kind in one.files) for kind in kinds}
     if not isinstance(answer, Previews):
         files |= {name: path for name, path in answer.files.items() if name not in kinds}

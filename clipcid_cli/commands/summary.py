@@ -70,7 +70,8 @@ def print_facts(console: Console, title: str, facts: dict[str, str], files: dict
     """Print a title and a list of names and values, then of written files, the form of every step's summary."""
     if title:
         console.print(Text(plain(title), style="bold"), soft_wrap=True)
-    facts = facts | {name.replace("_", " "): path for name, path in (files or {}).items()}
+    named = {name.replace("_", " "): path for name, path in (files or {}).items()}
+    facts = facts | {f"{name} file" if name in facts else name: path for name, path in named.items()}
     facts = {plain(name): plain(value) for name, value in facts.items()}
     indent = max(map(len, facts), default=0) + _GAP
     for name, value in facts.items():

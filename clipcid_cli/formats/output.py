@@ -56,6 +56,10 @@ class OutputSpec(Generic[AnySidecar]):
     overwrite: bool = False  # whether one of other settings or inputs counts as missing
     may_differ: Collection[str] = ()  # settings, and ``inputs``, in which one that is there may differ without an error
     resumes: bool = True
+    begun_may_differ: Collection[str] = ()  # further settings in which unfinished work may differ
+    # Pattern of the files of finished parts in a work folder: unfinished work without one, of other settings or inputs, is
+    # dropped. Empty where all work counts.
+    parts: str = ""
     elsewhere: str = WORK  # the flags that choose another place, for the error
     top: Path | None = None  # a folder above, where further files lie
 
@@ -257,8 +261,9 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
         with lenient:
             other = _read_run(work)
         if other is not None:
-            _, serious = _compare(other, run, spec.may_differ)
-            if serious and not spec.overwrite:
+            _, serious = _compare(other, run, {*spec.may_differ, *spec.begun_may_differ})
+            is_empty = bool(spec.parts) and next(work.glob(spec.parts), None) is None
+            if serious and not spec.overwrite and not is_empty:
                 raise other_run_error(f"{folder} holds unfinished {step} output", serious, spec.elsewhere)
             output.begun = output.begun or (None if serious else work)
     return output
@@ -360,16 +365,18 @@ def _find_differences(there: Run, now: Run) -> dict[str, str]:
     if len(there.inputs) == len(now.inputs):
         for old, new in zip(there.inputs, now.inputs, strict=True):
             if old.content != new.content:
-                found[f"input {new.path}"] = f"{_describe(old)} there, {_describe(new)} now"
+                found[f"input {new.path}"] = _describe_change(old, new)
     else:
         more = f"{len(there.inputs)} files there, {len(now.inputs)} now"
         found["inputs"] = find_lost(there.inputs, now.inputs) or more
     return found
 
 
-def _describe(record: FileRecord) -> str:
-    shard = "" if record.shard is None else f" as shard {record.shard}"
-    return f"{record.size} bytes ({record.hash}){shard}"
+def _describe_change(old: FileRecord, new: FileRecord) -> str:
+    if old.content[:2] == new.content[:2]:
+        return f"shard {old.shard} there, shard {new.shard} now"
+    sizes = "of the same size" if old.size == new.size else f"of size {old.size:,} there, {new.size:,} now"
+    return f"other content, {sizes}"
 
 
 def _compare_values(name: str, old: Any, new: Any) -> dict[str, str]:

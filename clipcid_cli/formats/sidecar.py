@@ -62,6 +62,9 @@ class DataSpec(msgspec.Struct, omit_defaults=True):
     key: str
     caption_lines: bool = False
     caption_key: tuple[str, ...] = ()
+    list_root: str | None = None
+    list_separator: str | None = None
+    list_encoding: str | None = None
 
 
 class ModelRecord(msgspec.Struct, kw_only=True):

@@ -15,6 +15,8 @@ REASONS = {
     "no_caption": "no caption",
     "no_label": "no class",
     "duplicate_key": "key seen before in the shard",
+    "not_found": "file not found",
+    "http_error": "image that its server did not send",
     "unreadable_image": "unreadable image",
     "too_many_pixels": "image with too many pixels",
     "too_many_bytes": "file larger than --max-sample-bytes",
@@ -29,7 +31,8 @@ CAPTION_CHANGES = {
     "several_lines": "of several lines, each taken as one caption (--caption-lines takes each line as one)",
 }
 
-_NAMED = 5
+NAMED = 5
+"""Samples of a reason that are named."""
 
 
 @dataclasses.dataclass
@@ -40,6 +43,9 @@ class Skips:
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     without: dict[str, int] = dataclasses.field(default_factory=dict)
     changed: dict[str, int] = dataclasses.field(default_factory=dict)  # by key of `CAPTION_CHANGES`
+    # Key, shard and reason of each, of one shard or of data that is held in memory. Until `Shard.locate` has said them, the
+    # key is a name and the shard is empty.
+    listed: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -54,9 +60,18 @@ class Skips:
         return skips
 
     def add(self, reason: str, name: str) -> None:
-        """Count one sample; its name is what a user would search for: its key, with the shard where that helps."""
+        """Count one sample; its name is what a user would search for: its key, with the shard where that helps.
+
+        Details may follow a reason, as in ``http_error: HTTP 403``.
+        """
+        reason, _, details = reason.partition(": ")
         assert reason in REASONS, reason
-        self.merge(Skips({reason: 1}, {reason: [name]}))
+        named = f"{name} ({details})" if details else name
+        self.merge(Skips({reason: 1}, {reason: [named]}, listed=[(name, "", reason)]))
+
+    def counted(self) -> Skips:
+        """Return the counts without the list of all samples, which is as long as the data."""
+        return dataclasses.replace(self, listed=[])
 
     def miss(self, key: str, number: int = 1) -> None:
         """Count samples without a caption of this key."""
@@ -75,7 +90,8 @@ class Skips:
         for reason, number in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + number
             names = self.examples.setdefault(reason, [])
-            names.extend(other.examples.get(reason, [])[: _NAMED - len(names)])
+            names.extend(other.examples.get(reason, [])[: NAMED - len(names)])
+        self.listed.extend(other.listed)
 
     def describe(self) -> str:
         """Return what was skipped, one reason per line; empty when nothing was."""

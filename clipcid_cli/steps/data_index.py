@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -23,7 +24,7 @@ from clipcid_cli.formats.data.index import (
     write_part,
 )
 from clipcid_cli.formats.data.remote import count_received, is_remote
-from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Columns, Sample
+from clipcid_cli.formats.data.samples import IMAGE_SUFFIXES, Columns, ListFormat, Sample
 from clipcid_cli.formats.data.shard_cache import FETCHED_AT_ONCE, ShardCache
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.output import is_claimed
@@ -56,6 +57,11 @@ def open_named(settings: ReadingSettings, data: str, index_root: Path | None = N
             caption_keys=settings.caption_key,
             **settings.trust,
             max_bad_fraction=settings.max_bad_fraction,
+            list_format=ListFormat(
+                None if settings.list_root is None else os.path.abspath(settings.list_root),
+                settings.list_separator,
+                settings.list_encoding,
+            ),
         )
     except ClipcidError as error:
         folder = Path(data)
@@ -119,7 +125,7 @@ def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample
     shard = dataset.shards[number]
     index = dataset.index
     if index is not None and not shard.is_streamed:
-        skips.merge(index.records[number].skips)
+        skips.merge(index.skips(number))
         part = index.part(number)
         yield from map(part.sample, range(len(part)))
         return

@@ -79,7 +79,7 @@ def list_batches(
             samples.append(sample)
         read += skipped.total
         skipped.merge(rejected)
-        yield Batch(number, samples, read, skipped)
+        yield Batch(number, samples, read, dataset.shards[number].locate(skipped))
 
     batches = (batch for number in shards for batch in list_shard(number))
     return read_ahead(batches, _READ_AHEAD) if any(shard.is_streamed for shard in dataset.shards) else batches
@@ -176,7 +176,8 @@ class Encoded:
         return Encoded([self.samples[row] for row in kept.tolist()], rows, adapted=self.adapted)
 
     def count_skips(self, shard: Shard) -> Skips:
-        return Skips.of({shard.describe(self.samples[row].key): self.failures[row] for row in sorted(self.failures)})
+        named = {shard.describe(self.samples[row].key): self.failures[row] for row in sorted(self.failures)}
+        return shard.locate(Skips.of(named))
 
 
 def join(parts: Iterable[Encoded]) -> Encoded:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,20 @@ from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
 from clipcid_cli.formats.embeddings.command import data_command, embed_command
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.join import Keys, join, parquet_listing
 from clipcid_cli.formats.results.keep_list import read_keep_list
-from clipcid_cli.formats.sidecar import DataSpec, ModelRecord
-from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.sidecar import (
+    DataSpec,
+    EmbedSidecar,
+    ModelRecord,
+    RowsSidecar,
+    TextsSidecar,
+    read_sidecar,
+    sidecar_path,
+)
+from clipcid_cli.formats.skipped import list_rows
+from clipcid_cli.formats.skips import NAMED, Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import (
     CONFIG_NAME,
@@ -40,6 +51,9 @@ from clipcid_cli.steps.settings.shared import EmbeddingsSettings, KeptSettings, 
 _TOKENS = ("context_length", "hf_tokenizer_name", "tokenizer_kwargs")
 
 NO_KEEP_LIST = "none"
+
+# Files in which a key like one of the data's is looked for, to show it in an error.
+_FILES_COMPARED = 16
 
 
 def choose_model(spec: str | None, work: Path, *, positional_of: str | None = None) -> ModelName:
@@ -113,6 +127,31 @@ def find_mismatch(recorded: ModelRecord, name: ModelName) -> ModelMismatch | Non
     return None
 
 
+def choose_embeddings(work: Path, name: ModelName) -> Path:
+    """Return the folder of a model's embeddings: that of its name, unless it holds those of another model of that name."""
+    return _own_folder(WorkDirectory(work).embeddings(name.slug), "embed", EmbedSidecar, name)
+
+
+def choose_texts(work: Path, name: ModelName) -> Path:
+    """Return the folder of a model's embeddings of texts, likewise."""
+    return _own_folder(WorkDirectory(work).texts(name.slug), TEXTS, TextsSidecar, name)
+
+
+def _own_folder(folder: Path, step: str, kind: type[RowsSidecar], name: ModelName) -> Path:
+    """Return a folder, or one with the hash of the model's weights in its name where a model at another place has it."""
+    weights = find_weights(name.path) if name.path is not None else None
+    if weights is None or name.path is None:
+        return folder
+    recorded: ModelRecord | None = None
+    with suppress(ClipcidError):  # damaged, or of an earlier version: told where it is read
+        sidecar = read_sidecar(sidecar_path(folder, step), kind)
+        recorded = None if sidecar is None else sidecar.model
+    if recorded is None or Path(recorded.spec).resolve() == name.path.resolve():
+        return folder
+    own = hash_weights(weights)
+    return folder if recorded.weights_hash == own else folder.with_name(f"{folder.name}-{own.rpartition(':')[2][:8]}")
+
+
 def validate_teacher(what: str, recorded: ModelRecord, teacher: ModelName, fix: str) -> None:
     """Refuse what another model than the teacher made."""
     difference = find_mismatch(recorded, teacher)
@@ -136,7 +175,7 @@ def embed_again(embeddings: Embeddings, settings: TrainingDataSettings, **more: 
 
 def cluster_with(name: ModelName, settings: TrainingDataSettings) -> str:
     """Return the fix that makes clusters of a model whose embeddings may not exist yet."""
-    embeddings = WorkDirectory(settings.work).embeddings(name.slug)
+    embeddings = choose_embeddings(settings.work, name)
     cluster = command_line("cluster", embeddings=embeddings, work=settings.work, overwrite=True)
     return f"Run: {embed_with(name, settings)}\nThen run: {cluster}"
 
@@ -180,9 +219,11 @@ def open_teachers(settings: KeptSettings, folders: Sequence[Path], work: Path | 
     reporting.note(f"Teachers: {len(opened)}, joined by key to rows of width {combined.width}; weights {weights}.")
     for each, lacking in zip(opened, combined.lacking, strict=True):
         if lacking == combined.num_rows:
+            first = next(file for file in combined.files if file.rows)
+            compared = compare_keys(combined.keys_of(first)[0].as_py(), each)
             raise ClipcidError(
-                f"{each.folder} has none of the {lacking:,} keys of {combined.folder}.",
-                "Give embeddings of the same data; or name the column of the keys with --key-column.",
+                f"{each.folder} has none of the {lacking:,} keys of {combined.folder}. {compared}",
+                f"{advise_keys(each)}Give embeddings of the same data.",
             )
         if lacking:
             reporting.note(f"{each.folder} lacks {lacking:,} of the {combined.num_rows:,} keys of {combined.folder}.")
@@ -195,14 +236,51 @@ def open_teachers(settings: KeptSettings, folders: Sequence[Path], work: Path | 
     return combined
 
 
+def compare_keys(key: str, embeddings: Embeddings) -> str:
+    """Show a key of the data beside one of embeddings, the same but for what was added to it if there is one."""
+    other = ""
+    for file in [file for file in embeddings.files if file.rows][:_FILES_COMPARED]:
+        keys = embeddings.keys_of(file)
+        alike = pc.indices_nonzero(pc.match_substring(keys, key))
+        if len(alike):
+            other = str(keys[alike[0].as_py()])
+            break
+        other = other or str(keys[0])
+    return f"One of these keys is {key!r}, one of the embeddings' {other!r}."
+
+
+def advise_keys(embeddings: Embeddings) -> str:
+    """Return a remedy for keys of another tool that are not the data's; empty for those of `embed`."""
+    if embeddings.sidecar is not None:
+        return ""
+    others = [name for name in embeddings.metadata_columns if name != embeddings.key_column]
+    if not others:
+        return "Write the data's keys into the column key of the metadata.\n"
+    return f"Name the column of the metadata with the data's keys, --key-column NAME: {', '.join(others[:12])}.\n"
+
+
 def skip_rows(embeddings: Embeddings, bad: npt.NDArray[np.int64], max_bad_fraction: float) -> Skips:
     """Count and name rows that cannot be used, given their numbers, ascending; too many of them are an error."""
-    pieces = embeddings.take_column(embeddings.keys_of, bad)
-    skips = Skips.of({key: "nan_row" for piece in pieces for key in piece.to_pylist()})
+    first = embeddings.take_column(embeddings.keys_of, bad[:NAMED])
+    skips = Skips()
+    if len(bad):
+        skips = Skips({"nan_row": len(bad)}, {"nan_row": [key for piece in first for key in piece.to_pylist()]})
     skips.check(embeddings.num_rows, max_bad_fraction, str(embeddings.folder))
     if skips.total:
         reporting.warn(f"Rows skipped: {skips.total:,}\n{skips.describe()}")
     return skips
+
+
+def list_bad_rows(embeddings: Embeddings, bad: npt.NDArray[np.int64]) -> Iterator[pa.Table]:
+    """List rows that cannot be used, given their numbers, ascending: one file in memory at a time."""
+    for file in embeddings.files:
+        start, stop = np.searchsorted(bad, [file.first, file.first + file.rows])
+        if start < stop:
+            places = pa.array(bad[start:stop] - file.first)
+            keys, shards = (
+                read(file).take(places).combine_chunks() for read in (embeddings.keys_of, embeddings.shards_of)
+            )
+            yield list_rows(keys, shards, "nan_row")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,12 +297,15 @@ class ChosenKeepList:
         """Return where it is and its counts as JSON values, for a sidecar."""
         return {"path": str(self.path), "kept": self.kept, "images": self.images}
 
-    def report(self, source: str, total: int, *, kept: int, missing: int) -> None:
-        """Report that it was taken; one that lacks too many of the step's samples was made from other data."""
+    def report(self, source: str, total: int, *, kept: int, missing: int, key: str) -> None:
+        """Report that it was taken; one that lacks too many of the step's samples was made from other data.
+
+        `key` is one of the step's, for the error.
+        """
         if missing > self.max_missing * total:
             how = f"lacks {missing:,} of the {total:,} {self.samples} of {source}"
             if 2 * missing > total:
-                raise self._other_data(how)
+                raise self._other_data(how, key)
             allowed = math.ceil(1000 * missing / total) / 1000
             raise ClipcidError(
                 f"Keep list {self.path} {how}, more than the allowed {self.max_missing:.1%}.",
@@ -238,12 +319,15 @@ class ChosenKeepList:
         for listed, _ in parquet_listing(self.path).read():
             if pc.any(pc.is_in(listed, value_set=keys.cast(listed.type))).as_py():
                 return
-        raise self._other_data(f"has none of the {self.samples} of {source}")
+        raise self._other_data(f"has none of the {self.samples} of {source}", str(keys[0]))
 
-    def _other_data(self, how: str) -> ClipcidError:
+    def _other_data(self, how: str, key: str) -> ClipcidError:
+        listed = next((str(keys[0]) for keys, _ in parquet_listing(self.path).read() if len(keys)), "")
         return ClipcidError(
-            f"Keep list {self.path} {how}: it was made from other data.",
-            "Give the data or embeddings it was made from, another --keep-list, or --keep-list none to use all "
+            f"Keep list {self.path} {how}: it was made from other data. One of its keys is {listed!r}, one of the "
+            f"{self.samples} {key!r}.",
+            "If these are the same images, make the list from embeddings with the data's keys (--key-column NAME). Or give "
+            "the data or embeddings it was made from, another --keep-list, or --keep-list none to use all "
             f"{self.samples}.",
         )
 
@@ -258,7 +342,8 @@ class ChosenKeepList:
         found = join(keys, count, parquet_listing(self.path, "kept"), folder)[:, 0]
         kept = int(np.count_nonzero(found > 0))
         missing = int(np.count_nonzero(found < 0))
-        self.report(source, count, kept=kept, missing=missing)
+        first = next((str(column[0]) for column in keys() if len(column)), "")
+        self.report(source, count, kept=kept, missing=missing, key=first)
         return found > 0
 
 

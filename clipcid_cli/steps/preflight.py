@@ -25,9 +25,13 @@ from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.runtime.pipeline import default_workers
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.settings.shared import ReadingSettings
 
 _SECONDS = 2.0
 _SAMPLES_OF_A_SHARD = 3
+_SAMPLES_OF_BAD_DATA = 15  # where none of the first can be used
+# Where so large a share of the samples may be bad, it means little that a few are.
+_MOST = 0.5
 _STREAMED_SHARDS = 4
 _THREADS = 16
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -56,38 +60,52 @@ def choose_workers(asked: int | None, device: torch.device) -> int:
     return default_workers(device)
 
 
-def validate_samples(dataset: Dataset, context: DistContext, seed: int, *, dry_run: bool) -> None:
+def validate_samples(dataset: Dataset, context: DistContext, settings: ReadingSettings, *, dry_run: bool) -> None:
     """Look at a few samples of every shard, or of as many as there is time for, and report images that cannot be decoded.
 
-    Such images are no error: a step skips and counts them. A shard that cannot be read is one. A dry run also names the
-    images, or reports that all is well.
+    Such images are no error, unless all are such: a step skips and counts them. A shard that cannot be read is one. A dry
+    run also names the images, or reports that all is well.
     """
-    mine = choose_order(dataset, seed, dry_run=dry_run)[context.rank :: context.size]
+    mine = choose_order(dataset, settings.seed, dry_run=dry_run)[context.rank :: context.size]
 
-    def look() -> list[tuple[int, Skips]]:
+    def look(few: int) -> list[tuple[int, Skips]]:
         found = list[tuple[int, Skips]]()
         end = time.perf_counter() + _SECONDS
         with ThreadPoolExecutor(_THREADS) as pool:
             for first in range(0, len(mine), _THREADS):
                 if time.perf_counter() > end:
                     break
-                found += pool.map(partial(_look, dataset), mine[first : first + _THREADS])
+                found += pool.map(partial(_look, dataset, few, urls=dry_run), mine[first : first + _THREADS])
         return found
 
-    looks = [each for part in context.gather(context.on_all(look)) for each in part]
-    samples = sum(number for number, _ in looks)
-    bad = Skips()
-    for _, skips in looks:
-        bad.merge(skips)
+    for few in (_SAMPLES_OF_A_SHARD, _SAMPLES_OF_BAD_DATA):
+        looks = [each for part in context.gather(context.on_all(partial(look, few))) for each in part]
+        samples = sum(number for number, _ in looks)
+        bad = Skips()
+        for _, skips in looks:
+            bad.merge(skips)
+        if bad.total < samples or not samples:
+            break
     total = len(dataset.shards)
-    looked = f"{dataset.spec}: checked {len(looks):,} of {total:,} shard{'s' * (total > 1)}, {samples:,} samples"
+    looked = f"{dataset.spec}: checked {len(looks):,} of {total:,} shard{'s' * (total > 1)}, {samples:,} "
+    looked += "sample" if samples == 1 else "samples"
     if len(looks) < total:
         looked += " (evenly spread)"
+    if bad.total and bad.total == samples and settings.max_bad_fraction < _MOST:
+        raise ClipcidError(f"{looked}: none can be used.\n{bad.describe()}", _advise(dataset, bad))
     if bad.total:
         # A run names what it leaves out at its end.
         reporting.warn(f"{looked}: {bad.total:,} cannot be decoded." + f"\n{bad.describe()}" * dry_run)
     elif dry_run:
         reporting.note(f"{looked}: all can be decoded.")
+
+
+def _advise(dataset: Dataset, bad: Skips) -> str:
+    """Say what to do about samples of which none can be used."""
+    if dataset.kind != "list" or "not_found" not in bad.counts:
+        return "Fix the data."
+    folder = dataset.list_format.root or os.path.dirname(dataset.spec)
+    return f"Check the paths in the list: relative ones are looked for in {folder}, or where --list-root DIR says."
 
 
 def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
@@ -105,17 +123,21 @@ def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
     return others + streamed[: _STREAMED_SHARDS if dry_run else 0]
 
 
-def _look(dataset: Dataset, number: int) -> tuple[int, Skips]:
-    """Read and decode a few samples of a shard, from the index spread over it, else the first; count all, and bad ones."""
+def _look(dataset: Dataset, few: int, number: int, *, urls: bool) -> tuple[int, Skips]:
+    """Read and decode a few samples of a shard, from the index spread over it, else the first; count all, and bad ones.
+
+    Images of a list behind URLs are looked at where `urls` says so.
+    """
     shard = dataset.shards[number]
     if dataset.index is not None and not shard.is_streamed:
         part = dataset.index.part(number)
-        places = np.unique(np.linspace(0, len(part) - 1, min(len(part), _SAMPLES_OF_A_SHARD)).astype(np.int64))
+        places = np.unique(np.linspace(0, len(part) - 1, min(len(part), few)).astype(np.int64))
         samples = list(map(part.sample, places.tolist()))
     else:
-        samples = list(islice(shard.stream(), _SAMPLES_OF_A_SHARD))
-    # A list may name images behind URLs.
-    samples = [sample for sample in samples if sample.image.data is not None or not is_url(sample.image.path)]
+        samples = list(islice(shard.stream(), few))
+    remote = [sample for sample in samples if sample.image.data is None and is_url(sample.image.path)]
+    left = remote[_SAMPLES_OF_A_SHARD if urls and number < _STREAMED_SHARDS else 0 :]
+    samples = [sample for sample in samples if sample not in left]
     bad = Skips()
     for sample in samples:
         decoded = read_image(sample.image)

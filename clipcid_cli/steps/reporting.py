@@ -13,6 +13,9 @@ class Progress:
     def advance(self, amount: float = 1) -> None:
         """Count `amount` more units as done."""
 
+    def expect(self, total: float) -> None:
+        """Correct the total, which was estimated or unknown."""
+
     def show(self, **fields: Any) -> None:
         """Show current values next to the bar, e.g. ``loss=1.23``."""
 

@@ -114,6 +114,8 @@ def test_rows_that_are_not_finite_are_counted_and_named(clipcid: Clipcid, rows: 
     run = clipcid(*call, "--json")
     assert (run.json["images"], run.json["skipped"]) == (297, {"nan_row": 3})
     assert "3 × embedding that is zero or not finite: 000005, 000009, 000200" in run.said
+    skipped = pd.read_parquet(tmp_path / run.json["files"]["skipped"])
+    assert (list(skipped["key"]), set(skipped["reason"])) == (["000005", "000009", "000200"], {"nan_row"})
     assert not set(read_keep(tmp_path)["key"]) & {"000005", "000009", "000200"}
     refused = clipcid(*call, "--max-bad-fraction", 0.005, "--work", "w", code=1)
     assert "3 of 300 samples in nan cannot be used: 1.0%" in refused.said
@@ -134,7 +136,7 @@ def test_another_result_is_replaced_and_told_apart(clipcid: Clipcid, rows: np.nd
     keys = pd.DataFrame({"key": [f"{row:06d}" for row in range(200, NUM_ROWS)]})
     keys.to_parquet(folder / "metadata" / "metadata_1.parquet")
     told = clipcid(*call, "--against", "eval").said
-    assert re.search(rf"{replaced} input \S*img_emb: \d+ bytes .* there, \d+ bytes .* now", told)
+    assert f"{replaced} inputs: 1 more shard now" in told
 
 
 def test_a_list_that_is_there_is_refused_before_the_search(clipcid: Clipcid, embeddings: Path, tmp_path: Path) -> None:
@@ -239,6 +241,31 @@ def test_too_few_captions_name_the_command_that_needs_none(clipcid: Clipcid, tin
     clipcid(*shlex.split(found[1]))
     clipcid(*call, "--quiet")
     assert len(read_keep(tmp_path, "w")) == 12
+
+
+def test_the_table_of_embed_says_how_balance_embeds(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
+    write_tar(tmp_path / "data/0.tar", shard_members(0, 6))
+    (tmp_path / "c.toml").write_text(
+        f'[embed]\nmodel = "{tiny_model}"\nviews = 2\nbatch-size = 3\n[balance]\nkeep = 0.5\n'
+    )
+    call = ("balance", "data", "--config", "c.toml", "--max-bad-fraction", 0.5)
+    clipcid(*call, env={"CLIPCID_EMBED_TEXT_VARIANTS": "1"})
+    made = json.loads(Path("clipcid-work/embeddings/tiny/embed.json").read_text())["settings"]
+    assert (made["views"], made["text_variants"], made["batch_size"]) == (2, 1, 3)
+    (tmp_path / "c.toml").write_text("[embed]\nviewz = 2\n")
+    assert "[embed] has an unknown key 'viewz'" in clipcid(*call, "--keep", 0.5, code=2).said
+
+
+def test_shards_that_were_added_are_told_and_taken_in(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
+    write_tar(tmp_path / "data/0.tar", shard_members(0, 6))
+    clipcid("balance", "data", "--model", tiny_model, "--keep", 0.5)
+    assert "not embedded yet" not in clipcid("balance", "--keep", 0.5).said
+    write_tar(tmp_path / "data/1.tar", shard_members(6, 4))
+    told = clipcid("balance", "--keep", 0.5).said
+    assert f"{tmp_path}/data has 1 shard that is not embedded yet. To include them, run: clipcid balance" in told
+    again = clipcid(*shlex.split(re.search(r"run: clipcid (balance .*?--model \S+)", told)[1]))
+    assert "made with other settings or inputs, will be replaced: inputs: 1 more shard now" in again.said
+    assert len(read_keep(tmp_path)) == 10
 
 
 def test_references_of_another_model(clipcid: Clipcid, tiny_model: Path, tiny_shards: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import Clipcid, kill_when, run_in_two, shard_members, write_benchmark
@@ -234,6 +235,8 @@ def test_flags_that_reach_data_sets(whole: Path, tiny_classes: Path, tmp_path: P
     train_presets(whole, "many", ("clip",), eval_data=(str(damaged),), max_bad_fraction=0.2)
     results = (whole / "clipcid-work" / "distill" / "clip-many" / "results.jsonl").read_text()
     assert "damaged/acc1" in results
+    (skipped,) = (whole / "clipcid-work" / "eval" / "sidecars").glob("damaged_*many*.skipped.parquet")
+    assert pq.read_table(skipped).to_pylist() == [{"key": "x", "shard": "0", "reason": "unreadable_image"}]
     named = tmp_path / "named.csv"
     named.write_text("picture,title\n0.png,a\n")
     with pytest.raises(ClipcidError, match=r"^--eval-data: .*filepath") as refused:

@@ -10,16 +10,19 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import (
     Clipcid,
     Run,
+    kill_when,
     make_image,
     run_clipcid,
     run_command,
     shard_members,
     torchrun_command,
     write_tar,
+    write_tiny_model,
 )
 from PIL import Image
 
@@ -29,6 +32,10 @@ def hash_rows(folder: Path) -> dict[str, str]:
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in (".npy", ".parquet"))
     files = [path for path in found if "index" not in path.parts and path.name != "manifest.parquet"]
     return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
+
+
+def read_skipped(path: str) -> list[tuple[str, ...]]:
+    return [tuple(row.values()) for row in pq.read_table(path).to_pylist()]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +108,41 @@ def test_added_shards_are_embedded_alone(clipcid: Clipcid, tiny_shards: Path, ti
     assert "3 files there, 2 now; changed or gone: 00000.tar" in clipcid(*call, code=1).said
 
 
+def test_other_keys_keep_the_rows(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        members = [*shard_members(5 * number, 5), (f"{number}x.png", b"no image"), (f"{number}x.txt", b"a")]
+        write_tar(tmp_path / "data" / f"{number}.tar", members)
+    call = ("embed", "data", "--model", tiny_model, "--max-bad-fraction", 0.5)
+    clipcid(*call, "--keys", "shard", "--out", "whole")
+    clipcid(*call, "--out", "plain")
+    # Killed after the first shard, then with other keys: as after keys that repeat across shards.
+    (tmp_path / "out").mkdir()
+    kill_when(tmp_path / "out", "0000.json", ["0002.json", "embed.json"], *call, "--out", "out", cwd=tmp_path)
+    told = clipcid(*call, "--keys", "shard", "--out", "out").said
+    assert re.search("[12] of 3 shards are already embedded", told)
+    assert hash_rows(tmp_path / "out") == hash_rows(tmp_path / "whole")
+    # What is finished is not replaced in silence.
+    assert 'settings.keys: "shard" there, "sample" now' in clipcid(*call, "--out", "out", code=1).said
+    assert "3 of 3 shards are already embedded" in clipcid(*call, "--out", "out", "--overwrite").said
+    assert hash_rows(tmp_path / "out") == hash_rows(tmp_path / "plain")
+
+
+def test_models_of_one_name_have_folders_of_their_own(
+    clipcid: Clipcid, tiny_shards: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    data = tiny_shards / "00001.tar"
+    own = {}
+    for place, seed in (("a", 1), ("b", 2), ("c", 1)):  # the third is a copy of the first
+        write_tiny_model(tmp_path / place / "tiny", seed=seed)
+        made = clipcid("embed", data, "--model", f"{place}/tiny", "--json").json
+        own[place] = Path(made["files"]["embeddings"]).name
+    assert own["a"] == own["c"] == "tiny"
+    assert re.fullmatch("tiny-[0-9a-f]{8}", own["b"])
+    # The same place with other weights is the same model, trained again.
+    write_tiny_model(tmp_path / "a" / "tiny", seed=3)
+    assert "settings.weights: " in clipcid("embed", data, "--model", "a/tiny", code=1).said
+
+
 def test_shards_with_other_names_are_refused(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
     write_tar(tmp_path / "laion" / "00000.tar", shard_members(0, 5))
     write_tar(tmp_path / "redcaps" / "00000.tar", shard_members(5, 5))
@@ -113,7 +155,9 @@ def test_shards_with_other_names_are_refused(clipcid: Clipcid, tiny_model: Path,
 
 def test_unusable_input_leaves_nothing_behind(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("filepath,title\nnowhere.png,a cat\n")
-    assert "None of the 1 samples" in clipcid("embed", "list.csv", "--model", tiny_model, check=False).stderr
+    for allowed, told in ((0.01, "1 sample: none can be used"), (1, "None of the 1 samples")):
+        call = ("embed", "list.csv", "--model", tiny_model, "--max-bad-fraction", allowed)
+        assert told in clipcid(*call, code=1).stderr
     (tmp_path / "1.png").write_bytes(make_image(1))
     (tmp_path / "list.csv").write_text("filepath,title\n1.png,a cat\n")
     assert clipcid("embed", "list.csv", "--model", tiny_model, "--json").json["images"] == 1
@@ -152,6 +196,22 @@ def test_what_is_skipped_is_counted_and_named(clipcid: Clipcid, tiny_model: Path
     assert run.json["images"] == 22
     assert run.json["skipped"] == {"duplicate_key": 1, "no_caption": 1, "unreadable_image": 1}
     assert "unreadable image: a/bad" in run.stderr
+    skipped = [("bad", "a", "unreadable_image"), ("000003", "a", "duplicate_key"), ("mute", "a", "no_caption")]
+    assert read_skipped(run.json["files"]["skipped"]) == skipped
+    # From the index, and with prefixed keys; `balance` adds to those of the embeddings.
+    for keys, key in (("sample", "bad"), ("shard", "a/bad")):
+        given = ("--model", tiny_model, "--max-bad-fraction", 0.2, "--work", keys, "--keys", keys, "--json")
+        assert read_skipped(clipcid("embed", data, *given).json["files"]["skipped"])[0] == (
+            key,
+            "a",
+            "unreadable_image",
+        )
+    balanced = clipcid("balance", "--keep", 0.9, "--json").json
+    assert (balanced["files"]["skipped"], balanced["skipped"]) == (
+        "clipcid-work/balance/skipped.parquet",
+        run.json["skipped"],
+    )
+    assert read_skipped(balanced["files"]["skipped"]) == skipped
     assert "Images with transparent pixels, shown on white: 1." in run.said
     assert "Images with 16 bits of grey, scaled to 8: 1." in run.said
     strict = clipcid("embed", data, "--model", tiny_model, "--out", tmp_path / "strict", code=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import Clipcid, shard_members, write_benchmark, write_tar, write_tiny_model
 from PIL import Image
@@ -161,6 +162,13 @@ def test_features_are_kept_while_valid(clipcid: Clipcid, tiny_model: Path, colou
     for number in range(3):
         (data / "train" / "grey" / f"{number}.png").write_bytes(b"no image")
     assert evaluate("--max-bad-fraction", 0.5) == ["test"]
+    (skipped,) = (tmp_path / "clipcid-work" / "eval" / "sidecars").glob("*.skipped.parquet")
+    listed = [(f"grey/{number}", "00000", "unreadable_image") for number in range(3)]
+    assert [tuple(row.values()) for row in pq.read_table(skipped).to_pylist()] == listed
+    shutil.rmtree(tmp_path / "clipcid-work" / "eval")
+    # Also of features that are there.
+    again = clipcid("eval-linear", model, data, "--max-bad-fraction", 0.5, "--json").json
+    assert pq.read_table(again["files"]["skipped"]).num_rows == 3
     shutil.rmtree(tmp_path / "clipcid-work" / "eval")
     refused = clipcid("eval-linear", model, data, code=1).said
     assert "features of 93 images from" in refused

@@ -110,4 +110,6 @@ def test_lines_as_captions_are_another_measurement(clipcid: Clipcid, tiny_model:
     write_tar(tmp_path / "pairs.tar", sorted(members))
     call = ("eval-zeroshot", tiny_model, "pairs.tar", "--caption-key", "txt", "--caption-key", "again")
     assert "Samples without a caption: 6 of again." in clipcid(*call).said
-    assert "caption_lines: null there, true now" in clipcid(*call, "--caption-lines", code=1).stderr
+    lines = clipcid(*call, "--caption-lines", "--json").json
+    assert Path(lines["files"]["metrics"]).stem.endswith("_caption-lines")
+    assert len(list(Path("clipcid-work/eval").glob("*.json"))) == 2

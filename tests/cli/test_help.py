@@ -51,6 +51,14 @@ def test_a_variable_of_no_flag_is_a_usage_error(clipcid: Clipcid) -> None:
     assert "CLIPCID_CLUSTER_SEED is set in the environment" not in run.stderr
     assert "CLIPCID_BALANCE_KEP is set in the environment" in run.stderr
     assert "Did you mean CLIPCID_BALANCE_KEEP?" in run.stderr
+    # Without the name of its command: of this one, else of one that has it.
+    assert "Did you mean CLIPCID_CLUSTER_KEEP_LIST?" in clipcid("cluster", code=2, env={"CLIPCID_KEEP_LIST": "x"}).said
+    assert "Did you mean CLIPCID_BALANCE_KEEP?" in clipcid("embed", code=2, env={"CLIPCID_KEEP": "0.5"}).said
+
+
+def test_a_switch_that_is_neither_on_nor_off_is_a_usage_error(clipcid: Clipcid) -> None:
+    run = clipcid("embed", code=2, env={"CLIPCID_QUIET": "perhaps"})
+    assert "'perhaps' is neither true nor false (1 and 0, yes and no, on and off)." in run.said
 
 
 def test_an_empty_request_for_completions_is_none(clipcid: Clipcid) -> None:

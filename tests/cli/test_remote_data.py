@@ -48,7 +48,8 @@ def test_embeddings_are_those_of_the_same_data_on_a_disk(clipcid: Clipcid, tiny_
         assert sum(server.bytes_sent.values()) == sent
         assert server.dropped > 0
     pipe = f"pipe:cat {shlex.quote(str(data))}/{{00000..00005}}.tar"
-    clipcid("embed", pipe, *settings, "--work", "pipe")
+    piped = clipcid("embed", pipe, *settings, "--work", "pipe")
+    assert "embed: 54/54 images" in piped.said  # whatever six commands were estimated to give
     expected = rows(tmp_path / "disk")
     assert len(expected) == 18
     for work in ("url", "pipe"):

@@ -27,6 +27,7 @@ class Origin:
 
     source: str  # a path, a URL, or a ``pipe:`` command whose output it is
     schemes: frozenset[str] = frozenset()  # of the URLs that may be named
+    root: str | None = None  # the local folder that the user said relative names are relative to
 
     @cached_property
     def url(self) -> str | None:
@@ -36,6 +37,8 @@ class Origin:
     @cached_property
     def folder(self) -> str:
         """What relative names are relative to."""
+        if self.root is not None:
+            return self.root
         return without_query(self.source).rpartition("/")[0] if self.url else os.path.dirname(self.source)
 
     def locate(self, cell: str) -> str:
@@ -47,7 +50,7 @@ class Origin:
             path = name
         elif self.url is None:
             path = os.path.join(self.folder, name)
-        elif is_url(self.folder) and name == cell and not name.startswith(("/", "~")) and ".." not in name.split("/"):
+        elif self._is_beside(name) and name == cell:
             path = f"{self.folder}/{name}"
         else:
             raise ClipcidError(
@@ -59,6 +62,11 @@ class Origin:
             raise ClipcidError(f"List {self.source} names {cell!r}{problem}", self._fix(path))
         return path
 
+    def _is_beside(self, name: str) -> bool:
+        """Tell whether a name of a list from elsewhere stays below the folder that relative names are relative to."""
+        has_folder = is_url(self.folder) or self.root is not None
+        return has_folder and not name.startswith(("/", "~")) and ".." not in name.split("/")
+
     def is_plain(self, cell: str) -> bool:
         """Tell whether a cell is a local path beyond question, as most are, in a tenth of the time of `locate`."""
         return self.url is None and "://" not in cell
@@ -66,7 +74,7 @@ class Origin:
     def find_problem(self, path: str) -> str:
         """Say why what a name led to is not opened, as the end of a sentence; empty where it is."""
         if not is_url(path):
-            return "" if self.url is None else ", a file on this disk."
+            return "" if self.url is None or self.root is not None else ", a file on this disk."
         if is_chain(path):
             return ", which holds `::`: file systems read one through the other."
         is_beside = self.url is not None and path.startswith(f"{self.folder}/")
@@ -80,6 +88,6 @@ class Origin:
         return f"If you trust the list, allow it: --allow-scheme {scheme_of(path)}"
 
 
-def origin_of_list(source: str, allowed: tuple[str, ...]) -> Origin:
+def origin_of_list(source: str, allowed: tuple[str, ...], root: str | None = None) -> Origin:
     """Return the origin of what a list names, where the user allowed schemes beside http and https."""
-    return Origin(source, WEB_SCHEMES | frozenset(allowed))
+    return Origin(source, WEB_SCHEMES | frozenset(allowed), root)

@@ -9,11 +9,16 @@ import math
 import os
 import re
 import string
+import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from statistics import median
+
+import numpy as np
+import numpy.typing as npt
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import is_benchmark, list_benchmark_tars
@@ -30,7 +35,7 @@ from clipcid_cli.formats.data.remote import (
     strip_file_scheme,
     without_query,
 )
-from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, ByteRange, Columns, Sample, natural_key
+from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, ByteRange, Columns, ListFormat, Sample, natural_key
 from clipcid_cli.formats.data.shard import Shard, cut
 from clipcid_cli.formats.data.tars import COPY_AGAIN, CutTarError, validate_member_keys, validate_tar
 from clipcid_cli.formats.files import open_regular
@@ -46,8 +51,9 @@ _FORMS = (
 _SEPARATOR = "::"  # webdataset's, between several folders, tars or patterns
 
 # Up to this size, keys are compared across all shards when data is opened; of larger data, or data that will have an index,
-# only those of the first two shards are, and all once they have been read.
+# those of as many shards as can be listed in this time, two at least, and all once they have been read.
 _SMALL = 2**30
+_KEY_SECONDS = 1.0
 
 # Schemes of URLs that are opened where a file names the data; others only where the user does.
 _PLAIN_SCHEMES = frozenset({"http", "https", "s3", "gs", "gcs", "hf", "az", "abfs", "abfss", "hdfs"})
@@ -91,6 +97,7 @@ class Dataset:
     columns: Columns = dataclasses.field(default_factory=Columns)
     # Whether each line of a ``.txt`` is a caption, where that was asked for.
     caption_lines: bool = False
+    list_format: ListFormat = dataclasses.field(default_factory=ListFormat)
     caption_keys: tuple[str, ...] = ()  # where captions are; empty where they are in the usual places
     index_folder: Path | None = None
     index: DataIndex | None = None  # its index, where it is finished and no shard has changed since
@@ -107,6 +114,12 @@ class Dataset:
             return [record.fingerprint for record in self.index.records]
         with ThreadPoolExecutor(16) as pool:
             return list(pool.map(lambda shard: shard.fingerprint(), self.shards))
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the number of samples is known without reading the shards."""
+        slices = self.shards[0].slices
+        return self.index is not None or (slices is not None and slices.total is not None)
 
     def estimate_samples(self) -> int:
         """Estimate how many samples there are from the first samples of a few shards spread over the data.
@@ -126,7 +139,16 @@ class Dataset:
         """Return the name and the options of the data, from which `open_described` opens it again."""
         columns = self.columns
         named = (columns.image, columns.caption, columns.key)
-        return DataSpec(self.spec, self.keys, *named, self.caption_lines, self.caption_keys)
+        form = self.list_format
+        named_form = (form.root, form.separator, form.encoding)
+        return DataSpec(self.spec, self.keys, *named, self.caption_lines, self.caption_keys, *named_form)
+
+
+def list_shards(spec: str) -> list[str]:
+    """Name the shards that local data has by now, without opening one; none of what is behind a URL or a command."""
+    if any(map(is_remote, spec.split(_SEPARATOR))):
+        return []
+    return _name_shards(_find_files(spec) or [])
 
 
 def names_command(spec: str) -> bool:
@@ -169,6 +191,7 @@ def open_described(
         index_root,
         caption_lines=description.caption_lines,
         caption_keys=description.caption_key,
+        list_format=ListFormat(description.list_root, description.list_separator, description.list_encoding),
         schemes=schemes,
         max_sample_bytes=max_sample_bytes,
         max_bad_fraction=1.0,  # the step that recorded it has accepted the data
@@ -186,6 +209,7 @@ def open_dataset(
     schemes: tuple[str, ...] = (),
     max_sample_bytes: int = MAX_SAMPLE_BYTES,
     max_bad_fraction: float = 0.0,
+    list_format: ListFormat | None = None,
 ) -> Dataset:
     """Open image-text data that the user has named in this run; what a file names is for `open_described`.
 
@@ -204,9 +228,11 @@ def open_dataset(
         schemes: Of URLs that the cells of a list may name, beside http and https.
         max_sample_bytes: What one file of a sample may have; samples with a larger one are skipped.
         max_bad_fraction: What may be missing of the data at the end of truncated local tars, whose readable part is used.
+        list_format: How a list is read.
     """
     spec = _SEPARATOR.join(_split(str(spec)))
     columns = columns or Columns()
+    list_format = list_format or ListFormat()
     caption_keys = tuple(dict.fromkeys(key.removeprefix(".") for key in caption_keys))
     prefix_keys = keys == "shard"
     place = without_query(spec).lower()
@@ -214,7 +240,14 @@ def open_dataset(
     table, classes = (None, None) if files is None else _find_table(files, columns, caption_keys)
     if table is None and place.endswith(LIST_SUFFIXES) and files in (None, [spec]):
         kind = "list"
-        images = Images(spec, columns, caption_keys=caption_keys, max_sample_bytes=max_sample_bytes, schemes=schemes)
+        images = Images(
+            spec,
+            columns,
+            caption_keys=caption_keys,
+            max_sample_bytes=max_sample_bytes,
+            schemes=schemes,
+            list_format=list_format,
+        )
         shards = cut(images, spec, prefix_keys=prefix_keys, max_sample_bytes=max_sample_bytes)
     elif files is not None and (table is not None or not _is_parquet(files[0])):
         kind = "parquet" if table is not None else "benchmark" if is_benchmark(spec) else "webdataset"
@@ -254,12 +287,19 @@ def open_dataset(
                 f"--caption-key names members of tars or columns, and {spec} is a folder of images.",
                 "Omit it: their captions are in a .txt beside each image.",
             )
-    dataset = Dataset(redact(spec), kind, shards, classes, keys, columns, caption_lines, caption_keys)
+    if kind != "list" and list_format != ListFormat():
+        raise ClipcidError(
+            f"--list-root, --list-separator and --list-encoding say how a list is read, and {spec} is none.",
+            "Omit them.",
+        )
+    dataset = Dataset(redact(spec), kind, shards, classes, keys, columns, caption_lines, list_format, caption_keys)
     if index_root is not None:
         read_so = {"keys": keys, "caption_lines": caption_lines, "caption_keys": caption_keys}
         read_so |= dataclasses.asdict(columns)
         if max_sample_bytes != MAX_SAMPLE_BYTES:  # the index says what was skipped
             read_so["max_sample_bytes"] = max_sample_bytes
+        if list_format != ListFormat():
+            read_so["list_format"] = dataclasses.asdict(list_format)
         folder = index_folder(index_root, kind, read_so)
         dataset = dataclasses.replace(dataset, index_folder=folder).with_index(open_index(folder, shards))
     dataset = _allow_cut(dataset, _find_cut(dataset), max_bad_fraction)
@@ -345,15 +385,34 @@ def _validate_shards(dataset: Dataset) -> None:
         seen = f" ({skips.total} without one, first {without[0]})" if without else ""
         raise ClipcidError(f"{dataset.spec}: no sample with an image in {looked}{seen}.", _FORMS)
     small = sum(os.path.getsize(path) for path in local) <= _SMALL
-    first = tars if small and dataset.index_folder is None else tars[:2]
-    if len(local) < len(tars) or len(first) < 2:  # reading remote ones whole would take longer than "quick"
-        return
-    owners: dict[str, str] = {}
-    for shard in first:
-        for sample in shard.samples():
-            owner = owners.setdefault(sample.key, shard.name)
-            if owner != shard.name:
-                raise repeated_key(sample.key, owner, shard.name)
+    # Reading remote ones whole would take longer than "quick"; a key that begins with the shard's name is in no other.
+    if len(local) == len(tars) > 1 and not tars[0].prefix_keys:
+        _validate_keys(tars, math.inf if small and dataset.index_folder is None else _KEY_SECONDS)
+
+
+def _validate_keys(tars: Sequence[Shard], seconds: float) -> None:
+    """Refuse a key of two tars, as far as that is found in this time; tars of one name, as of two crawls, come first."""
+    names = [shard.name.rpartition("/")[2] for shard in tars]
+    count_of = Counter(names)
+    order = sorted(range(len(tars)), key=lambda number: (count_of[names[number]] == 1, names[number]))
+    end = time.perf_counter() + seconds
+    listed = list[Shard]()
+    hashes = list[npt.NDArray[np.int64]]()
+    for number in order:
+        if len(listed) > 1 and time.perf_counter() > end:
+            break
+        listed.append(tars[number])
+        hashes.append(np.fromiter((hash(sample.key) for sample in tars[number].stream()), np.int64))
+    hash_N = np.concatenate(hashes)
+    owner_N = np.repeat(np.arange(len(listed)), [len(part) for part in hashes])
+    sorted_N = np.argsort(hash_N, kind="stable")
+    repeats = np.flatnonzero(hash_N[sorted_N][1:] == hash_N[sorted_N][:-1])
+    pairs = zip(owner_N[sorted_N[repeats]].tolist(), owner_N[sorted_N[repeats + 1]].tolist(), strict=True)
+    for one, other in sorted(set(pairs)):
+        keys = {sample.key for sample in listed[one].stream()}
+        key = next((sample.key for sample in listed[other].stream() if sample.key in keys), None)
+        if key is not None:
+            raise repeated_key(key, listed[one].name, listed[other].name)
 
 
 def _find_files(spec: str) -> list[str] | None:

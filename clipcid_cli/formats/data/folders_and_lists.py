@@ -6,6 +6,7 @@ other processes: they list the images themselves where they need to.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import hashlib
@@ -30,6 +31,7 @@ from clipcid_cli.formats.data.samples import (
     MAX_SAMPLE_BYTES,
     ByteRange,
     Columns,
+    ListFormat,
     Sample,
     cut_cell,
     gather_captions,
@@ -86,11 +88,14 @@ class Images(Slices):
     caption_keys: tuple[str, ...] = ()  # columns of captions that a list must have, in place of that of `columns`
     max_sample_bytes: int = MAX_SAMPLE_BYTES  # of an image or of its ``.txt``
     schemes: tuple[str, ...] = ()  # of URLs that a list may name, beside http and https
+    list_format: ListFormat = dataclasses.field(default_factory=ListFormat)
 
     @cached_property
     def origin(self) -> Origin:
         """Where the images are named."""
-        return Origin(self.source) if self.columns is None else origin_of_list(self.source, self.schemes)
+        if self.columns is None:
+            return Origin(self.source)
+        return origin_of_list(self.source, self.schemes, self.list_format.root)
 
     @cached_property
     def _listed(self) -> _Listed:
@@ -98,7 +103,7 @@ class Images(Slices):
             class_names, rows = _list_folder(self.source)
         else:
             class_names = None
-            rows = _list_rows(self.origin, self.columns, self.caption_keys)
+            rows = _list_rows(self.origin, self.columns, self.caption_keys, self.list_format)
         slices = list[pa.RecordBatch]()
         seen = set[bytes]()
         several = False
@@ -145,7 +150,7 @@ class Images(Slices):
 
     def fingerprint(self, number: int) -> tuple[int, str]:
         """Return the number of rows, and a hash of paths, sizes, captions and classes."""
-        digest = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b((self.list_format.root or "").encode("utf-8", "surrogateescape"), digest_size=16)
         rows = self._listed.slices[number].to_pylist()
         for row in rows:
             sample = self._sample(row, Skips())
@@ -160,6 +165,8 @@ class Images(Slices):
         if self.columns is None:
             path = os.path.join(self.source, path)
         else:
+            if "\\" in path and not os.path.exists(os.path.join(self.origin.folder, path)):
+                path = path.replace("\\", "/")  # as Windows writes paths
             path = self.origin.locate(path)
             if row["captions"] is not None:
                 keys = self.caption_keys or (self.columns.caption,)
@@ -240,17 +247,20 @@ def _walk(root: str) -> Iterator[tuple[str, os.stat_result]]:
                     yield path, found
 
 
-def _list_rows(origin: Origin, columns: Columns, caption_keys: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+def _list_rows(
+    origin: Origin, columns: Columns, caption_keys: tuple[str, ...], form: ListFormat
+) -> Iterator[dict[str, Any]]:
     """List a ``.csv`` (commas, or tabs as open_clip's are), ``.tsv`` or ``.parquet`` file, or its URL, in its own order."""
     source = origin.source
     with local_file(source) as file:
-        for frame in _read_frames(source, file):
+        for frame in _read_frames(source, file, form):
             needed = [columns.image, *columns.required(caption_keys)]
             missing = next((name for name in needed if name not in frame), None)
             if missing is not None:
                 raise ClipcidError(
                     f"List {source} has no column {missing!r}; it has {', '.join(map(str, frame.columns[:12]))}.",
-                    "Name its columns: --image-column (paths of images), --caption-column or --caption-key, --key-column.",
+                    "Name its columns: --image-column (paths of images), --caption-column or --caption-key, --key-column."
+                    + ("" if len(frame.columns) > 1 else " Or say what separates them: --list-separator TEXT."),
                 )
             if frame.empty:
                 raise ClipcidError(f"List {source} has a header and no rows.", "Give a list with one row per image.")
@@ -268,7 +278,7 @@ def _list_rows(origin: Origin, columns: Columns, caption_keys: tuple[str, ...]) 
                 yield {"key": os.fsencode(key), "path": os.fsencode(path), "captions": found, "classes": numbers}
 
 
-def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
+def _read_frames(source: str, path: Path, form: ListFormat) -> Iterator[pd.DataFrame]:
     """Read a list slice by slice; what is missing in a cell is None."""
     import pandas as pd  # 0.15 s, which other kinds of data should not wait for
 
@@ -279,11 +289,14 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
         if name.endswith(".parquet"):
             yield from _read_tables(path)
             return
-        with path.open(encoding="utf-8", errors="replace") as file:
+        encoding = form.encoding or _find_encoding(path)
+        with path.open(encoding=encoding, errors="replace") as file:
             header = file.readline()
-        # open_clip writes and reads tab-separated lists, whatever they are called.
-        separator = "\t" if name.endswith(".tsv") or ("\t" in header and "," not in header) else ","
-        with pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, chunksize=VIRTUAL_SHARD) as frames:
+        separator = form.separator or _find_separator(name, header)
+        options: dict[str, Any] = {"encoding": encoding, "dtype": str, "keep_default_na": False}
+        # A separator of several letters is one of pandas' regular expressions, which its slower parser reads.
+        options |= {"sep": re.escape(separator), "engine": "python"} if len(separator) > 1 else {"sep": separator}
+        with pd.read_csv(path, **options, chunksize=VIRTUAL_SHARD) as frames:
             for frame in frames:
                 _validate_rows(source, frame, separator)
                 yield frame
@@ -295,6 +308,11 @@ def _read_frames(source: str, path: Path) -> Iterator[pd.DataFrame]:
         raise
     except FileNotFoundError as error:
         raise ClipcidError(f"There is no list {source}.", "Check the path.") from error
+    except UnicodeError as error:
+        raise ClipcidError(
+            f"List {source} cannot be read as {form.encoding or 'UTF-8'}: {describe(error)}.",
+            "Name its encoding, such as --list-encoding latin-1 or cp1252, or save it as UTF-8.",
+        ) from error
     except Exception as error:  # pandas and pyarrow raise what they like for a damaged file
         raise ClipcidError(
             f"List {source} cannot be read: {describe(error)}.", "Give a csv, tsv or parquet file with a header."
@@ -313,13 +331,27 @@ def _read_tables(path: Path) -> Iterator[pd.DataFrame]:
             yield batch.to_pandas(ignore_metadata=True, integer_object_nulls=True)
 
 
+def _find_encoding(path: Path) -> str:
+    """Return UTF-16 where a text is marked as that, as Excel's "Unicode text" is; else UTF-8, whose mark pandas knows."""
+    with open_regular(path) as file:
+        mark = file.read(2)
+    return "utf-16" if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8"
+
+
+def _find_separator(name: str, header: str) -> str:
+    """Return what separates the cells of a text: open_clip writes and reads tabs, whatever a list is called."""
+    if name.endswith(".tsv") or ("\t" in header and "," not in header):
+        return "\t"
+    return ";" if ";" in header and "," not in header else ","
+
+
 def _validate_rows(source: str, frame: pd.DataFrame, separator: str) -> None:
     """Refuse rows that pandas has shifted, as they have more cells than the header, and cells that take in further rows."""
     import pandas as pd
 
     columns = frame.shape[1]
     if not isinstance(frame.index, pd.RangeIndex):  # of the first cells
-        called = "tab" if separator == "\t" else "comma"
+        called = {"\t": "tab", ",": "comma"}.get(separator, separator)
         raise ClipcidError(
             f"The header of list {source} has {columns} columns, and rows have {columns + frame.index.nlevels}.",
             f"Put cells that contain a {called} into quotation marks.",

@@ -59,6 +59,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _RECORD = b"clipcid"  # of the part's schema
+_SKIPPED = b"skipped"  # samples that were left out, each with its key, shard and reason
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,7 +89,12 @@ class Part:
     @property
     def table(self) -> pa.Table:
         """The samples, see `_SCHEMA`."""
-        return _read_table(self.path, self.digest)
+        return _read_part(self.path, self.digest)[0]
+
+    @property
+    def skipped(self) -> list[tuple[str, str, str]]:
+        """Key, shard and reason of each sample that was left out."""
+        return _read_part(self.path, self.digest)[1]
 
     @property
     def keys(self) -> pa.ChunkedArray:
@@ -179,6 +185,11 @@ class DataIndex:
         file_of = shard if shard.file else None
         return Part(path, digest, file_of, self._copy(number), shard.max_sample_bytes, origin)
 
+    def skips(self, number: int) -> Skips:
+        """Return what was left out of a shard, with the list of it."""
+        counted = self.records[number].skips
+        return dataclasses.replace(counted, listed=[*self.part(number).skipped]) if counted.total else counted
+
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Copy shards to the cache in the background, in order; see `shard_cache.fetch_ahead`."""
         if self.cache is not None:
@@ -206,7 +217,7 @@ def write_part(folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequ
         samples=len(samples),
         with_captions=sum(bool(sample.captions) for sample in samples),
         read=len(samples) + skips.total,
-        skips=skips,
+        skips=skips.counted(),
         stamp=stamp,
         fingerprint=shard.fingerprint(),
     )
@@ -216,8 +227,9 @@ def write_part(folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequ
         name = error.object[:100].encode("utf-8", "backslashreplace").decode()
         problem = f"{shard.source}: the name of a file is not UTF-8: {name}."
         raise ClipcidError(problem, "Rename the file; keys are text.") from error
-    record = dataclasses.replace(record, digest=_hash(record, table))
-    table = table.replace_schema_metadata({_RECORD: _to_json(record)})
+    skipped = json.dumps(shard.locate(skips).listed)
+    record = dataclasses.replace(record, digest=_hash(record, table, skipped))
+    table = table.replace_schema_metadata({_RECORD: _to_json(record), _SKIPPED: skipped})
     # Shared: also written by a worker process that outlives its run for a moment.
     with atomic_file(_part_path(folder, shard), shared=True) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
@@ -242,7 +254,7 @@ def _to_row(sample: Sample, file: str) -> dict[str, Any]:
 def read_record(folder: Path, shard: Shard) -> IndexedShard | None:
     """Read what was found in a shard; None when it is not listed yet, or its file has changed since."""
     try:
-        record, _ = _load(_part_path(folder, shard))
+        record, _, _ = _load(_part_path(folder, shard))
     except Exception:  # a damaged part is listed again, as an edited one is
         return None
     return record if record.stamp == shard.stamp() else None
@@ -308,28 +320,30 @@ def _from_json(text: str | bytes) -> IndexedShard:
     return msgspec.convert(json.loads(text), IndexedShard)
 
 
-def _hash(record: IndexedShard, table: pa.Table) -> str:
+def _hash(record: IndexedShard, table: pa.Table, skipped: str) -> str:
     digest = hashlib.blake2b(_to_json(dataclasses.replace(record, digest="")).encode(), digest_size=16)
+    digest.update(skipped.encode())
     for batch in table.to_batches():
         digest.update(batch.serialize())
     return digest.hexdigest()
 
 
-def _load(path: Path) -> tuple[IndexedShard, pa.Table]:
-    """Read a part; some error where it is missing, or not what was written."""
+def _load(path: Path) -> tuple[IndexedShard, pa.Table, list[tuple[str, str, str]]]:
+    """Read a part, and what was left out; some error where it is missing, or not what was written."""
     table = pa.ipc.open_file(read_regular(path)).read_all()
     record = _from_json(table.schema.metadata[_RECORD])
+    skipped = table.schema.metadata[_SKIPPED].decode()
     table = table.replace_schema_metadata()
-    if _hash(record, table) != record.digest:
+    if _hash(record, table, skipped) != record.digest:
         raise ValueError(f"{path} is damaged")
-    return record, table
+    return record, table, [(key, shard, reason) for key, shard, reason in json.loads(skipped)]
 
 
 @lru_cache(maxsize=_PARTS_KEPT)
-def _read_table(path: str, digest: str) -> pa.Table:
+def _read_part(path: str, digest: str) -> tuple[pa.Table, list[tuple[str, str, str]]]:
     """Read a part, or give the one held; an edited part has another digest, as has that of another version of the shard."""
     try:
-        record, table = _load(Path(path))
+        record, table, skipped = _load(Path(path))
         if record.digest != digest:
             raise ValueError(f"{path} is of another version")
     except Exception as error:
@@ -337,4 +351,4 @@ def _read_table(path: str, digest: str) -> pa.Table:
             f"{path} is missing, edited, damaged, or of another version of its shard.",
             f"Remove {Path(path).parent}/shards-*.parquet and run the same command again: it lists the data anew.",
         ) from error
-    return table
+    return table, skipped

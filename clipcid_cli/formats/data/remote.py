@@ -95,6 +95,19 @@ def note_received() -> None:
     _last_received = next(_received)
 
 
+class RemoteImageError(OSError):
+    """An image of a list that could not be fetched."""
+
+    def __init__(self, error: ClipcidError) -> None:
+        super().__init__(error.message)
+        cause = error.__cause__
+        status = _status_of(cause) if isinstance(cause, Exception) else None
+        if status is None and isinstance(cause, FileNotFoundError) and cause.__cause__ is None:
+            status = 404  # fsspec's error for it
+        self.answer = "no answer" if status is None else f"HTTP {status}"
+        """What the server said: ``HTTP 403``."""
+
+
 def is_url(spec: str) -> bool:
     """Tell a URL from a local path."""
     return _SCHEME.match(spec) is not None

@@ -19,7 +19,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import parse_npy
 from clipcid_cli.formats.data.cells import Origin
 from clipcid_cli.formats.data.image_column import read_copied, read_row
-from clipcid_cli.formats.data.remote import is_pipe, is_url, read_image, read_remote
+from clipcid_cli.formats.data.remote import RemoteImageError, is_pipe, is_url, read_image, read_remote
 from clipcid_cli.formats.data.shard_cache import ShardCopy
 from clipcid_cli.formats.files import open_descriptor, read_part, read_regular, validate_size
 from clipcid_cli.formats.skips import Skips
@@ -71,6 +71,15 @@ class Columns:
         return [*caption_keys, *(name for name, default in renamed if name != default)]
 
 
+@dataclasses.dataclass(frozen=True)
+class ListFormat:
+    """How a list is read where that is not found out: None."""
+
+    root: str | None = None  # the folder of relative paths; else that of the list
+    separator: str | None = None  # of the cells of a text
+    encoding: str | None = None  # of a text
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ByteRange:
     """Where the bytes of an image or of an attributes file are stored."""
@@ -120,7 +129,7 @@ class ByteRange:
         try:
             return read_image(self.path, self.max_bytes, None if self.origin is None else self.origin.url)
         except ClipcidError as error:  # one image of a list, not a shard
-            raise OSError(error.message) from error
+            raise RemoteImageError(error) from error
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -92,6 +92,17 @@ class Shard:
         """Name a sample for a person: by its key, in a file with the file's name before it."""
         return key if self.slices is not None or self.prefix_keys else f"{self.name}/{key}"
 
+    def locate(self, skips: Skips) -> Skips:
+        """Return skipped samples of this shard, each listed by its own key and the shard, not by its name for a person."""
+        listed = [sample if sample[1] else (self._key_of(sample[0]), self.name, sample[2]) for sample in skips.listed]
+        return dataclasses.replace(skips, listed=listed)
+
+    def _key_of(self, name: str) -> str:
+        """Return the key of a sample that `describe` names, or a reader, which knows of no prefix."""
+        prefix = f"{self.name}/"
+        own = name.removeprefix(prefix) if self.slices is None or self.prefix_keys else name
+        return f"{prefix}{own}" if self.prefix_keys else own
+
     def samples(self, skips: Skips | None = None) -> list[Sample]:
         """List its samples as `stream` yields them, without the bytes of their images."""
         return [sample.without_image_data() for sample in self.stream(skips)]

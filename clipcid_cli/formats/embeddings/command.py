@@ -45,6 +45,11 @@ def embed_command(model: str, described: DataSpec | None, data: str | None, **fl
     return command_line("embed", named, model=model, **_differing(_flags_of_data(described, data, flags)))
 
 
+def reading_flags(described: DataSpec) -> dict[str, Any]:
+    """Return the flags by which recorded data was read."""
+    return _differing(_flags_of_data(described, None, {}))
+
+
 def remake(folder: Path, sidecar: EmbedSidecar) -> str:
     """Return the fix of a finished folder whose files are not those that were written."""
     copy = "Or copy the rows to another folder, without embed.json, and name that one."
@@ -62,6 +67,7 @@ def _flags_of_data(described: DataSpec | None, data: str | None, flags: dict[str
         return flags
     recorded = {f"{name}_column": getattr(described, name) for name in dataclasses.asdict(Columns())}
     recorded |= {name: getattr(described, name) for name in ("keys", "caption_lines", "caption_key")}
+    recorded |= {name: getattr(described, name) for name in ("list_root", "list_separator", "list_encoding")}
     return flags | recorded if data is None else recorded | flags
 
 

@@ -114,6 +114,11 @@ class Embeddings:
         return None if self.sidecar is None else self.sidecar.model
 
     @property
+    def shards(self) -> list[str]:
+        """The names of the shards that `embed` recorded; none of another tool's folder."""
+        return [str(record.input.shard) for record in self._records]
+
+    @property
     def is_verified(self) -> bool:
         """Whether `embed` wrote the files: all rows are then unit float16."""
         return self.sidecar is not None

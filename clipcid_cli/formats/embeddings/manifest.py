@@ -18,6 +18,8 @@ from typing import Any
 import msgspec
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import fingerprint
@@ -27,11 +29,14 @@ from clipcid_cli.formats.files import reading, write_error, write_json, write_np
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, identity_of, validate_unchanged
 from clipcid_cli.formats.output import find_works
 from clipcid_cli.formats.parquet import read_rows
+from clipcid_cli.formats.skipped import SKIPPED, make_table, read_shards, read_skipped, write_skipped
 from clipcid_cli.formats.skips import Skips
 
 MANIFEST = "manifest.parquet"
 # Records of finished shards, until all are finished.
 _RECORDS = ".shards"
+FINISHED = f"{_RECORDS}/*.json"
+"""Pattern of these records in a work folder."""
 # Bytes that numpy writes before the values of an array of few dimensions.
 _HEADER = 128
 
@@ -63,6 +68,7 @@ class ShardRecord(msgspec.Struct, frozen=True):
     skipped: list[Skipped]
     files: dict[str, FileRecord]
     from_16_bit: int = 0  # images of 16 bits of grey, which were scaled
+    keys: str = "sample"  # or ``shard``, where keys begin with the shard's name
 
 
 def read_manifest(folder: Path, fix: str) -> list[ShardRecord]:
@@ -171,9 +177,12 @@ class ShardRows:
 class EmbeddingWriter:
     """Writer of the shards of one folder, each followed by its record."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], inputs: Sequence[FileRecord]) -> None:
-        """Prepare to write shards, whose rows these settings decide."""
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], inputs: Sequence[FileRecord], keys: str = "sample"
+    ) -> None:
+        """Prepare to write shards, whose rows these settings decide; `keys` are as of `ShardRecord`."""
         self.folder = folder
+        self._keys = keys
         self._inputs = inputs
         self._identities = [identity_of(settings, [each]) for each in inputs]
         self._digits = max(4, len(str(len(inputs) - 1)))
@@ -182,6 +191,7 @@ class EmbeddingWriter:
         """Write a shard, with its metadata where it has images; the first has number 0."""
         # The record of another run must never accompany rows of this one, even if it is killed in between.
         self._record_path(number).unlink(missing_ok=True)
+        write_skipped(self._skipped_path(number), [make_table(made.skipped.listed)])
         for kind in Kind:
             if kind in made.rows:
                 write_npy(self._path(kind, number), made.rows[kind])
@@ -204,23 +214,37 @@ class EmbeddingWriter:
             **made.adapted,
             skipped=skipped,
             files={part: fingerprint.record(self._path(part, number), self.folder) for part in parts},
+            keys=self._keys,
         )
         self._write_record(number, record)
 
     def read_record(self, number: int) -> ShardRecord | None:
         """Read the outcome of a shard; None when it is unfinished, was changed or damaged, or is of another plan."""
+        record = self._find_record(number)
+        return record if record is not None and record.keys == self._keys else None
+
+    def _find_record(self, number: int) -> ShardRecord | None:
         path = self._record_path(number)
         record = _read_record(path)
         if record is None or record.identity != self._identities[number]:
+            return None
+        if record.skipped and not self._skipped_path(number).exists():
             return None
         return record if find_changed(self.folder, record.files.values(), path) is None else None
 
     def take(self, folder: Path, records: Sequence[ShardRecord]) -> None:
         """Take over the shards of a finished folder, whatever their numbers there, whose files are those it records."""
         there = {record.identity: record for record in records}
+        numbers = {str(given.shard): number for number, given in enumerate(self._inputs)}
+        for shard, listed in read_shards(folder / SKIPPED):
+            number = numbers.get(shard, -1)
+            if number >= 0 and self._identities[number] in there and not self._record_path(number).exists():
+                write_skipped(self._skipped_path(number), [listed])
         for number, identity in enumerate(self._identities):
             earlier = there.get(identity)
             if earlier is None or self._record_path(number).exists():
+                continue
+            if earlier.skipped and not self._skipped_path(number).exists():  # it does not say which
                 continue
             if find_changed(folder, earlier.files.values(), folder / MANIFEST) is not None:
                 continue
@@ -230,17 +254,50 @@ class EmbeddingWriter:
                 files[part] = msgspec.structs.replace(file, path=self._name(part, number))
             self._write_record(number, msgspec.structs.replace(earlier, files=files))
 
+    def rename_keys(self) -> None:
+        """Give shards that are finished with keys of the other kind those of this plan; their rows stay.
+
+        Where it is killed on the way, the shard is written again, since its record is of other metadata.
+        """
+        for number in range(len(self._inputs)):
+            record = self._find_record(number)
+            if record is None or record.keys == self._keys:
+                continue
+            prefix = f"{record.input.shard}/"
+            files = dict(record.files)
+            if METADATA in files:
+                path = self._path(METADATA, number)
+                with reading(path, "metadata of embeddings", "Embed again.") as file:
+                    metadata = pq.read_table(file)
+                write_parquet(path, self._rename(metadata, prefix))
+                files[METADATA] = fingerprint.record(path, self.folder)
+            if record.skipped:
+                path = self._skipped_path(number)
+                write_skipped(path, [self._rename(pa.concat_tables(read_skipped(path)), prefix)])
+            self._write_record(number, msgspec.structs.replace(record, files=files, keys=self._keys))
+
+    def _rename(self, table: pa.Table, prefix: str) -> pa.Table:
+        keys = table["key"]
+        if self._keys == "shard":
+            renamed = pc.binary_join_element_wise(prefix, keys, "")
+        else:
+            renamed = pc.utf8_slice_codeunits(keys, len(prefix))
+        return table.set_column(table.column_names.index("key"), "key", renamed)
+
     def finish(self) -> list[ShardRecord]:
-        """Write the manifest once all shards are finished, and return it."""
+        """Write the manifest and the list of skipped samples once all shards are finished; return the manifest."""
         records = [self.read_record(number) for number in range(len(self._inputs))]
         finished = [record for record in records if record is not None]
         assert len(finished) == len(records), "every shard was written by one of the processes"
+        skipped = (self._skipped_path(number) for number, record in enumerate(finished) if record.skipped)
+        write_skipped(self.folder / SKIPPED, (table for path in skipped for table in read_skipped(path)))
         parts = [part for part in (*Kind, METADATA) if any(part in each.files for each in finished)]
         schema = pa.schema(
             {
                 "input": _INPUT,
                 "identity": _TEXT,
                 **dict.fromkeys(("read", "rows", "laid_on_white", "from_16_bit"), _NUMBER),
+                "keys": _TEXT,
                 "skipped": _SKIPPED,
                 "files": pa.struct([(part, _FILE) for part in parts]),
             }
@@ -250,6 +307,9 @@ class EmbeddingWriter:
 
     def _write_record(self, number: int, record: ShardRecord) -> None:
         write_json(self._record_path(number), msgspec.to_builtins(record))
+
+    def _skipped_path(self, number: int) -> Path:
+        return self._record_path(number).with_suffix(f".{SKIPPED}")
 
     def _record_path(self, number: int) -> Path:
         return self.folder / _RECORDS / f"{number:0{self._digits}d}.json"
@@ -281,7 +341,7 @@ def _make_metadata(shard: str, made: ShardRows) -> pa.Table:
 
 def read_unfinished(folder: Path, step: str) -> list[FileRecord]:
     """Return the shards that an unfinished run of a folder has embedded, in order, whatever its settings are."""
-    found = (path for work in find_works(folder, step) for path in (work / _RECORDS).glob("*.json"))
+    found = (path for work in find_works(folder, step) for path in work.glob(FINISHED))
     paths = sorted(found, key=lambda path: natural_key(path.name))
     return [record.input for path in paths if (record := _read_record(path)) is not None]
 

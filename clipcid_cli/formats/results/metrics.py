@@ -38,6 +38,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import reading, write_json, write_parquet, write_text
 from clipcid_cli.formats.fingerprint import validate_unchanged
 from clipcid_cli.formats.sidecar import AnySidecar, EvaluationSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.skipped import SKIPPED
 
 SIDECARS = "sidecars"
 # The table and the report on all pairs of one `eval-zeroshot`.
@@ -173,6 +174,11 @@ class Predictions:
 def predictions_path(metrics: Path) -> Path:
     """Return where the predictions behind a metrics file are."""
     return metrics.parent / SIDECARS / f"{metrics.stem}.predictions.parquet"
+
+
+def skipped_path(metrics: Path) -> Path:
+    """Return where the samples that an evaluation skipped are listed, if any."""
+    return metrics.parent / SIDECARS / f"{metrics.stem}.{SKIPPED}"
 
 
 def write_predictions(

@@ -21,6 +21,7 @@ import torch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import atomic_file, describe, reading, sync_folder, write_error, write_text
 from clipcid_cli.formats.parquet import read_columns, write_row_groups
+from clipcid_cli.formats.skipped import SKIPPED
 
 _HELD_OUT = pa.schema({"key": pa.large_string()})
 # Should the newest checkpoint be damaged on a failing disk, the run is not lost.
@@ -40,6 +41,7 @@ class RunFolder:
         self.train_log = path / "train.jsonl"  # an object for each logged step: losses, rates, times
         self.results_log = path / "results.jsonl"  # an object for each evaluation on the held-out part
         self.held_out = path / "held_out.parquet"
+        self.skipped = path / SKIPPED
         self.tensorboard = path / "tensorboard"
         self.wandb = path / "wandb"
         self.report = path / "report.html"
@@ -57,7 +59,7 @@ class RunFolder:
         for folder in (self.student, self.student_ema, self.checkpoints, self.tensorboard, self.wandb):
             if folder.is_dir():
                 shutil.rmtree(folder)
-        files = (self.train_log, self.results_log, self.held_out, self.report)
+        files = (self.train_log, self.results_log, self.held_out, self.skipped, self.report)
         for file in (*files, *self.path.glob("diverged_step_*.json")):
             file.unlink(missing_ok=True)
 

@@ -45,7 +45,9 @@ class Readable(Protocol):
 class SkippedImage:
     """The result for an image that cannot be used."""
 
-    reason: str  # `unreadable_image`, `too_many_pixels` or `too_many_bytes`, a key of `formats.skips.REASONS`
+    # A key of `formats.skips.REASONS`: `not_found`, `http_error`, `unreadable_image`, `too_many_pixels` or `too_many_bytes`;
+    # after a colon details may follow.
+    reason: str
 
 
 def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:
@@ -54,8 +56,11 @@ def read_image(source: Readable, draft_size: tuple[int, int] | None = None) -> I
         return decode_image(source.read(), draft_size)
     except TooManyBytesError:
         return SkippedImage("too_many_bytes")
-    except OSError:  # the file was removed or truncated after it was listed
-        return SkippedImage("unreadable_image")
+    except FileNotFoundError:
+        return SkippedImage("not_found")
+    except OSError as error:  # the file was truncated after it was listed, or a server does not send it
+        answer = getattr(error, "answer", None)
+        return SkippedImage("unreadable_image" if answer is None else f"http_error: {answer}")
 
 
 def decode_image(data: bytes, draft_size: tuple[int, int] | None = None) -> Image.Image | SkippedImage:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.formats.data.dataset import Dataset, list_shards
+from clipcid_cli.formats.embeddings.command import reading_flags
 from clipcid_cli.formats.embeddings.folder import Embeddings, read_embed_sidecar
 from clipcid_cli.formats.embeddings.rows import METADATA, Kind, remove_copies
 from clipcid_cli.formats.files import validate_writable
@@ -23,6 +25,7 @@ from clipcid_cli.formats.results.forest import (
     write_row_files,
 )
 from clipcid_cli.formats.sidecar import BalanceSidecar, sidecar_path
+from clipcid_cli.formats.skipped import SKIPPED
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.libraries import keep_few_kernels
@@ -44,7 +47,8 @@ from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.inputs import open_given
 from clipcid_cli.steps.settings.balance import BalanceSettings
-from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
+from clipcid_cli.steps.settings.shared import given_flags
 
 
 def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
@@ -69,12 +73,14 @@ def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
             context.on_rank0(lambda: write_kept(plan))
             if settings.write_shards is not None:
                 write_shards(plan, settings.write_shards)
+        skipped = plan.folder / SKIPPED
         files = {
             "keep_list": plan.keep_list,
             "forest": forest_path(plan.folder, settings.forest_kind),
             "sets": plan.folder / SET_TABLE,
             "curve": plan.folder / CURVE,
             "report": plan.folder / REPORT,
+            "skipped": skipped if skipped.is_file() else None,
             "sidecar": sidecar_path(plan.folder, "balance"),
             "keys": settings.write_keys,
             "pairs": settings.write_pairs,
@@ -97,6 +103,7 @@ def make_plan(settings: BalanceSettings, context: DistContext) -> BalancePlan | 
         if isinstance(folder, EmbedCost):
             return folder
         embeddings = open_given(settings, folder, None if settings.dry_run else settings.work)
+    context.on_rank0(lambda: _note_new_shards(settings, embeddings))
     data = context.on_rank0(lambda: _open_data(settings, embeddings))
     references = [] if settings.dry_run else open_references(settings, embeddings, context)
     return BalancePlan(
@@ -127,10 +134,32 @@ def _find_embeddings(settings: BalanceSettings, context: DistContext) -> Path | 
         folder = context.on_rank0(work.find_embeddings)
         reporting.note(f"Embeddings: {folder}.")
     elif folder is None:
-        model = settings.model or context.on_rank0(lambda: _model_of(work)) or DEFAULT_MODEL
+        model = settings.model or context.on_rank0(lambda: _model_of(work)) or configured().get("model", DEFAULT_MODEL)
         context.on_rank0(lambda: validate_models(settings, model))
         return ensure_embeddings(settings, context, data=settings.data, model=model)
     return folder
+
+
+def _note_new_shards(settings: BalanceSettings, embeddings: Embeddings) -> None:
+    """Say that the data has more shards than its embeddings, and how to take them in, where no data was named."""
+    if settings.data is not None or settings.embeddings is not None or embeddings.sidecar is None:
+        return
+    spec = embeddings.sidecar.data.spec
+    embedded = set(embeddings.shards)
+    now = list[str]()
+    with suppress(ClipcidError):  # it is gone, and not needed
+        now = list_shards(spec)
+    new = len(set(now) - embedded)
+    if new and not embedded.isdisjoint(now):
+        shards = "1 shard that is" if new == 1 else f"{new:,} shards that are"
+        flags = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in given_flags(settings).items()
+        }
+        flags |= {"model": embeddings.sidecar.model.spec, "work": settings.work} | reading_flags(
+            embeddings.sidecar.data
+        )
+        again = command_line("balance", spec, **flags)
+        reporting.note(f"{spec} has {shards} not embedded yet. To include them, run: {again}")
 
 
 def _model_of(work: WorkDirectory) -> str | None:
@@ -187,6 +216,21 @@ def _list_row_files(embeddings: Embeddings) -> list[RowFile]:
     return found
 
 
+def _name_added(plan: BalancePlan, output: Output[BalanceSidecar]) -> dict[str, str]:
+    """Return how a result differs; of embeddings that only have more shards than it, how many."""
+    path = plan.folder / ROW_FILES
+    there: list[RowFile] = []
+    with suppress(ClipcidError):  # replaced anyway
+        there = read_row_files(path, "") if path.exists() else []
+    now = _list_row_files(plan.embeddings)
+    added = sum(bool(each.rows) for each in now) - sum(bool(each.rows) for each in there)
+    changed = {name for name in output.differences if name.startswith("input")}
+    if not there or added <= 0 or find_lost(there, now):
+        return output.differences
+    others = {name: told for name, told in output.differences.items() if name not in changed}
+    return others | {"inputs": f"{added:,} more shard{'s' * (added > 1)} now"}
+
+
 def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> BalanceResult | None:
     """Return the result that is there already, unless its report can now show more; else start the output."""
     if output.finished is not None:
@@ -197,7 +241,7 @@ def _take_or_start(plan: BalancePlan, output: Output[BalanceSidecar]) -> Balance
     else:
         validate_new(plan.settings)
     if output.differences:
-        told = list_differences(output.differences)
+        told = list_differences(_name_added(plan, output))
         reporting.note(f"The result in {plan.folder}, made with other settings or inputs, will be replaced:\n{told}")
     validate_data_there(plan.settings, plan.embeddings)
     output.start()

@@ -34,6 +34,7 @@ from clipcid_cli.formats.results.keep_list import (
     write_uids,
 )
 from clipcid_cli.formats.sidecar import sidecar_path
+from clipcid_cli.formats.skipped import SKIPPED, read_skipped, write_skipped
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun
@@ -44,6 +45,7 @@ from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid
 from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
 from clipcid_cli.steps.balance.write_shards import WRITE_SHARDS
+from clipcid_cli.steps.inputs import list_bad_rows
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.shared import given_flags
 
@@ -119,6 +121,9 @@ def write(found: Outcome) -> BalanceResult:
     for warning in warnings:
         reporting.warn(warning)
     measured = _write_tables(found)
+    written = [KEEP_LIST, ROW_FILES]
+    if write_skipped(run.work / SKIPPED, _list_skipped(run)):
+        written.append(SKIPPED)
     result = summarise(found)
     pictures = write_report(found, measured, result, warnings)
     result = msgspec.structs.replace(result, seconds=run.phases())
@@ -126,7 +131,7 @@ def write(found: Outcome) -> BalanceResult:
     output.commit(
         counts={"read": run.embeddings.num_rows, "used": len(run.rows), "skipped": result.skipped},
         seconds=result.seconds,
-        outputs=[record(run.work / name, run.work) for name in (KEEP_LIST, ROW_FILES)],
+        outputs=[record(run.work / name, run.work) for name in written],
         embeddings=WorkDirectory(run.settings.work).name_of(run.embeddings.folder),
         flags=given_flags(run.settings),
         pictures=pictures,
@@ -135,6 +140,17 @@ def write(found: Outcome) -> BalanceResult:
     if found.near is None:
         forget_others(output.folder)
     return result
+
+
+def _list_skipped(run: BalanceRun) -> Iterator[pa.Table]:
+    """List what was skipped when the embeddings were made, and the rows that are not finite."""
+    embeddings = run.embeddings
+    if embeddings.sidecar is not None:
+        yield from read_skipped(embeddings.folder / SKIPPED)
+    if len(run.rows) < embeddings.num_rows:
+        is_bad = np.ones(embeddings.num_rows, np.bool_)
+        is_bad[run.rows.numbers] = False
+        yield from list_bad_rows(embeddings, np.flatnonzero(is_bad))
 
 
 def _write_tables(found: Outcome) -> SetTable:

@@ -7,18 +7,22 @@ from collections.abc import Callable
 from functools import partial
 
 import msgspec
+import numpy as np
 import torch
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.distributed import memory_in_use
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.decode import read_size
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.pipeline import HostMemory, estimate_host_memory
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import TrainingBatch
+from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.distill.teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.embed.run import TYPICAL_CAPTION
@@ -27,6 +31,9 @@ from clipcid_cli.steps.evaluate.result import Preview
 _MEASURED = 3
 # The first step also allocates, and compiles with --torchcompile.
 _WARM_UP = 1
+_SIZES_LOOKED_AT = 8
+# Images of more pixels on the shorter side are worth making smaller before training.
+_ADVISED_SIDE = 256
 
 
 class TeacherCost(msgspec.Struct):
@@ -83,16 +90,19 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
             f"{'decoding' if bound_by == 'data' else 'the model'} is the bottleneck."
         )
     if bound_by == "data":
-        reporting.note(
-            "More cores and --workers decode more, and so do smaller images: with 256 px on the shorter side a core "
-            "prepares twice as many as with 512 (img2dataset --image_size 256 --resize_mode keep_ratio). A mixture is two "
-            "images."
+        smaller = (
+            ", and so do smaller images: with 256 px on the shorter side a core prepares twice as many as with 512 "
+            "(img2dataset --image_size 256 --resize_mode keep_ratio)"
         )
+        is_large = _measure_shorter_side(plan.inputs.dataset) > _ADVISED_SIDE
+        reporting.note(f"More cores and --workers decode more{smaller * is_large}. A mixture is two images.")
     if teacher is not None:
-        verb = "takes" if plan.inputs.stored is None else "would take"
+        is_stored = plan.inputs.stored is not None
+        advice = f" Embedding everything once pays off after {teacher.break_even:.1f} epochs."
         reporting.note(
-            f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it {verb} {1e3 * teacher.seconds:,.0f} ms "
-            f"per step, {teacher.share:.0%} of it. Embedding everything once pays off after {teacher.break_even:.1f} epochs."
+            f"Teacher: {teacher.parameters / 1e6:.1f} M parameters; in the loop it {'would take' if is_stored else 'takes'} "
+            f"{1e3 * teacher.seconds:,.0f} ms per step, {teacher.share:.0%} of it."
+            + (" Its embeddings are stored." if is_stored else advice)
         )
     return DistillCost(
         student=str(plan.folder.student),
@@ -110,6 +120,14 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
         seconds={"train": round(seconds_per_step * plan.steps, 3)},
         teacher=teacher,
     )
+
+
+def _measure_shorter_side(dataset: Dataset) -> float:
+    """Return the median shorter side of a few images of the first shard, in pixels; 0 where none can be read."""
+    part = index_of(dataset).part(0)
+    places = np.unique(np.linspace(0, len(part) - 1, min(len(part), _SIZES_LOOKED_AT)).astype(np.int64))
+    sizes = [read_size(part.sample(place).image) for place in places.tolist()]
+    return statistics.median([min(size) for size in sizes if isinstance(size, tuple)] or [0])
 
 
 def _measure_steps(trainer: Trainer) -> tuple[float, float, int]:

@@ -13,11 +13,10 @@ from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.embeddings.text_folder import TEXTS, EmbeddedTexts, TextLines, open_texts
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import sidecar_path
-from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.inputs import embed_again
+from clipcid_cli.steps.inputs import choose_texts, embed_again
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -55,7 +54,7 @@ def find_extra_texts(settings: DistillSettings, embeddings: Embeddings) -> Extra
     spec = None if embeddings.model is None or len(embeddings.members) > 1 else embeddings.model.spec
     folder = settings.texts
     if folder is None and spec is not None:
-        kept = WorkDirectory(settings.work).texts(parse_model(spec).slug)
+        kept = choose_texts(settings.work, parse_model(spec))
         folder = kept if sidecar_path(kept, TEXTS).exists() else None
     if folder is not None:
         texts = open_texts(folder, spec)

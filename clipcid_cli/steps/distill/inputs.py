@@ -42,7 +42,10 @@ from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.inputs import (
     ChosenKeepList,
+    advise_keys,
+    choose_embeddings,
     choose_keep_list,
+    compare_keys,
     embed_again,
     embed_with,
     find_mismatch,
@@ -51,7 +54,7 @@ from clipcid_cli.steps.inputs import (
 )
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
-from clipcid_cli.steps.settings.embed import DEFAULT_MODEL
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
 
 # Another tool's views may have any crop and colours.
 _ANY = Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)
@@ -178,11 +181,10 @@ def find_embeddings(settings: DistillSettings, context: DistContext) -> tuple[Pa
 
 
 def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistContext) -> Path | EmbedCost:
-    work = WorkDirectory(settings.work)
-    folder = work.embeddings(with_default_tag(parse_model(teacher)).slug)
+    folder = choose_embeddings(settings.work, with_default_tag(parse_model(teacher)))
     exists = context.on_rank0(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
     if not exists:
-        validate_views(settings, folder, None, 0, teacher)
+        validate_views(settings, folder, None, configured().get("views", 0), teacher)
         if not settings.dry_run:  # and before hours of embedding
             context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
     # Existing embeddings of images only may suffice; new ones are of captions too.
@@ -199,7 +201,7 @@ def _find_of_online(settings: DistillSettings) -> tuple[Path, ...]:
     if not settings.teacher:
         return (work.find_embeddings(),) if work.has_embeddings() else ()
     [teacher] = named_teachers(settings)
-    folder = work.embeddings(teacher.slug)
+    folder = choose_embeddings(settings.work, teacher)
     sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
     is_its = sidecar is not None and find_mismatch(sidecar.model, teacher) is None
     return (folder,) if is_its else ()
@@ -248,7 +250,7 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
         )
     if keep_list is not None:
         missing = usable.total - counts.listed
-        keep_list.report(dataset.spec, usable.total, kept=counts.kept, missing=missing)
+        keep_list.report(dataset.spec, usable.total, kept=counts.kept, missing=missing, key=_first_key(dataset))
 
     repair = None
     if embeddings is not None:
@@ -263,7 +265,7 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
         elif settings.repair != "none":
             reporting.note("It is left as it is: a repair is fitted to stored embeddings, of which there are none.")
     elif embeddings is not None:
-        num_views = _choose_views(settings, embeddings, counts)
+        num_views = _choose_views(settings, dataset, embeddings, counts)
         extra_texts = find_extra_texts(settings, embeddings)
         varies = extra_texts is not None and extra_texts.variants is not None
         first_captions = _choose_captions(settings, embeddings, counts, varies)
@@ -377,15 +379,22 @@ def _validate_keys(embeddings: Embeddings, dataset: Dataset) -> None:
         )
 
 
-def _choose_views(settings: DistillSettings, embeddings: Embeddings, counts: MatchCounts) -> int:
+def _first_key(dataset: Dataset) -> str:
+    index = index_of(dataset)
+    return str(index.part(int(np.flatnonzero(index.sizes)[0])).keys[0])
+
+
+def _choose_views(settings: DistillSettings, dataset: Dataset, embeddings: Embeddings, counts: MatchCounts) -> int:
     """Return how many stored views of each image are shown; refuse embeddings that lack many of the samples."""
     if counts.without_embedding > settings.max_bad_fraction * counts.candidates:
         number, member = max(zip(embeddings.lacking, embeddings.members, strict=True), key=lambda pair: pair[0])
         at_fault = member if 2 * number >= counts.without_embedding else embeddings
-        raise ClipcidError(
-            f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {at_fault.folder}.",
-            f"Give the data that was embedded, or run: {embed_again(at_fault, settings)}",
-        )
+        told = f"{counts.without_embedding:,} of {counts.candidates:,} samples have no embedding in {at_fault.folder}."
+        advice = ""
+        if counts.without_embedding == counts.candidates:
+            told += f" {compare_keys(_first_key(dataset), at_fault)}"
+            advice = advise_keys(at_fault)
+        raise ClipcidError(told, f"{advice}Give the data that was embedded, or run: {embed_again(at_fault, settings)}")
     views = embeddings.num_each(Kind.VIEWS) if settings.shows_views else 0
     validate_views(settings, embeddings.folder, embeddings.sidecar, views)
     if views:

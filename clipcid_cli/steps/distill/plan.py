@@ -25,7 +25,7 @@ from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.distill.teacher import describe_weights
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
-from clipcid_cli.steps.inputs import NO_KEEP_LIST
+from clipcid_cli.steps.inputs import NO_KEEP_LIST, choose_embeddings
 from clipcid_cli.steps.preflight import choose_workers
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.shared import output_settings
@@ -120,8 +120,8 @@ def _flags_of_several(settings: DistillSettings) -> dict[str, Any]:
     """Return the flags by which `cluster` takes several teachers, whose embeddings may not exist yet."""
     if settings.num_teachers == 1:
         return {}
-    work = WorkDirectory(settings.work)
-    folders = settings.embeddings or tuple(work.embeddings(teacher.slug) for teacher in named_teachers(settings))
+    teachers = () if settings.embeddings else named_teachers(settings)
+    folders = settings.embeddings or tuple(choose_embeddings(settings.work, teacher) for teacher in teachers)
     return {"embeddings": folders, "teacher_weight": settings.teacher_weight}
 
 

@@ -14,6 +14,7 @@ from clipcid_cli.formats.output import Output, find_output
 from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.results.run_folder import list_checkpoints, write_held_out
 from clipcid_cli.formats.sidecar import DistillSidecar, RepairFigures, sidecar_path
+from clipcid_cli.formats.skipped import skipped_file, write_skipped
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.pipeline import start_worker_server
@@ -25,6 +26,7 @@ from clipcid_cli.steps.distill.cost import DistillCost, estimate_cost
 from clipcid_cli.steps.distill.inputs import find_embeddings
 from clipcid_cli.steps.distill.plan import make_plan, validate_named
 from clipcid_cli.steps.distill.report import write_report
+from clipcid_cli.steps.distill.samples import list_skipped
 from clipcid_cli.steps.distill.student import load_student, write_students
 from clipcid_cli.steps.distill.teacher import load_online_model
 from clipcid_cli.steps.distill.trainer import Trainer
@@ -68,7 +70,7 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
         spec = plan.identify(student, teacher)
         if settings.dry_run:
             context.on_rank0(lambda: find_output(spec))
-            validate_samples(plan.inputs.dataset, context, settings.seed, dry_run=True)
+            validate_samples(plan.inputs.dataset, context, settings, dry_run=True)
             cost = estimate_cost(Trainer(plan, student, teacher, context))
             cost.evaluations = plan.evaluations.preview()
             return cost
@@ -81,7 +83,7 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
                 context.on_rank0(lambda: output.start(folder.clear))
                 # An unfinished run without a checkpoint may have ended because of what this finds.
                 if not (output.resumed and context.on_rank0(lambda: list_checkpoints(folder.checkpoints))):
-                    validate_samples(plan.inputs.dataset, context, settings.seed, dry_run=False)
+                    validate_samples(plan.inputs.dataset, context, settings, dry_run=False)
                 trainer = Trainer(plan, student, teacher, context, output)
                 first = trainer.state.step
                 seconds = {"prepare": time.perf_counter() - started}
@@ -99,6 +101,7 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
         "train_log": folder.train_log,
         "results_log": folder.results_log,
         "report": folder.report,
+        **skipped_file(sidecar, folder.path),
         "sidecar": sidecar_path(folder.path, "distill"),
     }
     return Distilled(
@@ -130,6 +133,7 @@ def write(
     with timed(seconds, "write"):
         written = write_students(folder, trainer.student.model, str(plan.settings.student), trainer.state)
         write_held_out(folder.held_out, inputs.held_out_keys())
+        has_skipped = write_skipped(folder.skipped, list_skipped(inputs.dataset, unreadable))
         write_text(folder.report, write_report(trainer))
     result: dict[str, Any] = {
         "steps": plan.steps,
@@ -150,7 +154,7 @@ def write(
         seconds=seconds,
         outputs=[
             *(record(file, folder.path) for each in written for file in sorted(each.iterdir())),
-            record(folder.held_out, folder.path),
+            *(record(file, folder.path) for file in (folder.held_out, *([folder.skipped] if has_skipped else []))),
         ],
         model={"spec": info.spec, "parameters": info.parameters, "embed_dim": info.embed_dim},
         data=inputs.dataset.describe(),

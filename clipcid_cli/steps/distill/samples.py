@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
@@ -21,6 +23,7 @@ from clipcid_cli.formats.output import OutputSpec, find_output, open_output, rem
 from clipcid_cli.formats.results.clusters import Clusters
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, STEP, TRAINING, matched_folder, writing_rows
 from clipcid_cli.formats.sidecar import Sidecar
+from clipcid_cli.formats.skipped import list_rows, make_table
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import CLUSTERS
 from clipcid_cli.runtime.randomness import key_fractions
@@ -73,6 +76,22 @@ def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
         )
     skips.check(read, max_bad_fraction, dataset.spec)
     return UsableSamples(total, skips, read)
+
+
+def list_skipped(dataset: Dataset, unreadable: Mapping[str, str]) -> Iterator[pa.Table]:
+    """List, shard by shard, the samples that cannot be trained on; of unreadable images the reason is given by key."""
+    index = index_of(dataset)
+    reasons = {key: reason.partition(": ")[0] for key, reason in unreadable.items()}
+    bad = pa.array(reasons, pa.string())
+    for number, found in enumerate(index.records):
+        if found.skips.total == 0 and found.with_captions == found.samples and not reasons:
+            continue  # its part need not be read
+        part = index.part(number)
+        keys = part.keys.combine_chunks()
+        yield make_table(part.skipped)
+        yield list_rows(keys.filter(pa.array(part.num_captions == 0)), dataset.shards[number].name, "no_caption")
+        unread = keys.filter(pc.is_in(keys, value_set=bad)).to_pylist()
+        yield make_table([(key, dataset.shards[number].name, reasons[key]) for key in unread])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES
 from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.embeddings.layouts import find_rows
-from clipcid_cli.formats.embeddings.manifest import read_manifest, read_unfinished
+from clipcid_cli.formats.embeddings.manifest import FINISHED, read_manifest, read_unfinished
 from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.fingerprint import FileRecord, find_lost, record_together
 from clipcid_cli.formats.output import OutputSpec, find_output, is_claimed, other_run_error, unfinished
@@ -29,7 +29,7 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model, with_defaul
 from clipcid_cli.runtime.text_variants import RULES
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
-from clipcid_cli.steps.inputs import find_mismatch
+from clipcid_cli.steps.inputs import choose_embeddings, choose_texts, find_mismatch
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 EMBED = "embed"
@@ -88,7 +88,20 @@ class EmbedPlan:
             overwrite=self.settings.overwrite,
             may_differ=may_differ,
             elsewhere=ELSEWHERE,
+            parts=FINISHED,
+            begun_may_differ={"keys"} if self.keys_are_free else (),
         )
+
+    @property
+    def keys_are_free(self) -> bool:
+        """Whether rows are the same whatever their keys are, so that these alone are rewritten: views are drawn by key."""
+        settings = self.settings
+        has_numbers = self.dataset.shards[0].table is not None and self.dataset.keys == "sample"
+        return not (self.of_texts or settings.views or settings.text_variants or has_numbers)
+
+    def decide_rows(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return what of all settings decides the rows of a shard."""
+        return settings | {"keys": "sample"} if self.keys_are_free else settings
 
     @property
     def max_bad_fraction(self) -> float:
@@ -122,21 +135,20 @@ class EmbedPlan:
 def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     """Look at the data, the model's name and the output."""
     name = with_default_tag(parse_model(settings.model))
-    work = WorkDirectory(settings.work)
     if settings.texts is not None:
         dataset = open_texts(settings.texts)
         step = TEXTS
-        folder = settings.out or work.texts(name.slug)
+        folder = settings.out or choose_texts(settings.work, name)
     else:
         dataset = _open_data(settings)
         step = EMBED
-        folder = settings.out or work.embeddings(name.slug)
+        folder = settings.out or choose_embeddings(settings.work, name)
         if settings.text and not _has_captions(dataset):
             place = "put captions next to the images (.txt), or name their place with --caption-key."
             if dataset.kind in ("list", "parquet"):
                 place = f"name their column with {'--caption-key' if dataset.caption_keys else '--caption-column'}."
             raise ClipcidError(
-                f"{dataset.spec}: none of the samples checked (a shard) has a caption{_name_keys(dataset)}.",
+                f"{dataset.spec}: no sample of the first shard has a caption{_name_keys(dataset)}.",
                 f"{without_text}\nOr {place}" if without_text else f"{place[0].upper()}{place[1:]}",
             )
         if settings.text:
@@ -179,7 +191,7 @@ def _open_data(settings: EmbedSettings) -> Dataset:
     work = WorkDirectory(settings.work)
     if settings.data is None:
         try:
-            own = work.embeddings(with_default_tag(parse_model(settings.model)).slug)
+            own = choose_embeddings(settings.work, with_default_tag(parse_model(settings.model)))
             described = work.find_data(own if sidecar_path(own, EMBED).exists() else None)
         except ClipcidError as error:
             raise ClipcidError(

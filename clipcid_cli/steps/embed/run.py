@@ -18,6 +18,7 @@ import PIL
 import torch
 
 from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.formats.data.remote import is_pipe
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.folder import read_embed_sidecar
@@ -34,8 +35,8 @@ from clipcid_cli.formats.embeddings.text_folder import TEXTS, TEXTS_FILE, write_
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, remove_leftovers
 from clipcid_cli.formats.sidecar import TextsSidecar, sidecar_path
+from clipcid_cli.formats.skipped import SKIPPED, skipped_file
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
@@ -48,8 +49,9 @@ from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder, recount_
 from clipcid_cli.steps.embed.plan import EmbeddedSidecar, EmbedPlan, choose_text, describe_shards, make_plan
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded, EmbedResult, TextsCost, TextsResult
 from clipcid_cli.steps.encode import Batch, Encoded, encode, join, list_batches
+from clipcid_cli.steps.inputs import choose_embeddings
 from clipcid_cli.steps.preflight import validate_samples
-from clipcid_cli.steps.settings.embed import EmbedSettings
+from clipcid_cli.steps.settings.embed import EmbedSettings, configured
 from clipcid_cli.steps.settings.shared import ReadingSettings
 
 _ADD_NO_TEXT = "Add --no-text to embed the images alone."
@@ -81,7 +83,7 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
     shards = "1 shard" if len(plan.shards) == 1 else f"{len(plan.shards):,} shards"
     reporting.note(f"Embedding {plan.dataset.spec} ({shards}) with {plan.name.spec}.")
     if not plan.of_texts and (settings.dry_run or not plan.is_begun):
-        validate_samples(plan.dataset, context, settings.seed, dry_run=settings.dry_run)
+        validate_samples(plan.dataset, context, settings, dry_run=settings.dry_run)
     encoder = load_encoder(plan, context)
     reporting.note(encoder.describe())
     spec = plan.identify(encoder.settings, may_differ={"inputs"} if plan.may_grow else ())
@@ -91,7 +93,7 @@ def make_embeddings(settings: EmbedSettings, context: DistContext, without_text:
     with claim_output(context, spec) as output:
         if output.finished is not None:
             return _describe(plan, output.finished)
-        writer = EmbeddingWriter(output.work, spec.settings, plan.shards)
+        writer = EmbeddingWriter(output.work, plan.decide_rows(spec.settings), plan.shards, plan.dataset.keys)
         context.on_rank0(lambda: _start(output, writer))
         timings = _embed_missing(plan, encoder, writer, context)
         if not plan.of_texts:
@@ -119,9 +121,11 @@ def ensure_embeddings(
         Folder of finished embeddings of this model over this data; in a dry run without them what they would cost.
     """
     name = with_default_tag(parse_model(model))
-    folder = WorkDirectory(settings.work).embeddings(name.slug)
-    request = EmbedSettings.asked_by(settings, data=data, model=model, text=bool(text))
+    folder = choose_embeddings(settings.work, name)
     sidecar = context.on_rank0(lambda: read_embed_sidecar(folder))
+    given = configured() if sidecar is None else {}
+    wanted = given.get("text", sidecar is None) if text is None else text
+    request = EmbedSettings.asked_by(settings, **given | {"data": data, "model": model, "text": wanted})
     if sidecar is not None:
         own = {field.name for field in dataclasses.fields(EmbedSettings)} - {"keys", "batch_size", "precision"}
         made = {name: getattr(sidecar.made, name) for name in own.intersection(sidecar.settings)}
@@ -129,7 +133,7 @@ def ensure_embeddings(
         if not request.text:  # how captions are read made no difference
             captions = {name: getattr(sidecar.made, name) for name in ("caption_key", "caption_lines")}
             request = dataclasses.replace(request, **captions)
-    elif text is None:
+    elif text is None and wanted:
         request = dataclasses.replace(request, text=context.on_rank0(lambda: choose_text(request)))
     result = make_embeddings(request, context, "" if text else embed_images_first(request, name))
     if isinstance(result, EmbedCost):
@@ -164,6 +168,7 @@ def _start(output: Output[Any], writer: EmbeddingWriter) -> None:
     if (output.folder / MANIFEST).exists():
         with suppress(ClipcidError):  # it is damaged: all shards are embedded again
             writer.take(output.folder, read_manifest(output.folder, ""))
+    writer.rename_keys()
 
 
 def _embed_missing(
@@ -176,8 +181,10 @@ def _embed_missing(
     """
     total = len(plan.shards)
 
-    def find_missing() -> tuple[list[int], float]:
+    def find_missing() -> tuple[list[int], float | None]:
         missing = [number for number in range(total) if writer.read_record(number) is None]
+        if any(is_pipe(shard.file) for shard in plan.dataset.shards) and not plan.dataset.is_counted:
+            return missing, None  # nothing is known of the output of a command
         return missing, plan.dataset.estimate_samples() * len(missing) / total
 
     missing, expected = context.on_rank0(find_missing)
@@ -187,6 +194,8 @@ def _embed_missing(
     seconds = {"read": 0.0, "write": 0.0}
     embedded = 0
     read = 0
+    finished = 0
+    shown = 0
     skipped = Skips()
     with_texts = encoder.decoder.tokenizer is not None
 
@@ -205,6 +214,7 @@ def _embed_missing(
                     f"The embedding of text {text + 1:,} is not finite.", "Try --precision fp32, or remove the text."
                 )
             parts.append(encoded)
+            shown += len(encoded.samples)
             progress.advance(len(encoded.samples) * len(missing) / len(mine))  # the bar covers all processes
             seconds["read"] += batch.waited
             if batch.read is None:
@@ -214,8 +224,11 @@ def _embed_missing(
                 writer.write(batch.shard, made)
             parts.clear()
             embedded += len(made.keys)
-            skipped.merge(made.skipped)
+            skipped.merge(made.skipped.counted())
             read += made.read
+            finished += 1
+            if not plan.dataset.is_counted:  # what remains is estimated by what was read
+                progress.expect(shown * len(missing) / finished)
             if read >= _EARLY_CHECK:
                 skipped.check(read, plan.max_bad_fraction, plan.dataset.spec)
         # What was spent neither waiting for workers nor writing.
@@ -271,12 +284,13 @@ def _commit(
     embedded = sum(number for number, _ in timings)
     elapsed = max(sum(seconds.values()) for _, seconds in timings)
     speed = round(embedded / elapsed, 1) if embedded else None
-    manifest = record(output.work / MANIFEST, output.work)
+    written = [output.work / name for name in (MANIFEST, SKIPPED)]
+    outputs = [record(path, output.work) for path in written if path.exists()]
     model = _describe_model(encoder.model)
     sidecar: EmbeddedSidecar
     if plan.of_texts:
         sidecar = output.commit(
-            outputs=[manifest, _write_texts(plan, output.work)],
+            outputs=[*outputs, _write_texts(plan, output.work)],
             model=model,
             counts={"texts": rows, "skipped": dict(sorted(skips.counts.items()))},
             seconds={"encode": elapsed},
@@ -284,7 +298,7 @@ def _commit(
         )
     else:
         sidecar = output.commit(
-            outputs=[manifest],
+            outputs=outputs,
             model=model,
             counts={"images": rows, **_count_images(plan, records, skips)},
             seconds={phase: fmean(each[phase] for _, each in timings) for phase in ("read", "encode", "write")},
@@ -328,6 +342,7 @@ def _describe(plan: EmbedPlan, sidecar: EmbeddedSidecar) -> EmbedResult | TextsR
     counts = sidecar.counts
     seconds = sidecar.seconds
     files = {TEXTS if plan.of_texts else "embeddings": str(plan.folder)}
+    files |= skipped_file(sidecar, plan.folder)
     files["sidecar"] = str(sidecar_path(plan.folder, plan.step))
     if isinstance(sidecar, TextsSidecar):
         return TextsResult(counts["texts"], counts["skipped"], sidecar.texts_per_second, seconds, files)

@@ -47,8 +47,16 @@ from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
-from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, metrics_stem, read_metrics, write_metrics
+from clipcid_cli.formats.results.metrics import (
+    CLASSIFICATION,
+    MULTI_LABEL,
+    metrics_stem,
+    read_metrics,
+    skipped_path,
+    write_metrics,
+)
 from clipcid_cli.formats.sidecar import LinearSidecar
+from clipcid_cli.formats.skipped import make_table, write_skipped
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.models.names import ModelName
@@ -74,7 +82,7 @@ def run(settings: EvalLinearSettings) -> LinearResult | Preview:
     with open_dist_context(settings.device) as context:
         plan = context.on_rank0(lambda: make_plan(settings))
         for task in plan.splits.values():
-            validate_samples(task.dataset, context, settings.seed, dry_run=settings.dry_run)
+            validate_samples(task.dataset, context, settings, dry_run=settings.dry_run)
         if settings.dry_run:
             reporting.note(f"Would fit {plan.name.spec} on {plan.splits['train'].dataset.spec} and write {plan.path}.")
             return Preview(plan.dataset, plan.name.spec, _TASK, {"metrics": str(plan.path)})
@@ -223,6 +231,7 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
         "classes": len(task.class_names),
         "precision": model.precision.name,
         "batch_size": model.batch_size,
+        "skipped": "listed",  # which earlier files lack
     }
     path = features_path(WorkDirectory(model.settings.work).features, info.slug, identity)
     kept = context.on_rank0(lambda: read_features(path))
@@ -286,6 +295,10 @@ def _write(
     output.start()
     written = output.root / plan.path.name
     write_metrics(written, model.make_metrics(plan.dataset, _TASK, probe | neighbours))
+    outputs = [written]
+    skipped = output.work / skipped_path(plan.path).name
+    if write_skipped(skipped, [make_table(found.skips.listed) for found in features.values()]):
+        outputs.append(skipped)
     counts = {
         "images": len(test),
         "train_images": len(fits.images),
@@ -304,7 +317,7 @@ def _write(
     sidecar = output.commit(
         counts=counts,
         seconds=seconds,
-        outputs=[record(written, output.work)],
+        outputs=[record(file, output.work) for file in outputs],
         result=result,
         solution=_describe(solution),
         sweep=[{"c": point.c, "validation_score": point.score, **_describe(point.solution)} for point in points],
@@ -314,7 +327,8 @@ def _write(
 
 def _make_result(sidecar: LinearSidecar, path: Path, *, reused: bool) -> LinearResult:
     content = msgspec.structs.asdict(read_metrics(path)) | sidecar.result
-    content |= {"seconds": sidecar.seconds, "files": {"metrics": str(path)}, "reused": reused}
+    files = {"metrics": str(path)} | ({"skipped": str(skipped_path(path))} if skipped_path(path).is_file() else {})
+    content |= {"seconds": sidecar.seconds, "files": files, "reused": reused}
     return msgspec.convert(content, LinearResult)
 
 

@@ -71,7 +71,7 @@ class ZeroshotTask:
     customary: str = ACCURACY
     # Which ``class_names`` and ``templates`` a score is of; None without prompts.
     prompt_lines: dict[str, LinesRecord] | None = None
-    # Ends the names of the files, where flags replace the data set's own prompts: ``templates-openai``.
+    # Ends the names of the files, where flags replace the data set's own prompts, or captions: ``templates-openai``.
     variant: tuple[str, ...] = ()
 
     @property
@@ -94,7 +94,7 @@ class ZeroshotTask:
                 if held_out is None or sample.key in held_out:
                     yield sample
             return
-        skips.merge(index.records[number].skips)
+        skips.merge(index.skips(number))
         part = index.part(number)
         for place, key in enumerate(part.keys.to_pylist()):
             if key in held_out:
@@ -204,7 +204,8 @@ def _plan_task(data: str, settings: EvalZeroshotSettings) -> ZeroshotTask:
     dataset = open_named(settings, folder.data)
     kind = _choose_task(folder, dataset, settings)
     if kind == RETRIEVAL:
-        return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL)
+        variant = ("caption-lines",) if dataset.caption_lines else ()
+        return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL, variant=variant)
     names, prompts = settings.classnames, settings.templates
     if known is not None:
         names = known.class_names if names is None and folder.class_names is None else names

@@ -24,11 +24,13 @@ from clipcid_cli.formats.results.metrics import (
     predictions_path,
     read_metrics,
     read_metrics_sidecar,
+    skipped_path,
     write_metrics,
     write_predictions,
     write_results,
 )
 from clipcid_cli.formats.sidecar import Calibrations, Example, ZeroshotSidecar
+from clipcid_cli.formats.skipped import make_table, write_skipped
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
@@ -59,7 +61,7 @@ def run(settings: EvalZeroshotSettings) -> Answer:
         plan = context.on_rank0(lambda: make_plan(settings))
         if settings.dry_run:
             for task in plan.tasks:
-                validate_samples(task.dataset, context, settings.seed, dry_run=True)
+                validate_samples(task.dataset, context, settings, dry_run=True)
             previews = plan.preview()
             return previews[0] if len(previews) == 1 else Previews(previews)
         answer = evaluate(plan, context)
@@ -133,7 +135,7 @@ def evaluate(plan: ZeroshotPlan, context: DistContext) -> ZeroshotResults:
     """Measure every model on every data set, and write all files; on every process. `distill` ends with it, too."""
     settings = plan.settings
     for task in plan.tasks:
-        validate_samples(task.dataset, context, settings.seed, dry_run=False)
+        validate_samples(task.dataset, context, settings, dry_run=False)
     data = context.on_rank0(lambda: [task.fingerprints() for task in plan.tasks])
     results = list[ZeroshotResult]()
     for name in plan.names:
@@ -198,6 +200,9 @@ def _write(
         columns = {"key": rows.keys, **found.columns()}
         written.append(output.work / earlier.name)
         write_predictions(written[1], task.kind, model.model.info.slug, task.name, len(task.class_names), columns)
+    skipped = skipped_path(path)
+    if write_skipped(output.work / skipped.name, [make_table(rows.skips.listed)]):
+        written.append(output.work / skipped.name)
     images = len(rows.encoded.samples)
     sidecar = output.commit(
         counts={"images": images, "texts": found.texts, "skipped": rows.skips.counts},
@@ -218,6 +223,8 @@ def _make_result(sidecar: ZeroshotSidecar, task: ZeroshotTask, path: Path, *, re
     files = {"metrics": str(path)}
     if predictions_path(path).is_file():
         files["predictions"] = str(predictions_path(path))
+    if skipped_path(path).is_file():
+        files["skipped"] = str(skipped_path(path))
     return ZeroshotResult(
         **msgspec.structs.asdict(read_metrics(path)),
         prompts=task.prompt_lines,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,30 @@ from clipcid_cli.steps.settings.shared import (
 DEFAULT_MODEL = "ViT-L-14"
 VIEW_KINDS = ("crop", "strong", "mix")
 
+# What other steps take from the table or the variables of `embed` where they embed; they read data as their own flags say.
+_TAKEN = (
+    *("batch_size", "precision", "model", "text", "fast_decode", "text_variants"),
+    *("views", "view_kind", "crop_scale", "color_jitter", "gray_probability"),
+)
+_configured = [dict[str, Any]()]
+
 _embed = group("Embedding")
 _augment = group("Augmentation")
+
+
+@contextmanager
+def embedding_as(given: dict[str, Any]) -> Iterator[None]:
+    """Let other steps embed as the table or the variables of `embed` say, whose values are `given`, by field."""
+    _configured.append({name: value for name, value in given.items() if name in _TAKEN})
+    try:
+        yield
+    finally:
+        _configured.pop()
+
+
+def configured() -> dict[str, Any]:
+    """Return the settings of `embed`, by field, that its table or its variables give to other steps."""
+    return _configured[-1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ field, so a default, a range or a help text is written once.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 import math
@@ -271,6 +272,19 @@ class ReadingSettings(TrustSettings, KeyedSettings):
 
     image_column: str = _read("filepath", "Column of a csv, tsv or parquet list with the image paths.")
     caption_column: str = _read("title", "Column of a list with the captions.")
+    list_root: Path | None = _read(
+        None, "Folder that relative paths in a list are in; by default that of the list.", metavar="DIR"
+    )
+    list_separator: str | None = _read(
+        None,
+        "What separates the cells of a csv or tsv list, such as `;`; by default a comma, tab or semicolon, as its header "
+        "has.",
+        metavar="TEXT",
+    )
+    list_encoding: str | None = _read(
+        None,
+        "Encoding of a csv or tsv list, such as `latin-1`; by default UTF-8, or UTF-16 where it is marked as such.",
+    )
     caption_key: tuple[str, ...] = _read(
         (),
         "Where the captions are, if not in the .txt of tars or the --caption-column of a list: an extension such as "
@@ -294,12 +308,21 @@ class ReadingSettings(TrustSettings, KeyedSettings):
                 "--caption-column and --caption-key both say where the captions are.",
                 f"Give --caption-key alone, repeated for several captions: --caption-key {self.caption_column}",
             )
+        try:
+            codecs.lookup(self.list_encoding or "utf-8")
+        except LookupError as error:
+            raise UsageError(
+                f"--list-encoding {self.list_encoding} is no encoding that Python knows.",
+                "Give utf-8, utf-16, latin-1, …",
+            ) from error
 
     @property
     def data_flags(self) -> dict[str, Any]:
         """The flags by which data is read, as far as they differ from their defaults: for the command of a fix."""
-        of_list = ("image_column", "caption_column", "caption_key", "caption_lines", "key_column", "allow_scheme")
-        of_data = ("keys", *of_list, "max_sample_bytes")
+        of_data = (
+            *("keys", "image_column", "caption_column", "caption_key", "caption_lines", "key_column"),
+            *("list_root", "list_separator", "list_encoding", "allow_scheme", "max_sample_bytes"),
+        )
         return {field.name: getattr(self, field.name) for field in given_fields(self) if field.name in of_data}
 
 

@@ -41,6 +41,16 @@ def test_a_log_gets_a_line_of_numbers_in_the_end_and_nothing_where_there_is_noth
     assert shown.getvalue().count("\n") == 1
 
 
+def test_what_was_estimated_is_corrected() -> None:
+    log, shown = console(1000)
+    with ConsoleReporter(log).progress("embed", None, "images") as progress:
+        progress.advance(3)
+        progress.expect(12)
+        progress.print_line()
+        progress.advance(4)  # the end says how many there were
+    assert [line.partition(" images")[0] for line in shown.getvalue().splitlines()] == ["embed: 3/12", "embed: 7/7"]
+
+
 def test_a_bar_keeps_eight_columns_beside_any_label_and_the_largest_numbers() -> None:
     for label, total in (("search", 8e16), ("embed", 400_000_000), ("student on classification test", 123_456)):
         shown = io.StringIO()

@@ -124,6 +124,17 @@ def test_other_settings_are_an_error_that_names_them(tmp_path: Path, commit: boo
         assert (output.finished is not None, output.resumed) == (commit, not commit)
 
 
+def test_unfinished_work_of_other_settings_without_a_finished_part_is_no_error(tmp_path: Path) -> None:
+    begin(tmp_path)
+    with pytest.raises(ClipcidError, match="unfinished balance output"), open_it(tmp_path, OTHER, parts="half"):
+        pass
+    with open_it(tmp_path, OTHER, parts="*.done") as output:
+        assert not output.resumed
+        output.start()
+        assert left(tmp_path) == {output.root.name}
+        assert not (output.work / "half").exists()
+
+
 def test_an_output_stays_whole_until_the_one_that_replaces_it_is_complete(tmp_path: Path) -> None:
     with open_it(tmp_path) as output:
         written = finish(output, a="old", b="old", **{"alone/c": "old", "shared/d": "old"})

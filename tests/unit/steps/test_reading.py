@@ -20,16 +20,19 @@ from shard_server import serve
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import match_class_names
 from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images, open_dataset
+from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.files import lock
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, RETRIEVAL
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.steps.data_index import ensure_index
+from clipcid_cli.steps.distill.samples import list_skipped
 from clipcid_cli.steps.encode import Batch, Decoder, decode, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.inputs import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.preflight import choose_order, choose_workers, validate_samples
+from clipcid_cli.steps.settings.shared import ReadingSettings
 
 KEYS = [f"{row:04d}" for row in range(100)]
 
@@ -116,7 +119,11 @@ def read_part(dataset: Dataset) -> tuple[list[str], list[bytes], Skips]:
     skips = Skips()
     held_out = frozenset(str(number) for number in range(0, 21, 2))
     task = ZeroshotTask("part", RETRIEVAL, dataset, held_out=held_out)
-    used = [sample for number in range(3) for sample in task.stream(number, skips)]
+    used = list[Sample]()
+    for number, shard in enumerate(dataset.shards):
+        part = Skips()
+        used += task.stream(number, part)
+        skips.merge(shard.locate(part))
     return [sample.key for sample in used], [sample.image.read() for sample in used], skips
 
 
@@ -175,13 +182,18 @@ def test_folders_of_killed_runs_are_removed(keep_list: Path, tmp_path: Path, mon
     ("missing", "said", "fix"),
     [
         (5, "lacks 5 of the 300 samples of data, more than the allowed 1.0%", "--max-bad-fraction 0.017"),
-        (200, "lacks 200 of the 300 samples of data: it was made from other data", "--keep-list none"),
+        (
+            200,
+            "lacks 200 of the 300 samples of data: it was made from other data. One of its keys is '7.jpg', .* '7'",
+            "none to use",
+        ),
     ],
 )
 def test_a_list_that_lacks_samples_is_refused_with_what_allows_them(missing: int, said: str, fix: str) -> None:
+    pq.write_table(pa.table({"key": ["7.jpg"]}), "keep.parquet")
     keep_list = ChosenKeepList(Path("keep.parquet"), 200, 300 - missing, "samples", 0.01)
     with pytest.raises(ClipcidError, match=said) as refused:
-        keep_list.report("data", 300, kept=200, missing=missing)
+        keep_list.report("data", 300, kept=200, missing=missing, key="7")
     assert fix in refused.value.fix
 
 
@@ -205,7 +217,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(dataset: Dataset, context: DistContext, *, dry_run: bool = True) -> list[str]:
     with heard() as told:
-        validate_samples(dataset, context, 0, dry_run=dry_run)
+        validate_samples(dataset, context, ReadingSettings(), dry_run=dry_run)
     return told
 
 
@@ -219,6 +231,47 @@ def test_all_shards_are_looked_at(shards: Path, context: DistContext, tmp_path: 
     said = f"{shards}: checked 6 of 6 shards, 18 samples: 1 cannot be decoded."  # first, middle and last of each
     assert check(indexed, context) == [f"{said}\n  1 × unreadable image: 00004/000044"]
     assert check(indexed, context, dry_run=False) == [said]  # the run names them at its end
+
+
+@pytest.mark.parametrize("keys", ["sample", "shard"])
+def test_samples_that_training_skips_are_listed(context: DistContext, tmp_path: Path, keys: str) -> None:
+    members = [*shard_members(0, 3), ("alone.txt", b"a"), ("mute.png", make_image(9))]
+    write_tar(tmp_path / "data/a.tar", [*members, *shard_members(2, 1)])
+    write_tar(tmp_path / "data/b.tar", shard_members(3, 2))
+    dataset = ensure_index(open_dataset(tmp_path / "data", keys, index_root=tmp_path / "index"), context, 0)
+    prefix = {"a": "", "b": ""} if keys == "sample" else {"a": "a/", "b": "b/"}
+    unread = {f"{prefix['b']}000004": "http_error: HTTP 403"}
+    listed = pa.concat_tables(list_skipped(dataset, unread)).to_pylist()
+    skipped = [("a", "alone", "no_image"), ("a", "000002", "duplicate_key"), ("a", "mute", "no_caption")]
+    skipped += [("b", "000004", "http_error")]
+    assert [tuple(row.values()) for row in listed] == [(prefix[shard] + key, shard, why) for shard, key, why in skipped]
+    assert [table.num_rows for table in list_skipped(dataset, {})] == [2, 1, 0]  # the second shard is not looked into
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_samples_of_which_none_can_be_used_end_a_run(context: DistContext, tmp_path: Path, dry_run: bool) -> None:
+    (tmp_path / "list.csv").write_text("filepath,title\n" + "".join(f"{number}.png,a\n" for number in range(20)))
+    dataset = open_dataset(tmp_path / "list.csv")
+    with pytest.raises(ClipcidError, match=r"15 samples: none can be used\.\n  15 × file not found: 0\.png, ") as told:
+        check(dataset, context, dry_run=dry_run)
+    assert f"looked for in {tmp_path}, or where --list-root DIR says" in told.value.fix
+    with heard() as notes:
+        validate_samples(dataset, context, ReadingSettings(max_bad_fraction=0.9), dry_run=False)
+    assert "15 cannot be decoded" in notes[0]
+    for number in range(20):
+        (tmp_path / f"{number}.png").write_bytes(make_image(number) if number == 3 else b"no image")
+    assert "14 cannot be decoded" in check(dataset, context, dry_run=dry_run)[0]
+
+
+def test_a_dry_run_says_what_servers_answer(context: DistContext, tmp_path: Path) -> None:
+    with serve(tmp_path) as server:
+        (tmp_path / "list.csv").write_text(f"filepath,title\n{server.url}/absent.png,a\n")
+        dataset = open_dataset(tmp_path / "list.csv")
+        with pytest.raises(
+            ClipcidError, match=r"1 × image that its server did not send: http\S+absent\.png \(HTTP 404\)"
+        ):
+            check(dataset, context)
+        assert check(dataset, context, dry_run=False) == []  # a run does not ask twice
 
 
 def test_of_remote_data_a_dry_run_looks_at_few_shards_and_a_run_at_none(shards: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import pickle
@@ -20,7 +21,7 @@ from PIL import Image
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data import texts
 from clipcid_cli.formats.data.dataset import Columns, Dataset, fingerprint_images, open_dataset, open_described
-from clipcid_cli.formats.data.samples import Sample, natural_key, read_classes
+from clipcid_cli.formats.data.samples import ListFormat, Sample, natural_key, read_classes
 from clipcid_cli.formats.data.texts import open_texts
 from clipcid_cli.formats.skips import Skips
 
@@ -148,6 +149,59 @@ def test_folders_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyP
 FRAME = pd.DataFrame(
     {"filepath": ["b.png", "sub/a.png", "b.png", ""], "title": ["a b", None, "None", "x"], "label": [2, 0, 2, 1]}
 )
+
+
+def test_two_crawls_with_the_same_keys_are_refused_when_they_are_opened(tmp_path: Path) -> None:
+    for number, first in enumerate((0, 4, 8)):
+        write_tar(tmp_path / "one" / f"{number}.tar", shard_members(first, 4))
+    write_tar(tmp_path / "other" / "2.tar", shard_members(11, 4))
+    both = f"{tmp_path}/one::{tmp_path}/other"
+    with pytest.raises(ClipcidError, match="Key '000011' occurs in shard one/2 and again in shard other/2") as refused:
+        open_dataset(both, index_root=tmp_path / "index")
+    assert "--keys shard" in refused.value.fix
+    assert len(open_dataset(both, "shard", index_root=tmp_path / "index").shards) == 4
+
+
+@pytest.mark.parametrize(
+    ("encoding", "separator", "told"),
+    [
+        ("utf-8", ";", {}),
+        ("utf-8-sig", ",", {}),
+        ("utf-16", "\t", {}),
+        ("latin-1", ",", {"encoding": "latin-1"}),
+        ("utf-8", "|", {"separator": "|"}),
+        ("utf-8", "||", {"separator": "||"}),
+    ],
+)
+def test_lists_as_other_programs_write_them(
+    encoding: str, separator: str, told: dict[str, str], tmp_path: Path
+) -> None:
+    rows = [("filepath", "title"), ("in\\1.png", "café"), ("in\\2.png", "a cat")]
+    (tmp_path / "list.csv").write_bytes("".join(f"{separator.join(row)}\n" for row in rows).encode(encoding))
+    (tmp_path / "images" / "in").mkdir(parents=True)
+    (tmp_path / "images" / "in" / "1.png").write_bytes(make_image(1))
+    form = ListFormat(root=str(tmp_path / "images"), **told)
+    dataset = open_dataset(tmp_path / "list.csv", list_format=form)
+    first, second = dataset.shards[0].samples()
+    assert (first.key, first.captions, second.captions) == ("in\\1.png", ("café",), ("a cat",))
+    assert first.image.read() == make_image(1)
+    again = open_described(dataset.describe())
+    assert again.fingerprints() == dataset.fingerprints()
+    other = dataclasses.replace(form, root=str(tmp_path / "elsewhere"))
+    assert open_dataset(tmp_path / "list.csv", list_format=other).fingerprints() != again.fingerprints()
+
+
+def test_a_list_that_is_not_read_as_it_is_written_names_the_flag(tmp_path: Path) -> None:
+    for content, flag in (
+        (b"filepath,title\n1.png,caf\xe9\n", "--list-encoding latin-1"),
+        (b"filepath|title\n1.png|a\n", "--list-separator"),
+    ):
+        (tmp_path / "list.csv").write_bytes(content)
+        with pytest.raises(ClipcidError) as refused:
+            open_dataset(tmp_path / "list.csv")
+        assert flag in refused.value.fix
+    with pytest.raises(ClipcidError, match="say how a list is read"):
+        open_dataset(write_tar(tmp_path / "0.tar", shard_members(0, 2)), list_format=ListFormat(separator=";"))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet", "-tabs.csv"])

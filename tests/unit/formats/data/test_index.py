@@ -113,7 +113,7 @@ def test_only_shards_that_are_new_or_have_changed_are_listed(tmp_path: Path) -> 
     assert len(before & parts_of(second)) == 2
     assert np.array_equal(second.sizes, [4, 6, 4])
     assert len(second.part(1)) == 6, "what the process remembered of the shard must not be taken"
-    module._read_table.cache_clear()
+    module._read_part.cache_clear()
     with pytest.raises(ClipcidError, match="of another version of its shard"):
         len(first.part(1))
     # Data that grew lists the new shard; the smaller data are still there, and so is their table.

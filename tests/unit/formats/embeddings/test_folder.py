@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,49 @@ def write_folder(folder: Path) -> dict[str, Any]:
 def write_sidecar(folder: Path) -> None:
     outputs = [msgspec.to_builtins(record(folder / "manifest.parquet", folder))]
     (folder / "embed.json").write_text(json.dumps(make_sidecar(EmbedSidecar, outputs=outputs)))
+
+
+def write_skipping(folder: Path, shards: Sequence[int], order: Iterable[int]) -> EmbeddingWriter:
+    """Write shards in some order, of which those of odd numbers skip as many samples as their number."""
+    writer = EmbeddingWriter(folder, {}, [FileRecord(f"{n}.tar", n, f"h{n}", shard=f"s{n}") for n in shards])
+    for place in order:
+        shard = shards[place]
+        listed = [(f"{number}", f"s{shard}", "no_image") for number in range(shard if shard % 2 else 0)]
+        skips = Skips({"no_image": len(listed)} if listed else {}, listed=listed)
+        rows = {Kind.IMAGES: make_rows(1)}
+        writer.write(place, ShardRows(1 + skips.total, skips, {"laid_on_white": 0}, ["a"], [""], None, rows))
+    return writer
+
+
+def test_all_that_was_skipped_is_listed_whoever_wrote_it_and_whenever(tmp_path: Path) -> None:
+    expected = [(f"{number}", f"s{shard}", "no_image") for shard in (1, 3, 5) for number in range(shard)]
+    for name, order in (("whole", range(6)), ("other", (5, 3, 4, 0, 2, 1))):
+        write_skipping(tmp_path / name, range(6), order).finish()
+        listed = pq.read_table(tmp_path / name / "skipped.parquet").to_pylist()
+        assert [tuple(row.values()) for row in listed] == expected
+    whole = (tmp_path / "whole" / "skipped.parquet").read_bytes()
+    assert (tmp_path / "other" / "skipped.parquet").read_bytes() == whole
+    # Killed between the list of a shard and its record; then with a list that is gone: that shard is not finished.
+    killed = write_skipping(tmp_path / "killed", range(6), range(6))
+    (tmp_path / "killed/.shards/0005.json").unlink()
+    (tmp_path / "killed/.shards/0003.skipped.parquet").unlink()
+    assert [number for number in range(6) if killed.read_record(number) is None] == [3, 5]
+    write_skipping(tmp_path / "killed", range(6), (3, 5)).finish()
+    assert (tmp_path / "killed" / "skipped.parquet").read_bytes() == whole
+    # Data that grew takes over the lists, unless they are missing.
+    part = write_skipping(tmp_path / "part", (1, 2, 5), range(3)).finish()
+    grown = write_skipping(tmp_path / "grown", range(6), (0, 3, 4))
+    grown.take(tmp_path / "part", part)
+    assert all(grown.read_record(number) is not None for number in range(6))
+    grown.finish()
+    assert (tmp_path / "grown" / "skipped.parquet").read_bytes() == whole
+    (tmp_path / "part" / "skipped.parquet").unlink()
+    anew = write_skipping(tmp_path / "anew", range(6), ())
+    anew.take(tmp_path / "part", part)
+    assert [number for number in range(6) if anew.read_record(number) is not None] == [2]
+    # None skipped: no file, also where there was one.
+    write_skipping(tmp_path / "whole", (2, 4), range(2)).finish()
+    assert not (tmp_path / "whole" / "skipped.parquet").exists()
 
 
 def read_all(embeddings: Embeddings, read: Callable[[EmbeddingFile], pa.ChunkedArray]) -> list[str]:

@@ -157,8 +157,9 @@ def test_a_file_is_read_or_skipped_with_a_reason(tmp_path: Path) -> None:
     image = read_image(whole)
     assert isinstance(image, Image.Image)
     assert read_size(whole) == image.size == (48, 48)
-    for source in (missing, cut):
-        assert read_image(source) == read_size(source) == SkippedImage("unreadable_image")
+    for source, reason in ((missing, "not_found"), (cut, "unreadable_image")):
+        assert read_image(source) == SkippedImage(reason)
+        assert read_size(source) == SkippedImage("unreadable_image")
     limit = place.stat().st_size - 1
     for source in (ByteRange(str(place), max_bytes=limit), ByteRange(str(place), 0, limit + 1, max_bytes=limit)):
         assert read_image(source) == read_size(source) == SkippedImage("too_many_bytes")

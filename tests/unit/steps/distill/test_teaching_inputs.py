@@ -188,8 +188,14 @@ def test_a_teacher_of_images_alone_adds_to_images(place: Path, tiny_shards: Path
         teach(place, tiny_shards, "vision", "one")
     strange = place / "embeddings" / "strange"
     write_embeddings(strange, np.eye(16, dtype=np.float16), keys=[f"x{number}" for number in range(16)])
-    with pytest.raises(ClipcidError, match=r"strange has none of the 24 keys of \S+one\."):
+    with pytest.raises(ClipcidError, match=r"strange has none of the 24 keys of \S+one\. .* '000000', .* 'x0'"):
         teach(place, tiny_shards, "one", "strange")
+    suffixed = place / "embeddings" / "suffixed"
+    write_embeddings(suffixed, np.eye(24, dtype=np.float16), keys=[f"{23 - row:06d}.jpg" for row in range(24)])
+    own = r"(\d+) of \1 samples have .* '000000', one of the embeddings' '000000\.jpg'"
+    with pytest.raises(ClipcidError, match=own) as refused:
+        teach(place, tiny_shards, "suffixed", preset="clip", loss=("fd=1",))
+    assert "Write the data's keys into the column key" in refused.value.fix
     numbers, (images, texts) = teach(place, tiny_shards, "vision", "one", max_bad_fraction=0.1, extra_texts=0)
     assert sorted(numbers) == [number for number in range(24) if number != 5]
     one, vision = (open_embeddings(place / "embeddings" / name) for name in ("one", "vision"))
