@@ -163,12 +163,17 @@ def named_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
 
 
 def validate_writable(path: Path) -> None:
-    """Refuse a path at which no file can be made, before the work whose result it is to hold; nothing is made."""
+    """Refuse a path at which no file can be made, before the work whose result it is to hold; its folder must exist."""
     if path.is_dir():
         raise write_error(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
-    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-    if not parent.is_dir():
+    parent = path.absolute().parent
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
         raise write_error(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if above != parent:
+        raise ClipcidError(
+            f"Could not write {path}: there is no folder {parent}.", "Make that folder, or choose another place."
+        )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 

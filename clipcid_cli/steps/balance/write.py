@@ -47,8 +47,10 @@ from clipcid_cli.steps.balance.write_shards import WRITE_SHARDS
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.shared import given_flags
 
-# A set that holds this share of all images is a chain or a placeholder more often than many copies of one picture.
+# A set that holds this share of all images, and so many, is a chain or a placeholder more often than many copies of one
+# picture.
 _LARGE_SET = 0.01
+_MANY_IMAGES = 10
 # Rows whose identifiers are looked up together.
 _ROWS_AT_ONCE = 4096
 
@@ -102,7 +104,7 @@ def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
             cause = f"With stars one more pair may drop several images, as at the cut-off {sets.threshold:.6g}"
         warnings.append(f"{cause}: {kept:,} images are kept, {missed:,} fewer than requested.")
     largest = sets.largest
-    if largest > 1 and largest > _LARGE_SET * images:
+    if largest >= _MANY_IMAGES and largest > _LARGE_SET * images:
         advice = (
             "It may be a chain of different images, or a placeholder: see the report; --linkage star keeps sets compact."
             if settings.linkage == "single"

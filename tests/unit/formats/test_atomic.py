@@ -39,8 +39,11 @@ def test_the_old_file_survives_a_failed_write(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file.json"]
 
 
-def test_a_file_may_go_to_folders_that_are_still_to_be_made(tmp_path: Path) -> None:
-    validate_writable(tmp_path / "a" / "b" / "c.txt")
+def test_the_folder_of_a_file_that_the_user_names_must_exist(tmp_path: Path) -> None:
+    validate_writable(tmp_path / "c.txt")
+    with pytest.raises(ClipcidError, match=r"/a/b/c\.txt: there is no folder .*/a/b\.") as caught:
+        validate_writable(tmp_path / "a" / "b" / "c.txt")
+    assert caught.value.fix == "Make that folder, or choose another place."
     assert os.listdir(tmp_path) == []
 
 

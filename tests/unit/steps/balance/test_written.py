@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import balance_data
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -124,6 +125,15 @@ def test_other_data_is_refused_and_missing_samples_are_said(rows: np.ndarray, da
     assert counts["missing"] == keep["kept"][:10].sum() > 0
     assert counts["samples"] == keep["kept"][10:].sum()
     assert read_json(tmp_path / "out" / "00000000_stats.json")["status_dict"]["not_in_keep_list"] == 10
+
+
+@pytest.mark.parametrize(("copies", "is_said"), [(9, False), (10, True)])
+def test_a_few_copies_are_no_chain(tmp_path: Path, copies: int, is_said: bool) -> None:
+    distinct = np.unique(make_rows(NUM_ROWS), axis=0)
+    folder = write_embeddings(tmp_path / "e", np.concatenate([np.repeat(distinct[:1], copies, axis=0), distinct[1:20]]))
+    result, told = balance_data.balance(tmp_path / "w", folder, threshold=0.0)
+    assert result["largest_component"] == copies
+    assert (f"One set holds {copies} of" in told) == is_said
 
 
 def test_a_shard_that_keeps_nothing_has_statistics_and_no_tar(data: Path, tmp_path: Path) -> None:
