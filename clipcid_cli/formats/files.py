@@ -12,6 +12,7 @@ import fcntl
 import filecmp
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -176,6 +177,21 @@ def validate_writable(path: Path) -> None:
         )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where that cannot be, as on another disk; what has the name is replaced."""
+    source = source.resolve()  # not a link to it, which would lead nowhere once it is gone
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    except OSError as error:
+        raise write_error(target, error) from error
+    with open_regular(source) as file, atomic_file(target) as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def write_error(path: Path, error: OSError) -> ClipcidError:

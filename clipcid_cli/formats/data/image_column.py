@@ -18,6 +18,7 @@ from typing import IO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
@@ -70,6 +71,14 @@ def read_group(file: pq.ParquetFile, group: int, column: str) -> Iterator[bytes 
     for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[name], use_threads=False):
         cells = batch.column(0)
         yield from (cells.flatten()[0] if is_struct else cells).to_pylist()
+
+
+def have_images(cells: pa.Array) -> list[bool]:
+    """Tell which cells of a column of images hold one."""
+    if pa.types.is_struct(cells.type):
+        cells = cells.flatten()[cells.type.get_field_index("bytes")]
+    sizes = pc.binary_length(cells).fill_null(0)
+    return [size > 0 for size in sizes.to_pylist()]
 
 
 def copy_images(path: str, column: str, target: IO[bytes]) -> None:

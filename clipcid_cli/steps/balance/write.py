@@ -43,6 +43,7 @@ from clipcid_cli.steps.balance.report import write_report
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid
 from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
+from clipcid_cli.steps.balance.write_data import WRITE_DATA
 from clipcid_cli.steps.balance.write_shards import WRITE_SHARDS
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.shared import given_flags
@@ -224,12 +225,13 @@ def validate_new(settings: BalanceSettings) -> None:
                 f"{path} already exists, and this run would replace it.",
                 "Add --overwrite, or choose another name.",
             )
-    shards = settings.write_shards
-    if shards is not None and sidecar_path(shards, WRITE_SHARDS).exists():
-        raise ClipcidError(
-            f"{shards} already holds shards, and this run would replace them.",
-            "Add --overwrite, or choose another folder.",
-        )
+    for folder in (settings.write_shards, settings.write_data):
+        if folder is not None and any(sidecar_path(folder, step).exists() for step in (WRITE_SHARDS, WRITE_DATA)):
+            what = "shards" if sidecar_path(folder, WRITE_SHARDS).exists() else "data"
+            raise ClipcidError(
+                f"{folder} already holds {what}, and this run would replace them.",
+                "Add --overwrite, or choose another folder.",
+            )
 
 
 def write_kept(plan: BalancePlan) -> None:

@@ -134,6 +134,7 @@ def _draw(
 
 
 def draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
+    """Draw the recalls on the held-out part, from the evaluations of a run."""
     labels = {
         entry: f"{side} R@{k}{', EMA' * bool(prefix)}"
         for prefix, k in (("", 1), ("", 5), (EMA, 1))
