@@ -100,15 +100,15 @@ def write_kept_samples(plan: BalancePlan, target: Path, form: Form) -> WrittenRe
         overwrite=plan.settings.overwrite,
         elsewhere=form.flag,
     )
+    keep = read_keep_list(plan.keep_list)
+    lacking = _Lacking(keep, data, plan.settings.max_bad_fraction)
+    context.on_rank0(lambda: lacking.check(lacking.images))
     with claim_output(context, spec) as output:
-        keep = read_keep_list(plan.keep_list)
-        lacking = _Lacking(keep, data, plan.settings.max_bad_fraction)
         if output.finished is not None:
             reporting.note(f"{target} already holds {form.written}.")
             counts = output.finished.counts
             lacking.check(counts["missing"])
             return WrittenResult(counts["samples"], counts["missing"])
-        context.on_rank0(lambda: lacking.check(lacking.images))
         context.on_rank0(output.start)
         mine = form.share(data.shards, context)
         parts = context.gather(
