@@ -156,6 +156,7 @@ class FoundClusters:
     identity: str
     images: int
     skipped: int  # how many are in none, since their rows are not usable
+    of_repaired: bool  # whether they were made of repaired rows, which `balance` does not read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
