@@ -149,7 +149,7 @@ def open_given(
     Args:
         needs_column: Whether a column that ``--key-column`` names must be there.
     """
-    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, cache, settings.key_column)
+    embeddings = open_embeddings(folder, settings.keys, settings.array_name, cache, settings.key_column)
     if embeddings.sidecar is not None:
         return embeddings
     column = embeddings.key_column

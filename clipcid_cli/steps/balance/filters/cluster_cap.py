@@ -101,6 +101,7 @@ def _flags_for_all(settings: BalanceSettings) -> dict[str, Any]:
     return {
         "embeddings": settings.embeddings,
         "npz_array": settings.npz_array,
+        "embedding_column": settings.embedding_column,
         "keys": keys,
         "key_column": key_column,
         "keep_list": "none",
