@@ -39,7 +39,7 @@ from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
 from clipcid_cli.steps.balance.samples import validate_data, validate_data_there
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 from clipcid_cli.steps.balance.write import validate_new, validate_uids, write, write_kept
-from clipcid_cli.steps.balance.write_data import FLAG, form_of
+from clipcid_cli.steps.balance.write_data import FLAG, form_of, validate_own
 from clipcid_cli.steps.balance.write_shards import Form, TarForm, write_kept_samples
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.embed.result import EmbedCost
@@ -120,6 +120,10 @@ def _validate_named(settings: BalanceSettings) -> FoundClusters | None:
     for path in (settings.write_uids, settings.write_pairs, settings.write_keys):
         if path is not None:
             validate_writable(path)
+    if settings.write_shards is not None:
+        TarForm("--write-shards").validate(settings.write_shards)
+    if settings.write_data is not None:
+        validate_own(settings.write_data)
     validate_none_missing(settings)
     return find_cap_clusters(settings)
 
@@ -186,8 +190,10 @@ def _validate_apart(folder: Path, form: Form, data: Dataset) -> None:
         if "://" in shard.source:
             continue
         source = Path(shard.source).resolve()
-        if target == source or (data.kind == "images" and place.is_relative_to(source)):
+        if target == source:
             raise ClipcidError(f"{form.flag} {folder} would overwrite the data itself.", "Give another folder.")
+        if data.kind == "images" and place.is_relative_to(source):
+            raise ClipcidError(f"{form.flag} {folder} would become part of the data.", "Give a folder outside of it.")
 
 
 def _validate_none_lost(plan: BalancePlan) -> None:

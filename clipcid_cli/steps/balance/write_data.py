@@ -17,12 +17,12 @@ from clipcid_cli.formats.data.parquet_shards import copy_rows
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.files import atomic_file, link_or_copy, open_regular, read_regular, write_error, write_json
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json, record
-from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.output import Output, is_claimed
 from clipcid_cli.formats.results.keep_list import KeepList
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.write_shards import Choose, Form, TarForm
+from clipcid_cli.steps.balance.write_shards import WRITE_SHARDS, Choose, Form, TarForm
 
 WRITE_DATA = "write-data"
 FLAG = "--write-data"
@@ -37,6 +37,12 @@ def form_of(data: Dataset) -> Form:
     if data.kind == "parquet":
         return ParquetForm(FLAG)
     return ListForm(FLAG) if data.kind == "list" else FolderForm(FLAG)
+
+
+def validate_own(target: Path) -> None:
+    """Refuse a folder that holds what another program wrote, before it is known which form is written."""
+    if not is_claimed(target, WRITE_SHARDS):
+        ListForm(FLAG).validate(target)
 
 
 class _OwnForm(Form):
