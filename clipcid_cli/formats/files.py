@@ -190,7 +190,10 @@ def link_or_copy(source: Path, target: Path) -> None:
             return
     except OSError as error:
         raise write_error(target, error) from error
-    with open_regular(source) as file, atomic_file(target) as copy:
+    with (
+        reading(source, "a file", "Put it back, then run the same command again.") as file,
+        atomic_file(target) as copy,
+    ):
         shutil.copyfileobj(file, copy)
 
 

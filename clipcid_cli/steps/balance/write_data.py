@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Sequence, Set
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
@@ -48,14 +48,17 @@ def validate_own(target: Path) -> None:
 class _OwnForm(Form):
     step = WRITE_DATA
     written = "this data"
+    name: ClassVar[str]
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"form": type(self).__name__.removesuffix("Form").lower()}
+        return {"form": self.name}
 
 
 class _ShardwiseForm(_OwnForm):
     """A form that is written shard by shard, each followed by a record, by which a run that was killed continues."""
+
+    records_files: ClassVar[bool]  # whether the sidecar records each file
 
     @abstractmethod
     def write_one(self, shard: Shard, keys: Set[str], output: Output[Sidecar]) -> tuple[int, list[str]]:
@@ -65,6 +68,7 @@ class _ShardwiseForm(_OwnForm):
         self, shards: Sequence[Shard], keep: KeepList, choose: Choose, output: Output[Sidecar]
     ) -> tuple[dict[str, int], list[FileRecord]]:
         sizes = dict[str, int]()
+        files = list[FileRecord]()
         with reporting.progress("shards", len(shards), "shards") as progress:
             for shard in shards:
                 done = _read_done(output, shard)
@@ -75,30 +79,33 @@ class _ShardwiseForm(_OwnForm):
                     done = {"written": count, "files": paths}
                     write_json(_done_path(output, shard), done | {"shard": shard.name, "source": shard.source})
                 sizes[shard.name] = done["written"]
+                if self.records_files:
+                    files += [record(output.work / path, output.work) for path in done["files"]]
                 progress.advance()
-        return sizes, []
+        return sizes, files
 
 
 class ParquetForm(_ShardwiseForm):
     """Parquet files of the same names with the kept rows, all columns and the images in them; none where nothing is kept."""
 
+    name = "parquet"
     suffix = ".parquet"
+    records_files = True
 
     def write_one(self, shard: Shard, keys: Set[str], output: Output[Sidecar]) -> tuple[int, list[str]]:
         assert shard.table is not None, "a parquet file"
-        name = f"{shard.name}{self.suffix}"
+        path = f"{shard.name}{self.suffix}"
         if not keys:
-            (output.work / name).unlink(missing_ok=True)
+            (output.work / path).unlink(missing_ok=True)
             return 0, []
-        return copy_rows(shard.source, shard.name, output.work / name, shard.table, keys), [name]
-
-    def finish(self, data: Dataset, sizes: dict[str, int], output: Output[Sidecar]) -> list[FileRecord]:
-        names = [f"{shard.name}{self.suffix}" for shard in data.shards if sizes[shard.name]]
-        return [record(output.work / name, output.work) for name in names]
+        return copy_rows(shard.source, shard.name, output.work / path, shard.table, keys), [path]
 
 
 class FolderForm(_ShardwiseForm):
     """The kept images and their captions in the same folders, as further names of the same files or as copies."""
+
+    name = "folder"
+    records_files = False
 
     def write_one(self, shard: Shard, keys: Set[str], output: Output[Sidecar]) -> tuple[int, list[str]]:
         assert isinstance(shard.slices, Images), "a slice of a folder"
@@ -132,6 +139,8 @@ class FolderForm(_ShardwiseForm):
 class ListForm(_OwnForm):
     """A list of the same name with the kept rows, which the first process writes."""
 
+    name = "list"
+
     def share(self, shards: Sequence[Shard], context: DistContext) -> Sequence[Shard]:
         return shards if context.is_main else ()
 
@@ -142,7 +151,7 @@ class ListForm(_OwnForm):
             return {}, []
         images = shards[0].slices
         assert isinstance(images, Images), "a list"
-        target = output.work / os.path.basename(images.source)
+        target = output.work / os.path.basename(images.source).lstrip(".")  # hidden files are scratch
         counts = list[int]()
         with reporting.progress("list", len(shards), "slices") as progress:
 
