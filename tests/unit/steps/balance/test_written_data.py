@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from balance_data import balance, make_rows, write_embeddings
-from conftest import make_caption, make_image
+from conftest import kill_when, make_caption, make_image, run_clipcid
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
@@ -187,3 +187,23 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
         write_kept(tmp_path, write_files(tmp_path / "data", with_keys=True))
     assert os.listdir(tmp_path / "out") == ["mine.parquet"]
     assert not (tmp_path / "work" / "balance").exists(), "that was said before the search"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["files", "photos"])
+def test_a_command_that_is_killed_ends_with_the_bytes_of_one_that_is_not(tmp_path: Path, form: str) -> None:
+    data = write_files(tmp_path / form, with_keys=False) if form == "files" else write_images(tmp_path / form)
+    write_kept(tmp_path, data, tmp_path / "whole")
+    for processes, out in ((1, "one"), (2, "two")):
+        command = ("balance", data, "--embeddings", "e", "--keep", 0.5, "--work", "work", "--write-data", out)
+        (tmp_path / out).mkdir()
+        last = "write-data.files.jsonl" if form == "photos" else "train-00002-of-00003.parquet"
+        first = f".{16 * '?'}.json" if form == "photos" else "train-00000-of-00003.parquet"  # the record of a slice
+        kill_when(tmp_path / out, first, (last, "write-data.json"), *command, cwd=tmp_path, processes=processes)
+        run_clipcid(*command, cwd=tmp_path, processes=processes)
+        assert read_tree(tmp_path / out) == read_tree(tmp_path / "whole")
+
+
+def read_tree(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "write-data.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
