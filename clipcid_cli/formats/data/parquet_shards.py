@@ -174,7 +174,7 @@ def copy_rows(path: str, name: str, target: Path, table: ImageTable, keys: Set[s
         nonlocal copied
         seen = set[str]()
         first = 0
-        for batch in file.iter_batches(_COPIED_AT_ONCE, use_threads=False):
+        for batch in _read_batches(file):
             numbers = range(first, first + len(batch))
             first += len(batch)
             named = list(map(str, numbers)) if table.key is None else list(map(read_cell, batch[table.key].to_pylist()))
@@ -195,6 +195,12 @@ def copy_rows(path: str, name: str, target: Path, table: ImageTable, keys: Set[s
         schema = file.schema_arrow if table.key is not None else file.schema_arrow.append(_KEY_FIELD)
         write_tables(copy, schema, kept(file), max_rows=_ROWS_OF_GROUP, max_bytes=_BYTES_OF_GROUP)
     return copied
+
+
+def _read_batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """Yield all columns, a few rows at a time."""
+    for group in range(file.num_row_groups):
+        yield from file.iter_batches(_COPIED_AT_ONCE, row_groups=[group], use_threads=False)
 
 
 def _find_image(path: str, candidates: list[str]) -> str | None:

@@ -34,6 +34,9 @@ MAX_WIDTH = 65_536
 
 _VERSION = 1
 _ROWS_AT_ONCE = 1024
+# A copy may have so many bytes, and so many times those of its file: a row that is stored once may be repeated without end.
+_SMALL = 2**26
+_MOST_REPEATED = 100
 _CHARACTERS_AT_ONCE = 2**24  # of keys
 _LONGEST_KEY = 2**16
 _FIX = "Copy or make it again, or choose other embeddings."
@@ -127,6 +130,13 @@ def _copy_column(path: Path, name: str, target: IO[bytes]) -> None:
     with reading(path, "a parquet file", _FIX), pq.ParquetFile(path) as file:
         num_rows = file.metadata.num_rows
         width = _find_width(file, path, name)
+        size, stored = num_rows * width * 2, os.stat(path).st_size
+        if size > _SMALL + _MOST_REPEATED * stored:
+            raise ClipcidError(
+                f"{path}[{name}] has {num_rows:,} rows of width {width:,}, {size:,} bytes as float16, in a file of "
+                f"{stored:,}.",
+                "Its rows are repeated: write each once.",
+            )
         header = {"descr": "<f2", "fortran_order": False, "shape": (num_rows, width)}
         np.lib.format.write_array_header_1_0(target, header)
         written = 0

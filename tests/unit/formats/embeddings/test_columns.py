@@ -42,7 +42,7 @@ def to_column(rows: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
 
 def write_table(path: Path, **columns: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path, row_group_size=7)
+    pq.write_table(pa.table(columns), path, row_group_size=7 if len(columns) > 1 else None)
     return path
 
 
@@ -110,6 +110,13 @@ def test_columns_that_are_no_embeddings_are_refused(tmp_path: Path, monkeypatch:
     ragged = write_table(tmp_path / "ragged.parquet", emb=[[1.0, 2.0]] * 59 + [[1.0]])
     with pytest.raises(ClipcidError, match=r"ragged[.]parquet\[emb\] has 1 numbers in row 59, and 2 in the first"):
         open_embeddings(ragged)
+    with monkeypatch.context() as patch:
+        patch.setattr(copies, "_SMALL", 0)
+        repeated = write_table(tmp_path / "repeated.parquet", emb=[[1.0] * WIDTH] * 60_000)
+        with pytest.raises(
+            ClipcidError, match=r"60,000 rows of width 8, 960,000 bytes as float16, in a file of [0-9,]+[.]"
+        ):
+            open_embeddings(repeated)
     monkeypatch.setattr(copies, "MAX_WIDTH", 4)
     with pytest.raises(ClipcidError, match="more than 4 in each"):
         open_embeddings(two, array="clip")
