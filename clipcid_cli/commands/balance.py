@@ -59,6 +59,10 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
         facts["audit"] = _format_audit(result.audit)
     if result.skipped:
         facts["skipped"] = format_skipped(result.skipped)
+    for written in (result.shards, result.data):
+        if written is not None:
+            lacking = f"; {written.not_written:,} are not in the data" if written.not_written else ""
+            facts["written"] = f"{count(written.written, 'kept image')}{lacking}"
     facts["time"] = format_phases(result.seconds)
     print_facts(console, "Balanced", facts, result.files)
 

@@ -13,6 +13,7 @@ import fcntl
 import filecmp
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -207,14 +208,37 @@ def named_file(path: Path, overwrite: bool) -> Iterator[IO[bytes]]:
 
 
 def validate_writable(path: Path) -> None:
-    """Refuse a path at which no file can be made, before the work whose result it is to hold; nothing is made."""
+    """Refuse a path at which no file can be made, before the work whose result it is to hold; its folder must exist."""
     if path.is_dir():
         raise write_error(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
-    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-    if not parent.is_dir():
+    parent = path.absolute().parent
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
         raise write_error(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if above != parent:
+        raise ClipcidError(
+            f"Could not write {path}: there is no folder {parent}.", "Make that folder, or choose another place."
+        )
     if not os.access(parent, os.W_OK | os.X_OK):
         raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where that cannot be, as on another disk; what has the name is replaced."""
+    source = source.resolve()  # not a link to it, which would lead nowhere once it is gone
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    except OSError as error:
+        raise write_error(target, error) from error
+    with (
+        reading(source, "a file", "Put it back, then run the same command again.") as file,
+        atomic_file(target) as copy,
+    ):
+        shutil.copyfileobj(file, copy)
 
 
 def write_error(path: Path, error: OSError) -> ClipcidError:

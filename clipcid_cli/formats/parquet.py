@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -70,6 +70,34 @@ def write_row_groups(
         for start in range(0, num_rows, ROWS_AT_ONCE) or [0]:
             part = slice(start, min(start + ROWS_AT_ONCE, num_rows))
             writer.write_table(pa.table(read(part), schema=schema), row_group_size=ROWS_AT_ONCE)
+
+
+def write_tables(
+    file: IO[bytes], schema: pa.Schema, tables: Iterable[pa.Table], *, max_rows: int, max_bytes: int
+) -> None:
+    """Write tables one after another, in row groups of at most `max_rows` and about `max_bytes`.
+
+    Args:
+        tables: Each of at most `max_rows` rows.
+    """
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        pending = list[pa.Table]()
+        rows = size = 0
+
+        def flush() -> None:
+            nonlocal rows, size
+            if rows:
+                writer.write_table(pa.concat_tables(pending), row_group_size=rows)
+            pending.clear()
+            rows = size = 0
+
+        for table in tables:
+            if rows + len(table) > max_rows or size >= max_bytes:
+                flush()
+            pending.append(table)
+            rows += len(table)
+            size += table.nbytes
+        flush()
 
 
 def read_rows(path: Path, fix: str, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -199,6 +199,8 @@ class ClusterSidecar(Sidecar, kw_only=True):
     model: ModelRecord | None  # None for embeddings of another tool
     # The map by which the teacher's image rows were repaired; None where they were taken as they are.
     repair: FileRecord | None = None
+    # Which image rows centroids and similarities are of: ``stored``, as in the embeddings' files, or ``repaired``.
+    space: str | None = None
     num_nearest: int
     temperatures: dict[str, float]  # by tower, τ_T of the soft labels
     result: dict[str, Any]

@@ -100,7 +100,7 @@ class WorkDirectory:
         with suppress(ClipcidError):  # of an earlier version, or damaged: `balance --overwrite` replaces it
             balanced = read_sidecar(sidecar_path(self.balance, "balance"), BalanceSidecar)
             folder = None if balanced is None else self.path / balanced.embeddings
-            return folder if folder is not None and folder.is_dir() else None
+            return folder if folder is not None and folder.exists() else None
         return None
 
     def find_keep_list(self) -> Path | None:

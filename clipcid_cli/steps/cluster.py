@@ -477,6 +477,7 @@ def _write(
         embeddings=folders if len(folders) > 1 else folders[0],
         keep_list=None if rows.keep_list is None else record(rows.keep_list),
         repair=None if embeddings.image_map is None else embeddings.image_map.record,
+        space="stored" if embeddings.image_map is None else "repaired",
         flags=given_flags(plan.settings),
         model=embeddings.model,
         num_nearest=plan.num_nearest,

@@ -188,7 +188,7 @@ def open_given(
     Args:
         needs_column: Whether a column that ``--key-column`` names must be there.
     """
-    embeddings = open_embeddings(folder, settings.keys, settings.npz_array, work, settings.key_column)
+    embeddings = open_embeddings(folder, settings.keys, settings.array_name, work, settings.key_column)
     if embeddings.sidecar is not None:
         return embeddings
     column = embeddings.key_column

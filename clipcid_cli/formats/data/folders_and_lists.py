@@ -12,12 +12,12 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from stat import S_ISDIR
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -40,8 +40,8 @@ from clipcid_cli.formats.data.samples import (
     split_captions,
 )
 from clipcid_cli.formats.data.shard import Slices
-from clipcid_cli.formats.files import describe, open_regular, read_regular
-from clipcid_cli.formats.parquet import is_text, validate_expansion
+from clipcid_cli.formats.files import atomic_file, describe, open_regular, read_regular, reading
+from clipcid_cli.formats.parquet import is_text, validate_expansion, write_tables
 from clipcid_cli.formats.skips import Skips
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ VIRTUAL_SHARD = 10_000
 TEXT_LISTS = (".csv", ".tsv")
 LIST_SUFFIXES = (*TEXT_LISTS, ".parquet")
 LABEL_COLUMN = "label"
+# Of a parquet list that is written.
+_ROWS_OF_GROUP = 2**17
+_BYTES_OF_GROUP = 2**26
 _MAX_NUMBER = 2**53  # of a class: beyond, a float does not tell integers apart
 # What pandas makes of a cell of a parquet list.
 _SEVERAL = (list, tuple, np.ndarray)
@@ -158,26 +161,34 @@ class Images(Slices):
             digest.update(repr(content).encode("utf-8", "surrogateescape"))
         return len(rows), f"blake2b-rows:{digest.hexdigest()}"
 
+    def files(self, number: int) -> Iterator[tuple[str, list[str]]]:
+        """Yield the key of each image of a folder's slice, and the paths of its files there: the image, and its caption."""
+        for row in self._listed.slices[number].to_pylist():
+            if not row["repeated"]:
+                yield os.fsdecode(row["key"]), [os.fsdecode(row[name]) for name in ("path", "text") if row[name]]
+
+    def resolve(self, path: str) -> str:
+        """Return the place of an image by its path in the folder or as the list has it."""
+        if self.columns is None:
+            return os.path.join(self.source, path)
+        if "\\" in path and not os.path.exists(os.path.join(self.origin.folder, path)):
+            path = path.replace("\\", "/")  # as Windows writes paths
+        return self.origin.locate(path)
+
     def _sample(self, row: dict[str, Any], skips: Skips) -> Sample:
         path = os.fsdecode(row["path"])
         captions: tuple[str, ...] = ()
         classes = row["classes"]
-        if self.columns is None:
-            path = os.path.join(self.source, path)
-        else:
-            if "\\" in path and not os.path.exists(os.path.join(self.origin.folder, path)):
-                path = path.replace("\\", "/")  # as Windows writes paths
-            path = self.origin.locate(path)
-            if row["captions"] is not None:
-                keys = self.caption_keys or (self.columns.caption,)
-                captions = gather_captions(keys, row["captions"], skips)
+        if self.columns is not None and row["captions"] is not None:
+            keys = self.caption_keys or (self.columns.caption,)
+            captions = gather_captions(keys, row["captions"], skips)
         if row["text"]:
             with contextlib.suppress(OSError):  # a caption that cannot be read is a missing one, and counted as such
                 text = read_regular(os.path.join(self.source, os.fsdecode(row["text"])), self.max_sample_bytes)
                 captions = split_captions(text, a_line_each=self.caption_lines, skips=skips)
         return Sample(
             key=os.fsdecode(row["key"]),
-            image=ByteRange(path, max_bytes=self.max_sample_bytes, origin=self.origin),
+            image=ByteRange(self.resolve(path), max_bytes=self.max_sample_bytes, origin=self.origin),
             captions=captions,
             label=classes[0] if classes and not self._listed.several else None,
             labels=tuple(classes) if classes is not None and self._listed.several else None,
@@ -289,10 +300,7 @@ def _read_frames(source: str, path: Path, form: ListFormat) -> Iterator[pd.DataF
         if name.endswith(".parquet"):
             yield from _read_tables(path)
             return
-        encoding = form.encoding or _find_encoding(path)
-        with path.open(encoding=encoding, errors="replace") as file:
-            header = file.readline()
-        separator = form.separator or _find_separator(name, header)
+        encoding, separator = _find_form(name, path, form)
         options: dict[str, Any] = {"encoding": encoding, "dtype": str, "keep_default_na": False}
         # A separator of several letters is one of pandas' regular expressions, which its slower parser reads.
         options |= {"sep": re.escape(separator), "engine": "python"} if len(separator) > 1 else {"sep": separator}
@@ -329,6 +337,13 @@ def _read_tables(path: Path) -> Iterator[pd.DataFrame]:
         for batch in table.iter_batches(VIRTUAL_SHARD) if table.metadata.num_rows else [nothing]:
             # As columns: pandas would make one the index, if one was, and floats of integers where one is missing.
             yield batch.to_pandas(ignore_metadata=True, integer_object_nulls=True)
+
+
+def _find_form(name: str, path: Path, form: ListFormat) -> tuple[str, str]:
+    """Return the encoding of a text and what separates its cells, where the user does not say."""
+    encoding = form.encoding or _find_encoding(path)
+    with path.open(encoding=encoding, errors="replace") as file:
+        return encoding, form.separator or _find_separator(name, file.readline())
 
 
 def _find_encoding(path: Path) -> str:
@@ -413,3 +428,96 @@ def _numbers(cell: Any) -> list[int]:
     if broken is not None:
         raise ValueError(f"{broken:g} is {'too large' if broken.is_integer() else 'not an integer'}")
     return list(dict.fromkeys(map(int, numbers)))
+
+
+class _KeptRows(NamedTuple):
+    """The rows of a slice that are kept: their numbers in it, where their images are, and their keys."""
+
+    rows: list[int]
+    paths: list[str]
+    keys: list[str]
+
+
+def copy_list(images: Images, target: Path, keys_of: Callable[[int], Set[str]]) -> list[int]:
+    """Copy the rows of samples with the given keys to a new list of the same form; return how many of each slice.
+
+    All columns stay. Paths become absolute, so that they lead to the images from the new place. A list whose keys are its
+    paths gets a column of them, so that keys stay the same.
+
+    Args:
+        keys_of: The keys of a slice to keep; called for one slice after the other.
+    """
+    assert images.columns is not None, "a list"
+    columns, source = images.columns, images.source
+    sizes = list[int]()
+
+    def choose(frame: pd.DataFrame) -> _KeptRows:
+        keys = keys_of(len(sizes))
+        paths = _texts(source, frame, columns.image)
+        named = _texts(source, frame, columns.key) if columns.key in frame else paths
+        seen = set[str]()
+        kept = _KeptRows([], [], [])
+        for row, (key, path) in enumerate(zip(named, paths, strict=True)):
+            if key in keys and path and key not in seen:
+                kept.rows.append(row)
+                kept.paths.append(images.resolve(path))
+                kept.keys.append(key)
+            seen.add(key)
+        sizes.append(len(kept.rows))
+        return kept
+
+    with local_file(source) as file, atomic_file(target) as copy:
+        name = without_query(source).lower()
+        if name.endswith(".parquet"):
+            with reading(file, "a parquet file", "Give a csv, tsv or parquet file with a header."):
+                _copy_table(pq.ParquetFile(file), copy, columns, choose)
+            return sizes
+        _, separator = _find_form(name, file, images.list_format)
+        separator = "\t" if len(separator) > 1 else separator  # pandas writes no longer one
+        for frame in _read_frames(source, file, images.list_format):
+            kept = choose(frame)
+            rows = frame.iloc[kept.rows].assign(**{columns.image: kept.paths})
+            if columns.key not in rows:
+                rows[columns.key] = kept.keys
+            text = rows.to_csv(sep=separator, index=False, header=len(sizes) == 1, lineterminator="\n")
+            copy.write(text.encode())
+    return sizes
+
+
+def _copy_table(
+    file: pq.ParquetFile,
+    copy: IO[bytes],
+    columns: Columns,
+    choose: Callable[[pd.DataFrame], _KeptRows],
+) -> None:
+    schema = file.schema_arrow
+    new_key = columns.key not in schema.names
+    used = [columns.image] if new_key else [columns.image, columns.key]
+    if new_key:
+        schema = schema.append(pa.field(columns.key, pa.string()))
+
+    def kept_rows() -> Iterator[pa.Table]:
+        for table in _slice_rows(file, VIRTUAL_SHARD):
+            frame = table.select(used).to_pandas(ignore_metadata=True, integer_object_nulls=True).astype(object)
+            kept = choose(frame.where(frame.notna(), None))
+            rows = table.take(pa.array(kept.rows, pa.int64()))
+            place = rows.schema.get_field_index(columns.image)
+            field = rows.schema.field(place)
+            rows = rows.set_column(place, field, pa.array(kept.paths, pa.string()).cast(field.type))
+            if new_key:
+                rows = rows.append_column(schema.field(columns.key), pa.array(kept.keys, pa.string()))
+            yield rows.cast(schema)
+
+    write_tables(copy, schema, kept_rows(), max_rows=_ROWS_OF_GROUP, max_bytes=_BYTES_OF_GROUP)
+
+
+def _slice_rows(file: pq.ParquetFile, size: int) -> Iterator[pa.Table]:
+    """Yield the rows of a file, `size` at a time whatever its row groups are."""
+    pending = file.schema_arrow.empty_table()
+    for batch in file.iter_batches(size):
+        pending = pa.concat_tables([pending, pa.Table.from_batches([batch])])
+        while len(pending) >= size:
+            yield pending.slice(0, size)
+            pending = pending.slice(size)
+    if len(pending):
+        yield pending

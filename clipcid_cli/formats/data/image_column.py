@@ -18,6 +18,7 @@ from typing import IO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
@@ -98,6 +99,14 @@ def _count_stored(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> i
         for part in parts
         if part.path_in_schema in columns or part.path_in_schema.startswith(inside)
     )
+
+
+def have_images(cells: pa.Array) -> list[bool]:
+    """Tell which cells of a column of images hold one."""
+    if pa.types.is_struct(cells.type):
+        cells = cells.flatten()[cells.type.get_field_index("bytes")]
+    sizes = pc.binary_length(cells).fill_null(0)
+    return [size > 0 for size in sizes.to_pylist()]
 
 
 def copy_images(path: str, column: str, target: IO[bytes]) -> None:

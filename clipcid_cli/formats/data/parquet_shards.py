@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.image_column import is_image_column, open_parquet, read_batches, read_group
+from clipcid_cli.formats.data.image_column import (
+    have_images,
+    is_image_column,
+    open_parquet,
+    read_batches,
+    read_group,
+)
 from clipcid_cli.formats.data.samples import (
     IMAGE_SUFFIXES,
     MAX_SAMPLE_BYTES,
@@ -25,6 +32,8 @@ from clipcid_cli.formats.data.samples import (
     gather_captions,
     read_cell,
 )
+from clipcid_cli.formats.files import atomic_file
+from clipcid_cli.formats.parquet import write_tables
 from clipcid_cli.formats.skips import Skips
 
 # Names that data sets give their columns, the first that there is being taken; the last ones are those of tars on the hub.
@@ -35,6 +44,11 @@ _LABELS = ("label", "cls")
 # img2dataset writes rows of what it could not download, too: without an image, and with one of these in their `status`.
 _STATUS = "status"
 _FAILED = ("failed_to_download", "failed_to_resize")
+# Readers hold one row group at a time.
+_ROWS_OF_GROUP = 1024
+_BYTES_OF_GROUP = 2**26
+_COPIED_AT_ONCE = 64
+_KEY_FIELD = pa.field(Columns.key, pa.string())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +189,47 @@ def _read_others(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> It
     for batch in read_batches(file, group, columns):
         for row in batch.to_pylist():
             yield {column: cut_cell(cell) for column, cell in row.items()}
+
+
+def copy_rows(path: str, name: str, target: Path, table: ImageTable, keys: Set[str]) -> int:
+    """Copy the rows of samples with the given keys to a new file, with all columns; return how many there were.
+
+    Keys are as `read_parquet` makes them. Values are not changed, and the schema keeps its metadata. Where keys are numbers
+    of rows, which change, the new file gets a column of them, after the file's name as the data set has them.
+    """
+    copied = 0
+
+    def kept(file: pq.ParquetFile) -> Iterator[pa.Table]:
+        nonlocal copied
+        seen = set[str]()
+        first = 0
+        for batch in _read_batches(file):
+            numbers = range(first, first + len(batch))
+            first += len(batch)
+            named = list(map(str, numbers)) if table.key is None else list(map(read_cell, batch[table.key].to_pylist()))
+            is_kept = list[bool]()
+            for key, has_image in zip(named, have_images(batch[table.image]), strict=True):
+                is_sample = has_image and key != "" and key not in seen
+                is_kept.append(is_sample and key in keys)
+                if is_sample:
+                    seen.add(key)
+            copied += sum(is_kept)
+            rows = pa.Table.from_batches([batch])
+            if table.key is None:
+                rows = rows.append_column(_KEY_FIELD, pa.array([f"{name}/{key}" for key in named], pa.string()))
+            yield rows.filter(pa.array(is_kept))
+
+    with open_parquet(path) as file, atomic_file(target) as copy:
+        _validate_columns(path, table, file.schema_arrow.names)
+        schema = file.schema_arrow if table.key is not None else file.schema_arrow.append(_KEY_FIELD)
+        write_tables(copy, schema, kept(file), max_rows=_ROWS_OF_GROUP, max_bytes=_BYTES_OF_GROUP)
+    return copied
+
+
+def _read_batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """Yield all columns, a few rows at a time."""
+    for group in range(file.num_row_groups):
+        yield from file.iter_batches(_COPIED_AT_ONCE, row_groups=[group], use_threads=False)
 
 
 def _find_image(path: str, candidates: list[str]) -> str | None:

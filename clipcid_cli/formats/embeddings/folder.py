@@ -14,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -21,6 +22,7 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.command import data_command, remake
+from clipcid_cli.formats.embeddings.copies import Copies
 from clipcid_cli.formats.embeddings.layouts import AGAIN, EmbeddingFile, find_files
 from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, validate_replaceable
 from clipcid_cli.formats.embeddings.rows import COUNTS_COLUMN, METADATA, Kind, RowFile, Rows, find_npy
@@ -46,6 +48,7 @@ _TEXT = pa.large_string()
 KEY_COLUMN = "key"
 # Of metadata without one, in this order.
 _OTHER_KEYS = ("image_path", "uid")
+_COPIES = ".rows"
 _REMAKE = (
     "Rerun the command that made it, with --overwrite; or copy the rows to another folder, without embed.json, and name "
     "that one."
@@ -270,10 +273,16 @@ class Embeddings:
         read = [file for file in files if not isinstance(file, RowFile) or file.hash is None]
         hashed = iter(self._memo.record_all([file.path if isinstance(file, RowFile) else file for file in read]))
         self._memo.save()
-        return [
-            FileRecord(file.label, file.size, file.hash) if isinstance(file, RowFile) and file.hash else next(hashed)
-            for file in files
-        ]
+
+        def describe(file: RowFile | Path) -> FileRecord:
+            if isinstance(file, RowFile) and file.hash:
+                return FileRecord(file.label, file.size, file.hash)
+            found = next(hashed)
+            if isinstance(file, RowFile) and file.source is not None:
+                return msgspec.structs.replace(found, path=file.label, time=0)
+            return found
+
+        return list(map(describe, files))
 
     def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
         """Describe images and metadata, and of further kinds and the map of images those there are, for a sidecar."""
@@ -291,8 +300,9 @@ class Embeddings:
     def _name_together(self, part: str) -> str:
         """Return the folder of the files of a kind, with the array's name where they are archives."""
         file = self._files_of(part)[0]
-        path, member = (file.path, file.member) if isinstance(file, RowFile) else (file, None)
-        return str(path.parent) if member is None else f"{path.parent}[{member}]"
+        path, member = (file.origin, file.member) if isinstance(file, RowFile) else (file, None)
+        place = path if path == self.folder else path.parent
+        return str(place) if member is None else f"{place}[{member}]"
 
     def validate_unique_keys(self) -> None:
         """Refuse keys of two rows in a folder of another tool; `embed` has checked its own."""
@@ -360,7 +370,7 @@ def read_embed_sidecar(folder: Path) -> EmbedSidecar | None:
 def open_embeddings(
     folder: Path,
     keys: str = "sample",
-    npz_array: str | None = None,
+    array: str | None = None,
     work: Path | None = None,
     key_column: str = KEY_COLUMN,
 ) -> Embeddings:
@@ -369,8 +379,9 @@ def open_embeddings(
     Args:
         keys: ``shard`` puts the shard's name before each key of another tool's folder; the keys of `embed` are as its own
             option made them.
-        npz_array: Name of the array in each ``.npz``; None for the only one whose name ends in ``_img``.
-        work: Work directory, for scratch files and to remember which rows are unusable; None has neither.
+        array: Name of the array in each ``.npz``, or of the column in parquet files; None for the only one of images.
+        work: Work directory, for scratch files, copies of what cannot be mapped, and to remember which rows are unusable;
+            None has neither.
         key_column: Column of another tool's metadata with the keys; where there is none, the usual ones.
     """
     sidecar = read_embed_sidecar(folder)
@@ -380,9 +391,8 @@ def open_embeddings(
             raise ClipcidError(
                 f"The embeddings in {folder} are unfinished.", "Run the same embed command again: it continues."
             )
-        return Embeddings(
-            folder, find_files(folder, npz_array), None, memo, keys=keys, key_column=key_column, work=work
-        )
+        files = find_files(folder, array, Copies(None if work is None else work / _COPIES))
+        return Embeddings(folder, files, None, memo, keys=keys, key_column=key_column, work=work)
     fix = remake(folder, sidecar)
     validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, "embed"), fix, memo)
     records, rows = open_recorded(folder, memo, fix)

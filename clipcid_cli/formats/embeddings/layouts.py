@@ -4,9 +4,12 @@ The forms are:
 
     img_emb/img_emb_0000.npy        clip-retrieval, embedding-reader: with text_emb/*.npy and metadata/*.parquet of the same
     metadata/metadata_0000.parquet  numbers; files of `embed` without its sidecar are such a folder too
-    any.npy                         bare rows
+    any.npy                         bare rows; with any.parquet or any.keys.txt, a key per line, beside each
     0a1b….npz                       DataComp: arrays l14_img, l14_txt, b32_img, …, float16 [n, D]; in folders of its own too
     0a1b….parquet                   uid, text, …; row i belongs to row i of every array
+    any.parquet                     a column of lists of numbers, perhaps another of captions' rows, and key, caption, …
+
+A file of one of these forms may also be given itself.
 """
 
 from __future__ import annotations
@@ -15,16 +18,23 @@ import dataclasses
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import natural_key
+from clipcid_cli.formats.embeddings.copies import Copies, has_images, list_columns
 from clipcid_cli.formats.embeddings.rows import METADATA, Kind, RowFile, find_member, find_npy, list_arrays
 from clipcid_cli.formats.parquet import count_rows
 
+_GIVE = "Give --embeddings DIR, or make them: clipcid embed DATA"
 AGAIN = "Copy or make the folder again."
+_SUFFIXES = (".npy", ".npz", ".parquet")
+# What names of columns have for images and for captions.
+_OF_IMAGE = re.compile("image|img", re.IGNORECASE)
+_OF_TEXT = re.compile("text|txt|caption", re.IGNORECASE)
 _DIGITS = re.compile(r"(\d+)$")
 _SEPARATE = "Keep embeddings of different models in separate folders."
 _PARAMS = (16, 34)  # numbers of a view, without and with mixed ones
@@ -45,28 +55,50 @@ class EmbeddingFile:
     @property
     def name(self) -> str:
         """Name of the file without its suffix, used as the shard's where another tool did not record it."""
-        return self.parts[Kind.IMAGES].path.stem
+        return self.parts[Kind.IMAGES].origin.stem
 
 
 def find_rows(folder: Path) -> Path | None:
-    """Return the first file of embeddings in a folder, of whichever tool; None where there is none."""
+    """Return the first file of embeddings in a folder, of whichever tool, or the file itself; None where there is none."""
+    if folder.is_file():
+        return folder if folder.suffix in (".npy", ".npz") or _is_table(folder) else None
     arrays = (path for place in (*Kind, "") for path in _list(folder / place, ".npy"))
-    return next(arrays, None) or next(iter(_list_archives(folder)), None)
+    found = next(arrays, None) or next(iter(_list_archives(folder)), None)
+    return found or next(filter(_is_table, _list(folder, ".parquet")[:1]), None)
 
 
-def find_files(folder: Path, npz_array: str | None) -> list[EmbeddingFile]:
-    """Find the files of each shard, in natural order of names, and check that they fit together."""
-    inside = folder / Kind.IMAGES
-    images = _list(inside if inside.is_dir() else folder, ".npy")
-    archives = _list_archives(folder)
-    if archives and (npz_array is not None or not images):
-        files = _pair_by_name(archives, npz_array)
+def _is_table(path: Path) -> bool:
+    """Tell whether a file has a column of embeddings, and none of images, which would make it data."""
+    if path.suffix != ".parquet":
+        return False
+    with suppress(ClipcidError):
+        return bool(list_columns(path)) and not has_images(path)
+    return False
+
+
+def find_files(folder: Path, array: str | None, copies: Copies) -> list[EmbeddingFile]:
+    """Find the files of each shard, in natural order of names, and check that they fit together.
+
+    Args:
+        array: Name of the arrays in archives, or of the column in parquet files; None for the one that is found.
+    """
+    if folder.is_file():
+        images, archives, tables = ([folder] if folder.suffix == suffix else [] for suffix in _SUFFIXES)
+    else:
+        inside = folder / Kind.IMAGES
+        images = _list(inside if inside.is_dir() else folder, ".npy")
+        archives = _list_archives(folder)
+        tables = _list(folder, ".parquet")
+    if archives and (array is not None or not images):
+        files = _pair_by_name(archives, array)
     elif images:  # which the name of an array does not concern
-        files = _pair_by_number(folder, images)
+        files = _pair_by_number(folder, images, copies)
+    elif tables:
+        files = _pair_columns(tables, array, copies)
     else:
         raise ClipcidError(
-            f"{folder} contains no embeddings (img_emb/*.npy, or *.npz).",
-            "Give --embeddings DIR, or make them: clipcid embed DATA",
+            f"{folder} contains no embeddings (img_emb/*.npy, *.npz, or *.parquet with a column of them).",
+            _GIVE,
         )
     _check(files)
     return files
@@ -87,17 +119,68 @@ def _list_archives(folder: Path) -> list[Path]:
     return _list(folder, ".npz") or sorted(inner, key=lambda path: natural_key(str(path.relative_to(folder))))
 
 
-def _pair_by_number(folder: Path, images: list[Path]) -> list[EmbeddingFile]:
+def _pair_by_number(folder: Path, images: list[Path], copies: Copies) -> list[EmbeddingFile]:
     """Match each npy with the files of the same number in the sibling folders; where there are none, names say nothing."""
     others = {kind: _by_number(_list(folder / kind, ".npy")) for kind in Kind if kind is not Kind.IMAGES}
     metadata = _by_number(_list(folder / METADATA, ".parquet"))
     if not (metadata or any(others.values())):
-        return [EmbeddingFile({Kind.IMAGES: find_npy(path)}, None) for path in images]
+        rows = [find_npy(path) for path in images]
+        return [
+            EmbeddingFile({Kind.IMAGES: each}, beside) for each, beside in zip(rows, _beside(rows, copies), strict=True)
+        ]
     files = list[EmbeddingFile]()
     for number, path in _by_number(images).items():
         parts = {kind: find_npy(paths[number]) for kind, paths in others.items() if number in paths}
         files.append(EmbeddingFile({Kind.IMAGES: find_npy(path)} | parts, metadata.get(number)))
     return files
+
+
+def _beside(arrays: Sequence[RowFile], copies: Copies) -> list[Path | None]:
+    """Return the metadata that have the names of arrays; None for all where one has none."""
+    found = list[Path | None]()
+    for array in arrays:
+        table, keys = (array.path.with_suffix(suffix) for suffix in (".parquet", ".keys.txt"))
+        if not (table.is_file() or keys.is_file()):
+            return [None] * len(arrays)
+        found.append(table if table.is_file() else copies.keys(keys, array.shape[0] if array.shape else 0))
+    return found
+
+
+def _pair_columns(tables: list[Path], column: str | None, copies: Copies) -> list[EmbeddingFile]:
+    """Take the rows in columns of parquet files, whose other columns are their metadata."""
+    names = _choose_columns(tables[0], column)
+    for path in tables:
+        missing = next((name for name in names.values() if name not in list_columns(path)), None)
+        if missing is not None:
+            raise ClipcidError(f"{path} has no column {missing} of lists of numbers; {tables[0]} has.", AGAIN)
+    rows = {kind: copies.columns([(path, name) for path in tables]) for kind, name in names.items()}
+    parts = [dict(zip(rows, each, strict=True)) for each in zip(*rows.values(), strict=True)]
+    return [EmbeddingFile(each, path) for each, path in zip(parts, tables, strict=True)]
+
+
+def _choose_columns(path: Path, requested: str | None) -> dict[Kind, str]:
+    """Choose the columns of the embeddings of images, and of captions (``text_embedding`` for ``image_embedding``)."""
+    names = list_columns(path)
+    if requested is None:
+        choices = [name for name in names if not _OF_TEXT.search(name)]
+        if not names:
+            raise ClipcidError(f"{path} has no column of embeddings, lists of floating-point numbers.", _GIVE)
+        if len(choices) != 1:
+            of_images = f"{len(choices)} columns" if choices else "no column"
+            raise ClipcidError(
+                f"{path} has {of_images} of image embeddings; its columns of embeddings: {', '.join(names[:12])}.",
+                f"Choose one with --embedding-column, for example --embedding-column {(choices or names)[0]}.",
+            )
+        requested = choices[0]
+    elif requested not in names:
+        raise ClipcidError(
+            f"{path} has no column {requested} of lists of numbers; it has {', '.join(names[:12]) or 'none'}.",
+            "Name another one with --embedding-column.",
+        )
+    texts = [name for name in names if name != requested and _OF_TEXT.search(name)]
+    same = _OF_IMAGE.sub("", requested)
+    paired = [name for name in texts if _OF_TEXT.sub("", name) == same] or (texts if len(texts) == 1 else [])
+    return {Kind.IMAGES: requested} | ({Kind.TEXTS: paired[0]} if paired else {})
 
 
 def _by_number(paths: list[Path]) -> dict[str, Path]:

@@ -99,11 +99,17 @@ class RowFile:
     member: str | None = None  # name of the array in an archive; None where the file is the array
     size: int = 0  # bytes of the file, or of the member
     hash: str | None = None  # of the content, where something records it; None where the file must be read for it
+    source: Path | None = None  # the file in whose column `member` the rows are, where this is a copy of them
+
+    @property
+    def origin(self) -> Path:
+        """The file that the user knows."""
+        return self.source or self.path
 
     @property
     def label(self) -> str:
         """Name of the rows for errors."""
-        return str(self.path) if self.member is None else f"{self.path}[{self.member}]"
+        return str(self.origin) if self.member is None else f"{self.origin}[{self.member}]"
 
     @property
     def unpacked(self) -> int:

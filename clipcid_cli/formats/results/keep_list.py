@@ -93,6 +93,13 @@ class KeepList:
         """Return the number of images in each shard, kept or not; empty when the list has no shards."""
         return {shard: sum(stop - start for start, stop in stretches) for shard, stretches in self._shards.items()}
 
+    def count_kept_by_shard(self) -> dict[str, int]:
+        """Return the number of kept images in each shard; empty when the list has no shards."""
+        return {
+            shard: sum(int(np.count_nonzero(self.kept[start:stop])) for start, stop in stretches)
+            for shard, stretches in self._shards.items()
+        }
+
     @cached_property
     def _shards(self) -> dict[str, list[tuple[int, int]]]:
         """Where each shard's rows are: stretches inside row groups, the first row and the one after the last."""

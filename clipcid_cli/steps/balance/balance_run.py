@@ -156,6 +156,7 @@ class FoundClusters:
     identity: str
     images: int
     skipped: int  # how many are in none, since their rows are not usable
+    of_repaired: bool  # whether they were made of repaired rows, which `balance` does not read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,7 @@ class BalancePlan:
     settings: BalanceSettings
     context: DistContext
     embeddings: Embeddings
-    data: Dataset | None = None  # the data that ``--write-shards`` copies from, all tars; None without it
+    data: Dataset | None = None  # the data that kept samples are copied from; None where they are not
     clusters: FoundClusters | None  # those of ``--max-per-cluster``
     references: Sequence[Reference] = ()  # those of ``--against``; none in a dry run, which makes no embeddings of them
     seconds: dict[str, float]  # time by phase, but for that of writing; those that follow add theirs

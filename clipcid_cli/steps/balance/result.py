@@ -63,6 +63,13 @@ class ClusterCapResult(msgspec.Struct):
     largest: int
 
 
+class WrittenResult(msgspec.Struct):
+    """The kept samples written for training: how many, and how many not, since the data does not have them."""
+
+    written: int
+    not_written: int
+
+
 class BalanceResult(msgspec.Struct, omit_defaults=True, kw_only=True):
     """What was kept."""
 
@@ -83,6 +90,9 @@ class BalanceResult(msgspec.Struct, omit_defaults=True, kw_only=True):
     cluster_cap: ClusterCapResult | None
     skipped: dict[str, int]  # samples by reason
     seconds: dict[str, float]  # ``embed, search, write`` and, of partitioned neighbours, ``audit``
+    # Of ``--write-shards`` and ``--write-data``; the sidecar holds the result without them.
+    shards: WrittenResult | None = None
+    data: WrittenResult | None = None
     files: dict[str, str] = {}  # the path of each file by its name; the sidecar holds the result without them
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,7 +42,8 @@ from clipcid_cli.steps.balance.result import BalanceCost, BalanceResult
 from clipcid_cli.steps.balance.samples import validate_data, validate_data_there
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 from clipcid_cli.steps.balance.write import validate_new, validate_uids, write, write_kept
-from clipcid_cli.steps.balance.write_shards import validate_own, write_shards
+from clipcid_cli.steps.balance.write_data import FLAG, form_of, validate_own
+from clipcid_cli.steps.balance.write_shards import Form, TarForm, write_kept_samples
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
@@ -71,8 +73,10 @@ def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
                 context.barrier()  # until here another process may read what it has mapped
                 result = context.on_rank0(lambda: write(found))
             context.on_rank0(lambda: write_kept(plan))
-            if settings.write_shards is not None:
-                write_shards(plan, settings.write_shards)
+            if plan.data is not None:
+                folder, form = _choose_form(settings, plan.data)
+                written = write_kept_samples(plan, folder, form)
+                result = msgspec.structs.replace(result, **{"data" if settings.write_data else "shards": written})
         skipped = plan.folder / SKIPPED
         files = {
             "keep_list": plan.keep_list,
@@ -86,9 +90,10 @@ def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
             "pairs": settings.write_pairs,
             "uids": settings.write_uids,
             "shards": settings.write_shards,
+            "data": settings.write_data,
         }
-        written = {name: str(path) for name, path in files.items() if path is not None}
-        return msgspec.structs.replace(result, files=written)
+        paths = {name: str(path) for name, path in files.items() if path is not None}
+        return msgspec.structs.replace(result, files=paths)
 
 
 def make_plan(settings: BalanceSettings, context: DistContext) -> BalancePlan | EmbedCost:
@@ -122,7 +127,9 @@ def _validate_named(settings: BalanceSettings) -> FoundClusters | None:
         if path is not None:
             validate_writable(path)
     if settings.write_shards is not None:
-        validate_own(settings.write_shards)
+        TarForm("--write-shards").validate(settings.write_shards)
+    if settings.write_data is not None:
+        validate_own(settings.write_data)
     validate_none_missing(settings)
     return find_cap_clusters(settings)
 
@@ -172,25 +179,49 @@ def _model_of(work: WorkDirectory) -> str | None:
 
 
 def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | None:
-    """Open the data that ``--write-shards`` copies from, and check that embeddings have what other settings need."""
+    """Open the data that the kept samples are copied from, and check that embeddings have what other settings need."""
     data = None
-    if settings.write_shards is not None:
-        data = validate_data(settings, embeddings, "--write-shards")
-        if not all(shard.is_tar for shard in data.shards):
+    if settings.write_shards is not None or settings.write_data is not None:
+        flag = FLAG if settings.write_shards is None else "--write-shards"
+        data = validate_data(settings, embeddings, flag)
+        if settings.write_shards is not None and not all(shard.is_tar for shard in data.shards):
             raise ClipcidError(
                 f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
-                "Omit it: the keep list names what is kept.",
+                f"Give {FLAG} in its place, which writes the form of the data.",
             )
-        for shard in data.shards:
-            target = settings.write_shards / f"{shard.name}.tar"
-            if "://" not in shard.source and target.resolve() == Path(shard.source).resolve():
-                raise ClipcidError(
-                    f"--write-shards {settings.write_shards} would overwrite the data itself.", "Give another folder."
-                )
+        folder, form = _choose_form(settings, data)
+        _validate_apart(folder, form, data)
+        form.validate(folder)
     validate_uids(settings, embeddings)
     if settings.reads_texts:
         embeddings.rows(Kind.TEXTS)  # refuses those without
     return data
+
+
+def _choose_form(settings: BalanceSettings, data: Dataset) -> tuple[Path, Form]:
+    """Return where the kept samples are written, and how."""
+    if settings.write_shards is not None:
+        return settings.write_shards, TarForm("--write-shards")
+    assert settings.write_data is not None, "one of the two is given"
+    return settings.write_data, form_of(data)
+
+
+def _validate_apart(folder: Path, form: Form, data: Dataset) -> None:
+    """Refuse a folder whose files would replace the data or become part of it, and names that lead out of the folder."""
+    place = folder.resolve()
+    for shard in data.shards:
+        target = Path(os.path.normpath(place / f"{shard.name}{form.suffix}"))
+        if not target.is_relative_to(place):
+            raise ClipcidError(
+                f"Shard {shard.source} is named {shard.name}, which leads out of {folder}.", "Rename the shard."
+            )
+        if "://" in shard.source:
+            continue
+        source = Path(shard.source).resolve()
+        if target == source:
+            raise ClipcidError(f"{form.flag} {folder} would overwrite the data itself.", "Give another folder.")
+        if data.kind == "images" and place.is_relative_to(source):
+            raise ClipcidError(f"{form.flag} {folder} would become part of the data.", "Give a folder outside of it.")
 
 
 def _validate_none_lost(plan: BalancePlan) -> None:

@@ -44,13 +44,16 @@ from clipcid_cli.steps.balance.report import write_report
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, read_uid
 from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
+from clipcid_cli.steps.balance.write_data import WRITE_DATA
 from clipcid_cli.steps.balance.write_shards import WRITE_SHARDS
 from clipcid_cli.steps.inputs import list_bad_rows
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.shared import given_flags
 
-# A set that holds this share of all images is a chain or a placeholder more often than many copies of one picture.
+# A set that holds this share of all images, and so many, is a chain or a placeholder more often than many copies of one
+# picture.
 _LARGE_SET = 0.01
+_MANY_IMAGES = 10
 # Rows whose identifiers are looked up together.
 _ROWS_AT_ONCE = 4096
 
@@ -104,7 +107,7 @@ def find_warnings(run: BalanceRun, sets: Sets) -> list[str]:
             cause = f"With stars one more pair may drop several images, as at the cut-off {sets.threshold:.6g}"
         warnings.append(f"{cause}: {kept:,} images are kept, {missed:,} fewer than requested.")
     largest = sets.largest
-    if largest > 1 and largest > _LARGE_SET * images:
+    if largest >= _MANY_IMAGES and largest > _LARGE_SET * images:
         advice = (
             "It may be a chain of different images, or a placeholder: see the report; --linkage star keeps sets compact."
             if settings.linkage == "single"
@@ -238,12 +241,13 @@ def validate_new(settings: BalanceSettings) -> None:
                 f"{path} already exists, and this run would replace it.",
                 "Add --overwrite, or choose another name.",
             )
-    shards = settings.write_shards
-    if shards is not None and sidecar_path(shards, WRITE_SHARDS).exists():
-        raise ClipcidError(
-            f"{shards} already holds shards, and this run would replace them.",
-            "Add --overwrite, or choose another folder.",
-        )
+    for folder in (settings.write_shards, settings.write_data):
+        if folder is not None and any(sidecar_path(folder, step).exists() for step in (WRITE_SHARDS, WRITE_DATA)):
+            what = "shards" if sidecar_path(folder, WRITE_SHARDS).exists() else "data"
+            raise ClipcidError(
+                f"{folder} already holds {what}, and this run would replace them.",
+                "Add --overwrite, or choose another folder.",
+            )
 
 
 def write_kept(plan: BalancePlan) -> None:

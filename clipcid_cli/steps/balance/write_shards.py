@@ -1,11 +1,17 @@
-"""``balance --write-shards``: the kept samples as new shards, copied byte for byte, one source shard at a time."""
+"""``balance --write-shards``: the kept samples as new shards, copied byte for byte, one source shard at a time.
+
+Other forms of data are written in the same way, see `write_data.py`.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +28,10 @@ from clipcid_cli.formats.join import find_repeat, join, parquet_listing
 from clipcid_cli.formats.output import Output, OutputSpec, is_claimed
 from clipcid_cli.formats.results.keep_list import KeepList, is_uid, read_keep_list
 from clipcid_cli.formats.sidecar import Sidecar
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalancePlan
+from clipcid_cli.steps.balance.result import WrittenResult
 from clipcid_cli.steps.balance.samples import read_uid
 from clipcid_cli.steps.claim import claim_output
 
@@ -32,56 +40,84 @@ _SIZES = "sizes.json"
 # img2dataset's name for the statistics of a shard; DataComp's tools read the size of the tar from `successes`.
 _STATS = "_stats.json"
 WRITE_SHARDS = "write-shards"
+_NAMED = 5  # shards, in a message
 
 # Tells the keys to keep of a shard, and how many of its samples to drop.
 Choose = Callable[[Shard], tuple[set[str], int]]
 
 
-def write_shards(plan: BalancePlan, target: Path) -> None:
-    """Write the new shards, divided among the processes; a run that was killed continues with those not written yet.
+class Form(ABC):
+    """How the kept samples of one form of data are written."""
 
-    A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and
-    ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
-    """
+    step: ClassVar[str]
+    written: ClassVar[str]  # what an output holds
+    suffix: ClassVar[str] = ""  # of the file of a shard; empty where shards have none of their own
+
+    def __init__(self, flag: str) -> None:
+        self.flag = flag
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the output beside the keep list."""
+        return {}
+
+    def validate(self, target: Path) -> None:
+        """Refuse a folder that holds what another program wrote."""
+        if is_claimed(target, self.step) or not target.exists():
+            return
+        if any(not path.name.startswith(".") for path in target.iterdir()):
+            raise ClipcidError(
+                f"{target} holds files that {self.flag} did not write.",
+                "Give a new or empty folder: nothing was written.",
+            )
+
+    def share(self, shards: Sequence[Shard], context: DistContext) -> Sequence[Shard]:
+        """Return the shards whose samples this process writes."""
+        return shards[context.rank :: context.size]
+
+    @abstractmethod
+    def write(
+        self, shards: Sequence[Shard], keep: KeepList, choose: Choose, output: Output[Sidecar]
+    ) -> tuple[dict[str, int], list[FileRecord]]:
+        """Write the kept samples of some shards; return how many of each, by its name, and the files that stay."""
+
+    def finish(self, data: Dataset, sizes: dict[str, int], output: Output[Sidecar]) -> list[FileRecord]:
+        """Write, on the first process, what describes all shards; return these files."""
+        return []
+
+
+def write_kept_samples(plan: BalancePlan, target: Path, form: Form) -> WrittenResult:
+    """Write the kept samples, divided among the processes; a run that was killed continues with what is not written yet."""
     data, context = plan.data, plan.context
     assert data is not None  # the plan has opened it
-    context.on_rank0(lambda: validate_own(target))  # again: the search may have taken hours
+    context.on_rank0(lambda: form.validate(target))  # again: the search may have taken hours
     spec = OutputSpec(
         target,
-        WRITE_SHARDS,
+        form.step,
         Sidecar,
-        settings={},
+        settings=form.settings,
         inputs=[record(plan.keep_list)],
         overwrite=plan.settings.overwrite,
-        elsewhere="--write-shards",
+        elsewhere=form.flag,
     )
+    keep = read_keep_list(plan.keep_list)
+    lacking = _Lacking(keep, data, plan.settings.max_bad_fraction)
+    context.on_rank0(lambda: lacking.check(lacking.images))
     with claim_output(context, spec) as output:
         if output.finished is not None:
-            reporting.note(f"{target} already holds these shards.")
-            return
+            reporting.note(f"{target} already holds {form.written}.")
+            counts = output.finished.counts
+            lacking.check(counts["missing"])
+            return WrittenResult(counts["samples"], counts["missing"])
         context.on_rank0(output.start)
-        keep = read_keep_list(plan.keep_list)
-        dropped_as = "dropped" if keep.has_reasons else "repeat"
-        mine = data.shards[context.rank :: context.size]
+        mine = form.share(data.shards, context)
+        parts = context.gather(
+            context.on_all(lambda: form.write(mine, keep, choose_kept(keep, data, mine, target), output))
+        )
 
-        def write() -> tuple[dict[str, int], list[FileRecord]]:
-            sizes = dict[str, int]()
-            files = list[FileRecord]()
-            choose = _choose(keep, data, mine, target)
-            with reporting.progress("shards", len(mine), "shards") as progress:
-                for shard in mine:
-                    sizes[shard.name] = _write_shard(shard, choose, output, dropped_as)
-                    written = [_STATS, *([".tar"] if sizes[shard.name] else [])]
-                    files += [record(output.work / f"{shard.name}{each}", output.work) for each in written]
-                    progress.advance()
-            return sizes, files
-
-        parts = context.gather(context.on_all(write))
-
-        def finish() -> None:
+        def finish() -> WrittenResult:
             sizes = {name: size for part, _ in parts for name, size in part.items()}
-            by_file = {f"{shard.name}.tar": sizes[shard.name] for shard in data.shards if sizes[shard.name]}
-            written = sum(by_file.values())
+            written = sum(sizes.values())
             missing = keep.num_kept - written
             if not written or missing < 0:
                 found = "none" if not written else f"{written:,} samples, more than one for some,"
@@ -89,13 +125,90 @@ def write_shards(plan: BalancePlan, target: Path) -> None:
                     f"Of the {keep.num_kept:,} images kept, {found} are in the {len(data.shards):,} shards to copy from.",
                     "Give the data that the embeddings were made from as the first argument: clipcid balance DATA …",
                 )
+            lacking.check(missing)
             if missing:
-                reporting.warn(f"{missing:,} of the {keep.num_kept:,} images kept are not in the shards.")
-            write_json(output.work / _SIZES, by_file)
-            files = [*(file for _, part in parts for file in part), record(output.work / _SIZES, output.work)]
-            output.commit(counts={"samples": written, "missing": missing, "shards": by_file}, seconds={}, outputs=files)
+                reporting.warn(f"{lacking.describe(missing)}, and were not written.")
+            files = [*(file for _, part in parts for file in part), *form.finish(data, sizes, output)]
+            counts: dict[str, Any] = {"samples": written, "missing": missing}
+            if form.suffix:
+                counts["shards"] = {
+                    f"{shard.name}{form.suffix}": sizes[shard.name] for shard in data.shards if sizes[shard.name]
+                }
+            output.commit(counts=counts, seconds={}, outputs=files)
+            return WrittenResult(written, missing)
 
-        context.on_rank0(finish)
+        return context.on_rank0(finish)
+
+
+class _Lacking:
+    """The kept images of shards that the data lacks, by their names; none where the keep list names no shard of it."""
+
+    def __init__(self, keep: KeepList, data: Dataset, max_fraction: float) -> None:
+        kept = keep.count_kept_by_shard()
+        there = {shard.name for shard in data.shards}
+        self._by_shard = {} if there.isdisjoint(kept) else {name: kept[name] for name in kept if name not in there}
+        self._kept = keep.num_kept
+        self._max_fraction = max_fraction
+
+    @property
+    def images(self) -> int:
+        return sum(self._by_shard.values())
+
+    def describe(self, missing: int) -> str:
+        names = [name for name, count in self._by_shard.items() if count]
+        more = ", …" if len(names) > _NAMED else ""
+        shards = f" (shards that it lacks: {', '.join(names[:_NAMED])}{more})" if names else ""
+        return f"{missing:,} of the {self._kept:,} images kept are not in the data{shards}"
+
+    def check(self, missing: int) -> None:
+        """Raise an error where too many of the kept images are missing."""
+        share = missing / max(1, self._kept)
+        if share > self._max_fraction:
+            raise ClipcidError(
+                f"{self.describe(missing)}: {share:.1%}, more than the allowed {self._max_fraction:.1%}.",
+                "Put them back, or give the data that has them as the first argument: clipcid balance DATA …\n"
+                f"Or write the others alone: --max-bad-fraction {math.ceil(1000 * share) / 1000:g}",
+            )
+
+
+class TarForm(Form):
+    """Tar shards, whose members are copied byte for byte.
+
+    A shard of which nothing is kept is not written. ``sizes.json`` holds the number of samples of each, and
+    ``<shard>_stats.json``, in img2dataset's fields, what became of the samples of the source shard.
+    """
+
+    step = WRITE_SHARDS
+    written = "these shards"
+    suffix = ".tar"
+
+    def validate(self, target: Path) -> None:
+        if is_claimed(target, WRITE_SHARDS):
+            return
+        if any(next(target.rglob(name), None) is not None for name in ("*.tar", f"*{_STATS}")):
+            raise ClipcidError(
+                f"{target} holds shards that {self.flag} did not write.",
+                "Give a new or empty folder: nothing was written.",
+            )
+
+    def write(
+        self, shards: Sequence[Shard], keep: KeepList, choose: Choose, output: Output[Sidecar]
+    ) -> tuple[dict[str, int], list[FileRecord]]:
+        dropped_as = "dropped" if keep.has_reasons else "repeat"
+        sizes = dict[str, int]()
+        files = list[FileRecord]()
+        with reporting.progress("shards", len(shards), "shards") as progress:
+            for shard in shards:
+                sizes[shard.name] = _write_shard(shard, choose, output, dropped_as)
+                written = [_STATS, *([".tar"] if sizes[shard.name] else [])]
+                files += [record(output.work / f"{shard.name}{each}", output.work) for each in written]
+                progress.advance()
+        return sizes, files
+
+    def finish(self, data: Dataset, sizes: dict[str, int], output: Output[Sidecar]) -> list[FileRecord]:
+        by_file = {f"{shard.name}.tar": sizes[shard.name] for shard in data.shards if sizes[shard.name]}
+        write_json(output.work / _SIZES, by_file)
+        return [record(output.work / _SIZES, output.work)]
 
 
 def _write_shard(shard: Shard, choose: Choose, output: Output[Sidecar], dropped_as: str) -> int:
@@ -141,18 +254,7 @@ def _write_shard(shard: Shard, choose: Choose, output: Output[Sidecar], dropped_
     return copied.samples
 
 
-def validate_own(target: Path) -> None:
-    """Refuse a folder whose shards another program wrote."""
-    if is_claimed(target, WRITE_SHARDS):
-        return
-    if any(next(target.rglob(name), None) is not None for name in ("*.tar", f"*{_STATS}")):
-        raise ClipcidError(
-            f"{target} holds shards that --write-shards did not write.",
-            "Give a new or empty folder: nothing was written.",
-        )
-
-
-def _choose(keep: KeepList, data: Dataset, shards: Sequence[Shard], folder: Path) -> Choose:
+def choose_kept(keep: KeepList, data: Dataset, shards: Sequence[Shard], folder: Path) -> Choose:
     """Return what tells the keys to keep of some shards, and how many of their samples to drop.
 
     `embed` records the shard of each row. Other tools do not; the keep list then holds the names of their files, which match

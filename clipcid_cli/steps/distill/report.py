@@ -50,7 +50,7 @@ def write_report(trainer: Trainer) -> str:
         recalls = {f"{side} recall at 1, held out": f"{side}_retrieval_recall@1" for side in _SIDES}
         measured = {
             "headline": [(title, trainer.metrics[name]) for title, name in recalls.items() if name in trainer.metrics],
-            "recall_figure": _draw_recalls(results) if len(results) > 1 else None,
+            "recall_figure": draw_recalls(results) if len(results) > 1 else None,
             "compared": _compare(held_out, rows, plan.inputs),
             "compared_on": len(held_out.samples),
             "examples": _find_examples(held_out.samples, *rows["student"]),
@@ -133,14 +133,15 @@ def _draw(
     return svg(figure, f"{title} over the steps of the run")
 
 
-def _draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
+def draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
+    """Draw the recalls on the held-out part, from the evaluations of a run."""
     labels = {
         entry: f"{side} R@{k}{', EMA' * bool(prefix)}"
         for prefix, k in (("", 1), ("", 5), (EMA, 1))
         for side in _SIDES
         if (entry := f"{prefix}{side}_retrieval_recall@{k}") in results[0]
     }
-    return _draw("Recall on the held-out part", results, labels, ylabel="recall", ylim=(0, 1))
+    return _draw("Recall on the held-out part", results, labels, ylabel="recall", ylim=(0, None))
 
 
 def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:

@@ -126,6 +126,12 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
         metavar="DIR",
         operational=True,
     )
+    write_data: Path | None = _output(
+        None,
+        "Folder for the kept samples in the form of the data: tar shards, parquet files, a list, or a folder of images.",
+        metavar="DIR",
+        operational=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,6 +171,12 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings):
             raise UsageError(
                 f"--write-pairs {self.write_pairs} is neither a .parquet nor a .csv file.",
                 f"Use a file name that ends in {' or '.join(PAIR_SUFFIXES)}.",
+            )
+
+        if self.write_shards is not None and self.write_data is not None:
+            raise UsageError(
+                "--write-shards and --write-data both write the kept samples.",
+                "Give one of them: --write-data writes tars where the data is tars.",
             )
 
     @property

@@ -156,8 +156,8 @@ _input = group("Inputs")
 _augment = group("Augmentation")
 
 EMBEDDINGS_HELP = (
-    "Folder of embeddings in clip-retrieval's layout, or of .npz files such as DataComp's; by default those in the work "
-    "directory."
+    "Folder of embeddings in clip-retrieval's layout, of .npz files such as DataComp's, or of parquet files with a column "
+    "of them, or one such file; by default those in the work directory."
 )
 
 
@@ -348,6 +348,17 @@ class EmbeddingsSettings(KeyedSettings):
         metavar="NAME",
         operational=True,  # outputs record the content of the array, not its name
     )
+    embedding_column: str | None = _input(
+        None,
+        "Column of image embeddings in parquet files, lists of numbers; by default the only one that is not of texts.",
+        metavar="NAME",
+        operational=True,
+    )
+
+    @property
+    def array_name(self) -> str | None:
+        """Name of the array, or of the column, of the image embeddings; None for the one that is found."""
+        return self.embedding_column or self.npz_array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

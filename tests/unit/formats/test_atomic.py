@@ -19,7 +19,14 @@ from conftest import limited, process_context
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped, spool_arrays
 from clipcid_cli.formats.embeddings.rows import create_copy
-from clipcid_cli.formats.files import atomic_file, validate_writable, write_json, write_npy, write_text
+from clipcid_cli.formats.files import (
+    atomic_file,
+    link_or_copy,
+    validate_writable,
+    write_json,
+    write_npy,
+    write_text,
+)
 from clipcid_cli.formats.results.run_folder import append_lines
 
 INT64 = np.dtype(np.int64)
@@ -40,9 +47,30 @@ def test_the_old_file_survives_a_failed_write(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file.json"]
 
 
-def test_a_file_may_go_to_folders_that_are_still_to_be_made(tmp_path: Path) -> None:
-    validate_writable(tmp_path / "a" / "b" / "c.txt")
+def test_the_folder_of_a_file_that_the_user_names_must_exist(tmp_path: Path) -> None:
+    validate_writable(tmp_path / "c.txt")
+    with pytest.raises(ClipcidError, match=r"/a/b/c\.txt: there is no folder .*/a/b\.") as caught:
+        validate_writable(tmp_path / "a" / "b" / "c.txt")
+    assert caught.value.fix == "Make that folder, or choose another place."
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_gets_a_second_name_or_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("content")
+    (tmp_path / "link").symlink_to("a")
+    link_or_copy(tmp_path / "link", tmp_path / "b" / "c")
+    assert (tmp_path / "b" / "c").samefile(tmp_path / "a")
+    assert not (tmp_path / "b" / "c").is_symlink()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", refuse)
+    link_or_copy(tmp_path / "a", tmp_path / "b" / "c")
+    assert (tmp_path / "b" / "c").read_text() == "content"
+    assert not (tmp_path / "b" / "c").samefile(tmp_path / "a")
+    with pytest.raises(ClipcidError, match="missing cannot be read: No such file"):
+        link_or_copy(tmp_path / "missing", tmp_path / "d")
 
 
 def test_a_full_disk_is_one_clear_error_and_one_about_another_file_is_left_alone(tmp_path: Path) -> None:

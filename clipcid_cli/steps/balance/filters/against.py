@@ -65,7 +65,7 @@ def validate_models(settings: BalanceSettings, model: str) -> None:
     if named.path is None:
         return
     for folder in filter(holds_embeddings, map(Path, settings.against)):
-        reference = open_embeddings(folder, settings.keys, settings.npz_array).model
+        reference = open_embeddings(folder, settings.keys, settings.array_name).model
         if reference is None or parse_model(reference.spec).path is None:
             continue
         difference = find_mismatch(reference, named)

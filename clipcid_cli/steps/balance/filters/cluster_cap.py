@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray
+from clipcid_cli.algorithms.near.exact import BoolArray, DoubleArray, FloatArray, IntArray
 from clipcid_cli.algorithms.sets.representatives import best_of_groups
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.arrays import Arrays
@@ -27,6 +27,9 @@ from clipcid_cli.steps.balance.balance_run import BalancePlan, BalanceRun, Found
 from clipcid_cli.steps.balance.result import ClusterCapResult
 from clipcid_cli.steps.balance.scores import SCORES
 from clipcid_cli.steps.settings.balance import BalanceSettings
+
+# Rows that are read together.
+_ROWS_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,14 @@ def find_cap_clusters(settings: BalanceSettings) -> FoundClusters | None:
     validate_unchanged(folder, [each for each in sidecar.outputs if each.path == CLUSTERS], path, fix)
     images = sidecar.result["images"]
     reporting.note(f"Clusters: {folder}, of {images:,} images.")
-    return FoundClusters(folder, record(folder / CLUSTERS).hash, images, sum(sidecar.counts["skipped"].values()))
+    of_repaired = sidecar.repair is not None
+    if of_repaired:
+        reporting.note(
+            "They were made of repaired rows; which images stay is decided by the stored rows. To cluster these: "
+            f"{_cluster_all(settings, overwrite=True)}"
+        )
+    skipped = sum(sidecar.counts["skipped"].values())
+    return FoundClusters(folder, record(folder / CLUSTERS).hash, images, skipped, of_repaired)
 
 
 def warn_of_few(plan: BalancePlan, clusters: FoundClusters, num_rows: int) -> None:
@@ -91,9 +101,11 @@ def _flags_for_all(settings: BalanceSettings) -> dict[str, Any]:
     return {
         "embeddings": settings.embeddings,
         "npz_array": settings.npz_array,
+        "embedding_column": settings.embedding_column,
         "keys": keys,
         "key_column": key_column,
         "keep_list": "none",
+        "repair": "none",  # images are compared by the rows as they are stored
     }
 
 
@@ -118,7 +130,13 @@ def cap_clusters(run: BalanceRun, clusters: FoundClusters, is_kept: BoolArray) -
             )
         before = np.bincount(labels, minlength=int(cluster.max(initial=-1)) + 1)
         crowded = kept[before[labels] > most]
-        scores = similarity[crowded] if settings.select == "central" else SCORES[settings.select](run, crowded)
+        scores: FloatArray | DoubleArray
+        if settings.select != "central":
+            scores = SCORES[settings.select](run, crowded)
+        elif clusters.of_repaired:
+            scores = _similarity_to_means(run, cluster, crowded)
+        else:
+            scores = similarity[crowded]
         stays = best_of_groups(scores.astype(np.float64), cluster[crowded], most)
         is_dropped = np.zeros(len(is_kept), np.bool_)
         is_dropped[crowded[~stays]] = True
@@ -138,3 +156,18 @@ def _look_up(run: BalanceRun, table: Path) -> tuple[npt.NDArray[np.int32], Float
     labels, similarities = read_labels(table)
     is_there = place >= 0
     return np.where(is_there, labels[place], np.int32(-1)), np.where(is_there, similarities[place], np.float32(0.0))
+
+
+def _similarity_to_means(run: BalanceRun, cluster: npt.NDArray[np.int32], rows: IntArray) -> DoubleArray:
+    """Return the cosine similarity of some rows to the mean of the stored rows of their clusters, float64 [n]."""
+    sums = np.zeros((int(cluster.max(initial=-1)) + 1, run.embeddings.width))
+    for start in range(0, len(cluster), _ROWS_AT_ONCE):
+        block = np.arange(start, min(start + _ROWS_AT_ONCE, len(cluster)))
+        block = block[cluster[block] >= 0]
+        np.add.at(sums, cluster[block], run.rows.read(block).astype(np.float64))
+    means = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    found = np.empty(len(rows))
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        some = rows[start : start + _ROWS_AT_ONCE]
+        found[start : start + len(some)] = (run.rows.read(some).astype(np.float64) * means[cluster[some]]).sum(axis=1)
+    return found

@@ -365,7 +365,7 @@ def write_datacomp(folder: Path, save: Any = np.savez) -> dict[str, np.ndarray]:
 
 def test_arrays_are_mapped_where_they_lie_and_keyed_by_uid(tmp_path: Path) -> None:
     whole = write_datacomp(tmp_path / "small")
-    found = open_embeddings(tmp_path / "small", npz_array="l14_img")
+    found = open_embeddings(tmp_path / "small", array="l14_img")
     assert (found.num_rows, found.width, found.has_texts, found.sidecar) == (12, 12, True, None)
     assert np.array_equal(found.rows(Kind.IMAGES).read(0, 12), unit_rows(whole["l14_img"]))
     assert np.array_equal(found.rows(Kind.TEXTS).take(np.array([11, 3])), unit_rows(whole["l14_txt"])[[11, 3]])
@@ -384,7 +384,7 @@ def test_arrays_are_mapped_where_they_lie_and_keyed_by_uid(tmp_path: Path) -> No
     (tmp_path / "small").rename(tmp_path / "xlarge")
     (tmp_path / "above").mkdir()
     (tmp_path / "xlarge").rename(tmp_path / "above" / "part-0")
-    assert open_embeddings(tmp_path / "above", npz_array="b32_img").width == 8
+    assert open_embeddings(tmp_path / "above", array="b32_img").width == 8
 
 
 def test_the_only_array_of_images_is_taken_and_an_empty_or_columnwise_one_read(tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_unit_rows_that_begin_at_an_odd_byte_are_read_as_any_others(tmp_path: Pa
     rows = unit_rows(RANDOM.normal(size=(9_000, 8)))
     np.savez(tmp_path / "a.npz", b32_img=rows, by_column_img=np.asfortranarray(rows))
     for name in ("b32_img", "by_column_img"):
-        part = open_embeddings(tmp_path, npz_array=name).rows(Kind.IMAGES).read(2, 7)
+        part = open_embeddings(tmp_path, array=name).rows(Kind.IMAGES).read(2, 7)
         assert np.array_equal(part, rows[2:7])
         assert part.flags.aligned
         assert part.flags.c_contiguous
@@ -411,7 +411,7 @@ def test_unit_rows_that_begin_at_an_odd_byte_are_read_as_any_others(tmp_path: Pa
 
 def test_compressed_arrays_are_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = write_datacomp(tmp_path / "c", np.savez_compressed)
-    found = open_embeddings(tmp_path / "c", npz_array="b32_img")
+    found = open_embeddings(tmp_path / "c", array="b32_img")
     assert np.array_equal(found.rows(Kind.IMAGES).read(2, 9), unit_rows(whole["b32_img"])[2:9])
     monkeypatch.setattr(embeddings_file, "MAX_UNPACKED", 500)
     with pytest.raises(ClipcidError, match="are compressed, so that they cannot be mapped") as refused:
@@ -430,7 +430,7 @@ def test_archives_of_several_models_need_the_name_of_an_array(tmp_path: Path) ->
         open_embeddings(tmp_path / "d")
     arrays = "b32_img, b32_txt, l14_img, l14_txt, dedup"
     with pytest.raises(ClipcidError, match=f"contains no array h14_img; its arrays: {arrays}"):
-        open_embeddings(tmp_path / "d", npz_array="h14_img")
+        open_embeddings(tmp_path / "d", array="h14_img")
 
 
 SIX = np.ones((6, 12))
@@ -451,4 +451,4 @@ def test_archives_that_cannot_be_read_are_one_error(damage: Any, message: str, t
     write_datacomp(tmp_path / "d")
     damage(next((tmp_path / "d").glob("2*.npz")))
     with pytest.raises(ClipcidError, match=message):
-        open_embeddings(tmp_path / "d", npz_array="l14_img")
+        open_embeddings(tmp_path / "d", array="l14_img")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +19,8 @@ from sidecars import leave_work
 
 from clipcid_cli.algorithms.sets.representatives import random_scores
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.fingerprint import FileRecord, record
+from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, write_sidecar
 from clipcid_cli.steps.cluster import run as run_cluster
 from clipcid_cli.steps.embed.run import run as run_embed
 from clipcid_cli.steps.settings.cluster import ClusterSettings
@@ -134,6 +138,34 @@ def test_the_best_of_each_cluster_stay(place: Path, tmp_path: Path, select: str)
     lost = whole["representative"].isin(names) | whole["representative"].isna()
     assert keep["representative"].isna().tolist() == keep["distance"].isna().tolist() == lost.tolist()
     assert keep["representative"][~lost].tolist() == whole["representative"][~lost].tolist()
+
+
+def test_of_clusters_of_repaired_rows_the_images_near_the_mean_of_the_stored_rows_stay(
+    place: Path, tmp_path: Path
+) -> None:
+    """The similarities in their table are of rows that `balance` does not read."""
+    folder = tmp_path / "clusters"
+    shutil.copytree(place / "work" / "clusters", folder)
+    sidecar = read_sidecar(folder / "cluster.json", ClusterSidecar)
+    assert sidecar is not None
+    assert sidecar.space == "stored"
+    table = pd.read_parquet(folder / "clusters.parquet")
+    labels = table["cluster"].to_numpy()
+    table.assign(similarity=-table["similarity"]).to_parquet(folder / "clusters.parquet")
+    outputs = [record(folder / each.path, folder) for each in sidecar.outputs]
+    repair = FileRecord("repair.npz", 1, "blake2b:1")
+    repaired = msgspec.structs.replace(sidecar, outputs=outputs, repair=repair, space="repaired")
+    write_sidecar(folder / "cluster.json", repaired)
+    result, told = balance(tmp_path / "w", place / "e", keep=1.0, max_per_cluster=6, clusters=folder)
+    assert "They were made of repaired rows; which images stay is decided by the stored rows" in told
+    assert "--repair none" in told
+    rows = make_rows(NUM_ROWS).astype(np.float64)
+    means = np.stack([rows[labels == label].mean(0) for label in range(20)])
+    score = (rows * unit(means)[labels]).sum(1)
+    ranked = pd.DataFrame({"cluster": labels, "score": -score, "row": np.arange(NUM_ROWS)})
+    best = ranked.sort_values(["score", "row"]).groupby("cluster").head(6)["row"]
+    assert np.flatnonzero(read_keep(tmp_path / "w")["kept"]).tolist() == sorted(best)
+    assert result["kept"] == len(best) < NUM_ROWS
 
 
 def test_clusters_of_other_images_are_refused(place: Path, tmp_path: Path) -> None:
@@ -288,5 +320,5 @@ def test_keys_that_repeat_are_refused_until_told_apart(refusing: Path, tmp_path:
 def test_the_command_that_makes_clusters_names_the_embeddings(refusing: Path, tmp_path: Path) -> None:
     with pytest.raises(ClipcidError) as refused:
         balance(tmp_path / "w", refusing / "repeated", keep=1.0, max_per_cluster=2, keys="shard")
-    flags = f"--embeddings {refusing / 'repeated'} --keys shard --keep-list none --work {tmp_path / 'w'}"
+    flags = f"--embeddings {refusing / 'repeated'} --keys shard --keep-list none --repair none --work {tmp_path / 'w'}"
     assert refused.value.fix == f"Give --clusters, or run: clipcid cluster {flags}"

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import balance_data
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -118,12 +119,41 @@ def test_other_data_is_refused_and_missing_samples_are_said(rows: np.ndarray, da
     # A pool as it was downloaded lacks some of what the metadata name.
     names = [f"gone/{row}" if row < 10 else f"{row:06d}" for row in range(NUM_ROWS)]
     folder = write_embeddings(tmp_path / "part", rows, keys=names)
-    result = balance(tmp_path / "v", folder, data=str(data), write_shards=tmp_path / "out")
+    with pytest.raises(ClipcidError, match=r"8 of the 30 images kept are not in the data: 26\.7%") as refused:
+        balance(tmp_path / "v", folder, data=str(data), write_shards=tmp_path / "out")
+    assert refused.value.fix.endswith("--max-bad-fraction 0.267")
+    result = balance(tmp_path / "v", folder, data=str(data), write_shards=tmp_path / "out", max_bad_fraction=0.267)
+    assert result["shards"] == {"written": 22, "not_written": 8}
     keep = pd.read_parquet(result["files"]["keep_list"])
     counts = read_json(tmp_path / "out" / "write-shards.json")["counts"]
     assert counts["missing"] == keep["kept"][:10].sum() > 0
     assert counts["samples"] == keep["kept"][10:].sum()
     assert read_json(tmp_path / "out" / "00000000_stats.json")["status_dict"]["not_in_keep_list"] == 10
+
+
+def test_shards_that_are_gone_are_named_before_any_is_copied(rows: np.ndarray, data: Path, tmp_path: Path) -> None:
+    shards = [f"{int(row >= NUM_ROWS // 2):08d}" for row in range(NUM_ROWS)]
+    folder = write_embeddings(tmp_path / "e", rows, shards=shards)
+    settings = {"data": str(data / "00000001.tar"), "write_shards": tmp_path / "out"}
+    with pytest.raises(
+        ClipcidError, match=r"17 of the 30 .* not in the data \(shards that it lacks: 00000000\)"
+    ) as refused:
+        balance(tmp_path / "w", folder, **settings)
+    assert not (tmp_path / "out").exists()
+    assert refused.value.fix.endswith("--max-bad-fraction 0.567")
+    for _ in range(2):  # written, and there already
+        result, told = balance_data.balance(tmp_path / "w", folder, keep=0.5, max_bad_fraction=0.6, **settings)
+        assert result["shards"] == {"written": 13, "not_written": 17}
+    assert "already holds these shards" in told
+
+
+@pytest.mark.parametrize(("copies", "is_said"), [(9, False), (10, True)])
+def test_a_few_copies_are_no_chain(tmp_path: Path, copies: int, is_said: bool) -> None:
+    distinct = np.unique(make_rows(NUM_ROWS), axis=0)
+    folder = write_embeddings(tmp_path / "e", np.concatenate([np.repeat(distinct[:1], copies, axis=0), distinct[1:20]]))
+    result, told = balance_data.balance(tmp_path / "w", folder, threshold=0.0)
+    assert result["largest_component"] == copies
+    assert (f"One set holds {copies} of" in told) == is_said
 
 
 def test_a_shard_that_keeps_nothing_has_statistics_and_no_tar(data: Path, tmp_path: Path) -> None:
