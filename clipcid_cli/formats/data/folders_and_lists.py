@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
@@ -59,6 +60,7 @@ _BYTES_OF_GROUP = 2**26
 _MAX_NUMBER = 2**53  # of a class: beyond, a float does not tell integers apart
 # What pandas makes of a cell of a parquet list.
 _SEVERAL = (list, tuple, np.ndarray)
+_LONG_TEXT = 2**14  # bytes
 
 _SCHEMA = pa.schema(
     [
@@ -331,12 +333,25 @@ def _read_tables(path: Path) -> Iterator[pd.DataFrame]:
     with open_regular(path) as file, pq.ParquetFile(path) as table:
         validate_expansion(table.metadata, file)
         texts = [column.name for column in table.schema_arrow if is_text(column.type)]
-    # Texts that are stored once and occur in many rows are held once.
-    with pq.ParquetFile(path, read_dictionary=texts) as table:
+    # Long texts that are stored once and occur in many rows are held once; short ones are read faster as they occur.
+    with pq.ParquetFile(path, read_dictionary=_find_long_texts(path, texts)) as table:
         nothing = table.schema_arrow.empty_table()
         for batch in table.iter_batches(VIRTUAL_SHARD) if table.metadata.num_rows else [nothing]:
             # As columns: pandas would make one the index, if one was, and floats of integers where one is missing.
             yield batch.to_pandas(ignore_metadata=True, integer_object_nulls=True)
+
+
+def _find_long_texts(path: Path, columns: list[str]) -> list[str]:
+    """Return which of some columns of texts have one that is longer than `_LONG_TEXT`."""
+    found = set[str]()
+    with pq.ParquetFile(path, read_dictionary=columns) as table:
+        for group in range(table.num_row_groups if columns else 0):
+            values = table.read_row_group(group, columns=columns)
+            for name in columns:
+                lengths = (pc.max(pc.binary_length(part.dictionary)).as_py() for part in values[name].chunks)
+                if any(length is not None and length > _LONG_TEXT for length in lengths):
+                    found.add(name)
+    return sorted(found)
 
 
 def _find_form(name: str, path: Path, form: ListFormat) -> tuple[str, str]:
@@ -395,8 +410,10 @@ def _texts(source: str, frame: pd.DataFrame, column: str) -> list[str]:
 
 
 def _refuse_structs(source: str, frame: pd.DataFrame, column: str) -> None:
-    cells = (each for cell in frame[column] for each in (cell if isinstance(cell, _SEVERAL) else (cell,)))
-    if any(isinstance(each, dict | tuple) for each in cells):
+    kinds = set(map(type, frame[column]))
+    if not kinds.isdisjoint(_SEVERAL):
+        kinds |= {type(each) for cell in frame[column] if isinstance(cell, _SEVERAL) for each in cell}
+    if not kinds.isdisjoint((dict, tuple)):
         raise ClipcidError(
             f"Column {column!r} of list {source} contains structs or maps, not texts or numbers.",
             "Write the field that is wanted as a column of its own, or name another: --image-column, --caption-column, "

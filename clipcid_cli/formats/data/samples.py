@@ -43,6 +43,7 @@ LONGEST_CAPTION = 8_192
 """Characters of a caption; a tokenizer reads no more of one."""
 
 _MOST_CAPTIONS = 1_000  # of an image, by each key
+_MOST_OF_CELL = 4 * LONGEST_CAPTION + 1  # characters, or bytes, so that what is too long for a caption stays so
 
 TXT = "txt"
 """Key of the captions of a tar where no other is given."""
@@ -278,7 +279,7 @@ def _limit(captions: Sequence[str], skips: Skips) -> tuple[str, ...]:
 def cut_cell(cell: Any) -> Any:
     """Return a cell of a parquet file without most of what `clean_captions` would cut off; the rest tells it to count."""
     if isinstance(cell, str | bytes):
-        return cell[: 4 * LONGEST_CAPTION + 1]
+        return cell[:_MOST_OF_CELL]
     return [cut_cell(each) for each in cell[: _MOST_CAPTIONS + 1]] if isinstance(cell, list) else cell
 
 
@@ -301,7 +302,7 @@ def _clean(text: str | bytes, skips: Skips) -> str:
 
 def read_cell(cell: Any) -> str:
     """Return the text of a cell, without what is too long for any; empty where it has none."""
-    return "" if cell is None else str(cut_cell(cell)).strip()
+    return "" if cell is None else str(cell)[:_MOST_OF_CELL].strip()
 
 
 def gather_captions(keys: Sequence[str], found: Sequence[Sequence[str]], skips: Skips) -> tuple[str, ...]:

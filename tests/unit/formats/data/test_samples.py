@@ -279,3 +279,14 @@ def test_what_a_lone_truncated_shard_lacks_is_not_known(tmp_path: Path) -> None:
     with pytest.raises(ClipcidError, match="an unknown part of the data is missing"):
         open_dataset(path, max_bad_fraction=0.9)
     assert open_dataset(path, max_bad_fraction=1.0).shards[0].samples()
+
+
+def test_a_long_caption_that_a_list_repeats_is_held_once(tmp_path: Path) -> None:
+    text = pa.array(["x" * 2**24])
+    path = write_repeated(tmp_path / "list.parquet", "title", text, 100, filepath=[f"{row}.png" for row in range(100)])
+    peak = pa.default_memory_pool().max_memory()
+    skips = Skips()
+    samples = open_dataset(path).shards[0].samples(skips)
+    assert {sample.captions for sample in samples} == {("x" * LONGEST_CAPTION,)}
+    assert skips.changed == {"cut": 100}
+    assert pa.default_memory_pool().max_memory() < max(peak + 1, 2**28)
