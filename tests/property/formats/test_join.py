@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,6 +120,21 @@ def test_an_error_of_reading_is_raised_as_it_is(tmp_path: Path) -> None:
         join(keys, 1, Listing(tmp_path / "list", read), tmp_path)
     assert error.value.fix == "Make it again."
     assert not list(tmp_path.iterdir())
+
+
+def test_nobody_else_enters_the_folder_of_what_memory_does_not_hold(tmp_path: Path) -> None:
+    modes = list[int]()
+
+    def keys() -> Iterator[pa.ChunkedArray]:
+        modes.extend(stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir() if path.is_dir())
+        yield pa.chunked_array([["a", "a"]])
+
+    before = os.umask(0)
+    try:
+        assert find_repeat(keys, tmp_path) == Repeat("a", 0, 1)
+    finally:
+        os.umask(before)
+    assert set(modes) == {0o700}
 
 
 @pytest.mark.parametrize("memory", ["1GB", "16MB"])

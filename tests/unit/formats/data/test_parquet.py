@@ -93,6 +93,7 @@ def test_copies_give_the_same_bytes_in_any_order_from_a_disk_and_a_server(
                 assert sample.image.read() == make_image(number), spec
                 assert sample.captions == (make_caption(number),)
         assert server.dropped
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
     copies = list((tmp_path / "cache").glob("*.images"))
     images = sum(len(make_image(number)) for number in range(24))
     assert len(copies) == 6
