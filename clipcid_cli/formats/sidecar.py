@@ -298,6 +298,8 @@ class ZeroshotSidecar(EvaluationSidecar, kw_only=True):
     images_per_second: float
     customary: str
     intervals: dict[str, tuple[float, float]]
+    chance: dict[str, float] = {}
+    majority: float | None = None
     calibration: Calibrations | None
     per_class: list[ClassScore]
     examples: list[Example]

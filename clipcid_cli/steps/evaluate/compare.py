@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compare_accuracies, precision_metrics
-from clipcid_cli.algorithms.metrics.intervals import Array, PairedMetric, compare
+from clipcid_cli.algorithms.metrics.intervals import MIN_SEEDS, Array, PairedMetric, compare
 from clipcid_cli.algorithms.metrics.retrieval import Ranks, compare_recalls
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import natural_key
@@ -189,6 +189,9 @@ def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
         numbers += f", McNemar p = {metric.p_value:.2g}"
     if metric.is_significant:
         verdict = f"{name}: {names[better]} is better than {names[worse]}, and the difference is real ({numbers})."
+    elif not metric.has_enough_seeds:
+        seeds = f"{len(metric.first)} seeds of each are too few, give at least {MIN_SEEDS}"
+        verdict = f"{name}: no verdict, {seeds} ({numbers})."
     elif difference == 0 and not metric.excludes_zero:
         verdict = f"{name}: no difference ({numbers})."
     else:
@@ -200,6 +203,7 @@ def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
         interval=metric.interval,
         p_value=metric.p_value,
         real=metric.is_significant,
+        enough_seeds=metric.has_enough_seeds,
         verdict=verdict,
     )
 

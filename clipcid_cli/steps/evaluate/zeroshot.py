@@ -206,6 +206,8 @@ def _write(
         prompts=task.prompt_lines,
         customary=task.customary,
         intervals=intervals,
+        chance=found.chance,
+        majority=found.majority,
         calibration=calibration,
         per_class=found.per_class,
         examples=found.examples,
@@ -222,6 +224,8 @@ def _make_result(sidecar: ZeroshotSidecar, task: ZeroshotTask, path: Path, *, re
         prompts=task.prompt_lines,
         customary=sidecar.customary,
         intervals=sidecar.intervals,
+        chance=sidecar.chance,
+        majority=sidecar.majority,
         calibration=sidecar.calibration,
         images=sidecar.counts["images"],
         skipped=sidecar.counts["skipped"],
@@ -251,9 +255,10 @@ def _row(result: ZeroshotResult) -> dict[str, Any]:
     columns = ("model", "pretrained", "dataset", "task", "images", "images_per_second", "customary")
     row = {name: getattr(result, name) for name in columns}
     row |= {f"{kind}_hash": lines.hash for kind, lines in (result.prompts or {}).items()}
+    row["majority"] = result.majority
     for name, value in result.metrics.items():
         low, high = result.intervals.get(name, (None, None))
-        row |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        row |= {name: value, f"{name}_low": low, f"{name}_high": high, f"{name}_chance": result.chance.get(name)}
     return row
 
 
@@ -262,7 +267,21 @@ def _tables(results: list[ZeroshotResult]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, ...], list[ZeroshotResult]] = {}
     for result in results:
         groups.setdefault(tuple(result.metrics), []).append(result)
-    return [{"columns": [(name, _title(name)) for name in names], "rows": group} for names, group in groups.items()]
+    return [
+        {"columns": [(name, _title(name)) for name in names], "rows": group, "chance": _describe_chance(group)}
+        for names, group in groups.items()
+    ]
+
+
+def _describe_chance(results: list[ZeroshotResult]) -> list[str]:
+    """Write what a guess scores on each data set, and what predicting its largest class does."""
+    lines = []
+    for result in results:
+        guessed = ", ".join(f"{_title(name)} {100 * value:.1f}" for name, value in result.chance.items())
+        majority = "" if result.majority is None else f"; always the largest class: acc1 {100 * result.majority:.1f}"
+        if guessed:
+            lines.append(f"Chance on {result.dataset}: {guessed}{majority}.")
+    return list(dict.fromkeys(lines))
 
 
 def _detail(result: ZeroshotResult) -> dict[str, Any]:
