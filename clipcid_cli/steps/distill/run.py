@@ -47,6 +47,7 @@ class Distilled(msgspec.Struct, omit_defaults=True):
     evaluations: list[ZeroshotResult]  # what `eval-zeroshot` returns for ``--eval-data``
     seconds: dict[str, float]  # time by phase
     files: dict[str, str]
+    chance: dict[str, float] = {}  # what a guess scores on the held-out part
     repair: RepairFigures | None = None  # that of the teacher, where it was repaired
 
 
@@ -138,6 +139,8 @@ def write(
         "losses": trainer.losses,
         "metrics": trainer.metrics,
     }
+    if trainer.evaluation.held_out is not None:
+        result["chance"] = trainer.evaluation.held_out.chance
     if inputs.repair is not None and inputs.repair.repaired:
         result["repair"] = msgspec.to_builtins(inputs.repair)
     return output.commit(
