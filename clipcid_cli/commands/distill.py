@@ -8,7 +8,7 @@ from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.embed import show as show_embedded
-from clipcid_cli.commands.eval_zeroshot import show_tables
+from clipcid_cli.commands.eval_zeroshot import group_metrics, show_tables
 from clipcid_cli.commands.summary import count, format_host_memory, format_percent, format_seconds, print_facts
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.distill import DistillSettings
@@ -59,15 +59,14 @@ def _by_data(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def _format_recalls(metrics: dict[str, float], chance: dict[str, float]) -> str:
-    """Write metrics in percent, those of retrieval on a line for each direction."""
-    lines: dict[str, list[str]] = {}
-    for name, value in metrics.items():
-        direction, recall, at = name.partition("_retrieval_recall")
-        text = f"{'R' + at if recall else name} {format_percent(value)}%"
-        if name in chance:
-            text += f" (chance {format_percent(chance[name])})"
-        lines.setdefault(direction if recall else "", []).append(text)
-    return "\n".join(" ".join([direction, ", ".join(values)]).strip() for direction, values in lines.items())
+    """Write metrics in percent, those of retrieval on a line for each direction: ``image R@1/5/10 7.4 / 29.6 / 44.4%``."""
+    lines = []
+    for column, names in group_metrics(list(metrics)).items():
+        line = f"{column} {' / '.join(format_percent(metrics[name]) for name in names)}%"
+        if all(name in chance for name in names):
+            line += f" (chance {' / '.join(format_percent(chance[name]) for name in names)})"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 command = step_command(

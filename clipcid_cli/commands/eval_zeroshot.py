@@ -98,7 +98,7 @@ def show_tables(results: list[ZeroshotResult], console: Console) -> None:
 
 
 def _show_table(rows: list[ZeroshotResult], console: Console) -> None:
-    metrics = _columns(list(rows[0].metrics))
+    metrics = group_metrics(list(rows[0].metrics))
     title = rows[0].task.replace("_", " ").replace("zeroshot", "zero-shot").capitalize()
     columns: dict[str, list[str]] = {}
     models = [one.shown_model for one in rows]
@@ -126,7 +126,7 @@ def _describe_chance(rows: list[ZeroshotResult]) -> list[str]:
     for one in rows:
         guessed = ", ".join(
             f"{column} {' / '.join(format_percent(one.chance.get(name)) for name in names)}"
-            for column, names in _columns(list(one.chance)).items()
+            for column, names in group_metrics(list(one.chance)).items()
         )
         if guessed:
             lines.append(f"{one.dataset + ', ' if several else ''}chance: {guessed}" + describe_majority(one.majority))
@@ -163,7 +163,7 @@ def _cell(one: ZeroshotResult, names: list[str]) -> str:
     return f"{text}{half}{'*' if name == one.customary else ' '}"
 
 
-def _columns(names: list[str]) -> dict[str, list[str]]:
+def group_metrics(names: list[str]) -> dict[str, list[str]]:
     """Put the recalls of one direction into one column, so that a table fits a terminal."""
     columns: dict[str, list[str]] = {}
     for name in names:

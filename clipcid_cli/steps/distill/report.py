@@ -23,7 +23,7 @@ from clipcid_cli.steps.distill.evaluation import EMA, HeldOut
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.encode import Encoded
-from clipcid_cli.steps.repair import describe_repair
+from clipcid_cli.steps.repair import describe_pairing, describe_repair
 from clipcid_cli.steps.settings.shared import output_settings
 
 if TYPE_CHECKING:
@@ -232,6 +232,9 @@ def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
         found += [("embeddings", str(member.folder)) for member in inputs.embeddings.members]
     if inputs.repair is not None:
         found.append(("repair", describe_repair(inputs.repair)))
+    if inputs.pairing is not None:
+        verdict = ": near chance; try --teacher none" if inputs.pairing.near_chance else ""
+        found.append(("pairing", f"{describe_pairing(inputs.pairing)}{verdict}."))
     if inputs.clusters is not None:
         found.append(("clusters", str(inputs.clusters.files.folder)))
     return found

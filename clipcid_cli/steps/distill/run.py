@@ -13,7 +13,7 @@ from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output
 from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.results.run_folder import list_checkpoints, write_held_out
-from clipcid_cli.formats.sidecar import DistillSidecar, RepairFigures, sidecar_path
+from clipcid_cli.formats.sidecar import DistillSidecar, PairingFigures, RepairFigures, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.pipeline import start_worker_server
@@ -49,6 +49,7 @@ class Distilled(msgspec.Struct, omit_defaults=True):
     files: dict[str, str]
     chance: dict[str, float] = {}  # what a guess scores on the held-out part
     repair: RepairFigures | None = None  # that of the teacher, where it was repaired
+    pairing: PairingFigures | None = None  # how well the teacher knows these captions and images
 
 
 def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
@@ -143,6 +144,8 @@ def write(
         result["chance"] = trainer.evaluation.held_out.chance
     if inputs.repair is not None and inputs.repair.repaired:
         result["repair"] = msgspec.to_builtins(inputs.repair)
+    if inputs.pairing is not None:
+        result["pairing"] = msgspec.to_builtins(inputs.pairing)
     return output.commit(
         counts={
             "read": inputs.usable.read,
