@@ -30,6 +30,7 @@ COMMANDS = {
     "eval-zeroshot": "Measure zero-shot classification and retrieval.",
     "eval-linear": "Measure a linear probe on frozen image features.",
     "export": "Export a model to open_clip, Hugging Face or ONNX.",
+    "runs": "List what a work directory holds, as a table and a page.",
 }
 
 

@@ -135,11 +135,12 @@ def build_parameters(command: str, settings: type[SharedSettings]) -> list[click
         """How far from the command itself the class is that declares a field: its own headings come first."""
         return max(far for far, base in enumerate(settings.__mro__) if field.name in inspect.get_annotations(base))
 
-    fields = sorted(dataclasses.fields(settings), key=distance)
+    declared = [field for field in dataclasses.fields(settings) if field.name not in settings.absent]
+    fields = sorted(declared, key=distance)
     headings = list(dict.fromkeys(setting_of(field).group for field in fields))
     return [
         _make_parameter(command, field, *_parse_type(hints[field.name]))
-        for field in sorted(dataclasses.fields(settings), key=lambda field: headings.index(setting_of(field).group))
+        for field in sorted(declared, key=lambda field: headings.index(setting_of(field).group))
     ]
 
 

@@ -46,6 +46,12 @@ for (const name of pictures) {
   const rows = [...page.querySelectorAll("#answers tbody tr")];
   seen[name] = [status.textContent, ...rows.map(row => [row.cells[0].textContent, +row.cells[3].textContent])];
 }
+// Under an error stands no table of the picture before.
+const damaged = new DataTransfer();
+damaged.items.add(new File(["no picture"], "damaged.png"));
+page.dispatchEvent(new frame.contentWindow.DragEvent("drop", { dataTransfer: damaged, cancelable: true }));
+await until("an error");
+seen.damaged = page.getElementById("answers").hidden;
 await fetch("/", { method: "POST", body: JSON.stringify(seen) });
 </script>"""
 
@@ -128,6 +134,7 @@ def test_the_page_shows_the_scores_of_eval(
     for path in pictures.values():
         shutil.copy(path, site)
     seen = visit(browser, site, NAMES, [path.name for path in pictures.values()], tmp_path_factory.mktemp("profile"))
+    assert seen["damaged"]
     for row in pq.read_table(answers).to_pylist():
         (name,) = (path.name for key, path in pictures.items() if key.rsplit(".", 1)[0] == row["key"])
         status, *shown = seen[name]

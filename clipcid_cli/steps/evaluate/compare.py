@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compar
 from clipcid_cli.algorithms.metrics.intervals import MIN_SEEDS, Array, PairedMetric, compare
 from clipcid_cli.algorithms.metrics.retrieval import Ranks, compare_recalls
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.samples import natural_key
+from clipcid_cli.formats.data.samples import match_pattern
 from clipcid_cli.formats.results.metrics import (
     CLASSIFICATION,
     MULTI_LABEL,
@@ -85,10 +84,7 @@ def _find_files(side: str) -> list[Path]:
     """Return the file of one side, or those that a pattern matches, seed 2 before seed 10, or that commas separate."""
     if os.path.exists(side):
         return [Path(side)]
-    found = list[str]()
-    for part in side.split(","):
-        found += sorted(glob(part), key=natural_key) or [part]
-    return [Path(file) for file in found]
+    return [Path(file) for part in side.split(",") for file in match_pattern(part)]
 
 
 def _folder_error(folder: Path, work: WorkDirectory) -> ClipcidError:

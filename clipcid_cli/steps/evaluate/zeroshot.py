@@ -11,7 +11,7 @@ import msgspec
 
 from clipcid_cli.algorithms.metrics.calibration import BINS
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.data.samples import ByteRange
+from clipcid_cli.formats.data.samples import ByteRange, match_pattern
 from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
@@ -117,15 +117,30 @@ class ZeroshotPlan:
 
 
 def make_plan(settings: EvalZeroshotSettings) -> ZeroshotPlan:
-    """Find the models, and open the data sets; a model among these, as of ``runs/*/student DATA``, is one more model."""
-    # pathlib raises where a name is too long, as of a command.
-    folders = [each for each in settings.data if os.path.isfile(os.path.join(os.path.expanduser(each), CONFIG_NAME))]
-    data = tuple(each for each in settings.data if each not in folders)
-    settings = dataclasses.replace(settings, data=data, models=(*folders, *settings.models))
+    """Find the models, and open the data sets; a model among these, as of ``runs/*/student DATA``, is one more model.
+
+    A quoted pattern of model folders stands for all of them.
+    """
+    named = [] if settings.model is None else _match_models(settings.model) or [settings.model]
+    models, data = list[str](), list[str]()
+    for each in settings.data:
+        folders = _match_models(each)
+        models += folders
+        data += [] if folders else [each]
+    for each in settings.models:
+        models += _match_models(each) or [each]
+    settings = dataclasses.replace(settings, data=tuple(data), models=(*named[1:], *models))
     names = [choose_model(spec, settings.work) for spec in settings.models]
-    if settings.model is not None or not names:
-        names = [choose_model(settings.model, settings.work, positional_of="eval-zeroshot"), *names]
+    if named or not names:
+        first = named[0] if named else None
+        names = [choose_model(first, settings.work, positional_of="eval-zeroshot"), *names]
     return ZeroshotPlan(names, plan_tasks(settings, names), settings)
+
+
+def _match_models(name: str) -> list[str]:
+    """Return the model folders that a path or a pattern names."""
+    # pathlib raises where a name is too long, as of a command.
+    return [path for path in match_pattern(name) if os.path.isfile(os.path.join(os.path.expanduser(path), CONFIG_NAME))]
 
 
 def evaluate(plan: ZeroshotPlan, context: DistContext) -> ZeroshotResults:

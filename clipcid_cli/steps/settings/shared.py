@@ -165,6 +165,8 @@ class SharedSettings:
 
     # How long an idle OpenMP thread spins before it sleeps (GOMP_SPINCOUNT), where the user has not said.
     openmp_spins: ClassVar[str] = NO_SPINS
+    # Settings below that a command has no flag for.
+    absent: ClassVar[frozenset[str]] = frozenset()
 
     work: Path = _run(
         DEFAULT_WORK, "Work directory: each step writes its output here, and the next one finds it.", operational=True
