@@ -114,11 +114,10 @@ def judge_pairing(embeddings: Embeddings, repair: RepairFigures | None) -> Pairi
         return repair.pairing
     if not embeddings.has_texts:
         return None
-    pairs = _read_pairs(embeddings)
+    pairs = _read_pairs(embeddings, MAX_RANKED)
     if not are_enough(pairs):
         return None
-    sample = pairs.take(torch.arange(min(len(pairs), MAX_RANKED)))
-    return _describe_pairing(rank_pairs(sample.images_ND, sample.texts_ND, sample.captions_N), repaired=False)
+    return _describe_pairing(rank_pairs(pairs.images_ND, pairs.texts_ND, pairs.captions_N), repaired=False)
 
 
 def describe_pairing(found: PairingFigures) -> str:
@@ -136,8 +135,8 @@ def teacher_scale(embeddings: Embeddings) -> float:
     return MAX_SCALE if recorded is None else float(recorded)
 
 
-def _read_pairs(embeddings: Embeddings) -> Pairs:
-    """Read pairs, at most `MAX_PAIRS`: those of the highest key fractions of some files, and none that runs hold out.
+def _read_pairs(embeddings: Embeddings, most: int = MAX_PAIRS) -> Pairs:
+    """Read pairs, at most so many: those of the highest key fractions of some files, and none that runs hold out.
 
     Where there are more pairs than are needed, none that any ``--val-fraction`` holds out is read.
     """
@@ -155,7 +154,7 @@ def _read_pairs(embeddings: Embeddings) -> Pairs:
     number_M, fraction_M, caption_M = np.concatenate(numbers), np.concatenate(fractions), pa.chunked_array(captions)
     usable_M = (fraction_M >= _HELD_OUT_BY_RUNS) & (pc.utf8_length(caption_M).to_numpy() > 0)
     places = np.flatnonzero(usable_M)
-    places = places[np.argsort(-fraction_M[places], kind="stable")[:MAX_PAIRS]]
+    places = places[np.argsort(-fraction_M[places], kind="stable")[:most]]
     images, texts = (
         torch.from_numpy(embeddings.rows(kind).take(number_M[places])).float() for kind in (Kind.IMAGES, Kind.TEXTS)
     )

@@ -312,10 +312,13 @@ def _choose_trust(settings: DistillSettings, repair: RepairFigures | None, pairi
     if pairing is None:
         return trust
     measured = describe_pairing(pairing)
+    if settings.dry_run and repair is None and settings.repair != "none":
+        measured += " (before a repair, on which a run decides)"
     if not pairing.near_chance:
         reporting.note(f"{measured}.")
         return trust
-    typed = [f"{loss.name}=…" for loss in settings.loss_entries(0.0) if loss.compares_features]
+    taught = [loss.name for loss in settings.loss_entries(0.0) if loss.compares_features]
+    typed = [f"{name}={weight:g}" for name, weight in settings.typed_losses.items() if name in taught]
     if settings.preset is not None:
         reporting.warn(
             f"{measured}: near chance, but followed, as --preset {settings.preset} says. Try --teacher none."
