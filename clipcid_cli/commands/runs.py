@@ -25,8 +25,9 @@ def show(contents: Contents, console: Console) -> None:
     if contents.evaluations:
         console.print()
         rows = [_evaluation(row) for row in contents.evaluations]
-        columns = ["data", "model", "metric", "%", "chance", "largest class"]
-        print_table(console, "Evaluations, by the metric usually reported", columns, rows, left=3)
+        columns = ["data", "model", "metric", "%", "chance", "majority"]
+        title = "Evaluations by the usual metric (±: half the 95% interval; of seeds the std)"
+        print_table(console, title, columns, rows, left=3)
     if not (contents.made or contents.runs or contents.evaluations):
         print_facts(console, "", {"holds": "nothing yet"})
     if contents.files:
@@ -62,7 +63,8 @@ def _evaluation(row: EvaluationRow) -> list[str]:
     is_accuracy = name.endswith("acc1")
     majority = format_percent(row.majority) if is_accuracy and row.majority is not None else ""
     shown = f"{'probe ' * name.startswith('lp_')}{shorten_metric(name)}"
-    return [row.dataset, row.model, shown, value, format_percent(row.chance.get(name)), majority]
+    data = ", ".join([row.dataset, *(part.partition("-")[2] for part in row.variant.split("_") if part)])
+    return [data, row.model, shown, value, format_percent(row.chance.get(name)), majority]
 
 
 def _spread(value: Spread | None) -> str:

@@ -84,7 +84,7 @@ class RunRow(msgspec.Struct):
     name: str  # what the names begin with, and * for the rest
     names: list[str]
     seeds: list[int]
-    losses: dict[str, float]  # weights; those of one per width are divided by it
+    losses: dict[str, str]  # weights, D the width of the space in which student and teacher are compared: ``2000/D``
     student: str
     steps: int
     samples: int
@@ -99,6 +99,7 @@ class EvaluationRow(msgspec.Struct):
 
     dataset: str
     task: str
+    variant: str  # ``templates-simple``, of other class names or templates than the data set's
     model: str
     models: list[str]
     images: int | None
@@ -195,7 +196,7 @@ class _Reader:
         """Return what is read; None where it cannot be."""
         try:
             return read()
-        except (ClipcidError, LookupError, TypeError, ValueError) as error:
+        except (ClipcidError, OSError, LookupError, TypeError, ValueError) as error:
             why = error.message if isinstance(error, ClipcidError) else f"{type(error).__name__}: {error}"
             self.unreadable.append(Unreadable(self.work.name_of(path), why))
             return None
@@ -313,9 +314,8 @@ def _describe_runs(reader: _Reader, runs: Sequence[_Run]) -> RunRow:
     steps = max((int(one.results[-1]["step"]) for one in runs if one.results), default=0)
     if first is None:
         return RunRow(names[0], names, [], {}, "", steps, 0, False, _spread(last), {}, reports)
-    width = int(first.model["embed_dim"])
     losses = {
-        name: float(weight["value"]) / (width if weight.get("per_width") else 1)
+        name: f"{weight['value']:.3g}{'/D' * bool(weight.get('per_width'))}"
         for name, weight in first.made.losses.items()
     }
     return RunRow(
@@ -350,7 +350,8 @@ def _describe_evaluations(reader: _Reader, groups: Sequence[Sequence[_Run]]) -> 
         for key, files in found.items()
     ]
     return sorted(
-        (row for row in rows if row is not None), key=lambda row: (row.task, row.dataset, natural_key(row.model))
+        (row for row in rows if row is not None),
+        key=lambda row: (row.task, row.dataset, row.variant, natural_key(row.model)),
     )
 
 
@@ -371,6 +372,7 @@ def _describe_evaluation(
     return EvaluationRow(
         dataset=metrics.dataset,
         task=metrics.task,
+        variant=files[0][0].stem.partition(f"_{metrics.task}_")[2],
         model=_name_together(models),
         models=models,
         metrics=_spread([each.metrics for _, each, _ in files]),
@@ -400,22 +402,12 @@ def _page(contents: Contents, groups: Sequence[Sequence[_Run]]) -> dict[str, Any
         "chance": {name: text for name, text in chance.items() if text},
         "listed": [name for name in _LISTED if any(name in row.metrics for row in contents.runs)],
         "tables": [
-            {"task": key[0], "metrics": key[1:], "rows": rows, "guesses": _guesses(rows)}
-            | {"reworded": _find_reworded(rows)}
-            for key, rows in tasks.items()
+            {"task": key[0], "metrics": key[1:], "rows": rows, "guesses": _guesses(rows)} for key, rows in tasks.items()
         ],
         "figures": list(_draw_curves(contents.runs, groups)),
         "link": lambda path: quote(path),
         "title": _title,
     }
-
-
-def _find_reworded(rows: Sequence[EvaluationRow]) -> set[str]:
-    """Return the data sets that were measured with several class names or templates."""
-    prompts = dict[str, set[str]]()
-    for row in rows:
-        prompts.setdefault(row.dataset, set()).add(row.prompts)
-    return {dataset for dataset, several in prompts.items() if len(several) > 1}
 
 
 def _guesses(rows: Sequence[EvaluationRow]) -> list[dict[str, Any]]:

@@ -201,4 +201,10 @@ SCENES: dict[str, tuple[Scene, ...]] = {
         Scene("average of the weights", "clipcid export clipcid-work/distill/averaged/student --ema"),
         Scene("average: a run without", "clipcid export clipcid-work/distill/taught/student --ema", exact=True),
     ),
+    "runs": (
+        Scene("help", "clipcid runs --help", exact=True),
+        Scene("usage: a flag of the steps", "clipcid runs --seed 1", exact=True),
+        Scene("missing input: no work directory", "clipcid runs --work nowhere", exact=True),
+        Scene("result", "clipcid runs"),
+    ),
 }
