@@ -31,6 +31,7 @@ COMMANDS = {
     "eval-zeroshot": "Measure zero-shot classification and retrieval.",
     "eval-linear": "Measure a linear probe on frozen image features.",
     "export": "Export a model to open_clip, Hugging Face or ONNX.",
+    "runs": "List what a work directory holds, as a table and a page.",
     "verify": "Check that files are as they were written.",
 }
 

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.contrastive import contrast_both_ways
+from clipcid_cli.algorithms.pairing import Pairing
 
 MAX_PAIRS = 10_000
 """Pairs that are enough for any data; judging costs the square of their number."""
@@ -75,6 +76,7 @@ class Repair:
     standard_error: float  # of the difference of the two
     # Share of the images whose own caption is the nearest of those of its fold, before and after.
     recall_at_1: tuple[float, float]
+    pairing: Pairing  # of the captions of a fold and its images, after the best number of steps
 
 
 def are_enough(pairs: Pairs) -> bool:
@@ -99,17 +101,22 @@ def fit_repair(pairs: Pairs, scale: float, seed: int) -> Repair:
 
     def judge() -> tuple[Tensor, float]:
         found = [judge(fit.map_DD.detach()) for judge, fit in zip(judges, fits, strict=True)]
-        return torch.cat([ranks for ranks, _ in found]), sum(nearest for _, nearest in found) / len(pairs)
+        nearer_N = torch.cat([nearer for nearer, _ in found])
+        return nearer_N, sum(nearest for _, nearest in found) / len(pairs)
 
-    before_N, recall_before = best_N, recall = judge()
+    best_nearer_N, recall = judge()
+    before_N = best_N = best_nearer_N.double().log1p()
+    recall_before = recall
     best_step = 0
     for step in range(1, _MAX_STEPS + 1):
         for fit in fits:
             fit.step()
         if step % _JUDGED_EVERY == 0:
-            found_N, found_recall = judge()
+            nearer_N, found_recall = judge()
+            found_N = nearer_N.double().log1p()
             if found_N.mean() < best_N.mean():
                 best_step, best_N, recall = step, found_N, found_recall
+                best_nearer_N = nearer_N
             if step - best_step >= _STOP_AFTER:
                 break
     gain_N = before_N - best_N
@@ -128,6 +135,7 @@ def fit_repair(pairs: Pairs, scale: float, seed: int) -> Repair:
         log_rank=(float(before_N.mean()), float(best_N.mean())),
         standard_error=error,
         recall_at_1=(recall_before, recall),
+        pairing=Pairing.of(best_nearer_N.numpy(), torch.cat([judge.others_N for judge in judges]).numpy()),
     )
 
 
@@ -188,13 +196,17 @@ class _Judge:
         self.captions_N, self._number_N = pairs.captions_N, torch.from_numpy(numbers)
         self._images_ND, self._texts_CD = pairs.images_ND, pairs.texts_ND[torch.from_numpy(firsts)]
         self._is_other_NN = self._number_N[:, None] != self._number_N
+        self.others_N = self._is_other_NN.sum(dim=1)  # images of other captions
 
     def __call__(self, map_DD: Tensor) -> tuple[Tensor, int]:
-        """Return the log-rank of each pair with this map, float64 [N], and how many images are nearest to their caption."""
+        """Return how many images of other captions are nearer to each caption than its own, with this map, int64 [N].
+
+        And how many images are nearest to their own caption.
+        """
         cosines_CN = self._texts_CD @ F.normalize(self._images_ND @ map_DD, dim=1).T
         cosines_NN = cosines_CN[self._number_N]
         nearer_N = ((cosines_NN > cosines_NN.diagonal()[:, None]) & self._is_other_NN).sum(dim=1)
-        return nearer_N.double().log1p(), int((cosines_CN.argmax(dim=0) == self._number_N).sum())
+        return nearer_N, int((cosines_CN.argmax(dim=0) == self._number_N).sum())
 
 
 def standard_error(values_N: Tensor, captions_N: Tensor) -> float:

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.embed import show as show_embedded
-from clipcid_cli.commands.eval_zeroshot import show_tables
-from clipcid_cli.commands.summary import count, format_host_memory, format_seconds, print_facts
+from clipcid_cli.commands.eval_zeroshot import group_metrics, show_tables
+from clipcid_cli.commands.summary import count, format_host_memory, format_percent, format_seconds, print_facts
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -41,7 +41,7 @@ def show(result: Distilled | DistillCost | EmbedCost, console: Console) -> None:
     shown = {one.dataset for one in result.evaluations}
     for name, found in _by_data(result.metrics).items():
         if name.removesuffix(", EMA") not in shown:
-            facts[name] = _format_recalls(found)
+            facts[name] = _format_recalls(found, result.chance if name.startswith("held out") else {})
     print_facts(console, "Distilled", facts, result.files)
     if result.evaluations:
         console.print()
@@ -58,13 +58,15 @@ def _by_data(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
     return found
 
 
-def _format_recalls(metrics: dict[str, float]) -> str:
-    """Write metrics, those of retrieval on a line for each direction."""
-    lines: dict[str, list[str]] = {}
-    for name, value in metrics.items():
-        direction, recall, at = name.partition("_retrieval_recall")
-        lines.setdefault(direction if recall else "", []).append(f"{'R' + at if recall else name} {value:.3f}")
-    return "\n".join(" ".join([direction, ", ".join(values)]).strip() for direction, values in lines.items())
+def _format_recalls(metrics: dict[str, float], chance: dict[str, float]) -> str:
+    """Write metrics in percent, those of retrieval on a line for each direction: ``image R@1/5/10 7.4 / 29.6 / 44.4%``."""
+    lines = []
+    for column, names in group_metrics(list(metrics)).items():
+        line = f"{column} {' / '.join(format_percent(metrics[name]) for name in names)}%"
+        if all(name in chance for name in names):
+            line += f" (chance {' / '.join(format_percent(chance[name]) for name in names)})"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 command = step_command(

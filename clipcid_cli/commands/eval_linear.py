@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
+from clipcid_cli.commands.eval_zeroshot import describe_majority
 from clipcid_cli.commands.summary import count, format_percent, print_facts, print_table, shorten_metric
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
@@ -27,6 +28,13 @@ def show(answer: LinearResult | Preview, console: Console) -> None:
         print_facts(console, "Would fit a linear probe", facts, files)
         return
     facts |= {name: f"{format_percent(value, _DIGITS)}%" for name, value in answer.metrics.items() if value is not None}
+    if answer.chance:
+        guessed = ", ".join(
+            f"{shorten_metric(name)} {format_percent(value)}%"
+            for name, value in answer.chance.items()
+            if name.startswith("lp_")
+        )
+        facts["chance"] = guessed + describe_majority(answer.majority, "%")
     facts["measured on"] = f"{count(answer.images, 'image')} of {count(answer.classes, 'class', 'classes')}"
     facts["fitted on"] = count(answer.train_images, "image")
     tried = answer.sweep.c

@@ -62,7 +62,7 @@ def _show_comparison(answer: ComparisonResult, console: Console) -> None:
         ]
         if is_pair:
             row.append("–" if judged.p_value is None else f"{judged.p_value:.2g}")
-        rows.append([*row, "yes" if judged.real else "no"])
+        rows.append([*row, "yes" if judged.real else "no" if judged.enough_seeds else "too few seeds"])
     columns = ["metric", "A", "B", "B − A", "95% interval", *["McNemar p"] * is_pair, "significant"]
     print_table(console, f"B against A {on}", columns, rows)
 
@@ -98,7 +98,7 @@ def show_tables(results: list[ZeroshotResult], console: Console) -> None:
 
 
 def _show_table(rows: list[ZeroshotResult], console: Console) -> None:
-    metrics = _columns(list(rows[0].metrics))
+    metrics = group_metrics(list(rows[0].metrics))
     title = rows[0].task.replace("_", " ").replace("zeroshot", "zero-shot").capitalize()
     columns: dict[str, list[str]] = {}
     models = [one.shown_model for one in rows]
@@ -115,8 +115,27 @@ def _show_table(rows: list[ZeroshotResult], console: Console) -> None:
     note = "* the metric usually reported for this data"
     if any(len(names) == 1 and names[0] in one.intervals for names in metrics.values() for one in rows):
         note += "; ± half the 95% bootstrap interval"
-    notes = [note, *_describe_prompts(rows)]
+    notes = [note, *_describe_chance(rows), *_describe_prompts(rows)]
     console.print(Text(wrap("\n".join(notes), console.width), style="dim"), soft_wrap=True)
+
+
+def _describe_chance(rows: list[ZeroshotResult]) -> list[str]:
+    """Write what a guess scores on each data set, and what predicting its largest class does."""
+    several = len({one.dataset for one in rows}) > 1
+    lines = []
+    for one in rows:
+        guessed = ", ".join(
+            f"{column} {' / '.join(format_percent(one.chance.get(name)) for name in names)}"
+            for column, names in group_metrics(list(one.chance)).items()
+        )
+        if guessed:
+            lines.append(f"{one.dataset + ', ' if several else ''}chance: {guessed}" + describe_majority(one.majority))
+    return list(dict.fromkeys(lines))
+
+
+def describe_majority(share: float | None, unit: str = "") -> str:
+    """Write what predicting the largest class scores; nothing where images have no class of their own."""
+    return "" if share is None else f"; always the largest class: acc1 {format_percent(share)}{unit}"
 
 
 def _describe_prompts(rows: list[ZeroshotResult]) -> list[str]:
@@ -144,7 +163,7 @@ def _cell(one: ZeroshotResult, names: list[str]) -> str:
     return f"{text}{half}{'*' if name == one.customary else ' '}"
 
 
-def _columns(names: list[str]) -> dict[str, list[str]]:
+def group_metrics(names: list[str]) -> dict[str, list[str]]:
     """Put the recalls of one direction into one column, so that a table fits a terminal."""
     columns: dict[str, list[str]] = {}
     for name in names:

@@ -148,7 +148,28 @@ class ForestSidecar(Sidecar, kw_only=True):
     cutoff: float
 
 
-class RepairFigures(msgspec.Struct):
+class PairingFigures(msgspec.Struct):
+    """How well a teacher's captions find their own images among those of other captions, beside a guess."""
+
+    pairs: int
+    candidates: int  # images that a caption ranks, in the mean
+    median_rank: float
+    chance_rank: float
+    recall_at_1: float
+    chance_at_1: float
+    recall_at_10: float
+    chance_at_10: float
+    near_chance: bool
+    repaired: bool  # whether after the teacher's repair, of captions that it was not fitted to
+
+    def __str__(self) -> str:
+        ranks = f"median rank {self.median_rank:,.0f} of {self.candidates:,} (chance {self.chance_rank:,.0f})"
+        recalls = ((1, self.recall_at_1, self.chance_at_1), (10, self.recall_at_10, self.chance_at_10))
+        shares = [f"R@{k} {100 * recall:.1f}% (chance {100 * chance:.2g}%)" for k, recall, chance in recalls]
+        return f"{ranks}, {', '.join(shares)}"
+
+
+class RepairFigures(msgspec.Struct, omit_defaults=True):
     """How captions that a repair of a teacher was not fitted to find their images, before and after it."""
 
     repaired: bool  # whether the repair is taken
@@ -159,6 +180,7 @@ class RepairFigures(msgspec.Struct):
     recall_at_1: tuple[float, float]  # share of the images whose own caption is the nearest, before and after
     pairs: int  # pairs that it was fitted to and judged by
     captions: int  # different captions of those
+    pairing: PairingFigures | None = None  # of the repaired teacher
 
     @property
     def trust(self) -> float:
@@ -304,6 +326,8 @@ class ZeroshotSidecar(EvaluationSidecar, kw_only=True):
     images_per_second: float
     customary: str
     intervals: dict[str, tuple[float, float]]
+    chance: dict[str, float] = {}
+    majority: float | None = None
     calibration: Calibrations | None
     per_class: list[ClassScore]
     examples: list[Example]

@@ -42,6 +42,7 @@ class WorkDirectory:
         self.clusters = path / "clusters"
         self.eval = path / "eval"  # metrics files and nothing else
         self.eval_summary = path / "eval-zeroshot"  # table and report of the last `eval-zeroshot`
+        self.index_page = path / "index.html"  # of `runs`
         self.features = path / "features"  # frozen ones, of `eval-linear`
 
     def embeddings(self, model_slug: str) -> Path:

@@ -10,13 +10,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from clipcid_cli.algorithms.pairing import MAX_PAIRS as MAX_RANKED
+from clipcid_cli.algorithms.pairing import Pairing, rank_pairs
 from clipcid_cli.algorithms.repair import MAX_PAIRS, Pairs, are_enough, fit_repair, guess_at_1
 from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import OutputSpec, find_output, open_output, remove_leftovers
 from clipcid_cli.formats.results.repair import REPAIR, STEP, read_repair, write_repair
-from clipcid_cli.formats.sidecar import RepairFigures, RepairSidecar, sidecar_path
+from clipcid_cli.formats.sidecar import PairingFigures, RepairFigures, RepairSidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import derive_seed, key_fractions
@@ -84,8 +86,10 @@ def _decide(spec: OutputSpec[RepairSidecar], pairs: Pairs, scale: float) -> Repa
         if repair.map_DD is not None:
             write_repair(output.work, repair.map_DD.numpy())
         written = [] if repair.map_DD is None else [record(output.work / REPAIR, output.work)]
-        judged = {name: value for name, value in vars(repair).items() if name != "map_DD"}
-        figures = RepairFigures(repaired=repair.map_DD is not None, **judged)
+        judged = {name: value for name, value in vars(repair).items() if name not in ("map_DD", "pairing")}
+        repaired = repair.map_DD is not None
+        pairing = _describe_pairing(repair.pairing, repaired=True) if repaired else None
+        figures = RepairFigures(repaired=repaired, pairing=pairing, **judged)
         return output.commit(counts={}, seconds=seconds, outputs=written, result=figures)
 
 
@@ -101,14 +105,38 @@ def describe_repair(found: RepairFigures) -> str:
     return f"Teacher left as it is: held-out R@1 {recall:.1%} (a guess: {guess:.1%}), and no clear gain from a repair."
 
 
+def judge_pairing(embeddings: Embeddings, repair: RepairFigures | None) -> PairingFigures | None:
+    """Measure whether the teacher of stored rows knows their captions and images: after its repair, where there is one.
+
+    Call it on the first process with the rows as they are stored. None where there are no captions, or too few.
+    """
+    if repair is not None and repair.pairing is not None:
+        return repair.pairing
+    if not embeddings.has_texts:
+        return None
+    pairs = _read_pairs(embeddings, MAX_RANKED)
+    if not are_enough(pairs):
+        return None
+    return _describe_pairing(rank_pairs(pairs.images_ND, pairs.texts_ND, pairs.captions_N), repaired=False)
+
+
+def describe_pairing(found: PairingFigures) -> str:
+    """Say how well a teacher knows the data, without a full stop."""
+    return f"Teacher on these captions{', after its repair' * found.repaired}: {found}"
+
+
+def _describe_pairing(pairing: Pairing, *, repaired: bool) -> PairingFigures:
+    return PairingFigures(**vars(pairing), near_chance=pairing.near_chance, repaired=repaired)
+
+
 def teacher_scale(embeddings: Embeddings) -> float:
     """Return the logit scale of the model, exp(logit_scale), as recorded, else the usual one."""
     recorded = None if embeddings.model is None else embeddings.model.logit_scale
     return MAX_SCALE if recorded is None else float(recorded)
 
 
-def _read_pairs(embeddings: Embeddings) -> Pairs:
-    """Read pairs, at most `MAX_PAIRS`: those of the highest key fractions of some files, and none that runs hold out.
+def _read_pairs(embeddings: Embeddings, most: int = MAX_PAIRS) -> Pairs:
+    """Read pairs, at most so many: those of the highest key fractions of some files, and none that runs hold out.
 
     Where there are more pairs than are needed, none that any ``--val-fraction`` holds out is read.
     """
@@ -126,7 +154,7 @@ def _read_pairs(embeddings: Embeddings) -> Pairs:
     number_M, fraction_M, caption_M = np.concatenate(numbers), np.concatenate(fractions), pa.chunked_array(captions)
     usable_M = (fraction_M >= _HELD_OUT_BY_RUNS) & (pc.utf8_length(caption_M).to_numpy() > 0)
     places = np.flatnonzero(usable_M)
-    places = places[np.argsort(-fraction_M[places], kind="stable")[:MAX_PAIRS]]
+    places = places[np.argsort(-fraction_M[places], kind="stable")[:most]]
     images, texts = (
         torch.from_numpy(embeddings.rows(kind).take(number_M[places])).float() for kind in (Kind.IMAGES, Kind.TEXTS)
     )

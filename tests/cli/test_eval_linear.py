@@ -73,6 +73,10 @@ def test_metrics_are_those_of_scikit_learn(clipcid: Clipcid, tiny_model: Path, c
     expected = {"lp_acc1": right.mean(), "lp_acc5": None, "lp_mean_per_class_recall": np.mean(recalls)}
     assert result["metrics"] == {name: value and pytest.approx(value) for name, value in expected.items()}
     assert right.mean() > 0.5
+    assert result["chance"] == {"lp_acc1": 0.25, "lp_mean_per_class_recall": 0.25}
+    assert result["majority"] == 12 / 36
+    shown = clipcid("eval-linear", tiny_model, colours).said
+    assert "chance acc1 25.0%, per class 25.0%; always the largest class: acc1 33.3% measured on" in shown
 
     name = "colours_tiny_linear_probe.json"
     written = json.loads((work / "eval" / name).read_text())

@@ -65,6 +65,9 @@ def test_classification_is_open_clips(clipcid: Clipcid, tiny_model: Path, classi
     assert result["metrics"]["mean_per_class_recall"] == pytest.approx(sum(recalls) / len(recalls), abs=1e-9)
 
     assert (result["images"], result["skipped"]) == (SAMPLES, {})
+    classes = len(CLASS_NAMES)
+    assert result["chance"] == {"acc1": 1 / classes, "acc5": 5 / classes, "mean_per_class_recall": 1 / classes}
+    assert result["majority"] == torch.bincount(labels).max().item() / SAMPLES
     written = json.loads((tmp_path / result["files"]["metrics"]).read_text())
     assert set(written) == {"dataset", "model", "pretrained", "task", "language", "metrics"}
     assert written == {field: result[field] for field in written}
@@ -74,7 +77,7 @@ def test_classification_is_open_clips(clipcid: Clipcid, tiny_model: Path, classi
     for name, (low, high) in result["intervals"].items():
         assert low <= result["metrics"][name] <= high
     sidecar = json.loads((folder / "sidecars" / Path(result["files"]["metrics"]).name).read_text())
-    assert sidecar["calibration"] == result["calibration"]
+    assert all(sidecar[name] == result[name] for name in ("calibration", "chance", "majority"))
     assert sidecar["prompts"] == result["prompts"]
     for label, row in enumerate(sidecar["per_class"]):
         guesses = torch.bincount(scores.argmax(dim=1)[labels == label], minlength=len(CLASS_NAMES)).tolist()
@@ -97,8 +100,12 @@ def test_many_models_and_data_sets_are_reused_until_something_changes(
     shutil.copytree(classification, data)
     call = ("eval-zeroshot", tiny_model, data, retrieval, "--model", other)
 
-    clipcid(*call)
+    shown = clipcid(*call).said
     again = clipcid(*call, "--json").json["results"]
+    largest = 100 * again[0]["majority"]
+    chance = f"chance: acc1 16.7, acc5 83.3, per class 16.7; always the largest class: acc1 {largest:.1f}"
+    assert chance in shown
+    assert "chance: image R@1/5/10 4.2 / 20.8 / 41.7, text R@1/5/10" in shown
     pairs = [(model, dataset) for model in ("tiny", "other") for dataset in ("things", "captions")]
     assert [(one["model"], one["dataset"]) for one in again] == pairs
     assert all(one["reused"] for one in again)
@@ -196,6 +203,10 @@ def test_several_seeds_are_compared(clipcid: Clipcid, classification: Path, retr
     files = [f"clipcid-work/eval/captions_{name}_zeroshot_retrieval.json" for name in names]
     chosen = clipcid("eval-zeroshot", "--compare", ",".join(files[:2]), ",".join(files[4:2:-1]), "--json").json
     assert chosen["models"] == [["a-1", "a-2"], ["b-2", "b-1"]]
+    for name, difference in chosen["differences"].items():
+        assert not difference["real"]
+        assert f"{name}: no verdict, 2 seeds of each are too few, give at least 3 (" in difference["verdict"]
+        assert -1 <= difference["interval"][0] <= difference["interval"][1] <= 1
     of_one = clipcid("eval-zeroshot", "--compare", files[0], files[3].replace("b-1", "b-[1]"), "--json").json
     assert of_one == clipcid("eval-zeroshot", "--compare", files[0], files[3], "--json").json
     for sides, code, message in (

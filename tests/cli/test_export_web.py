@@ -49,6 +49,12 @@ for (const name of pictures) {
   const rows = [...page.querySelectorAll("#answers tbody tr")];
   seen[name] = [status.textContent, ...rows.map(row => [row.cells[0].textContent, +row.cells[3].textContent])];
 }
+// Under an error stands no table of the picture before.
+const damaged = new DataTransfer();
+damaged.items.add(new File(["no picture"], "damaged.png"));
+page.dispatchEvent(new frame.contentWindow.DragEvent("drop", { dataTransfer: damaged, cancelable: true }));
+await until("an error");
+seen.damaged = page.getElementById("answers").hidden;
 // What a script in the page could try with a picture; each fails, or none has an effect.
 const thief = new URLSearchParams(location.search).get("thief"), { contentWindow: window_ } = frame;
 const tries = {
@@ -170,6 +176,7 @@ def test_the_page_shows_the_scores_of_eval(
     names = [path.name for path in pictures.values()]
     seen, stolen = visit(browser, site, NAMES, names, tmp_path_factory.mktemp("profile"))
     assert not stolen
+    assert seen["damaged"]
     for row in pq.read_table(answers).to_pylist():
         (name,) = (path.name for key, path in pictures.items() if key.rsplit(".", 1)[0] == row["key"])
         status, *shown = seen[name]

@@ -98,6 +98,19 @@ def test_the_repaired_rows_teach(clustered: Run) -> None:
     assert f"(trust in the teacher {np.exp(after - before):.2f}, by its repair)" in told["repaired"]
     assert "trust" not in told["raw"]
     assert losses(work / "distill" / "repaired") != losses(work / "distill" / "raw")
+    # What a run says of the teacher is of the rows that teach.
+    assert "Teacher on these captions, after its repair: median rank" in told["repaired"]
+    assert "Loss: 1·clip + 1·instance (the teacher is near chance)." in told["raw"]
+    assert "near chance, so its features are not followed (no fd). Try --teacher none." in told["raw"]
+    report, sidecar = ((work / "distill" / "raw" / name).read_text() for name in ("report.html", "distill.json"))
+    assert "near chance; try --teacher none" in report
+    assert json.loads(sidecar)["result"]["pairing"]["near_chance"]
+    typed = run_clipcid(*DISTILL, "--loss", "fd=3", "--repair", "none", "--dry-run", "--json", cwd=clustered.cwd)
+    assert "near chance, but followed, as --loss fd=3 says. Try --teacher none." in typed.said
+    assert "Loss: 1·clip + 1·instance + 3·fd (the teacher is near chance)." in typed.said
+    pairing = typed.json["pairing"]
+    assert (pairing["pairs"], pairing["candidates"], pairing["repaired"]) == (397, 394, False)
+    assert pairing["recall_at_10"] < 5 * pairing["chance_at_10"]
 
 
 def test_two_processes_make_the_same_repair_and_no_dry_run_does(clustered: Run, torchrun: Clipcid) -> None:
@@ -136,6 +149,8 @@ def test_a_sound_teacher_stays_to_the_bit(clipcid: Clipcid, tmp_path: Path) -> N
     clipcid(*DISTILL, "--name", "none", "--repair", "none")
     assert "Teacher left as it is" in chosen.said
     assert "(a guess: 5.0%)" in chosen.said, "a fold has a fifth of the captions"
+    assert "Teacher on these captions: median rank 1 of 394 (chance 198), R@1 100.0% (chance 0.25%)" in chosen.said
+    assert not chosen.json["pairing"]["near_chance"]
     assert "repair" not in chosen.json
     assert student_bytes(work / "distill" / "auto") == student_bytes(work / "distill" / "none")
     assert [path.name for path in repair_of(work).glob("[!.]*")] == ["repair.json"]

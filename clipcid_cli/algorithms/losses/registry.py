@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 # Where CLIP's logit scale starts.
@@ -206,16 +206,19 @@ DEFAULT_PRESET = "fd-instance"
 def select_losses(preset: str, overrides: Mapping[str, float], trust: float = 1.0) -> dict[str, Weight]:
     """Return a run's losses in registry order: the preset's with the weights of `overrides`, without those of weight 0.
 
+    Losses that are not in the registry come last.
+
     Args:
-        trust: In the teacher's pairing of images with captions, in (0, 1]. Where it is below 1, `fd-instance` follows the
-            teacher's features less, and captions more.
+        trust: In the teacher's pairing of images with captions, in [0, 1]. Where it is below 1, `fd-instance` follows the
+            teacher's features less, and captions more; at 0 it has no `fd`.
     """
     weights = dict(PRESETS[preset])
     if preset == DEFAULT_PRESET and trust < 1.0:
         fd = dataclasses.replace(_FD, value=trust * _FD.value)
         weights = {"clip": Weight(1 - 0.9 * trust), "instance": Weight(1 - 2 / 3 * trust), "fd": fd}
     weights |= {name: Weight(value) for name, value in overrides.items()}
-    return {name: weights[name] for name in LOSSES if name in weights and weights[name].value > 0.0}
+    own = [name for name in weights if name not in LOSSES]
+    return {name: weights[name] for name in (*LOSSES, *own) if name in weights and weights[name].value > 0.0}
 
 
 def load_loss(name: str) -> Callable[..., Any]:
@@ -246,7 +249,7 @@ _LED_BY = {"captions": "captions", "teacher": "a teacher", "features": "a teache
 
 
 def default_rate(
-    losses: Iterable[str], optimizer: str, batch_size: int, width: int, *, trained: bool = False
+    entries: Collection[LossEntry], optimizer: str, batch_size: int, width: int, *, trained: bool = False
 ) -> tuple[float, str]:
     """Choose the peak learning rate, and say why: min(rate by what leads the losses · √(batch/64), 0.576/student's width).
 
@@ -254,7 +257,6 @@ def default_rate(
 
     Source: our own, docs/method.md#training-recipe.
     """
-    entries = [LOSSES[name] for name in losses]
     by_features = any(entry.compares_features for entry in entries)
     kind = "features" if by_features else "teacher" if any(entry.needs_teacher for entry in entries) else "captions"
     rate = RATES[optimizer][kind]

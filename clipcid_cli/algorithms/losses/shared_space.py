@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipcid_cli.algorithms.losses.registry import LOSSES
+from clipcid_cli.algorithms.losses.registry import LossEntry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +76,9 @@ class LossParameters(nn.Module):
     None where that is not learned.
     """
 
-    def __init__(self, names: Iterable[str], student_width: int, space: SharedSpace, seed: int) -> None:
-        """Make those of the losses `names`; the seed decides the layers' first weights."""
+    def __init__(self, entries: Sequence[LossEntry], student_width: int, space: SharedSpace, seed: int) -> None:
+        """Make those of some losses; the seed decides the layers' first weights."""
         super().__init__()
-        entries = [LOSSES[name] for name in names]
         self.log_scales = nn.ParameterDict(
             {entry.name: torch.tensor(math.log(entry.scale)) for entry in entries if entry.scale is not None}
         )

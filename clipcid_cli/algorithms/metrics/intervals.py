@@ -25,6 +25,9 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
+MIN_SEEDS = 3
+"""Seeds of each side that a verdict on several needs: two of them say nearly nothing of how seeds differ."""
+
 _CHUNK_ENTRIES = 2**24
 _TAIL = 0.025
 _SIGNIFICANCE = 0.05
@@ -107,9 +110,14 @@ class PairedMetric:
         return low > 0 or high < 0
 
     @property
+    def has_enough_seeds(self) -> bool:
+        """Whether there are seeds enough for a verdict, or one pair, where the question is of images alone."""
+        return len(self.first) == 1 or len(self.first) >= MIN_SEEDS
+
+    @property
     def is_significant(self) -> bool:
         """Whether the interval excludes 0 and McNemar's test, where it applies, agrees at the 5 % level."""
-        return self.excludes_zero and (self.p_value is None or self.p_value < _SIGNIFICANCE)
+        return self.has_enough_seeds and self.excludes_zero and (self.p_value is None or self.p_value < _SIGNIFICANCE)
 
 
 def compare(
@@ -138,7 +146,8 @@ def compare(
         second = [values[name] for _, values in values_S]
         errors_B = _errors_of_mean(np.subtract(second, first), replicates, seed)
         p_value = p_values.get(name) if p_values else None
-        found[name] = PairedMetric(first, second, interval(drawn[name] + errors_B), p_value)
+        # Metrics are in [0, 1], and so no difference is beyond 1, as Student's t of two seeds would have it.
+        found[name] = PairedMetric(first, second, interval((drawn[name] + errors_B).clip(-1, 1)), p_value)
     return found
 
 

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from glob import glob
 from itertools import chain, islice
 from typing import Any
 
@@ -198,6 +199,13 @@ def _read_vector(sample: Sample, length: int | None) -> npt.NDArray[Any]:
 def natural_key(text: str) -> tuple[object, ...]:
     """Sort key by which ``2.tar`` comes before ``10.tar``; the text itself decides between ``01`` and ``1``."""
     return tuple(int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", text))), text
+
+
+def match_pattern(pattern: str) -> list[str]:
+    """Return the paths that a pattern matches, 2 before 10; the pattern itself where it is a path or matches none."""
+    if os.path.lexists(pattern):
+        return [pattern]
+    return sorted(glob(os.path.expanduser(pattern)), key=natural_key) or [pattern]
 
 
 class _Handle:

@@ -12,7 +12,6 @@ import torch
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
 from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, draw_candidates, mean_centroids, soft_labels
-from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import FileRecord, record
@@ -50,7 +49,7 @@ def find_clusters(
     settings: DistillSettings, embeddings: Embeddings | None, online: ModelName | None, keep_list: Path | None
 ) -> Clusters | None:
     """Open the clusters, where a loss asks for them; those of another teacher or of an earlier keep list are refused."""
-    if not any(LOSSES[name].needs_clusters for name in settings.losses()):
+    if not any(loss.needs_clusters for loss in settings.loss_entries()):
         return None
     folder = settings.clusters or WorkDirectory(settings.work).find_clusters()
     clusters = open_clusters(folder, settings.work)

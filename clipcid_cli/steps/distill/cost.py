@@ -13,6 +13,7 @@ import torch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.sidecar import PairingFigures
 from clipcid_cli.runtime.distributed import memory_in_use
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
 from clipcid_cli.runtime.models.decode import read_size
@@ -63,6 +64,7 @@ class DistillCost(msgspec.Struct):
     bound_by: str  # ``data`` where that is less than the model takes, else ``model``
     seconds: dict[str, float]
     teacher: TeacherCost | None  # None where there is none, or it cannot be loaded here
+    pairing: PairingFigures | None = None  # how well the teacher knows these captions and images
     files: dict[str, str] = {}
     evaluations: list[Preview] = []
 
@@ -119,6 +121,7 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
         bound_by=bound_by,
         seconds={"train": round(seconds_per_step * plan.steps, 3)},
         teacher=teacher,
+        pairing=plan.inputs.pairing,
     )
 
 

@@ -8,21 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
+from clipcid_cli.algorithms.metrics.chance import guess_captions
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.results.metrics import RETRIEVAL
+from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.student import batch_norms
-from clipcid_cli.steps.encode import Decoded, Decoder, Encoder
+from clipcid_cli.steps.encode import Decoded, Decoder, Encoded, Encoder
 from clipcid_cli.steps.evaluate.measure import measure
-from clipcid_cli.steps.evaluate.model import EvaluatedModel
+from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
 from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
 from clipcid_cli.steps.reporting import Reporter, reporting_to
@@ -39,10 +42,15 @@ _FP32 = Precision("fp32", "evaluation")
 
 
 def zeroshot_settings(settings: DistillSettings) -> EvalZeroshotSettings:
-    """Return the settings of `eval-zeroshot` on ``--eval-data``: defaults, as columns and keys are the training data's."""
+    """Return the settings of `eval-zeroshot` on ``--eval-data``: defaults, but for where captions are.
+
+    Columns and keys are the training data's alone.
+    """
     return EvalZeroshotSettings(
         work=settings.work,
         data=settings.eval_data,
+        caption_key=settings.caption_key,
+        caption_lines=settings.caption_lines,
         workers=settings.workers,
         overwrite=settings.overwrite,
         max_bad_fraction=settings.max_bad_fraction,
@@ -51,20 +59,8 @@ def zeroshot_settings(settings: DistillSettings) -> EvalZeroshotSettings:
 
 def plan_evaluation(settings: EvalZeroshotSettings) -> list[ZeroshotTask]:
     """Open the data sets of ``--eval-data``, each once: metrics are logged as ``NAME/METRIC``."""
-    if not settings.data:
-        return []
-    try:
-        planned = plan_tasks(settings)
-    except ClipcidError as error:
-        fix = error.fix
-        if "--" in fix:  # flags that distill lacks, or that it reads its training data by
-            fix += (
-                " Such flags do not reach --eval-data: omit it here, and run clipcid eval-zeroshot with them after the "
-                "training."
-            )
-        raise ClipcidError(f"--eval-data: {error.message}", fix) from error
     tasks: dict[str, ZeroshotTask] = {}
-    for task in planned:
+    for task in [_plan_task(dataclasses.replace(settings, data=(data,))) for data in settings.data]:
         if task.name == EMA.rstrip("/"):
             raise ClipcidError(
                 f"--eval-data: {task.dataset.spec} is called {task.name}, the name of the weight average in the log.",
@@ -80,38 +76,72 @@ def plan_evaluation(settings: EvalZeroshotSettings) -> list[ZeroshotTask]:
     return list(tasks.values())
 
 
+def _plan_task(settings: EvalZeroshotSettings) -> ZeroshotTask:
+    """Open one data set; data with classes need not have the captions that ``--caption-key`` names."""
+    try:
+        try:
+            [task] = plan_tasks(settings)
+        except ClipcidError:
+            if not settings.caption_key:
+                raise
+            [task] = plan_tasks(dataclasses.replace(settings, caption_key=()))
+            if task.kind == RETRIEVAL:
+                raise
+    except ClipcidError as error:
+        fix = error.fix
+        if "--" in fix or settings.caption_key:  # flags that distill lacks, or that it reads its training data by
+            fix += (
+                " Of the flags that say how data is read only --caption-key and --caption-lines reach --eval-data: omit it "
+                "here, and run clipcid eval-zeroshot with them after the training."
+            )
+        raise ClipcidError(f"--eval-data: {error.message}", fix) from error
+    return task
+
+
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
     """The held-out samples that can be read, decoded for the model: up to 0.75 GB of pixels at 224 px."""
 
     student: ClipModel
+    dataset: Dataset
     samples: list[Sample]
     rows: list[int]  # their rows among all samples held out
-    batches: list[Decoded]
+    decoded: Decoded
 
     @classmethod
     def read(cls, inputs: Inputs, student: ClipModel) -> HeldOut | None:
         """Read the first held-out samples; None when there are fewer than two, which retrieval cannot use."""
         first = np.arange(min(inputs.held_out.total, _MAX_HELD_OUT))
-        found = [ref.read() for ref in inputs.refs(inputs.held_out, first)]
-        samples = [dataclasses.replace(sample, captions=sample.captions[:1]) for sample in found]
-        decoded = Decoder.of(student, captions=True)(samples)
+        samples = [ref.read() for ref in inputs.refs(inputs.held_out, first)]
+        decode = Decoder.of(student, captions=True)
+        decoded = decode(samples)
         rows = [row for row in range(len(samples)) if row not in decoded.failures]
         if len(rows) < 2:
             return None
-        assert decoded.pixels is not None
-        assert decoded.tokens is not None
-        kept = slice(None) if len(rows) == len(samples) else rows
-        batches = zip(*(torch.split(rows[kept], _BATCH) for rows in (decoded.pixels, decoded.tokens)), strict=True)
-        return cls(student, [samples[row] for row in rows], rows, [Decoded(*batch) for batch in batches])
+        if len(rows) < len(samples):
+            samples = [samples[row] for row in rows]
+            decoded = decode(samples)
+        return cls(student, inputs.dataset, samples, rows, decoded)
 
-    def encode(self) -> tuple[Tensor, Tensor]:
-        """Encode images and first captions in full precision: unit rows, float32 [n, d] each, on the CPU."""
+    def encode(self) -> Encoded:
+        """Encode images and captions in full precision: unit rows, float32, on the CPU."""
         self.student.module.eval()
         encoder = Encoder.of(self.student, _FP32, _BATCH)
-        encoded = [encoder(batch) for batch in self.batches]
-        images, texts = (torch.cat([rows[kind] for rows in encoded]) for kind in (Kind.IMAGES, Kind.TEXTS))
-        return images, texts
+        assert self.decoded.pixels is not None
+        assert self.decoded.tokens is not None
+        images = torch.cat([encoder.images(pixels).cpu() for pixels in torch.split(self.decoded.pixels, _BATCH)])
+        return Encoded(self.samples, {Kind.IMAGES: images, Kind.TEXTS: encoder.encode_texts(self.decoded.tokens)})
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """What a guess scores, by metric."""
+        return guess_captions(np.array([len(sample.captions) for sample in self.samples]))
+
+    def measure(self, encoded: Encoded, device: torch.device) -> dict[str, float]:
+        """Measure what a model made of these samples, as `eval-zeroshot` does."""
+        task = ZeroshotTask("held out", RETRIEVAL, self.dataset)
+        with reporting_to(Reporter()):  # the bar of the training goes on
+            return measure(TaskRows(task, encoded, None, Skips(), {}), device).draws.values()
 
 
 class Evaluation:
@@ -151,8 +181,7 @@ class Evaluation:
         share_statistics(student.module, context)
         metrics: dict[str, float] = {}
         if self.held_out is not None:
-            images, texts = self.held_out.encode()
-            metrics |= retrieval_metrics(images, texts, torch.arange(len(images)))
+            metrics |= self.held_out.measure(self.held_out.encode(), context.device)
         model = EvaluatedModel(ModelName(student.info.spec, "tag"), context, self._plan.settings, student)
 
         def measure_task(task: ZeroshotTask) -> dict[str, float]:

@@ -46,9 +46,11 @@ class ExtraTexts:
         return self.variants(sample.captions, sample.key, text.row % self.variants.number)
 
 
-def find_extra_texts(settings: DistillSettings, embeddings: Embeddings) -> ExtraTexts | None:
-    """Find the further texts of a run; None where no loss takes any, or there are none."""
-    if not settings.shows_extra_texts:
+def find_extra_texts(settings: DistillSettings, embeddings: Embeddings, trust: float) -> ExtraTexts | None:
+    """Find the further texts of a run; None where no loss takes any at such trust in the teacher, or there are none."""
+    if not settings.shows_extra_texts(trust):
+        if settings.shows_extra_texts():
+            reporting.note("No extra texts are shown: without fd no loss takes them.")
         return None
     # Of several teachers none has embedded the texts of a file for all.
     spec = None if embeddings.model is None or len(embeddings.members) > 1 else embeddings.model.spec

@@ -20,7 +20,7 @@ from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
-from clipcid_cli.formats.sidecar import EmbedSidecar, RepairFigures, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import EmbedSidecar, PairingFigures, RepairFigures, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
@@ -52,7 +52,7 @@ from clipcid_cli.steps.inputs import (
     open_teachers,
     validate_teacher,
 )
-from clipcid_cli.steps.repair import repair_teacher
+from clipcid_cli.steps.repair import describe_pairing, judge_pairing, repair_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
 
@@ -78,6 +78,8 @@ class Inputs:
     first_captions: bool  # whether a sample may only show its first caption, the only one that is embedded
     extra_texts: ExtraTexts | None
     repair: RepairFigures | None  # what was found of the repair of the teacher; None where nothing was judged
+    pairing: PairingFigures | None  # how well the teacher knows the data; None where nothing was judged
+    trust: float  # how far the teacher's pairing of images with captions is to be trusted, in [0, 1]
     clusters: ChosenClusters | None  # those of the teacher; None where no loss needs them
     fingerprints: list[FileRecord]
 
@@ -85,11 +87,6 @@ class Inputs:
     def stored(self) -> Embeddings | None:
         """The embeddings, where they teach."""
         return self.embeddings if self.online is None else None
-
-    @property
-    def trust(self) -> float:
-        """How far the teacher's pairing of images with captions is to be trusted, in (0, 1]."""
-        return 1.0 if self.repair is None else self.repair.trust
 
     def augmentation(self, chosen: Augmentation) -> Augmentation:
         """Return how images are augmented: as the strongest of the stored views were, else as chosen."""
@@ -140,7 +137,7 @@ def kinds_shown(num_views: int, first_captions: bool) -> list[Kind]:
 
 def losses_of_captions(settings: DistillSettings) -> list[str]:
     """List the losses of the run that need the teacher's embeddings of captions."""
-    return [name for name in settings.losses() if not LOSSES[name].one_tower]
+    return [loss.name for loss in settings.loss_entries() if not loss.one_tower]
 
 
 def named_teachers(settings: DistillSettings) -> list[ModelName]:
@@ -252,9 +249,13 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
         missing = usable.total - counts.listed
         keep_list.report(dataset.spec, usable.total, kept=counts.kept, missing=missing, key=_first_key(dataset))
 
-    repair = None
+    repair = pairing = None
+    trust = 1.0
     if embeddings is not None:
-        embeddings, repair = repair_teacher(settings, embeddings)
+        stored = embeddings
+        embeddings, repair = repair_teacher(settings, stored)
+        pairing = judge_pairing(stored, repair)
+        trust = _choose_trust(settings, repair, pairing)
     num_views = 0
     first_captions = False
     extra_texts = None
@@ -266,7 +267,7 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
             reporting.note("It is left as it is: a repair is fitted to stored embeddings, of which there are none.")
     elif embeddings is not None:
         num_views = _choose_views(settings, dataset, embeddings, counts)
-        extra_texts = find_extra_texts(settings, embeddings)
+        extra_texts = find_extra_texts(settings, embeddings, trust)
         varies = extra_texts is not None and extra_texts.variants is not None
         first_captions = _choose_captions(settings, embeddings, counts, varies)
         kinds = kinds_shown(num_views, first_captions) + ([Kind.VARIANTS] if varies else [])
@@ -290,9 +291,39 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
         first_captions=first_captions,
         extra_texts=extra_texts,
         repair=repair,
+        pairing=pairing,
+        trust=trust,
         clusters=chosen,
         fingerprints=fingerprints,
     )
+
+
+def _choose_trust(settings: DistillSettings, repair: RepairFigures | None, pairing: PairingFigures | None) -> float:
+    """Return how far the losses follow the teacher, by its repair; say how well it knows the data.
+
+    Where it is near chance, the default losses do not follow its features at all; those that were typed do.
+    """
+    trust = 1.0 if repair is None else repair.trust
+    if pairing is None:
+        return trust
+    measured = describe_pairing(pairing)
+    if settings.dry_run and repair is None and settings.repair != "none":
+        measured += " (before a repair, on which a run decides)"
+    if not pairing.near_chance:
+        reporting.note(f"{measured}.")
+        return trust
+    taught = [loss.name for loss in settings.loss_entries(0.0) if loss.compares_features]
+    typed = [f"{name}={weight:g}" for name, weight in settings.typed_losses.items() if name in taught]
+    if settings.preset is not None:
+        reporting.warn(
+            f"{measured}: near chance, but followed, as --preset {settings.preset} says. Try --teacher none."
+        )
+        return trust
+    if typed:
+        reporting.warn(f"{measured}: near chance, but followed, as --loss {typed[0]} says. Try --teacher none.")
+    else:
+        reporting.warn(f"{measured}: near chance, so its features are not followed (no fd). Try --teacher none.")
+    return 0.0
 
 
 def _open_data(settings: DistillSettings, embeddings: Embeddings | None, scratch: Path | None) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import TrainingBatch
+from clipcid_cli.steps.distill.own_losses import load_own_loss
 from clipcid_cli.steps.distill.teacher import Teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.training.gradients import Features, gather_rows
@@ -26,6 +28,7 @@ class Objective:
     """The losses of a run, with their weights."""
 
     weights: dict[str, float]
+    functions: dict[str, Callable[..., Tensor]]  # by the same names
     parameters: LossParameters
     teacher: Teacher | None
     context: DistContext
@@ -45,12 +48,15 @@ class Objective:
         space = SharedSpace(student_width) if teacher is None else teacher.space
         chosen = settings.losses(trust)
         weights = {name: weight.at(space.width) for name, weight in chosen.items()}
-        why = "" if chosen == settings.losses() else f" (trust in the teacher {trust:.2f}, by its repair)"
+        why = f"trust in the teacher {trust:.2f}, by its repair" if trust else "the teacher is near chance"
+        why = "" if chosen == settings.losses() else f" ({why})"
         reporting.note("Loss: " + " + ".join(f"{value:g}·{name}" for name, value in weights.items()) + f"{why}.")
         seed = derive_seed("loss parameters", settings.seed)
-        parameters = LossParameters(weights, student_width, space, seed).to(context.device)
+        parameters = LossParameters(settings.loss_entries(trust), student_width, space, seed).to(context.device)
         local_loss = settings.local_loss and context.size > 1
-        return cls(weights, parameters, teacher, context, settings.affinity_scale, local_loss)
+        own = {name: load_own_loss(file) for name, file in settings.own_losses.items()}
+        functions = {name: own[name] if name in own else load_loss(name) for name in weights}
+        return cls(weights, functions, parameters, teacher, context, settings.affinity_scale, local_loss)
 
     def __call__(
         self, features: Features, student_scale: Tensor, student_bias: Tensor | None, batch: TrainingBatch
@@ -65,7 +71,7 @@ class Objective:
         whole = dataclasses.replace(
             self._gather(features, student_scale, batch), student_bias=student_bias, affinity_scale=self.affinity_scale
         )
-        terms = [load_loss(name)(whole, **self.parameters.of(name)) for name in self.weights]
+        terms = [function(whole, **self.parameters.of(name)) for name, function in self.functions.items()]
         total = torch.stack([weight * term for weight, term in zip(self.weights.values(), terms, strict=True)]).sum()
         values = torch.stack([term.detach() for term in terms])
         if not self.local_loss:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.algorithms.losses.registry import LOSSES, default_rate
+from clipcid_cli.algorithms.losses.registry import default_rate
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.output import OutputSpec
 from clipcid_cli.formats.results.clusters import read_cluster_sidecar
@@ -21,6 +21,7 @@ from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
 from clipcid_cli.steps.distill.inputs import Inputs, find_inputs, named_teachers
+from clipcid_cli.steps.distill.own_losses import load_own_loss
 from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.distill.teacher import describe_weights
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
@@ -90,6 +91,9 @@ class DistillPlan:
             "views": "stored" if settings.shows_views else "none",
             "cluster_towers": "both" if clusters is not None and clusters.teach_text else "image",
         }
+        if settings.own_losses:  # identified by their sources, wherever the files are
+            identity["loss"] = [f"{name}={weight:g}" for name, weight in settings.typed_losses.items()]
+            identity["loss_sources"] = {name: file.hash for name, file in settings.own_losses.items()}
         if clusters is not None:
             identity["cluster_temperature"] = clusters.temperatures
         return OutputSpec(
@@ -105,11 +109,13 @@ class DistillPlan:
 
 def validate_named(settings: DistillSettings) -> list[ZeroshotTask]:
     """Look at what can be wrong with named inputs before hours of embedding; return the data sets of ``--eval-data``."""
+    for file in settings.own_losses.values():
+        load_own_loss(file)
     if settings.needs_teacher:
         named_teachers(settings)
     if settings.keep_list not in (None, NO_KEEP_LIST):
         read_keep_list(Path(settings.keep_list))
-    if any(LOSSES[name].needs_clusters for name in settings.losses()):
+    if any(loss.needs_clusters for loss in settings.loss_entries()):
         read_cluster_sidecar(
             settings.clusters or WorkDirectory(settings.work).find_clusters(**_flags_of_several(settings))
         )
@@ -232,7 +238,8 @@ def _choose_recipe(
     if lr is None:
         width = student.model.info.embed_dim
         trained = student.starts_trained
-        lr, reason = default_rate(settings.losses(), settings.optimizer, batch_size, width, trained=trained)
+        losses = settings.loss_entries(inputs.trust)
+        lr, reason = default_rate(losses, settings.optimizer, batch_size, width, trained=trained)
         reporting.note(f"Learning rate: {lr:g} ({reason}).")
     return Recipe(
         optimizer=settings.optimizer,

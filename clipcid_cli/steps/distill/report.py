@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
-from torch import Tensor
 
-from clipcid_cli.algorithms.metrics.retrieval import retrieval_metrics
+from clipcid_cli.algorithms.metrics.chance import guess_captions
 from clipcid_cli.formats.data.samples import Sample
-from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.rows import Kind, Rows, take_captions
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.results.run_folder import read_lines
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.steps.distill.evaluation import EMA, HeldOut
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.trainer import Trainer
-from clipcid_cli.steps.repair import describe_repair
+from clipcid_cli.steps.encode import Encoded
+from clipcid_cli.steps.repair import describe_pairing, describe_repair
 from clipcid_cli.steps.settings.shared import output_settings
 
 if TYPE_CHECKING:
@@ -41,19 +44,30 @@ def write_report(trainer: Trainer) -> str:
     log = read_lines(plan.folder.train_log)
     results = read_lines(plan.folder.results_log)
     scales = {name: name.removeprefix("scale_") for name in (log[0] if log else {}) if name.startswith("scale_")}
-    measured: dict[str, Any] = {"headline": [], "recall_figure": None, "compared": [], "compared_on": 0, "examples": []}
+    measured: dict[str, Any] = {
+        "headline": [],
+        "recall_figure": None,
+        "compared": [],
+        "compared_on": "",
+        "examples": [],
+    }
     if held_out is not None:
         rows = {"student": held_out.encode()}
         if trainer.state.ema is not None:
             with trainer.state.ema.swapped_in():
                 rows["average (EMA)"] = held_out.encode()
-        recalls = {f"{side} recall at 1, held out": f"{side}_retrieval_recall@1" for side in _SIDES}
+        compared, compared_on = _compare(held_out, rows, plan.inputs, trainer.context.device)
+        chance = held_out.chance
         measured = {
-            "headline": [(title, trainer.metrics[name]) for title, name in recalls.items() if name in trainer.metrics],
+            "headline": [
+                (f"{side} recall at 1, held out (chance {100 * chance[name]:.2g} %)", trainer.metrics[name])
+                for side in _SIDES
+                if (name := f"{side}_retrieval_recall@1") in trainer.metrics
+            ],
             "recall_figure": draw_recalls(results) if len(results) > 1 else None,
-            "compared": _compare(held_out, rows, plan.inputs),
-            "compared_on": len(held_out.samples),
-            "examples": _find_examples(held_out.samples, *rows["student"]),
+            "compared": compared,
+            "compared_on": compared_on,
+            "examples": _find_examples(rows["student"]),
         }
     weights = trainer.objective.weights
     return render_report(
@@ -75,26 +89,70 @@ def write_report(trainer: Trainer) -> str:
     )
 
 
-def _compare(held_out: HeldOut, students: dict[str, tuple[Tensor, Tensor]], inputs: Inputs) -> list[dict[str, Any]]:
-    """Measure students (rows of both towers) and teacher on the held-out samples with a stored embedding."""
+def _compare(
+    held_out: HeldOut, students: dict[str, Encoded], inputs: Inputs, device: torch.device
+) -> tuple[list[dict[str, Any]], str]:
+    """Measure students and teacher on the held-out samples with a stored embedding; say of how many, and by which captions.
+
+    Where only first captions were embedded, all are measured by these.
+    """
     stored = inputs.embeddings
     rows = students
+    which = "all captions"
     if stored is not None and stored.has_texts:
-        places = inputs.held_out.column("embeddings")[held_out.rows].astype(np.int64)
-        known = np.flatnonzero(places >= 0)
-        rows = {name: (images[known], texts[known]) for name, (images, texts) in students.items()}
-        images, texts = (
-            torch.from_numpy(stored.rows(kind).take(places[known])).float() for kind in (Kind.IMAGES, Kind.TEXTS)
-        )
-        rows["teacher"] = images, texts
-    own = torch.arange(len(rows["student"][0]))
-    if len(own) < 2 or len(rows) < 2:
-        return []
-    return [{"name": name, "metrics": retrieval_metrics(*sides, own)} for name, sides in rows.items()]
+        embedded = inputs.held_out.column("embeddings")[held_out.rows].astype(np.int64)
+        known = np.flatnonzero(embedded >= 0)
+        all_captions = Kind.FURTHER in stored.kinds or all(len(sample.captions) == 1 for sample in held_out.samples)
+        which = which if all_captions else "the first caption of each"
+        rows = {name: _take(encoded, known, all_captions) for name, encoded in students.items()}
+        samples = rows["student"].samples
+        rows["teacher"] = Encoded(samples, _stored_rows(stored, inputs, np.array(held_out.rows)[known], samples))
+    count = len(rows["student"].samples)
+    if count < 2 or len(rows) < 2:
+        return [], ""
+    chance = guess_captions(rows["student"].captions.numpy())
+    metrics = {name: held_out.measure(encoded, device) for name, encoded in rows.items()} | {"chance": chance}
+    return [
+        {"name": name, "metrics": values} for name, values in metrics.items()
+    ], f"{count:,} held-out samples, by {which}"
 
 
-def _find_examples(samples: Sequence[Sample], images: Tensor, texts: Tensor) -> list[dict[str, Any]]:
-    similarities, found = (texts[:_NUM_EXAMPLES] @ images.T).topk(min(_NUM_FOUND, len(images)), dim=1)
+def _take(encoded: Encoded, places: npt.NDArray[np.int64], all_captions: bool) -> Encoded:
+    """Return some of the samples, with all their captions or only the first of each."""
+    samples = [encoded.samples[place] for place in places.tolist()]
+    chosen = torch.from_numpy(places)
+    if all_captions:
+        of_texts = torch.isin(encoded.owners, chosen)
+    else:
+        samples = [dataclasses.replace(sample, captions=sample.captions[:1]) for sample in samples]
+        of_texts = (encoded.captions.cumsum(0) - encoded.captions)[chosen]
+    return Encoded(
+        samples, {Kind.IMAGES: encoded.rows[Kind.IMAGES][chosen], Kind.TEXTS: encoded.rows[Kind.TEXTS][of_texts]}
+    )
+
+
+def _stored_rows(
+    stored: Embeddings, inputs: Inputs, held_out: npt.NDArray[np.int64], samples: Sequence[Sample]
+) -> dict[Kind, torch.Tensor]:
+    """Read the teacher's rows of held-out samples, by their places among these, and of the captions of `samples`."""
+    rows: dict[Kind, Rows] = {
+        kind: stored.rows(kind) for kind in (Kind.IMAGES, Kind.TEXTS, Kind.FURTHER) if kind in stored.kinds
+    }
+    embedded = inputs.held_out.column("embeddings")[held_out].astype(np.int64)
+    starts = inputs.held_out.column("captions")[held_out].astype(np.int64) if Kind.FURTHER in rows else embedded
+    counts = np.array([len(sample.captions) for sample in samples])
+    captions = np.concatenate([np.arange(count) for count in counts])
+    texts = take_captions(rows, np.repeat(embedded, counts), captions, np.repeat(starts, counts))
+    return {
+        Kind.IMAGES: torch.from_numpy(rows[Kind.IMAGES].take(embedded)).float(),
+        Kind.TEXTS: torch.from_numpy(texts).float(),
+    }
+
+
+def _find_examples(encoded: Encoded) -> list[dict[str, Any]]:
+    samples, images = encoded.samples, encoded.rows[Kind.IMAGES]
+    firsts = (encoded.captions.cumsum(0) - encoded.captions)[:_NUM_EXAMPLES]
+    similarities, found = (encoded.rows[Kind.TEXTS][firsts] @ images.T).topk(min(_NUM_FOUND, len(images)), dim=1)
     return [
         {
             "caption": samples[query].captions[0],
@@ -113,7 +171,13 @@ def _picture(sample: Sample) -> dict[str, Any]:
 
 
 def _draw(
-    title: str, log: Sequence[dict[str, Any]], labels: Mapping[str, str], *, smooth: bool = False, **axes_settings: Any
+    title: str,
+    log: Sequence[dict[str, Any]],
+    labels: Mapping[str, str],
+    *,
+    smooth: bool = False,
+    percent: bool = False,
+    **axes_settings: Any,
 ) -> Markup:
     """Draw entries of a log by their labels, each over the lines that have it; smoothed ones with the values faint."""
     figure = make_figure()
@@ -122,11 +186,15 @@ def _draw(
         lines = [line for line in log if entry in line]
         lines = lines[:: max(1, len(lines) // _POINTS)]
         values = pd.Series([line[entry] for line in lines], [line["step"] for line in lines], dtype=float)
+        if percent:
+            values *= 100
         if smooth:
             axes.plot(values, color=color, alpha=0.25, linewidth=0.8)
             # The mean over about a fiftieth of the run.
             values = values.rolling(max(1, len(values) // 50), min_periods=1, center=True).mean()
         axes.plot(values, ":" if entry.startswith(EMA) else "-", color=color, label=label)
+    if percent:
+        axes_settings |= {"ylabel": "%", "ylim": (0, None)}
     axes.set(xlabel="step", **axes_settings)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
@@ -141,7 +209,7 @@ def draw_recalls(results: Sequence[dict[str, Any]]) -> Markup:
         for side in _SIDES
         if (entry := f"{prefix}{side}_retrieval_recall@{k}") in results[0]
     }
-    return _draw("Recall on the held-out part", results, labels, ylabel="recall", ylim=(0, None))
+    return _draw("Recall on the held-out part", results, labels, percent=True)
 
 
 def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:
@@ -153,7 +221,7 @@ def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:
             labels[name] = f"{data} {_NAMED[metric]}" + ", EMA" * name.startswith(EMA)
     if not labels:
         return None
-    return _draw("Measurements on the named data sets", results, labels, ylim=(0, None))
+    return _draw("Measurements on the named data sets", results, labels, percent=True)
 
 
 def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
@@ -165,6 +233,9 @@ def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
         found += [("embeddings", str(member.folder)) for member in inputs.embeddings.members]
     if inputs.repair is not None:
         found.append(("repair", describe_repair(inputs.repair)))
+    if inputs.pairing is not None:
+        verdict = ": near chance; try --teacher none" if inputs.pairing.near_chance else ""
+        found.append(("pairing", f"{describe_pairing(inputs.pairing)}{verdict}."))
     if inputs.clusters is not None:
         found.append(("clusters", str(inputs.clusters.files.folder)))
     return found

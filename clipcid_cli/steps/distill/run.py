@@ -13,7 +13,7 @@ from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output
 from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.results.run_folder import list_checkpoints, write_held_out
-from clipcid_cli.formats.sidecar import DistillSidecar, RepairFigures, sidecar_path
+from clipcid_cli.formats.sidecar import DistillSidecar, PairingFigures, RepairFigures, sidecar_path
 from clipcid_cli.formats.skipped import skipped_file, write_skipped
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import open_dist_context
@@ -49,7 +49,9 @@ class Distilled(msgspec.Struct, omit_defaults=True):
     evaluations: list[ZeroshotResult]  # what `eval-zeroshot` returns for ``--eval-data``
     seconds: dict[str, float]  # time by phase
     files: dict[str, str]
+    chance: dict[str, float] = {}  # what a guess scores on the held-out part
     repair: RepairFigures | None = None  # that of the teacher, where it was repaired
+    pairing: PairingFigures | None = None  # how well the teacher knows these captions and images
 
 
 def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
@@ -142,8 +144,12 @@ def write(
         "losses": trainer.losses,
         "metrics": trainer.metrics,
     }
+    if trainer.evaluation.held_out is not None:
+        result["chance"] = trainer.evaluation.held_out.chance
     if inputs.repair is not None and inputs.repair.repaired:
         result["repair"] = msgspec.to_builtins(inputs.repair)
+    if inputs.pairing is not None:
+        result["pairing"] = msgspec.to_builtins(inputs.pairing)
     return output.commit(
         counts={
             "read": inputs.usable.read,

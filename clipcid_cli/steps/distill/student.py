@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import describe
 from clipcid_cli.formats.models.open_clip_folder import write_model_folder
@@ -88,7 +87,7 @@ def load_student(settings: DistillSettings, device: torch.device) -> Student:
     """Load the student as ``--student``, ``--init-from`` and ``--freeze-…`` say."""
     name = parse_model(str(settings.student))
     model = load_model(name, device, fresh_seed=settings.seed)
-    if any(LOSSES[loss].needs_bias for loss in settings.losses()):
+    if any(loss.needs_bias for loss in settings.loss_entries()):
         before, had_bias = model.logit_scale, model.logit_bias is not None
         model = model.with_logit_bias()
         if name.has_weights and not had_bias:
@@ -111,7 +110,7 @@ def load_student(settings: DistillSettings, device: torch.device) -> Student:
             f"Texts are encoded at their full length of {model.info.context_length} tokens: only causal text towers of "
             "open_clip, read at the end of a text, can skip the padding."
         )
-    reads_tokens = [name for name in settings.losses() if LOSSES[name].reads_tokens]
+    reads_tokens = [loss.name for loss in settings.loss_entries() if loss.reads_tokens]
     if reads_tokens and not pruned.has_tokens:
         raise _other_towers(
             model, reads_tokens[0], "reads patches and tokens", ", or its text tower not open_clip's own"
@@ -132,7 +131,7 @@ def load_student(settings: DistillSettings, device: torch.device) -> Student:
 
 def _plan_masking(settings: DistillSettings, model: ClipModel, num_patches: int | None) -> Masking | None:
     """Plan the further pass over masked images that a loss asks for; say what it costs."""
-    masked = {name: LOSSES[name].masked_patches for name in settings.losses() if LOSSES[name].masked_patches}
+    masked = {loss.name: loss.masked_patches for loss in settings.loss_entries() if loss.masked_patches}
     if not masked:
         return None
     name, fraction = max(masked.items(), key=lambda item: item[1])

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids
-from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import SharedSpace, principal_axes, project, second_moment
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
@@ -130,7 +129,7 @@ def open_teacher(
     if model is None:
         assert embeddings is not None, "the width is theirs"
         is_recorded = embeddings.model is not None and embeddings.model.logit_scale is not None
-        if not is_recorded and any(LOSSES[name].needs_teacher_scale for name in settings.losses()):
+        if not is_recorded and any(loss.needs_teacher_scale for loss in settings.loss_entries()):
             reporting.note(f"The embeddings do not record the teacher's logit scale; using {MAX_SCALE:g}.")
         bias = None if embeddings.model is None else embeddings.model.logit_bias
         return Teacher(space, teacher_scale(embeddings), bias, clusters)
@@ -159,7 +158,7 @@ def choose_space(
     otherwise; else as requested, but ``pca`` cannot widen, or do without stored embeddings: ``project`` takes its place.
     """
     requested = settings.teacher_space
-    if requested == "auto" and all(LOSSES[name].space == "own" for name in settings.losses()):
+    if requested == "auto" and all(loss.space == "own" for loss in settings.loss_entries()):
         return SharedSpace(teacher_width)
     if requested != "project" and student_width == teacher_width:
         return SharedSpace(teacher_width)

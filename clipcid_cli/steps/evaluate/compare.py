@@ -8,17 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from glob import glob
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K, compare_accuracies, precision_metrics
-from clipcid_cli.algorithms.metrics.intervals import Array, PairedMetric, compare
+from clipcid_cli.algorithms.metrics.intervals import MIN_SEEDS, Array, PairedMetric, compare
 from clipcid_cli.algorithms.metrics.retrieval import Ranks, compare_recalls
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.samples import natural_key
+from clipcid_cli.formats.data.samples import match_pattern
 from clipcid_cli.formats.results.metrics import (
     CLASSIFICATION,
     MULTI_LABEL,
@@ -85,10 +84,7 @@ def _find_files(side: str) -> list[Path]:
     """Return the file of one side, or those that a pattern matches, seed 2 before seed 10, or that commas separate."""
     if os.path.exists(side):
         return [Path(side)]
-    found = list[str]()
-    for part in side.split(","):
-        found += sorted(glob(part), key=natural_key) or [part]
-    return [Path(file) for file in found]
+    return [Path(file) for part in side.split(",") for file in match_pattern(part)]
 
 
 def _folder_error(folder: Path, work: WorkDirectory) -> ClipcidError:
@@ -189,6 +185,9 @@ def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
         numbers += f", McNemar p = {metric.p_value:.2g}"
     if metric.is_significant:
         verdict = f"{name}: {names[better]} is better than {names[worse]}, and the difference is real ({numbers})."
+    elif not metric.has_enough_seeds:
+        seeds = f"{len(metric.first)} seeds of each are too few, give at least {MIN_SEEDS}"
+        verdict = f"{name}: no verdict, {seeds} ({numbers})."
     elif difference == 0 and not metric.excludes_zero:
         verdict = f"{name}: no difference ({numbers})."
     else:
@@ -200,6 +199,7 @@ def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
         interval=metric.interval,
         p_value=metric.p_value,
         real=metric.is_significant,
+        enough_seeds=metric.has_enough_seeds,
         verdict=verdict,
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import torch
 
+from clipcid_cli.algorithms.metrics.chance import guess_classes, guess_order, largest_class
 from clipcid_cli.algorithms.metrics.classification import (
     ACCURACY_TOP_K,
     MULTI_LABEL_METRICS,
@@ -292,6 +293,7 @@ def _write(
     with timed(seconds, "neighbors"):
         neighbours = fits.measure_neighbours(test)
     probe = {f"lp_{name}": value for name, value in measured.items()}
+    guessed, majority = _guess(test.labels, len(plan.classes))
     output.start()
     written = output.root / plan.path.name
     write_metrics(written, model.make_metrics(plan.dataset, _TASK, probe | neighbours))
@@ -311,6 +313,8 @@ def _write(
         "validation_score": best.score,
         "sweep": Sweep([point.c for point in points], [point.score for point in points]),
         "shots": shots,
+        "chance": {name: guessed[short] for name in probe | neighbours if (short := name.partition("_")[2]) in guessed},
+        "majority": majority,
         "classes": len(plan.classes),
         **counts,
     }
@@ -323,6 +327,13 @@ def _write(
         sweep=[{"c": point.c, "validation_score": point.score, **_describe(point.solution)} for point in points],
     )
     return _make_result(sidecar, plan.path, reused=False)
+
+
+def _guess(labels: torch.Tensor, num_classes: int) -> tuple[dict[str, float], float | None]:
+    """Return what a guess scores on images of such classes, by metric, and the share of the largest class."""
+    if labels.ndim == 2:
+        return guess_order(labels.cpu().numpy()), None
+    return guess_classes(num_classes), largest_class(labels.cpu().numpy())
 
 
 def _make_result(sidecar: LinearSidecar, path: Path, *, reused: bool) -> LinearResult:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from clipcid_cli.algorithms.metrics.calibration import BINS, Blocks, fit_scale, measure_calibration
+from clipcid_cli.algorithms.metrics.chance import guess_captions, guess_classes, guess_order, largest_class
 from clipcid_cli.algorithms.metrics.classification import (
     ACCURACY_TOP_K,
     accuracy_metrics,
@@ -49,6 +50,8 @@ class TaskResult:
     draws: CellMetrics
     columns: Callable[[], dict[str, Any]]  # makes the columns of the predictions file but for the keys
     texts: int  # number of prompts or captions used
+    chance: dict[str, float]  # what a guess scores, of the metrics where that is known
+    majority: float | None = None  # share of the images in the largest class, where each has one
     per_class: list[ClassScore] = dataclasses.field(default_factory=list)
     examples: list[Example] = dataclasses.field(default_factory=list)
 
@@ -102,6 +105,8 @@ def _measure_classification(rows: TaskRows, weights: torch.Tensor) -> TaskResult
         draws=accuracy_metrics(labels, ranks, num_classes),
         columns=columns,
         texts=num_classes * len(task.templates),
+        chance=guess_classes(num_classes),
+        majority=largest_class(labels),
         per_class=per_class,
         examples=_choose_examples(rows, labels, predicted, per_class),
     )
@@ -160,6 +165,7 @@ def _measure_multi_label(rows: TaskRows, weights: torch.Tensor) -> TaskResult:
         draws=draws,
         columns=columns,
         texts=len(weights) * len(task.templates),
+        chance=guess_order(positive.numpy()),
         per_class=[
             ClassScore(name, images, None if math.isnan(area) else area)
             for name, images, area in zip(task.class_names, positive.sum(dim=0).tolist(), areas, strict=True)
@@ -187,6 +193,7 @@ def _measure_retrieval(rows: TaskRows, device: torch.device) -> TaskResult:
         draws=recall_metrics((image_ranks, text_ranks), encoded.owners),
         columns=columns,
         texts=len(texts),
+        chance=guess_captions(encoded.captions.numpy()),
     )
 
 

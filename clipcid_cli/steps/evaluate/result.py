@@ -33,6 +33,8 @@ class ZeroshotResult(Metrics, kw_only=True):
     prompts: dict[str, LinesRecord] | None  # ``class_names`` and ``templates``; None for retrieval
     customary: str  # name of the metric usually reported for the data set
     intervals: dict[str, tuple[float, float]]  # the 95 % interval of each metric; none with ``--bootstrap 0``
+    chance: dict[str, float]  # what a guess scores, of the metrics where that is known
+    majority: float | None  # share of the images in the largest class, where each has one
     calibration: Calibrations | None
     images: int
     skipped: dict[str, int]
@@ -87,6 +89,7 @@ class Difference(msgspec.Struct):
     interval: tuple[float, float]
     p_value: float | None  # McNemar's, of a pair of results whose metric counts images that are right or wrong
     real: bool
+    enough_seeds: bool  # whether there are seeds enough for a verdict; of two results on one seed each always
     verdict: str
 
 
@@ -127,6 +130,8 @@ class LinearResult(Metrics, kw_only=True):
     validation_score: float
     sweep: Sweep
     shots: list[FewShot]
+    chance: dict[str, float] = msgspec.field(default_factory=dict)  # as of `ZeroshotResult`, of the test split
+    majority: float | None = None
     images: int  # of the test split
     train_images: int  # all that the final fit uses
     validation_images: int

@@ -148,9 +148,9 @@ class ZeroshotTask:
             "keys": self.dataset.keys,
             "columns": dataclasses.asdict(self.dataset.columns),
         }
-        if self.dataset.caption_lines:
+        if self.kind == RETRIEVAL and self.dataset.caption_lines:
             described["caption_lines"] = True
-        if self.dataset.caption_keys:
+        if self.kind == RETRIEVAL and self.dataset.caption_keys:
             described["caption_key"] = list(self.dataset.caption_keys)
         return described
 

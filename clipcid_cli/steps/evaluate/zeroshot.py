@@ -11,7 +11,7 @@ import msgspec
 
 from clipcid_cli.algorithms.metrics.calibration import BINS
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.data.samples import ByteRange
+from clipcid_cli.formats.data.samples import ByteRange, match_pattern
 from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
@@ -120,15 +120,30 @@ class ZeroshotPlan:
 
 
 def make_plan(settings: EvalZeroshotSettings) -> ZeroshotPlan:
-    """Find the models, and open the data sets; a model among these, as of ``runs/*/student DATA``, is one more model."""
-    # pathlib raises where a name is too long, as of a command.
-    folders = [each for each in settings.data if os.path.isfile(os.path.join(os.path.expanduser(each), CONFIG_NAME))]
-    data = tuple(each for each in settings.data if each not in folders)
-    settings = dataclasses.replace(settings, data=data, models=(*folders, *settings.models))
+    """Find the models, and open the data sets; a model among these, as of ``runs/*/student DATA``, is one more model.
+
+    A quoted pattern of model folders stands for all of them.
+    """
+    named = [] if settings.model is None else _match_models(settings.model) or [settings.model]
+    models, data = list[str](), list[str]()
+    for each in settings.data:
+        folders = _match_models(each)
+        models += folders
+        data += [] if folders else [each]
+    for each in settings.models:
+        models += _match_models(each) or [each]
+    settings = dataclasses.replace(settings, data=tuple(data), models=(*named[1:], *models))
     names = [choose_model(spec, settings.work) for spec in settings.models]
-    if settings.model is not None or not names:
-        names = [choose_model(settings.model, settings.work, positional_of="eval-zeroshot"), *names]
+    if named or not names:
+        first = named[0] if named else None
+        names = [choose_model(first, settings.work, positional_of="eval-zeroshot"), *names]
     return ZeroshotPlan(names, plan_tasks(settings, names), settings)
+
+
+def _match_models(name: str) -> list[str]:
+    """Return the model folders that a path or a pattern names."""
+    # pathlib raises where a name is too long, as of a command.
+    return [path for path in match_pattern(name) if os.path.isfile(os.path.join(os.path.expanduser(path), CONFIG_NAME))]
 
 
 def evaluate(plan: ZeroshotPlan, context: DistContext) -> ZeroshotResults:
@@ -212,6 +227,8 @@ def _write(
         prompts=task.prompt_lines,
         customary=task.customary,
         intervals=intervals,
+        chance=found.chance,
+        majority=found.majority,
         calibration=calibration,
         per_class=found.per_class,
         examples=found.examples,
@@ -230,6 +247,8 @@ def _make_result(sidecar: ZeroshotSidecar, task: ZeroshotTask, path: Path, *, re
         prompts=task.prompt_lines,
         customary=sidecar.customary,
         intervals=sidecar.intervals,
+        chance=sidecar.chance,
+        majority=sidecar.majority,
         calibration=sidecar.calibration,
         images=sidecar.counts["images"],
         skipped=sidecar.counts["skipped"],
@@ -259,9 +278,10 @@ def _row(result: ZeroshotResult) -> dict[str, Any]:
     columns = ("model", "pretrained", "dataset", "task", "images", "images_per_second", "customary")
     row = {name: getattr(result, name) for name in columns}
     row |= {f"{kind}_hash": lines.hash for kind, lines in (result.prompts or {}).items()}
+    row["majority"] = result.majority
     for name, value in result.metrics.items():
         low, high = result.intervals.get(name, (None, None))
-        row |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        row |= {name: value, f"{name}_low": low, f"{name}_high": high, f"{name}_chance": result.chance.get(name)}
     return row
 
 
@@ -270,7 +290,21 @@ def _tables(results: list[ZeroshotResult]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, ...], list[ZeroshotResult]] = {}
     for result in results:
         groups.setdefault(tuple(result.metrics), []).append(result)
-    return [{"columns": [(name, _title(name)) for name in names], "rows": group} for names, group in groups.items()]
+    return [
+        {"columns": [(name, _title(name)) for name in names], "rows": group, "chance": _describe_chance(group)}
+        for names, group in groups.items()
+    ]
+
+
+def _describe_chance(results: list[ZeroshotResult]) -> list[str]:
+    """Write what a guess scores on each data set, and what predicting its largest class does."""
+    lines = []
+    for result in results:
+        guessed = ", ".join(f"{_title(name)} {100 * value:.1f}" for name, value in result.chance.items())
+        majority = "" if result.majority is None else f"; always the largest class: acc1 {100 * result.majority:.1f}"
+        if guessed:
+            lines.append(f"Chance on {result.dataset}: {guessed}{majority}.")
+    return list(dict.fromkeys(lines))
 
 
 def _detail(result: ZeroshotResult) -> dict[str, Any]:

@@ -99,8 +99,10 @@ def _training(run: DistillSidecar | None) -> dict[str, str]:
     folders = dict.fromkeys(Path(each.path).parent for each in run.inputs)
     embedded = (_read(folder, "embed", EmbedSidecar) for folder in folders)
     teachers = " + ".join(_short(found.model.spec) for found in embedded if found is not None)
+    # What a loss of the user's own reads is not recorded: all that there is.
+    is_taught = any(LOSSES[name].needs_teacher if name in LOSSES else bool(teachers) for name in losses)
     return {
-        "Teacher": (teachers or _UNKNOWN) if any(LOSSES[name].needs_teacher for name in losses) else "none",
+        "Teacher": (teachers or _UNKNOWN) if is_taught else "none",
         "Training data": f"{_short(run.data.spec)}; {counts['used']:,} of {counts['read']:,} samples used",
         "Keep ratio": ratio,
         "Losses": ", ".join(f"{name} × {loss['value']:g}" for name, loss in losses.items()),

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 from clipcid_cli.algorithms.losses.registry import (
     AFFINITY_SCALE,
+    CLIP_SCALE,
     DEFAULT_PRESET,
     LOSSES,
     PRESETS,
+    LossEntry,
     Weight,
     select_losses,
 )
 from clipcid_cli.errors import UsageError
+from clipcid_cli.formats.loss_file import LossFile, names_loss_file, read_loss_file
 from clipcid_cli.steps.settings.shared import (
     ABOVE_0,
     AT_LEAST_1,
@@ -128,7 +132,9 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     )
     loss: tuple[str, ...] = _loss(
         (),
-        "Add a loss or change its weight in the preset; may be repeated. Names: " + ", ".join(LOSSES) + ".",
+        "Add a loss or change its weight in the preset; may be repeated. Names: "
+        + ", ".join(LOSSES)
+        + "; or FILE.py:FUNCTION, a loss of your own.",
         metavar="NAME=WEIGHT",
     )
     affinity_scale: float = _loss(
@@ -285,7 +291,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        losses = [LOSSES[name] for name in self.losses()]
+        losses = self.loss_entries()
         if not losses:
             raise UsageError("All losses have a weight of 0.", "Give at least one --loss a weight above 0.")
         if self.student is None:
@@ -397,10 +403,9 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         """Whether stored views are shown, where there are any."""
         return self.views != "none"
 
-    @property
-    def shows_extra_texts(self) -> bool:
+    def shows_extra_texts(self, trust: float = 1.0) -> bool:
         """Whether further texts are shown, where there are any."""
-        taken = any(LOSSES[name].compares_features for name in self.losses())
+        taken = any(loss.compares_features for loss in self.loss_entries(trust))
         return taken and self.extra_texts != 0 and not (self.online_teacher or self.freeze_text)
 
     @property
@@ -419,18 +424,58 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
 
     def losses(self, trust: float = 1.0) -> dict[str, Weight]:
         """Return the losses of the run with their weights at such trust in the teacher, in registry order."""
-        return select_losses(self.chosen_preset, dict(_parse_loss(text) for text in self.loss), trust)
+        return select_losses(self.chosen_preset, self.typed_losses, trust)
+
+    def loss_entries(self, trust: float = 1.0) -> list[LossEntry]:
+        """Return what is known of the same losses."""
+        return [self._own_entry(name) if name in self.own_losses else LOSSES[name] for name in self.losses(trust)]
+
+    @cached_property
+    def typed_losses(self) -> dict[str, float]:
+        """The weights of ``--loss`` by name; of a loss of the user's own the function's name."""
+        return {name.rpartition(":")[2]: weight for name, weight in map(_parse_loss, self.loss)}
+
+    @cached_property
+    def own_losses(self) -> dict[str, LossFile]:
+        """The losses of ``--loss`` in the user's own files by name, as they were when first asked for."""
+        files = dict[str, LossFile]()
+        for name in dict.fromkeys(name for name, _ in map(_parse_loss, self.loss) if names_loss_file(name)):
+            file = read_loss_file(name)
+            if file.name in LOSSES or file.name in files:
+                raise UsageError(
+                    f"--loss {name}: another loss is called {file.name}, too, and so would be its values in the log.",
+                    "Rename your function.",
+                )
+            files[file.name] = file
+        return files
+
+    def _own_entry(self, name: str) -> LossEntry:
+        """Describe a loss of the user's own: it is given all of a teacher, if there is one."""
+        file = self.own_losses[name]
+        return LossEntry(
+            name,
+            f"of {file.path}",
+            function="",
+            scale=CLIP_SCALE if "scale" in file.learned else None,
+            fuses="fusion" in file.learned,
+            needs_teacher=not self.has_no_teacher,
+        )
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any loss of the run reads teacher embeddings."""
-        return any(LOSSES[name].needs_teacher for name in self.losses())
+        return any(loss.needs_teacher for loss in self.loss_entries())
 
 
 def _parse_loss(text: str) -> tuple[str, float]:
-    name, equals, number = text.partition("=")
-    if name not in LOSSES:
-        raise UsageError(f"--loss {text}: there is no loss {name!r}.", f"Losses are: {', '.join(LOSSES)}.")
+    name, equals, number = text.rpartition("=")
+    if not equals:
+        name = text
+    if name not in LOSSES and not names_loss_file(name):
+        raise UsageError(
+            f"--loss {text}: there is no loss {name!r}.",
+            f"Losses are: {', '.join(LOSSES)}; or one of your own: my_losses.py:name=1",
+        )
     try:
         weight = float(number)
     except ValueError:

@@ -76,7 +76,8 @@ def make_inputs(root: Path, sizes: list[int], dropped: int) -> tuple[Inputs, lis
         num_views=0,
         first_captions=False,
         fingerprints=[],
-        **dict.fromkeys(("keep_list", "embeddings", "online", "extra_texts", "repair", "clusters")),
+        **dict.fromkeys(("keep_list", "embeddings", "online", "extra_texts", "repair", "pairing", "clusters")),
+        trust=1.0,
     )
     return found, expected
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
 from clipcid_cli.runtime.models.towers import freeze
 from clipcid_cli.training.gradients import Features, GradCache, backward_order
@@ -33,7 +34,7 @@ def make_model() -> nn.Module:
 
 def test_only_matrices_of_the_student_are_decayed() -> None:
     model = make_model()
-    parameters = LossParameters(["instance", "cluster"], 32, SharedSpace(64, is_learned=True), seed=0)
+    parameters = LossParameters([LOSSES["instance"], LOSSES["cluster"]], 32, SharedSpace(64, is_learned=True), seed=0)
     state = TrainState(model, parameters, RECIPE)
     decayed, plain = state.optimizer.param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -72,7 +73,7 @@ def test_gradients_arrive_in_the_order_in_which_they_are_sent(grad_checkpointing
 
 
 def test_scales_start_at_clips_and_never_exceed_a_hundred() -> None:
-    model, parameters = make_model(), LossParameters(["instance"], 32, SharedSpace(32), seed=0)
+    model, parameters = make_model(), LossParameters([LOSSES["instance"]], 32, SharedSpace(32), seed=0)
     state = TrainState(model, parameters, RECIPE)
     scales = {name: math.exp(value.detach()) for name, value in state.log_scales.items()}
     assert scales == pytest.approx({"student": 1 / 0.07, "instance": 1 / 0.07}, rel=1e-6)
@@ -260,7 +261,7 @@ def test_matrices_of_the_towers_are_muons_and_tables_are_not() -> None:
     kinds = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     layers = [name for name in dict(model.named_parameters()) if ".resblocks." in name and name.endswith(kinds)]
     assert matrices_of(model) == set(layers) != set()
-    state = TrainState(model, LossParameters(["instance"], 32, SharedSpace(64, is_learned=True), seed=0), MUON)
+    state = TrainState(model, LossParameters([LOSSES["instance"]], 32, SharedSpace(64, is_learned=True), seed=0), MUON)
     grouped = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     everything = [*model.parameters(), *state.of_losses.parameters()]
     assert sorted(map(id, grouped)) == sorted(map(id, everything))

@@ -130,7 +130,7 @@ def test_targets_of_siglip_kd_are_the_teachers_sigmoid_or_else_its_softmax(teach
 
 
 def test_fusion_layers_learn_from_any_share_of_rows() -> None:
-    parameters = LossParameters(["afd"], 5, SharedSpace(5), seed=0).double()
+    parameters = LossParameters([LOSSES["afd"]], 5, SharedSpace(5), seed=0).double()
     assert sum(p.numel() for p in parameters.parameters()) == 2 * 5 * (10 + 1) + 1
 
     def gradients(own: slice) -> list[torch.Tensor]:
@@ -231,7 +231,9 @@ def test_a_preset_names_losses_and_is_led_by_its_teacher_if_it_has_one(preset: s
     assert list(select_losses(preset, {})) == [name for name in LOSSES if name in losses]
     has_teacher = any(LOSSES[name].needs_teacher for name in losses)
     for optimizer in OPTIMIZERS:
-        assert (default_rate(losses, optimizer, 64, 96)[0] > RATES[optimizer]["captions"]) == has_teacher
+        assert (
+            default_rate([LOSSES[each] for each in losses], optimizer, 64, 96)[0] > RATES[optimizer]["captions"]
+        ) == has_teacher
 
 
 def test_overrides_change_a_preset() -> None:
@@ -270,15 +272,15 @@ def test_the_default_follows_features_as_far_as_the_teacher_is_trusted() -> None
 def test_the_rate_follows_losses_batch_and_width(
     losses: tuple[str, ...], optimizer: str, batch_size: int, width: int, expected: float
 ) -> None:
-    assert default_rate(losses, optimizer, batch_size, width)[0] == expected
-    lr, reason = default_rate(losses, optimizer, batch_size, width, trained=True)
+    assert default_rate([LOSSES[each] for each in losses], optimizer, batch_size, width)[0] == expected
+    lr, reason = default_rate([LOSSES[each] for each in losses], optimizer, batch_size, width, trained=True)
     assert lr == pytest.approx(expected / 10, rel=0.05)  # of two digits
     assert reason.endswith("; 0.1 of that, since the student starts from trained weights")
 
 
 def test_the_reason_says_which_part_of_the_rule_decides() -> None:
-    assert default_rate(("clip",), "muon", 64, 96)[1] == "losses led by captions: 0.003 x sqrt(batch size/64)"
-    assert default_rate(("fd",), "adamw", 256, 512)[1] == (
+    assert default_rate([LOSSES["clip"]], "muon", 64, 96)[1] == "losses led by captions: 0.003 x sqrt(batch size/64)"
+    assert default_rate([LOSSES["fd"]], "adamw", 256, 512)[1] == (
         "losses led by a teacher's features: 0.006 x sqrt(batch size/64), "
         "at most 0.576/512 for an embedding of 512 dimensions"
     )

@@ -69,7 +69,7 @@ def test_a_shift_larger_than_images_and_seeds_explain_is_found() -> None:
 
 @pytest.mark.parametrize("num_seeds", [2, 3, 5])
 def test_where_images_decide_nothing_the_interval_is_that_of_the_paired_t_test(num_seeds: int) -> None:
-    values = np.random.default_rng(num_seeds).random((2, num_seeds))
+    values = 0.1 * np.random.default_rng(num_seeds).random((2, num_seeds))  # no bound is reached
     sides = [
         [CellMetrics(np.array([9]), lambda draws, value=value: {"share": np.full(len(draws), value)}) for value in side]
         for side in values
@@ -77,6 +77,18 @@ def test_where_images_decide_nothing_the_interval_is_that_of_the_paired_t_test(n
     (found,) = compare(sides[0], sides[1], 4000, seed=0).values()
     expected = ttest_rel(values[1], values[0]).confidence_interval(0.95)
     assert found.interval == pytest.approx((expected.low, expected.high), rel=0.02)
+
+
+def test_two_seeds_decide_nothing_and_no_difference_is_beyond_all() -> None:
+    apart = [(0.30, 0.70), (0.10, 0.90)]
+    sides = [make_seeds([first for first, _ in apart]), make_seeds([second for _, second in apart])]
+    (found,) = compare(*sides, 1000, seed=0).values()
+    assert found.interval == (-1.0, 1.0)
+    alike = PairedMetric([0.5, 0.5], [0.6, 0.6], (0.09, 0.11))
+    assert alike.excludes_zero
+    assert not alike.has_enough_seeds
+    assert not alike.is_significant
+    assert PairedMetric([0.5] * 3, [0.6] * 3, (0.09, 0.11)).is_significant
 
 
 def test_a_difference_needs_interval_and_test() -> None:

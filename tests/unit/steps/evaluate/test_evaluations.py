@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,24 @@ def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
     sidecar.write_text(sidecar.read_text().replace('"number": 2', '"number": "two"'))
     with pytest.raises(ClipcidError, match="it was edited, or is damaged"):
         compare(a, b)
+
+
+def test_a_pattern_of_models_is_matched_as_one_of_results(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("s10", "s2", "[s]1"):
+        shutil.copytree(tiny_model, tmp_path / "runs" / name)
+    (tmp_path / "runs" / "notes").mkdir()
+    data = str(write_class_folders(tmp_path / "data", {"a": (0,), "b": (1,)}))
+
+    def models(model: str | None, *others: str) -> list[str]:
+        settings = EvalZeroshotSettings(model=model, data=(data,), models=others, work=tmp_path / "work")
+        return [name.slug for name in eval_zeroshot.make_plan(settings).names]
+
+    runs = tmp_path / "runs"
+    assert models(f"{runs}/*") == ["s-1", "s2", "s10"]
+    assert models(f"{runs}/s*", f"{runs}/[s]1") == ["s2", "s10", "s-1"]
+    assert models(f"{runs}/s2", f"{runs}/s?0") == ["s2", "s10"]
+    with pytest.raises(ClipcidError, match=r"runs/x\*"):
+        models(f"{runs}/x*")
 
 
 def make_images(counts: list[int], seed: int = 0) -> Features:

@@ -1,0 +1,80 @@
+"""Whether a teacher knows some data: how well its captions find their own images there, beside a guess.
+
+Each caption ranks its own image among those of other captions; images of an equal caption are no wrong answer, and count
+neither for nor against it.
+
+Shape letters: N pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+MAX_PAIRS = 2_000
+"""Pairs that are enough for any data; ranking them costs the square of their number."""
+
+# A teacher that finds less than this times what a guess does is near chance.
+_TIMES_CHANCE = 5
+# Where a guess finds more than this among the first 10, as of fewer than 250 images, the first alone decides.
+_MOST_BY_CHANCE = 0.04
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+    """Ranks of the captions' own images; shares in [0, 1]."""
+
+    pairs: int
+    candidates: int  # images that a caption ranks, its own and those of other captions, in the mean
+    median_rank: float  # 1 for the first
+    chance_rank: float
+    recall_at_1: float
+    chance_at_1: float
+    recall_at_10: float
+    chance_at_10: float
+
+    @classmethod
+    def of(cls, nearer_N: npt.NDArray[np.int64], others_N: npt.NDArray[np.int64]) -> Pairing:
+        """Summarise ranks.
+
+        Args:
+            nearer_N: How many images of other captions come before a caption's own, int64 [N].
+            others_N: How many images of other captions there are, int64 [N].
+        """
+
+        def by_chance(k: int) -> float:
+            return float(np.minimum(1, k / (1 + others_N)).mean())
+
+        return cls(
+            pairs=len(nearer_N),
+            candidates=round(1 + float(others_N.mean())),
+            median_rank=1 + float(np.median(nearer_N)),
+            chance_rank=1 + float(others_N.mean()) / 2,
+            recall_at_1=float((nearer_N < 1).mean()),
+            chance_at_1=by_chance(1),
+            recall_at_10=float((nearer_N < 10).mean()),
+            chance_at_10=by_chance(10),
+        )
+
+    @property
+    def near_chance(self) -> bool:
+        """Whether captions find their images hardly better than by a guess."""
+        if self.chance_at_10 > _MOST_BY_CHANCE:
+            return self.recall_at_1 < _TIMES_CHANCE * self.chance_at_1
+        return self.recall_at_10 < _TIMES_CHANCE * self.chance_at_10
+
+
+def rank_pairs(images_ND: Tensor, texts_ND: Tensor, captions_N: Tensor) -> Pairing:
+    """Rank the images of pairs by their captions; equally near images come before a caption's own.
+
+    Args:
+        images_ND: Unit rows, float32, as the texts.
+        captions_N: Number of each pair's caption, equal ones alike, int64.
+    """
+    cosines_NN = texts_ND @ images_ND.T
+    is_other_NN = captions_N[:, None] != captions_N
+    nearer_NN = (cosines_NN >= cosines_NN.diagonal()[:, None]) & is_other_NN
+    return Pairing.of(nearer_NN.sum(dim=1).numpy(), is_other_NN.sum(dim=1).numpy())

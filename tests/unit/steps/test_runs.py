@@ -1,0 +1,136 @@
+"""What `runs` lists of a work directory, and the page it writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from balance_data import heard
+from sidecars import edit_sidecar, make_sidecar
+
+from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats import sidecar as formats
+from clipcid_cli.formats.files import write_json
+from clipcid_cli.steps.runs import Contents, run
+from clipcid_cli.steps.settings.runs import RunsSettings
+
+R1 = "image_retrieval_recall@1"
+HOSTILE = "<img src=x onerror=alert(1)>$x^$"
+
+
+def write_run(work: Path, name: str, seed: int, recall: float, weight: float = 1.0, **entries: Any) -> None:
+    folder = work / "distill" / name
+    folder.mkdir(parents=True)
+    settings = {"losses": {"clip": {"value": weight, "per_width": False}, "fd": {"value": 64, "per_width": True}}}
+    settings |= {"seed": seed, "student": {"config": "c", "weights": f"w{seed}", "pixels": "p"}}
+    result = {"steps": 20, "samples": 40, "samples_per_second": 1.0, "losses": {}}
+    result |= {"metrics": {R1: recall, "things/acc1": 0.5}, "chance": {R1: 0.01}}
+    model = {"spec": "student.json", "parameters": 3, "embed_dim": 32}
+    content = make_sidecar(formats.DistillSidecar, settings=settings, result=result, model=model, **entries)
+    write_json(folder / "distill.json", content)
+    lines = [{"step": step, R1: recall * step / 20, "things/acc1": 0.5} for step in (0, 10, 20)]
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "report.html").write_text("a report")
+
+
+def write_evaluation(work: Path, run_name: str, acc1: float) -> None:
+    (work / "eval" / "sidecars").mkdir(parents=True, exist_ok=True)
+    student = work / "distill" / run_name / "student"
+    name = f"things_{run_name}-student_zeroshot_classification.json"
+    about = {"dataset": "things", "model": f"{run_name}-student", "pretrained": str(student), "language": "en"}
+    write_json(
+        work / "eval" / name, about | {"task": "zeroshot_classification", "metrics": {"acc1": acc1, "acc5": None}}
+    )
+    measured = {"images_per_second": 1.0, "customary": "acc1", "intervals": {"acc1": [acc1 - 0.1, acc1 + 0.1]}}
+    measured |= {"chance": {"acc1": 0.25}, "majority": 0.4, "calibration": None, "per_class": [], "examples": []}
+    sidecar = make_sidecar(formats.ZeroshotSidecar, counts={"images": 9, "texts": 4, "skipped": {}}, **measured)
+    write_json(work / "eval" / "sidecars" / name, sidecar)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A work directory of three seeds of one run, one run of other losses, one unfinished, and evaluations."""
+    work = tmp_path / "work"
+    for seed, recall in enumerate((0.1, 0.2, 0.3)):
+        write_run(work, f"a-s{seed}", seed, recall)
+        write_evaluation(work, f"a-s{seed}", 0.3 + recall)
+    write_run(work, HOSTILE, 0, 0.4, weight=2.0)
+    write_evaluation(work, "alone", 0.5)
+    (work / "distill" / "stopped").mkdir()
+    (work / "distill" / "stopped" / "results.jsonl").write_text(json.dumps({"step": 10, R1: 0.05}) + "\n")
+    (work / "embeddings" / "tiny").mkdir(parents=True)
+    write_json(work / "embeddings" / "tiny" / "embed.json", make_sidecar(formats.EmbedSidecar))
+    return work
+
+
+def list_contents(work: Path, **settings: Any) -> tuple[Contents, str]:
+    with heard() as told:
+        contents = run(RunsSettings(work=work, **settings))
+    return contents, "\n".join(told)
+
+
+def test_seeds_are_one_row_and_evaluations_follow_their_runs(work: Path) -> None:
+    contents, told = list_contents(work)
+    assert told == ""
+    hostile, seeds, stopped = contents.runs
+    assert (seeds.name, seeds.names, seeds.seeds) == ("a-s*", ["a-s0", "a-s1", "a-s2"], [0, 1, 2])
+    assert seeds.losses == {"clip": "1", "fd": "64/D"}
+    assert seeds.metrics[R1].mean == pytest.approx(0.2)
+    assert seeds.metrics[R1].std == pytest.approx(0.1)
+    assert hostile.losses["clip"] == "2"
+    assert hostile.metrics[R1].std is None
+    assert (stopped.finished, stopped.steps) == (False, 10)
+    several, alone = contents.evaluations
+    assert (several.models, several.images) == ([f"a-s{seed}-student" for seed in range(3)], 9)
+    assert several.metrics["acc1"].values == pytest.approx([0.4, 0.5, 0.6])
+    assert several.intervals == {}
+    assert alone.intervals == {"acc1": (0.4, 0.6)}
+    assert (alone.chance, alone.majority, alone.customary) == ({"acc1": 0.25}, 0.4, "acc1")
+    assert [(each.step, each.name) for each in contents.made] == [("embed", "embeddings/tiny")]
+
+
+def test_the_page_stands_alone_and_runs_nothing_of_others(work: Path) -> None:
+    assert not list_contents(work, dry_run=True)[0].files
+    assert not (work / "index.html").exists()
+    contents, _ = list_contents(work)
+    page = (work / "index.html").read_text()
+    assert contents.files == {"index": str(work / "index.html")}
+    policy = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert policy == [
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    ]
+    assert "<img" not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;$x^$" in page
+    assert page.count("<script") == 1
+    assert not re.search(r'(?:src|href)="(?!distill/|#)', page)
+    assert 'href="distill/a-s2/report.html"' in page
+    assert 'href="distill/%3Cimg%20src%3Dx%20onerror%3Dalert%281%29%3E%24x%5E%24/report.html"' in page
+    assert page.count("<svg") == 2  # what the logs have: R@1 of images, and the data set's acc1
+    assert "things: always the largest class" in page
+
+
+def test_what_cannot_be_read_is_listed_and_ends_nothing(work: Path) -> None:
+    (work / "distill" / "a-s1" / "distill.json").write_text("{}")
+    edit_sidecar(work / "distill" / HOSTILE / "distill.json", lambda content: content["settings"].pop("seed"))
+    (work / "eval" / "broken.json").write_text("[")
+    (work / "balance").mkdir()
+    write_json(work / "balance" / "balance.json", make_sidecar(formats.BalanceSidecar, result={}))
+    contents, told = list_contents(work)
+    left_out = [each.path for each in contents.unreadable]
+    assert left_out == [
+        "balance",
+        f"distill/{HOSTILE}/distill.json",
+        "distill/a-s1/distill.json",
+        "eval/broken.json",
+    ]
+    assert told.count("is left out:") == 4
+    assert [row.names for row in contents.runs] == [["a-s0", "a-s2"], ["a-s1"], ["stopped"]]
+    assert "Left out" in (work / "index.html").read_text()
+
+
+def test_no_work_directory_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(ClipcidError, match="There is no work directory"):
+        list_contents(tmp_path / "nowhere")
