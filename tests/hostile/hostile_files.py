@@ -70,14 +70,12 @@ def png_bomb(width: int, height: int, depth: int = 16) -> bytes:
     )
 
 
-def parquet_bomb(path: Path, column: str, rows: int, size: int, **others: str) -> Path:
-    """Write a parquet file of `rows` equal texts of `size` bytes, of which it holds one."""
-    columns = {column: "x" * size, **others}
-    packed = {
-        name: pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([text]))
-        for name, text in columns.items()
-    }
-    pq.write_table(pa.table(packed), path, store_schema=False, compression="zstd", dictionary_pagesize_limit=2**30)
+def parquet_bomb(path: Path, column: str, rows: int, size: int, *, binary: bool = False, **others: Any) -> Path:
+    """Write a parquet file of `rows` equal texts of `size` bytes, of which it holds one; `others` are whole columns."""
+    text = pa.array(["x" * size], pa.binary() if binary else pa.string())
+    packed = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), text)
+    table = pa.table({column: packed, **others})
+    pq.write_table(table, path, store_schema=False, compression="zstd", dictionary_pagesize_limit=2**30)
     return path
 
 

@@ -38,7 +38,18 @@ _CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
 _PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn"}
 _LOOKUPS = {"socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"}
 # Parts of fsspec that plain files and web servers take.
-_PLAIN = {"http", "http_sync", "local", "memory"}
+_PLAIN = {
+    f"fsspec.implementations.{name}" for name in ("asyn_wrapper", "chained", "http", "http_sync", "local", "memory")
+}
+_BACKENDS = (
+    "fsspec.implementations.",
+    "huggingface_hub.hf_file_system",
+    "s3fs",
+    "gcsfs",
+    "adlfs",
+    "paramiko",
+    "smbclient",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +65,6 @@ class Rules:
         hosts: ``address:port`` of servers that were named.
         names: Addresses of the made-up internet by name.
         routes: Ports on this machine by ``address:port`` of the made-up internet.
-        backends: Parts of fsspec that were asked for, beside files and HTTP.
         file_bytes: No file grows beyond.
         umask: That of the processes.
     """
@@ -67,7 +77,6 @@ class Rules:
     hosts: tuple[str, ...] = ()
     names: dict[str, str] = dataclasses.field(default_factory=dict)
     routes: dict[str, int] = dataclasses.field(default_factory=dict)
-    backends: tuple[str, ...] = ()
     file_bytes: int = 2**29
     umask: int = 0o022
 
@@ -79,6 +88,10 @@ def watch(rules: Rules) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, dict.fromkeys(paths)))
     sys.dont_write_bytecode = True
     tempfile.tempdir = None  # another one may have been chosen where this process was forked
+    # Where libraries keep code that they fetch; of a fork they have chosen it before.
+    os.environ["HF_MODULES_CACHE"] = os.path.join(
+        os.environ.get("HOME", rules.place), ".cache", "huggingface", "modules"
+    )
     os.umask(rules.umask)
     resource.setrlimit(resource.RLIMIT_FSIZE, (rules.file_bytes, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -87,6 +100,9 @@ def watch(rules: Rules) -> None:
     os.register_at_fork(after_in_child=spy.announce)
     _note_fsync(spy)
     _make_internet(spy)
+    for name in list(filter(_is_backend, sys.modules)):  # of what a fork has inherited
+        del sys.modules[name]
+    sys.meta_path.insert(0, spy)  # `importlib.import_module` raises no event
     sys.addaudithook(spy)
 
 
@@ -126,6 +142,11 @@ class _Spy:
         finally:
             self.state.is_busy = False
 
+    def find_spec(self, name: str, *_: object) -> None:
+        """Judge the name of a module that is about to be imported; it is found by others."""
+        if _is_backend(name):
+            self.refuse("reached for a file system", name)
+
     def announce(self) -> None:
         """Write down that this process begins, and the memory that it begins with."""
         self.note("process", peak_memory(os.getpid()))
@@ -151,15 +172,9 @@ class _Spy:
             self.refuse("loaded a library", arguments[0])
 
     def _judge_import(self, _event: str, arguments: tuple[Any, ...]) -> None:
-        name, file = arguments[:2]
+        file = arguments[1]
         if isinstance(file, str) and self._is_data(os.path.realpath(file)):
             self.refuse("loaded a library", file)
-        parts = str(name).split(".")
-        if parts[:2] == ["fsspec", "implementations"] and len(parts) == 3:
-            if parts[2] not in (*_PLAIN, *self.rules.backends):
-                self.refuse("reached for a file system", name)
-        elif parts[0] in ("s3fs", "gcsfs", "adlfs", "paramiko", "smbclient") and parts[0] not in self.rules.backends:
-            self.refuse("reached for a file system", name)
 
     def _judge_open(self, _event: str, arguments: tuple[Any, ...]) -> None:
         path, _mode, flags = arguments
@@ -233,6 +248,10 @@ def peak_memory(pid: int) -> int:
 
 def _is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder + os.sep)
+
+
+def _is_backend(name: str) -> bool:
+    return name.startswith(_BACKENDS) and name not in _PLAIN
 
 
 def _place_of(path: str) -> str:
