@@ -19,13 +19,18 @@ import pyarrow.parquet as pq
 _MEGABYTE = 2**20
 
 
-def deflate_zeros(size: int, begin: bytes = b"", wbits: int = -15) -> bytes:
+def deflate_zeros(size: int, begin: bytes = b"") -> bytes:
     """Compress `begin` and then zeros, a thousandth of their size, in no time: compressed megabytes are repeated."""
-    packer = zlib.compressobj(9, zlib.DEFLATED, wbits)
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     head = packer.compress(begin) + packer.flush(zlib.Z_FULL_FLUSH)
     megabyte = packer.compress(bytes(_MEGABYTE)) + packer.flush(zlib.Z_FULL_FLUSH)
     count, rest = divmod(size, _MEGABYTE)
     return head + megabyte * count + packer.compress(bytes(rest)) + packer.flush(zlib.Z_FINISH)
+
+
+def zlib_zeros(size: int) -> bytes:
+    """Compress zeros in the form that PNG and HTTP's "deflate" have."""
+    return b"\x78\xda" + deflate_zeros(size) + struct.pack(">HH", size % 65521, 1)  # the checksum of so many zeros
 
 
 def gzip_zeros(size: int, begin: bytes = b"") -> bytes:
@@ -66,7 +71,7 @@ def png_bomb(width: int, height: int, depth: int = 16) -> bytes:
     rows = height * (1 + width * depth // 8)
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        for kind, content in ((b"IHDR", header), (b"IDAT", deflate_zeros(rows, wbits=15)), (b"IEND", b""))
+        for kind, content in ((b"IHDR", header), (b"IDAT", zlib_zeros(rows)), (b"IEND", b""))
     )
 
 

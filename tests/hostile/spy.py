@@ -205,9 +205,10 @@ class _Spy:
             self.note("rename", places)
 
     def _judge_written(self, event: str, place: str) -> None:
-        if place.startswith(_DEVICES) or any(_is_below(place, folder) for folder in self.rules.writable):
-            return
-        self.refuse(f"wrote outside ({event})", place)
+        if any(_is_below(place, folder) for folder in self.rules.writable):
+            self.note("wrote", place)
+        elif not place.startswith(_DEVICES):
+            self.refuse(f"wrote outside ({event})", place)
 
     def _judge_process(self, event: str, arguments: tuple[Any, ...]) -> None:
         words = arguments[1] if event == "subprocess.Popen" and arguments[1] else arguments[0]
