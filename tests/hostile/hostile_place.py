@@ -161,6 +161,7 @@ class Place:
         environment = forks.clean_environment() | {
             "HOME": str(self.home),
             "TMPDIR": str(self._scratch),
+            "TORCHINDUCTOR_CACHE_DIR": str(self._scratch / "torchinductor"),
             "CLIPCID_WORKERS": "0",
             **(env or {}),
         }

@@ -168,8 +168,9 @@ class _Spy:
             self.refuse("ran code", name)
 
     def _judge_library(self, _event: str, arguments: tuple[Any, ...]) -> None:
-        if isinstance(arguments[0], str) and self._is_data(os.path.realpath(arguments[0])):
-            self.refuse("loaded a library", arguments[0])
+        name = arguments[0]
+        if isinstance(name, str) and os.sep in name and self._is_data(os.path.realpath(name)):
+            self.refuse("loaded a library", name)
 
     def _judge_import(self, _event: str, arguments: tuple[Any, ...]) -> None:
         file = arguments[1]
@@ -206,7 +207,7 @@ class _Spy:
 
     def _judge_written(self, event: str, place: str) -> None:
         if any(_is_below(place, folder) for folder in self.rules.writable):
-            self.note("wrote", place)
+            self.note({"open": "wrote", "os.mkdir": "made a folder"}.get(event, event), place)
         elif not place.startswith(_DEVICES):
             self.refuse(f"wrote outside ({event})", place)
 
