@@ -38,6 +38,8 @@ PUBLIC = "93.184.216.34"
 
 # What the libraries take that a program of its own imports first; forks begin with them.
 _LIBRARIES = 450 * 2**20
+# Variables by which a user's cache would be elsewhere than in the home.
+_OTHER_CACHES = {"CLIPCID_CACHE", "XDG_CACHE_HOME"}
 _HASHED = 2**24  # of larger files, the time says whether they were changed
 # Controls that a terminal obeys, and marks that turn the direction of text. Lines and tabs are no harm.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -158,7 +160,8 @@ class Place:
             umask=umask,
             file_bytes=file_bytes,
         )
-        environment = forks.clean_environment() | {
+        kept = {name: value for name, value in forks.clean_environment().items() if name not in _OTHER_CACHES}
+        environment = kept | {
             "HOME": str(self.home),
             "TMPDIR": str(self._scratch),
             "TORCHINDUCTOR_CACHE_DIR": str(self._scratch / "torchinductor"),
