@@ -24,6 +24,7 @@ from typing import Any
 
 import forks
 import pyarrow.parquet as pq
+import pytest
 import spy
 from conftest import Run, clipcid_command, make_image
 
@@ -43,6 +44,12 @@ _OTHER_CACHES = {"CLIPCID_CACHE", "XDG_CACHE_HOME"}
 _HASHED = 2**24  # of larger files, the time says whether they were changed
 # Controls that a terminal obeys, and marks that turn the direction of text. Lines and tabs are no harm.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def few(count: int, cases: Iterable[Any]) -> list[Any]:
+    """Return the cases of a test, of which everyday runs try the first few; the others are slow together."""
+    listed = list(cases)
+    return listed[:count] + [pytest.param(case, marks=pytest.mark.slow) for case in listed[count:]]
 
 
 @dataclasses.dataclass(frozen=True)

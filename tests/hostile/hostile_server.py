@@ -108,7 +108,7 @@ def redirect(url: str) -> Answer:
 
 
 def endless(begin: bytes = b"", claimed: int | None = None) -> Answer:
-    """Send zeros after `begin` until the client hangs up, in chunks or as a file of a claimed size."""
+    """Send zeros after `begin` until the client hangs up, or up to a claimed size."""
 
     def answer(request: Request) -> None:
         if claimed is None:
@@ -116,8 +116,11 @@ def endless(begin: bytes = b"", claimed: int | None = None) -> Answer:
         else:
             request.head(200, Content_Length=claimed)
         request.send(begin)
-        while request.command == "GET" and not request.server.is_over.is_set():
-            request.send(bytes(2**20))
+        left = (claimed or 2**62) - len(begin)
+        while request.command == "GET" and left and not request.server.is_over.is_set():
+            size = min(2**20, left)
+            request.send(bytes(size))
+            left -= size
 
     return answer
 

@@ -61,7 +61,7 @@ def try_changed(source: Path, name: str, seeds: list[int]) -> None:
 _NOT_SHRUNK = (Phase.explicit, Phase.generate)  # a smaller seed is no simpler change
 
 
-@settings(max_examples=12, derandomize=True, phases=_NOT_SHRUNK, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, derandomize=True, phases=_NOT_SHRUNK, suppress_health_check=list(HealthCheck))
 @given(name=st.sampled_from(_INPUTS), seeds=_CHANGES)
 def test_changed_inputs_do_no_harm(inputs: Path, name: str, seeds: list[int]) -> None:
     try_changed(inputs, name, seeds)

@@ -66,6 +66,7 @@ def test_a_copy_that_was_cut_is_not_believed(place: Place, tiny_model: Path) -> 
     assert copy.stat().st_size == size, outcome
 
 
+@pytest.mark.slow
 def test_a_copy_that_was_changed_is_not_believed(place: Place, tiny_model: Path) -> None:
     """Of the same size: the images of someone else."""
     with serve_lies() as server:

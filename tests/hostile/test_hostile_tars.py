@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import make_image, shard_members, write_tar
 from hostile_files import special, tar_of
-from hostile_place import Place
+from hostile_place import Place, few
 from PIL import Image
 
 _ANY = ("--max-bad-fraction", 1, "--json")
@@ -22,7 +22,7 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path / "place")
 
 
-@pytest.mark.parametrize("part", ["a/", "a", "a./", "__a/", "/"])
+@pytest.mark.parametrize("part", few(1, ["a/", "a", "a./", "__a/", "/"]))
 def test_a_name_of_a_megabyte_takes_no_time(place: Place, tiny_model: Path, part: str) -> None:
     name = part * (_LONGEST // len(part))
     path = tar_of(place.data / "0.tar", [*shard_members(0, 4), (name, b"x"), (f"{name}.png", make_image(9))])
@@ -64,29 +64,28 @@ def _long_header(kind: bytes, size: bytes) -> bytes:
     return bytes(block)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        _long_header(tarfile.XHDTYPE, b"77777777777") + bytes(2**20),
-        _long_header(tarfile.GNUTYPE_LONGNAME, b"77777777777") + bytes(2**20),
-        _long_header(tarfile.XGLTYPE, b"00003777777") + b"9 a=bcd\n\n" * 2**17,
-        _long_header(tarfile.GNUTYPE_SPARSE, b"77777777777") + bytes(2**16),
-        _long_header(tarfile.REGTYPE, b"\x80" + b"\x7f" * 11) + bytes(2**16),
-        _long_header(tarfile.REGTYPE, b"\xff" * 12) + bytes(2**16),
-        b"".join(_long_header(tarfile.XHDTYPE, b"00000000000") for _ in range(2000)),
-    ],
-    ids=["pax", "long name", "global", "sparse", "huge", "negative", "many"],
-)
-def test_headers_that_claim_too_much(place: Place, tiny_model: Path, content: bytes) -> None:
+_HEADERS = {
+    "pax": _long_header(tarfile.XHDTYPE, b"77777777777") + bytes(2**20),
+    "sparse": _long_header(tarfile.GNUTYPE_SPARSE, b"77777777777") + bytes(2**16),
+    "long name": _long_header(tarfile.GNUTYPE_LONGNAME, b"77777777777") + bytes(2**20),
+    "global": _long_header(tarfile.XGLTYPE, b"00003777777") + b"9 a=bcd\n\n" * 2**17,
+    "huge": _long_header(tarfile.REGTYPE, b"\x80" + b"\x7f" * 11) + bytes(2**16),
+    "negative": _long_header(tarfile.REGTYPE, b"\xff" * 12) + bytes(2**16),
+    "many": b"".join(_long_header(tarfile.XHDTYPE, b"00000000000") for _ in range(2000)),
+}
+
+
+@pytest.mark.parametrize("name", few(2, _HEADERS))
+def test_headers_that_claim_too_much(place: Place, tiny_model: Path, name: str) -> None:
     path = place.data / "0.tar"
-    write_tar(path, shard_members(0, 2))
-    path.write_bytes(path.read_bytes().rstrip(b"\0") + bytes(512) + content + bytes(2048))
-    path.write_bytes(content + bytes(2048))
+    path.write_bytes(_HEADERS[name] + bytes(2048))
     outcome = place.run("embed", path, "--model", tiny_model, *_ANY)
     assert not outcome.problems(), outcome
 
 
-@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"caption":' * 50_000, b'{"caption":' + b"9" * 100_000 + b"}"])
+@pytest.mark.parametrize(
+    "content", few(1, [b"[" * 100_000, b'{"caption":' * 50_000, b'{"caption":' + b"9" * 100_000 + b"}"])
+)
 def test_a_caption_of_brackets_is_a_missing_one(place: Place, tiny_model: Path, content: bytes) -> None:
     members = [
         (name, content if name == "000001.json" else json.dumps({"caption": "a caption"}).encode())

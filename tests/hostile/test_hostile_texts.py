@@ -205,7 +205,6 @@ def test_secrets_of_a_command_are_not_written_down(place: Place, tiny_model: Pat
         ("embed", data, "--model", tiny_model),
         ("balance", "--keep", "0.8"),
         ("distill", data, "--teacher", tiny_model, *_SHORT, "--name", "run"),
-        ("eval-zeroshot", "clipcid-work/distill/run/student", data, "--task", "retrieval"),
         ("export", "clipcid-work/distill/run/student", "--format", "open-clip", "--out", "exported"),
         ("embed", data, "--model", tiny_model, "--keys", "shard"),
         ("embed", f"pipe:exit 3; {command}", "--model", tiny_model, "--out", "other"),
@@ -226,7 +225,6 @@ def test_secrets_of_an_address_are_not_written_down(place: Place, tiny_model: Pa
         (place.data / "list.tsv").write_text("\n".join(["filepath\ttitle", *rows, ""]))
         for words in (
             ("embed", address, "--model", tiny_model),
-            ("balance", "--keep", "0.8"),
             ("distill", address, "--teacher", tiny_model, *_SHORT, "--name", "run"),
             ("export", "clipcid-work/distill/run/student", "--format", "open-clip", "--out", "exported"),
             ("embed", address.replace("0.tar", "missing.tar"), "--model", tiny_model, "--out", "other"),

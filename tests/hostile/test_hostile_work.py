@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_clipcid, shard_members, write_inputs, write_tar
-from hostile_place import Place
+from hostile_place import Place, few
 from sidecars import edit_sidecar
 
 _EMBEDDINGS = "clipcid-work/embeddings/model"
@@ -48,19 +48,19 @@ def fill(place: Place, source: Path) -> None:
     shutil.copytree(source, place.work, symlinks=True)
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        "file://pipe:touch touched",
-        "file://file://pipe:touch touched",
-        "pipe:touch touched",
-        "data::file://pipe:touch touched",
-        "FILE://pipe:touch touched",
-        "~/x::pipe:touch touched",
-        "{a,pipe:touch touched}",
-    ],
-)
-@pytest.mark.parametrize("step", ["embed", "distill"])
+_COMMANDS = [
+    "file://pipe:touch touched",
+    "file://file://pipe:touch touched",
+    "pipe:touch touched",
+    "data::file://pipe:touch touched",
+    "FILE://pipe:touch touched",
+    "~/x::pipe:touch touched",
+    "{a,pipe:touch touched}",
+]
+
+
+@pytest.mark.parametrize("spec", few(2, _COMMANDS))
+@pytest.mark.parametrize("step", few(1, ["embed", "distill"]))
 def test_recorded_data_starts_nothing(place: Place, before: Path, step: str, spec: str) -> None:
     fill(place, before / "distill")
     edit_sidecar(place.work / _EMBEDDINGS / "embed.json", lambda sidecar: sidecar["data"].update(spec=spec))
@@ -70,20 +70,20 @@ def test_recorded_data_starts_nothing(place: Place, before: Path, step: str, spe
     assert outcome.run.returncode == 1, outcome
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        "data/{0..1099511627776}.tar",
-        "data/{0..999999}{0..999999}.tar",
-        "data/{a,b}{c,d}{0..9}" + "{x,y}" * 40 + ".tar",
-        "data/{-9223372036854775808..9223372036854775807}.tar",
-        "data/{a..z}{a..z}{a..z}{a..z}{a..z}{a..z}.tar",
-        "data/" + "{a," * 3000 + "}" * 3000 + ".tar",
-        "::".join(["data/{0..999999}.tar"] * 100),
-    ],
-    ids=["one", "two", "words", "wide", "letters", "nested", "many"],
-)
-def test_patterns_of_too_many_names_take_no_memory(place: Place, before: Path, spec: str) -> None:
+_PATTERNS = {
+    "one": "data/{0..1099511627776}.tar",
+    "words": "data/{a,b}{c,d}{0..9}" + "{x,y}" * 40 + ".tar",
+    "nested": "data/" + "{a," * 3000 + "}" * 3000 + ".tar",
+    "letters": "data/{a..z}{a..z}{a..z}{a..z}{a..z}{a..z}.tar",
+    "two": "data/{0..999999}{0..999999}.tar",
+    "wide": "data/{-9223372036854775808..9223372036854775807}.tar",
+    "many": "::".join(["data/{0..999999}.tar"] * 100),
+}
+
+
+@pytest.mark.parametrize("name", few(3, _PATTERNS))
+def test_patterns_of_too_many_names_take_no_memory(place: Place, before: Path, name: str) -> None:
+    spec = _PATTERNS[name]
     fill(place, before / "distill")
     edit_sidecar(place.work / _EMBEDDINGS / "embed.json", lambda sidecar: sidecar["data"].update(spec=spec))
     outcome = place.run(*_STEPS["distill"])
@@ -97,8 +97,9 @@ _PLANTED: dict[str, Callable[[str], bool]] = {
     "partial files": lambda name: name.endswith(".partial"),
     "finished files": lambda name: not name.endswith((".lock", ".partial")),
 }
-_EVERYDAY = ("embed", "balance")
-_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in _STEPS if name not in _EVERYDAY]
+
+
+_AFFECTED = ["balance", *(name for name in _STEPS if name != "balance")]
 
 
 def plant(place: Place, path: Path, target: Path) -> None:
@@ -118,7 +119,7 @@ def list_made(place: Place, event: str, words: tuple[str, ...]) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", _PLANTED)
-@pytest.mark.parametrize("step", [*_EVERYDAY, *_SLOW])
+@pytest.mark.parametrize("step", few(1, _AFFECTED))
 def test_links_in_the_place_of_files_lead_nowhere(place: Place, before: Path, step: str, kind: str) -> None:
     """Of every file that the step makes there is a link to the user's own before it begins."""
     fill(place, before / step)
@@ -131,7 +132,7 @@ def test_links_in_the_place_of_files_lead_nowhere(place: Place, before: Path, st
     assert not outcome.problems(), outcome
 
 
-@pytest.mark.parametrize("step", [*_EVERYDAY, *_SLOW])
+@pytest.mark.parametrize("step", few(1, _AFFECTED))
 def test_links_in_the_place_of_work_folders_lead_nowhere(place: Place, before: Path, step: str) -> None:
     fill(place, before / step)
     made = list_made(place, "made a folder", _STEPS[step])

@@ -93,6 +93,7 @@ def test_what_commands_do_of_themselves_is_no_finding(place: Place, tiny_model: 
         assert not outcome.problems(), outcome
 
 
+@pytest.mark.slow
 def test_workers_of_a_program_are_watched(place: Place, tiny_model: Path) -> None:
     write_tar(place.data / "0.tar", shard_members(0, 12))
     outcome = place.run("embed", place.data, "--model", tiny_model, "--workers", 1, real=True, seconds=60)
