@@ -89,7 +89,7 @@ class Outcome:
         return list(dict.fromkeys(problems))
 
     def notes(self, event: str) -> list[Any]:
-        return [each["what"] for each in self.events if each["event"] == event]
+        return [entry["what"] for entry in self.events if entry["event"] == event]
 
     def __repr__(self) -> str:
         listed = "".join(f"\n  {problem}" for problem in self.problems())
@@ -188,12 +188,12 @@ class Place:
         return forks.start(words, cwd, environment, hook=functools.partial(spy.watch, rules))
 
     def _start_real(self, words: list[str], cwd: Path, environment: dict[str, str], rules: spy.Rules) -> _Program:
-        told = {
+        variables = {
             spy.VARIABLE: json.dumps(dataclasses.asdict(rules)),
             "PYTHONPATH": str(Path(spy.__file__).with_name("startup")),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        return _Program([*clipcid_command(), *words], cwd, environment | told, self.root)
+        return _Program([*clipcid_command(), *words], cwd, environment | variables, self.root)
 
     def look(self) -> dict[str, tuple[object, ...]]:
         """Describe all files that a command may not touch."""
@@ -267,13 +267,13 @@ def _follow(started: forks.Started | _Program, log: Path, most: float) -> tuple[
 
 def _describe(path: Path) -> tuple[object, ...]:
     """Describe a file itself: kind and mode, where it points to, what it holds."""
-    found = path.lstat()
-    if stat.S_ISLNK(found.st_mode):
-        return stat.filemode(found.st_mode), os.readlink(path)
-    if not stat.S_ISREG(found.st_mode):
-        return (stat.filemode(found.st_mode),)
-    content = found.st_mtime_ns if found.st_size > _HASHED else hashlib.blake2b(path.read_bytes()).hexdigest()
-    return stat.filemode(found.st_mode), found.st_size, content
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        return stat.filemode(status.st_mode), os.readlink(path)
+    if not stat.S_ISREG(status.st_mode):
+        return (stat.filemode(status.st_mode),)
+    content = status.st_mtime_ns if status.st_size > _HASHED else hashlib.blake2b(path.read_bytes()).hexdigest()
+    return stat.filemode(status.st_mode), status.st_size, content
 
 
 def _compare(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:

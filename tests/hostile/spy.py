@@ -106,11 +106,11 @@ def watch(rules: Rules) -> None:
     sys.addaudithook(spy)
 
 
-def watch_as_told() -> None:
+def watch_by_environment() -> None:
     """Watch this process by the rules in its environment, where there are any."""
     if VARIABLE in os.environ:
-        told = json.loads(os.environ[VARIABLE])
-        watch(Rules(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}))
+        rules = json.loads(os.environ[VARIABLE])
+        watch(Rules(**{name: tuple(value) if isinstance(value, list) else value for name, value in rules.items()}))
 
 
 class _Spy:
@@ -312,8 +312,8 @@ def _make_internet(spy: _Spy) -> None:
             spy.state.is_routed = False
 
     def getpeername(self: socket.socket) -> Any:
-        found = peer(self)
-        return reached.get(self.fileno(), found) if found[0] == "127.0.0.1" else found
+        address = peer(self)
+        return reached.get(self.fileno(), address) if address[0] == "127.0.0.1" else address
 
     socket.getaddrinfo = getaddrinfo
     socket.socket.connect = route  # type: ignore[method-assign]

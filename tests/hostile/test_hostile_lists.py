@@ -30,7 +30,7 @@ def place(tmp_path: Path) -> Place:
 def write_list(place: Place, *cells: str) -> Path:
     """Write a list of an honest image and the given ones."""
     path = place.data / "list.tsv"
-    rows = (f"{cell}\ta caption of {number}" for number, cell in enumerate(("0.png", *cells)))
+    rows = (f"{cell}\ta caption of {index}" for index, cell in enumerate(("0.png", *cells)))
     path.write_text("\n".join(("filepath\ttitle", *rows, "")))
     return path
 
@@ -76,8 +76,8 @@ def test_a_list_from_a_server_reads_no_local_file(place: Place, tiny_model: Path
 def test_a_local_list_may_name_local_files(place: Place, tiny_model: Path) -> None:
     """What people do every day: absolute paths, links, and folders beside the list."""
     (place.root / "pictures").mkdir()
-    for number in (1, 2):
-        (place.root / f"pictures/{number}.png").write_bytes(make_image(number))
+    for index in (1, 2):
+        (place.root / f"pictures/{index}.png").write_bytes(make_image(index))
     (place.data / "link.png").symlink_to("../pictures/2.png")
     cells = (str(place.root / "pictures/1.png"), "../pictures/2.png", "link.png")
     outcome = place.run("embed", write_list(place, *cells), "--model", tiny_model, *_ANY)

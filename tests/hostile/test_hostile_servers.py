@@ -25,9 +25,9 @@ def place(tmp_path: Path) -> Place:
 def make_shard(place: Place, letter: bytes, padding: int = _PADDING) -> bytes:
     """Make a shard of eight pairs, with a letter many times after each image."""
     members = []
-    for number in range(8):
-        members.append((f"{number}.png", make_image(number) + letter * padding))
-        members.append((f"{number}.txt", make_caption(number).encode()))
+    for index in range(8):
+        members.append((f"{index}.png", make_image(index) + letter * padding))
+        members.append((f"{index}.txt", make_caption(index).encode()))
     return write_tar(place.root / "shard.tar", members).read_bytes()
 
 
@@ -87,11 +87,11 @@ def test_a_copy_that_was_changed_is_not_believed(place: Place, tiny_model: Path)
 @pytest.mark.parametrize("answer", ["silent", "trickle"])
 def test_a_server_that_does_not_answer_is_given_up(place: Place, tiny_model: Path, answer: str) -> None:
     with serve_lies() as server:
-        for number in range(6):
-            server.answers[f"/{number}.png"] = silent if answer == "silent" else trickle(make_image(number)[:20])
+        for index in range(6):
+            server.answers[f"/{index}.png"] = silent if answer == "silent" else trickle(make_image(index)[:20])
         server.answers["/honest.png"] = whole(make_image(9))
         path = place.data / "list.csv"
-        cells = [f"{server.url}/honest.png", *(f"{server.url}/{number}.png" for number in range(6))]
+        cells = [f"{server.url}/honest.png", *(f"{server.url}/{index}.png" for index in range(6))]
         path.write_text("\n".join(("filepath", *cells, "")))
         words = ("embed", path, "--model", tiny_model, "--no-text", "--max-bad-fraction", 1)
         outcome = place.run(*words, hosts=[server.address], seconds=240)

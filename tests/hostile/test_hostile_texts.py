@@ -120,7 +120,7 @@ def published(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Pla
     (place.work / "student.json").write_text(json.dumps(STUDENT))
     data = place.data / _LIVE.replace("/", "-")
     members = [(name, data_) for name, data_ in shard_members(0, 12, captions=False, classes=2)]
-    members += [(f"{number:06d}.txt", f"{_LIVE} {_SCRIPT}".encode()) for number in range(12)]
+    members += [(f"{index:06d}.txt", f"{_LIVE} {_SCRIPT}".encode()) for index in range(12)]
     write_tar(data / f"{_SCRIPT.replace('/', '-')}.tar", sorted(members))
     (data / "classnames.txt").write_text(f"{_LIVE}\n{_SCRIPT} | cell\n")
     (data / "templates.txt").write_text(f"{{c}} {_SCRIPT}\n")

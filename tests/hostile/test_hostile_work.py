@@ -125,9 +125,9 @@ def test_links_in_the_place_of_files_lead_nowhere(place: Place, before: Path, st
     fill(place, before / step)
     made = list_made(place, "wrote", _STEPS[step])
     fill(place, before / step)
-    for number, path in enumerate(made):
+    for index, path in enumerate(made):
         if _PLANTED[kind](path.name):
-            plant(place, path, place.home / (".bashrc" if number % 2 else "not-there-yet"))
+            plant(place, path, place.home / (".bashrc" if index % 2 else "not-there-yet"))
     outcome = place.run(*_STEPS[step])
     assert not outcome.problems(), outcome
 
@@ -193,8 +193,8 @@ def test_pictures_of_a_report_are_those_of_the_data(place: Place, before: Path) 
     os.mkfifo(fifo)
 
     def change(content: dict[str, list[dict[str, object]]]) -> None:
-        for number, example in enumerate(content["examples"]):
-            example |= {"path": str(fifo if number else place.private), "offset": 0, "size": 400 if number else None}
+        for index, example in enumerate(content["examples"]):
+            example |= {"path": str(fifo if index else place.private), "offset": 0, "size": 400 if index else None}
 
     edit_sidecar(sidecar, change)
     outcome = place.run(*_STEPS["eval-zeroshot"])
@@ -224,20 +224,18 @@ def test_what_is_finished_is_flushed_with_its_folder(place: Place, before: Path)
     assert not outcome.problems(), outcome
     sidecar = str(place.work / _EMBEDDINGS / "embed.json")
     names = [event for event in outcome.events if event["event"] in ("rename", "fsync")]
-    last = max(
-        number for number, event in enumerate(names) if event["event"] == "rename" and event["what"][1] == sidecar
-    )
+    last = max(index for index, event in enumerate(names) if event["event"] == "rename" and event["what"][1] == sidecar)
     flushed = [event["what"] for event in names[last:] if event["event"] == "fsync"]
     assert str(place.work / _EMBEDDINGS) in flushed, flushed
 
 
 def test_files_of_equal_size_and_time_that_are_swapped_are_other_data(place: Place, tiny_model: Path) -> None:
     """Reproducible archives all have the time 0."""
-    for number in range(2):
-        write_tar(place.data / f"{number}.tar", shard_members(4 * number, 4, captions=False))
-    size = max((place.data / f"{number}.tar").stat().st_size for number in range(2))
-    for number in range(2):
-        path = place.data / f"{number}.tar"
+    for index in range(2):
+        write_tar(place.data / f"{index}.tar", shard_members(4 * index, 4, captions=False))
+    size = max((place.data / f"{index}.tar").stat().st_size for index in range(2))
+    for index in range(2):
+        path = place.data / f"{index}.tar"
         path.write_bytes(path.read_bytes().ljust(size, b"\0"))
         os.utime(path, ns=(0, 0))
     words = ("embed", place.data, "--model", tiny_model, "--no-text", "--json")

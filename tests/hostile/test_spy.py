@@ -66,19 +66,19 @@ def test_misdeeds_are_seen_and_refused(place: Place) -> None:
     before = place.look()
     log = place.root / "spied.jsonl"
     rules = spy.Rules(str(log), str(place.root), (str(place.work),), (str(place.private),))
-    told = {
+    variables = {
         spy.VARIABLE: json.dumps(dataclasses.asdict(rules)),
         "PYTHONPATH": str(Path(spy.__file__).with_name("startup")),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     program = _MISDEEDS.format(root=place.root)
-    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, **told}, cwd=place.work, check=False)
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, **variables}, cwd=place.work, check=False)
     assert done.returncode == 0
     events = map(json.loads, log.read_text().splitlines())
     seen = [f"{event['event']}: {event['what']}" for event in events if event.get("refused")]
     assert len(seen) == len(_SEEN), seen
-    for found, expected in zip(seen, _SEEN, strict=True):
-        assert found.startswith(expected.format(root=place.root)), found
+    for event, expected in zip(seen, _SEEN, strict=True):
+        assert event.startswith(expected.format(root=place.root)), event
     assert place.look() == before
 
 

@@ -7,4 +7,4 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import spy
 
 del sys.path[0]
-spy.watch_as_told()
+spy.watch_by_environment()
