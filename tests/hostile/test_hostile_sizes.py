@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import make_image, run_clipcid, shard_members, write_classified, write_tar
+from conftest import make_image, run_clipcid, shard_members, write_benchmark, write_classified, write_tar
 from hostile_files import (
     deflate_zeros,
     gzip_zeros,
@@ -223,3 +223,13 @@ def test_class_names_and_configurations_without_end(place: Place, tiny_model: Pa
     sparse_file(place.data / "model/open_clip_config.json", _GIGABYTES)
     outcome = place.run("embed", place.data / "0.png", "--model", place.data / "model")
     assert not outcome.problems(), outcome
+
+
+@pytest.mark.parametrize("count", few(2, ["999999999", "9" * 5000, "²"]))
+def test_a_count_of_shards_that_is_absurd(place: Place, tiny_model: Path, count: str) -> None:
+    folder = write_benchmark(place.data / "things", "test", shard_members(0, 4, captions=False, classes=2))
+    (folder / "classnames.txt").write_text("one\ntwo\n")
+    (folder / "test/nshards.txt").write_text(count)
+    outcome = place.run("eval-zeroshot", tiny_model, folder, "--task", "classification")
+    assert not outcome.problems(), outcome
+    assert outcome.run.returncode == 1, outcome
