@@ -130,8 +130,8 @@ TARGETS = {
 }
 
 
-def make_place(place: Path) -> None:
-    """Write the data, a model and what every step makes of them, once."""
+def write_files(place: Path) -> None:
+    """Write the data, a model, lists and embeddings of another tool."""
     write_inputs(place)
     (place / "images").mkdir()
     for number in range(8):
@@ -150,6 +150,11 @@ def make_place(place: Path) -> None:
     (place / "npz").mkdir()
     np.savez(place / "npz/a.npz", x_img=rows, x_txt=rows[::-1])
     pq.write_table(pa.table({"uid": [f"{number:032x}" for number in range(9)]}), place / "npz/a.parquet")
+
+
+def make_place(place: Path) -> None:
+    """Write the files, and what every step makes of them, once."""
+    write_files(place)
     steps = (
         ("embed", "data", "--model", "model"),
         ("balance", "--keep", "0.8"),
