@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -99,8 +101,11 @@ def test_the_page_stands_alone_and_runs_nothing_of_others(work: Path) -> None:
     page = (work / "index.html").read_text()
     assert contents.files == {"index": str(work / "index.html")}
     policy = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert policy == [
-        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+        "default-src 'none'; base-uri 'none'; form-action 'none'; "
+        f"script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:"
     ]
     assert "<img" not in page
     assert "&lt;img src=x onerror=alert(1)&gt;$x^$" in page
