@@ -38,6 +38,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+_SAFE_PATH = "PYTHONSAFEPATH"
 
 # What workers need, imported once by the server that they are forked from. Nothing here may import faiss.
 _WORKER_IMPORTS = [
@@ -138,15 +139,31 @@ def start_worker_server() -> None:
     _CONTEXT.set_forkserver_preload(_WORKER_IMPORTS)
     # The tracker removes the semaphores of a process that was killed; its warning of them would come after the prompt.
     sys.warnoptions.append("ignore")
-    multiprocessing.resource_tracker.ensure_running()  # the server would start it, too, and let SIGINT through again
+    with _outside_current_folder():
+        multiprocessing.resource_tracker.ensure_running()  # the server would start it, too, and let SIGINT through again
     sys.warnoptions.pop()
     # The server and its workers inherit what is blocked. Ctrl-C, and torchrun's SIGTERM, reach the whole group of processes;
     # this one may still need them to save itself, and they end with it.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        multiprocessing.forkserver.ensure_running()
+        with _outside_current_folder():
+            multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+@contextmanager
+def _outside_current_folder() -> Iterator[None]:
+    """Let what is started not import from the current folder, which `python -c` puts first: its files may be a stranger's."""
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = before
 
 
 def ordered_map(

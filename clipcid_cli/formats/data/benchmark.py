@@ -26,13 +26,15 @@ from typing import Literal, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_remote, without_query
-from clipcid_cli.formats.files import read_regular, reading
+from clipcid_cli.formats.files import open_regular, read_regular, reading
 from clipcid_cli.shown import REDACTED, redact
 
 CLASS_NAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"
 _DATASET_TYPE = "dataset_type.txt"
 _NUM_SHARDS = "nshards.txt"
+_MAX_SHARDS = 1_000_000
+_NUMBER_BYTES = 32  # of the file with it, blanks included
 # Names of the folders of splits; a folder that contains any other folder has no splits.
 _SPLITS = frozenset({"train", "trainval", "test", "val", "valid", "validation"})
 _NUMBERED_SHARDS = re.compile(r"[\d{}.,-]+\.tar")
@@ -96,9 +98,13 @@ def is_benchmark(spec: str) -> bool:
 
 def list_benchmark_tars(folder: Path) -> list[str]:
     """List the shards of a split, all of which must be there."""
-    text = (folder / _NUM_SHARDS).read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdigit() or int(text) == 0:
-        raise ClipcidError(f"{folder / _NUM_SHARDS} contains {text[:40]!r}, not a number of shards.", "Fix the file.")
+    with open_regular(folder / _NUM_SHARDS) as file:
+        text = file.read(_NUMBER_BYTES).decode("utf-8", errors="replace").strip()
+    if not text.isdecimal() or not 0 < int(text) <= _MAX_SHARDS:
+        raise ClipcidError(
+            f"{folder / _NUM_SHARDS} contains {text[:40]!r}, not a number of shards from 1 to {_MAX_SHARDS:,}.",
+            "Fix the file.",
+        )
     tars = [folder / f"{number}.tar" for number in range(int(text))]
     missing = [tar.name for tar in tars if not tar.is_file()]
     if missing:

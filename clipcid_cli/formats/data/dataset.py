@@ -108,6 +108,12 @@ class Dataset:
             self.shards[0].slices.forget()
         return dataclasses.replace(self, index=index)
 
+    def list_files(self) -> set[str]:
+        """List the files and URLs that images are in: shards, or what a folder or list names."""
+        if self.shards[0].slices is None:
+            return {shard.source for shard in self.shards}
+        return {sample.image.path for shard in self.shards for sample in shard.samples()}
+
     def fingerprints(self) -> list[FileRecord]:
         """Describe the content of every shard for a sidecar: from the index, or from a small part of each."""
         if self.index is not None:
