@@ -154,7 +154,7 @@ def start_worker_server() -> None:
 
 @contextmanager
 def _outside_current_folder() -> Iterator[None]:
-    """Let what is started not import from the current folder, which `python -c` puts first: its files may be a stranger's."""
+    """Keep what is started from importing a stranger's files: `python -c` looks in the current folder first."""
     before = os.environ.get(_SAFE_PATH)
     os.environ[_SAFE_PATH] = "1"
     try:

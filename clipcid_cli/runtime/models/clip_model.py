@@ -322,7 +322,7 @@ def _validate_extent(name: ModelName, config: dict[str, Any], weights: Path) -> 
     size = weights.stat().st_size
     if claimed > size:
         raise ClipcidError(
-            f"Model {name.spec}: {CONFIG_NAME} describes {claimed:,} parameters or more, and the weights have {size:,} bytes.",
+            f"Model {name.spec}: {CONFIG_NAME} describes at least {claimed:,} parameters; the weights have {size:,} bytes.",
             "Copy or download both files again.",
         )
 
