@@ -194,7 +194,7 @@ class ShardCopy:
             raise
 
     def _validate_unchanged(self) -> None:
-        if describe_shard(self.shard.path) != self.shard:
+        if describe_shard(self.shard.path).content != self.shard.content:  # its path is described without secrets
             raise ClipcidError(
                 f"{self.shard.path} has changed since it was listed.",
                 "Remove index/ from the work directory, then run the same command again: the data is listed anew.",

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import process_context, shard_members, write_tar
 from shard_server import ShardServer, send, serve, serve_answers
@@ -205,6 +206,14 @@ def test_another_version_is_another_copy_and_never_taken_for_the_one_listed(data
         assert [path.name for path in cache.folder.iterdir()] == []
         assert read(copy_of(cache, listed.shard.path)) == b"x" * SIZE
         assert not listed.local.exists()
+
+
+def test_a_shard_behind_a_signed_address_is_copied(data: Path, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 3 * SIZE)
+    with serve(data) as server:
+        address = f"{server.url}/1.tar?X-Amz-Signature=secret"
+        described = msgspec.structs.replace(describe_file(address), path=address)  # as an index names it
+        assert read(ShardCopy(cache, described, "1")) == b"\1" * SIZE
 
 
 def test_a_shard_that_changes_while_it_is_fetched_is_no_copy(data: Path, tmp_path: Path) -> None:
