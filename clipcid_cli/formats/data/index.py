@@ -183,7 +183,7 @@ class DataIndex:
         digest = self.records[number].digest
         origin = None if shard.slices is None else shard.slices.origin
         file_of = shard if shard.file else None
-        return Part(path, digest, file_of, self._copy(number), shard.max_sample_bytes, origin)
+        return Part(path, digest, file_of, self.copy(number), shard.max_sample_bytes, origin)
 
     def skips(self, number: int) -> Skips:
         """Return what was left out of a shard, with the list of it."""
@@ -193,9 +193,10 @@ class DataIndex:
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Copy shards to the cache in the background, in order; see `shard_cache.fetch_ahead`."""
         if self.cache is not None:
-            fetch_ahead(filter(None, map(self._copy, numbers)))
+            fetch_ahead(filter(None, map(self.copy, numbers)))
 
-    def _copy(self, number: int) -> ShardCopy | None:
+    def copy(self, number: int) -> ShardCopy | None:
+        """Return the copy of a shard, whether it is there or not; None of one that is read where it is."""
         shard = self.shards[number]
         if self.cache is None or not shard.is_streamed:
             return None

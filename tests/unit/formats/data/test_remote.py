@@ -247,6 +247,25 @@ def test_a_copy_that_is_not_what_was_fetched_is_fetched_again(damage: bytes, dat
         assert server.requests["1.tar"] == 3
 
 
+def test_a_copy_is_compared_with_what_was_fetched_and_left_as_it_is(data: Path, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 3 * SIZE)
+    with serve(data) as server:
+        copy = copy_of(cache, f"{server.url}/1.tar")
+        assert copy.find_problem() is None, "there is none"
+        read(copy)
+    record = copy.local.with_name(f"{copy.local.name}.json")
+    assert copy.find_problem() is None
+    copy.local.write_bytes(b"7 bytes")
+    assert copy.find_problem() == "has 7 bytes; 1,000 were fetched"
+    copy.local.write_bytes(b"x" * SIZE)
+    assert str(copy.find_problem()).startswith("has other content than was fetched: ")
+    record.write_text("{}")
+    assert str(copy.find_problem()).startswith("cannot be compared with what was fetched: ")
+    record.unlink()
+    assert copy.find_problem() == "has no record of what was fetched"
+    assert copy.local.read_bytes() == b"x" * SIZE
+
+
 def test_a_copy_is_read_whole_when_a_user_first_opens_it(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
