@@ -101,7 +101,8 @@ class _Remembered(FileRecord, frozen=True, omit_defaults=True):
         return self.size, self.time, self.changed, self.inode
 
 
-def _stamp(found: os.stat_result) -> tuple[int, int, int, int]:
+def stamp_of(found: os.stat_result) -> tuple[int, int, int, int]:
+    """Return size, both times and inode, which together change when somebody writes to a file or replaces it."""
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
@@ -137,10 +138,10 @@ class Memo:
         place = os.path.abspath(path)
         before, now = path.stat(), time.time_ns()
         known = self._known.get(place)
-        if known is not None and known.stamp == _stamp(before):
+        if known is not None and known.stamp == stamp_of(before):
             return FileRecord(str(path), known.size, known.hash, known.time)
         taken = record(path)
-        if _stamp(path.stat()) == _stamp(before) and _is_settled(before, now):
+        if stamp_of(path.stat()) == stamp_of(before) and _is_settled(before, now):
             self._known[place] = _Remembered(
                 place, taken.size, taken.hash, taken.time, changed=before.st_ctime_ns, inode=before.st_ino
             )

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import open_described
+from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.shard import Shard
+from clipcid_cli.formats.data.shard_cache import ShardCache
 from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, read_manifest
 from clipcid_cli.formats.fingerprint import Memo
 from clipcid_cli.formats.sidecar import EmbedSidecar, read_sidecar
+from clipcid_cli.formats.skipped import SKIPPED, read_shards
 from clipcid_cli.formats.skips import Skips
+from clipcid_cli.formats.user_cache import cache_folder
 from clipcid_cli.formats.verification import Fault, RecordedFile, find_outputs, find_problem, read_output
+from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.settings.verify import VerifySettings
 
@@ -52,7 +57,7 @@ def run(settings: VerifySettings) -> VerifyResult:
     at_fault = _verify_files([file for files in outputs.values() for file in files], root, result)
     for sidecar in outputs:
         if sidecar.name == "embed.json" and sidecar not in at_fault:
-            _verify_embeddings(sidecar, result, read_data=settings.read_data)
+            _verify_embeddings(sidecar, result, settings)
     return result
 
 
@@ -88,33 +93,39 @@ def _verify_files(files: list[RecordedFile], root: Path, result: VerifyResult) -
     return at_fault
 
 
-def _verify_embeddings(path: Path, result: VerifyResult, *, read_data: bool) -> None:
+def _verify_embeddings(path: Path, result: VerifyResult, settings: VerifySettings) -> None:
     """Compare the rows of files that are what was written with the manifest, and the data with what was embedded."""
     folder = path.parent
     try:
         open_recorded(folder, Memo(), "")
-        if read_data:
+        if settings.read_data:
             sidecar = read_sidecar(path, EmbedSidecar)
             assert sidecar is not None
-            dataset = open_described(sidecar.data)
-            records = {record.input.shard: record for record in read_manifest(folder, "")}
-            _verify_data(dataset.shards, records, path, result)
+            dataset = open_described(sidecar.data, _find_indexes(settings), **settings.trust)
+            _verify_data(dataset, path, result)
+            _verify_copies(dataset, result)
     except ClipcidError as error:
         _report(result, _as_fault(path, error))
 
 
-def _verify_data(
-    shards: tuple[Shard, ...], records: dict[str | None, ShardRecord], path: Path, result: VerifyResult
-) -> None:
+def _find_indexes(settings: VerifySettings) -> Path:
+    """Return the folder of indexes, by which copies of shards are named: that of what is verified, if it has one."""
+    own = WorkDirectory(settings.folder or settings.work).indexes
+    return own if own.is_dir() else WorkDirectory(settings.work).indexes
+
+
+def _verify_data(dataset: Dataset, path: Path, result: VerifyResult) -> None:
     result.samples = result.samples or 0
-    with reporting.progress("data", len(shards), "shards") as bar:
-        for shard in shards:
+    records = {record.input.shard: record for record in read_manifest(path.parent, "")}
+    skipped = {name: set(table["key"].to_pylist()) for name, table in read_shards(path.parent / SKIPPED)}
+    with reporting.progress("data", len(dataset.shards), "shards") as bar:
+        for shard in dataset.shards:
             bar.advance()
             record = records.pop(shard.name, None)
             if record is None:
                 continue  # added since
             try:
-                problem = _find_problem_of_data(shard, record, result)
+                problem = _find_problem_of_data(shard, record, skipped.get(shard.name, set()), result)
             except ClipcidError as error:
                 _report(result, _as_fault(Path(shard.source), error))
                 continue
@@ -124,7 +135,8 @@ def _verify_data(
         _report(result, Fault(str(path), f"was made from shard {name}, which the data no longer has"))
 
 
-def _find_problem_of_data(shard: Shard, record: ShardRecord, result: VerifyResult) -> str | None:
+def _find_problem_of_data(shard: Shard, record: ShardRecord, skipped: Set[str], result: VerifyResult) -> str | None:
+    """Compare a shard with what was embedded of it; images that were skipped then need not be there now."""
     now = shard.fingerprint()
     if now.content[:2] != record.input.content[:2]:
         before = f"{record.input.size:,} bytes ({record.input.hash})"
@@ -134,7 +146,7 @@ def _find_problem_of_data(shard: Shard, record: ShardRecord, result: VerifyResul
     for sample in shard.stream(skips):
         samples += 1
         try:
-            if sample.image is not None:
+            if sample.key not in skipped:
                 sample.image.read()
         except OSError:
             unread += 1
@@ -143,3 +155,14 @@ def _find_problem_of_data(shard: Shard, record: ShardRecord, result: VerifyResul
     if samples + skips.total != record.read:
         return f"holds {samples + skips.total:,} samples in {shard.name}; {record.read:,} were embedded"
     return f"has {unread:,} images in {shard.name} that cannot be read" if unread else None
+
+
+def _verify_copies(dataset: Dataset, result: VerifyResult) -> None:
+    """Compare the copies of shards that are in the cache with what was fetched."""
+    if dataset.index is None:
+        return
+    index = dataclasses.replace(dataset.index, cache=ShardCache(cache_folder(), 0))
+    for copy in filter(None, map(index.copy, range(len(index.shards)))):
+        problem = copy.find_problem()
+        if problem is not None:
+            _report(result, Fault(str(copy.local), problem))

@@ -97,6 +97,10 @@ def test_the_chain_from_urls_with_little_disk(clipcid: Clipcid, tiny_model: Path
         indexed = open_dataset(embed[1], index_root=work / "index")
         with pytest.raises(ClipcidError, match="37 shards that are read, fetched ahead or still in use"):
             cache_shards(indexed, 36.9 * size / 1e9)
+        copy = next((tmp_path / "cache").glob("*.tar"))
+        copy.write_bytes(copy.read_bytes()[:-1])
+        told = clipcid("verify", "--read-data", "--quiet", env=environment, code=1).stderr.splitlines()
+        assert told == [f"warning: {copy} has {size - 1:,} bytes; {size:,} were fetched."]
     assert not list(work.rglob("*.tar"))
     inputs = ("--embeddings", work / "embeddings" / "tiny", "--keep-list", work / "balance" / "keep.parquet")
     clipcid("distill", data, *distill, *inputs, "--work", "disk")

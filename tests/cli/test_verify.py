@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Clipcid, run_clipcid
+from conftest import Clipcid, make_image, run_clipcid
 from sidecars import edit_sidecar
 
 from clipcid_cli.errors import ClipcidError
@@ -61,6 +61,20 @@ def test_rows_and_data_are_compared_with_the_manifest(distill_place: Path, tiny_
     found = {fault.path: fault.problem for fault in run(VerifySettings(folder=folder, read_data=True)).faults}
     assert found[str(changed)].startswith("has changed since it was embedded: ")
     assert found[str(folder / "embed.json")] == f"was made from shard {shards[-1].stem}, which the data no longer has"
+
+
+def test_images_that_were_skipped_need_not_be_there(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(make_image(number))
+    (tmp_path / "list.csv").write_text("filepath\n" + "".join(f"{number}.png\n" for number in range(4)))
+    clipcid("embed", "list.csv", "--model", tiny_model, "--no-text", "--max-bad-fraction", 0.5)
+    settings = VerifySettings(folder=tmp_path / "clipcid-work", read_data=True)
+    assert run(settings).faults == []
+    (tmp_path / "0.png").unlink()
+    (fault,) = run(settings).faults
+    assert fault.problem == "has 1 images in 00000 that cannot be read"
+    large = VerifySettings(folder=tmp_path / "clipcid-work", read_data=True, max_sample_bytes=1)
+    assert run(large).faults[0].problem == "has 3 images in 00000 that cannot be read"
 
 
 def test_a_recorded_command_is_not_run(distill_place: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_an_image_without_end_is_skipped(place: Place, tiny_model: Path, claimed
 @pytest.mark.parametrize("suffix", few(1, ["png", "txt", "json", "cls", "bin"]))
 def test_a_member_of_a_remote_shard_that_claims_too_much(place: Place, tiny_model: Path, suffix: str) -> None:
     header = tarfile.TarInfo(f"000000.{suffix}")
-    header.size = 3 * 2**29
+    header.size = 5 * 2**28
     with serve_lies() as server:
         server.answers["/0.tar"] = endless(header.tobuf(tarfile.GNU_FORMAT), header.size + 10240)
         url = f"{server.url}/0.tar"

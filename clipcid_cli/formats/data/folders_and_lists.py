@@ -148,7 +148,7 @@ class Images(Slices):
             else:
                 yield self._sample(row, skips)
 
-    def stamp(self, number: int) -> tuple[int, int]:
+    def stamp(self, number: int) -> tuple[int, ...]:
         """Return the number of rows, and a hash of them."""
         rows = self._listed.slices[number]
         return len(rows), int.from_bytes(hashlib.blake2b(rows.serialize(), digest_size=7).digest(), "big")

@@ -4,8 +4,8 @@
     <work>/index/<options>/shards-<list>.parquet  a row a shard: what was found, stamp and hash
 
 Listing 400 million samples in tars takes hours. So each shard is listed once, by any process, into a file of its own that
-appears whole; the table is written last. A shard whose file has another size or modification time than recorded is listed
-again. A process holds the parts it used last, `_PARTS_KEPT` of them.
+appears whole; the table is written last. A shard is listed again where its file has another size, time or inode than when
+it was listed. A process holds the parts it used last, `_PARTS_KEPT` of them.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class IndexedShard:
     with_captions: int
     read: int  # with an image or without
     skips: Skips  # without an image, or of a key seen before in the shard
-    stamp: tuple[int, int]  # of the shard when it was listed, as its fingerprint
+    stamp: tuple[int, ...]  # of the shard when it was listed, as its fingerprint
     fingerprint: FileRecord
     digest: str = ""  # of all this and of what the part holds
 
@@ -183,7 +183,7 @@ class DataIndex:
         digest = self.records[number].digest
         origin = None if shard.slices is None else shard.slices.origin
         file_of = shard if shard.file else None
-        return Part(path, digest, file_of, self._copy(number), shard.max_sample_bytes, origin)
+        return Part(path, digest, file_of, self.copy(number), shard.max_sample_bytes, origin)
 
     def skips(self, number: int) -> Skips:
         """Return what was left out of a shard, with the list of it."""
@@ -193,9 +193,10 @@ class DataIndex:
     def fetch_ahead(self, numbers: Sequence[int]) -> None:
         """Copy shards to the cache in the background, in order; see `shard_cache.fetch_ahead`."""
         if self.cache is not None:
-            fetch_ahead(filter(None, map(self._copy, numbers)))
+            fetch_ahead(filter(None, map(self.copy, numbers)))
 
-    def _copy(self, number: int) -> ShardCopy | None:
+    def copy(self, number: int) -> ShardCopy | None:
+        """Return the copy of a shard, whether it is there or not; None of one that is read where it is."""
         shard = self.shards[number]
         if self.cache is None or not shard.is_streamed:
             return None
@@ -211,7 +212,7 @@ def index_folder(root: Path, kind: str, settings: dict[str, Any]) -> Path:
     return root / hash_json([_VERSION, kind, settings])
 
 
-def write_part(folder: Path, shard: Shard, stamp: tuple[int, int], samples: Sequence[Sample], skips: Skips) -> None:
+def write_part(folder: Path, shard: Shard, stamp: tuple[int, ...], samples: Sequence[Sample], skips: Skips) -> None:
     """Write down what the listing of a shard found; `stamp` is from before it, so that a change meanwhile is noticed."""
     record = IndexedShard(
         samples=len(samples),

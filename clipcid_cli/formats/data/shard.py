@@ -12,7 +12,7 @@ from clipcid_cli.formats.data.parquet_shards import ImageTable, read_parquet
 from clipcid_cli.formats.data.remote import describe_shard, is_remote
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, TXT, Sample
 from clipcid_cli.formats.data.tars import read_tar
-from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.formats.fingerprint import FileRecord, stamp_of
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.shown import redact
 
@@ -37,8 +37,8 @@ class Slices(ABC):
         """Yield the samples of a slice, and count the rows that are none."""
 
     @abstractmethod
-    def stamp(self, number: int) -> tuple[int, int]:
-        """Return two numbers that change when a slice does."""
+    def stamp(self, number: int) -> tuple[int, ...]:
+        """Return numbers that change when a slice does."""
 
     @abstractmethod
     def fingerprint(self, number: int) -> tuple[int, str]:
@@ -135,18 +135,17 @@ class Shard:
             return FileRecord(f"{redact(self.source)}#{self.name}", *self.slices.fingerprint(self.number))
         return describe_shard(self.source)
 
-    def stamp(self) -> tuple[int, int]:
-        """Return two numbers that change when the shard does: size and time of its file.
+    def stamp(self) -> tuple[int, ...]:
+        """Return numbers that change when the shard does: those of `stamp_of`, of which the first is the size.
 
-        (0, 0) for one that is gone or behind a URL, which is not asked for at each start.
+        Zeros for one that is gone or behind a URL, which is not asked for at each start.
         """
         if self.slices is not None:
             return self.slices.stamp(self.number)
         try:
-            found = os.stat(self.source)
+            return stamp_of(os.stat(self.source))
         except OSError:
-            return 0, 0
-        return found.st_size, found.st_mtime_ns
+            return 0, 0, 0, 0
 
 
 def cut(

@@ -33,7 +33,7 @@ import msgspec
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.image_column import copy_images
 from clipcid_cli.formats.data.remote import describe_shard, expect_answers, note_received, open_remote
-from clipcid_cli.formats.files import lock, read_regular, write_error, write_text
+from clipcid_cli.formats.files import describe, lock, open_regular, read_regular, write_error, write_text
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.user_cache import make_private, user_folder
 
@@ -137,7 +137,7 @@ class ShardCopy:
     def _is_whole(self, descriptor: int) -> bool:
         """Tell whether an open copy is what was fetched; it is read where this user has not seen it so before."""
         try:
-            record = msgspec.json.decode(read_regular(_record_of(self.local)), type=CopyRecord)
+            record = _read_record(self.local)
         except (OSError, msgspec.MsgspecError):
             return False
         if os.fstat(descriptor).st_size != record.size:
@@ -151,6 +151,22 @@ class ShardCopy:
             return False
         _remember(memory, seen)
         return True
+
+    def find_problem(self) -> str | None:
+        """Read the copy, and return how it differs from what was fetched; None where it does not, or there is none."""
+        try:
+            with open_regular(self.local) as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
+                record = _read_record(self.local)
+                size = os.fstat(file.fileno()).st_size
+                if size != record.size:
+                    return f"has {size:,} bytes; {record.size:,} were fetched"
+                found = _hash_file(file.fileno())
+        except FileNotFoundError as error:
+            return None if error.filename == str(self.local) else "has no record of what was fetched"
+        except (OSError, msgspec.MsgspecError) as error:
+            return f"cannot be compared with what was fetched: {describe(error)}"
+        return None if found == record.hash else f"has other content than was fetched: {found}, not {record.hash}"
 
     def fetch(self) -> None:
         """Fetch the copy where it is missing, or wait for the process that is fetching it."""
@@ -194,7 +210,7 @@ class ShardCopy:
             raise
 
     def _validate_unchanged(self) -> None:
-        if describe_shard(self.shard.path) != self.shard:
+        if describe_shard(self.shard.path).content != self.shard.content:  # its path is described without secrets
             raise ClipcidError(
                 f"{self.shard.path} has changed since it was listed.",
                 "Remove index/ from the work directory, then run the same command again: the data is listed anew.",
@@ -223,6 +239,10 @@ class ShardCopy:
 
 def _record_of(copy: Path) -> Path:
     return copy.with_name(copy.name + _RECORD)
+
+
+def _read_record(copy: Path) -> CopyRecord:
+    return msgspec.json.decode(read_regular(_record_of(copy)), type=CopyRecord)
 
 
 def _memory_of(copy: Path) -> Path:

@@ -13,6 +13,7 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import LONGEST_CAPTION, ByteRange, Sample
 from clipcid_cli.formats.data.shard import Slices, cut
 from clipcid_cli.formats.files import reading
+from clipcid_cli.formats.fingerprint import stamp_of
 from clipcid_cli.formats.skips import Skips
 
 TEXTS_A_SHARD = 65_536
@@ -48,9 +49,8 @@ class _TextLines(Slices):
             if place.byte >= end.byte:
                 return
 
-    def stamp(self, number: int) -> tuple[int, int]:
-        found = self.path.stat()
-        return found.st_size, found.st_mtime_ns
+    def stamp(self, number: int) -> tuple[int, ...]:
+        return stamp_of(self.path.stat())
 
     def fingerprint(self, number: int) -> tuple[int, str]:
         start, end = self.bounds[number : number + 2]

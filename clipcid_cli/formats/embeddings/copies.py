@@ -1,8 +1,8 @@
 """Copies of rows and keys that cannot be mapped where they are: columns of parquet files, keys as lines of text.
 
 A column is compressed, so that no row can be read without those around it. So it is read once, in order, and written as an
-array of unit float16 rows, 2 bytes × width a row, which later starts map. A copy is found again by path, size and time of
-its file.
+array of unit float16 rows, 2 bytes × width a row, which later starts map. A copy is found again by path, size, times and
+inode of its file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.image_column import is_image_column
 from clipcid_cli.formats.embeddings.rows import RowFile, find_npy, unit_rows
 from clipcid_cli.formats.files import atomic_file, lock, reading, write_error
-from clipcid_cli.formats.fingerprint import hash_json
+from clipcid_cli.formats.fingerprint import hash_json, stamp_of
 
 MAX_WIDTH = 65_536
 """Numbers in a row, above which a column is no embeddings."""
@@ -75,8 +75,8 @@ class Copies:
     def _target(self, path: Path, name: str) -> Path:
         folder = _temporary() if self._folder is None else self._folder
         with reading(path, "a file of embeddings", _FIX) as file:
-            stat = os.fstat(file.fileno())
-        identity = hash_json([_VERSION, str(path.resolve()), stat.st_size, stat.st_mtime_ns, name])
+            stamp = stamp_of(os.fstat(file.fileno()))
+        identity = hash_json([_VERSION, str(path.resolve()), *stamp, name])
         return folder / f"{identity}.{name.rpartition('.')[2]}"
 
 

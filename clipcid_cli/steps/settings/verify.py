@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import ClassVar
 
-from clipcid_cli.steps.settings.shared import SharedSettings, argument, group
+from clipcid_cli.steps.settings.shared import TrustSettings, argument, group
 
 _check = group("Verification")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VerifySettings(SharedSettings):
+class VerifySettings(TrustSettings):
     """Settings of `verify`."""
 
     writes_work: ClassVar[bool] = False
@@ -25,7 +25,7 @@ class VerifySettings(SharedSettings):
     )
     read_data: bool = _check(
         False,
-        "Also read the data that embeddings were made from: each shard is compared with what was recorded, and the bytes of "
-        "each sample are read.",
+        "Also read the data that embeddings were made from: each shard, and its copy in the cache, is compared with what "
+        "was recorded, and the bytes of each sample are read.",
         operational=True,
     )

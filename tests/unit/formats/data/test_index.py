@@ -126,6 +126,25 @@ def test_only_shards_that_are_new_or_have_changed_are_listed(tmp_path: Path) -> 
     assert open_dataset(data, index_root=tmp_path / "index").index == second
 
 
+def test_shards_of_one_size_and_time_that_are_swapped_are_listed_again(tmp_path: Path) -> None:
+    """As of reproducible archives, whose time is 0; what was not touched stays listed."""
+    data = write_shards(tmp_path / "data", 3)
+    first, second, _ = sorted(data.iterdir())
+    assert first.stat().st_size == second.stat().st_size
+    for path in data.iterdir():
+        os.utime(path, ns=(0, 0))
+    before = index_of(data, tmp_path / "index")
+    assert open_dataset(data, index_root=tmp_path / "index").index == before
+    parts = parts_of(before)
+    first.rename(tmp_path / "swapped")
+    second.rename(first)
+    (tmp_path / "swapped").rename(second)
+    assert open_dataset(data, index_root=tmp_path / "index").index is None
+    after = index_of(data, tmp_path / "index")
+    assert len(parts & parts_of(after)) == 1
+    assert after.part(0).keys == before.part(1).keys
+
+
 def test_a_caption_that_was_rewritten_is_read_again(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images")
     index_of(folder, tmp_path / "index")

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import process_context, shard_members, write_tar
 from shard_server import ShardServer, send, serve, serve_answers
@@ -207,6 +208,14 @@ def test_another_version_is_another_copy_and_never_taken_for_the_one_listed(data
         assert not listed.local.exists()
 
 
+def test_a_shard_behind_a_signed_address_is_copied(data: Path, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 3 * SIZE)
+    with serve(data) as server:
+        address = f"{server.url}/1.tar?X-Amz-Signature=secret"
+        described = msgspec.structs.replace(describe_file(address), path=address)  # as an index names it
+        assert read(ShardCopy(cache, described, "1")) == b"\1" * SIZE
+
+
 def test_a_shard_that_changes_while_it_is_fetched_is_no_copy(data: Path, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", 3 * SIZE)
     asked = list[str]()
@@ -236,6 +245,25 @@ def test_a_copy_that_is_not_what_was_fetched_is_fetched_again(damage: bytes, dat
         copy.local.with_name(copy.local.name + ".json").unlink()  # as of a version without them
         assert read(copy) == b"\1" * SIZE
         assert server.requests["1.tar"] == 3
+
+
+def test_a_copy_is_compared_with_what_was_fetched_and_left_as_it_is(data: Path, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 3 * SIZE)
+    with serve(data) as server:
+        copy = copy_of(cache, f"{server.url}/1.tar")
+        assert copy.find_problem() is None, "there is none"
+        read(copy)
+    record = copy.local.with_name(f"{copy.local.name}.json")
+    assert copy.find_problem() is None
+    copy.local.write_bytes(b"7 bytes")
+    assert copy.find_problem() == "has 7 bytes; 1,000 were fetched"
+    copy.local.write_bytes(b"x" * SIZE)
+    assert str(copy.find_problem()).startswith("has other content than was fetched: ")
+    record.write_text("{}")
+    assert str(copy.find_problem()).startswith("cannot be compared with what was fetched: ")
+    record.unlink()
+    assert copy.find_problem() == "has no record of what was fetched"
+    assert copy.local.read_bytes() == b"x" * SIZE
 
 
 def test_a_copy_is_read_whole_when_a_user_first_opens_it(

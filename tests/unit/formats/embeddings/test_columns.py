@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_a_column_is_read_as_unit_rows(tmp_path: Path, form: str, monkeypatch: p
     rows[11] = 0
     columns = {"text_embedding": to_column(texts, kind), "key": KEYS, "caption": [f"caption {key}" for key in KEYS]}
     path = write_table(tmp_path / "e.parquet", image_embedding=to_column(rows, kind), **columns)
-    found = open_embeddings(path, cache=tmp_path / "work" / "memo.json")
+    found = open_embeddings(path, work=tmp_path / "work")
     stored = rows.astype((getattr(kind, "storage_type", kind)).value_type.to_pandas_dtype())
     np.testing.assert_array_equal(found.rows(Kind.IMAGES).read(0, 60), unit_rows(stored))
     np.testing.assert_array_equal(
@@ -68,6 +69,17 @@ def test_a_column_is_read_as_unit_rows(tmp_path: Path, form: str, monkeypatch: p
     assert read_keys(found) == KEYS
     assert found.captions_of(found.files[0])[1].as_py() == "caption k1"
     assert not list((tmp_path / "work" / ".rows").glob("*.lock"))
+
+
+def test_a_copy_is_of_the_file_that_is_there(tmp_path: Path) -> None:
+    """Another file of the same size and time is copied anew."""
+    path = tmp_path / "e.parquet"
+    for seed in (0, 1):
+        table = pa.table({"emb": to_column(make_rows(seed), FORMS["fixed"])})
+        pq.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
+        os.utime(path, ns=(0, 0))
+        found = open_embeddings(path, work=tmp_path / "work").rows(Kind.IMAGES).read(0, 60)
+        np.testing.assert_array_equal(found, unit_rows(make_rows(seed).astype(np.float32)))
 
 
 def test_a_balance_of_files_with_columns(tmp_path: Path) -> None:
