@@ -113,7 +113,7 @@ def test_a_job_whose_time_is_over_saves_and_goes_back_to_the_queue(tmp_path: Pat
     assert (code, asked) == (143, ["requeue", "7"])
     cores, *saved = (tmp_path / "started").read_text().split()
     assert int(cores) == len(os.sched_getaffinity(0))
-    assert saved == ["saved"]
+    assert set(saved) == {"saved"}  # SLURM and host.sh both tell it
 
 
 def test_the_manifest_starts_what_every_host_runs_with_variables_it_reads() -> None:
