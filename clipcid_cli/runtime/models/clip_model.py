@@ -31,6 +31,7 @@ from clipcid_cli.runtime.models.names import (
     find_weights,
     hash_weights,
     read_config,
+    read_json,
     validate_hub_name,
     validate_passed_on,
 )
@@ -396,7 +397,7 @@ def _validate_tokenizer_files(folder: Path) -> None:
     file = folder / "tokenizer_config.json"
     content: Any = {}
     with contextlib.suppress(OSError, ValueError, RecursionError):  # whatever is wrong with it, transformers tells
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     for entry in _VOCABULARY_ENTRIES:
         value = content.get(entry) if isinstance(content, dict) else None
         if (

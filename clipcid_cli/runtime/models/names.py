@@ -98,6 +98,7 @@ _TOKENIZER_OPTIONS = (
     "strip_sep_token",
     "use_fast",
 )
+_LARGEST_CONFIG = 2**26
 _TIMM_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # timm's own; with a prefix, it names a folder or a repository
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?")
 
@@ -231,11 +232,19 @@ def find_weights(folder: Path) -> Path | None:
     return min(others, key=lambda path: (path.suffix != ".safetensors", path), default=None)
 
 
+def read_json(file: Path) -> Any:
+    """Read a configuration; an OSError where it is no file, or has more bytes than any configuration."""
+    size = file.stat().st_size
+    if not file.is_file() or size > _LARGEST_CONFIG:
+        raise OSError(f"it is no file of at most {_LARGEST_CONFIG:,} bytes, and has {size:,}")
+    return json.loads(file.read_bytes())
+
+
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the ``model_cfg`` and ``preprocess_cfg`` of a folder or of such a file; a bare ``model_cfg`` has no other."""
     file = path / CONFIG_NAME if path.is_dir() else path
     try:
-        content = msgspec.convert(json.loads(file.read_text(encoding="utf-8")), dict[str, Any])
+        content = msgspec.convert(read_json(file), dict[str, Any])
         content = content if "model_cfg" in content else {"model_cfg": content}
         msgspec.convert(content, _Configuration)
     except (OSError, ValueError, RecursionError) as error:
