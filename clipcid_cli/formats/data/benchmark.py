@@ -97,7 +97,8 @@ def is_benchmark(spec: str) -> bool:
 
 def list_benchmark_tars(folder: Path) -> list[str]:
     """List the shards of a split, all of which must be there."""
-    text = _read_text(folder / _NUM_SHARDS, "Fix the file.").strip()
+    with reading(folder / _NUM_SHARDS, "a number of shards", "Fix the file."):
+        text = read_regular(folder / _NUM_SHARDS, LARGEST_TEXT).decode("utf-8", errors="replace").strip()
     if not _NUMBER.fullmatch(text) or int(text) == 0:
         raise ClipcidError(f"{folder / _NUM_SHARDS} contains {text[:40]!r}, not a number of shards.", "Fix the file.")
     count = int(text)
