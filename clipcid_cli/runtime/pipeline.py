@@ -50,6 +50,8 @@ _WORKER_IMPORTS = [
     "clipcid_cli.formats.data.index",
 ]
 
+_SAFE_PATH, _OWN = "PYTHONSAFEPATH", "clipcid"  # Python's variable, and its value where it is set here
+
 # Items that wait for each worker or thread, so that it never waits for this process.
 _AHEAD = 2
 STALL_SECONDS = 600.0
@@ -136,6 +138,24 @@ def start_worker_server() -> None:
     A worker that it forks starts in milliseconds, without what the main process has loaded since: a model, CUDA, locks.
     """
     _CONTEXT.set_forkserver_preload(_WORKER_IMPORTS)
+    with _ignoring_current_folder():
+        _start_server()
+
+
+@contextmanager
+def _ignoring_current_folder() -> Iterator[None]:
+    """Let Python programs that start inside the block import nothing from the current folder: it may hold data."""
+    if _SAFE_PATH in os.environ:
+        yield
+        return
+    os.environ[_SAFE_PATH] = _OWN
+    try:
+        yield
+    finally:
+        del os.environ[_SAFE_PATH]
+
+
+def _start_server() -> None:
     # The tracker removes the semaphores of a process that was killed; its warning of them would come after the prompt.
     sys.warnoptions.append("ignore")
     multiprocessing.resource_tracker.ensure_running()  # the server would start it, too, and let SIGINT through again
@@ -356,6 +376,8 @@ def _begin_work(function: Callable[[Any], Any], activity: Callable[[], int] | No
     """Prepare this process, a worker, which looks for activity every so many seconds."""
     global _function
     _function = function
+    if os.environ.get(_SAFE_PATH) == _OWN:  # not for the commands of ``pipe:``
+        del os.environ[_SAFE_PATH]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if activity is not None:
