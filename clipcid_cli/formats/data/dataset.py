@@ -121,6 +121,16 @@ class Dataset:
         slices = self.shards[0].slices
         return self.index is not None or (slices is not None and slices.total is not None)
 
+    def choose_own(self, paths: Iterable[str]) -> set[str]:
+        """Return which of some files are of the data: its shards, or images in the folder or of the list."""
+        asked = set(paths)
+        slices = self.shards[0].slices
+        if slices is None:
+            return asked & {shard.file for shard in self.shards}
+        if self.kind == "images":
+            return {path for path in asked if path.startswith(f"{self.spec}/") and os.path.normpath(path) == path}
+        return asked & {sample.image.path for shard in self.shards for sample in shard.samples()}
+
     def estimate_samples(self) -> int:
         """Estimate how many samples there are from the first samples of a few shards spread over the data.
 

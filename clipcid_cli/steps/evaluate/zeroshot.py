@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import msgspec
 
 from clipcid_cli.algorithms.metrics.calibration import BINS
 from clipcid_cli.errors import ClipcidError, UsageError
+from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import ByteRange, match_pattern
 from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import FileRecord, record
@@ -157,7 +159,8 @@ def evaluate(plan: ZeroshotPlan, context: DistContext) -> ZeroshotResults:
         model = EvaluatedModel(name, context, settings)
         for task, inputs in zip(plan.tasks, data, strict=True):
             results.append(_evaluate_pair(plan, model, task, inputs))
-    files = context.on_rank0(lambda: _write_summary(WorkDirectory(settings.work), results))
+    datasets = [task.dataset for task in plan.tasks] * len(plan.names)
+    files = context.on_rank0(lambda: _write_summary(WorkDirectory(settings.work), results, datasets))
     return ZeroshotResults(results, files)
 
 
@@ -259,12 +262,18 @@ def _make_result(sidecar: ZeroshotSidecar, task: ZeroshotTask, path: Path, *, re
     )
 
 
-def _write_summary(work: WorkDirectory, results: list[ZeroshotResult]) -> dict[str, str]:
-    """Write the table (csv) and the report of one call, which replace those of the call before; return their paths."""
+def _write_summary(
+    work: WorkDirectory, results: Sequence[ZeroshotResult], datasets: Sequence[Dataset]
+) -> dict[str, str]:
+    """Write the table (csv) and the report of one call, which replace those of the call before; return their paths.
+
+    Args:
+        datasets: What each result was measured on.
+    """
     table, report = (work.eval_summary / name for name in (SUMMARY_TABLE, SUMMARY_REPORT))
     table.parent.mkdir(parents=True, exist_ok=True)
     write_results(table, [_row(result) for result in results])
-    details = [_detail(result) for result in results]
+    details = [_detail(result, dataset) for result, dataset in zip(results, datasets, strict=True)]
     page = render_report("eval_zeroshot.html", tables=_tables(results), details=details)
     missing = sum(detail["missing_examples"] for detail in details)
     if missing:
@@ -307,11 +316,12 @@ def _describe_chance(results: list[ZeroshotResult]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _detail(result: ZeroshotResult) -> dict[str, Any]:
-    """What the report shows of one pair below the table of metrics."""
+def _detail(result: ZeroshotResult, dataset: Dataset) -> dict[str, Any]:
+    """What the report shows of one pair below the table of metrics; its images are those of the data."""
     sidecar = read_metrics_sidecar(Path(result.files["metrics"]), ZeroshotSidecar)
     assert sidecar is not None, "a result has its sidecar"
     settings = sidecar.settings
+    own = dataset.choose_own(example.path for example in sidecar.examples)  # the sidecar may be someone else's
     ordered = sorted(
         (score for score in sidecar.per_class if score.images and score.value is not None),
         key=lambda score: score.value or 0.0,
@@ -319,7 +329,7 @@ def _detail(result: ZeroshotResult) -> dict[str, Any]:
     examples = [
         msgspec.structs.asdict(example) | {"source": source}
         for example in sidecar.examples
-        if (source := _thumbnail(example)) is not None
+        if example.path in own and (source := _thumbnail(example)) is not None
     ]
     wrong: dict[str, list[dict[str, Any]]] = {}
     for example in examples:
