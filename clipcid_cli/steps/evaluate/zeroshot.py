@@ -294,7 +294,7 @@ def _row(result: ZeroshotResult) -> dict[str, Any]:
     return row
 
 
-def _tables(results: list[ZeroshotResult]) -> list[dict[str, Any]]:
+def _tables(results: Sequence[ZeroshotResult]) -> list[dict[str, Any]]:
     """One table for each set of metrics: data sets and models down, metrics across."""
     groups: dict[tuple[str, ...], list[ZeroshotResult]] = {}
     for result in results:
