@@ -34,6 +34,7 @@ from clipcid_cli.runtime.models.names import (
     read_json,
     validate_hub_name,
     validate_passed_on,
+    validate_weights,
 )
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.precision import Precision
@@ -286,11 +287,13 @@ def _load_trained(name: ModelName, config: dict[str, Any]) -> tuple[torch.nn.Mod
     if name.path is not None:
         weights = find_weights(name.path)
         assert weights is not None, "or it would be a configuration"
+        validate_weights(config, weights)
         own = _own_text_tower(config, name)
         return _create(name, f"local-dir:{name.path}", config, require_pretrained=True, **own), weights
     if name.kind == "hub":
         with _reaching_hub(f"weights of model {name.spec}", _FOLDER_HINT):
             weights = Path(open_clip.pretrained.download_pretrained_from_hf(name.spec.removeprefix("hf-hub:")))
+        validate_weights(config, weights)
         own = _own_text_tower(config, name)
         return _create(name, name.spec, config, require_pretrained=True, **own), weights
     architecture, tag = cast(str, name.architecture), cast(str, name.tag)
