@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import dataclasses
 import hashlib
+import io
 import os
 import re
 from collections.abc import Callable, Iterator, Set
@@ -56,6 +57,8 @@ LABEL_COLUMN = "label"
 # Of a parquet list that is written.
 _ROWS_OF_GROUP = 2**17
 _BYTES_OF_GROUP = 2**26
+_MOST_CHARACTERS = 2**27  # of the rows of a slice in a text
+_LONGEST_HEADER = 2**20
 _MAX_NUMBER = 2**53  # of a class: beyond, a float does not tell integers apart
 # What pandas makes of a cell of a parquet list.
 _SEVERAL = (list, tuple, np.ndarray)
@@ -305,8 +308,12 @@ def _read_frames(source: str, path: Path, form: ListFormat) -> Iterator[pd.DataF
         options: dict[str, Any] = {"encoding": encoding, "dtype": str, "keep_default_na": False}
         # A separator of several letters is one of pandas' regular expressions, which its slower parser reads.
         options |= {"sep": re.escape(separator), "engine": "python"} if len(separator) > 1 else {"sep": separator}
-        with pd.read_csv(path, **options, chunksize=VIRTUAL_SHARD) as frames:
+        with (
+            _BoundedText(io.BufferedReader(open_regular(path)), encoding, newline="") as file,  # type: ignore[type-var]
+            pd.read_csv(file, **options, chunksize=VIRTUAL_SHARD) as frames,
+        ):
             for frame in frames:
+                file.begin_part()
                 _validate_rows(source, frame, separator)
                 yield frame
 
@@ -337,11 +344,32 @@ def _read_tables(path: Path) -> Iterator[pd.DataFrame]:
             yield batch.to_pandas(ignore_metadata=True, integer_object_nulls=True)
 
 
+class _BoundedText(io.TextIOWrapper):
+    """A text of which no part, and so no cell or row, may be longer than `_MOST_CHARACTERS`."""
+
+    _left = _MOST_CHARACTERS
+
+    def begin_part(self) -> None:
+        self._left = _MOST_CHARACTERS
+
+    def read(self, size: int | None = -1) -> str:
+        return self._count(super().read(size))
+
+    def readline(self, size: int = -1) -> str:  # type: ignore[override]
+        return self._count(super().readline(self._left + 1 if size < 0 else size))
+
+    def _count(self, text: str) -> str:
+        self._left -= len(text)
+        if self._left < 0:
+            raise ValueError(f"{VIRTUAL_SHARD:,} rows, or fewer, have more than {_MOST_CHARACTERS:,} characters")
+        return text
+
+
 def _find_form(name: str, path: Path, form: ListFormat) -> tuple[str, str]:
     """Return the encoding of a text and what separates its cells, where the user does not say."""
     encoding = form.encoding or _find_encoding(path)
     with path.open(encoding=encoding, errors="replace") as file:
-        return encoding, form.separator or _find_separator(name, file.readline())
+        return encoding, form.separator or _find_separator(name, file.readline(_LONGEST_HEADER))
 
 
 def _find_encoding(path: Path) -> str:
