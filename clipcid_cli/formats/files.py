@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+LARGEST_TEXT = 2**26
+"""Bytes of a configuration, a list of names or a log; real ones have a hundredth."""
+
 # What the system says of a disk that is full, over its quota or limit, or failing.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 

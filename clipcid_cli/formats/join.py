@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped
 from clipcid_cli.formats.files import lock, reading, write_error
-from clipcid_cli.formats.parquet import is_text
+from clipcid_cli.formats.parquet import is_text, validate_expansion
 
 Keys: TypeAlias = Callable[[], Iterable[pa.ChunkedArray]]
 """Starts reading a column of text, part by part; it may be called again."""
@@ -64,7 +64,9 @@ def parquet_listing(path: Path, value: str | None = None) -> Listing:
 
     def read() -> Iterator[tuple[pa.Array, Values]]:
         first = 0
-        with reading(path, "a parquet file with a column key of text", "Make it again."), pq.ParquetFile(path) as file:
+        what = "a parquet file with a column key of text"
+        with reading(path, what, "Make it again.") as source, pq.ParquetFile(path) as file:
+            validate_expansion(file.metadata, source)
             if not is_text(kind := file.schema_arrow.field("key").type):
                 raise TypeError(f"its keys are of type {kind}")
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=["key", *([value] if value else [])]):

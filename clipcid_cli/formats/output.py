@@ -24,9 +24,10 @@ from typing import Any, Generic
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.files import lock, reading, sync_folder, write_error, write_json
+from clipcid_cli.formats.files import lock, read_regular, reading, sync_folder, write_error, write_json
 from clipcid_cli.formats.fingerprint import FileRecord, find_changed, find_lost, identity_of
 from clipcid_cli.formats.sidecar import (
+    LARGEST_SIDECAR,
     AnySidecar,
     Run,
     Sidecar,
@@ -330,7 +331,7 @@ def _read_run(work: Path) -> Run | None:
     if not (work / _RUN).exists():  # killed right after it was made
         return None
     with reading(work / _RUN, "the settings of an unfinished run", f"Remove {work}."):
-        return msgspec.convert(json.loads((work / _RUN).read_bytes()), Run)
+        return msgspec.convert(json.loads(read_regular(work / _RUN, LARGEST_SIDECAR)), Run)
 
 
 def other_run_error(holds: str, serious: dict[str, str], elsewhere: str = WORK) -> ClipcidError:

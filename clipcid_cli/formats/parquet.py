@@ -8,10 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.formats.files import atomic_file, reading
+
+IntArray = npt.NDArray[np.int64]
 
 ROWS_AT_ONCE = 2**20
 """Rows of a row group, of files that are written part by part."""
@@ -23,6 +28,7 @@ _SMALL = 2**20
 # What a file's rows may take in memory: this, or so many times what the file has. Texts compress tenfold, images hardly.
 _MOST_EXPANDED = 2**28
 _MOST_EXPANSION = 100
+_BUFFER = 2**20  # of a column while it is read
 _BYTES_OF_ROW = 8  # of any row, though it may have no value
 
 
@@ -125,15 +131,55 @@ def replace_invalid(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column
 
 
-def validate_expansion(metadata: pq.FileMetaData, file: IO[bytes]) -> None:
-    """Raise a ValueError for a file that would fill the memory, as its own description says; it is not read."""
-    groups = range(metadata.num_row_groups)
-    values = sum(metadata.row_group(group).total_byte_size for group in groups)
-    expanded = max(values, _BYTES_OF_ROW * metadata.num_rows)
+def validate_expansion(metadata: pq.FileMetaData, file: IO[bytes], *, binary: bool = False) -> None:
+    """Raise a ValueError for a file that would fill the memory, as its own description and longest texts say.
+
+    Args:
+        binary: Whether columns of bytes may be texts, too.
+    """
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    values = sum(group.total_byte_size for group in groups)
+    refuse_expansion(f"its {metadata.num_rows:,} rows", max(values, _BYTES_OF_ROW * metadata.num_rows), file)
+    for leaf in range(metadata.num_columns):
+        column = metadata.schema.column(leaf)
+        parts = [group.column(leaf) for group in groups]
+        # A text that is stored once may be that of every row.
+        most = sum(part.num_values * part.total_uncompressed_size for part in parts)
+        is_text_leaf = column.logical_type.type == "STRING" or (binary and column.physical_type == "BYTE_ARRAY")
+        if most > _MOST_EXPANDED and is_text_leaf:
+            refuse_expansion(f"the texts of its column {column.path}", _bound_texts(metadata, file, leaf), file)
+
+
+def refuse_expansion(what: str, expanded: int, file: IO[bytes]) -> None:
+    """Raise a ValueError where what a file holds would take far more memory than the file has bytes."""
     if expanded > _MOST_EXPANDED and expanded > _MOST_EXPANSION * (size := file.seek(0, os.SEEK_END)):
-        raise ValueError(
-            f"its {metadata.num_rows:,} rows would take {expanded:,} bytes of memory, and the file has {size:,}"
-        )
+        raise ValueError(f"{what} would take {expanded:,} bytes of memory, and the file has {size:,}")
+
+
+def _bound_texts(metadata: pq.FileMetaData, file: IO[bytes], leaf: int) -> int:
+    """Return how many bytes the texts of a column take: at most so many, and exactly where that is much."""
+    path = metadata.schema.column(leaf).path
+    most = 0
+    with pq.ParquetFile(
+        file, metadata=metadata, read_dictionary=[path], pre_buffer=False, buffer_size=_BUFFER
+    ) as packed:
+        for group in range(metadata.num_row_groups):
+            part = metadata.row_group(group).column(leaf)
+            first = next(packed.iter_batches(1, row_groups=[group], columns=[path], use_threads=False), None)
+            longest = 0 if first is None else max(_lengths(first.column(0))[0], default=0)
+            most += part.total_uncompressed_size + part.num_values * longest
+        if most <= _MOST_EXPANDED:
+            return most
+        batches = packed.iter_batches(_FEW_ROWS, columns=[path], use_threads=False)
+        return sum(int(lengths[numbers].sum()) for lengths, numbers in (_lengths(batch.column(0)) for batch in batches))
+
+
+def _lengths(texts: pa.Array) -> tuple[IntArray, IntArray]:
+    """Return the lengths of the different texts in a column, perhaps of lists, and which of them each text is."""
+    while not pa.types.is_dictionary(texts.type):
+        texts = texts.flatten()[0] if pa.types.is_struct(texts.type) else texts.flatten()
+    lengths = pc.binary_length(texts.dictionary).fill_null(0).to_numpy()
+    return lengths.astype(np.int64), texts.indices.drop_null().to_numpy()
 
 
 @contextmanager

@@ -16,11 +16,13 @@ import msgspec
 
 from clipcid_cli import __version__
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.files import reading, write_json
+from clipcid_cli.formats.files import read_regular, reading, write_json
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.shown import redact_all
 
 FORMAT_VERSION = 2
+LARGEST_SIDECAR = 2**30
+"""Bytes of a sidecar: one that lists a million shards has 300 MB."""
 
 AnySidecar = TypeVar("AnySidecar", bound="Sidecar")
 
@@ -435,7 +437,9 @@ def read_sidecar(path: Path, kind: type[AnySidecar], fix: str | None = None) -> 
     if not path.exists():
         return None
     with reading(path, "a sidecar of clipcid", fix or "Remove it, or choose another folder."):
-        content = json.loads(path.read_bytes())  # msgspec's own parser refuses names of files that are not UTF-8
+        content = json.loads(
+            read_regular(path, LARGEST_SIDECAR)
+        )  # msgspec's own parser refuses names of files that are not UTF-8
         version = msgspec.convert(content["format_version"], int)
         if version < FORMAT_VERSION:
             raise ClipcidError(

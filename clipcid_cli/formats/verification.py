@@ -22,7 +22,6 @@ _OF_EVALUATIONS = "sidecars"  # the folder of sidecars whose files are in the on
 _UNFINISHED = re.compile(r"\.[a-z].*-([0-9a-f]{16}|[0-9a-f]{32})")
 _CHECKSUM = b'"checksum": "blake2b'
 _TAIL = 256  # bytes, in which a sidecar has its checksum
-_LARGEST = 2**30  # bytes of a sidecar: one that lists a million shards has 300 MB
 _FIX = "Make the output again with --overwrite, or restore its files."
 
 
@@ -91,8 +90,6 @@ def read_output(path: Path, root: Path) -> list[RecordedFile]:
     """Read the sidecar of an output, and return the files that it records, those of a manifest too."""
     if not _is_inside(path, root):
         raise ClipcidError("is a link out of the folder, and was not followed")
-    if path.stat().st_size > _LARGEST:
-        raise ClipcidError(f"has {path.stat().st_size:,} bytes, more than a sidecar can have")
     sidecar = read_sidecar(path, Sidecar, _FIX)
     if sidecar is None:
         raise ClipcidError("is a link that leads nowhere")

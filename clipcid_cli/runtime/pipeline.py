@@ -38,7 +38,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_SAFE_PATH = "PYTHONSAFEPATH"
 
 # What workers need, imported once by the server that they are forked from. Nothing here may import faiss.
 _WORKER_IMPORTS = [
@@ -50,6 +49,8 @@ _WORKER_IMPORTS = [
     "clipcid_cli.formats.data.samples",
     "clipcid_cli.formats.data.index",
 ]
+
+_SAFE_PATH, _OWN = "PYTHONSAFEPATH", "clipcid"  # Python's variable, and its value where it is set here
 
 # Items that wait for each worker or thread, so that it never waits for this process.
 _AHEAD = 2
@@ -137,33 +138,35 @@ def start_worker_server() -> None:
     A worker that it forks starts in milliseconds, without what the main process has loaded since: a model, CUDA, locks.
     """
     _CONTEXT.set_forkserver_preload(_WORKER_IMPORTS)
+    with _ignoring_current_folder():
+        _start_server()
+
+
+@contextmanager
+def _ignoring_current_folder() -> Iterator[None]:
+    """Let Python programs that start inside the block import nothing from the current folder: it may hold data."""
+    if _SAFE_PATH in os.environ:
+        yield
+        return
+    os.environ[_SAFE_PATH] = _OWN
+    try:
+        yield
+    finally:
+        del os.environ[_SAFE_PATH]
+
+
+def _start_server() -> None:
     # The tracker removes the semaphores of a process that was killed; its warning of them would come after the prompt.
     sys.warnoptions.append("ignore")
-    with _outside_current_folder():
-        multiprocessing.resource_tracker.ensure_running()  # the server would start it, too, and let SIGINT through again
+    multiprocessing.resource_tracker.ensure_running()  # the server would start it, too, and let SIGINT through again
     sys.warnoptions.pop()
     # The server and its workers inherit what is blocked. Ctrl-C, and torchrun's SIGTERM, reach the whole group of processes;
     # this one may still need them to save itself, and they end with it.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        with _outside_current_folder():
-            multiprocessing.forkserver.ensure_running()
+        multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-@contextmanager
-def _outside_current_folder() -> Iterator[None]:
-    """Keep what is started from importing a stranger's files: `python -c` looks in the current folder first."""
-    before = os.environ.get(_SAFE_PATH)
-    os.environ[_SAFE_PATH] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_SAFE_PATH]
-        else:
-            os.environ[_SAFE_PATH] = before
 
 
 def ordered_map(
@@ -373,6 +376,8 @@ def _begin_work(function: Callable[[Any], Any], activity: Callable[[], int] | No
     """Prepare this process, a worker, which looks for activity every so many seconds."""
     global _function
     _function = function
+    if os.environ.get(_SAFE_PATH) == _OWN:  # not for the commands of ``pipe:``
+        del os.environ[_SAFE_PATH]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if activity is not None:

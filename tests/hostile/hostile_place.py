@@ -246,11 +246,16 @@ def _follow(started: forks.Started | _Program, log: Path, most: float) -> tuple[
     began = time.monotonic()
     grown = 0
     starts: dict[int, int] = {}
+    line = ""
     with log.open() as lines:
         while (code := started.poll()) is None:
-            for line in lines:
-                if line.endswith("\n") and (event := json.loads(line))["event"] == "process":
-                    starts[event["pid"]] = event["what"]
+            for part in lines:
+                line += part
+                if line.endswith("\n"):  # else the rest of it is being written
+                    event = json.loads(line)
+                    line = ""
+                    if event["event"] == "process":
+                        starts[event["pid"]] = event["what"]
             grown = max([grown, *(spy.peak_memory(pid) - max(start, _LIBRARIES) for pid, start in starts.items())])
             if grown > MORE_MEMORY or time.monotonic() - began > most:
                 for pid in (*started.pids, *starts):

@@ -27,6 +27,9 @@ class ForeignModel(PreTrainedModel):
 """
 
 
+_AS_MANY = 2**23  # bytes: weights of fewer than the model's parameters are not read
+
+
 class _Payload:
     """Runs a command where it is unpickled."""
 
@@ -105,7 +108,7 @@ def test_the_code_of_a_text_tower_is_not_run(place: Place, tiny_model: Path) -> 
 def test_weights_are_not_unpickled(place: Place, tiny_model: Path, name: str) -> None:
     model = copy_model(tiny_model, place, lambda config: None)
     (model / "open_clip_model.safetensors").unlink()
-    (model / name).write_bytes(pickle.dumps({"visual.proj": _Payload()}))
+    (model / name).write_bytes(pickle.dumps({"visual.proj": _Payload(), "more": bytes(_AS_MANY)}))
     outcome = place.run("embed", place.data, "--model", model)
     assert not outcome.problems(), outcome
 
@@ -144,7 +147,7 @@ def test_weights_that_claim_too_much_take_no_memory(place: Place, tiny_model: Pa
     header = _HEADERS[name]
     if not name.startswith("a header"):
         header = struct.pack("<Q", len(header)) + header + bytes(16)
-    (model / "open_clip_model.safetensors").write_bytes(header)
+    (model / "open_clip_model.safetensors").write_bytes(header + bytes(_AS_MANY))
     outcome = place.run("embed", place.data, "--model", model)
     assert not outcome.problems(), outcome
     assert outcome.run.returncode == 1, outcome

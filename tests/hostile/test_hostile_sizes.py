@@ -97,6 +97,23 @@ def test_sparse_members_of_a_tar_take_no_memory(place: Place, tiny_model: Path, 
     assert not outcome.problems(), outcome
 
 
+@pytest.mark.parametrize("begin", few(1, [b"", b"filepath,title\n0.png,", b"filepath,title\n0.png,one\n"]))
+def test_a_sparse_list_takes_no_memory(place: Place, tiny_model: Path, begin: bytes) -> None:
+    path = sparse_file(place.data / "list.csv", _GIGABYTES, begin)
+    outcome = place.run("embed", path, "--model", tiny_model, *_ANY)
+    assert not outcome.problems(), outcome
+    assert outcome.run.returncode == 1, outcome
+
+
+@pytest.mark.parametrize("name", few(2, ["list.csv", "folder/", "list.parquet"]))
+def test_a_list_or_folder_without_end_fills_nothing(place: Place, tiny_model: Path, name: str) -> None:
+    with serve_lies() as server:
+        server.answers[f"/{name}"] = endless(b"filepath,title\n0.png,one\n")
+        outcome = place.run("embed", f"{server.url}/{name}", "--model", tiny_model, *_ANY, hosts=[server.address])
+    assert not outcome.problems(), outcome
+    assert outcome.run.returncode == 1, outcome
+
+
 def bomb_png(depth: int) -> bytes:
     return png_bomb(9456, 9456, depth)  # just below the limit of pixels
 

@@ -26,15 +26,14 @@ from typing import Literal, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.remote import is_remote, without_query
-from clipcid_cli.formats.files import open_regular, read_regular, reading
+from clipcid_cli.formats.files import LARGEST_TEXT, read_regular, reading
 from clipcid_cli.shown import REDACTED, redact
 
 CLASS_NAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"
 _DATASET_TYPE = "dataset_type.txt"
 _NUM_SHARDS = "nshards.txt"
-_MAX_SHARDS = 1_000_000
-_NUMBER_BYTES = 32  # of the file with it, blanks included
+_NUMBER = re.compile("0|[1-9][0-9]{0,8}")  # of shards, or of one in its file's name
 # Names of the folders of splits; a folder that contains any other folder has no splits.
 _SPLITS = frozenset({"train", "trainval", "test", "val", "valid", "validation"})
 _NUMBERED_SHARDS = re.compile(r"[\d{}.,-]+\.tar")
@@ -98,21 +97,21 @@ def is_benchmark(spec: str) -> bool:
 
 def list_benchmark_tars(folder: Path) -> list[str]:
     """List the shards of a split, all of which must be there."""
-    with open_regular(folder / _NUM_SHARDS) as file:
-        text = file.read(_NUMBER_BYTES).decode("utf-8", errors="replace").strip()
-    if not text.isdecimal() or not 0 < int(text) <= _MAX_SHARDS:
-        raise ClipcidError(
-            f"{folder / _NUM_SHARDS} contains {text[:40]!r}, not a number of shards from 1 to {_MAX_SHARDS:,}.",
-            "Fix the file.",
-        )
-    tars = [folder / f"{number}.tar" for number in range(int(text))]
-    missing = [tar.name for tar in tars if not tar.is_file()]
+    with reading(folder / _NUM_SHARDS, "a number of shards", "Fix the file."):
+        text = read_regular(folder / _NUM_SHARDS, LARGEST_TEXT).decode("utf-8", errors="replace").strip()
+    if not _NUMBER.fullmatch(text) or int(text) == 0:
+        raise ClipcidError(f"{folder / _NUM_SHARDS} contains {text[:40]!r}, not a number of shards.", "Fix the file.")
+    count = int(text)
+    tars = (path for path in folder.glob("*.tar") if _NUMBER.fullmatch(path.stem) and path.is_file())
+    numbers = {int(path.stem) for path in tars}
+    missing = count - sum(number < count for number in numbers)
     if missing:
+        first = next(number for number in range(count) if number not in numbers)
         raise ClipcidError(
-            f"{folder} should contain {len(tars)} shards ({_NUM_SHARDS}); {len(missing)} are missing, first {missing[0]}.",
+            f"{folder} should contain {count} shards ({_NUM_SHARDS}); {missing} are missing, first {first}.tar.",
             f"Copy them there, or fix {_NUM_SHARDS}.",
         )
-    return [str(tar) for tar in tars]
+    return [str(folder / f"{number}.tar") for number in range(count)]
 
 
 def _plain_splits(folder: Path) -> list[str]:
@@ -124,7 +123,7 @@ def _describe(name: str, data: str, about: Path) -> BenchmarkFolder:
     kind, class_names, templates = (
         about / file if (about / file).is_file() else None for file in (_DATASET_TYPE, CLASS_NAMES, _TEMPLATES)
     )
-    dataset_type = None if kind is None else kind.read_text(encoding="utf-8").strip().lower()
+    dataset_type = None if kind is None else _read_text(kind, "Fix the file.").strip().lower()
     return BenchmarkFolder(name, data, dataset_type, class_names, templates)
 
 
@@ -168,9 +167,13 @@ def hash_lines(lines: Iterable[str]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
+def _read_text(path: Path, fix: str) -> str:
+    with reading(path, "UTF-8 text", fix):
+        return read_regular(path, LARGEST_TEXT).decode("utf-8-sig")
+
+
 def _read_lines(path: Path, what: str) -> tuple[str, ...]:
-    with reading(path, "UTF-8 text", f"Give a text file with one {what} per line."):
-        text = read_regular(path).decode("utf-8-sig")
+    text = _read_text(path, f"Give a text file with one {what} per line.")
     lines = [line.strip() for line in text.rstrip().splitlines()]
     if not lines:
         raise ClipcidError(f"{path} contains no {what}.", f"Write one {what} per line.")

@@ -68,7 +68,7 @@ class Origin:
         return has_folder and not name.startswith(("/", "~")) and ".." not in name.split("/")
 
     def is_plain(self, cell: str) -> bool:
-        """Tell whether a cell is a local path beyond question, as most are, in a tenth of the time of `locate`."""
+        """Tell whether a cell, or each of several in one text, is a local path beyond question, as most are."""
         return self.url is None and "://" not in cell
 
     def find_problem(self, path: str) -> str:

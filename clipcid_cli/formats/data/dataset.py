@@ -108,12 +108,6 @@ class Dataset:
             self.shards[0].slices.forget()
         return dataclasses.replace(self, index=index)
 
-    def list_files(self) -> set[str]:
-        """List the files and URLs that images are in: shards, or what a folder or list names."""
-        if self.shards[0].slices is None:
-            return {shard.source for shard in self.shards}
-        return {sample.image.path for shard in self.shards for sample in shard.samples()}
-
     def fingerprints(self) -> list[FileRecord]:
         """Describe the content of every shard for a sidecar: from the index, or from a small part of each."""
         if self.index is not None:
@@ -126,6 +120,16 @@ class Dataset:
         """Whether the number of samples is known without reading the shards."""
         slices = self.shards[0].slices
         return self.index is not None or (slices is not None and slices.total is not None)
+
+    def choose_own(self, paths: Iterable[str]) -> set[str]:
+        """Return which of some files are of the data: its shards, or images in the folder or of the list."""
+        asked = set(paths)
+        slices = self.shards[0].slices
+        if slices is None:
+            return asked & {shard.file for shard in self.shards}
+        if self.kind == "images":
+            return {path for path in asked if path.startswith(f"{self.spec}/") and os.path.normpath(path) == path}
+        return asked & {sample.image.path for shard in self.shards for sample in shard.samples()}
 
     def estimate_samples(self) -> int:
         """Estimate how many samples there are from the first samples of a few shards spread over the data.

@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import dataclasses
 import hashlib
+import io
 import os
 import re
 from collections.abc import Callable, Iterator, Set
@@ -21,7 +22,6 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
@@ -42,7 +42,7 @@ from clipcid_cli.formats.data.samples import (
 )
 from clipcid_cli.formats.data.shard import Slices
 from clipcid_cli.formats.files import atomic_file, describe, open_regular, read_regular, reading
-from clipcid_cli.formats.parquet import is_text, validate_expansion, write_tables
+from clipcid_cli.formats.parquet import validate_expansion, write_tables
 from clipcid_cli.formats.skips import Skips
 
 if TYPE_CHECKING:
@@ -57,10 +57,11 @@ LABEL_COLUMN = "label"
 # Of a parquet list that is written.
 _ROWS_OF_GROUP = 2**17
 _BYTES_OF_GROUP = 2**26
+_MOST_CHARACTERS = 2**27  # of the rows of a slice in a text
+_LONGEST_HEADER = 2**20
 _MAX_NUMBER = 2**53  # of a class: beyond, a float does not tell integers apart
 # What pandas makes of a cell of a parquet list.
 _SEVERAL = (list, tuple, np.ndarray)
-_LONG_TEXT = 2**14  # bytes
 
 _SCHEMA = pa.schema(
     [
@@ -285,9 +286,10 @@ def _list_rows(
             keys = _texts(source, frame, columns.key) if columns.key in frame else paths
             captions = zip(*(map(_captions, frame[name]) for name in texts), strict=True) if texts else nothing
             classes = _classes(source, frame[LABEL_COLUMN]) if LABEL_COLUMN in frame else nothing
-            for key, path, found, numbers in zip(keys, paths, captions, classes, strict=True):
-                if path and not origin.is_plain(path):
+            if not origin.is_plain("\0".join(paths)):
+                for path in filter(None, paths):
                     origin.locate(path)  # what it may not name stops the step at its start
+            for key, path, found, numbers in zip(keys, paths, captions, classes, strict=True):
                 yield {"key": os.fsencode(key), "path": os.fsencode(path), "captions": found, "classes": numbers}
 
 
@@ -306,8 +308,12 @@ def _read_frames(source: str, path: Path, form: ListFormat) -> Iterator[pd.DataF
         options: dict[str, Any] = {"encoding": encoding, "dtype": str, "keep_default_na": False}
         # A separator of several letters is one of pandas' regular expressions, which its slower parser reads.
         options |= {"sep": re.escape(separator), "engine": "python"} if len(separator) > 1 else {"sep": separator}
-        with pd.read_csv(path, **options, chunksize=VIRTUAL_SHARD) as frames:
+        with (
+            _BoundedText(io.BufferedReader(open_regular(path)), encoding, newline="") as file,  # type: ignore[type-var]
+            pd.read_csv(file, **options, chunksize=VIRTUAL_SHARD) as frames,
+        ):
             for frame in frames:
+                file.begin_part()
                 _validate_rows(source, frame, separator)
                 yield frame
 
@@ -331,34 +337,39 @@ def _read_frames(source: str, path: Path, form: ListFormat) -> Iterator[pd.DataF
 
 def _read_tables(path: Path) -> Iterator[pd.DataFrame]:
     with open_regular(path) as file, pq.ParquetFile(path) as table:
-        validate_expansion(table.metadata, file)
-        texts = [column.name for column in table.schema_arrow if is_text(column.type)]
-    # Long texts that are stored once and occur in many rows are held once; short ones are read faster as they occur.
-    with pq.ParquetFile(path, read_dictionary=_find_long_texts(path, texts)) as table:
+        validate_expansion(table.metadata, file, binary=True)
         nothing = table.schema_arrow.empty_table()
         for batch in table.iter_batches(VIRTUAL_SHARD) if table.metadata.num_rows else [nothing]:
             # As columns: pandas would make one the index, if one was, and floats of integers where one is missing.
             yield batch.to_pandas(ignore_metadata=True, integer_object_nulls=True)
 
 
-def _find_long_texts(path: Path, columns: list[str]) -> list[str]:
-    """Return which of some columns of texts have one that is longer than `_LONG_TEXT`."""
-    found = set[str]()
-    with pq.ParquetFile(path, read_dictionary=columns) as table:
-        for group in range(table.num_row_groups if columns else 0):
-            values = table.read_row_group(group, columns=columns)
-            for name in columns:
-                lengths = (pc.max(pc.binary_length(part.dictionary)).as_py() for part in values[name].chunks)
-                if any(length is not None and length > _LONG_TEXT for length in lengths):
-                    found.add(name)
-    return sorted(found)
+class _BoundedText(io.TextIOWrapper):
+    """A text of which no part, and so no cell or row, may be longer than `_MOST_CHARACTERS`."""
+
+    _left = _MOST_CHARACTERS
+
+    def begin_part(self) -> None:
+        self._left = _MOST_CHARACTERS
+
+    def read(self, size: int | None = -1) -> str:
+        return self._count(super().read(size))
+
+    def readline(self, size: int = -1) -> str:  # type: ignore[override]
+        return self._count(super().readline(self._left + 1 if size < 0 else size))
+
+    def _count(self, text: str) -> str:
+        self._left -= len(text)
+        if self._left < 0:
+            raise ValueError(f"{VIRTUAL_SHARD:,} rows, or fewer, have more than {_MOST_CHARACTERS:,} characters")
+        return text
 
 
 def _find_form(name: str, path: Path, form: ListFormat) -> tuple[str, str]:
     """Return the encoding of a text and what separates its cells, where the user does not say."""
     encoding = form.encoding or _find_encoding(path)
     with path.open(encoding=encoding, errors="replace") as file:
-        return encoding, form.separator or _find_separator(name, file.readline())
+        return encoding, form.separator or _find_separator(name, file.readline(_LONGEST_HEADER))
 
 
 def _find_encoding(path: Path) -> str:
@@ -401,7 +412,7 @@ def _validate_rows(source: str, frame: pd.DataFrame, separator: str) -> None:
 
 
 def _texts(source: str, frame: pd.DataFrame, column: str) -> list[str]:
-    if any(isinstance(cell, _SEVERAL) for cell in frame[column]):
+    if not set(map(type, frame[column])).isdisjoint(_SEVERAL):
         raise ClipcidError(
             f"Column {column!r} of list {source} contains lists.",
             "Give a column of single values with --image-column or --key-column: one row per image.",

@@ -28,7 +28,7 @@ from clipcid_cli.formats.parquet import validate_expansion
 
 _ROWS = 64  # that become Python's bytes at a time, or fewer, so that they are of at most
 _AT_ONCE = 2**26  # bytes, though each be as large as all that is stored: of equal ones a file holds one
-_MOST_REPEATED = 8  # times the stored bytes that the images of a row group may have
+_MOST_REPEATED = 8  # times the stored bytes that the values of a row group may have
 _BUFFER = 2**20  # of a column while it is read
 _FILES = 64  # whose row groups a process remembers
 _one_reads = threading.Lock()  # a row group, which the other threads wait for
@@ -71,22 +71,22 @@ def read_group(file: pq.ParquetFile, group: int, column: str) -> Iterator[bytes 
     """Yield the images of a row group; None where there is none."""
     kind = file.schema_arrow.field(column).type
     is_struct = pa.types.is_struct(kind)
-    name = f"{column}.bytes" if is_struct else column
-    most = _AT_ONCE + _MOST_REPEATED * _count_stored(file, group, [name])
-    size = 0
-    for batch in read_batches(file, group, [name]):
+    for batch in read_batches(file, group, [f"{column}.bytes" if is_struct else column]):
         cells = batch.column(0)
-        images = (cells.flatten()[0] if is_struct else cells).to_pylist()
-        size += sum(len(image) for image in images if image)
-        if size > most:
-            raise ValueError(f"row group {group:,} has more than {most:,} bytes of images, which are repeated")
-        yield from images
+        yield from (cells.flatten()[0] if is_struct else cells).to_pylist()
 
 
 def read_batches(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yield columns of a row group by a few rows at a time, fewer where they may be large."""
-    rows = _AT_ONCE // max(1, _count_stored(file, group, columns))
-    yield from file.iter_batches(min(max(rows, 1), _ROWS), row_groups=[group], columns=columns, use_threads=False)
+    """Yield columns of a row group by a few rows at a time, fewer where they may be large; a ValueError beyond measure."""
+    stored = _count_stored(file, group, columns)
+    most = _AT_ONCE + _MOST_REPEATED * stored
+    rows = min(max(_AT_ONCE // max(1, stored), 1), _ROWS)
+    size = 0
+    for batch in file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+        size += batch.nbytes
+        if size > most:
+            raise ValueError(f"row group {group:,} has more than {most:,} bytes of values, which are repeated")
+        yield batch
 
 
 def _count_stored(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:

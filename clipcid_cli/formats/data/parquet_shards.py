@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,6 @@ _FAILED = ("failed_to_download", "failed_to_resize")
 # Readers hold one row group at a time.
 _ROWS_OF_GROUP = 1024
 _BYTES_OF_GROUP = 2**26
-_COPIED_AT_ONCE = 64
 _KEY_FIELD = pa.field(Columns.key, pa.string())
 
 
@@ -203,7 +202,8 @@ def copy_rows(path: str, name: str, target: Path, table: ImageTable, keys: Set[s
         nonlocal copied
         seen = set[str]()
         first = 0
-        for batch in _read_batches(file):
+        groups = (read_batches(file, group, file.schema_arrow.names) for group in range(file.num_row_groups))
+        for batch in chain.from_iterable(groups):
             numbers = range(first, first + len(batch))
             first += len(batch)
             named = list(map(str, numbers)) if table.key is None else list(map(read_cell, batch[table.key].to_pylist()))
@@ -224,12 +224,6 @@ def copy_rows(path: str, name: str, target: Path, table: ImageTable, keys: Set[s
         schema = file.schema_arrow if table.key is not None else file.schema_arrow.append(_KEY_FIELD)
         write_tables(copy, schema, kept(file), max_rows=_ROWS_OF_GROUP, max_bytes=_BYTES_OF_GROUP)
     return copied
-
-
-def _read_batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
-    """Yield all columns, a few rows at a time."""
-    for group in range(file.num_row_groups):
-        yield from file.iter_batches(_COPIED_AT_ONCE, row_groups=[group], use_threads=False)
 
 
 def _find_image(path: str, candidates: list[str]) -> str | None:

@@ -375,9 +375,18 @@ def list_folder(url: str) -> list[str]:
     """List the addresses of what a folder behind a URL holds."""
 
     def list_names(filesystem: Any, inner: str) -> list[str]:
+        if is_web(url):
+            from clipcid_cli.formats.data import web
+
+            return web.list_links(filesystem, inner)
         return [str(filesystem.unstrip_protocol(name)) for name in filesystem.ls(inner, detail=False)]
 
-    return _ask(url, list_names)
+    try:
+        return _ask(url, list_names)
+    except TooManyBytesError as error:
+        raise ClipcidError(
+            f"{url} cannot be listed as a folder: {error}.", "Name its shards by a pattern: …/{00000..00099}.tar"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -388,8 +397,15 @@ def local_file(path: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="clipcid-") as folder:
         copy = Path(folder, "copy" + Path(without_query(path)).suffix)
+        most = shutil.disk_usage(folder).free // 2
         with copy.open("wb") as file, open_remote(path) as source:
-            shutil.copyfileobj(source, file)
+            while piece := source.read(_REQUEST):
+                file.write(piece)
+                if file.tell() > most:
+                    raise ClipcidError(
+                        f"{path} has more than {most:,} bytes, half of what is free in {tempfile.gettempdir()}.",
+                        "Download it, and give the local file; or name a larger disk by TMPDIR.",
+                    )
         yield copy
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import html
 import ipaddress
 import math
 import re
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 import fsspec.asyn
@@ -30,6 +31,8 @@ FILE_SECONDS = 300.0
 """Longest time for one image of a list."""
 
 _SKIPPED = 2**20  # bytes at a time that are passed over
+_LARGEST_PAGE = 2**24  # bytes of a page that lists a folder
+_LINK = re.compile(r"<a\s[^<>]*?href=[\"']([^\"'<>]+)", re.IGNORECASE)  # no stretch of a page is tried twice
 _RANGE = re.compile(r"bytes (\d+)-")
 _VERSIONS = ("ETag", "Last-Modified")
 
@@ -174,6 +177,14 @@ async def _read_whole(filesystem: Any, url: str, max_bytes: int) -> bytes:
             data += piece
             validate_size(url, len(data), max_bytes)
         return bytes(data)
+
+
+def list_links(filesystem: Any, url: str) -> list[str]:
+    """List the addresses below a page's own that it names; a TooManyBytesError where it is larger than a page of names."""
+    page = read_whole(filesystem, url, _LARGEST_PAGE).decode("utf-8", "replace")
+    folder = url if url.endswith("/") else f"{url}/"
+    named = (urljoin(folder, html.unescape(link)) for link in _LINK.findall(page))
+    return list(dict.fromkeys(address for address in named if address.startswith(folder)))
 
 
 def read_part(filesystem: Any, url: str, offset: int, size: int) -> bytes:

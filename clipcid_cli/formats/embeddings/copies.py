@@ -28,15 +28,13 @@ from clipcid_cli.formats.data.image_column import is_image_column
 from clipcid_cli.formats.embeddings.rows import RowFile, find_npy, unit_rows
 from clipcid_cli.formats.files import atomic_file, lock, reading, write_error
 from clipcid_cli.formats.fingerprint import hash_json, stamp_of
+from clipcid_cli.formats.parquet import refuse_expansion, validate_expansion
 
 MAX_WIDTH = 65_536
 """Numbers in a row, above which a column is no embeddings."""
 
 _VERSION = 1
 _ROWS_AT_ONCE = 1024
-# A copy may have so many bytes, and so many times those of its file: a row that is stored once may be repeated without end.
-_SMALL = 2**26
-_MOST_REPEATED = 100
 _CHARACTERS_AT_ONCE = 2**24  # of keys
 _LONGEST_KEY = 2**16
 _FIX = "Copy or make it again, or choose other embeddings."
@@ -127,16 +125,12 @@ def _is_rows(kind: pa.DataType) -> bool:
 
 def _copy_column(path: Path, name: str, target: IO[bytes]) -> None:
     """Write a column as an npy of unit rows, float16 [n, D]; a row that is null, zero or not finite becomes NaN."""
-    with reading(path, "a parquet file", _FIX), pq.ParquetFile(path) as file:
+    with reading(path, "a parquet file", _FIX) as source, pq.ParquetFile(path) as file:
+        validate_expansion(file.metadata, source)
         num_rows = file.metadata.num_rows
         width = _find_width(file, path, name)
-        size, stored = num_rows * width * 2, os.stat(path).st_size
-        if size > _SMALL + _MOST_REPEATED * stored:
-            raise ClipcidError(
-                f"{path}[{name}] has {num_rows:,} rows of width {width:,}, {size:,} bytes as float16, in a file of "
-                f"{stored:,}.",
-                "Its rows are repeated: write each once.",
-            )
+        # A row that is stored once may be repeated without end.
+        refuse_expansion(f"its {num_rows:,} rows of width {width:,} in column {name}", 2 * num_rows * width, source)
         header = {"descr": "<f2", "fortran_order": False, "shape": (num_rows, width)}
         np.lib.format.write_array_header_1_0(target, header)
         written = 0

@@ -25,7 +25,15 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import fingerprint
 from clipcid_cli.formats.data.samples import natural_key
 from clipcid_cli.formats.embeddings.rows import COUNTS_COLUMN, METADATA, Kind, RowFile, find_npy
-from clipcid_cli.formats.files import reading, write_error, write_json, write_npy, write_parquet
+from clipcid_cli.formats.files import (
+    LARGEST_TEXT,
+    read_regular,
+    reading,
+    write_error,
+    write_json,
+    write_npy,
+    write_parquet,
+)
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, find_changed, identity_of, validate_unchanged
 from clipcid_cli.formats.output import find_works
 from clipcid_cli.formats.parquet import read_rows
@@ -348,7 +356,7 @@ def read_unfinished(folder: Path, step: str) -> list[FileRecord]:
 
 def _read_record(path: Path) -> ShardRecord | None:
     with suppress(OSError, msgspec.DecodeError):  # missing, or damaged
-        return msgspec.json.decode(path.read_bytes(), type=ShardRecord)
+        return msgspec.json.decode(read_regular(path, LARGEST_TEXT), type=ShardRecord)
     return None
 
 

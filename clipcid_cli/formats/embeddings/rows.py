@@ -28,6 +28,7 @@ import numpy.typing as npt
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import create_mapped, read_npy_header
 from clipcid_cli.formats.files import reading, write_error
+from clipcid_cli.formats.parquet import refuse_expansion
 
 Float16 = npt.NDArray[np.float16]
 Numbers = npt.NDArray[np.int64]
@@ -170,6 +171,7 @@ def find_member(path: Path, name: str) -> RowFile:
             raise ClipcidError(f"{path} is encrypted.", "Write it again without a password.")
         with archive.open(member) as values:
             (shape, by_column, dtype), begin = read_npy_header(values)
+        refuse_expansion(f"its array {name}", member.file_size, file)
         if begin + math.prod(shape) * dtype.itemsize > member.file_size:
             raise ValueError(f"it promises {dtype} {list(shape)} and has {member.file_size:,} bytes")
         offset = None

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import named_file, pack_csv, reading
-from clipcid_cli.formats.parquet import ROWS_AT_ONCE, is_text, write_row_groups
+from clipcid_cli.formats.parquet import ROWS_AT_ONCE, is_text, validate_expansion, write_row_groups
 
 _SCHEMA = pa.schema(
     {
@@ -197,7 +197,8 @@ def _has_null_keys(file: pq.ParquetFile) -> bool:
 def _open(path: Path) -> Iterator[pq.ParquetFile]:
     if not os.path.exists(path):  # pathlib raises where a name is too long
         raise ClipcidError(f"There is no keep list {path}.", _FIX)
-    with reading(path, "a keep list", _FIX), pq.ParquetFile(path) as file:
+    with reading(path, "a keep list", _FIX) as source, pq.ParquetFile(path) as file:
+        validate_expansion(file.metadata, source)
         yield file
 
 

@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.files import reading, write_json, write_parquet, write_text
+from clipcid_cli.formats.files import LARGEST_TEXT, read_regular, reading, write_json, write_parquet, write_text
 from clipcid_cli.formats.fingerprint import validate_unchanged
 from clipcid_cli.formats.sidecar import AnySidecar, EvaluationSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED
@@ -100,7 +100,7 @@ def read_metrics(path: Path) -> Metrics:
     """Read a metrics file, ours or CLIP_benchmark's."""
     fields = ", ".join(Metrics.__struct_fields__)
     with reading(path, f"metrics, a JSON object with {fields}", "Run the evaluation again."):
-        return msgspec.convert(json.loads(path.read_bytes()), Metrics)
+        return msgspec.convert(json.loads(read_regular(path, LARGEST_TEXT)), Metrics)
 
 
 def write_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -19,7 +19,16 @@ import pyarrow as pa
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.files import atomic_file, describe, reading, sync_folder, write_error, write_text
+from clipcid_cli.formats.files import (
+    LARGEST_TEXT,
+    atomic_file,
+    describe,
+    read_regular,
+    reading,
+    sync_folder,
+    write_error,
+    write_text,
+)
 from clipcid_cli.formats.parquet import read_columns, write_row_groups
 from clipcid_cli.formats.skipped import SKIPPED
 
@@ -153,7 +162,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return found
     fix = "Restore it, or train again: the command of the run, with --overwrite."
     with reading(path, "a log of training", fix):
-        lines = path.read_bytes().splitlines()
+        lines = read_regular(path, LARGEST_TEXT).splitlines()
     for number, line in enumerate(lines, 1):
         try:
             content = json.loads(line)

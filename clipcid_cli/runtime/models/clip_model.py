@@ -31,8 +31,10 @@ from clipcid_cli.runtime.models.names import (
     find_weights,
     hash_weights,
     read_config,
+    read_json,
     validate_hub_name,
     validate_passed_on,
+    validate_weights,
 )
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.precision import Precision
@@ -285,13 +287,13 @@ def _load_trained(name: ModelName, config: dict[str, Any]) -> tuple[torch.nn.Mod
     if name.path is not None:
         weights = find_weights(name.path)
         assert weights is not None, "or it would be a configuration"
-        _validate_extent(name, config, weights)
+        validate_weights(config, weights)
         own = _own_text_tower(config, name)
         return _create(name, f"local-dir:{name.path}", config, require_pretrained=True, **own), weights
     if name.kind == "hub":
         with _reaching_hub(f"weights of model {name.spec}", _FOLDER_HINT):
             weights = Path(open_clip.pretrained.download_pretrained_from_hf(name.spec.removeprefix("hf-hub:")))
-        _validate_extent(name, config, weights)
+        validate_weights(config, weights)
         own = _own_text_tower(config, name)
         return _create(name, name.spec, config, require_pretrained=True, **own), weights
     architecture, tag = cast(str, name.architecture), cast(str, name.tag)
@@ -314,30 +316,6 @@ def _load_trained(name: ModelName, config: dict[str, Any]) -> tuple[torch.nn.Mod
         force_preprocess_cfg=preprocess,
     )
     return module, weights
-
-
-def _validate_extent(name: ModelName, config: dict[str, Any], weights: Path) -> None:
-    """Refuse a configuration of more parameters than its weights have bytes: the model is built before these are read."""
-    claimed = _count_least(config["vision_cfg"]) + _count_least(config["text_cfg"])
-    size = weights.stat().st_size
-    if claimed > size:
-        raise ClipcidError(
-            f"Model {name.spec}: {CONFIG_NAME} describes at least {claimed:,} parameters; the weights have {size:,} bytes.",
-            "Copy or download both files again.",
-        )
-
-
-def _count_least(tower: dict[str, Any]) -> int:
-    """Count the parameters of a transformer's attention and of its tokens' and positions' embeddings, as far as it says."""
-
-    def number(name: str) -> int:
-        value = tower.get(name)
-        return value if isinstance(value, int) else 0
-
-    patch = number("patch_size")
-    patches = (number("image_size") // patch) ** 2 if patch else 0
-    positions = patches + number("context_length") + number("vocab_size")
-    return 4 * number("layers") * number("width") ** 2 + positions * number("width")
 
 
 def _start_fresh(name: ModelName, config: dict[str, Any], seed: int) -> torch.nn.Module:
@@ -422,7 +400,7 @@ def _validate_tokenizer_files(folder: Path) -> None:
     file = folder / "tokenizer_config.json"
     content: Any = {}
     with contextlib.suppress(OSError, ValueError, RecursionError):  # whatever is wrong with it, transformers tells
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     for entry in _VOCABULARY_ENTRIES:
         value = content.get(entry) if isinstance(content, dict) else None
         if (

@@ -98,24 +98,28 @@ _TOKENIZER_OPTIONS = (
     "strip_sep_token",
     "use_fast",
 )
+_LARGEST_CONFIG = 2**26
 _TIMM_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # timm's own; with a prefix, it names a folder or a repository
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?")
 
-_Count = Annotated[int, msgspec.Meta(ge=1)]
+# No model has more; some of these make memory before there are weights to compare with.
+_Count = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
+_Side = Annotated[int, msgspec.Meta(ge=1, le=2**13)]  # of an image, in pixels
+_Layers = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 _Channels = Annotated[list[float], msgspec.Meta(min_length=3, max_length=3)]
 
 
 class _Tower(msgspec.Struct):
     """Those entries of a tower that are read here, or count something; open_clip knows more, and checks those itself."""
 
-    layers: _Count | list[_Count] | None = None
+    layers: _Layers | list[_Layers] | None = None
     width: _Count | None = None
     heads: _Count | None = None
     head_width: _Count | None = None
     patch_size: _Count | list[_Count] | None = None
-    image_size: _Count | list[_Count] | None = None
-    context_length: _Count | None = None
-    vocab_size: _Count | None = None
+    image_size: _Side | list[_Side] | None = None
+    context_length: _Side | None = None
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=2**24)] | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
 
 
@@ -231,11 +235,19 @@ def find_weights(folder: Path) -> Path | None:
     return min(others, key=lambda path: (path.suffix != ".safetensors", path), default=None)
 
 
+def read_json(file: Path) -> Any:
+    """Read a configuration; an OSError where it is no file, or has more bytes than any configuration."""
+    size = file.stat().st_size
+    if not file.is_file() or size > _LARGEST_CONFIG:
+        raise OSError(f"it is no file of at most {_LARGEST_CONFIG:,} bytes, and has {size:,}")
+    return json.loads(file.read_bytes())
+
+
 def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the ``model_cfg`` and ``preprocess_cfg`` of a folder or of such a file; a bare ``model_cfg`` has no other."""
     file = path / CONFIG_NAME if path.is_dir() else path
     try:
-        content = msgspec.convert(json.loads(file.read_text(encoding="utf-8")), dict[str, Any])
+        content = msgspec.convert(read_json(file), dict[str, Any])
         content = content if "model_cfg" in content else {"model_cfg": content}
         msgspec.convert(content, _Configuration)
     except (OSError, ValueError, RecursionError) as error:
@@ -263,6 +275,30 @@ def validate_passed_on(source: str, config: dict[str, Any], folder: Path | None 
             f"{source}: vision_cfg.timm_model_name is {tower!r}, no architecture of timm and no folder in the model's.",
             "Choose another model, or name the architecture there as timm does: vit_base_patch16_siglip_224.",
         )
+
+
+def validate_weights(config: dict[str, Any], weights: Path) -> None:
+    """Refuse a configuration of a larger model than its weights can be of, which would be made before they are read."""
+    least = _count_parameters(config["vision_cfg"], "timm_model_name")
+    least += _count_parameters(config["text_cfg"], "hf_model_name")
+    size = weights.stat().st_size
+    if least > size:
+        raise ClipcidError(
+            f"{weights.parent} describes a model of more than {least:,} parameters, and {weights.name} has {size:,} bytes.",
+            f"Copy or download the model again, or correct its {CONFIG_NAME}.",
+        )
+
+
+def _count_parameters(tower: dict[str, Any], other: str) -> int:
+    """Count parameters of a transformer, at least: of its attention, positions and vocabulary; none of `other` libraries."""
+    width, layers = tower.get("width"), tower.get("layers")
+    if tower.get(other) or not isinstance(width, int) or not isinstance(layers, int):
+        return 0
+    side, patch = tower.get("image_size"), tower.get("patch_size")
+    positions = tower.get("context_length") or 0
+    if isinstance(side, int) and isinstance(patch, int):
+        positions = (side // patch) ** 2
+    return width * (4 * layers * width + positions + (tower.get("vocab_size") or 0))
 
 
 def validate_hub_name(name: ModelName, entry: str, value: Any) -> None:

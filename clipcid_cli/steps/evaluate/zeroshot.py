@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -261,8 +262,14 @@ def _make_result(sidecar: ZeroshotSidecar, task: ZeroshotTask, path: Path, *, re
     )
 
 
-def _write_summary(work: WorkDirectory, results: list[ZeroshotResult], datasets: list[Dataset]) -> dict[str, str]:
-    """Write the table (csv) and the report of one call, which replace those of the call before; return their paths."""
+def _write_summary(
+    work: WorkDirectory, results: Sequence[ZeroshotResult], datasets: Sequence[Dataset]
+) -> dict[str, str]:
+    """Write the table (csv) and the report of one call, which replace those of the call before; return their paths.
+
+    Args:
+        datasets: What each result was measured on.
+    """
     table, report = (work.eval_summary / name for name in (SUMMARY_TABLE, SUMMARY_REPORT))
     table.parent.mkdir(parents=True, exist_ok=True)
     write_results(table, [_row(result) for result in results])
@@ -287,7 +294,7 @@ def _row(result: ZeroshotResult) -> dict[str, Any]:
     return row
 
 
-def _tables(results: list[ZeroshotResult]) -> list[dict[str, Any]]:
+def _tables(results: Sequence[ZeroshotResult]) -> list[dict[str, Any]]:
     """One table for each set of metrics: data sets and models down, metrics across."""
     groups: dict[tuple[str, ...], list[ZeroshotResult]] = {}
     for result in results:
@@ -310,19 +317,19 @@ def _describe_chance(results: list[ZeroshotResult]) -> list[str]:
 
 
 def _detail(result: ZeroshotResult, dataset: Dataset) -> dict[str, Any]:
-    """What the report shows of one pair below the table of metrics."""
+    """What the report shows of one pair below the table of metrics; its images are those of the data."""
     sidecar = read_metrics_sidecar(Path(result.files["metrics"]), ZeroshotSidecar)
     assert sidecar is not None, "a result has its sidecar"
     settings = sidecar.settings
+    own = dataset.choose_own(example.path for example in sidecar.examples)  # the sidecar may be someone else's
     ordered = sorted(
         (score for score in sidecar.per_class if score.images and score.value is not None),
         key=lambda score: score.value or 0.0,
     )
-    files = dataset.list_files()  # a sidecar may be someone else's, and name others
     examples = [
         msgspec.structs.asdict(example) | {"source": source}
         for example in sidecar.examples
-        if example.path in files and (source := _thumbnail(example)) is not None
+        if example.path in own and (source := _thumbnail(example)) is not None
     ]
     wrong: dict[str, list[dict[str, Any]]] = {}
     for example in examples:

@@ -14,6 +14,7 @@ import pytest
 from balance_data import balance, read_keep
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats import parquet
 from clipcid_cli.formats.embeddings import copies
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, unit_rows
@@ -123,11 +124,12 @@ def test_columns_that_are_no_embeddings_are_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(ClipcidError, match=r"ragged[.]parquet\[emb\] has 1 numbers in row 59, and 2 in the first"):
         open_embeddings(ragged)
     with monkeypatch.context() as patch:
-        patch.setattr(copies, "_SMALL", 0)
+        patch.setattr(parquet, "_MOST_EXPANDED", 500_000)
         repeated = write_table(tmp_path / "repeated.parquet", emb=[[1.0] * WIDTH] * 60_000)
-        with pytest.raises(
-            ClipcidError, match=r"60,000 rows of width 8, 960,000 bytes as float16, in a file of [0-9,]+[.]"
-        ):
+        message = (
+            r"its 60,000 rows of width 8 in column emb would take 960,000 bytes of memory, and the file has [0-9,]+"
+        )
+        with pytest.raises(ClipcidError, match=message):
             open_embeddings(repeated)
     monkeypatch.setattr(copies, "MAX_WIDTH", 4)
     with pytest.raises(ClipcidError, match="more than 4 in each"):

@@ -100,7 +100,7 @@ def test_hashes_tell_weights_and_pixels_apart(tiny_model: Path, tmp_path: Path) 
 
 def test_weights_are_never_unpickled_and_a_tag_that_there_is_not_is_named(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_model / "open_clip_config.json", tmp_path)
-    torch.save({"state_dict": {"a": Path("x")}}, tmp_path / "pytorch_model.bin")
+    torch.save({"state_dict": {"a": Path("x"), "b": torch.zeros(2**22)}}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ClipcidError, match=f"{tmp_path}.* could not be loaded") as raised:
         load_model(parse_model(str(tmp_path)))
     assert "copy or download them again" in raised.value.fix
