@@ -1,9 +1,9 @@
 """Whether a teacher knows some data: how well its captions find their own images there, beside a guess.
 
-Each caption ranks its own image among those of other captions; images of an equal caption are no wrong answer, and count
-neither for nor against it.
+Each caption ranks its own image among those of other captions; images that are paired with an equal caption are no wrong
+answer, and count neither for nor against it. Equal images, which have equal rows, are one.
 
-Shape letters: N pairs.
+Shape letters: N pairs, C different captions, M different images.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 MAX_PAIRS = 2_000
@@ -21,6 +22,36 @@ MAX_PAIRS = 2_000
 _TIMES_CHANCE = 5
 # Where a guess finds more than this among the first 10, as of fewer than 250 images, the first alone decides.
 _MOST_BY_CHANCE = 0.04
+
+
+@dataclasses.dataclass(frozen=True)
+class Matches:
+    """The different captions and images of some pairs, numbered from 0."""
+
+    caption_N: Tensor  # number of each pair's caption, int64
+    image_N: Tensor  # number of each pair's image, int64
+    first_C: Tensor  # a pair of each caption, int64
+    first_M: Tensor  # a pair of each image, int64
+
+    @classmethod
+    def of(cls, images_ND: Tensor, captions_N: Tensor) -> Matches:
+        """Match pairs, given their images' rows, float32, and numbers of their captions, equal ones alike."""
+        first_C, caption_N = _number(captions_N.numpy())
+        images = np.ascontiguousarray(images_ND.numpy())
+        first_M, image_N = _number(images.view(f"V{images.strides[0]}")[:, 0])
+        return cls(caption_N, image_N, first_C, first_M)
+
+    def table(self) -> Tensor:
+        """Tell which captions and images are pairs, bool [C, M]."""
+        paired_CM = torch.zeros(len(self.first_C), len(self.first_M), dtype=torch.bool)
+        paired_CM[self.caption_N, self.image_N] = True
+        return paired_CM
+
+
+def _number(values_N: npt.NDArray[np.generic]) -> tuple[Tensor, Tensor]:
+    """Return the first place of each different value, and which of these each value is."""
+    _, firsts, numbers = np.unique(values_N, return_index=True, return_inverse=True)
+    return torch.from_numpy(firsts), torch.from_numpy(numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +105,9 @@ def rank_pairs(images_ND: Tensor, texts_ND: Tensor, captions_N: Tensor) -> Pairi
         images_ND: Unit rows, float32, as the texts.
         captions_N: Number of each pair's caption, equal ones alike, int64.
     """
-    cosines_NN = texts_ND @ images_ND.T
-    is_other_NN = captions_N[:, None] != captions_N
-    nearer_NN = (cosines_NN >= cosines_NN.diagonal()[:, None]) & is_other_NN
-    return Pairing.of(nearer_NN.sum(dim=1).numpy(), is_other_NN.sum(dim=1).numpy())
+    matches = Matches.of(images_ND, captions_N)
+    cosines_NM = texts_ND @ images_ND[matches.first_M].T
+    own_N1 = cosines_NM.gather(1, matches.image_N[:, None])
+    is_other_NM = ~matches.table()[matches.caption_N]
+    nearer_NM = (cosines_NM >= own_N1) & is_other_NM
+    return Pairing.of(nearer_NM.sum(dim=1).numpy(), is_other_NM.sum(dim=1).numpy())

@@ -2,15 +2,18 @@
 
 A teacher's images may be good and their pairing with texts poor. Losses that compare a student with the teacher then teach
 that pairing. The repair is fitted to pairs, from the identity on. How many steps of that are best, and whether the repair is
-better than none, is told by pairs whose captions it has not seen: captions are dealt to five folds, and each fold judges a
-repair that was fitted to the others.
+better than none, is told by pairs of which it has seen neither caption nor image: groups of pairs that share either are
+dealt to five folds, and each fold judges a repair that was fitted to the others.
 
 It is judged by the **log-rank**, from caption to image: the mean of ln(1 + number of images of other captions nearer to the
 caption than the pair's own). Other measures follow noise: the loss it is fitted by falls for a mere change of sharpness, and
 the rank of captions by an image for what all images have in common, such as which captions are frequent. Pairs of one
-caption rise and fall together, so the standard error is that of captions where it is the larger.
+group rise and fall together, so the standard error is that of groups where it is the larger.
 
-Shape letters: N pairs, D width, C different captions.
+With enough pairs any teacher gains significantly on the data at hand, and loses on other data. So the gain must also be
+large: only a teacher that pairs badly is repaired.
+
+Shape letters: N pairs, D width, C different captions, M different images, G groups.
 
 Source: ours, docs/method.md#repair-of-the-teacher.
 """
@@ -27,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.contrastive import contrast_both_ways
-from clipcid_cli.algorithms.pairing import Pairing
+from clipcid_cli.algorithms.pairing import Matches, Pairing
+from clipcid_cli.algorithms.sets.forest import connected_components
 
 MAX_PAIRS = 10_000
 """Pairs that are enough for any data; judging costs the square of their number."""
@@ -41,10 +45,29 @@ _LEARNING_RATE = 1e-3
 _MAX_STEPS = 150
 _JUDGED_EVERY = 5
 _STOP_AFTER = 25
-# A gain of at least so many standard errors is taken.
-_CLEAR = 3.0
 # Entries of the map are multiples of this.
 _GRID = 2.0**-16
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a repair must gain to be taken."""
+
+    standard_errors: float = 3.0  # of the gain in log-rank, at least
+    rank_falls_by: float = 2.0  # factor of 1 + number of nearer images, geometric mean, at least
+    recall_rises_by: float = 1.5  # factor of recall at 1, more than
+
+    def is_clear(self, gain: float, error: float) -> bool:
+        """Tell whether a gain in log-rank is more than chance, by its standard error."""
+        return gain > 0 and gain >= self.standard_errors * error
+
+    def is_large(self, gain: float, recall_at_1: tuple[float, float]) -> bool:
+        """Tell whether a gain in log-rank is large, and that in recall at 1, given before and after."""
+        before, after = recall_at_1
+        return gain >= math.log(self.rank_falls_by) and after > self.recall_rises_by * before
+
+
+RULE = Rule()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,38 +89,46 @@ class Pairs:
 class Repair:
     """What was found."""
 
-    # The map A, float32 [D, D]; None where it does not help clearly, and the rows stay as they are. Entries are
-    # multiples of 2⁻¹⁶: products of float16 rows and A, added in float64, are exact in any order.
+    # The map A, float32 [D, D]; None where it is not taken, and the rows stay as they are. Entries are multiples of 2⁻¹⁶:
+    # products of float16 rows and A, added in float64, are exact in any order.
     map_DD: Tensor | None
     pairs: int  # pairs that were read
     captions: int  # different captions of those
     steps: int  # steps of the fit after which it was best; 0 for none
     log_rank: tuple[float, float]  # mean log-rank of the pairs, before and after
     standard_error: float  # of the difference of the two
-    # Share of the images whose own caption is the nearest of those of its fold, before and after.
+    # Share of the images whose nearest caption of their fold is one of their own, before and after.
     recall_at_1: tuple[float, float]
+    chance_at_1: float  # that of a guess
     pairing: Pairing  # of the captions of a fold and its images, after the best number of steps
 
 
 def are_enough(pairs: Pairs) -> bool:
-    """Tell whether a repair can be judged by these pairs."""
+    """Tell whether something can be told by these pairs."""
     return len(pairs) >= _MIN_PAIRS and len(np.unique(pairs.captions_N)) >= _MIN_CAPTIONS
 
 
-def fit_repair(pairs: Pairs, scale: float, seed: int) -> Repair:
+def can_be_divided(pairs: Pairs) -> bool:
+    """Tell whether a repair can be fitted to some of these pairs and judged by others."""
+    return len(np.unique(group_pairs(pairs))) >= _MIN_CAPTIONS
+
+
+def fit_repair(pairs: Pairs, scale: float, seed: int, rule: Rule = RULE) -> Repair:
     """Fit A, from the identity on, to min CE(norm(tA) ↔ u; scale), and judge it.
 
     The bytes depend on the arguments, PyTorch and the kind of processor, and on the number of its threads: call it with one.
 
     Args:
-        pairs: Enough of them, see `are_enough`.
+        pairs: Enough of them, see `are_enough` and `can_be_divided`.
         scale: The teacher's logit scale (not its logarithm).
+        rule: What the repair must gain to be taken.
     """
-    fold_N = deal_captions(pairs.captions_N, seed)
-    folds = np.unique(fold_N)  # a caption of many pairs leaves folds between without any
+    group_N = group_pairs(pairs)
+    fold_N = deal_groups(group_N, seed)
+    folds = np.unique(fold_N)  # a group of many pairs leaves folds between without any
     fits = [_Fit(pairs.take(fold_N != fold), scale, seed) for fold in folds]
     judges = [_Judge(pairs.take(fold_N == fold)) for fold in folds]
-    captions = torch.cat([judge.captions_N for judge in judges])
+    judged_group_N = torch.cat([group_N[fold_N == fold] for fold in folds])
 
     def judge() -> tuple[Tensor, float]:
         found = [judge(fit.map_DD.detach()) for judge, fit in zip(judges, fits, strict=True)]
@@ -120,9 +151,9 @@ def fit_repair(pairs: Pairs, scale: float, seed: int) -> Repair:
             if step - best_step >= _STOP_AFTER:
                 break
     gain_N = before_N - best_N
-    error = standard_error(gain_N, captions)
+    gain, error = float(gain_N.mean()), standard_error(gain_N, judged_group_N)
     map_DD = None
-    if best_step and float(gain_N.mean()) >= _CLEAR * error:
+    if rule.is_clear(gain, error) and rule.is_large(gain, (recall_before, recall)):
         whole = _Fit(pairs, scale, seed)
         for _ in range(best_step):
             whole.step()
@@ -130,33 +161,34 @@ def fit_repair(pairs: Pairs, scale: float, seed: int) -> Repair:
     return Repair(
         map_DD=map_DD,
         pairs=len(pairs),
-        captions=len(np.unique(captions)),
+        captions=len(np.unique(pairs.captions_N)),
         steps=best_step,
         log_rank=(float(before_N.mean()), float(best_N.mean())),
         standard_error=error,
         recall_at_1=(recall_before, recall),
+        chance_at_1=sum(judge.guessed for judge in judges) / len(pairs),
         pairing=Pairing.of(best_nearer_N.numpy(), torch.cat([judge.others_N for judge in judges]).numpy()),
     )
 
 
-def guess_at_1(captions: int) -> float:
-    """Return the recall at 1 of a guess where there are so many different captions: of the pairs of a fold only."""
-    return _count_folds(captions) / captions
+def group_pairs(pairs: Pairs) -> Tensor:
+    """Return the group of each pair, int64 [N]: pairs of one group share captions or images, directly or through others."""
+    matches = Matches.of(pairs.images_ND, pairs.captions_N)
+    num_captions = len(matches.first_C)
+    captions, images = matches.caption_N.numpy(), num_captions + matches.image_N.numpy()
+    labels = connected_components(num_captions + len(matches.first_M), captions, images)
+    return torch.from_numpy(labels[captions].astype(np.int64))
 
 
-def _count_folds(captions: int) -> int:
-    return min(_FOLDS, captions // 2)
-
-
-def deal_captions(captions_N: Tensor, seed: int) -> Tensor:
-    """Deal different captions, four at least, to folds of about as many pairs; return the fold of each pair, int64 [N]."""
-    captions, number_N, counts = np.unique(captions_N, return_inverse=True, return_counts=True)
-    num_folds = _count_folds(len(captions))
-    order = np.random.default_rng(seed).permutation(len(captions))
+def deal_groups(groups_N: Tensor, seed: int) -> Tensor:
+    """Deal different groups, four at least, to folds of about as many pairs; return the fold of each pair, int64 [N]."""
+    groups, number_N, counts = np.unique(groups_N, return_inverse=True, return_counts=True)
+    num_folds = min(_FOLDS, len(groups) // 2)
+    order = np.random.default_rng(seed).permutation(len(groups))
     middles = np.cumsum(counts[order]) - counts[order] / 2
-    fold_C = np.empty(len(captions), dtype=np.int64)
-    fold_C[order] = middles * num_folds // len(number_N)
-    return torch.from_numpy(fold_C[number_N])
+    fold_G = np.empty(len(groups), dtype=np.int64)
+    fold_G[order] = middles * num_folds // len(number_N)
+    return torch.from_numpy(fold_G[number_N])
 
 
 class _Fit:
@@ -192,28 +224,33 @@ class _Judge:
     """Tells how well the captions of a fold find their images, and images their captions."""
 
     def __init__(self, pairs: Pairs) -> None:
-        _, firsts, numbers = np.unique(pairs.captions_N, return_index=True, return_inverse=True)
-        self.captions_N, self._number_N = pairs.captions_N, torch.from_numpy(numbers)
-        self._images_ND, self._texts_CD = pairs.images_ND, pairs.texts_ND[torch.from_numpy(firsts)]
-        self._is_other_NN = self._number_N[:, None] != self._number_N
-        self.others_N = self._is_other_NN.sum(dim=1)  # images of other captions
+        self._matches = matches = Matches.of(pairs.images_ND, pairs.captions_N)
+        self._images_MD, self._texts_CD = pairs.images_ND[matches.first_M], pairs.texts_ND[matches.first_C]
+        self._paired_CM = matches.table()
+        self._is_other_NM = ~self._paired_CM[matches.caption_N]
+        self.others_N = self._is_other_NM.sum(dim=1)  # images of other captions
+        # To how many pairs' images a guess gives a caption of their own, in the mean.
+        self.guessed = float(self._paired_CM.double().mean(dim=0)[matches.image_N].sum())
 
     def __call__(self, map_DD: Tensor) -> tuple[Tensor, int]:
         """Return how many images of other captions are nearer to each caption than its own, with this map, int64 [N].
 
-        And how many images are nearest to their own caption.
+        And for how many pairs the caption nearest to the image is one of the image's own.
         """
-        cosines_CN = self._texts_CD @ F.normalize(self._images_ND @ map_DD, dim=1).T
-        cosines_NN = cosines_CN[self._number_N]
-        nearer_N = ((cosines_NN > cosines_NN.diagonal()[:, None]) & self._is_other_NN).sum(dim=1)
-        return nearer_N, int((cosines_CN.argmax(dim=0) == self._number_N).sum())
+        matches = self._matches
+        cosines_CM = self._texts_CD @ F.normalize(self._images_MD @ map_DD, dim=1).T
+        cosines_NM = cosines_CM[matches.caption_N]
+        own_N1 = cosines_NM.gather(1, matches.image_N[:, None])
+        nearer_N = ((cosines_NM > own_N1) & self._is_other_NM).sum(dim=1)
+        is_right_M = self._paired_CM.gather(0, cosines_CM.argmax(dim=0)[None])[0]
+        return nearer_N, int(is_right_M[matches.image_N].sum())
 
 
-def standard_error(values_N: Tensor, captions_N: Tensor) -> float:
-    """Return that of the mean of some values, float64: the larger of what single pairs and what whole captions give."""
-    _, number_N = np.unique(captions_N, return_inverse=True)
-    of_captions_C = np.bincount(number_N, weights=values_N - values_N.mean())
-    total = len(of_captions_C)
+def standard_error(values_N: Tensor, groups_N: Tensor) -> float:
+    """Return the standard error of the mean of some values, float64: the larger of what pairs and what groups give."""
+    _, number_N = np.unique(groups_N, return_inverse=True)
+    of_groups_G = np.bincount(number_N, weights=values_N - values_N.mean())
+    total = len(of_groups_G)
     by_pairs = float(values_N.std()) / math.sqrt(len(values_N))
-    by_captions = math.sqrt(float((of_captions_C**2).sum()) * total / (total - 1)) / len(values_N)
-    return max(by_pairs, by_captions)
+    by_groups = math.sqrt(float((of_groups_G**2).sum()) * total / (total - 1)) / len(values_N)
+    return max(by_pairs, by_groups)

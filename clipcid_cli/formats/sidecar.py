@@ -179,7 +179,8 @@ class RepairFigures(msgspec.Struct, omit_defaults=True):
     # Mean of ln(1 + images of other captions nearer to the caption than its own), before and after.
     log_rank: tuple[float, float]
     standard_error: float  # of the difference of the two
-    recall_at_1: tuple[float, float]  # share of the images whose own caption is the nearest, before and after
+    recall_at_1: tuple[float, float]  # share of the images whose nearest caption is their own, before and after
+    chance_at_1: float  # that of a guess
     pairs: int  # pairs that it was fitted to and judged by
     captions: int  # different captions of those
     pairing: PairingFigures | None = None  # of the repaired teacher

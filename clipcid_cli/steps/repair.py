@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from clipcid_cli.algorithms.pairing import MAX_PAIRS as MAX_RANKED
 from clipcid_cli.algorithms.pairing import Pairing, rank_pairs
-from clipcid_cli.algorithms.repair import MAX_PAIRS, Pairs, are_enough, fit_repair, guess_at_1
+from clipcid_cli.algorithms.repair import MAX_PAIRS, RULE, Pairs, are_enough, can_be_divided, fit_repair
 from clipcid_cli.formats.embeddings.folder import Embeddings, RowMap
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import record
@@ -28,8 +29,9 @@ from clipcid_cli.steps.settings.shared import KeptSettings
 
 MAX_SCALE = 100.0
 """The scale at which CLIP training ends; taken where another tool's embeddings do not record it."""
-# Pairs are taken of files with about so many rows, drawn at random: more files cost time and tell nothing more.
+# Pairs are drawn from so many rows, in so many stretches: a disk reads a stretch at once, and few files are opened.
 _ROWS_CONSIDERED = 4 * MAX_PAIRS
+_STRETCHES = 40
 # `distill` holds out this share by default, those of the lowest fractions.
 _HELD_OUT_BY_RUNS = 0.01
 # One seed for all runs: they learn from one teacher, and from its clusters.
@@ -50,7 +52,8 @@ def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embe
     found: RepairSidecar | None = None
     if is_there or not settings.dry_run:
         inputs = embeddings.fingerprints([Kind.TEXTS])
-        spec = OutputSpec(folder, STEP, RepairSidecar, settings={"scale": scale}, inputs=inputs, overwrite=True)
+        decided_by = {"scale": scale, **dataclasses.asdict(RULE)}
+        spec = OutputSpec(folder, STEP, RepairSidecar, settings=decided_by, inputs=inputs, overwrite=True)
         found = find_output(spec).finished
     if found is None and settings.dry_run:
         reporting.note("Teacher: a run decides whether it is repaired (--repair none leaves it as it is).")
@@ -59,8 +62,8 @@ def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embe
         if is_there:
             reporting.note(f"{folder} was decided for other rows, or has been changed: deciding again.")
         pairs = _read_pairs(embeddings)
-        if not are_enough(pairs):
-            reporting.note("Teacher left as it is: too few pairs, or different captions, to judge a repair by.")
+        if not are_enough(pairs) or not can_be_divided(pairs):
+            reporting.note("Teacher left as it is: too few pairs, or different captions or images, to judge a repair by.")
             return embeddings, None
         with reporting.progress("repair", len(pairs), "pairs") as bar:
             found = _decide(spec, pairs, scale)
@@ -95,14 +98,17 @@ def _decide(spec: OutputSpec[RepairSidecar], pairs: Pairs, scale: float) -> Repa
 
 def describe_repair(found: RepairFigures) -> str:
     """Say what was decided, and by what."""
+    before, after = (f"{math.exp(log_rank):,.2f}" for log_rank in found.log_rank)
     if found.repaired:
-        before, after = (f"{math.exp(log_rank):,.2f}" for log_rank in found.log_rank)
         return (
             f"Teacher's rank of a held-out caption's image {before} → {after} (geometric mean): repaired (--repair none "
             "leaves it as it is)."
         )
-    recall, guess = found.recall_at_1[0], guess_at_1(found.captions)
-    return f"Teacher left as it is: held-out R@1 {recall:.1%} (a guess: {guess:.1%}), and no clear gain from a repair."
+    recall, repaired_recall = found.recall_at_1
+    gain = "no clear gain from a repair"
+    if RULE.is_clear(found.log_rank[0] - found.log_rank[1], found.standard_error):
+        gain = f"too small a gain from a repair (to {repaired_recall:.1%}, rank {before} → {after})"
+    return f"Teacher left as it is: held-out R@1 {recall:.1%} (a guess: {found.chance_at_1:.1%}), and {gain}."
 
 
 def judge_pairing(embeddings: Embeddings, repair: RepairFigures | None) -> PairingFigures | None:
@@ -136,29 +142,32 @@ def teacher_scale(embeddings: Embeddings) -> float:
 
 
 def _read_pairs(embeddings: Embeddings, most: int = MAX_PAIRS) -> Pairs:
-    """Read pairs, at most so many: those of the highest key fractions of some files, and none that runs hold out.
+    """Read pairs, at most so many, from everywhere in the data: those of the highest key fractions of some rows.
 
-    Where there are more pairs than are needed, none that any ``--val-fraction`` holds out is read.
+    None that runs hold out is read, and where there are more pairs than are needed, none that any ``--val-fraction`` holds
+    out.
     """
-    numbers, fractions, captions = list[npt.NDArray[np.int64]](), list[npt.NDArray[np.float64]](), list[pa.Array]()
-    order = np.random.default_rng(_SEED).permutation(len(embeddings.files))
-    left = _ROWS_CONSIDERED
-    for file in (embeddings.files[place] for place in order):
-        if left <= 0:
-            break
-        count = min(file.rows, left)
-        left -= count
-        numbers.append(file.first + np.arange(count))
-        fractions.append(key_fractions(embeddings.keys_of(file)[:count].to_pylist()))
-        captions += embeddings.captions_of(file)[:count].chunks
-    number_M, fraction_M, caption_M = np.concatenate(numbers), np.concatenate(fractions), pa.chunked_array(captions)
-    usable_M = (fraction_M >= _HELD_OUT_BY_RUNS) & (pc.utf8_length(caption_M).to_numpy() > 0)
-    places = np.flatnonzero(usable_M)
-    places = places[np.argsort(-fraction_M[places], kind="stable")[:most]]
-    images, texts = (
-        torch.from_numpy(embeddings.rows(kind).take(number_M[places])).float() for kind in (Kind.IMAGES, Kind.TEXTS)
+    row_S = consider_rows(embeddings.num_rows)
+    keys, caption_S = (
+        pa.chunked_array(list(embeddings.take_column(read, row_S)))
+        for read in (embeddings.keys_of, embeddings.captions_of)
     )
-    hashes = torch.tensor([derive_seed(caption) for caption in caption_M.take(places).to_pylist()])
+    fraction_S = key_fractions(keys.to_pylist())
+    usable_S = (fraction_S >= _HELD_OUT_BY_RUNS) & (pc.utf8_length(caption_S).to_numpy() > 0)
+    places = np.flatnonzero(usable_S)
+    places = np.sort(places[np.argsort(-fraction_S[places], kind="stable")[:most]])
+    images, texts = (
+        torch.from_numpy(embeddings.rows(kind).take(row_S[places])).float() for kind in (Kind.IMAGES, Kind.TEXTS)
+    )
+    hashes = torch.tensor([derive_seed(caption) for caption in caption_S.take(places).to_pylist()])
     is_finite = images.isfinite().all(dim=1) & texts.isfinite().all(dim=1)
     pairs = Pairs(torch.nn.functional.normalize(images), torch.nn.functional.normalize(texts), hashes)
     return pairs.take(is_finite.nonzero()[:, 0])
+
+
+def consider_rows(num_rows: int) -> npt.NDArray[np.int64]:
+    """Choose rows to draw pairs from, int64, ascending: all, or of many as long stretches in equal distances."""
+    if num_rows <= _ROWS_CONSIDERED:
+        return np.arange(num_rows)
+    starts = np.arange(_STRETCHES) * num_rows // _STRETCHES
+    return (starts[:, None] + np.arange(_ROWS_CONSIDERED // _STRETCHES)).ravel()

@@ -2,8 +2,8 @@
 
 With K centroids up to 10⁶ a batch is compared with a candidate set S = A ∪ R: the nearest clusters of its samples (A,
 "active") and a uniform draw of the rest (R). Each drawn centroid represents (K − |A|)/|R| centroids, so the logarithm of
-that is added to its logit: the softmax's normaliser is then an unbiased estimate of the full one. Without the correction
-the other centroids count too little and the probability of the active ones is inflated.
+that is added to its logit: the softmax's normaliser is then an unbiased estimate of the full one, though its logarithm
+is not. Without the correction the other centroids count too little and the probability of the active ones is inflated.
 
 Shape legend: B batch, K centroids, D width, d width of the shared space, S candidates, m stored clusters a sample.
 """

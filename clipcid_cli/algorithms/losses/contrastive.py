@@ -84,7 +84,8 @@ def instance_intra(batch: LossBatch, scale: Tensor) -> Tensor:
 def interactive(batch: LossBatch, scale: Tensor) -> Tensor:
     """`icl` = ½[CE(s' → u) + CE(v' → t)]: the student anchors the comparison, the teacher's rows are the choices.
 
-    A teacher with one tower leaves the one half it can serve, at full weight.
+    A teacher with one tower leaves the one half it can serve, at full weight. The scale starts at 1/0.07 = 14.3; in the
+    published code at ln(1/0.07) = 2.66, which is used without exponentiating it.
 
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), interactive contrastive learning.
     """
@@ -102,6 +103,7 @@ def fused(batch: LossBatch, scale: Tensor, fusion: Iterable[Callable[[Tensor], T
     this loss.
 
     Args:
+        scale: Starts at 1/0.07 = 14.3; in the published code at ln(1/0.07) = 2.66, which is used without exponentiating it.
         fusion: F_I and F_T, [B, d + D] → [B, d].
 
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), augmented feature distillation.

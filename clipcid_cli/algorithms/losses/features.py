@@ -33,7 +33,7 @@ def feature_distance(batch: LossBatch) -> Tensor:
 def masked_feature_distance(batch: LossBatch) -> Tensor:
     """`mfd` = mean over images of |s'_m − t|² + mean over texts of |v' − u|²; s'_m saw a quarter of an image's patches.
 
-    Other losses never see s'_m (in the published code its pass replaces the whole one, for the task's loss too). In [0, 8].
+    Other losses never see s'_m (in the published code the whole pass overwrites it, so no loss does). In [0, 8].
 
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), masked feature distillation; the weight as for `fd`.
     """

@@ -18,8 +18,7 @@ from clipcid_cli.algorithms.losses.batch import LossBatch, Similarities, add, ov
 def relation_divergence(batch: LossBatch) -> Tensor:
     """`crd` = ½[KL(teacher ‖ student) of image→text + of text→image] on in-batch logits, temperature 1.
 
-    Both sides use their own logit scale; the scale is exponentiated on both (the published code forgets it on one). At
-    least 0, in nats.
+    Both sides use their own logit scale, not its logarithm. At least 0, in nats.
 
     Source: Yang et al. 2024 (CLIP-KD, arXiv 2307.12732), contrastive relational distillation.
     """

@@ -33,8 +33,8 @@ from clipcid_cli.steps.settings.distill import DistillSettings
 SAMPLES_AT_ONCE = 256
 """Samples that an online teacher takes at once, whatever the batch; no activations are kept."""
 
-# Cut to the student's width only where that keeps at least this share of the teacher's variance.
-_ENOUGH_VARIANCE = 0.98
+# Cut to the student's width only where that keeps at least this share of the teacher's squared length.
+_ENOUGH_LENGTH = 0.98
 # Principal axes are found from at most this many evenly spaced rows of each tower.
 _AXES_ROWS = 2**20
 
@@ -172,13 +172,13 @@ def choose_space(
     else:
         axes = context.on_rank0(lambda: principal_axes(_find_second_moment(settings, embeddings), student_width))
         dimensions = f"{student_width} of the teacher's {teacher_width} dimensions"
-        if requested == "pca" or axes.kept >= _ENOUGH_VARIANCE:
-            reporting.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its variance.")
+        if requested == "pca" or axes.kept >= _ENOUGH_LENGTH:
+            reporting.note(f"Shared space: {dimensions}, which keep {axes.kept:.1%} of its rows' squared length.")
             basis = axes.basis_Dd.to(context.device)
             return SharedSpace(student_width, dataclasses.replace(axes, basis_Dd=basis))
         reporting.note(
-            f"{dimensions} keep only {axes.kept:.1%} of its variance, so a learned layer per student tower maps to all of "
-            "them (--teacher-space pca cuts anyway)."
+            f"{dimensions} keep only {axes.kept:.1%} of its rows' squared length, so a learned layer per student "
+            "tower maps to all of them (--teacher-space pca cuts anyway)."
         )
     return SharedSpace(teacher_width, is_learned=True)
 

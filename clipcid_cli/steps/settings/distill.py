@@ -145,7 +145,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
     teacher_space: str = _loss(
         "auto",
         "How embeddings of different widths are compared: `pca` reduces the teacher's to the student's width, `project` "
-        "learns a linear layer per tower, `auto` uses pca if it keeps 98% of the variance.",
+        "learns a linear layer per tower, `auto` uses pca if it keeps 98% of the squared length.",
         choices=("auto", "pca", "project"),
     )
     cluster_towers: str = _loss(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,18 @@ from balance_data import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipcid_cli.algorithms.repair import Pairs, Repair, are_enough, deal_captions, fit_repair, standard_error
+from clipcid_cli.algorithms.repair import (
+    RULE,
+    Pairs,
+    Repair,
+    Rule,
+    are_enough,
+    can_be_divided,
+    deal_groups,
+    fit_repair,
+    group_pairs,
+    standard_error,
+)
 
 WIDTH, SCALE = 32, 50.0
 
@@ -23,6 +35,14 @@ def make_pairs(seed: int, *, num_pairs: int = 400, num_captions: int = 130) -> P
     number = random.integers(num_captions, size=num_pairs)
     images = unit(captions[number] + 0.1 * random.normal(size=(num_pairs, WIDTH)))
     return Pairs(*(torch.from_numpy(rows).float() for rows in (images, captions[number])), torch.from_numpy(number))
+
+
+def make_captioned(seed: int, *, num_images: int = 60, noise: float = 0.25) -> Pairs:
+    """Make pairs of a sound teacher where each image has five captions of its own: their rows lie around the image's."""
+    random = np.random.default_rng(seed)
+    images = unit(random.normal(size=(num_images, WIDTH))).repeat(5, axis=0)
+    texts = unit(images + noise * random.normal(size=images.shape))
+    return Pairs(*(torch.from_numpy(rows).float() for rows in (images, texts)), torch.arange(len(images)))
 
 
 def repair(pairs: Pairs) -> Repair:
@@ -72,10 +92,85 @@ def test_noise_is_not_followed(num_captions: int, seed: int) -> None:
 @settings(max_examples=20)
 def test_no_caption_is_in_two_folds(seed: int, num_captions: int) -> None:
     captions = make_pairs(seed, num_captions=num_captions).captions_N
-    folds = deal_captions(captions, seed)
+    folds = deal_groups(captions, seed)
     for caption in captions.unique():
         assert len(folds[captions == caption].unique()) == 1
     assert set(folds.tolist()) == set(range(min(5, len(captions.unique()) // 2)))
+
+
+@given(st.integers(0, 2**31), st.integers(40, 400), st.integers(40, 400))
+@settings(max_examples=20)
+def test_neither_image_nor_caption_is_in_two_folds(seed: int, num_captions: int, num_images: int) -> None:
+    pairs = make_pairs(seed, num_pairs=100, num_captions=num_captions)
+    image_N = torch.from_numpy(np.random.default_rng(seed).integers(num_images, size=100)) % 100
+    pairs = dataclasses.replace(pairs, images_ND=pairs.images_ND[image_N])
+    groups = group_pairs(pairs)
+    for numbers in (pairs.captions_N, image_N):
+        for number in numbers.unique():
+            assert len(groups[numbers == number].unique()) == 1
+    # And no more is tied together than that: each group is reached from its first pair.
+    for group in groups.unique():
+        members = (groups == group).nonzero()[:, 0]
+        reached = members[:1]
+        for _ in members:
+            reached = members[
+                torch.isin(pairs.captions_N[members], pairs.captions_N[reached])
+                | torch.isin(image_N[members], image_N[reached])
+            ]
+        assert len(reached) == len(members)
+
+
+def test_another_caption_of_an_image_is_no_wrong_answer() -> None:
+    found = repair(make_captioned(0))
+    assert found.recall_at_1[0] > 0.95  # by one caption of five it would be a fifth
+    assert math.exp(found.log_rank[0]) < 1.1
+    assert found.chance_at_1 == pytest.approx(5 / (len(make_captioned(0)) / 5), rel=0.1)
+    assert found.map_DD is None
+
+
+def turn(pairs: Pairs, share: float) -> Pairs:
+    """Turn the images away from their captions, by a share of a whole rotation."""
+    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(WIDTH, WIDTH)))[0]
+    turned = (1 - share) * torch.eye(WIDTH) + share * torch.from_numpy(rotation).float()
+    return dataclasses.replace(pairs, images_ND=torch.nn.functional.normalize(pairs.images_ND @ turned))
+
+
+def test_a_clear_but_small_gain_is_not_taken() -> None:
+    pairs = turn(make_pairs(3), 0.6)
+    significant = fit_repair(pairs, SCALE, 0, Rule(rank_falls_by=1.0, recall_rises_by=0.0))
+    assert significant.map_DD is not None
+    assert significant.recall_at_1[0] > 0.5
+    assert repair(pairs).map_DD is None
+
+
+def test_a_large_but_unclear_gain_is_not_taken() -> None:
+    pairs = turn(make_pairs(3), 1.0)
+    assert repair(pairs).map_DD is not None
+    assert fit_repair(pairs, SCALE, 0, Rule(standard_errors=1e6)).map_DD is None
+
+
+@pytest.mark.parametrize(
+    ("fall", "recall_at_1", "large"),
+    [
+        (2.1, (0.3, 0.5), True),
+        (1.9, (0.3, 0.5), False),
+        (2.1, (0.4, 0.5), False),
+        (2.1, (0.0, 0.0), False),
+        (9.0, (0.7, 1.0), False),
+    ],
+)
+def test_a_large_gain_halves_the_rank_and_raises_recall_by_half(
+    fall: float, recall_at_1: tuple[float, float], large: bool
+) -> None:
+    assert RULE.is_large(math.log(fall), recall_at_1) == large
+
+
+def test_pairs_that_are_all_tied_together_are_not_divided() -> None:
+    pairs = make_pairs(0)
+    assert can_be_divided(pairs)
+    one_image = dataclasses.replace(pairs, images_ND=pairs.images_ND[:1].expand(len(pairs), -1))
+    assert are_enough(one_image)
+    assert not can_be_divided(one_image)
 
 
 @pytest.mark.parametrize("sizes", [[300] + 9 * [12], [150] + 10 * [12], [5, 5, 5, 900]])
@@ -83,7 +178,7 @@ def test_a_frequent_caption_leaves_at_least_two_folds(sizes: list[int]) -> None:
     pairs = make_pairs(0, num_pairs=sum(sizes), num_captions=len(sizes))
     pairs = dataclasses.replace(pairs, captions_N=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)))
     for seed in range(4):
-        assert len(deal_captions(pairs.captions_N, seed).unique()) >= 2
+        assert len(deal_groups(pairs.captions_N, seed).unique()) >= 2
     assert repair(pairs).pairs == sum(sizes)
 
 

@@ -36,19 +36,27 @@ def test_images_of_an_equal_caption_are_no_wrong_answer() -> None:
     assert not found.near_chance
 
 
-def test_rows_that_are_all_alike_find_nothing() -> None:
-    alike = torch.ones(300, 4) / 2
-    found = rank_pairs(alike, alike, torch.arange(300))
+def test_images_that_are_all_as_near_find_nothing() -> None:
+    found = rank_pairs(torch.eye(300), torch.full((300, 300), 300**-0.5), torch.arange(300))
     assert (found.recall_at_10, found.median_rank) == (0, 300)
 
 
-def test_ranks_are_counted_one_by_one() -> None:
+def test_a_single_image_tells_nothing() -> None:
+    alike = torch.ones(300, 4) / 2
+    assert rank_pairs(alike, alike, torch.arange(300)).near_chance
+
+
+@pytest.mark.parametrize("num_images", [50, 20])
+def test_ranks_are_counted_one_by_one(num_images: int) -> None:
     random = np.random.default_rng(0)
     captions = random.integers(0, 40, size=50)
+    place = np.arange(50) % num_images  # an image of several captions is one, and none of another caption than these
     images, texts = (random.normal(size=(50, 8)).astype(np.float32) for _ in range(2))
+    images = images[place]
     found = rank_pairs(*map(torch.from_numpy, (images, texts, captions)))
     cosines = texts @ images.T
-    others = [[j for j in range(50) if captions[j] != captions[i]] for i in range(50)]
+    own = [set(place[captions == captions[i]]) for i in range(50)]
+    others = [[j for j in range(num_images) if j not in own[i]] for i in range(50)]
     ranks = [1 + sum(cosines[i, j] >= cosines[i, i] for j in others[i]) for i in range(50)]
     assert found.median_rank == np.median(ranks)
     assert found.recall_at_10 == np.mean(np.array(ranks) <= 10)
