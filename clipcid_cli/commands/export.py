@@ -29,17 +29,19 @@ def show(result: ExportResult, console: Console) -> None:
             "" if found.zeroshot is None else str(found.zeroshot),
             "" if found.same_answers is None else f"{found.same_answers:.1%}",
             f"{found.bytes / 1e6:,.1f}",
-            f"{found.images_per_second:,.0f}",
+            "" if found.images_per_second is None else f"{found.images_per_second:,.0f}",
             "" if found.latency_ms is None else str(found.latency_ms),
         )
         for form, found in result.parity.items()
     ]
     if rows:
         print_table(console, "Exported", columns, rows)
-        note = (
-            "cosine: the smallest to the original; same: images with the same prediction; ms: for single images"
-            f"; {accuracy}: original → export" * (answers is not None)
-        )
+        note = "cosine: the smallest to the original; same: images with the same prediction"
+        if "web/search" in result.files:
+            note += ", or texts with the same nearest image"
+        note += "; ms: for single images"
+        if answers is not None:
+            note += f"; {accuracy}: original → export"
         console.print(Text(wrap(note, console.width), style="dim"), soft_wrap=True)
         console.print()
     facts = {"model": result.model}
@@ -50,6 +52,8 @@ def show(result: ExportResult, console: Console) -> None:
         facts |= {"folder": str(folder), "files": ", ".join(names)}
         if page := result.files.get("web/index"):
             facts["page"] = shlex.join(["python", "-m", "http.server", "--directory", str(Path(page).parent)])
+        if page := result.files.get("web/search"):
+            facts["search"] = f"http://localhost:8000/{Path(page).name}"
     print_facts(console, "" if rows else "Would export", facts)
 
 

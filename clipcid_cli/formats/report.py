@@ -85,8 +85,13 @@ def svg(figure: Figure, label: str) -> Markup:
 
 def thumbnail(image: Image.Image, side: int = 96) -> str:
     """Turn an image into a ``data:`` URL of a small WebP, at most `side` pixels wide and high."""
+    return "data:image/webp;base64," + base64.b64encode(encode_thumbnail(image, side)).decode("ascii")
+
+
+def encode_thumbnail(image: Image.Image, side: int) -> bytes:
+    """Turn an image into a small WebP, at most `side` pixels wide and high, without the metadata of its file."""
     small = image.convert("RGB")
     small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=80)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()

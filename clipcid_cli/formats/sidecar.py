@@ -386,7 +386,8 @@ class Latency(msgspec.Struct):
 class Parity(msgspec.Struct, kw_only=True, omit_defaults=True):
     """How close one exported form is to the original, its size and speed: an entry of `parity.json`.
 
-    Encoders have `image`, `text` and maybe `dense`; a classifier has what follows them up to `agreement`.
+    Encoders have `image`, `text` and maybe `dense`; a classifier has what follows them up to `agreement`, as the search of
+    images, where `agreement` is the fraction of the texts with the same nearest image.
     """
 
     precision: str
@@ -397,7 +398,7 @@ class Parity(msgspec.Struct, kw_only=True, omit_defaults=True):
     max_cosine_difference: float | None = None
     agreement: float | None = None
     bytes: int
-    images_per_second: float
+    images_per_second: float | None = None
     latency_ms: Latency | None = None
     pytorch_images_per_second: float | None = None
     zeroshot: PredictionParity | None

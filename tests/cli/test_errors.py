@@ -144,6 +144,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ("export model --classnames names.txt", 2, "--classnames applies only to ONNX files"),
     ("export model --opset 19", 2, "--opset applies only to ONNX files"),
     ("export model --npm-packages pairs", 2, "Add --format web"),
+    ("export model --search-images pairs", 2, "--search-images applies only to the page"),
     ("export model --format web --npm-packages pairs --dry-run", 1, "pairs has no onnxruntime-web-1.30.0.tgz and no"),
     ("export model --format onnx --classnames nowhere.txt", 1, "nowhere.txt cannot be read"),
     ("export model --format onnx --quantize int8 --work w", 1, "needs images with classes or captions"),

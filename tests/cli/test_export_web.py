@@ -1,4 +1,4 @@
-"""`export --format web`: what its page shows, in a real browser, is what `eval-zeroshot` computes."""
+"""`export --format web`: what its pages show, in a real browser, is what `eval-zeroshot` and embeddings say."""
 
 import io
 import json
@@ -13,9 +13,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Run, make_image
+from conftest import Run, embed_with_open_clip, make_caption, make_image
 from PIL import Image
 
 from clipcid_cli.formats.report import render_report
@@ -77,6 +78,38 @@ await fetch("/", { method: "POST", body: JSON.stringify(seen) });
 </script>"""
 
 
+# Another: it types texts, asks for more images, and sends home which were shown, each with the width of its thumbnail.
+SEARCHER = """<!doctype html><body><script type="module">
+const { texts } = await (await fetch("/visit.json")).json();
+const frame = document.createElement("iframe"), seen = {};
+const opened = new Promise(resolve => frame.addEventListener("load", resolve));
+frame.src = "/search.html";
+document.body.append(frame);
+await opened;
+const page = frame.contentDocument, status = page.getElementById("status"), text = page.getElementById("text");
+const until = async done => {
+  while (!done() && !status.classList.contains("error")) await new Promise(resolve => setTimeout(resolve, 20));
+};
+const list = () => [...page.querySelectorAll("#answers li")];
+const drawn = () => list().every(item => item.querySelector("img").naturalWidth);
+await until(() => status.textContent.startsWith("Ready") && drawn());
+seen.before = [status.textContent, list().length];
+for (const asked of texts) {
+  status.textContent = "";
+  text.value = asked;
+  text.dispatchEvent(new frame.contentWindow.Event("input"));
+  await until(() => status.textContent.startsWith("Nearest") && drawn());
+  const first = list().length;
+  page.getElementById("more").click();
+  await until(() => list().length > first && drawn());
+  const read = item => ["name", "caption", "cosine"].map(kind => item.querySelector(`.${kind}`).textContent);
+  seen[asked] = [status.textContent, first, list().map(item => [...read(item), item.querySelector("img").naturalWidth])];
+}
+seen.after = [page.getElementById("more").hidden, page.images.length, page.scripts.length];
+await fetch("/", { method: "POST", body: JSON.stringify(seen) });
+</script>"""
+
+
 class Host(SimpleHTTPRequestHandler):
     """Serves a folder as any static server does, and keeps what the visitor sends."""
 
@@ -95,6 +128,22 @@ class Host(SimpleHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
+
+
+class RangesHost(Host):
+    """Sends parts of files, as most servers but Python's do."""
+
+    def do_GET(self) -> None:
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if span is None:
+            super().do_GET()
+            return
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        part = Path(self.translate_path(self.path)).read_bytes()[int(span[1]) : int(span[2]) + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
 
 
 class Thief(Host):
@@ -119,25 +168,32 @@ def serve(folder: Path, host: type[Host] = Host) -> Iterator[ThreadingHTTPServer
             thread.join()
 
 
+def find_browser() -> str:
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None or shutil.which("npm") is None:
+        pytest.skip("needs a Chromium and npm on the PATH")
+    return browser
+
+
 def visit(
-    browser: str, folder: Path, labels: list[str], pictures: list[str], profile: Path
-) -> tuple[dict[str, Any], list[str]]:
-    """Open the page of a folder in a browser, drop pictures on it, and try to send them to another server.
+    folder: Path, visitor: str, asked: dict[str, list[str]], profile: Path, host: type[Host] = Host
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Send a visitor to a page of a folder in a browser, and let it try to send what it sees to another server.
 
     Returns:
-        What the page answers of each picture, and what the other server was asked for.
+        What the page answers, what the server was asked for, and what the other server was asked for.
     """
-    (folder / "visit.html").write_text(VISITOR)
-    (folder / "visit.json").write_text(json.dumps({"labels": labels, "pictures": pictures}))
+    (folder / "visit.html").write_text(visitor)
+    (folder / "visit.json").write_text(json.dumps(asked))
     command = [
-        browser,
+        find_browser(),
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
         f"--user-data-dir={profile}",
         "--remote-debugging-port=0",
     ]
-    with serve(folder) as server, serve(profile, Thief) as thief:
+    with serve(folder, host) as server, serve(profile, Thief) as thief:
         url = f"http://127.0.0.1:{server.server_port}/visit.html?thief=http://127.0.0.1:{thief.server_port}"
         with subprocess.Popen([*command, url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             try:
@@ -145,16 +201,14 @@ def visit(
             finally:
                 process.terminate()
         (seen,) = server.received  # type: ignore[attr-defined]
-        return dict(seen), list(thief.asked)  # type: ignore[attr-defined]
+        return dict(seen), list(server.asked), list(thief.asked)  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow  # starts a browser, and npm fetches 33 MB the first time
 def test_the_page_shows_the_scores_of_eval(
     clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if browser is None or shutil.which("npm") is None:
-        pytest.skip("needs a Chromium and npm on the PATH")
+    find_browser()
     for number, size in enumerate(SIZES):
         folder = tmp_path / "pictures" / NAMES[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +228,8 @@ def test_the_page_shows_the_scores_of_eval(
     for path in pictures.values():
         shutil.copy(path, site)
     names = [path.name for path in pictures.values()]
-    seen, stolen = visit(browser, site, NAMES, names, tmp_path_factory.mktemp("profile"))
+    asked = {"labels": NAMES, "pictures": names}
+    seen, _, stolen = visit(site, VISITOR, asked, tmp_path_factory.mktemp("profile"))
     assert not stolen
     assert seen["damaged"]
     for row in pq.read_table(answers).to_pylist():
@@ -183,6 +238,45 @@ def test_the_page_shows_the_scores_of_eval(
         assert status == f"Most like: {NAMES[row['predicted']]}"
         expected = {NAMES[place]: score for place, score in zip(row["top"], row["scores"], strict=True)}
         assert dict(shown) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.slow  # starts a browser twice, and npm fetches 33 MB the first time
+def test_the_page_finds_the_images_that_embeddings_do(
+    clipcid: Callable[..., Run], tiny_model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    find_browser()
+    (tmp_path / "pictures").mkdir()
+    images = [make_image(number, 40 + number) for number in range(30)]
+    names = ["pictures/<img src=x onerror=alert(1)>.png", *(f"pictures/{number}.png" for number in range(1, 30))]
+    captions = ["</script><script>alert(2)</script>", *map(make_caption, range(1, 30))]
+    for name, image in zip(names, images, strict=True):
+        (tmp_path / name).write_bytes(image)
+    pq.write_table(pa.table({"filepath": names, "title": captions}), tmp_path / "list.parquet")
+    call = ("export", tiny_model, "--format", "web", "--search-images", "list.parquet", "--out", "out")
+    exported = clipcid(*call, "--json")
+    assert exported.json["parity"]["search"]["images"] == 30
+    assert exported.json["parity"]["search"]["agreement"] == 1
+    assert exported.json["parity"]["search"]["max_cosine_difference"] < 1e-4
+    site = tmp_path / "out" / "web"
+    page = (site / "search.html").read_text()
+    assert "pictures/" not in page
+    texts = ["a red square", "blue", "<b>l'été</b>"]
+    image_rows, text_rows = embed_with_open_clip(tiny_model, images, texts)
+    for host in (Host, RangesHost):
+        seen, asked, _ = visit(site, SEARCHER, {"texts": texts}, tmp_path_factory.mktemp("profile"), host)
+        assert seen["before"] == ["Ready. Type what to look for among 30 images.", 24]
+        assert seen["after"] == [True, 30, 1]
+        for text, cosines in zip(texts, (text_rows @ image_rows.T).tolist(), strict=True):
+            status, first, shown = seen[text]
+            assert (status, first) == (f"Nearest of 30 images: {text}", 24)
+            order = [names.index(name) for name, *_ in shown]
+            assert sorted(order) == list(range(30))
+            assert [cosines[number] for number in order] == pytest.approx(sorted(cosines, reverse=True), abs=1e-4)
+            for number, (_, caption, cosine, width) in zip(order, shown, strict=True):
+                assert (caption, width) == (captions[number], 40 + number)
+                assert float(cosine) == pytest.approx(cosines[number], abs=1e-3)
+        thumbnails = asked.count("/search_thumbnails.bin")
+        assert thumbnails == (30 if host is RangesHost else 1)
 
 
 @pytest.mark.slow  # starts a browser

@@ -59,8 +59,17 @@ ENGINE = "ort.wasm.bundle.min.mjs"
 ENGINE_BINARY = "ort-wasm-simd-threaded.wasm"
 JS_TOKENIZERS = "tokenizers.min.mjs"
 JS_TOKENIZERS_LICENSE = "tokenizers.LICENSE"
-_IN_WEB = (INDEX, ENGINE, ENGINE_BINARY, JS_TOKENIZERS, JS_TOKENIZERS_LICENSE, TOKENIZER, *TRANSFORMERS_JS)
 
+# The page that searches images, and what it reads.
+SEARCH = "search.html"
+SEARCH_IMAGES = "search_images.json"
+SEARCH_ROWS = "search_rows.bin"
+SEARCH_THUMBNAILS = "search_thumbnails.bin"
+
+_IN_WEB = (
+    *(INDEX, ENGINE, ENGINE_BINARY, JS_TOKENIZERS, JS_TOKENIZERS_LICENSE, TOKENIZER, *TRANSFORMERS_JS),
+    *(SEARCH, SEARCH_IMAGES, SEARCH_ROWS, SEARCH_THUMBNAILS),
+)
 
 # What the files of an export are, as its model card says.
 CONTENT = {
@@ -71,6 +80,10 @@ CONTENT = {
     "preprocessor_config.json": "preprocessing, as transformers reads it",
     TOKENIZER: "texts to tokens, padded and cut to the model's length",
     f"{WEB}/{INDEX}": "a page that classifies pictures in a browser, for any static server; it needs only this folder",
+    f"{WEB}/{SEARCH}": "a page that searches images by text in a browser",
+    f"{WEB}/{SEARCH_IMAGES}": "names and captions of the images, and the bytes of each thumbnail",
+    f"{WEB}/{SEARCH_ROWS}": "their embeddings, a row an image: int16, little-endian, in units of 1/32767",
+    f"{WEB}/{SEARCH_THUMBNAILS}": "their thumbnails, WebP files one after another",
     PARITY: "how each export was compared with the original",
 } | {
     quantized_name(name, kind): what + words

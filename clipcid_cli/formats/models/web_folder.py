@@ -1,8 +1,9 @@
-"""A static folder with a page that classifies pictures in the browser, by two packages of npm and the ONNX files."""
+"""A static folder with pages that classify pictures and search images in the browser, by npm packages and ONNX files."""
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import io
 import shutil
@@ -13,18 +14,26 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from clipcid_cli import __version__
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.files import reading, write_bytes, write_text
+from clipcid_cli.formats.files import reading, write_bytes, write_json, write_text
 from clipcid_cli.formats.models.export_folder import (
     ENGINE,
     ENGINE_BINARY,
     INDEX,
     JS_TOKENIZERS,
     JS_TOKENIZERS_LICENSE,
+    SEARCH,
+    SEARCH_IMAGES,
+    SEARCH_ROWS,
+    SEARCH_THUMBNAILS,
     TOKENIZER,
 )
 from clipcid_cli.formats.report import render_report
+from clipcid_cli.shown import plain
 
 # Packages in the versions that the page was tested with: which of their files it needs, and their names in its folder.
 _PACKAGES = {
@@ -44,6 +53,10 @@ _FIX = (
     f"On a machine with a network: npm pack {' '.join(_PACKAGES)}; then give the folder of both files: "
     "--npm-packages DIR"
 )
+
+# Entries of unit rows are written as so many parts of 1: closer than fp16, and a browser reads them as they are.
+_ROW_UNIT = 32767
+_LONGEST_TEXT = 200  # characters of a name or a caption
 
 
 def validate_packages(packages: Path | None) -> None:
@@ -101,25 +114,90 @@ def _fetch_packages(folder: Path) -> Path:
 
 
 def write_page(
-    folder: Path, model: dict[str, Any], encoders: Sequence[Path], labels: Sequence[str], templates: Sequence[str]
+    folder: Path,
+    model: dict[str, Any],
+    encoders: Sequence[Path],
+    labels: Sequence[str],
+    templates: Sequence[str],
+    *,
+    search: bool,
 ) -> None:
-    """Write the page.
+    """Write the page that classifies pictures.
 
     Args:
         model: Its ``name``, ``width`` of the rows, ``logit_scale``, whether texts are ``canonical``, without capitals and
             punctuation, and how pixels are made: ``side``, ``mean``, ``std``, ``interpolation``, ``resize_mode``.
         encoders: The files of the image and the text encoder, which lie beside the page, as `tokenizer.json` does.
         labels: What the page begins with, as the prompt templates.
+        search: Whether it leads to the page of `write_search`.
     """
-    image, text = ({"path": path.name, "bytes": path.stat().st_size} for path in encoders)
-    page = render_report(
+    image, text = map(_describe_file, encoders)
+    _write_html(
+        folder / INDEX,
         "web.html",
         model=model | {"image_encoder": image, "text_encoder": text},
-        engine=ENGINE,
-        tokenizers=JS_TOKENIZERS,
-        tokenizer=TOKENIZER,
         labels=labels,
         templates=templates,
-        version=__version__,
+        search=SEARCH if search else None,
     )
-    write_text(folder / INDEX, page)
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchImages:
+    """Images that a page searches: unit rows [N, D], and of each image its name, caption or "", and thumbnail, a WebP."""
+
+    rows: npt.NDArray[np.float32]
+    names: Sequence[str]
+    captions: Sequence[str]
+    thumbnails: Sequence[bytes]
+
+
+def write_search(folder: Path, model: dict[str, Any], text_encoder: Path, images: SearchImages) -> list[Path]:
+    """Write the page that searches images, and return the files that it reads besides the encoder.
+
+    Args:
+        model: As of `write_page`.
+        text_encoder: Its file, which lies beside the page.
+    """
+    names, rows, thumbnails = (folder / name for name in (SEARCH_IMAGES, SEARCH_ROWS, SEARCH_THUMBNAILS))
+    columns = {
+        "names": [_shorten(name) for name in images.names],
+        "captions": [_shorten(caption) for caption in images.captions],
+        "bytes": [len(thumbnail) for thumbnail in images.thumbnails],
+    }
+    write_json(names, columns)
+    write_bytes(rows, np.rint(images.rows * _ROW_UNIT).astype("<i2").tobytes())
+    write_bytes(thumbnails, b"".join(images.thumbnails))
+    _write_html(
+        folder / SEARCH,
+        "search.html",
+        model={name: model[name] for name in ("name", "canonical")}
+        | {"text_encoder": _describe_file(text_encoder), "rows": _describe_file(rows)},
+        files={"images": SEARCH_IMAGES, "thumbnails": SEARCH_THUMBNAILS},
+        row_unit=_ROW_UNIT,
+        index=INDEX,
+    )
+    return [names, rows, thumbnails]
+
+
+def read_search_rows(folder: Path, width: int) -> npt.NDArray[np.float32]:
+    """Return the rows [N, width] that the page of `write_search` compares a text with."""
+    packed = np.fromfile(folder / SEARCH_ROWS, "<i2").reshape(-1, width)
+    return packed.astype(np.float32) / np.float32(_ROW_UNIT)
+
+
+def _shorten(text: str) -> str:
+    """Return a name or a caption as the page shows it: on one line, without secrets and control characters."""
+    line = " ".join(plain(text).split())
+    return line if len(line) <= _LONGEST_TEXT else line[: _LONGEST_TEXT - 1] + "…"
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    return {"path": path.name, "bytes": path.stat().st_size}
+
+
+def _write_html(path: Path, template: str, **context: Any) -> None:
+    page = render_report(
+        template, engine=ENGINE, tokenizers=JS_TOKENIZERS, tokenizer=TOKENIZER, version=__version__, **context
+    )
+    write_text(path, page)

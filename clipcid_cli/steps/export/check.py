@@ -78,9 +78,12 @@ _LIMITS = {
     "bf16": RowDifference(max_difference=2e-2, min_cosine=0.999),
     "int8": RowDifference(max_difference=math.inf, min_cosine=0.9),
 }
-# Largest difference allowed of a classifier's cosine of image and class. fp32: about one byte in 10,000 is resized to a
-# neighbouring value. int8 is judged by its predictions.
+# Largest difference allowed of the cosine of an image with a class of a classifier, or with a text of the search. fp32: of
+# the classifier about one byte in 10,000 is resized to a neighbouring value. int8 is judged by its predictions.
 _COSINE_LIMITS = {"fp32": 1e-3, "fp16": 5e-3, "int8": math.inf}
+
+# Name of the search of images in `parity.json`.
+SEARCH = "search"
 
 # Outputs that are compared row by row, by their names in `parity.json`.
 _OUTPUTS = {"image": "the image encoder", "text": "the text encoder", "dense": "the grid of patches"}
@@ -120,16 +123,21 @@ def find_classes(settings: ExportSettings) -> Classes | None:
 def find_data(settings: ExportSettings) -> Dataset | None:
     """Open ``--data``, else the work directory's data; None where there is none."""
     if settings.data is not None:
-        try:
-            return open_dataset(find_benchmark_folder(settings.data).data, **settings.trust)
-        except MissingSplitError as error:
-            # `export` has no --split.
-            raise ClipcidError(error.message, "Give the folder of one of them.") from error
+        return open_data(settings.data, settings)
     try:
         return open_described(WorkDirectory(settings.work).find_data(), **settings.trust)
     except ClipcidError:
         # The data may have been moved since it was embedded, or the model comes from elsewhere; patterns will do.
         return None
+
+
+def open_data(spec: str, settings: ExportSettings) -> Dataset:
+    """Open data that the user has named, also a CLIP_benchmark folder."""
+    try:
+        return open_dataset(find_benchmark_folder(spec).data, **settings.trust)
+    except MissingSplitError as error:
+        # `export` has no --split.
+        raise ClipcidError(error.message, "Give the folder of one of them.") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +196,7 @@ def read_inputs(
     """
     limit = settings.check_images or (_MANY_IMAGES if settings.data is not None or settings.quantize else _FEW_IMAGES)
     decoder, skips = Decoder.of(model, captions=False), Skips()
-    listed = [] if dataset is None else _choose(dataset, limit)
+    listed = [] if dataset is None else choose_samples(dataset, limit)
     decoded = decoder(listed)
     for place, reason in decoded.failures.items():
         skips.add(reason, listed[place].key)
@@ -218,7 +226,7 @@ def read_inputs(
     return CheckInputs(samples, pixels, texts, model.tokenizer(texts), classes, candidates, source, skips)
 
 
-def _choose(dataset: Dataset, limit: int) -> list[Sample]:
+def choose_samples(dataset: Dataset, limit: int) -> list[Sample]:
     """Return the first samples, or, of labelled data, evenly spaced ones, since it is often sorted by class."""
     samples = (sample.without_image_data() for shard in dataset.shards for sample in shard.stream())
     chosen = list(itertools.islice(samples, limit))
@@ -476,10 +484,11 @@ class Checker:
             )
         cosine = found.max_cosine_difference
         if cosine is not None and not cosine <= _COSINE_LIMITS[kind]:  # nor when it is no number
+            what, flag = ("text", "--search-images") if name == SEARCH else ("class", "--classnames")
             raise ClipcidError(
-                f"{name}: a cosine of image and class differs by {cosine:.2e} from {spec} (allowed "
+                f"{name}: a cosine of image and {what} differs by {cosine:.2e} from {spec} (allowed "
                 f"{_COSINE_LIMITS[kind]:.0e}). Nothing was written.",
-                "Omit --classnames." if kind == "fp32" else f"Omit --quantize {kind}.",
+                f"Omit {flag}." if kind == "fp32" else f"Omit --quantize {kind}.",
             )
         zeroshot, max_drop = found.zeroshot, self.settings.max_accuracy_drop
         if zeroshot is not None and zeroshot.gated and zeroshot.drop > max_drop:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -355,16 +356,39 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
 def _write_web(checker: Checker, folder: Path) -> dict[str, Parity]:
     """Write the page for the smallest of the encoders, which are compared already, and give these a name beside it."""
     model, classes = checker.model, checker.inputs.classes
-    smallest = next(kind for kind in ("int8", "fp16", "fp32") if kind in ("fp32", *checker.settings.quantize))
-    names = [quantized_name(name, smallest) for name in (IMAGE_ENCODER, TEXT_ENCODER)]
+    names = page_encoders(checker.settings)
     if too_large := [name for name in names if (folder / f"{name}.data").exists()]:
         raise ClipcidError(
             f"--format web: {', '.join(too_large)} is above 2 GB, more than a browser loads.", "Add --quantize int8."
         )
     for name in (*names, TOKENIZER):
         link_file(folder / name, folder / WEB / name)
+    labels, templates = (_EXAMPLE_LABELS, DEFAULT_TEMPLATES) if classes is None else (classes.names, classes.templates)
+    write_page(
+        folder / WEB,
+        describe_for_page(model),
+        [folder / WEB / name for name in names],
+        labels,
+        templates,
+        search=checker.settings.search_images is not None,
+    )
+    return {}
+
+
+def smallest_kind(settings: ExportSettings) -> str:
+    """Return the number format of the encoders that the page loads."""
+    return next(kind for kind in ("int8", "fp16", "fp32") if kind in ("fp32", *settings.quantize))
+
+
+def page_encoders(settings: ExportSettings) -> list[str]:
+    """Name the image and the text encoder that the page loads."""
+    return [quantized_name(name, smallest_kind(settings)) for name in (IMAGE_ENCODER, TEXT_ENCODER)]
+
+
+def describe_for_page(model: ClipModel) -> dict[str, Any]:
+    """Return what the page must know of a model: see `write_page`."""
     preprocess = model.info.preprocess
-    described = {
+    return {
         "name": export_name(parse_model(model.info.spec)),
         "width": model.info.embed_dim,
         "logit_scale": model.logit_scale,
@@ -372,9 +396,6 @@ def _write_web(checker: Checker, folder: Path) -> dict[str, Parity]:
         "side": square_side(preprocess["size"]),
         **{name: preprocess[name] for name in ("mean", "std", "interpolation", "resize_mode")},
     }
-    labels, templates = (_EXAMPLE_LABELS, DEFAULT_TEMPLATES) if classes is None else (classes.names, classes.templates)
-    write_page(folder / WEB, described, [folder / WEB / name for name in names], labels, templates)
-    return {}
 
 
 # Each writes the files of a format, loads them, and compares what they compute with the original: entries of parity.json.

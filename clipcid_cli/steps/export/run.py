@@ -25,8 +25,9 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.export.card import export_name, render_card
-from clipcid_cli.steps.export.check import Checker, find_classes, find_data, read_inputs, validate_measurable
+from clipcid_cli.steps.export.check import SEARCH, Checker, find_classes, find_data, read_inputs, validate_measurable
 from clipcid_cli.steps.export.forms import PACKAGES, WRITERS, validate_forms
+from clipcid_cli.steps.export.search import Gallery, encode_gallery, find_gallery, write_gallery
 from clipcid_cli.steps.inputs import choose_model
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.shared import output_settings
@@ -49,9 +50,10 @@ def run(settings: ExportSettings) -> ExportResult:
 
 def _run(settings: ExportSettings) -> ExportResult:
     source, folder = _plan(settings)
-    classes, dataset = find_classes(settings), find_data(settings)
+    classes, dataset, gallery = find_classes(settings), find_data(settings), find_gallery(settings)
     if settings.dry_run:
-        reporting.note(f"Would write {', '.join(settings.format)} of {source.spec} to {folder}.")
+        searched = "" if gallery is None else f", with a page that searches {len(gallery.samples):,} images"
+        reporting.note(f"Would write {', '.join(settings.format)} of {source.spec} to {folder}{searched}.")
         return ExportResult(source.spec)
     seconds = dict[str, float]()
     with timed(seconds, "load"):
@@ -59,7 +61,7 @@ def _run(settings: ExportSettings) -> ExportResult:
     validate_forms(model, settings)
     inputs = read_inputs(model, dataset, classes, settings)
     validate_measurable(inputs, settings)
-    sidecar = _export(source, folder, Checker(model, inputs, settings), seconds)
+    sidecar = _export(source, folder, Checker(model, inputs, settings), gallery, seconds)
     files = {str(Path(name).with_suffix("")): str(folder / name) for name in sidecar.written}
     return ExportResult(source.spec, files, sidecar.parity, sidecar.seconds)
 
@@ -115,7 +117,9 @@ def _find_average(student: ModelName) -> ModelName:
     return parse_model(str(average))
 
 
-def _export(source: ModelName, folder: Path, checker: Checker, seconds: dict[str, float]) -> ExportSidecar:
+def _export(
+    source: ModelName, folder: Path, checker: Checker, gallery: Gallery | None, seconds: dict[str, float]
+) -> ExportSidecar:
     """Write and compare the export, unless it is there."""
     info, inputs, settings = checker.model.info, checker.inputs, checker.settings
     decisive = output_settings(settings) | {
@@ -129,12 +133,13 @@ def _export(source: ModelName, folder: Path, checker: Checker, seconds: dict[str
     }
     weights = FileRecord(info.spec, info.parameters, info.weights_hash)
     lists = [record(path) for path in inputs.classes.files] if inputs.classes is not None else []
+    searched = [] if gallery is None else [gallery.fingerprint()]
     spec = OutputSpec(
         folder,
         "export",
         ExportSidecar,
         settings=decisive,
-        inputs=[weights, *lists, inputs.fingerprint()],
+        inputs=[weights, *lists, inputs.fingerprint(), *searched],
         overwrite=settings.overwrite,
         elsewhere="--work or --out",
         resumes=False,
@@ -149,12 +154,18 @@ def _export(source: ModelName, folder: Path, checker: Checker, seconds: dict[str
         output.start()
         if "web" in settings.format:
             write_engine(output.work / WEB, settings.npm_packages)  # which may fail, so before what takes long
+        images = None
+        if gallery is not None:  # before the formats, too: its images may be damaged
+            with timed(seconds, SEARCH):
+                images = encode_gallery(checker, gallery)
         checker.warn_near_chance()
         parity = dict[str, Parity]()
         for form in settings.forms:
             reporting.note(f"Writing {form} and comparing it with {source.spec} …")
             with timed(seconds, form):
                 parity |= WRITERS[form](checker, output.work)
+        if images is not None:
+            parity[SEARCH] = write_gallery(checker, images, output.work)
         write_json(output.work / PARITY, checker.describe() | {"parity": msgspec.to_builtins(parity)})
         written = list_written(output.work)
         write_text(output.work / CARD, render_card(info, source, settings, parity, written, inputs.classes))

@@ -43,7 +43,7 @@ class ExportSettings(TrustSettings):
         "Format to write; may be repeated. `open-clip`: a folder for open_clip (local-dir:DIR). `hf`: a folder for "
         "transformers (CLIPModel, CLIPProcessor). `onnx`: image and text encoder, also for transformers.js, and with "
         "--classnames a classifier. `web`: the same, and web/, a static folder with a page that classifies pictures in the "
-        "browser.",
+        "browser, and with --search-images one that searches images by text.",
         choices=FORMATS,
     )
     out: Path | None = _output(
@@ -65,6 +65,19 @@ class ExportSettings(TrustSettings):
         None,
         "For --format web: folder of the packages onnxruntime-web and @huggingface/tokenizers, as `npm pack` writes them. "
         "By default, npm fetches them (33 MB, once).",
+        operational=True,
+    )
+    search_images: str | None = _output(
+        None,
+        "Images that the page searches by text, in any form of data. web/ then holds their embeddings, names, captions and "
+        "thumbnails, which everyone who can open the page can read.",
+        metavar="DATA",
+        operational=True,  # as `classnames`: the content counts
+    )
+    max_search_images: int = _output(
+        10_000,
+        "Maximum number of --search-images: the first ones, or, of images with classes, evenly spaced ones.",
+        within=Range(1),
         operational=True,
     )
     license: str | None = _output(None, "License of the weights, for the model card; by default unknown.")
@@ -96,7 +109,7 @@ class ExportSettings(TrustSettings):
     )
     max_bad_fraction: float = _check(
         0.01,
-        "Fail when more than this share of the images of --data cannot be read.",
+        "Fail when more than this share of the images of --data, or of --search-images, cannot be read.",
         within=FRACTION,
         operational=True,
     )
@@ -134,8 +147,10 @@ class ExportSettings(TrustSettings):
         for flag, given in about_onnx.items():
             if given and "onnx" not in self.forms:
                 raise UsageError(f"{flag} applies only to ONNX files.", "Add --format onnx.")
-        if self.npm_packages is not None and "web" not in self.format:
-            raise UsageError("--npm-packages applies only to the page.", "Add --format web.")
+        about_web = {"--npm-packages": self.npm_packages, "--search-images": self.search_images}
+        for flag, value in about_web.items():
+            if value is not None and "web" not in self.format:
+                raise UsageError(f"{flag} applies only to the page.", "Add --format web.")
         if self.templates is not None and self.classnames is None:
             raise UsageError("--templates needs class names.", "Add --classnames FILE.")
 

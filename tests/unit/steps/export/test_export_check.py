@@ -98,6 +98,8 @@ def test_rows_that_are_no_numbers_pass_no_limit(model: ClipModel, drawings: Path
             checker.check("onnx", kind, nan, [weights])
         with pytest.raises(ClipcidError, match=r"a cosine of image and class differs .* Nothing was written"):
             checker.validate("classifier", make_parity(kind, max_cosine_difference=torch.nan))
+        with pytest.raises(ClipcidError, match=r"search: a cosine of image and text differs .* Nothing was written"):
+            checker.validate("search", make_parity(kind, max_cosine_difference=torch.nan))
 
 
 def test_patches_over_the_limit_are_refused(model: ClipModel, drawings: Path) -> None:
