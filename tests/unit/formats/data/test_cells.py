@@ -106,6 +106,12 @@ def test_a_record_runs_no_command(before: str, tiny_shards: Path, tmp_path: Path
     assert not (tmp_path / "mark").exists()
 
 
+def test_a_record_lets_no_list_from_a_server_name_files() -> None:
+    spec = DataSpec("http://127.0.0.1:9/list.csv", "sample", "filepath", "title", "key", list_root="/etc")
+    with pytest.raises(ClipcidError, match="names files on it only where you say so"):
+        open_described(spec)
+
+
 @pytest.mark.parametrize("spec", ["reference://x/1.tar", "/nowhere/1.tar::Memory://x/1.tar"])
 def test_a_record_opens_common_schemes(spec: str) -> None:
     with pytest.raises(ClipcidError, match=r"the scheme (reference|memory) is not opened unless you give it yourself"):
