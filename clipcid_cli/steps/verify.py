@@ -75,7 +75,7 @@ def _read_outputs(sidecars: list[Path], root: Path, result: VerifyResult) -> Ite
             _report(result, _as_fault(sidecar, error))
 
 
-def _as_fault(path: Path, error: ClipcidError) -> Fault:
+def _as_fault(path: Path | str, error: ClipcidError) -> Fault:
     return Fault(str(path), " ".join(error.message.split()).removeprefix(f"{path} ").rstrip("."))
 
 
@@ -127,7 +127,7 @@ def _verify_data(dataset: Dataset, path: Path, result: VerifyResult) -> None:
             try:
                 problem = _find_problem_of_data(shard, record, skipped.get(shard.name, set()), result)
             except ClipcidError as error:
-                _report(result, _as_fault(Path(shard.source), error))
+                _report(result, _as_fault(shard.source, error))
                 continue
             if problem is not None:
                 _report(result, Fault(shard.source, problem))

@@ -30,14 +30,6 @@ _CHUNK_ENTRIES = 2**25
 Ranks = tuple[torch.Tensor, torch.Tensor]
 
 
-def retrieval_metrics(
-    images_ND: torch.Tensor, texts_MD: torch.Tensor, image_of_text_M: torch.Tensor
-) -> dict[str, float]:
-    """Return the values of `recall_metrics`; arguments as `retrieval_ranks`."""
-    image_ranks_M, text_ranks_N = retrieval_ranks(images_ND, texts_MD, image_of_text_M)
-    return recall_metrics((image_ranks_M.cpu(), text_ranks_N.cpu()), image_of_text_M.cpu()).values()
-
-
 def retrieval_ranks(images_ND: torch.Tensor, texts_MD: torch.Tensor, image_of_text_M: torch.Tensor) -> Ranks:
     """Count the wrong answers ranked before the right one, in both directions; equal similarities rank in row order.
 

@@ -193,6 +193,12 @@ def open_described(
             f"The data is at {uncommon[0]}; the scheme {scheme_of(uncommon[0])} is not opened unless you give it yourself.",
             "If you trust the address, give it as the data.",
         )
+    if description.list_root is not None and is_remote(description.spec):
+        raise ClipcidError(
+            f"The data is the list {description.spec}, whose relative paths are in {description.list_root}: a list that is "
+            "not on this disk names files on it only where you say so.",
+            f"If you trust the list, give it as the data, with --list-root {description.list_root}.",
+        )
     columns = Columns(description.image, description.caption, description.key)
     return open_dataset(
         description.spec,

@@ -397,13 +397,13 @@ def local_file(path: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="clipcid-") as folder:
         copy = Path(folder, "copy" + Path(without_query(path)).suffix)
-        most = shutil.disk_usage(folder).free // 2
+        most = shutil.disk_usage(folder).free * 9 // 10
         with copy.open("wb") as file, open_remote(path) as source:
             while piece := source.read(_REQUEST):
                 file.write(piece)
                 if file.tell() > most:
                     raise ClipcidError(
-                        f"{path} has more than {most:,} bytes, half of what is free in {tempfile.gettempdir()}.",
+                        f"{path} has more than {most:,} bytes, nine tenths of what is free in {tempfile.gettempdir()}.",
                         "Download it, and give the local file; or name a larger disk by TMPDIR.",
                     )
         yield copy

@@ -14,6 +14,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.folders_and_lists import Images, copy_list
 from clipcid_cli.formats.data.parquet_shards import copy_rows
+from clipcid_cli.formats.data.remote import without_query
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.files import atomic_file, link_or_copy, open_regular, read_regular, write_error, write_json
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json, record
@@ -21,6 +22,7 @@ from clipcid_cli.formats.output import Output, is_claimed
 from clipcid_cli.formats.results.keep_list import KeepList
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.shown import redact
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.write_shards import WRITE_SHARDS, Choose, Form, TarForm
 
@@ -77,7 +79,7 @@ class _ShardwiseForm(_OwnForm):
                     count, paths = self.write_one(shard, keys, output)
                     _validate_count(shard, count, len(keys))
                     done = {"written": count, "files": paths}
-                    write_json(_done_path(output, shard), done | {"shard": shard.name, "source": shard.source})
+                    write_json(_done_path(output, shard), done | _name(shard))
                 sizes[shard.name] = done["written"]
                 if self.records_files:
                     files += [record(output.work / path, output.work) for path in done["files"]]
@@ -151,7 +153,9 @@ class ListForm(_OwnForm):
             return {}, []
         images = shards[0].slices
         assert isinstance(images, Images), "a list"
-        target = output.work / os.path.basename(images.source).lstrip(".")  # hidden files are scratch
+        target = output.work / os.path.basename(redact(without_query(images.source))).lstrip(
+            "."
+        )  # hidden files are scratch
         counts = list[int]()
         with reporting.progress("list", len(shards), "slices") as progress:
 
@@ -184,15 +188,19 @@ def _validate_count(shard: Shard, count: int, expected: int) -> None:
         )
 
 
+def _name(shard: Shard) -> dict[str, str]:
+    return {"shard": shard.name, "source": redact(shard.source)}
+
+
 def _done_path(output: Output[Sidecar], shard: Shard) -> Path:
-    return output.work / f".{hash_json([shard.name, shard.source])}.json"
+    return output.work / f".{hash_json(_name(shard))}.json"
 
 
 def _read_done(output: Output[Sidecar], shard: Shard) -> dict[str, Any] | None:
     """Read what this run wrote of a shard, also before it was killed; None where it is to be written."""
     with suppress(OSError, ValueError, TypeError, LookupError):  # missing or damaged: it is written again
         done: dict[str, Any] = json.loads(read_regular(_done_path(output, shard)))
-        if (done["shard"], done["source"]) == (shard.name, shard.source):
+        if {name: done[name] for name in _name(shard)} == _name(shard):
             return done if all((output.work / path).is_file() for path in done["files"]) else None
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import fsspec
@@ -106,6 +107,12 @@ def test_a_record_runs_no_command(before: str, tiny_shards: Path, tmp_path: Path
     assert not (tmp_path / "mark").exists()
 
 
+def test_a_record_lets_no_list_from_a_server_name_files() -> None:
+    spec = DataSpec("http://127.0.0.1:9/list.csv", "sample", "filepath", "title", "key", list_root="/etc")
+    with pytest.raises(ClipcidError, match="names files on it only where you say so"):
+        open_described(spec)
+
+
 @pytest.mark.parametrize("spec", ["reference://x/1.tar", "/nowhere/1.tar::Memory://x/1.tar"])
 def test_a_record_opens_common_schemes(spec: str) -> None:
     with pytest.raises(ClipcidError, match=r"the scheme (reference|memory) is not opened unless you give it yourself"):
@@ -115,9 +122,23 @@ def test_a_record_opens_common_schemes(spec: str) -> None:
 def test_a_server_that_lists_a_chain_of_file_systems_is_refused() -> None:
     page = b'<a href="1::reference://x.tar">'
     with serve_answers(lambda request: send(request, 200, page, Content_Type="text/html")) as url:
-        refused = pytest.raises(ClipcidError, match=r"1::reference://x\.tar holds ::, by which file systems are read")
+        refused = pytest.raises(ClipcidError, match=r"1::reference:/x\.tar holds ::, by which file systems are read")
         with refused:
             open_dataset(f"{url}/data")
+
+
+def test_a_page_lists_the_shards_below_it(tiny_shards: Path) -> None:
+    """As web servers and buckets write it; what leads elsewhere is not taken."""
+    page = b"""<a href="?C=N">Name</a> <A class="x" HREF=\'00000.tar\'>one</A> <a href="/data/00001.tar">two</a>
+        <a href="../2.tar">up</a> <a href="http://127.0.0.1:1/data/3.tar">other</a> <a <a href="0&#48;000.tar">one</a>"""
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        name = request.path.rpartition("/")[2]
+        send(request, 200, (tiny_shards / name).read_bytes() if name.endswith(".tar") else page)
+
+    with serve_answers(answer) as url:
+        found = open_dataset(f"{url}/data")
+    assert [shard.source.removeprefix(url) for shard in found.shards] == ["/data/00000.tar", "/data/00001.tar"]
 
 
 def move_shards(index: Path, path: str) -> None:

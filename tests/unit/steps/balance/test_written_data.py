@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from balance_data import balance, make_rows, write_embeddings
 from conftest import kill_when, make_caption, make_image, run_clipcid
+from shard_server import serve
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset
@@ -29,7 +30,7 @@ def read_samples(data: Dataset | Path) -> list[Sample]:
     return [sample for shard in dataset.shards for sample in shard.samples()]
 
 
-def write_kept(place: Path, data: Path, out: Path | None = None, **settings: Any) -> tuple[list[bool], str]:
+def write_kept(place: Path, data: Path | str, out: Path | None = None, **settings: Any) -> tuple[list[bool], str]:
     """Balance embeddings of data, whose keys and shards they record; return which samples are kept, and what was said."""
     dataset = open_dataset(data)
     named = [(shard.name, sample.key) for shard in dataset.shards for sample in shard.samples()]
@@ -87,7 +88,7 @@ def test_parquet_files_keep_columns_metadata_and_keys(tmp_path: Path, with_keys:
 
 def test_row_groups_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("clipcid_cli.formats.data.parquet_shards._ROWS_OF_GROUP", 3)
-    monkeypatch.setattr("clipcid_cli.formats.data.parquet_shards._COPIED_AT_ONCE", 2)
+    monkeypatch.setattr("clipcid_cli.formats.data.image_column._ROWS", 2)
     kept, _ = write_kept(tmp_path, write_files(tmp_path / "data", with_keys=True))
     file = pq.ParquetFile(tmp_path / "out" / "train-00000-of-00003.parquet")
     assert sum(kept[:8]) == file.metadata.num_rows > 3
@@ -178,6 +179,17 @@ def test_a_list_keeps_its_form_and_leads_to_the_images(tmp_path: Path, name: str
     assert written["filepath"].tolist() == [str(tmp_path / path) for path in source["filepath"]]
     if not with_keys:
         assert written["key"].tolist() == source["filepath"].tolist()
+
+
+def test_a_list_behind_a_signed_address_is_named_without_the_signature(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "photos")
+    paths = [str(path.relative_to(tmp_path)) for path in sorted(data.glob("*/*.png"))]
+    pd.DataFrame({"filepath": paths, "title": "a"}).to_csv(tmp_path / "pairs.csv", index=False)
+    with serve(tmp_path) as server:
+        write_kept(tmp_path, f"{server.url}/pairs.csv?X-Amz-Signature=secret")
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert tmp_path / "out" / "pairs.csv" in files
+    assert not [path for path in files if b"secret" in path.read_bytes() + bytes(path)]
 
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
