@@ -63,7 +63,9 @@ def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embe
             reporting.note(f"{folder} was decided for other rows, or has been changed: deciding again.")
         pairs = _read_pairs(embeddings)
         if not are_enough(pairs) or not can_be_divided(pairs):
-            reporting.note("Teacher left as it is: too few pairs, or different captions or images, to judge a repair by.")
+            reporting.note(
+                "Teacher left as it is: too few pairs, or different captions or images, to judge a repair by."
+            )
             return embeddings, None
         with reporting.progress("repair", len(pairs), "pairs") as bar:
             found = _decide(spec, pairs, scale)
