@@ -10,8 +10,8 @@ caption than the pair's own). Other measures follow noise: the loss it is fitted
 the rank of captions by an image for what all images have in common, such as which captions are frequent. Pairs of one
 group rise and fall together, so the standard error is that of groups where it is the larger.
 
-With enough pairs any teacher gains significantly on the data at hand, and loses on other data. So the gain must also be
-large: only a teacher that pairs badly is repaired.
+With enough pairs even a good teacher gains significantly on the data at hand, and loses on other data. So the gain must
+also be large: only a teacher that pairs badly is repaired.
 
 Shape letters: N pairs, D width, C different captions, M different images, G groups.
 
@@ -35,9 +35,9 @@ from clipcid_cli.algorithms.sets.forest import connected_components
 
 MAX_PAIRS = 10_000
 """Pairs that are enough for any data; judging costs the square of their number."""
-# With fewer pairs, or different captions, nothing can be told.
+# With fewer pairs, different captions or groups, nothing can be told.
 _MIN_PAIRS = 250
-_MIN_CAPTIONS = 4
+_MIN_CAPTIONS = _MIN_GROUPS = 4
 _FOLDS = 5
 
 _BATCH = 512
@@ -72,7 +72,10 @@ RULE = Rule()
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Image and text rows of pairs, unit rows, float32 [N, D]; captions are numbered, int64 [N], equal ones alike."""
+    """Image and text rows of pairs, unit rows, float32 [N, D]; captions are numbered, int64 [N], equal ones alike.
+
+    Equal image rows are one image.
+    """
 
     images_ND: Tensor
     texts_ND: Tensor
@@ -110,7 +113,7 @@ def are_enough(pairs: Pairs) -> bool:
 
 def can_be_divided(pairs: Pairs) -> bool:
     """Tell whether a repair can be fitted to some of these pairs and judged by others."""
-    return len(np.unique(group_pairs(pairs))) >= _MIN_CAPTIONS
+    return len(np.unique(group_pairs(pairs))) >= _MIN_GROUPS
 
 
 def fit_repair(pairs: Pairs, scale: float, seed: int, rule: Rule = RULE) -> Repair:
