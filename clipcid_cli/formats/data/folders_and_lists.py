@@ -433,7 +433,10 @@ def _refuse_structs(source: str, frame: pd.DataFrame, column: str) -> None:
 
 
 def _captions(cell: Any) -> list[str]:
-    return list(filter(None, map(read_cell, cut_cell(list(cell)) if isinstance(cell, _SEVERAL) else [cell])))
+    if isinstance(cell, _SEVERAL):
+        return list(filter(None, map(read_cell, cut_cell(list(cell)))))
+    text = read_cell(cell)
+    return [text] if text else []
 
 
 def _classes(source: str, cells: pd.Series[Any]) -> list[list[int]]:
