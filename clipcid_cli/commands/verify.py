@@ -33,8 +33,8 @@ command = step_command(
     step="clipcid_cli.steps.verify",
     show=show,
     page="""
-Compare each file of a work directory, or of one output, with what its sidecar says of it: size, content and rows.
-Nothing is changed. A fault is one line, and the exit code is then 1; unfinished outputs are named, and are no fault.
+Compare the files of a work directory, or of one output, with what their sidecar says of them: size, content and rows.
+Reports, curves, logs and checkpoints have no record. Nothing is changed. A fault is one line, and the exit code is then 1; unfinished outputs are named, and are no fault.
 
 \b
 Examples:
