@@ -34,7 +34,8 @@ command = step_command(
     show=show,
     page="""
 Compare the files of a work directory, or of one output, with what their sidecar says of them: size, content and rows.
-Reports, curves, logs and checkpoints have no record. Nothing is changed. A fault is one line, and the exit code is then 1; unfinished outputs are named, and are no fault.
+Reports, curves, logs and checkpoints have no record. Nothing is changed. A fault is one line, and the exit code is
+then 1; unfinished outputs are named, and are no fault.
 
 \b
 Examples:
