@@ -63,7 +63,8 @@ def _evaluation(row: EvaluationRow) -> list[str]:
     is_accuracy = name.endswith("acc1")
     majority = format_percent(row.majority) if is_accuracy and row.majority is not None else ""
     shown = f"{'probe ' * name.startswith('lp_')}{shorten_metric(name)}"
-    data = ", ".join([row.dataset, *(part.partition("-")[2] for part in row.variant.split("_") if part)])
+    variant = [part.removeprefix("classnames-").removeprefix("templates-") for part in row.variant.split("_") if part]
+    data = ", ".join([row.dataset, *variant])
     return [data, row.model, shown, value, format_percent(row.chance.get(name)), majority]
 
 

@@ -23,7 +23,13 @@ from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import hash_json
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg
-from clipcid_cli.formats.results.metrics import SUMMARY_REPORT, Metrics, read_metrics, read_metrics_sidecar
+from clipcid_cli.formats.results.metrics import (
+    SUMMARY_REPORT,
+    Metrics,
+    find_variant,
+    read_metrics,
+    read_metrics_sidecar,
+)
 from clipcid_cli.formats.results.run_folder import RunFolder, read_lines
 from clipcid_cli.formats.sidecar import (
     BalanceSidecar,
@@ -99,7 +105,7 @@ class EvaluationRow(msgspec.Struct):
 
     dataset: str
     task: str
-    variant: str  # ``templates-simple``, of other class names or templates than the data set's
+    variant: str  # ``templates-simple``, of other class names, templates or captions than the data set's
     model: str
     models: list[str]
     images: int | None
@@ -338,13 +344,19 @@ def _describe_evaluations(reader: _Reader, groups: Sequence[Sequence[_Run]]) -> 
     place_of = {one.folder.path.resolve(): place for place, runs in enumerate(groups) for one in runs}
     found = dict[tuple[Any, ...], list[tuple[Path, Metrics, ZeroshotSidecar | LinearSidecar | None]]]()
     for path, metrics, sidecar in reader.evaluations():
-        student = Path(str(metrics.pretrained))
-        place = place_of.get(student.resolve().parent)
-        # A student and its weight average are two models.
-        model = str(metrics.pretrained) if place is None else (place, student.name)
+        student = _find_student(metrics)
+        place = place_of.get(student.parent)
+        # A student and its weight average are two models; a model of no run stands alone.
+        model = path.name if place is None else (place, student.name)
+        variant = find_variant(path, metrics.task)
         prompts = "" if sidecar is None else " ".join(lines.hash for lines in (sidecar.prompts or {}).values())
-        key = (metrics.task, metrics.dataset, prompts, tuple(metrics.metrics), model)
-        found.setdefault(key, []).append((path, metrics, sidecar))
+        key = (metrics.task, metrics.dataset, prompts, variant, tuple(metrics.metrics), model)
+        alike = found.setdefault(key, [])
+        # A model twice: what was measured differs in something that is not recorded.
+        if any(_find_student(other) == student for _, other, _ in alike):
+            found[*key, path.name] = [(path, metrics, sidecar)]
+        else:
+            alike.append((path, metrics, sidecar))
     rows = [
         reader.attempt(files[0][0], functools.partial(_describe_evaluation, reader, key[2], files))
         for key, files in found.items()
@@ -353,6 +365,11 @@ def _describe_evaluations(reader: _Reader, groups: Sequence[Sequence[_Run]]) -> 
         (row for row in rows if row is not None),
         key=lambda row: (row.task, row.dataset, row.variant, natural_key(row.model)),
     )
+
+
+def _find_student(metrics: Metrics) -> Path:
+    """Return the folder of the model that was measured; for one that has none a path where nothing is."""
+    return Path(str(metrics.pretrained)).resolve()
 
 
 def _describe_evaluation(
@@ -372,7 +389,7 @@ def _describe_evaluation(
     return EvaluationRow(
         dataset=metrics.dataset,
         task=metrics.task,
-        variant=files[0][0].stem.partition(f"_{metrics.task}_")[2],
+        variant=find_variant(files[0][0], metrics.task),
         model=_name_together(models),
         models=models,
         metrics=_spread([each.metrics for _, each, _ in files]),

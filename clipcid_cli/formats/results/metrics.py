@@ -77,6 +77,11 @@ def metrics_stem(dataset: str, model: str, task: str, *variant: str) -> str:
     return "_".join(re.sub(r"[^\w.-]+", "-", part).strip("-.") or "unnamed" for part in parts)
 
 
+def find_variant(path: Path, task: str) -> str:
+    """Return how the name of a metrics file ends after the task, e.g. ``templates-openai``; empty where it does not."""
+    return path.stem.partition(f"_{task}_")[2]
+
+
 def write_metrics(path: Path, metrics: Metrics) -> None:
     """Write a metrics file."""
     write_json(path, msgspec.to_builtins(metrics))

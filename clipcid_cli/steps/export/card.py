@@ -11,7 +11,7 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.models.export_folder import CONTENT
 from clipcid_cli.formats.report import render_report
-from clipcid_cli.formats.results.metrics import read_metrics, validate_unchanged_metrics
+from clipcid_cli.formats.results.metrics import find_variant, read_metrics, validate_unchanged_metrics
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import AnySidecar, DistillSidecar, EmbedSidecar, Parity, read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
@@ -115,7 +115,8 @@ def _find_metrics(
 ) -> Iterator[tuple[str, str, str, int, float, str]]:
     """Yield what was measured on these very weights: data set, task, metric, images, value, hashes of the prompts.
 
-    Where both are folders, they have the same configuration, too.
+    The data set is named with the variant, as ``photos (caption-lines)``. Where both are folders, they have the same
+    configuration, too.
     """
     config = record(source.path / CONFIG_NAME).hash if source.path is not None and source.kind == "folder" else None
     for path in sorted(work.eval.glob("*.json")):
@@ -130,9 +131,11 @@ def _find_metrics(
         if measured and config not in (None, *measured):
             continue
         prompts = ", ".join(lines.hash for lines in (sidecar.prompts or {}).values())
+        variant = ", ".join(find_variant(path, content.task).split("_"))
+        data = f"{content.dataset} ({variant})" if variant else content.dataset
         for name, value in content.metrics.items():
             if isinstance(value, int | float):
-                yield content.dataset, content.task, name, sidecar.counts["images"], float(value), prompts
+                yield data, content.task, name, sidecar.counts["images"], float(value), prompts
 
 
 def _read(folder: Path, step: str, kind: type[AnySidecar]) -> AnySidecar | None:

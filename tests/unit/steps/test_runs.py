@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from balance_data import heard
+from rich.console import Console
 from sidecars import edit_sidecar, make_sidecar
 
+from clipcid_cli.commands.runs import show
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import sidecar as formats
 from clipcid_cli.formats.files import write_json
@@ -38,10 +42,10 @@ def write_run(work: Path, name: str, seed: int, recall: float, weight: float = 1
     (folder / "report.html").write_text("a report")
 
 
-def write_evaluation(work: Path, run_name: str, acc1: float) -> None:
+def write_evaluation(work: Path, run_name: str, acc1: float, variant: str = "") -> None:
     (work / "eval" / "sidecars").mkdir(parents=True, exist_ok=True)
     student = work / "distill" / run_name / "student"
-    name = f"things_{run_name}-student_zeroshot_classification.json"
+    name = f"things_{run_name}-student_zeroshot_classification{variant}.json"
     about = {"dataset": "things", "model": f"{run_name}-student", "pretrained": str(student), "language": "en"}
     write_json(
         work / "eval" / name, about | {"task": "zeroshot_classification", "metrics": {"acc1": acc1, "acc5": None}}
@@ -92,6 +96,28 @@ def test_seeds_are_one_row_and_evaluations_follow_their_runs(work: Path) -> None
     assert alone.intervals == {"acc1": (0.4, 0.6)}
     assert (alone.chance, alone.majority, alone.customary) == ({"acc1": 0.25}, 0.4, "acc1")
     assert [(each.step, each.name) for each in contents.made] == [("embed", "embeddings/tiny")]
+
+
+def test_only_models_that_differ_in_their_seed_are_averaged(work: Path) -> None:
+    for seed in range(2):
+        write_evaluation(work, f"a-s{seed}", 0.1 + seed / 10, variant="_caption-lines")
+    shutil.copy(work / "eval" / "things_a-s0-student_zeroshot_classification.json", work / "eval" / "a copy.json")
+    for model in ("ViT-B-32", "ViT-L-14"):
+        about = {"dataset": "things", "model": model, "pretrained": "openai", "language": "en"}
+        content = about | {"task": "zeroshot_classification", "metrics": {"acc1": 0.7, "acc5": None}}
+        write_json(work / "eval" / f"{model}.json", content)
+    rows = list_contents(work)[0].evaluations
+    assert [(row.variant, row.models, row.metrics["acc1"].values) for row in rows] == [
+        ("", ["ViT-B-32 openai"], [0.7]),
+        ("", ["ViT-L-14 openai"], [0.7]),
+        ("", ["a-s0-student"], [0.4]),
+        ("", ["a-s0-student", "a-s1-student", "a-s2-student"], pytest.approx([0.4, 0.5, 0.6])),
+        ("", ["alone-student"], [0.5]),
+        ("caption-lines", ["a-s0-student", "a-s1-student"], pytest.approx([0.1, 0.2])),
+    ]
+    printed = io.StringIO()
+    show(list_contents(work)[0], Console(file=printed, width=80))
+    assert "things, caption-lines" in printed.getvalue()
 
 
 def test_the_page_stands_alone_and_runs_nothing_of_others(work: Path) -> None:

@@ -204,6 +204,19 @@ def test_metrics_are_those_of_the_same_weights(model: ClipModel, tiny_model: Pat
     assert "| changed |" not in render(own, parse_model(str(tiny_model)), work=tmp_path)
 
 
+def test_measurements_of_one_data_set_are_told_apart(model: ClipModel, tiny_model: Path, tmp_path: Path) -> None:
+    stem, digest = "photos_m_zeroshot_classification", model.info.weights_hash
+    for variant, value in (("", 0.5), ("_caption-lines", 0.25), ("_classnames-aa01_templates-openai", 0.75)):
+        write_evaluation(tmp_path, stem + variant, digest, value, dataset="photos")
+    card = render(model.info, parse_model(str(tiny_model)), work=tmp_path)
+    for data, value in (
+        ("photos", "0.5000"),
+        ("photos (caption-lines)", "0.2500"),
+        ("photos (classnames-aa01, templates-openai)", "0.7500"),
+    ):
+        assert f"| {data} | zeroshot_classification | acc1 | 1,234 | {value} |" in card
+
+
 def test_metrics_of_other_weights_than_those_written_say_so(model: ClipModel, tiny_model: Path, tmp_path: Path) -> None:
     write_evaluation(tmp_path, "own", model.info.weights_hash, 0.5)
     source = parse_model(str(tiny_model))
