@@ -63,9 +63,13 @@ def choose_workers(asked: int | None, device: torch.device) -> int:
 def validate_samples(dataset: Dataset, context: DistContext, settings: ReadingSettings, *, dry_run: bool) -> None:
     """Look at a few samples of every shard, or of as many as there is time for, and report images that cannot be decoded.
 
+    What is missing at the end of truncated shards is reported too.
+
     Such images are no error, unless all are such: a step skips and counts them. A shard that cannot be read is one. A dry
     run also names the images, or reports that all is well.
     """
+    if dataset.truncation is not None:
+        reporting.warn(f"{dataset.truncation}; its samples before the end are used.")
     mine = choose_order(dataset, settings.seed, dry_run=dry_run)[context.rank :: context.size]
 
     def look(few: int) -> list[tuple[int, Skips]]:

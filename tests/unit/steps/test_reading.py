@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -231,6 +232,22 @@ def test_all_shards_are_looked_at(shards: Path, context: DistContext, tmp_path: 
     said = f"{shards}: checked 6 of 6 shards, 18 samples: 1 cannot be decoded."  # first, middle and last of each
     assert check(indexed, context) == [f"{said}\n  1 × unreadable image: 00004/000044"]
     assert check(indexed, context, dry_run=False) == [said]  # the run names them at its end
+
+
+def test_what_is_missing_of_a_truncated_shard_is_told(context: DistContext, tmp_path: Path) -> None:
+    for number in range(4):
+        path = write_tar(tmp_path / f"data/{number}.tar", shard_members(4 * number, 4))
+    os.truncate(path, path.read_bytes().index(b"000014.png") + 600)
+    dataset = open_dataset(tmp_path / "data", index_root=tmp_path / "index", max_bad_fraction=0.2)
+    for opened in (dataset, ensure_index(dataset, context, 0)):
+        first, *_ = check(opened, context, dry_run=False)
+        assert first.startswith(f"Shard {path} is truncated: 000014.png should end at byte ")
+        assert re.search(r"; about \d+\.\d% of the data is missing; its samples before the end are used\.$", first)
+    again = open_dataset(tmp_path / "data", index_root=tmp_path / "index", max_bad_fraction=0.2)
+    assert again.index is not None
+    assert again.truncation is not None
+    assert dataset.truncation is not None
+    assert again.truncation.fraction == dataset.truncation.fraction
 
 
 @pytest.mark.parametrize("keys", ["sample", "shard"])
