@@ -20,8 +20,15 @@ from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.manifest import FINISHED, read_manifest, read_unfinished
 from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.fingerprint import FileRecord, find_lost, record_together
-from clipcid_cli.formats.output import OutputSpec, find_output, is_claimed, other_run_error, unfinished
-from clipcid_cli.formats.sidecar import EmbedSidecar, TextsSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.output import (
+    OutputSpec,
+    compare_settings,
+    find_output,
+    is_claimed,
+    other_run_error,
+    unfinished,
+)
+from clipcid_cli.formats.sidecar import DataSpec, EmbedSidecar, TextsSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
@@ -38,6 +45,15 @@ EMBED = "embed"
 ELSEWHERE = "--work, or --out of clipcid embed"
 # Settings in the sidecar that are known once the model is loaded.
 _OF_MODEL = ("weights", "tokenizer", "precision", "batch_size", "preprocess")
+
+# The flags that decide which rows a list has, by their names in the record of the data.
+_OF_ROWS = {
+    "image": "image_column",
+    "caption": "caption_column",
+    "key": "key_column",
+    "list_separator": "list_separator",
+    "list_encoding": "list_encoding",
+}
 
 # Steps whose output is a folder that someone might give as --out.
 _OTHER_OUTPUTS = ("balance", "cluster", "distill", "export")
@@ -180,10 +196,20 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
         there = [record.input for record in read_manifest(folder, "Add --overwrite to replace it.")]
     lost = find_lost(there, plan.shards)
     if lost and not plan.settings.overwrite:
-        raise other_run_error(f"{folder} holds {step} output", {"inputs": lost}, ELSEWHERE)
+        flags = _compare_reading(sidecar.data, plan.dataset) if isinstance(sidecar, EmbedSidecar) else {}
+        raise other_run_error(f"{folder} holds {step} output", flags or {"inputs": lost}, ELSEWHERE)
     begun = unfinished(folder, step)
     is_begun = begun is not None and [each.content for each in begun.inputs] == [plan.input.content]
     return dataclasses.replace(plan, is_begun=is_begun, may_grow=not lost)
+
+
+def _compare_reading(there: DataSpec, dataset: Dataset) -> dict[str, str]:
+    """Return the flags by which the same list is read otherwise than before: it has other rows, though nobody changed it."""
+    now = dataset.describe()
+    if dataset.kind != "list" or there.spec != now.spec:
+        return {}
+    before, after = ({flag: getattr(each, name) for name, flag in _OF_ROWS.items()} for each in (there, now))
+    return compare_settings(before, after)
 
 
 def _open_data(settings: EmbedSettings) -> Dataset:
