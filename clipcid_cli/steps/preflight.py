@@ -108,6 +108,13 @@ def _advise(dataset: Dataset, bad: Skips) -> str:
     """Say what to do about samples of which none can be used."""
     if dataset.kind != "list" or "not_found" not in bad.counts:
         return "Fix the data."
+    images = (sample.image for sample in dataset.shards[0].stream())
+    drive = next(filter(None, (image.origin.find_drive(image.path) for image in images if image.origin)), "")
+    if drive:
+        return (
+            f"{drive} is a path of a Windows machine, which cannot exist here: make the paths in the list relative, and "
+            "name the folder they are in with --list-root DIR."
+        )
     folder = dataset.list_format.root or os.path.dirname(dataset.spec)
     return f"Check the paths in the list: relative ones are looked for in {folder}, or where --list-root DIR says."
 

@@ -280,6 +280,15 @@ def test_samples_of_which_none_can_be_used_end_a_run(context: DistContext, tmp_p
     assert "14 cannot be decoded" in check(dataset, context, dry_run=dry_run)[0]
 
 
+def test_paths_of_a_windows_machine_are_told_as_such(context: DistContext, tmp_path: Path) -> None:
+    rows = "".join(f"C:\\Users\\me\\photos\\{number}.png,a,{number}\n" for number in range(3))
+    (tmp_path / "list.csv").write_text(f"filepath,title,key\n{rows}")
+    with pytest.raises(ClipcidError, match="none can be used") as told:
+        check(open_dataset(tmp_path / "list.csv"), context)
+    assert told.value.fix.startswith("C:/Users/me/photos/0.png is a path of a Windows machine, which cannot exist here")
+    assert "--list-root DIR" in told.value.fix
+
+
 def test_a_dry_run_says_what_servers_answer(context: DistContext, tmp_path: Path) -> None:
     with serve(tmp_path) as server:
         (tmp_path / "list.csv").write_text(f"filepath,title\n{server.url}/absent.png,a\n")
