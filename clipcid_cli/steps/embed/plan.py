@@ -13,6 +13,7 @@ import msgspec
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_described
+from clipcid_cli.formats.data.folders_and_lists import Images
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES
 from clipcid_cli.formats.data.texts import open_texts
@@ -59,6 +60,7 @@ _OF_ROWS = {
 _OTHER_OUTPUTS = ("balance", "cluster", "distill", "export")
 
 _LOOKED_AT = 100  # samples, for captions of every key
+_NAMED_COLUMNS = 12
 
 EmbeddedSidecar = EmbedSidecar | TextsSidecar
 
@@ -160,13 +162,7 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
         step = EMBED
         folder = settings.out or choose_embeddings(settings.work, name)
         if settings.text and not _has_captions(dataset):
-            place = "put captions next to the images (.txt), or name their place with --caption-key."
-            if dataset.kind in ("list", "parquet"):
-                place = f"name their column with {'--caption-key' if dataset.caption_keys else '--caption-column'}."
-            raise ClipcidError(
-                f"{dataset.spec}: no sample of the first shard has a caption{_name_keys(dataset)}.",
-                f"{without_text}\nOr {place}" if without_text else f"{place[0].upper()}{place[1:]}",
-            )
+            raise _no_captions_error(dataset, without_text)
         if settings.text:
             _note_lines(dataset)
             _warn_of_empty_keys(dataset)
@@ -237,6 +233,21 @@ def choose_text(settings: EmbedSettings) -> bool:
         return True
     reporting.note(f"{dataset.spec} has no captions{_name_keys(dataset)}: only its images are embedded.")
     return False
+
+
+def _no_captions_error(dataset: Dataset, without_text: str) -> ClipcidError:
+    """Return the error for data without captions: of a list they are mostly in a column of another name."""
+    problem = f"{dataset.spec}: no sample of the first shard has a caption{_name_keys(dataset)}"
+    fixes = ["Put captions next to the images (.txt), or name their place with --caption-key."]
+    if dataset.kind in ("list", "parquet"):
+        fixes = [f"Name their column with {'--caption-key' if dataset.caption_keys else '--caption-column'}."]
+    if without_text:
+        fixes.insert(1 if dataset.kind == "list" else 0, without_text)
+    images = dataset.shards[0].slices
+    if isinstance(images, Images) and (columns := images.column_names()):
+        problem += f"; the list has the columns {', '.join(columns[:_NAMED_COLUMNS])}"
+    others = [f"Or {fix[0].lower()}{fix[1:]}" for fix in fixes[1:]]
+    return ClipcidError(f"{problem}.", "\n".join([fixes[0], *others]))
 
 
 def _name_keys(dataset: Dataset) -> str:

@@ -36,3 +36,14 @@ def test_a_list_that_is_read_by_other_flags_is_not_called_changed(table: Path, t
     table.write_text(table.read_text().replace("a cat", "a dog"))
     with pytest.raises(ClipcidError, match=r"inputs: 1 files there, 1 now; changed or gone: list\.csv"):
         embed_list(table, tiny_model)
+
+
+def test_where_a_list_has_no_captions_its_columns_are_named(table: Path, tiny_model: Path) -> None:
+    table.write_text(table.read_text().replace("title", "caption"))
+    with pytest.raises(ClipcidError) as refused:
+        embed_list(table, tiny_model)
+    columns = "the list has the columns filepath, caption, Nr."
+    assert refused.value.message == f"{table}: no sample of the first shard has a caption; {columns}"
+    first, second = refused.value.fix.splitlines()
+    assert first == "Name their column with --caption-column."
+    assert second == "Or add --no-text to embed the images alone."
