@@ -360,9 +360,14 @@ def _compare(there: Run, now: Run, may_differ: Collection[str]) -> tuple[dict[st
     return differences, serious
 
 
+def compare_settings(there: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Return for each setting that differs how: ``{"settings.keep": "0.5 there, 0.6 now"}``."""
+    return _compare_values("settings", there, now)
+
+
 def _find_differences(there: Run, now: Run) -> dict[str, str]:
-    """Return for each setting and input that differs how: ``{"settings.keep": "0.5 there, 0.6 now"}``."""
-    found = _compare_values("settings", there.settings, now.settings)
+    """Return for each setting and input that differs how, as `compare_settings` does."""
+    found = compare_settings(there.settings, now.settings)
     if len(there.inputs) == len(now.inputs):
         for old, new in zip(there.inputs, now.inputs, strict=True):
             if old.content != new.content:

@@ -63,9 +63,13 @@ def choose_workers(asked: int | None, device: torch.device) -> int:
 def validate_samples(dataset: Dataset, context: DistContext, settings: ReadingSettings, *, dry_run: bool) -> None:
     """Look at a few samples of every shard, or of as many as there is time for, and report images that cannot be decoded.
 
+    What is missing at the end of truncated shards is reported too.
+
     Such images are no error, unless all are such: a step skips and counts them. A shard that cannot be read is one. A dry
     run also names the images, or reports that all is well.
     """
+    if dataset.truncation is not None:
+        reporting.warn(f"{dataset.truncation}; its samples before the end are used.")
     mine = choose_order(dataset, settings.seed, dry_run=dry_run)[context.rank :: context.size]
 
     def look(few: int) -> list[tuple[int, Skips]]:
@@ -104,6 +108,13 @@ def _advise(dataset: Dataset, bad: Skips) -> str:
     """Say what to do about samples of which none can be used."""
     if dataset.kind != "list" or "not_found" not in bad.counts:
         return "Fix the data."
+    images = (sample.image for sample in dataset.shards[0].stream())
+    drive = next(filter(None, (image.origin.find_drive(image.path) for image in images if image.origin)), "")
+    if drive:
+        return (
+            f"{drive} is a path of a Windows machine, which cannot exist here: make the paths in the list relative, and "
+            "name the folder they are in with --list-root DIR."
+        )
     folder = dataset.list_format.root or os.path.dirname(dataset.spec)
     return f"Check the paths in the list: relative ones are looked for in {folder}, or where --list-root DIR says."
 

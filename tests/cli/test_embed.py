@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import os
 import re
 import shutil
 import time
@@ -176,6 +178,17 @@ def as_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def test_what_is_missing_of_a_truncated_shard_is_estimated(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        path = write_tar(tmp_path / f"data/{number}.tar", shard_members(4 * number, 4))
+    os.truncate(path, path.read_bytes().index(b"000010.png") + 600)
+    run = clipcid("embed", "data", "--model", tiny_model, "--max-bad-fraction", 0.3, "--json")
+    counts = json.loads(Path(run.json["files"]["sidecar"]).read_text())["counts"]
+    assert (counts["read"], counts["skipped"]) == (11, {"cut_off": 1})
+    assert 0.1 < counts["missing_fraction"] < 0.3
+    assert f"about {counts['missing_fraction']:.1%} of the data is missing" in run.said
 
 
 def test_what_is_skipped_is_counted_and_named(clipcid: Clipcid, tiny_model: Path, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ CASES: tuple[tuple[str, int, str], ...] = (
     ),
     ("embed pairs --model damaged --work w", 1, "open_clip_model.safetensors has 2,000 bytes"),
     ("embed pairs --model student.json --work w", 1, "without weights"),
-    ("embed untitled.csv --model model --work w", 1, "Or name their column with --caption-column."),
+    ("embed untitled.csv --model model --work w", 1, "the list has the columns filepath, text."),
     ("cluster --embeddings foreign --features joint --work w", 1, "needs text embeddings"),
     ("cluster --embeddings foreign --keep-list nobody.parquet --work w", 1, "Nothing is left to cluster"),
     ("cluster --embeddings foreign --keep-list others.parquet --work w", 1, "lacks 40 of the 40 rows"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from functools import cached_property
 
 from clipcid_cli.errors import ClipcidError
@@ -16,6 +17,8 @@ from clipcid_cli.formats.data.remote import (
     strip_file_scheme,
     without_query,
 )
+
+_DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,11 @@ class Origin:
     def is_plain(self, cell: str) -> bool:
         """Tell whether a cell, or each of several in one text, is a local path beyond question, as most are."""
         return self.url is None and "://" not in cell
+
+    def find_drive(self, path: str) -> str:
+        """Return the name that led to a path where it begins with the drive of a Windows machine; else nothing."""
+        name = path.removeprefix(f"{self.folder}/")
+        return name if self.url is None and _DRIVE.match(name) else ""
 
     def find_problem(self, path: str) -> str:
         """Say why what a name led to is not opened, as the end of a sentence; empty where it is."""

@@ -84,6 +84,19 @@ _HASHED_AT_ONCE = 256
 
 
 @dataclasses.dataclass(frozen=True)
+class Truncation:
+    """What is missing of data at the end of truncated tars."""
+
+    problem: str  # which tar is truncated, the first of them, and where; without a full stop
+    fraction: float  # of the data, estimated from the sizes of the whole tars
+    is_known: bool  # whether there are whole tars
+
+    def __str__(self) -> str:
+        lost = f"about {self.fraction:.1%} of the data" if self.is_known else "an unknown part of the data"
+        return f"{self.problem}; {lost} is missing"
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """Image-text data."""
 
@@ -101,6 +114,7 @@ class Dataset:
     caption_keys: tuple[str, ...] = ()  # where captions are; empty where they are in the usual places
     index_folder: Path | None = None
     index: DataIndex | None = None  # its index, where it is finished and no shard has changed since
+    truncation: Truncation | None = None  # where the readable part of truncated tars is used
 
     def with_index(self, index: DataIndex | None) -> Dataset:
         """Return the data with its index, which says all that was held of the rows of a folder or list."""
@@ -378,16 +392,15 @@ def _allow_cut(dataset: Dataset, cut_off: dict[int, str], max_bad_fraction: floa
     if whole:
         missing = sum(max(1.0, median(whole) - sizes[number]) for number in cut_off)
         fraction = missing / (missing + sum(sizes))
+    truncation = Truncation(next(iter(cut_off.values())).removesuffix("."), fraction, bool(whole))
     if fraction > max_bad_fraction:
-        problem = next(iter(cut_off.values())).removesuffix(".")
-        lost = f"about {fraction:.1%} of the data" if whole else "an unknown part of the data"
         enough = math.ceil(fraction * 1000) / 1000
         raise CutTarError(
-            f"{problem}; {lost} is missing, more than the allowed {max_bad_fraction:.1%}.",
+            f"{truncation}, more than the allowed {max_bad_fraction:.1%}.",
             f"{COPY_AGAIN}\nTo use the samples before its end, add --max-bad-fraction {enough:g}.",
         )
     shards = (dataclasses.replace(shard, is_cut=number in cut_off) for number, shard in enumerate(dataset.shards))
-    return dataclasses.replace(dataset, shards=tuple(shards))
+    return dataclasses.replace(dataset, shards=tuple(shards), truncation=truncation)
 
 
 def _validate_shards(dataset: Dataset) -> None:

@@ -121,6 +121,13 @@ class Images(Slices):
             slices.append(pa.RecordBatch.from_pylist(pending, _SCHEMA))
         return _Listed(slices, class_names, several)
 
+    def column_names(self) -> list[str]:
+        """Return the names of the columns of a list; of a folder none."""
+        if self.columns is None:
+            return []
+        with local_file(self.source) as file:
+            return list(map(str, next(_read_frames(self.source, file, self.list_format)).columns))
+
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes, where every image of a folder is in a folder of its class."""

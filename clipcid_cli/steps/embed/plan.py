@@ -13,6 +13,7 @@ import msgspec
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_described
+from clipcid_cli.formats.data.folders_and_lists import Images
 from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES
 from clipcid_cli.formats.data.texts import open_texts
@@ -20,8 +21,15 @@ from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.manifest import FINISHED, read_manifest, read_unfinished
 from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.fingerprint import FileRecord, find_lost, record_together
-from clipcid_cli.formats.output import OutputSpec, find_output, is_claimed, other_run_error, unfinished
-from clipcid_cli.formats.sidecar import EmbedSidecar, TextsSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.output import (
+    OutputSpec,
+    compare_settings,
+    find_output,
+    is_claimed,
+    other_run_error,
+    unfinished,
+)
+from clipcid_cli.formats.sidecar import DataSpec, EmbedSidecar, TextsSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.augment import STRONG
@@ -39,10 +47,20 @@ ELSEWHERE = "--work, or --out of clipcid embed"
 # Settings in the sidecar that are known once the model is loaded.
 _OF_MODEL = ("weights", "tokenizer", "precision", "batch_size", "preprocess")
 
+# The flags that decide which rows a list has, by their names in the record of the data.
+_OF_ROWS = {
+    "image": "image_column",
+    "caption": "caption_column",
+    "key": "key_column",
+    "list_separator": "list_separator",
+    "list_encoding": "list_encoding",
+}
+
 # Steps whose output is a folder that someone might give as --out.
 _OTHER_OUTPUTS = ("balance", "cluster", "distill", "export")
 
 _LOOKED_AT = 100  # samples, for captions of every key
+_NAMED_COLUMNS = 12
 
 EmbeddedSidecar = EmbedSidecar | TextsSidecar
 
@@ -144,13 +162,7 @@ def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
         step = EMBED
         folder = settings.out or choose_embeddings(settings.work, name)
         if settings.text and not _has_captions(dataset):
-            place = "put captions next to the images (.txt), or name their place with --caption-key."
-            if dataset.kind in ("list", "parquet"):
-                place = f"name their column with {'--caption-key' if dataset.caption_keys else '--caption-column'}."
-            raise ClipcidError(
-                f"{dataset.spec}: no sample of the first shard has a caption{_name_keys(dataset)}.",
-                f"{without_text}\nOr {place}" if without_text else f"{place[0].upper()}{place[1:]}",
-            )
+            raise _no_captions_error(dataset, without_text)
         if settings.text:
             _note_lines(dataset)
             _warn_of_empty_keys(dataset)
@@ -180,10 +192,20 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
         there = [record.input for record in read_manifest(folder, "Add --overwrite to replace it.")]
     lost = find_lost(there, plan.shards)
     if lost and not plan.settings.overwrite:
-        raise other_run_error(f"{folder} holds {step} output", {"inputs": lost}, ELSEWHERE)
+        flags = _compare_reading(sidecar.data, plan.dataset) if isinstance(sidecar, EmbedSidecar) else {}
+        raise other_run_error(f"{folder} holds {step} output", flags or {"inputs": lost}, ELSEWHERE)
     begun = unfinished(folder, step)
     is_begun = begun is not None and [each.content for each in begun.inputs] == [plan.input.content]
     return dataclasses.replace(plan, is_begun=is_begun, may_grow=not lost)
+
+
+def _compare_reading(there: DataSpec, dataset: Dataset) -> dict[str, str]:
+    """Return the flags by which the same list is read otherwise than before: it has other rows, though nobody changed it."""
+    now = dataset.describe()
+    if dataset.kind != "list" or there.spec != now.spec:
+        return {}
+    before, after = ({flag: getattr(each, name) for name, flag in _OF_ROWS.items()} for each in (there, now))
+    return compare_settings(before, after)
 
 
 def _open_data(settings: EmbedSettings) -> Dataset:
@@ -211,6 +233,21 @@ def choose_text(settings: EmbedSettings) -> bool:
         return True
     reporting.note(f"{dataset.spec} has no captions{_name_keys(dataset)}: only its images are embedded.")
     return False
+
+
+def _no_captions_error(dataset: Dataset, without_text: str) -> ClipcidError:
+    """Return the error for data without captions: of a list they are mostly in a column of another name."""
+    problem = f"{dataset.spec}: no sample of the first shard has a caption{_name_keys(dataset)}"
+    fixes = ["Put captions next to the images (.txt), or name their place with --caption-key."]
+    if dataset.kind in ("list", "parquet"):
+        fixes = [f"Name their column with {'--caption-key' if dataset.caption_keys else '--caption-column'}."]
+    if without_text:
+        fixes.insert(1 if dataset.kind == "list" else 0, without_text)
+    images = dataset.shards[0].slices
+    if isinstance(images, Images) and (columns := images.column_names()):
+        problem += f"; the list has the columns {', '.join(columns[:_NAMED_COLUMNS])}"
+    others = [f"Or {fix[0].lower()}{fix[1:]}" for fix in fixes[1:]]
+    return ClipcidError(f"{problem}.", "\n".join([fixes[0], *others]))
 
 
 def _name_keys(dataset: Dataset) -> str:

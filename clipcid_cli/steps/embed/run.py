@@ -330,7 +330,9 @@ def _count_images(plan: EmbedPlan, records: Sequence[ShardRecord], skips: Skips)
     captions = note_captions(plan.dataset) if plan.settings.text else {}
     if skips.total:
         reporting.warn(f"Samples skipped: {skips.total:,}\n{skips.describe()}")
-    return {"read": read, "skipped": dict(sorted(skips.counts.items())), **adapted, **captions}
+    counts = {"read": read, "skipped": dict(sorted(skips.counts.items())), **adapted, **captions}
+    truncation = plan.dataset.truncation
+    return counts if truncation is None else counts | {"missing_fraction": round(truncation.fraction, 4)}
 
 
 def _describe_model(model: ClipModel) -> dict[str, Any]:

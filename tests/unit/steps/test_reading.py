@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -233,6 +234,22 @@ def test_all_shards_are_looked_at(shards: Path, context: DistContext, tmp_path: 
     assert check(indexed, context, dry_run=False) == [said]  # the run names them at its end
 
 
+def test_what_is_missing_of_a_truncated_shard_is_told(context: DistContext, tmp_path: Path) -> None:
+    for number in range(4):
+        path = write_tar(tmp_path / f"data/{number}.tar", shard_members(4 * number, 4))
+    os.truncate(path, path.read_bytes().index(b"000014.png") + 600)
+    dataset = open_dataset(tmp_path / "data", index_root=tmp_path / "index", max_bad_fraction=0.2)
+    for opened in (dataset, ensure_index(dataset, context, 0)):
+        first, *_ = check(opened, context, dry_run=False)
+        assert first.startswith(f"Shard {path} is truncated: 000014.png should end at byte ")
+        assert re.search(r"; about \d+\.\d% of the data is missing; its samples before the end are used\.$", first)
+    again = open_dataset(tmp_path / "data", index_root=tmp_path / "index", max_bad_fraction=0.2)
+    assert again.index is not None
+    assert again.truncation is not None
+    assert dataset.truncation is not None
+    assert again.truncation.fraction == dataset.truncation.fraction
+
+
 @pytest.mark.parametrize("keys", ["sample", "shard"])
 def test_samples_that_training_skips_are_listed(context: DistContext, tmp_path: Path, keys: str) -> None:
     members = [*shard_members(0, 3), ("alone.txt", b"a"), ("mute.png", make_image(9))]
@@ -261,6 +278,15 @@ def test_samples_of_which_none_can_be_used_end_a_run(context: DistContext, tmp_p
     for number in range(20):
         (tmp_path / f"{number}.png").write_bytes(make_image(number) if number == 3 else b"no image")
     assert "14 cannot be decoded" in check(dataset, context, dry_run=dry_run)[0]
+
+
+def test_paths_of_a_windows_machine_are_told_as_such(context: DistContext, tmp_path: Path) -> None:
+    rows = "".join(f"C:\\Users\\me\\photos\\{number}.png,a,{number}\n" for number in range(3))
+    (tmp_path / "list.csv").write_text(f"filepath,title,key\n{rows}")
+    with pytest.raises(ClipcidError, match="none can be used") as told:
+        check(open_dataset(tmp_path / "list.csv"), context)
+    assert told.value.fix.startswith("C:/Users/me/photos/0.png is a path of a Windows machine, which cannot exist here")
+    assert "--list-root DIR" in told.value.fix
 
 
 def test_a_dry_run_says_what_servers_answer(context: DistContext, tmp_path: Path) -> None:
