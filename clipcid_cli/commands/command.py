@@ -16,7 +16,7 @@ import types
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from click.core import ParameterSource
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.files import read_regular
 from clipcid_cli.formats.trust import validate_work
+from clipcid_cli.runtime.interruption import starts_over
 from clipcid_cli.runtime.libraries import importing, set_openmp_spins
 from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.embed import embedding_as
@@ -81,7 +82,8 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
         validate_work(settings.work)
     with importing():
         module = importlib.import_module(step)
-    with reporting_to(reporter):
+    # A dry run leaves nothing to continue.
+    with reporting_to(reporter), starts_over() if settings.dry_run else nullcontext():
         result = module.run(settings)
     if not is_main:
         return
