@@ -16,7 +16,7 @@ import types
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from click.core import ParameterSource
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.files import read_regular
 from clipcid_cli.formats.trust import validate_work
+from clipcid_cli.runtime.interruption import starts_over
 from clipcid_cli.runtime.libraries import importing, set_openmp_spins
 from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.embed import embedding_as
@@ -81,7 +82,8 @@ def run_step(settings: SharedSettings, step: str, show: Show) -> None:
         validate_work(settings.work)
     with importing():
         module = importlib.import_module(step)
-    with reporting_to(reporter):
+    # A dry run leaves nothing to continue.
+    with reporting_to(reporter), starts_over() if settings.dry_run else nullcontext():
         result = module.run(settings)
     if not is_main:
         return
@@ -286,7 +288,10 @@ def _variables(command: click.Command) -> set[str]:
 
 
 def load_config(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Click callback of ``--config``: make the file's table for this command, ``num-clusters = 9``, its flags' defaults."""
+    """Click callback of ``--config``: make the file's table for this command, ``num-clusters = 9``, its flags' defaults.
+
+    The tables of all commands are checked, so that no misspelt key goes unnoticed until its own command runs.
+    """
     if path is None or ctx.resilient_parsing:
         return path
     try:
@@ -300,7 +305,8 @@ def load_config(ctx: click.Context, parameter: click.Parameter, path: Path | Non
             f"--config {path} is not TOML: {error}.",
             "Write one table per command, e.g. [balance], texts in quotes, and switches as true or false.",
         ) from error
-    commands = list(_sibling_commands(ctx))
+    commands = _sibling_commands(ctx)
+    values: dict[str, dict[str, Any]] = {}
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise UsageError(
@@ -310,13 +316,16 @@ def load_config(ctx: click.Context, parameter: click.Parameter, path: Path | Non
             close = difflib.get_close_matches(name, commands, n=1)
             hint = f"Did you mean [{close[0]}]?" if close else f"Tables are: {', '.join(commands)}."
             raise UsageError(f"{path}: [{name}] is not a command.", hint)
-    ctx.default_map = _read_table(ctx, path, tables.get(ctx.command.name or "", {}))
+        command = commands[name]
+        assert command is not None
+        values[name] = _read_table(command, path, table)
+    ctx.default_map = values.get(ctx.command.name or "", {})
     return path
 
 
-def _read_table(ctx: click.Context, path: Path, table: dict[str, Any]) -> dict[str, Any]:
+def _read_table(command: click.Command, path: Path, table: dict[str, Any]) -> dict[str, Any]:
     spellings: dict[str, click.Parameter] = {}
-    for parameter in ctx.command.params:
+    for parameter in command.params:
         assert parameter.name is not None
         for flag in (parameter.name, *parameter.opts):
             spellings[flag.lstrip("-").replace("-", "_")] = parameter
@@ -326,12 +335,12 @@ def _read_table(ctx: click.Context, path: Path, table: dict[str, Any]) -> dict[s
         if found is None or found.name in (None, "config"):
             close = difflib.get_close_matches(key.replace("-", "_"), spellings, n=1)
             hint = f"Did you mean {close[0].replace('_', '-')}?" if close else "Keys are spelled like the flags."
-            raise UsageError(f"{path}: [{ctx.command.name}] has an unknown key {key!r}.", hint)
+            raise UsageError(f"{path}: [{command.name}] has an unknown key {key!r}.", hint)
         try:
             values[found.name] = _as_text(found, value)
         except TypeError as error:
             raise UsageError(
-                f"{path}: [{ctx.command.name}] {key} is {value!r}, not {error}.",
+                f"{path}: [{command.name}] {key} is {value!r}, not {error}.",
                 "Write it as the flag's help describes it.",
             ) from error
     return values

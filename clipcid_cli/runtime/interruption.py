@@ -40,11 +40,12 @@ def ends_when_saved(describe: Callable[[], str]) -> Iterator[None]:
 def starts_over() -> Iterator[None]:
     """Let what is said at a signal within the block promise no resumption: the same command begins anew."""
     global _resumes
+    before = _resumes
     _resumes = False
     try:
         yield
     finally:
-        _resumes = True
+        _resumes = before
 
 
 def is_asked() -> bool:

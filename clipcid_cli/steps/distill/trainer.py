@@ -222,10 +222,14 @@ class Trainer:
                 values = {name: value if math.isfinite(value) else str(value) for name, value in losses.items()}
                 found = {"step": step, "losses": values, "loss": str(loss), "gradient_norm": str(norm)}
                 write_json(path, found | {"keys": self.batches.keys(step)})
+        bad = [f"{name} {value:g}" for name, value in losses.items() if not math.isfinite(value)]
+        of = f" ({', '.join(bad)}; the others are finite)" if 0 < len(bad) < len(losses) else ""
+        remedies = "Lower --lr, lengthen --warmup, or train in --precision fp32. Each starts"
+        if self.student.precision.name == "fp32":
+            remedies = "Lower --lr or lengthen --warmup. Either starts"
         raise ClipcidError(
-            f"Training diverged at step {step:,}: loss {loss:g}, gradient norm {norm:g}.{where}",
-            "Lower --lr, lengthen --warmup, or train in --precision fp32. Each starts a new run; under another --name "
-            "this run's checkpoints stay.",
+            f"Training diverged at step {step:,}: loss {loss:g}{of}, gradient norm {norm:g}.{where}",
+            f"{remedies} a new run; under another --name this run's checkpoints stay.",
         )
 
     def _is_asked_to_end(self, step: int) -> bool:

@@ -32,6 +32,7 @@ from clipcid_cli.runtime.distributed import open_dist_context, rendezvous_all
 from clipcid_cli.runtime.pipeline import ordered_map
 
 _INTERRUPTED = "Interrupted. Run the same command again to continue where it stopped."
+_INTERRUPTED_AFRESH = "Interrupted. Run the same command again."
 _INVOKE = ("clipcid_cli.cli:cli", "invoke")
 
 
@@ -127,19 +128,20 @@ def wait_until_ready(run: forks.Started) -> None:
         ("balance", _INVOKE, sleep, signal.SIGTERM, _INTERRUPTED),
         ("balance", _INVOKE, sleep, signal.SIGINT, _INTERRUPTED),
         ("balance", _INVOKE, sleep_in_a_library, signal.SIGTERM, _INTERRUPTED),
+        ("export", ("clipcid_cli.steps.export.run", "_run"), sleep, signal.SIGTERM, _INTERRUPTED_AFRESH),
         (
-            "export",
-            ("clipcid_cli.steps.export.run", "_run"),
+            "distill --student s --dry-run",
+            ("clipcid_cli.steps.distill.run", "run"),
             sleep,
-            signal.SIGTERM,
-            _INTERRUPTED.partition(" to ")[0] + ".",
+            signal.SIGINT,
+            _INTERRUPTED_AFRESH,
         ),
     ],
 )
 def test_a_signal_ends_the_run_at_once_and_says_how_to_continue(
     command: str, replaced: tuple[str, str], function: Callable[..., None], number: int, said: str, tmp_path: Path
 ) -> None:
-    run = start_clipcid(command, cwd=tmp_path, hook=functools.partial(put, *replaced, function))
+    run = start_clipcid(*command.split(), cwd=tmp_path, hook=functools.partial(put, *replaced, function))
     wait_until_ready(run)
     run.send_signal(number)
     assert run.wait(30) == 128 + number  # of 60 seconds in which it would sleep

@@ -79,6 +79,20 @@ def test_what_a_loss_may_not_return_is_one_error(body: str, message: str, tmp_pa
         compute(torch.ones(3, 2, requires_grad=True))
 
 
+@pytest.mark.parametrize(
+    ("precision", "fix"),
+    [("fp32", "Lower --lr or lengthen --warmup. Either"), ("bf16", "Lower --lr, lengthen --warmup, or train in --pre")],
+)
+def test_a_loss_that_is_not_finite_is_named(precision: str, fix: str, tmp_path: Path, tiny_shards: Path) -> None:
+    path = tmp_path / "my_losses.py"
+    path.write_text("def mine(batch):\n    return batch.image_BD.sum() * float('nan')\n")
+    settings: dict[str, Any] = {"student": str(write_student(tmp_path)), "preset": "clip", "teacher": ("none",)}
+    settings |= {"loss": (f"{path}:mine=1",), "precision": precision, "steps": 1}
+    with pytest.raises(ClipcidError, match=r"loss nan \(mine nan; the others are finite\), gradient") as raised:
+        train(tmp_path / "work", tiny_shards, **settings)
+    assert raised.value.fix.startswith(fix)
+
+
 def test_a_file_that_fails_is_told_before_anything_is_read(tmp_path: Path) -> None:
     path = tmp_path / "my_losses.py"
     path.write_text("import no_such_module\ndef mine(batch): ...\n")

@@ -57,6 +57,15 @@ def test_precedence_is_flag_environment_file_default(group: click.Group, tmp_pat
     assert call(group, "--config", str(config), "--share", "0.9", env=environment)["share"] == 0.9
 
 
+def test_a_misspelt_key_of_another_command_is_an_error(group: click.Group, tmp_path: Path) -> None:
+    group.add_command(PageCommand("other", params=build_parameters("other", ExampleSettings)))
+    config = tmp_path / "c.toml"
+    config.write_text("[example]\nshare = 0.1\n[other]\nshaer = 0.2\n")
+    with pytest.raises(UsageError, match=r"\[other\] has an unknown key 'shaer'") as raised:
+        call(group, "--config", str(config))
+    assert raised.value.fix == "Did you mean share?"
+
+
 def test_a_bad_value_of_the_environment_is_told_by_its_variable(group: click.Group) -> None:
     result = CliRunner().invoke(group, ["example"], env={"CLIPCID_EXAMPLE_SHARE": "half"})
     assert "Invalid value for CLIPCID_EXAMPLE_SHARE: 'half' is not a valid number" in result.output
