@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+_LEAST_SHOWN = 1e-4  # smaller numbers would be printed as 2.1e-05
+
 
 class Progress:
     """A progress bar; this one is not shown."""
@@ -65,5 +67,5 @@ def format_duration(seconds: float) -> str:
     """Print a time as a person would: 8 s, 12 min, 3.4 h, 5.2 days, 120 days."""
     for limit, unit, name in ((99.5, 1, "s"), (5_970, 60, "min"), (172_800, 3600, "h"), (8_596_800, 86_400, "days")):
         if seconds < limit:
-            return f"{seconds / unit:.2g} {name}"
+            return f"{max(seconds / unit, _LEAST_SHOWN):.2g} {name}"
     return f"{seconds / 86_400:,.0f} days"
