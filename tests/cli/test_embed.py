@@ -300,6 +300,6 @@ def test_a_model_that_no_process_can_load_is_told_once(torchrun: Clipcid, tiny_m
     write_tar(tmp_path / "data" / "00000.tar", shard_members(0, 3))
     run = torchrun(2, "embed", tmp_path / "data", "--model", broken, "--out", tmp_path / "emb", check=False)
     assert run.returncode != 0
-    told = [line for line in run.stderr.splitlines() if line.startswith("Error:") and "could not be loaded" in line]
+    told = [line for line in run.stderr.splitlines() if line.startswith("Error:") and "has 1,000 bytes" in line]
     assert len(told) == 1
     assert not (tmp_path / "emb" / "img_emb").exists()

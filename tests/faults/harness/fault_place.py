@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import forks
+import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import Run, write_inputs
 from fault_child import count_operations, read_operations
@@ -176,6 +177,9 @@ _MEASURED = {"checksum", "seconds", "time", "samples_per_second", "images_per_se
 _NUMBERS = re.compile(rb"\d[\d.,]*")
 _FOR_PEOPLE = (".html", ".md")  # their numbers are rounded ones of the JSON files
 _MANIFEST = "manifest.parquet"  # has the times of the files that it records
+# An index, and what is matched by it, know each data file by its inode and times, which every copy of the place has anew.
+_INDEXED = re.compile(r"/index/")
+_MATCHED = re.compile(r"/matched-[0-9a-f]+/")
 _WITH_TIMES = (*_FOR_PEOPLE, ".json", ".jsonl", _MANIFEST)
 
 
@@ -183,14 +187,28 @@ def read_tree(place: Path) -> Tree:
     """Read all files and folders below a place, without what was measured: times, rates, and who held a lock."""
     tree = {}
     for path in sorted(place.rglob("*")):
-        name = str(path.relative_to(place))
+        name = _MATCHED.sub("/matched/", f"{path.relative_to(place)}/").removesuffix("/")
         if path.is_dir():
             tree[name + "/"] = b""
+        elif _INDEXED.search(name):
+            tree[name] = _without_stamps(path)
         elif path.suffix == ".lock":
             tree[name] = b""
         else:
             tree[name] = _without_times(path)
     return tree
+
+
+def _without_stamps(path: Path) -> bytes:
+    content = path.read_bytes()
+    try:
+        if path.suffix == ".arrow":
+            return repr(pa.ipc.open_file(pa.BufferReader(content)).read_all().to_pylist()).encode()
+        if path.suffix == ".parquet":
+            return repr(pq.read_table(io.BytesIO(content)).num_rows).encode()
+    except (pa.ArrowInvalid, OSError):  # half a file
+        return content
+    return b"" if path.suffix == ".json" else content
 
 
 def _without_times(path: Path) -> bytes:
