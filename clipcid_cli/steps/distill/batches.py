@@ -314,6 +314,10 @@ class Batches:
     def __len__(self) -> int:
         return self._samples.total
 
+    def resized(self, batch_size: int) -> Batches:
+        """Return batches of another size of the same samples."""
+        return Batches(self._inputs, self._make, self._clusters, batch_size, self._seed, self._context)
+
     def load(self, steps: range, workers: int) -> Generator[TrainingBatch]:
         """Yield this process's part of each step's batch, ready to train on; made by workers, finished one step ahead."""
         dealt = deque[DealtBatch]()

@@ -1,10 +1,14 @@
-"""What a training run takes, measured: three real steps, and the teacher on one batch. Nothing is written."""
+"""What a training run takes, measured: three real steps, and the teacher on one batch, or parts of these on a slow CPU.
+
+Nothing is written.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,7 +26,7 @@ from clipcid_cli.runtime.pipeline import HostMemory, estimate_host_memory
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.distill.batches import TrainingBatch
+from clipcid_cli.steps.distill.batches import Batches, TrainingBatch
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.distill.teacher import SAMPLES_AT_ONCE
 from clipcid_cli.steps.distill.trainer import Trainer
@@ -32,6 +36,12 @@ from clipcid_cli.steps.evaluate.result import Preview
 _MEASURED = 3
 # The first step also allocates, and compiles with --torchcompile.
 _WARM_UP = 1
+# On a CPU a step of few samples of each process tells whether whole batches may take longer than so many seconds a step.
+# Where they may, a step of at least eight times as many samples tells what each further one takes: with fewer the time of
+# the optimiser, which is the same for all, hides it.
+_SMALL_PART = 8
+_LEAST_PARTS = 8
+_LONGEST_STEP = 10.0
 _SIZES_LOOKED_AT = 8
 # Images of more pixels on the shorter side are worth making smaller before training.
 _ADVISED_SIDE = 256
@@ -45,6 +55,15 @@ class TeacherCost(msgspec.Struct):
     share: float  # its share of a step that runs it
     # Epochs after which embedding everything once has cost less than running the teacher in each step.
     break_even: float
+
+
+class _Steps(NamedTuple):
+    """What a step takes: seconds to prepare its batch on one core, seconds to train on it, and the memory in use."""
+
+    batch_seconds: float
+    step_seconds: float
+    memory: int  # bytes
+    how: str  # how these are known
 
 
 class DistillCost(msgspec.Struct):
@@ -72,7 +91,8 @@ class DistillCost(msgspec.Struct):
 def estimate_cost(trainer: Trainer) -> DistillCost:
     """Estimate what a run takes, for ``--dry-run``."""
     plan = trainer.plan
-    batch_seconds, step_seconds, memory = _measure_steps(trainer)
+    measured = _measure_steps(trainer)
+    batch_seconds, step_seconds = measured.batch_seconds, measured.step_seconds
     # Workers prepare batches during the steps; without any, one follows the other.
     data_seconds = batch_seconds / max(1, plan.workers)
     seconds_per_step = step_seconds + data_seconds if plan.workers == 0 else max(step_seconds, data_seconds)
@@ -82,7 +102,7 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
     teacher = _measure_teacher(trainer, step_seconds)
     reporting.note(
         f"A step of {plan.batch_size:,} takes {1e3 * step_seconds:,.0f} ms, preparing its batch "
-        f"{1e3 * batch_seconds:,.0f} ms of one core (medians of {_MEASURED}).\n"
+        f"{1e3 * batch_seconds:,.0f} ms of one core ({measured.how}).\n"
         f"Held out: {plan.inputs.held_out.total:,} samples."
     )
     if plan.workers:
@@ -111,7 +131,7 @@ def estimate_cost(trainer: Trainer) -> DistillCost:
         steps=plan.steps,
         samples=plan.steps * plan.batch_size,
         parameters=trainer.student.model.info.parameters,
-        memory_bytes=memory,
+        memory_bytes=measured.memory,
         host_memory_bytes=host.total,
         shared_memory_bytes=host.shared,
         seconds_per_step=round(seconds_per_step, 4),
@@ -133,18 +153,53 @@ def _measure_shorter_side(dataset: Dataset) -> float:
     return statistics.median([min(size) for size in sizes if isinstance(size, tuple)] or [0])
 
 
-def _measure_steps(trainer: Trainer) -> tuple[float, float, int]:
-    """Return the time to prepare a batch and to train on it, medians in seconds, and the memory in use."""
+def _measure_steps(trainer: Trainer) -> _Steps:
+    """Time steps of whole batches, or where these take long on a CPU estimate them from parts."""
+    plan = trainer.plan
+    context = trainer.context
+    whole = trainer.batches
+    reporting.note(f"Timing steps of {plan.batch_size:,} samples.")
+    accum_freq = plan.settings.accum_freq
+    small = context.size * max(_SMALL_PART, accum_freq)
+    # Compiled towers would be compiled once more for each size.
+    if context.device.type == "cuda" or plan.settings.torchcompile or plan.batch_size <= _LEAST_PARTS * small:
+        return _time_steps(trainer, whole)
+    one = _time_steps(trainer, whole.resized(small), repeats=1)
+    parts = context.broadcast(int(_LONGEST_STEP / one.step_seconds))
+    if parts * small >= plan.batch_size:
+        return _time_steps(trainer, whole)
+    larger = small * max(_LEAST_PARTS, parts)
+    reporting.note(
+        f"A step of {small:,} takes {one.step_seconds:,.1f} s: one of {larger:,} tells what whole ones take."
+    )
+    several = _time_steps(trainer, whole.resized(larger), warm_up=0, repeats=1)
+    dealt = next(whole.deal(range(1)))
+    made = time_trial(partial(whole.make, dealt), warm_up=0)
+    further = (plan.batch_size - larger) / (larger - small)
+    return _Steps(
+        batch_seconds=made.seconds,
+        step_seconds=several.step_seconds + further * max(0.0, several.step_seconds - one.step_seconds),
+        memory=several.memory + int(further * max(0, several.memory - one.memory)),
+        how=f"estimated from parts of a batch, {small:,} and {larger:,} samples",
+    )
+
+
+def _time_steps(trainer: Trainer, batches: Batches, warm_up: int = _WARM_UP, repeats: int = _MEASURED) -> _Steps:
     device = trainer.context.device
     prepared, trained = list[float](), list[float]()
-    for dealt in trainer.batches.deal(range(_WARM_UP + _MEASURED)):
-        made = time_trial(partial(trainer.batches.make, dealt), warm_up=0)
+    for dealt in batches.deal(range(warm_up + repeats)):
+        made = time_trial(partial(batches.make, dealt), warm_up=0)
         prepared.append(made.seconds)
-        batch = trainer.batches.finish(dealt, made.result)
+        batch = batches.finish(dealt, made.result)
         step = time_trial(partial(trainer.step, batch), device, warm_up=0)
         trained.append(step.seconds)
-    trainer.read(len(trained), step.result)  # which refuses steps that diverged
-    return statistics.median(prepared[_WARM_UP:]), statistics.median(trained[_WARM_UP:]), memory_in_use(device)
+    trainer.read(trainer.state.step, step.result)  # which refuses steps that diverged
+    return _Steps(
+        batch_seconds=statistics.median(prepared[warm_up:]),
+        step_seconds=statistics.median(trained[warm_up:]),
+        memory=memory_in_use(device),
+        how=f"medians of {repeats}",
+    )
 
 
 def _estimate_host_memory(trainer: Trainer) -> HostMemory:
@@ -208,6 +263,11 @@ def _time_teacher(teacher: ClipModel, count: int, requested: str) -> tuple[float
         def encode_all() -> list[torch.Tensor]:
             return [encode(part, precision) for part in torch.split(inputs, SAMPLES_AT_ONCE)]
 
+        if teacher.device.type == "cpu" and count > _SMALL_PART:
+            part = time_trial(lambda: encode(inputs[:_SMALL_PART], precision), warm_up=_WARM_UP)
+            estimate = part.seconds * count / _SMALL_PART
+            if estimate > _LONGEST_STEP:
+                return estimate
         return time_trial(encode_all, teacher.device, warm_up=_WARM_UP, repeats=_MEASURED).seconds
 
     return measure(teacher.encode_images, pixels), measure(teacher.encode_texts, tokens)
