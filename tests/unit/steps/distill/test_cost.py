@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from balance_data import heard
 from teaching_data import write_captions, write_student
 
+from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill import cost, run
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -62,3 +65,16 @@ def test_whole_steps_are_made_only_where_they_are_short(
     assert isinstance(found, cost.DistillCost)
     if pause:
         assert found.seconds_per_step == pytest.approx(80 * pause, rel=0.5), "nearly all of it are the pauses"
+
+
+@pytest.mark.parametrize(("longest_step", "sizes"), [(0.0, [8, 8]), (60.0, [8, 8, 20, 20, 20, 20])])
+def test_a_teacher_that_takes_long_is_timed_on_few_samples(
+    longest_step: float, sizes: list[int], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "_LONGEST_STEP", longest_step)
+    teacher = load_model(parse_model(str(tiny_model)), torch.device("cpu"))
+    shown = list[int]()
+    teacher.module.visual.conv1.register_forward_pre_hook(lambda _, inputs: shown.append(len(inputs[0])))
+    images, texts = cost._time_teacher(teacher, 20, "fp32")
+    assert shown == sizes
+    assert min(images, texts) > 0
