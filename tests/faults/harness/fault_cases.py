@@ -187,8 +187,8 @@ def list_recorded(site: Site, step: Step, chance: random.Random) -> list[str]:
         found += [sidecar.parent / entry["path"] for entry in entries]
     for manifest in work.rglob("manifest.parquet"):
         found += [manifest.parent / each.path for each in all_files(read_manifest(manifest.parent, ""))]
-    found += work.glob("index/*/*.arrow")
-    return sorted({os.path.relpath(path, site.before(step)) for path in found})
+    # Of an index, each copy of the place makes its own: it knows data files by inode and times. Its tests damage it.
+    return sorted({os.path.relpath(path, site.before(step)) for path in found if "index" not in path.parts})
 
 
 def run_replaced(site: Site, step: Step, name: str) -> Result:
