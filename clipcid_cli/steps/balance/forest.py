@@ -35,8 +35,7 @@ from clipcid_cli.formats.sidecar import ForestSidecar
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.chunks import Search, run_chunks
-from clipcid_cli.steps.balance.partition import find_sampled, partitioned
+from clipcid_cli.steps.balance.search import Search, find_nearest, run_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +91,7 @@ def _find(run: BalanceRun, cutoff: float | None, num_edges: int) -> tuple[Forest
     elif earlier is not None and not is_enough(forest):
         forest = _search_new(run, *earlier)
     for_stars = settings.linkage == "star"
-    estimator = CutoffEstimator(len(rows.unique), partial(find_sampled, run, count=1), for_stars)
+    estimator = CutoffEstimator(len(rows.unique), partial(find_nearest, run, count=1), for_stars)
     while not is_enough(forest):
         if forest.cutoff:
             say_it_is_short(forest)
@@ -121,6 +120,8 @@ def _search_all(run: BalanceRun, known: Edges, reach: float) -> Forest:
     """Compare all rows with all, or those that are near in partitions, given some edges of the forest."""
     # At the largest distance only a search of all pairs is sure to find what is missing.
     if run.settings.neighbors == "partitioned" and reach < FARTHEST:
+        from clipcid_cli.steps.balance.partition import partitioned
+
         with partitioned(run, reach) as found:
             if found is not None:
                 return _search(run, *found, known, reach)

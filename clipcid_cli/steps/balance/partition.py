@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.kmeans.centroids import rows_as_centroids
 from clipcid_cli.algorithms.kmeans.lloyd import LloydState, Processes, run_lloyd
 from clipcid_cli.algorithms.metrics.intervals import clopper_pearson
 from clipcid_cli.algorithms.near.block import read_stored
-from clipcid_cli.algorithms.near.cutoff import Neighbours, draw_sample, find_neighbours
+from clipcid_cli.algorithms.near.cutoff import draw_sample
 from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
 from clipcid_cli.algorithms.near.partitions import (
     NEIGHBOURS,
@@ -28,9 +28,9 @@ from clipcid_cli.formats.arrays import Arrays, create_mapped, spool_arrays
 from clipcid_cli.formats.embeddings.rows import open_copies
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.groups import copy_rows, temporary_copies
 from clipcid_cli.steps.balance.result import Audit
+from clipcid_cli.steps.balance.search import Search, find_nearest, run_chunks
 
 # Where this share of all pairs would be compared, all of them may as well be.
 _MAX_FRACTION = 0.5
@@ -62,7 +62,7 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
     number = len(unique)
     sample = draw_sample(number, SAMPLE_ROWS, seed=1)
     start, stop = _share(run)
-    neighbours = find_sampled(run, sample, NEIGHBOURS)
+    neighbours = find_nearest(run, sample, NEIGHBOURS)
     margin, visits = context.on_rank0(lambda: measure_margin(partitions, read, unique, sample, neighbours, reach))
     if number * number / len(partitions) * (0.5 + visits) > _MAX_FRACTION * number * (number - 1) / 2:
         return None
@@ -113,14 +113,6 @@ def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
 def _share(run: BalanceRun) -> tuple[int, int]:
     """Return this process's share of the unique rows, in whole blocks of those that are assigned together."""
     return run.context.block_range(len(run.rows.unique), _ROWS_ASSIGNED[run.context.device.type])
-
-
-def find_sampled(run: BalanceRun, sample: IntArray, count: int) -> Neighbours:
-    """Find so many nearest neighbours of some unique rows, by their places, ascending: each process in its share of all."""
-    context, unique = run.context, run.rows.unique
-    own = context.rank_range(len(unique))
-    found = context.on_all(lambda: find_neighbours(run.rows.read, unique, sample, count, context.device, own))
-    return Neighbours.nearest(context.gather(found), count)
 
 
 def _find_partitions(run: BalanceRun) -> Partitions:

@@ -35,12 +35,12 @@ from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.results.forest import SetTable
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import BalanceRows, BalanceRun
-from clipcid_cli.steps.balance.chunks import Search, run_chunks
+from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.forest import Forest, find_forest
 from clipcid_cli.steps.balance.groups import Groups, Share, find_places, readable
 from clipcid_cli.steps.balance.result import OtherLinkageResult
-from clipcid_cli.steps.balance.scores import SCORES
+from clipcid_cli.steps.balance.rows import BalanceRows
+from clipcid_cli.steps.balance.search import Search, run_chunks
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
 _STAR_STEP = 1.05
@@ -54,6 +54,8 @@ _MAX_FOUND = 2**23
 # Pairs of a star cover, and the memory that each takes while they are sorted and covered (measured).
 _MAX_COLLECTED = 2**26
 _BYTES_A_PAIR = 75
+# Rules of --select that look at the rows of a set; the others score each image by itself.
+_BY_ROWS = ("central", "medoid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +190,7 @@ def _make_components(run: BalanceRun, forest: Edges, threshold: float | None) ->
     def make() -> Arrays:
         part = forest[:0] if threshold is None else forest.up_to(threshold)
         labels = connected_components(len(run.rows), part.a, part.b)
-        if threshold is not None and run.settings.select in SCORES:
+        if threshold is not None and run.settings.select not in _BY_ROWS:
             return labels, _best_by_score(run, labels)
         return (labels,)
 
@@ -345,6 +347,8 @@ def _choose_representatives(run: BalanceRun, share: Share) -> IntArray:
 
 def _best_by_score(run: BalanceRun, labels: IntArray) -> IntArray:
     """Choose the representative of each row by a score of each image, integers [N]."""
+    from clipcid_cli.steps.balance.scores import SCORES
+
     scores = np.zeros(len(labels))
     # The rows of sets of two or more: the others need no score.
     members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)

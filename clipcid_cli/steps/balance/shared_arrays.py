@@ -20,6 +20,8 @@ from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.files import write_error, write_npy
 from clipcid_cli.runtime.distributed import DistContext
 
+_FOLDER = ".shared"
+
 
 @dataclasses.dataclass(frozen=True)
 class SharedArrays:
@@ -30,13 +32,13 @@ class SharedArrays:
 
     @property
     def _folder(self) -> Path:
-        return self.work / ".shared"
+        return self.work / _FOLDER
 
     def publish(self, make: Callable[[], Arrays]) -> Arrays:
         """Make arrays on the first process and return them, read-only, on every process.
 
         Where all processes are on one host, the files are gone when this returns: the maps keep their content. Another host
-        reads what it has mapped from the disk whenever it needs it, so there they stay until `clear`.
+        reads what it has mapped from the disk whenever it needs it, so there they stay until `remove_shared`.
         """
         context = self.context
         if context.size == 1:
@@ -96,10 +98,6 @@ class SharedArrays:
             step *= 2
         return self.publish(result)
 
-    def clear(self) -> None:
-        """Remove the files of all arrays: of this run, when no process reads them any more, or of one that was killed."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
     def _new_place(self) -> Path:
         """Make a folder with a new name: under a name used before, another host may still see the earlier content (NFS)."""
         try:
@@ -107,6 +105,11 @@ class SharedArrays:
             return Path(tempfile.mkdtemp(prefix="", dir=self._folder))
         except OSError as error:
             raise write_error(self._folder, error) from error
+
+
+def remove_shared(work: Path) -> None:
+    """Remove the files of all arrays: of this run, when no process reads them any more, or of one that was killed."""
+    shutil.rmtree(work / _FOLDER, ignore_errors=True)
 
 
 def _write(place: Path, rank: int, arrays: Arrays) -> None:

@@ -30,7 +30,7 @@ from clipcid_cli.formats.results.keep_list import KeepList, is_uid, read_keep_li
 from clipcid_cli.formats.sidecar import Sidecar
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import BalancePlan
+from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import WrittenResult
 from clipcid_cli.steps.balance.samples import read_uid
 from clipcid_cli.steps.claim import claim_output
@@ -86,10 +86,10 @@ class Form(ABC):
         return []
 
 
-def write_kept_samples(plan: BalancePlan, target: Path, form: Form) -> WrittenResult:
+def write_kept_samples(
+    plan: BalancePlan, data: Dataset, target: Path, form: Form, context: DistContext
+) -> WrittenResult:
     """Write the kept samples, divided among the processes; a run that was killed continues with what is not written yet."""
-    data, context = plan.data, plan.context
-    assert data is not None  # the plan has opened it
     context.on_rank0(lambda: form.validate(target))  # again: the search may have taken hours
     spec = OutputSpec(
         target,

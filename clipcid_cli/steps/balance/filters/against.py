@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
-from collections.abc import Collection, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,30 +19,34 @@ from clipcid_cli.algorithms.near.plan import rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays, map_strings
-from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, has_usable_row, open_embeddings
+from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.results.keep_list import Column, float_column
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.balance_run import BalanceRun, Reference
-from clipcid_cli.steps.balance.chunks import Search, run_chunks
+from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.plan import Reference
 from clipcid_cli.steps.balance.result import AgainstResult, ReferenceResult
+from clipcid_cli.steps.balance.search import Search, forget_searches, run_chunks
 from clipcid_cli.steps.data_index import holds_embeddings, open_named
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded
-from clipcid_cli.steps.embed.run import make_embeddings
 from clipcid_cli.steps.inputs import find_mismatch, open_given
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
-# In the folder of `balance`: what was compared, for later runs.
-_FOLDER = ".references"
 _SAME_MODEL = "Embed it with the same model: give the images themselves (--against DATA)."
 
 
-def validate_none_missing(settings: BalanceSettings) -> None:
+def validate_references(settings: BalanceSettings, model: str | None) -> None:
+    """Refuse references that cannot be compared, before anything is embedded, with a model if one is given."""
+    _validate_none_missing(settings)
+    if model is not None:
+        _validate_models(settings, model)
+
+
+def _validate_none_missing(settings: BalanceSettings) -> None:
     """Refuse references that are neither embeddings nor data, before anything is embedded."""
     for name in settings.against:
         if not holds_embeddings(Path(name)):
@@ -56,7 +58,7 @@ def validate_none_missing(settings: BalanceSettings) -> None:
                 raise ClipcidError(f"--against {name}: {error.message}", error.fix) from error
 
 
-def validate_models(settings: BalanceSettings, model: str) -> None:
+def _validate_models(settings: BalanceSettings, model: str) -> None:
     """Refuse references that another model folder embedded than `model`, which has yet to embed the images to balance.
 
     Weights behind other names are compared once the images are embedded: two names may be of the same ones.
@@ -77,20 +79,6 @@ def validate_models(settings: BalanceSettings, model: str) -> None:
             )
 
 
-def open_references(settings: BalanceSettings, embeddings: Embeddings, context: DistContext) -> list[Reference]:
-    """Open what ``--against`` names; images are embedded first, as the embeddings to balance were."""
-    found = list[Reference]()
-    for name in settings.against:
-        reference = open_reference(settings, embeddings, name, context)
-        assert isinstance(reference, Embeddings)  # this is no dry run
-        bad = context.on_rank0(partial(reference.find_bad_rows, texts=False))
-        if len(bad):
-            reporting.warn(f"{len(bad):,} rows of {name} are zero or not finite, and nothing is compared with them.")
-        identity = identity_of({}, context.on_rank0(reference.fingerprints))
-        found.append(Reference(name, identity, reference, np.delete(np.arange(reference.num_rows), bad)))
-    return found
-
-
 def open_reference(
     settings: BalanceSettings, embeddings: Embeddings, name: str, context: DistContext
 ) -> Embeddings | EmbedCost:
@@ -102,8 +90,6 @@ def open_reference(
             return made
     reference = open_given(settings, folder, None if settings.dry_run else settings.work, needs_column=False)
     _validate_same_model(embeddings, reference, name)
-    if not context.on_rank0(partial(has_usable_row, reference.rows(Kind.IMAGES))):
-        raise ClipcidError(f"All {reference.num_rows:,} rows of {name} are zero or not finite.", "Embed again.")
     return reference
 
 
@@ -115,6 +101,8 @@ def _embed(settings: BalanceSettings, embeddings: Embeddings, data: str, context
             f"{data} contains no embeddings, and {embeddings.folder} does not record the model to embed it with.",
             "Name the model (--model M), or give a folder of embeddings: --against EMB",
         )
+    from clipcid_cli.steps.embed.run import make_embeddings
+
     name = with_default_tag(parse_model(model))
     digest = hashlib.blake2b(data.encode(), digest_size=4).hexdigest()
     folder = WorkDirectory(settings.work).references / f"{name.slug}-{digest}"
@@ -225,9 +213,9 @@ def find_near(run: BalanceRun) -> NearReferences:
     threshold = run.settings.reference_distance
     assert threshold is not None  # the settings have checked it
     found = [_compare(run, reference, threshold) for reference in references]
-    run.context.on_rank0(lambda: forget_others(run.output.folder, {name for _, name in found}))
 
     def merge() -> Arrays:
+        forget_searches(run.output.folder, {name for _, name in found})
         owner = np.full(len(rows), -1, np.int16)
         near = np.zeros(len(references), np.int64)
         kind = row_type(max(each.embeddings.num_rows for each in references))
@@ -266,13 +254,5 @@ def _compare(run: BalanceRun, reference: Reference, threshold: float) -> tuple[E
     others = others.astype(row_type(num_rows + len(others)))
     unique = run.rows.unique.astype(others.dtype, copy=False)
     plan = rectangle(unique, others, run.rows_in_memory)
-    folder = run.output.folder / _FOLDER
-    search = Search("against", plan, read, threshold, lambda: NearestOf(unique), reference.identity, folder)
+    search = Search("against", plan, read, threshold, lambda: NearestOf(unique), reference.identity, is_kept=True)
     return run_chunks(run, search), search.place(run).name
-
-
-def forget_others(folder: Path, compared: Collection[str] = ()) -> None:
-    """Remove what was compared before, but for some comparisons, from the folder of `balance`."""
-    for path in (folder / _FOLDER).glob("*") if compared else [folder / _FOLDER]:
-        if path.name not in compared:
-            shutil.rmtree(path, ignore_errors=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -17,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from clipcid_cli.algorithms.near.block import Block, bytes_an_entry, load_block
+from clipcid_cli.algorithms.near.cutoff import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.edges import Edges
-from clipcid_cli.algorithms.near.exact import ReadRows
+from clipcid_cli.algorithms.near.exact import IntArray, ReadRows
 from clipcid_cli.algorithms.near.plan import Plan
 from clipcid_cli.algorithms.near.search import near_pairs_of
 from clipcid_cli.algorithms.sets.forest import ForestSink
@@ -35,6 +37,8 @@ from clipcid_cli.steps.balance.balance_run import CACHE_BYTES, BalanceRun
 _STRETCHES = 4
 # Another number wherever the same plan would have other chunks, or a part would hold something else.
 _VERSION = 2
+# In the folder of `balance`: what was compared with references, for later runs.
+_KEPT = ".references"
 
 Sink = ForestSink | NearestOf | PairsWithin
 
@@ -49,7 +53,7 @@ class Search:
     cutoff: float  # largest distance of the pairs that sinks are given, inclusive
     new_sink: Callable[[], Sink]
     of: str = ""  # what decides what is found beside the inputs of the run, plan and cut-off
-    folder: Path | None = None  # where it is saved; None for the time of the run
+    is_kept: bool = False  # whether what it found stays for later runs
 
     def place(self, run: BalanceRun) -> Path:
         """Return where it is saved, under a name that hashes what decides what its chunks find."""
@@ -60,7 +64,8 @@ class Search:
             decisive = [_VERSION, run.inputs, plan.identity, plan.num_chunks, cutoff, self.of]
             return hashlib.blake2b("\n".join(map(str, decisive)).encode(), digest_size=8).hexdigest()
 
-        return (self.folder or run.work / ".search") / run.context.on_rank0(name)
+        folder = run.output.folder / _KEPT if self.is_kept else run.work / ".search"
+        return folder / run.context.on_rank0(name)
 
 
 def run_chunks(run: BalanceRun, search: Search) -> Edges:
@@ -160,3 +165,18 @@ def _merge(run: BalanceRun, search: Search, place: Path, names: Iterable[str]) -
 
     context.on_all(load)
     return Edges(*run.shared.reduce(result, lambda arrays: sink.add(Edges(*arrays))))
+
+
+def forget_searches(folder: Path, but: Collection[str] = ()) -> None:
+    """Remove the searches that were kept in the folder of `balance`, but for some by their names."""
+    for path in (folder / _KEPT).glob("*") if but else [folder / _KEPT]:
+        if path.name not in but:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def find_nearest(run: BalanceRun, sample: IntArray, count: int) -> Neighbours:
+    """Find so many nearest neighbours of some unique rows, by their places, ascending: each process in its share of all."""
+    context, unique = run.context, run.rows.unique
+    places = context.rank_range(len(unique))
+    own = context.on_all(lambda: find_neighbours(run.rows.read, unique, sample, count, context.device, places))
+    return Neighbours.nearest(context.gather(own), count)
