@@ -21,10 +21,12 @@ from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
+from clipcid_cli.steps.balance.linkages import OtherLinkage, compare_linkages
+from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.result import Audit
 from clipcid_cli.steps.balance.rows import BalanceRows, read_rows
-from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets, compare_linkages, make_sets
+from clipcid_cli.steps.balance.sets import Sets, make_sets
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 from clipcid_cli.steps.inputs import skip_rows
 

@@ -16,7 +16,7 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import CACHE_BYTES
-from clipcid_cli.steps.balance.plan import Inputs, check_inputs
+from clipcid_cli.steps.balance.plan import BalanceInputs, check_inputs
 from clipcid_cli.steps.balance.result import BalanceCost, CaptionCost, MemoryCost, ReferenceCost, SearchCost
 from clipcid_cli.steps.balance.samples import validate_data_there
 from clipcid_cli.steps.embed.result import EmbedCost
@@ -39,7 +39,7 @@ _BYTES_OF_NUMBER = 4
 _BYTES_OF_PLACES = 16
 
 
-def estimate_cost(settings: BalanceSettings, inputs: Inputs, context: DistContext) -> BalanceCost:
+def estimate_cost(settings: BalanceSettings, inputs: BalanceInputs, context: DistContext) -> BalanceCost:
     """Count, on the first process, what a new search takes; with an existing forest, `balance` takes seconds."""
     check_inputs(settings, inputs)
     embeddings = inputs.embeddings
@@ -128,11 +128,11 @@ def _count_reference(embeddings: Embeddings, name: str, reference: Embeddings | 
     return ReferenceCost(name, rows, not is_there, embed_seconds, embeddings.num_rows * rows)
 
 
-def _reference_rows(inputs: Inputs) -> int:
+def _reference_rows(inputs: BalanceInputs) -> int:
     return sum(rows.num_rows if isinstance(rows, Embeddings) else rows.images for _, rows in inputs.references)
 
 
-def _count_memory(settings: BalanceSettings, inputs: Inputs, searched: int, entry: int) -> MemoryCost:
+def _count_memory(settings: BalanceSettings, inputs: BalanceInputs, searched: int, entry: int) -> MemoryCost:
     """Count the bytes of mapped rows, and of a process without them, where an entry of a cached row takes some."""
     images, width = inputs.embeddings.num_rows, inputs.embeddings.width
     others = _reference_rows(inputs)
@@ -144,7 +144,7 @@ def _count_memory(settings: BalanceSettings, inputs: Inputs, searched: int, entr
     )
 
 
-def _count_disk(settings: BalanceSettings, inputs: Inputs, searched: int) -> int:
+def _count_disk(settings: BalanceSettings, inputs: BalanceInputs, searched: int) -> int:
     """Count the bytes that are written, those of unfinished work included."""
     images, width = inputs.embeddings.num_rows, inputs.embeddings.width
     an_image = _BYTES_OF_LISTS + _BYTES_OF_NUMBER * (settings.has_window + (inputs.clusters is not None))

@@ -9,7 +9,9 @@ from markupsafe import Markup
 
 from clipcid_cli.formats.report import PALETTE, make_figure, svg
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
+from clipcid_cli.steps.balance.linkages import OtherLinkage
+from clipcid_cli.steps.balance.pairs import NotComputed
+from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.steps.settings.balance import LINKAGES
 
 

@@ -131,8 +131,10 @@ def _search_all(run: BalanceRun, known: Edges, reach: float) -> Forest:
 
 def _search(run: BalanceRun, plan: Plan, read: ReadRows, known: Edges, reach: float) -> Forest:
     # What is saved leaves out what is known, and what that rules out.
-    beside = run.context.on_rank0(lambda: hash_arrays(known.a, known.b, known.weight))
-    search = Search("search", plan, read, reach, lambda: ForestSink(len(run.rows), known), of=beside)
+    def beside() -> str:
+        return hash_arrays(known.a, known.b, known.weight)
+
+    search = Search("search", plan, read, reach, lambda: ForestSink(len(run.rows), known), beside)
     return Forest(run_chunks(run, search), reach)
 
 

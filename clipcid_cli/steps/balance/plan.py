@@ -39,7 +39,7 @@ class CapClusters:
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class BalanceInputs:
     """What is read."""
 
     embeddings: Embeddings
@@ -84,7 +84,7 @@ class BalancePlan:
         return self.folder / KEEP_LIST
 
 
-def make_plan(settings: BalanceSettings, inputs: Inputs) -> BalancePlan:
+def make_plan(settings: BalanceSettings, inputs: BalanceInputs) -> BalancePlan:
     """Decide, on the first process, what is balanced and written; refuse what would fail after hours of search."""
     data = check_inputs(settings, inputs)
     references = [_plan_reference(name, reference) for name, reference in inputs.references]
@@ -102,7 +102,7 @@ def make_plan(settings: BalanceSettings, inputs: Inputs) -> BalancePlan:
     )
 
 
-def check_inputs(settings: BalanceSettings, inputs: Inputs) -> Dataset | None:
+def check_inputs(settings: BalanceSettings, inputs: BalanceInputs) -> Dataset | None:
     """Check that what is read has what the settings need; return the data that kept samples are copied from."""
     embeddings = inputs.embeddings
     _note_new_shards(settings, embeddings)
@@ -131,7 +131,7 @@ def _plan_reference(name: str, embeddings: Embeddings | EmbedCost) -> Reference:
     return Reference(name, identity_of({}, embeddings.fingerprints()), embeddings, bad_rows)
 
 
-def _identify(settings: BalanceSettings, inputs: Inputs, references: Sequence[Reference]) -> OutputSpec[BalanceSidecar]:
+def _identify(settings: BalanceSettings, inputs: BalanceInputs, references: Sequence[Reference]) -> OutputSpec[BalanceSidecar]:
     """Say what decides the output.
 
     All settings may change on an existing forest; of the inputs, there may be more.

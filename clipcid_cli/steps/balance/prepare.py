@@ -12,7 +12,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.plan import CapClusters, Inputs
+from clipcid_cli.steps.balance.plan import CapClusters, BalanceInputs
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.inputs import open_given
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -28,7 +28,7 @@ class _Choice:
     clusters: CapClusters | None
 
 
-def prepare(settings: BalanceSettings, context: DistContext) -> Inputs | EmbedCost:
+def prepare(settings: BalanceSettings, context: DistContext) -> BalanceInputs | EmbedCost:
     """Look at what the settings name, before hours of embedding; then make what embeddings there are none of.
 
     A dry run makes none, and returns what they would cost.
@@ -41,7 +41,7 @@ def prepare(settings: BalanceSettings, context: DistContext) -> Inputs | EmbedCo
             return folder
         embeddings = open_given(settings, folder, None if settings.dry_run else settings.work)
     references = _open_references(settings, embeddings, context)
-    return Inputs(embeddings, references, choice.clusters, seconds)
+    return BalanceInputs(embeddings, references, choice.clusters, seconds)
 
 
 def _choose(settings: BalanceSettings) -> _Choice:

@@ -19,9 +19,10 @@ from clipcid_cli.steps.balance.chains import find_chains
 from clipcid_cli.steps.balance.changes import compare_classes
 from clipcid_cli.steps.balance.compute import Outcome
 from clipcid_cli.steps.balance.curves import draw_curves
+from clipcid_cli.steps.balance.pairs import NotComputed
 from clipcid_cli.steps.balance.pictures import Gallery, Picture
 from clipcid_cli.steps.balance.result import BalanceResult
-from clipcid_cli.steps.balance.sets import NotComputed, Sets
+from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 if TYPE_CHECKING:

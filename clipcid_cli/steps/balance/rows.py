@@ -13,6 +13,7 @@ from clipcid_cli.algorithms.near.exact import BoolArray, HalfArray, IntArray, ro
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.rows import Rows
 from clipcid_cli.formats.fingerprint import FileRecord
+from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.groups import Groups, Share, work_on_groups
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
@@ -87,16 +88,7 @@ def _join(a: IntArray, b: IntArray) -> Edges:
 
 def read_rows(shared: SharedArrays, images: Rows) -> BalanceRows:
     """Read every row once, each process its share, to find rows that are not finite and rows that are equal."""
-    start, stop = shared.context.rank_range(len(images))
-    hashes = np.empty(stop - start, np.uint64)
-    finite = np.empty(stop - start, np.bool_)
-    for begin in range(start, stop, _ROWS_AT_ONCE):
-        rows = images.read(begin, min(begin + _ROWS_AT_ONCE, stop))
-        part = slice(begin - start, begin - start + len(rows))
-        hashes[part] = hash_rows(rows)
-        finite[part] = np.isfinite(rows).all(axis=1)
-    parts = shared.collect((hashes, finite))
-    del hashes, finite
+    parts = shared.collect(lambda: _look_at_rows(shared.context, images))
 
     def survey() -> Arrays:
         hash_N, finite_N = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
@@ -125,6 +117,19 @@ def read_rows(shared: SharedArrays, images: Rows) -> BalanceRows:
         )
         reporting.note(f"{said}.")
     return BalanceRows(images, numbers, unique, _join(a, b))
+
+
+def _look_at_rows(context: DistContext, images: Rows) -> Arrays:
+    """Return, of this process's share of the rows, hashes, uint64 [n], and which are finite, bool [n]."""
+    start, stop = context.rank_range(len(images))
+    hashes = np.empty(stop - start, np.uint64)
+    finite = np.empty(stop - start, np.bool_)
+    for begin in range(start, stop, _ROWS_AT_ONCE):
+        rows = images.read(begin, min(begin + _ROWS_AT_ONCE, stop))
+        part = slice(begin - start, begin - start + len(rows))
+        hashes[part] = hash_rows(rows)
+        finite[part] = np.isfinite(rows).all(axis=1)
+    return hashes, finite
 
 
 def _find_copies(alike: Share) -> Arrays:

@@ -52,7 +52,8 @@ class Search:
     read: ReadRows
     cutoff: float  # largest distance of the pairs that sinks are given, inclusive
     new_sink: Callable[[], Sink]
-    of: str = ""  # what decides what is found beside the inputs of the run, plan and cut-off
+    # What decides what is found beside the inputs of the run, plan and cut-off; asked on the first process.
+    beside: Callable[[], str] = lambda: ""
     is_kept: bool = False  # whether what it found stays for later runs
 
     def place(self, run: BalanceRun) -> Path:
@@ -61,7 +62,7 @@ class Search:
         def name() -> str:
             plan = self.plan
             cutoff = np.float32(self.cutoff).view(np.uint32)
-            decisive = [_VERSION, run.inputs, plan.identity, plan.num_chunks, cutoff, self.of]
+            decisive = [_VERSION, run.inputs, plan.identity, plan.num_chunks, cutoff, self.beside()]
             return hashlib.blake2b("\n".join(map(str, decisive)).encode(), digest_size=8).hexdigest()
 
         folder = run.output.folder / _KEPT if self.is_kept else run.work / ".search"

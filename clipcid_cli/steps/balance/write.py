@@ -18,11 +18,12 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.compute import Outcome
 from clipcid_cli.steps.balance.keep_list import write_tables
+from clipcid_cli.steps.balance.linkages import OtherLinkage
 from clipcid_cli.steps.balance.plan import BalancePlan
 from clipcid_cli.steps.balance.report import write_report
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.search import forget_searches
-from clipcid_cli.steps.balance.sets import OtherLinkage, Sets
+from clipcid_cli.steps.balance.sets import Sets
 from clipcid_cli.steps.inputs import list_bad_rows
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.shared import given_flags

@@ -90,7 +90,6 @@ def write_kept_samples(
     plan: BalancePlan, data: Dataset, target: Path, form: Form, context: DistContext
 ) -> WrittenResult:
     """Write the kept samples, divided among the processes; a run that was killed continues with what is not written yet."""
-    context.on_rank0(lambda: form.validate(target))  # again: the search may have taken hours
     spec = OutputSpec(
         target,
         form.step,
@@ -102,7 +101,12 @@ def write_kept_samples(
     )
     keep = read_keep_list(plan.keep_list)
     lacking = _Lacking(keep, data, plan.settings.max_bad_fraction)
-    context.on_rank0(lambda: lacking.check(lacking.images))
+
+    def check() -> None:
+        form.validate(target)  # again: the search may have taken hours
+        lacking.check(lacking.images)
+
+    context.on_rank0(check)
     with claim_output(context, spec) as output:
         if output.finished is not None:
             reporting.note(f"{target} already holds {form.written}.")

@@ -254,5 +254,7 @@ def _compare(run: BalanceRun, reference: Reference, threshold: float) -> tuple[E
     others = others.astype(row_type(num_rows + len(others)))
     unique = run.rows.unique.astype(others.dtype, copy=False)
     plan = rectangle(unique, others, run.rows_in_memory)
-    search = Search("against", plan, read, threshold, lambda: NearestOf(unique), reference.identity, is_kept=True)
+    search = Search(
+        "against", plan, read, threshold, lambda: NearestOf(unique), lambda: reference.identity, is_kept=True
+    )
     return run_chunks(run, search), search.place(run).name

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, cosine_similarities
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.report import PALETTE, make_figure, svg
@@ -99,8 +100,12 @@ def find_captions(run: BalanceRun) -> CaptionWindow:
     rows = run.rows
     start, stop = run.context.rank_range(len(rows))
     mine = rows.numbers[start:stop]
-    with reporting.progress("captions", len(mine), "images") as progress:
-        parts = run.shared.collect((compare_captions(run.embeddings, mine, progress),))
+
+    def compare() -> Arrays:
+        with reporting.progress("captions", len(mine), "images") as progress:
+            return (compare_captions(run.embeddings, mine, progress),)
+
+    parts = run.shared.collect(compare)
 
     def merge() -> tuple[FloatArray]:
         similarity = np.concatenate([part for (part,) in parts])
