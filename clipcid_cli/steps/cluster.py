@@ -143,14 +143,14 @@ class Selection:
         blocks = np.searchsorted(self._before, numbers, side="right") - 1
         order = np.argsort(blocks, kind="stable")
         bounds = np.append(np.flatnonzero(np.diff(blocks[order], prepend=-1)), len(order))
-        found = np.empty(len(numbers), np.int64)
+        places = np.empty(len(numbers), np.int64)
         for begin, end in itertools.pairwise(bounds.tolist()):
             here = order[begin:end]
             block = int(blocks[here[0]])
             bits = self._bits[block * _BLOCK // 8 : (block + 1) * _BLOCK // 8]
             chosen = np.flatnonzero(np.unpackbits(bits)) + block * _BLOCK
-            found[here] = chosen[numbers[here] - self._before[block]]
-        return found
+            places[here] = chosen[numbers[here] - self._before[block]]
+        return places
 
     def subset(self, numbers: IntArray) -> Selection:
         """Return the selection of some of the chosen rows, by their numbers."""
@@ -408,8 +408,8 @@ def _assign(plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor,
     with reporting.progress("assign", own, "images") as progress:
         progress.advance(own - open_)
         # One set of threads for all parts: new ones for each would share a core until the system has spread them.
-        found = thread_map(look_up, blocks, threads_for_batches(context.device))
-        for part, blocks_of_part in itertools.groupby(found, key=itemgetter(0)):
+        nearest = thread_map(look_up, blocks, threads_for_batches(context.device))
+        for part, blocks_of_part in itertools.groupby(nearest, key=itemgetter(0)):
             pieces = [arrays for _, arrays in blocks_of_part]
             arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
             save_arrays(part_path(folder, part), arrays)

@@ -56,5 +56,5 @@ def _find_stars(run: BalanceRun, sets: Sets, label: int, cutoff: float, copies: 
     representatives = star_cover(pairs, copies[place])
     represented = np.bincount(representatives, weights=copies[place], minlength=len(place))
     order = np.argsort(-represented, kind="stable")[: count_kept(representatives)]
-    found: list[int] = rows.unique[place[order]].tolist()
-    return found
+    stars: list[int] = rows.unique[place[order]].tolist()
+    return stars

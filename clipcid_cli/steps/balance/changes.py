@@ -69,7 +69,7 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
     captions = pa.chunked_array(pieces, pa.large_string()).combine_chunks()
     kept = kept[::step]
     has_caption = pc.not_equal(captions, "").to_numpy(zero_copy_only=False)
-    before, after = (int(np.count_nonzero(each)) for each in (has_caption, has_caption & kept))
+    before, after = (int(np.count_nonzero(mask)) for mask in (has_caption, has_caption & kept))
     if not before:
         return LargestChanges("", f"There are neither classes nor captions to compare.{unread}", [], [])
     sample = f" (a sample of one image in {step})" if step > 1 else ""
@@ -83,18 +83,18 @@ def compare_classes(data: Dataset | None, embeddings: Embeddings, rows: BalanceR
 def _read_labels(data: Dataset) -> dict[str, int | None] | None:
     """Read the class of each image by its key; None where there are more than `_MAX_LABELS`."""
     samples = itertools.chain.from_iterable(shard.samples() for shard in data.shards)
-    found = {sample.key: sample.label for sample in itertools.islice(samples, _MAX_LABELS + 1)}
-    return found if len(found) <= _MAX_LABELS else None
+    labels = {sample.key: sample.label for sample in itertools.islice(samples, _MAX_LABELS + 1)}
+    return labels if len(labels) <= _MAX_LABELS else None
 
 
 def _compare_labels(
-    data: Dataset, found: dict[str, int | None], embeddings: Embeddings, rows: BalanceRows, kept: BoolArray
+    data: Dataset, label_of: dict[str, int | None], embeddings: Embeddings, rows: BalanceRows, kept: BoolArray
 ) -> LargestChanges:
-    labels = pd.Series(map(found.get, take_texts(embeddings, embeddings.keys_of, rows.numbers)), dtype="Int64")
+    labels = pd.Series(map(label_of.get, take_texts(embeddings, embeddings.keys_of, rows.numbers)), dtype="Int64")
     grouped = pd.DataFrame({"label": labels, "kept": kept}).groupby("label")["kept"]
     counts = pd.DataFrame({"before": grouped.size(), "after": grouped.sum()})
     counts["name"] = _name_classes(data, counts.index.tolist())
-    before, after = (int(counts[each].sum()) for each in ("before", "after"))
+    before, after = (int(counts[column].sum()) for column in ("before", "after"))
     note = (
         f"Share of each of {len(counts):,} classes, among the {before:,} images and the {after:,} kept ones that have "
     )
@@ -122,11 +122,11 @@ def count_words(captions: pa.LargeStringArray, kept: BoolArray) -> pd.DataFrame:
         # Each pair of a caption and a word once, however often the word occurs in it.
         pairs = pd.unique(pc.list_parent_indices(lists).to_numpy() * len(names) + words.indices.to_numpy())
         caption, word = np.divmod(pairs, len(names))
-        before, after = (np.bincount(each, minlength=len(names)) for each in (word, word[kept[at + caption]]))
+        before, after = (np.bincount(words_of, minlength=len(names)) for words_of in (word, word[kept[at + caption]]))
         counts.append(pd.DataFrame({"before": before, "after": after}, names))
-    found = pd.concat(counts).groupby(level=0).sum().rename_axis("name").reset_index()
-    is_counted = (found["name"].str.len() >= _MIN_WORD) & ~found["name"].isin(_ENGLISH.split())
-    return found.loc[is_counted]
+    totals = pd.concat(counts).groupby(level=0).sum().rename_axis("name").reset_index()
+    is_counted = (totals["name"].str.len() >= _MIN_WORD) & ~totals["name"].isin(_ENGLISH.split())
+    return totals.loc[is_counted]
 
 
 def _find_changes(counts: pd.DataFrame, before: int, after: int) -> list[list[dict[Any, Any]]]:
@@ -135,4 +135,4 @@ def _find_changes(counts: pd.DataFrame, before: int, after: int) -> list[list[di
     rise = shares["share_after"] - shares["share_before"]
     risen = rise[rise > 0].sort_values(ascending=False, kind="stable")
     fallen = rise[rise < 0].sort_values(kind="stable")
-    return [shares.loc[each.index[:_CHANGES_SHOWN]].to_dict("records") for each in (risen, fallen)]
+    return [shares.loc[changes.index[:_CHANGES_SHOWN]].to_dict("records") for changes in (risen, fallen)]

@@ -54,7 +54,7 @@ class Outcome:
     def filters(self) -> list[NearReferences | CaptionWindow | ClusterCap]:
         """Those of the run, in their order."""
         filters = (self.near, self.captions, self.cap)
-        return [found for found in filters if found is not None]
+        return [dropping for dropping in filters if dropping is not None]
 
 
 def begin(plan: BalancePlan, output: Output[BalanceSidecar], context: DistContext) -> BalanceRun:
@@ -94,7 +94,7 @@ def compute(plan: BalancePlan, output: Output[BalanceSidecar], context: DistCont
         keep_few_kernels()
     run = begin(plan, output, context)
     near, captions = _find_filtered(run)
-    run = _leave_out(run, [found.is_dropped for found in (near, captions) if found is not None])
+    run = _leave_out(run, [dropping.is_dropped for dropping in (near, captions) if dropping is not None])
     if run.clusters is not None:
         from clipcid_cli.steps.balance.filters.cluster_cap import warn_of_few
 

@@ -76,19 +76,19 @@ class Gallery:
                 self.unread |= dict.fromkeys(zip(shards, keys, strict=True), self.closed)
             return [""] * len(keys)
         finder = SampleFinder(self.data, self._workers)
-        found: list[Sample | None] | None = None
+        samples: list[Sample | None] | None = None
         if finder.searches_all(shards):  # once for all of them
             try:
                 _validate_short(self.data)
-                found = finder.find(shards, keys)
+                samples = finder.find(shards, keys)
             except (ClipcidError, OSError) as error:
                 self.unread |= dict.fromkeys(zip(shards, keys, strict=True), _say_why(error, self.data.spec))
                 return [""] * len(keys)
         sources = [""] * len(keys)
-        for number, (shard, key) in enumerate(zip(shards, keys, strict=True)):
+        for index, (shard, key) in enumerate(zip(shards, keys, strict=True)):
             where = f"shard {shard}"
             try:
-                sample = finder.find([shard], [key])[0] if found is None else found[number]
+                sample = finder.find([shard], [key])[0] if samples is None else samples[index]
                 if sample is None:
                     self.unread[shard, key] = f"the data has no image {key}."
                     continue
@@ -97,7 +97,7 @@ class Gallery:
                 if isinstance(image, SkippedImage):
                     self.unread[shard, key] = f"{where} has an {REASONS[image.reason]}, {key}."
                     continue
-                sources[number] = thumbnail(image, _SIDE)
+                sources[index] = thumbnail(image, _SIDE)
                 self.shown += 1
             except (ClipcidError, OSError) as error:
                 self.unread[shard, key] = _say_why(error, where)

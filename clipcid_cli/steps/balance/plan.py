@@ -131,7 +131,9 @@ def _plan_reference(name: str, embeddings: Embeddings | EmbedCost) -> Reference:
     return Reference(name, identity_of({}, embeddings.fingerprints()), embeddings, bad_rows)
 
 
-def _identify(settings: BalanceSettings, inputs: BalanceInputs, references: Sequence[Reference]) -> OutputSpec[BalanceSidecar]:
+def _identify(
+    settings: BalanceSettings, inputs: BalanceInputs, references: Sequence[Reference]
+) -> OutputSpec[BalanceSidecar]:
     """Say what decides the output.
 
     All settings may change on an existing forest; of the inputs, there may be more.

@@ -12,7 +12,7 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.balance.plan import CapClusters, BalanceInputs
+from clipcid_cli.steps.balance.plan import BalanceInputs, CapClusters
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.inputs import open_given
 from clipcid_cli.steps.settings.balance import BalanceSettings
@@ -63,13 +63,14 @@ def _choose(settings: BalanceSettings) -> _Choice:
     model = None
     if folder is None and settings.data is None and settings.model is None:
         folder = work.find_embeddings()
-        reporting.note(f"Embeddings: {folder}.")
     elif folder is None:
         model = settings.model or _model_of(work) or configured().get("model", DEFAULT_MODEL)
     if settings.against:
         from clipcid_cli.steps.balance.filters.against import validate_references
 
         validate_references(settings, model)
+    if folder is not None and settings.embeddings is None:
+        reporting.note(f"Embeddings: {folder}.")
     return _Choice(folder, model, clusters)
 
 

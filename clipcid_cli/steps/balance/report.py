@@ -141,8 +141,8 @@ def _pair_up(ones: Iterable[Picture], others: Iterable[Picture], distances: Floa
 def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[dict[str, Any]]:
     """Choose some pairs of each reference, from the nearest to the farthest, and load their images."""
     shown = []
-    for number, reference in enumerate(near.references):
-        rows = np.flatnonzero(near.owner == number)
+    for index, reference in enumerate(near.references):
+        rows = np.flatnonzero(near.owner == index)
         rows = rows[np.argsort(near.distance[rows], kind="stable")]
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _REFERENCES_SHOWN)).round().astype(np.int64)]
         theirs = Gallery(run, reference.embeddings)
@@ -157,7 +157,7 @@ def _count_sizes(sizes: IntArray, most: int | None = None) -> list[dict[str, Any
     sizes = sizes[sizes > 0]
     power = np.ceil(np.log2(sizes)).astype(np.int64)
     left = sizes if most is None else np.minimum(sizes, most)
-    num_sets, images, after = (np.bincount(power, weights=each).astype(np.int64) for each in (None, sizes, left))
+    num_sets, images, after = (np.bincount(power, weights=weights).astype(np.int64) for weights in (None, sizes, left))
     return [
         {
             "name": f"{2**p}" if p < 2 else f"{2 ** (p - 1) + 1:,}–{2**p:,}",

@@ -102,7 +102,7 @@ def read_rows(shared: SharedArrays, images: Rows) -> BalanceRows:
     copies = work_on_groups(shared, images, numbers, Groups(*alike), _find_copies)
 
     def separate() -> Arrays:
-        a, b = (np.concatenate(each) for each in zip(*copies, strict=True))
+        a, b = (np.concatenate(ends) for ends in zip(*copies, strict=True))
         edges = sort_edges(_join(a, b))
         is_copy = np.zeros(len(numbers), np.bool_)
         is_copy[edges.b] = True

@@ -72,22 +72,23 @@ class Search:
 def run_chunks(run: BalanceRun, search: Search) -> Edges:
     """Search all chunks of a plan that are not saved yet, and return what all found; the same on every process."""
     context = run.context
-    number = search.plan.num_chunks
+    num_chunks = search.plan.num_chunks
     place = search.place(run)
     saved = context.on_rank0(lambda: _survey(place))
     done = set(chain.from_iterable(saved.values()))
     if done:
-        reporting.note(f"Resuming the search: {len(done):,} of {number:,} parts are done.")
-    left = [chunk for chunk in range(number) if chunk not in done]
+        reporting.note(f"Resuming the search: {len(done):,} of {num_chunks:,} parts are done.")
+    left = [chunk for chunk in range(num_chunks) if chunk not in done]
     if left:
         _search(run, search, left, place, _merge(run, search, place, saved) if saved else None)
         context.barrier()
 
     def list_all() -> list[str]:
         saved = _survey(place)
-        if lost := number - sum(map(len, saved.values())):
+        if lost := num_chunks - sum(map(len, saved.values())):
             raise ClipcidError(
-                f"{place}: the results of {lost:,} of {number:,} parts cannot be read.", "Run the same command again."
+                f"{place}: the results of {lost:,} of {num_chunks:,} parts cannot be read.",
+                "Run the same command again.",
             )
         return list(saved)
 
@@ -120,8 +121,8 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path, known
         for chunk in mine:
             jobs = plan.jobs(chunk)
             blocks = ((load(i), load(j)) for i, j in jobs)
-            for job, found in zip(jobs, near_pairs_of(blocks, search.cutoff, sink.wants), strict=True):
-                for edges in found:
+            for job, pieces in zip(jobs, near_pairs_of(blocks, search.cutoff, sink.wants), strict=True):
+                for edges in pieces:
                     sink.add(edges)
                 progress.advance(plan.pairs_of(job))
             since.append(chunk)
@@ -138,14 +139,14 @@ def _survey(place: Path) -> dict[str, list[int]]:
 
     Two files can hold one chunk where a file could not be read for a while. Only one of them counts.
     """
-    found = dict[str, list[int]]()
+    readable = dict[str, list[int]]()
     done = set[int]()
     for path in sorted(place.glob("*.npz")):
         saved = load_arrays(path)
         if saved is not None and done.isdisjoint(chunks := saved["chunks"].tolist()):
-            found[path.name] = chunks
+            readable[path.name] = chunks
             done.update(chunks)
-    return found
+    return readable
 
 
 def _merge(run: BalanceRun, search: Search, place: Path, names: Iterable[str]) -> Edges:
@@ -161,8 +162,8 @@ def _merge(run: BalanceRun, search: Search, place: Path, names: Iterable[str]) -
             sink.add(Edges(saved["a"], saved["b"], saved["weight"]))
 
     def result() -> Arrays:
-        found = sink.result()
-        return found.a, found.b, found.weight
+        edges = sink.result()
+        return edges.a, edges.b, edges.weight
 
     context.on_all(load)
     return Edges(*run.shared.reduce(result, lambda arrays: sink.add(Edges(*arrays))))

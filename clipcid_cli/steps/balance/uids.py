@@ -83,19 +83,19 @@ class _UidFinder:
         missing = np.flatnonzero(~are_uids(uids))
         if not len(missing):
             return uids
-        found = uids.to_pylist()
+        values = uids.to_pylist()
         for start in range(0, len(missing), _ROWS_AT_ONCE):
             some = missing[start : start + _ROWS_AT_ONCE]
             samples: list[Sample | None] = [None] * len(some)
             if self._samples is not None:
                 samples = self._samples.find_rows(self._embeddings, file.first + places[some])
             for row, sample in zip(some.tolist(), samples, strict=True):
-                found[row] = read_uid(sample)
-                if found[row] is None:
+                values[row] = read_uid(sample)
+                if values[row] is None:
                     raise ClipcidError(
                         f"Sample {keys[row].as_py()!r} has no uid of DataComp's: its key is not 32 hexadecimal digits, and "
                         "neither the embeddings' metadata nor the .json files of the data have one under `uid`.",
                         "Name data whose .json files have it (clipcid balance DATA …), or write the keys: --write-keys "
                         "FILE.txt.",
                     )
-        return pa.chunked_array([found], type=pa.large_string())
+        return pa.chunked_array([values], type=pa.large_string())

@@ -225,15 +225,15 @@ class ListForm(_OwnForm):
         counts = list[int]()
         with reporting.progress("list", len(shards), "slices") as progress:
 
-            def keys_of(number: int) -> Set[str]:
+            def keys_of(index: int) -> Set[str]:
                 progress.advance()
-                keys = _stored_keys(shards[number], choose) if number < len(shards) else set[str]()
+                keys = _stored_keys(shards[index], choose) if index < len(shards) else set[str]()
                 counts.append(len(keys))
                 return keys
 
-            found = copy_list(images, target, keys_of)
+            written = copy_list(images, target, keys_of)
         sizes = dict[str, int]()
-        for shard, size, count in zip(shards, found, counts, strict=False):
+        for shard, size, count in zip(shards, written, counts, strict=False):
             _validate_count(shard, size, count)
             sizes[shard.name] = size
         return sizes, [record(target, output.work)]

@@ -85,9 +85,9 @@ def open_reference(
     """Open the embeddings of a reference; where there are none make them, or in a dry run return what that would cost."""
     folder = Path(name)
     if not holds_embeddings(folder):
-        folder, made = _embed(settings, embeddings, name, context)
-        if isinstance(made, EmbedCost):
-            return made
+        folder, cost = _embed(settings, embeddings, name, context)
+        if isinstance(cost, EmbedCost):
+            return cost
     reference = open_given(settings, folder, None if settings.dry_run else settings.work, needs_column=False)
     _validate_same_model(embeddings, reference, name)
     return reference
@@ -114,10 +114,10 @@ def _embed(settings: BalanceSettings, embeddings: Embeddings, data: str, context
             given["precision"] = "fp32"
             reporting.note(f"{embeddings.folder} was made in fp16, which needs a GPU: {data} is embedded in fp32.")
     try:
-        made = make_embeddings(EmbedSettings.asked_by(settings, **given), context)
+        embedded = make_embeddings(EmbedSettings.asked_by(settings, **given), context)
     except ClipcidError as error:
         raise ClipcidError(f"--against {data}: {error.message}", error.fix) from error
-    return folder, made
+    return folder, embedded
 
 
 def _validate_same_model(embeddings: Embeddings, reference: Embeddings, name: str) -> None:
@@ -127,7 +127,7 @@ def _validate_same_model(embeddings: Embeddings, reference: Embeddings, name: st
             f"The embeddings in {name} have width {reference.width}, those in {embeddings.folder} {embeddings.width}.",
             _SAME_MODEL,
         )
-    sidecars = [each.sidecar for each in (embeddings, reference) if each.sidecar is not None]
+    sidecars = [side.sidecar for side in (embeddings, reference) if side.sidecar is not None]
     if len(sidecars) < 2:
         return
     own, other = (sidecar.model for sidecar in sidecars)
@@ -139,7 +139,7 @@ def _validate_same_model(embeddings: Embeddings, reference: Embeddings, name: st
         )
     decoded = [sidecar.made for sidecar in sidecars]
     if decoded[0].preprocess != decoded[1].preprocess:
-        ways = ["with" if each.fast_decode else "without" for each in decoded]
+        ways = ["with" if side.fast_decode else "without" for side in decoded]
         raise ClipcidError(
             f"The images of {name} were preprocessed differently ({decoded[1].preprocess}, {ways[1]} --fast-decode) than "
             f"those of {embeddings.folder} ({decoded[0].preprocess}, {ways[0]}).",
@@ -168,8 +168,8 @@ class NearReferences:
     def summarise(self) -> AgainstResult:
         nearest = np.bincount(self.owner[self.owner >= 0], minlength=len(self.references)).tolist()
         references = [
-            ReferenceResult(reference.name, len(reference.numbers), near, number)
-            for reference, near, number in zip(self.references, self.near, nearest, strict=True)
+            ReferenceResult(reference.name, len(reference.numbers), near, count)
+            for reference, near, count in zip(self.references, self.near, nearest, strict=True)
         ]
         return AgainstResult(self.threshold, sum(nearest), references)
 
@@ -182,20 +182,20 @@ class NearReferences:
 
         def read_names(part: slice) -> pa.Array:
             owner = self.owner[part]
-            return pa.array([each.name for each in self.references]).take(pa.array(owner, mask=owner < 0))
+            return pa.array([reference.name for reference in self.references]).take(pa.array(owner, mask=owner < 0))
 
         def read_keys(part: slice) -> pa.Array:
             owner = self.owner[part]
-            found = pa.nulls(part.stop - part.start, pa.string())
-            for number in np.unique(owner[owner >= 0]).tolist():
-                if number not in keys:
-                    embeddings = self.references[number].embeddings
+            keys_read = pa.nulls(part.stop - part.start, pa.string())
+            for index in np.unique(owner[owner >= 0]).tolist():
+                if index not in keys:
+                    embeddings = self.references[index].embeddings
                     chunks = (chunk for file in embeddings.files for chunk in embeddings.keys_of(file).chunks)
-                    keys[number] = map_strings(folder, chunks)
-                is_its = owner == number
-                named = keys[number].take(pa.array(self.row[part][is_its])).cast(pa.string())
-                found = pc.replace_with_mask(found, pa.array(is_its), named)
-            return found
+                    keys[index] = map_strings(folder, chunks)
+                is_its = owner == index
+                named = keys[index].take(pa.array(self.row[part][is_its])).cast(pa.string())
+                keys_read = pc.replace_with_mask(keys_read, pa.array(is_its), named)
+            return keys_read
 
         return [
             Column("reference", pa.string(), read_names),
@@ -212,21 +212,21 @@ def find_near(run: BalanceRun) -> NearReferences:
     rows, references = run.rows, run.references
     threshold = run.settings.reference_distance
     assert threshold is not None  # the settings have checked it
-    found = [_compare(run, reference, threshold) for reference in references]
+    compared = [_compare(run, reference, threshold) for reference in references]
 
     def merge() -> Arrays:
-        forget_searches(run.output.folder, {name for _, name in found})
+        forget_searches(run.output.folder, {name for _, name in compared})
         owner = np.full(len(rows), -1, np.int16)
         near = np.zeros(len(references), np.int64)
-        kind = row_type(max(each.embeddings.num_rows for each in references))
+        kind = row_type(max(reference.embeddings.num_rows for reference in references))
         row = np.zeros(len(rows), kind)
         distance = np.full(len(rows), np.inf, np.float32)
         copies = np.ones(len(rows), np.int32)
         np.add.at(copies, rows.copies.a, 1)
-        for number, (reference, (pairs, _)) in enumerate(zip(references, found, strict=True)):
-            near[number] = copies[pairs.a].sum()
+        for index, (reference, (pairs, _)) in enumerate(zip(references, compared, strict=True)):
+            near[index] = copies[pairs.a].sum()
             nearer = pairs[pairs.weight < distance[pairs.a]]
-            owner[nearer.a], distance[nearer.a] = number, nearer.weight
+            owner[nearer.a], distance[nearer.a] = index, nearer.weight
             row[nearer.a] = reference.numbers[nearer.b - len(rows)]
         for values in (owner, row, distance):  # copies are as near as the first of their kind
             values[rows.copies.b] = values[rows.copies.a]
@@ -234,8 +234,8 @@ def find_near(run: BalanceRun) -> NearReferences:
         return owner, row, distance, near
 
     owner, row, distance, near = run.shared.publish(merge)
-    number = np.count_nonzero(owner >= 0)
-    reporting.note(f"{number:,} of {len(rows):,} images are within {threshold:g} of a reference.")
+    num_near = np.count_nonzero(owner >= 0)
+    reporting.note(f"{num_near:,} of {len(rows):,} images are within {threshold:g} of a reference.")
     return NearReferences(references, threshold, owner, row, distance, near.tolist())
 
 
