@@ -265,7 +265,7 @@ def share(rank: int, folder: Path) -> dict[str, int]:
             shared = SharedArrays(context, place)
             for value in (3, 5):
                 found += shared.publish(lambda value=value: (np.full(4, value),))
-                parts = shared.collect((np.full(2, rank),))
+                parts = shared.collect(lambda: (np.full(2, rank),))
                 assert [part[0].tolist() for part in parts] == ([[0, 0], [1, 1]] if rank == 0 else [])
             context.barrier()
             left[local_size] = count_files(place)
