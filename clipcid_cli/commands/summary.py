@@ -50,10 +50,10 @@ def wrap_command(command: str, width: int) -> str:
 def _wrap_line(line: str, width: int) -> str:
     if len(line) <= width:
         return line
-    found = _COMMAND.fullmatch(line)
-    if found is not None:
-        command = wrap_command(found["command"], width - 2).replace("\n", "\n  ")
-        return f"{_wrap_line(found['before'], width)}\n  {command}"
+    match = _COMMAND.fullmatch(line)
+    if match is not None:
+        command = wrap_command(match["command"], width - 2).replace("\n", "\n  ")
+        return f"{_wrap_line(match['before'], width)}\n  {command}"
     indent = " " * (len(line) - len(line.lstrip()))
     return _Wrapper(width, indent, indent, break_long_words=False, break_on_hyphens=False).fill(line.strip())
 
@@ -95,17 +95,17 @@ def print_table(
     columns, *rows = ([plain(cell) for cell in row] for row in [columns, *rows])
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     if sum(widths) + _GAP * (len(widths) - 1) <= console.width:
-        for number, row in enumerate([columns, *rows]):
+        for index, row in enumerate([columns, *rows]):
             cells = [
-                cell.ljust(width) if index < left else cell.rjust(width)
-                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+                cell.ljust(width) if column < left else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
             ]
             tail = (" " * _GAP).join(["", *cells[1:]]).rstrip()
-            text = Text.assemble((cells[0], "cyan" if number else ""), tail, style="" if number else "bold")
+            text = Text.assemble((cells[0], "cyan" if index else ""), tail, style="" if index else "bold")
             console.print(text, soft_wrap=True)
         return
-    for number, row in enumerate(rows):
-        if number:
+    for index, row in enumerate(rows):
+        if index:
             console.print()
         for column, cell in zip(columns, row, strict=True):
             console.print(Text.assemble((f"{column}:", "cyan"), f" {cell.strip()}"), soft_wrap=True)
@@ -113,7 +113,7 @@ def print_table(
 
 def format_skipped(skipped: dict[str, int]) -> str:
     """Write how many samples were skipped for each reason."""
-    return ", ".join(f"{number:,} {reason}" for reason, number in skipped.items())
+    return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
 
 
 def format_phases(seconds: dict[str, float]) -> str:
@@ -132,10 +132,10 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
 
 
-def format_bytes(number: int) -> str:
+def format_bytes(size: int) -> str:
     """Write a size by three digits: ``92.1 kB``, ``1.23 TB``."""
-    unit = next((unit for unit, size in _UNITS.items() if number >= size), "kB")
-    return f"{float(f'{number / _UNITS[unit]:.3g}'):,g} {unit}"
+    unit = next((unit for unit, least in _UNITS.items() if size >= least), "kB")
+    return f"{float(f'{size / _UNITS[unit]:.3g}'):,g} {unit}"
 
 
 def format_host_memory(total: int, shared: int) -> str:
