@@ -17,14 +17,12 @@ import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
-from clipcid_cli.formats.embeddings.command import data_command, embed_command
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.join import Keys, join, parquet_listing
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.sidecar import (
-    DataSpec,
     EmbedSidecar,
     ModelRecord,
     RowsSidecar,
@@ -163,14 +161,9 @@ def validate_teacher(what: str, recorded: ModelRecord, teacher: ModelName, fix: 
         )
 
 
-def embed_with(name: ModelName, settings: TrainingDataSettings, data: DataSpec | None = None) -> str:
-    """Return the command that embeds the data of a run, else `data`, with another model, for a fix."""
-    return embed_command(name.spec, data, settings.data, **settings.data_flags, work=settings.work)
-
-
-def embed_again(embeddings: Embeddings, settings: TrainingDataSettings, **more: Any) -> str:
-    """Return the command that makes embeddings as they are, or with more beside them, for a fix."""
-    return data_command(embeddings.folder, embeddings.sidecar, settings.data, **settings.data_flags, **more)
+def embed_with(name: ModelName, settings: TrainingDataSettings) -> str:
+    """Return the command that embeds the data of this run with a model, for a fix."""
+    return command_line("embed", settings.data or "DATA", model=name.spec, **settings.data_flags, work=settings.work)
 
 
 def cluster_with(name: ModelName, settings: TrainingDataSettings) -> str:

@@ -13,17 +13,17 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
-from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.command import texts_command
+from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, open_recorded
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.files import atomic_file
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, record_together, validate_unchanged
 from clipcid_cli.formats.output import unfinished
-from clipcid_cli.formats.sidecar import TextsSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import TextsSidecar, read_sidecar, run_again, sidecar_path
 
 TEXTS = "texts"
 """Name of the sidecar."""
@@ -67,7 +67,7 @@ def _map_batches(path: str) -> list[pa.RecordBatch]:
         return [reader.get_batch(index) for index in range(reader.num_record_batches)]
     except (OSError, pa.ArrowInvalid) as error:
         raise ClipcidError(
-            f"{path} cannot be read: {' '.join(str(error).split())}.", _remake(Path(path).parent)
+            f"{path} cannot be read: {' '.join(str(error).split())}.", run_again("embed", None)
         ) from error
 
 
@@ -89,11 +89,11 @@ class EmbeddedTexts:
 def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
     """Open a folder that `embed --texts` finished with a model, where that is known."""
     path = sidecar_path(folder, TEXTS)
-    sidecar = read_sidecar(path, TextsSidecar, _remake(folder))
+    sidecar = read_sidecar(path, TextsSidecar, run_again("embed", None))
     if sidecar is None:
         state = "The embeddings of texts are unfinished" if unfinished(folder, TEXTS) else "There are none"
         raise ClipcidError(f"{state} in {folder}.", f"Run: {texts_command(model, out=folder)}")
-    fix = _remake(folder, sidecar)
+    fix = run_again("embed", sidecar)
     memo = Memo()
     validate_unchanged(folder, sidecar.outputs, path, fix, memo)
     records, shards = open_recorded(folder, memo, fix)
@@ -105,7 +105,6 @@ def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
     return EmbeddedTexts(folder, sidecar, lines, rows, tuple(record.files[Kind.TEXTS] for record in records))
 
 
-def _remake(folder: Path, sidecar: TextsSidecar | None = None) -> str:
-    model = None if sidecar is None else sidecar.model.spec
-    texts = None if sidecar is None or not sidecar.inputs else sidecar.inputs[0].path
-    return f"Make it again: {texts_command(model, texts, out=folder, overwrite=True)}"
+def texts_command(model: str | None, **flags: Any) -> str:
+    """Return the command that embeds a file of texts with a model; None stands for one that is not known."""
+    return command_line("embed", texts="FILE", model=model or "MODEL", **flags)

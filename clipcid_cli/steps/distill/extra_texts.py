@@ -7,16 +7,15 @@ from typing import NamedTuple
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.index import SampleRef
-from clipcid_cli.formats.embeddings.command import texts_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
-from clipcid_cli.formats.embeddings.text_folder import TEXTS, EmbeddedTexts, TextLines, open_texts
+from clipcid_cli.formats.embeddings.text_folder import TEXTS, EmbeddedTexts, TextLines, open_texts, texts_command
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.inputs import choose_texts, embed_again
+from clipcid_cli.steps.inputs import choose_texts
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -72,11 +71,11 @@ def find_extra_texts(settings: DistillSettings, embeddings: Embeddings, trust: f
         return ExtraTexts(embeddings.rows(Kind.VARIANTS), None, variants, settings.extra_texts, [])
     if settings.extra_texts is None:
         return None
-    with_variants = embed_again(embeddings, settings, text=True, text_variants=4)
     raise ClipcidError(
         f"--extra-texts {settings.extra_texts}, but there are no texts: neither of `embed --texts` in "
         f"{settings.work}/texts, nor variants of captions in {embeddings.folder}.",
-        f"Run: {texts_command(spec, work=settings.work)}\nOr run: {with_variants}",
+        f"Run: {texts_command(spec, work=settings.work)}\n"
+        f"Or embed variants of captions. {embeddings.embed_again(text=True, text_variants=4)}",
     )
 
 
@@ -91,7 +90,7 @@ def _find_variants(settings: DistillSettings, embeddings: Embeddings, number: in
     raise ClipcidError(
         f"{embeddings.folder} holds {number} text variants of each row, but embed.json records {recorded}; this version "
         f"makes texts by rules {RULES}.",
-        f"Add --extra-texts 0, or run: {embed_again(embeddings, settings, text_variants=number)}",
+        f"Add --extra-texts 0, or make them anew. {embeddings.embed_again(text_variants=number)}",
     )
 
 

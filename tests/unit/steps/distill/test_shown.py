@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -100,13 +99,7 @@ def test_other_captions_than_those_embedded_are_refused(
     changed = write_captions(tmp_path / "now", now)
     with pytest.raises(ClipcidError, match=differing) as raised:
         join(changed, folder)
-    # The command makes all that there is, and can be copied.
-    words = shlex.split(raised.value.fix.removeprefix("Run: "))
-    given = ["--model", str(tiny_model), "--out", str(folder), "--views", "2", "--view-kind", "strong,mix"]
-    given += ["--crop-scale", "0.5", "--text-variants", "2", "--seed", "7", "--overwrite"]
-    given += ["--precision", "fp32", "--batch-size", "16"]
-    assert words[:3] == ["clipcid", "embed", str(changed)]
-    assert sorted(words[3:]) == sorted(given)
+    assert raised.value.fix.startswith("Run embed again with --overwrite.")
 
 
 @pytest.fixture(scope="module")
