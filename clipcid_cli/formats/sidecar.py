@@ -108,26 +108,10 @@ class EmbedMade(msgspec.Struct):
     seed: int = 0
 
 
-class RowsSidecar(Sidecar, kw_only=True):
-    """That of a folder of embeddings, whose manifest names the files."""
+class EmbedSidecar(Sidecar, kw_only=True):
+    """``embed.json``, of a folder of embeddings whose manifest names the files."""
 
     model: ModelRecord
-
-    def records(self, folder: Path) -> list[FileRecord]:
-        """Return what is recorded of the files of the manifest too."""
-        from clipcid_cli.formats.parquet import read_rows  # few commands need it
-
-        path = folder / "manifest.parquet"
-        fix = "Embed again."
-        shards = read_rows(path, fix, ["files"])
-        with reading(path, "a manifest of embeddings", fix):
-            found = [file for shard in shards for file in shard["files"].values() if file is not None]
-            return self.outputs + msgspec.convert(found, list[FileRecord])
-
-
-class EmbedSidecar(RowsSidecar, kw_only=True):
-    """``embed.json``."""
-
     images_per_second: float | None
     data: DataSpec
     run: dict[str, Any] = {}
@@ -137,11 +121,16 @@ class EmbedSidecar(RowsSidecar, kw_only=True):
         """What is read of the settings."""
         return msgspec.convert(self.settings, EmbedMade)
 
+    def records(self, folder: Path) -> list[FileRecord]:
+        """Return what is recorded of the files of the manifest too."""
+        from clipcid_cli.formats.parquet import read_rows  # few commands need it
 
-class TextsSidecar(RowsSidecar, kw_only=True):
-    """``texts.json``, of `embed --texts`."""
-
-    texts_per_second: float | None
+        path = folder / "manifest.parquet"
+        fix = "Embed again."
+        shards = read_rows(path, fix, ["files"])
+        with reading(path, "a manifest of embeddings", fix):
+            files = [file for shard in shards for file in shard["files"].values() if file is not None]
+            return self.outputs + msgspec.convert(files, list[FileRecord])
 
 
 class ForestSidecar(Sidecar, kw_only=True):

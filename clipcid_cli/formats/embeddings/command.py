@@ -56,11 +56,6 @@ def remake(folder: Path, sidecar: EmbedSidecar) -> str:
     return f"Run: {data_command(folder, sidecar)}\n{copy}"
 
 
-def texts_command(model: str | None, texts: str | None = None, **more: Any) -> str:
-    """Return the command that embeds a file of texts with a model; None stands for what is not known."""
-    return command_line("embed", texts=texts or "FILE", model=model or "MODEL", **more)
-
-
 def _flags_of_data(described: DataSpec | None, data: str | None, flags: dict[str, Any]) -> dict[str, Any]:
     """Return flags and those by which the recorded data was read, where that is the data of the command."""
     if described is None or (data is not None and redact(data) != described.spec):

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from sidecars import DATA, make_sidecar
 
-from clipcid_cli.formats.embeddings.command import DEFAULTS, data_command, texts_command
+from clipcid_cli.formats.embeddings.command import DEFAULTS, data_command
 from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
@@ -57,9 +57,6 @@ def test_a_command_has_what_is_missing() -> None:
         assert_says(found, f"data {SHARED} --text-variants 8 {expected}")
     # What clipcid did not make is not replaced.
     assert_says(data_command(PLACE, None, text_variants=8), "DATA --model MODEL --text-variants 8")
-    assert_says(texts_command(None), "--texts FILE --model MODEL")
-    overwriting = texts_command("ViT-L-14", work=Path("w"), overwrite=True)
-    assert_says(overwriting, "--texts FILE --model ViT-L-14 --work w --overwrite")
 
 
 def test_a_command_names_the_columns_of_the_list_it_names() -> None:
