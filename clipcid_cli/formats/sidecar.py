@@ -110,10 +110,18 @@ class EmbedMade(msgspec.Struct):
     seed: int = 0
 
 
-class RowsSidecar(Sidecar, kw_only=True):
-    """A sidecar of a folder of embeddings, whose manifest names the files."""
+class EmbedSidecar(Sidecar, kw_only=True):
+    """``embed.json``, of a folder of embeddings whose manifest names the files."""
 
     model: ModelRecord
+    images_per_second: float | None
+    data: DataSpec
+    run: dict[str, Any] = {}
+
+    @property
+    def made(self) -> EmbedMade:
+        """What is read of the settings."""
+        return msgspec.convert(self.settings, EmbedMade)
 
     def records(self, folder: Path) -> list[FileRecord]:
         """Return what is recorded of the files of the manifest too."""
@@ -125,25 +133,6 @@ class RowsSidecar(Sidecar, kw_only=True):
         with reading(path, "a manifest of embeddings", fix):
             files = [file for shard in shards for file in shard["files"].values() if file is not None]
             return self.outputs + msgspec.convert(files, list[FileRecord])
-
-
-class EmbedSidecar(RowsSidecar, kw_only=True):
-    """``embed.json``."""
-
-    images_per_second: float | None
-    data: DataSpec
-    run: dict[str, Any] = {}
-
-    @property
-    def made(self) -> EmbedMade:
-        """What is read of the settings."""
-        return msgspec.convert(self.settings, EmbedMade)
-
-
-class TextsSidecar(RowsSidecar, kw_only=True):
-    """``texts.json``, of `embed --texts`."""
-
-    texts_per_second: float | None
 
 
 class ForestSidecar(Sidecar, kw_only=True):

@@ -48,10 +48,6 @@ class WorkDirectory:
     def embeddings(self, model_slug: str) -> Path:
         return self.path / "embeddings" / model_slug
 
-    def texts(self, model_slug: str) -> Path:
-        """Return the folder of one model's embeddings of texts without images."""
-        return self.path / "texts" / model_slug
-
     def second_moment(self, identity: str) -> Path:
         """Return the file of the second moment of embeddings, in which `distill` finds principal axes."""
         return self.path / ".second-moments" / f"{identity}.npy"

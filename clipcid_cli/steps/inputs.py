@@ -19,14 +19,11 @@ from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.formats.embeddings.text_folder import TEXTS
 from clipcid_cli.formats.join import Keys, join, parquet_listing
 from clipcid_cli.formats.results.keep_list import read_keep_list
 from clipcid_cli.formats.sidecar import (
     EmbedSidecar,
     ModelRecord,
-    RowsSidecar,
-    TextsSidecar,
     read_sidecar,
     sidecar_path,
 )
@@ -126,23 +123,17 @@ def find_mismatch(recorded: ModelRecord, name: ModelName) -> ModelMismatch | Non
 
 
 def choose_embeddings(work: Path, name: ModelName) -> Path:
-    """Return the folder of a model's embeddings: by its name, unless a model of other weights has that name."""
-    return _own_folder(WorkDirectory(work).embeddings(name.slug), "embed", EmbedSidecar, name)
+    """Return the folder of a model's embeddings in a work directory: the one of its name.
 
-
-def choose_texts(work: Path, name: ModelName) -> Path:
-    """Return the folder of a model's embeddings of texts: by its name, unless a model of other weights has that name."""
-    return _own_folder(WorkDirectory(work).texts(name.slug), TEXTS, TextsSidecar, name)
-
-
-def _own_folder(folder: Path, step: str, kind: type[RowsSidecar], name: ModelName) -> Path:
-    """Return a folder, or one with the hash of the model's weights in its name where a model at another place has it."""
+    Where that holds embeddings of a model of the same name at another place, the hash of the weights is added to the name.
+    """
+    folder = WorkDirectory(work).embeddings(name.slug)
     weights = find_weights(name.path) if name.path is not None else None
     if weights is None or name.path is None:
         return folder
     recorded: ModelRecord | None = None
     with suppress(ClipcidError):  # damaged, or of an earlier version: told where it is read
-        sidecar = read_sidecar(sidecar_path(folder, step), kind)
+        sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
         recorded = None if sidecar is None else sidecar.model
     if recorded is None or Path(recorded.spec).resolve() == name.path.resolve():
         return folder

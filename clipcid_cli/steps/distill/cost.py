@@ -239,7 +239,7 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
     texts_per_image = 1.0
     if embeddings is not None and Kind.FURTHER in embeddings.kinds:
         texts_per_image += len(embeddings.rows(Kind.FURTHER)) / rows
-    if inputs.extra_texts is not None and inputs.extra_texts.variants is not None:
+    if inputs.extra_texts is not None:
         texts_per_image += inputs.extra_texts.variants.number
     # In passes over images and one caption of each.
     passes = ((1 + inputs.num_views) * images + texts_per_image * texts) / seconds

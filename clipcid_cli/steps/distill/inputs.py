@@ -266,11 +266,10 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
     elif embeddings is not None:
         num_views = _choose_views(settings, dataset, embeddings, counts)
         extra_texts = find_extra_texts(settings, embeddings, trust)
-        varies = extra_texts is not None and extra_texts.variants is not None
+        varies = extra_texts is not None
         first_captions = _choose_captions(settings, embeddings, counts, varies)
         kinds = kinds_shown(num_views, first_captions) + ([Kind.VARIANTS] if varies else [])
         fingerprints += embeddings.fingerprints(kinds)
-        fingerprints += [] if extra_texts is None else extra_texts.fingerprints
     chosen = None
     if clusters is not None:
         several_captions = counts.several_captions > 0 and not first_captions
