@@ -266,30 +266,6 @@ class EvaluationSidecar(Sidecar, kw_only=True):
     prompts: dict[str, LinesRecord] | None = None  # by ``class_names`` and ``templates``
 
 
-class Calibration(msgspec.Struct):
-    """How well a temperature's confidences fit; `algorithms.metrics.calibration` defines the measures."""
-
-    temperature: float
-    expected_calibration_error: float
-    log_loss: float
-    images: int
-
-    def __str__(self) -> str:
-        return f"{100 * self.expected_calibration_error:.1f}% at {self.temperature:.4g}"
-
-
-class Calibrations(msgspec.Struct):
-    """How sure a classifier is, as it is and at a temperature fitted on a part of the images."""
-
-    bins: int
-    all: Calibration  # all images at the model's own temperature
-    fitted_share: float
-    fitted_images: int
-    temperature: float | None  # with the least log loss on the fitted images; None where there is no minimum
-    before: Calibration | None  # the other images at the model's own temperature; None where there are none
-    after: Calibration | None  # the same at the fitted temperature
-
-
 class ClassScore(msgspec.Struct):
     """How well one class is told."""
 
@@ -313,14 +289,13 @@ class Example(msgspec.Struct):
 
 
 class ZeroshotSidecar(EvaluationSidecar, kw_only=True):
-    """The sidecar of an `eval-zeroshot`; without calibration where an image has no class or several."""
+    """The sidecar of a metrics file of `eval-zeroshot`."""
 
     images_per_second: float
     customary: str
     intervals: dict[str, tuple[float, float]]
     chance: dict[str, float] = {}
     majority: float | None = None
-    calibration: Calibrations | None
     per_class: list[ClassScore]
     examples: list[Example]
 

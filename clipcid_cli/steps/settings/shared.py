@@ -138,7 +138,7 @@ def output_settings(settings: Any) -> dict[str, Any]:
     return {
         field.name: plain(getattr(settings, field.name))
         for field in dataclasses.fields(settings)
-        if not setting_of(field).operational
+        if not setting_of(field).operational and field.name not in settings.omitted
     }
 
 
