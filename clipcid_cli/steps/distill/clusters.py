@@ -141,11 +141,12 @@ def use_clusters(
 def _validate_repair(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings | None) -> None:
     """Refuse clusters of image rows that were repaired where the teacher's are not, or differently."""
     image_map = None if embeddings is None else embeddings.image_map
-    made, used = clusters.sidecar.repair, None if image_map is None else image_map.record
-    if (None if made is None else made.content) == (None if used is None else used.content):
+    clustered = clusters.sidecar.repair
+    used = None if image_map is None else image_map.record
+    if (None if clustered is None else clustered.content) == (None if used is None else used.content):
         return
-    of = "the teacher as it is" if made is None else "a repaired teacher"
-    now = "as it is" if used is None else "repaired" if made is None else "repaired otherwise"
+    of = "the teacher as it is" if clustered is None else "a repaired teacher"
+    now = "as it is" if used is None else "repaired" if clustered is None else "repaired otherwise"
     raise ClipcidError(
         f"The clusters in {clusters.folder} are of {of}, and this run has its teacher {now}.",
         _cluster_again(clusters, embeddings, repair=settings.repair),
@@ -191,5 +192,5 @@ class ClusterLookup:
             for top, temperature in self.towers
         ]
         means_BD = torch.split(mean_centroids(self.centroids, stored, torch.cat(labels)), len(rows))
-        found = [ClusterTargets(centroids_SD, log_correction_S, mean_BD) for mean_BD in means_BD]
-        return found[0], found[1] if len(found) > 1 else None
+        image, *caption = [ClusterTargets(centroids_SD, log_correction_S, mean_BD) for mean_BD in means_BD]
+        return image, caption[0] if caption else None

@@ -193,7 +193,7 @@ def _time_steps(trainer: Trainer, batches: Batches, warm_up: int = _WARM_UP, rep
         batch = batches.finish(dealt, made.result)
         step = time_trial(partial(trainer.step, batch), device, warm_up=0)
         trained.append(step.seconds)
-    trainer.read(trainer.state.step, step.result)  # which refuses steps that diverged
+    trainer.read(trainer.make_step.send())  # which refuses steps that diverged
     return _Steps(
         batch_seconds=statistics.median(prepared[warm_up:]),
         step_seconds=statistics.median(trained[warm_up:]),
@@ -206,7 +206,7 @@ def _estimate_host_memory(trainer: Trainer) -> HostMemory:
     dealt = next(trainer.batches.deal(range(1)))
     sizes = [_size_of(part) for part in trainer.batches.make(dealt)]
     workers = trainer.plan.workers
-    return trainer.context.on_all(lambda: estimate_host_memory(max(sizes), sum(sizes), workers))
+    return trainer.context.on_all(lambda: estimate_host_memory(max(sizes), sum(sizes), workers, len(sizes)))
 
 
 def _size_of(part: TrainingBatch) -> int:
