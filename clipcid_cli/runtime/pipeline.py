@@ -95,17 +95,19 @@ class HostMemory(NamedTuple):
     shared: int
 
 
-def estimate_host_memory(item_bytes: int, batch_bytes: int, workers: int) -> HostMemory:
+def estimate_host_memory(item_bytes: int, batch_bytes: int, workers: int, num_parts: int = 1) -> HostMemory:
     """Estimate what a run takes of this host, with as many other processes like this one; an error where there is less.
 
     Args:
         item_bytes: What a worker makes of one item, which waits in /dev/shm.
         batch_bytes: What is held of a batch in this process.
         workers: Of each process.
+        num_parts: Items of which a batch is made; those of the next one are copied meanwhile.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    shared = processes * item_bytes * (_AHEAD * workers + 1) if workers else 0
-    own = memory_in_use(torch.device("cpu")) + 2 * batch_bytes + workers * (_WORKER_BYTES + item_bytes)
+    shared = processes * item_bytes * (_AHEAD * workers + num_parts) if workers else 0
+    batches = 2 if num_parts == 1 else 3
+    own = memory_in_use(torch.device("cpu")) + batches * batch_bytes + workers * (_WORKER_BYTES + item_bytes)
     needed = HostMemory(processes * own + shared, shared)
     limits = [(needed.total, memory_limit(), "memory")]
     with suppress(OSError):  # only Linux has it
@@ -281,8 +283,10 @@ def read_ahead(items: Iterable[Item], count: int) -> Generator[Item]:
         pool.shutdown(wait=False, cancel_futures=True)  # the network may not answer
 
 
-def prefetch(function: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Generator[Result]:
-    """Apply a function in a thread, to the next item while the caller works on the current one.
+def prefetch(
+    function: Callable[[Item], Result], items: Iterable[Item], device: torch.device, ahead: int = 1
+) -> Generator[Result]:
+    """Apply a function in a thread, to the next items while the caller works on the current one.
 
     Its results are data classes of tensors on the device. On a GPU its copies and operators go to a stream of their own, for
     which the caller's current stream waits; the host does not.
@@ -292,7 +296,7 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item], device: 
     pool.submit(_use_one_core).result()
     torch.set_num_threads(cores)  # which the other thread has changed for those that start later
     if device.type != "cuda":
-        yield from _results(pool, function, items, 1)
+        yield from _results(pool, function, items, ahead)
         return
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     # What the function reads was written by the current stream, before.
@@ -302,7 +306,7 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item], device: 
         with torch.cuda.stream(stream):
             return function(item), stream.record_event()
 
-    for result, done in _results(pool, run, items, 1):
+    for result, done in _results(pool, run, items, ahead):
         current = torch.cuda.current_stream(device)
         current.wait_event(done)
         for tensor in _tensors_of(result):
