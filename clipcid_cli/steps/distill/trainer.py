@@ -9,7 +9,7 @@ from typing import Any
 
 from clipcid_cli.algorithms.near.block import exact_accumulation
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.samples import close_copies
+from clipcid_cli.formats.data.distant import close_copies
 from clipcid_cli.formats.files import reading, write_json
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.boards import open_board
