@@ -32,6 +32,7 @@ from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claim
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
     PROGRESS,
+    ClusterSidecar,
     join_parts,
     map_tops,
     part_arrays,
@@ -40,7 +41,8 @@ from clipcid_cli.formats.results.clusters import (
     read_label_parts,
     top_paths,
 )
-from clipcid_cli.formats.sidecar import ClusterSidecar, RepairFigures, sidecar_path
+from clipcid_cli.formats.results.repair import RepairFigures
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, memory_for_rows, open_dist_context

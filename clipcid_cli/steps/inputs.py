@@ -19,14 +19,10 @@ from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.join import Keys, join, parquet_listing
 from clipcid_cli.formats.results.keep_list import read_keep_list
-from clipcid_cli.formats.sidecar import (
-    EmbedSidecar,
-    ModelRecord,
-    read_sidecar,
-    sidecar_path,
-)
+from clipcid_cli.formats.sidecar import ModelRecord, read_sidecar, sidecar_path
 from clipcid_cli.formats.skipped import list_rows
 from clipcid_cli.formats.skips import NAMED, Skips
 from clipcid_cli.formats.work_directory import WorkDirectory

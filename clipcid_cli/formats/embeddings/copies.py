@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.image_column import is_image_column
-from clipcid_cli.formats.embeddings.rows import RowFile, find_npy, unit_rows
+from clipcid_cli.formats.embeddings.rows import ArrayFile, find_npy, unit_rows
 from clipcid_cli.formats.files import atomic_file, lock, reading, write_error
 from clipcid_cli.formats.fingerprint import hash_json, stamp_of
 from clipcid_cli.formats.parquet import refuse_expansion, validate_expansion
@@ -48,7 +48,7 @@ class Copies:
         """Take the folder, which need not exist; None for one that is removed with the process."""
         self._folder = folder
 
-    def columns(self, columns: Sequence[tuple[Path, str]]) -> list[RowFile]:
+    def columns(self, columns: Sequence[tuple[Path, str]]) -> list[ArrayFile]:
         """Return the rows in columns of files, copied where they are not yet."""
         targets = [self._target(path, f"{name}.npy") for path, name in columns]
 

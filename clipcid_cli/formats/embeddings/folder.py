@@ -24,7 +24,8 @@ from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.embeddings.copies import Copies
 from clipcid_cli.formats.embeddings.layouts import AGAIN, EmbeddingFile, find_files
 from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, validate_replaceable
-from clipcid_cli.formats.embeddings.rows import COUNTS_COLUMN, METADATA, Kind, RowFile, Rows, find_npy
+from clipcid_cli.formats.embeddings.rows import COUNTS_COLUMN, METADATA, ArrayFile, Kind, Rows, find_npy
+from clipcid_cli.formats.embeddings.sidecar import COPY, EmbedSidecar, read_embed_sidecar
 from clipcid_cli.formats.files import write_npy
 from clipcid_cli.formats.fingerprint import (
     FileRecord,
@@ -37,7 +38,7 @@ from clipcid_cli.formats.fingerprint import (
 from clipcid_cli.formats.join import Listing, Values, find_repeat
 from clipcid_cli.formats.output import unfinished
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
-from clipcid_cli.formats.sidecar import EmbedSidecar, ModelRecord, read_sidecar, run_again, sidecar_path
+from clipcid_cli.formats.sidecar import ModelRecord, run_again, sidecar_path
 
 MAX_UNPACKED = 4 * 2**30
 """Limit on the memory of each process for compressed arrays, all files together."""
@@ -48,7 +49,6 @@ KEY_COLUMN = "key"
 # Of metadata without one, in this order.
 _OTHER_KEYS = ("image_path", "uid")
 _COPIES = ".rows"
-_COPY = "Or copy the rows to another folder, without embed.json, and name that one."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,15 +272,15 @@ class Embeddings:
         if self.is_verified:
             return [record.files[part] for record in self._records if part in record.files]
         files = self._files_of(part)
-        read = [file for file in files if not isinstance(file, RowFile) or file.hash is None]
-        hashed = iter(self._memo.record_all([file.path if isinstance(file, RowFile) else file for file in read]))
+        read = [file for file in files if not isinstance(file, ArrayFile) or file.hash is None]
+        hashed = iter(self._memo.record_all([file.path if isinstance(file, ArrayFile) else file for file in read]))
         self._memo.save()
 
-        def describe(file: RowFile | Path) -> FileRecord:
-            if isinstance(file, RowFile) and file.hash:
+        def describe(file: ArrayFile | Path) -> FileRecord:
+            if isinstance(file, ArrayFile) and file.hash:
                 return FileRecord(file.label, file.size, file.hash)
             file_record = next(hashed)
-            if isinstance(file, RowFile) and file.source is not None:
+            if isinstance(file, ArrayFile) and file.source is not None:
                 return msgspec.structs.replace(file_record, path=file.label, time=0)
             return file_record
 
@@ -289,12 +289,12 @@ class Embeddings:
     def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
         """Describe images, metadata and further `kinds` that are there, and the map of images, as inputs for a sidecar."""
         if self.sidecar is not None:
-            validate_replaceable(self.folder, self._records, self._memo, f"{self.embed_again()}\n{_COPY}")
+            validate_replaceable(self.folder, self._records, self._memo, f"{self.embed_again()}\n{COPY}")
         parts = [part for part in (Kind.IMAGES, METADATA, *kinds) if self._files_of(part)]
         files = [record_together(self._name_together(part), self.contents(part)) for part in parts]
         return files if self.image_map is None else [*files, self.image_map.record]
 
-    def _files_of(self, part: str) -> list[RowFile | Path]:
+    def _files_of(self, part: str) -> list[ArrayFile | Path]:
         if part == METADATA:
             return [file.metadata for file in self.files if file.metadata is not None]
         return [file.parts[Kind(part)] for file in self.files if part in file.parts]
@@ -302,7 +302,7 @@ class Embeddings:
     def _name_together(self, part: str) -> str:
         """Return the folder of the files of a kind, with the array's name where they are archives."""
         file = self._files_of(part)[0]
-        path, member = (file.origin, file.member) if isinstance(file, RowFile) else (file, None)
+        path, member = (file.origin, file.member) if isinstance(file, ArrayFile) else (file, None)
         place = path if path == self.folder else path.parent
         return str(place) if member is None else f"{place}[{member}]"
 
@@ -364,11 +364,6 @@ def _read_column(file: EmbeddingFile, names: tuple[str, ...], default: Callable[
     return pa.chunked_array([pa.array(map(default, piece), _TEXT) for piece in pieces], type=_TEXT)
 
 
-def read_embed_sidecar(folder: Path) -> EmbedSidecar | None:
-    """Read the sidecar of a folder of embeddings; None when there is none."""
-    return read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar, f"{run_again('embed', None)}\n{_COPY}")
-
-
 def open_embeddings(
     folder: Path,
     keys: str = "sample",
@@ -395,7 +390,7 @@ def open_embeddings(
             )
         files = find_files(folder, array, Copies(None if work is None else work / _COPIES))
         return Embeddings(folder, files, None, memo, keys=keys, key_column=key_column, work=work)
-    fix = f"{run_again('embed', sidecar)}\n{_COPY}"
+    fix = f"{run_again('embed', sidecar)}\n{COPY}"
     validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, "embed"), fix, memo)
     records, rows = open_recorded(folder, memo, fix)
     metadata = (folder / record.files[METADATA].path for record in records)

@@ -26,7 +26,7 @@ import numpy as np
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import natural_key
 from clipcid_cli.formats.embeddings.copies import Copies, has_images, list_columns
-from clipcid_cli.formats.embeddings.rows import METADATA, Kind, RowFile, find_member, find_npy, list_arrays
+from clipcid_cli.formats.embeddings.rows import METADATA, ArrayFile, Kind, find_member, find_npy, list_arrays
 from clipcid_cli.formats.parquet import count_rows
 
 _GIVE = "Give --embeddings DIR, or make them: clipcid embed DATA"
@@ -44,7 +44,7 @@ _PARAMS = (16, 34)  # numbers of a view, without and with mixed ones
 class EmbeddingFile:
     """The files of one shard."""
 
-    parts: dict[Kind, RowFile]  # its rows by kind; images are always among them
+    parts: dict[Kind, ArrayFile]  # its rows by kind; images are always among them
     metadata: Path | None  # parquet of keys and captions; None where there is none
     first: int = 0  # number of its first row among those of all shards
 
@@ -136,7 +136,7 @@ def _pair_by_number(folder: Path, images: list[Path], copies: Copies) -> list[Em
     return files
 
 
-def _beside(arrays: Sequence[RowFile], copies: Copies) -> list[Path | None]:
+def _beside(arrays: Sequence[ArrayFile], copies: Copies) -> list[Path | None]:
     """Return the metadata that have the names of arrays; None for all where one has none."""
     tables = list[Path | None]()
     for array in arrays:
@@ -261,7 +261,7 @@ def _check(files: Sequence[EmbeddingFile]) -> None:
                 _validate_extra(kind, rows_of, images, first)
 
 
-def _validate_rows(file: RowFile) -> None:
+def _validate_rows(file: ArrayFile) -> None:
     if len(file.shape) != 2 or not file.shape[1] or not np.issubdtype(file.dtype, np.floating):
         raise ClipcidError(
             f"{file.label} holds {file.dtype} {list(file.shape)}, not rows of floating-point numbers.",
@@ -269,7 +269,7 @@ def _validate_rows(file: RowFile) -> None:
         )
 
 
-def _validate_extra(kind: Kind, file: RowFile, images: RowFile, first: dict[Kind, RowFile]) -> None:
+def _validate_extra(kind: Kind, file: ArrayFile, images: ArrayFile, first: dict[Kind, ArrayFile]) -> None:
     """Refuse rows of views, variants or further captions that do not fit their images or the first shard's files."""
     rows, width = images.shape
     if kind is Kind.FURTHER:

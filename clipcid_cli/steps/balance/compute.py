@@ -12,7 +12,7 @@ from clipcid_cli.algorithms.near.exact import BoolArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.sidecar import BalanceSidecar
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.precision import choose_coarse_dtype
 from clipcid_cli.runtime.timing import timed

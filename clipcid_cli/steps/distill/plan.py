@@ -11,8 +11,8 @@ from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.output import OutputSpec
 from clipcid_cli.formats.results.clusters import read_cluster_sidecar
 from clipcid_cli.formats.results.keep_list import read_keep_list
-from clipcid_cli.formats.results.run_folder import RunFolder
-from clipcid_cli.formats.sidecar import DistillSidecar, sidecar_path
+from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess

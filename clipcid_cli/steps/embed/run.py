@@ -21,7 +21,6 @@ from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.data.remote import is_pipe
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
-from clipcid_cli.formats.embeddings.folder import read_embed_sidecar
 from clipcid_cli.formats.embeddings.manifest import (
     MANIFEST,
     EmbeddingWriter,
@@ -31,9 +30,10 @@ from clipcid_cli.formats.embeddings.manifest import (
     read_manifest,
 )
 from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar, read_embed_sidecar
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, remove_leftovers
-from clipcid_cli.formats.sidecar import EmbedSidecar, sidecar_path
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED, skipped_file
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context

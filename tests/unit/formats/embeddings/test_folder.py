@@ -28,8 +28,8 @@ from clipcid_cli.formats.embeddings import folder as embeddings_file
 from clipcid_cli.formats.embeddings.folder import EmbeddingFile, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.manifest import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.embeddings.rows import MAPS_KEPT, Kind, find_member, find_npy, holds_unit_rows, unit_rows
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.skips import Skips
 
 RANDOM = np.random.default_rng(0)
@@ -198,7 +198,7 @@ def test_unfinished_embeddings_are_refused_and_a_damaged_sidecar_is_not_to_be_re
     (tmp_path / "damaged" / "embed.json").write_text("[]")  # without it they are another tool's
     with pytest.raises(ClipcidError) as raised:
         open_embeddings(tmp_path / "damaged")
-    assert "Rerun the command that made it, with --overwrite" in raised.value.fix
+    assert "Run embed again with --overwrite" in raised.value.fix
 
 
 def replace_file(path: Path, content: bytes) -> None:
