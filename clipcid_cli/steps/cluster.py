@@ -52,7 +52,8 @@ from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.timing import time_trial, timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.inputs import choose_keep_list, open_teachers, skip_rows
+from clipcid_cli.steps.embeddings import open_teachers, skip_rows
+from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.reporting import format_duration
 from clipcid_cli.steps.settings.cluster import ClusterSettings

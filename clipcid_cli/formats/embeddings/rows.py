@@ -34,6 +34,7 @@ Float16 = npt.NDArray[np.float16]
 Numbers = npt.NDArray[np.int64]
 
 METADATA = "metadata"
+AGAIN = "Copy or make the folder again."
 COUNTS_COLUMN = "captions"
 
 MAPS_KEPT = 96
@@ -139,6 +140,24 @@ class ArrayFile:
             if len(data) < size:
                 raise OSError(f"it ends {size - len(data):,} bytes early")
             return np.frombuffer(data, self.dtype).reshape(self.shape, order=order)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EmbeddingFile:
+    """The files of one shard."""
+
+    parts: dict[Kind, ArrayFile]  # its rows by kind; images are always among them
+    metadata: Path | None  # parquet of keys and captions; None where there is none
+    first: int = 0  # number of its first row among those of all shards
+
+    @property
+    def rows(self) -> int:
+        return self.parts[Kind.IMAGES].shape[0]
+
+    @property
+    def name(self) -> str:
+        """Name of the file without its suffix, used as the shard's where another tool did not record it."""
+        return self.parts[Kind.IMAGES].origin.stem
 
 
 def find_npy(path: Path) -> ArrayFile:

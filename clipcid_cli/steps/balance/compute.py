@@ -25,7 +25,7 @@ from clipcid_cli.steps.balance.partition import audit_kept
 from clipcid_cli.steps.balance.result import Audit
 from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets, compare_linkages, make_sets
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
-from clipcid_cli.steps.inputs import skip_rows
+from clipcid_cli.steps.embeddings import skip_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,17 +40,9 @@ from clipcid_cli.steps.distill.samples import (
 from clipcid_cli.steps.embed.encoder import Views
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
-from clipcid_cli.steps.inputs import (
-    ChosenKeepList,
-    advise_keys,
-    choose_embeddings,
-    choose_keep_list,
-    compare_keys,
-    embed_with,
-    find_mismatch,
-    open_teachers,
-    validate_teacher,
-)
+from clipcid_cli.steps.embeddings import advise_keys, compare_keys, open_teachers
+from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
+from clipcid_cli.steps.models import choose_embeddings, embed_with, find_mismatch, validate_teacher
 from clipcid_cli.steps.repair import describe_pairing, judge_pairing, repair_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured

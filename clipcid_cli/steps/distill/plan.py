@@ -26,7 +26,8 @@ from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.distill.teacher import describe_weights
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
-from clipcid_cli.steps.inputs import NO_KEEP_LIST, choose_embeddings
+from clipcid_cli.steps.keep_list import NO_KEEP_LIST
+from clipcid_cli.steps.models import choose_embeddings
 from clipcid_cli.steps.preflight import choose_workers
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.shared import output_settings

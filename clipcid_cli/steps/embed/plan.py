@@ -36,7 +36,7 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model, with_defaul
 from clipcid_cli.runtime.text_variants import RULES
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
-from clipcid_cli.steps.inputs import choose_embeddings, find_mismatch
+from clipcid_cli.steps.models import choose_embeddings, find_mismatch
 from clipcid_cli.steps.settings.embed import EmbedSettings
 
 EMBED = "embed"

@@ -48,7 +48,7 @@ from clipcid_cli.steps.embed.encoder import EmbedEncoder, load_encoder, recount_
 from clipcid_cli.steps.embed.plan import EMBED, EmbedPlan, choose_text, make_plan
 from clipcid_cli.steps.embed.result import EmbedCost, Embedded, EmbedResult
 from clipcid_cli.steps.encode import Batch, Encoded, encode, join, list_batches
-from clipcid_cli.steps.inputs import choose_embeddings
+from clipcid_cli.steps.models import choose_embeddings
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.embed import EmbedSettings, configured
 from clipcid_cli.steps.settings.shared import ReadingSettings

@@ -69,7 +69,7 @@ from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
 from clipcid_cli.steps.evaluate.result import Draws, FewShot, LinearResult, Preview, Sweep
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, find_copy
-from clipcid_cli.steps.inputs import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 

@@ -45,7 +45,7 @@ from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows, warn_of_skips
 from clipcid_cli.steps.evaluate.result import ComparisonResult, Preview, Previews, ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
-from clipcid_cli.steps.inputs import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 
