@@ -47,6 +47,8 @@ _WORKER_IMPORTS = [
     "clipcid_cli.runtime.models.decode",
     "clipcid_cli.runtime.pipeline",
     "clipcid_cli.formats.data.samples",
+    "clipcid_cli.formats.data.distant",
+    "clipcid_cli.formats.data.tar_shards",
     "clipcid_cli.formats.data.index",
 ]
 

@@ -20,9 +20,9 @@ from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray
 from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.algorithms.sets.star import count_kept, star_cover
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.benchmark import find_benchmark_folder, read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.files import describe, write_text

@@ -177,7 +177,7 @@ def _open_data(settings: BalanceSettings, embeddings: Embeddings) -> Dataset | N
     if settings.write_shards is not None or settings.write_data is not None:
         flag = FLAG if settings.write_shards is None else "--write-shards"
         data = validate_data(settings, embeddings, flag)
-        if settings.write_shards is not None and not all(shard.is_tar for shard in data.shards):
+        if settings.write_shards is not None and not data.has_tars:
             raise ClipcidError(
                 f"--write-shards copies tar members, and {data.spec} does not consist of tars.",
                 f"Give {FLAG} in its place, which writes the form of the data.",

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
+from clipcid_cli.formats.data.activity import count_received
 from clipcid_cli.formats.data.index import SampleRef
-from clipcid_cli.formats.data.remote import count_received
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.rows import Kind, take_captions, take_images
 from clipcid_cli.runtime.distributed import DistContext

@@ -26,7 +26,7 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.data_index import cache_shards, index_alone, note_captions, open_named
+from clipcid_cli.steps.data_index import index_alone, note_captions, open_named
 from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
 from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
 from clipcid_cli.steps.distill.samples import (
@@ -46,6 +46,7 @@ from clipcid_cli.steps.models import choose_embeddings, embed_with, find_mismatc
 from clipcid_cli.steps.repair import describe_pairing, judge_pairing, repair_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
+from clipcid_cli.steps.shard_copies import cache_shards
 
 # Another tool's views may have any crop and colours.
 _ANY = Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)

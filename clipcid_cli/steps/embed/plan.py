@@ -12,9 +12,8 @@ from typing import Any
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.dataset import Dataset, open_described
-from clipcid_cli.formats.data.folders_and_lists import Images
-from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.manifest import FINISHED, read_manifest, read_unfinished
@@ -101,7 +100,7 @@ class EmbedPlan:
     def keys_are_free(self) -> bool:
         """Whether rows are the same whatever their keys are, so that these alone are rewritten: views are drawn by key."""
         settings = self.settings
-        has_numbers = self.dataset.shards[0].table is not None and self.dataset.keys == "sample"
+        has_numbers = self.dataset.kind == "parquet" and self.dataset.keys == "sample"
         return not (settings.views or settings.text_variants or has_numbers)
 
     def decide_rows(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -220,8 +219,8 @@ def _no_captions_error(dataset: Dataset, without_text: str) -> ClipcidError:
         fixes = [f"Name their column with {'--caption-key' if dataset.caption_keys else '--caption-column'}."]
     if without_text:
         fixes.insert(1 if dataset.kind == "list" else 0, without_text)
-    images = dataset.shards[0].slices
-    if isinstance(images, Images) and (columns := images.column_names()):
+    columns = dataset.shards[0].column_names()
+    if columns:
         problem += f"; the list has the columns {', '.join(columns[:_NAMED_COLUMNS])}"
     others = [f"Or {fix[0].lower()}{fix[1:]}" for fix in fixes[1:]]
     return ClipcidError(f"{problem}.", "\n".join([fixes[0], *others]))

@@ -18,7 +18,7 @@ import PIL
 import torch
 
 from clipcid_cli.errors import ClipcidError, command_line
-from clipcid_cli.formats.data.remote import is_pipe
+from clipcid_cli.formats.data.addresses import is_pipe
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.data.shard import Shard
 from clipcid_cli.formats.embeddings.manifest import (
@@ -181,7 +181,7 @@ def _embed_missing(
 
     def find_missing() -> tuple[list[int], float | None]:
         missing = [number for number in range(total) if writer.read_record(number) is None]
-        if any(is_pipe(shard.file) for shard in plan.dataset.shards) and not plan.dataset.is_counted:
+        if any(is_pipe(shard.file) for shard in plan.dataset.shards) and plan.dataset.index is None:
             return missing, None  # nothing is known of the output of a command
         return missing, plan.dataset.estimate_samples() * len(missing) / total
 
@@ -220,7 +220,7 @@ def _embed_missing(
             skipped.merge(made.skipped.counted())
             read += made.read
             finished += 1
-            if not plan.dataset.is_counted:  # what remains is estimated by what was read
+            if plan.dataset.index is None:  # what remains is estimated by what was read
                 progress.expect(shown * len(missing) / finished)
             if read >= _EARLY_CHECK:
                 skipped.check(read, plan.settings.max_bad_fraction, plan.dataset.spec)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.dataset import Columns, Dataset, fingerprint_images, open_dataset, open_described
+from clipcid_cli.formats.data.dataset import Columns, Dataset, open_dataset, open_described
+from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.samples import ListFormat, Sample, natural_key, read_classes
 from clipcid_cli.formats.skips import Skips
 
@@ -134,7 +135,7 @@ def test_image_folder_with_captions(tmp_path: Path) -> None:
 
 
 def test_folders_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clipcid_cli.formats.data.folders_and_lists.VIRTUAL_SHARD", 4)
+    monkeypatch.setattr("clipcid_cli.formats.data.slices.VIRTUAL_SHARD", 4)
     for number in range(10):
         (tmp_path / f"{number}.png").write_bytes(make_image(number))
     dataset = open_dataset(tmp_path)
