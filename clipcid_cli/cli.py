@@ -33,6 +33,7 @@ COMMANDS = {
     "export": "Export a model to open_clip, Hugging Face or ONNX.",
     "runs": "List what a work directory holds, as a table and a page.",
     "verify": "Check that files are as they were written.",
+    "doctor": "Compare this machine with what a run needs.",
 }
 
 
