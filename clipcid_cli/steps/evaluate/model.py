@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,14 +20,16 @@ from clipcid_cli.formats.results.metrics import RETRIEVAL, SIDECARS, Metrics
 from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName, find_weights, hash_weights
+from clipcid_cli.runtime.models.towers import Towers
 from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.precision import choose_precision
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.encode import BATCH_SIZES, Batch, Decoder, Encoded, Encoder, encode, join, list_batches
+from clipcid_cli.steps.encode import BATCH_SIZES, Batch, Decoder, Encoded, encode, encode_batch, join, list_batches
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.preflight import choose_workers
 from clipcid_cli.steps.settings.shared import ReadingSettings
@@ -135,14 +137,14 @@ class EvaluatedModel:
         """Encode a data set, and the prompts of its classes where it has templates."""
         seconds: dict[str, float] = {}
         with timed(seconds, "classes"):
-            encoder = Encoder.of(self.model, self.precision, self.batch_size)
-            weights = class_weights(self._encode_classes(task, encoder)) if task.templates else None
+            towers = Towers.from_model(self.model, self.precision, self.batch_size)
+            weights = class_weights(self._encode_classes(task, towers)) if task.templates else None
         with timed(seconds, "encode"):
-            encoded, skips = self._encode_samples(task, encoder)
+            encoded, skips = self._encode_samples(task, towers)
         return TaskRows(task, encoded, weights, skips, seconds)
 
-    def _encode_classes(self, task: ZeroshotTask, encoder: Encoder) -> torch.Tensor:
-        rows = encoder.encode_prompts([task.prompts(name) for name in task.class_names], self.context)
+    def _encode_classes(self, task: ZeroshotTask, towers: Towers) -> torch.Tensor:
+        rows = towers.encode_prompts([task.prompts(name) for name in task.class_names], self.context)
         bad = ~torch.isfinite(rows).flatten(1).all(dim=1)
         if bool(bad.any()):
             first = task.class_names[int(bad.int().argmax())]
@@ -153,14 +155,14 @@ class EvaluatedModel:
             )
         return rows
 
-    def _encode_samples(self, task: ZeroshotTask, encoder: Encoder) -> tuple[Encoded, Skips]:
+    def _encode_samples(self, task: ZeroshotTask, towers: Towers) -> tuple[Encoded, Skips]:
         """Encode all batches, dealt to the processes in turn."""
         context = self.context
         dataset = task.dataset
         skips = Skips()
         sizes = list[int]()
         read = 0
-        decoder = Decoder.of(self.model, captions=task.kind == RETRIEVAL)
+        decoder = Decoder.from_model(self.model, captions=task.kind == RETRIEVAL)
 
         def deal() -> Iterator[Batch]:
             # Every process lists all samples, but decodes only its own.
@@ -176,7 +178,7 @@ class EvaluatedModel:
         def encode_mine() -> list[tuple[Encoded, Skips]]:
             mine = list[tuple[Encoded, Skips]]()
             shown = 0
-            for batch, encoded in encode(deal(), decoder, encoder, context.device, self.workers):
+            for batch, encoded in encode(deal(), decoder, partial(encode_batch, towers), context.device, self.workers):
                 mine.append((encoded.usable(), encoded.count_skips(dataset.shards[batch.shard])))
                 # The other processes are about as far: count every batch up to this one.
                 done = (len(mine) - 1) * context.size + context.rank + 1

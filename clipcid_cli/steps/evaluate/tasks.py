@@ -38,7 +38,6 @@ from clipcid_cli.formats.results.run_folder import read_held_out
 from clipcid_cli.formats.sidecar import DistillSidecar, LinesRecord, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.models.clip_model import builtin_class_names, builtin_templates
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
@@ -241,6 +240,8 @@ def _plan_task(data: str, settings: EvalZeroshotSettings) -> ZeroshotTask:
 def _find_templates(named: str | None, folder: BenchmarkFolder) -> tuple[tuple[str, ...], str]:
     """Return the templates, those named, else the data set's own, else the default one, and where they are from."""
     if named in BUILTIN_TEMPLATES:
+        from clipcid_cli.runtime.models.prompts import builtin_templates
+
         templates = builtin_templates(str(named))
         reporting.note(f"{folder.name}: open_clip's {len(templates)} templates named {named}.")
         return templates, str(named)
@@ -256,6 +257,8 @@ def _find_class_names(
 ) -> tuple[tuple[str, ...], str, tuple[int, ...] | None]:
     """Return the class names, where they are from and, where folders are in another order, the label of each folder."""
     if named in BUILTIN_CLASS_NAMES:
+        from clipcid_cli.runtime.models.prompts import builtin_class_names
+
         names, labels = _imagenet_names(builtin_class_names(str(named)), folder, dataset)
         return names, str(named), labels
     path = Path(named).expanduser() if named is not None else folder.class_names

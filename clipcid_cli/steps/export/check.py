@@ -40,10 +40,12 @@ from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import read_image
-from clipcid_cli.runtime.models.towers import DenseImageTower, Encode, ImageTower, TextTower
+from clipcid_cli.runtime.models.tower_modules import DenseImageTower
+from clipcid_cli.runtime.models.towers import Towers
+from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.encode import Decoder, Encoder
+from clipcid_cli.steps.encode import Decoder
 from clipcid_cli.steps.settings.export import ExportSettings
 
 Batch = TypeVar("Batch")
@@ -59,6 +61,8 @@ _TIMED_SINGLY = 32
 
 # The fraction of images that find their own text: among the classes, or among the captions of all images.
 ACCURACY, RECALL = "acc1", "text_retrieval_recall@1"
+
+_FP32 = Precision("fp32", "exports are compared in full precision")
 
 SENTENCES = (
     "a photo of a cat.",
@@ -200,7 +204,7 @@ def read_inputs(
     Labels number the classes of ``--classnames``, else those of the data, where it has any.
     """
     limit = settings.check_images or (_MANY_IMAGES if settings.data is not None or settings.quantize else _FEW_IMAGES)
-    decoder, skips = Decoder.of(model, captions=False), Skips()
+    decoder, skips = Decoder.from_model(model, captions=False), Skips()
     listed = [] if dataset is None else choose_samples(dataset, limit)
     decoded = decoder(listed)
     for place, reason in decoded.failures.items():
@@ -302,26 +306,14 @@ def validate_measurable(inputs: CheckInputs, settings: ExportSettings) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Towers(Encoder):
-    """The towers of the original or of an export, and where wanted `dense`: uint8 [B, H, W, 3] to patches [B, h, w, D]."""
-
-    dense: Encode | None = None
-
-
-def towers_of(model: ClipModel, *, dense: bool = False) -> Towers:
-    """Return open_clip's own passes of the original, or of a form that open_clip loads."""
-    inference = torch.inference_mode()
-    image, text = ImageTower(model.module), TextTower(model.module)
-    patches = DenseImageTower(model.module) if dense else None
-    return Towers(
-        images=inference(lambda pixels: image(model.normalize(pixels))),
-        texts=inference(lambda tokens: text(tokens)),
-        tokenizer=model.tokenizer,
-        device=model.device,
-        batch_size=_TEXT_BATCH,
-        dense=None if patches is None else inference(lambda pixels: patches(model.normalize(pixels))[1]),
-    )
+def open_towers(model: ClipModel, *, dense: bool = False) -> Towers:
+    """Return the towers of the original, or of a form that open_clip loads, as they are evaluated."""
+    towers = Towers.from_model(model, _FP32, _TEXT_BATCH)
+    if not dense:
+        return towers
+    patches = DenseImageTower(model.module)
+    encode_patches = torch.inference_mode()(lambda pixels: patches(model.normalize(pixels))[1])
+    return dataclasses.replace(towers, dense=encode_patches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,7 +378,7 @@ class Checker:
         self.model = model
         self.inputs = inputs
         self.settings = settings
-        self.original = towers_of(model, dense=settings.dense)
+        self.original = open_towers(model, dense=settings.dense)
 
     @cached_property
     def expected(self) -> Outputs:

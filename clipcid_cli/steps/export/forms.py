@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -51,18 +50,18 @@ from clipcid_cli.formats.models.open_clip_folder import pixel_problems, square_s
 from clipcid_cli.formats.models.web_folder import write_page
 from clipcid_cli.formats.sidecar import Parity
 from clipcid_cli.runtime.libraries import quiet_libraries
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.exported import HfClip, OnnxSession, hf_towers, onnx_towers, read_tokens
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
-from clipcid_cli.runtime.models.towers import (
+from clipcid_cli.runtime.models.tower_modules import (
     DenseImageTower,
-    HfClip,
     ImageTower,
-    OnnxSession,
     TextTower,
     has_patches,
     image_tower_kind,
-    read_tokens,
 )
+from clipcid_cli.runtime.models.views import Renderer
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.export.card import export_name
 from clipcid_cli.steps.export.check import (
@@ -71,9 +70,9 @@ from clipcid_cli.steps.export.check import (
     Checker,
     Classes,
     latency_of,
+    open_towers,
     rate_of,
     run_timed,
-    towers_of,
 )
 from clipcid_cli.steps.settings.export import ExportSettings
 
@@ -134,7 +133,7 @@ def _write_open_clip(checker: Checker, folder: Path) -> dict[str, Parity]:
             "Export from a folder that has the model's own preprocessing and tokenizer files.",
         )
     precision = checker.settings.stored_precision
-    return {"open-clip": checker.check("open-clip", precision, towers_of(written), [folder / OPEN_CLIP_WEIGHTS])}
+    return {"open-clip": checker.check("open-clip", precision, open_towers(written), [folder / OPEN_CLIP_WEIGHTS])}
 
 
 def _write_hf(checker: Checker, folder: Path) -> dict[str, Parity]:
@@ -147,13 +146,7 @@ def _write_hf(checker: Checker, folder: Path) -> dict[str, Parity]:
     with quiet_libraries():
         write_hf_folder(folder, model.info.config, model.info.preprocess, tensors, model.tokenizer.whole)
     written = HfClip(folder)
-    inference = torch.inference_mode()
-    towers = dataclasses.replace(
-        checker.original,
-        images=inference(lambda pixels: written.encode_images(model.normalize(pixels))),
-        texts=inference(written.encode_texts),
-        dense=None,
-    )
+    towers = hf_towers(written, checker.original, model)
     found = checker.check("hf", checker.settings.stored_precision, towers, [folder / HF_WEIGHTS])
     found.engine = written.engine
     found.processor = _validate_processor(written, checker)
@@ -298,13 +291,8 @@ def _write_encoders(checker: Checker, folder: Path) -> None:
 def _validate_encoders(checker: Checker, folder: Path, kind: str) -> Parity:
     files = [folder / quantized_name(name, kind) for name in (IMAGE_ENCODER, TEXT_ENCODER)]
     image, text = (OnnxSession(path) for path in files)
-    normalize = checker.model.normalize
-    towers = dataclasses.replace(
-        checker.original,
-        images=lambda pixels: image(normalize(pixels)),
-        texts=text,
-        dense=(lambda pixels: image.run(normalize(pixels))[DENSE_EMBEDS]) if checker.settings.dense else None,
-    )
+    dense = DENSE_EMBEDS if checker.settings.dense else None
+    towers = onnx_towers(image, text, checker.original, checker.model, dense)
     found = checker.check(_form("onnx", kind), kind, towers, files, gated=kind != "fp32")
     found.engine = image.engine
     found.opset = checker.settings.onnx_opset
@@ -318,11 +306,11 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
     """
     model = checker.model
     inputs = checker.inputs
-    transform = model.pixel_transform()
+    render = Renderer(model.info.preprocess)
     weights = class_weights(checker.original.encode_prompts(classes.prompts()))
 
     def classify(image: Image.Image) -> torch.Tensor:
-        return checker.original.images(transform(image)[None]) @ weights.T
+        return checker.original.images(torch.from_numpy(np.stack([render(image)]))) @ weights.T
 
     expected, pytorch_seconds = run_timed(classify, inputs.read_images())
     # Labels then index the classes of --classnames, which are the candidates of the encoders, too.

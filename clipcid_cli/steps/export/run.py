@@ -20,7 +20,7 @@ from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, Parity, r
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import open_dist_context
-from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 
 from clipcid_cli.errors import ClipcidError
@@ -18,7 +19,7 @@ from clipcid_cli.formats.models.web_folder import SearchImages, read_search_rows
 from clipcid_cli.formats.report import encode_thumbnail
 from clipcid_cli.formats.sidecar import Parity
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.models.towers import OnnxSession
+from clipcid_cli.runtime.models.exported import OnnxSession
 from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.encode import Decoded, Decoder
@@ -57,7 +58,7 @@ def find_gallery(settings: ExportSettings) -> Gallery | None:
 def encode_gallery(checker: Checker, gallery: Gallery) -> SearchImages:
     """Encode the images by the original model; too many that cannot be used are an error."""
     spec, total = gallery.dataset.spec, len(gallery.samples)
-    encode = _BatchEncoder(checker, Decoder.of(checker.model, captions=False))
+    encode = _BatchEncoder(checker, Decoder.from_model(checker.model, captions=False))
     batches = [gallery.samples[start : start + _BATCH] for start in range(0, total, _BATCH)]
     found, skips = list[_Searched](), Skips()
     with reporting.progress("search images", total, "images") as progress:
@@ -104,16 +105,18 @@ class _BatchEncoder:
     decoder: Decoder
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[list[_Searched], Skips]:
-        decoded, transform = Decoded(), self.decoder.transform
-        assert transform is not None
+        decoded, render = Decoded(), self.decoder.render
+        assert render is not None
         # Of a large image only what is needed is kept.
         small = {
-            place: (transform(image), encode_thumbnail(image, _THUMBNAIL_SIDE))
-            for place, image in self.decoder.read_images(samples, decoded)
+            place: (render(image), encode_thumbnail(image, _THUMBNAIL_SIDE))
+            for place, image in self.decoder.read_images(samples, decoded, render)
         }
         found = list[_Searched]()
         if small:
-            rows = self.checker.original.images(torch.stack([pixels for pixels, _ in small.values()])).cpu()
+            rows = self.checker.original.images(
+                torch.from_numpy(np.stack([pixels for pixels, _ in small.values()]))
+            ).cpu()
             for (place, (_, thumbnail)), row in zip(small.items(), rows, strict=True):
                 if row.isfinite().all():
                     found.append(_Searched(samples[place], row, thumbnail))

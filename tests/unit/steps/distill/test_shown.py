@@ -33,10 +33,11 @@ from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data import texts as text_data
 from clipcid_cli.formats.embeddings.folder import Embeddings, open_embeddings
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.augment import MixedView, Processor, mix_pixels
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import decode_image
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
+from clipcid_cli.runtime.models.views import MixedView, Processor, mix_pixels
 from clipcid_cli.steps import cluster
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.distill.teacher import describe_weights
@@ -143,7 +144,7 @@ def test_processes_share_what_one_would_take(of_lines: bool, work: Path, tiny_sh
     run = join(tiny_shards, work / "embeddings" / "tiny", extra_texts=12, texts=texts)
     assert run.inputs.extra_texts is not None
     assert (run.inputs.extra_texts.variants is None) == of_lines
-    maker = BatchMaker(run.settings, run.inputs, Processor.of(teacher))
+    maker = BatchMaker(run.settings, run.inputs, Processor.from_model(teacher))
 
     def make(step: int, rank: int, size: int) -> TrainingBatch:
         made = Batches(run.inputs, maker, None, 6, 3, DistContext(rank, size, rank, torch.device("cpu")))
