@@ -146,7 +146,7 @@ class Renderer:
         return width, height
 
     def draft_size(self, crop_scale: float = 1.0) -> tuple[int, int]:
-        """Return the least width and height to decode, of which a crop of that area has twice those of the model."""
+        """Return the least width and height to decode, so that a crop of this share has twice the model's size."""
         width, height = (math.ceil(2 * side / math.sqrt(crop_scale)) for side in self.size)
         return width, height
 

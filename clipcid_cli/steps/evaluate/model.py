@@ -89,7 +89,7 @@ class EvaluatedModel:
 
     @cached_property
     def fingerprints(self) -> list[FileRecord]:
-        """Weights, by `ModelInfo.weights_hash`, and configuration; those of a folder without loading them.
+        """Describe the model's weights, by `ModelInfo.weights_hash`, and its configuration; a folder is not loaded for it.
 
         By that hash an export finds the metrics that belong to its model.
         """
@@ -114,7 +114,7 @@ class EvaluatedModel:
         data: list[FileRecord],
         may_differ: Collection[str],
     ) -> AbstractContextManager[Output[AnyEvaluation]]:
-        """Claim a metrics file, whose sidecar lies in a folder of its own; `identity` and `data` decide it beside the model.
+        """Claim a metrics file, whose sidecar lies in a folder of its own; model, `identity` and `data` decide it.
 
         Args:
             may_differ: Settings that do not decide all metrics.
@@ -168,11 +168,11 @@ class EvaluatedModel:
             # Every process lists all samples, but decodes only its own.
             nonlocal read
             batches = list_batches(dataset, range(len(dataset.shards)), task.stream, self.batch_size, task.reject)
-            for number, batch in enumerate(batches):
+            for turn, batch in enumerate(batches):
                 skips.merge(batch.skipped)
                 read += batch.read or 0
                 sizes.append(len(batch.samples))
-                if number % context.size == context.rank:
+                if turn % context.size == context.rank:
                     yield batch
 
         def encode_mine() -> list[tuple[Encoded, Skips]]:
@@ -189,7 +189,7 @@ class EvaluatedModel:
 
         with reporting.progress(f"{self.model.info.slug} on {task.name}", None, "images") as progress:
             dealt = context.gather(context.on_all(encode_mine))
-            parts = [dealt[number % context.size][number // context.size] for number in range(len(sizes))]
+            parts = [dealt[turn % context.size][turn // context.size] for turn in range(len(sizes))]
             for _, unread in parts:
                 skips.merge(unread)
             encoded = join(part for part, _ in parts)

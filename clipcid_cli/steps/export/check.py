@@ -224,7 +224,7 @@ def read_inputs(
         samples = [listed[place] for place in readable]
         candidates = find_candidates(samples, dataset, classes or _own_classes(dataset, settings.data))
     else:
-        samples = [_draw_pattern(number) for number in range(_COMPARED_ROWS)]
+        samples = [_draw_pattern(seed) for seed in range(_COMPARED_ROWS)]
         readable = list(range(_COMPARED_ROWS))
         decoded = decoder(samples)
     assert decoded.pixels is not None
@@ -243,16 +243,16 @@ def choose_samples(dataset: Dataset, limit: int) -> list[Sample]:
         return chosen
     chosen += samples
     taken = min(limit, len(chosen))
-    return [chosen[number * len(chosen) // taken] for number in range(taken)]
+    return [chosen[place * len(chosen) // taken] for place in range(taken)]
 
 
-def _draw_pattern(number: int) -> Sample:
+def _draw_pattern(seed: int) -> Sample:
     """Draw a smooth random picture: a few colours enlarged, so that neighbouring pixels are alike as in a photograph."""
-    generator = torch.Generator().manual_seed(number)
+    generator = torch.Generator().manual_seed(seed)
     colours = torch.randint(0, 256, (6, 6, 3), generator=generator, dtype=torch.uint8)
     file = io.BytesIO()
     Image.fromarray(colours.numpy()).resize((256, 192), Image.Resampling.BICUBIC).save(file, "PNG")
-    return Sample(f"pattern {number}", ByteRange("", data=file.getvalue()))
+    return Sample(f"pattern {seed}", ByteRange("", data=file.getvalue()))
 
 
 def find_candidates(samples: Sequence[Sample], dataset: Dataset, classes: Classes | None) -> Candidates | None:
@@ -262,9 +262,9 @@ def find_candidates(samples: Sequence[Sample], dataset: Dataset, classes: Classe
     if not all(sample.captions for sample in samples):
         return None
     captions = [sample.captions[0] for sample in samples]
-    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    labels = torch.tensor([numbers[caption] for caption in captions])
-    return Candidates(RECALL, tuple((caption,) for caption in numbers), labels)
+    classes_of = {caption: label for label, caption in enumerate(dict.fromkeys(captions))}
+    labels = torch.tensor([classes_of[caption] for caption in captions])
+    return Candidates(RECALL, tuple((caption,) for caption in classes_of), labels)
 
 
 def _own_classes(dataset: Dataset, spec: str | None) -> Classes | None:
@@ -393,32 +393,32 @@ class Checker:
         """
         # In int8 a row depends on the rest of its batch, and many users have batches of one.
         alone = len(self.inputs.pixels) if kind == "int8" else _TIMED_SINGLY
-        found = evaluate(towers, self.inputs, alone)
-        rows = {output: self._compare_rows(name, output, found) for output in found.rows}
+        outputs = evaluate(towers, self.inputs, alone)
+        rows = {output: self._compare_rows(name, output, outputs) for output in outputs.rows}
         parity = Parity(
             precision=kind,
             image=rows["image"],
             text=rows["text"],
             dense=rows.get("dense"),
             bytes=sum(path.stat().st_size for path in files),
-            images_per_second=found.images_per_second,
-            latency_ms=found.latency,
-            zeroshot=self.compare_predictions(found.nearest, gated=gated),
+            images_per_second=outputs.images_per_second,
+            latency_ms=outputs.latency,
+            zeroshot=self.compare_predictions(outputs.nearest, gated=gated),
         )
         self.validate(name, parity)
         return parity
 
-    def _compare_rows(self, name: str, output: str, found: Outputs) -> RowParity:
-        """Compare the rows of the compared samples; of images, which are compared for their predictions, those of all."""
-        ours, theirs = self.expected.rows[output], found.rows[output]
+    def _compare_rows(self, name: str, output: str, outputs: Outputs) -> RowParity:
+        """Compare an output's rows of the compared samples; of the image encoder also its rows of all images."""
+        ours, theirs = self.expected.rows[output], outputs.rows[output]
         if ours.shape != theirs.shape:
             raise ClipcidError(f"{name}: {_OUTPUTS[output]} makes {[*theirs.shape[1:]]}, PyTorch {[*ours.shape[1:]]}.")
         samples = _COMPARED_ROWS
         batch_sizes: tuple[int, ...] = _BATCH_SIZES
         if output == "image":
             images = self.expected.images
-            ours = torch.cat([ours, images, images[: len(found.alone)]])
-            theirs = torch.cat([theirs, found.images, found.alone])
+            ours = torch.cat([ours, images, images[: len(outputs.alone)]])
+            theirs = torch.cat([theirs, outputs.images, outputs.alone])
             samples = len(images)
             batch_sizes = (*_BATCH_SIZES, _IMAGE_BATCH)
         # Rows are of unit length, patches of a length that varies with the model.
@@ -463,12 +463,12 @@ class Checker:
                 "model knows (--data), or lower --max-accuracy-drop."
             )
 
-    def validate(self, name: str, found: Parity) -> None:
+    def validate(self, name: str, parity: Parity) -> None:
         """Raise when an export's entry in `parity.json`, of this run or an earlier one, is over a limit of this run."""
-        kind, spec = found.precision, self.model.info.spec
+        kind, spec = parity.precision, self.model.info.spec
         limit = self.limit(kind)
         for output, words in _OUTPUTS.items():
-            rows: RowParity | None = getattr(found, output)
+            rows: RowParity | None = getattr(parity, output)
             if rows is None or (rows.max_difference <= limit.max_difference and rows.min_cosine >= limit.min_cosine):
                 continue
             allowed = f" (allowed {limit.max_difference:.0e})" if math.isfinite(limit.max_difference) else ""
@@ -479,7 +479,7 @@ class Checker:
                 if kind != "fp32"
                 else "Allow more with --max-difference, or check the model: its values may overflow.",
             )
-        cosine = found.max_cosine_difference
+        cosine = parity.max_cosine_difference
         if cosine is not None and not cosine <= _COSINE_LIMITS[kind]:  # nor when it is no number
             what, flag = ("text", "--search-images") if name == SEARCH else ("class", "--classnames")
             raise ClipcidError(
@@ -487,7 +487,7 @@ class Checker:
                 f"{_COSINE_LIMITS[kind]:.0e}). Nothing was written.",
                 f"Omit {flag}." if kind == "fp32" else f"Omit --quantize {kind}.",
             )
-        zeroshot, max_drop = found.zeroshot, self.settings.max_accuracy_drop
+        zeroshot, max_drop = parity.zeroshot, self.settings.max_accuracy_drop
         if zeroshot is not None and zeroshot.gated and zeroshot.drop > max_drop:
             raise ClipcidError(
                 f"{name}: {zeroshot.measure} falls from {zeroshot.pytorch:.4f} to {zeroshot.value:.4f} on "

@@ -147,11 +147,11 @@ def _write_hf(checker: Checker, folder: Path) -> dict[str, Parity]:
         write_hf_folder(folder, model.info.config, model.info.preprocess, tensors, model.tokenizer.whole)
     written = HfClip(folder)
     towers = hf_towers(written, checker.original, model)
-    found = checker.check("hf", checker.settings.stored_precision, towers, [folder / HF_WEIGHTS])
-    found.engine = written.engine
-    found.processor = _validate_processor(written, checker)
-    found.tokenizer = _validate_tokens("hf", written.prepare_texts, checker)
-    return {"hf": found}
+    parity = checker.check("hf", checker.settings.stored_precision, towers, [folder / HF_WEIGHTS])
+    parity.engine = written.engine
+    parity.processor = _validate_processor(written, checker)
+    parity.tokenizer = _validate_tokens("hf", written.prepare_texts, checker)
+    return {"hf": parity}
 
 
 def _stored_tensors(checker: Checker) -> dict[str, torch.Tensor]:
@@ -241,15 +241,15 @@ def _write_onnx_files(checker: Checker, folder: Path) -> dict[str, Parity]:
         for kind in checker.settings.quantize:
             for name in (IMAGE_ENCODER, TEXT_ENCODER):
                 write_quantized(folder / name, folder / quantized_name(name, kind), kind)
-    found = {_form("onnx", kind): _validate_encoders(checker, folder, kind) for kind in kinds}
-    found["onnx"].tokenizer = tokens
+    parity = {_form("onnx", kind): _validate_encoders(checker, folder, kind) for kind in kinds}
+    parity["onnx"].tokenizer = tokens
     if classes is not None:
-        found |= _write_classifiers(checker, folder, classes)
+        parity |= _write_classifiers(checker, folder, classes)
     for ours, theirs in TRANSFORMERS_JS.items() if for_transformers_js else ():
         # It takes each as one file.
         if (folder / ours).exists() and not (folder / f"{ours}.data").exists():
             link_file(folder / ours, folder / theirs)
-    return found
+    return parity
 
 
 def _transformers_js_problems(model: ClipModel) -> list[str]:
@@ -293,10 +293,10 @@ def _validate_encoders(checker: Checker, folder: Path, kind: str) -> Parity:
     image, text = (OnnxSession(path) for path in files)
     dense = DENSE_EMBEDS if checker.settings.dense else None
     towers = onnx_towers(image, text, checker.original, checker.model, dense)
-    found = checker.check(_form("onnx", kind), kind, towers, files, gated=kind != "fp32")
-    found.engine = image.engine
-    found.opset = checker.settings.onnx_opset
-    return found
+    parity = checker.check(_form("onnx", kind), kind, towers, files, gated=kind != "fp32")
+    parity.engine = image.engine
+    parity.opset = checker.settings.onnx_opset
+    return parity
 
 
 def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict[str, Parity]:
@@ -315,7 +315,7 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
     expected, pytorch_seconds = run_timed(classify, inputs.read_images())
     # Labels then index the classes of --classnames, which are the candidates of the encoders, too.
     labelled = inputs.candidates is not None and inputs.candidates.measure == ACCURACY
-    found = dict[str, Parity]()
+    parity = dict[str, Parity]()
     for kind in ("fp32", *checker.settings.quantize):
         encoder, path = (folder / quantized_name(name, kind) for name in (IMAGE_ENCODER, CLASSIFIER))
         write_classifier(path, encoder, weights.numpy(), classes.names, classes.templates)
@@ -325,7 +325,7 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
         cosines = (logits - (model.logit_bias or 0.0)) / model.logit_scale
         nearest = logits.argmax(dim=1)
         form = _form("classifier", kind)
-        found[form] = Parity(
+        parity[form] = Parity(
             precision=kind,
             images=len(logits),
             max_cosine_difference=float((expected - cosines).abs().max()),
@@ -337,12 +337,12 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
             zeroshot=checker.compare_predictions(nearest, gated=kind != "fp32") if labelled else None,
             engine=session.engine,
         )
-        checker.validate(form, found[form])
-    return found
+        checker.validate(form, parity[form])
+    return parity
 
 
 def _write_web(checker: Checker, folder: Path) -> dict[str, Parity]:
-    """Write the page for the smallest of the encoders, which are compared already, and give these a name beside it."""
+    """Write the page, which runs the smallest encoders; they are compared already, and get a second name in its folder."""
     model, classes = checker.model, checker.inputs.classes
     names = page_encoders(checker.settings)
     if too_large := [name for name in names if (folder / f"{name}.data").exists()]:

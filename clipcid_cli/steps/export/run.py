@@ -147,8 +147,8 @@ def _export(
     with open_output(spec) as output:
         if output.finished is not None and all((folder / name).exists() for name in output.finished.written):
             # Limits do not change the content, so an existing export is checked against those of this run.
-            for name, found in output.finished.parity.items():
-                checker.validate(name, found)
+            for form, recorded in output.finished.parity.items():
+                checker.validate(form, recorded)
             reporting.note(f"{folder} already holds this export.")
             return output.finished
         output.start()
