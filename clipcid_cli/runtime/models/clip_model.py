@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from clipcid_cli.runtime.models.pruned_forward import PrunedForward
+from clipcid_cli.runtime.models.pruned_forward import PrunedForward, is_plain_attention
 from clipcid_cli.runtime.models.tokenizers import BoundedTokenizer
 from clipcid_cli.runtime.precision import Precision
 
@@ -107,7 +107,7 @@ class ClipModel:
         second in fp32, 38 under bf16 autocast, and 151 with its weights cast once (2 cores with AMX).
         """
         for module in self.module.modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.MultiheadAttention):
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) or is_plain_attention(module):
                 module.to(precision.dtype)
 
     @cached_property
