@@ -39,7 +39,7 @@ def _show_comparison(answer: ComparisonResult, console: Console) -> None:
         if isinstance(compared, str):
             files[side] = compared
         else:
-            files |= {f"{side}{number}": file for number, file in enumerate(compared, start=1)}
+            files |= {f"{side}{seed}": file for seed, file in enumerate(compared, start=1)}
     print_facts(console, "", files)
     prompts = {
         kind.replace("_", " "): str(sides.first) if sides.same else "not the same"

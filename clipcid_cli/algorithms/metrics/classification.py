@@ -172,11 +172,11 @@ def average_precision(draws_BN: Array, scores_NC: Array, positive_NC: Array) -> 
         a class without images as 0 where we omit it. The eleven points as Everingham et al. 2010 (PASCAL VOC), §4.2.
     """
     forms = np.full((2, len(draws_BN), scores_NC.shape[1]), np.nan)
-    for number in range(scores_NC.shape[1]):
-        order_N = np.argsort(-scores_NC[:, number], kind="stable")
-        if positive_NC[:, number].any():
-            forms[:, :, number] = _class_precision(
-                draws_BN[:, order_N], scores_NC[order_N, number], positive_NC[order_N, number]
+    for label in range(scores_NC.shape[1]):
+        order_N = np.argsort(-scores_NC[:, label], kind="stable")
+        if positive_NC[:, label].any():
+            forms[:, :, label] = _class_precision(
+                draws_BN[:, order_N], scores_NC[order_N, label], positive_NC[order_N, label]
             )
     return forms[0], forms[1]
 

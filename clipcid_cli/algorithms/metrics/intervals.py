@@ -138,7 +138,7 @@ def compare(
     pairs_S = list(zip(first_S, second_S, strict=True))
     drawn = CellMetrics(first_S[0].images_U, mean_differences).draw(replicates, seed)
     values_S = [(first.values(), second.values()) for first, second in pairs_S]
-    found = {}
+    compared = {}
     for name, value in values_S[0][0].items():
         if math.isnan(value):
             continue
@@ -147,8 +147,8 @@ def compare(
         errors_B = _errors_of_mean(np.subtract(second, first), replicates, seed)
         p_value = p_values.get(name) if p_values else None
         # Metrics are in [0, 1], and so no difference is beyond 1, as Student's t of two seeds would have it.
-        found[name] = PairedMetric(first, second, interval((drawn[name] + errors_B).clip(-1, 1)), p_value)
-    return found
+        compared[name] = PairedMetric(first, second, interval((drawn[name] + errors_B).clip(-1, 1)), p_value)
+    return compared
 
 
 def _errors_of_mean(values_S: Array, replicates: int, seed: int) -> Array:

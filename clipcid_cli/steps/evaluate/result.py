@@ -8,8 +8,7 @@ from statistics import fmean, stdev
 
 import msgspec
 
-from clipcid_cli.formats.results.metrics import Metrics
-from clipcid_cli.formats.sidecar import LinesRecord
+from clipcid_cli.formats.results.metrics import LinesRecord, Metrics
 
 
 class Preview(msgspec.Struct):
@@ -22,7 +21,7 @@ class Preview(msgspec.Struct):
 
 
 class Previews(msgspec.Struct):
-    """The same of several pairs."""
+    """What a dry run would measure of several pairs of model and data set."""
 
     results: list[Preview]
 
@@ -57,7 +56,7 @@ class ZeroshotResults(msgspec.Struct):
 
 
 class ComparedLines(msgspec.Struct):
-    """Class names, or templates, of both sides."""
+    """The class names, or the templates, of the two results that are compared."""
 
     first: LinesRecord
     second: LinesRecord
@@ -122,7 +121,7 @@ class Sweep(msgspec.Struct):
 
 
 class LinearResult(Metrics, kw_only=True):
-    """A linear probe: metrics after ``lp_``, those of the nearest neighbours after ``knn<K>_``."""
+    """A linear probe: its metrics are named ``lp_…``, and ``knn<K>_…`` those of a vote of the nearest neighbours."""
 
     metric: str  # by which the strength `c` was chosen
     c: float
