@@ -20,9 +20,10 @@ NOTES = (
     "Regret: points below the preset that is best in that world, paired by seed; 95 % intervals as in table.md; an"
     " interval needs three seeds. Share: regret divided by the span, which is the best preset minus `clip`.",
     "What this does not show: a real CLIP as teacher, a student of usual size, training of more than a few epochs, or the"
-    " order of presets whose intervals overlap. The best preset is chosen by the same figures, so regrets are a little too"
-    " large. Rates are the presets' defaults, not tuned to a world; in the worlds of the ablation each preset has its best"
-    " of three or five rates, found on other items.",
+    " order of presets whose intervals overlap. Largest regrets compare only where the number of worlds is the same. The"
+    " best preset is chosen by the same figures, so regrets are a little too large. Rates are the presets' defaults, not"
+    " tuned to a world; in the worlds of the ablation each preset has its best of three or five rates, found on other"
+    " items.",
 )
 
 
@@ -159,7 +160,7 @@ def largest(worlds: Sequence[World]) -> list[str]:
         share = f"{max(shares):.0%}" if shares else ""
         rows.append([f"`{contender}`", str(len(there)), f"{100 * regret.mean:.1f}", upper, worst.name, share])
     heads = ("preset", "worlds", "largest regret", "upper end", "in", "largest share of a span")
-    return as_table(heads, sorted(rows, key=lambda row: float(row[2])))
+    return as_table(heads, sorted(rows, key=lambda row: (-int(row[1]), float(row[2]))))
 
 
 def as_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
