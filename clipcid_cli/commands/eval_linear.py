@@ -55,7 +55,7 @@ def _describe_interval(bounds: tuple[float, float] | None) -> str:
     if bounds is None:
         return ""
     low, high = (format_percent(bound, _DIGITS) for bound in bounds)
-    return f", 95% interval over the test images {low} … {high}"
+    return f" (95% interval {low} … {high})"
 
 
 def _sketch(scores: list[float]) -> str:

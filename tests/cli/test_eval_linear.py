@@ -80,7 +80,7 @@ def test_metrics_are_those_of_scikit_learn(clipcid: Clipcid, tiny_model: Path, c
     assert set(result["intervals"]) == {"lp_acc1", "lp_mean_per_class_recall"}
     shown = clipcid("eval-linear", tiny_model, colours).said
     assert "chance acc1 25.0%, per class 25.0%; always the largest class: acc1 33.3% measured on" in shown
-    assert "95% interval over the test images" in shown
+    assert f"(95% interval {100 * result['intervals']['lp_acc1'][0]:.2f} … " in shown
 
     name = "colours_tiny_linear_probe.json"
     written = json.loads((work / "eval" / name).read_text())
