@@ -18,7 +18,9 @@ from clipcid_cli.algorithms.metrics.classification import (
     MULTI_LABEL_METRICS,
     SINGLE_LABEL_METRICS,
     measure_scores,
+    score_metrics,
 )
+from clipcid_cli.algorithms.metrics.intervals import CellMetrics
 from clipcid_cli.algorithms.probe import (
     PROMISED_DECREASE,
     TOLERANCE,
@@ -74,6 +76,8 @@ from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 
 _TASK = "linear_probe"
+# Draws of the test images for an interval, as many as `eval-zeroshot` makes by default.
+_DRAWS = 1000
 # The probe itself does not depend on them.
 _MAY_DIFFER = frozenset({"shots", "shot_repeats", "knn"})
 
@@ -285,7 +289,9 @@ def _write(
         points, best = fits.sweep()
     with timed(seconds, "refit"):
         solution = fits.refit(best)
-        measured = fits.measure(solution.classifier, test)
+        of_images = fits.measure(solution.classifier, test)
+        measured = of_images.values()
+        intervals = of_images.intervals(_DRAWS, plan.settings.seed)
     if "acc5" in measured and len(plan.classes) < ACCURACY_TOP_K:
         reporting.note(f"lp_acc5 is null because there are only {len(plan.classes)} classes.")
     with timed(seconds, "shots"):
@@ -308,6 +314,7 @@ def _write(
         "skipped": {split: own.skips.counts for split, own in features.items()},
     }
     result = {
+        "intervals": {f"lp_{name}": bounds for name, bounds in intervals.items()},
         "metric": plan.metric,
         "c": best.c,
         "validation_score": best.score,
@@ -443,7 +450,7 @@ class ProbeFits:
         with threads_for(images.rows.numel() * self.num_classes):
             problem = ProbeProblem(images.rows, images.labels, self.num_classes)
             for c, solution in zip(self.grid, sweep_regularisation(problem, self.grid), strict=True):
-                scores = self.measure(solution.classifier, self.held_out)
+                scores = self.measure(solution.classifier, self.held_out).values()
                 points.append(SweepPoint(c, scores[self.metric], solution))
                 advance()
         return points
@@ -460,8 +467,8 @@ class ProbeFits:
             )
         return solution
 
-    def measure(self, classifier: LinearClassifier, images: ImageFeatures) -> dict[str, float]:
-        return measure_scores(classifier.scores(images.rows), images.labels, self.num_classes)
+    def measure(self, classifier: LinearClassifier, images: ImageFeatures) -> CellMetrics:
+        return score_metrics(classifier.scores(images.rows), images.labels, self.num_classes)
 
     def measure_neighbours(self, test: ImageFeatures) -> dict[str, float]:
         """Return the metrics of the weighted vote of the nearest training images, each after ``knn<K>_``; none unasked."""
@@ -502,7 +509,7 @@ class ProbeFits:
                     best = choose_point(self._sweep(drawn, lambda: None))
                     draws.append(len(drawn))
                     chosen.append(best.c)
-                    metrics.append(self.measure(best.solution.classifier, test))
+                    metrics.append(self.measure(best.solution.classifier, test).values())
                     progress.advance()
                 at_edge = sum(map(self._is_end, chosen))
                 if at_edge:

@@ -89,6 +89,10 @@ class Difference(msgspec.Struct):
     real: bool
     enough_seeds: bool  # whether there are seeds enough for a verdict; of two results on one seed each always
     verdict: str
+    # Of the margin, where one was given and there are seeds enough: whether the second loses less than it to the first, and
+    # whether neither loses so much to the other.
+    no_worse: bool | None = None
+    equivalent: bool | None = None
 
 
 class ComparisonResult(msgspec.Struct):
@@ -101,6 +105,7 @@ class ComparisonResult(msgspec.Struct):
     prompts: dict[str, ComparedLines] | None  # None for retrieval, and where nothing records them
     differences: dict[str, Difference]
     files: dict[str, str]
+    margin: float | None = None  # in points
 
 
 class FewShot(msgspec.Struct):
@@ -123,6 +128,8 @@ class Sweep(msgspec.Struct):
 class LinearResult(Metrics, kw_only=True):
     """A linear probe: its metrics are named ``lp_…``, and ``knn<K>_…`` those of a vote of the nearest neighbours."""
 
+    # The 95 % interval of each metric after ``lp_``, over the test images; the probe itself is one.
+    intervals: dict[str, tuple[float, float]] = msgspec.field(default_factory=dict)
     metric: str  # by which the strength `c` was chosen
     c: float
     validation_score: float
