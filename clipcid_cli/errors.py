@@ -55,12 +55,17 @@ def command_line(*words: str | Path, **flags: Any) -> str:
     Args:
         flags: Values by name, several in a tuple; None gives no flag, and neither does the default of `work`.
     """
-    line = ["clipcid", *map(str, words)]
+    return " ".join(filter(None, [shlex.join(["clipcid", *map(str, words)]), flag_words(**flags)]))
+
+
+def flag_words(**flags: Any) -> str:
+    """Return flags as they are typed; `flags` are as of `command_line`."""
+    line = list[str]()
     for name, value in flags.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             line.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None and not (name == "work" and value == DEFAULT_WORK):
-            for each in value if isinstance(value, tuple) else (value,):
-                line += [f"--{flag}", str(each)]
+            for item in value if isinstance(value, tuple) else (value,):
+                line += [f"--{flag}", str(item)]
     return shlex.join(line)

@@ -18,8 +18,9 @@ _PART = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\]"""  # of a word, as a shell 
 _WORD = re.compile(rf"(?:{_PART}|\S)+")
 _FLAG = re.compile(r"--?[A-Za-z]")
 _AFTER_SLASH = re.compile(r"(?<=/)(?=.)")
-# A command line, or a flag with its value, that ends a sentence: "Give --embeddings, or run: clipcid embed DATA".
-_COMMAND = re.compile(rf"(?P<before>.*:) (?P<command>(?:clipcid|torchrun) .*|--[a-z-]+ (?:{_PART})+)")
+# A command line, or a flag with its value, that ends a sentence: "Give --embeddings, or run: clipcid embed DATA". One that
+# made an output is no advice, and is broken like other text.
+_COMMAND = re.compile(rf"(?P<before>.*(?<!made by):) (?P<command>(?:clipcid|torchrun) .*|--[a-z-]+ (?:{_PART})+)")
 
 
 def wrap(text: str, width: int) -> str:
@@ -51,10 +52,10 @@ def wrap_command(command: str, width: int) -> str:
 def _wrap_line(line: str, width: int) -> str:
     if len(line) <= width:
         return line
-    found = _COMMAND.fullmatch(line)
-    if found is not None:
-        command = wrap_command(found["command"], width - 2).replace("\n", "\n  ")
-        return f"{_wrap_line(found['before'], width)}\n  {command}"
+    match = _COMMAND.fullmatch(line)
+    if match is not None:
+        command = wrap_command(match["command"], width - 2).replace("\n", "\n  ")
+        return f"{_wrap_line(match['before'], width)}\n  {command}"
     indent = " " * (len(line) - len(line.lstrip()))
     return _Wrapper(width, indent, indent, break_long_words=False, break_on_hyphens=False).fill(line.strip())
 
@@ -123,7 +124,7 @@ def _count_above(lines: Sequence[Sequence[str]], left: int, width: int) -> int |
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for above in range(min(left, len(widths) - 1) + 1):
         rest = widths[above:]
-        if sum(rest) + _GAP * (len(rest) - 1) + _INDENT * (above > 0) <= width:
+        if sum(rest) + _GAP * (len(rest) - 1) + (_INDENT if above else 0) <= width:
             return above
     return None
 
@@ -140,7 +141,7 @@ def _print_cells(lines: Sequence[Sequence[str]], console: Console) -> None:
 
 def format_skipped(skipped: dict[str, int]) -> str:
     """Write how many samples were skipped for each reason."""
-    return ", ".join(f"{number:,} {reason}" for reason, number in skipped.items())
+    return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
 
 
 def format_phases(seconds: dict[str, float]) -> str:
@@ -159,10 +160,10 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
 
 
-def format_bytes(number: int) -> str:
+def format_bytes(size: int) -> str:
     """Write a size by three digits: ``92.1 kB``, ``1.23 TB``."""
-    unit = next((unit for unit, size in _UNITS.items() if number >= size), "kB")
-    return f"{float(f'{number / _UNITS[unit]:.3g}'):,g} {unit}"
+    unit = next((unit for unit, least in _UNITS.items() if size >= least), "kB")
+    return f"{float(f'{size / _UNITS[unit]:.3g}'):,g} {unit}"
 
 
 def format_host_memory(total: int, shared: int) -> str:

@@ -12,12 +12,12 @@ from pathlib import Path
 import msgspec
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
 from clipcid_cli.formats.files import describe, open_regular
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.sidecar import RowsSidecar, Sidecar, read_sidecar
+from clipcid_cli.formats.sidecar import Sidecar, read_sidecar
 
-_STEPS = ("embed", "texts", "balance", "forest", "cluster", "repair", "distill", "export", "write-shards", "matched")
-_OF_ROWS = ("embed", "texts")  # whose manifest records files too
+_STEPS = ("embed", "balance", "forest", "cluster", "repair", "distill", "export", "write-shards", "matched")
 _OF_EVALUATIONS = "sidecars"  # the folder of sidecars whose files are in the one above
 _UNFINISHED = re.compile(r"\.[a-z].*-([0-9a-f]{16}|[0-9a-f]{32})")
 _CHECKSUM = b'"checksum": "blake2b'
@@ -32,7 +32,7 @@ class Fault(msgspec.Struct, frozen=True):
     problem: str
 
 
-class Outputs(msgspec.Struct):
+class FolderContents(msgspec.Struct):
     """What a folder holds: sidecars, the folders of unfinished runs, and links that are not followed."""
 
     sidecars: list[Path] = []
@@ -51,23 +51,25 @@ class RecordedFile(msgspec.Struct, frozen=True):
         return Path(os.path.normpath(self.sidecar.parent / self.record.path))
 
 
-def find_outputs(root: Path) -> Outputs:
+def find_outputs(root: Path) -> FolderContents:
     """Look for outputs in a folder and all below it."""
-    found = Outputs()
+    outputs = FolderContents()
 
     def note_unread(error: OSError) -> None:
-        found.faults.append(Fault(str(error.filename), f"cannot be read: {describe(error)}"))
+        outputs.faults.append(Fault(str(error.filename), f"cannot be read: {describe(error)}"))
 
     for name, folders, files in os.walk(root, onerror=note_unread):
         here = Path(name)
         links = [folder for folder in folders if (here / folder).is_symlink()]
         for link in links:
             if not _is_inside(here / link, root):
-                found.faults.append(Fault(str(here / link), "is a link out of the folder, and was not followed"))
-        found.unfinished += [here / folder for folder in sorted(folders) if _UNFINISHED.fullmatch(folder)]
+                outputs.faults.append(Fault(str(here / link), "is a link out of the folder, and was not followed"))
+        outputs.unfinished += [here / folder for folder in sorted(folders) if _UNFINISHED.fullmatch(folder)]
         folders[:] = sorted(folder for folder in folders if folder not in links and not folder.startswith("."))
-        found.sidecars += [here / file for file in sorted(files) if file.endswith(".json") and _is_sidecar(here / file)]
-    return found
+        outputs.sidecars += [
+            here / file for file in sorted(files) if file.endswith(".json") and _is_sidecar(here / file)
+        ]
+    return outputs
 
 
 def _is_sidecar(path: Path) -> bool:
@@ -93,13 +95,13 @@ def read_output(path: Path, root: Path) -> list[RecordedFile]:
     sidecar = read_sidecar(path, Sidecar, _FIX)
     if sidecar is None:
         raise ClipcidError("is a link that leads nowhere")
-    files = [RecordedFile(path, each) for each in sidecar.outputs]
-    if sidecar.step in _OF_ROWS and all(find_problem(file, root) is None for file in files):
+    files = [RecordedFile(path, file) for file in sidecar.outputs]
+    if sidecar.step == "embed" and all(find_problem(file, root) is None for file in files):
         if not _is_inside(path.parent / "manifest.parquet", root):
             raise ClipcidError("has a manifest that is a link out of the folder, and was not followed")
-        rows = read_sidecar(path, RowsSidecar, _FIX)
+        rows = read_sidecar(path, EmbedSidecar, _FIX)
         assert rows is not None
-        files = [RecordedFile(path, each) for each in rows.records(path.parent)]
+        files = [RecordedFile(path, file) for file in rows.records(path.parent)]
     return files
 
 

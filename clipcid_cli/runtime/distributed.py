@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,9 +35,6 @@ TRAINING_TIMEOUT = datetime.timedelta(minutes=20)
 RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
 """How long a process waits for the others to start: importing PyTorch on many hosts from one disk takes minutes."""
 
-# Seconds in which processes that have waited in vain all say so: one that does not is the one that they waited for.
-_ROLL_CALL = 10.0
-
 # In errors of a collective that another process no longer takes part in; those of gloo have no class of their own.
 _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
@@ -62,14 +58,14 @@ class DistContext:
         """Whether the run has processes on several hosts, or may have them: nobody says how many are on this one."""
         return self.size > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
-    def rank_range(self, number: int) -> tuple[int, int]:
+    def rank_range(self, count: int) -> tuple[int, int]:
         """Return this process's even share of 0 … number − 1: the first, and the one after the last."""
-        return number * self.rank // self.size, number * (self.rank + 1) // self.size
+        return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
-    def block_range(self, number: int, size: int) -> tuple[int, int]:
+    def block_range(self, count: int, size: int) -> tuple[int, int]:
         """Return a share as `rank_range` does, in whole blocks of `size`: these are the same for any number of processes."""
-        first, last = self.rank_range(-(-number // size))
-        return min(first * size, number), min(last * size, number)
+        first, last = self.rank_range(-(-count // size))
+        return min(first * size, count), min(last * size, count)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -142,10 +138,10 @@ class DistContext:
 
     def agree(self, error: ClipcidError | None) -> None:
         """Raise on every process when any of them has an error, so that none waits for one that has ended."""
-        for rank, found in enumerate(self.gather(error)):
-            if found is not None:
-                found.already_reported = rank != self.rank
-                raise found
+        for rank, failure in enumerate(self.gather(error)):
+            if failure is not None:
+                failure.already_reported = rank != self.rank
+                raise failure
 
 
 @contextmanager
@@ -153,7 +149,7 @@ def open_dist_context(device: str = "auto") -> Iterator[DistContext]:
     """Join the run's processes (as torchrun's environment describes them) and choose this one's device.
 
     Where the caller has already initialised ``torch.distributed``, its group is used and left open; its backend must fit the
-    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``). Of several GPUs it is that of LOCAL_RANK.
+    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``). Of several GPUs LOCAL_RANK says which.
     """
     joined = dist.is_available() and dist.is_initialized()
     rank = dist.get_rank() if joined else int(os.environ.get("RANK", "0"))
@@ -176,7 +172,7 @@ def open_dist_context(device: str = "auto") -> Iterator[DistContext]:
     on_gpu = chosen.type == "cuda"
     store = rendezvous_all(rank, size)
     try:
-        with _name_failures(store, rank, size):
+        with _name_failures(store, rank):
             dist.init_process_group(
                 # Objects, and numbers that only the host needs, never travel through a GPU.
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -223,7 +219,7 @@ def rendezvous_all(rank: int, size: int, limit: datetime.timedelta = RENDEZVOUS_
 
 
 @contextmanager
-def _name_failures(store: Any, rank: int, size: int) -> Iterator[None]:
+def _name_failures(store: Any, rank: int) -> Iterator[None]:
     """Tell the other processes of an error that only this one has; where it is the loss of another, say whose and why."""
     key = "clipcid/failed"
     try:
@@ -239,30 +235,13 @@ def _name_failures(store: Any, rank: int, size: int) -> Iterator[None]:
                 store.set(key, json.dumps([rank, named.rstrip(".: ")]))
             raise
         message = f"Another process of the run has ended, or cannot be reached: {text}."
-        fix = "Its own error says why; without one it was killed, perhaps for memory."
+        fix = "Its own error says why; without one it hangs or was killed, perhaps for memory."
         with suppress(RuntimeError, OSError, ValueError):
-            silent = _find_silent(store, rank, size, key)
             if store.check([key]):
                 other, named = json.loads(store.get(key))
                 message = f"Process {other} of the run failed: {named}."
                 fix = "Its own error says how to fix it."
-            elif silent:
-                message += f" No answer from {silent}: it hangs or was killed."
-                fix = "Look at its own error and its host: memory, disk, GPU, network."
         raise ClipcidError(message, f"{fix} Then run the same command again: it continues where it stopped.") from error
-
-
-def _find_silent(store: Any, rank: int, size: int, failed: str) -> str:
-    """Name the processes that do not say, as this one does, that they have waited in vain; none once one has `failed`."""
-    store.set(f"clipcid/waited/{rank}", b"")
-    deadline = time.monotonic() + _ROLL_CALL
-    while True:
-        silent = [other for other in range(size) if not store.check([f"clipcid/waited/{other}"])]
-        if not silent or store.check([failed]) or time.monotonic() > deadline:
-            break
-        time.sleep(0.2)
-    shown = ", ".join(map(str, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
-    return f"process {shown}" if silent else ""
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

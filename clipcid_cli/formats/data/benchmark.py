@@ -25,22 +25,21 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.remote import is_remote, without_query
+from clipcid_cli.formats.data.addresses import is_remote, without_query
+from clipcid_cli.formats.data.shard_files import NUM_SHARDS, is_benchmark
 from clipcid_cli.formats.files import LARGEST_TEXT, read_regular, reading
 from clipcid_cli.shown import REDACTED, redact
 
 CLASS_NAMES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"
 _DATASET_TYPE = "dataset_type.txt"
-_NUM_SHARDS = "nshards.txt"
-_NUMBER = re.compile("0|[1-9][0-9]{0,8}")  # of shards, or of one in its file's name
 # Names of the folders of splits; a folder that contains any other folder has no splits.
 _SPLITS = frozenset({"train", "trainval", "test", "val", "valid", "validation"})
 _NUMBERED_SHARDS = re.compile(r"[\d{}.,-]+\.tar")
 
 # Placeholders of the class name: CLIP_benchmark writes {c}, open_clip {}.
 _PLACEHOLDERS = ("{c}", "{}")
-# Names accepted in place of a file: open_clip's lists (see `runtime.models.clip_model`).
+# Names accepted in place of a file: open_clip's lists (see `runtime.models.prompts`).
 BUILTIN_TEMPLATES = ("openai", "simple")
 BUILTIN_CLASS_NAMES = ("imagenet",)
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
@@ -82,7 +81,7 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
             return _describe(name_data(data), data, folder)
         whole = folder.resolve().parent
         return _describe(f"{name_data(str(whole))}/{folder.resolve().name}", data, whole)
-    listed = sorted(path.parent.name for path in folder.glob(f"*/{_NUM_SHARDS}"))
+    listed = sorted(path.parent.name for path in folder.glob(f"*/{NUM_SHARDS}"))
     splits = listed or _plain_splits(folder)
     if splits and split not in splits:
         raise MissingSplitError(
@@ -91,30 +90,6 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
         )
     described = _describe(name_data(data), str(folder / split) if splits else data, folder)
     return dataclasses.replace(described, plain_splits=() if listed else tuple(splits))
-
-
-def is_benchmark(spec: str) -> bool:
-    """Tell whether this is the folder of a split, with shards."""
-    return not is_remote(spec) and Path(spec, _NUM_SHARDS).is_file()
-
-
-def list_benchmark_tars(folder: Path) -> list[str]:
-    """List the shards of a split, all of which must be there."""
-    with reading(folder / _NUM_SHARDS, "a number of shards", "Fix the file."):
-        text = read_regular(folder / _NUM_SHARDS, LARGEST_TEXT).decode("utf-8", errors="replace").strip()
-    if not _NUMBER.fullmatch(text) or int(text) == 0:
-        raise ClipcidError(f"{folder / _NUM_SHARDS} contains {text[:40]!r}, not a number of shards.", "Fix the file.")
-    count = int(text)
-    tars = (path for path in folder.glob("*.tar") if _NUMBER.fullmatch(path.stem) and path.is_file())
-    numbers = {int(path.stem) for path in tars}
-    missing = count - sum(number < count for number in numbers)
-    if missing:
-        first = next(number for number in range(count) if number not in numbers)
-        raise ClipcidError(
-            f"{folder} should contain {count} shards ({_NUM_SHARDS}); {missing} are missing, first {first}.tar.",
-            f"Copy them there, or fix {_NUM_SHARDS}.",
-        )
-    return [str(folder / f"{number}.tar") for number in range(count)]
 
 
 def _plain_splits(folder: Path) -> list[str]:
@@ -148,10 +123,10 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 def read_templates(path: Path) -> tuple[str, ...]:
     """Read prompt templates, one per line, each with ``{c}`` or ``{}`` for the class name."""
     templates = _read_lines(path, "template")
-    for number, template in enumerate(templates, start=1):
+    for line, template in enumerate(templates, start=1):
         if not any(placeholder in template for placeholder in _PLACEHOLDERS):
             raise ClipcidError(
-                f"{path}, line {number}: {template!r} has no placeholder for the class name.",
+                f"{path}, line {line}: {template!r} has no placeholder for the class name.",
                 "Write {c} (as CLIP_benchmark does) or {} where it goes.",
             )
     return templates
@@ -259,9 +234,9 @@ def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | Non
             )
         return None
     places = [root / folder for folder in (known.folder, known.name) if folder is not None]
-    found = next((place for place in places if place.is_dir()), None)
-    if found is not None:
-        return known, found
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is not None:
+        return known, folder
     if known.folder is None:
         expected = ""
         get = f"{known.source}, in {places[-1] / 'test'}."
@@ -298,8 +273,8 @@ def match_class_names(names: Sequence[str], folders: Sequence[str]) -> ClassMatc
     """Find the class name, of those in order of their labels, of each folder; the folders' names are sorted."""
     # Names come first: the class names themselves may be digits, in any order.
     by_name = {plain_name(name).casefold(): label for label, name in enumerate(names)}
-    found = [by_name.get(plain_name(folder).casefold()) for folder in folders]
-    named = tuple(label for label in found if label is not None)
+    labels = [by_name.get(plain_name(folder).casefold()) for folder in folders]
+    named = tuple(label for label in labels if label is not None)
     if len(by_name) == len(names) and len(set(named)) == len(folders):
         return ClassMatch(named, "name")
     numbers = read_folder_numbers(folders, len(names))

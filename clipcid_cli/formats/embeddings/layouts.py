@@ -14,23 +14,38 @@ A file of one of these forms may also be given itself.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.image_column import is_image_column
 from clipcid_cli.formats.data.samples import natural_key
-from clipcid_cli.formats.embeddings.copies import Copies, has_images, list_columns
-from clipcid_cli.formats.embeddings.rows import METADATA, Kind, RowFile, find_member, find_npy, list_arrays
+from clipcid_cli.formats.embeddings.rows import (
+    AGAIN,
+    METADATA,
+    ArrayFile,
+    EmbeddingFile,
+    Kind,
+    find_member,
+    find_npy,
+    list_arrays,
+)
+from clipcid_cli.formats.files import reading
 from clipcid_cli.formats.parquet import count_rows
 
+if TYPE_CHECKING:
+    from clipcid_cli.formats.embeddings.copies import Copies
+
 _GIVE = "Give --embeddings DIR, or make them: clipcid embed DATA"
-AGAIN = "Copy or make the folder again."
+_FIX = "Copy or make it again, or choose other embeddings."
 _SUFFIXES = (".npy", ".npz", ".parquet")
 # What names of columns have for images and for captions.
 _OF_IMAGE = re.compile("image|img", re.IGNORECASE)
@@ -40,31 +55,13 @@ _SEPARATE = "Keep embeddings of different models in separate folders."
 _PARAMS = (16, 34)  # numbers of a view, without and with mixed ones
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class EmbeddingFile:
-    """The files of one shard."""
-
-    parts: dict[Kind, RowFile]  # its rows by kind; images are always among them
-    metadata: Path | None  # parquet of keys and captions; None where there is none
-    first: int = 0  # number of its first row among those of all shards
-
-    @property
-    def rows(self) -> int:
-        return self.parts[Kind.IMAGES].shape[0]
-
-    @property
-    def name(self) -> str:
-        """Name of the file without its suffix, used as the shard's where another tool did not record it."""
-        return self.parts[Kind.IMAGES].origin.stem
-
-
 def find_rows(folder: Path) -> Path | None:
     """Return the first file of embeddings in a folder, of whichever tool, or the file itself; None where there is none."""
     if folder.is_file():
         return folder if folder.suffix in (".npy", ".npz") or _is_table(folder) else None
     arrays = (path for place in (*Kind, "") for path in _list(folder / place, ".npy"))
-    found = next(arrays, None) or next(iter(_list_archives(folder)), None)
-    return found or next(filter(_is_table, _list(folder, ".parquet")[:1]), None)
+    array = next(arrays, None) or next(iter(_list_archives(folder)), None)
+    return array or next(filter(_is_table, _list(folder, ".parquet")[:1]), None)
 
 
 def _is_table(path: Path) -> bool:
@@ -74,6 +71,24 @@ def _is_table(path: Path) -> bool:
     with suppress(ClipcidError):
         return bool(list_columns(path)) and not has_images(path)
     return False
+
+
+def list_columns(path: Path) -> list[str]:
+    """Return the names of the columns of a parquet file that hold a list of floating-point numbers per row."""
+    with reading(path, "a parquet file", _FIX), pq.ParquetFile(path) as file:
+        return [field.name for field in file.schema_arrow if _is_rows(field.type)]
+
+
+def has_images(path: Path) -> bool:
+    """Tell whether a parquet file holds images."""
+    with reading(path, "a parquet file", _FIX), pq.ParquetFile(path) as file:
+        return any(is_image_column(field.type) for field in file.schema_arrow)
+
+
+def _is_rows(kind: pa.DataType) -> bool:
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(is_list and pa.types.is_floating(kind.value_type))
 
 
 def find_files(folder: Path, array: str | None, copies: Copies) -> list[EmbeddingFile]:
@@ -126,24 +141,25 @@ def _pair_by_number(folder: Path, images: list[Path], copies: Copies) -> list[Em
     if not (metadata or any(others.values())):
         rows = [find_npy(path) for path in images]
         return [
-            EmbeddingFile({Kind.IMAGES: each}, beside) for each, beside in zip(rows, _beside(rows, copies), strict=True)
+            EmbeddingFile({Kind.IMAGES: images_file}, metadata_path)
+            for images_file, metadata_path in zip(rows, _beside(rows, copies), strict=True)
         ]
     files = list[EmbeddingFile]()
-    for number, path in _by_number(images).items():
-        parts = {kind: find_npy(paths[number]) for kind, paths in others.items() if number in paths}
-        files.append(EmbeddingFile({Kind.IMAGES: find_npy(path)} | parts, metadata.get(number)))
+    for label, path in _by_number(images).items():
+        parts = {kind: find_npy(paths[label]) for kind, paths in others.items() if label in paths}
+        files.append(EmbeddingFile({Kind.IMAGES: find_npy(path)} | parts, metadata.get(label)))
     return files
 
 
-def _beside(arrays: Sequence[RowFile], copies: Copies) -> list[Path | None]:
+def _beside(arrays: Sequence[ArrayFile], copies: Copies) -> list[Path | None]:
     """Return the metadata that have the names of arrays; None for all where one has none."""
-    found = list[Path | None]()
+    tables = list[Path | None]()
     for array in arrays:
         table, keys = (array.path.with_suffix(suffix) for suffix in (".parquet", ".keys.txt"))
         if not (table.is_file() or keys.is_file()):
             return [None] * len(arrays)
-        found.append(table if table.is_file() else copies.keys(keys, array.shape[0] if array.shape else 0))
-    return found
+        tables.append(table if table.is_file() else copies.keys(keys, array.shape[0] if array.shape else 0))
+    return tables
 
 
 def _pair_columns(tables: list[Path], column: str | None, copies: Copies) -> list[EmbeddingFile]:
@@ -154,8 +170,8 @@ def _pair_columns(tables: list[Path], column: str | None, copies: Copies) -> lis
         if missing is not None:
             raise ClipcidError(f"{path} has no column {missing} of lists of numbers; {tables[0]} has.", AGAIN)
     rows = {kind: copies.columns([(path, name) for path in tables]) for kind, name in names.items()}
-    parts = [dict(zip(rows, each, strict=True)) for each in zip(*rows.values(), strict=True)]
-    return [EmbeddingFile(each, path) for each, path in zip(parts, tables, strict=True)]
+    parts = [dict(zip(rows, rows_of, strict=True)) for rows_of in zip(*rows.values(), strict=True)]
+    return [EmbeddingFile(rows_of, path) for rows_of, path in zip(parts, tables, strict=True)]
 
 
 def _choose_columns(path: Path, requested: str | None) -> dict[Kind, str]:
@@ -185,16 +201,16 @@ def _choose_columns(path: Path, requested: str | None) -> dict[Kind, str]:
 
 def _by_number(paths: list[Path]) -> dict[str, Path]:
     """Return files by the number at the end of their names, else by the name, which identifies their shard."""
-    found: dict[str, Path] = {}
+    labelled: dict[str, Path] = {}
     for path in paths:
         digits = _DIGITS.search(path.stem)
-        other = found.setdefault(str(int(digits[1])) if digits else path.stem, path)
+        other = labelled.setdefault(str(int(digits[1])) if digits else path.stem, path)
         if other != path:
             raise ClipcidError(
                 f"{other} and {path.name} have the same number, by which files are matched.",
                 "Rename or remove one of them.",
             )
-    return found
+    return labelled
 
 
 def _pair_by_name(archives: list[Path], npz_array: str | None) -> list[EmbeddingFile]:
@@ -260,7 +276,7 @@ def _check(files: Sequence[EmbeddingFile]) -> None:
                 _validate_extra(kind, rows_of, images, first)
 
 
-def _validate_rows(file: RowFile) -> None:
+def _validate_rows(file: ArrayFile) -> None:
     if len(file.shape) != 2 or not file.shape[1] or not np.issubdtype(file.dtype, np.floating):
         raise ClipcidError(
             f"{file.label} holds {file.dtype} {list(file.shape)}, not rows of floating-point numbers.",
@@ -268,8 +284,8 @@ def _validate_rows(file: RowFile) -> None:
         )
 
 
-def _validate_extra(kind: Kind, file: RowFile, images: RowFile, first: dict[Kind, RowFile]) -> None:
-    """Refuse further rows whose format or shape is not that of `embed`, beside these images and the first shard's files."""
+def _validate_extra(kind: Kind, file: ArrayFile, images: ArrayFile, first: dict[Kind, ArrayFile]) -> None:
+    """Refuse rows of views, variants or further captions that do not fit their images or the first shard's files."""
     rows, width = images.shape
     if kind is Kind.FURTHER:
         expected = (*file.shape[:1], width)
@@ -277,7 +293,7 @@ def _validate_extra(kind: Kind, file: RowFile, images: RowFile, first: dict[Kind
         # The first shard decides how many rows a sample has, the views how many parameters.
         several = first.get(Kind.VIEWS if kind is Kind.VIEW_PARAMS else kind, file).shape[1:2]
         if kind is Kind.VIEW_PARAMS:
-            width = next((each for each in _PARAMS if first[kind].shape[-1:] == (each,)), _PARAMS[0])
+            width = next((count for count in _PARAMS if first[kind].shape[-1:] == (count,)), _PARAMS[0])
         expected = (rows, *several, width)
     if file.shape != expected or file.dtype != kind.dtype:
         raise ClipcidError(

@@ -34,6 +34,7 @@ Float16 = npt.NDArray[np.float16]
 Numbers = npt.NDArray[np.int64]
 
 METADATA = "metadata"
+AGAIN = "Copy or make the folder again."
 COUNTS_COLUMN = "captions"
 
 MAPS_KEPT = 96
@@ -88,7 +89,7 @@ class Kind(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RowFile:
+class ArrayFile:
     """An array of rows in a file."""
 
     path: Path
@@ -141,7 +142,25 @@ class RowFile:
             return np.frombuffer(data, self.dtype).reshape(self.shape, order=order)
 
 
-def find_npy(path: Path) -> RowFile:
+@dataclasses.dataclass(frozen=True, slots=True)
+class EmbeddingFile:
+    """The files of one shard."""
+
+    parts: dict[Kind, ArrayFile]  # its rows by kind; images are always among them
+    metadata: Path | None  # parquet of keys and captions; None where there is none
+    first: int = 0  # number of its first row among those of all shards
+
+    @property
+    def rows(self) -> int:
+        return self.parts[Kind.IMAGES].shape[0]
+
+    @property
+    def name(self) -> str:
+        """Name of the file without its suffix, used as the shard's where another tool did not record it."""
+        return self.parts[Kind.IMAGES].origin.stem
+
+
+def find_npy(path: Path) -> ArrayFile:
     """Look at an npy's header; the file is not mapped for it."""
     with reading(path, "an .npy", _FIX) as file:
         (shape, by_column, dtype), offset = read_npy_header(file)
@@ -149,7 +168,7 @@ def find_npy(path: Path) -> RowFile:
         needed = offset + math.prod(shape) * dtype.itemsize
         if stat.st_size < needed:
             raise OSError(f"it is cut off: its header promises {needed:,} bytes, and it has {stat.st_size:,}")
-    return RowFile(path, shape, dtype, offset, (stat.st_ino, stat.st_mtime_ns), by_column, size=stat.st_size)
+    return ArrayFile(path, shape, dtype, offset, (stat.st_ino, stat.st_mtime_ns), by_column, size=stat.st_size)
 
 
 def list_arrays(path: Path) -> list[str]:
@@ -158,7 +177,7 @@ def list_arrays(path: Path) -> list[str]:
         return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
-def find_member(path: Path, name: str) -> RowFile:
+def find_member(path: Path, name: str) -> ArrayFile:
     """Find an array of an archive by its headers; its values are not read."""
     with reading(path, f"an .npz with an array {name}", _FIX) as file, zipfile.ZipFile(file) as archive:
         if f"{name}.npy" not in archive.namelist():
@@ -185,11 +204,11 @@ def find_member(path: Path, name: str) -> RowFile:
         stat = os.fstat(file.fileno())
     stamp = (stat.st_ino, stat.st_mtime_ns)
     # The archive's own checksum of all bytes tells one array from another.
-    return RowFile(path, shape, dtype, offset, stamp, by_column, name, member.file_size, f"crc32:{member.CRC:08x}")
+    return ArrayFile(path, shape, dtype, offset, stamp, by_column, name, member.file_size, f"crc32:{member.CRC:08x}")
 
 
 @lru_cache(maxsize=MAPS_KEPT)
-def _map_file(file: RowFile) -> npt.NDArray[Any]:
+def _map_file(file: ArrayFile) -> npt.NDArray[Any]:
     return file.map()
 
 
@@ -198,7 +217,7 @@ class Rows:
 
     def __init__(
         self,
-        files: Sequence[RowFile],
+        files: Sequence[ArrayFile],
         width: int,
         as_stored: bool,
         hold: bool = False,
@@ -215,7 +234,7 @@ class Rows:
         """
         self._files = files
         # Compressed arrays are unpacked once and stay: unpacking them again would take longer than all else.
-        self._held = {number: file.map() for number, file in enumerate(files) if hold or file.unpacked}
+        self._held = {index: file.map() for index, file in enumerate(files) if hold or file.unpacked}
         # Whether a file's rows are unit rows already; None until they have been checked, once.
         self._is_unit: list[bool | None] = [as_stored or None] * len(files)
         self._starts = np.concatenate([[0], np.cumsum([math.prod(file.shape[:-1]) for file in files], dtype=np.int64)])
@@ -234,12 +253,12 @@ class Rows:
     def __getstate__(self) -> dict[str, Any]:
         """Send what describes the files, not their rows: another process maps them itself."""
         # By column: 41,000 data classes with a path each would take seconds for every worker.
-        columns = [[getattr(file, field.name) for file in self._files] for field in dataclasses.fields(RowFile)]
+        columns = [[getattr(file, field.name) for file in self._files] for field in dataclasses.fields(ArrayFile)]
         return self.__dict__ | {"_held": {}, "_files": [list(map(str, columns[0])), *columns[1:]]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         paths, *columns = state["_files"]
-        self.__dict__ = state | {"_files": [RowFile(*file) for file in zip(map(Path, paths), *columns, strict=True)]}
+        self.__dict__ = state | {"_files": [ArrayFile(*file) for file in zip(map(Path, paths), *columns, strict=True)]}
 
     def read(self, start: int, stop: int) -> Float16:
         """Return rows start … stop − 1, float16 [n, D]; a view of the file where they come from a single one."""
@@ -251,16 +270,16 @@ class Rows:
             return self._part(first, start, stop)
         # Copied one by one: views would hold all their files open.
         rows = np.empty((min(stop, len(self)) - start, self.shape[1]), self._dtype)
-        for number in range(first, last):
-            part = self._part(number, start, stop)
-            begin = max(0, int(self._starts[number]) - start)
+        for index in range(first, last):
+            part = self._part(index, start, stop)
+            begin = max(0, int(self._starts[index]) - start)
             rows[begin : begin + len(part)] = part
         return rows
 
-    def _part(self, number: int, start: int, stop: int) -> Float16:
-        """Return those of a file's rows that are rows start … stop − 1."""
-        begin = int(self._starts[number])
-        return self._unit(number, self._rows(number)[max(0, start - begin) : max(0, stop - begin)])
+    def _part(self, index: int, start: int, stop: int) -> Float16:
+        """Return the part of rows start … stop − 1 that lies in one file."""
+        begin = int(self._starts[index])
+        return self._unit(index, self._rows(index)[max(0, start - begin) : max(0, stop - begin)])
 
     def take(self, positions: npt.NDArray[np.int64]) -> Float16:
         """Return the rows at `positions` (int64 [n], any order), float16 [n, D], as an array of its own."""
@@ -272,22 +291,22 @@ class Rows:
         rows = np.empty((len(positions), self.shape[1]), self._dtype)
         for begin, end in pairwise(bounds.tolist()):
             places = order[begin:end]
-            number = int(owners[places[0]])
-            rows[places] = self._unit(number, self._rows(number)[positions[places] - self._starts[number]])
+            index = int(owners[places[0]])
+            rows[places] = self._unit(index, self._rows(index)[positions[places] - self._starts[index]])
         return rows
 
-    def _rows(self, number: int) -> npt.NDArray[Any]:
-        rows = self._held.get(number)
+    def _rows(self, index: int) -> npt.NDArray[Any]:
+        rows = self._held.get(index)
         if rows is None:
-            rows = _map_file(self._files[number])
-            if self._files[number].unpacked:
-                self._held[number] = rows
+            rows = _map_file(self._files[index])
+            if self._files[index].unpacked:
+                self._held[index] = rows
         return rows.reshape(-1, self.shape[1])
 
-    def _unit(self, number: int, part: npt.NDArray[Any]) -> Float16:
-        if self._is_unit[number] is None:
-            self._is_unit[number] = holds_unit_rows(self._rows(number))
-        if not self._is_unit[number]:
+    def _unit(self, index: int, part: npt.NDArray[Any]) -> Float16:
+        if self._is_unit[index] is None:
+            self._is_unit[index] = holds_unit_rows(self._rows(index))
+        if not self._is_unit[index]:
             part = unit_rows(part)
         if self._map_DD is not None:
             return unit_rows(part.astype(np.float64) @ self._map_DD)
@@ -359,11 +378,11 @@ def take_captions(rows: Mapping[Kind, Rows], images: Numbers, captions: Numbers,
 def _pick(rows: Mapping[Kind, Rows], choices: Mapping[Kind, tuple[npt.NDArray[np.bool_], Numbers]]) -> Float16:
     """Read the rows of B samples, each from one kind: for which of them, bool [B], and where they are, int64 [B]."""
     first = next(iter(choices))
-    found = np.empty((len(choices[first][0]), rows[first].shape[1]), np.float16)
+    picked = np.empty((len(choices[first][0]), rows[first].shape[1]), np.float16)
     for kind, (where, places) in choices.items():
         if where.any():
-            found[where] = rows[kind].take(places[where])
-    return found
+            picked[where] = rows[kind].take(places[where])
+    return picked
 
 
 def create_copy(folder: Path, rank: int, rows: int, width: int) -> Float16:
@@ -387,7 +406,7 @@ def open_copies(folder: Path, sizes: Sequence[int], width: int) -> Rows:
             path = _copy_path(folder, rank)
             stat = path.stat()
             stamp = (stat.st_ino, stat.st_mtime_ns)
-            copied.append(RowFile(path, (size, width), np.dtype(np.float16), 0, stamp))
+            copied.append(ArrayFile(path, (size, width), np.dtype(np.float16), 0, stamp))
     return Rows(copied, width, as_stored=True, hold=True)
 
 

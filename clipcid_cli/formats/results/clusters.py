@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays
 from clipcid_cli.formats.files import atomic_file, reading
-from clipcid_cli.formats.fingerprint import validate_unchanged
+from clipcid_cli.formats.fingerprint import FileRecord, validate_unchanged
 from clipcid_cli.formats.parquet import count_rows, read_columns
-from clipcid_cli.formats.sidecar import ClusterSidecar, read_sidecar, sidecar_path
-from clipcid_cli.formats.work_directory import CLUSTERS, remake_clusters
+from clipcid_cli.formats.sidecar import ModelRecord, Sidecar, read_sidecar, run_again, sidecar_path
+from clipcid_cli.formats.work_directory import CLUSTERS
 
 CENTROIDS = "centroids.npy"
 PROGRESS = ".progress.npz"
@@ -38,6 +38,21 @@ _PREFIXES = {"image": "", "caption": "caption_"}
 _AGAIN = "Run their command again with --overwrite."
 _MIN_PART_ROWS = 8192
 _MAX_PARTS = 256
+
+
+class ClusterSidecar(Sidecar, kw_only=True):
+    """``cluster.json``."""
+
+    embeddings: str | list[str]  # relative to the work directory; several teachers' in a list
+    keep_list: FileRecord | None  # None where all images were clustered
+    model: ModelRecord | None  # None for embeddings of another tool
+    # The map by which the teacher's image rows were repaired; None where they were taken as they are.
+    repair: FileRecord | None = None
+    # Which image rows centroids and similarities are of: ``stored``, as in the embeddings' files, or ``repaired``.
+    space: str | None = None
+    num_nearest: int
+    temperatures: dict[str, float]  # by tower, τ_T of the soft labels
+    result: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +80,7 @@ class Clusters:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process open the files itself instead of receiving their rows."""
-        return open_clusters, (self.folder, None, True)
+        return open_clusters, (self.folder, True)
 
 
 def read_cluster_sidecar(folder: Path) -> ClusterSidecar:
@@ -79,15 +94,14 @@ def read_cluster_sidecar(folder: Path) -> ClusterSidecar:
     return sidecar
 
 
-def open_clusters(folder: Path, work: Path | None = None, is_checked: bool = False) -> Clusters:
+def open_clusters(folder: Path, is_checked: bool = False) -> Clusters:
     """Open what `cluster` wrote; output that is unfinished, or whose files do not fit together, is an error.
 
     Args:
-        work: Of the step, for the fix.
         is_checked: Whether the centroids are known to be finite, so that they need not be read.
     """
     sidecar = read_cluster_sidecar(folder)
-    fix = remake_clusters(folder, sidecar, work)
+    fix = run_again("cluster", sidecar)
     validate_unchanged(folder, sidecar.outputs, sidecar_path(folder, "cluster"), fix)
     num_rows = count_rows(folder / CLUSTERS, fix)
     with reading(folder / CENTROIDS, "centroids", fix):
@@ -104,15 +118,15 @@ def _are_finite(rows: npt.NDArray[np.float32]) -> bool:
 
 def map_tops(folder: Path, tower: str, num_rows: int, fix: str = _AGAIN) -> TopClusters:
     """Map the nearest centroids of the images (``image``) or of the captions (``caption``), of the rows of the table."""
-    found = list[npt.NDArray[Any]]()
+    arrays = list[npt.NDArray[Any]]()
     for path, kind in zip(top_paths(folder, tower), ("int32", "float16"), strict=True):
         with reading(path, "nearest centroids", fix):
             array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-            width = found[0].shape[1] if found else array.shape[-1]
+            width = arrays[0].shape[1] if arrays else array.shape[-1]
             if array.dtype != kind or array.shape != (num_rows, width):
                 raise ValueError(f"it holds {array.dtype} {list(array.shape)}; {CLUSTERS} has {num_rows:,} rows")
-            found.append(array)
-    return TopClusters(*found)
+            arrays.append(array)
+    return TopClusters(*arrays)
 
 
 def top_paths(folder: Path, tower: str) -> tuple[Path, Path]:
@@ -123,12 +137,12 @@ def top_paths(folder: Path, tower: str) -> tuple[Path, Path]:
 
 def read_labels(table: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Read from the table the nearest centroid of each image and its similarity, [N] each."""
-    found = read_columns(table, {"cluster": pa.int32(), "similarity": pa.float32()}, _AGAIN)
-    return found["cluster"].to_numpy(), found["similarity"].to_numpy()
+    columns = read_columns(table, {"cluster": pa.int32(), "similarity": pa.float32()}, _AGAIN)
+    return columns["cluster"].to_numpy(), columns["similarity"].to_numpy()
 
 
 def read_label_parts(folder: Path) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
-    """Read the same from the table of a folder, part by part, as it was written."""
+    """Read nearest centroids and similarities from the table of a folder, part by part, as it was written."""
     with pq.ParquetFile(folder / CLUSTERS) as table:
         for group in range(table.num_row_groups):
             part = table.read_row_group(group, columns=["cluster", "similarity"])
@@ -161,8 +175,8 @@ def join_parts(folder: Path, bounds: list[tuple[int, int]], keys: Callable[[int,
     with ExitStack() as stack:
         table = stack.enter_context(atomic_file(folder / CLUSTERS))
         writer = stack.enter_context(pq.ParquetWriter(table, _SCHEMA, compression="zstd"))
-        for number, (first, last) in enumerate(bounds):
-            part = load_arrays(path := part_path(folder, number))
+        for index, (first, last) in enumerate(bounds):
+            part = load_arrays(path := part_path(folder, index))
             if part is None:
                 raise ClipcidError(f"{path} cannot be read.", "Run the same command again.")
             columns = [keys(first, last), part["top_clusters"][:, 0], part.pop("similarity")]

@@ -37,7 +37,7 @@ import pyarrow.compute as pc
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import LARGEST_TEXT, read_regular, reading, write_json, write_parquet, write_text
 from clipcid_cli.formats.fingerprint import validate_unchanged
-from clipcid_cli.formats.sidecar import AnySidecar, EvaluationSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import AnySidecar, Sidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED
 
 SIDECARS = "sidecars"
@@ -58,6 +58,23 @@ _COLUMNS: dict[str, dict[str, pa.DataType]] = {
     RETRIEVAL: {"image_ranks": pa.list_(pa.int64()), "text_rank": pa.int64()},
 }
 _ABOUT = b"clipcid"
+
+
+class LinesRecord(msgspec.Struct):
+    """Which class names or templates a score is of: those of other lines are not comparable."""
+
+    source: str  # path of the file, or ``openai``, ``simple``, ``imagenet``, ``default``, ``folder names``, …
+    number: int
+    hash: str  # what ``b2sum -l 48`` prints of a file with these lines
+
+    def __str__(self) -> str:
+        return f"{self.number:,}, {self.source} ({self.hash})"
+
+
+class EvaluationSidecar(Sidecar, kw_only=True):
+    """The sidecar of an evaluation, in ``eval/sidecars/``; of a classification with `prompts`."""
+
+    prompts: dict[str, LinesRecord] | None = None  # by ``class_names`` and ``templates``
 
 
 class Metrics(msgspec.Struct):
@@ -139,9 +156,9 @@ class Predictions:
     @property
     def positive(self) -> npt.NDArray[np.bool_]:
         """Whether an image has a class, bool [N, C]; of images that may have several."""
-        found = np.zeros((len(self), self.num_classes), dtype=bool)
-        found[np.repeat(np.arange(len(self)), self.lengths("labels")), self.flat("labels")] = True
-        return found
+        is_positive = np.zeros((len(self), self.num_classes), dtype=bool)
+        is_positive[np.repeat(np.arange(len(self)), self.lengths("labels")), self.flat("labels")] = True
+        return is_positive
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """Copy a column of single values, [N]; Arrow's memory is read-only."""
@@ -210,7 +227,7 @@ def read_predictions(path: Path) -> Predictions:
         about = json.loads(table.schema.metadata[_ABOUT])
         types = {"key": pa.string(), **_COLUMNS[about["kind"]]}
         ordered = table.select(list(types)).cast(pa.schema(types)).sort_by("key")
-        found = Predictions(about["kind"], about["model"], about["dataset"], int(about["num_classes"]), ordered)
-        if any(column.null_count for column in ordered.columns) or not found.is_consistent():
+        predictions = Predictions(about["kind"], about["model"], about["dataset"], int(about["num_classes"]), ordered)
+        if any(column.null_count for column in ordered.columns) or not predictions.is_consistent():
             raise ValueError("its columns do not fit together")
-        return found
+        return predictions

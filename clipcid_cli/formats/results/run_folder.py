@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import pyarrow as pa
 import torch
 
@@ -30,6 +31,7 @@ from clipcid_cli.formats.files import (
     write_text,
 )
 from clipcid_cli.formats.parquet import read_columns, write_row_groups
+from clipcid_cli.formats.sidecar import DataSpec, Sidecar
 from clipcid_cli.formats.skipped import SKIPPED
 
 _HELD_OUT = pa.schema({"key": pa.large_string()})
@@ -37,6 +39,35 @@ _HELD_OUT = pa.schema({"key": pa.large_string()})
 _CHECKPOINTS_KEPT = 2
 # Seconds after which logged lines reach the disk.
 _FLUSH_SECONDS = 2.0
+
+
+class DistillMade(msgspec.Struct):
+    """What is read of the settings of `distill`."""
+
+    losses: dict[str, dict[str, Any]]
+    ema: float | None = None
+
+
+class AppliedKeepList(msgspec.Struct):
+    """A keep list that training applied, and how many of its images it keeps."""
+
+    path: str
+    kept: int
+    images: int
+
+
+class DistillSidecar(Sidecar, kw_only=True):
+    """``distill.json``; without a keep list all samples were used."""
+
+    model: dict[str, Any]
+    data: DataSpec
+    keep_list: AppliedKeepList | None
+    result: dict[str, Any]
+
+    @property
+    def made(self) -> DistillMade:
+        """What is read of the settings."""
+        return msgspec.convert(self.settings, DistillMade)
 
 
 class RunFolder:
@@ -157,24 +188,24 @@ def _open_no_link(path: str, flags: int) -> int:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a log; a last line that a kill left incomplete is omitted."""
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     if not path.exists():
-        return found
+        return entries
     fix = "Restore it, or train again: the command of the run, with --overwrite."
     with reading(path, "a log of training", fix):
         lines = read_regular(path, LARGEST_TEXT).splitlines()
-    for number, line in enumerate(lines, 1):
+    for count, line in enumerate(lines, 1):
         try:
             content = json.loads(line)
             values = [content["step"], *content.values()]
             if not (isinstance(values[0], int) and all(isinstance(value, int | float | None) for value in values)):
                 raise TypeError("a value is of another type")
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            if number == len(lines):
+            if count == len(lines):
                 break
-            raise ClipcidError(f"Line {number:,} of {path} is not a line of a log: {describe(error)}.", fix) from error
-        found.append(content)
-    return found
+            raise ClipcidError(f"Line {count:,} of {path} is not a line of a log: {describe(error)}.", fix) from error
+        entries.append(content)
+    return entries
 
 
 class Board(Protocol):

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.models.pruned_forward import is_plain_attention
 
 # Layers of open_clip's own transformers and of timm's ViTs. Their attention stacks the rows of queries, keys and values in
 # this order, each head after head; of another no channel is chosen.
 _LAYER = re.compile(r"(transformer\.resblocks|trunk\.blocks)\.(\d+)(\..*)")
-_ATTENTION = {"torch.nn.modules.activation.MultiheadAttention", "timm.layers.attention.Attention"}
+_TIMM_ATTENTION = "timm.layers.attention.Attention"
 # Axes of each tensor, by the end of its name in the tower: w width of the residual stream, h heads × head width, q the same
 # for queries, keys and values, k for keys and values, m width of the MLP, d width of the embedding, p positions; = must be
 # equal. open_clip's attention pooling is not among them: its heads are of another number, its width is the embedding's.
@@ -82,7 +83,7 @@ def inherit(student: nn.Module, source: nn.Module, towers: str) -> list[str]:
 
 
 def _tower(model: nn.Module, tower: str) -> Any:
-    """Return a tower's module; that of a CLIP's text tower is the CLIP itself."""
+    """Return a tower's module; a text tower that is no module of its own is the CLIP itself."""
     return cast(Any, model).visual if tower == "image" else getattr(model, "text", model)
 
 
@@ -93,14 +94,15 @@ def _tensors(part: nn.Module) -> dict[str, Tensor]:
 
 def _validate_known(own: nn.Module, others: nn.Module, tower: str) -> None:
     """Refuse towers whose tensors are not known by their names and axes."""
-    attention = {getattr(block, "attn", None).__class__ for part in (own, others) for block in _layers(part)}
-    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in attention}
-    if not (len(_layers(own)) and len(_layers(others)) and len(kinds) == 1 and kinds <= _ATTENTION):
+    modules = [getattr(block, "attn", None) for part in (own, others) for block in _layers(part)]
+    kinds = {f"{type(module).__module__}.{type(module).__name__}" for module in modules}
+    is_known = kinds == {_TIMM_ATTENTION} or all(map(is_plain_attention, modules))
+    if not (len(_layers(own)) and len(_layers(others)) and len(kinds) == 1 and is_known):
         other = "text" if tower == "image" else "image"
         raise ClipcidError(
             f"--init-from: the {tower} towers of student and model are of different kinds or sizes, and layers and channels "
-            "can be chosen only where the attention layout is known: in ViTs of open_clip 3 and timm, and in CLIP's "
-            "text tower.",
+            "can be chosen only where the attention layout is known: in plain ViTs of open_clip and timm, and in "
+            "CLIP's text tower.",
             f"Give the student the model's own {tower} tower, or fill the other one alone: --init-towers {other}.",
         )
 
@@ -140,7 +142,7 @@ def evenly_spaced(count: int, available: int) -> Tensor:
     return torch.linspace(0, available - 1, count, dtype=torch.float64).round().long()
 
 
-def _take(name: str, shape: torch.Size, own: Any, others: Any, found: dict[str, Tensor], tower: str) -> Tensor | None:
+def _take(name: str, shape: torch.Size, own: Any, others: Any, tensors: dict[str, Tensor], tower: str) -> Tensor | None:
     """Take what a tensor of the student's tower inherits; None where it inherits nothing."""
     heads = (1, 1)
     from_name = name
@@ -153,11 +155,11 @@ def _take(name: str, shape: torch.Size, own: Any, others: Any, found: dict[str, 
         chosen = int(evenly_spaced(len(layers), len(other_layers))[int(layer[2])])
         from_name = f"{layer[1]}.{chosen}{layer[3]}"
         heads = (layers[0].attn.num_heads, other_layers[0].attn.num_heads)
-    if from_name not in found or axes is None or len(axes) != found[from_name].ndim:
+    if from_name not in tensors or axes is None or len(axes) != tensors[from_name].ndim:
         return None
     if "attn_pool" in name:
         heads = (own.trunk.attn_pool.num_heads, others.trunk.attn_pool.num_heads)
-    taken = found[from_name]
+    taken = tensors[from_name]
     if "p" in axes:
         positions = taken.flatten(0, -2)
         grids = _grid(own), _grid(others)

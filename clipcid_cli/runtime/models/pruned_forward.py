@@ -86,13 +86,13 @@ class PrunedForward:
         return image_BLD[:, 0], packing.take_ends(rows_TD), image_BLD[:, 1:], F.pad(text_BLD, (0, 0, 0, unseen))
 
     def _image_rows(self, x_BLW: Tensor, *, pooled: bool) -> Tensor:
-        """Return the rows of embedded patches, [B, L, D], or only those of the class tokens, [B, D]."""
+        """Return the rows of embedded patches, [B, L, D], or only of the class tokens, [B, D]."""
         visual = self._visual
         rows = visual.ln_post(_run_layers(visual.transformer, x_BLW, None, pooled=pooled))
         return cast(Tensor, rows if visual.proj is None else rows @ visual.proj)
 
     def _text_rows(self, packing: _Packing, *, pooled: bool) -> Tensor:
-        """Return the rows of packed tokens, [T, D], or only those of the texts' last tokens, [B, D]."""
+        """Return the rows of packed tokens, [T, D], or only of the texts' last tokens, [B, D]."""
         text = self._text
         x_TW = text.token_embedding(packing.tokens_T) + F.embedding(packing.positions_T, text.positional_embedding)
         rows = text.ln_final(_run_layers(text.transformer, x_TW, packing, pooled=pooled))
@@ -223,6 +223,23 @@ def _pooling(text: Any) -> tuple[str, int | None]:
 
 def _has_known_blocks(transformer: Any) -> bool:
     return all(
-        type(block).__name__ == "ResidualAttentionBlock" and isinstance(block.attn, nn.MultiheadAttention)
+        type(block).__name__ == "ResidualAttentionBlock" and is_plain_attention(block.attn)
         for block in transformer.resblocks
+    )
+
+
+def is_plain_attention(module: Any) -> bool:
+    """Tell whether this is CLIP's attention: PyTorch's module, or open_clip 4's own with the same weights and no more."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    return (
+        type(module).__name__ == "Attention"
+        and type(module).__module__ == "open_clip.transformer"
+        and module.in_proj_weight is not None
+        and module.in_proj_bias is not None
+        and module.logit_scale is None
+        and module.head_scale is None
+        and all(isinstance(norm, nn.Identity) for norm in (module.ln_q, module.ln_k, module.ln_inner))
+        and not module.attn_drop.p
+        and not module.out_drop.p
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.formats.fingerprint import identity_of
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.sidecar import BalanceSidecar
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.precision import Precision

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.near.exact import BoolArray
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.benchmark import find_benchmark_folder, read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.steps.balance.rows import BalanceRows
 from clipcid_cli.steps.balance.samples import take_texts

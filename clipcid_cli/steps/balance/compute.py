@@ -13,7 +13,7 @@ from clipcid_cli.algorithms.near.exact import BoolArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.sidecar import BalanceSidecar
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.libraries import keep_few_kernels
@@ -28,7 +28,7 @@ from clipcid_cli.steps.balance.result import Audit
 from clipcid_cli.steps.balance.rows import BalanceRows, read_rows
 from clipcid_cli.steps.balance.sets import Sets, make_sets
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
-from clipcid_cli.steps.inputs import skip_rows
+from clipcid_cli.steps.embeddings import skip_rows
 
 if TYPE_CHECKING:  # the filters are loaded where a run has them
     from clipcid_cli.steps.balance.filters.against import NearReferences

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipcid_cli.formats.arrays import map_strings
-from clipcid_cli.formats.embeddings.layouts import EmbeddingFile
+from clipcid_cli.formats.embeddings.rows import EmbeddingFile
 from clipcid_cli.formats.results.forest import CURVE, SET_TABLE, write_curve, write_set_table
 from clipcid_cli.formats.results.keep_list import Column, write_keep_list
 from clipcid_cli.formats.work_directory import KEEP_LIST

@@ -6,13 +6,13 @@ import dataclasses
 
 from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.remote import is_remote
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.files import describe
 from clipcid_cli.formats.report import thumbnail
-from clipcid_cli.formats.sidecar import BalanceSidecar
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.runtime.models.decode import SkippedImage, decode_image
 from clipcid_cli.steps.balance.plan import BalancePlan
@@ -30,7 +30,7 @@ def has_new_pictures(plan: BalancePlan, finished: BalanceSidecar) -> bool:
     if not finished.pictures.unread:
         return False
     shards, keys = map(list, zip(*finished.pictures.unread, strict=True))
-    return any(Gallery(plan).read(shards, keys))
+    return any(ReportPictures(plan).read(shards, keys))
 
 
 @dataclasses.dataclass
@@ -43,7 +43,7 @@ class Picture:
     distance: float = 0.0
 
 
-class Gallery:
+class ReportPictures:
     """Loads pictures, and counts those shown."""
 
     def __init__(self, plan: BalancePlan, reference: Embeddings | None = None) -> None:

@@ -11,20 +11,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, list_shards
-from clipcid_cli.formats.embeddings.command import reading_flags
 from clipcid_cli.formats.embeddings.folder import Embeddings, has_usable_row
 from clipcid_cli.formats.embeddings.rows import METADATA, Kind
 from clipcid_cli.formats.fingerprint import find_lost, identity_of
 from clipcid_cli.formats.output import WORK, OutputSpec, find_works, other_run_error
 from clipcid_cli.formats.results.forest import ROW_FILES, RowFile, read_row_files
-from clipcid_cli.formats.sidecar import BalanceSidecar
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.balance import BalanceSettings
-from clipcid_cli.steps.settings.shared import given_flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,14 +173,7 @@ def _note_new_shards(settings: BalanceSettings, embeddings: Embeddings) -> None:
     new = len(set(now) - embedded)
     if new and not embedded.isdisjoint(now):
         shards = "1 shard that is" if new == 1 else f"{new:,} shards that are"
-        flags = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in given_flags(settings).items()
-        }
-        flags |= {"model": embeddings.sidecar.model.spec, "work": settings.work} | reading_flags(
-            embeddings.sidecar.data
-        )
-        again = command_line("balance", spec, **flags)
-        reporting.note(f"{spec} has {shards} not embedded yet. To include them, run: {again}")
+        reporting.note(f"{spec} has {shards} not embedded yet. To include them, name the data in the command.")
 
 
 def _validate_none_lost(folder: Path, embeddings: Embeddings) -> None:

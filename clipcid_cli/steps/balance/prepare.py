@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.folder import Embeddings, read_embed_sidecar
+from clipcid_cli.formats.embeddings.folder import Embeddings
+from clipcid_cli.formats.embeddings.sidecar import read_embed_sidecar
 from clipcid_cli.formats.files import validate_writable
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
@@ -14,7 +15,7 @@ from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.plan import BalanceInputs, CapClusters
 from clipcid_cli.steps.embed.result import EmbedCost
-from clipcid_cli.steps.inputs import open_given
+from clipcid_cli.steps.embeddings import open_given
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
 

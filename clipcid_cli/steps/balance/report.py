@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,6 @@ import numpy as np
 
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import FloatArray, IntArray
-from clipcid_cli.errors import command_line
 from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.report import render_report
 from clipcid_cli.formats.skips import REASONS
@@ -20,10 +20,10 @@ from clipcid_cli.steps.balance.changes import compare_classes
 from clipcid_cli.steps.balance.compute import Outcome
 from clipcid_cli.steps.balance.curves import draw_curves
 from clipcid_cli.steps.balance.pairs import NotComputed
-from clipcid_cli.steps.balance.pictures import Gallery, Picture
+from clipcid_cli.steps.balance.pictures import Picture, ReportPictures
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.sets import Sets
-from clipcid_cli.steps.settings.balance import BalanceSettings
+from clipcid_cli.typed import this_command
 
 if TYPE_CHECKING:
     from clipcid_cli.steps.balance.filters.against import NearReferences
@@ -50,7 +50,7 @@ def write_report(outcome: Outcome, result: BalanceResult, warnings: list[str]) -
     inside, outside = _pairs_at_cutoff(sets, outcome.forest)
     chains = find_chains(run, sets)
     chained = [np.array(chain["shown"]) for chain in chains]
-    gallery = Gallery(run)
+    gallery = ReportPictures(run)
     shown = np.concatenate([*members, *chained, inside.a, inside.b, outside.a, outside.b])
     pictures = _load_pictures(outcome, gallery, np.unique(shown).astype(sets.labels.dtype))
 
@@ -72,7 +72,7 @@ def write_report(outcome: Outcome, result: BalanceResult, warnings: list[str]) -
     page = render_report(
         "balance.html",
         result=result,
-        command=_name_command(run.settings),
+        command=shlex.join(this_command()),
         linkage=run.settings.linkage,
         warnings=warnings,
         num_sets=len(table),
@@ -104,7 +104,7 @@ def _pairs_at_cutoff(sets: Sets, forest: Edges) -> tuple[Edges, Edges]:
     return forest[max(0, end - _PAIRS_SHOWN) : end], forest[end : end + _PAIRS_SHOWN]
 
 
-def _load_pictures(outcome: Outcome, gallery: Gallery, rows: IntArray) -> dict[int, Picture]:
+def _load_pictures(outcome: Outcome, gallery: ReportPictures, rows: IntArray) -> dict[int, Picture]:
     """Load the pictures of some rows; return each by its row."""
     loaded = gallery.load(outcome.run.rows.numbers[rows])
     pictures = dict(zip(rows.tolist(), loaded, strict=True))
@@ -112,14 +112,6 @@ def _load_pictures(outcome: Outcome, gallery: Gallery, rows: IntArray) -> dict[i
         picture.kept = bool(outcome.is_kept[row])
         picture.distance = float(outcome.sets.distances[row])
     return pictures
-
-
-def _name_command(settings: BalanceSettings) -> str:
-    """Return the command with the flags that decide what is kept."""
-    amount = ("keep", "threshold", "cosine_distance")
-    first = ("against", "against_threshold", "min_caption_similarity", "max_caption_similarity")
-    flags = {name: getattr(settings, name) for name in (*amount, *first, "linkage", "select", "max_per_cluster")}
-    return command_line("balance", **flags, neighbors=None if settings.neighbors == "exact" else settings.neighbors)
 
 
 def _choose_members(sets: Sets, label: int) -> IntArray:
@@ -138,14 +130,14 @@ def _pair_up(ones: Iterable[Picture], others: Iterable[Picture], distances: Floa
     return [{"a": one, "b": other, "distance": distance} for one, other, distance in pairs]
 
 
-def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[dict[str, Any]]:
+def _show_near(run: BalanceRun, near: NearReferences, gallery: ReportPictures) -> list[dict[str, Any]]:
     """Choose some pairs of each reference, from the nearest to the farthest, and load their images."""
     shown = []
     for index, reference in enumerate(near.references):
         rows = np.flatnonzero(near.owner == index)
         rows = rows[np.argsort(near.distance[rows], kind="stable")]
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _REFERENCES_SHOWN)).round().astype(np.int64)]
-        theirs = Gallery(run, reference.embeddings)
+        theirs = ReportPictures(run, reference.embeddings)
         ours = gallery.load(run.rows.numbers[chosen])
         pairs = _pair_up(ours, theirs.load(near.row[chosen]), near.distance[chosen])
         shown.append({"name": reference.name, "number": len(rows), "pairs": pairs})

@@ -19,7 +19,8 @@ from clipcid_cli.formats.results.forest import (
     read_row_files,
     write_row_files,
 )
-from clipcid_cli.formats.sidecar import BalanceSidecar, sidecar_path
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.steps import reporting

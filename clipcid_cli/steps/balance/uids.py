@@ -16,7 +16,7 @@ from clipcid_cli.algorithms.near.exact import IntArray
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.layouts import EmbeddingFile
+from clipcid_cli.formats.embeddings.rows import EmbeddingFile
 from clipcid_cli.formats.join import join, parquet_listing
 from clipcid_cli.formats.results.keep_list import are_uids, read_keep_list, write_uids
 from clipcid_cli.steps import reporting

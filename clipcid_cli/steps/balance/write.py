@@ -24,9 +24,8 @@ from clipcid_cli.steps.balance.report import write_report
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.search import forget_searches
 from clipcid_cli.steps.balance.sets import Sets
-from clipcid_cli.steps.inputs import list_bad_rows
+from clipcid_cli.steps.embeddings import list_bad_rows
 from clipcid_cli.steps.settings.balance import BalanceSettings
-from clipcid_cli.steps.settings.shared import given_flags
 
 # A set that holds this share of all images, and so many, is a chain or a placeholder more often than many copies of one
 # picture.
@@ -53,7 +52,6 @@ def write(outcome: Outcome) -> BalanceResult:
         seconds=result.seconds,
         outputs=[record(run.work / name, run.work) for name in written],
         embeddings=WorkDirectory(run.settings.work).name_of(run.embeddings.folder),
-        flags=given_flags(run.settings),
         pictures=pictures,
         result=result,
     )

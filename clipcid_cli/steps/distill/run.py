@@ -12,8 +12,9 @@ from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output, find_output
 from clipcid_cli.formats.results.boards import validate_board
-from clipcid_cli.formats.results.run_folder import list_checkpoints, write_held_out
-from clipcid_cli.formats.sidecar import DistillSidecar, PairingFigures, RepairFigures, sidecar_path
+from clipcid_cli.formats.results.repair import PairingFigures, RepairFigures
+from clipcid_cli.formats.results.run_folder import DistillSidecar, list_checkpoints, write_held_out
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import skipped_file, write_skipped
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import open_dist_context
@@ -21,7 +22,6 @@ from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output, scratch_folder
-from clipcid_cli.steps.data_index import warn_of_copies
 from clipcid_cli.steps.distill.cost import DistillCost, estimate_cost
 from clipcid_cli.steps.distill.inputs import find_embeddings
 from clipcid_cli.steps.distill.plan import make_plan, validate_named
@@ -35,6 +35,7 @@ from clipcid_cli.steps.evaluate.result import ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.zeroshot import evaluate
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.shard_copies import warn_of_copies
 
 
 class Distilled(msgspec.Struct, omit_defaults=True):

@@ -34,9 +34,9 @@ class Range:
     maximum: float = math.inf
     min_open: bool = False  # whether the minimum itself is refused, as for a fraction that may not be 0
 
-    def __contains__(self, number: float) -> bool:
-        is_above = self.minimum < number if self.min_open else self.minimum <= number
-        return is_above and number <= self.maximum and math.isfinite(number)
+    def __contains__(self, value: float) -> bool:
+        is_above = self.minimum < value if self.min_open else self.minimum <= value
+        return is_above and value <= self.maximum and math.isfinite(value)
 
     def __str__(self) -> str:  # as click writes it
         if self.maximum == math.inf:
@@ -138,7 +138,7 @@ def output_settings(settings: Any) -> dict[str, Any]:
     return {
         field.name: plain(getattr(settings, field.name))
         for field in dataclasses.fields(settings)
-        if not setting_of(field).operational
+        if not setting_of(field).operational and field.name not in settings.omitted
     }
 
 
@@ -437,13 +437,3 @@ class EvaluationSettings(ReadingSettings):
         "directory.",
     )
     data_root: Path = _read(Path("data"), "Folder with copies of the data sets given by name.", operational=True)
-
-
-def given_flags(settings: SharedSettings) -> dict[str, Any]:
-    """Return the flags by which a command makes the same again: those not at their default, as plain JSON values."""
-    of_run = {field.name for field in dataclasses.fields(SharedSettings) if setting_of(field).operational}
-    return {
-        field.name: plain(getattr(settings, field.name))
-        for field in given_fields(settings)
-        if not setting_of(field).positional and field.name not in of_run
-    }
