@@ -63,9 +63,11 @@ class CombinedEmbeddings(Embeddings):
 
     def _mean(self, name: str) -> float | None:
         """Return the weighted mean of a number of the teachers with captions; None where one does not record it."""
-        pairing = [(weight, each) for weight, each in zip(self.weights, self.members, strict=True) if each.has_texts]
-        terms = [(weight, getattr(each.model, name, None)) for weight, each in pairing]
-        known = [weight * number for weight, number in terms if number is not None]
+        pairing = [
+            (weight, member) for weight, member in zip(self.weights, self.members, strict=True) if member.has_texts
+        ]
+        terms = [(weight, getattr(member.model, name, None)) for weight, member in pairing]
+        known = [weight * value for weight, value in terms if value is not None]
         return sum(known) / self._weight_of_texts if known and len(known) == len(terms) else None
 
     @property
@@ -92,9 +94,9 @@ class CombinedEmbeddings(Embeddings):
 
     def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
         """Describe the files of all, their weights and the map of images."""
-        found = [each for member in self.members for each in member.fingerprints(kinds)]
-        found.append(FileRecord("weights of the teachers", len(self.weights), " ".join(map(str, self.weights))))
-        return found if self.image_map is None else [*found, self.image_map.record]
+        files = [file for member in self.members for file in member.fingerprints(kinds)]
+        files.append(FileRecord("weights of the teachers", len(self.weights), " ".join(map(str, self.weights))))
+        return files if self.image_map is None else [*files, self.image_map.record]
 
     def find_bad_rows(self, *, texts: bool) -> Numbers:
         """Find rows that are not usable of one teacher, or that one lacks."""
@@ -109,20 +111,20 @@ class CombinedEmbeddings(Embeddings):
 
     def _find_kinds(self) -> frozenset[Kind]:
         """Find the kinds of rows that all teachers have of the same views and texts."""
-        found = {Kind.IMAGES}
+        kinds = {Kind.IMAGES}
         pairing = [member for member in self.members if member.has_texts]
         if pairing:
-            found |= {kind for kind in _OF_TEXTS if all(kind in member.kinds for member in pairing)}
+            kinds |= {kind for kind in _OF_TEXTS if all(kind in member.kinds for member in pairing)}
             if not _have_same(pairing, METADATA):
-                found -= {Kind.FURTHER, Kind.VARIANTS}
+                kinds -= {Kind.FURTHER, Kind.VARIANTS}
             if len({repr([_setting(member, name) for name in _VARIANTS]) for member in pairing}) > 1:
-                found -= {Kind.VARIANTS}
+                kinds -= {Kind.VARIANTS}
         views = {Kind.VIEWS, Kind.VIEW_PARAMS}
         if all(views <= member.kinds for member in self.members) and all(
             _have_same(self.members, part) for part in (METADATA, Kind.VIEW_PARAMS)
         ):
-            found |= views
-        return frozenset(found)
+            kinds |= views
+        return frozenset(kinds)
 
 
 def _find_places(first: Embeddings, other: Embeddings, scratch: Path | None) -> Numbers | None:
@@ -130,13 +132,13 @@ def _find_places(first: Embeddings, other: Embeddings, scratch: Path | None) -> 
 
     In another order each start joins them anew, and each process has the places, 8 N bytes, in memory of its own.
     """
-    found = join(lambda: map(first.keys_of, first.files), first.num_rows, other.listing(), scratch)[:, 0]
-    is_same = first.num_rows == other.num_rows and np.array_equal(found, np.arange(first.num_rows))
-    return None if is_same else found
+    places = join(lambda: map(first.keys_of, first.files), first.num_rows, other.listing(), scratch)[:, 0]
+    is_same = first.num_rows == other.num_rows and np.array_equal(places, np.arange(first.num_rows))
+    return None if is_same else places
 
 
 def _have_same(members: Sequence[Embeddings], part: str) -> bool:
-    return len({tuple(each.hash for each in member.contents(part)) for member in members}) == 1
+    return len({tuple(file.hash for file in member.contents(part)) for member in members}) == 1
 
 
 def _setting(embeddings: Embeddings, name: str) -> Any:
@@ -171,11 +173,11 @@ class _CombinedRows(Rows):
         """Return rows as `Rows.take`; those that a teacher lacks are NaN."""
         columns = list[Float16]()
         for rows, factor, places, width in self._blocks:
-            found = np.zeros((len(positions), width), np.float16)
+            block = np.zeros((len(positions), width), np.float16)
             if rows is not None:
                 wanted = positions if places is None else places[positions]
-                found[:] = np.float32(factor) * rows.take(np.maximum(wanted, 0))
-                found[wanted < 0] = np.nan
-            columns.append(found)
+                block[:] = np.float32(factor) * rows.take(np.maximum(wanted, 0))
+                block[wanted < 0] = np.nan
+            columns.append(block)
         combined = np.concatenate(columns, axis=1)
         return combined if self._map_DD is None else unit_rows(combined.astype(np.float64) @ self._map_DD)

@@ -85,7 +85,7 @@ class Embeddings:
     ) -> None:
         """Take the files of each shard, and of a folder of `embed` what its manifest records."""
         self.folder = folder
-        self.sidecar = sidecar  # that of `embed`; None for a folder of another tool
+        self.sidecar = sidecar  # of `embed`; None for a folder of another tool
         self.width = files[0].parts[Kind.IMAGES].shape[1]
         self.kinds = frozenset(kind for file in files for kind in file.parts)
         firsts = [0, *accumulate(file.rows for file in files)]
@@ -152,9 +152,9 @@ class Embeddings:
 
     def mapped(self, image_map: RowMap) -> Embeddings:
         """Return them with other rows of images and views."""
-        found = copy.copy(self)
-        found.image_map = image_map
-        return found
+        other = copy.copy(self)
+        other.image_map = image_map
+        return other
 
     def num_each(self, kind: Kind) -> int:
         """Return how many rows of a kind each sample has: V of views, W of variants; 0 where there are none."""
@@ -277,20 +277,20 @@ class Embeddings:
         def describe(file: RowFile | Path) -> FileRecord:
             if isinstance(file, RowFile) and file.hash:
                 return FileRecord(file.label, file.size, file.hash)
-            found = next(hashed)
+            file_record = next(hashed)
             if isinstance(file, RowFile) and file.source is not None:
-                return msgspec.structs.replace(found, path=file.label, time=0)
-            return found
+                return msgspec.structs.replace(file_record, path=file.label, time=0)
+            return file_record
 
         return list(map(describe, files))
 
     def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
-        """Describe images and metadata, and of further kinds and the map of images those there are, for a sidecar."""
+        """Describe images, metadata and further `kinds` that are there, and the map of images, as inputs for a sidecar."""
         if self.sidecar is not None:
             validate_replaceable(self.folder, self._records, self._memo, remake(self.folder, self.sidecar))
         parts = [part for part in (Kind.IMAGES, METADATA, *kinds) if self._files_of(part)]
-        found = [record_together(self._name_together(part), self.contents(part)) for part in parts]
-        return found if self.image_map is None else [*found, self.image_map.record]
+        files = [record_together(self._name_together(part), self.contents(part)) for part in parts]
+        return files if self.image_map is None else [*files, self.image_map.record]
 
     def _files_of(self, part: str) -> list[RowFile | Path]:
         if part == METADATA:
@@ -335,11 +335,11 @@ class Embeddings:
         bad = [np.empty(0, dtype=np.int64)]
         for kind in kinds:
             bad += [start + np.flatnonzero(~_is_usable(block)) for start, block in self.rows(kind).blocks()]
-        found = np.unique(np.concatenate(bad))
+        numbers = np.unique(np.concatenate(bad))
         if remembered is not None:
             with suppress(ClipcidError):  # a work directory that is read-only
-                write_npy(remembered, found)
-        return found
+                write_npy(remembered, numbers)
+        return numbers
 
 
 def has_usable_row(rows: Rows) -> bool:

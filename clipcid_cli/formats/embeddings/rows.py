@@ -215,7 +215,7 @@ class Rows:
         """
         self._files = files
         # Compressed arrays are unpacked once and stay: unpacking them again would take longer than all else.
-        self._held = {number: file.map() for number, file in enumerate(files) if hold or file.unpacked}
+        self._held = {index: file.map() for index, file in enumerate(files) if hold or file.unpacked}
         # Whether a file's rows are unit rows already; None until they have been checked, once.
         self._is_unit: list[bool | None] = [as_stored or None] * len(files)
         self._starts = np.concatenate([[0], np.cumsum([math.prod(file.shape[:-1]) for file in files], dtype=np.int64)])
@@ -225,6 +225,11 @@ class Rows:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @property
+    def stay_mapped(self) -> bool:
+        """Whether rows can be read in any order without mapping their files again and again."""
+        return len(self._files) - len(self._held) <= MAPS_KEPT
 
     def __getstate__(self) -> dict[str, Any]:
         """Send what describes the files, not their rows: another process maps them itself."""
@@ -246,16 +251,16 @@ class Rows:
             return self._part(first, start, stop)
         # Copied one by one: views would hold all their files open.
         rows = np.empty((min(stop, len(self)) - start, self.shape[1]), self._dtype)
-        for number in range(first, last):
-            part = self._part(number, start, stop)
-            begin = max(0, int(self._starts[number]) - start)
+        for index in range(first, last):
+            part = self._part(index, start, stop)
+            begin = max(0, int(self._starts[index]) - start)
             rows[begin : begin + len(part)] = part
         return rows
 
-    def _part(self, number: int, start: int, stop: int) -> Float16:
-        """Return those of a file's rows that are rows start … stop − 1."""
-        begin = int(self._starts[number])
-        return self._unit(number, self._rows(number)[max(0, start - begin) : max(0, stop - begin)])
+    def _part(self, index: int, start: int, stop: int) -> Float16:
+        """Return the part of rows start … stop − 1 that lies in one file."""
+        begin = int(self._starts[index])
+        return self._unit(index, self._rows(index)[max(0, start - begin) : max(0, stop - begin)])
 
     def take(self, positions: npt.NDArray[np.int64]) -> Float16:
         """Return the rows at `positions` (int64 [n], any order), float16 [n, D], as an array of its own."""
@@ -267,22 +272,22 @@ class Rows:
         rows = np.empty((len(positions), self.shape[1]), self._dtype)
         for begin, end in pairwise(bounds.tolist()):
             places = order[begin:end]
-            number = int(owners[places[0]])
-            rows[places] = self._unit(number, self._rows(number)[positions[places] - self._starts[number]])
+            index = int(owners[places[0]])
+            rows[places] = self._unit(index, self._rows(index)[positions[places] - self._starts[index]])
         return rows
 
-    def _rows(self, number: int) -> npt.NDArray[Any]:
-        rows = self._held.get(number)
+    def _rows(self, index: int) -> npt.NDArray[Any]:
+        rows = self._held.get(index)
         if rows is None:
-            rows = _map_file(self._files[number])
-            if self._files[number].unpacked:
-                self._held[number] = rows
+            rows = _map_file(self._files[index])
+            if self._files[index].unpacked:
+                self._held[index] = rows
         return rows.reshape(-1, self.shape[1])
 
-    def _unit(self, number: int, part: npt.NDArray[Any]) -> Float16:
-        if self._is_unit[number] is None:
-            self._is_unit[number] = holds_unit_rows(self._rows(number))
-        if not self._is_unit[number]:
+    def _unit(self, index: int, part: npt.NDArray[Any]) -> Float16:
+        if self._is_unit[index] is None:
+            self._is_unit[index] = holds_unit_rows(self._rows(index))
+        if not self._is_unit[index]:
             part = unit_rows(part)
         if self._map_DD is not None:
             return unit_rows(part.astype(np.float64) @ self._map_DD)
@@ -354,11 +359,11 @@ def take_captions(rows: Mapping[Kind, Rows], images: Numbers, captions: Numbers,
 def _pick(rows: Mapping[Kind, Rows], choices: Mapping[Kind, tuple[npt.NDArray[np.bool_], Numbers]]) -> Float16:
     """Read the rows of B samples, each from one kind: for which of them, bool [B], and where they are, int64 [B]."""
     first = next(iter(choices))
-    found = np.empty((len(choices[first][0]), rows[first].shape[1]), np.float16)
+    picked = np.empty((len(choices[first][0]), rows[first].shape[1]), np.float16)
     for kind, (where, places) in choices.items():
         if where.any():
-            found[where] = rows[kind].take(places[where])
-    return found
+            picked[where] = rows[kind].take(places[where])
+    return picked
 
 
 def create_copy(folder: Path, rank: int, rows: int, width: int) -> Float16:
