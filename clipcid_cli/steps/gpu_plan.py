@@ -77,12 +77,9 @@ def run(settings: GpuPlanSettings) -> GpuPlan:
 
 
 class _Gpus(NamedTuple):
+    name: str
     total: int
     device: Device
-
-    @property
-    def name(self) -> str:
-        return f"{self.total}x{self.device.name}"
 
 
 class _Known(NamedTuple):
@@ -110,8 +107,10 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
         candidates = min(clusters, max(settings.min_candidates, round(settings.candidate_ratio * clusters)))
     taken = step_seconds(clip, gpus.device, own, batch, candidates)
     seconds = steps * taken
-    teacher_width = known.width or _width_of(next(iter(settings.teacher), DEFAULT_MODEL))
-    row_bytes = 0 if settings.has_no_teacher or settings.online_teacher else 2 * 2 * teacher_width
+    row_bytes = 0
+    if not (settings.has_no_teacher or settings.online_teacher):
+        width = known.width or _width_of(next(iter(settings.teacher), DEFAULT_MODEL))
+        row_bytes = 2 * 2 * width  # of the image and the caption
     kept_bytes = clip.kept_bytes(mixed=gpus.device.is_mixed)
     free = _SHARE_OF_MEMORY * gpus.device.memory - clip.state_bytes
     plan = _finish(
@@ -247,12 +246,13 @@ def _choose_gpus(given: str | None, precision: str) -> _Gpus:
     assert given is not None
     count, name = parse_devices(given)
     if name != THIS:
-        return _Gpus(count, DEVICES[name])
+        return _Gpus(f"{count}x{name}", count, DEVICES[name])
     import torch  # what measures needs it
 
     from clipcid_cli.runtime.probes import measure_device
 
-    return _Gpus(count, measure_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"), precision))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _Gpus(f"{count}x{name}", count, measure_device(device, precision))
 
 
 def _describe(spec: str) -> Clip:

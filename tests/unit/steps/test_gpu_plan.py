@@ -108,6 +108,11 @@ def test_what_cannot_be_planned_is_an_error(settings: dict[str, Any], message: s
         plan_training(**settings)
 
 
+def test_without_a_teacher_no_rows_are_read() -> None:
+    plan = plan_training(teacher=("none",), steps=100, batch_size=4096)
+    assert plan.bytes_read == 100 * 4096 * 25_000
+
+
 def test_partitions_are_not_planned() -> None:
     with pytest.raises(UsageError, match="plans the exact search"):
         run(BalanceSettings(keep=0.5, neighbors="partitioned", gpus="H100", images=9, dry_run=True))
