@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import click
 
-from clipcid_cli import __version__
+from clipcid_cli import __version__, typed
 from clipcid_cli.commands.command import PageContext
 from clipcid_cli.commands.failures import explain, validate_world
 from clipcid_cli.commands.signals import end_on_signals, leave_end_to_signal, open_closed
@@ -113,6 +113,7 @@ def run(arguments: Sequence[str]) -> int:
         f"--{flag}" in arguments or os.environ.get(f"CLIPCID_{flag.upper()}", "").lower() in ("1", "true", "yes", "on")
         for flag in ("debug", "json")
     )
+    typed.remember(arguments)
     try:
         validate_world()
         # click's own `main` makes exit 1 of every broken pipe; it is for shells that ask for completions.

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from clipcid_cli.formats.data.activity import count_received
+from clipcid_cli.formats.data.addresses import is_pipe, is_remote
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.data.remote import count_received, is_pipe, is_remote
 from clipcid_cli.formats.data.samples import ByteRange, Sample
 from clipcid_cli.formats.files import lock
 from clipcid_cli.runtime.distributed import DistContext
@@ -177,7 +178,7 @@ def _mean_size(samples: Sequence[Sample]) -> float:
 
 def _local_files(dataset: Dataset, samples: Sequence[Sample]) -> list[str]:
     """List the files that hold the data on a mounted disk: its shards, or images of a folder or list."""
-    if dataset.shards[0].slices is None:
+    if dataset.kind not in ("images", "list"):
         return [shard.file for shard in dataset.shards if not is_remote(shard.file)]
     return [sample.image.path for sample in samples if sample.image.path and not is_remote(sample.image.path)]
 
