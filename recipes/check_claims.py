@@ -59,12 +59,26 @@ class Document:
         """Return the line above a table, blank ones left out."""
         return next((line for line in reversed(self.lines[:start]) if line.strip()), "")
 
-    def says_no_log(self, start: int) -> bool:
-        """Tell whether the head of the document, or the section of a table before it, says that there is no log."""
-        headings = [number for number, line in enumerate(self.lines) if line.startswith("#") and number > 0]
-        head = self.lines[: headings[0] if headings else None]
-        section = self.lines[max((number for number in headings if number < start), default=0) : start]
-        return any(NO_LOG.search(" ".join(part)) for part in (head, section))
+    def says_no_log(self, line: int) -> bool:
+        """Tell whether the head of the document, a line's own paragraph or its section's first says that there is no log."""
+        end_of_head = next((number for number, text in enumerate(self.lines) if text.startswith("## ")), line)
+        section = max((number for number, text in enumerate(self.lines[:line]) if text.startswith("#")), default=0)
+        paragraphs = [(first, text) for first, text in self.paragraphs() if first <= line]
+        head = [text for first, text in paragraphs if first < end_of_head]
+        here = [text for first, text in paragraphs if first > section]
+        return any(NO_LOG.search(text) for text in (*head, *here[:1], *here[-1:]))
+
+    def paragraphs(self) -> Iterator[tuple[int, str]]:
+        """Yield the first line and the text of each paragraph and list item; tables, headings and comments are none."""
+        start, parts = 0, list[str]()
+        for number, line in enumerate([*self.lines, ""]):
+            is_text = bool(line.strip()) and line[0] not in "|#<"
+            if parts and (not is_text or line.startswith("- ")):
+                yield start, " ".join(parts)
+                parts = []
+            if is_text:
+                start = start if parts else number
+                parts.append(line)
 
 
 def cells_of(line: str) -> list[str]:
