@@ -127,7 +127,7 @@ def differences(place: str, lines: list[str], name: str) -> Iterator[str]:
 
 def check_file(name: str, text: str) -> Iterator[str]:
     """Yield the first line in which a file of tables differs from what its log says."""
-    lines, expected = text.splitlines(), "\n".join(FILES[name]()).splitlines()
+    lines, expected = (part.rstrip("\n").splitlines() for part in (text, "\n".join(FILES[name]())))
     for number, (line, right) in enumerate(zip(lines, expected, strict=False), 1):
         if line != right:
             yield f"{name}:{number}:\n  is      {line}\n  log has {right}"
@@ -169,7 +169,7 @@ def rewrite(document: Document) -> str:
 
 def problems(texts: dict[str, str], only: str | None = None) -> list[str]:
     """Return what is wrong with the figures of all documents, or of only one of them."""
-    found = []
+    found: list[str] = []
     for name in texts if only is None else [only]:
         document = Document(name, texts[name])
         found += check_file(name, texts[name]) if name in FILES else check(document, texts)
