@@ -99,7 +99,7 @@ def presets() -> list[str]:
     # A repaired teacher pairs well; only the default trusts it less than one that needed no repair.
     rival_there, cid_there = (on_photographs(repaired(name)) for name in ("clip-kd", "cid"))
     pairs_well, pairs_badly = (on_photographs(repaired("fd-instance", trust)) for trust in (1, 0.13))
-    alone = level(of_photographs(), no_teacher, ACCURACY)
+    alone, teacher = (level(of_photographs(), name, ACCURACY) for name in (no_teacher, "teacher"))
     rows = [
         ["`fd-instance` (default)", pairs_well, pairs_badly, on_drawings(f"{ours}/no extras"), on_drawings(ours)],
         ["`clip-kd`", rival_there, rival_there, on_drawings(rival), on_drawings(tuned("clip-kd+extras"))],
