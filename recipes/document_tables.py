@@ -105,13 +105,7 @@ def presets() -> list[str]:
         ["`clip-kd`", rival_there, rival_there, on_drawings(rival), on_drawings(tuned("clip-kd+extras"))],
         ["`cid` (after the paper)", cid_there, cid_there, on_drawings(cid), ""],
         ["`clip` (no teacher)", alone, alone, level(of_drawings(), clip, RECALL), ""],
-        [
-            "the teacher itself",
-            "",
-            level(of_photographs(), "teacher", ACCURACY),
-            level(of_drawings(), "teacher", RECALL),
-            "",
-        ],
+        ["the teacher itself", "", teacher, level(of_drawings(), "teacher", RECALL), ""],
     ]
     photographs = ("photographs, teacher pairs well", "photographs, teacher pairs badly")
     return lines(("preset", *photographs, "drawings", "drawings, with views and texts"), rows)
