@@ -252,7 +252,7 @@ def _note_lines(dataset: Dataset) -> None:
     if count := skips.changed.get("several_lines"):
         reporting.note(
             f"{count:,} of the first {looked_at:,} samples have a caption of several lines, of which a model reads the "
-            "beginning; with --caption-lines each line is a caption."
+            "beginning; with --caption-lines each line of a .txt is a caption."
         )
 
 
