@@ -365,7 +365,7 @@ def _train(plan: ClusterPlan, context: DistContext, progress: Path) -> LloydStat
         trained,
         state,
         iterations=settings.iterations,
-        dtype=choose_coarse_dtype(settings.precision, context.device).dtype,
+        dtype=choose_coarse_dtype("auto", context.device).dtype,
         device=context.device,
         processes=Processes(
             context.rank_range,
@@ -483,7 +483,7 @@ def _estimate_cost(plan: ClusterPlan, context: DistContext) -> ClusterCost:
     """Count the operations of all iterations, and the memory of a process."""
     settings, rows, num_clusters = plan.settings, plan.rows, plan.num_clusters
     num_trained, width = len(plan.trained), plan.rows.width
-    scan = choose_coarse_dtype(settings.precision, context.device).dtype
+    scan = choose_coarse_dtype("auto", context.device).dtype
     integer_bytes = integer_dtype(context.device, scan, width).itemsize
     kept = min(memory_for_rows(context.device), integer_bytes * width * num_trained // context.size)
     memory = num_clusters * width * (4 + 8 + integer_bytes) + kept
