@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ from clipcid_cli.algorithms.near.exact import (
     edge_weights,
     exact_dots,
 )
+from clipcid_cli.algorithms.near.plan import Job
 
 # Tells, from rows a, rows b and lower bounds of their distances, which pairs are worth computing.
 Wants = Callable[[IntArray, IntArray, FloatArray], BoolArray]
@@ -59,12 +59,19 @@ class Crowding:
     is_crowded: bool = False
 
 
-def near_pairs_of(blocks: Iterable[tuple[Block, Block]], cutoff: float, wants: Wants) -> Iterator[Iterator[Edges]]:
-    """Search as :func:`near_pairs` many pairs of blocks; on a GPU each is queued before the one before it is read."""
+def search_jobs(
+    jobs: Iterable[Job], load: Callable[[int], Block], cutoff: float, wants: Wants
+) -> Iterator[tuple[Job, Iterator[Edges]]]:
+    """Search as :func:`near_pairs` the panels of each job; on a GPU each is queued before the one before it is read."""
     crowding = Crowding()
-    pairs = (near_pairs(a, b, cutoff, wants, crowding) for a, b in blocks)
-    for one, _ in pairwise(chain(pairs, [iter(())])):
-        yield one
+    queued: tuple[Job, Iterator[Edges]] | None = None
+    for job in jobs:
+        pairs = near_pairs(load(job[0]), load(job[1]), cutoff, wants, crowding)
+        if queued is not None:
+            yield queued
+        queued = job, pairs
+    if queued is not None:
+        yield queued
 
 
 def near_pairs(

@@ -13,9 +13,10 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps.balance.balance_run import BalanceRun
-from clipcid_cli.steps.balance.forest import Forest, find_forest
+from clipcid_cli.steps.balance.forest import find_forest
 from clipcid_cli.steps.balance.pairs import NotComputed, find_pairs
 from clipcid_cli.steps.balance.sets import Sets, finish_sets, shortest_decimal
+from clipcid_cli.steps.balance.stored_forest import Forest
 
 # A star cover keeps more than single linkage at one distance, mostly little more; each step beyond costs a cover.
 _STAR_STEP = 1.05
