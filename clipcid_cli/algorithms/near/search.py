@@ -141,7 +141,7 @@ def _find_candidates(score_MN: torch.Tensor, lowest: torch.Tensor) -> Iterator[t
 def _decide(
     a: Block, b: Block, candidates: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], cutoff: float, wants: Wants
 ) -> Iterator[Edges]:
-    """Yield those of the candidates, positions in both blocks and scores, that are wanted and within the distance."""
+    """Yield the candidates that are wanted and within the distance, given their positions in both blocks and their scores."""
     i_P, j_P, score_P = (torch.cat(parts) for parts in zip(*candidates, strict=True))
     highest_P = score_P.double() * (a.step * b.step) + rounded_error(a, b)
     squared_P = a.squared[i_P] + b.squared[j_P] - 2.0 * highest_P
@@ -160,7 +160,7 @@ def _decide(
 
 
 def queue(a: Block, b: Block, cutoff: float, wants: Wants, crowding: Crowding) -> Iterator[Edges]:
-    """As :func:`near_pairs` does on a GPU: queue all that is to be computed, and return what waits for it and reads it."""
+    """Queue the comparison of two blocks on a GPU; the iterator that is returned waits for the pairs, and yields them."""
     device = a.scan.device
     most = _MANY_QUEUED if crowding.is_crowded else _FEW_QUEUED
     # Rows of zeros make whole stretches of the scores. Their scores are 0, and so are those of each pair's second place:

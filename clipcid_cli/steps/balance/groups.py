@@ -159,7 +159,7 @@ def copy_rows(shared: SharedArrays, num_rows: int, width: int, parts: Iterator[t
 
 
 def _copy(shared: SharedArrays, images: Rows, numbers: IntArray, rows: IntArray) -> tuple[Rows, IntArray]:
-    """Copy rows, each process those of its part of the files, in the order in which all are to be read.
+    """Copy rows in the order in which they are to be read, each process the rows in its part of the files.
 
     Returns:
         The copies of all processes, and where among them each of the rows is, integers [M].

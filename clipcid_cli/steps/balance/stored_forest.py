@@ -1,4 +1,4 @@
-"""The forest in the folder of `balance`: that of these rows, or of fewer files."""
+"""The forest in the folder of `balance`, which is of the rows of this run, or of an earlier one with fewer files."""
 
 from __future__ import annotations
 
