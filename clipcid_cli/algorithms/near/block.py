@@ -134,7 +134,7 @@ def multiply(a_MD: torch.Tensor, b_ND: torch.Tensor, buffer: torch.Tensor | None
 
 
 def score_dtype(scan_dtype: torch.dtype) -> torch.dtype:
-    """Return the number format of scores: int32 for copies in int8, in which they are exact, else the format of the copies."""
+    """Return the number format of scores: for copies in int8 it is int32, in which they are exact."""
     return torch.int32 if scan_dtype == torch.int8 else scan_dtype
 
 

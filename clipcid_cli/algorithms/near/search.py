@@ -141,7 +141,7 @@ def _find_candidates(score_MN: torch.Tensor, lowest: torch.Tensor) -> Iterator[t
 def _decide(
     a: Block, b: Block, candidates: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], cutoff: float, wants: Wants
 ) -> Iterator[Edges]:
-    """Yield the candidates that are wanted and within the distance, given their positions in both blocks and their scores."""
+    """Yield the wanted candidates within the distance, from their positions in both blocks and their scores."""
     i_P, j_P, score_P = (torch.cat(parts) for parts in zip(*candidates, strict=True))
     highest_P = score_P.double() * (a.step * b.step) + rounded_error(a, b)
     squared_P = a.squared[i_P] + b.squared[j_P] - 2.0 * highest_P
