@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 
 from clipcid_cli.commands.command import step_command
 from clipcid_cli.commands.embed import show as show_embedded
 from clipcid_cli.commands.summary import count, format_phases, format_skipped, print_facts
-from clipcid_cli.steps.balance.result import Audit, BalanceCost, BalanceResult
+from clipcid_cli.steps.balance.result import Audit, BalanceResult
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.settings.balance import BalanceSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.balance.cost import BalanceCost
 
 
 def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> None:
     """Print how much is kept, at which cut-off, and where the files are; the cost of a dry run is in its notes."""
-    if isinstance(result, BalanceCost):
-        return
     if isinstance(result, EmbedCost):
         show_embedded(result, console)
+    if not isinstance(result, BalanceResult):
         return
     threshold = result.threshold
     other = result.other_linkage

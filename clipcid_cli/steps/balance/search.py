@@ -22,7 +22,7 @@ from clipcid_cli.algorithms.near.cutoff import Neighbours, find_neighbours
 from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import IntArray, ReadRows
 from clipcid_cli.algorithms.near.plan import Plan
-from clipcid_cli.algorithms.near.search import near_pairs_of
+from clipcid_cli.algorithms.near.search import search_jobs
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 from clipcid_cli.errors import ClipcidError
@@ -119,9 +119,7 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path, known
     since = list[int]()
     with reporting.progress(search.label, total, "pairs") as progress:
         for chunk in mine:
-            jobs = plan.jobs(chunk)
-            blocks = ((load(i), load(j)) for i, j in jobs)
-            for job, pieces in zip(jobs, near_pairs_of(blocks, search.cutoff, sink.wants), strict=True):
+            for job, pieces in search_jobs(plan.jobs(chunk), load, search.cutoff, sink.wants):
                 for edges in pieces:
                     sink.add(edges)
                 progress.advance(plan.pairs_of(job))
