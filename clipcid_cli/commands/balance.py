@@ -40,8 +40,11 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
         facts["dropped"] = _format_dropped(result)
     if other is not None:
         before = "" if cap is None else " before clusters are capped"
+        of = f"of {count(result.images, 'image')} "
+        if result.searched < result.images:
+            of = f"of the {result.searched:,} left "
         facts[f"with {other.linkage}"] = (
-            f"{other.kept:,} ({other.kept / result.searched:.1%}) would be kept at this cut-off{before}, "
+            f"{other.kept:,} {of}({other.kept / result.searched:.1%}) would be kept at this cut-off{before}, "
             f"and {other.uncovered_ratio:.1%} of the {repeats} would not be covered"
         )
     elif threshold is not None:
