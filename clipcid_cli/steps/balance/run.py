@@ -45,8 +45,8 @@ from clipcid_cli.steps.balance.write import validate_new, validate_uids, write, 
 from clipcid_cli.steps.balance.write_data import FLAG, form_of, validate_own
 from clipcid_cli.steps.balance.write_shards import Form, TarForm, write_kept_samples
 from clipcid_cli.steps.claim import claim_output
+from clipcid_cli.steps.embed.request import ensure_embeddings
 from clipcid_cli.steps.embed.result import EmbedCost
-from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.inputs import open_given
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured

@@ -37,9 +37,9 @@ from clipcid_cli.steps.distill.samples import (
     find_samples,
     index_of,
 )
-from clipcid_cli.steps.embed.encoder import Views
+from clipcid_cli.steps.embed.augmented import Views
+from clipcid_cli.steps.embed.request import ensure_embeddings
 from clipcid_cli.steps.embed.result import EmbedCost
-from clipcid_cli.steps.embed.run import ensure_embeddings
 from clipcid_cli.steps.inputs import (
     ChosenKeepList,
     advise_keys,

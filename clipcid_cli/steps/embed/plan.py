@@ -14,7 +14,7 @@ import msgspec
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.dataset import Dataset, open_described
-from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES
+from clipcid_cli.formats.data.samples import MAX_SAMPLE_BYTES, Sample
 from clipcid_cli.formats.embeddings.layouts import find_rows
 from clipcid_cli.formats.embeddings.manifest import FINISHED, read_manifest, read_unfinished
 from clipcid_cli.formats.fingerprint import FileRecord, find_lost, record_together
@@ -29,9 +29,7 @@ from clipcid_cli.formats.output import (
 from clipcid_cli.formats.sidecar import DataSpec, EmbedSidecar, read_sidecar, sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import WorkDirectory
-from clipcid_cli.runtime.models.augment import STRONG
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
-from clipcid_cli.runtime.text_variants import RULES
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.inputs import choose_embeddings, find_mismatch
@@ -76,6 +74,10 @@ class EmbedPlan:
     # Whether all shards that are embedded already are still there, so that others may be added to them.
     may_grow: bool = False
 
+    def reject(self, sample: Sample) -> str | None:
+        """Say why a sample cannot be used, as a reason of `skips.REASONS`."""
+        return "no_caption" if self.settings.text and not sample.captions else None
+
     @property
     def input(self) -> FileRecord:
         return record_together(self.dataset.spec, self.shards)
@@ -110,26 +112,22 @@ class EmbedPlan:
     def requested(self) -> dict[str, Any]:
         """The settings that decide the rows, as JSON values, but for those of the model."""
         settings = self.settings
-        settings_of_rows = {"text": settings.text, "keys": self.dataset.keys, "fast_decode": settings.fast_decode}
+        requested: dict[str, Any] = {
+            "text": settings.text,
+            "keys": self.dataset.keys,
+            "fast_decode": settings.fast_decode,
+        }
         if self.dataset.caption_lines:
-            settings_of_rows["caption_lines"] = True
+            requested["caption_lines"] = True
         if self.dataset.caption_keys:
-            settings_of_rows["caption_key"] = list(self.dataset.caption_keys)
+            requested["caption_key"] = list(self.dataset.caption_keys)
         if settings.max_sample_bytes != MAX_SAMPLE_BYTES:
-            settings_of_rows["max_sample_bytes"] = settings.max_sample_bytes
-        if settings.views:
-            for name in ("views", "crop_scale", "color_jitter", "gray_probability", "seed"):
-                settings_of_rows[name] = getattr(settings, name)
-            settings_of_rows["view_kind"] = list(settings.view_kinds)
-            if "strong" in settings.view_kinds:
-                settings_of_rows["strong_view"] = dataclasses.asdict(STRONG)
-        if settings.text_variants:
-            settings_of_rows |= {
-                "text_variants": settings.text_variants,
-                "seed": settings.seed,
-                "text_variant_rules": RULES,
-            }
-        return settings_of_rows
+            requested["max_sample_bytes"] = settings.max_sample_bytes
+        if settings.views or settings.text_variants:
+            from clipcid_cli.steps.embed.augmented import augmenting_settings
+
+            requested |= augmenting_settings(settings)
+        return requested
 
 
 def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
