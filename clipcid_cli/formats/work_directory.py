@@ -6,29 +6,26 @@ elsewhere and the command to make it.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.errors import ClipcidError, command_line, flag_words
 from clipcid_cli.formats.fingerprint import hash_json, validate_unchanged
 from clipcid_cli.formats.output import unfinished
-from clipcid_cli.formats.sidecar import (
-    BalanceSidecar,
-    ClusterSidecar,
-    DataSpec,
-    DistillSidecar,
-    EmbedSidecar,
-    read_sidecar,
-    sidecar_path,
-)
+from clipcid_cli.formats.sidecar import Sidecar, read_sidecar, run_again, sidecar_path
 
 KEEP_LIST = "keep.parquet"
 """Name of the keep list in its folder."""
 CLUSTERS = "clusters.parquet"
 """Name of the table of clusters in its folder."""
+
+
+class _Balanced(Sidecar, kw_only=True):
+    """What a sidecar of `balance` says of the embeddings: where they are, relative to the work directory."""
+
+    embeddings: str
 
 
 class WorkDirectory:
@@ -95,7 +92,7 @@ class WorkDirectory:
 
     def _balanced(self) -> Path | None:
         with suppress(ClipcidError):  # of an earlier version, or damaged: `balance --overwrite` replaces it
-            balanced = read_sidecar(sidecar_path(self.balance, "balance"), BalanceSidecar)
+            balanced = read_sidecar(sidecar_path(self.balance, "balance"), _Balanced)
             folder = None if balanced is None else self.path / balanced.embeddings
             return folder if folder is not None and folder.exists() else None
         return None
@@ -108,14 +105,13 @@ class WorkDirectory:
         """
         path = self.balance / KEEP_LIST
         record = sidecar_path(self.balance, "balance")
-        sidecar = read_sidecar(record, BalanceSidecar)
+        sidecar = read_sidecar(record, Sidecar)
         if sidecar is not None:
-            other = f"Use the list as it is now: {shlex.join(['--keep-list', str(path)])}"
+            fix = f"Or use the list as it is now: {flag_words(keep_list=path)}"
             if not path.exists():
-                other = "Take all images: --keep-list none"
-            again = command_line("balance", **_flags_of(sidecar, self.path), overwrite=True)
-            fix = f"{other}\nOr make it again: {again}"
-            validate_unchanged(self.balance, sidecar.outputs, record, fix)
+                fix = "Or take all images: --keep-list none"
+            again = run_again("balance", sidecar)
+            validate_unchanged(self.balance, sidecar.outputs, record, f"{again}\n{fix}")
             return path
         if path.exists() or unfinished(self.balance, "balance") is not None:
             raise ClipcidError(
@@ -127,11 +123,11 @@ class WorkDirectory:
     def find_clusters(self, **flags: Any) -> Path:
         """Find the folder of a finished `cluster`; `flags` are those of the command that makes it, for the error."""
         record = sidecar_path(self.clusters, "cluster")
-        sidecar = read_sidecar(record, ClusterSidecar)
+        sidecar = read_sidecar(record, Sidecar)
         if sidecar is None or not (self.clusters / CLUSTERS).exists():
             raise self._missing("clusters", self.clusters, "--clusters", "cluster", **flags)
         table = [file for file in sidecar.outputs if file.path == CLUSTERS]
-        validate_unchanged(self.clusters, table, record, remake_clusters(self.clusters, sidecar, self.path))
+        validate_unchanged(self.clusters, table, record, run_again("cluster", sidecar))
         return self.clusters
 
     def find_student(self) -> Path:
@@ -146,49 +142,11 @@ class WorkDirectory:
         run = runs[-1].parent
         student = run / "student"
         fix = f"Use the model as it is now, by its path: {student}; or train it again: its command, with --overwrite."
-        sidecar = read_sidecar(runs[-1], DistillSidecar, fix)
+        sidecar = read_sidecar(runs[-1], Sidecar, fix)
         validate_unchanged(run, [] if sidecar is None else sidecar.outputs, runs[-1], fix)
         return student
-
-    def find_data(self, embeddings: Path | None = None) -> DataSpec:
-        """Find the data that embeddings were made from, those of a folder or what `find_embeddings` finds."""
-        folder = embeddings if embeddings is not None else self.find_embeddings()
-        sidecar = read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar)
-        if sidecar is None:
-            raise ClipcidError(
-                f"{folder} does not record which data it was made from.",
-                "Give the data as the first argument (a folder of shards, …).",
-            )
-        return sidecar.data
 
     def _missing(self, what: str, folder: Path, flag: str, *words: str, **flags: Any) -> ClipcidError:
         some = " (only unfinished ones)" if folder.is_dir() and any(folder.iterdir()) else ""
         command = command_line(*words, **flags, work=self.path)
         return ClipcidError(f"There are no {what} in {folder}{some}.", f"Give {flag}, or run: {command}")
-
-
-def remake_clusters(folder: Path, sidecar: ClusterSidecar, work: Path | None, **more: Any) -> str:
-    """Return the fix that makes clusters again: a command where they are those of the step's work directory.
-
-    Args:
-        more: Flags in which the new ones differ.
-    """
-    if work is None or folder.resolve() != WorkDirectory(work).clusters.resolve():
-        again = "" if more else ", or rerun the command that made these, with --overwrite"
-        return f"Name other clusters with --clusters{again}."
-    keep_list = "none"  # there may be a list by now
-    if sidecar.keep_list is not None:
-        own = WorkDirectory(work).balance / KEEP_LIST
-        keep_list = sidecar.keep_list.path if Path(sidecar.keep_list.path).absolute() != own.absolute() else ""
-    flags = _flags_of(sidecar, work)
-    flags.pop("keep_list", None)
-    flags |= {"keep_list": keep_list or None} | more
-    return f"Run: {command_line('cluster', **flags, overwrite=True)}"
-
-
-def _flags_of(sidecar: BalanceSidecar | ClusterSidecar, work: Path) -> dict[str, Any]:
-    """Return the flags of the command that made an output of a work directory."""
-    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in sidecar.flags.items()}
-    flags.pop("embeddings", None)  # named as they are found from here
-    names = [sidecar.embeddings] if isinstance(sidecar.embeddings, str) else sidecar.embeddings
-    return flags | {"embeddings": tuple(work / name for name in names), "work": work}

@@ -24,7 +24,6 @@ from clipcid_cli.algorithms.near.exact import BoolArray, HalfArray, IntArray
 from clipcid_cli.algorithms.near.nearest import Integers, integer_dtype, nearest, top
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import load_arrays, save_arrays
-from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.files import write_npy
@@ -33,6 +32,7 @@ from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claim
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
     PROGRESS,
+    ClusterSidecar,
     join_parts,
     map_tops,
     part_arrays,
@@ -41,7 +41,8 @@ from clipcid_cli.formats.results.clusters import (
     read_label_parts,
     top_paths,
 )
-from clipcid_cli.formats.sidecar import ClusterSidecar, RepairFigures, sidecar_path
+from clipcid_cli.formats.results.repair import RepairFigures
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, memory_for_rows, open_dist_context
@@ -51,11 +52,11 @@ from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.timing import time_trial, timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output
-from clipcid_cli.steps.inputs import choose_keep_list, open_teachers, skip_rows
+from clipcid_cli.steps.embeddings import open_teachers, skip_rows
+from clipcid_cli.steps.keep_list import choose_keep_list
 from clipcid_cli.steps.repair import repair_teacher
 from clipcid_cli.steps.reporting import format_duration
 from clipcid_cli.steps.settings.cluster import ClusterSettings
-from clipcid_cli.steps.settings.shared import given_flags
 
 # As many as faiss asks for before it warns.
 _MIN_PER_CENTROID = 39
@@ -310,7 +311,7 @@ def _choose_rows(settings: ClusterSettings) -> ClusterRows:
     if settings.features == "joint" and not embeddings.has_texts:
         raise ClipcidError(
             f"--features joint needs text embeddings, but {folder} has none.",
-            f"Use --features image, or embed the captions too: {data_command(folder, embeddings.sidecar, text=True)}",
+            f"Use --features image, or embed the captions too. {embeddings.embed_again(text=True)}",
         )
     keep_list = choose_keep_list(settings.keep_list, work, "rows", settings.max_bad_fraction)
     try:
@@ -478,7 +479,6 @@ def _write(
         keep_list=None if rows.keep_list is None else record(rows.keep_list),
         repair=None if embeddings.image_map is None else embeddings.image_map.record,
         space="stored" if embeddings.image_map is None else "repaired",
-        flags=given_flags(plan.settings),
         model=embeddings.model,
         num_nearest=plan.num_nearest,
         temperatures=temperatures,

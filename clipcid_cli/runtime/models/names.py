@@ -166,7 +166,7 @@ class ModelName:
 
     @property
     def slug(self) -> str:
-        """Name for files and folders, of ``[A-Za-z0-9._-]``; that of a distill run's student is preceded by the run's."""
+        """Name for files and folders, of ``[A-Za-z0-9._-]``; a distill run's student is called by run and student."""
         if self.path is not None:
             path = self.path.resolve()
             is_student = path.name in ("student", "student-ema")
@@ -316,12 +316,17 @@ def validate_hub_name(name: ModelName, entry: str, value: Any) -> None:
         )
 
 
-def read_width(name: ModelName) -> int | None:
-    """Return the width of a model's embeddings from its configuration, without loading it; None for one on a hub."""
+def find_config(name: ModelName) -> dict[str, Any] | None:
+    """Return the ``model_cfg`` of a model without loading it; None for one on a hub."""
     if name.kind == "hub":
         return None
-    config, _ = read_config(name.path or _config_folder() / f"{name.architecture}.json")
-    return int(config["embed_dim"])
+    return read_config(name.path or _config_folder() / f"{name.architecture}.json")[0]
+
+
+def read_width(name: ModelName) -> int | None:
+    """Return the width of a model's embeddings from its configuration, without loading it; None for one on a hub."""
+    config = find_config(name)
+    return None if config is None else int(config["embed_dim"])
 
 
 @cache
@@ -332,10 +337,10 @@ def known_architectures() -> tuple[str, ...]:
 
 
 def _config_folder() -> Path:
-    found = importlib.util.find_spec("open_clip")
-    assert found is not None, "open_clip is a dependency"
-    assert found.origin is not None, "open_clip is a package on disk"
-    return Path(found.origin).parent / "model_configs"
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None, "open_clip is a dependency"
+    assert package.origin is not None, "open_clip is a package on disk"
+    return Path(package.origin).parent / "model_configs"
 
 
 def hash_weights(path: Path) -> str:

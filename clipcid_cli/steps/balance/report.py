@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +19,7 @@ from clipcid_cli.algorithms.near.edges import Edges, sort_edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray
 from clipcid_cli.algorithms.near.search import near_pairs
 from clipcid_cli.algorithms.sets.star import count_kept, star_cover
-from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_remote
 from clipcid_cli.formats.data.benchmark import find_benchmark_folder, read_class_names
 from clipcid_cli.formats.data.dataset import Dataset
@@ -27,7 +28,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.files import describe, write_text
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.results.forest import SetTable
-from clipcid_cli.formats.sidecar import BalanceSidecar
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
 from clipcid_cli.formats.skips import REASONS
 from clipcid_cli.runtime.models.decode import SkippedImage, decode_image
 from clipcid_cli.steps import reporting
@@ -37,7 +38,8 @@ from clipcid_cli.steps.balance.filters.against import NearReferences
 from clipcid_cli.steps.balance.result import BalanceResult
 from clipcid_cli.steps.balance.samples import SampleFinder, open_data, open_recorded, take_texts
 from clipcid_cli.steps.balance.sets import NotComputed, OtherLinkage, Sets
-from clipcid_cli.steps.settings.balance import LINKAGES, BalanceSettings
+from clipcid_cli.steps.settings.balance import LINKAGES
+from clipcid_cli.typed import this_command
 
 REPORT = "report.html"
 
@@ -76,7 +78,7 @@ def has_new_pictures(plan: BalancePlan, finished: BalanceSidecar) -> bool:
     if not finished.pictures.unread:
         return False
     shards, keys = map(list, zip(*finished.pictures.unread, strict=True))
-    return any(Gallery(plan).read(shards, keys))
+    return any(ReportPictures(plan).read(shards, keys))
 
 
 def write_report(found: Outcome, result: BalanceResult, warnings: list[str]) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def write_report(found: Outcome, result: BalanceResult, warnings: list[str]) -> 
     chains = find_chains(run, sets, measured)
     chained = [np.array(chain["shown"]) for chain in chains]
     wanted = np.unique(np.concatenate([*shown, *chained, inside.a, inside.b, outside.a, outside.b]))
-    gallery = Gallery(run)
+    gallery = ReportPictures(run)
     loaded = gallery.load(run.rows.numbers[wanted.astype(sets.labels.dtype)])
     pictures = dict(zip(wanted.tolist(), loaded, strict=True))
     for row, picture in pictures.items():
@@ -119,7 +121,7 @@ def write_report(found: Outcome, result: BalanceResult, warnings: list[str]) -> 
         render_report(
             "balance.html",
             result=result,
-            command=_name_command(run.settings),
+            command=shlex.join(this_command()),
             linkage=run.settings.linkage,
             warnings=warnings,
             num_sets=len(measured),
@@ -184,14 +186,6 @@ def _find_stars(run: BalanceRun, sets: Sets, label: int, cutoff: float, copies: 
     return found
 
 
-def _name_command(settings: BalanceSettings) -> str:
-    """Return the command with the flags that decide what is kept."""
-    amount = ("keep", "threshold", "cosine_distance")
-    first = ("against", "against_threshold", "min_caption_similarity", "max_caption_similarity")
-    flags = {name: getattr(settings, name) for name in (*amount, *first, "linkage", "select", "max_per_cluster")}
-    return command_line("balance", **flags, neighbors=None if settings.neighbors == "exact" else settings.neighbors)
-
-
 def _choose_members(sets: Sets, label: int) -> IntArray:
     """Return the kept image and then others by distance: all of a small set, the nearest and farthest of a large one."""
     members = np.flatnonzero(sets.labels == label)
@@ -208,14 +202,14 @@ def _pair_up(ones: Iterable[Picture], others: Iterable[Picture], distances: Floa
     return [{"a": one, "b": other, "distance": distance} for one, other, distance in pairs]
 
 
-def _show_near(run: BalanceRun, near: NearReferences, gallery: Gallery) -> list[dict[str, Any]]:
+def _show_near(run: BalanceRun, near: NearReferences, gallery: ReportPictures) -> list[dict[str, Any]]:
     """Choose some pairs of each reference, from the nearest to the farthest, and load their images."""
     shown = []
     for number, reference in enumerate(near.references):
         rows = np.flatnonzero(near.owner == number)
         rows = rows[np.argsort(near.distance[rows], kind="stable")]
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _REFERENCES_SHOWN)).round().astype(np.int64)]
-        theirs = Gallery(run, reference.embeddings)
+        theirs = ReportPictures(run, reference.embeddings)
         ours = gallery.load(run.rows.numbers[chosen])
         pairs = _pair_up(ours, theirs.load(near.row[chosen]), near.distance[chosen])
         shown.append({"name": reference.name, "number": len(rows), "pairs": pairs})
@@ -282,7 +276,7 @@ class Picture:
     distance: float = 0.0
 
 
-class Gallery:
+class ReportPictures:
     """Loads pictures, and counts those shown."""
 
     def __init__(self, plan: BalancePlan, reference: Embeddings | None = None) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import msgspec
 
-from clipcid_cli.errors import ClipcidError, command_line
+from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, list_shards
-from clipcid_cli.formats.embeddings.command import reading_flags
-from clipcid_cli.formats.embeddings.folder import Embeddings, read_embed_sidecar
+from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import METADATA, Kind, remove_copies
+from clipcid_cli.formats.embeddings.sidecar import read_embed_sidecar
 from clipcid_cli.formats.files import validate_writable
 from clipcid_cli.formats.fingerprint import find_lost
 from clipcid_cli.formats.output import WORK, Output, find_works, list_differences, other_run_error
@@ -25,7 +25,8 @@ from clipcid_cli.formats.results.forest import (
     read_row_files,
     write_row_files,
 )
-from clipcid_cli.formats.sidecar import BalanceSidecar, sidecar_path
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
@@ -47,10 +48,9 @@ from clipcid_cli.steps.balance.write_shards import Form, TarForm, write_kept_sam
 from clipcid_cli.steps.claim import claim_output
 from clipcid_cli.steps.embed.request import ensure_embeddings
 from clipcid_cli.steps.embed.result import EmbedCost
-from clipcid_cli.steps.inputs import open_given
+from clipcid_cli.steps.embeddings import open_given
 from clipcid_cli.steps.settings.balance import BalanceSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
-from clipcid_cli.steps.settings.shared import given_flags
 
 
 def run(settings: BalanceSettings) -> BalanceResult | BalanceCost | EmbedCost:
@@ -159,14 +159,7 @@ def _note_new_shards(settings: BalanceSettings, embeddings: Embeddings) -> None:
     new = len(set(now) - embedded)
     if new and not embedded.isdisjoint(now):
         shards = "1 shard that is" if new == 1 else f"{new:,} shards that are"
-        flags = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in given_flags(settings).items()
-        }
-        flags |= {"model": embeddings.sidecar.model.spec, "work": settings.work} | reading_flags(
-            embeddings.sidecar.data
-        )
-        again = command_line("balance", spec, **flags)
-        reporting.note(f"{spec} has {shards} not embedded yet. To include them, run: {again}")
+        reporting.note(f"{spec} has {shards} not embedded yet. To include them, name the data in the command.")
 
 
 def _model_of(work: WorkDirectory) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,17 +20,10 @@ from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.rows import Kind, take_captions, take_images
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.augment import (
-    Augmentation,
-    Masking,
-    MixedView,
-    Processor,
-    choose_view,
-    identity_colors,
-    mix_pixels,
-)
-from clipcid_cli.runtime.models.clip_model import Tokenizer
+from clipcid_cli.runtime.models.augment import Augmentation, Masking, choose_view
 from clipcid_cli.runtime.models.decode import ImageCache, SkippedImage, full_size
+from clipcid_cli.runtime.models.tokenizers import Tokenizer
+from clipcid_cli.runtime.models.views import MixedView, Processor, identity_colors, mix_pixels
 from clipcid_cli.runtime.pipeline import join_on, ordered_map, prefetch
 from clipcid_cli.runtime.randomness import SampleOrder, derive_seed
 from clipcid_cli.steps.distill.clusters import ClusterLookup
@@ -166,7 +159,8 @@ class BatchMaker:
         self._extra_texts = inputs.extra_texts
         self._rows = inputs.teacher_rows()
         self._num_views = inputs.num_views
-        widths, heights = zip(*(each.pixels.draft_size(self._augmentation) for each in self._shown_to), strict=True)
+        crop_scale = self._augmentation.crop_scale
+        widths, heights = zip(*(shown.render.draft_size(crop_scale) for shown in self._shown_to), strict=True)
         is_small = inputs.training.total <= _MAX_SAMPLES_KEPT
         draft_size = (max(widths), max(heights)) if settings.fast_decode else None
         self._images = ImageCache(_MAX_IMAGE_BYTES if is_small else 0, draft_size)
@@ -180,7 +174,7 @@ class BatchMaker:
         words = list[str]()
         captions = list[int]()
         count = len(work.items)
-        pixels = [torch.empty(count, *each.pixels.size[::-1], 3, dtype=torch.uint8) for each in self._shown_to]
+        pixels = [torch.empty(count, *each.render.size[::-1], 3, dtype=torch.uint8) for each in self._shown_to]
         colors = torch.empty(count, 3, 4)
         for place, item in enumerate(work.items):
             sample = item.sample.read()
@@ -190,9 +184,9 @@ class BatchMaker:
             image, view, other, number = self._choose_view(item, sample, bad)
             views.append(number)
             for processor, target in zip(self._shown_to, pixels, strict=True):
-                shown = processor.pixels(image, view.first)
+                shown = processor.render(image, view.first)
                 if other is not None:
-                    shown = mix_pixels(view, shown, processor.pixels(other, view.second))
+                    shown = mix_pixels(view, shown, processor.render(other, view.second))
                 target.numpy()[place] = shown
             # Mixed pixels have their final colours.
             colors.numpy()[place] = view.first.colors if other is None else identity_colors()
@@ -309,7 +303,8 @@ class Batches:
         self._batch_size = batch_size
         self._seed = seed
         self._context = context
-        self._num_parts = -(-batch_size // context.size // _MAX_ITEMS)
+        # Work items of which this process's part of a batch is made.
+        self.num_parts = -(-batch_size // context.size // _MAX_ITEMS)
 
     def __len__(self) -> int:
         return self._samples.total
@@ -327,12 +322,16 @@ class Batches:
                 dealt.append(batch)
                 yield from batch.work
 
-        with closing(ordered_map(self._make, deal(), workers, count_received)) as made:
-            # In shared memory each tensor of a part would hold an open file until its batch is whole.
-            parts = made if self._num_parts == 1 else map(TrainingBatch.copied, made)
-            whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self._num_parts, strict=True))
-            with closing(prefetch(lambda pair: self.finish(*pair), whole, self._context.device)) as finished:
-                yield from finished
+        with ExitStack() as stack:
+            parts = stack.enter_context(closing(ordered_map(self._make, deal(), workers, count_received)))
+            if self.num_parts > 1:
+                # In shared memory each tensor of a part would hold an open file until its batch is whole. A thread copies
+                # them during the step before: the one that keeps a GPU at work has no time for it.
+                copies = prefetch(TrainingBatch.copied, parts, _HOST, ahead=self.num_parts)
+                parts = stack.enter_context(closing(copies))
+            whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self.num_parts, strict=True))
+            finished = prefetch(lambda pair: self.finish(*pair), whole, self._context.device)
+            yield from stack.enter_context(closing(finished))
 
     def deal(self, steps: range) -> Iterator[DealtBatch]:
         """Say what workers shall make of each step's batch; a start anywhere deals the same."""
@@ -345,9 +344,7 @@ class Batches:
             refs = self._inputs.refs(self._samples, rows[own])
             items = [Item(*found) for found in zip(rows[own].tolist(), epochs.tolist(), refs, strict=True)]
             texts = self._draw_texts(step, rows)
-            yield DealtBatch(
-                step, rows, list(map(WorkItem, _cut(items, self._num_parts), _cut(texts, self._num_parts)))
-            )
+            yield DealtBatch(step, rows, list(map(WorkItem, _cut(items, self.num_parts), _cut(texts, self.num_parts))))
 
     def make(self, dealt: DealtBatch) -> list[TrainingBatch]:
         """Make the parts of a process here, as workers do."""

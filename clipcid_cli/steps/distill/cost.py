@@ -17,10 +17,11 @@ import torch
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.formats.sidecar import PairingFigures
+from clipcid_cli.formats.results.repair import PairingFigures
 from clipcid_cli.runtime.distributed import memory_in_use
-from clipcid_cli.runtime.models.clip_model import ClipModel, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.decode import read_size
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.pipeline import HostMemory, estimate_host_memory
 from clipcid_cli.runtime.precision import Precision, choose_precision
@@ -194,7 +195,7 @@ def _time_steps(trainer: Trainer, batches: Batches, warm_up: int = _WARM_UP, rep
         batch = batches.finish(dealt, made.result)
         step = time_trial(partial(trainer.step, batch), device, warm_up=0)
         trained.append(step.seconds)
-    trainer.read(trainer.state.step, step.result)  # which refuses steps that diverged
+    trainer.read(trainer.make_step.send())  # which refuses steps that diverged
     return _Steps(
         batch_seconds=statistics.median(prepared[warm_up:]),
         step_seconds=statistics.median(trained[warm_up:]),
@@ -207,7 +208,7 @@ def _estimate_host_memory(trainer: Trainer) -> HostMemory:
     dealt = next(trainer.batches.deal(range(1)))
     sizes = [_size_of(part) for part in trainer.batches.make(dealt)]
     workers = trainer.plan.workers
-    return trainer.context.on_all(lambda: estimate_host_memory(max(sizes), sum(sizes), workers))
+    return trainer.context.on_all(lambda: estimate_host_memory(max(sizes), sum(sizes), workers, len(sizes)))
 
 
 def _size_of(part: TrainingBatch) -> int:

@@ -11,7 +11,6 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.inputs import embed_again
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -24,7 +23,7 @@ class ExtraText(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ExtraTexts:
-    """The further texts that there are."""
+    """Texts without images that a run can show, and the teacher's rows of them."""
 
     rows: Rows  # the teacher's embeddings of all of them
     variants: TextVariants
@@ -50,23 +49,24 @@ def find_extra_texts(settings: DistillSettings, embeddings: Embeddings, trust: f
         return ExtraTexts(embeddings.rows(Kind.VARIANTS), variants, settings.extra_texts)
     if settings.extra_texts is None:
         return None
-    with_variants = embed_again(embeddings, settings, text=True, text_variants=4)
     raise ClipcidError(
         f"--extra-texts {settings.extra_texts}, but there are no texts: {embeddings.folder} holds no variants of captions.",
-        f"Run: {with_variants}",
+        embeddings.embed_again(text=True, text_variants=4),
     )
 
 
-def _find_variants(settings: DistillSettings, embeddings: Embeddings, number: int) -> TextVariants:
+def _find_variants(settings: DistillSettings, embeddings: Embeddings, count: int) -> TextVariants:
     """Return the embedded variants of captions, whose texts are made again by the recorded seed and rules."""
-    made = {} if embeddings.sidecar is None else embeddings.sidecar.settings
-    rules = made.get("text_variant_rules")
-    seed = made.get("seed")
-    if rules == RULES and made.get("text_variants") == number and isinstance(seed, int):
-        return TextVariants(number, seed)
-    recorded = "no rules" if rules is None else f"rules {rules} for {made.get('text_variants')} variants, seed {seed}"
+    recorded = {} if embeddings.sidecar is None else embeddings.sidecar.settings
+    rules = recorded.get("text_variant_rules")
+    seed = recorded.get("seed")
+    if rules == RULES and recorded.get("text_variants") == count and isinstance(seed, int):
+        return TextVariants(count, seed)
+    made_by = "no rules"
+    if rules is not None:
+        made_by = f"rules {rules} for {recorded.get('text_variants')} variants, seed {seed}"
     raise ClipcidError(
-        f"{embeddings.folder} holds {number} text variants of each row, but embed.json records {recorded}; this version "
+        f"{embeddings.folder} holds {count} text variants of each row, but embed.json records {made_by}; this version "
         f"makes texts by rules {RULES}.",
-        f"Add --extra-texts 0, or run: {embed_again(embeddings, settings, text_variants=number)}",
+        f"Add --extra-texts 0, or make them anew. {embeddings.embed_again(text_variants=count)}",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +13,14 @@ from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.index import SampleRef
-from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar, recorded_data
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
-from clipcid_cli.formats.sidecar import EmbedSidecar, PairingFigures, RepairFigures, read_sidecar, sidecar_path
+from clipcid_cli.formats.results.repair import PairingFigures, RepairFigures
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
@@ -40,18 +40,9 @@ from clipcid_cli.steps.distill.samples import (
 from clipcid_cli.steps.embed.augmented import Views
 from clipcid_cli.steps.embed.request import ensure_embeddings
 from clipcid_cli.steps.embed.result import EmbedCost
-from clipcid_cli.steps.inputs import (
-    ChosenKeepList,
-    advise_keys,
-    choose_embeddings,
-    choose_keep_list,
-    compare_keys,
-    embed_again,
-    embed_with,
-    find_mismatch,
-    open_teachers,
-    validate_teacher,
-)
+from clipcid_cli.steps.embeddings import advise_keys, compare_keys, open_teachers
+from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
+from clipcid_cli.steps.models import choose_embeddings, embed_with, find_mismatch, validate_teacher
 from clipcid_cli.steps.repair import describe_pairing, judge_pairing, repair_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
@@ -182,7 +173,8 @@ def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistCon
     folder = choose_embeddings(settings.work, with_default_tag(parse_model(teacher)))
     exists = context.on_rank0(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
     if not exists:
-        validate_views(settings, folder, None, configured().get("views", 0), teacher)
+        with_views = f"run: {embed_with(parse_model(teacher), settings)} --views 4"
+        validate_views(settings, folder, configured().get("views", 0), with_views)
         if not settings.dry_run:  # and before hours of embedding
             context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
     # Existing embeddings of images only may suffice; new ones are of captions too.
@@ -331,7 +323,7 @@ def _open_data(settings: DistillSettings, embeddings: Embeddings | None, scratch
     if settings.data is not None:
         dataset = open_named(settings, settings.data, work.indexes)
     else:
-        described = work.find_data(None if embeddings is None else embeddings.folder)
+        described = recorded_data(work.find_embeddings() if embeddings is None else embeddings.folder)
         dataset = open_described(described, work.indexes, **settings.trust)
         reporting.note(f"Data: {dataset.spec}, from which the embeddings were made.")
     if scratch is not None and dataset.index is None:
@@ -362,7 +354,7 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path
             "Use losses that need one tower only: "
             + ", ".join(name for name, entry in LOSSES.items() if entry.one_tower)
             + f"\nOr add a teacher that has captions: --embeddings {folder} --embeddings OTHER"
-            + f"\nOr embed the captions too: {embed_again(embeddings, settings, text=True)}",
+            + f"\nOr embed the captions too. {embeddings.embed_again(text=True)}",
         )
     reporting.note("They are of images only: losses use the teacher's image tower alone.")
     return embeddings
@@ -372,7 +364,7 @@ def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: Dist
     """Refuse embeddings that another model made, as far as they tell."""
     folder = embeddings.folder
     if embeddings.sidecar is not None:
-        fix = f"Omit --embeddings, or run: {embed_with(teacher, settings, embeddings.sidecar.data)}"
+        fix = f"Omit --embeddings, or run: {embed_with(teacher, settings)}"
         if settings.num_teachers > 1:
             fix = f"Give --teacher in the order of --embeddings. {fix}"
         validate_teacher(f"embeddings in {folder}", embeddings.sidecar.model, teacher, fix)
@@ -425,9 +417,12 @@ def _choose_views(settings: DistillSettings, dataset: Dataset, embeddings: Embed
         if counts.without_embedding == counts.candidates:
             told += f" {compare_keys(_first_key(dataset), at_fault)}"
             advice = advise_keys(at_fault)
-        raise ClipcidError(told, f"{advice}Give the data that was embedded, or run: {embed_again(at_fault, settings)}")
+        again = f"Give the data that was embedded, or embed this data. {at_fault.embed_again()}"
+        raise ClipcidError(told, advice + again)
     views = embeddings.num_each(Kind.VIEWS) if settings.shows_views else 0
-    validate_views(settings, embeddings.folder, embeddings.sidecar, views)
+    validate_views(
+        settings, embeddings.folder, views, f"embed some. {embeddings.embed_again(views=4, view_kind='mix')}"
+    )
     if views:
         reporting.note(
             f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
@@ -444,7 +439,7 @@ def _choose_captions(settings: DistillSettings, embeddings: Embeddings, counts: 
         key, now, embedded = counts.changed
         raise ClipcidError(
             f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
-            f"Run: {embed_again(embeddings, settings)}",
+            embeddings.embed_again(),
         )
     if shows_all:
         reporting.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")
@@ -453,16 +448,7 @@ def _choose_captions(settings: DistillSettings, embeddings: Embeddings, counts: 
     return embeddings.has_texts and not shows_all
 
 
-def validate_views(
-    settings: DistillSettings, folder: Path, sidecar: EmbedSidecar | None, views: int, model: str | None = None
-) -> None:
-    """Refuse embeddings without views where these were asked for by name; those of `model` are to be made."""
-    if settings.views != "stored" or views:
-        return
-    more: dict[str, Any] = {"views": 4, "view_kind": ("mix",), "fast_decode": False}
-    if sidecar is None:
-        more |= {"work": settings.work} | ({"model": model} if model else {})
-    raise ClipcidError(
-        f"--views stored, but {folder} holds no views.",
-        f"Omit --views stored, or run: {data_command(folder, sidecar, settings.data, **settings.data_flags, **more)}",
-    )
+def validate_views(settings: DistillSettings, folder: Path, views: int, with_views: str) -> None:
+    """Refuse embeddings without views where these were asked for by name; `with_views` says how to make some."""
+    if settings.views == "stored" and not views:
+        raise ClipcidError(f"--views stored, but {folder} holds no views.", f"Omit --views stored, or {with_views}")

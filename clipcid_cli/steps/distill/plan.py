@@ -11,8 +11,8 @@ from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.output import OutputSpec
 from clipcid_cli.formats.results.clusters import read_cluster_sidecar
 from clipcid_cli.formats.results.keep_list import read_keep_list
-from clipcid_cli.formats.results.run_folder import RunFolder
-from clipcid_cli.formats.sidecar import DistillSidecar, sidecar_path
+from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess
@@ -26,7 +26,8 @@ from clipcid_cli.steps.distill.student import Student
 from clipcid_cli.steps.distill.teacher import describe_weights
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
-from clipcid_cli.steps.inputs import NO_KEEP_LIST, choose_embeddings
+from clipcid_cli.steps.keep_list import NO_KEEP_LIST
+from clipcid_cli.steps.models import choose_embeddings
 from clipcid_cli.steps.preflight import choose_workers
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.shared import output_settings
@@ -61,7 +62,7 @@ class DistillPlan:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Steps of the whole run."""
         return self.recipe.steps
 
     def identify(self, student: Student, teacher: ClipModel | None) -> OutputSpec[DistillSidecar]:
@@ -226,9 +227,11 @@ def _choose_recipe(
             f"{shards:,} shards in a new order each epoch, samples uniformly among {SHARDS_MIXED} shards at a time "
             f"({SHARDS_MIXED / shards:.1%} of the data)."
         )
-    each = f" ({batch_size // context.size:,} for each of {context.size} processes)" if context.size > 1 else ""
+    shares = ""
+    if context.size > 1:
+        shares = f" ({batch_size // context.size:,} for each of {context.size} processes)"
     reporting.note(
-        f"{samples:,} samples, {steps:,} steps of {batch_size:,}{each}, {warmup:,} of them warm-up: "
+        f"{samples:,} samples, {steps:,} steps of {batch_size:,}{shares}, {warmup:,} of them warm-up: "
         f"{steps * batch_size / samples:.1f} epochs; {inputs.held_out.total:,} more samples are held out.\n"
         f"Shuffle: {shuffle}"
     )

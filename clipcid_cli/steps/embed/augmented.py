@@ -21,21 +21,19 @@ from PIL import Image
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.runtime.models.augment import (
+from clipcid_cli.runtime.models.augment import STRONG, Augmentation, choose_view
+from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
+from clipcid_cli.runtime.models.views import (
     PACKED_MIX,
     PACKED_VIEW,
     PARTNER,
-    STRONG,
-    Augmentation,
     MixedView,
+    Renderer,
     View,
-    ViewPixels,
     apply_colors,
-    choose_view,
     identity_colors,
     mix_pixels,
 )
-from clipcid_cli.runtime.models.clip_model import ClipModel, Transform, normalize_pixels
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.runtime.text_variants import RULES, TextVariants
@@ -90,7 +88,7 @@ class _Mixture(NamedTuple):
 
 def _draw_views(
     views: Views,
-    render: ViewPixels,
+    render: Renderer,
     keys: Sequence[str],
     images: Iterable[tuple[int, Image.Image]],
     pixels: npt.NDArray[np.uint8],
@@ -166,9 +164,8 @@ class Augmented(Decoded):
 class AugmentingDecoder(Decoder):
     """Decodes a batch, and makes its views and text variants."""
 
-    transform: Transform
+    render: Renderer
     batch_size: int
-    render: ViewPixels
     views: Views | None
     text_variants: TextVariants | None
 
@@ -177,11 +174,12 @@ class AugmentingDecoder(Decoder):
         if self.text_variants is not None:
             decoded.variants = self._vary(self.text_variants, samples)
         pictures = 1 if self.views is None else 1 + self.views.count
-        pixels = torch.zeros(pictures, self.batch_size, *self.image_size, 3, dtype=torch.uint8)
+        width, height = self.render.size
+        pixels = torch.zeros(pictures, self.batch_size, height, width, 3, dtype=torch.uint8)
 
         def prepare() -> Iterator[tuple[int, Image.Image]]:
-            for row, image in self.read_images(samples, decoded):
-                pixels[0, row] = self.transform(image)
+            for row, image in self.read_images(samples, decoded, self.render):
+                pixels[0, row].numpy()[:] = self.render(image)
                 yield row, image
 
         if self.views is None:
@@ -301,13 +299,11 @@ def make_augmenting(
     """Make an encoder with the views and text variants that are asked for."""
     views = _choose_views(settings, batch_size)
     decoder = AugmentingDecoder(
-        image_size=model.info.image_size,
-        transform=model.pixel_transform(),
+        render=Renderer(model.info.preprocess),
         tokenizer=model.tokenizer if settings.text else None,
         # With views each sample makes 1 + V pictures: a batch's memory stays what it is.
         batch_size=batch_size if views is None else max(1, batch_size // (1 + views.count)),
         fast_decode=settings.fast_decode,
-        render=ViewPixels(model.info.preprocess),
         views=views,
         text_variants=TextVariants(settings.text_variants, settings.seed) if settings.text_variants else None,
     )

@@ -11,11 +11,14 @@ import torch
 
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess, load_model
+from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess
+from clipcid_cli.runtime.models.load import load_model
+from clipcid_cli.runtime.models.towers import Towers
+from clipcid_cli.runtime.models.views import Renderer
 from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.precision import Precision, choose_precision
 from clipcid_cli.steps.embed.plan import EmbedPlan
-from clipcid_cli.steps.encode import BATCH_SIZES, Decoded, Decoder, Encoded, Encoder
+from clipcid_cli.steps.encode import BATCH_SIZES, Decoded, Decoder, Encoded
 from clipcid_cli.steps.preflight import choose_workers
 
 
@@ -31,8 +34,8 @@ class EmbedEncoder:
     decoder: Decoder
 
     @cached_property
-    def towers(self) -> Encoder:
-        return Encoder.of(self.model, self.precision, self.samples_at_once)
+    def towers(self) -> Towers:
+        return Towers.from_model(self.model, self.precision, self.samples_at_once)
 
     @property
     def samples_at_once(self) -> int:
@@ -112,8 +115,7 @@ def load_encoder(plan: EmbedPlan, context: DistContext) -> EmbedEncoder:
 
         return make_augmenting(settings, model, precision, batch_size, workers)
     decoder = Decoder(
-        image_size=model.info.image_size,
-        transform=model.pixel_transform(),
+        render=Renderer(model.info.preprocess),
         tokenizer=model.tokenizer if settings.text else None,
         batch_size=batch_size,
         fast_decode=settings.fast_decode,

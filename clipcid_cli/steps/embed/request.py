@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from clipcid_cli.errors import command_line
-from clipcid_cli.formats.embeddings.folder import read_embed_sidecar
+from clipcid_cli.formats.embeddings.sidecar import read_embed_sidecar
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.embed.plan import choose_text
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import make_embeddings
-from clipcid_cli.steps.inputs import choose_embeddings
+from clipcid_cli.steps.models import choose_embeddings
 from clipcid_cli.steps.settings.embed import EmbedSettings, configured
 from clipcid_cli.steps.settings.shared import ReadingSettings
 

@@ -9,9 +9,11 @@ from functools import partial
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.addresses import is_pipe
-from clipcid_cli.formats.embeddings.manifest import MANIFEST, EmbeddingWriter, ShardRows, read_manifest
+from clipcid_cli.formats.embeddings.manifest import MANIFEST, read_manifest
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
+from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.formats.output import Output, OutputSpec, find_output, remove_leftovers
-from clipcid_cli.formats.sidecar import EmbedSidecar, sidecar_path
+from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import skipped_file
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context

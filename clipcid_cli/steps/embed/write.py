@@ -12,11 +12,12 @@ import PIL
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.shard import Shard
-from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, ShardRows, merge_skips
+from clipcid_cli.formats.embeddings.manifest import MANIFEST, ShardRecord, merge_skips
 from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
+from clipcid_cli.formats.embeddings.writer import ShardRows
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.sidecar import EmbedSidecar
 from clipcid_cli.formats.skipped import SKIPPED
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.models.clip_model import ClipModel

@@ -413,7 +413,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         return select_losses(self.chosen_preset, self.typed_losses, trust)
 
     def loss_entries(self, trust: float = 1.0) -> list[LossEntry]:
-        """Return what is known of the same losses."""
+        """Return the registry entries of the run's losses at such trust in the teacher."""
         return [self._own_entry(name) if name in self.own_losses else LOSSES[name] for name in self.losses(trust)]
 
     @cached_property
@@ -454,7 +454,7 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
 
 
 def _parse_loss(text: str) -> tuple[str, float]:
-    name, equals, number = text.rpartition("=")
+    name, equals, value = text.rpartition("=")
     if not equals:
         name = text
     if name not in LOSSES and not names_loss_file(name):
@@ -463,7 +463,7 @@ def _parse_loss(text: str) -> tuple[str, float]:
             f"Losses are: {', '.join(LOSSES)}; or one of your own: my_losses.py:name=1",
         )
     try:
-        weight = float(number)
+        weight = float(value)
     except ValueError:
         weight = math.nan
     if not equals or not 0 <= weight < math.inf:

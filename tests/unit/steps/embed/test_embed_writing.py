@@ -10,8 +10,9 @@ import torch
 from teaching_data import embed_data
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.embeddings.manifest import EmbeddingWriter, ShardRows, read_manifest
+from clipcid_cli.formats.embeddings.manifest import read_manifest
 from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.formats.embeddings.writer import EmbeddingWriter, ShardRows
 from clipcid_cli.steps import encode
 from clipcid_cli.steps.embed.encoder import EmbedEncoder
 from clipcid_cli.steps.encode import Decoded
