@@ -149,7 +149,7 @@ def _choose_mixtures(views: Views, keys: Sequence[str]) -> Iterator[_Mixture]:
 
 @dataclasses.dataclass
 class Augmented(Decoded):
-    """A decoded batch with what is shown beside it; always of the full size, missing rows are zero.
+    """A decoded batch with its views and text variants; always of the full size, missing rows are zero.
 
     `pixels` are uint8 [(1 + V)·B, H, W, 3]: the images preprocessed for evaluation, then view after view.
     """

@@ -96,7 +96,7 @@ class EmbedEncoder:
 
 
 def without_zeros(rows: dict[Kind, torch.Tensor]) -> dict[Kind, torch.Tensor]:
-    """Return rows in which those of zeros are NaN: no distance can be measured from them either."""
+    """Return rows with NaN in place of a row of zeros, from which no distance can be measured."""
     return {kind: values.masked_fill(~values.any(dim=-1, keepdim=True), torch.nan) for kind, values in rows.items()}
 
 

@@ -161,16 +161,16 @@ def _look_at_output(plan: EmbedPlan) -> EmbedPlan:
             model = {name: value for name, value in sidecar.settings.items() if name in _OF_MODEL}
             asked = {"batch_size": plan.settings.batch_size, "precision": plan.settings.precision}
             model |= {name: value for name, value in asked.items() if value not in (None, "auto")}
-            found = find_output(plan.identify(model, may_differ={"inputs"}))
-            if found.finished is not None:
-                return dataclasses.replace(plan, finished=found.finished)
+            output = find_output(plan.identify(model, may_differ={"inputs"}))
+            if output.finished is not None:
+                return dataclasses.replace(plan, finished=output.finished)
         there = [record.input for record in read_manifest(folder, "Add --overwrite to replace it.")]
     lost = find_lost(there, plan.shards)
     if lost and not plan.settings.overwrite:
         flags = _compare_reading(sidecar.data, plan.dataset) if sidecar is not None else {}
         raise other_run_error(f"{folder} holds {EMBED} output", flags or {"inputs": lost}, ELSEWHERE)
     begun = unfinished(folder, EMBED)
-    is_begun = begun is not None and [each.content for each in begun.inputs] == [plan.input.content]
+    is_begun = begun is not None and [file.content for file in begun.inputs] == [plan.input.content]
     return dataclasses.replace(plan, is_begun=is_begun, may_grow=not lost)
 
 
@@ -179,12 +179,12 @@ def _compare_reading(there: DataSpec, dataset: Dataset) -> dict[str, str]:
     now = dataset.describe()
     if dataset.kind != "list" or there.spec != now.spec:
         return {}
-    before, after = ({flag: getattr(each, name) for name, flag in _OF_ROWS.items()} for each in (there, now))
+    before, after = ({flag: getattr(spec, name) for name, flag in _OF_ROWS.items()} for spec in (there, now))
     return compare_settings(before, after)
 
 
 def _open_data(settings: EmbedSettings) -> Dataset:
-    """Open the data that was named, or else that of the embeddings in the work directory."""
+    """Open the data that was named, or else the data of which the work directory holds embeddings."""
     work = WorkDirectory(settings.work)
     if settings.data is None:
         try:
@@ -271,7 +271,7 @@ def describe_shards(dataset: Dataset) -> list[FileRecord]:
 
 def _validate_own_folder(folder: Path) -> None:
     """Refuse a folder with embeddings that this step did not write, since it would replace files there."""
-    output = next((each for each in _OTHER_OUTPUTS if is_claimed(folder, each)), None)
+    output = next((step for step in _OTHER_OUTPUTS if is_claimed(folder, step)), None)
     if output is not None:
         raise ClipcidError(f"{folder} holds the output of clipcid {output}.", "Choose another folder with --out.")
     first = None if is_claimed(folder, EMBED) else find_rows(folder)
