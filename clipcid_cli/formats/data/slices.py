@@ -44,14 +44,16 @@ _SCHEMA = pa.schema(
 )
 
 
-class Listing(NamedTuple):
+class ListedImages(NamedTuple):
     """The images of a folder or list, in order."""
 
     rows: Iterable[dict[str, Any]]  # see `_SCHEMA`
     class_names: tuple[str, ...] | None = None
 
 
-class _Listed(NamedTuple):
+class _Sliced(NamedTuple):
+    """What is held of the images of a folder or list."""
+
     slices: list[pa.RecordBatch]
     class_names: tuple[str, ...] | None
     several: bool  # whether an image may have several classes
@@ -70,7 +72,7 @@ class Images(ABC):
         """Where the images are named."""
 
     @abstractmethod
-    def list_images(self) -> Listing:
+    def list_images(self) -> ListedImages:
         """List the images."""
 
     @abstractmethod
@@ -91,7 +93,7 @@ class Images(ABC):
         return ()
 
     @cached_property
-    def _listed(self) -> _Listed:
+    def _listed(self) -> _Sliced:
         listing = self.list_images()
         rows = iter(listing.rows)
         slices = list[pa.RecordBatch]()
@@ -103,7 +105,7 @@ class Images(ABC):
                 row["repeated"] = row["key"] in seen
                 seen.add(row["key"])
             slices.append(pa.RecordBatch.from_pylist(pending, _SCHEMA))
-        return _Listed(slices, listing.class_names, several)
+        return _Sliced(slices, listing.class_names, several)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

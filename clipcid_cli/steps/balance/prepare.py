@@ -85,9 +85,8 @@ def _model_of(work: WorkDirectory) -> str | None:
 
 
 def _embed(settings: BalanceSettings, model: str | None, context: DistContext) -> Path | EmbedCost:
-    from clipcid_cli.steps.embed.run import (
-        ensure_embeddings,  # and with it the models, which existing embeddings need none of
-    )
+    # And with it the models, which existing embeddings need none of.
+    from clipcid_cli.steps.embed.request import ensure_embeddings
 
     assert model is not None, "one is chosen where no folder is"
     return ensure_embeddings(settings, context, data=settings.data, model=model)
