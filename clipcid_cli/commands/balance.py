@@ -33,9 +33,10 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
     }
     is_filtered = any(part is not None for part in (result.against, result.caption_window, cap))
     repeats = "dropped repeats" if is_filtered else "dropped images"
-    facts["not covered"] = (
-        f"{result.uncovered_ratio:.1%} of the {repeats} are farther from their kept image than the cut-off"
-    )
+    if threshold is not None:
+        facts["not covered"] = (
+            f"{result.uncovered_ratio:.1%} of the {repeats} are farther from their kept image than the cut-off"
+        )
     if is_filtered:
         facts["dropped"] = _format_dropped(result)
     if other is not None:

@@ -136,7 +136,7 @@ def plan_distill(settings: DistillSettings) -> GpuPlan:
 def plan_embed(settings: EmbedSettings) -> GpuPlan:
     """Compute what embedding takes."""
     gpus = _choose_gpus(settings.gpus, settings.precision)
-    clip = _describe(settings.model)
+    clip = _describe(settings.model or DEFAULT_MODEL)
     images = _count_images(settings, _look_up(settings).images)
     shown, texts = 1 + settings.views, (1 + settings.text_variants) * settings.text
     operations = shown * clip.image.operations + texts * clip.text.operations
