@@ -28,7 +28,7 @@ from clipcid_cli.steps.export.card import export_name, render_card
 from clipcid_cli.steps.export.check import SEARCH, Checker, find_classes, find_data, read_inputs, validate_measurable
 from clipcid_cli.steps.export.forms import PACKAGES, WRITERS, validate_forms
 from clipcid_cli.steps.export.search import Gallery, encode_gallery, find_gallery, write_gallery
-from clipcid_cli.steps.inputs import choose_model
+from clipcid_cli.steps.model_choice import choose_model
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.shared import output_settings
 
