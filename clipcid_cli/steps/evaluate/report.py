@@ -16,7 +16,7 @@ from clipcid_cli.formats.results.metrics import SUMMARY_REPORT, SUMMARY_TABLE, r
 from clipcid_cli.formats.sidecar import Example, ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
-from clipcid_cli.shown import is_redacted
+from clipcid_cli.shown import is_redacted, metric_title
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.result import ZeroshotResult
 
@@ -61,7 +61,7 @@ def _tables(results: Sequence[ZeroshotResult]) -> list[dict[str, Any]]:
     for result in results:
         groups.setdefault(tuple(result.metrics), []).append(result)
     return [
-        {"columns": [(name, _title(name)) for name in names], "rows": group, "chance": _describe_chance(group)}
+        {"columns": [(name, metric_title(name)) for name in names], "rows": group, "chance": _describe_chance(group)}
         for names, group in groups.items()
     ]
 
@@ -70,7 +70,7 @@ def _describe_chance(results: list[ZeroshotResult]) -> list[str]:
     """Write what a guess scores on each data set, and what predicting its largest class does."""
     lines = []
     for result in results:
-        guessed = ", ".join(f"{_title(name)} {100 * value:.1f}" for name, value in result.chance.items())
+        guessed = ", ".join(f"{metric_title(name)} {100 * value:.1f}" for name, value in result.chance.items())
         majority = "" if result.majority is None else f"; always the largest class: acc1 {100 * result.majority:.1f}"
         if guessed:
             lines.append(f"Chance on {result.dataset}: {guessed}{majority}.")
@@ -122,9 +122,3 @@ def _thumbnail(example: Example) -> str | None:
         return None
     image = read_image(ByteRange(example.path, example.offset, example.size, column=example.column))
     return None if isinstance(image, SkippedImage) else thumbnail(image)
-
-
-def _title(name: str) -> str:
-    """Write a metric's name as the heading of a column."""
-    short = name.replace("mean_per_class_recall", "mean per class").replace("_retrieval_recall@", " R@")
-    return short.replace("mean_average_precision", "mAP").replace("_11_point", ", 11 points")
