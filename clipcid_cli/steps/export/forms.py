@@ -64,16 +64,9 @@ from clipcid_cli.runtime.models.tower_modules import (
 from clipcid_cli.runtime.models.views import Renderer
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.export.card import export_name
-from clipcid_cli.steps.export.check import (
-    ACCURACY,
-    SENTENCES,
-    Checker,
-    Classes,
-    latency_of,
-    open_towers,
-    rate_of,
-    run_timed,
-)
+from clipcid_cli.steps.export.check import Checker, latency_of, open_towers, rate_of, run_timed
+from clipcid_cli.steps.export.inputs import ACCURACY, SENTENCES, Classes
+from clipcid_cli.steps.export.limits import validate_parity
 from clipcid_cli.steps.settings.export import ExportSettings
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -198,8 +191,8 @@ def _validate_tokens(form: str, tokenize: Callable[[list[str]], torch.Tensor], c
     open_clip first cleans a text (curly quotes, HTML entities, broken encodings), which others do not: texts that this
     changes are counted, and must give the same tokens once they are cleaned.
     """
-    candidates, tokenizer = checker.inputs.candidates, checker.model.tokenizer
-    prompts = [text for texts in candidates.prompts for text in texts] if candidates is not None else []
+    tokenizer = checker.model.tokenizer
+    prompts = [text for texts in checker.inputs.prompts for text in texts]
     texts = list(dict.fromkeys([*_TOKENIZER_TEXTS, *SENTENCES, *checker.inputs.texts, *prompts]))
     mended = _find_different(texts, tokenizer(texts), tokenize(texts))
     if mended:
@@ -313,8 +306,8 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
         return checker.original.images(torch.from_numpy(np.stack([render(image)]))) @ weights.T
 
     expected, pytorch_seconds = run_timed(classify, inputs.read_images())
-    # Labels then index the classes of --classnames, which are the candidates of the encoders, too.
-    labelled = inputs.candidates is not None and inputs.candidates.measure == ACCURACY
+    # Labels then index the classes of --classnames, among which the encoders find theirs, too.
+    labelled = inputs.task is not None and inputs.measure == ACCURACY
     parity = dict[str, Parity]()
     for kind in ("fp32", *checker.settings.quantize):
         encoder, path = (folder / quantized_name(name, kind) for name in (IMAGE_ENCODER, CLASSIFIER))
@@ -334,10 +327,10 @@ def _write_classifiers(checker: Checker, folder: Path, classes: Classes) -> dict
             images_per_second=rate_of(seconds),
             latency_ms=latency_of(seconds),
             pytorch_images_per_second=rate_of(pytorch_seconds),
-            zeroshot=checker.compare_predictions(nearest, gated=kind != "fp32") if labelled else None,
+            zeroshot=checker.compare_answers(nearest.numpy(), gated=kind != "fp32") if labelled else None,
             engine=session.engine,
         )
-        checker.validate(form, parity[form])
+        validate_parity(form, parity[form], model.info.spec, checker.settings)
     return parity
 
 

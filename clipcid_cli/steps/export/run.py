@@ -25,8 +25,10 @@ from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.export.card import export_name, render_card
-from clipcid_cli.steps.export.check import SEARCH, Checker, find_classes, find_data, read_inputs, validate_measurable
+from clipcid_cli.steps.export.check import Checker
 from clipcid_cli.steps.export.forms import PACKAGES, WRITERS, validate_forms
+from clipcid_cli.steps.export.inputs import find_classes, find_data, read_inputs, validate_measurable
+from clipcid_cli.steps.export.limits import SEARCH, validate_parity
 from clipcid_cli.steps.export.search import Gallery, encode_gallery, find_gallery, write_gallery
 from clipcid_cli.steps.model_choice import choose_model
 from clipcid_cli.steps.settings.export import ExportSettings
@@ -148,7 +150,7 @@ def _export(
         if output.finished is not None and all((folder / name).exists() for name in output.finished.written):
             # Limits do not change the content, so an existing export is checked against those of this run.
             for form, recorded in output.finished.parity.items():
-                checker.validate(form, recorded)
+                validate_parity(form, recorded, info.spec, settings)
             reporting.note(f"{folder} already holds this export.")
             return output.finished
         output.start()
