@@ -90,7 +90,7 @@ class Pairs:
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
-    """What was found."""
+    """A fitted repair, and how pairs that it was not fitted to judge it."""
 
     # The map A, float32 [D, D]; None where it is not taken, and the rows stay as they are. Entries are multiples of 2⁻¹⁶:
     # products of float16 rows and A, added in float64, are exact in any order.
@@ -134,9 +134,9 @@ def fit_repair(pairs: Pairs, scale: float, seed: int, rule: Rule = RULE) -> Repa
     judged_group_N = torch.cat([group_N[fold_N == fold] for fold in folds])
 
     def judge() -> tuple[Tensor, float]:
-        found = [judge(fit.map_DD.detach()) for judge, fit in zip(judges, fits, strict=True)]
-        nearer_N = torch.cat([nearer for nearer, _ in found])
-        return nearer_N, sum(nearest for _, nearest in found) / len(pairs)
+        verdicts = [judge(fit.map_DD.detach()) for judge, fit in zip(judges, fits, strict=True)]
+        nearer_N = torch.cat([nearer for nearer, _ in verdicts])
+        return nearer_N, sum(nearest for _, nearest in verdicts) / len(pairs)
 
     best_nearer_N, recall = judge()
     before_N = best_N = best_nearer_N.double().log1p()
@@ -146,10 +146,10 @@ def fit_repair(pairs: Pairs, scale: float, seed: int, rule: Rule = RULE) -> Repa
         for fit in fits:
             fit.step()
         if step % _JUDGED_EVERY == 0:
-            nearer_N, found_recall = judge()
-            found_N = nearer_N.double().log1p()
-            if found_N.mean() < best_N.mean():
-                best_step, best_N, recall = step, found_N, found_recall
+            nearer_N, recall_now = judge()
+            log_rank_N = nearer_N.double().log1p()
+            if log_rank_N.mean() < best_N.mean():
+                best_step, best_N, recall = step, log_rank_N, recall_now
                 best_nearer_N = nearer_N
             if step - best_step >= _STOP_AFTER:
                 break
@@ -250,7 +250,7 @@ class _Judge:
 
 
 def standard_error(values_N: Tensor, groups_N: Tensor) -> float:
-    """Return the standard error of the mean of some values, float64: the larger of what pairs and what groups give."""
+    """Return the standard error of a mean over pairs, float64: of independent pairs or of independent groups, the larger."""
     _, number_N = np.unique(groups_N, return_inverse=True)
     of_groups_G = np.bincount(number_N, weights=values_N - values_N.mean())
     total = len(of_groups_G)

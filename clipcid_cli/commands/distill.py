@@ -39,9 +39,9 @@ def show(result: Distilled | DistillCost | EmbedCost, console: Console) -> None:
     facts["speed"] = f"{result.samples_per_second:,.0f} samples/s"
     facts["losses"] = ", ".join(f"{name} {value:.4f}" for name, value in result.losses.items())
     shown = {one.dataset for one in result.evaluations}
-    for name, found in _by_data(result.metrics).items():
+    for name, metrics in _by_data(result.metrics).items():
         if name.removesuffix(", EMA") not in shown:
-            facts[name] = _format_recalls(found, result.chance if name.startswith("held out") else {})
+            facts[name] = _format_recalls(metrics, result.chance if name.startswith("held out") else {})
     print_facts(console, "Distilled", facts, result.files)
     if result.evaluations:
         console.print()
@@ -51,11 +51,14 @@ def show(result: Distilled | DistillCost | EmbedCost, console: Console) -> None:
 
 def _by_data(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
     """Divide metrics by what they were measured on: the held-out part and named data sets."""
-    found: dict[str, dict[str, float]] = {}
+    by_data: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         data, _, metric = name.removeprefix("ema/").rpartition("/")
-        found.setdefault((data or "held out") + ", EMA" * name.startswith("ema/"), {})[metric] = value
-    return found
+        title = data or "held out"
+        if name.startswith("ema/"):
+            title += ", EMA"
+        by_data.setdefault(title, {})[metric] = value
+    return by_data
 
 
 def _format_recalls(metrics: dict[str, float], chance: dict[str, float]) -> str:

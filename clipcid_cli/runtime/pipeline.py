@@ -47,6 +47,8 @@ _WORKER_IMPORTS = [
     "clipcid_cli.runtime.models.decode",
     "clipcid_cli.runtime.pipeline",
     "clipcid_cli.formats.data.samples",
+    "clipcid_cli.formats.data.distant",
+    "clipcid_cli.formats.data.tar_shards",
     "clipcid_cli.formats.data.index",
 ]
 
@@ -95,18 +97,26 @@ class HostMemory(NamedTuple):
     shared: int
 
 
-def estimate_host_memory(item_bytes: int, batch_bytes: int, workers: int) -> HostMemory:
-    """Estimate what a run takes of this host, with as many other processes like this one; an error where there is less.
+def host_memory_of(item_bytes: int, batch_bytes: int, workers: int, num_parts: int = 1) -> HostMemory:
+    """Estimate what a run takes of this host, with as many other processes like this one.
 
     Args:
         item_bytes: What a worker makes of one item, which waits in /dev/shm.
         batch_bytes: What is held of a batch in this process.
         workers: Of each process.
+        num_parts: Items of which a batch is made; those of the next one are copied meanwhile.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    shared = processes * item_bytes * (_AHEAD * workers + 1) if workers else 0
-    own = memory_in_use(torch.device("cpu")) + 2 * batch_bytes + workers * (_WORKER_BYTES + item_bytes)
-    needed = HostMemory(processes * own + shared, shared)
+    shared = processes * item_bytes * (_AHEAD * workers + num_parts) if workers else 0
+    batches = 2 if num_parts == 1 else 3
+    own = memory_in_use(torch.device("cpu")) + batches * batch_bytes + workers * (_WORKER_BYTES + item_bytes)
+    return HostMemory(processes * own + shared, shared)
+
+
+def estimate_host_memory(item_bytes: int, batch_bytes: int, workers: int, num_parts: int = 1) -> HostMemory:
+    """Estimate as `host_memory_of` does; an error where this host has less."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = host_memory_of(item_bytes, batch_bytes, workers, num_parts)
     limits = [(needed.total, memory_limit(), "memory")]
     with suppress(OSError):  # only Linux has it
         limits.append((needed.shared, shutil.disk_usage("/dev/shm").free, "free space in /dev/shm"))
@@ -281,8 +291,10 @@ def read_ahead(items: Iterable[Item], count: int) -> Generator[Item]:
         pool.shutdown(wait=False, cancel_futures=True)  # the network may not answer
 
 
-def prefetch(function: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Generator[Result]:
-    """Apply a function in a thread, to the next item while the caller works on the current one.
+def prefetch(
+    function: Callable[[Item], Result], items: Iterable[Item], device: torch.device, ahead: int = 1
+) -> Generator[Result]:
+    """Apply a function in a thread, to the next items while the caller works on the current one.
 
     Its results are data classes of tensors on the device. On a GPU its copies and operators go to a stream of their own, for
     which the caller's current stream waits; the host does not.
@@ -292,7 +304,7 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item], device: 
     pool.submit(_use_one_core).result()
     torch.set_num_threads(cores)  # which the other thread has changed for those that start later
     if device.type != "cuda":
-        yield from _results(pool, function, items, 1)
+        yield from _results(pool, function, items, ahead)
         return
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     # What the function reads was written by the current stream, before.
@@ -302,7 +314,7 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item], device: 
         with torch.cuda.stream(stream):
             return function(item), stream.record_event()
 
-    for result, done in _results(pool, run, items, 1):
+    for result, done in _results(pool, run, items, ahead):
         current = torch.cuda.current_stream(device)
         current.wait_event(done)
         for tensor in _tensors_of(result):

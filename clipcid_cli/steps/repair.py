@@ -39,9 +39,9 @@ _SEED = 0
 
 
 def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embeddings, RepairFigures | None]:
-    """Return embeddings with repaired image rows where that is better, else as they are, and what was found; say it.
+    """Repair the image rows of embeddings where that is better; return them with the figures that decided it, and say so.
 
-    Call it on the first process. Nothing is found where nothing could be judged, or not yet: in a dry run.
+    Call it on the first process. There are no figures where nothing could be judged, or not yet: in a dry run.
     """
     if settings.repair == "none" or not embeddings.has_texts:
         return embeddings, None
@@ -49,16 +49,16 @@ def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embe
     folder = WorkDirectory(settings.work).repair(folders, embeddings.weights)
     scale = teacher_scale(embeddings)
     is_there = sidecar_path(folder, STEP).exists()
-    found: RepairSidecar | None = None
+    decision: RepairSidecar | None = None
     if is_there or not settings.dry_run:
         inputs = embeddings.fingerprints([Kind.TEXTS])
         decided_by = {"scale": scale, **dataclasses.asdict(RULE)}
         spec = OutputSpec(folder, STEP, RepairSidecar, settings=decided_by, inputs=inputs, overwrite=True)
-        found = find_output(spec).finished
-    if found is None and settings.dry_run:
+        decision = find_output(spec).finished
+    if decision is None and settings.dry_run:
         reporting.note("Teacher: a run decides whether it is repaired (--repair none leaves it as it is).")
         return embeddings, None
-    if found is None:
+    if decision is None:
         if is_there:
             reporting.note(f"{folder} was decided for other rows, or has been changed: deciding again.")
         pairs = _read_pairs(embeddings)
@@ -68,15 +68,15 @@ def repair_teacher(settings: KeptSettings, embeddings: Embeddings) -> tuple[Embe
             )
             return embeddings, None
         with reporting.progress("repair", len(pairs), "pairs") as bar:
-            found = _decide(spec, pairs, scale)
+            decision = _decide(spec, pairs, scale)
             bar.advance(len(pairs))
     elif not settings.dry_run:
         remove_leftovers(spec)
-    reporting.note(describe_repair(found.result))
-    if not found.result.repaired:
-        return embeddings, found.result
-    [written] = found.outputs
-    return embeddings.mapped(RowMap(read_repair(folder, written), written)), found.result
+    reporting.note(describe_repair(decision.result))
+    if not decision.result.repaired:
+        return embeddings, decision.result
+    [written] = decision.outputs
+    return embeddings.mapped(RowMap(read_repair(folder, written), written)), decision.result
 
 
 def _decide(spec: OutputSpec[RepairSidecar], pairs: Pairs, scale: float) -> RepairSidecar:
@@ -98,19 +98,19 @@ def _decide(spec: OutputSpec[RepairSidecar], pairs: Pairs, scale: float) -> Repa
         return output.commit(counts={}, seconds=seconds, outputs=written, result=figures)
 
 
-def describe_repair(found: RepairFigures) -> str:
+def describe_repair(repair: RepairFigures) -> str:
     """Say what was decided, and by what."""
-    before, after = (f"{math.exp(log_rank):,.2f}" for log_rank in found.log_rank)
-    if found.repaired:
+    before, after = (f"{math.exp(log_rank):,.2f}" for log_rank in repair.log_rank)
+    if repair.repaired:
         return (
             f"Teacher's rank of a held-out caption's image {before} → {after} (geometric mean): repaired (--repair none "
             "leaves it as it is)."
         )
-    recall, repaired_recall = found.recall_at_1
+    recall, repaired_recall = repair.recall_at_1
     gain = "no clear gain from a repair"
-    if RULE.is_clear(found.log_rank[0] - found.log_rank[1], found.standard_error):
+    if RULE.is_clear(repair.log_rank[0] - repair.log_rank[1], repair.standard_error):
         gain = f"too small a gain from a repair (to {repaired_recall:.1%}, rank {before} → {after})"
-    return f"Teacher left as it is: held-out R@1 {recall:.1%} (a guess: {found.chance_at_1:.1%}), and {gain}."
+    return f"Teacher left as it is: held-out R@1 {recall:.1%} (a guess: {repair.chance_at_1:.1%}), and {gain}."
 
 
 def judge_pairing(embeddings: Embeddings, repair: RepairFigures | None) -> PairingFigures | None:
@@ -128,9 +128,10 @@ def judge_pairing(embeddings: Embeddings, repair: RepairFigures | None) -> Pairi
     return _describe_pairing(rank_pairs(pairs.images_ND, pairs.texts_ND, pairs.captions_N), repaired=False)
 
 
-def describe_pairing(found: PairingFigures) -> str:
+def describe_pairing(pairing: PairingFigures) -> str:
     """Say how well a teacher knows the data, without a full stop."""
-    return f"Teacher on these captions{', after its repair' * found.repaired}: {found}"
+    state = ", after its repair" if pairing.repaired else ""
+    return f"Teacher on these captions{state}: {pairing}"
 
 
 def _describe_pairing(pairing: Pairing, *, repaired: bool) -> PairingFigures:

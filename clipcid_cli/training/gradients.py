@@ -36,15 +36,15 @@ class GradCache:
     """One forward and one backward pass over a batch; the same for any number of parts."""
 
     def __init__(self, encode: Callable[[int], Features], seeds: Sequence[int]) -> None:
-        """Encode the batch: each part by its number, with a seed of its own for dropout and the like."""
+        """Encode the batch: each part by its index, with a seed of its own for dropout and the like."""
         self._encode_part = encode
         self._seeds = seeds
         last = len(seeds) - 1
         with torch.no_grad():
-            parts = [self._encode(number) for number in range(last)]
+            parts = [self._encode(index) for index in range(last)]
         self._last = self._encode(last)
         self._detached = [_detach(part) for part in (*parts, self._last)]
-        # Those of all parts, detached from the towers.
+        # The features of all parts, detached from the towers.
         self.features = Features._make(
             None if kind[0] is None else torch.cat(kind) for kind in zip(*self._detached, strict=True)
         )
@@ -56,21 +56,21 @@ class GradCache:
         """
         # The last part's activations exist already; freed first, they leave room for the others'.
         last = len(self._detached) - 1
-        for number in (last, *range(last)):
-            if number == max(0, last - 1):
+        for index in (last, *range(last)):
+            if index == max(0, last - 1):
                 before_last()
-            part = self._last if number == last else self._encode(number)
+            part = self._last if index == last else self._encode(index)
             pairs = [
                 (rows, detached.grad)
-                for rows, detached in zip(part, self._detached[number], strict=True)
+                for rows, detached in zip(part, self._detached[index], strict=True)
                 if rows is not None and rows.requires_grad and detached is not None and detached.grad is not None
             ]
             if pairs:
                 torch.autograd.backward([rows for rows, _ in pairs], [gradient for _, gradient in pairs])
 
-    def _encode(self, number: int) -> Features:
-        torch.manual_seed(self._seeds[number])  # nothing to save, nothing to restore
-        return self._encode_part(number)
+    def _encode(self, index: int) -> Features:
+        torch.manual_seed(self._seeds[index])  # nothing to save, nothing to restore
+        return self._encode_part(index)
 
 
 def _detach(part: Features) -> Features:
@@ -164,15 +164,15 @@ class GradientAverager:
 
 def _cut(group: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Cut parameters into stretches of about a bucket's size, each of one number format."""
-    found: list[list[nn.Parameter]] = []
+    stretches: list[list[nn.Parameter]] = []
     num_bytes = _BUCKET_BYTES
     for parameter in group:
-        if num_bytes >= _BUCKET_BYTES or parameter.dtype != found[-1][0].dtype:
-            found.append([])
+        if num_bytes >= _BUCKET_BYTES or parameter.dtype != stretches[-1][0].dtype:
+            stretches.append([])
             num_bytes = 0
-        found[-1].append(parameter)
+        stretches[-1].append(parameter)
         num_bytes += parameter.numel() * parameter.element_size()
-    return found
+    return stretches
 
 
 class _Bucket:

@@ -31,11 +31,12 @@ _UPDATE_SIZE = 0.2
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Bring all singular values of matrices [n, a, b], a ≤ b, near 1, by products in `dtype`; a zero matrix stays one."""
     first, third, fifth = _COEFFICIENTS
-    found: Tensor = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(dtype)
+    scaled: Tensor = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(dtype)
     for _ in range(_ROUNDS):
-        gram = found @ found.mT
-        found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth), found, beta=first)
-    return found.to(matrices.dtype)
+        gram = scaled @ scaled.mT
+        quartic = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
+        scaled = torch.baddbmm(scaled, quartic, scaled, beta=first)
+    return scaled.to(matrices.dtype)
 
 
 class Muon(torch.optim.AdamW):
@@ -80,9 +81,9 @@ class Muon(torch.optim.AdamW):
             wide = torch.stack([gradient for gradient in gradients if gradient.shape == shape])
             if wide.shape[1] > wide.shape[2]:
                 wide = wide.mT
-            found = orthogonalise(wide, self._dtype)
+            update = orthogonalise(wide, self._dtype)
             size = _UPDATE_SIZE * math.sqrt(wide.shape[2])
-            changes = found if found.shape[1:] == shape else found.mT
+            changes = update if update.shape[1:] == shape else update.mT
             torch._foreach_add_(alike, list(changes.unbind()), alpha=-group["lr"] * size)
 
 

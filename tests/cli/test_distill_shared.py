@@ -102,10 +102,10 @@ def stop_at_step(patch: pytest.MonkeyPatch, number: int) -> None:
     """Let training end with an error before a step."""
     step = Trainer.step
 
-    def stop(trainer: Trainer, batch: TrainingBatch) -> float:
+    def stop(trainer: Trainer, batch: TrainingBatch) -> None:
         if trainer.state.step == number:
             raise ClipcidError("The run ends early.", "")
-        return step(trainer, batch)
+        step(trainer, batch)
 
     patch.setattr(Trainer, "step", stop)
 

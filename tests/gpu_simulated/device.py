@@ -4,6 +4,7 @@
         ...                     # tensors made with device="cuda" live there
         device.operators        # operators that reached the device, by name
         device.waits            # what would have made the host wait for it, by kind
+        device.late_waits       # waits for what came before work that the device still had to do
         device.prefetched       # operators in the thread that prefetches, by name
         device.prefetch_waits   # what would have made that thread wait, by kind
 
@@ -90,6 +91,7 @@ class SimulatedCuda(TorchDispatchMode):
     Attributes:
         operators: Number of operators that reached the device, by name.
         waits: Number of times that the host would have waited for the device, by cause.
+        late_waits: Number of waits for an event after which the device had been given more to do, by cause.
         inexact: Number of products that a GPU may compute in less than float32, by name.
     """
 
@@ -97,6 +99,7 @@ class SimulatedCuda(TorchDispatchMode):
         super().__init__()
         self.operators: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self.late_waits: Counter[str] = Counter()
         self.inexact: Counter[str] = Counter()
         self.prefetched: Counter[str] = Counter()
         self.prefetch_waits: Counter[str] = Counter()
@@ -300,11 +303,16 @@ def _replace_calls() -> None:
         return made.requires_grad_(requires_grad)
 
     class Event:
+        recorded = 0
+
         def record(self) -> None:
-            pass
+            self.recorded = _current.operators.total()
 
         def synchronize(self) -> None:
-            _current.add_waits("event")
+            if _current.operators.total() > self.recorded:
+                _current.late_waits["event"] += 1
+            else:
+                _current.add_waits("event")
 
     class Properties:
         total_memory = 80 * 2**30

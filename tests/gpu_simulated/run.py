@@ -20,7 +20,7 @@ from device import SimulatedCuda, simulated_cuda  # PyTorch must find the device
 
 from clipcid_cli import cli
 
-COUNTS = ("operators", "waits", "inexact", "prefetched", "prefetch_waits")
+COUNTS = ("operators", "waits", "late_waits", "inexact", "prefetched", "prefetch_waits")
 
 
 def run(command: list[str], device: SimulatedCuda) -> dict[str, object]:

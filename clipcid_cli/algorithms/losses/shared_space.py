@@ -77,7 +77,7 @@ class LossParameters(nn.Module):
     """
 
     def __init__(self, entries: Sequence[LossEntry], student_width: int, space: SharedSpace, seed: int) -> None:
-        """Make those of some losses; the seed decides the layers' first weights."""
+        """Make the parameters that some losses learn; the seed decides the layers' first weights."""
         super().__init__()
         self.log_scales = nn.ParameterDict(
             {entry.name: torch.tensor(math.log(entry.scale)) for entry in entries if entry.scale is not None}

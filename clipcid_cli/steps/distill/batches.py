@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
+from clipcid_cli.formats.data.activity import count_received
 from clipcid_cli.formats.data.index import SampleRef
-from clipcid_cli.formats.data.remote import count_received
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.rows import Kind, take_captions, take_images
 from clipcid_cli.runtime.distributed import DistContext
@@ -303,7 +303,8 @@ class Batches:
         self._batch_size = batch_size
         self._seed = seed
         self._context = context
-        self._num_parts = -(-batch_size // context.size // _MAX_ITEMS)
+        # Work items of which this process's part of a batch is made.
+        self.num_parts = -(-batch_size // context.size // _MAX_ITEMS)
 
     def __len__(self) -> int:
         return self._samples.total
@@ -321,12 +322,16 @@ class Batches:
                 dealt.append(batch)
                 yield from batch.work
 
-        with closing(ordered_map(self._make, deal(), workers, count_received)) as made:
-            # In shared memory each tensor of a part would hold an open file until its batch is whole.
-            parts = made if self._num_parts == 1 else map(TrainingBatch.copied, made)
-            whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self._num_parts, strict=True))
-            with closing(prefetch(lambda pair: self.finish(*pair), whole, self._context.device)) as finished:
-                yield from finished
+        with ExitStack() as stack:
+            parts = stack.enter_context(closing(ordered_map(self._make, deal(), workers, count_received)))
+            if self.num_parts > 1:
+                # In shared memory each tensor of a part would hold an open file until its batch is whole. A thread copies
+                # them during the step before: the one that keeps a GPU at work has no time for it.
+                copies = prefetch(TrainingBatch.copied, parts, _HOST, ahead=self.num_parts)
+                parts = stack.enter_context(closing(copies))
+            whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self.num_parts, strict=True))
+            finished = prefetch(lambda pair: self.finish(*pair), whole, self._context.device)
+            yield from stack.enter_context(closing(finished))
 
     def deal(self, steps: range) -> Iterator[DealtBatch]:
         """Say what workers shall make of each step's batch; a start anywhere deals the same."""
@@ -339,9 +344,7 @@ class Batches:
             refs = self._inputs.refs(self._samples, rows[own])
             items = [Item(*found) for found in zip(rows[own].tolist(), epochs.tolist(), refs, strict=True)]
             texts = self._draw_texts(step, rows)
-            yield DealtBatch(
-                step, rows, list(map(WorkItem, _cut(items, self._num_parts), _cut(texts, self._num_parts)))
-            )
+            yield DealtBatch(step, rows, list(map(WorkItem, _cut(items, self.num_parts), _cut(texts, self.num_parts))))
 
     def make(self, dealt: DealtBatch) -> list[TrainingBatch]:
         """Make the parts of a process here, as workers do."""
@@ -368,8 +371,6 @@ class Batches:
         random = np.random.default_rng(derive_seed("extra texts", self._seed, step))
         count = self._inputs.num_extra_texts(self._batch_size)
         own = slice(*self._context.rank_range(count))
-        if extra.variants is None:
-            return [ExtraText(row) for row in random.integers(len(extra.rows), size=count)[own].tolist()]
         # Captions are read only from shards that the batch reads anyway: another would be fetched for one caption.
         shards = np.unique(self._samples.shard_of(rows)).tolist()
         readable = np.concatenate([np.arange(*self._samples.bounds(shard)) for shard in shards])

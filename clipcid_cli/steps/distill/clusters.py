@@ -17,7 +17,8 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.clusters import CENTROIDS, Clusters, TopClusters, open_clusters
 from clipcid_cli.formats.results.matched_samples import Column
-from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory, remake_clusters
+from clipcid_cli.formats.sidecar import run_again
+from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
@@ -52,11 +53,11 @@ def find_clusters(
     if not any(loss.needs_clusters for loss in settings.loss_entries()):
         return None
     folder = settings.clusters or WorkDirectory(settings.work).find_clusters()
-    clusters = open_clusters(folder, settings.work)
+    clusters = open_clusters(folder)
     model = clusters.sidecar.model
     if model is not None and online is not None:
         validate_teacher(f"clusters in {folder}", model, online, cluster_with(online, settings))
-    again = _cluster_again(settings, clusters, embeddings)
+    again = _cluster_again(clusters, embeddings)
     if embeddings is not None:
         embedded = embeddings.model
         if model is not None and embedded is not None and model.weights_hash != embedded.weights_hash:
@@ -73,7 +74,7 @@ def find_clusters(
     if keep_list is not None and made_from is not None and made_from.hash != record(keep_list).hash:
         raise ClipcidError(
             f"The clusters in {folder} were made from another keep list than {keep_list} holds now.",
-            _cluster_again(settings, clusters, None, keep_list=keep_list),
+            _cluster_again(clusters, None, keep_list=keep_list),
         )
     return clusters
 
@@ -88,9 +89,9 @@ def validate_width(clusters: Clusters, teaching: str, width: int, fix: str) -> N
         )
 
 
-def _cluster_again(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings | None, **more: Any) -> str:
+def _cluster_again(clusters: Clusters, embeddings: Embeddings | None, **more: Any) -> str:
     named = {} if embeddings is None else embeddings.flags
-    return remake_clusters(clusters.folder, clusters.sidecar, settings.work, **named, **more)
+    return run_again("cluster", clusters.sidecar, **named, **more)
 
 
 def use_clusters(
@@ -118,7 +119,7 @@ def use_clusters(
             or_not = ", or these could not be embedded (--max-bad-fraction)" if settings.online_teacher else ""
             raise ClipcidError(
                 f"{lacking}: the clusters were made from another keep list{or_not}.",
-                _cluster_again(settings, clusters, embeddings, keep_list=settings.keep_list),
+                _cluster_again(clusters, embeddings, keep_list=settings.keep_list),
             )
         reporting.warn(f"{lacking}: they are left out.")
     teach_text = settings.cluster_towers == "both"
@@ -140,14 +141,15 @@ def use_clusters(
 def _validate_repair(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings | None) -> None:
     """Refuse clusters of image rows that were repaired where the teacher's are not, or differently."""
     image_map = None if embeddings is None else embeddings.image_map
-    made, used = clusters.sidecar.repair, None if image_map is None else image_map.record
-    if (None if made is None else made.content) == (None if used is None else used.content):
+    clustered = clusters.sidecar.repair
+    used = None if image_map is None else image_map.record
+    if (None if clustered is None else clustered.content) == (None if used is None else used.content):
         return
-    of = "the teacher as it is" if made is None else "a repaired teacher"
-    now = "as it is" if used is None else "repaired" if made is None else "repaired otherwise"
+    of = "the teacher as it is" if clustered is None else "a repaired teacher"
+    now = "as it is" if used is None else "repaired" if clustered is None else "repaired otherwise"
     raise ClipcidError(
         f"The clusters in {clusters.folder} are of {of}, and this run has its teacher {now}.",
-        _cluster_again(settings, clusters, embeddings, repair=settings.repair),
+        _cluster_again(clusters, embeddings, repair=settings.repair),
     )
 
 
@@ -190,5 +192,5 @@ class ClusterLookup:
             for top, temperature in self.towers
         ]
         means_BD = torch.split(mean_centroids(self.centroids, stored, torch.cat(labels)), len(rows))
-        found = [ClusterTargets(centroids_SD, log_correction_S, mean_BD) for mean_BD in means_BD]
-        return found[0], found[1] if len(found) > 1 else None
+        image, *caption = [ClusterTargets(centroids_SD, log_correction_S, mean_BD) for mean_BD in means_BD]
+        return image, caption[0] if caption else None

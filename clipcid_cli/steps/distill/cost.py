@@ -194,7 +194,7 @@ def _time_steps(trainer: Trainer, batches: Batches, warm_up: int = _WARM_UP, rep
         batch = batches.finish(dealt, made.result)
         step = time_trial(partial(trainer.step, batch), device, warm_up=0)
         trained.append(step.seconds)
-    trainer.read(trainer.state.step, step.result)  # which refuses steps that diverged
+    trainer.read(trainer.make_step.send())  # which refuses steps that diverged
     return _Steps(
         batch_seconds=statistics.median(prepared[warm_up:]),
         step_seconds=statistics.median(trained[warm_up:]),
@@ -207,7 +207,7 @@ def _estimate_host_memory(trainer: Trainer) -> HostMemory:
     dealt = next(trainer.batches.deal(range(1)))
     sizes = [_size_of(part) for part in trainer.batches.make(dealt)]
     workers = trainer.plan.workers
-    return trainer.context.on_all(lambda: estimate_host_memory(max(sizes), sum(sizes), workers))
+    return trainer.context.on_all(lambda: estimate_host_memory(max(sizes), sum(sizes), workers, len(sizes)))
 
 
 def _size_of(part: TrainingBatch) -> int:
@@ -240,7 +240,7 @@ def _measure_teacher(trainer: Trainer, step_seconds: float) -> TeacherCost | Non
     texts_per_image = 1.0
     if embeddings is not None and Kind.FURTHER in embeddings.kinds:
         texts_per_image += len(embeddings.rows(Kind.FURTHER)) / rows
-    if inputs.extra_texts is not None and inputs.extra_texts.variants is not None:
+    if inputs.extra_texts is not None:
         texts_per_image += inputs.extra_texts.variants.number
     # In passes over images and one caption of each.
     passes = ((1 + inputs.num_views) * images + texts_per_image * texts) / seconds

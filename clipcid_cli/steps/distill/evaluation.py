@@ -192,8 +192,8 @@ class Evaluation:
 
         for task in self._plan.tasks:
             with reporting_to(Reporter()):  # the bar of the training goes on
-                found = measure_task(task).items()
-            metrics |= {f"{task.name}/{name}": value for name, value in found if math.isfinite(value)}
+                values = measure_task(task)
+            metrics |= {f"{task.name}/{name}": value for name, value in values.items() if math.isfinite(value)}
         return metrics
 
 

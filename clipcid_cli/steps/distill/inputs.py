@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,6 @@ from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.index import SampleRef
-from clipcid_cli.formats.embeddings.command import data_command
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
 from clipcid_cli.formats.fingerprint import FileRecord, record
@@ -26,7 +24,7 @@ from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
 from clipcid_cli.runtime.models.names import ModelName, parse_model, read_width, with_default_tag
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.data_index import cache_shards, index_alone, note_captions, open_named
+from clipcid_cli.steps.data_index import index_alone, note_captions, open_named
 from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
 from clipcid_cli.steps.distill.extra_texts import ExtraTexts, find_extra_texts
 from clipcid_cli.steps.distill.samples import (
@@ -46,7 +44,6 @@ from clipcid_cli.steps.inputs import (
     choose_embeddings,
     choose_keep_list,
     compare_keys,
-    embed_again,
     embed_with,
     find_mismatch,
     open_teachers,
@@ -55,6 +52,7 @@ from clipcid_cli.steps.inputs import (
 from clipcid_cli.steps.repair import describe_pairing, judge_pairing, repair_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
+from clipcid_cli.steps.shard_copies import cache_shards
 
 # Another tool's views may have any crop and colours.
 _ANY = Augmentation(crop_scale=0.08, color_jitter=1.0, gray_probability=1.0)
@@ -181,7 +179,8 @@ def _ensure_embeddings(settings: DistillSettings, teacher: str, context: DistCon
     folder = choose_embeddings(settings.work, with_default_tag(parse_model(teacher)))
     exists = context.on_rank0(lambda: read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar) is not None)
     if not exists:
-        validate_views(settings, folder, None, configured().get("views", 0), teacher)
+        with_views = f"run: {embed_with(parse_model(teacher), settings)} --views 4"
+        validate_views(settings, folder, configured().get("views", 0), with_views)
         if not settings.dry_run:  # and before hours of embedding
             context.on_rank0(lambda: validate_board(settings.report_to, quiet=settings.quiet))
     # Existing embeddings of images only may suffice; new ones are of captions too.
@@ -268,11 +267,10 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
     elif embeddings is not None:
         num_views = _choose_views(settings, dataset, embeddings, counts)
         extra_texts = find_extra_texts(settings, embeddings, trust)
-        varies = extra_texts is not None and extra_texts.variants is not None
+        varies = extra_texts is not None
         first_captions = _choose_captions(settings, embeddings, counts, varies)
         kinds = kinds_shown(num_views, first_captions) + ([Kind.VARIANTS] if varies else [])
         fingerprints += embeddings.fingerprints(kinds)
-        fingerprints += [] if extra_texts is None else extra_texts.fingerprints
     chosen = None
     if clusters is not None:
         several_captions = counts.several_captions > 0 and not first_captions
@@ -362,7 +360,7 @@ def open_stored(settings: DistillSettings, folders: tuple[Path, ...], work: Path
             "Use losses that need one tower only: "
             + ", ".join(name for name, entry in LOSSES.items() if entry.one_tower)
             + f"\nOr add a teacher that has captions: --embeddings {folder} --embeddings OTHER"
-            + f"\nOr embed the captions too: {embed_again(embeddings, settings, text=True)}",
+            + f"\nOr embed the captions too. {embeddings.embed_again(text=True)}",
         )
     reporting.note("They are of images only: losses use the teacher's image tower alone.")
     return embeddings
@@ -372,7 +370,7 @@ def _validate_made_by(teacher: ModelName, embeddings: Embeddings, settings: Dist
     """Refuse embeddings that another model made, as far as they tell."""
     folder = embeddings.folder
     if embeddings.sidecar is not None:
-        fix = f"Omit --embeddings, or run: {embed_with(teacher, settings, embeddings.sidecar.data)}"
+        fix = f"Omit --embeddings, or run: {embed_with(teacher, settings)}"
         if settings.num_teachers > 1:
             fix = f"Give --teacher in the order of --embeddings. {fix}"
         validate_teacher(f"embeddings in {folder}", embeddings.sidecar.model, teacher, fix)
@@ -425,9 +423,12 @@ def _choose_views(settings: DistillSettings, dataset: Dataset, embeddings: Embed
         if counts.without_embedding == counts.candidates:
             told += f" {compare_keys(_first_key(dataset), at_fault)}"
             advice = advise_keys(at_fault)
-        raise ClipcidError(told, f"{advice}Give the data that was embedded, or run: {embed_again(at_fault, settings)}")
+        again = f"Give the data that was embedded, or embed this data. {at_fault.embed_again()}"
+        raise ClipcidError(told, advice + again)
     views = embeddings.num_each(Kind.VIEWS) if settings.shows_views else 0
-    validate_views(settings, embeddings.folder, embeddings.sidecar, views)
+    validate_views(
+        settings, embeddings.folder, views, f"embed some. {embeddings.embed_again(views=4, view_kind='mix')}"
+    )
     if views:
         reporting.note(
             f"Views: {views} of each image are stored and replayed; --crop-scale, --color-jitter and --gray-probability "
@@ -444,7 +445,7 @@ def _choose_captions(settings: DistillSettings, embeddings: Embeddings, counts: 
         key, now, embedded = counts.changed
         raise ClipcidError(
             f"Sample {key!r} has {now} captions, but {embedded} were embedded in {embeddings.folder}: the data has changed.",
-            f"Run: {embed_again(embeddings, settings)}",
+            embeddings.embed_again(),
         )
     if shows_all:
         reporting.note(f"Captions: {counts.captions:,} of {counts.selected:,} samples, one drawn in each epoch.")
@@ -453,16 +454,7 @@ def _choose_captions(settings: DistillSettings, embeddings: Embeddings, counts: 
     return embeddings.has_texts and not shows_all
 
 
-def validate_views(
-    settings: DistillSettings, folder: Path, sidecar: EmbedSidecar | None, views: int, model: str | None = None
-) -> None:
-    """Refuse embeddings without views where these were asked for by name; those of `model` are to be made."""
-    if settings.views != "stored" or views:
-        return
-    more: dict[str, Any] = {"views": 4, "view_kind": ("mix",), "fast_decode": False}
-    if sidecar is None:
-        more |= {"work": settings.work} | ({"model": model} if model else {})
-    raise ClipcidError(
-        f"--views stored, but {folder} holds no views.",
-        f"Omit --views stored, or run: {data_command(folder, sidecar, settings.data, **settings.data_flags, **more)}",
-    )
+def validate_views(settings: DistillSettings, folder: Path, views: int, with_views: str) -> None:
+    """Refuse embeddings without views where these were asked for by name; `with_views` says how to make some."""
+    if settings.views == "stored" and not views:
+        raise ClipcidError(f"--views stored, but {folder} holds no views.", f"Omit --views stored, or {with_views}")

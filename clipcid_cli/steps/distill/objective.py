@@ -24,6 +24,16 @@ from clipcid_cli.training.gradients import Features, gather_rows
 
 
 @dataclasses.dataclass(frozen=True)
+class Compared:
+    """The losses of a step."""
+
+    # What the gradients are of: the weighted sum of the losses of the global batch, or (with local losses) of this process's
+    # rows, times the number of processes.
+    total: Tensor
+    losses: dict[str, Tensor]  # of the global batch by name, without weights and gradients, float32 [] each
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
     """The losses of a run, with their weights."""
 
@@ -58,28 +68,10 @@ class Objective:
         functions = {name: own[name] if name in own else load_loss(name) for name in weights}
         return cls(weights, functions, parameters, teacher, context, settings.affinity_scale, local_loss)
 
-    def __call__(
+    def gather(
         self, features: Features, student_scale: Tensor, student_bias: Tensor | None, batch: TrainingBatch
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the loss of a step from each process's features; call it on every process.
-
-        Returns:
-            What the gradients are of: the weighted sum of the losses of the global batch, or (with local losses) of this
-            process's rows, times the number of processes. And the losses of the global batch in order, without weights
-            and gradients, float32 [L].
-        """
-        whole = dataclasses.replace(
-            self._gather(features, student_scale, batch), student_bias=student_bias, affinity_scale=self.affinity_scale
-        )
-        terms = [function(whole, **self.parameters.of(name)) for name, function in self.functions.items()]
-        total = torch.stack([weight * term for weight, term in zip(self.weights.values(), terms, strict=True)]).sum()
-        values = torch.stack([term.detach() for term in terms])
-        if not self.local_loss:
-            return total, values
-        return total * self.context.size, self.context.sum_(values)
-
-    def _gather(self, features: Features, student_scale: Tensor, batch: TrainingBatch) -> LossBatch:
-        """Collect everybody's features, and the teacher's, as unit rows of the shared space."""
+    ) -> LossBatch:
+        """Collect all processes' features, and the teacher's, as unit rows of the shared space; call it on every process."""
         size = self.context.size
         count = len(features.image)
         start = self.context.rank * count if self.local_loss else 0
@@ -93,6 +85,8 @@ class Objective:
         taught = LossBatch(
             **{"image_BD": rows["image_Bd"], "text_BD": rows["text_Bd"]} | rows,
             student_scale=student_scale,
+            student_bias=student_bias,
+            affinity_scale=self.affinity_scale,
             image_tokens_bLD=self._project_tokens(features.image_tokens, self.parameters.image_map, count),
             text_tokens_bLD=self._project_tokens(features.text_tokens, self.parameters.text_map, count),
             extra_text_ED=self._gather_compared(extra),
@@ -114,6 +108,17 @@ class Objective:
                 text_clusters=batch.text_clusters,
             )
 
+    def compare(self, features: LossBatch) -> Compared:
+        """Compute the losses of a step; call it on every process."""
+        terms = [function(features, **self.parameters.of(name)) for name, function in self.functions.items()]
+        weighted = [weight * term for weight, term in zip(self.weights.values(), terms, strict=True)]
+        total = torch.stack(weighted).sum()
+        values = torch.stack([term.detach() for term in terms])
+        if self.local_loss:
+            total = total * self.context.size
+            values = self.context.sum_(values)
+        return Compared(total, dict(zip(self.weights, values.unbind(), strict=True)))
+
     def _project(self, features: Features) -> dict[str, Tensor]:
         """Return the unit rows that losses compare, by their names in `LossBatch`."""
         # float32 from here on, whatever the towers ran in: the losses subtract numbers that are nearly equal.
@@ -125,17 +130,19 @@ class Objective:
         if features.masked_image is not None:
             masked = features.masked_image.float()
             rows["masked_image_BD"] = masked if image_map is None else image_map(masked)
-        return {name: F.normalize(found, dim=1) for name, found in rows.items()}
+        return {name: F.normalize(features, dim=1) for name, features in rows.items()}
 
     def _project_tokens(self, tokens_bLd: Tensor | None, learned: nn.Module | None, count: int) -> Tensor | None:
         """Return unit rows of patches or tokens in the shared space, zeros where there is none; none of further texts."""
         if tokens_bLd is None:
             return None
-        found = tokens_bLd[:count].float()
-        exists_bL1 = found.detach().any(dim=2, keepdim=True)
-        found = F.normalize(found if learned is None else learned(found), dim=2) * exists_bL1
-        gathered = self._gather_compared(found.flatten(1))
-        return None if gathered is None else gathered.view(-1, *found.shape[1:])
+        rows = tokens_bLd[:count].float()
+        exists_bL1 = rows.detach().any(dim=2, keepdim=True)
+        if learned is not None:
+            rows = learned(rows)
+        rows = F.normalize(rows, dim=2) * exists_bL1
+        gathered = self._gather_compared(rows.flatten(1))
+        return None if gathered is None else gathered.view(-1, *rows.shape[1:])
 
     def _gather_compared(self, rows: Tensor | None) -> Tensor | None:
         """Collect everybody's rows of what a loss reads of the own samples alone, unless it is of these alone."""

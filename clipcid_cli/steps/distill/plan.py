@@ -61,7 +61,7 @@ class DistillPlan:
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Steps of the whole run."""
         return self.recipe.steps
 
     def identify(self, student: Student, teacher: ClipModel | None) -> OutputSpec[DistillSidecar]:
@@ -226,9 +226,11 @@ def _choose_recipe(
             f"{shards:,} shards in a new order each epoch, samples uniformly among {SHARDS_MIXED} shards at a time "
             f"({SHARDS_MIXED / shards:.1%} of the data)."
         )
-    each = f" ({batch_size // context.size:,} for each of {context.size} processes)" if context.size > 1 else ""
+    shares = ""
+    if context.size > 1:
+        shares = f" ({batch_size // context.size:,} for each of {context.size} processes)"
     reporting.note(
-        f"{samples:,} samples, {steps:,} steps of {batch_size:,}{each}, {warmup:,} of them warm-up: "
+        f"{samples:,} samples, {steps:,} steps of {batch_size:,}{shares}, {warmup:,} of them warm-up: "
         f"{steps * batch_size / samples:.1f} epochs; {inputs.held_out.total:,} more samples are held out.\n"
         f"Shuffle: {shuffle}"
     )

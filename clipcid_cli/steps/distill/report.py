@@ -152,16 +152,16 @@ def _stored_rows(
 def _find_examples(encoded: Encoded) -> list[dict[str, Any]]:
     samples, images = encoded.samples, encoded.rows[Kind.IMAGES]
     firsts = (encoded.captions.cumsum(0) - encoded.captions)[:_NUM_EXAMPLES]
-    similarities, found = (encoded.rows[Kind.TEXTS][firsts] @ images.T).topk(min(_NUM_FOUND, len(images)), dim=1)
+    similarities, nearest = (encoded.rows[Kind.TEXTS][firsts] @ images.T).topk(min(_NUM_FOUND, len(images)), dim=1)
     return [
         {
             "caption": samples[query].captions[0],
             "images": [
                 _picture(samples[place]) | {"similarity": similarity, "right": place == query}
-                for place, similarity in zip(found[query].tolist(), similarities[query].tolist(), strict=True)
+                for place, similarity in zip(nearest[query].tolist(), similarities[query].tolist(), strict=True)
             ],
         }
-        for query in range(len(found))
+        for query in range(len(nearest))
     ]
 
 
@@ -225,17 +225,17 @@ def _draw_named(results: Sequence[dict[str, Any]]) -> Markup | None:
 
 
 def _list_inputs(inputs: Inputs) -> list[tuple[str, str]]:
-    found = [("data", inputs.dataset.spec)]
-    found.append(("keep list", "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)))
+    listed = [("data", inputs.dataset.spec)]
+    listed.append(("keep list", "none: all samples" if inputs.keep_list is None else str(inputs.keep_list.path)))
     if inputs.online is not None:
-        found.append(("teacher", f"{inputs.online.spec}, run alongside the student"))
+        listed.append(("teacher", f"{inputs.online.spec}, run alongside the student"))
     if inputs.embeddings is not None:
-        found += [("embeddings", str(member.folder)) for member in inputs.embeddings.members]
+        listed += [("embeddings", str(member.folder)) for member in inputs.embeddings.members]
     if inputs.repair is not None:
-        found.append(("repair", describe_repair(inputs.repair)))
+        listed.append(("repair", describe_repair(inputs.repair)))
     if inputs.pairing is not None:
         verdict = ": near chance; try --teacher none" if inputs.pairing.near_chance else ""
-        found.append(("pairing", f"{describe_pairing(inputs.pairing)}{verdict}."))
+        listed.append(("pairing", f"{describe_pairing(inputs.pairing)}{verdict}."))
     if inputs.clusters is not None:
-        found.append(("clusters", str(inputs.clusters.files.folder)))
-    return found
+        listed.append(("clusters", str(inputs.clusters.files.folder)))
+    return listed

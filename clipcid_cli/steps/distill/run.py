@@ -21,7 +21,6 @@ from clipcid_cli.runtime.pipeline import start_worker_server
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output, scratch_folder
-from clipcid_cli.steps.data_index import warn_of_copies
 from clipcid_cli.steps.distill.cost import DistillCost, estimate_cost
 from clipcid_cli.steps.distill.inputs import find_embeddings
 from clipcid_cli.steps.distill.plan import make_plan, validate_named
@@ -35,6 +34,7 @@ from clipcid_cli.steps.evaluate.result import ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.zeroshot import evaluate
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.distill import DistillSettings
+from clipcid_cli.steps.shard_copies import warn_of_copies
 
 
 class Distilled(msgspec.Struct, omit_defaults=True):

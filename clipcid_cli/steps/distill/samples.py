@@ -59,16 +59,16 @@ def count_usable(dataset: Dataset, max_bad_fraction: float) -> UsableSamples:
     index = index_of(dataset)
     skips = Skips()
     without_caption = Skips()
-    for number, found in enumerate(index.records):
-        skips.merge(found.skips)
-        if found.with_captions < found.samples:
-            part = index.part(number)
+    for shard, listed in enumerate(index.records):
+        skips.merge(listed.skips)
+        if listed.with_captions < listed.samples:
+            part = index.part(shard)
             places = np.flatnonzero(part.num_captions == 0)
             named = part.keys.take(pa.array(places[:_NAMED])).to_pylist()
             without_caption.merge(Skips({"no_caption": len(places)}, {"no_caption": named}))
     skips.merge(without_caption)
-    total = sum(found.with_captions for found in index.records)
-    read = sum(found.read for found in index.records)
+    total = sum(listed.with_captions for listed in index.records)
+    read = sum(listed.read for listed in index.records)
     if not total:
         raise ClipcidError(
             f"{dataset.spec}: none of {read:,} samples has a caption.",
@@ -83,15 +83,16 @@ def list_skipped(dataset: Dataset, unreadable: Mapping[str, str]) -> Iterator[pa
     index = index_of(dataset)
     reasons = {key: reason.partition(": ")[0] for key, reason in unreadable.items()}
     bad = pa.array(reasons, pa.string())
-    for number, found in enumerate(index.records):
-        if found.skips.total == 0 and found.with_captions == found.samples and not reasons:
+    for shard, listed in enumerate(index.records):
+        if listed.skips.total == 0 and listed.with_captions == listed.samples and not reasons:
             continue  # its part need not be read
-        part = index.part(number)
+        part = index.part(shard)
+        name = dataset.shards[shard].name
         keys = part.keys.combine_chunks()
         yield make_table(part.skipped)
-        yield list_rows(keys.filter(pa.array(part.num_captions == 0)), dataset.shards[number].name, "no_caption")
+        yield list_rows(keys.filter(pa.array(part.num_captions == 0)), name, "no_caption")
         unread = keys.filter(pc.is_in(keys, value_set=bad)).to_pylist()
-        yield make_table([(key, dataset.shards[number].name, reasons[key]) for key in unread])
+        yield make_table([(key, name, reasons[key]) for key in unread])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,35 +106,39 @@ class Sources:
 
     def listings(self) -> dict[str, Listing]:
         """Return the keys of each file, with what is looked up by them."""
-        found: dict[str, Listing] = {}
+        listings: dict[str, Listing] = {}
         if self.keep_list is not None:
-            found["keep_list"] = parquet_listing(self.keep_list, "kept")
+            listings["keep_list"] = parquet_listing(self.keep_list, "kept")
         if self.embeddings is not None:
-            found["embeddings"] = self.embeddings.listing()
+            listings["embeddings"] = self.embeddings.listing()
         if self.clusters is not None:
-            found["clusters"] = parquet_listing(self.clusters.folder / CLUSTERS)
-        return found
+            listings["clusters"] = parquet_listing(self.clusters.folder / CLUSTERS)
+        return listings
 
     def limits(self, index: DataIndex) -> dict[str, int]:
         """Return the columns that are written, with a number that no value reaches."""
-        found = {"places": int(index.sizes.max())}
+        limits = {"places": int(index.sizes.max())}
         if self.embeddings is not None:
-            found["embeddings"] = self.embeddings.num_rows
+            limits["embeddings"] = self.embeddings.num_rows
             if Kind.FURTHER in self.embeddings.kinds:
-                found["captions"] = len(self.embeddings.rows(Kind.FURTHER)) + 1
+                limits["captions"] = len(self.embeddings.rows(Kind.FURTHER)) + 1
         if self.clusters is not None:
-            found["clusters"] = len(self.clusters.labels)
-        return found
+            limits["clusters"] = len(self.clusters.labels)
+        return limits
 
     def fingerprints(self) -> list[FileRecord]:
         """Describe what the keys come from, beside the data and the keep list."""
-        found = [] if self.embeddings is None else self.embeddings.fingerprints([Kind.TEXTS, Kind.FURTHER])
-        return found if self.clusters is None else [*found, record(self.clusters.folder / CLUSTERS)]
+        files: list[FileRecord] = []
+        if self.embeddings is not None:
+            files += self.embeddings.fingerprints([Kind.TEXTS, Kind.FURTHER])
+        if self.clusters is not None:
+            files.append(record(self.clusters.folder / CLUSTERS))
+        return files
 
 
 @dataclasses.dataclass
 class MatchCounts:
-    """What matching found."""
+    """How many samples the data shares with the files that it is matched with."""
 
     listed: int = 0  # usable samples in the keep list
     kept: int = 0  # usable samples that it keeps
@@ -160,11 +165,11 @@ def find_samples(
     assert dataset.index_folder is not None, "opened with a folder for the index"
     identity = {
         # Keys of foreign embeddings may be made of the files' names.
-        "files": [[Path(each.path).name, each.size, each.hash] for each in data_records + sources.fingerprints()],
+        "files": [[Path(file.path).name, file.size, file.hash] for file in data_records + sources.fingerprints()],
         # Captions in files of their own change without a shard's file; with `--keys shard` the names are in the keys.
         "shards": [
-            [shard.name, *found.stamp, found.samples, found.with_captions]
-            for shard, found in zip(dataset.shards, index_of(dataset).records, strict=True)
+            [shard.name, *listed.stamp, listed.samples, listed.with_captions]
+            for shard, listed in zip(dataset.shards, index_of(dataset).records, strict=True)
         ],
         "kinds": [sources.keep_list is not None, sources.embeddings is not None, sources.clusters is not None],
         "required": sources.required,
@@ -195,7 +200,7 @@ def match_samples(dataset: Dataset, sources: Sources, val_fraction: float, folde
     index = index_of(dataset)
     shards = range(len(index.records))
     joined = {
-        name: join(lambda: (index.part(number).keys for number in shards), int(index.sizes.sum()), listing, folder)
+        name: join(lambda: (index.part(shard).keys for shard in shards), int(index.sizes.sum()), listing, folder)
         for name, listing in sources.listings().items()
     }
     bad = np.empty(0, np.int64) if sources.embeddings is None else sources.embeddings.find_bad_rows(texts=True)
@@ -208,12 +213,13 @@ def match_samples(dataset: Dataset, sources: Sources, val_fraction: float, folde
         writing_rows(folder, HELD_OUT, limits) as hold_out,
         show("match", len(shards), "shards") as progress,
     ):
-        for number in shards:
-            part = index.part(number)
-            found = {name: values[first : first + len(part)] for name, values in joined.items()}
-            if "embeddings" in found and len(bad):
-                found["embeddings"][np.isin(found["embeddings"][:, 0], bad), 0] = -1
-            columns, selected, held_out = _match_shard(part, found, sources.required, val_fraction, counts)
+        for shard in shards:
+            part = index.part(shard)
+            matches = {name: values[first : first + len(part)] for name, values in joined.items()}
+            if "embeddings" in matches and len(bad):
+                is_bad = np.isin(matches["embeddings"][:, 0], bad)
+                matches["embeddings"][is_bad, 0] = -1
+            columns, selected, held_out = _match_shard(part, matches, sources.required, val_fraction, counts)
             train({name: values[selected] for name, values in columns.items()})
             hold_out({name: values[held_out] for name, values in columns.items()})
             first += len(part)
@@ -222,14 +228,14 @@ def match_samples(dataset: Dataset, sources: Sources, val_fraction: float, folde
 
 
 def _match_shard(
-    samples: Part, found: dict[str, Values], required: bool, val_fraction: float, counts: MatchCounts
+    samples: Part, matches: dict[str, Values], required: bool, val_fraction: float, counts: MatchCounts
 ) -> tuple[dict[str, npt.NDArray[Any]], BoolArray, BoolArray]:
     """Return the columns of a shard's n samples, which are trained on and which are held out, bool [n]; count them."""
     keys, num_captions = samples.keys, samples.num_captions
     usable = num_captions > 0
     columns: dict[str, npt.NDArray[Any]] = {"places": np.arange(len(keys))}
-    if "keep_list" in found:
-        kept = found["keep_list"][:, 0]
+    if "keep_list" in matches:
+        kept = matches["keep_list"][:, 0]
         counts.listed += int(np.count_nonzero(usable & (kept >= 0)))
         # A dropped image may be a copy of one that is trained on: it is not held out either.
         usable &= kept > 0
@@ -237,17 +243,17 @@ def _match_shard(
     held_out = usable & (key_fractions(keys.to_pylist()) < val_fraction)
     selected = usable & ~held_out
     counts.candidates += int(np.count_nonzero(selected))
-    if "embeddings" in found:
-        columns["embeddings"] = rows = found["embeddings"][:, 0]
+    if "embeddings" in matches:
+        columns["embeddings"] = rows = matches["embeddings"][:, 0]
         counts.without_embedding += int(np.count_nonzero(selected & (rows < 0)))
         selected &= (rows >= 0) | (not required)
         embedded = np.ones_like(rows)  # captions of each, unless they are counted
-        if found["embeddings"].shape[1] > 1:
-            columns["captions"], embedded = found["embeddings"][:, 1], found["embeddings"][:, 2]
+        if matches["embeddings"].shape[1] > 1:
+            columns["captions"], embedded = matches["embeddings"][:, 1], matches["embeddings"][:, 2]
         for place in np.flatnonzero(selected & (rows >= 0) & (embedded != num_captions))[:1].tolist():
             counts.changed = counts.changed or (keys[place].as_py(), int(num_captions[place]), int(embedded[place]))
-    if "clusters" in found:
-        columns["clusters"] = found["clusters"][:, 0]
+    if "clusters" in matches:
+        columns["clusters"] = matches["clusters"][:, 0]
         counts.without_cluster += int(np.count_nonzero(selected & (columns["clusters"] < 0)))
         selected &= (columns["clusters"] >= 0) | required
     counts.selected += int(np.count_nonzero(selected))

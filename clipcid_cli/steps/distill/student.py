@@ -56,11 +56,11 @@ class Student:
 
     def encode(self, batch: TrainingBatch, seeds: Sequence[int]) -> GradCache:
         """Encode a process's part of a batch, in as many parts as there are seeds (of dropout and the like)."""
-        cut = [
+        columns = [
             [None] * len(seeds) if rows is None else rows.tensor_split(len(seeds))
             for rows in (batch.pixels, batch.colors, batch.tokens, batch.kept_patches)
         ]
-        return GradCache(lambda number: self._encode(*(parts[number] for parts in cut)), seeds)
+        return GradCache(lambda index: self._encode(*(parts[index] for parts in columns)), seeds)
 
     def _encode(self, pixels: Any, colors: Tensor | None, tokens: Any, kept_patches: Tensor | None) -> Features:
         if colors is not None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import closing
-from typing import Any
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
-from clipcid_cli.algorithms.near.block import exact_accumulation
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.samples import close_copies
+from clipcid_cli.formats.data.distant import close_copies
 from clipcid_cli.formats.files import reading, write_json
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.boards import open_board
@@ -28,19 +27,41 @@ from clipcid_cli.runtime.distributed import DistContext, memory_in_use
 from clipcid_cli.runtime.libraries import keep_freed_memory
 from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.views import Processor
-from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.plan import DistillPlan
+from clipcid_cli.steps.distill.step import SentRecord, StepRecord, TrainStep
 from clipcid_cli.steps.distill.student import Student, batch_norms
 from clipcid_cli.steps.distill.teacher import open_teacher
-from clipcid_cli.training.train_state import StepValues, TrainState
+from clipcid_cli.training.train_state import TrainState
 
 # Every so many steps the processes tell each other whether a signal asks one of them to end. What they exchange stays on the
 # hosts: GPUs do not wait, and where one process hangs the others notice it here.
 _STEPS_BETWEEN_WORDS = 8
+
+
+class _Pace:
+    """How fast a run goes, from its first step here on, and what part of the time it waits for batches."""
+
+    def __init__(self, first: int, batch_size: int) -> None:
+        self._first = first
+        self._batch_size = batch_size
+        self._started = time.monotonic()
+        self._waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time of what is done meanwhile as waiting."""
+        before = time.monotonic()
+        yield
+        self._waited += time.monotonic() - before
+
+    def measure(self, step: int) -> tuple[float, float]:
+        """Return the samples a second up to a step that has just ended, and the share of the time that was waited."""
+        seconds = time.monotonic() - self._started
+        return (step - self._first) * self._batch_size / seconds, self._waited / seconds
 
 
 class Trainer:
@@ -90,7 +111,7 @@ class Trainer:
             )
         self.log = TrainingLog(plan.folder, board, writes=output is not None and context.is_main)
         self._saved_step = self.state.step
-        self._values = StepValues(context.device)
+        self.make_step = TrainStep(settings, student, self.objective, self.state, context)
         self.losses: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
 
@@ -106,38 +127,33 @@ class Trainer:
             return
         close_copies()
         steps = range(first, plan.steps)
-        waited = 0.0
-        started = time.monotonic()
         with (
             closing(self.batches.load(steps, plan.workers)) as batches,
             reporting.progress("distill", len(steps) * plan.batch_size, "samples") as progress,
             self.context.limited_waits(),
             interruption.ends_when_saved(lambda: f"from step {self._saved_step:,}"),
         ):
+            pace = _Pace(first, plan.batch_size)
+            sent: SentRecord | None = None
             for step in range(first + 1, plan.steps + 1):
-                before = time.monotonic()
-                batch = next(batches)
-                waited += time.monotonic() - before
-                lr = self.step(batch)
+                with pace.waiting():
+                    batch = next(batches)
+                self.step(batch)
                 progress.advance(plan.batch_size)
+                if sent is not None:  # of the step before: the GPU has this one to make while that is read
+                    self._log(self.read(sent), pace, progress)
+                    sent = None
                 intervals = (plan.log_every, plan.eval_every, plan.checkpoint_every)
                 logs, evaluates, saves = (step % every == 0 or step == plan.steps for every in intervals)
                 ends = self._is_asked_to_end(step)
                 saves = saves or ends
                 if logs or evaluates or saves:
-                    line = self.read(step - first, lr)
-                if logs:
-                    seconds = time.monotonic() - started
-                    line["samples_per_second"] = round((step - first) * plan.batch_size / seconds, 1)
-                    line["data_wait_share"] = round(waited / seconds, 3)
-                    self.log.add(line)
-                    progress.show(
-                        **self.losses,
-                        lr=lr,
-                        **{f"σ {name}": line[f"scale_{name}"] for name in self.state.log_scales},
-                        waiting=f"{waited / seconds:.0%}",
-                        memory=f"{memory_in_use(self.context.device) / 2**30:.1f} GiB",
-                    )
+                    sent = self.make_step.send()
+                if sent is not None and (evaluates or saves or self.context.device.type == "cpu"):
+                    record = self.read(sent)
+                    sent = None
+                    if logs:
+                        self._log(record, pace, progress)
                 if evaluates:
                     self._evaluate()
                 if saves:
@@ -149,56 +165,33 @@ class Trainer:
                         "Run the same command again: it continues there.",
                     )
 
-    def step(self, batch: TrainingBatch) -> float:
-        """Make one optimiser step and return its learning rate; what it found stays on the device until it is read."""
-        state = self.state
-        student = self.student
+    def step(self, batch: TrainingBatch) -> None:
+        """Make one step; what it measured is read later."""
         self._note_unreadable(batch)
-        student.train()
-        parts = range(self.plan.settings.accum_freq)
-        seeds = [derive_seed("step", self.plan.settings.seed, state.step, self.context.rank, part) for part in parts]
-        encoded = student.encode(batch, seeds)
-        # Where the cluster loss is small it is the difference of two large terms: TF32 would leave nothing of its gradient.
-        with exact_accumulation(self.context.device):
-            total, losses = self.objective(encoded.features, state.log_scales["student"].exp(), state.bias, batch)
-            state.backward(total)
-        student.backward(encoded, before_last=state.averager.watch)
-        state.averager.finish()
-        norm = state.clip_grad_norm()
-        # A scaled gradient may overflow: the update is then skipped and the scale lowered.
-        checked, others = ([losses], [norm]) if state.may_overflow else ([losses, norm], [])
-        lr = state.update()
-        self._values.add(checked, [*others, *self._learned().values()])
-        return lr
+        self.make_step(batch)
 
-    def read(self, num_steps: int, lr: float) -> dict[str, Any]:
-        """Return the last step's line of the log; refuse to go on where one of the `num_steps` since the start diverged."""
-        num_finite, values = self._values.read()
-        weights = self.objective.weights
-        losses = dict(zip(weights, values, strict=False))
-        norm = values[len(weights)]
-        learned = dict(zip(self._learned(), values[len(weights) + 1 :], strict=True))
-        loss = sum(weights[name] * value for name, value in losses.items())
-        if num_finite < num_steps:
-            self._stop_diverged(self.state.step - num_steps + num_finite, loss, norm, losses)
-        self.losses = losses
-        return {
-            "step": self.state.step,
-            "loss": loss,
-            **{f"loss_{name}": value for name, value in losses.items()},
-            "lr": lr,
-            "gradient_norm": norm if math.isfinite(norm) else None,
-            **{name: math.exp(value) if name.startswith("scale_") else value for name, value in learned.items()},
-        }
+    def read(self, sent: SentRecord) -> StepRecord:
+        """Wait for a step's record; refuse to go on where a step since the start diverged."""
+        record = sent.read()
+        if record.diverged_at is not None:
+            self._stop_diverged(record, record.diverged_at)
+        self.losses = record.losses
+        return record
+
+    def _log(self, record: StepRecord, pace: _Pace, progress: reporting.Progress) -> None:
+        speed, waiting = pace.measure(record.step)
+        self.log.add(record.line() | {"samples_per_second": round(speed, 1), "data_wait_share": round(waiting, 3)})
+        progress.show(
+            **record.losses,
+            lr=record.lr,
+            **{f"σ {name}": scale for name, scale in record.scales.items()},
+            waiting=f"{waiting:.0%}",
+            memory=f"{memory_in_use(self.context.device) / 2**30:.1f} GiB",
+        )
 
     def unreadable_images(self) -> dict[str, str]:
         """Return the unreadable images that any process met so far, reason by key; call it on every process."""
         return {key: reason for bad in self.context.gather(self.bad) for key, reason in bad.items()}
-
-    def _learned(self) -> dict[str, Any]:
-        """Return what is logged of logit scales, as logarithms, and of the student's logit bias, by name."""
-        scales = {f"scale_{name}": log_scale for name, log_scale in self.state.log_scales.items()}
-        return scales | ({} if self.state.bias is None else {"bias_student": self.state.bias})
 
     def _note_unreadable(self, batch: TrainingBatch) -> None:
         """Refuse a first batch without one readable image, before a line is logged."""
@@ -212,23 +205,29 @@ class Trainer:
                 "Fix the data.",
             )
 
-    def _stop_diverged(self, step: int, loss: float, norm: float, losses: dict[str, float]) -> None:
+    def _stop_diverged(self, record: StepRecord, step: int) -> None:
         """Save the keys of the batch whose loss or gradient is not finite, the same on all processes, and raise."""
+        losses = record.losses
         path = self.plan.folder.diverged(step)
         where = ""
         if self._output is not None:
             where = f" The batch's keys are in {path}."
             if self.context.is_main:
-                values = {name: value if math.isfinite(value) else str(value) for name, value in losses.items()}
-                found = {"step": step, "losses": values, "loss": str(loss), "gradient_norm": str(norm)}
-                write_json(path, found | {"keys": self.batches.keys(step)})
+                content = {
+                    "step": step,
+                    "losses": {name: value if math.isfinite(value) else str(value) for name, value in losses.items()},
+                    "loss": str(record.loss),
+                    "gradient_norm": str(record.gradient_norm),
+                    "keys": self.batches.keys(step),
+                }
+                write_json(path, content)
         bad = [f"{name} {value:g}" for name, value in losses.items() if not math.isfinite(value)]
         of = f" ({', '.join(bad)}; the others are finite)" if 0 < len(bad) < len(losses) else ""
         remedies = "Lower --lr, lengthen --warmup, or train in --precision fp32. Each starts"
         if self.student.precision.name == "fp32":
             remedies = "Lower --lr or lengthen --warmup. Either starts"
         raise ClipcidError(
-            f"Training diverged at step {step:,}: loss {loss:g}{of}, gradient norm {norm:g}.{where}",
+            f"Training diverged at step {step:,}: loss {record.loss:g}{of}, gradient norm {record.gradient_norm:g}.{where}",
             f"{remedies} a new run; under another --name this run's checkpoints stay.",
         )
 

@@ -320,7 +320,7 @@ def load_encoder(plan: EmbedPlan, context: DistContext) -> EmbedEncoder:
             f"Give --batch-size {min_size} or more, or fewer --views: a batch holds batch size/(1 + views) images.",
         )
     decoder = AugmentingDecoder(
-        render=None if plan.of_texts else Renderer(model.info.preprocess),
+        render=Renderer(model.info.preprocess),
         tokenizer=model.tokenizer if settings.text else None,
         # With views each sample makes 1 + V pictures: a batch's memory stays what it is.
         batch_size=batch_size if views is None else max(1, batch_size // (1 + views.number)),

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.data.benchmark import (
-    ACCURACY,
-    fill_template,
-)
-from clipcid_cli.formats.data.dataset import Dataset, fingerprint_images
+from clipcid_cli.formats.data.benchmark import ACCURACY, fill_template
+from clipcid_cli.formats.data.dataset import Dataset
+from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.samples import Sample, read_classes
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
 from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL

@@ -18,8 +18,9 @@ from clipcid_cli.algorithms.losses.registry import LOSSES
 from clipcid_cli.algorithms.losses.shared_space import LossParameters, SharedSpace
 from clipcid_cli.runtime.models.tower_modules import freeze
 from clipcid_cli.training.gradients import Features, GradCache, backward_order
+from clipcid_cli.training.measurements import Measurements
 from clipcid_cli.training.optimisers import Muon, Recipe, matrices_of, orthogonalise
-from clipcid_cli.training.train_state import MAX_LOG_SCALE, StepValues, TrainState
+from clipcid_cli.training.train_state import MAX_LOG_SCALE, TrainState
 
 RECIPE = Recipe(
     optimizer="adamw", lr=1e-2, weight_decay=0.3, betas=(0.9, 0.98), eps=1e-6, warmup=2, steps=8, max_norm=1.0
@@ -109,20 +110,23 @@ def test_float16_gradients_are_scaled_and_an_overflow_is_left_out() -> None:
     assert state.state_dict()["scaler"]["scale"] == scale / 2
 
 
-def add(values: StepValues, losses: list[float], norm: float, scale: float) -> None:
-    values.add([torch.tensor(losses), torch.tensor(norm)], [torch.tensor(scale)])
+def add(measurements: Measurements, losses: list[float], norm: float, scale: float) -> None:
+    first, second = torch.tensor(losses)
+    measurements.add({"first": first, "second": second, "norm": torch.tensor(norm)}, {"scale": torch.tensor(scale)})
 
 
 @pytest.mark.parametrize("bad", [([math.nan, 2.0], 3.0), ([1.0, math.inf], 3.0), ([1.0, 2.0], -math.inf)])
 def test_values_are_those_of_the_last_step_or_of_the_first_that_is_not_finite(bad: tuple[list[float], float]) -> None:
-    values = StepValues(torch.device("cpu"))
-    add(values, [1.5, 2.5], 3.0, math.inf)
-    assert values.read() == (1, [1.5, 2.5, 3.0, math.inf]), "what is not checked may be anything"
-    add(values, *bad, 5.0)
-    add(values, [7.0, 8.0], 9.0, 10.0)
-    num_finite, kept = values.read()
+    measurements = Measurements(torch.device("cpu"))
+    add(measurements, [1.5, 2.5], 3.0, math.inf)
+    sent = measurements.send()
+    add(measurements, *bad, 5.0)
+    first = {"first": 1.5, "second": 2.5, "norm": 3.0, "scale": math.inf}
+    assert sent.read() == (1, first), "what is not checked may be anything, and later steps change nothing"
+    add(measurements, [7.0, 8.0], 9.0, 10.0)
+    num_finite, kept = measurements.send().read()
     assert num_finite == 1
-    assert kept == pytest.approx([*bad[0], bad[1], 5.0], nan_ok=True)
+    assert list(kept.values()) == pytest.approx([*bad[0], bad[1], 5.0], nan_ok=True)
 
 
 class Towers(nn.Module):
