@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 import msgspec
-import torch
 
-from clipcid_cli.algorithms.metrics.chance import guess_classes, guess_order, largest_class
-from clipcid_cli.algorithms.metrics.classification import (
-    ACCURACY_TOP_K,
-)
-from clipcid_cli.algorithms.probe import (
-    PROMISED_DECREASE,
-    TOLERANCE,
-    Solution,
-    regularisation_grid,
-)
-from clipcid_cli.formats.embeddings.rows import Kind
-from clipcid_cli.formats.fingerprint import FileRecord, record
+from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K
+from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
-from clipcid_cli.formats.results.metrics import (
-    read_metrics,
-    skipped_path,
-    write_metrics,
-)
+from clipcid_cli.formats.results.features import Features
+from clipcid_cli.formats.results.metrics import read_metrics, skipped_path, write_metrics
 from clipcid_cli.formats.sidecar import LinearSidecar
 from clipcid_cli.formats.skipped import make_table, write_skipped
-from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.evaluate.features import extract_features
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, warn_of_skips
-from clipcid_cli.steps.evaluate.probe_fits import ProbeFits
+from clipcid_cli.steps.evaluate.probe_fits import ProbeFits, describe_fit, guess_labels
 from clipcid_cli.steps.evaluate.probe_plan import TASK, ProbePlan, make_plan
 from clipcid_cli.steps.evaluate.probe_result import LinearResult, Sweep
 from clipcid_cli.steps.evaluate.result import Preview
-from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
@@ -64,7 +46,7 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
     context = model.context
     data = context.on_rank0(lambda: {split: task.fingerprints() for split, task in plan.splits.items()})
     inputs = [file for records in data.values() for file in records]
-    with model.claim(path, LinearSidecar, _identity(plan), inputs, _MAY_DIFFER) as output:
+    with model.claim(path, LinearSidecar, plan.identity, inputs, _MAY_DIFFER) as output:
         # An earlier probe that also has a few-shot curve, or nearest neighbours, answers the question without them.
         more = plan.settings.shot_counts or plan.settings.neighbour_counts
         usable = output.finished if more else output.finished or output.earlier
@@ -82,57 +64,6 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
         with timed(seconds, "encode"):
             features = {split: extract_features(model, task, data[split]) for split, task in plan.splits.items()}
         return context.on_rank0(lambda: _write(plan, model, features, seconds, output))
-
-
-def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord]) -> Features:
-    """Return a model's features of the split with the fingerprints `data`, which are kept for later runs."""
-    info = model.model.info
-    context = model.context
-    identity = {
-        "weights": info.weights_hash,
-        "config": info.config,
-        "preprocess": info.preprocess_hash,
-        "data": [[file.size, file.hash] for file in data],
-        "keys": task.dataset.keys,
-        "columns": dataclasses.asdict(task.dataset.columns),
-        "labels": task.label_of,
-        "classes": len(task.class_names),
-        "precision": model.precision.name,
-        "batch_size": model.batch_size,
-        "skipped": "listed",  # which earlier files lack
-    }
-    path = features_path(WorkDirectory(model.settings.work).features, info.slug, identity)
-    kept = context.on_rank0(lambda: read_features(path))
-    if kept is None and path.exists():
-        reporting.warn(f"{path} is damaged: the features of {task.name} are computed again.")
-    if kept is not None:
-        reporting.note(f"{task.name}: features of {len(kept):,} images from {path}.")
-        context.on_rank0(lambda: model.validate_usable(task, len(kept) + kept.skips.total, len(kept), kept.skips))
-        return kept
-    rows = model.encode(task)
-    features = context.on_all(lambda: Features(rows.encoded.rows[Kind.IMAGES], rows.labels, rows.skips))
-    context.on_rank0(lambda: write_features(path, features))
-    return features
-
-
-def _identity(plan: ProbePlan) -> dict[str, Any]:
-    """Return the settings by which a finished probe is recognised."""
-    settings = plan.settings
-    return {
-        "dataset": plan.dataset,
-        "classes": list(plan.classes),
-        "val_fraction": None if "val" in plan.splits else settings.val_fraction,
-        "seed": settings.seed,
-        "metric": plan.metric,
-        "shots": list(settings.shot_counts),
-        "shot_repeats": settings.shot_repeats if settings.shot_counts else None,
-        "knn": list(settings.neighbour_counts),
-        "grid": regularisation_grid(),
-        "tolerance": TOLERANCE,
-        "promised_decrease": PROMISED_DECREASE,
-        "keys": settings.keys,
-        "columns": dataclasses.asdict(plan.splits["train"].dataset.columns),
-    }
 
 
 def _write(
@@ -160,7 +91,7 @@ def _write(
     with timed(seconds, "neighbors"):
         neighbours = fits.measure_neighbours(test)
     probe = {f"lp_{name}": value for name, value in measured.items()}
-    guessed, majority = _guess(test.labels, len(plan.classes))
+    guessed, majority = guess_labels(test.labels, len(plan.classes))
     output.start()
     written = output.root / plan.path.name
     write_metrics(written, model.make_metrics(plan.dataset, TASK, probe | neighbours))
@@ -190,17 +121,10 @@ def _write(
         seconds=seconds,
         outputs=[record(file, output.work) for file in outputs],
         result=result,
-        solution=_describe(solution),
-        sweep=[{"c": point.c, "validation_score": point.score, **_describe(point.solution)} for point in points],
+        solution=describe_fit(solution),
+        sweep=[{"c": point.c, "validation_score": point.score, **describe_fit(point.solution)} for point in points],
     )
     return _make_result(sidecar, plan.path, reused=False)
-
-
-def _guess(labels: torch.Tensor, num_classes: int) -> tuple[dict[str, float], float | None]:
-    """Return what a guess scores on images of such classes, by metric, and the share of the largest class."""
-    if labels.ndim == 2:
-        return guess_order(labels.cpu().numpy()), None
-    return guess_classes(num_classes), largest_class(labels.cpu().numpy())
 
 
 def _make_result(sidecar: LinearSidecar, path: Path, *, reused: bool) -> LinearResult:
@@ -208,8 +132,3 @@ def _make_result(sidecar: LinearSidecar, path: Path, *, reused: bool) -> LinearR
     files = {"metrics": str(path)} | ({"skipped": str(skipped_path(path))} if skipped_path(path).is_file() else {})
     content |= {"seconds": sidecar.seconds, "files": files, "reused": reused}
     return msgspec.convert(content, LinearResult)
-
-
-def _describe(solution: Solution) -> dict[str, Any]:
-    """Say how well a fit ended, for the sidecar."""
-    return {name: getattr(solution, name) for name in ("objective", "gradient_norm", "iterations", "converged")}

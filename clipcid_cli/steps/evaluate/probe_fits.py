@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from clipcid_cli.algorithms.metrics.classification import (
-    measure_scores,
-)
+from clipcid_cli.algorithms.metrics.chance import guess_classes, guess_order, largest_class
+from clipcid_cli.algorithms.metrics.classification import measure_scores
 from clipcid_cli.algorithms.probe import (
     TOLERANCE,
     LinearClassifier,
@@ -195,3 +195,15 @@ class ProbeFits:
                 values = {f"lp_{name}": Draws.from_values([one[name] for one in metrics]) for name in metrics[0]}
                 curve.append(FewShot(shots, max(draws), chosen, at_edge, values))
         return curve
+
+
+def guess_labels(labels: torch.Tensor, num_classes: int) -> tuple[dict[str, float], float | None]:
+    """Return what a guess scores on images of such classes, by metric, and the share of the largest class."""
+    if labels.ndim == 2:
+        return guess_order(labels.cpu().numpy()), None
+    return guess_classes(num_classes), largest_class(labels.cpu().numpy())
+
+
+def describe_fit(solution: Solution) -> dict[str, Any]:
+    """Say how well a fit ended, for the sidecar."""
+    return {name: getattr(solution, name) for name in ("objective", "gradient_norm", "iterations", "converged")}

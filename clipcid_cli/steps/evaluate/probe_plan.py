@@ -6,11 +6,10 @@ import dataclasses
 import glob
 import os
 from pathlib import Path
+from typing import Any
 
-from clipcid_cli.algorithms.metrics.classification import (
-    MULTI_LABEL_METRICS,
-    SINGLE_LABEL_METRICS,
-)
+from clipcid_cli.algorithms.metrics.classification import MULTI_LABEL_METRICS, SINGLE_LABEL_METRICS
+from clipcid_cli.algorithms.probe import PROMISED_DECREASE, TOLERANCE, regularisation_grid
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.benchmark import (
     BenchmarkFolder,
@@ -21,11 +20,7 @@ from clipcid_cli.formats.data.benchmark import (
 )
 from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import Sample, read_vector_length
-from clipcid_cli.formats.results.metrics import (
-    CLASSIFICATION,
-    MULTI_LABEL,
-    metrics_stem,
-)
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, metrics_stem
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.data_index import open_named
@@ -49,6 +44,26 @@ class ProbePlan:
     splits: dict[str, ZeroshotTask]
     path: Path  # the metrics file
     settings: EvalLinearSettings
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return the settings by which a finished probe is recognised."""
+        settings = self.settings
+        return {
+            "dataset": self.dataset,
+            "classes": list(self.classes),
+            "val_fraction": None if "val" in self.splits else settings.val_fraction,
+            "seed": settings.seed,
+            "metric": self.metric,
+            "shots": list(settings.shot_counts),
+            "shot_repeats": settings.shot_repeats if settings.shot_counts else None,
+            "knn": list(settings.neighbour_counts),
+            "grid": regularisation_grid(),
+            "tolerance": TOLERANCE,
+            "promised_decrease": PROMISED_DECREASE,
+            "keys": settings.keys,
+            "columns": dataclasses.asdict(self.splits["train"].dataset.columns),
+        }
 
 
 def make_plan(settings: EvalLinearSettings) -> ProbePlan:
