@@ -27,7 +27,7 @@ from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import TrainingBatch
 from clipcid_cli.steps.distill.clusters import ClusterLookup, validate_width
 from clipcid_cli.steps.distill.inputs import Inputs
-from clipcid_cli.steps.inputs import cluster_with
+from clipcid_cli.steps.models import cluster_with
 from clipcid_cli.steps.repair import MAX_SCALE, teacher_scale
 from clipcid_cli.steps.settings.distill import DistillSettings
 

@@ -13,6 +13,7 @@ from clipcid_cli.formats.files import reading, write_json
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.boards import open_board
 from clipcid_cli.formats.results.run_folder import (
+    DistillSidecar,
     TrainingLog,
     checkpoint_path,
     list_checkpoints,
@@ -20,7 +21,6 @@ from clipcid_cli.formats.results.run_folder import (
     remove_old_checkpoints,
     write_checkpoint,
 )
-from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import DistContext, memory_in_use

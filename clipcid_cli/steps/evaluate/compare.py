@@ -22,6 +22,7 @@ from clipcid_cli.formats.results.metrics import (
     CLASSIFICATION,
     MULTI_LABEL,
     RETRIEVAL,
+    EvaluationSidecar,
     Metrics,
     Predictions,
     predictions_path,
@@ -29,7 +30,6 @@ from clipcid_cli.formats.results.metrics import (
     read_predictions,
     validate_unchanged_metrics,
 )
-from clipcid_cli.formats.sidecar import EvaluationSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.comparison import ComparedLines, ComparisonResult, Difference
@@ -68,8 +68,13 @@ def compare_results(settings: EvalZeroshotSettings) -> ComparisonResult:
     prompts = None if truth.kind == RETRIEVAL else _compare_prompts(sidecars, names if is_pair else files)
     metrics = _compare(predictions[:num_seeds], predictions[num_seeds:], settings)
     differences = {name: _judge(name, metric, names) for name, metric in metrics.items()}
+    if settings.margin is not None:
+        for judged in differences.values():
+            _judge_by_margin(judged, settings.margin, names)
     for judged in differences.values():
         reporting.note(judged.verdict)
+    if is_pair and models[0] != models[1]:
+        reporting.note("This compares two checkpoints, not two methods: for methods, give several seeds of each.")
     return ComparisonResult(
         compared=files if is_pair else [files[:num_seeds], files[num_seeds:]],
         models=models if is_pair else [models[:num_seeds], models[num_seeds:]],
@@ -78,6 +83,7 @@ def compare_results(settings: EvalZeroshotSettings) -> ComparisonResult:
         prompts=prompts,
         differences=differences,
         files={},
+        margin=settings.margin,
     )
 
 
@@ -203,6 +209,26 @@ def _judge(name: str, metric: PairedMetric, names: list[str]) -> Difference:
         enough_seeds=metric.has_enough_seeds,
         verdict=verdict,
     )
+
+
+def _judge_by_margin(judged: Difference, margin: float, names: list[str]) -> None:
+    """Add whether either side loses less than a margin, in points: its whole interval is above it."""
+    if not judged.enough_seeds:
+        return
+    low, high = (100 * end for end in judged.interval)
+    judged.no_worse = low > -margin
+    judged.equivalent = judged.no_worse and high < margin
+    first, second = names
+    points = f"{margin:g} point{'' if margin == 1 else 's'}"
+    if judged.equivalent:
+        verdict = f"{first} and {second} are equivalent within {points}"
+    elif judged.no_worse:
+        verdict = f"{second} is no worse than {first} by {points}"
+    elif high < margin:
+        verdict = f"{first} is no worse than {second} by {points}"
+    else:
+        verdict = f"neither is shown to be no worse than the other by {points}"
+    judged.verdict += f" With the margin, {verdict}."
 
 
 def _summarise(values: list[float]) -> float | Draws:

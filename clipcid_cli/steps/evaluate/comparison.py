@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from clipcid_cli.formats.sidecar import LinesRecord
+from clipcid_cli.formats.results.metrics import LinesRecord
 from clipcid_cli.steps.evaluate.draws import Draws
 
 
@@ -28,6 +28,10 @@ class Difference(msgspec.Struct):
     real: bool
     enough_seeds: bool  # whether there are seeds enough for a verdict; of two results on one seed each always
     verdict: str
+    # Of the margin, where one was given and there are seeds enough: whether the second loses less than it to the first, and
+    # whether neither loses so much to the other.
+    no_worse: bool | None = None
+    equivalent: bool | None = None
 
 
 class ComparisonResult(msgspec.Struct):
@@ -40,3 +44,4 @@ class ComparisonResult(msgspec.Struct):
     prompts: dict[str, ComparedLines] | None  # None for retrieval, and where nothing records them
     differences: dict[str, Difference]
     files: dict[str, str]
+    margin: float | None = None  # in points

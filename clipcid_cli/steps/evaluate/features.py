@@ -6,14 +6,14 @@ import dataclasses
 
 from clipcid_cli.formats.embeddings.rows import Kind
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.results.features import Features, features_path, read_features, write_features
+from clipcid_cli.formats.results.features import ImageFeatures, features_path, read_features, write_features
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.evaluate.model import EvaluatedModel
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 
 
-def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord]) -> Features:
+def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileRecord]) -> ImageFeatures:
     """Return a model's features of the split with the fingerprints `data`, which are kept for later runs."""
     info = model.model.info
     context = model.context
@@ -39,6 +39,6 @@ def extract_features(model: EvaluatedModel, task: ZeroshotTask, data: list[FileR
         context.on_rank0(lambda: model.validate_usable(task, len(kept) + kept.skips.total, len(kept), kept.skips))
         return kept
     rows = model.encode(task)
-    features = context.on_all(lambda: Features(rows.encoded.rows[Kind.IMAGES], rows.labels, rows.skips))
+    features = context.on_all(lambda: ImageFeatures(rows.encoded.rows[Kind.IMAGES], rows.labels, rows.skips))
     context.on_rank0(lambda: write_features(path, features))
     return features

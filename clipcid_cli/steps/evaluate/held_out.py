@@ -8,8 +8,8 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.benchmark import RECALL, find_benchmark_folder
 from clipcid_cli.formats.data.dataset import open_described
 from clipcid_cli.formats.results.metrics import RETRIEVAL
-from clipcid_cli.formats.results.run_folder import read_held_out
-from clipcid_cli.formats.sidecar import DistillSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.results.run_folder import DistillSidecar, read_held_out
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps import reporting

@@ -9,9 +9,9 @@ import msgspec
 from clipcid_cli.algorithms.metrics.classification import ACCURACY_TOP_K
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output
-from clipcid_cli.formats.results.features import Features
+from clipcid_cli.formats.results.evaluations import LinearSidecar
+from clipcid_cli.formats.results.features import ImageFeatures
 from clipcid_cli.formats.results.metrics import read_metrics, skipped_path, write_metrics
-from clipcid_cli.formats.sidecar import LinearSidecar
 from clipcid_cli.formats.skipped import make_table, write_skipped
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.runtime.timing import timed
@@ -25,6 +25,8 @@ from clipcid_cli.steps.evaluate.result import Preview
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_linear import EvalLinearSettings
 
+# Draws of the test images for an interval, as many as `eval-zeroshot` makes by default.
+_DRAWS = 1000
 # The probe itself does not depend on them.
 _MAY_DIFFER = frozenset({"shots", "shot_repeats", "knn"})
 
@@ -69,7 +71,7 @@ def _evaluate(plan: ProbePlan, model: EvaluatedModel) -> LinearResult:
 def _write(
     plan: ProbePlan,
     model: EvaluatedModel,
-    features: dict[str, Features],
+    features: dict[str, ImageFeatures],
     seconds: dict[str, float],
     output: Output[LinearSidecar],
 ) -> LinearResult:
@@ -83,7 +85,9 @@ def _write(
         points, best = fits.sweep()
     with timed(seconds, "refit"):
         solution = fits.refit(best)
-        measured = fits.measure(solution.classifier, test)
+        of_images = fits.measure(solution.classifier, test)
+        measured = of_images.values()
+        intervals = of_images.intervals(_DRAWS, plan.settings.seed)
     if "acc5" in measured and len(plan.classes) < ACCURACY_TOP_K:
         reporting.note(f"lp_acc5 is null because there are only {len(plan.classes)} classes.")
     with timed(seconds, "shots"):
@@ -106,6 +110,7 @@ def _write(
         "skipped": {split: own.skips.counts for split, own in features.items()},
     }
     result = {
+        "intervals": {f"lp_{name}": bounds for name, bounds in intervals.items()},
         "metric": plan.metric,
         "c": best.c,
         "validation_score": best.score,

@@ -8,6 +8,7 @@ import msgspec
 
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.output import Output
+from clipcid_cli.formats.results.evaluations import ZeroshotSidecar
 from clipcid_cli.formats.results.metrics import (
     RETRIEVAL,
     predictions_path,
@@ -16,7 +17,6 @@ from clipcid_cli.formats.results.metrics import (
     write_metrics,
     write_predictions,
 )
-from clipcid_cli.formats.sidecar import ZeroshotSidecar
 from clipcid_cli.formats.skipped import make_table, write_skipped
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from clipcid_cli.algorithms.metrics.chance import guess_classes, guess_order, largest_class
-from clipcid_cli.algorithms.metrics.classification import measure_scores
+from clipcid_cli.algorithms.metrics.classification import measure_scores, score_metrics
+from clipcid_cli.algorithms.metrics.intervals import CellMetrics
 from clipcid_cli.algorithms.probe import (
     TOLERANCE,
     LinearClassifier,
@@ -24,7 +25,7 @@ from clipcid_cli.algorithms.probe import (
     vote,
 )
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.results.features import Features
+from clipcid_cli.formats.results.features import ImageFeatures
 from clipcid_cli.runtime.pipeline import threads_for
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
@@ -36,7 +37,7 @@ from clipcid_cli.steps.evaluate.probe_result import FewShot
 class ProbeFits:
     """All fits on one training split: a strength is chosen on images held out, the final fit uses all images."""
 
-    def __init__(self, images: dict[str, Features], plan: ProbePlan) -> None:
+    def __init__(self, images: dict[str, ImageFeatures], plan: ProbePlan) -> None:
         """Divide the images of ``train``, where there are none of ``val``; what cannot be fitted or measured is an error."""
         self.num_classes = len(plan.classes)
         self.metric = plan.metric
@@ -45,7 +46,7 @@ class ProbeFits:
         train = images["train"]
         if "val" in images:
             val = images["val"]
-            self.images = Features(torch.cat([train.rows, val.rows]), torch.cat([train.labels, val.labels]))
+            self.images = ImageFeatures(torch.cat([train.rows, val.rows]), torch.cat([train.labels, val.labels]))
             self.fitted = train
             self.held_out = val
         else:
@@ -123,12 +124,12 @@ class ProbeFits:
             "outside."
         )
 
-    def _sweep(self, images: Features, advance: Callable[[], None]) -> list[SweepPoint]:
+    def _sweep(self, images: ImageFeatures, advance: Callable[[], None]) -> list[SweepPoint]:
         points = []
         with threads_for(images.rows.numel() * self.num_classes):
             problem = ProbeProblem(images.rows, images.labels, self.num_classes)
             for c, solution in zip(self.grid, sweep_regularisation(problem, self.grid), strict=True):
-                scores = self.measure(solution.classifier, self.held_out)
+                scores = self.measure(solution.classifier, self.held_out).values()
                 points.append(SweepPoint(c, scores[self.metric], solution))
                 advance()
         return points
@@ -145,10 +146,10 @@ class ProbeFits:
             )
         return solution
 
-    def measure(self, classifier: LinearClassifier, images: Features) -> dict[str, float]:
-        return measure_scores(classifier.scores(images.rows), images.labels, self.num_classes)
+    def measure(self, classifier: LinearClassifier, images: ImageFeatures) -> CellMetrics:
+        return score_metrics(classifier.scores(images.rows), images.labels, self.num_classes)
 
-    def measure_neighbours(self, test: Features) -> dict[str, float]:
+    def measure_neighbours(self, test: ImageFeatures) -> dict[str, float]:
         """Return the metrics of the weighted vote of the nearest training images, each after ``knn<K>_``; none unasked."""
         counts = self.settings.neighbour_counts
         if not counts:
@@ -166,7 +167,7 @@ class ProbeFits:
             metrics |= {f"knn{k}_{name}": value for name, value in measured.items()}
         return metrics
 
-    def few_shots(self, test: Features) -> list[FewShot]:
+    def few_shots(self, test: ImageFeatures) -> list[FewShot]:
         """Fit on a few images of each class, repeatedly, and measure on the test images.
 
         Each draw is a separate probe: its images are not held out, its strength is chosen on those that are, no refit.
@@ -187,7 +188,7 @@ class ProbeFits:
                     best = choose_point(self._sweep(drawn, lambda: None))
                     draws.append(len(drawn))
                     chosen.append(best.c)
-                    metrics.append(self.measure(best.solution.classifier, test))
+                    metrics.append(self.measure(best.solution.classifier, test).values())
                     progress.advance()
                 at_edge = sum(map(self._is_end, chosen))
                 if at_edge:

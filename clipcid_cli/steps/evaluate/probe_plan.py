@@ -26,7 +26,7 @@ from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.data_index import open_named
 from clipcid_cli.steps.evaluate.task_plan import find_copy
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
-from clipcid_cli.steps.model_choice import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.settings.eval_linear import METRICS, EvalLinearSettings
 
 TASK = "linear_probe"

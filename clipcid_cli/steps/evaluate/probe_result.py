@@ -28,6 +28,8 @@ class Sweep(msgspec.Struct):
 class LinearResult(Metrics, kw_only=True):
     """A linear probe: its metrics are named ``lp_…``, and ``knn<K>_…`` those of a vote of the nearest neighbours."""
 
+    # The 95 % interval of each metric after ``lp_``, over the test images; the probe itself is one.
+    intervals: dict[str, tuple[float, float]] = msgspec.field(default_factory=dict)
     metric: str  # by which the strength `c` was chosen
     c: float
     validation_score: float

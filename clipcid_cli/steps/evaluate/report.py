@@ -12,8 +12,8 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.samples import ByteRange
 from clipcid_cli.formats.files import write_text
 from clipcid_cli.formats.report import render_report, thumbnail
+from clipcid_cli.formats.results.evaluations import Example, ZeroshotSidecar
 from clipcid_cli.formats.results.metrics import SUMMARY_REPORT, SUMMARY_TABLE, read_metrics_sidecar, write_results
-from clipcid_cli.formats.sidecar import Example, ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
 from clipcid_cli.shown import is_redacted, metric_title

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from clipcid_cli.formats.results.metrics import Metrics
-from clipcid_cli.formats.sidecar import LinesRecord
+from clipcid_cli.formats.results.metrics import LinesRecord, Metrics
 
 
 class Preview(msgspec.Struct):

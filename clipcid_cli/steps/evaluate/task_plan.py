@@ -20,8 +20,7 @@ from clipcid_cli.formats.data.benchmark import (
     hash_lines,
 )
 from clipcid_cli.formats.data.dataset import Dataset
-from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
-from clipcid_cli.formats.sidecar import LinesRecord
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL, LinesRecord
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named

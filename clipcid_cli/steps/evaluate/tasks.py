@@ -14,8 +14,7 @@ from clipcid_cli.formats.data.dataset import Dataset
 from clipcid_cli.formats.data.image_fingerprint import fingerprint_images
 from clipcid_cli.formats.data.samples import Sample, read_classes
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json
-from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL
-from clipcid_cli.formats.sidecar import LinesRecord
+from clipcid_cli.formats.results.metrics import CLASSIFICATION, MULTI_LABEL, RETRIEVAL, LinesRecord
 from clipcid_cli.formats.skips import Skips
 
 # As CLIP_benchmark calls them: images with several classes are a classification, too.

@@ -11,8 +11,8 @@ import msgspec
 
 from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.samples import match_pattern
+from clipcid_cli.formats.results.evaluations import ZeroshotSidecar
 from clipcid_cli.formats.results.metrics import metrics_stem, read_metrics_sidecar
-from clipcid_cli.formats.sidecar import ZeroshotSidecar
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
 from clipcid_cli.runtime.models.names import CONFIG_NAME, ModelName
@@ -23,7 +23,7 @@ from clipcid_cli.steps.evaluate.report import write_summary
 from clipcid_cli.steps.evaluate.result import Preview, Previews, ZeroshotResult, ZeroshotResults
 from clipcid_cli.steps.evaluate.task_plan import plan_tasks
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
-from clipcid_cli.steps.model_choice import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.preflight import validate_samples
 from clipcid_cli.steps.settings.eval_zeroshot import EvalZeroshotSettings
 

@@ -30,6 +30,7 @@ from clipcid_cli.formats.data.benchmark import (
 )
 from clipcid_cli.formats.data.dataset import Dataset, open_dataset, open_described
 from clipcid_cli.formats.data.samples import ByteRange, Sample
+from clipcid_cli.formats.embeddings.sidecar import recorded_data
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.results.metrics import CLASSIFICATION
 from clipcid_cli.formats.skips import Skips
@@ -100,7 +101,7 @@ def find_data(settings: ExportSettings) -> Dataset | None:
     if settings.data is not None:
         return open_data(settings.data, settings)
     try:
-        return open_described(WorkDirectory(settings.work).find_data(), **settings.trust)
+        return open_described(recorded_data(WorkDirectory(settings.work).find_embeddings()), **settings.trust)
     except ClipcidError:
         # The data may have been moved since it was embedded, or the model comes from elsewhere; patterns will do.
         return None

@@ -6,7 +6,7 @@ import math
 
 from clipcid_cli.algorithms.metrics.parity import RowDifference
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.sidecar import Parity, RowParity
+from clipcid_cli.formats.models.export_sidecar import Parity, RowParity
 from clipcid_cli.steps.settings.export import ExportSettings
 
 # Largest differences allowed on unit rows. fp32: the order of summation. fp16, bf16: weights rounded to 11 or 8 bits in
