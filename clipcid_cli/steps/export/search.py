@@ -25,9 +25,9 @@ from clipcid_cli.runtime.pipeline import thread_map, threads_for_batches
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.encode import Decoded, Decoder
 from clipcid_cli.steps.export.check import Checker
-from clipcid_cli.steps.export.forms import describe_for_page, page_encoders, smallest_kind
 from clipcid_cli.steps.export.inputs import choose_samples, open_data
 from clipcid_cli.steps.export.limits import SEARCH, validate_parity
+from clipcid_cli.steps.export.web import describe_for_page, page_encoders, smallest_kind
 from clipcid_cli.steps.settings.export import ExportSettings
 
 _THUMBNAIL_SIDE = 192  # pixels
