@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from clipcid_cli.algorithms.costs import describe_clip
 from clipcid_cli.runtime.devices import DEVICES
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.names import find_config, parse_model
-from clipcid_cli.steps.doctor.measure import Process, WorkDisk, find_lock_problem
+from clipcid_cli.steps.doctor.measure import Process, WorkDisk, find_lock_problem, read_open_files
 from clipcid_cli.steps.doctor.needs import (
     Check,
     Situation,
@@ -104,6 +105,13 @@ def test_slow_products_slow_links_and_other_versions_are_named() -> None:
     other = dataclasses.replace(PROCESS, versions={"torch": "2.10"})
     assert check_versions([PROCESS, PROCESS]).verdict == "ok"
     assert check_versions([PROCESS, other]).problem == "process 1 has torch 2.10, the first has 2.9"
+
+
+def test_no_limit_of_open_files_is_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert read_open_files() > 1_000_000
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
+    assert read_open_files() == 256
 
 
 def test_a_lock_that_does_not_hold_is_found_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
