@@ -10,7 +10,9 @@ import msgspec
 
 from clipcid_cli.algorithms.costs import BATCH_OF_DEVICE, Clip, describe_clip
 from clipcid_cli.errors import ClipcidError, UsageError
-from clipcid_cli.formats.sidecar import BalanceSidecar, EmbedSidecar, read_sidecar, sidecar_path
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
+from clipcid_cli.formats.results.keep_list import BalanceSidecar
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.devices import DEVICES, THIS, Device, parse_devices
 from clipcid_cli.runtime.models.names import find_config, parse_model

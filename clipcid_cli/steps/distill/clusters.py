@@ -23,7 +23,7 @@ from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.samples import MatchCounts
-from clipcid_cli.steps.inputs import cluster_with, validate_teacher
+from clipcid_cli.steps.models import cluster_with, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 

@@ -15,10 +15,12 @@ from clipcid_cli.formats.data.dataset import Dataset, open_described
 from clipcid_cli.formats.data.index import SampleRef
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.rows import Kind, Rows
+from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar, recorded_data
 from clipcid_cli.formats.fingerprint import FileRecord, record
 from clipcid_cli.formats.results.boards import validate_board
 from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, SampleRows, open_rows
-from clipcid_cli.formats.sidecar import EmbedSidecar, PairingFigures, RepairFigures, read_sidecar, sidecar_path
+from clipcid_cli.formats.results.repair import PairingFigures, RepairFigures
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import Augmentation
@@ -38,17 +40,9 @@ from clipcid_cli.steps.distill.samples import (
 from clipcid_cli.steps.embed.encoder import Views
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.embed.run import ensure_embeddings
-from clipcid_cli.steps.inputs import (
-    ChosenKeepList,
-    advise_keys,
-    choose_embeddings,
-    choose_keep_list,
-    compare_keys,
-    embed_with,
-    find_mismatch,
-    open_teachers,
-    validate_teacher,
-)
+from clipcid_cli.steps.embeddings import advise_keys, compare_keys, open_teachers
+from clipcid_cli.steps.keep_list import ChosenKeepList, choose_keep_list
+from clipcid_cli.steps.models import choose_embeddings, embed_with, find_mismatch, validate_teacher
 from clipcid_cli.steps.repair import describe_pairing, judge_pairing, repair_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, configured
@@ -329,7 +323,7 @@ def _open_data(settings: DistillSettings, embeddings: Embeddings | None, scratch
     if settings.data is not None:
         dataset = open_named(settings, settings.data, work.indexes)
     else:
-        described = work.find_data(None if embeddings is None else embeddings.folder)
+        described = recorded_data(work.find_embeddings() if embeddings is None else embeddings.folder)
         dataset = open_described(described, work.indexes, **settings.trust)
         reporting.note(f"Data: {dataset.spec}, from which the embeddings were made.")
     if scratch is not None and dataset.index is None:

@@ -13,6 +13,7 @@ from clipcid_cli.formats.files import reading, write_json
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.boards import open_board
 from clipcid_cli.formats.results.run_folder import (
+    DistillSidecar,
     TrainingLog,
     checkpoint_path,
     list_checkpoints,
@@ -20,13 +21,12 @@ from clipcid_cli.formats.results.run_folder import (
     remove_old_checkpoints,
     write_checkpoint,
 )
-from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import DistContext, memory_in_use
 from clipcid_cli.runtime.libraries import keep_freed_memory
-from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.runtime.models.clip_model import ClipModel
+from clipcid_cli.runtime.models.views import Processor
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
 from clipcid_cli.steps.distill.evaluation import Evaluation
@@ -84,8 +84,8 @@ class Trainer:
         settings = plan.settings
         inputs = plan.inputs
         model = student.model
-        beside = None if teacher_model is None else Processor.of(teacher_model)
-        maker = BatchMaker(settings, inputs, Processor.of(model), beside, student.masking)
+        beside = None if teacher_model is None else Processor.from_model(teacher_model)
+        maker = BatchMaker(settings, inputs, Processor.from_model(model), beside, student.masking)
         width = model.info.embed_dim
         teacher = open_teacher(settings, inputs, teacher_model, width, context)
         self.objective = Objective.of(settings, inputs.trust, width, teacher, context)

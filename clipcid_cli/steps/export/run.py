@@ -13,14 +13,15 @@ from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import write_json, write_text
 from clipcid_cli.formats.fingerprint import FileRecord, hash_json, record, validate_unchanged
 from clipcid_cli.formats.models.export_folder import CARD, PARITY, WEB, list_written, sync_files, validate_export_folder
+from clipcid_cli.formats.models.export_sidecar import ExportSidecar, Parity
 from clipcid_cli.formats.models.web_folder import validate_packages, write_engine
 from clipcid_cli.formats.output import OutputSpec, is_claimed, open_output
-from clipcid_cli.formats.results.run_folder import RunFolder
-from clipcid_cli.formats.sidecar import DistillSidecar, ExportSidecar, Parity, read_sidecar, sidecar_path
+from clipcid_cli.formats.results.run_folder import DistillSidecar, RunFolder
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import open_dist_context
-from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import ModelName, parse_model
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
@@ -28,7 +29,7 @@ from clipcid_cli.steps.export.card import export_name, render_card
 from clipcid_cli.steps.export.check import SEARCH, Checker, find_classes, find_data, read_inputs, validate_measurable
 from clipcid_cli.steps.export.forms import PACKAGES, WRITERS, validate_forms
 from clipcid_cli.steps.export.search import Gallery, encode_gallery, find_gallery, write_gallery
-from clipcid_cli.steps.inputs import choose_model
+from clipcid_cli.steps.models import choose_model
 from clipcid_cli.steps.settings.export import ExportSettings
 from clipcid_cli.steps.settings.shared import output_settings
 
@@ -147,8 +148,8 @@ def _export(
     with open_output(spec) as output:
         if output.finished is not None and all((folder / name).exists() for name in output.finished.written):
             # Limits do not change the content, so an existing export is checked against those of this run.
-            for name, found in output.finished.parity.items():
-                checker.validate(name, found)
+            for form, recorded in output.finished.parity.items():
+                checker.validate(form, recorded)
             reporting.note(f"{folder} already holds this export.")
             return output.finished
         output.start()

@@ -191,6 +191,11 @@ class BalanceSettings(EmbeddingsSettings, TrainingDataSettings, GpuPlanSettings)
         return self.min_caption_similarity is not None or self.max_caption_similarity is not None
 
     @property
+    def writes_samples(self) -> bool:
+        """Whether the kept samples themselves are written."""
+        return self.write_shards is not None or self.write_data is not None
+
+    @property
     def reads_texts(self) -> bool:
         """Whether images are compared with their captions."""
         return self.has_window or self.select == "similarity"

@@ -9,7 +9,7 @@ import torch
 from balance_data import heard
 from teaching_data import write_captions, write_student
 
-from clipcid_cli.runtime.models.clip_model import load_model
+from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.names import parse_model
 from clipcid_cli.steps.distill import cost, run
 from clipcid_cli.steps.settings.distill import DistillSettings

@@ -13,12 +13,18 @@ from balance_data import heard
 from conftest import make_image, write_class_folders
 from sidecars import make_sidecar
 
-from clipcid_cli.errors import ClipcidError
+from clipcid_cli.errors import ClipcidError, UsageError
 from clipcid_cli.formats.data.benchmark import hash_lines
 from clipcid_cli.formats.files import write_json
-from clipcid_cli.formats.results.features import Features
-from clipcid_cli.formats.results.metrics import Metrics, predictions_path, write_metrics, write_predictions
-from clipcid_cli.formats.sidecar import EvaluationSidecar, LinesRecord
+from clipcid_cli.formats.results.features import ImageFeatures
+from clipcid_cli.formats.results.metrics import (
+    EvaluationSidecar,
+    LinesRecord,
+    Metrics,
+    predictions_path,
+    write_metrics,
+    write_predictions,
+)
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.steps.evaluate import linear as eval_linear
 from clipcid_cli.steps.evaluate import zeroshot as eval_zeroshot
@@ -95,6 +101,51 @@ def test_scores_of_other_prompts_are_told_apart(tmp_path: Path) -> None:
         compare(a, b)
 
 
+def write_answers(path: Path, model: str, right: int, images: int) -> Path:
+    """Write metrics and predictions of a model that has so many of its images right."""
+    kind = {"dataset": "d", "model": model, "pretrained": "p", "task": "zeroshot_classification", "language": "en"}
+    write_metrics(path, Metrics(**kind, metrics={"acc1": right / images}))
+    predicted = [0] * right + [1] * (images - right)
+    rows = {"key": [f"{image:04}" for image in range(images)], "label": [0] * images, "predicted": predicted}
+    rows |= {"top": [[0, 1]] * images, "scores": [[0.2, 0.1]] * images}
+    write_predictions(predictions_path(path), "classification", model, "d", 2, rows)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("right", "margin", "no_worse", "equivalent", "said"),
+    [
+        (902, None, None, None, "may be due to chance"),
+        (902, 1.0, True, True, "A (a) and B (b) are equivalent within 1 point"),
+        (902, 0.1, True, False, "B (b) is no worse than A (a) by 0.1 points"),
+        (895, 0.1, False, False, "A (a) is no worse than B (b) by 0.1 points"),
+        (880, 1.0, False, False, "A (a) is no worse than B (b) by 1 point"),
+        (880, 4.0, True, True, "equivalent within 4 points"),
+    ],
+)
+def test_a_margin_tells_no_worse_from_not_significant(
+    right: int, margin: float | None, no_worse: bool | None, equivalent: bool | None, said: str, tmp_path: Path
+) -> None:
+    files = [
+        str(write_answers(tmp_path / f"{name}.json", name, count, 1000)) for name, count in (("a", 900), ("b", right))
+    ]
+    with heard() as told:
+        answer = compare_results(EvalZeroshotSettings(model=files[0], data=(files[1],), compare=True, margin=margin))
+    judged = answer.differences["acc1"]
+    low, high = (100 * end for end in judged.interval)
+    assert (judged.no_worse, judged.equivalent) == (no_worse, equivalent)
+    if margin is not None:
+        assert (no_worse, equivalent) == (low > -margin, -margin < low and high < margin)
+    assert said in judged.verdict
+    assert answer.margin == margin
+    assert any("This compares two checkpoints, not two methods" in line for line in told)
+
+
+def test_a_margin_without_a_comparison_is_refused() -> None:
+    with pytest.raises(UsageError, match="--margin has no effect without --compare"):
+        EvalZeroshotSettings(model="m", data=("d",), margin=1.0)
+
+
 def test_a_pattern_of_models_is_matched_as_one_of_results(tiny_model: Path, tmp_path: Path) -> None:
     for name in ("s10", "s2", "[s]1"):
         shutil.copytree(tiny_model, tmp_path / "runs" / name)
@@ -113,16 +164,16 @@ def test_a_pattern_of_models_is_matched_as_one_of_results(tiny_model: Path, tmp_
         models(f"{runs}/x*")
 
 
-def make_images(counts: list[int], seed: int = 0) -> Features:
+def make_images(counts: list[int], seed: int = 0) -> ImageFeatures:
     """Make unit rows around one centre for each class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     centres = torch.randn(len(counts), 6, generator=torch.Generator().manual_seed(9))
     rows = 0.7 * centres[labels] + torch.randn(len(labels), 6, generator=generator)
-    return Features(torch.nn.functional.normalize(rows, dim=1), labels)
+    return ImageFeatures(torch.nn.functional.normalize(rows, dim=1), labels)
 
 
-def make_fits(images: Features, **settings: Any) -> ProbeFits:
+def make_fits(images: ImageFeatures, **settings: Any) -> ProbeFits:
     return ProbeFits({"train": images}, make_plan(int(images.labels.max()) + 1, **settings))
 
 
@@ -151,7 +202,7 @@ def test_few_shot_probes_see_no_image_that_chooses_their_strength() -> None:
 
 def test_a_best_strength_at_an_end_is_told_once_for_each_number_of_shots() -> None:
     # Classes that any strength tells apart: the strongest regularisation is taken, an end of the range.
-    apart = Features(torch.eye(2).repeat_interleave(20, dim=0), torch.arange(2).repeat_interleave(20))
+    apart = ImageFeatures(torch.eye(2).repeat_interleave(20, dim=0), torch.arange(2).repeat_interleave(20))
     with heard() as told:
         curve = make_fits(apart, shots="1,4", shot_repeats=3).few_shots(apart)
     assert [point.at_edge for point in curve] == [3, 3]
@@ -168,10 +219,10 @@ def test_what_cannot_be_drawn_or_held_out_is_refused() -> None:
         make_fits(make_images([20, 10]), shots="17")
     with pytest.raises(ClipcidError, match="none can be held out"):
         make_fits(make_images([1, 1]))
-    without = Features(torch.eye(4), torch.zeros(4, 2, dtype=torch.bool))
+    without = ImageFeatures(torch.eye(4), torch.zeros(4, 2, dtype=torch.bool))
     with pytest.raises(ClipcidError, match="No validation image has a class"):
         ProbeFits({"train": without, "val": without}, make_plan(2, "mean_average_precision"))
-    several = Features(torch.eye(4), torch.ones(4, 2, dtype=torch.bool))
+    several = ImageFeatures(torch.eye(4), torch.ones(4, 2, dtype=torch.bool))
     with pytest.raises(ClipcidError, match="to all training images or to none"):
         ProbeFits({"train": several}, make_plan(2, "mean_average_precision"))
 
