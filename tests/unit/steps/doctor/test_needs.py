@@ -95,6 +95,7 @@ def test_what_one_process_lacks_is_named_with_its_cure(changes: dict[str, Any], 
 
 def test_a_disk_that_cannot_save_in_time_or_at_all_is_named() -> None:
     assert checks_of(dataclasses.replace(DISK, written=5e7))["work, writing"].verdict == "slow"
+    assert checks_of(dataclasses.replace(DISK, created=1.0))["work, new file"].verdict == "slow"
     check = checks_of(measure_work_disk(Path("/proc")))["work, writing"]
     assert (check.verdict, check.figure) == ("fails", None)
     assert check.problem.startswith("cannot write: ")
