@@ -170,8 +170,8 @@ class Slice(Shard):
 
     def read(self, skips: Skips) -> Iterator[Sample]:
         """Yield the samples of a slice; count rows without a path or a key, and those whose key an earlier one has."""
-        for row in self.images.rows(self.index):
-            name = os.fsdecode(self.images.key_of(row))
+        for row_number, row in enumerate(self.images.rows(self.index), self.index * VIRTUAL_SHARD + 1):
+            name = os.fsdecode(self.images.key_of(row)) or f"row {row_number}"
             if not row["path"]:
                 skips.add("no_image", name)
             elif not row["key"]:
