@@ -248,7 +248,10 @@ def clean_captions(value: Any, skips: Skips) -> tuple[str, ...]:
     """Return the captions in a value of a field or cell: a text or several; of anything else none."""
     texts: Iterable[Any] = [value] if isinstance(value, str | bytes) else value if isinstance(value, Sequence) else ()
     cleaned = (_clean(text, skips) for text in texts if isinstance(text, str | bytes))
-    return _limit(tuple(islice(filter(None, cleaned), _MOST_CAPTIONS + 1)), skips)
+    captions = tuple(islice(filter(None, cleaned), _MOST_CAPTIONS + 1))
+    if count := sum("\n" in caption for caption in captions):
+        skips.change("several_lines", count)
+    return _limit(captions, skips)
 
 
 def _limit(captions: Sequence[str], skips: Skips) -> tuple[str, ...]:

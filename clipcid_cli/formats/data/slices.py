@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from clipcid_cli.formats.data.cells import Origin
-from clipcid_cli.formats.data.samples import ByteRange, Sample, gather_captions, split_captions
+from clipcid_cli.formats.data.samples import ByteRange, Sample, clean_captions, gather_captions, split_captions
 from clipcid_cli.formats.data.shard import ReadOptions, Shard
 from clipcid_cli.formats.files import read_regular
 from clipcid_cli.formats.fingerprint import FileRecord
@@ -137,7 +137,8 @@ class Images(ABC):
         """Return the sample of a row; its caption is read where it is a file of its own."""
         captions: tuple[str, ...] = ()
         if row["captions"] is not None:
-            captions = gather_captions(self.caption_columns, row["captions"], skips)
+            cells = [clean_captions(cell, skips) for cell in row["captions"]]
+            captions = gather_captions(self.caption_columns, cells, skips)
         if row["text"]:
             captions = self._read_text(os.fsdecode(row["text"]), skips)
         classes = row["classes"]

@@ -34,8 +34,8 @@ from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import open_named
-from clipcid_cli.steps.models import choose_embeddings, find_mismatch
-from clipcid_cli.steps.settings.embed import EmbedSettings
+from clipcid_cli.steps.models import choose_embeddings, find_embedded_model, find_mismatch
+from clipcid_cli.steps.settings.embed import DEFAULT_MODEL, EmbedSettings
 
 EMBED = "embed"
 """Name of the sidecar of embeddings."""
@@ -134,8 +134,8 @@ class EmbedPlan:
 
 def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
     """Look at the data, the model's name and the output."""
-    name = with_default_tag(parse_model(settings.model))
-    dataset = _open_data(settings)
+    name = with_default_tag(parse_model(_choose_model(settings)))
+    dataset = _open_data(settings, name)
     folder = settings.out or choose_embeddings(settings.work, name)
     if settings.text:
         if not _has_captions(dataset):
@@ -183,12 +183,23 @@ def _compare_reading(there: DataSpec, dataset: Dataset) -> dict[str, str]:
     return compare_settings(before, after)
 
 
-def _open_data(settings: EmbedSettings) -> Dataset:
+def _choose_model(settings: EmbedSettings) -> str:
+    """Return the model that was named; else that of the embeddings whose data is taken."""
+    if settings.model is not None:
+        return settings.model
+    model = find_embedded_model(WorkDirectory(settings.work)) if settings.data is None else None
+    if model is None:
+        return DEFAULT_MODEL
+    reporting.note(f"Model: {model}, that of the embeddings in {settings.work}.")
+    return model
+
+
+def _open_data(settings: EmbedSettings, name: ModelName) -> Dataset:
     """Open the data that was named, or else the data of which the work directory holds embeddings."""
     work = WorkDirectory(settings.work)
     if settings.data is None:
         try:
-            own = choose_embeddings(settings.work, with_default_tag(parse_model(settings.model)))
+            own = choose_embeddings(settings.work, name)
             described = recorded_data(own if sidecar_path(own, EMBED).exists() else work.find_embeddings())
         except ClipcidError as error:
             raise ClipcidError(
@@ -201,9 +212,9 @@ def _open_data(settings: EmbedSettings) -> Dataset:
     return open_named(settings, settings.data, work.indexes)
 
 
-def choose_text(settings: EmbedSettings) -> bool:
+def choose_text(settings: EmbedSettings, name: ModelName) -> bool:
     """Tell whether captions are embedded where nobody says so: where the data has some."""
-    dataset = _open_data(settings)
+    dataset = _open_data(settings, name)
     if _has_captions(dataset):
         return True
     reporting.note(f"{dataset.spec} has no captions{_name_keys(dataset)}: only its images are embedded.")
@@ -250,7 +261,7 @@ def _note_lines(dataset: Dataset) -> None:
     if count := skips.changed.get("several_lines"):
         reporting.note(
             f"{count:,} of the first {looked_at:,} samples have a caption of several lines, of which a model reads the "
-            "beginning; with --caption-lines each line is a caption."
+            "beginning; with --caption-lines each line of a .txt is a caption."
         )
 
 

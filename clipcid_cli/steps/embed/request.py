@@ -51,7 +51,7 @@ def ensure_embeddings(
             captions = {name: getattr(sidecar.made, name) for name in ("caption_key", "caption_lines")}
             request = dataclasses.replace(request, **captions)
     elif text is None and wanted:
-        request = dataclasses.replace(request, text=context.on_rank0(lambda: choose_text(request)))
+        request = dataclasses.replace(request, text=context.on_rank0(lambda: choose_text(request, name)))
     result = make_embeddings(request, context, "" if text else embed_images_first(request, name))
     if isinstance(result, EmbedCost):
         flags = settings.data_flags | {"work": settings.work, "text": None if request.text else False}
