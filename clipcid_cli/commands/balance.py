@@ -33,15 +33,19 @@ def show(result: BalanceResult | BalanceCost | EmbedCost, console: Console) -> N
     }
     is_filtered = any(part is not None for part in (result.against, result.caption_window, cap))
     repeats = "dropped repeats" if is_filtered else "dropped images"
-    facts["not covered"] = (
-        f"{result.uncovered_ratio:.1%} of the {repeats} are farther from their kept image than the cut-off"
-    )
+    if threshold is not None:
+        facts["not covered"] = (
+            f"{result.uncovered_ratio:.1%} of the {repeats} are farther from their kept image than the cut-off"
+        )
     if is_filtered:
         facts["dropped"] = _format_dropped(result)
     if other is not None:
         before = "" if cap is None else " before clusters are capped"
+        of = f"of {count(result.images, 'image')} "
+        if result.searched < result.images:
+            of = f"of the {result.searched:,} left "
         facts[f"with {other.linkage}"] = (
-            f"{other.kept:,} ({other.kept / result.searched:.1%}) would be kept at this cut-off{before}, "
+            f"{other.kept:,} {of}({other.kept / result.searched:.1%}) would be kept at this cut-off{before}, "
             f"and {other.uncovered_ratio:.1%} of the {repeats} would not be covered"
         )
     elif threshold is not None:

@@ -359,8 +359,9 @@ def _train(plan: ClusterPlan, context: DistContext, progress: Path) -> LloydStat
         return LloydState(torch.from_numpy(saved["centroids"]), iterations, bool(saved["converged"]))
 
     state = context.on_rank0(begin)
-    used = "all images" if len(trained) == num_rows else f"{len(trained):,} of {num_rows:,} images (--train-rows)"
-    reporting.note(f"Centroids are computed from {used}.")
+    used = f"{len(trained):,}" if len(trained) < num_rows else "all"
+    given = " (--train-rows)" if len(trained) < num_rows else ""
+    reporting.note(f"Centroids are computed from {used} of the {num_rows:,} images{given}.")
     states = run_lloyd(
         trained,
         state,

@@ -76,8 +76,10 @@ def run_chunks(run: BalanceRun, search: Search) -> Edges:
     place = search.place(run)
     saved = context.on_rank0(lambda: _survey(place))
     done = set(chain.from_iterable(saved.values()))
-    if done:
+    if 0 < len(done) < num_chunks:
         reporting.note(f"Resuming the search: {len(done):,} of {num_chunks:,} parts are done.")
+    elif done:
+        reporting.note("All comparisons were made before.")
     left = [chunk for chunk in range(num_chunks) if chunk not in done]
     if left:
         _search(run, search, left, place, _merge(run, search, place, saved) if saved else None)
