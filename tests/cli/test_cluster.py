@@ -110,7 +110,7 @@ def test_a_damaged_part_of_a_killed_run_is_computed_again(clipcid: Clipcid, embe
 def test_centroids_of_some_rows_serve_all(clipcid: Clipcid, embeddings: Path, tmp_path: Path) -> None:
     arguments = ["cluster", "--embeddings", embeddings, "--num-clusters", 20, "--train-rows"]
     run = clipcid(*arguments, 300)
-    assert "300 of 900 images (--train-rows)" in run.said
+    assert "300 of the 900 images (--train-rows)" in run.said
     found = open_clusters(run.cwd / "clipcid-work" / "clusters")
     # A centroid is the direction of the mean of a third of the rows, so it is not that of all rows assigned to it.
     rows, centroids = make_rows(1).astype(np.float64), found.centroids.astype(np.float64)

@@ -33,7 +33,6 @@ from clipcid_cli.algorithms.near.exact import (
     edge_weights,
     exact_dots,
 )
-from clipcid_cli.algorithms.near.plan import Job
 
 # Tells, from rows a, rows b and lower bounds of their distances, which pairs are worth computing.
 Wants = Callable[[IntArray, IntArray, FloatArray], BoolArray]
@@ -60,11 +59,11 @@ class Crowding:
 
 
 def search_jobs(
-    jobs: Iterable[Job], load: Callable[[int], Block], cutoff: float, wants: Wants
-) -> Iterator[tuple[Job, Iterator[Edges]]]:
+    jobs: Iterable[tuple[int, int]], load: Callable[[int], Block], cutoff: float, wants: Wants
+) -> Iterator[tuple[tuple[int, int], Iterator[Edges]]]:
     """Search as :func:`near_pairs` the panels of each job; on a GPU each is queued before the one before it is read."""
     crowding = Crowding()
-    queued: tuple[Job, Iterator[Edges]] | None = None
+    queued: tuple[tuple[int, int], Iterator[Edges]] | None = None
     for job in jobs:
         pairs = near_pairs(load(job[0]), load(job[1]), cutoff, wants, crowding)
         if queued is not None:
