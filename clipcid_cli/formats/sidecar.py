@@ -70,25 +70,6 @@ class DataSpec(msgspec.Struct, omit_defaults=True):
     list_encoding: str | None = None
 
 
-class ModelRecord(msgspec.Struct, kw_only=True):
-    """The model that made embeddings: the fields of `ModelInfo`, and the scale and bias of its cosines."""
-
-    spec: str
-    weights_hash: str
-    slug: str = ""
-    architecture: str | None = None
-    tag: str | None = None
-    preprocess: dict[str, Any] = {}
-    context_length: int = 0
-    embed_dim: int = 0
-    image_size: tuple[int, int] = (0, 0)
-    parameters: int = 0
-    tokenizer: str = ""
-    config: dict[str, Any]
-    logit_scale: float | None = None
-    logit_bias: float | None = None
-
-
 def sidecar_path(folder: Path, step: str) -> Path:
     """Return the path of the sidecar of a step's output."""
     return folder / f"{step}.json"

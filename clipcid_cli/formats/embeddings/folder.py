@@ -26,7 +26,8 @@ from clipcid_cli.formats.fingerprint import (
 )
 from clipcid_cli.formats.join import Listing, Values
 from clipcid_cli.formats.parquet import column_names, read_columns, read_first_column, replace_invalid
-from clipcid_cli.formats.sidecar import ModelRecord, run_again, sidecar_path
+from clipcid_cli.formats.sidecar import run_again, sidecar_path
+from clipcid_cli.records import ModelRecord
 
 # Names generated at once for rows without keys: Python's strings take several times the memory of Arrow's.
 _NAMES_AT_ONCE = 65_536

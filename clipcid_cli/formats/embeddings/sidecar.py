@@ -10,7 +10,8 @@ import msgspec
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.files import reading
 from clipcid_cli.formats.fingerprint import FileRecord
-from clipcid_cli.formats.sidecar import DataSpec, ModelRecord, Sidecar, read_sidecar, run_again, sidecar_path
+from clipcid_cli.formats.sidecar import DataSpec, Sidecar, read_sidecar, run_again, sidecar_path
+from clipcid_cli.records import ModelRecord
 
 
 class EmbedMade(msgspec.Struct):

@@ -26,8 +26,9 @@ from clipcid_cli.formats.arrays import load_arrays
 from clipcid_cli.formats.files import atomic_file, reading
 from clipcid_cli.formats.fingerprint import FileRecord, validate_unchanged
 from clipcid_cli.formats.parquet import count_rows, read_columns
-from clipcid_cli.formats.sidecar import ModelRecord, Sidecar, read_sidecar, run_again, sidecar_path
+from clipcid_cli.formats.sidecar import Sidecar, read_sidecar, run_again, sidecar_path
 from clipcid_cli.formats.work_directory import CLUSTERS
+from clipcid_cli.records import ModelRecord
 
 CENTROIDS = "centroids.npy"
 PROGRESS = ".progress.npz"

@@ -22,9 +22,10 @@ from PIL import Image
 from clipcid_cli.errors import UsageError
 from clipcid_cli.formats.data.samples import Sample
 from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.records import hash_preprocess
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.models.augment import STRONG, Augmentation, choose_view
-from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess, normalize_pixels
+from clipcid_cli.runtime.models.clip_model import ClipModel, normalize_pixels
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.towers import Towers
 from clipcid_cli.runtime.models.views import (

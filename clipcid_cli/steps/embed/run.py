@@ -31,7 +31,6 @@ from clipcid_cli.formats.sidecar import sidecar_path
 from clipcid_cli.formats.skipped import SKIPPED, skipped_file
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime.distributed import DistContext, open_dist_context
-from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.names import ModelName, parse_model, with_default_tag
 from clipcid_cli.runtime.pipeline import estimate_host_memory, thread_map, threads_for_batches
 from clipcid_cli.runtime.timing import time_trial, timed
@@ -273,7 +272,7 @@ def _commit(
     speed = round(embedded / elapsed, 1) if embedded else None
     written = [output.work / name for name in (MANIFEST, SKIPPED)]
     outputs = [record(path, output.work) for path in written if path.exists()]
-    model = _describe_model(encoder.model)
+    model = encoder.model.info
     return output.commit(
         outputs=outputs,
         model=model,
@@ -300,11 +299,6 @@ def _count_images(plan: EmbedPlan, records: Sequence[ShardRecord], skips: Skips)
     counts = {"read": read, "skipped": dict(sorted(skips.counts.items())), **adapted, **captions}
     truncation = plan.dataset.truncation
     return counts if truncation is None else counts | {"missing_fraction": round(truncation.fraction, 4)}
-
-
-def _describe_model(model: ClipModel) -> dict[str, Any]:
-    found = dataclasses.asdict(model.info) | {"logit_scale": model.logit_scale}
-    return found if model.logit_bias is None else found | {"logit_bias": model.logit_bias}
 
 
 def _describe(plan: EmbedPlan, sidecar: EmbedSidecar) -> EmbedResult:
