@@ -99,11 +99,14 @@ def read_sidecar(path: Path, kind: type[AnySidecar], fix: str | None = None) -> 
         return msgspec.convert(content, kind)
 
 
-def run_again(step: str, sidecar: Sidecar | None, **flags: Any) -> str:
-    """Return the fix that makes an output anew: the flags to add to its command, which is shown as it was typed."""
-    fix = f"Run {step} again with {flag_words(**flags, overwrite=True)}"
+def run_again(step: str, sidecar: Sidecar | None, or_else: str = "", **flags: Any) -> str:
+    """Return the fix that makes an output anew: the flags to add to its command, which is shown as it was typed.
+
+    `or_else` is another remedy, a line.
+    """
+    again = f"Run {step} again with {flag_words(**flags, overwrite=True)}."
     command = [] if sidecar is None else sidecar.command
-    return "\n".join(filter(None, [f"{fix}.", made_by("The output that is there was", command)]))
+    return "\n".join(filter(None, [again, or_else, made_by("The output that is there was", command)]))
 
 
 def write_sidecar(path: Path, sidecar: Sidecar) -> None:

@@ -65,7 +65,7 @@ COPY = "Or copy the rows to another folder, without embed.json, and name that on
 
 def read_embed_sidecar(folder: Path) -> EmbedSidecar | None:
     """Read the sidecar of a folder of embeddings; None when there is none."""
-    return read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar, f"{run_again('embed', None)}\n{COPY}")
+    return read_sidecar(sidecar_path(folder, "embed"), EmbedSidecar, run_again("embed", None, COPY))
 
 
 def recorded_data(folder: Path) -> DataSpec:
