@@ -27,7 +27,8 @@ from clipcid_cli.steps.distill.student import batch_norms
 from clipcid_cli.steps.encode import Decoded, Decoder, Encoded
 from clipcid_cli.steps.evaluate.measure import measure
 from clipcid_cli.steps.evaluate.model import EvaluatedModel, TaskRows
-from clipcid_cli.steps.evaluate.tasks import ZeroshotTask, plan_tasks
+from clipcid_cli.steps.evaluate.task_plan import plan_tasks
+from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
 from clipcid_cli.steps.reporting import Reporter, reporting_to
 from clipcid_cli.steps.settings.distill import DistillSettings
