@@ -32,12 +32,12 @@ from clipcid_cli.formats.output import Output, OutputSpec, find_output, is_claim
 from clipcid_cli.formats.results.clusters import (
     CENTROIDS,
     PROGRESS,
+    ClusterParts,
     ClusterSidecar,
     join_parts,
     map_tops,
     part_arrays,
     part_bounds,
-    part_path,
     read_label_parts,
     top_paths,
 )
@@ -390,7 +390,8 @@ def _assign(plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor,
     """Write the parts of the table that are not there yet, or damaged, dealt to the processes."""
     bounds = part_bounds(len(plan.rows))
     mine = range(context.rank, len(bounds), context.size)
-    left = [part for part in mine if load_arrays(part_path(folder, part)) is None]
+    parts = ClusterParts(folder)
+    left = [part for part in mine if parts.read(part) is None]
     centroids_KD = centroids_KD.to(context.device)
     size = _ROWS_AT_ONCE[context.device.type]
     blocks = (
@@ -414,7 +415,7 @@ def _assign(plan: ClusterPlan, context: DistContext, centroids_KD: torch.Tensor,
         for part, blocks_of_part in itertools.groupby(nearest, key=itemgetter(0)):
             pieces = [arrays for _, arrays in blocks_of_part]
             arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-            save_arrays(part_path(folder, part), arrays)
+            parts.append(part, arrays)
             progress.advance(bounds[part][1] - bounds[part][0])
     context.barrier()
 

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from clipcid_cli.errors import ClipcidError, command_line
 from clipcid_cli.formats.embeddings.sidecar import EmbedSidecar
-from clipcid_cli.formats.sidecar import ModelRecord, read_sidecar, sidecar_path
+from clipcid_cli.formats.sidecar import read_sidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
+from clipcid_cli.records import ModelRecord
 from clipcid_cli.runtime.models.names import (
     CONFIG_NAME,
     ModelName,

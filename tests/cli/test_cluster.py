@@ -15,7 +15,7 @@ from balance_data import write_embeddings
 from conftest import Clipcid
 from sidecars import unfinish
 
-from clipcid_cli.formats.results.clusters import open_clusters, part_path
+from clipcid_cli.formats.results.clusters import open_clusters
 
 NUM_ROWS, WIDTH, NUM_CLUSTERS = 900, 48, 40
 KEYS = [f"{row:06d}" for row in range(NUM_ROWS)]
@@ -102,7 +102,9 @@ def test_a_damaged_part_of_a_killed_run_is_computed_again(clipcid: Clipcid, embe
     clipcid(*command, cwd=embeddings.parent)
     work = embeddings.parent / "clipcid-work"
     expected = hash_outputs(work)
-    part_path(unfinish(work / "clusters", "cluster"), 0).write_bytes(b"half")
+    parts = unfinish(work / "clusters", "cluster") / ".parts"
+    parts.mkdir()
+    (parts / "000.npz").write_bytes(b"half")
     clipcid(*command, cwd=embeddings.parent)
     assert hash_outputs(work) == expected
 

@@ -345,6 +345,6 @@ def _config_folder() -> Path:
 
 
 def hash_weights(path: Path) -> str:
-    """Hash a weights file, as `ModelInfo.weights_hash` records it."""
+    """Hash a weights file, as `ModelRecord.weights_hash` records it."""
     with path.open("rb") as file:
         return "blake2b:" + hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

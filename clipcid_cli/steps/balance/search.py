@@ -26,7 +26,7 @@ from clipcid_cli.algorithms.near.search import search_jobs
 from clipcid_cli.algorithms.sets.forest import ForestSink
 from clipcid_cli.algorithms.sets.sinks import NearestOf, PairsWithin
 from clipcid_cli.errors import ClipcidError
-from clipcid_cli.formats.arrays import Arrays, load_arrays, save_arrays
+from clipcid_cli.formats.arrays import Arrays, array_journal
 from clipcid_cli.runtime.distributed import memory_for_rows
 from clipcid_cli.runtime.timing import SavePace
 from clipcid_cli.steps import reporting
@@ -117,6 +117,7 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path, known
     mine = np.concatenate(stretches).tolist()
     # Adding up the pairs of hundreds of millions of jobs would take minutes; most compare nearly equal numbers.
     total = plan.num_pairs * len(mine) // plan.num_chunks
+    journal = array_journal(place)
     pace = SavePace(expected=0.0)
     since = list[int]()
     with reporting.progress(search.label, total, "pairs") as progress:
@@ -130,7 +131,7 @@ def _search(run: BalanceRun, search: Search, left: list[int], place: Path, known
                 with pace.saving():
                     edges = sink.drain()
                     arrays = {"chunks": since, "a": edges.a, "b": edges.b, "weight": edges.weight}
-                    save_arrays(place / f"{since[0]}.npz", arrays)
+                    journal.append(str(since[0]), arrays)
                 since = []
 
 
@@ -141,10 +142,10 @@ def _survey(place: Path) -> dict[str, list[int]]:
     """
     readable = dict[str, list[int]]()
     done = set[int]()
-    for path in sorted(place.glob("*.npz")):
-        saved = load_arrays(path)
-        if saved is not None and done.isdisjoint(chunks := saved["chunks"].tolist()):
-            readable[path.name] = chunks
+    for name, saved in array_journal(place).parts():
+        chunks = saved["chunks"].tolist()
+        if done.isdisjoint(chunks):
+            readable[name] = chunks
             done.update(chunks)
     return readable
 
@@ -152,13 +153,14 @@ def _survey(place: Path) -> dict[str, list[int]]:
 def _merge(run: BalanceRun, search: Search, place: Path, names: Iterable[str]) -> Edges:
     """Return what files hold together; the same on every process."""
     context = run.context
+    journal = array_journal(place)
     sink = search.new_sink()
 
     def load() -> None:
         for name in list(names)[context.rank :: context.size]:
-            saved = load_arrays(place / name)
+            saved = journal.read(name)
             if saved is None:
-                raise ClipcidError(f"{place / name} can no longer be read.", "Run the same command again.")
+                raise ClipcidError(f"{journal.path(name)} can no longer be read.", "Run the same command again.")
             sink.add(Edges(saved["a"], saved["b"], saved["weight"]))
 
     def result() -> Arrays:

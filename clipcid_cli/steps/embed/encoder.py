@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from clipcid_cli.formats.embeddings.rows import Kind
+from clipcid_cli.records import hash_preprocess
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess
+from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.runtime.models.load import load_model
 from clipcid_cli.runtime.models.towers import Towers
 from clipcid_cli.runtime.models.views import Renderer

@@ -20,7 +20,6 @@ from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.skipped import SKIPPED
 from clipcid_cli.formats.skips import Skips
-from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import note_captions
 from clipcid_cli.steps.embed.encoder import EmbedEncoder
@@ -98,7 +97,7 @@ def commit(
     speed = round(embedded / elapsed, 1) if embedded else None
     written = [output.work / name for name in (MANIFEST, SKIPPED)]
     outputs = [record(path, output.work) for path in written if path.exists()]
-    model = _describe_model(encoder.model)
+    model = encoder.model.info
     return output.commit(
         outputs=outputs,
         model=model,
@@ -125,8 +124,3 @@ def _count_images(plan: EmbedPlan, records: Sequence[ShardRecord], skips: Skips)
     counts = {"read": read, "skipped": dict(sorted(skips.counts.items())), **adapted, **captions}
     truncation = plan.dataset.truncation
     return counts if truncation is None else counts | {"missing_fraction": round(truncation.fraction, 4)}
-
-
-def _describe_model(model: ClipModel) -> dict[str, Any]:
-    described = dataclasses.asdict(model.info) | {"logit_scale": model.logit_scale}
-    return described if model.logit_bias is None else described | {"logit_bias": model.logit_bias}
