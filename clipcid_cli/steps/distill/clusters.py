@@ -12,6 +12,7 @@ import torch
 
 from clipcid_cli.algorithms.losses.batch import ClusterTargets
 from clipcid_cli.algorithms.losses.cluster import ProjectedCentroids, draw_candidates, mean_centroids, soft_labels
+from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import FileRecord, record
@@ -22,6 +23,7 @@ from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.samples import MatchCounts
+from clipcid_cli.steps.distill.teachers import OnlineTeacher, Teacher
 from clipcid_cli.steps.inputs import cluster_with, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 
@@ -150,6 +152,22 @@ def _validate_repair(settings: DistillSettings, clusters: Clusters, embeddings: 
         f"The clusters in {clusters.folder} are of {of}, and this run has its teacher {now}.",
         _cluster_again(settings, clusters, embeddings, repair=settings.repair),
     )
+
+
+def open_lookup(
+    settings: DistillSettings,
+    chosen: ChosenClusters,
+    teacher: Teacher,
+    axes: PrincipalAxes | None,
+    table_rows: Column,
+    device: torch.device,
+) -> ClusterLookup:
+    """Make clusters ready for training, in the space of the teacher's principal `axes` where it is cut to them."""
+    if isinstance(teacher, OnlineTeacher):
+        fix = cluster_with(teacher.name, settings)
+        validate_width(chosen.files, f"teacher {teacher.name.spec}", teacher.width, fix)
+    centroids = ProjectedCentroids(chosen.files.centroids, axes, device)
+    return ClusterLookup(centroids, table_rows, chosen.towers, settings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,15 +15,15 @@ from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.formats.sidecar import DistillSidecar, sidecar_path
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
-from clipcid_cli.runtime.models.clip_model import ClipModel, hash_preprocess
+from clipcid_cli.runtime.models.clip_model import hash_preprocess
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import SHARDS_MIXED
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.evaluation import plan_evaluation, zeroshot_settings
-from clipcid_cli.steps.distill.inputs import Inputs, find_inputs, named_teachers
+from clipcid_cli.steps.distill.inputs import Inputs, find_inputs
 from clipcid_cli.steps.distill.own_losses import load_own_loss
+from clipcid_cli.steps.distill.stored import named_teachers
 from clipcid_cli.steps.distill.student import Student
-from clipcid_cli.steps.distill.teacher import describe_weights
 from clipcid_cli.steps.evaluate.tasks import ZeroshotTask
 from clipcid_cli.steps.evaluate.zeroshot import ZeroshotPlan
 from clipcid_cli.steps.inputs import NO_KEEP_LIST, choose_embeddings
@@ -64,8 +64,13 @@ class DistillPlan:
         """Steps of the whole run."""
         return self.recipe.steps
 
-    def identify(self, student: Student, teacher: ClipModel | None) -> OutputSpec[DistillSidecar]:
-        """Say what decides the output, given the student and the teacher that runs alongside it."""
+    def loaded(self, context: DistContext) -> DistillPlan:
+        """Load the teacher, where it runs alongside the student; call it on every process."""
+        teacher = self.inputs.teacher.loaded(self.settings, context)
+        return dataclasses.replace(self, inputs=dataclasses.replace(self.inputs, teacher=teacher))
+
+    def identify(self, student: Student) -> OutputSpec[DistillSidecar]:
+        """Say what decides the output, given the student."""
         settings, inputs = self.settings, self.inputs
         identity = output_settings(settings)
         # Data and teacher are inputs, identified by their content, however they were named.
@@ -73,12 +78,13 @@ class DistillPlan:
             del identity[name]
         info = student.model.info
         clusters = inputs.clusters
+        losses = settings.losses(inputs.teacher.judgement.trust)
         identity |= {
             "preset": settings.chosen_preset,
             "precision": student.precision.name,
             "warmup": self.recipe.warmup,
             "lr": self.recipe.lr,
-            "losses": {name: dataclasses.asdict(weight) for name, weight in settings.losses(inputs.trust).items()},
+            "losses": {name: dataclasses.asdict(weight) for name, weight in losses.items()},
             "student": {
                 "config": info.config,
                 "weights": info.weights_hash,
@@ -101,7 +107,7 @@ class DistillPlan:
             "distill",
             DistillSidecar,
             settings=identity,
-            inputs=inputs.fingerprints + ([] if teacher is None else [describe_weights(teacher)]),
+            inputs=inputs.fingerprints + inputs.teacher.describe_weights(),
             overwrite=settings.overwrite,
             elsewhere="--name",
         )
@@ -142,7 +148,7 @@ def make_plan(
     """Plan a run, on the first process."""
     inputs = find_inputs(settings, embeddings, scratch)
     batch_size = choose_batch_size(settings, inputs.training.total, context)
-    extra_texts = inputs.num_extra_texts(batch_size)
+    extra_texts = inputs.teacher.num_extra_texts(batch_size)
     if extra_texts % context.size:
         raise UsageError(
             f"--extra-texts {extra_texts} does not divide among {context.size} processes.",
@@ -240,7 +246,7 @@ def _choose_recipe(
     if lr is None:
         width = student.model.info.embed_dim
         trained = student.starts_trained
-        losses = settings.loss_entries(inputs.trust)
+        losses = settings.loss_entries(inputs.teacher.judgement.trust)
         lr, reason = default_rate(losses, settings.optimizer, batch_size, width, trained=trained)
         reporting.note(f"Learning rate: {lr:g} ({reason}).")
     return Recipe(

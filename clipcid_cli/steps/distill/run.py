@@ -22,13 +22,12 @@ from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.claim import claim_output, scratch_folder
 from clipcid_cli.steps.data_index import warn_of_copies
-from clipcid_cli.steps.distill.cost import DistillCost, estimate_cost
-from clipcid_cli.steps.distill.inputs import find_embeddings
+from clipcid_cli.steps.distill.cost import DistillCost, measure_cost
 from clipcid_cli.steps.distill.plan import make_plan, validate_named
 from clipcid_cli.steps.distill.report import write_report
 from clipcid_cli.steps.distill.samples import list_skipped
+from clipcid_cli.steps.distill.stored import find_embeddings
 from clipcid_cli.steps.distill.student import load_student, write_students
-from clipcid_cli.steps.distill.teacher import load_online_model
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.embed.result import EmbedCost
 from clipcid_cli.steps.evaluate.result import ZeroshotResult, ZeroshotResults
@@ -67,13 +66,13 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
             return embeddings
         plan = context.on_rank0(lambda: make_plan(settings, student, embeddings, tasks, scratch, context))
         warn_of_copies(plan.inputs.dataset, context)
-        teacher = load_online_model(plan.inputs, context)
+        plan = plan.loaded(context)
         folder = plan.folder
-        spec = plan.identify(student, teacher)
+        spec = plan.identify(student)
         if settings.dry_run:
             context.on_rank0(lambda: find_output(spec))
             validate_samples(plan.inputs.dataset, context, settings, dry_run=True)
-            cost = estimate_cost(Trainer(plan, student, teacher, context))
+            cost = measure_cost(Trainer(plan, student, context))
             cost.evaluations = plan.evaluations.preview()
             return cost
         with claim_output(context, spec) as output:
@@ -86,7 +85,7 @@ def run(settings: DistillSettings) -> Distilled | DistillCost | EmbedCost:
                 # An unfinished run without a checkpoint may have ended because of what this finds.
                 if not (output.resumed and context.on_rank0(lambda: list_checkpoints(folder.checkpoints))):
                     validate_samples(plan.inputs.dataset, context, settings, dry_run=False)
-                trainer = Trainer(plan, student, teacher, context, output)
+                trainer = Trainer(plan, student, context, output)
                 first = trainer.state.step
                 seconds = {"prepare": time.perf_counter() - started}
                 with closing(trainer.log):  # after the sidecar: a board may wait for a network
@@ -146,10 +145,11 @@ def write(
     }
     if trainer.evaluation.held_out is not None:
         result["chance"] = trainer.evaluation.held_out.chance
-    if inputs.repair is not None and inputs.repair.repaired:
-        result["repair"] = msgspec.to_builtins(inputs.repair)
-    if inputs.pairing is not None:
-        result["pairing"] = msgspec.to_builtins(inputs.pairing)
+    judgement = inputs.teacher.judgement
+    if judgement.repair is not None and judgement.repair.repaired:
+        result["repair"] = msgspec.to_builtins(judgement.repair)
+    if judgement.pairing is not None:
+        result["pairing"] = msgspec.to_builtins(judgement.pairing)
     return output.commit(
         counts={
             "read": inputs.usable.read,
@@ -159,7 +159,7 @@ def write(
         },
         seconds=seconds,
         outputs=[
-            *(record(file, folder.path) for each in written for file in sorted(each.iterdir())),
+            *(record(file, folder.path) for student in written for file in sorted(student.iterdir())),
             *(record(file, folder.path) for file in (folder.held_out, *([folder.skipped] if has_skipped else []))),
         ],
         model={"spec": info.spec, "parameters": info.parameters, "embed_dim": info.embed_dim},

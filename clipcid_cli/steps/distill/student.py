@@ -23,7 +23,7 @@ from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.models.towers import freeze, image_tower_kind
 from clipcid_cli.runtime.precision import Precision, choose_precision, fast_attention
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.distill.batches import TrainingBatch
+from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.steps.settings.distill import DistillSettings
 from clipcid_cli.training.gradients import Features, GradCache
 from clipcid_cli.training.train_state import TrainState

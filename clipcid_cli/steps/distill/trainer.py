@@ -26,15 +26,16 @@ from clipcid_cli.runtime import interruption
 from clipcid_cli.runtime.distributed import DistContext, memory_in_use
 from clipcid_cli.runtime.libraries import keep_freed_memory
 from clipcid_cli.runtime.models.augment import Processor
-from clipcid_cli.runtime.models.clip_model import ClipModel
 from clipcid_cli.steps import reporting
-from clipcid_cli.steps.distill.batches import Batches, BatchMaker, TrainingBatch
+from clipcid_cli.steps.distill.batches import Batches, BatchMaker
+from clipcid_cli.steps.distill.clusters import open_lookup
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.plan import DistillPlan
+from clipcid_cli.steps.distill.space import choose_space
 from clipcid_cli.steps.distill.step import SentRecord, StepRecord, TrainStep
 from clipcid_cli.steps.distill.student import Student, batch_norms
-from clipcid_cli.steps.distill.teacher import open_teacher
+from clipcid_cli.steps.distill.training_batch import TrainingBatch
 from clipcid_cli.training.train_state import TrainState
 
 # Every so many steps the processes tell each other whether a signal asks one of them to end. What they exchange stays on the
@@ -71,7 +72,6 @@ class Trainer:
         self,
         plan: DistillPlan,
         student: Student,
-        teacher_model: ClipModel | None,
         context: DistContext,
         output: Output[DistillSidecar] | None = None,
     ) -> None:
@@ -84,11 +84,15 @@ class Trainer:
         settings = plan.settings
         inputs = plan.inputs
         model = student.model
-        beside = None if teacher_model is None else Processor.of(teacher_model)
-        maker = BatchMaker(settings, inputs, Processor.of(model), beside, student.masking)
+        teacher = inputs.teacher
         width = model.info.embed_dim
-        teacher = open_teacher(settings, inputs, teacher_model, width, context)
-        self.objective = Objective.of(settings, inputs.trust, width, teacher, context)
+        space = choose_space(settings, teacher, width, context)
+        clusters = None
+        if inputs.clusters is not None:
+            table_rows = inputs.training.column("clusters")
+            clusters = open_lookup(settings, inputs.clusters, teacher, space.axes, table_rows, context.device)
+        teacher.prepare(settings)
+        self.objective = Objective.of(settings, width, teacher, space, context)
         reporting.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
         self.state = TrainState(
             model.module, self.objective.parameters, plan.recipe, student.precision.dtype, ema=settings.ema
@@ -101,7 +105,7 @@ class Trainer:
                 "The student has batch normalisation, whose statistics are computed for each part of a batch: "
                 "--accum-freq and several processes change what it learns."
             )
-        clusters = None if teacher is None else teacher.clusters
+        maker = BatchMaker(settings, inputs, Processor.of(model), student.masking)
         self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, context)
         self.evaluation = Evaluation(inputs, model, plan.evaluations, context)
         board = None
