@@ -12,6 +12,7 @@ from rich.text import Text
 from clipcid_cli.shown import plain
 
 _GAP = 2
+_INDENT = 4  # of the rest of a row, below its first columns
 _UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 1000}
 _PART = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\]"""  # of a word, as a shell reads it
 _WORD = re.compile(rf"(?:{_PART}|\S)+")
@@ -87,25 +88,51 @@ def print_facts(console: Console, title: str, facts: dict[str, str], files: dict
 def print_table(
     console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
 ) -> None:
-    """Print a table, or where it is wider than the terminal, a ``column: value`` line for each cell.
+    """Print a table.
+
+    Where it is wider than the terminal, as many of the first columns as must stand on lines of their own, above the
+    rest of their row; where that does not help, a ``column: value`` line for each cell.
 
     The first `left` columns are aligned left; the others are numbers and aligned right.
     """
     console.print(Text(plain(title), style="bold"), soft_wrap=True)
-    columns, *rows = ([plain(cell) for cell in row] for row in [columns, *rows])
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    if sum(widths) + _GAP * (len(widths) - 1) <= console.width:
-        for number, row in enumerate([columns, *rows]):
-            cells = [
-                cell.ljust(width) if index < left else cell.rjust(width)
-                for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            tail = (" " * _GAP).join(["", *cells[1:]]).rstrip()
-            text = Text.assemble((cells[0], "cyan" if number else ""), tail, style="" if number else "bold")
-            console.print(text, soft_wrap=True)
+    lines = [[plain(cell) for cell in row] for row in [columns, *rows]]
+    above = _count_above(lines, left, console.width)
+    if above is None:
+        _print_cells(lines, console)
         return
-    for number, row in enumerate(rows):
-        if number:
+    indent = " " * _INDENT if above else ""
+    widths = [max(map(len, cells)) for cells in list(zip(*lines, strict=True))[above:]]
+    previous = None
+    for index, line in enumerate(lines):
+        names = (" " * _GAP).join(line[:above])
+        if above and names != previous:
+            console.print(Text(names, style="cyan" if index else "bold"), soft_wrap=True)
+        previous = names
+        cells = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line[above:], widths, strict=True), above)
+        ]
+        first = Text(cells[0], style="" if above or not index else "cyan")
+        rest = (" " * _GAP).join(["", *cells[1:]]).rstrip()
+        console.print(Text.assemble(indent, first, rest, style="" if index else "bold"), soft_wrap=True)
+
+
+def _count_above(lines: Sequence[Sequence[str]], left: int, width: int) -> int | None:
+    """Return how many of the first columns must stand above the others for a table to fit; None where it never does."""
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for above in range(min(left, len(widths) - 1) + 1):
+        rest = widths[above:]
+        if sum(rest) + _GAP * (len(rest) - 1) + _INDENT * (above > 0) <= width:
+            return above
+    return None
+
+
+def _print_cells(lines: Sequence[Sequence[str]], console: Console) -> None:
+    """Print a line for each cell, and an empty one between rows."""
+    columns, *rows = lines
+    for index, row in enumerate(rows):
+        if index:
             console.print()
         for column, cell in zip(columns, row, strict=True):
             console.print(Text.assemble((f"{column}:", "cyan"), f" {cell.strip()}"), soft_wrap=True)

@@ -192,10 +192,10 @@ def find_changed(folder: Path, records: Collection[FileRecord], since: Path, mem
     if not path.is_file():
         return f"{path} is missing, although {since} says it was written."
     now = record(path)
-    return (
-        f"{path} has changed since {since} was written: {changed.size:,} bytes ({changed.hash}) then, {now.size:,} bytes "
-        f"({now.hash}) now."
-    )
+    sizes = f"{changed.size:,} bytes then, {now.size:,} now"
+    if now.size == changed.size:
+        sizes = f"its {now.size:,} bytes are others now"
+    return f"{path} has changed since {since} was written: {sizes}."
 
 
 def validate_unchanged(

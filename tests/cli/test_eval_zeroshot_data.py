@@ -111,5 +111,5 @@ def test_lines_as_captions_are_another_measurement(clipcid: Clipcid, tiny_model:
     call = ("eval-zeroshot", tiny_model, "pairs.tar", "--caption-key", "txt", "--caption-key", "again")
     assert "Samples without a caption: 6 of again." in clipcid(*call).said
     lines = clipcid(*call, "--caption-lines", "--json").json
-    assert Path(lines["files"]["metrics"]).stem.endswith("_caption-lines")
+    assert Path(lines["files"]["metrics"]).stem.endswith("_caption-key-txt_caption-key-again_caption-lines")
     assert len(list(Path("clipcid-work/eval").glob("*.json"))) == 2

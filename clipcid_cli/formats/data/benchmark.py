@@ -65,6 +65,7 @@ class BenchmarkFolder:
     dataset_type: str | None = None
     class_names: Path | None = None
     templates: Path | None = None
+    plain_splits: tuple[str, ...] = ()  # all of a folder that holds nothing but splits, without CLIP_benchmark's files
 
 
 def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
@@ -81,13 +82,15 @@ def find_benchmark_folder(data: str, split: str = "test") -> BenchmarkFolder:
             return _describe(name_data(data), data, folder)
         whole = folder.resolve().parent
         return _describe(f"{name_data(str(whole))}/{folder.resolve().name}", data, whole)
-    splits = sorted(path.parent.name for path in folder.glob(f"*/{_NUM_SHARDS}")) or _plain_splits(folder)
+    listed = sorted(path.parent.name for path in folder.glob(f"*/{_NUM_SHARDS}"))
+    splits = listed or _plain_splits(folder)
     if splits and split not in splits:
         raise MissingSplitError(
             f"{data} has no split {split!r}; it has {', '.join(splits)}.",
             f"Choose one with --split, e.g. --split {splits[0]}.",
         )
-    return _describe(name_data(data), str(folder / split) if splits else data, folder)
+    described = _describe(name_data(data), str(folder / split) if splits else data, folder)
+    return dataclasses.replace(described, plain_splits=() if listed else tuple(splits))
 
 
 def is_benchmark(spec: str) -> bool:

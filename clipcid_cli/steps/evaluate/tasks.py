@@ -201,10 +201,14 @@ def _plan_task(data: str, settings: EvalZeroshotSettings) -> ZeroshotTask:
     folder = find_benchmark_folder(str(place), settings.split)
     if known is not None:
         folder = dataclasses.replace(folder, name=known.name)
+    if len(folder.plain_splits) > 1:
+        splits = ", ".join(folder.plain_splits)
+        reporting.note(f"{data} has the splits {splits}: {settings.split} is measured. --split chooses another.")
     dataset = open_named(settings, folder.data)
     kind = _choose_task(folder, dataset, settings)
     if kind == RETRIEVAL:
-        variant = ("caption-lines",) if dataset.caption_lines else ()
+        variant = tuple(f"caption-key-{key}" for key in dataset.caption_keys)
+        variant += ("caption-lines",) if dataset.caption_lines else ()
         return ZeroshotTask(folder.name, RETRIEVAL, dataset, customary=RECALL, variant=variant)
     names, prompts = settings.classnames, settings.templates
     if known is not None:

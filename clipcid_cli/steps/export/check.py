@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
@@ -115,7 +116,11 @@ def find_classes(settings: ExportSettings) -> Classes | None:
     if names is not None and names.is_dir():
         folder = find_benchmark_folder(str(names))
         if folder.class_names is None:
-            raise ClipcidError(f"{names} has no {CLASS_NAMES}.", "Give a text file with one class name per line.")
+            raise ClipcidError(
+                f"{names} has no {CLASS_NAMES}.",
+                "Give a text file with one class name per line. Of a folder per class it is written by: "
+                f"ls {shlex.quote(str(names))} > {CLASS_NAMES}",
+            )
         names, templates = folder.class_names, templates or folder.templates
     return None if names is None else Classes.read(names, templates)
 

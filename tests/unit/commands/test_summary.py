@@ -1,4 +1,4 @@
-"""Lines end between words, commands stay commands, and a table that is too wide becomes lines of name and value."""
+"""Lines end between words, commands stay commands, and of a table that is too wide names stand above their numbers."""
 
 import io
 
@@ -61,6 +61,17 @@ def test_a_bar_keeps_eight_columns_beside_any_label_and_the_largest_numbers() ->
         assert "━" * 8 in last
         assert last.rstrip().endswith(" s")
     assert "trillion" not in last
+
+
+def test_a_table_that_is_too_wide_has_names_above_its_numbers_and_then_a_line_for_each_cell() -> None:
+    columns, rows = ["run", "steps", "R@1"], [["a-long-name", "600", "3.7"], ["a-long-name", "50", "2"]]
+    beside = ["run          steps  R@1", "a-long-name    600  3.7", "a-long-name     50    2"]
+    above = ["run", "    steps  R@1", "a-long-name", "      600  3.7", "       50    2"]
+    cells = ["run: a-long-name", "steps: 600", "R@1: 3.7", "", "run: a-long-name", "steps: 50", "R@1: 2"]
+    for width, expected in ((23, beside), (22, above), (13, cells)):
+        log, shown = console(width)
+        print_table(log, "Runs", columns, rows)
+        assert shown.getvalue().splitlines() == ["Runs", *expected]
 
 
 @pytest.mark.parametrize("width", [80, 10_000])

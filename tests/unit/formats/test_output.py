@@ -481,3 +481,12 @@ def test_settings_with_a_secret_are_those_with_another(tmp_path: Path) -> None:
     differ = r"REDACTED@h/a\.tar.* there, .*REDACTED@i/a\.tar.* now"
     with pytest.raises(ClipcidError, match=differ), open_it(tmp_path, name("x", "i")):
         pass
+
+
+def test_a_hash_that_differs_is_told_as_other_content(tmp_path: Path) -> None:
+    begin(tmp_path, {"classes": "blake2b:" + 32 * "a"})
+    with (
+        pytest.raises(ClipcidError, match=r"settings\.classes: other content\n"),
+        open_it(tmp_path, {"classes": "blake2b:" + 32 * "b"}),
+    ):
+        pass

@@ -46,7 +46,8 @@ def test_a_folder_of_splits_means_its_test_split_with_the_files_beside_it(
 def test_plain_folders_of_splits_are_read_alike_and_classes_called_train_and_test_are_classes(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / "photos" / split / "cat").mkdir(parents=True)
-    assert find_benchmark_folder(str(tmp_path / "photos")).data == str(tmp_path / "photos" / "test")
+    photos = find_benchmark_folder(str(tmp_path / "photos"))
+    assert (photos.data, photos.plain_splits) == (str(tmp_path / "photos" / "test"), ("test", "train"))
     with pytest.raises(ClipcidError, match="has no split 'val'; it has test, train") as error:
         find_benchmark_folder(str(tmp_path / "photos"), "val")
     assert "--split" in error.value.fix
