@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.errors import ClipcidError, command_line
-from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
 from clipcid_cli.formats.embeddings.command import data_command, embed_command
 from clipcid_cli.formats.embeddings.folder import KEY_COLUMN, Embeddings, open_embeddings
 from clipcid_cli.formats.embeddings.rows import Kind
@@ -214,6 +213,8 @@ def open_teachers(settings: KeptSettings, folders: Sequence[Path], work: Path | 
         reporting.note(f"Embeddings: {each.folder}, {each.num_rows:,} rows of width {each.width}.")
     if len(opened) == 1:
         return opened[0]
+    from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
+
     combined = CombinedEmbeddings(opened, settings.teacher_weights, work)
     weights = ", ".join(f"{weight:.3g}" for weight in combined.weights)
     reporting.note(f"Teachers: {len(opened)}, joined by key to rows of width {combined.width}; weights {weights}.")

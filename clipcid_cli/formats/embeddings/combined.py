@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from clipcid_cli.formats.embeddings.folder import Embeddings
-from clipcid_cli.formats.embeddings.rows import METADATA, Float16, Kind, Numbers, Rows, unit_rows
+from clipcid_cli.formats.embeddings.rows import METADATA, Float16, Kind, Numbers, Rows
 from clipcid_cli.formats.fingerprint import FileRecord
 from clipcid_cli.formats.join import join
 from clipcid_cli.formats.sidecar import ModelRecord
@@ -31,7 +30,16 @@ class CombinedEmbeddings(Embeddings):
     def __init__(self, members: Sequence[Embeddings], weights: Sequence[float], scratch: Path | None) -> None:
         """Join the members, whose keys are unique; `scratch` is as `folder` of `join`."""
         first = next((member for member in members if member.has_texts), members[0])
-        vars(self).update(vars(first))
+        super().__init__(
+            first.folder,
+            first.files,
+            first.sidecar,
+            first._memo,
+            first._records,
+            first._keys,
+            first._key_columns[0],
+            first._work,
+        )
         self._members = tuple(members)
         self.weights = tuple(weights)
         self.width = sum(member.width for member in members)
@@ -63,19 +71,20 @@ class CombinedEmbeddings(Embeddings):
 
     def _mean(self, name: str) -> float | None:
         """Return the weighted mean of a number of the teachers with captions; None where one does not record it."""
-        pairing = [(weight, each) for weight, each in zip(self.weights, self.members, strict=True) if each.has_texts]
-        terms = [(weight, getattr(each.model, name, None)) for weight, each in pairing]
-        known = [weight * number for weight, number in terms if number is not None]
+        pairing = [
+            (weight, member) for weight, member in zip(self.weights, self.members, strict=True) if member.has_texts
+        ]
+        terms = [(weight, getattr(member.model, name, None)) for weight, member in pairing]
+        known = [weight * value for weight, value in terms if value is not None]
         return sum(known) / self._weight_of_texts if known and len(known) == len(terms) else None
 
     @property
     def _weight_of_texts(self) -> float:
         return sum(weight for weight, member in zip(self.weights, self.members, strict=True) if member.has_texts)
 
-    def rows(self, kind: Kind) -> Rows:
-        """Map the combined rows of a kind, as `Embeddings.rows`."""
+    def _open_rows(self, kind: Kind) -> Rows:
         if kind is Kind.VIEW_PARAMS or kind not in self.kinds:
-            return super().rows(kind)
+            return super()._open_rows(kind)
         whole = self._weight_of_texts if kind in _OF_TEXTS else 1.0
         blocks = [
             _Block(
@@ -86,15 +95,13 @@ class CombinedEmbeddings(Embeddings):
             )
             for member, weight, places in zip(self.members, self.weights, self._places, strict=True)
         ]
-        map_DD = None if self.image_map is None or kind in _OF_TEXTS else self.image_map.map_DD
         count = next(len(block.rows) for block in blocks if block.rows is not None and block.places is None)
-        return _CombinedRows(blocks, count, map_DD)
+        return _CombinedRows(blocks, count)
 
-    def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
-        """Describe the files of all, their weights and the map of images."""
-        found = [each for member in self.members for each in member.fingerprints(kinds)]
-        found.append(FileRecord("weights of the teachers", len(self.weights), " ".join(map(str, self.weights))))
-        return found if self.image_map is None else [*found, self.image_map.record]
+    def _describe_files(self, kinds: Collection[Kind]) -> list[FileRecord]:
+        files = [file for member in self.members for file in member.fingerprints(kinds)]
+        files.append(FileRecord("weights of the teachers", len(self.weights), " ".join(map(str, self.weights))))
+        return files
 
     def find_bad_rows(self, *, texts: bool) -> Numbers:
         """Find rows that are not usable of one teacher, or that one lacks."""
@@ -109,20 +116,20 @@ class CombinedEmbeddings(Embeddings):
 
     def _find_kinds(self) -> frozenset[Kind]:
         """Find the kinds of rows that all teachers have of the same views and texts."""
-        found = {Kind.IMAGES}
+        kinds = {Kind.IMAGES}
         pairing = [member for member in self.members if member.has_texts]
         if pairing:
-            found |= {kind for kind in _OF_TEXTS if all(kind in member.kinds for member in pairing)}
+            kinds |= {kind for kind in _OF_TEXTS if all(kind in member.kinds for member in pairing)}
             if not _have_same(pairing, METADATA):
-                found -= {Kind.FURTHER, Kind.VARIANTS}
+                kinds -= {Kind.FURTHER, Kind.VARIANTS}
             if len({repr([_setting(member, name) for name in _VARIANTS]) for member in pairing}) > 1:
-                found -= {Kind.VARIANTS}
+                kinds -= {Kind.VARIANTS}
         views = {Kind.VIEWS, Kind.VIEW_PARAMS}
         if all(views <= member.kinds for member in self.members) and all(
             _have_same(self.members, part) for part in (METADATA, Kind.VIEW_PARAMS)
         ):
-            found |= views
-        return frozenset(found)
+            kinds |= views
+        return frozenset(kinds)
 
 
 def _find_places(first: Embeddings, other: Embeddings, scratch: Path | None) -> Numbers | None:
@@ -130,13 +137,13 @@ def _find_places(first: Embeddings, other: Embeddings, scratch: Path | None) -> 
 
     In another order each start joins them anew, and each process has the places, 8 N bytes, in memory of its own.
     """
-    found = join(lambda: map(first.keys_of, first.files), first.num_rows, other.listing(), scratch)[:, 0]
-    is_same = first.num_rows == other.num_rows and np.array_equal(found, np.arange(first.num_rows))
-    return None if is_same else found
+    places = join(lambda: map(first.keys_of, first.files), first.num_rows, other.listing(), scratch)[:, 0]
+    is_same = first.num_rows == other.num_rows and np.array_equal(places, np.arange(first.num_rows))
+    return None if is_same else places
 
 
 def _have_same(members: Sequence[Embeddings], part: str) -> bool:
-    return len({tuple(each.hash for each in member.contents(part)) for member in members}) == 1
+    return len({tuple(file.hash for file in member.contents(part)) for member in members}) == 1
 
 
 def _setting(embeddings: Embeddings, name: str) -> Any:
@@ -153,16 +160,11 @@ class _Block(NamedTuple):
 
 
 class _CombinedRows(Rows):
-    def __init__(self, blocks: Sequence[_Block], count: int, map_DD: npt.NDArray[np.float32] | None) -> None:
+    """Rows of several teachers, side by side."""
+
+    def __init__(self, blocks: Sequence[_Block], count: int) -> None:
         self._blocks = blocks
-        self._map_DD = None if map_DD is None else map_DD.astype(np.float64)
         self.shape = (count, sum(block.width for block in blocks))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state
 
     def read(self, start: int, stop: int) -> Float16:
         return self.take(np.arange(start, min(stop, len(self))))
@@ -171,11 +173,10 @@ class _CombinedRows(Rows):
         """Return rows as `Rows.take`; those that a teacher lacks are NaN."""
         columns = list[Float16]()
         for rows, factor, places, width in self._blocks:
-            found = np.zeros((len(positions), width), np.float16)
+            block = np.zeros((len(positions), width), np.float16)
             if rows is not None:
                 wanted = positions if places is None else places[positions]
-                found[:] = np.float32(factor) * rows.take(np.maximum(wanted, 0))
-                found[wanted < 0] = np.nan
-            columns.append(found)
-        combined = np.concatenate(columns, axis=1)
-        return combined if self._map_DD is None else unit_rows(combined.astype(np.float64) @ self._map_DD)
+                block[:] = np.float32(factor) * rows.take(np.maximum(wanted, 0))
+                block[wanted < 0] = np.nan
+            columns.append(block)
+        return np.concatenate(columns, axis=1)

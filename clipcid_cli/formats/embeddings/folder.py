@@ -25,7 +25,7 @@ from clipcid_cli.formats.embeddings.command import data_command, remake
 from clipcid_cli.formats.embeddings.copies import Copies
 from clipcid_cli.formats.embeddings.layouts import AGAIN, EmbeddingFile, find_files
 from clipcid_cli.formats.embeddings.manifest import ShardRecord, open_recorded, validate_replaceable
-from clipcid_cli.formats.embeddings.rows import COUNTS_COLUMN, METADATA, Kind, RowFile, Rows, find_npy
+from clipcid_cli.formats.embeddings.rows import COUNTS_COLUMN, METADATA, FileRows, Kind, RowFile, RowMap, Rows, find_npy
 from clipcid_cli.formats.files import write_npy
 from clipcid_cli.formats.fingerprint import (
     FileRecord,
@@ -55,14 +55,6 @@ _REMAKE = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class RowMap:
-    """What image rows are multiplied by, before they are normalised again."""
-
-    map_DD: npt.NDArray[np.float32]  # entries are multiples of 2⁻¹⁶
-    record: FileRecord  # of the file that it was read from
-
-
 class Embeddings:
     """The embeddings of one model over one data set."""
 
@@ -85,7 +77,7 @@ class Embeddings:
     ) -> None:
         """Take the files of each shard, and of a folder of `embed` what its manifest records."""
         self.folder = folder
-        self.sidecar = sidecar  # that of `embed`; None for a folder of another tool
+        self.sidecar = sidecar  # of `embed`; None for a folder of another tool
         self.width = files[0].parts[Kind.IMAGES].shape[1]
         self.kinds = frozenset(kind for file in files for kind in file.parts)
         firsts = [0, *accumulate(file.rows for file in files)]
@@ -131,7 +123,14 @@ class Embeddings:
         return Kind.TEXTS in self.kinds
 
     def rows(self, kind: Kind) -> Rows:
-        """Map the rows of a kind, [N, D]; where a sample has several, [N·V, D]: row v of sample i is i·V + v."""
+        """Open the rows of a kind, [N, D]; where a sample has several, [N·V, D]: row v of sample i is i·V + v."""
+        rows = self._open_rows(kind)
+        if self.image_map is None or kind not in (Kind.IMAGES, Kind.VIEWS):
+            return rows
+        return self.image_map.apply(rows)
+
+    def _open_rows(self, kind: Kind) -> Rows:
+        """Open the rows of a kind as they are stored."""
         if kind not in self.kinds:
             raise ClipcidError(
                 f"{self.folder} contains no text embeddings.",
@@ -145,16 +144,13 @@ class Embeddings:
                 "Save them uncompressed: numpy.savez(new, **numpy.load(old)).",
             )
         is_params = kind is Kind.VIEW_PARAMS
-        map_DD = None
-        if self.image_map is not None and kind in (Kind.IMAGES, Kind.VIEWS):
-            map_DD = self.image_map.map_DD
-        return Rows(files, files[0].shape[-1], as_stored=self.is_verified or is_params, map_DD=map_DD)
+        return FileRows(files, files[0].shape[-1], as_stored=self.is_verified or is_params)
 
     def mapped(self, image_map: RowMap) -> Embeddings:
         """Return them with other rows of images and views."""
-        found = copy.copy(self)
-        found.image_map = image_map
-        return found
+        other = copy.copy(self)
+        other.image_map = image_map
+        return other
 
     def num_each(self, kind: Kind) -> int:
         """Return how many rows of a kind each sample has: V of views, W of variants; 0 where there are none."""
@@ -277,20 +273,23 @@ class Embeddings:
         def describe(file: RowFile | Path) -> FileRecord:
             if isinstance(file, RowFile) and file.hash:
                 return FileRecord(file.label, file.size, file.hash)
-            found = next(hashed)
+            file_record = next(hashed)
             if isinstance(file, RowFile) and file.source is not None:
-                return msgspec.structs.replace(found, path=file.label, time=0)
-            return found
+                return msgspec.structs.replace(file_record, path=file.label, time=0)
+            return file_record
 
         return list(map(describe, files))
 
     def fingerprints(self, kinds: Collection[Kind] = ()) -> list[FileRecord]:
-        """Describe images and metadata, and of further kinds and the map of images those there are, for a sidecar."""
+        """Describe images, metadata and further `kinds` that are there, and the map of images, as inputs for a sidecar."""
+        files = self._describe_files(kinds)
+        return files if self.image_map is None else [*files, self.image_map.record]
+
+    def _describe_files(self, kinds: Collection[Kind]) -> list[FileRecord]:
         if self.sidecar is not None:
             validate_replaceable(self.folder, self._records, self._memo, remake(self.folder, self.sidecar))
         parts = [part for part in (Kind.IMAGES, METADATA, *kinds) if self._files_of(part)]
-        found = [record_together(self._name_together(part), self.contents(part)) for part in parts]
-        return found if self.image_map is None else [*found, self.image_map.record]
+        return [record_together(self._name_together(part), self.contents(part)) for part in parts]
 
     def _files_of(self, part: str) -> list[RowFile | Path]:
         if part == METADATA:
@@ -335,11 +334,11 @@ class Embeddings:
         bad = [np.empty(0, dtype=np.int64)]
         for kind in kinds:
             bad += [start + np.flatnonzero(~_is_usable(block)) for start, block in self.rows(kind).blocks()]
-        found = np.unique(np.concatenate(bad))
+        numbers = np.unique(np.concatenate(bad))
         if remembered is not None:
             with suppress(ClipcidError):  # a work directory that is read-only
-                write_npy(remembered, found)
-        return found
+                write_npy(remembered, numbers)
+        return numbers
 
 
 def has_usable_row(rows: Rows) -> bool:

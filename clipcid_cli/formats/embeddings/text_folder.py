@@ -19,7 +19,7 @@ import pyarrow as pa
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.command import texts_command
 from clipcid_cli.formats.embeddings.manifest import MANIFEST, open_recorded
-from clipcid_cli.formats.embeddings.rows import Kind, Rows
+from clipcid_cli.formats.embeddings.rows import FileRows, Kind, Rows
 from clipcid_cli.formats.files import atomic_file
 from clipcid_cli.formats.fingerprint import FileRecord, Memo, record_together, validate_unchanged
 from clipcid_cli.formats.output import unfinished
@@ -101,7 +101,7 @@ def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
     lines = TextLines(str(folder / TEXTS_FILE))
     if [file.shape[0] for file in files] != lines.batch_sizes():
         raise ClipcidError(f"{folder / MANIFEST} records other numbers of texts than {folder / TEXTS_FILE} holds.", fix)
-    rows = Rows(files, files[0].shape[1], as_stored=True)
+    rows = FileRows(files, files[0].shape[1], as_stored=True)
     return EmbeddedTexts(folder, sidecar, lines, rows, tuple(record.files[Kind.TEXTS] for record in records))
 
 
