@@ -61,6 +61,6 @@ def command_line(*words: str | Path, **flags: Any) -> str:
         if isinstance(value, bool):
             line.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None and not (name == "work" and value == DEFAULT_WORK):
-            for each in value if isinstance(value, tuple) else (value,):
-                line += [f"--{flag}", str(each)]
+            for item in value if isinstance(value, tuple) else (value,):
+                line += [f"--{flag}", str(item)]
     return shlex.join(line)

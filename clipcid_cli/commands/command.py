@@ -216,10 +216,10 @@ class _Switch(click.types.BoolParamType):
     """On or off; click's error also lists the empty text, as if a word was missing."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
-        found = self.str_to_bool(value)
-        if found is None:
+        is_on = self.str_to_bool(value)
+        if is_on is None:
             self.fail(f"{value!r} is neither true nor false (1 and 0, yes and no, on and off).", param, ctx)
-        return found
+        return is_on
 
 
 class _FloatRange(click.FloatRange):
@@ -229,12 +229,12 @@ class _FloatRange(click.FloatRange):
         try:
             return float(super().convert(value, param, ctx))
         except click.BadParameter as error:
-            number = math.nan
+            percent = math.nan
             with suppress(ValueError):
-                number = float(str(value).removesuffix("%"))
-            if not (self.min == 0 and self.max == 1 and 2 <= number <= 100):
+                percent = float(str(value).removesuffix("%"))
+            if not (self.min == 0 and self.max == 1 and 2 <= percent <= 100):
                 raise
-            self.fail(f"{error.message} Did you mean {number / 100:g}?", param, ctx)
+            self.fail(f"{error.message} Did you mean {percent / 100:g}?", param, ctx)
 
 
 def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
@@ -246,14 +246,14 @@ def _click_type(kind: Any, setting: Setting) -> click.ParamType[Any]:
         return click.STRING
     assert setting.within is not None, "every number has a range"
     maximum = None if setting.within.maximum == float("inf") else setting.within.maximum
-    number: click.IntRange | click.FloatRange
+    kind_of_number: click.IntRange | click.FloatRange
     if kind is int:
-        number = click.IntRange(int(setting.within.minimum), None if maximum is None else int(maximum))
-        number.name = "whole number"
+        kind_of_number = click.IntRange(int(setting.within.minimum), None if maximum is None else int(maximum))
+        kind_of_number.name = "whole number"
     else:
-        number = _FloatRange(setting.within.minimum, maximum, min_open=setting.within.min_open)
-        number.name = "number"
-    return number
+        kind_of_number = _FloatRange(setting.within.minimum, maximum, min_open=setting.within.min_open)
+        kind_of_number.name = "number"
+    return kind_of_number
 
 
 def _sibling_commands(ctx: click.Context) -> dict[str, click.Command | None]:
@@ -264,7 +264,7 @@ def _sibling_commands(ctx: click.Context) -> dict[str, click.Command | None]:
 
 
 def _validate_variables(ctx: click.Context) -> None:
-    """Refuse a variable of the environment that looks like that of a flag, but belongs to none of any subcommand."""
+    """Refuse a variable of the environment that begins with ``CLIPCID_`` and belongs to no flag of any subcommand."""
     given = {name for name in os.environ if name.startswith(_PREFIX)} - _NOT_FLAGS - _variables(ctx.command)
     if not given:
         return
@@ -273,7 +273,7 @@ def _validate_variables(ctx: click.Context) -> None:
     for name in sorted(given - known):
         # With the name of a command in it, first of all of this one.
         complete = [_variable(command, name.removeprefix(_PREFIX)) for command in (str(ctx.command.name), *commands)]
-        close = [each for each in complete if each in known] or difflib.get_close_matches(name, known, n=1)
+        close = [variable for variable in complete if variable in known] or difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"Unset it, or see clipcid {ctx.command.name} --help."
         raise UsageError(f"{name} is set in the environment, but no flag reads it.", hint)
 
@@ -331,13 +331,13 @@ def _read_table(command: click.Command, path: Path, table: dict[str, Any]) -> di
             spellings[flag.lstrip("-").replace("-", "_")] = parameter
     values: dict[str, Any] = {}
     for key, value in table.items():
-        found = spellings.get(key.replace("-", "_"))
-        if found is None or found.name in (None, "config"):
+        named = spellings.get(key.replace("-", "_"))
+        if named is None or named.name in (None, "config"):
             close = difflib.get_close_matches(key.replace("-", "_"), spellings, n=1)
             hint = f"Did you mean {close[0].replace('_', '-')}?" if close else "Keys are spelled like the flags."
             raise UsageError(f"{path}: [{command.name}] has an unknown key {key!r}.", hint)
         try:
-            values[found.name] = _as_text(found, value)
+            values[named.name] = _as_text(named, value)
         except TypeError as error:
             raise UsageError(
                 f"{path}: [{command.name}] {key} is {value!r}, not {error}.",

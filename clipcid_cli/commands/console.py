@@ -95,7 +95,7 @@ class _Shown(Progress):
         self.label = plain(label)
         self.total = total
         self.unit = unit
-        self.scale, self.word = next((each for each in _SCALES if (total or 0) >= 10 * each[0]), (1.0, ""))
+        self.scale, self.word = next((scale for scale in _SCALES if (total or 0) >= 10 * scale[0]), (1.0, ""))
         self.values = ""
         self.mark: RenderableType = Spinner("dots", style="progress.spinner")
         self.bar = ProgressBar(total)
@@ -135,8 +135,8 @@ class _Shown(Progress):
         columns = [Column(), Column(min_width=_SHORTEST_BAR, max_width=_LONGEST_BAR), Column(no_wrap=True)]
         cells: list[RenderableType] = [self.mark, self.bar, Text("  ".join(self._describe_pace()))]
         lines: list[RenderableType] = []
-        beside = f"✓ {self.label} {_SHORTEST_BAR * '━'} {self._describe_done(self.total or 0)}{_LONGEST_RATE}"
-        if len(beside) <= width:
+        whole = f"✓ {self.label} {_SHORTEST_BAR * '━'} {self._describe_done(self.total or 0)}{_LONGEST_RATE}"
+        if len(whole) <= width:
             columns.insert(1, Column(no_wrap=True))
             cells.insert(1, Text(self.label))
         else:

@@ -71,7 +71,9 @@ def _explain_usage(error: click.UsageError) -> Failure:
     fix = f"See {command} --help."
     extra = re.fullmatch(r"Got unexpected extra arguments? \((.*)\)", message)
     params = [] if error.ctx is None else error.ctx.command.params
-    if extra is not None and any(isinstance(each, click.Argument) and each.name == "data" for each in params):
+    if extra is not None and any(
+        isinstance(parameter, click.Argument) and parameter.name == "data" for parameter in params
+    ):
         names = extra[1].split()
         if all(map(os.path.exists, names)):
             more = "1 more argument" if len(names) == 1 else f"{len(names):,} more arguments"
@@ -111,15 +113,15 @@ def _explain_system(error: OSError, text: str) -> tuple[str, str]:
 
 def validate_world() -> None:
     """Refuse an environment that does not give a rank and a number of processes as torchrun does."""
-    found = {}
+    values = {}
     for name in _RANKS:
         text = os.environ.get(name) or ("0" if name.endswith("RANK") else "1")
         if not (text.isascii() and text.isdigit()):
             raise UsageError(
                 f"{name} is {text!r}, not a number of processes.", f"Start with torchrun, or unset {name}."
             )
-        found[name] = int(text)
-    rank, size = found["RANK"], found["WORLD_SIZE"]
+        values[name] = int(text)
+    rank, size = values["RANK"], values["WORLD_SIZE"]
     if rank >= max(size, 1) or size < 1:
         raise UsageError(
             f"RANK is {rank} and WORLD_SIZE is {size}; a rank must be from 0 to one less than the size.",

@@ -18,7 +18,7 @@ _SHOWN = ("image_retrieval_recall@1", "image_retrieval_recall@5", "text_retrieva
 
 def show(contents: Contents, console: Console) -> None:
     """Print what the work directory holds, a line for each group of runs and each evaluation, and where the page is."""
-    print_facts(console, contents.work, {each.name: each.about for each in contents.made})
+    print_facts(console, contents.work, {output.name: output.about for output in contents.made})
     if contents.runs:
         console.print()
         _print_runs(contents.runs, console)

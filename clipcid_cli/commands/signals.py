@@ -40,20 +40,22 @@ def end_on_signals() -> None:
     ``runtime/interruption.py``. A thread ends the process, since Python calls handlers in the main thread alone, and not
     before a product or a wait inside a library is over. Workers end with it.
     """
-    numbers = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) not in (signal.SIG_IGN, None)]
-    if threading.current_thread() is not threading.main_thread() or not numbers:
+    signums = [
+        signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) not in (signal.SIG_IGN, None)
+    ]
+    if threading.current_thread() is not threading.main_thread() or not signums:
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     # Python writes the signal's number there at once, whatever the main thread is doing, where a handler is set.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in numbers:
-        signal.signal(number, lambda *_: _told.set())  # the main thread goes on until the other one ends the process
-    threading.Thread(target=_end, args=(reader, numbers), daemon=True).start()
+    for signum in signums:
+        signal.signal(signum, lambda *_: _told.set())  # the main thread goes on until the other one ends the process
+    threading.Thread(target=_end, args=(reader, signums), daemon=True).start()
 
 
-def _end(reader: int, numbers: list[signal.Signals]) -> None:
-    number = _wait_for_signal(reader, numbers)
+def _end(reader: int, signums: list[signal.Signals]) -> None:
+    signum = _wait_for_signal(reader, signums)
     saves = interruption.ask()
     # By another thread, since the main one may hold a lock that it waits for.
     saying = threading.Thread(target=lambda: [goodbye() for goodbye in _goodbyes], daemon=True)
@@ -61,28 +63,28 @@ def _end(reader: int, numbers: list[signal.Signals]) -> None:
     saying.join(_LONGEST_GOODBYE)
     if saves and not interruption.wait_until_saved(_UNNOTICED):
         _say("Saving what is done. Ctrl-C again ends at once.")
-        threading.Thread(target=_end_at_second, args=(reader, numbers), daemon=True).start()
+        threading.Thread(target=_end_at_second, args=(reader, signums), daemon=True).start()
         interruption.wait_until_saved(_LONGEST_SAVE)
-    _end_now(number)
+    _end_now(signum)
 
 
-def _end_at_second(reader: int, numbers: list[signal.Signals]) -> None:
+def _end_at_second(reader: int, signums: list[signal.Signals]) -> None:
     first = time.monotonic()
-    number = _wait_for_signal(reader, numbers)
+    signum = _wait_for_signal(reader, signums)
     while time.monotonic() - first < _SAME_SIGNAL:
-        number = _wait_for_signal(reader, numbers)
-    _end_now(number)
+        signum = _wait_for_signal(reader, signums)
+    _end_now(signum)
 
 
-def _wait_for_signal(reader: int, numbers: list[signal.Signals]) -> int:
-    while (number := os.read(reader, 1)[0]) not in numbers:
+def _wait_for_signal(reader: int, signums: list[signal.Signals]) -> int:
+    while (signum := os.read(reader, 1)[0]) not in signums:
         pass
-    return number
+    return signum
 
 
-def _end_now(number: int) -> None:
+def _end_now(signum: int) -> None:
     _say(f"Interrupted. Run the same command again{interruption.describe_resumption()}.")
-    os._exit(128 + number)
+    os._exit(128 + signum)
 
 
 def _say(sentence: str) -> None:
@@ -114,9 +116,9 @@ def open_closed() -> None:
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free: that of the stream
-            os.set_inheritable(number, True)
-            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  # for good
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free: that of the stream
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  # for good
 
 
 def is_unread(stream: IO[str]) -> bool:
@@ -124,10 +126,10 @@ def is_unread(stream: IO[str]) -> bool:
     if not hasattr(select, "poll"):
         return False
     try:
-        number = stream.fileno()
+        descriptor = stream.fileno()
     except (OSError, ValueError):  # a stream of a program that calls us, or closed
         return False
     poll = select.poll()
     # Linux tells errors in any case; macOS only to those who want to write, and of a pipe that its end hung up.
-    poll.register(number, select.POLLOUT)
+    poll.register(descriptor, select.POLLOUT)
     return any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))

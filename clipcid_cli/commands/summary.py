@@ -51,10 +51,10 @@ def wrap_command(command: str, width: int) -> str:
 def _wrap_line(line: str, width: int) -> str:
     if len(line) <= width:
         return line
-    found = _COMMAND.fullmatch(line)
-    if found is not None:
-        command = wrap_command(found["command"], width - 2).replace("\n", "\n  ")
-        return f"{_wrap_line(found['before'], width)}\n  {command}"
+    match = _COMMAND.fullmatch(line)
+    if match is not None:
+        command = wrap_command(match["command"], width - 2).replace("\n", "\n  ")
+        return f"{_wrap_line(match['before'], width)}\n  {command}"
     indent = " " * (len(line) - len(line.lstrip()))
     return _Wrapper(width, indent, indent, break_long_words=False, break_on_hyphens=False).fill(line.strip())
 
@@ -140,7 +140,7 @@ def _print_cells(lines: Sequence[Sequence[str]], console: Console) -> None:
 
 def format_skipped(skipped: dict[str, int]) -> str:
     """Write how many samples were skipped for each reason."""
-    return ", ".join(f"{number:,} {reason}" for reason, number in skipped.items())
+    return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
 
 
 def format_phases(seconds: dict[str, float]) -> str:
@@ -159,10 +159,10 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"
 
 
-def format_bytes(number: int) -> str:
+def format_bytes(size: int) -> str:
     """Write a size by three digits: ``92.1 kB``, ``1.23 TB``."""
-    unit = next((unit for unit, size in _UNITS.items() if number >= size), "kB")
-    return f"{float(f'{number / _UNITS[unit]:.3g}'):,g} {unit}"
+    unit = next((unit for unit, least in _UNITS.items() if size >= least), "kB")
+    return f"{float(f'{size / _UNITS[unit]:.3g}'):,g} {unit}"
 
 
 def format_host_memory(total: int, shared: int) -> str:

@@ -126,12 +126,12 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[int]:
         flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(path, flags, 0o666)
         try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                 raise FileExistsError(errno.EEXIST, "it is another file, not a lock", str(path))
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             with suppress(FileNotFoundError):  # removed or renamed before it was held
-                held = os.path.samestat(found, path.lstat())
+                held = os.path.samestat(status, path.lstat())
             if held:
                 yield descriptor
         finally:

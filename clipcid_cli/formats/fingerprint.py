@@ -51,10 +51,10 @@ def record(path: Path, folder: Path | None = None) -> FileRecord:
     with open_regular(path) as file:
         stat = os.fstat(file.fileno())
         if stat.st_size <= _WHOLE_FILE:
-            found = f"blake2b:{hashlib.blake2b(file.read(), digest_size=16).hexdigest()}"
+            digest = f"blake2b:{hashlib.blake2b(file.read(), digest_size=16).hexdigest()}"
         else:
-            found = hash_windows(file, stat.st_size, _WINDOW)
-    return FileRecord(_name(path, folder), stat.st_size, found, stat.st_mtime_ns)
+            digest = hash_windows(file, stat.st_size, _WINDOW)
+    return FileRecord(_name(path, folder), stat.st_size, digest, stat.st_mtime_ns)
 
 
 def hash_windows(file: IO[bytes], size: int, window: int) -> str:
@@ -74,15 +74,15 @@ def record_together(path: str, contents: Iterable[FileRecord]) -> FileRecord:
     """Describe several files, in order, as one input: their size in all, and one hash over sizes and hashes."""
     size = 0
     digest = hashlib.blake2b(digest_size=16)
-    for each in contents:
-        size += each.size
-        digest.update(f"{each.size} {each.hash}\n".encode())
+    for file in contents:
+        size += file.size
+        digest.update(f"{file.size} {file.hash}\n".encode())
     return FileRecord(path, size, f"blake2b:{digest.hexdigest()}")
 
 
 def identity_of(settings: dict[str, Any], inputs: Iterable[FileRecord]) -> str:
     """Hash settings and the content of inputs, independent of their paths: 32 hexadecimal digits."""
-    return hash_json([settings, [[part for part in each.content if part is not None] for each in inputs]], 16)
+    return hash_json([settings, [[part for part in file.content if part is not None] for file in inputs]], 16)
 
 
 def hash_json(content: Any, num_bytes: int = 8) -> str:
@@ -101,14 +101,14 @@ class _Remembered(FileRecord, frozen=True, omit_defaults=True):
         return self.size, self.time, self.changed, self.inode
 
 
-def stamp_of(found: os.stat_result) -> tuple[int, int, int, int]:
+def stamp_of(status: os.stat_result) -> tuple[int, int, int, int]:
     """Return size, both times and inode, which together change when somebody writes to a file or replaces it."""
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def _is_settled(found: os.stat_result, now: int) -> bool:
+def _is_settled(status: os.stat_result, now: int) -> bool:
     """Tell whether a later change would have another time: clocks of file systems tick, some only every other second."""
-    latest = max(found.st_mtime_ns, found.st_ctime_ns)
+    latest = max(status.st_mtime_ns, status.st_ctime_ns)
     return latest + (_TICK if latest % _SECOND else 2 * _SECOND) < now
 
 
@@ -131,7 +131,7 @@ class Memo:
         if table is not None:
             with suppress(Exception):  # missing, or damaged in whatever way
                 known = msgspec.convert(json.loads(read_regular(table)), list[_Remembered])
-                self._known = {each.path: each for each in known}
+                self._known = {remembered.path: remembered for remembered in known}
 
     def record(self, path: Path) -> FileRecord:
         """Return what `record` returns; a file that is still the one it was is not read again."""
@@ -156,7 +156,7 @@ class Memo:
         """Write the table where something was added to it, and it can be written."""
         if self.table is None or not self._is_new:
             return
-        known = msgspec.to_builtins(sorted(self._known.values(), key=lambda each: each.path))
+        known = msgspec.to_builtins(sorted(self._known.values(), key=lambda remembered: remembered.path))
         with suppress(ClipcidError, OSError):
             make_private(self.table.parent)
             write_text(self.table, json.dumps(known), shared=True)  # two runs may save at once
@@ -170,11 +170,11 @@ def find_changed(folder: Path, records: Collection[FileRecord], since: Path, mem
     """
     memo = memo or Memo()
     stats: dict[str, tuple[int, int]] = {}
-    for each in records:
+    for file in records:
         with suppress(OSError, ValueError):  # missing, or its name is none
-            stat = os.stat(os.path.join(folder, each.path))  # half the time of pathlib's, for 150,000 files
-            stats[each.path] = (stat.st_size, stat.st_mtime_ns)
-    suspects = [each for each in records if stats.get(each.path) != (each.size, each.time)]
+            stat = os.stat(os.path.join(folder, file.path))  # half the time of pathlib's, for 150,000 files
+            stats[file.path] = (stat.st_size, stat.st_mtime_ns)
+    suspects = [file for file in records if stats.get(file.path) != (file.size, file.time)]
 
     def is_same(suspect: FileRecord) -> bool:
         try:
@@ -185,7 +185,7 @@ def find_changed(folder: Path, records: Collection[FileRecord], since: Path, mem
 
     with ThreadPoolExecutor(_THREADS) as pool:
         same = pool.map(is_same, suspects)
-        changed = next((each for each, is_it in zip(suspects, same, strict=True) if not is_it), None)
+        changed = next((file for file, is_it in zip(suspects, same, strict=True) if not is_it), None)
     if changed is None:
         return None
     path = folder / changed.path
@@ -209,18 +209,18 @@ def validate_unchanged(
 
 def find_lost(there: Sequence[FileRecord], now: Collection[FileRecord]) -> str:
     """Tell which of some files are no longer among those of now as they were; empty where all are, in the same order."""
-    rest = iter([each.content for each in now])
-    if all(each.content in rest for each in there):
+    rest = iter([file.content for file in now])
+    if all(file.content in rest for file in there):
         return ""
-    contents = {each.content for each in now}
-    names = {each.content[:2]: each.shard for each in now}
-    changed = [each for each in there if each.content not in contents]
-    renamed = [each for each in changed if each.content[:2] in names]
-    gone = [Path(each.path).name for each in changed if each.content[:2] not in names]
-    told = f"{len(there)} files there, {len(now)} now"
+    contents = {file.content for file in now}
+    names = {file.content[:2]: file.shard for file in now}
+    changed = [file for file in there if file.content not in contents]
+    renamed = [file for file in changed if file.content[:2] in names]
+    gone = [Path(file.path).name for file in changed if file.content[:2] not in names]
+    summary = f"{len(there)} files there, {len(now)} now"
     if renamed:
         first = renamed[0]
-        told += f"; {len(renamed)} shards were renamed, such as {first.shard}, now {names[first.content[:2]]}"
+        summary += f"; {len(renamed)} shards were renamed, such as {first.shard}, now {names[first.content[:2]]}"
     if gone:
-        told += f"; changed or gone: {', '.join(gone[:3])}" + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
-    return told
+        summary += f"; changed or gone: {', '.join(gone[:3])}" + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
+    return summary

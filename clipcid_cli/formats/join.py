@@ -159,8 +159,8 @@ def _match_in_any_order(keys: Keys, values: Values, listing: Listing, folder: Pa
     values[:] = -1
     pairs = 0
     for batch in _query(sql, folder, sought=_number(keys), listed=listing):
-        rows, *found = (column.to_numpy() for column in batch.columns)
-        values[rows] = np.stack(found, axis=1)
+        rows, *columns = (column.to_numpy() for column in batch.columns)
+        values[rows] = np.stack(columns, axis=1)
         pairs += len(batch)
     if pairs > np.count_nonzero(values[:, 0] >= 0):
         repeat = find_repeat(lambda: (pa.chunked_array([chunk]) for chunk, _ in listing.read()), folder)

@@ -31,7 +31,7 @@ class LossFile:
 
 
 def names_loss_file(name: str) -> bool:
-    """Tell whether the name of a loss is that of a function in a file."""
+    """Tell whether a loss is named as a function in a file."""
     return name.rpartition(":")[0].endswith(_SUFFIX)
 
 

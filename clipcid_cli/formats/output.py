@@ -73,7 +73,7 @@ class OutputSpec(Generic[AnySidecar]):
 
     @property
     def root(self) -> Path:
-        """The work folder; its tree is that of `top`."""
+        """The work folder; files lie in it as they will below `top`."""
         return self.folder / f".{self.step}-{identity_of(redact_all(self.settings), self.inputs)}"
 
 
@@ -82,12 +82,12 @@ class Output(Generic[AnySidecar]):
     """A locked output."""
 
     spec: OutputSpec[AnySidecar]
-    root: Path  # the work folder: that of the spec, or one that a killed run has left
+    root: Path  # the work folder: the spec's own, or one that a killed run has left
     finished: AnySidecar | None = None  # the sidecar when the output is complete and of the same settings and inputs
-    earlier: AnySidecar | None = None  # that of a complete output that differs only as it may
+    earlier: AnySidecar | None = None  # the sidecar of a complete output that differs only as it may
     # How the complete output that is there differs, by setting and input.
     differences: dict[str, str] = dataclasses.field(default_factory=dict)
-    begun: Path | None = None  # unfinished work to continue from: `root`, or that of a run that differs only as it may
+    begun: Path | None = None  # unfinished work to continue from: `root`, or of a run that differs only as it may
 
     @property
     def folder(self) -> Path:
@@ -205,13 +205,13 @@ def open_output(spec: OutputSpec[AnySidecar], *, waits: bool = False) -> Iterato
         waits: Whether to wait for another run that writes it; if not, that is an error.
     """
     folder, step = spec.folder, spec.step
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(folder, error) from error
-    for made in missing:
-        sync_folder(made.parent)
+    for created in missing:
+        sync_folder(created.parent)
     with _lock_output(spec, waits):
         works = find_works(folder, step)
         for work in works:
@@ -260,7 +260,7 @@ def find_output(spec: OutputSpec[AnySidecar]) -> Output[AnySidecar]:
         output.differences = differences
 
     output.begun = output.root if begun else None
-    for work in [each for each in works if each != output.root]:
+    for work in [path for path in works if path != output.root]:
         other = None
         with lenient:
             other = _read_run(work)
@@ -280,7 +280,7 @@ def _find_changed(sidecar: Sidecar, folder: Path, path: Path, resumes: bool) -> 
     except ClipcidError as error:
         return error.message
     # A step that does not resume makes a removed file again.
-    return find_changed(folder, [each for each in recorded if resumes or (folder / each.path).exists()], path)
+    return find_changed(folder, [file for file in recorded if resumes or (folder / file.path).exists()], path)
 
 
 def unfinished(folder: Path, step: str) -> Run | None:
@@ -306,7 +306,7 @@ def is_claimed(folder: Path, step: str) -> bool:
 def find_works(folder: Path, step: str) -> list[Path]:
     """Return the work folders of a step's output: of unfinished runs, or left by one that was killed at its end."""
     digits = ("[0-9a-f]" * 16, "[0-9a-f]" * 32)  # the former of an earlier version
-    return sorted(path for each in digits for path in folder.glob(f".{glob.escape(step)}-{each}"))
+    return sorted(path for pattern in digits for path in folder.glob(f".{glob.escape(step)}-{pattern}"))
 
 
 def _validate_no_links(work: Path) -> None:
@@ -347,17 +347,17 @@ def other_run_error(holds: str, serious: dict[str, str], elsewhere: str = WORK) 
 
 def list_differences(differences: dict[str, str]) -> str:
     """Write differences of settings and inputs, a line each."""
-    told = [f"  {name}: {difference}" for name, difference in differences.items()]
-    told[_TOLD:] = [f"  … and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
-    return "\n".join(told)
+    lines = [f"  {name}: {difference}" for name, difference in differences.items()]
+    lines[_TOLD:] = [f"  … and {len(lines) - _TOLD} more"] if len(lines) > _TOLD else []
+    return "\n".join(lines)
 
 
 def _compare(there: Run, now: Run, may_differ: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Return all differences of two runs, and those that are errors."""
     differences = _find_differences(there, now)
     serious = {
-        name: told
-        for name, told in differences.items()
+        name: difference
+        for name, difference in differences.items()
         if ("inputs" if name.startswith("input") else name.split(".")[1]) not in may_differ
     }
     return differences, serious
@@ -370,15 +370,15 @@ def compare_settings(there: dict[str, Any], now: dict[str, Any]) -> dict[str, st
 
 def _find_differences(there: Run, now: Run) -> dict[str, str]:
     """Return for each setting and input that differs how, as `compare_settings` does."""
-    found = compare_settings(there.settings, now.settings)
+    differences = compare_settings(there.settings, now.settings)
     if len(there.inputs) == len(now.inputs):
         for old, new in zip(there.inputs, now.inputs, strict=True):
             if old.content != new.content:
-                found[f"input {new.path}"] = _describe_change(old, new)
+                differences[f"input {new.path}"] = _describe_change(old, new)
     else:
         more = f"{len(there.inputs)} files there, {len(now.inputs)} now"
-        found["inputs"] = find_lost(there.inputs, now.inputs) or more
-    return found
+        differences["inputs"] = find_lost(there.inputs, now.inputs) or more
+    return differences
 
 
 def _describe_change(old: FileRecord, new: FileRecord) -> str:
@@ -396,10 +396,10 @@ def _compare_values(name: str, old: Any, new: Any) -> dict[str, str]:
         if isinstance(old, str) and isinstance(new, str) and _HASH.fullmatch(old) and _HASH.fullmatch(new):
             return {name: "other content"}
         return {name: f"{_short(old)} there, {_short(new)} now"}
-    found: dict[str, str] = {}
+    differences: dict[str, str] = {}
     for key in dict.fromkeys([*new, *old]):
-        found |= _compare_values(f"{name}.{key}", old.get(key), new.get(key))
-    return found
+        differences |= _compare_values(f"{name}.{key}", old.get(key), new.get(key))
+    return differences
 
 
 def _short(value: Any) -> str:

@@ -185,10 +185,10 @@ def _lengths(texts: pa.Array) -> tuple[IntArray, IntArray]:
 @contextmanager
 def _open(path: Path, fix: str) -> Iterator[pq.ParquetFile]:
     # Not through `pq.read_table`, whose data sets and threads take 1 ms a file; small files are read at once.
-    with reading(path, _EXPECTED, fix) as found:
-        small = os.fstat(found.fileno()).st_size <= _SMALL
-        with pa.BufferReader(found.read()) if small else pa.OSFile(str(path)) as source, pq.ParquetFile(source) as file:
-            validate_expansion(file.metadata, found)
+    with reading(path, _EXPECTED, fix) as raw:
+        small = os.fstat(raw.fileno()).st_size <= _SMALL
+        with pa.BufferReader(raw.read()) if small else pa.OSFile(str(path)) as source, pq.ParquetFile(source) as file:
+            validate_expansion(file.metadata, raw)
             yield file
 
 

@@ -51,7 +51,7 @@ class Sidecar(Run, kw_only=True):
 
     def files(self, folder: Path) -> set[str]:
         """Return the files that a later output, where it lacks them, removes."""
-        return {each.path for each in self.records(folder)}
+        return {file.path for file in self.records(folder)}
 
 
 class DataSpec(msgspec.Struct, omit_defaults=True):
@@ -109,7 +109,7 @@ class EmbedMade(msgspec.Struct):
 
 
 class RowsSidecar(Sidecar, kw_only=True):
-    """That of a folder of embeddings, whose manifest names the files."""
+    """A sidecar of a folder of embeddings, whose manifest names the files."""
 
     model: ModelRecord
 
@@ -121,8 +121,8 @@ class RowsSidecar(Sidecar, kw_only=True):
         fix = "Embed again."
         shards = read_rows(path, fix, ["files"])
         with reading(path, "a manifest of embeddings", fix):
-            found = [file for shard in shards for file in shard["files"].values() if file is not None]
-            return self.outputs + msgspec.convert(found, list[FileRecord])
+            files = [file for shard in shards for file in shard["files"].values() if file is not None]
+            return self.outputs + msgspec.convert(files, list[FileRecord])
 
 
 class EmbedSidecar(RowsSidecar, kw_only=True):
@@ -180,7 +180,7 @@ class RepairFigures(msgspec.Struct, omit_defaults=True):
     log_rank: tuple[float, float]
     standard_error: float  # of the difference of the two
     recall_at_1: tuple[float, float]  # share of the images whose nearest caption is their own, before and after
-    chance_at_1: float  # that of a guess
+    chance_at_1: float  # of a guess
     pairs: int  # pairs that it was fitted to and judged by
     captions: int  # different captions of those
     pairing: PairingFigures | None = None  # of the repaired teacher
@@ -272,9 +272,9 @@ class LinesRecord(msgspec.Struct):
 
 
 class EvaluationSidecar(Sidecar, kw_only=True):
-    """One in ``eval/sidecars/``; `prompts` are those of a classification, ``class_names`` and ``templates``."""
+    """The sidecar of an evaluation, in ``eval/sidecars/``; of a classification with `prompts`."""
 
-    prompts: dict[str, LinesRecord] | None = None
+    prompts: dict[str, LinesRecord] | None = None  # by ``class_names`` and ``templates``
 
 
 class Calibration(msgspec.Struct):
@@ -296,7 +296,7 @@ class Calibrations(msgspec.Struct):
     all: Calibration  # all images at the model's own temperature
     fitted_share: float
     fitted_images: int
-    temperature: float | None  # that of the least log loss of the fitted images; None where there is no minimum
+    temperature: float | None  # with the least log loss on the fitted images; None where there is no minimum
     before: Calibration | None  # the other images at the model's own temperature; None where there are none
     after: Calibration | None  # the same at the fitted temperature
 
@@ -324,7 +324,7 @@ class Example(msgspec.Struct):
 
 
 class ZeroshotSidecar(EvaluationSidecar, kw_only=True):
-    """One of `eval-zeroshot`; without calibration where an image has no class or several."""
+    """The sidecar of an `eval-zeroshot`; without calibration where an image has no class or several."""
 
     images_per_second: float
     customary: str
@@ -337,7 +337,7 @@ class ZeroshotSidecar(EvaluationSidecar, kw_only=True):
 
 
 class LinearSidecar(EvaluationSidecar, kw_only=True):
-    """One of `eval-linear`."""
+    """The sidecar of an `eval-linear`."""
 
     result: dict[str, Any]
     solution: dict[str, Any]
@@ -347,7 +347,7 @@ class LinearSidecar(EvaluationSidecar, kw_only=True):
 class RowParity(msgspec.Struct, kw_only=True, omit_defaults=True):
     """How close the rows of an exported tower are to the original's, over samples in batches of several sizes.
 
-    The shape is that of patches, ``["batch", h, w, D]``.
+    Of patches the shape is ``["batch", h, w, D]``.
     """
 
     batch_sizes: tuple[int, ...]

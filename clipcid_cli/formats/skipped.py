@@ -53,7 +53,7 @@ def write_skipped(path: Path, tables: Iterable[pa.Table]) -> bool:
 
 def skipped_file(sidecar: Sidecar, folder: Path) -> dict[str, str]:
     """Return the path of the file beside an output of a step, as ``skipped``, where its sidecar has one."""
-    return {"skipped": str(folder / SKIPPED)} if any(each.path == SKIPPED for each in sidecar.outputs) else {}
+    return {"skipped": str(folder / SKIPPED)} if any(file.path == SKIPPED for file in sidecar.outputs) else {}
 
 
 def read_skipped(path: Path) -> Iterator[pa.Table]:

@@ -73,22 +73,22 @@ class Skips:
         """Return the counts without the list of all samples, which is as long as the data."""
         return dataclasses.replace(self, listed=[])
 
-    def miss(self, key: str, number: int = 1) -> None:
+    def miss(self, key: str, count: int = 1) -> None:
         """Count samples without a caption of this key."""
-        self.without[key] = self.without.get(key, 0) + number
+        self.without[key] = self.without.get(key, 0) + count
 
-    def change(self, what: str, number: int = 1) -> None:
+    def change(self, what: str, count: int = 1) -> None:
         """Count captions that are not used as they are stored."""
         assert what in CAPTION_CHANGES, what
-        self.changed[what] = self.changed.get(what, 0) + number
+        self.changed[what] = self.changed.get(what, 0) + count
 
     def merge(self, other: Skips) -> None:
-        for key, number in other.without.items():
-            self.miss(key, number)
-        for what, number in other.changed.items():
-            self.change(what, number)
-        for reason, number in other.counts.items():
-            self.counts[reason] = self.counts.get(reason, 0) + number
+        for key, count in other.without.items():
+            self.miss(key, count)
+        for what, count in other.changed.items():
+            self.change(what, count)
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
             names = self.examples.setdefault(reason, [])
             names.extend(other.examples.get(reason, [])[: NAMED - len(names)])
         self.listed.extend(other.listed)
@@ -96,10 +96,10 @@ class Skips:
     def describe(self) -> str:
         """Return what was skipped, one reason per line; empty when nothing was."""
         lines = []
-        for reason, number in sorted(self.counts.items()):
+        for reason, count in sorted(self.counts.items()):
             names = self.examples.get(reason, [])
-            more = ", …" if number > len(names) else ""
-            lines.append(f"  {number:,} × {REASONS[reason]}: {', '.join(names)}{more}")
+            more = ", …" if count > len(names) else ""
+            lines.append(f"  {count:,} × {REASONS[reason]}: {', '.join(names)}{more}")
         return "\n".join(lines)
 
     def check(self, read: int, max_bad_fraction: float, where: str, fix: str = "") -> None:
@@ -114,5 +114,5 @@ class Skips:
         raise ClipcidError(
             f"{self.total:,} of {read:,} samples in {where} cannot be used: {self.total / read:.1%}, "
             f"more than the allowed {max_bad_fraction:.1%}.\n{self.describe()}",
-            fix + "\n" * bool(fix) + "Fix the data, or allow more with --max-bad-fraction.",
+            "\n".join(filter(None, [fix, "Fix the data, or allow more with --max-bad-fraction."])),
         )

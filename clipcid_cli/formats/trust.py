@@ -22,10 +22,10 @@ def validate_work(work: Path) -> None:
     """Refuse a work directory of another ordinary user, and one with a linked folder that leads out of it."""
     if not work.is_dir():
         return
-    found = work.stat()
-    if not _is_own(found):
+    status = work.stat()
+    if not _is_own(status):
         raise ClipcidError(
-            f"The work directory {work} belongs to another user ({_name_user(found.st_uid)}).",
+            f"The work directory {work} belongs to another user ({_name_user(status.st_uid)}).",
             "Add --trust-work to write there, or choose another --work; --embeddings reads its embeddings all the same.",
         )
     inside = work.resolve()
@@ -37,23 +37,23 @@ def validate_work(work: Path) -> None:
             )
 
 
-def _is_own(found: os.stat_result) -> bool:
+def _is_own(status: os.stat_result) -> bool:
     """Tell whether a folder is the user's, the system's, or one that the user's group shares.
 
     To root, who in a container owns nothing of what is mounted there, owners say nothing.
     """
     user = os.geteuid()
-    if user == 0 or found.st_uid in (0, user, *_NOBODY):
+    if user == 0 or status.st_uid in (0, user, *_NOBODY):
         return True
-    is_shared = bool(found.st_mode & stat.S_IWGRP)
-    return is_shared and found.st_gid in (os.getegid(), *os.getgroups())
+    is_shared = bool(status.st_mode & stat.S_IWGRP)
+    return is_shared and status.st_gid in (os.getegid(), *os.getgroups())
 
 
-def _name_user(number: int) -> str:
+def _name_user(user: int) -> str:
     try:
-        return pwd.getpwuid(number).pw_name
+        return pwd.getpwuid(user).pw_name
     except KeyError:
-        return f"number {number}"
+        return f"number {user}"
 
 
 def _linked_folders(folder: Path, depth: int) -> Iterator[Path]:

@@ -53,21 +53,23 @@ class RecordedFile(msgspec.Struct, frozen=True):
 
 def find_outputs(root: Path) -> Outputs:
     """Look for outputs in a folder and all below it."""
-    found = Outputs()
+    outputs = Outputs()
 
     def note_unread(error: OSError) -> None:
-        found.faults.append(Fault(str(error.filename), f"cannot be read: {describe(error)}"))
+        outputs.faults.append(Fault(str(error.filename), f"cannot be read: {describe(error)}"))
 
     for name, folders, files in os.walk(root, onerror=note_unread):
         here = Path(name)
         links = [folder for folder in folders if (here / folder).is_symlink()]
         for link in links:
             if not _is_inside(here / link, root):
-                found.faults.append(Fault(str(here / link), "is a link out of the folder, and was not followed"))
-        found.unfinished += [here / folder for folder in sorted(folders) if _UNFINISHED.fullmatch(folder)]
+                outputs.faults.append(Fault(str(here / link), "is a link out of the folder, and was not followed"))
+        outputs.unfinished += [here / folder for folder in sorted(folders) if _UNFINISHED.fullmatch(folder)]
         folders[:] = sorted(folder for folder in folders if folder not in links and not folder.startswith("."))
-        found.sidecars += [here / file for file in sorted(files) if file.endswith(".json") and _is_sidecar(here / file)]
-    return found
+        outputs.sidecars += [
+            here / file for file in sorted(files) if file.endswith(".json") and _is_sidecar(here / file)
+        ]
+    return outputs
 
 
 def _is_sidecar(path: Path) -> bool:
@@ -93,13 +95,13 @@ def read_output(path: Path, root: Path) -> list[RecordedFile]:
     sidecar = read_sidecar(path, Sidecar, _FIX)
     if sidecar is None:
         raise ClipcidError("is a link that leads nowhere")
-    files = [RecordedFile(path, each) for each in sidecar.outputs]
+    files = [RecordedFile(path, file) for file in sidecar.outputs]
     if sidecar.step in _OF_ROWS and all(find_problem(file, root) is None for file in files):
         if not _is_inside(path.parent / "manifest.parquet", root):
             raise ClipcidError("has a manifest that is a link out of the folder, and was not followed")
         rows = read_sidecar(path, RowsSidecar, _FIX)
         assert rows is not None
-        files = [RecordedFile(path, each) for each in rows.records(path.parent)]
+        files = [RecordedFile(path, file) for file in rows.records(path.parent)]
     return files
 
 

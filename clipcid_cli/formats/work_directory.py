@@ -83,16 +83,16 @@ class WorkDirectory:
         """Find the finished embeddings that `balance` used, or else the only ones."""
         if (balanced := self._balanced()) is not None:
             return balanced
-        found = self._embedded()
-        if not found:
+        folders = self._embedded()
+        if not folders:
             raise self._missing("embeddings", self.path / "embeddings", "--embeddings", "embed", "DATA")
-        if len(found) > 1:
+        if len(folders) > 1:
             raise ClipcidError(
-                f"{self.path / 'embeddings'} has embeddings of {len(found)} models: "
-                f"{', '.join(path.name for path in found)}.",
+                f"{self.path / 'embeddings'} has embeddings of {len(folders)} models: "
+                f"{', '.join(path.name for path in folders)}.",
                 "Choose one with --embeddings.",
             )
-        return found[0]
+        return folders[0]
 
     def _embedded(self) -> list[Path]:
         return sorted(path.parent for path in (self.path / "embeddings").glob("*/embed.json"))
@@ -134,7 +134,7 @@ class WorkDirectory:
         sidecar = read_sidecar(record, ClusterSidecar)
         if sidecar is None or not (self.clusters / CLUSTERS).exists():
             raise self._missing("clusters", self.clusters, "--clusters", "cluster", **flags)
-        table = [each for each in sidecar.outputs if each.path == CLUSTERS]
+        table = [file for file in sidecar.outputs if file.path == CLUSTERS]
         validate_unchanged(self.clusters, table, record, remake_clusters(self.clusters, sidecar, self.path))
         return self.clusters
 

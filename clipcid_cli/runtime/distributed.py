@@ -62,14 +62,14 @@ class DistContext:
         """Whether the run has processes on several hosts, or may have them: nobody says how many are on this one."""
         return self.size > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
-    def rank_range(self, number: int) -> tuple[int, int]:
+    def rank_range(self, count: int) -> tuple[int, int]:
         """Return this process's even share of 0 … number − 1: the first, and the one after the last."""
-        return number * self.rank // self.size, number * (self.rank + 1) // self.size
+        return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
-    def block_range(self, number: int, size: int) -> tuple[int, int]:
+    def block_range(self, count: int, size: int) -> tuple[int, int]:
         """Return a share as `rank_range` does, in whole blocks of `size`: these are the same for any number of processes."""
-        first, last = self.rank_range(-(-number // size))
-        return min(first * size, number), min(last * size, number)
+        first, last = self.rank_range(-(-count // size))
+        return min(first * size, count), min(last * size, count)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -142,10 +142,10 @@ class DistContext:
 
     def agree(self, error: ClipcidError | None) -> None:
         """Raise on every process when any of them has an error, so that none waits for one that has ended."""
-        for rank, found in enumerate(self.gather(error)):
-            if found is not None:
-                found.already_reported = rank != self.rank
-                raise found
+        for rank, failure in enumerate(self.gather(error)):
+            if failure is not None:
+                failure.already_reported = rank != self.rank
+                raise failure
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def open_dist_context(device: str = "auto") -> Iterator[DistContext]:
     """Join the run's processes (as torchrun's environment describes them) and choose this one's device.
 
     Where the caller has already initialised ``torch.distributed``, its group is used and left open; its backend must fit the
-    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``). Of several GPUs it is that of LOCAL_RANK.
+    device (``gloo`` for ``cpu``, ``cpu:gloo,cuda:nccl`` for ``cuda``). Of several GPUs LOCAL_RANK says which.
     """
     joined = dist.is_available() and dist.is_initialized()
     rank = dist.get_rank() if joined else int(os.environ.get("RANK", "0"))

@@ -81,8 +81,8 @@ def holds_embeddings(folder: Path) -> bool:
     """
     if is_claimed(folder, "embed"):
         return True
-    found = find_rows(folder)
-    return found is not None and not _holds_data(found.parent)
+    first = find_rows(folder)
+    return first is not None and not _holds_data(first.parent)
 
 
 def _holds_data(folder: Path) -> bool:
@@ -98,35 +98,37 @@ def note_captions(dataset: Dataset, read: Skips | None = None) -> dict[str, dict
     Returns:
         The entries of the sidecar's counts, as far as there are such captions.
     """
-    found = read or Skips()
+    read_skips = read or Skips()
     if read is None and dataset.index is not None:
         for record in dataset.index.records:
-            found.merge(record.skips)
+            read_skips.merge(record.skips)
     counts = dict[str, dict[str, int]]()
-    if dataset.caption_keys and found.without:
-        counts["without_caption"] = found.without
-        numbers = ", ".join(f"{number:,} of {key}" for key, number in sorted(found.without.items()))
+    if dataset.caption_keys and read_skips.without:
+        counts["without_caption"] = read_skips.without
+        numbers = ", ".join(f"{count:,} of {key}" for key, count in sorted(read_skips.without.items()))
         reporting.note(f"Samples without a caption: {numbers}.")
-    if found.changed:
-        counts["captions"] = found.changed
+    if read_skips.changed:
+        counts["captions"] = read_skips.changed
         changes = (
-            f"{found.changed[what]:,} {words}" for what, words in CAPTION_CHANGES.items() if what in found.changed
+            f"{read_skips.changed[what]:,} {words}"
+            for what, words in CAPTION_CHANGES.items()
+            if what in read_skips.changed
         )
         reporting.note(f"Captions: {'; '.join(changes)}.")
     return counts
 
 
-def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample]:
+def stream_shard(dataset: Dataset, shard_index: int, skips: Skips) -> Iterator[Sample]:
     """Yield a shard's samples for a step that reads all of it: from the index, or else into it.
 
     A shard that is streamed is read in any case, and its samples come with their bytes. `skips` counts the samples left
     out; it is complete once all were taken.
     """
-    shard = dataset.shards[number]
+    shard = dataset.shards[shard_index]
     index = dataset.index
     if index is not None and not shard.is_streamed:
-        skips.merge(index.skips(number))
-        part = index.part(number)
+        skips.merge(index.skips(shard_index))
+        part = index.part(shard_index)
         yield from map(part.sample, range(len(part)))
         return
     stamp = shard.stamp()
@@ -138,8 +140,8 @@ def stream_shard(dataset: Dataset, number: int, skips: Skips) -> Iterator[Sample
         write_part(dataset.index_folder, shard, stamp, listed, skips)
 
 
-def _list_shard(dataset: Dataset, number: int) -> None:
-    for _ in stream_shard(dataset, number, Skips()):
+def _list_shard(dataset: Dataset, shard_index: int) -> None:
+    for _ in stream_shard(dataset, shard_index, Skips()):
         pass
 
 
@@ -154,7 +156,7 @@ def ensure_index(dataset: Dataset, context: DistContext, workers: int) -> Datase
         return dataset
 
     def find_missing() -> list[int]:
-        return [number for number, shard in enumerate(dataset.shards) if read_record(folder, shard) is None]
+        return [shard_index for shard_index, shard in enumerate(dataset.shards) if read_record(folder, shard) is None]
 
     def list_all(numbers: list[int]) -> None:
         with reporting.progress("index", len(numbers), "shards") as progress:
@@ -174,13 +176,13 @@ def index_alone(dataset: Dataset, workers: int | None) -> Dataset:
     return ensure_index(dataset, alone, default_workers(alone.device) if workers is None else workers)
 
 
-def open_part(dataset: Dataset, number: int) -> Part:
+def open_part(dataset: Dataset, shard_index: int) -> Part:
     """Return the samples of one shard from the index, into which it is listed where it is not there."""
     if dataset.index is not None:
-        return dataset.index.part(number)
+        return dataset.index.part(shard_index)
     folder = dataset.index_folder
     assert folder is not None, "opened without a folder for the index"
-    return DataIndex(folder, (dataset.shards[number],), (_find_record(dataset, folder, number),)).part(0)
+    return DataIndex(folder, (dataset.shards[shard_index],), (_find_record(dataset, folder, shard_index),)).part(0)
 
 
 def cache_shards(dataset: Dataset, gigabytes: float) -> Dataset:
@@ -216,16 +218,16 @@ def _finish(dataset: Dataset, folder: Path) -> DataIndex:
     if index is not None:
         return index
     # Those that changed while the others were listed are listed again.
-    records = [_find_record(dataset, folder, number) for number in range(len(dataset.shards))]
+    records = [_find_record(dataset, folder, shard_index) for shard_index in range(len(dataset.shards))]
     return finish_index(folder, dataset.shards, records)
 
 
-def _find_record(dataset: Dataset, folder: Path, number: int) -> IndexedShard:
+def _find_record(dataset: Dataset, folder: Path, shard_index: int) -> IndexedShard:
     """Return what the listing of a shard found; it is listed where it has not been."""
-    shard = dataset.shards[number]
+    shard = dataset.shards[shard_index]
     record = read_record(folder, shard)
     if record is None:
-        _list_shard(dataset, number)
+        _list_shard(dataset, shard_index)
         record = read_record(folder, shard)
     if record is None:
         raise ClipcidError(

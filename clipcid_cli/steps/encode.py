@@ -172,7 +172,7 @@ class Encoded:
             return self
         kept = self.kept
         texts = torch.isin(self.owners, kept)
-        rows = {kind: found[texts if kind is Kind.TEXTS else kept] for kind, found in self.rows.items()}
+        rows = {kind: values[texts if kind is Kind.TEXTS else kept] for kind, values in self.rows.items()}
         return Encoded([self.samples[row] for row in kept.tolist()], rows, adapted=self.adapted)
 
     def count_skips(self, shard: Shard) -> Skips:
@@ -287,11 +287,11 @@ def encode(
         for kind, rows in encoder(decoded).items():
             rows = rows[: len(owners) if kind is Kind.TEXTS else len(samples)]
             encoded.rows[kind] = rows
-            found = rows.isfinite().all(dim=-1)
+            is_finite = rows.isfinite().all(dim=-1)
             if kind is Kind.TEXTS:
-                usable[owners[~found]] = False
+                usable[owners[~is_finite]] = False
             elif kind is not Kind.VIEW_PARAMS:
-                usable &= found.reshape(len(samples), -1).all(dim=1)
+                usable &= is_finite.reshape(len(samples), -1).all(dim=1)
         for row in (~usable).nonzero()[:, 0].tolist():
             encoded.failures.setdefault(row, "nan_row")
         return batch, encoded

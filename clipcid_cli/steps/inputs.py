@@ -127,12 +127,12 @@ def find_mismatch(recorded: ModelRecord, name: ModelName) -> ModelMismatch | Non
 
 
 def choose_embeddings(work: Path, name: ModelName) -> Path:
-    """Return the folder of a model's embeddings: that of its name, unless it holds those of another model of that name."""
+    """Return the folder of a model's embeddings: by its name, unless a model of other weights has that name."""
     return _own_folder(WorkDirectory(work).embeddings(name.slug), "embed", EmbedSidecar, name)
 
 
 def choose_texts(work: Path, name: ModelName) -> Path:
-    """Return the folder of a model's embeddings of texts, likewise."""
+    """Return the folder of a model's embeddings of texts: by its name, unless a model of other weights has that name."""
     return _own_folder(WorkDirectory(work).texts(name.slug), TEXTS, TextsSidecar, name)
 
 
@@ -209,8 +209,8 @@ def open_teachers(settings: KeptSettings, folders: Sequence[Path], work: Path | 
     `work` is as of `open_embeddings`.
     """
     opened = [open_given(settings, folder, work) for folder in folders]
-    for each in opened:
-        reporting.note(f"Embeddings: {each.folder}, {each.num_rows:,} rows of width {each.width}.")
+    for teacher in opened:
+        reporting.note(f"Embeddings: {teacher.folder}, {teacher.num_rows:,} rows of width {teacher.width}.")
     if len(opened) == 1:
         return opened[0]
     from clipcid_cli.formats.embeddings.combined import CombinedEmbeddings
@@ -218,20 +218,22 @@ def open_teachers(settings: KeptSettings, folders: Sequence[Path], work: Path | 
     combined = CombinedEmbeddings(opened, settings.teacher_weights, work)
     weights = ", ".join(f"{weight:.3g}" for weight in combined.weights)
     reporting.note(f"Teachers: {len(opened)}, joined by key to rows of width {combined.width}; weights {weights}.")
-    for each, lacking in zip(opened, combined.lacking, strict=True):
+    for teacher, lacking in zip(opened, combined.lacking, strict=True):
         if lacking == combined.num_rows:
             first = next(file for file in combined.files if file.rows)
-            compared = compare_keys(combined.keys_of(first)[0].as_py(), each)
+            compared = compare_keys(combined.keys_of(first)[0].as_py(), teacher)
             raise ClipcidError(
-                f"{each.folder} has none of the {lacking:,} keys of {combined.folder}. {compared}",
-                f"{advise_keys(each)}Give embeddings of the same data.",
+                f"{teacher.folder} has none of the {lacking:,} keys of {combined.folder}. {compared}",
+                f"{advise_keys(teacher)}Give embeddings of the same data.",
             )
         if lacking:
-            reporting.note(f"{each.folder} lacks {lacking:,} of the {combined.num_rows:,} keys of {combined.folder}.")
-    silent = [str(each.folder) for each in opened if not each.has_texts]
+            reporting.note(
+                f"{teacher.folder} lacks {lacking:,} of the {combined.num_rows:,} keys of {combined.folder}."
+            )
+    silent = [str(teacher.folder) for teacher in opened if not teacher.has_texts]
     if silent and combined.has_texts:
         reporting.note(f"Without captions, and so with zeros in rows of texts: {', '.join(silent)}.")
-    left = frozenset[Kind]().union(*(each.kinds for each in opened)) - combined.kinds
+    left = frozenset[Kind]().union(*(teacher.kinds for teacher in opened)) - combined.kinds
     if left:
         reporting.note(f"Not used, since not all teachers have the same: {', '.join(sorted(left))}.")
     return combined
@@ -340,12 +342,12 @@ class ChosenKeepList:
         Returns:
             Which rows it keeps, bool [N]; those that it lacks are not kept.
         """
-        found = join(keys, count, parquet_listing(self.path, "kept"), folder)[:, 0]
-        kept = int(np.count_nonzero(found > 0))
-        missing = int(np.count_nonzero(found < 0))
+        kept_or_missing = join(keys, count, parquet_listing(self.path, "kept"), folder)[:, 0]
+        kept = int(np.count_nonzero(kept_or_missing > 0))
+        missing = int(np.count_nonzero(kept_or_missing < 0))
         first = next((str(column[0]) for column in keys() if len(column)), "")
         self.report(source, count, kept=kept, missing=missing, key=first)
-        return found > 0
+        return kept_or_missing > 0
 
 
 def choose_keep_list(

@@ -73,18 +73,18 @@ def validate_samples(dataset: Dataset, context: DistContext, settings: ReadingSe
     mine = choose_order(dataset, settings.seed, dry_run=dry_run)[context.rank :: context.size]
 
     def look(few: int) -> list[tuple[int, Skips]]:
-        found = list[tuple[int, Skips]]()
+        looks = list[tuple[int, Skips]]()
         end = time.perf_counter() + _SECONDS
         with ThreadPoolExecutor(_THREADS) as pool:
             for first in range(0, len(mine), _THREADS):
                 if time.perf_counter() > end:
                     break
-                found += pool.map(partial(_look, dataset, few, urls=dry_run), mine[first : first + _THREADS])
-        return found
+                looks += pool.map(partial(_look, dataset, few, urls=dry_run), mine[first : first + _THREADS])
+        return looks
 
     for few in (_SAMPLES_OF_A_SHARD, _SAMPLES_OF_BAD_DATA):
-        looks = [each for part in context.gather(context.on_all(partial(look, few))) for each in part]
-        samples = sum(number for number, _ in looks)
+        looks = [look_result for part in context.gather(context.on_all(partial(look, few))) for look_result in part]
+        samples = sum(count for count, _ in looks)
         bad = Skips()
         for _, skips in looks:
             bad.merge(skips)
@@ -129,25 +129,29 @@ def choose_order(dataset: Dataset, seed: int, *, dry_run: bool) -> list[int]:
     positions = (np.arange(len(dataset.shards)) * _GOLDEN_RATIO + offset) % 1.0
     order = positions.argsort().argsort().tolist()
     shards = dataset.shards
-    streamed = [number for number in order if shards[number].is_streamed and not is_pipe(shards[number].file)]
-    others = [number for number in order if not shards[number].is_streamed]
+    streamed = [
+        shard_index
+        for shard_index in order
+        if shards[shard_index].is_streamed and not is_pipe(shards[shard_index].file)
+    ]
+    others = [shard_index for shard_index in order if not shards[shard_index].is_streamed]
     return others + streamed[: _STREAMED_SHARDS if dry_run else 0]
 
 
-def _look(dataset: Dataset, few: int, number: int, *, urls: bool) -> tuple[int, Skips]:
+def _look(dataset: Dataset, few: int, shard_index: int, *, urls: bool) -> tuple[int, Skips]:
     """Read and decode a few samples of a shard, from the index spread over it, else the first; count all, and bad ones.
 
     Images of a list behind URLs are looked at where `urls` says so.
     """
-    shard = dataset.shards[number]
+    shard = dataset.shards[shard_index]
     if dataset.index is not None and not shard.is_streamed:
-        part = dataset.index.part(number)
+        part = dataset.index.part(shard_index)
         places = np.unique(np.linspace(0, len(part) - 1, min(len(part), few)).astype(np.int64))
         samples = list(map(part.sample, places.tolist()))
     else:
         samples = list(islice(shard.stream(), few))
     remote = [sample for sample in samples if sample.image.data is None and is_url(sample.image.path)]
-    left = remote[_SAMPLES_OF_A_SHARD if urls and number < _STREAMED_SHARDS else 0 :]
+    left = remote[_SAMPLES_OF_A_SHARD if urls and shard_index < _STREAMED_SHARDS else 0 :]
     samples = [sample for sample in samples if sample not in left]
     bad = Skips()
     for sample in samples:

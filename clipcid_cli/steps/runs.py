@@ -153,7 +153,7 @@ class _Run:
         settings = {name: value for name, value in sidecar.settings.items() if name != "seed"}
         # Fresh weights depend on the seed.
         student = {name: value for name, value in settings.pop("student", {}).items() if name != "weights"}
-        inputs = sorted([each.size, each.hash] for each in sidecar.inputs)
+        inputs = sorted([file.size, file.hash] for file in sidecar.inputs)
         likeness = hash_json([settings, student, sidecar.model, inputs])
         return cls(folder, sidecar, results, int(sidecar.settings["seed"]), likeness)
 
@@ -163,9 +163,11 @@ class _Run:
 
 
 def _describe_embedded(embedded: EmbedSidecar) -> str:
-    made = embedded.made
+    settings = embedded.made
     about = f"{embedded.counts['images']:,} images of {embedded.data.spec}, by {embedded.model.spec}"
-    return about + f", {made.views} views of each" * bool(made.views) + ", without captions" * (not made.text)
+    if settings.views:
+        about += f", {settings.views} views of each"
+    return about if settings.text else f"{about}, without captions"
 
 
 def _describe_balanced(balanced: BalanceSidecar) -> str:
@@ -304,8 +306,8 @@ def _name_together(names: Sequence[str]) -> str:
 
 def _spread(values: Sequence[dict[str, Any]]) -> dict[str, Spread]:
     """Return the metrics that all have a value of."""
-    names = [name for name in values[0] if all(_is_number(each.get(name)) for each in values)] if values else []
-    return {name: Spread.of([float(each[name]) for each in values]) for name in names}
+    names = [name for name in values[0] if all(_is_number(figures.get(name)) for figures in values)] if values else []
+    return {name: Spread.of([float(figures[name]) for figures in values]) for name in names}
 
 
 def _is_number(value: Any) -> bool:
@@ -321,7 +323,7 @@ def _describe_runs(reader: _Reader, runs: Sequence[_Run]) -> RunRow:
     if first is None:
         return RunRow(names[0], names, [], {}, "", steps, 0, False, _spread(last), {}, reports)
     losses = {
-        name: f"{weight['value']:.3g}{'/D' * bool(weight.get('per_width'))}"
+        name: f"{weight['value']:.3g}{'/D' if weight.get('per_width') else ''}"
         for name, weight in first.made.losses.items()
     }
     return RunRow(
@@ -342,7 +344,7 @@ def _describe_runs(reader: _Reader, runs: Sequence[_Run]) -> RunRow:
 def _describe_evaluations(reader: _Reader, groups: Sequence[Sequence[_Run]]) -> list[EvaluationRow]:
     """Put the evaluations of students of one group together, and list all by task and data set."""
     place_of = {one.folder.path.resolve(): place for place, runs in enumerate(groups) for one in runs}
-    found = dict[tuple[Any, ...], list[tuple[Path, Metrics, ZeroshotSidecar | LinearSidecar | None]]]()
+    by_model = dict[tuple[Any, ...], list[tuple[Path, Metrics, ZeroshotSidecar | LinearSidecar | None]]]()
     for path, metrics, sidecar in reader.evaluations():
         student = _find_student(metrics)
         place = place_of.get(student.parent)
@@ -351,15 +353,15 @@ def _describe_evaluations(reader: _Reader, groups: Sequence[Sequence[_Run]]) -> 
         variant = find_variant(path, metrics.task)
         prompts = "" if sidecar is None else " ".join(lines.hash for lines in (sidecar.prompts or {}).values())
         key = (metrics.task, metrics.dataset, prompts, variant, tuple(metrics.metrics), model)
-        alike = found.setdefault(key, [])
+        alike = by_model.setdefault(key, [])
         # A model twice: what was measured differs in something that is not recorded.
         if any(_find_student(other) == student for _, other, _ in alike):
-            found[*key, path.name] = [(path, metrics, sidecar)]
+            by_model[*key, path.name] = [(path, metrics, sidecar)]
         else:
             alike.append((path, metrics, sidecar))
     rows = [
         reader.attempt(files[0][0], functools.partial(_describe_evaluation, reader, key[2], files))
-        for key, files in found.items()
+        for key, files in by_model.items()
     ]
     return sorted(
         (row for row in rows if row is not None),
@@ -376,7 +378,7 @@ def _describe_evaluation(
     reader: _Reader, prompts: str, files: Sequence[tuple[Path, Metrics, ZeroshotSidecar | LinearSidecar | None]]
 ) -> EvaluationRow:
     _, metrics, sidecar = files[0]
-    models = [_show_model(each) for _, each, _ in files]
+    models = [_show_model(measured) for _, measured, _ in files]
     about: dict[str, Any] = {"customary": None, "intervals": {}, "chance": {}, "majority": None, "images": None}
     if isinstance(sidecar, ZeroshotSidecar):
         about = {name: getattr(sidecar, name) for name in ("customary", "intervals", "chance", "majority")}
@@ -392,7 +394,7 @@ def _describe_evaluation(
         variant=find_variant(files[0][0], metrics.task),
         model=_name_together(models),
         models=models,
-        metrics=_spread([each.metrics for _, each, _ in files]),
+        metrics=_spread([measured.metrics for _, measured, _ in files]),
         prompts=prompts,
         files=[reader.work.name_of(path) for path, _, _ in files],
         **about,

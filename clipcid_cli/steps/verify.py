@@ -47,15 +47,15 @@ def run(settings: VerifySettings) -> VerifyResult:
     root = settings.folder or settings.work
     if not root.is_dir():
         raise ClipcidError(f"There is no folder {root}.", "Name a work directory, or the folder of an output.")
-    found = find_outputs(root)
-    if not found.sidecars and not found.unfinished and not found.faults:
+    outputs = find_outputs(root)
+    if not outputs.sidecars and not outputs.unfinished and not outputs.faults:
         raise ClipcidError(f"{root} holds no output of clipcid.", "Name a work directory, or the folder of an output.")
-    result = VerifyResult(len(found.sidecars), 0, 0, None, list(map(str, found.unfinished)), [])
-    for fault in found.faults:
+    result = VerifyResult(len(outputs.sidecars), 0, 0, None, list(map(str, outputs.unfinished)), [])
+    for fault in outputs.faults:
         _report(result, fault)
-    outputs = dict(_read_outputs(found.sidecars, root, result))
-    at_fault = _verify_files([file for files in outputs.values() for file in files], root, result)
-    for sidecar in outputs:
+    files = dict(_read_outputs(outputs.sidecars, root, result))
+    at_fault = _verify_files([file for recorded in files.values() for file in recorded], root, result)
+    for sidecar in files:
         if sidecar.name == "embed.json" and sidecar not in at_fault:
             _verify_embeddings(sidecar, result, settings)
     return result
@@ -109,7 +109,7 @@ def _verify_embeddings(path: Path, result: VerifyResult, settings: VerifySetting
 
 
 def _find_indexes(settings: VerifySettings) -> Path:
-    """Return the folder of indexes, by which copies of shards are named: that of what is verified, if it has one."""
+    """Return the folder of indexes, by which copies of shards are named: in the folder that is verified, if it has one."""
     own = WorkDirectory(settings.folder or settings.work).indexes
     return own if own.is_dir() else WorkDirectory(settings.work).indexes
 

@@ -28,7 +28,7 @@ from balance import describe_machine, unit
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.output import OutputSpec, open_output
 from clipcid_cli.formats.sidecar import ClusterSidecar
-from clipcid_cli.steps.balance import report, run, sets, write
+from clipcid_cli.steps.balance import compute, report, run, sets, write
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
 CLUSTER_SIZE = 200
@@ -79,14 +79,13 @@ def watch_parts() -> dict[str, tuple[float, float]]:
     """Take the time of the functions that are the parts; returns where it is added up."""
     taken: dict[str, tuple[float, float]] = {}
     parts: list[tuple[Any, str, str]] = [
-        (run, "read_rows", "read rows, find copies"),
-        (run, "find_near", "--against"),
-        (run, "find_captions", "caption window"),
-        (sets, "distances_to", "distances to the kept images"),
-        (run, "make_sets", "search and sets"),
-        (run, "audit_kept", "audit"),
-        (run, "cap_clusters", "--max-per-cluster"),
-        (write, "_measure_sets", "diameters, farthest images"),
+        (compute, "read_rows", "read rows, find copies"),
+        (compute, "find_near", "--against"),
+        (compute, "find_captions", "caption window"),
+        (compute, "make_sets", "search and sets"),
+        (sets, "_measure", "of these, distances and diameters"),
+        (compute, "audit_kept", "audit"),
+        (compute, "cap_clusters", "--max-per-cluster"),
         (report, "find_chains", "chains of the report"),
         (write, "_write_tables", "keep list, sets, curve"),
         (write, "write_report", "report, chains included"),

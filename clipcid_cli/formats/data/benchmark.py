@@ -107,14 +107,14 @@ def list_benchmark_tars(folder: Path) -> list[str]:
     count = int(text)
     tars = (path for path in folder.glob("*.tar") if _NUMBER.fullmatch(path.stem) and path.is_file())
     numbers = {int(path.stem) for path in tars}
-    missing = count - sum(number < count for number in numbers)
+    missing = count - sum(index < count for index in numbers)
     if missing:
-        first = next(number for number in range(count) if number not in numbers)
+        first = next(index for index in range(count) if index not in numbers)
         raise ClipcidError(
             f"{folder} should contain {count} shards ({_NUM_SHARDS}); {missing} are missing, first {first}.tar.",
             f"Copy them there, or fix {_NUM_SHARDS}.",
         )
-    return [str(folder / f"{number}.tar") for number in range(count)]
+    return [str(folder / f"{index}.tar") for index in range(count)]
 
 
 def _plain_splits(folder: Path) -> list[str]:
@@ -148,10 +148,10 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 def read_templates(path: Path) -> tuple[str, ...]:
     """Read prompt templates, one per line, each with ``{c}`` or ``{}`` for the class name."""
     templates = _read_lines(path, "template")
-    for number, template in enumerate(templates, start=1):
+    for line, template in enumerate(templates, start=1):
         if not any(placeholder in template for placeholder in _PLACEHOLDERS):
             raise ClipcidError(
-                f"{path}, line {number}: {template!r} has no placeholder for the class name.",
+                f"{path}, line {line}: {template!r} has no placeholder for the class name.",
                 "Write {c} (as CLIP_benchmark does) or {} where it goes.",
             )
     return templates
@@ -259,9 +259,9 @@ def find_known_dataset(name: str, root: Path) -> tuple[KnownDataset, Path] | Non
             )
         return None
     places = [root / folder for folder in (known.folder, known.name) if folder is not None]
-    found = next((place for place in places if place.is_dir()), None)
-    if found is not None:
-        return known, found
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is not None:
+        return known, folder
     if known.folder is None:
         expected = ""
         get = f"{known.source}, in {places[-1] / 'test'}."
@@ -298,8 +298,8 @@ def match_class_names(names: Sequence[str], folders: Sequence[str]) -> ClassMatc
     """Find the class name, of those in order of their labels, of each folder; the folders' names are sorted."""
     # Names come first: the class names themselves may be digits, in any order.
     by_name = {plain_name(name).casefold(): label for label, name in enumerate(names)}
-    found = [by_name.get(plain_name(folder).casefold()) for folder in folders]
-    named = tuple(label for label in found if label is not None)
+    labels = [by_name.get(plain_name(folder).casefold()) for folder in folders]
+    named = tuple(label for label in labels if label is not None)
     if len(by_name) == len(names) and len(set(named)) == len(folders):
         return ClassMatch(named, "name")
     numbers = read_folder_numbers(folders, len(names))

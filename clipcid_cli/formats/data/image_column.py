@@ -39,10 +39,10 @@ _ENDS = struct.Struct("<2q")  # where an image begins and ends, in the table of 
 def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     """Open a file or what is behind a URL; what a damaged one raises while it is read becomes one error that names it."""
     try:
-        with open_remote(path) if is_remote(path) else open_regular(path) as found:
-            source = found if is_remote(path) else pa.OSFile(path)
+        with open_remote(path) if is_remote(path) else open_regular(path) as opened:
+            source = opened if is_remote(path) else pa.OSFile(path)
             with pq.ParquetFile(source, pre_buffer=False, buffer_size=_BUFFER) as file:
-                validate_expansion(file.metadata, found)
+                validate_expansion(file.metadata, opened)
                 yield file
     except (ClipcidError, MemoryError):  # pyarrow's own lack of memory is of both kinds
         raise
@@ -91,8 +91,8 @@ def read_batches(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> It
 
 def _count_stored(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
     """Return the uncompressed bytes of columns in a row group, as the file describes them."""
-    found = file.metadata.row_group(group)
-    parts = map(found.column, range(found.num_columns))
+    described = file.metadata.row_group(group)
+    parts = map(described.column, range(described.num_columns))
     inside = tuple(f"{name}." for name in columns)
     return sum(
         part.total_uncompressed_size

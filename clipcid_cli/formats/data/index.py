@@ -118,14 +118,14 @@ class Part:
             assert self.shard is not None, "captions are in the shard's own file"
             places = zip(self.shard.member_keys, row["captions_at"], strict=True)
             try:
-                found = [(key, self._locate(place).read()) for key, place in places if place is not None]
+                texts = [(key, self._locate(place).read()) for key, place in places if place is not None]
             except OSError as error:
                 raise ClipcidError(
                     f"The captions in {self.shard.file} cannot be read: {error}.",
                     "Put the file back, then run the same command again.",
                 ) from error
             lines = self.shard.caption_lines
-            captions = chain(*(split_captions(text, key, a_line_each=lines) for key, text in found))
+            captions = chain(*(split_captions(text, key, a_line_each=lines) for key, text in texts))
         return Sample(
             key=row["key"],
             image=self._locate(row["image"]),
@@ -133,15 +133,15 @@ class Part:
             attributes=None if row["attributes"] is None else self._locate(row["attributes"]),
         )
 
-    def _locate(self, found: dict[str, Any]) -> ByteRange:
+    def _locate(self, place: dict[str, Any]) -> ByteRange:
         if self.shard is None:
-            return ByteRange(**found, max_bytes=self.max_sample_bytes, origin=self.origin)
+            return ByteRange(**place, max_bytes=self.max_sample_bytes, origin=self.origin)
         table = self.shard.table
         column = None if table is None else table.image
         return ByteRange(
             self.shard.file,
-            found["offset"],
-            found["size"],
+            place["offset"],
+            place["size"],
             copy=self.copy,
             column=column,
             max_bytes=self.max_sample_bytes,
@@ -177,13 +177,13 @@ class DataIndex:
         """Samples of each shard, int64 [S]."""
         return np.array([record.samples for record in self.records], dtype=np.int64)
 
-    def part(self, number: int) -> Part:
-        shard = self.shards[number]
+    def part(self, shard_index: int) -> Part:
+        shard = self.shards[shard_index]
         path = str(_part_path(self.folder, shard))
-        digest = self.records[number].digest
+        digest = self.records[shard_index].digest
         origin = None if shard.slices is None else shard.slices.origin
         file_of = shard if shard.file else None
-        return Part(path, digest, file_of, self.copy(number), shard.max_sample_bytes, origin)
+        return Part(path, digest, file_of, self.copy(shard_index), shard.max_sample_bytes, origin)
 
     def skips(self, number: int) -> Skips:
         """Return what was left out of a shard, with the list of it."""
@@ -265,7 +265,7 @@ def finish_index(folder: Path, shards: Sequence[Shard], records: Sequence[Indexe
     """Write the table of the shards, once all are listed; files of later steps are joined by key, so none may repeat."""
     index = DataIndex(folder, tuple(shards), tuple(records))
     if len(shards) > 1:  # within a shard all keys differ
-        repeat = find_repeat(lambda: (index.part(number).keys for number in range(len(shards))), folder)
+        repeat = find_repeat(lambda: (index.part(shard_index).keys for shard_index in range(len(shards))), folder)
         if repeat is not None:
             rows = (repeat.first, repeat.second)
             one, other = (shards[at].name for at in np.searchsorted(np.cumsum(index.sizes), rows, side="right"))

@@ -106,11 +106,11 @@ def no_images_error(path: str, columns: Columns) -> ClipcidError:
     """Say what a file in which `find_table` finds no images has instead."""
     with open_parquet(path) as file:
         schema: pa.Schema = file.schema_arrow
-    found = _list_image_columns(schema)
-    if found:
+    image_columns = _list_image_columns(schema)
+    if image_columns:
         return ClipcidError(
-            f"{path} has no images in column {columns.image!r}; it has some in {', '.join(found[:12])}.",
-            f"Give --image-column {found[0]}.",
+            f"{path} has no images in column {columns.image!r}; it has some in {', '.join(image_columns[:12])}.",
+            f"Give --image-column {image_columns[0]}.",
         )
     return ClipcidError(
         f"{path} has no column with one image per row, as bytes or {{bytes, path}}; "
@@ -147,7 +147,7 @@ def read_parquet(
         max_bytes: What an image may have; a larger one is not held, and reading it is a TooManyBytesError.
     """
     seen = set[str]()
-    number = -1
+    row_index = -1
     with open_parquet(path) as file:
         _validate_columns(path, table, file.schema_arrow.names)
         columns = table.others + [_STATUS] * (_STATUS in file.schema_arrow.names)
@@ -155,9 +155,9 @@ def read_parquet(
             # Before the images: a stream goes back for each column.
             others = list(_read_others(file, group, columns)) if columns else repeat({})
             for image, row in zip(read_group(file, group, table.image), others, strict=False):  # `repeat` has no end
-                number += 1
-                key = str(number) if table.key is None else read_cell(row[table.key])
-                where = f"{name}/{key or number}"
+                row_index += 1
+                key = str(row_index) if table.key is None else read_cell(row[table.key])
+                where = f"{name}/{key or row_index}"
                 if not image:
                     if row.get(_STATUS) not in _FAILED:
                         skips.add("no_image", where)
@@ -167,18 +167,18 @@ def read_parquet(
                     skips.add("duplicate_key", where)
                 else:
                     seen.add(key)
-                    found = [clean_captions(row[each], skips) for each in table.captions]
+                    captions = [clean_captions(row[column], skips) for column in table.captions]
                     yield Sample(
                         key=key,
                         image=ByteRange(
                             path,
-                            number,
+                            row_index,
                             len(image),
                             image if len(image) <= max_bytes else None,
                             column=table.image,
                             max_bytes=max_bytes,
                         ),
-                        captions=gather_captions(table.captions, found, skips),
+                        captions=gather_captions(table.captions, captions, skips),
                         **_read_classes(None if table.label is None else row[table.label]),
                     )
 
@@ -244,7 +244,7 @@ def _is_class(kind: pa.DataType) -> bool:
 def _read_classes(cell: int | list[int] | None) -> dict[str, Any]:
     """Return the class or the classes of a sample; −1, which data sets write where it is secret, is none."""
     if isinstance(cell, list):
-        return {"labels": tuple(number for number in cell if number is not None)}
+        return {"labels": tuple(label for label in cell if label is not None)}
     return {} if cell is None or cell < 0 else {"label": cell}
 
 

@@ -115,8 +115,8 @@ def is_url(spec: str) -> bool:
 
 def scheme_of(spec: str) -> str:
     """Return the scheme of a URL in lower case; empty for a local path."""
-    found = _SCHEME.match(spec)
-    return "" if found is None else found[1].lower()
+    match = _SCHEME.match(spec)
+    return "" if match is None else match[1].lower()
 
 
 def is_web(spec: str) -> bool:
@@ -126,10 +126,10 @@ def is_web(spec: str) -> bool:
 
 def strip_file_scheme(spec: str) -> str:
     """Return the path that a ``file://`` address names, whatever it looks like then; anything else as it is."""
-    found = _FILE.match(spec)
-    if found is None:
+    match = _FILE.match(spec)
+    if match is None:
         return spec
-    path = spec[found.end() :]
+    path = spec[match.end() :]
     return path if path[:1] in ("", "/", "~") else f"./{path}"
 
 

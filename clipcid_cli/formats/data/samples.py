@@ -165,7 +165,7 @@ def read_classes(sample: Sample, num_classes: int) -> tuple[int, ...] | None:
         if sample.label is None:
             return None
         classes = (sample.label,)
-    wrong = next((number for number in classes if not 0 <= number < num_classes), None)
+    wrong = next((label for label in classes if not 0 <= label < num_classes), None)
     if wrong is not None:
         raise ClipcidError(
             f"Sample {sample.key} has class {wrong}; there are {num_classes} class names (0 … {num_classes - 1}).",
@@ -269,9 +269,9 @@ def parse_json(content: bytes) -> Any:
         return None
 
 
-def clean_captions(found: Any, skips: Skips) -> tuple[str, ...]:
+def clean_captions(value: Any, skips: Skips) -> tuple[str, ...]:
     """Return the captions in a value of a field or cell: a text or several; of anything else none."""
-    texts: Iterable[Any] = [found] if isinstance(found, str | bytes) else found if isinstance(found, Sequence) else ()
+    texts: Iterable[Any] = [value] if isinstance(value, str | bytes) else value if isinstance(value, Sequence) else ()
     cleaned = (_clean(text, skips) for text in texts if isinstance(text, str | bytes))
     return _limit(tuple(islice(filter(None, cleaned), _MOST_CAPTIONS + 1)), skips)
 
@@ -288,7 +288,7 @@ def cut_cell(cell: Any) -> Any:
     """Return a cell of a parquet file without most of what `clean_captions` would cut off; the rest tells it to count."""
     if isinstance(cell, str | bytes):
         return cell[:_MOST_OF_CELL]
-    return [cut_cell(each) for each in cell[: _MOST_CAPTIONS + 1]] if isinstance(cell, list) else cell
+    return [cut_cell(part) for part in cell[: _MOST_CAPTIONS + 1]] if isinstance(cell, list) else cell
 
 
 def _decode(content: bytes, skips: Skips) -> str:
@@ -313,9 +313,9 @@ def read_cell(cell: Any) -> str:
     return "" if cell is None else str(cell)[:_MOST_OF_CELL].strip()
 
 
-def gather_captions(keys: Sequence[str], found: Sequence[Sequence[str]], skips: Skips) -> tuple[str, ...]:
+def gather_captions(keys: Sequence[str], by_key: Sequence[Sequence[str]], skips: Skips) -> tuple[str, ...]:
     """Return all captions of a sample, those of each key in turn; keys that have none are counted."""
-    for key, captions in zip(keys, found, strict=True):
+    for key, captions in zip(keys, by_key, strict=True):
         if not captions:
             skips.miss(key)
-    return tuple(chain.from_iterable(_limit(captions, skips) for captions in found))
+    return tuple(chain.from_iterable(_limit(captions, skips) for captions in by_key))

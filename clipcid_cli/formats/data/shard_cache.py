@@ -161,12 +161,16 @@ class ShardCopy:
                 size = os.fstat(file.fileno()).st_size
                 if size != record.size:
                     return f"has {size:,} bytes; {record.size:,} were fetched"
-                found = _hash_file(file.fileno())
+                content_hash = _hash_file(file.fileno())
         except FileNotFoundError as error:
             return None if error.filename == str(self.local) else "has no record of what was fetched"
         except (OSError, msgspec.MsgspecError) as error:
             return f"cannot be compared with what was fetched: {describe(error)}"
-        return None if found == record.hash else f"has other content than was fetched: {found}, not {record.hash}"
+        return (
+            None
+            if content_hash == record.hash
+            else f"has other content than was fetched: {content_hash}, not {record.hash}"
+        )
 
     def fetch(self) -> None:
         """Fetch the copy where it is missing, or wait for the process that is fetching it."""

@@ -322,7 +322,7 @@ def read_tar(
                 skips.add("duplicate_key" if is_repeated else "no_image", f"{name}/{key}")
                 continue
             texts = tuple(locate(files.get(suffix), MOST_TEXT + 1) for suffix in suffixes)
-            found = [
+            by_key = [
                 () if text is None else split_captions(text.read(), key, a_line_each=caption_lines, skips=skips)
                 for key, text in zip(caption_keys, texts, strict=True)
             ]
@@ -330,7 +330,7 @@ def read_tar(
             yield Sample(
                 key=key,
                 image=image,
-                captions=gather_captions(caption_keys, found, skips),
+                captions=gather_captions(caption_keys, by_key, skips),
                 label=None if label is None else _parse_label(label.read(), f"{name}/{key}"),
                 multi_hot=locate(files.get("npy")),
                 attributes=locate(files.get(JSON), MOST_TEXT + 1),

@@ -61,15 +61,15 @@ class NearerNetworkError(ValueError):
 
 def network_of(address: str) -> Network:
     """Tell in which network an IP address is."""
-    found: Any = ipaddress.ip_address(address.partition("%")[0])
-    inner = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None)
+    parsed: Any = ipaddress.ip_address(address.partition("%")[0])
+    inner = getattr(parsed, "ipv4_mapped", None) or getattr(parsed, "sixtofour", None)
     if inner is not None:
-        found = inner
-    if found.is_link_local:
+        parsed = inner
+    if parsed.is_link_local:
         return Network.LINK_LOCAL
-    if found.is_loopback or found.is_unspecified:
+    if parsed.is_loopback or parsed.is_unspecified:
         return Network.LOOPBACK
-    return Network.PUBLIC if found.is_global and not found.is_multicast else Network.PRIVATE
+    return Network.PUBLIC if parsed.is_global and not parsed.is_multicast else Network.PRIVATE
 
 
 @lru_cache(maxsize=1024)
@@ -79,17 +79,17 @@ def network_of_list(url: str) -> Network:
     if parts.scheme.lower() not in WEB_SCHEMES or parts.hostname is None:
         return Network.PUBLIC
     try:
-        found = socket.getaddrinfo(parts.hostname, None, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(parts.hostname, None, type=socket.SOCK_STREAM)
     except OSError:
         return Network.PUBLIC
-    return min(network_of(str(address[0])) for *_, address in found)
+    return min(network_of(str(address[0])) for *_, address in addresses)
 
 
 def validate_hop(source: Network, address: str) -> None:
     """Refuse a way from one network to an IP address that is nearer to this machine."""
     network = network_of(address)
     if network > source:
-        here, there = (each.name.lower().replace("_", "-") for each in (source, network))
+        here, there = (place.name.lower().replace("_", "-") for place in (source, network))
         raise NearerNetworkError(f"it leads from a {here} address to {address}, which is {there}")
 
 
@@ -134,10 +134,10 @@ class _Connector(aiohttp.TCPConnector):
         known, addresses = self._addresses.get(url.host, (-math.inf, []))
         if now - known > _ADDRESS_SECONDS:
             try:
-                found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+                answers = await asyncio.get_running_loop().getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
             except OSError:
                 return  # connecting says so
-            addresses = [str(address[0]) for *_, address in found]
+            addresses = [str(address[0]) for *_, address in answers]
             if len(self._addresses) >= _NAMES:
                 self._addresses.clear()
             self._addresses[url.host] = now, addresses
@@ -291,8 +291,8 @@ async def _ask(
 
 async def _begin_at(response: aiohttp.ClientResponse, place: int) -> None:
     """Pass over what is before `place` in an answer: all of the file's beginning where its server sends no parts."""
-    found = _RANGE.match(response.headers.get("Content-Range", "")) if response.status == 206 else None
-    start = 0 if response.status != 206 else place if found is None else int(found[1])
+    sent = _RANGE.match(response.headers.get("Content-Range", "")) if response.status == 206 else None
+    start = 0 if response.status != 206 else place if sent is None else int(sent[1])
     if start > place:
         raise OSError(f"the server sent bytes from {start:,} in place of {place:,}")
     left = place - start

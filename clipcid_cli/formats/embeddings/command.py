@@ -28,13 +28,13 @@ def data_command(folder: Path, sidecar: EmbedSidecar | None, data: str | None = 
 
     Args:
         sidecar: Theirs; None for those of another tool, which are not replaced.
-        data: The data; None for that of the sidecar.
+        data: The data; None for what the sidecar records.
     """
     if sidecar is None:
         return embed_command(**{"model": "MODEL", "described": None, "data": data, **more})
     recorded = (*DEFAULTS, "precision", "batch_size")
-    made = {name: sidecar.settings[name] for name in recorded if name in sidecar.settings}
-    settings = {"model": sidecar.model.spec} | made | _flags_of_data(sidecar.data, data, more)
+    recorded_settings = {name: sidecar.settings[name] for name in recorded if name in sidecar.settings}
+    settings = {"model": sidecar.model.spec} | recorded_settings | _flags_of_data(sidecar.data, data, more)
     replaced = _differing(settings) | {"out": folder, "overwrite": True}
     return command_line("embed", data or sidecar.data.spec, **replaced)
 
@@ -73,5 +73,5 @@ def _flags_of_data(described: DataSpec | None, data: str | None, flags: dict[str
 
 def _differing(settings: dict[str, Any]) -> dict[str, Any]:
     listed = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    found = {name: value for name, value in listed.items() if name not in DEFAULTS or value != DEFAULTS[name]}
-    return found | ({"view_kind": ",".join(found["view_kind"])} if "view_kind" in found else {})
+    differing = {name: value for name, value in listed.items() if name not in DEFAULTS or value != DEFAULTS[name]}
+    return differing | ({"view_kind": ",".join(differing["view_kind"])} if "view_kind" in differing else {})

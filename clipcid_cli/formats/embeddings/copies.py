@@ -52,13 +52,13 @@ class Copies:
         """Return the rows in columns of files, copied where they are not yet."""
         targets = [self._target(path, f"{name}.npy") for path, name in columns]
 
-        def make(number: int) -> Callable[[IO[bytes]], None]:
-            return lambda file: _copy_column(*columns[number], file)
+        def make(index: int) -> Callable[[IO[bytes]], None]:
+            return lambda file: _copy_column(*columns[index], file)
 
         # What another process copies is waited for last.
         for waits in (False, True):
-            for number, target in enumerate(targets):
-                _make(target, make(number), waits=waits)
+            for index, target in enumerate(targets):
+                _make(target, make(index), waits=waits)
         return [
             dataclasses.replace(find_npy(target), source=path, member=name)
             for target, (path, name) in zip(targets, columns, strict=True)

@@ -63,8 +63,8 @@ def find_rows(folder: Path) -> Path | None:
     if folder.is_file():
         return folder if folder.suffix in (".npy", ".npz") or _is_table(folder) else None
     arrays = (path for place in (*Kind, "") for path in _list(folder / place, ".npy"))
-    found = next(arrays, None) or next(iter(_list_archives(folder)), None)
-    return found or next(filter(_is_table, _list(folder, ".parquet")[:1]), None)
+    array = next(arrays, None) or next(iter(_list_archives(folder)), None)
+    return array or next(filter(_is_table, _list(folder, ".parquet")[:1]), None)
 
 
 def _is_table(path: Path) -> bool:
@@ -126,24 +126,25 @@ def _pair_by_number(folder: Path, images: list[Path], copies: Copies) -> list[Em
     if not (metadata or any(others.values())):
         rows = [find_npy(path) for path in images]
         return [
-            EmbeddingFile({Kind.IMAGES: each}, beside) for each, beside in zip(rows, _beside(rows, copies), strict=True)
+            EmbeddingFile({Kind.IMAGES: images_file}, metadata_path)
+            for images_file, metadata_path in zip(rows, _beside(rows, copies), strict=True)
         ]
     files = list[EmbeddingFile]()
-    for number, path in _by_number(images).items():
-        parts = {kind: find_npy(paths[number]) for kind, paths in others.items() if number in paths}
-        files.append(EmbeddingFile({Kind.IMAGES: find_npy(path)} | parts, metadata.get(number)))
+    for label, path in _by_number(images).items():
+        parts = {kind: find_npy(paths[label]) for kind, paths in others.items() if label in paths}
+        files.append(EmbeddingFile({Kind.IMAGES: find_npy(path)} | parts, metadata.get(label)))
     return files
 
 
 def _beside(arrays: Sequence[RowFile], copies: Copies) -> list[Path | None]:
     """Return the metadata that have the names of arrays; None for all where one has none."""
-    found = list[Path | None]()
+    tables = list[Path | None]()
     for array in arrays:
         table, keys = (array.path.with_suffix(suffix) for suffix in (".parquet", ".keys.txt"))
         if not (table.is_file() or keys.is_file()):
             return [None] * len(arrays)
-        found.append(table if table.is_file() else copies.keys(keys, array.shape[0] if array.shape else 0))
-    return found
+        tables.append(table if table.is_file() else copies.keys(keys, array.shape[0] if array.shape else 0))
+    return tables
 
 
 def _pair_columns(tables: list[Path], column: str | None, copies: Copies) -> list[EmbeddingFile]:
@@ -154,8 +155,8 @@ def _pair_columns(tables: list[Path], column: str | None, copies: Copies) -> lis
         if missing is not None:
             raise ClipcidError(f"{path} has no column {missing} of lists of numbers; {tables[0]} has.", AGAIN)
     rows = {kind: copies.columns([(path, name) for path in tables]) for kind, name in names.items()}
-    parts = [dict(zip(rows, each, strict=True)) for each in zip(*rows.values(), strict=True)]
-    return [EmbeddingFile(each, path) for each, path in zip(parts, tables, strict=True)]
+    parts = [dict(zip(rows, rows_of, strict=True)) for rows_of in zip(*rows.values(), strict=True)]
+    return [EmbeddingFile(rows_of, path) for rows_of, path in zip(parts, tables, strict=True)]
 
 
 def _choose_columns(path: Path, requested: str | None) -> dict[Kind, str]:
@@ -185,16 +186,16 @@ def _choose_columns(path: Path, requested: str | None) -> dict[Kind, str]:
 
 def _by_number(paths: list[Path]) -> dict[str, Path]:
     """Return files by the number at the end of their names, else by the name, which identifies their shard."""
-    found: dict[str, Path] = {}
+    labelled: dict[str, Path] = {}
     for path in paths:
         digits = _DIGITS.search(path.stem)
-        other = found.setdefault(str(int(digits[1])) if digits else path.stem, path)
+        other = labelled.setdefault(str(int(digits[1])) if digits else path.stem, path)
         if other != path:
             raise ClipcidError(
                 f"{other} and {path.name} have the same number, by which files are matched.",
                 "Rename or remove one of them.",
             )
-    return found
+    return labelled
 
 
 def _pair_by_name(archives: list[Path], npz_array: str | None) -> list[EmbeddingFile]:
@@ -269,7 +270,7 @@ def _validate_rows(file: RowFile) -> None:
 
 
 def _validate_extra(kind: Kind, file: RowFile, images: RowFile, first: dict[Kind, RowFile]) -> None:
-    """Refuse further rows whose format or shape is not that of `embed`, beside these images and the first shard's files."""
+    """Refuse rows of views, variants or further captions that do not fit their images or the first shard's files."""
     rows, width = images.shape
     if kind is Kind.FURTHER:
         expected = (*file.shape[:1], width)
@@ -277,7 +278,7 @@ def _validate_extra(kind: Kind, file: RowFile, images: RowFile, first: dict[Kind
         # The first shard decides how many rows a sample has, the views how many parameters.
         several = first.get(Kind.VIEWS if kind is Kind.VIEW_PARAMS else kind, file).shape[1:2]
         if kind is Kind.VIEW_PARAMS:
-            width = next((each for each in _PARAMS if first[kind].shape[-1:] == (each,)), _PARAMS[0])
+            width = next((count for count in _PARAMS if first[kind].shape[-1:] == (count,)), _PARAMS[0])
         expected = (rows, *several, width)
     if file.shape != expected or file.dtype != kind.dtype:
         raise ClipcidError(

@@ -84,17 +84,17 @@ def read_manifest(folder: Path, fix: str) -> list[ShardRecord]:
     rows = read_rows(folder / MANIFEST, fix)
     with reading(folder / MANIFEST, "a manifest of embeddings", fix):
         for row in rows:
-            row["files"] = {part: found for part, found in row["files"].items() if found is not None}
+            row["files"] = {part: file for part, file in row["files"].items() if file is not None}
         return msgspec.convert(rows, list[ShardRecord])
 
 
 def merge_skips(records: Iterable[ShardRecord]) -> Skips:
     """Count the samples of all shards that could not be used."""
-    found = Skips()
+    skips = Skips()
     for record in records:
-        for each in record.skipped:
-            found.merge(Skips({each.reason: each.count}, {each.reason: each.examples}))
-    return found
+        for skipped in record.skipped:
+            skips.merge(Skips({skipped.reason: skipped.count}, {skipped.reason: skipped.examples}))
+    return skips
 
 
 def all_files(records: Iterable[ShardRecord]) -> list[FileRecord]:
@@ -121,7 +121,7 @@ def validate_replaceable(folder: Path, records: Iterable[ShardRecord], memo: Mem
 def _look_at_files(folder: Path, records: Sequence[ShardRecord], fix: str) -> dict[str, Stamp]:
     """Return inode and time of every file of a folder, by its path in it; refuse those that the manifest does not record."""
     recorded = {file.path for file in all_files(records)}
-    found: dict[str, Stamp] = {}
+    stamps: dict[str, Stamp] = {}
     for part in (*Kind, METADATA):
         with suppress(OSError), os.scandir(folder / part) as files:
             for file in files:
@@ -130,8 +130,8 @@ def _look_at_files(folder: Path, records: Sequence[ShardRecord], fix: str) -> di
                     raise ClipcidError(f"{folder / name} was added since {folder / MANIFEST} was written.", fix)
                 with suppress(OSError):  # a link that leads nowhere
                     stat = file.stat()
-                    found[name] = (stat.st_ino, stat.st_mtime_ns)
-    return found
+                    stamps[name] = (stat.st_ino, stat.st_mtime_ns)
+    return stamps
 
 
 def _describe_rows(
@@ -143,7 +143,7 @@ def _describe_rows(
     # Of a sample: (D,), or (V, D) where it has several rows.
     shapes = {kind: find_npy(folder / whole.files[kind].path).shape[1:] for kind in Kind if kind in whole.files}
     shapes.setdefault(Kind.FURTHER, shapes.get(Kind.IMAGES) or shapes[Kind.TEXTS])
-    found: list[dict[Kind, RowFile]] = []
+    shards: list[dict[Kind, RowFile]] = []
     for record in records:
         rows: dict[Kind, RowFile] = {}
         for kind, shape in shapes.items():
@@ -151,12 +151,12 @@ def _describe_rows(
             if file is None:
                 continue
             values = (file.size - _HEADER) // kind.dtype.itemsize
-            number = values // shape[-1] if kind is Kind.FURTHER else record.rows
-            if number * math.prod(shape) != values:
-                raise ValueError(f"{file.path} of {file.size:,} bytes does not hold {number:,} rows of {list(shape)}")
+            count = values // shape[-1] if kind is Kind.FURTHER else record.rows
+            if count * math.prod(shape) != values:
+                raise ValueError(f"{file.path} of {file.size:,} bytes does not hold {count:,} rows of {list(shape)}")
             rows[kind] = RowFile(
                 folder / file.path,
-                (number, *shape),
+                (count, *shape),
                 kind.dtype,
                 _HEADER,
                 stamps.get(file.path, (0, 0)),
@@ -165,8 +165,8 @@ def _describe_rows(
             )
         if Kind.IMAGES in rows and METADATA not in record.files:
             raise ValueError(f"{record.input.shard} has no metadata")
-        found.append(rows)
-    return found
+        shards.append(rows)
+    return shards
 
 
 @dataclasses.dataclass
@@ -192,97 +192,97 @@ class EmbeddingWriter:
         self.folder = folder
         self._keys = keys
         self._inputs = inputs
-        self._identities = [identity_of(settings, [each]) for each in inputs]
+        self._identities = [identity_of(settings, [shard]) for shard in inputs]
         self._digits = max(4, len(str(len(inputs) - 1)))
 
-    def write(self, number: int, made: ShardRows) -> None:
+    def write(self, index: int, shard: ShardRows) -> None:
         """Write a shard, with its metadata where it has images; the first has number 0."""
         # The record of another run must never accompany rows of this one, even if it is killed in between.
-        self._record_path(number).unlink(missing_ok=True)
-        write_skipped(self._skipped_path(number), [make_table(made.skipped.listed)])
+        self._record_path(index).unlink(missing_ok=True)
+        write_skipped(self._skipped_path(index), [make_table(shard.skipped.listed)])
         for kind in Kind:
-            if kind in made.rows:
-                write_npy(self._path(kind, number), made.rows[kind])
+            if kind in shard.rows:
+                write_npy(self._path(kind, index), shard.rows[kind])
             else:
-                self._path(kind, number).unlink(missing_ok=True)
-        given = self._inputs[number]
-        parts: list[str] = [*made.rows]
-        if Kind.IMAGES in made.rows:
-            write_parquet(self._path(METADATA, number), _make_metadata(str(given.shard), made))
+                self._path(kind, index).unlink(missing_ok=True)
+        given = self._inputs[index]
+        parts: list[str] = [*shard.rows]
+        if Kind.IMAGES in shard.rows:
+            write_parquet(self._path(METADATA, index), _make_metadata(str(given.shard), shard))
             parts.append(METADATA)
         skipped = [
-            Skipped(reason, count, [_printable(name) for name in made.skipped.examples.get(reason, [])])
-            for reason, count in sorted(made.skipped.counts.items())
+            Skipped(reason, count, [_printable(name) for name in shard.skipped.examples.get(reason, [])])
+            for reason, count in sorted(shard.skipped.counts.items())
         ]
         record = ShardRecord(
             input=msgspec.structs.replace(given, path=_printable(given.path)),
-            identity=self._identities[number],
-            read=made.read,
-            rows=len(made.keys),
-            **made.adapted,
+            identity=self._identities[index],
+            read=shard.read,
+            rows=len(shard.keys),
+            **shard.adapted,
             skipped=skipped,
-            files={part: fingerprint.record(self._path(part, number), self.folder) for part in parts},
+            files={part: fingerprint.record(self._path(part, index), self.folder) for part in parts},
             keys=self._keys,
         )
-        self._write_record(number, record)
+        self._write_record(index, record)
 
-    def read_record(self, number: int) -> ShardRecord | None:
+    def read_record(self, index: int) -> ShardRecord | None:
         """Read the outcome of a shard; None when it is unfinished, was changed or damaged, or is of another plan."""
-        record = self._find_record(number)
+        record = self._find_record(index)
         return record if record is not None and record.keys == self._keys else None
 
-    def _find_record(self, number: int) -> ShardRecord | None:
-        path = self._record_path(number)
+    def _find_record(self, index: int) -> ShardRecord | None:
+        path = self._record_path(index)
         record = _read_record(path)
-        if record is None or record.identity != self._identities[number]:
+        if record is None or record.identity != self._identities[index]:
             return None
-        if record.skipped and not self._skipped_path(number).exists():
+        if record.skipped and not self._skipped_path(index).exists():
             return None
         return record if find_changed(self.folder, record.files.values(), path) is None else None
 
     def take(self, folder: Path, records: Sequence[ShardRecord]) -> None:
         """Take over the shards of a finished folder, whatever their numbers there, whose files are those it records."""
         there = {record.identity: record for record in records}
-        numbers = {str(given.shard): number for number, given in enumerate(self._inputs)}
+        indexes = {str(given.shard): index for index, given in enumerate(self._inputs)}
         for shard, listed in read_shards(folder / SKIPPED):
-            number = numbers.get(shard, -1)
-            if number >= 0 and self._identities[number] in there and not self._record_path(number).exists():
-                write_skipped(self._skipped_path(number), [listed])
-        for number, identity in enumerate(self._identities):
+            index = indexes.get(shard, -1)
+            if index >= 0 and self._identities[index] in there and not self._record_path(index).exists():
+                write_skipped(self._skipped_path(index), [listed])
+        for index, identity in enumerate(self._identities):
             earlier = there.get(identity)
-            if earlier is None or self._record_path(number).exists():
+            if earlier is None or self._record_path(index).exists():
                 continue
-            if earlier.skipped and not self._skipped_path(number).exists():  # it does not say which
+            if earlier.skipped and not self._skipped_path(index).exists():  # it does not say which
                 continue
             if find_changed(folder, earlier.files.values(), folder / MANIFEST) is not None:
                 continue
             files: dict[str, FileRecord] = {}
             for part, file in earlier.files.items():
-                _link(folder / file.path, self._path(part, number))
-                files[part] = msgspec.structs.replace(file, path=self._name(part, number))
-            self._write_record(number, msgspec.structs.replace(earlier, files=files))
+                _link(folder / file.path, self._path(part, index))
+                files[part] = msgspec.structs.replace(file, path=self._name(part, index))
+            self._write_record(index, msgspec.structs.replace(earlier, files=files))
 
     def rename_keys(self) -> None:
         """Give shards that are finished with keys of the other kind those of this plan; their rows stay.
 
         Where it is killed on the way, the shard is written again, since its record is of other metadata.
         """
-        for number in range(len(self._inputs)):
-            record = self._find_record(number)
+        for index in range(len(self._inputs)):
+            record = self._find_record(index)
             if record is None or record.keys == self._keys:
                 continue
             prefix = f"{record.input.shard}/"
             files = dict(record.files)
             if METADATA in files:
-                path = self._path(METADATA, number)
+                path = self._path(METADATA, index)
                 with reading(path, "metadata of embeddings", "Embed again.") as file:
                     metadata = pq.read_table(file)
                 write_parquet(path, self._rename(metadata, prefix))
                 files[METADATA] = fingerprint.record(path, self.folder)
             if record.skipped:
-                path = self._skipped_path(number)
+                path = self._skipped_path(index)
                 write_skipped(path, [self._rename(pa.concat_tables(read_skipped(path)), prefix)])
-            self._write_record(number, msgspec.structs.replace(record, files=files, keys=self._keys))
+            self._write_record(index, msgspec.structs.replace(record, files=files, keys=self._keys))
 
     def _rename(self, table: pa.Table, prefix: str) -> pa.Table:
         keys = table["key"]
@@ -294,12 +294,12 @@ class EmbeddingWriter:
 
     def finish(self) -> list[ShardRecord]:
         """Write the manifest and the list of skipped samples once all shards are finished; return the manifest."""
-        records = [self.read_record(number) for number in range(len(self._inputs))]
+        records = [self.read_record(index) for index in range(len(self._inputs))]
         finished = [record for record in records if record is not None]
         assert len(finished) == len(records), "every shard was written by one of the processes"
-        skipped = (self._skipped_path(number) for number, record in enumerate(finished) if record.skipped)
+        skipped = (self._skipped_path(index) for index, record in enumerate(finished) if record.skipped)
         write_skipped(self.folder / SKIPPED, (table for path in skipped for table in read_skipped(path)))
-        parts = [part for part in (*Kind, METADATA) if any(part in each.files for each in finished)]
+        parts = [part for part in (*Kind, METADATA) if any(part in record.files for record in finished)]
         schema = pa.schema(
             {
                 "input": _INPUT,
@@ -313,44 +313,44 @@ class EmbeddingWriter:
         write_parquet(self.folder / MANIFEST, pa.Table.from_pylist(msgspec.to_builtins(finished), schema))
         return finished
 
-    def _write_record(self, number: int, record: ShardRecord) -> None:
-        write_json(self._record_path(number), msgspec.to_builtins(record))
+    def _write_record(self, index: int, record: ShardRecord) -> None:
+        write_json(self._record_path(index), msgspec.to_builtins(record))
 
-    def _skipped_path(self, number: int) -> Path:
-        return self._record_path(number).with_suffix(f".{SKIPPED}")
+    def _skipped_path(self, index: int) -> Path:
+        return self._record_path(index).with_suffix(f".{SKIPPED}")
 
-    def _record_path(self, number: int) -> Path:
-        return self.folder / _RECORDS / f"{number:0{self._digits}d}.json"
+    def _record_path(self, index: int) -> Path:
+        return self.folder / _RECORDS / f"{index:0{self._digits}d}.json"
 
-    def _path(self, part: str, number: int) -> Path:
-        return self.folder / self._name(part, number)
+    def _path(self, part: str, index: int) -> Path:
+        return self.folder / self._name(part, index)
 
-    def _name(self, part: str, number: int) -> str:
+    def _name(self, part: str, index: int) -> str:
         form = "parquet" if part == METADATA else "npy"
-        return f"{part}/{part}_{number:0{self._digits}d}.{form}"
+        return f"{part}/{part}_{index:0{self._digits}d}.{form}"
 
 
-def _make_metadata(shard: str, made: ShardRows) -> pa.Table:
+def _make_metadata(shard: str, rows: ShardRows) -> pa.Table:
     try:
         columns = {
-            "key": pa.array(made.keys, pa.string()),
-            "shard": pa.array([shard] * len(made.keys), pa.string()),
-            "caption": pa.array(made.captions, pa.string()),
+            "key": pa.array(rows.keys, pa.string()),
+            "shard": pa.array([shard] * len(rows.keys), pa.string()),
+            "caption": pa.array(rows.captions, pa.string()),
         }
     except UnicodeEncodeError as error:
         raise ClipcidError(
             f"Shard {shard}: the name of a file is not UTF-8: {ascii(error.object)[1:-1]}.",
             "Rename the file; keys and names of shards are text.",
         ) from error
-    if made.counts is not None:
-        columns[COUNTS_COLUMN] = pa.array(made.counts, pa.int32())
+    if rows.counts is not None:
+        columns[COUNTS_COLUMN] = pa.array(rows.counts, pa.int32())
     return pa.table(columns)
 
 
 def read_unfinished(folder: Path, step: str) -> list[FileRecord]:
     """Return the shards that an unfinished run of a folder has embedded, in order, whatever its settings are."""
-    found = (path for work in find_works(folder, step) for path in work.glob(FINISHED))
-    paths = sorted(found, key=lambda path: natural_key(path.name))
+    records = (path for work in find_works(folder, step) for path in work.glob(FINISHED))
+    paths = sorted(records, key=lambda path: natural_key(path.name))
     return [record.input for path in paths if (record := _read_record(path)) is not None]
 
 

@@ -241,6 +241,11 @@ class FileRows(Rows):
         self.shape = (int(self._starts[-1]), width)
         self._dtype = files[0].dtype if as_stored and files else np.dtype(np.float16)
 
+    @property
+    def stay_mapped(self) -> bool:
+        """Whether rows can be read in any order without mapping their files again and again."""
+        return len(self._files) - len(self._held) <= MAPS_KEPT
+
     def __getstate__(self) -> dict[str, Any]:
         """Send what describes the files, not their rows: another process maps them itself."""
         # By column: 41,000 data classes with a path each would take seconds for every worker.

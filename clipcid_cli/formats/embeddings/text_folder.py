@@ -47,8 +47,8 @@ class TextLines:
 
     def __getitem__(self, row: int) -> str:
         batches = _map_batches(self.path)
-        number, place = divmod(row, batches[0].num_rows)  # all batches but the last are of one size
-        text: str = batches[number][0][place].as_py()
+        index, place = divmod(row, batches[0].num_rows)  # all batches but the last are of one size
+        text: str = batches[index][0][place].as_py()
         return text
 
     def __iter__(self) -> Iterator[str]:
@@ -64,7 +64,7 @@ class TextLines:
 def _map_batches(path: str) -> list[pa.RecordBatch]:
     try:
         reader = pa.ipc.open_file(pa.memory_map(path))
-        return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        return [reader.get_batch(index) for index in range(reader.num_record_batches)]
     except (OSError, pa.ArrowInvalid) as error:
         raise ClipcidError(
             f"{path} cannot be read: {' '.join(str(error).split())}.", _remake(Path(path).parent)
@@ -82,7 +82,7 @@ class EmbeddedTexts:
     records: tuple[FileRecord, ...]
 
     def fingerprints(self) -> list[FileRecord]:
-        texts = [each for each in self.sidecar.outputs if each.path == TEXTS_FILE]
+        texts = [file for file in self.sidecar.outputs if file.path == TEXTS_FILE]
         return [*texts, record_together(str(self.folder / Kind.TEXTS), self.records)]
 
 
@@ -96,8 +96,8 @@ def open_texts(folder: Path, model: str | None = None) -> EmbeddedTexts:
     fix = _remake(folder, sidecar)
     memo = Memo()
     validate_unchanged(folder, sidecar.outputs, path, fix, memo)
-    records, found = open_recorded(folder, memo, fix)
-    files = [rows[Kind.TEXTS] for rows in found]
+    records, shards = open_recorded(folder, memo, fix)
+    files = [rows[Kind.TEXTS] for rows in shards]
     lines = TextLines(str(folder / TEXTS_FILE))
     if [file.shape[0] for file in files] != lines.batch_sizes():
         raise ClipcidError(f"{folder / MANIFEST} records other numbers of texts than {folder / TEXTS_FILE} holds.", fix)

@@ -104,15 +104,15 @@ def _are_finite(rows: npt.NDArray[np.float32]) -> bool:
 
 def map_tops(folder: Path, tower: str, num_rows: int, fix: str = _AGAIN) -> TopClusters:
     """Map the nearest centroids of the images (``image``) or of the captions (``caption``), of the rows of the table."""
-    found = list[npt.NDArray[Any]]()
+    arrays = list[npt.NDArray[Any]]()
     for path, kind in zip(top_paths(folder, tower), ("int32", "float16"), strict=True):
         with reading(path, "nearest centroids", fix):
             array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-            width = found[0].shape[1] if found else array.shape[-1]
+            width = arrays[0].shape[1] if arrays else array.shape[-1]
             if array.dtype != kind or array.shape != (num_rows, width):
                 raise ValueError(f"it holds {array.dtype} {list(array.shape)}; {CLUSTERS} has {num_rows:,} rows")
-            found.append(array)
-    return TopClusters(*found)
+            arrays.append(array)
+    return TopClusters(*arrays)
 
 
 def top_paths(folder: Path, tower: str) -> tuple[Path, Path]:
@@ -123,12 +123,12 @@ def top_paths(folder: Path, tower: str) -> tuple[Path, Path]:
 
 def read_labels(table: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Read from the table the nearest centroid of each image and its similarity, [N] each."""
-    found = read_columns(table, {"cluster": pa.int32(), "similarity": pa.float32()}, _AGAIN)
-    return found["cluster"].to_numpy(), found["similarity"].to_numpy()
+    columns = read_columns(table, {"cluster": pa.int32(), "similarity": pa.float32()}, _AGAIN)
+    return columns["cluster"].to_numpy(), columns["similarity"].to_numpy()
 
 
 def read_label_parts(folder: Path) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
-    """Read the same from the table of a folder, part by part, as it was written."""
+    """Read nearest centroids and similarities from the table of a folder, part by part, as it was written."""
     with pq.ParquetFile(folder / CLUSTERS) as table:
         for group in range(table.num_row_groups):
             part = table.read_row_group(group, columns=["cluster", "similarity"])
@@ -161,8 +161,8 @@ def join_parts(folder: Path, bounds: list[tuple[int, int]], keys: Callable[[int,
     with ExitStack() as stack:
         table = stack.enter_context(atomic_file(folder / CLUSTERS))
         writer = stack.enter_context(pq.ParquetWriter(table, _SCHEMA, compression="zstd"))
-        for number, (first, last) in enumerate(bounds):
-            part = load_arrays(path := part_path(folder, number))
+        for index, (first, last) in enumerate(bounds):
+            part = load_arrays(path := part_path(folder, index))
             if part is None:
                 raise ClipcidError(f"{path} cannot be read.", "Run the same command again.")
             columns = [keys(first, last), part["top_clusters"][:, 0], part.pop("similarity")]

@@ -32,7 +32,7 @@ class Features:
         return len(self.rows)
 
     def __getitem__(self, chosen: torch.Tensor) -> Features:
-        """Return those of some of the images, by index or mask."""
+        """Return the features of some of the images, by index or mask."""
         chosen = chosen.to(self.rows.device)
         return Features(self.rows[chosen], self.labels[chosen])
 
@@ -53,11 +53,11 @@ def write_features(path: Path, features: Features) -> None:
 
 def read_features(path: Path) -> Features | None:
     """Read features; None where there are none, or they are damaged: the data set is then encoded again."""
-    found = load_arrays(path)
-    if found is None or not {"rows", "labels", "skips"}.issubset(found):
+    arrays = load_arrays(path)
+    if arrays is None or not {"rows", "labels", "skips"}.issubset(arrays):
         return None
-    rows, labels = (torch.from_numpy(found[name]) for name in ("rows", "labels"))
+    rows, labels = (torch.from_numpy(arrays[name]) for name in ("rows", "labels"))
     lengths = torch.linalg.vector_norm(rows, dim=-1)
     if rows.ndim != 2 or len(rows) != len(labels) or not bool(((lengths - 1).abs() < _LENGTH_TOLERANCE).all()):
         return None
-    return Features(rows, labels, Skips(**json.loads(str(found["skips"]))))
+    return Features(rows, labels, Skips(**json.loads(str(arrays["skips"]))))

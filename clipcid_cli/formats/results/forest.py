@@ -105,7 +105,7 @@ def write_forest(
         output.commit(
             counts={"images": forest.num_rows, "edges": len(forest.a)},
             seconds=seconds,
-            outputs=[record(each, output.work) for each in (path, own)],
+            outputs=[record(file, output.work) for file in (path, own)],
             cutoff=forest.cutoff,
         )
 

@@ -79,15 +79,15 @@ class KeepList:
 
     def kept_of_shard(self, shard: str) -> set[str]:
         """Return the keys of a shard's kept images; quickest for one shard after another in the order of the rows."""
-        found: set[str] = set()
+        kept: set[str] = set()
         for start, stop in self._shards.get(shard, []):
             group, first = divmod(start, ROWS_AT_ONCE)
             if self._held is None or self._held[0] != group:
                 with _open(self.path) as file:
                     self._held = group, file.read_row_group(group, columns=["key"])["key"]
             keys = self._held[1].slice(first, stop - start)
-            found.update(keys.filter(pa.array(self.kept[start:stop])).to_pylist())
-        return found
+            kept.update(keys.filter(pa.array(self.kept[start:stop])).to_pylist())
+        return kept
 
     def count_by_shard(self) -> dict[str, int]:
         """Return the number of images in each shard, kept or not; empty when the list has no shards."""
@@ -103,15 +103,15 @@ class KeepList:
     @cached_property
     def _shards(self) -> dict[str, list[tuple[int, int]]]:
         """Where each shard's rows are: stretches inside row groups, the first row and the one after the last."""
-        found: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        shards: dict[str, list[tuple[int, int]]] = defaultdict(list)
         first = 0
         for batch in self._batches("shard") if self.has_shards else ():
             runs = pc.run_end_encode(batch)
             ends = [0, *runs.run_ends.to_pylist()]
             for name, (start, end) in zip(runs.values.to_pylist(), pairwise(ends), strict=True):
-                found[name].append((first + start, first + end))
+                shards[name].append((first + start, first + end))
             first += len(batch)
-        return dict(found)
+        return dict(shards)
 
     def _batches(self, column: str) -> Iterator[pa.Array]:
         with _open(self.path) as file:
@@ -213,8 +213,8 @@ def read_dropped(path: Path) -> Iterator[pa.Table]:
 
 def are_uids(keys: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
     """Tell which of n strings are identifiers of DataComp, 32 hexadecimal digits: bool [n]."""
-    found: npt.NDArray[np.bool_] = pc.match_substring_regex(keys, f"^{_UID}$").to_numpy()
-    return found
+    matches: npt.NDArray[np.bool_] = pc.match_substring_regex(keys, f"^{_UID}$").to_numpy()
+    return matches
 
 
 def is_uid(key: object) -> bool:
@@ -236,9 +236,9 @@ def write_uids(path: Path, uids: Iterable[pa.ChunkedArray], count: int, *, overw
     for part in uids:
         for at in range(0, len(part), _AT_ONCE):
             text = "".join(part.slice(at, _AT_ONCE).to_pylist())
-            found = np.frombuffer(bytes.fromhex(text), ">u8").reshape(-1, 2)
-            halves[start : start + len(found)] = found
-            start += len(found)
+            piece = np.frombuffer(bytes.fromhex(text), ">u8").reshape(-1, 2)
+            halves[start : start + len(piece)] = piece
+            start += len(piece)
     assert start == count, f"{start} of {count} identifiers"
     halves = halves[np.lexsort((halves[:, 1], halves[:, 0]))]
     is_first = np.ones(count, np.bool_)
@@ -253,11 +253,11 @@ def write_pairs(path: Path, pairs: Iterable[pa.Table], *, overwrite: bool) -> No
     """Write the dropped images that `read_dropped` reads, as csv where the file's name ends so, else as parquet."""
     with named_file(path, overwrite) as file:
         if path.suffix == ".csv":
-            for number, part in enumerate(pairs):
+            for index, part in enumerate(pairs):
                 frame = part.to_pandas()
                 # The fewest digits that denote the same float32.
                 frame["distance"] = [str(distance) for distance in frame["distance"].to_numpy()]
-                file.write(pack_csv(frame, header=number == 0))
+                file.write(pack_csv(frame, header=index == 0))
         else:
             with pq.ParquetWriter(file, _PAIRS, compression="zstd") as writer:
                 for part in pairs:

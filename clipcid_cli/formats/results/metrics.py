@@ -139,9 +139,9 @@ class Predictions:
     @property
     def positive(self) -> npt.NDArray[np.bool_]:
         """Whether an image has a class, bool [N, C]; of images that may have several."""
-        found = np.zeros((len(self), self.num_classes), dtype=bool)
-        found[np.repeat(np.arange(len(self)), self.lengths("labels")), self.flat("labels")] = True
-        return found
+        is_positive = np.zeros((len(self), self.num_classes), dtype=bool)
+        is_positive[np.repeat(np.arange(len(self)), self.lengths("labels")), self.flat("labels")] = True
+        return is_positive
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """Copy a column of single values, [N]; Arrow's memory is read-only."""
@@ -210,7 +210,7 @@ def read_predictions(path: Path) -> Predictions:
         about = json.loads(table.schema.metadata[_ABOUT])
         types = {"key": pa.string(), **_COLUMNS[about["kind"]]}
         ordered = table.select(list(types)).cast(pa.schema(types)).sort_by("key")
-        found = Predictions(about["kind"], about["model"], about["dataset"], int(about["num_classes"]), ordered)
-        if any(column.null_count for column in ordered.columns) or not found.is_consistent():
+        predictions = Predictions(about["kind"], about["model"], about["dataset"], int(about["num_classes"]), ordered)
+        if any(column.null_count for column in ordered.columns) or not predictions.is_consistent():
             raise ValueError("its columns do not fit together")
-        return found
+        return predictions

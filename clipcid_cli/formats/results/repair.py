@@ -1,4 +1,4 @@
-"""``repair.npz``: the map by which a teacher's image rows are repaired; what was found lies in the sidecar beside it."""
+"""``repair.npz``: the map by which a teacher's image rows are repaired; its figures lie in the sidecar beside it."""
 
 from __future__ import annotations
 

@@ -157,24 +157,24 @@ def _open_no_link(path: str, flags: int) -> int:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a log; a last line that a kill left incomplete is omitted."""
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     if not path.exists():
-        return found
+        return entries
     fix = "Restore it, or train again: the command of the run, with --overwrite."
     with reading(path, "a log of training", fix):
         lines = read_regular(path, LARGEST_TEXT).splitlines()
-    for number, line in enumerate(lines, 1):
+    for count, line in enumerate(lines, 1):
         try:
             content = json.loads(line)
             values = [content["step"], *content.values()]
             if not (isinstance(values[0], int) and all(isinstance(value, int | float | None) for value in values)):
                 raise TypeError("a value is of another type")
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            if number == len(lines):
+            if count == len(lines):
                 break
-            raise ClipcidError(f"Line {number:,} of {path} is not a line of a log: {describe(error)}.", fix) from error
-        found.append(content)
-    return found
+            raise ClipcidError(f"Line {count:,} of {path} is not a line of a log: {describe(error)}.", fix) from error
+        entries.append(content)
+    return entries
 
 
 class Board(Protocol):

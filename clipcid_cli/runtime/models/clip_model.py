@@ -36,7 +36,7 @@ from clipcid_cli.runtime.models.names import (
     validate_passed_on,
     validate_weights,
 )
-from clipcid_cli.runtime.models.pruned_forward import PrunedForward
+from clipcid_cli.runtime.models.pruned_forward import PrunedForward, is_plain_attention
 from clipcid_cli.runtime.precision import Precision
 
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -172,7 +172,7 @@ class ClipModel:
         second in fp32, 38 under bf16 autocast, and 151 with its weights cast once (2 cores with AMX).
         """
         for module in self.module.modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.MultiheadAttention):
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) or is_plain_attention(module):
                 module.to(precision.dtype)
 
     @cached_property

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipcid_cli.errors import ClipcidError
+from clipcid_cli.runtime.models.pruned_forward import is_plain_attention
 
 # Layers of open_clip's own transformers and of timm's ViTs. Their attention stacks the rows of queries, keys and values in
 # this order, each head after head; of another no channel is chosen.
 _LAYER = re.compile(r"(transformer\.resblocks|trunk\.blocks)\.(\d+)(\..*)")
-_ATTENTION = {"torch.nn.modules.activation.MultiheadAttention", "timm.layers.attention.Attention"}
+_TIMM_ATTENTION = "timm.layers.attention.Attention"
 # Axes of each tensor, by the end of its name in the tower: w width of the residual stream, h heads × head width, q the same
 # for queries, keys and values, k for keys and values, m width of the MLP, d width of the embedding, p positions; = must be
 # equal. open_clip's attention pooling is not among them: its heads are of another number, its width is the embedding's.
@@ -93,14 +94,15 @@ def _tensors(part: nn.Module) -> dict[str, Tensor]:
 
 def _validate_known(own: nn.Module, others: nn.Module, tower: str) -> None:
     """Refuse towers whose tensors are not known by their names and axes."""
-    attention = {getattr(block, "attn", None).__class__ for part in (own, others) for block in _layers(part)}
-    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in attention}
-    if not (len(_layers(own)) and len(_layers(others)) and len(kinds) == 1 and kinds <= _ATTENTION):
+    modules = [getattr(block, "attn", None) for part in (own, others) for block in _layers(part)]
+    kinds = {f"{type(module).__module__}.{type(module).__name__}" for module in modules}
+    is_known = kinds == {_TIMM_ATTENTION} or all(map(is_plain_attention, modules))
+    if not (len(_layers(own)) and len(_layers(others)) and len(kinds) == 1 and is_known):
         other = "text" if tower == "image" else "image"
         raise ClipcidError(
             f"--init-from: the {tower} towers of student and model are of different kinds or sizes, and layers and channels "
-            "can be chosen only where the attention layout is known: in ViTs of open_clip 3 and timm, and in CLIP's "
-            "text tower.",
+            "can be chosen only where the attention layout is known: in plain ViTs of open_clip and timm, and in "
+            "CLIP's text tower.",
             f"Give the student the model's own {tower} tower, or fill the other one alone: --init-towers {other}.",
         )
 

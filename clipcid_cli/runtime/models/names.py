@@ -326,8 +326,9 @@ def read_width(name: ModelName) -> int | None:
 
 @cache
 def known_architectures() -> tuple[str, ...]:
-    """List the architectures of the installed open_clip from its files, without importing it."""
-    return tuple(sorted(path.stem for path in _config_folder().glob("*.json")))
+    """List the architectures of the installed open_clip from its files, without importing it; not those of sounds."""
+    paths = sorted(_config_folder().glob("*.json"))
+    return tuple(path.stem for path in paths if {"vision_cfg", "text_cfg"} <= json.loads(path.read_text()).keys())
 
 
 def _config_folder() -> Path:

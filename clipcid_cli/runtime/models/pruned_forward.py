@@ -223,6 +223,23 @@ def _pooling(text: Any) -> tuple[str, int | None]:
 
 def _has_known_blocks(transformer: Any) -> bool:
     return all(
-        type(block).__name__ == "ResidualAttentionBlock" and isinstance(block.attn, nn.MultiheadAttention)
+        type(block).__name__ == "ResidualAttentionBlock" and is_plain_attention(block.attn)
         for block in transformer.resblocks
+    )
+
+
+def is_plain_attention(module: Any) -> bool:
+    """Tell whether this is CLIP's attention: PyTorch's module, or open_clip 4's own with the same weights and no more."""
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    return (
+        type(module).__name__ == "Attention"
+        and type(module).__module__ == "open_clip.transformer"
+        and module.in_proj_weight is not None
+        and module.in_proj_bias is not None
+        and module.logit_scale is None
+        and module.head_scale is None
+        and all(isinstance(norm, nn.Identity) for norm in (module.ln_q, module.ln_k, module.ln_inner))
+        and not module.attn_drop.p
+        and not module.out_drop.p
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from clipcid_cli.formats.work_directory import KEEP_LIST, WorkDirectory
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.precision import Precision
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.balance.groups import Groups, Share, work_on_groups
 from clipcid_cli.steps.balance.shared_arrays import SharedArrays
 from clipcid_cli.steps.settings.balance import BalanceSettings
 
@@ -117,25 +118,38 @@ def read_rows(shared: SharedArrays, images: Rows) -> BalanceRows:
     del hashes, finite
 
     def survey() -> Arrays:
-        kind = row_type(len(images))
         hash_N, finite_N = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
-        numbers = np.flatnonzero(finite_N).astype(kind)
+        numbers = np.flatnonzero(finite_N).astype(row_type(len(images)))
         if len(numbers) < len(hash_N):
             hash_N = hash_N[numbers]
-        rows = np.arange(len(numbers), dtype=kind)
-        unique, copies = collapse_duplicates(lambda some: images.take(numbers[some]), rows, hash_N)
-        copies = sort_edges(copies)
-        return numbers, unique, copies.a, copies.b
+        groups = Groups.from_hashes(hash_N)
+        return numbers, groups.rows, groups.bounds
 
-    numbers, unique, a, b = shared.publish(survey)
+    numbers, *alike = shared.publish(survey)
+    copies = work_on_groups(shared, images, numbers, Groups(*alike), _find_copies)
+
+    def separate() -> Arrays:
+        a, b = (np.concatenate(each) for each in zip(*copies, strict=True))
+        edges = sort_edges(_join(a, b))
+        is_copy = np.zeros(len(numbers), np.bool_)
+        is_copy[edges.b] = True
+        return np.flatnonzero(~is_copy).astype(numbers.dtype), edges.a, edges.b
+
+    unique, a, b = shared.publish(separate)
     if len(b):
-        copies = (
+        said = (
             "1 row is an exact copy of an earlier one"
             if len(b) == 1
             else f"{len(b):,} rows are exact copies of earlier ones"
         )
-        reporting.note(f"{copies}.")
+        reporting.note(f"{said}.")
     return BalanceRows(images, numbers, unique, _join(a, b))
+
+
+def _find_copies(alike: Share) -> Arrays:
+    """Find, among rows of equal hashes, those that equal an earlier one: the first of their kind, and they."""
+    _, edges = collapse_duplicates(alike.read, np.arange(len(alike.rows)), alike.labels.astype(np.uint64))
+    return alike.rows[edges.a], alike.rows[edges.b]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +249,10 @@ class BalanceRun(BalancePlan):
     def rows_in_memory(self) -> int:
         """How many rows plans can rely on to fit into the memory for panels."""
         return _PLANNED_BYTES[self.context.device.type] // (self.embeddings.width * _BYTES_AN_ENTRY)
+
+    def work_on_groups(self, groups: Groups, work: Callable[[Share], Arrays]) -> list[Arrays]:
+        """Let every process work on its share of groups of rows; return the results of all on the first one."""
+        return work_on_groups(self.shared, self.rows.images, self.rows.numbers, groups, work)
 
     def phases(self) -> dict[str, float]:
         """Return the time by phase until now: what is neither searched nor audited is written."""

@@ -96,8 +96,10 @@ def _estimate(plan: BalancePlan, references: list[Embeddings | EmbedCost]) -> Ba
     an_image = _BYTES_OF_LISTS + _BYTES_OF_NUMBER * ((captions is not None) + (clusters is not None))
     an_image += _BYTES_OF_REFERENCE * (len(references) + 1 if references else 0)
     disk = images * an_image + sum(made.bytes for made in to_embed if made is not None)
-    if settings.neighbors == "partitioned":  # the rows are copied, and their places and visits listed
-        disk += (2 * width + _BYTES_OF_PLACES) * searched
+    if settings.neighbors == "partitioned":
+        disk += _BYTES_OF_PLACES * searched  # their places and visits are listed
+    if settings.neighbors == "partitioned" or not plan.embeddings.rows(Kind.IMAGES).stay_mapped:
+        disk += 2 * width * searched  # rows are copied, those of partitions or at most all in sets
     result = BalanceCost(
         images=images,
         searched=searched,

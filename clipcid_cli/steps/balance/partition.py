@@ -25,10 +25,11 @@ from clipcid_cli.algorithms.near.partitions import (
 from clipcid_cli.algorithms.near.plan import Plan, pieces, rectangle
 from clipcid_cli.algorithms.sets.sinks import NearestOf
 from clipcid_cli.formats.arrays import Arrays, create_mapped, spool_arrays
-from clipcid_cli.formats.embeddings.rows import create_copy, open_copies, remove_copies
+from clipcid_cli.formats.embeddings.rows import open_copies
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
+from clipcid_cli.steps.balance.groups import copy_rows, temporary_copies
 from clipcid_cli.steps.balance.result import Audit
 
 # Where this share of all pairs would be compared, all of them may as well be.
@@ -50,12 +51,8 @@ def partitioned(run: BalanceRun, reach: float) -> Iterator[tuple[Plan, ReadRows]
     Yields:
         What to compare, and how to read its rows; None where it would be half of all pairs or more.
     """
-    try:
+    with temporary_copies(run.shared):
         yield _partition(run, reach)
-        run.context.barrier()
-    finally:
-        if run.context.is_main:
-            remove_copies(run.work)
 
 
 def _partition(run: BalanceRun, reach: float) -> tuple[Plan, ReadRows] | None:
@@ -174,16 +171,15 @@ def _copy(run: BalanceRun, home: IntArray, partitions: Partitions) -> IntArray:
     """
     rows = run.rows
     start, stop = _share(run)
-    copies = create_copy(run.work, run.context.rank, stop - start, partitions.width)
     places = np.empty(stop - start, row_type(len(rows)))
     places[np.argsort(home, kind="stable")] = np.arange(stop - start)
-    with reporting.progress("group", stop - start, "images") as progress:
+
+    def parts() -> Iterator[tuple[IntArray, HalfArray]]:
         for at in range(0, stop - start, _ROWS_AT_ONCE):
             numbers = rows.unique[start + at : min(start + at + _ROWS_AT_ONCE, stop)]
-            copies[places[at : at + len(numbers)]] = rows.read(numbers)
-            progress.advance(len(numbers))
-    if run.context.spans_hosts and isinstance(copies, np.memmap):
-        copies.flush()
+            yield places[at : at + len(numbers)], rows.read(numbers)
+
+    copy_rows(run.shared, stop - start, partitions.width, parts())
     return places + start
 
 

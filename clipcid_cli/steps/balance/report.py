@@ -79,13 +79,14 @@ def has_new_pictures(plan: BalancePlan, finished: BalanceSidecar) -> bool:
     return any(Gallery(plan).read(shards, keys))
 
 
-def write_report(found: Outcome, measured: SetTable, result: BalanceResult, warnings: list[str]) -> dict[str, Any]:
+def write_report(found: Outcome, result: BalanceResult, warnings: list[str]) -> dict[str, Any]:
     """Write the report as one page, with what the user was warned of.
 
     Returns:
         For the sidecar, which pictures are in it: ``{"shown": number, "unread": [[shard, key], …], "why": reason}``.
     """
     run, sets, other = found.run, found.sets, found.other
+    measured = sets.table
     largest = np.argsort(-measured.size, kind="stable")[:_SETS_SHOWN]
     shown = [_choose_members(sets, label) for label in measured.label[largest].tolist()]
     alone = np.ones(run.rows.num_searched - measured.size.sum(), np.int64)

@@ -12,7 +12,14 @@ from clipcid_cli.algorithms.near.edges import Edges
 from clipcid_cli.algorithms.near.exact import BoolArray, FloatArray, IntArray, row_type
 from clipcid_cli.algorithms.near.plan import components, hash_arrays
 from clipcid_cli.algorithms.sets.forest import Curve, connected_components, forest_curve
-from clipcid_cli.algorithms.sets.representatives import best_rows, central_rows, distances_to, medoid_rows, ratio_beyond
+from clipcid_cli.algorithms.sets.representatives import (
+    best_rows,
+    central_rows,
+    distances_to,
+    find_diameters,
+    medoid_rows,
+    ratio_beyond,
+)
 from clipcid_cli.algorithms.sets.sinks import PairsWithin
 from clipcid_cli.algorithms.sets.star import (
     StarCover,
@@ -25,11 +32,13 @@ from clipcid_cli.algorithms.sets.star import (
 )
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.results.forest import SetTable
 from clipcid_cli.runtime.timing import timed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.balance.balance_run import BalanceRows, BalanceRun
 from clipcid_cli.steps.balance.chunks import Search, run_chunks
 from clipcid_cli.steps.balance.forest import Forest, find_forest
+from clipcid_cli.steps.balance.groups import Groups, Share, find_places, readable
 from clipcid_cli.steps.balance.result import OtherLinkageResult
 from clipcid_cli.steps.balance.scores import SCORES
 
@@ -59,6 +68,7 @@ class Sets:
     curve: Curve
     num_kept: int
     largest: int  # size of the largest set
+    table: SetTable  # what is measured of every set of two or more
     uncovered_ratio: float  # share of the dropped repeats that are farther than the cut-off from their representative
 
     @property
@@ -100,42 +110,91 @@ def _single_curve(rows: BalanceRows, forest: Edges, threshold: float | None) -> 
     return dataclasses.replace(curve, kept=curve.kept - (len(rows) - rows.num_searched))
 
 
-def _publish_sets(
+def _finish_sets(
     run: BalanceRun,
     threshold: float | None,
-    make: Callable[[], tuple[IntArray, IntArray]],
+    labels: IntArray,
+    representatives: IntArray | None,
     make_curve: Callable[[], Curve],
 ) -> Sets:
-    """Make labels and representatives on the first process, and share the sets; filtered rows represent themselves."""
+    """Choose representatives where there are none yet, and measure the sets; rows that filters dropped have none."""
     rows = run.rows
-    kind = row_type(len(rows))
+    groups = Groups.publish(run.shared, lambda: Groups.from_sets(labels))
+    parts = run.work_on_groups(groups, lambda share: _measure(run, share, representatives))
 
-    def write() -> Arrays:
-        labels, representatives = (each.astype(kind, copy=False) for each in make())
-        distances = distances_to(rows.read, representatives)
+    def join() -> Arrays:
+        members, is_first = groups.rows, groups.bounds[:-1]
+        chosen, distance, farthest, diameter, is_exact = map(np.concatenate, zip(*parts, strict=True))
+        representatives_N = labels.copy()
+        representatives_N[members] = chosen
         if rows.is_searched is not None:
-            representatives = np.where(rows.is_searched, representatives, kind(-1))
-        return labels, representatives, distances
+            representatives_N = np.where(rows.is_searched, representatives_N, labels.dtype.type(-1))
+        distances_N = np.zeros(len(labels), np.float32)
+        distances_N[members] = distance
+        return (
+            representatives_N,
+            distances_N,
+            members[is_first],
+            np.diff(groups.bounds),
+            chosen[is_first],
+            farthest,
+            distances_N[farthest],
+            diameter,
+            is_exact,
+        )
 
-    labels, representatives, distances = run.shared.publish(write)
+    representatives, distances, *table = run.shared.publish(join)
 
-    def measure() -> tuple[Curve, int, int, float]:
-        num_kept = count_kept(representatives)
-        beyond = 0.0 if threshold is None else ratio_beyond(distances, threshold, rows.num_searched - num_kept)
-        return make_curve(), num_kept, int(np.bincount(labels).max()), beyond
+    num_kept = count_kept(representatives)
+    return Sets(
+        labels=labels,
+        representatives=representatives,
+        distances=distances,
+        threshold=threshold,
+        curve=run.context.on_rank0(make_curve),
+        num_kept=num_kept,
+        largest=int(np.diff(groups.bounds).max(initial=1)),
+        table=SetTable(*table),
+        uncovered_ratio=0.0 if threshold is None else ratio_beyond(distances, threshold, rows.num_searched - num_kept),
+    )
 
-    return Sets(labels, representatives, distances, threshold, *run.context.on_rank0(measure))
+
+def _measure(run: BalanceRun, share: Share, representatives: IntArray | None) -> Arrays:
+    """Measure some sets.
+
+    Returns:
+        The representative of each row, integers [M], and its distance, float32 [M]; of each set the row farthest from it,
+        integers [S], its diameter, float32 [S], and whether that is exact, bool [S].
+    """
+    if representatives is None:
+        chosen = _choose_representatives(run, share)
+    else:
+        chosen = find_places(share.rows)(representatives[share.rows])
+    distances = distances_to(share.read, chosen)
+    reach = np.maximum.reduceat(distances, share.starts) if len(share.starts) else distances
+    at_reach = np.flatnonzero(distances == np.repeat(reach, share.sizes))
+    farthest = at_reach[np.searchsorted(at_reach, share.starts)]
+    # Copies are at distance 0 of each other.
+    is_unique = np.zeros(len(run.rows), np.bool_)
+    is_unique[run.rows.unique] = True
+    unique = np.flatnonzero(is_unique[share.rows])
+    diameter, is_exact = find_diameters(share.read, unique, share.labels[unique], share.starts, run.context.device)
+    return share.rows[chosen], distances, share.rows[farthest], diameter, is_exact
 
 
 def _make_components(run: BalanceRun, forest: Edges, threshold: float | None) -> Sets:
     """Single linkage: the components of the forest up to the threshold; without one each row is a set of its own."""
 
-    def make() -> tuple[IntArray, IntArray]:
+    def make() -> Arrays:
         part = forest[:0] if threshold is None else forest.up_to(threshold)
         labels = connected_components(len(run.rows), part.a, part.b)
-        return labels, labels if threshold is None else _choose_representatives(run, labels)
+        if threshold is not None and run.settings.select in SCORES:
+            return labels, _best_by_score(run, labels)
+        return (labels,)
 
-    return _publish_sets(run, threshold, make, lambda: _single_curve(run.rows, forest, threshold))
+    labels, *chosen = run.shared.publish(make)
+    representatives = chosen[0] if chosen else None
+    return _finish_sets(run, threshold, labels, representatives, lambda: _single_curve(run.rows, forest, threshold))
 
 
 def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int) -> tuple[Sets, Forest]:
@@ -178,16 +237,18 @@ def _make_stars(run: BalanceRun, forest: Forest, threshold: float, num_kept: int
         below = reach
     chosen = cover
 
-    def make() -> tuple[IntArray, IntArray]:
+    def make() -> Arrays:
         representatives = rows.unique[chosen.representatives][positions]
         if rows.is_searched is not None:
             representatives = np.where(rows.is_searched, representatives, np.arange(len(rows)))
-        return label_by_smallest(representatives), representatives
+        kind = row_type(len(rows))
+        return label_by_smallest(representatives).astype(kind), representatives.astype(kind)
 
     def make_curve() -> Curve:
         return star_curve(pairs, copies, chosen.cutoff, _CURVE_POINTS)
 
-    return _publish_sets(run, _shortest_decimal(chosen.cutoff), make, make_curve), forest
+    labels, representatives = run.shared.publish(make)
+    return _finish_sets(run, _shortest_decimal(chosen.cutoff), labels, representatives, make_curve), forest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +277,12 @@ def _find_pairs(
             f"it takes {plan.num_pairs:,} comparisons within the sets, more than the {max_compared:,} made for a report"
         )
     of = f"{hash_arrays(labels[members])}-{max_found}"
-    found = run_chunks(run, Search("pairs", plan, run.rows.read, cutoff, lambda: PairsWithin(labels, max_found), of))
+    place_of = find_places(members)
+    with readable(run.shared, run.rows.images, run.rows.numbers, members) as read:
+        search = Search(
+            "pairs", plan, lambda rows: read(place_of(rows)), cutoff, lambda: PairsWithin(labels, max_found), of
+        )
+        found = run_chunks(run, search)
     return found if len(found) <= max_found else NotComputed(f"more than {max_found:,} pairs are within the cut-off")
 
 
@@ -238,7 +304,7 @@ def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage
     if threshold is None:
         return NotComputed("nothing was to be merged")
     if run.settings.linkage == "star":
-        return run.context.on_rank0(lambda: _single(run.rows, forest, threshold))
+        return _compare_single(run, forest, threshold)
     pairs = _find_pairs(run, sets.labels, threshold, _MAX_FOUND, _MAX_COMPARED)
     if isinstance(pairs, NotComputed):
         reporting.note(f"What --linkage star would keep at this cut-off is not computed: {pairs.reason}.")
@@ -246,13 +312,20 @@ def compare_linkages(run: BalanceRun, sets: Sets, forest: Edges) -> OtherLinkage
     return run.context.on_rank0(lambda: _star(run.rows, pairs, threshold))
 
 
-def _single(rows: BalanceRows, forest: Edges, threshold: float) -> OtherLinkage:
-    part = forest.up_to(threshold)
-    labels = connected_components(len(rows), part.a, part.b)
-    distances = distances_to(rows.read, central_rows(rows.read, labels))
-    beyond = ratio_beyond(distances, threshold, len(part))
-    result = OtherLinkageResult("single", rows.num_searched - len(part), beyond)
-    return OtherLinkage(result, _single_curve(rows, forest, threshold))
+def _compare_single(run: BalanceRun, forest: Edges, threshold: float) -> OtherLinkage:
+    rows, part = run.rows, forest.up_to(threshold)
+    groups = Groups.publish(run.shared, lambda: Groups.from_sets(connected_components(len(rows), part.a, part.b)))
+    parts = run.work_on_groups(
+        groups, lambda share: (distances_to(share.read, central_rows(share.read, share.labels)),)
+    )
+
+    def compare() -> OtherLinkage:
+        distances = np.concatenate([distance for (distance,) in parts])
+        beyond = ratio_beyond(distances, threshold, len(part))
+        result = OtherLinkageResult("single", rows.num_searched - len(part), beyond)
+        return OtherLinkage(result, _single_curve(rows, forest, threshold))
+
+    return run.context.on_rank0(compare)
 
 
 def _star(rows: BalanceRows, pairs: Edges, threshold: float) -> OtherLinkage:
@@ -263,15 +336,17 @@ def _star(rows: BalanceRows, pairs: Edges, threshold: float) -> OtherLinkage:
     return OtherLinkage(OtherLinkageResult("star", int(curve.kept[-1]), 0.0), curve)
 
 
-def _choose_representatives(run: BalanceRun, labels: IntArray) -> IntArray:
-    """Choose the representative of each row from the sets, integers [N] both."""
-    select, read = run.settings.select, run.rows.read
-    if select == "central":
-        return central_rows(read, labels)
-    if select == "medoid":
-        return medoid_rows(read, labels, run.context.device)
+def _choose_representatives(run: BalanceRun, share: Share) -> IntArray:
+    """Choose the representative of each row of some sets by the rows themselves, integers [M]."""
+    if run.settings.select == "medoid":
+        return medoid_rows(share.read, share.labels, run.context.device)
+    return central_rows(share.read, share.labels)
+
+
+def _best_by_score(run: BalanceRun, labels: IntArray) -> IntArray:
+    """Choose the representative of each row by a score of each image, integers [N]."""
     scores = np.zeros(len(labels))
     # The rows of sets of two or more: the others need no score.
     members = np.flatnonzero(np.bincount(labels, minlength=len(labels))[labels] > 1)
-    scores[members] = SCORES[select](run, members)
+    scores[members] = SCORES[run.settings.select](run, members)
     return best_rows(scores, labels)

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipcid_cli.algorithms.near.exact import IntArray
-from clipcid_cli.algorithms.sets.representatives import find_diameters
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.arrays import map_strings
 from clipcid_cli.formats.data.samples import Sample
@@ -22,7 +21,7 @@ from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.embeddings.layouts import EmbeddingFile
 from clipcid_cli.formats.fingerprint import record
 from clipcid_cli.formats.join import join, parquet_listing
-from clipcid_cli.formats.results.forest import CURVE, ROW_FILES, SET_TABLE, SetTable, write_curve, write_set_table
+from clipcid_cli.formats.results.forest import CURVE, ROW_FILES, SET_TABLE, write_curve, write_set_table
 from clipcid_cli.formats.results.keep_list import (
     Column,
     are_uids,
@@ -123,12 +122,12 @@ def write(found: Outcome) -> BalanceResult:
     warnings = find_warnings(run, found.sets)
     for warning in warnings:
         reporting.warn(warning)
-    measured = _write_tables(found)
+    _write_tables(found)
     written = [KEEP_LIST, ROW_FILES]
     if write_skipped(run.work / SKIPPED, _list_skipped(run)):
         written.append(SKIPPED)
     result = summarise(found)
-    pictures = write_report(found, measured, result, warnings)
+    pictures = write_report(found, result, warnings)
     result = msgspec.structs.replace(result, seconds=run.phases())
     output = run.output
     output.commit(
@@ -156,7 +155,7 @@ def _list_skipped(run: BalanceRun) -> Iterator[pa.Table]:
         yield from list_bad_rows(embeddings, np.flatnonzero(is_bad))
 
 
-def _write_tables(found: Outcome) -> SetTable:
+def _write_tables(found: Outcome) -> None:
     run, sets, filters = found.run, found.sets, found.filters
     folder = run.work
 
@@ -175,8 +174,7 @@ def _write_tables(found: Outcome) -> SetTable:
         distances=sets.distances,
         more=columns + [column for each in filters for column in each.columns(folder)],
     )
-    measured = _measure_sets(run, sets)
-    write_set_table(folder / SET_TABLE, measured, keys)
+    write_set_table(folder / SET_TABLE, sets.table, keys)
     curve = sets.curve
     write_curve(
         folder / CURVE,
@@ -185,27 +183,6 @@ def _write_tables(found: Outcome) -> SetTable:
         largest=curve.largest,
         num_images=run.rows.num_searched,
     )
-    return measured
-
-
-def _measure_sets(run: BalanceRun, sets: Sets) -> SetTable:
-    """Measure every set of two or more images: its diameter, and the image farthest from the one kept."""
-    rows, labels, distances = run.rows, sets.labels, sets.distances
-    sizes = np.bincount(labels, minlength=len(labels))
-    label = np.flatnonzero(sizes > 1).astype(labels.dtype)
-    size = sizes[label]
-    del sizes
-    reach = np.zeros(len(labels), np.float32)
-    np.maximum.at(reach, labels, distances)
-    at_reach = np.flatnonzero(distances == reach[labels]).astype(labels.dtype)
-    reach = reach[label]
-    first = np.full(len(labels), len(labels), labels.dtype)
-    np.minimum.at(first, labels[at_reach], at_reach)
-    farthest = first[label]
-    del at_reach, first
-    # Copies are at distance 0 of each other.
-    diameter, is_exact = find_diameters(rows.read, rows.unique, labels[rows.unique], label, run.context.device)
-    return SetTable(label, size, sets.representatives[label], farthest, reach, diameter, is_exact)
 
 
 def _say_reasons(found: Outcome) -> Column:

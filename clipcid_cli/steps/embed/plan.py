@@ -132,22 +132,26 @@ class EmbedPlan:
         settings = self.settings
         if self.of_texts:
             return {}
-        found = {"text": settings.text, "keys": self.dataset.keys, "fast_decode": settings.fast_decode}
+        settings_of_rows = {"text": settings.text, "keys": self.dataset.keys, "fast_decode": settings.fast_decode}
         if self.dataset.caption_lines:
-            found["caption_lines"] = True
+            settings_of_rows["caption_lines"] = True
         if self.dataset.caption_keys:
-            found["caption_key"] = list(self.dataset.caption_keys)
+            settings_of_rows["caption_key"] = list(self.dataset.caption_keys)
         if settings.max_sample_bytes != MAX_SAMPLE_BYTES:
-            found["max_sample_bytes"] = settings.max_sample_bytes
+            settings_of_rows["max_sample_bytes"] = settings.max_sample_bytes
         if settings.views:
             for name in ("views", "crop_scale", "color_jitter", "gray_probability", "seed"):
-                found[name] = getattr(settings, name)
-            found["view_kind"] = list(settings.view_kinds)
+                settings_of_rows[name] = getattr(settings, name)
+            settings_of_rows["view_kind"] = list(settings.view_kinds)
             if "strong" in settings.view_kinds:
-                found["strong_view"] = dataclasses.asdict(STRONG)
+                settings_of_rows["strong_view"] = dataclasses.asdict(STRONG)
         if settings.text_variants:
-            found |= {"text_variants": settings.text_variants, "seed": settings.seed, "text_variant_rules": RULES}
-        return found
+            settings_of_rows |= {
+                "text_variants": settings.text_variants,
+                "seed": settings.seed,
+                "text_variant_rules": RULES,
+            }
+        return settings_of_rows
 
 
 def make_plan(settings: EmbedSettings, without_text: str) -> EmbedPlan:
@@ -282,16 +286,16 @@ def _note_lines(dataset: Dataset) -> None:
 def _warn_of_empty_keys(dataset: Dataset) -> None:
     """Name the keys of captions that none of the first samples has: they may be misspelt."""
     skips = Skips()
-    number = sum(1 for _ in islice(dataset.shards[0].stream(skips), _LOOKED_AT)) if dataset.caption_keys else 0
+    count = sum(1 for _ in islice(dataset.shards[0].stream(skips), _LOOKED_AT)) if dataset.caption_keys else 0
     for key in dataset.caption_keys:
-        if number and skips.without.get(key) == number:
-            reporting.warn(f"None of the first {number} samples has a caption {key}.")
+        if count and skips.without.get(key) == count:
+            reporting.warn(f"None of the first {count} samples has a caption {key}.")
 
 
 def describe_shards(dataset: Dataset) -> list[FileRecord]:
     """Describe every shard: its content, and its name, which the metadata repeats."""
-    found = zip(dataset.fingerprints(), dataset.shards, strict=True)
-    return [msgspec.structs.replace(record, shard=shard.name) for record, shard in found]
+    described = zip(dataset.fingerprints(), dataset.shards, strict=True)
+    return [msgspec.structs.replace(record, shard=shard.name) for record, shard in described]
 
 
 def _validate_own_folder(folder: Path, step: str) -> None:

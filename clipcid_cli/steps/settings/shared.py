@@ -34,9 +34,9 @@ class Range:
     maximum: float = math.inf
     min_open: bool = False  # whether the minimum itself is refused, as for a fraction that may not be 0
 
-    def __contains__(self, number: float) -> bool:
-        is_above = self.minimum < number if self.min_open else self.minimum <= number
-        return is_above and number <= self.maximum and math.isfinite(number)
+    def __contains__(self, value: float) -> bool:
+        is_above = self.minimum < value if self.min_open else self.minimum <= value
+        return is_above and value <= self.maximum and math.isfinite(value)
 
     def __str__(self) -> str:  # as click writes it
         if self.maximum == math.inf:

@@ -16,7 +16,11 @@ from clipcid_cli.formats.models.onnx_file import validate_for_classifier
 from clipcid_cli.formats.models.web_folder import validate_packages, write_engine
 
 PIXELS = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-ARCHITECTURES = sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
+ARCHITECTURES = [
+    path
+    for path in sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
+    if "vision_cfg" in json.loads(path.read_text())
+]
 EXPRESSIBLE = {
     "ViT-B-16", "ViT-B-16-plus", "ViT-B-16-plus-240", "ViT-B-16-quickgelu", "ViT-B-32", "ViT-B-32-256",
     "ViT-B-32-plus-256", "ViT-B-32-quickgelu", "ViT-H-14", "ViT-H-14-378", "ViT-H-14-378-quickgelu", "ViT-H-14-quickgelu",

@@ -164,7 +164,7 @@ def test_chooses_channels_only_where_the_layout_of_the_attention_is_known() -> N
     resnet = make(smaller(vision_cfg__layers=[1, 1, 1, 1]), 1)
     with pytest.raises(ClipcidError, match="image towers of student and model are of different kinds"):
         inherit(student, resnet, "both")
-    # Attention of open_clip's own, as in its version 4: tensors of the same names and shapes.
+    # Attention of open_clip's own with norms of its own: tensors of the same names and shapes beside them.
     attention = {"vision_cfg__block_type": "custom", "vision_cfg__qk_norm": True}
     other = make(smaller(**attention), 1)
     assert other.visual.transformer.resblocks[0].attn.in_proj_weight.shape == (192, 64)

@@ -17,6 +17,7 @@ from conftest import run_in_two
 from clipcid_cli.algorithms.near import plan as planning
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats import arrays, parquet
+from clipcid_cli.formats.embeddings.rows import MAPS_KEPT
 from clipcid_cli.runtime.distributed import open_dist_context
 from clipcid_cli.steps.balance import chunks, partition
 from clipcid_cli.steps.balance import cost as costs
@@ -85,6 +86,9 @@ def test_a_dry_run_states_pairs_memory_and_time(tmp_path: Path, monkeypatch: pyt
     assert {**result["exact"], "neighbors": "exact"}.items() <= result.items()
     assert (result["flop"], result["memory"]["mapped"]) == (2 * 32 * result["pairs"], 300 * 32 * 2)
     assert result["memory"]["resident"] > 0 < result["disk"]
+    many = write_embeddings(tmp_path / "many", make_rows(300), num_files=MAPS_KEPT + 1)
+    copied, _ = balance(tmp_path / "w", many, keep=0.5, dry_run=True)
+    assert copied["disk"] - result["disk"] == 300 * 32 * 2  # of more files rows in sets are copied
     parts, _ = balance(tmp_path / "w", folder, threshold=0.5, neighbors="partitioned", dry_run=True)
     assert {**parts["partitioned"], "neighbors": "partitioned"}.items() <= parts.items()
     assert parts["memory"]["resident"] > result["memory"]["resident"]  # rows visit other partitions

@@ -1,0 +1,180 @@
+"""Groups of rows that belong together, sets of near images or rows of one hash, which all processes share out.
+
+The rows of a group lie in as many files, and there may be 41,000 of them: to map a file for nearly every row takes hours. So
+where not all files stay mapped, each process copies the rows of its part of the files, in the order of the files, to where
+their groups are. Groups are then read from as many files as there are processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from clipcid_cli.algorithms.near.exact import HalfArray, IntArray, ReadRows, row_type
+from clipcid_cli.formats.arrays import Arrays
+from clipcid_cli.formats.embeddings.rows import Rows, create_copy, open_copies, remove_copies
+from clipcid_cli.runtime.distributed import DistContext
+from clipcid_cli.steps import reporting
+from clipcid_cli.steps.balance.shared_arrays import SharedArrays
+
+_ROWS_AT_ONCE = 16_384
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Groups of two rows or more, one group after another."""
+
+    rows: IntArray  # row numbers, ascending within a group, integers [M]
+    bounds: IntArray  # where each group starts, and the last one ends, int64 [G + 1]
+
+    @classmethod
+    def from_sets(cls, labels: IntArray) -> Groups:
+        """Group rows by their sets, given each row's as its smallest row, integers [N]."""
+        rows = np.flatnonzero((np.bincount(labels) > 1)[labels]).astype(labels.dtype)
+        rows = rows[np.argsort(labels[rows], kind="stable")]
+        return cls(rows, _find_bounds(labels[rows]))
+
+    @classmethod
+    def from_hashes(cls, hashes: npt.NDArray[np.uint64]) -> Groups:
+        """Group the rows whose hash, uint64 [N], others have too."""
+        order = np.argsort(hashes, kind="stable").astype(row_type(len(hashes)))
+        ordered = hashes[order]
+        is_grouped = np.zeros(len(ordered), np.bool_)
+        is_grouped[1:] = ordered[1:] == ordered[:-1]
+        is_grouped[:-1] |= is_grouped[1:]
+        return cls(order[is_grouped], _find_bounds(ordered[is_grouped]))
+
+    @classmethod
+    def publish(cls, shared: SharedArrays, make: Callable[[], Groups]) -> Groups:
+        """Make groups on the first process, and return them on every process."""
+
+        def arrays() -> Arrays:
+            groups = make()
+            return groups.rows, groups.bounds
+
+        return cls(*shared.publish(arrays))
+
+    def share(self, context: DistContext) -> slice:
+        """Return which groups this process works on: about as many rows as the others."""
+        start, stop = np.searchsorted(self.bounds[:-1], context.rank_range(len(self.rows)))
+        return slice(int(start), int(stop))
+
+
+def _find_bounds(ordered: npt.NDArray[np.integer]) -> IntArray:
+    """Return where each of some equal numbers that lie side by side start, and the last ones end."""
+    starts = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+    return np.concatenate([[0], starts, [len(ordered)]]) if len(ordered) else np.zeros(1, np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The groups that a process works on, whose M rows are numbered from 0 in their order."""
+
+    rows: IntArray  # their numbers among all rows, integers [M]
+    starts: IntArray  # the first row of each group, int64 [G]
+    labels: IntArray  # the first row of each row's group, int64 [M]
+    read: ReadRows
+
+    @property
+    def sizes(self) -> IntArray:
+        return np.diff(self.starts, append=len(self.rows))
+
+
+def find_places(rows: IntArray) -> Callable[[IntArray], IntArray]:
+    """Return what finds the places in `rows` of some of them."""
+    order = np.argsort(rows)
+    return lambda some: order[np.searchsorted(rows, some, sorter=order)]
+
+
+def work_on_groups(
+    shared: SharedArrays, images: Rows, numbers: IntArray, groups: Groups, work: Callable[[Share], Arrays]
+) -> list[Arrays]:
+    """Let every process work on its share of the groups.
+
+    Args:
+        numbers: Which of the images each row is, integers [N], ascending.
+
+    Returns:
+        The results in the order of the groups, on the first process; nothing on the others.
+    """
+    context = shared.context
+    own = groups.share(context)
+    bounds = groups.bounds[own.start : own.stop + 1]
+    first, end = int(bounds[0]), int(bounds[-1])
+    starts = bounds[:-1] - first
+    labels = np.repeat(starts, np.diff(bounds))
+    with readable(shared, images, numbers, groups.rows) as read:
+        share = Share(groups.rows[first:end], starts, labels, lambda some: read(first + some))
+        return shared.collect(context.on_all(lambda: work(share)))
+
+
+@contextmanager
+def readable(shared: SharedArrays, images: Rows, numbers: IntArray, rows: IntArray) -> Iterator[ReadRows]:
+    """Make rows that lie anywhere readable in their order, until all processes have read them.
+
+    Args:
+        numbers: As of `work_on_groups`.
+        rows: The rows, in the order in which they will be read, integers [M]; the same on every process.
+
+    Yields:
+        Reads those at some places in `rows`.
+    """
+    if images.stay_mapped or not len(rows):
+        yield lambda places: images.take(numbers[rows[places]])
+        return
+    with temporary_copies(shared):
+        yield _copy(shared, images, numbers, rows)
+
+
+@contextmanager
+def temporary_copies(shared: SharedArrays) -> Iterator[None]:
+    """Remove the copies of rows that processes make in the block, once none of them reads these any more."""
+    try:
+        yield
+        shared.context.barrier()
+    finally:
+        if shared.context.is_main:
+            remove_copies(shared.work)
+    shared.context.barrier()  # others may make copies of the same names
+
+
+def copy_rows(shared: SharedArrays, num_rows: int, width: int, parts: Iterator[tuple[IntArray, HalfArray]]) -> None:
+    """Copy this process's rows, which come in parts: their places in the copy, and the rows."""
+    copy = create_copy(shared.work, shared.context.rank, num_rows, width)
+    with reporting.progress("group", num_rows, "images") as progress:
+        for places, rows in parts:
+            copy[places] = rows
+            progress.advance(len(places))
+    if shared.context.spans_hosts and isinstance(copy, np.memmap):
+        copy.flush()
+
+
+def _copy(shared: SharedArrays, images: Rows, numbers: IntArray, rows: IntArray) -> ReadRows:
+    """Copy rows, each process those of its part of the files, in the order in which all are to be read."""
+    context = shared.context
+
+    def locate() -> Arrays:
+        """Say where each row is among the copies of all processes, and how many each of these has."""
+        ends = [len(numbers) * (rank + 1) // context.size for rank in range(context.size)]
+        owner = np.searchsorted(ends, rows, side="right").astype(np.int16)
+        place = np.empty(len(rows), row_type(len(rows)))
+        place[np.argsort(owner, kind="stable")] = np.arange(len(rows))
+        return place, np.bincount(owner, minlength=context.size)
+
+    place, sizes = shared.publish(locate)
+    start, stop = context.rank_range(len(numbers))
+    own = rows[(rows >= start) & (rows < stop)]
+    order = np.argsort(own)
+
+    def parts() -> Iterator[tuple[IntArray, HalfArray]]:
+        for at in range(0, len(order), _ROWS_AT_ONCE):
+            some = order[at : at + _ROWS_AT_ONCE]
+            yield some, images.take(numbers[own[some]])
+
+    context.on_all(lambda: copy_rows(shared, len(own), images.shape[1], parts()))
+    copies = context.on_all(lambda: open_copies(shared.work, sizes.tolist(), images.shape[1]))
+    return lambda places: copies.take(place[places].astype(np.int64))
