@@ -166,6 +166,10 @@ class _CombinedRows(Rows):
         self._blocks = blocks
         self.shape = (count, sum(block.width for block in blocks))
 
+    @property
+    def stay_mapped(self) -> bool:
+        return all(block.rows.stay_mapped for block in self._blocks if block.rows is not None)
+
     def read(self, start: int, stop: int) -> Float16:
         return self.take(np.arange(start, min(stop, len(self))))
 

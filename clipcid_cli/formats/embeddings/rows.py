@@ -203,6 +203,11 @@ class Rows(ABC):
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    @abstractmethod
+    def stay_mapped(self) -> bool:
+        """Whether rows can be read in any order without mapping their files again and again."""
+
     @abstractmethod
     def read(self, start: int, stop: int) -> Float16:
         """Return rows start … stop − 1, float16 [n, D]; a view of a file where that is possible."""
@@ -243,7 +248,6 @@ class FileRows(Rows):
 
     @property
     def stay_mapped(self) -> bool:
-        """Whether rows can be read in any order without mapping their files again and again."""
         return len(self._files) - len(self._held) <= MAPS_KEPT
 
     def __getstate__(self) -> dict[str, Any]:
@@ -327,6 +331,10 @@ class _MappedRows(Rows):
         self._rows = rows
         self._map_DD = map_DD.astype(np.float64)
         self.shape = rows.shape
+
+    @property
+    def stay_mapped(self) -> bool:
+        return self._rows.stay_mapped
 
     def read(self, start: int, stop: int) -> Float16:
         return self._map(self._rows.read(start, stop))
