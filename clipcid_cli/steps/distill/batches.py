@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,12 +31,14 @@ from clipcid_cli.runtime.models.clip_model import Tokenizer
 from clipcid_cli.runtime.models.decode import ImageCache, SkippedImage, full_size
 from clipcid_cli.runtime.pipeline import ordered_map, prefetch
 from clipcid_cli.runtime.randomness import SampleOrder, derive_seed
-from clipcid_cli.steps.distill.clusters import ClusterLookup
 from clipcid_cli.steps.distill.extra_texts import ExtraText
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.samples import index_of
 from clipcid_cli.steps.distill.training_batch import HOST, TrainingBatch
 from clipcid_cli.steps.settings.distill import DistillSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.distill.clusters import ClusterLookup
 
 Piece = TypeVar("Piece")
 

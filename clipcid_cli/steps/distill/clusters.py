@@ -16,15 +16,16 @@ from clipcid_cli.algorithms.losses.shared_space import PrincipalAxes
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.embeddings.folder import Embeddings
 from clipcid_cli.formats.fingerprint import FileRecord, record
-from clipcid_cli.formats.results.clusters import CENTROIDS, Clusters, TopClusters, open_clusters
+from clipcid_cli.formats.results.clusters import CENTROIDS, Clusters, TopClusters, open_clusters, read_cluster_sidecar
 from clipcid_cli.formats.results.matched_samples import Column
 from clipcid_cli.formats.work_directory import CLUSTERS, WorkDirectory, remake_clusters
 from clipcid_cli.runtime.models.names import ModelName
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.samples import MatchCounts
+from clipcid_cli.steps.distill.stored import named_teachers
 from clipcid_cli.steps.distill.teachers import OnlineTeacher, Teacher
-from clipcid_cli.steps.inputs import cluster_with, validate_teacher
+from clipcid_cli.steps.inputs import choose_embeddings, cluster_with, validate_teacher
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 
@@ -44,15 +45,44 @@ class ChosenClusters:
         return list(zip(taught, self.temperatures, strict=False))
 
     def fingerprints(self) -> list[FileRecord]:
+        """Describe the files that a run reads of them."""
         return [record(self.files.folder / name) for name in (CLUSTERS, CENTROIDS)]
+
+    def open(
+        self,
+        settings: DistillSettings,
+        teacher: Teacher,
+        axes: PrincipalAxes | None,
+        table_rows: Column,
+        device: torch.device,
+    ) -> ClusterLookup:
+        """Make them ready for training, in the space of the teacher's principal `axes` where it is cut to them."""
+        if isinstance(teacher, OnlineTeacher):
+            fix = cluster_with(teacher.name, settings)
+            validate_width(self.files, f"teacher {teacher.name.spec}", teacher.width, fix)
+        centroids = ProjectedCentroids(self.files.centroids, axes, device)
+        return ClusterLookup(centroids, table_rows, self.towers, settings)
+
+
+def validate_named_clusters(settings: DistillSettings) -> None:
+    """Refuse clusters that are not there, or unfinished, before anything else is looked at."""
+    work = WorkDirectory(settings.work)
+    read_cluster_sidecar(settings.clusters or work.find_clusters(**_flags_of_several(settings)))
+
+
+def _flags_of_several(settings: DistillSettings) -> dict[str, Any]:
+    """Return the flags by which `cluster` takes several teachers, whose embeddings may not exist yet."""
+    if settings.num_teachers == 1:
+        return {}
+    teachers = () if settings.embeddings else named_teachers(settings)
+    folders = settings.embeddings or tuple(choose_embeddings(settings.work, teacher) for teacher in teachers)
+    return {"embeddings": folders, "teacher_weight": settings.teacher_weight}
 
 
 def find_clusters(
     settings: DistillSettings, embeddings: Embeddings | None, online: ModelName | None, keep_list: Path | None
-) -> Clusters | None:
-    """Open the clusters, where a loss asks for them; those of another teacher or of an earlier keep list are refused."""
-    if not any(loss.needs_clusters for loss in settings.loss_entries()):
-        return None
+) -> FoundClusters:
+    """Open the clusters; those of another teacher or of an earlier keep list are refused."""
     folder = settings.clusters or WorkDirectory(settings.work).find_clusters()
     clusters = open_clusters(folder, settings.work)
     model = clusters.sidecar.model
@@ -77,7 +107,56 @@ def find_clusters(
             f"The clusters in {folder} were made from another keep list than {keep_list} holds now.",
             _cluster_again(settings, clusters, None, keep_list=keep_list),
         )
-    return clusters
+    return FoundClusters(settings, clusters)
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundClusters:
+    """Clusters of the teacher's embeddings, for the images of the keep list."""
+
+    settings: DistillSettings
+    files: Clusters
+
+    def teach(
+        self, embeddings: Embeddings | None, counts: MatchCounts, several_captions: bool, is_decided: bool
+    ) -> ChosenClusters:
+        """Let clusters teach; those of other images, or of the teacher before its repair, are refused.
+
+        Args:
+            embeddings: The teacher's, repaired or not.
+            several_captions: Whether a sample may show another caption than its first.
+            is_decided: Whether it is known if the teacher is repaired; a dry run may leave it to the run.
+        """
+        settings, clusters = self.settings, self.files
+        if is_decided:
+            _validate_repair(settings, clusters, embeddings)
+        if counts.without_cluster:
+            few = counts.without_cluster
+            lacking = f"{few:,} of {counts.candidates:,} samples to train on are not in {clusters.folder}"
+            # With stored embeddings, what `embed` left out is known; beside an online teacher the clusters alone tell.
+            if not settings.online_teacher or few > settings.max_bad_fraction * counts.candidates:
+                or_not = ", or these could not be embedded (--max-bad-fraction)" if settings.online_teacher else ""
+                raise ClipcidError(
+                    f"{lacking}: the clusters were made from another keep list{or_not}.",
+                    _cluster_again(settings, clusters, embeddings, keep_list=settings.keep_list),
+                )
+            reporting.warn(f"{lacking}: they are left out.")
+        teach_text = settings.cluster_towers == "both"
+        if settings.cluster_towers == "auto":
+            # Where it can: in recipes/ablation, on drawings that the teacher knew, retrieval was 4.1 (R@1) and 6.2 points
+            # (R@10) worse with the image tower alone (95 %: 1.8…6.2 and 4.4…8.2), hardly better than without the loss. It
+            # cannot where a sample may show another caption than its first, the only one whose clusters are known.
+            teach_text = clusters.captions is not None and not settings.freeze_text and not several_captions
+        elif teach_text and several_captions:
+            reporting.warn(
+                "--cluster-towers both: captions after an image's first are taught the clusters of the first."
+            )
+        towers = "both towers" if teach_text else "the image tower"
+        reporting.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centroids, for {towers}.")
+        stored = clusters.sidecar.temperatures
+        image = settings.cluster_temperature or stored["image"]
+        caption = settings.cluster_temperature or stored.get("caption", image)
+        return ChosenClusters(clusters, teach_text, (image, caption))
 
 
 def validate_width(clusters: Clusters, teaching: str, width: int, fix: str) -> None:
@@ -95,50 +174,6 @@ def _cluster_again(settings: DistillSettings, clusters: Clusters, embeddings: Em
     return remake_clusters(clusters.folder, clusters.sidecar, settings.work, **named, **more)
 
 
-def use_clusters(
-    settings: DistillSettings,
-    clusters: Clusters,
-    embeddings: Embeddings | None,
-    counts: MatchCounts,
-    several_captions: bool,
-    is_decided: bool,
-) -> ChosenClusters:
-    """Let clusters teach; those of other images, or of the teacher before its repair, are refused.
-
-    Args:
-        embeddings: The teacher's, repaired or not.
-        several_captions: Whether a sample may show another caption than its first.
-        is_decided: Whether it is known if the teacher is repaired; a dry run may leave it to the run.
-    """
-    if is_decided:
-        _validate_repair(settings, clusters, embeddings)
-    if counts.without_cluster:
-        few = counts.without_cluster
-        lacking = f"{few:,} of {counts.candidates:,} samples to train on are not in {clusters.folder}"
-        # With stored embeddings, what `embed` left out is known; beside an online teacher the clusters alone tell.
-        if not settings.online_teacher or few > settings.max_bad_fraction * counts.candidates:
-            or_not = ", or these could not be embedded (--max-bad-fraction)" if settings.online_teacher else ""
-            raise ClipcidError(
-                f"{lacking}: the clusters were made from another keep list{or_not}.",
-                _cluster_again(settings, clusters, embeddings, keep_list=settings.keep_list),
-            )
-        reporting.warn(f"{lacking}: they are left out.")
-    teach_text = settings.cluster_towers == "both"
-    if settings.cluster_towers == "auto":
-        # Where it can: in recipes/ablation, on drawings that the teacher knew, retrieval was 4.1 (R@1) and 6.2 points (R@10)
-        # worse with the image tower alone (95 %: 1.8…6.2 and 4.4…8.2), hardly better than without the loss. It cannot where
-        # a sample may show another caption than its first, the only one whose clusters are known.
-        teach_text = clusters.captions is not None and not settings.freeze_text and not several_captions
-    elif teach_text and several_captions:
-        reporting.warn("--cluster-towers both: captions after an image's first are taught the clusters of the first.")
-    towers = "both towers" if teach_text else "the image tower"
-    reporting.note(f"Clusters: {clusters.folder}, {len(clusters.centroids):,} centroids, for {towers}.")
-    stored = clusters.sidecar.temperatures
-    image = settings.cluster_temperature or stored["image"]
-    caption = settings.cluster_temperature or stored.get("caption", image)
-    return ChosenClusters(clusters, teach_text, (image, caption))
-
-
 def _validate_repair(settings: DistillSettings, clusters: Clusters, embeddings: Embeddings | None) -> None:
     """Refuse clusters of image rows that were repaired where the teacher's are not, or differently."""
     image_map = None if embeddings is None else embeddings.image_map
@@ -152,22 +187,6 @@ def _validate_repair(settings: DistillSettings, clusters: Clusters, embeddings: 
         f"The clusters in {clusters.folder} are of {of}, and this run has its teacher {now}.",
         _cluster_again(settings, clusters, embeddings, repair=settings.repair),
     )
-
-
-def open_lookup(
-    settings: DistillSettings,
-    chosen: ChosenClusters,
-    teacher: Teacher,
-    axes: PrincipalAxes | None,
-    table_rows: Column,
-    device: torch.device,
-) -> ClusterLookup:
-    """Make clusters ready for training, in the space of the teacher's principal `axes` where it is cut to them."""
-    if isinstance(teacher, OnlineTeacher):
-        fix = cluster_with(teacher.name, settings)
-        validate_width(chosen.files, f"teacher {teacher.name.spec}", teacher.width, fix)
-    centroids = ProjectedCentroids(chosen.files.centroids, axes, device)
-    return ClusterLookup(centroids, table_rows, chosen.towers, settings)
 
 
 @dataclasses.dataclass(frozen=True)

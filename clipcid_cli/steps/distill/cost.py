@@ -7,17 +7,15 @@ import time
 from functools import partial
 from typing import NamedTuple
 
-import msgspec
 import torch
 
-from clipcid_cli.formats.sidecar import PairingFigures
 from clipcid_cli.runtime.distributed import memory_in_use
 from clipcid_cli.runtime.pipeline import HostMemory, estimate_host_memory
 from clipcid_cli.runtime.timing import time_trial
 from clipcid_cli.steps import reporting
+from clipcid_cli.steps.distill.result import DistillCost
 from clipcid_cli.steps.distill.trainer import Trainer
 from clipcid_cli.steps.distill.training_batch import TrainingBatch
-from clipcid_cli.steps.evaluate.result import Preview
 
 # The first step also allocates, and compiles with --torchcompile: it counts only where there is time for no other.
 _STEPS = 4
@@ -31,27 +29,6 @@ class _Steps(NamedTuple):
     batch_seconds: float  # to prepare a batch on one core, the median
     step_seconds: float  # to train on it, the median
     host_memory: HostMemory
-
-
-class DistillCost(msgspec.Struct):
-    """What a run would take."""
-
-    student: str
-    steps: int
-    samples: int
-    parameters: int
-    memory_bytes: int  # of one process, on its device
-    host_memory_bytes: int  # of all processes of a host, with what waits in /dev/shm
-    shared_memory_bytes: int
-    seconds_per_step: float
-    data_seconds_per_step: float  # of one core
-    samples_per_second: float
-    data_samples_per_second: float  # what all workers read and decode
-    bound_by: str  # ``data`` where that is less than the model takes, else ``model``
-    seconds: dict[str, float]
-    pairing: PairingFigures | None = None  # how well the teacher knows these captions and images
-    files: dict[str, str] = {}
-    evaluations: list[Preview] = []
 
 
 def measure_cost(trainer: Trainer) -> DistillCost:

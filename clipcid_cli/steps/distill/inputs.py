@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +18,14 @@ from clipcid_cli.formats.results.matched_samples import HELD_OUT, TRAINING, Samp
 from clipcid_cli.formats.work_directory import WorkDirectory
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.data_index import cache_shards, index_alone, note_captions, open_named
-from clipcid_cli.steps.distill.clusters import ChosenClusters, find_clusters, use_clusters
 from clipcid_cli.steps.distill.samples import Sources, UsableSamples, count_usable, find_samples, index_of
 from clipcid_cli.steps.distill.stored import choose_online, first_key, open_stored, validate_keys
 from clipcid_cli.steps.distill.teachers import Teacher, choose_teacher
 from clipcid_cli.steps.inputs import ChosenKeepList, choose_keep_list
 from clipcid_cli.steps.settings.distill import DistillSettings
+
+if TYPE_CHECKING:
+    from clipcid_cli.steps.distill.clusters import ChosenClusters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +78,14 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
     if online is None and embeddings is not None:
         for member in embeddings.members:
             validate_keys(member, dataset)
-    clusters = find_clusters(settings, embeddings, online, listed)
+    clusters = None
+    if settings.needs_clusters:
+        from clipcid_cli.steps.distill.clusters import find_clusters
+
+        clusters = find_clusters(settings, embeddings, online, listed)
 
     fingerprints = dataset.fingerprints() + ([] if listed is None else [record(listed)])
-    sources = Sources(listed, embeddings, online is None, clusters)
+    sources = Sources(listed, embeddings, online is None, None if clusters is None else clusters.files)
     matched, counts = find_samples(settings, dataset, sources, fingerprints, scratch)
     if counts.bad_rows and sources.required:
         lacking = ", or missing from those of a teacher" if settings.num_teachers > 1 else ""
@@ -95,7 +102,7 @@ def find_inputs(settings: DistillSettings, folders: tuple[Path, ...], scratch: P
     if clusters is not None:
         several_captions = counts.several_captions > 0 and not teacher.first_captions
         is_decided = not settings.dry_run or teacher.judgement.repair is not None or settings.repair == "none"
-        chosen = use_clusters(settings, clusters, teacher.embeddings, counts, several_captions, is_decided)
+        chosen = clusters.teach(teacher.embeddings, counts, several_captions, is_decided)
         fingerprints += chosen.fingerprints()
     return Inputs(
         dataset=dataset,

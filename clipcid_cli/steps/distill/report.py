@@ -19,7 +19,8 @@ from clipcid_cli.formats.embeddings.rows import Kind, Rows, take_captions
 from clipcid_cli.formats.report import PALETTE, make_figure, render_report, svg, thumbnail
 from clipcid_cli.formats.results.run_folder import read_lines
 from clipcid_cli.runtime.models.decode import SkippedImage, read_image
-from clipcid_cli.steps.distill.evaluation import EMA, HeldOut
+from clipcid_cli.steps.distill.evaluation import EMA
+from clipcid_cli.steps.distill.held_out import HeldOut
 from clipcid_cli.steps.distill.inputs import Inputs
 from clipcid_cli.steps.distill.teachers import OnlineTeacher
 from clipcid_cli.steps.distill.trainer import Trainer

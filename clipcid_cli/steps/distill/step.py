@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clipcid_cli.algorithms.near.block import exact_accumulation
+from clipcid_cli.algorithms.accumulation import exact_accumulation
 from clipcid_cli.runtime.distributed import DistContext
 from clipcid_cli.runtime.randomness import derive_seed
 from clipcid_cli.steps.distill.objective import Objective

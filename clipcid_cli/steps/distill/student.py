@@ -17,7 +17,6 @@ from clipcid_cli.formats.models.open_clip_folder import write_model_folder
 from clipcid_cli.formats.results.run_folder import RunFolder
 from clipcid_cli.runtime.models.augment import Masking, apply_colors
 from clipcid_cli.runtime.models.clip_model import ClipModel, load_model, normalize_pixels
-from clipcid_cli.runtime.models.inherit import inherit
 from clipcid_cli.runtime.models.names import parse_model, with_default_tag
 from clipcid_cli.runtime.models.pruned_forward import PrunedForward
 from clipcid_cli.runtime.models.towers import freeze, image_tower_kind
@@ -177,6 +176,8 @@ def _compile_towers(pruned: PrunedForward) -> EncodeBoth:
 
 
 def _inherit(model: ClipModel, init_from: str, towers: str) -> ClipModel:
+    from clipcid_cli.runtime.models.inherit import inherit
+
     source = load_model(with_default_tag(parse_model(init_from)))
     not_inherited = inherit(model.module, source.module, towers)
     subject = "Both towers start" if towers == "both" else f"The {towers} tower starts"

@@ -28,7 +28,6 @@ from clipcid_cli.runtime.libraries import keep_freed_memory
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker
-from clipcid_cli.steps.distill.clusters import open_lookup
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.plan import DistillPlan
@@ -90,7 +89,7 @@ class Trainer:
         clusters = None
         if inputs.clusters is not None:
             table_rows = inputs.training.column("clusters")
-            clusters = open_lookup(settings, inputs.clusters, teacher, space.axes, table_rows, context.device)
+            clusters = inputs.clusters.open(settings, teacher, space.axes, table_rows, context.device)
         teacher.prepare(settings)
         self.objective = Objective.of(settings, width, teacher, space, context)
         reporting.note(f"Precision: {student.precision.name} ({student.precision.reason}).")
@@ -107,7 +106,7 @@ class Trainer:
             )
         maker = BatchMaker(settings, inputs, Processor.of(model), student.masking)
         self.batches = Batches(inputs, maker, clusters, plan.batch_size, settings.seed, context)
-        self.evaluation = Evaluation(inputs, model, plan.evaluations, context)
+        self.evaluation = Evaluation(inputs, model, plan.named, context)
         board = None
         if output is not None and context.is_main:
             board = open_board(

@@ -450,6 +450,11 @@ class DistillSettings(AugmentationSettings, KeptSettings, TrainingDataSettings):
         )
 
     @property
+    def needs_clusters(self) -> bool:
+        """Whether any loss of the run reads the teacher's clusters."""
+        return any(loss.needs_clusters for loss in self.loss_entries())
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether any loss of the run reads teacher embeddings."""
         return any(loss.needs_teacher for loss in self.loss_entries())

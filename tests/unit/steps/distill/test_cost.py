@@ -9,6 +9,7 @@ from balance_data import heard
 from teaching_data import write_captions, write_student
 
 from clipcid_cli.steps.distill import cost, run
+from clipcid_cli.steps.distill.result import DistillCost
 from clipcid_cli.steps.settings.distill import DistillSettings
 
 # Takes some time for each sample, and notes how many there are.
@@ -48,5 +49,5 @@ def test_fewer_steps_are_made_where_they_take_long(
     said = "\n".join(told)
     assert "Timing steps of 80 samples." in said
     assert how in said
-    assert isinstance(found, cost.DistillCost)
+    assert isinstance(found, DistillCost)
     assert found.seconds_per_step > 0.3, "the pauses alone take 0.32"
