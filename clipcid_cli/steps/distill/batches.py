@@ -271,14 +271,10 @@ class Batches:
         self._seed = seed
         self._context = context
         # Work items of which this process's part of a batch is made.
-        self.num_parts = -(-batch_size // context.size // _MAX_ITEMS)
+        self._num_parts = -(-batch_size // context.size // _MAX_ITEMS)
 
     def __len__(self) -> int:
         return self._samples.total
-
-    def resized(self, batch_size: int) -> Batches:
-        """Return batches of another size of the same samples."""
-        return Batches(self._inputs, self._make, self._clusters, batch_size, self._seed, self._context)
 
     def load(self, steps: range, workers: int) -> Generator[TrainingBatch]:
         """Yield this process's part of each step's batch, ready to train on; made by workers, finished one step ahead."""
@@ -291,12 +287,12 @@ class Batches:
 
         with ExitStack() as stack:
             parts = stack.enter_context(closing(ordered_map(self._make, deal(), workers, count_received)))
-            if self.num_parts > 1:
+            if self._num_parts > 1:
                 # In shared memory each tensor of a part would hold an open file until its batch is whole. A thread copies
                 # them during the step before: the one that keeps a GPU at work has no time for it.
-                copies = prefetch(TrainingBatch.copied, parts, HOST, ahead=self.num_parts)
+                copies = prefetch(TrainingBatch.copied, parts, HOST, ahead=self._num_parts)
                 parts = stack.enter_context(closing(copies))
-            whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self.num_parts, strict=True))
+            whole = ((dealt.popleft(), batch) for batch in zip(*[parts] * self._num_parts, strict=True))
             finished = prefetch(lambda pair: self.finish(*pair), whole, self._context.device)
             yield from stack.enter_context(closing(finished))
 
@@ -311,7 +307,9 @@ class Batches:
             refs = self._inputs.refs(self._samples, rows[own])
             items = [Item(*fields) for fields in zip(rows[own].tolist(), epochs.tolist(), refs, strict=True)]
             texts = self._draw_texts(step, rows)
-            yield DealtBatch(step, rows, list(map(WorkItem, _cut(items, self.num_parts), _cut(texts, self.num_parts))))
+            yield DealtBatch(
+                step, rows, list(map(WorkItem, _cut(items, self._num_parts), _cut(texts, self._num_parts)))
+            )
 
     def make(self, dealt: DealtBatch) -> list[TrainingBatch]:
         """Make the parts of a process here, as workers do."""
@@ -321,7 +319,8 @@ class Batches:
         """Join a process's parts on the device and add the cluster targets of the global batch."""
         batch = TrainingBatch.join(parts, self._context.device)
         if self._clusters is not None:
-            batch.image_clusters, batch.text_clusters = self._clusters.targets(dealt.rows, dealt.step)
+            own = slice(*self._context.rank_range(len(dealt.rows)))
+            batch.image_clusters, batch.text_clusters = self._clusters.targets(dealt.rows, dealt.step, own)
         return batch
 
     def keys(self, step: int) -> list[str]:

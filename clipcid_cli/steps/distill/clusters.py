@@ -198,14 +198,21 @@ class ClusterLookup:
     towers: list[tuple[TopClusters, float]]
     settings: DistillSettings
 
-    def targets(self, rows: npt.NDArray[np.int64], step: int) -> tuple[ClusterTargets, ClusterTargets | None]:
+    def targets(
+        self, rows: npt.NDArray[np.int64], step: int, own: slice = slice(None)
+    ) -> tuple[ClusterTargets, ClusterTargets | None]:
         """Return the targets of a global batch: of its images, and of its captions where both towers are taught.
 
         They are those of the images, whatever view is shown, and of first captions; the step decides the draw of centroids.
+
+        Args:
+            rows: The batch's samples among those to train on, int64 [B].
+            own: This process's samples: with local losses it needs the mean centroids of these alone.
         """
         settings = self.settings
         total = len(self.centroids)
         table_rows = self.table_rows[rows].astype(np.int64)
+        own_rows = table_rows[own] if settings.local_loss else table_rows
         stored = np.concatenate([top.clusters[table_rows] for top, _ in self.towers])
         if stored.min() < 0 or stored.max() >= total:
             raise ClipcidError(
@@ -224,9 +231,10 @@ class ClusterLookup:
         centroids_SD = self.centroids.take(candidates.ids)
         log_correction_S = torch.from_numpy(candidates.log_correction_S).to(centroids_SD.device)
         labels = [
-            soft_labels(top.similarities[table_rows], temperature=temperature, label_share=settings.label_share)
+            soft_labels(top.similarities[own_rows], temperature=temperature, label_share=settings.label_share)
             for top, temperature in self.towers
         ]
-        means_BD = torch.split(mean_centroids(self.centroids, stored, torch.cat(labels)), len(rows))
-        image, *caption = [ClusterTargets(centroids_SD, log_correction_S, mean_BD) for mean_BD in means_BD]
+        own_stored = np.concatenate([top.clusters[own_rows] for top, _ in self.towers])
+        means_bD = torch.split(mean_centroids(self.centroids, own_stored, torch.cat(labels)), len(own_rows))
+        image, *caption = [ClusterTargets(centroids_SD, log_correction_S, mean_bD) for mean_bD in means_bD]
         return image, caption[0] if caption else None
