@@ -9,17 +9,10 @@ from contextlib import closing, contextmanager
 
 from clipcid_cli.errors import ClipcidError
 from clipcid_cli.formats.data.samples import close_copies
-from clipcid_cli.formats.files import reading, write_json
+from clipcid_cli.formats.files import write_json
 from clipcid_cli.formats.output import Output
 from clipcid_cli.formats.results.boards import open_board
-from clipcid_cli.formats.results.run_folder import (
-    TrainingLog,
-    checkpoint_path,
-    list_checkpoints,
-    read_checkpoint,
-    remove_old_checkpoints,
-    write_checkpoint,
-)
+from clipcid_cli.formats.results.run_folder import TrainingLog
 from clipcid_cli.formats.sidecar import DistillSidecar
 from clipcid_cli.formats.skips import Skips
 from clipcid_cli.runtime import interruption
@@ -28,6 +21,7 @@ from clipcid_cli.runtime.libraries import keep_freed_memory
 from clipcid_cli.runtime.models.augment import Processor
 from clipcid_cli.steps import reporting
 from clipcid_cli.steps.distill.batches import Batches, BatchMaker
+from clipcid_cli.steps.distill.checkpoints import Checkpoints
 from clipcid_cli.steps.distill.evaluation import Evaluation
 from clipcid_cli.steps.distill.objective import Objective
 from clipcid_cli.steps.distill.plan import DistillPlan
@@ -97,8 +91,11 @@ class Trainer:
             model.module, self.objective.parameters, plan.recipe, student.precision.dtype, ema=settings.ema
         )
         self.bad: dict[str, str] = {}
+        self.checkpoints = Checkpoints(plan.folder, context)
         if output is not None:
-            self._resume(output)
+            self.bad = self.checkpoints.resume(self.state, settings.resume, unfinished=output.resumed)
+            if self.state.step:
+                reporting.note(f"Resuming at step {self.state.step:,} of {plan.steps:,}.")
         if settings.accum_freq * context.size > 1 and batch_norms(model.module):
             reporting.warn(
                 "The student has batch normalisation, whose statistics are computed for each part of a batch: "
@@ -113,7 +110,6 @@ class Trainer:
                 settings.report_to, plan.folder, self.state.step, output.spec.run.settings, quiet=settings.quiet
             )
         self.log = TrainingLog(plan.folder, board, writes=output is not None and context.is_main)
-        self._saved_step = self.state.step
         self.make_step = TrainStep(settings, student, self.objective, self.state, context)
         self.losses: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
@@ -134,7 +130,8 @@ class Trainer:
             closing(self.batches.load(steps, plan.workers)) as batches,
             reporting.progress("distill", len(steps) * plan.batch_size, "samples") as progress,
             self.context.limited_waits(),
-            interruption.ends_when_saved(lambda: f"from step {self._saved_step:,}"),
+            interruption.ends_when_saved(lambda: f"from step {self.checkpoints.saved_step:,}"),
+            closing(self.checkpoints),
         ):
             pace = _Pace(first, plan.batch_size)
             sent: SentRecord | None = None
@@ -161,6 +158,8 @@ class Trainer:
                     self._evaluate()
                 if saves:
                     self._save()
+                if ends or step == plan.steps:
+                    self.checkpoints.finish()
                 if ends:
                     interruption.end()
                     raise ClipcidError(
@@ -252,36 +251,4 @@ class Trainer:
         self.log.flush()
         bad = self.unreadable_images()
         Skips.of(bad).check(len(self.batches), self.plan.settings.max_bad_fraction, "the training data")
-        if self.context.is_main:
-            state = self.state.state_dict() | {"bad": bad}
-            write_checkpoint(self.plan.folder.checkpoints, self.state.step, state)
-        self.context.barrier()
-        self._saved_step = self.state.step
-
-    def _resume(self, output: Output[DistillSidecar]) -> None:
-        """Go on from the newest checkpoint of an unfinished run of the same settings and inputs, or clear the folder."""
-        folder = self.plan.folder
-        unfinished = output.resumed and self.plan.settings.resume != "never"
-        steps = list_checkpoints(folder.checkpoints) if unfinished else []
-        if not steps:
-            if self.plan.settings.resume == "latest":
-                raise ClipcidError(
-                    f"--resume latest, but {folder.path} has no checkpoint of an unfinished run with these settings.",
-                    "Omit --resume to start one.",
-                )
-            self.context.on_rank0(folder.clear)
-            return
-        path = checkpoint_path(folder.checkpoints, steps[-1])
-        state = read_checkpoint(folder.checkpoints, steps[-1])
-        with reading(path, "the state of this run", "Remove it to resume from the one before, or use --resume never."):
-            self.state.load_state_dict(state)
-            bad: dict[str, str] = dict(state["bad"])
-        if self.context.is_main:
-            self.bad = bad
-
-        def rewind() -> None:
-            folder.rewind(self.state.step)
-            remove_old_checkpoints(folder.checkpoints)
-
-        self.context.on_rank0(rewind)
-        reporting.note(f"Resuming at step {self.state.step:,} of {self.plan.steps:,}.")
+        self.checkpoints.save(self.state, bad)
